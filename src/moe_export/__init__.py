@@ -1,0 +1,55 @@
+"""Export Mixture-of-Experts and Mamba-style PyTorch blocks to verified ONNX graphs and GPU engines.
+
+`import moe_export` is lean: torch, onnx and onnxruntime are imported by the first name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_export.einsum_rewrite import einsum, plan_einsum, rewrite_program
+    from moe_export.errors import (
+        EquationError,
+        MissingBackendError,
+        MoeExportError,
+        NotExportableError,
+        UsageError,
+    )
+
+__version__ = metadata.version("moe-export")
+
+# name → the module that defines it; looked up on first use (PEP 562).
+_LAZY = {
+    "einsum": "moe_export.einsum_rewrite",
+    "plan_einsum": "moe_export.einsum_rewrite",
+    "rewrite_program": "moe_export.einsum_rewrite",
+    "EquationError": "moe_export.errors",
+    "MissingBackendError": "moe_export.errors",
+    "MoeExportError": "moe_export.errors",
+    "NotExportableError": "moe_export.errors",
+    "UsageError": "moe_export.errors",
+}
+
+__all__ = [
+    "EquationError",
+    "MissingBackendError",
+    "MoeExportError",
+    "NotExportableError",
+    "UsageError",
+    "__version__",
+    "einsum",
+    "plan_einsum",
+    "rewrite_program",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'moe_export' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
