@@ -1,0 +1,82 @@
+"""Nested arguments and outputs as a flat list of named tensors, and back.
+
+Whatever a model takes or returns (tuples, dicts, named tuples, dataclasses, transformers' outputs and caches),
+a graph has a flat list of named tensors. What is no tensor stays behind as a constant, with its name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+    """One value inside a nested structure: its path joined by `_`, and the value (tensor or constant)."""
+
+    name: str
+    value: Any
+
+    @property
+    def is_tensor(self) -> bool:
+        return isinstance(self.value, torch.Tensor)
+
+
+def leaves(value: Any, name: str = "") -> Iterator[Leaf]:
+    """Walk a nested structure in a fixed order and yield its leaves; `None` is no leaf.
+
+    Args:
+        value: A tensor, a constant, or any nesting of tuples, lists, mappings, named tuples, dataclasses and
+            registered pytree nodes.
+        name: The prefix of every path.
+    """
+    if value is None:
+        return
+    for key, child in _children(value):
+        if key is None:
+            yield Leaf(name, child)
+        else:
+            yield from leaves(child, f"{name}_{identifier(key)}" if name else identifier(key))
+
+
+def _children(value: Any) -> Iterator[tuple[str | None, Any]]:
+    """The named children of a container, or `(None, value)` for a leaf."""
+    if isinstance(value, torch.Tensor):
+        yield None, value
+    elif isinstance(value, Mapping):
+        yield from ((str(key), child) for key, child in value.items())
+    elif isinstance(value, tuple) and hasattr(value, "_fields"):
+        yield from zip(value._fields, value, strict=True)
+    elif isinstance(value, (tuple, list)):
+        yield from ((str(index), child) for index, child in enumerate(value))
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
+    elif type(value) in pytree.SUPPORTED_NODES:
+        found = pytree.tree_flatten_with_path(value)[0]
+        yield from ((pytree.keystr(path), child) for path, child in found)
+    else:
+        yield None, value
+
+
+def identifier(text: str) -> str:
+    """Make a legal, readable value name of any key: `"a.b[0]"` → `a_b_0`."""
+    return re.sub(r"\W+", "_", text).strip("_") or "value"
+
+
+def unique(names: list[str], taken: set[str] | frozenset[str] = frozenset()) -> list[str]:
+    """The same names, with `_1`, `_2` behind those that are already taken."""
+    used = set(taken)
+    result = []
+    for name in names:
+        candidate, count = name, 0
+        while candidate in used:
+            count += 1
+            candidate = f"{name}_{count}"
+        used.add(candidate)
+        result.append(candidate)
+    return result

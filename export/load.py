@@ -1,0 +1,217 @@
+"""`load_subject`: what a model file is, tried in a fixed order.
+
+1. it defines `model` (an `nn.Module`, or a function returning one) and `example_inputs` (a tuple, a dict, or a
+   function returning one);
+2. `model.py:ClassName` with `--init dim=512` and `--input x=2x10x512:float32`;
+3. otherwise it is run as a script, and the first outermost module that it calls, with the arguments of that
+   call, is the model.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_export.errors import UsageError
+from moe_export.export.arguments import parse_init, parse_input
+from moe_export.export.script import Call, run_file
+from moe_export.export.source import last_user_line
+from moe_export.export.subject import Subject, make_subject
+
+
+def load_subject(spec: str, *, init: Sequence[str] = (), inputs: Sequence[str] = ()) -> Subject:
+    """Load the model that `spec` names.
+
+    Args:
+        spec: `model.py`, or `model.py:ClassName`.
+        init: Arguments of the class, `name=value` (a Python literal; anything else is a string).
+        inputs: Example inputs of the class, `name=2x10x512:float32`.
+
+    Raises:
+        UsageError: There is no such file, it cannot be run, or no model (or no single one) is in it.
+    """
+    path, name = split_spec(spec)
+    source = _read(path)
+    if name is not None:
+        module, _ = run_file(path, as_script=False, stop_at_call=False)
+        assert module is not None
+        return _from_class(module, name, path, init, inputs)
+    if init or inputs:
+        raise UsageError(
+            "--init and --input go with a class", hint=f"name it: moe-export {path}:ClassName --init ..."
+        )
+    return _from_file(path, source)
+
+
+def split_spec(spec: str) -> tuple[Path, str | None]:
+    """`model.py:Name` → the path and the name; a drive letter's colon is none of it."""
+    head, _, tail = spec.rpartition(":")
+    if head and tail.isidentifier():
+        return Path(head).absolute(), tail
+    return Path(spec).absolute(), None
+
+
+def _read(path: Path) -> str:
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder", hint="give the Python file that holds the model")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"no such file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path} as Python source: {error}") from None
+    try:
+        ast.parse(text, str(path))
+    except (SyntaxError, ValueError) as error:
+        line = getattr(error, "lineno", None)
+        reason = getattr(error, "msg", str(error))
+        raise UsageError(
+            f"{path.name} has a syntax error: {reason}", where=f"{path}:{line}" if line else str(path)
+        ) from None
+    return text
+
+
+def _from_file(path: Path, source: str) -> Subject:
+    """Ways 1 and 3. A file that cannot define both names is ended at its first call, before it trains for hours."""
+    defines_both = {"model", "example_inputs"} <= _top_level_names(source)
+    module, call = run_file(path, as_script=False, stop_at_call=not defines_both)
+    if defines_both and module is not None and _has_both(module):
+        return _from_names(module, path)
+    if call is None:
+        _, call = run_file(path, as_script=True, stop_at_call=True)
+    if call is None:
+        raise _no_model(path, module)
+    return _from_call(call, path)
+
+
+def _top_level_names(source: str) -> set[str]:
+    """Every name that the file may bind at its top level, also inside `if`, `with` and `try`."""
+    names: set[str] = set()
+    stack: list[ast.AST] = list(ast.parse(source).body)
+    while stack:
+        node = stack.pop()
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            names.add(node.name)
+            continue
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        if isinstance(node, ast.alias):
+            names |= {"model", "example_inputs"} if node.name == "*" else {node.asname or node.name}
+        stack += ast.iter_child_nodes(node)
+    return names
+
+
+def _has_both(module: ModuleType) -> bool:
+    model = getattr(module, "model", None)
+    return hasattr(module, "example_inputs") and (isinstance(model, nn.Module) or inspect.isroutine(model))
+
+
+def _from_names(module: ModuleType, path: Path) -> Subject:
+    model: Any = module.model
+    if not isinstance(model, nn.Module):
+        model = _call_user(model, "model", path)
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"model() returned {type(model).__name__}, not an nn.Module",
+            where=str(path),
+            hint="let `model` be an nn.Module or a function without arguments that returns one",
+        )
+    example: Any = module.example_inputs
+    if callable(example):
+        example = _call_user(example, "example_inputs", path)
+    how = "`model` and `example_inputs`"
+    if isinstance(example, Mapping):
+        return make_subject(model, (), example, source=path, how=how)
+    if isinstance(example, torch.Tensor):
+        example = (example,)
+    if not isinstance(example, (tuple, list)):
+        raise UsageError(
+            f"example_inputs is a {type(example).__name__}",
+            where=str(path),
+            hint="make it a tuple of forward's arguments, or a dict by their names",
+        )
+    return make_subject(model, tuple(example), {}, source=path, how=how)
+
+
+def _call_user(function: Callable[[], Any], name: str, path: Path) -> Any:
+    try:
+        return function()
+    except Exception as error:
+        raise UsageError(
+            f"{name}() raised {type(error).__name__}: {error}",
+            where=last_user_line(error) or str(path),
+            hint=f"`{name}` is called without arguments",
+        ) from error
+
+
+def _from_call(call: Call, path: Path) -> Subject:
+    how = f"the first module call of the script ({type(call.module).__name__})"
+    return make_subject(call.module, call.args, call.kwargs, source=path, how=how)
+
+
+def _from_class(
+    module: ModuleType, name: str, path: Path, init: Sequence[str], inputs: Sequence[str]
+) -> Subject:
+    """Way 2."""
+    found = getattr(module, name, None)
+    if isinstance(found, nn.Module):
+        model: Any = found
+    elif callable(found):
+        options = dict(parse_init(item) for item in init)
+        try:
+            model = found(**options)
+        except Exception as error:
+            raise UsageError(
+                f"{name}(**{options}) raised {type(error).__name__}: {error}",
+                where=last_user_line(error) or str(path),
+                hint="give the class its arguments with --init name=value",
+            ) from error
+    else:
+        raise UsageError(f"{path.name} has no class {name}", hint=_candidates_hint(path, module))
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name} in {path.name} is no nn.Module", hint=_candidates_hint(path, module))
+    if not inputs:
+        raise UsageError(
+            f"{name} needs example inputs: {name}.forward{inspect.signature(model.forward)}",
+            hint="give each tensor: --input name=2x10x512:float32",
+        )
+    tensors = dict(parse_input(item, model) for item in inputs)
+    return make_subject(model, (), tensors, source=path, how=f"the class {name}")
+
+
+def _module_classes(path: Path, module: ModuleType | None) -> list[str]:
+    """The `nn.Module` classes that the file itself defines."""
+    if module is None:
+        return []
+    return [
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, nn.Module) and value.__module__ == module.__name__
+    ]
+
+
+def _candidates_hint(path: Path, module: ModuleType | None) -> str:
+    classes = _module_classes(path, module)
+    return f"nn.Module classes in it: {', '.join(classes)}" if classes else "there is no nn.Module class in it"
+
+
+def _no_model(path: Path, module: ModuleType | None) -> UsageError:
+    classes = _module_classes(path, module)
+    if not classes:
+        return UsageError(
+            f"no model in {path.name}: it defines no `model`, no nn.Module class, and calls no module",
+            hint="define `model` (an nn.Module) and `example_inputs` (a tuple or dict of tensors)",
+        )
+    what = "one nn.Module class" if len(classes) == 1 else f"{len(classes)} nn.Module classes"
+    return UsageError(
+        f"cannot tell which model to export: {path.name} has {what} ({', '.join(classes)}) "
+        "but neither `model` and `example_inputs` nor a call of a module",
+        hint=f"pick one: moe-export {path.name}:{classes[0]} --init ... --input name=2x10x512:float32",
+    )

@@ -1,0 +1,150 @@
+"""Run a user's file and see what it defines, or which module it calls first.
+
+A script that only shows its module working (`model = Block(); print(model(x).shape)`) is a model file too: the
+first outermost `nn.Module` that it calls, with the real arguments of that call, is the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.machinery
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+from torch import nn
+
+from moe_export.errors import UsageError
+from moe_export.export.source import last_user_line
+
+
+@dataclass(frozen=True)
+class Call:
+    """The first outermost module call of a script."""
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class _FirstCallSeen(BaseException):
+    """Ends a script at its first module call. No `Exception`, so that `except Exception` lets it pass."""
+
+    def __init__(self, call: Call) -> None:
+        super().__init__()
+        self.call = call
+
+
+def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[ModuleType | None, Call | None]:
+    """Execute a file and return its namespace and the first outermost module call in it.
+
+    Args:
+        path: The Python file. Its folder is importable while it runs, and stays so afterwards, because
+            models import lazily.
+        as_script: Run under the name `__main__`, so that the demonstration behind the main guard runs.
+        stop_at_call: End the file at its first module call instead of letting it run on.
+
+    Returns:
+        The module (None if it was ended early) and the call (None if there was none).
+
+    Raises:
+        UsageError: The file has a syntax error, or raises.
+    """
+    _import_folder(path)
+    name = "__main__" if as_script else _free_name(path.stem)
+    spec = importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, str(path)))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    module.__package__ = _package_of(path)
+    calls: list[Call] = []
+    with _as_main(path, module, as_script), _watch_calls(calls, stop_at_call):
+        try:
+            spec.loader.exec_module(module)
+        except _FirstCallSeen as seen:
+            return None, seen.call
+        except (Exception, SystemExit) as error:
+            if isinstance(error, SystemExit) and not error.code:
+                return module, calls[0] if calls else None
+            raise _file_error(path, error) from error
+    return module, calls[0] if calls else None
+
+
+def _file_error(path: Path, error: BaseException) -> UsageError:
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return UsageError(f"{path.name} has a syntax error: {error.msg}", where=f"{path}:{error.lineno}")
+    hint = None
+    if isinstance(error, ModuleNotFoundError):
+        hint = f"install {error.name!r} beside moe-export, or put it into the folder of {path.name}"
+    elif isinstance(error, SystemExit):
+        hint = "a model file is run without arguments; define `model` and `example_inputs` in it"
+    return UsageError(
+        f"{path.name} raised {type(error).__name__}: {error}",
+        where=last_user_line(error) or str(path),
+        hint=hint,
+    )
+
+
+def _import_folder(path: Path) -> None:
+    """Make what the file imports from its own folder, or as a sibling in its package, findable."""
+    for folder in (str(path.parent), str(_package_root(path))):
+        if folder not in sys.path:
+            sys.path.insert(0, folder)
+
+
+def _package_root(path: Path) -> Path:
+    folder = path.parent
+    while (folder / "__init__.py").exists() and folder.parent != folder:
+        folder = folder.parent
+    return folder
+
+
+def _package_of(path: Path) -> str:
+    """The dotted package for relative imports; empty for a file that lies in none."""
+    return ".".join(path.parent.relative_to(_package_root(path)).parts)
+
+
+def _free_name(stem: str) -> str:
+    """A module name that hides nothing that is already imported or importable (a file named `torch.py`)."""
+    name = stem.replace(".", "_")
+    with contextlib.suppress(ImportError, ValueError):
+        if name in sys.modules or importlib.machinery.PathFinder.find_spec(name, sys.path[2:]):
+            return f"_subject_{name}"
+    return name
+
+
+@contextlib.contextmanager
+def _as_main(path: Path, module: ModuleType, as_script: bool) -> Iterator[None]:
+    """While it runs: the file's arguments, its entry in `sys.modules`, and its prints kept off stdout."""
+    saved, argv = sys.modules.get(module.__name__), sys.argv
+    sys.modules[module.__name__] = module
+    sys.argv = [str(path)]
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        sys.argv = argv
+        if as_script and saved is not None:
+            sys.modules[module.__name__] = saved
+
+
+@contextlib.contextmanager
+def _watch_calls(calls: list[Call], stop: bool) -> Iterator[None]:
+    """Record the first module call that is not inside another one."""
+    original = nn.Module.__call__
+
+    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not calls:
+            call = Call(self, args, kwargs)
+            calls.append(call)
+            if stop:
+                raise _FirstCallSeen(call)
+        return original(self, *args, **kwargs)
+
+    with mock.patch.object(nn.Module, "__call__", watched):
+        yield

@@ -1,0 +1,216 @@
+"""`Subject`: a module, the example inputs that its dimensions are read from, and how to call it.
+
+A `Subject` is what every way of loading a model ends in, and all that the later stages know of the user's file.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from moe_export.errors import NotExportableError, UsageError
+from moe_export.export.leaves import Leaf, identifier, leaves, unique
+from moe_export.export.source import last_user_line
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model as it was found in the user's file.
+
+    Attributes:
+        module: The model, in eval mode.
+        source: The file it comes from.
+        how: How it was found, for the report.
+        inputs: Example tensors by graph input name, in order.
+        constants: Arguments that are no tensors and are fixed in the graph, by name.
+        outputs: Names of the tensors that a call returns, in order.
+        dropped: Outputs that are constants of Python (`aux_loss = 0`) and so no outputs of a graph.
+    """
+
+    module: nn.Module
+    source: Path
+    how: str
+    inputs: Mapping[str, torch.Tensor]
+    constants: Mapping[str, Any]
+    outputs: tuple[str, ...]
+    dropped: Mapping[str, Any]
+    _spec: pytree.TreeSpec = field(repr=False)
+    _template: tuple[Any, ...] = field(repr=False)
+
+    def call(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Run the model on flat tensors, in the order of `inputs`; the outputs in the order of `outputs`."""
+        queue = iter(tensors)
+        filled = [next(queue) if isinstance(item, _Slot) else item for item in self._template]
+        args, kwargs = pytree.tree_unflatten(filled, self._spec)
+        return tuple(leaf.value for leaf in leaves(self.module(*args, **kwargs)) if leaf.is_tensor)
+
+    def call_named(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Run the model on tensors by input name."""
+        return self.call([tensors[name] for name in self.inputs])
+
+
+class _Slot:
+    """Stands where a tensor goes in the flattened arguments."""
+
+
+_SLOT = _Slot()
+
+
+def make_subject(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, source: Path, how: str
+) -> Subject:
+    """Bind example arguments to a module, run it once, and name its inputs and outputs.
+
+    Raises:
+        UsageError: The arguments do not fit `forward`, or `forward` raises on them.
+        NotExportableError: The model returns no tensor.
+    """
+    module.eval()
+    flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    names = unique(_argument_names(module, args, kwargs, source, flat))
+    tensors = {name: value.detach() for name, value in zip(names, flat, strict=True) if _is_tensor(value)}
+    if not tensors:
+        raise UsageError(
+            f"the example inputs of {type(module).__name__} hold no tensor",
+            where=str(source),
+            hint="give example_inputs as a tuple or dict of tensors",
+        )
+    found = list(leaves(_run(module, args, kwargs, source)))
+    outputs, dropped = _output_names(module, found, set(tensors))
+    if not outputs:
+        raise NotExportableError(
+            f"{type(module).__name__}.forward returns no tensor, so there is no graph to write",
+            where=_forward_line(module),
+        )
+    return Subject(
+        module=module,
+        source=source,
+        how=how,
+        inputs=tensors,
+        constants={
+            name: value
+            for name, value in zip(names, flat, strict=True)
+            if not _is_tensor(value) and value is not None
+        },
+        outputs=tuple(outputs),
+        dropped=dropped,
+        _spec=spec,
+        _template=tuple(_SLOT if _is_tensor(value) else value for value in flat),
+    )
+
+
+def _is_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor)
+
+
+def _argument_names(
+    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], source: Path, flat: list[Any]
+) -> list[str]:
+    """One name for each leaf of `(args, kwargs)`: forward's parameter, then the path inside the argument."""
+    signature = inspect.signature(module.forward)
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise UsageError(
+            f"the example inputs do not fit {type(module).__name__}.forward{signature}: {error}",
+            where=_forward_line(module) or str(source),
+            hint="name inputs as forward's parameters are named, and give every one without a default",
+        ) from None
+    positional = _positional_names(signature, len(args))
+    named = list(zip(positional, args, strict=True)) + list(kwargs.items())
+    names: list[str] = []
+    for name, value in named:
+        for path, _ in pytree.tree_flatten_with_path(value)[0]:
+            inner = identifier(pytree.keystr(path)) if path else ""
+            names.append(f"{name}_{inner}" if inner else name)
+    if len(names) != len(flat):
+        raise UsageError("the example inputs cannot be flattened in a fixed order", where=str(source))
+    return names
+
+
+def _positional_names(signature: inspect.Signature, count: int) -> list[str]:
+    names: list[str] = []
+    for parameter in signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            names += [f"{parameter.name}_{index}" for index in range(count - len(names))]
+        elif parameter.kind in (
+            inspect.Parameter.POSITIONAL_ONLY,
+            inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        ):
+            names.append(parameter.name)
+    return names[:count]
+
+
+def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], source: Path) -> Any:
+    """One eager call on copies of the example inputs, so that an in-place model cannot change them."""
+    args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if _is_tensor(leaf) else leaf, (args, kwargs))
+    try:
+        with torch.no_grad():
+            return module(*args, **kwargs)
+    except Exception as error:
+        shapes = ", ".join(
+            f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
+            for leaf in pytree.tree_leaves((args, kwargs))
+            if _is_tensor(leaf)
+        )
+        raise UsageError(
+            f"{type(module).__name__}.forward raised {type(error).__name__}: {error}",
+            where=last_user_line(error) or str(source),
+            hint=f"it was called with the example inputs {shapes}; do they have the right shapes and dtypes?",
+        ) from error
+
+
+def _output_names(
+    module: nn.Module, found: list[Leaf], taken: set[str]
+) -> tuple[list[str], dict[str, Any]]:
+    """Names for the leaves of an output: keys and fields where it has them, else the returned variables."""
+    names = [leaf.name for leaf in found]
+    if all(name.isdigit() or not name for name in names):
+        returned = _returned_variables(module)
+        if returned is not None and len(returned) == len(found):
+            names = [name or f"output_{index}" for index, name in enumerate(returned)]
+        elif len(found) == 1:
+            names = ["output"]
+    if len(found) == 1 and names[0] in taken | {"output_0"}:
+        names = ["output"]
+    names = unique([name if not name[:1].isdigit() else f"output_{name}" for name in names], taken)
+    pairs = list(zip(names, found, strict=True))
+    outputs = [name for name, leaf in pairs if leaf.is_tensor]
+    return outputs, {name: leaf.value for name, leaf in pairs if not leaf.is_tensor}
+
+
+def _returned_variables(module: nn.Module) -> list[str] | None:
+    """The names in `return a, b` of forward, None for an expression; None if the returns disagree."""
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward)))
+    except (OSError, TypeError, SyntaxError):
+        return None
+    returns = [node.value for node in _own_nodes(tree.body[0]) if isinstance(node, ast.Return) and node.value]
+    if not returns:
+        return None
+    value = returns[-1]
+    items = value.elts if isinstance(value, ast.Tuple) else [value]
+    return [item.id if isinstance(item, ast.Name) else "" for item in items]
+
+
+def _own_nodes(function: ast.AST) -> list[ast.AST]:
+    """The nodes of a function without those of the functions inside it."""
+    nodes: list[ast.AST] = []
+    for child in ast.iter_child_nodes(function):
+        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
+            nodes += [child, *_own_nodes(child)]
+    return nodes
+
+
+def _forward_line(module: nn.Module) -> str | None:
+    code = getattr(type(module).forward, "__code__", None)
+    return f"{code.co_filename}:{code.co_firstlineno}" if code else None
