@@ -42,10 +42,12 @@ def last_user_line(error: BaseException) -> str | None:
 def line_of(stack_trace: str | None) -> str | None:
     """`file:line` of the innermost user frame of a traced node's stack trace.
 
-    Falls back to the innermost frame at all, which for a library's module is still where to look.
+    Falls back to the innermost library frame, which for a library's module is still where to look; a node that
+    the tracer made for itself has no line.
     """
     frames = [(match["file"], match["line"]) for match in _FRAME.finditer(stack_trace or "")]
     if not frames:
         return None
-    mine = [frame for frame in frames if is_user_file(frame[0])] or frames
-    return f"{mine[-1][0]}:{mine[-1][1]}"
+    mine = [frame for frame in frames if is_user_file(frame[0])]
+    chosen = mine or [frame for frame in frames if Path(frame[0]).is_absolute()]
+    return f"{chosen[-1][0]}:{chosen[-1][1]}" if chosen else None

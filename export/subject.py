@@ -177,7 +177,7 @@ def _output_names(
     if all(name.isdigit() or not name for name in names):
         returned = _returned_variables(module)
         if returned is not None and len(returned) == len(found):
-            names = [name or f"output_{index}" for index, name in enumerate(returned)]
+            names = returned
         elif len(found) == 1:
             names = ["output"]
     if len(found) == 1 and names[0] in taken | {"output_0"}:
@@ -189,17 +189,24 @@ def _output_names(
 
 
 def _returned_variables(module: nn.Module) -> list[str] | None:
-    """The names in `return a, b` of forward, None for an expression; None if the returns disagree."""
+    """A name for each place of forward's `return a, b`; None if its returns differ in length."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward)))
     except (OSError, TypeError, SyntaxError):
         return None
     returns = [node.value for node in _own_nodes(tree.body[0]) if isinstance(node, ast.Return) and node.value]
-    if not returns:
+    rows = [list(value.elts) if isinstance(value, ast.Tuple) else [value] for value in returns]
+    if not rows or len({len(row) for row in rows}) > 1:
         return None
-    value = returns[-1]
-    items = value.elts if isinstance(value, ast.Tuple) else [value]
-    return [item.id if isinstance(item, ast.Name) else "" for item in items]
+    return [_agreed_name(column, index) for index, column in enumerate(zip(*rows, strict=True))]
+
+
+def _agreed_name(items: tuple[ast.expr, ...], index: int) -> str:
+    """The variable that stands at this place of the returns; `output` for an expression."""
+    names = {item.id for item in items if isinstance(item, ast.Name)}
+    if len(names) == 1:
+        return names.pop()
+    return f"output_{index}" if index else "output"
 
 
 def _own_nodes(function: ast.AST) -> list[ast.AST]:

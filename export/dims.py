@@ -1,0 +1,87 @@
+"""Dynamic dimensions: which ones the user asks for, what the trace leaves free, and what they are called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from moe_export.errors import UsageError
+
+_REQUEST = re.compile(r"(?P<input>\w+):(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?$", re.ASCII)
+
+
+@dataclass(frozen=True)
+class DimRequest:
+    """What the user says of dimensions.
+
+    Attributes:
+        static: Fix every dimension that is not picked.
+        picked: `(input, axis)` → the name, or None for the default name.
+    """
+
+    static: bool = False
+    picked: Mapping[tuple[str, int], str | None] = field(default_factory=dict)
+
+    def wants(self, name: str, axis: int) -> bool:
+        return not self.static or (name, axis) in self.picked
+
+
+def parse_dynamic(items: Sequence[str], static: bool, inputs: Mapping[str, torch.Tensor]) -> DimRequest:
+    """`--dynamic x:1=seq` (repeatable, or separated by commas) and `--static`.
+
+    Raises:
+        UsageError: No such input or axis, or the text is not `input:axis=name`.
+    """
+    picked: dict[tuple[str, int], str | None] = {}
+    for item in (part for text in items for part in text.split(",")):
+        match = _REQUEST.match(item.strip())
+        if match is None:
+            raise UsageError(f"--dynamic {item!r} is not input:axis=name", hint="for example: --dynamic x:1=seq")
+        name, axis = match["input"], int(match["axis"])
+        if name not in inputs:
+            raise UsageError(f"--dynamic {item!r}: no input {name!r}", hint=f"the inputs: {', '.join(inputs)}")
+        if axis >= inputs[name].dim():
+            raise UsageError(
+                f"--dynamic {item!r}: {name} has {inputs[name].dim()} dimensions, counted from 0",
+                hint=f"its shape is {tuple(inputs[name].shape)}",
+            )
+        picked[name, axis] = match["name"]
+    return DimRequest(static, picked)
+
+
+@dataclass(frozen=True)
+class Dim:
+    """A dimension that may change at run time.
+
+    Attributes:
+        name: As it stands in the graph, `batch`.
+        symbol: The tracer's name for it, `s77`.
+        traced: Its size in the trace.
+        minimum, maximum: The sizes that the trace is valid for; None is no limit.
+    """
+
+    name: str
+    symbol: str
+    traced: int
+    minimum: int
+    maximum: int | None
+
+
+def default_name(tensor: torch.Tensor, axis: int, input_name: str) -> str:
+    """The field's word for a dimension: batch, seq, height, width; else the input and the axis.
+
+    Example:
+        >>> default_name(torch.zeros(2, 10, 512), 1, "x")
+        'seq'
+    """
+    rank = tensor.dim()
+    if axis == 0:
+        return "batch"
+    if rank == 4 and axis >= 2:
+        return ("height", "width")[axis - 2]
+    if axis == 1 and (rank == 3 or (rank == 2 and not tensor.is_floating_point())):
+        return "seq"
+    return f"{input_name}_dim{axis}"

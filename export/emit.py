@@ -1,0 +1,152 @@
+"""`emit`: a `Traced` becomes an `onnx_ir.Model` at the opset that was asked for, named and checked.
+
+The translation operator by operator is torch's; the names, the opset, the metadata and the checks are ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from moe_export.errors import NotExportableError
+from moe_export.export.leaves import unique
+from moe_export.export.opset import EXPORTER_LOWEST, set_opset
+from moe_export.export.provenance import shorten_metadata
+from moe_export.export.source import line_of
+from moe_export.export.trace import Traced, quiet, rename
+
+_FAILED_NODE = re.compile(r"Error when translating node %?(?P<node>\w+)")
+_NO_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='(?P<op>[^']+)'")
+_PROTOBUF_LIMIT = 2**31 - 2**20
+
+
+def emit(traced: Traced, opset: int, *, folder: Path) -> ir.Model:
+    """Translate a traced model to ONNX.
+
+    Args:
+        traced: The model.
+        opset: 17 or newer; the result has exactly this one.
+        folder: The folder of the model's file; source lines in the metadata are relative to it.
+
+    Returns:
+        A model whose inputs, outputs and dynamic dimensions have the names of `traced`.
+
+    Raises:
+        NotExportableError: An operator has no ONNX form, in general or at this opset; names the model's line.
+    """
+    model = _translate(traced, max(opset, EXPORTER_LOWEST))
+    shorten_metadata(model, traced.scope, folder)
+    _name_values(model, traced)
+    set_opset(model, opset)
+    return model
+
+
+def _translate(traced: Traced, opset: int) -> ir.Model:
+    try:
+        with quiet(), torch.no_grad():
+            result = torch.onnx.export(traced.program, dynamo=True, opset_version=opset, verbose=False)
+    except Exception as error:
+        raise _refusal(error, traced) from error
+    assert result is not None
+    return result.model
+
+
+def _refusal(error: Exception, traced: Traced) -> NotExportableError:
+    """Say which operator has no ONNX form, and on which line of the model."""
+    messages = [str(error)]
+    cause: BaseException | None = error
+    while cause is not None and (cause := cause.__cause__ or cause.__context__) is not None:
+        messages.append(str(cause))
+    text = "\n".join(messages)
+    node, operator = _FAILED_NODE.search(text), _NO_FUNCTION.search(text)
+    where = _line_of_node(traced, node["node"]) if node else None
+    if operator:
+        return NotExportableError(
+            f"operator {operator['op']} has no ONNX form",
+            where=where,
+            hint="write that line with other PyTorch operators",
+        )
+    first = next((line for line in messages[-1].splitlines() if line.strip()), type(error).__name__)
+    name = f"operator {node['node']}" if node else "the model"
+    return NotExportableError(f"{name} could not be translated to ONNX: {first}", where=where)
+
+
+def _line_of_node(traced: Traced, name: str) -> str | None:
+    """The line of a node by its name, which decomposition may have changed from `erfc` to `erfc_default_1`."""
+    stem = re.sub(r"(_default)?(_\d+)?$", "", name)
+    nodes = {node.name: node for node in traced.program.graph.nodes}
+    found = nodes.get(name) or next((node for key, node in nodes.items() if key.startswith(stem)), None)
+    return line_of(found.meta.get("stack_trace")) if found is not None else None
+
+
+def _name_values(model: ir.Model, traced: Traced) -> None:
+    """Give inputs, outputs and dimensions their names; inner values that hold one of them step aside."""
+    graph = model.graph
+    _separate_outputs(graph)
+    wanted = dict(zip([*graph.inputs, *graph.outputs], [*traced.inputs, *traced.outputs], strict=True))
+    others = [value for value in _values(graph) if value not in wanted]
+    fresh = unique([value.name or "value" for value in others], set(wanted.values()))
+    # Two steps, so that no value takes a name that another one still has.
+    for value in wanted:
+        value.name = f"__{value.name}"
+    for value, name in zip(others, fresh, strict=True):
+        if value.name != name:
+            value.name = name
+    for value, name in wanted.items():
+        value.name = name
+    _name_dims([*wanted, *others], traced.dim_names())
+
+
+def _separate_outputs(graph: ir.Graph) -> None:
+    """Give every output a value of its own: an input that is returned, or a value returned twice, is copied."""
+    seen: set[ir.Value] = set(graph.inputs) | set(graph.initializers.values())
+    for index, value in enumerate(graph.outputs):
+        if value in seen:
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
+            copy.outputs[0].name = f"{value.name}_output_{index}"
+            graph.append(copy)
+            graph.outputs[index] = copy.outputs[0]
+        seen.add(value)
+
+
+def _values(graph: ir.Graph) -> list[ir.Value]:
+    values: list[ir.Value] = [*graph.inputs, *graph.initializers.values()]
+    for node in graph.all_nodes():
+        values += node.outputs
+        for attribute in node.attributes.values():
+            if attribute.type is ir.AttributeType.GRAPH:
+                values += [*attribute.as_graph().inputs, *attribute.as_graph().initializers.values()]
+    return list(dict.fromkeys(values))
+
+
+def _name_dims(values: Iterable[ir.Value], names: Mapping[str, str]) -> None:
+    for value in values:
+        if value.shape is not None and not value.shape.is_static():
+            value.shape = ir.Shape([_named(dim, names) for dim in value.shape])
+
+
+def _named(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    if isinstance(dim, int):
+        return dim
+    return rename(dim.value, names) if dim.value is not None else None
+
+
+def check(model: ir.Model) -> None:
+    """Check a model as strictly as ONNX can, with shape inference.
+
+    Raises:
+        NotExportableError: The checker refuses it.
+    """
+    size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
+    if size > _PROTOBUF_LIMIT:
+        return  # the checker reads such a model from its file; `write` does that
+    try:
+        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    except Exception as error:
+        raise NotExportableError(f"onnx.checker refuses the graph: {error}") from error

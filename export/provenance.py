@@ -1,0 +1,80 @@
+"""Where each node comes from: module path, source line, PyTorch operator, in metadata that Netron shows.
+
+The exporter stores whole stack traces and Python reprs; kept are three short facts a person can use.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from pathlib import Path
+
+import onnx_ir as ir
+
+from moe_export.export.source import line_of
+
+MODULE, SOURCE, OPERATOR = "module", "source", "torch"
+_PREFIX = "pkg."
+
+
+def shorten_metadata(model: ir.Model, scope: str, folder: Path) -> None:
+    """Replace the exporter's metadata by `module`, `source` (relative to the model's folder) and `torch`."""
+    for node in model.graph.all_nodes():
+        kept = _facts(node, scope, folder)
+        for key in [key for key in node.metadata_props if key.startswith(_PREFIX) or key == "namespace"]:
+            del node.metadata_props[key]
+        node.metadata_props.update(kept)
+        for output in node.outputs:
+            output.metadata_props.clear()
+    for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
+        value.metadata_props.clear()
+    model.graph.metadata_props.clear()
+
+
+def _facts(node: ir.Node, scope: str, folder: Path) -> dict[str, str]:
+    facts = {}
+    scopes = _literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    classes = _literal_list(node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "[]"))
+    module = next((name for name in reversed(scopes[:-1]) if name and not name.startswith("_empty_nn_module")), "")
+    if module:
+        facts[MODULE] = strip_scope(module, scope)
+    line = line_of(node.metadata_props.get("pkg.torch.onnx.stack_trace"))
+    if line:
+        facts[SOURCE] = _relative(line, folder)
+    if classes:
+        facts[OPERATOR] = classes[-1]
+    return facts
+
+
+def strip_scope(path: str, scope: str) -> str:
+    """Module paths as the user writes them: `model.layers.0` → `layers.0`; the model itself stays `model`."""
+    return path.removeprefix(f"{scope}.") if path != scope else path
+
+
+def place_of(node: ir.Node) -> str:
+    """Where a node comes from, for an error: its source line and module, else its name."""
+    line = node.metadata_props.get(SOURCE) or line_of(node.metadata_props.get("pkg.torch.onnx.stack_trace"))
+    module = node.metadata_props.get(MODULE)
+    place = line or f"node {node.name}"
+    return f"{place} (module {module})" if module else place
+
+
+def _relative(line: str, folder: Path) -> str:
+    path, _, number = line.rpartition(":")
+    try:
+        inside = os.path.relpath(path, folder)
+    except ValueError:  # another drive
+        inside = path
+    if inside.startswith(".."):
+        parts = Path(path).parts
+        cut = parts.index("site-packages") + 1 if "site-packages" in parts else max(len(parts) - 2, 0)
+        inside = str(Path(*parts[cut:]))
+    return f"{inside}:{number}"
+
+
+def _literal_list(text: str) -> list[str]:
+    try:
+        value = ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return []
+    return [str(item) for item in value] if isinstance(value, list) else []

@@ -1,0 +1,101 @@
+"""onnxsim, where it helps: its result is kept only if it is smaller, valid, and computes the same.
+
+onnxsim folds constants and fuses nodes, but it sometimes makes a graph larger (a MatMul and an Add of any rank
+become Reshape, Gemm, Reshape) and it drops the metadata of every node. So it is a proposal, not a pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+_LIMIT = 512 * 2**20  # bytes of weights; onnxsim copies a model several times
+
+
+@dataclass(frozen=True)
+class Simplified:
+    """What came of it.
+
+    Attributes:
+        model: The simplified model, or the given one.
+        note: What was done, or why nothing was.
+    """
+
+    model: ir.Model
+    note: str
+
+
+def simplify(model: ir.Model, example: Mapping[str, np.ndarray]) -> Simplified:
+    """Offer a model to onnxsim and take the result if it is better and right.
+
+    Args:
+        model: The model; it is not changed.
+        example: Inputs by name, on which both models must give the same outputs, bit for bit in integers and
+            within 1e-6 in floats.
+    """
+    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    if weights > _LIMIT:
+        return Simplified(model, f"onnxsim left out: {weights / 2**20:.0f} MiB of weights")
+    before = ir.to_proto(model)
+    try:
+        import onnxsim
+
+        after, valid = onnxsim.simplify(before)
+    except Exception as error:
+        return Simplified(model, f"onnxsim left out: it raised {type(error).__name__}")
+    counts = f"{_size(before.graph)} → {_size(after.graph)} nodes"
+    if not valid or _size(after.graph) >= _size(before.graph):
+        return Simplified(model, f"onnxsim left out: no gain ({counts})")
+    if not _same(before, after, example):
+        return Simplified(model, f"onnxsim left out: its graph computes something else ({counts})")
+    return Simplified(_with_metadata(ir.from_proto(after), model), f"onnxsim: {counts}")
+
+
+def _size(graph: onnx.GraphProto) -> int:
+    """Nodes, those of subgraphs included."""
+    inner = (
+        _size(attribute.g) for node in graph.node for attribute in node.attribute if attribute.HasField("g")
+    )
+    return len(graph.node) + sum(inner)
+
+
+def _same(before: onnx.ModelProto, after: onnx.ModelProto, example: Mapping[str, np.ndarray]) -> bool:
+    try:
+        onnx.checker.check_model(after, full_check=True)
+        left, right = (_outputs(model, example) for model in (before, after))
+    except Exception:
+        return False
+    return len(left) == len(right) and all(
+        a.dtype == b.dtype
+        and a.shape == b.shape
+        and (
+            np.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True) if a.dtype.kind == "f" else bool((a == b).all())
+        )
+        for a, b in zip(left, right, strict=True)
+    )
+
+
+def _outputs(model: onnx.ModelProto, example: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    session = onnxruntime.InferenceSession(
+        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    return list(session.run(None, dict(example)))
+
+
+def _with_metadata(simplified: ir.Model, original: ir.Model) -> ir.Model:
+    """Put back the metadata of the nodes that are still there; a new node takes that of its first producer."""
+    facts = {value.name: node.metadata_props for node in original.graph.all_nodes() for value in node.outputs}
+    for node in simplified.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in facts:
+                node.metadata_props.update(facts[value.name])
+                break
+    return simplified
