@@ -1,1 +1,61 @@
-"""(being built)"""
+"""Compare any two engines on the same inputs, and say whether they are equal.
+
+```
+ specs, dims, example ─▶ cases ─▶ Case ─┬─▶ reference.run ─┐
+                                        └─▶ candidate.run ─┴─▶ judge, judge_routing ─▶ Report ─▶ table, JSON,
+                                                                     ▲                           exit code
+                                                                 Tolerance
+```
+
+| file | holds |
+|---|---|
+| `specs` | what crosses the border: arrays, `TensorSpec`, `DimRange`, `RoutingPair` |
+| `runner` | the protocol of an engine |
+| `torch_runner`, `onnxruntime_runner` | the engines, each importing its library when it is used |
+| `sizes`, `inputs` | which sizes, which values |
+| `tolerance`, `judge`, `routing` | when two outputs are the same |
+| `compare` | the loop |
+| `report`, `table` | what was found, as data and as text |
+
+A new engine is a class with a `name` and a `run`; nothing else here needs to know of it.
+"""
+
+from __future__ import annotations
+
+from moe_export.verify.compare import compare
+from moe_export.verify.inputs import Case, cases
+from moe_export.verify.judge import Judgement, Worst, judge
+from moe_export.verify.onnxruntime_runner import OnnxRuntimeRunner
+from moe_export.verify.report import SCHEMA, CaseResult, Report, Row
+from moe_export.verify.routing import judge_routing
+from moe_export.verify.runner import RunFailedError, Runner
+from moe_export.verify.specs import Array, DimRange, RoutingPair, TensorSpec
+from moe_export.verify.table import show
+from moe_export.verify.tolerance import DEFAULTS, Margin, Tolerance
+from moe_export.verify.torch_runner import TorchRunner
+
+__all__ = [
+    "DEFAULTS",
+    "SCHEMA",
+    "Array",
+    "Case",
+    "CaseResult",
+    "DimRange",
+    "Judgement",
+    "Margin",
+    "OnnxRuntimeRunner",
+    "Report",
+    "RoutingPair",
+    "Row",
+    "RunFailedError",
+    "Runner",
+    "TensorSpec",
+    "Tolerance",
+    "TorchRunner",
+    "Worst",
+    "cases",
+    "compare",
+    "judge",
+    "judge_routing",
+    "show",
+]

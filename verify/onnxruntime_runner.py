@@ -1,0 +1,177 @@
+"""ONNX Runtime as an engine, quiet on machines without a GPU and strict about what it is given."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from moe_export.verify.runner import RunFailedError, shorten
+from moe_export.verify.specs import Array, TensorSpec, describe, numpy_dtype
+
+from moe_export.errors import MissingBackendError, UsageError
+
+_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+
+# Names that ONNX Runtime gives to element types, where NumPy calls them otherwise.
+_DTYPES = {
+    "float": "float32",
+    "double": "float64",
+    "float8e4m3fn": "float8_e4m3fn",
+    "float8e4m3fnuz": "float8_e4m3fnuz",
+    "float8e5m2": "float8_e5m2",
+    "float8e5m2fnuz": "float8_e5m2fnuz",
+}
+# Types that NumPy lacks cross the border by their bits, under ONNX's number for the type.
+_BITS = {"bfloat16": 16, "float8_e4m3fn": 17, "float8_e4m3fnuz": 18, "float8_e5m2": 19, "float8_e5m2fnuz": 20}
+_FATAL = 4  # only fatal messages: errors arrive as exceptions, and a second copy on stderr helps nobody
+_WARNING = 2  # ONNX Runtime's own default
+
+
+class OnnxRuntimeRunner:
+    """Run an ONNX model with ONNX Runtime.
+
+    Args:
+        model: Path of an `.onnx` file, or its bytes (which cannot have external data).
+        provider: "cpu" or "cuda". Asked for CUDA, it runs on CUDA or not at all.
+
+    Attributes:
+        name: "onnxruntime-cpu" or "onnxruntime-cuda".
+        inputs: The inputs; an axis without a size or name is called `<input>_dim<axis>`.
+        outputs: The outputs.
+
+    Raises:
+        UsageError: No such file, no ONNX model in it, or one that ONNX Runtime refuses, with its reason.
+        MissingBackendError: CUDA was asked for and cannot be used here.
+    """
+
+    def __init__(self, model: str | Path | bytes, provider: str = "cpu") -> None:
+        if provider not in _PROVIDERS:
+            raise UsageError(f"unknown ONNX Runtime provider '{provider}'", hint="use cpu or cuda")
+        self.name = f"onnxruntime-{provider}"
+        self._where = "<bytes>" if isinstance(model, bytes) else str(model)
+        self._session = _open(model, self._where, provider)
+        self.inputs = tuple(self._spec(node, "input") for node in self._session.get_inputs())
+        self.outputs = tuple(self._spec(node, "output") for node in self._session.get_outputs())
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once on arrays of exactly the input names, dtypes and sizes of the graph.
+
+        Raises:
+            UsageError: A name, dtype or size that the graph does not take; it says what the graph takes.
+            RunFailedError: ONNX Runtime failed on the way, with its reason.
+        """
+        self._check(inputs)
+        try:
+            if any(spec.dtype in _BITS for spec in self.inputs + self.outputs):
+                return self._run_values(inputs)
+            names = [spec.name for spec in self.outputs]
+            arrays = self._session.run(names, dict(inputs), _quiet_run())
+            return {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)}
+        except Exception as error:  # ONNX Runtime raises a class of its own a status code
+            raise RunFailedError(f"{self.name} failed: {_reason(error)}", where=self._where) from error
+
+    def _run_values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        values = {spec.name: _to_value(inputs[spec.name], spec.dtype) for spec in self.inputs}
+        names = [spec.name for spec in self.outputs]
+        results = self._session.run_with_ort_values(names, values, _quiet_run())
+        return {
+            spec.name: _to_array(value, spec.dtype) for spec, value in zip(self.outputs, results, strict=True)
+        }
+
+    def _spec(self, node: Any, role: str) -> TensorSpec:
+        match = re.fullmatch(r"tensor\((\w+)\)", node.type)
+        if match is None:
+            raise UsageError(
+                f"{role} '{node.name}' is a {node.type}; only tensors can be compared", where=self._where
+            )
+        shape = (f"{node.name}_dim{axis}" if size is None else size for axis, size in enumerate(node.shape))
+        return TensorSpec(node.name, _DTYPES.get(match[1], match[1]), tuple(shape))
+
+    def _check(self, inputs: Mapping[str, Array]) -> None:
+        expected = "the graph takes " + ("; ".join(map(str, self.inputs)) or "no inputs")
+        wanted = {spec.name for spec in self.inputs}
+        problems = [f"input '{name}' is missing" for name in sorted(wanted - inputs.keys())]
+        problems += [f"unexpected input '{name}'" for name in sorted(inputs.keys() - wanted)]
+        for spec in self.inputs:
+            if spec.name in inputs and not _fits(inputs[spec.name], spec):
+                problems.append(f"input '{spec.name}' is {describe(inputs[spec.name])}")
+        if problems:
+            raise UsageError(f"{'; '.join(problems)}; {expected}", where=self._where)
+
+
+def _fits(array: Array, spec: TensorSpec) -> bool:
+    same = all(
+        isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=False)
+    )
+    return same and len(spec.shape) == array.ndim and array.dtype.name == spec.dtype
+
+
+def _open(model: str | Path | bytes, where: str, provider: str) -> Any:
+    import onnxruntime as ort
+
+    if not isinstance(model, bytes) and not Path(model).is_file():
+        raise UsageError(f"no such file: {where}", hint="give the path of an .onnx file")
+    if _PROVIDERS[provider][0] not in ort.get_available_providers():
+        raise MissingBackendError(
+            f"this ONNX Runtime has no {provider} provider", hint="install onnxruntime-gpu"
+        )
+    options = ort.SessionOptions()
+    options.log_severity_level = _FATAL
+    ort.set_default_logger_severity(_FATAL)  # loading a provider logs there, not to the session
+    try:
+        source = model if isinstance(model, bytes) else str(model)
+        session = ort.InferenceSession(source, options, providers=_PROVIDERS[provider])
+    except Exception as error:
+        raise _unreadable(error, where) from error
+    finally:
+        ort.set_default_logger_severity(_WARNING)
+    if _PROVIDERS[provider][0] not in session.get_providers():  # it falls back to the CPU without a word
+        raise MissingBackendError(
+            f"ONNX Runtime cannot use {provider} here: it fell back to {session.get_providers()[0]}",
+            hint="check the driver, and that onnxruntime-gpu finds the CUDA and cuDNN libraries it wants",
+        )
+    return session
+
+
+def _unreadable(error: Exception, where: str) -> UsageError:
+    reason = _reason(error)
+    if type(error).__name__ == "InvalidProtobuf" or "No graph was found" in reason:
+        return UsageError("not an ONNX model, or a truncated one", where=where, hint="export it again")
+    return UsageError(f"ONNX Runtime refuses the model: {reason}", where=where)
+
+
+def _reason(error: Exception) -> str:
+    """ONNX Runtime's message without its preamble: `[ONNXRuntimeError] : 1 : FAIL : `."""
+    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
+    return shorten(re.sub(r"/\S*/onnxruntime/\S+:\d+ ", "", text), 400)
+
+
+def _quiet_run() -> Any:
+    import onnxruntime as ort
+
+    options = ort.RunOptions()
+    options.log_severity_level = _FATAL
+    return options
+
+
+def _to_value(array: Array, dtype: str) -> Any:
+    import onnxruntime as ort
+
+    contiguous = np.ascontiguousarray(array).reshape(array.shape)  # ascontiguousarray turns () into (1,)
+    if dtype not in _BITS:
+        return ort.OrtValue.ortvalue_from_numpy(contiguous)
+    bits = contiguous.view(f"uint{8 * contiguous.dtype.itemsize}")
+    return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BITS[dtype])
+
+
+def _to_array(value: Any, dtype: str) -> Array:
+    if dtype not in _BITS:
+        return np.array(value.numpy())
+    kind, shape = numpy_dtype(dtype), tuple(value.shape())
+    size = int(np.prod(shape)) * kind.itemsize
+    raw = ctypes.string_at(value.data_ptr(), size) if size else b""  # OrtValue.numpy() knows no bfloat16
+    return np.frombuffer(raw, dtype=kind).reshape(shape).copy()

@@ -1,0 +1,220 @@
+"""What a comparison found: every case, a row an output, a verdict, an exit code."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from moe_export.verify.inputs import Case
+from moe_export.verify.judge import Judgement, Worst
+
+SCHEMA = "moe-export/verify-report/1"
+
+Outcome = Literal["compared", "refused", "failed"]
+Verdict = Literal["equal", "not equal", "not proven"]
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """What came of one case.
+
+    Args:
+        label: The case's label; with `seed` it reproduces the inputs.
+        seed: The seed given to `cases`.
+        sizes: Its dynamic sizes, as (name, size) pairs.
+        outcome: "compared" (both ran), "refused" (the reference raised) or "failed" (only the candidate did).
+        reason: What was raised, in one line.
+        judgements: One an output, if both ran.
+    """
+
+    label: str
+    seed: int
+    sizes: tuple[tuple[str, int], ...]
+    outcome: Outcome
+    reason: str | None = None
+    judgements: tuple[Judgement, ...] = ()
+
+    @classmethod
+    def of(
+        cls, case: Case, outcome: Outcome, reason: str | None, judgements: tuple[Judgement, ...] = ()
+    ) -> CaseResult:
+        """The result of `case`, which lets go of its arrays."""
+        return cls(case.label, case.seed, tuple(case.sizes.items()), outcome, reason, judgements)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One output over all compared cases; `at` is the label of the case with the worst element."""
+
+    output: str
+    kind: str
+    dtype: str
+    equal: bool
+    max_abs: float
+    max_rel: float
+    at: str
+    bad: int
+    total: int
+    flips: int
+    reason: str | None
+    worst: Worst | None
+
+
+@dataclass(frozen=True)
+class Report:
+    """The findings of `compare`; print it, or hand it to rich.
+
+    Args:
+        reference: Name of the engine that is right by definition.
+        candidate: Name of the engine in question.
+        cases: The result of every case, in order.
+        wanted: How many different sizes, the example's included, the verdict "equal" takes; where fewer were
+            on offer, all of them.
+    """
+
+    reference: str
+    candidate: str
+    cases: tuple[CaseResult, ...]
+    wanted: int = 4
+    schema: str = field(default=SCHEMA, init=False)
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the candidate is equal; "not proven" if nothing differs but too little was compared."""
+        if any(case.outcome == "failed" or any(not j.ok for j in case.judgements) for case in self.cases):
+            return "not equal"
+        return "not proven" if self.shortfall else "equal"
+
+    @property
+    def exit_code(self) -> int:
+        """0 if equal, else 1."""
+        return 0 if self.verdict == "equal" else 1
+
+    @property
+    def shortfall(self) -> str | None:
+        """Why agreement would prove nothing; None if it would."""
+        offered, compared = ({c.sizes for c in cases} for cases in (self.cases, self.compared))
+        needed = max(1, min(self.wanted, len(offered)))
+        if len(compared) < needed:
+            return f"{len(compared)} of {needed} sizes could be compared"
+        if not any(case.judgements for case in self.compared):
+            return "there are no outputs to compare"
+        blind = [name for name, all_nan in self._blind().items() if all_nan]
+        return f"{', '.join(blind)}: NaN throughout in every case" if blind else None
+
+    @property
+    def compared(self) -> tuple[CaseResult, ...]:
+        """The cases that both engines ran."""
+        return tuple(case for case in self.cases if case.outcome == "compared")
+
+    @property
+    def flips(self) -> int:
+        """Tokens that went to another expert in a tie, over all cases."""
+        return sum(judgement.flips for case in self.cases for judgement in case.judgements)
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """One an output, in the reference's order."""
+        by_output: dict[str, list[tuple[str, Judgement]]] = {}
+        for case in self.cases:
+            for judgement in case.judgements:
+                by_output.setdefault(judgement.output, []).append((case.label, judgement))
+        return tuple(_row(found) for found in by_output.values())
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What weakens the verdict: outputs of which some case could check nothing, because they are NaN."""
+        found = []
+        for name in self._blind():
+            labels = [
+                c.label for c in self.compared if any(j.output == name and _all_nan(j) for j in c.judgements)
+            ]
+            found.append(f"output '{name}' of {self.reference} is NaN throughout at {_listed(labels)}")
+        return tuple(found)
+
+    def _blind(self) -> dict[str, bool]:
+        """Outputs that are NaN throughout in some case → whether in all."""
+        nan_in: dict[str, list[bool]] = {}
+        for case in self.compared:
+            for judgement in case.judgements:
+                nan_in.setdefault(judgement.output, []).append(_all_nan(judgement))
+        return {name: all(found) for name, found in nan_in.items() if any(found)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain dicts and lists that strict JSON can hold: NaN and Inf become strings."""
+        found = {
+            "schema": self.schema,
+            "reference": self.reference,
+            "candidate": self.candidate,
+            "verdict": self.verdict,
+            "exit_code": self.exit_code,
+            "shortfall": self.shortfall,
+            "sizes_wanted": self.wanted,
+            "flips": self.flips,
+            "warnings": list(self.warnings),
+            "outputs": [asdict(row) for row in self.rows],
+            "cases": [asdict(case) | {"sizes": dict(case.sizes)} for case in self.cases],
+        }
+        return dict(_finite(found))
+
+    def to_json(self) -> str:
+        """`to_dict` as indented JSON, with a `schema` that names its version."""
+        return json.dumps(self.to_dict(), indent=2, allow_nan=False) + "\n"
+
+    def __str__(self) -> str:
+        from moe_export.verify.table import plain
+
+        return plain(self)
+
+    def __rich__(self) -> Any:
+        from moe_export.verify.table import rich_report
+
+        return rich_report(self)
+
+
+def _row(found: list[tuple[str, Judgement]]) -> Row:
+    label, worst = max(found, key=lambda item: (not item[1].ok, _rank(item[1].max_abs)))
+    judgements = [judgement for _, judgement in found]
+    return Row(
+        output=worst.output,
+        kind=worst.kind,
+        dtype=worst.dtype,
+        equal=worst.ok,
+        max_abs=_most(judgements, lambda j: j.max_abs),
+        max_rel=_most(judgements, lambda j: j.max_rel),
+        at=label,
+        bad=sum(judgement.bad for judgement in judgements),
+        total=sum(judgement.total for judgement in judgements),
+        flips=sum(judgement.flips for judgement in judgements),
+        reason=worst.reason,
+        worst=worst.worst,
+    )
+
+
+def _most(judgements: list[Judgement], figure: Callable[[Judgement], float]) -> float:
+    """The largest figure that could be measured; NaN if none could."""
+    return max((figure(j) for j in judgements if not math.isnan(figure(j))), default=float("nan"))
+
+
+def _rank(figure: float) -> float:
+    return -1.0 if math.isnan(figure) else figure
+
+
+def _all_nan(judgement: Judgement) -> bool:
+    return judgement.total > 0 and judgement.nans == judgement.total
+
+
+def _listed(labels: list[str], limit: int = 3) -> str:
+    more = f" and {len(labels) - limit} more" if len(labels) > limit else ""
+    return "; ".join(labels[:limit]) + more
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

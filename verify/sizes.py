@@ -1,0 +1,101 @@
+"""Which sizes a dynamic dimension is tried at, and what an expression of dimensions comes to.
+
+Graphs go wrong at sizes that nobody tried: a 1 that was taken for a broadcast, a loop that was unrolled for
+the traced length, a chunk count that was baked in. So every dimension is tried at 1, one below, five above,
+twice, half and three times the traced size, together with the others and alone.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+from moe_export.verify.specs import DimRange, TensorSpec
+
+from moe_export.errors import UsageError
+
+Change = Callable[[int], int]
+
+# In the order of what they find: a slow model may see only the first few.
+_TOGETHER: tuple[Change, ...] = (lambda n: 1, lambda n: n + 5, lambda n: n - 1)
+_ALONE_FIRST: tuple[Change, ...] = (lambda n: n + 5,)
+_TOGETHER_LATER: tuple[Change, ...] = (lambda n: 2 * n, lambda n: n // 2, lambda n: 3 * n)
+_ALONE_LATER: tuple[Change, ...] = (*_TOGETHER, *_TOGETHER_LATER)
+# For a model that refuses nearly all of the above, as one whose length must be a multiple of its chunk.
+_RESERVE: tuple[Change, ...] = (lambda n: 4 * n, lambda n: 5 * n, lambda n: 6 * n)
+
+
+def sizes_to_try(dims: Sequence[DimRange]) -> Iterator[tuple[dict[str, int], bool]]:
+    """Sizes other than the traced ones, each once, the most telling first.
+
+    Yields:
+        The sizes by dimension name, all within their ranges, and whether they are only a reserve.
+    """
+    traced = {dim.name: dim.traced for dim in dims}
+    seen = [traced]
+    for changed, change, reserve in _changes(dims):
+        sizes = traced | {dim.name: dim.clamp(change(dim.traced)) for dim in changed}
+        if sizes not in seen:
+            seen.append(sizes)
+            yield sizes, reserve
+
+
+def _changes(dims: Sequence[DimRange]) -> Iterator[tuple[Sequence[DimRange], Change, bool]]:
+    alone = [[dim] for dim in dims] if len(dims) > 1 else []
+    yield from ((dims, change, False) for change in _TOGETHER)
+    yield from ((one, change, False) for change in _ALONE_FIRST for one in alone)
+    yield from ((dims, change, False) for change in _TOGETHER_LATER)
+    yield from ((one, change, False) for change in _ALONE_LATER for one in alone)
+    yield from ((dims, change, True) for change in _RESERVE)
+    yield from ((one, change, True) for change in _RESERVE for one in alone)
+
+
+def shape_at(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """The shape of an input when its dynamic dimensions have these sizes.
+
+    Raises:
+        UsageError: The shape names an unknown dimension, or says something other than +, - and * of integers.
+    """
+    return tuple(size if isinstance(size, int) else evaluate(size, sizes) for size in spec.shape)
+
+
+def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
+    """The value of an integer expression of dimension names: `batch`, `2*s0 + 1`, `4*(s0 - s1)`.
+
+    A string that is a name as a whole counts as that name, whatever it looks like ("batch-size").
+
+    Raises:
+        UsageError: An unknown name, or anything but names, integers, +, -, * and parentheses.
+    """
+    if expression in sizes:
+        return sizes[expression]
+    try:
+        tree = ast.parse(expression.strip(), mode="eval")
+    except SyntaxError:
+        raise UsageError(f"dimension '{expression}' is neither a name nor an expression of names") from None
+    return _value(tree.body, expression, sizes)
+
+
+_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+}
+
+
+def _value(node: ast.expr, expression: str, sizes: Mapping[str, int]) -> int:
+    match node:
+        case ast.Constant(value=int(value)) if not isinstance(value, bool):
+            return value
+        case ast.Name(id=name) if name in sizes:
+            return sizes[name]
+        case ast.Name(id=name):
+            known = ", ".join(sizes) or "none"
+            raise UsageError(f"dimension '{name}' has no range", hint=f"dimensions with a range: {known}")
+        case ast.UnaryOp(op=ast.USub(), operand=operand):
+            return -_value(operand, expression, sizes)
+        case ast.BinOp(op=op, left=left, right=right) if type(op) in _OPERATORS:
+            return _OPERATORS[type(op)](_value(left, expression, sizes), _value(right, expression, sizes))
+        case _:
+            raise UsageError(f"dimension '{expression}': only names, integers, +, - and * are understood")

@@ -1,0 +1,125 @@
+"""A report as text, plain or in colour, at most 100 columns wide."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
+
+from moe_export.verify.report import CaseResult, Report, Row
+from moe_export.verify.runner import shorten
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+WIDTH = 100
+_HEADER = ("output", "dtype", "max abs", "max rel", "at", "verdict")
+_RIGHT = (2, 3)  # columns of figures
+_LIMITS = (28, 14, 9, 9, 24, 9)  # with a gap of 1 between them, exactly within WIDTH
+_COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow"}
+
+
+def plain(report: Report) -> str:
+    """The report as plain text: verdict, a table of outputs, sizes, refusals, worst elements."""
+    cells = [_HEADER, *(_cells(row) for row in report.rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
+    lines = [_headline(report), ""]
+    if report.rows:
+        lines += [_aligned(line, widths) for line in cells] + [""]
+    return "\n".join([*lines, *_notes(report)])
+
+
+def rich_report(report: Report) -> Group:
+    """The same for a rich console, which colours it and fits it to the terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for column, title in enumerate(_HEADER):
+        table.add_column(title, justify="right" if column in _RIGHT else "left")
+    for row in report.rows:
+        colour = "green" if row.equal else "red"
+        *cells, verdict = _cells(row)
+        table.add_row(*map(Text, cells), Text(verdict, style=colour))
+    headline = Text(_headline(report), style=f"bold {_COLOURS[report.verdict]}")
+    return Group(headline, Text(), table, Text(), Text("\n".join(_notes(report))))
+
+
+def show(report: Report, stream: TextIO) -> None:
+    """Write the report to `stream`: in colour if it is a terminal, as plain text if not."""
+    if stream.isatty():
+        from rich.console import Console
+
+        Console(file=stream).print(report)
+    else:
+        stream.write(f"{report}\n")
+
+
+def _headline(report: Report) -> str:
+    why = f" ({report.shortfall})" if report.verdict == "not proven" else ""
+    return shorten(f"{report.candidate} against {report.reference}: {report.verdict}{why}", WIDTH)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    verdict = "equal" if row.equal else "DIFFERS"
+    cells = (row.output, row.dtype, _figure(row.max_abs), _figure(row.max_rel), row.at, verdict)
+    return tuple(shorten(cell, limit) for cell, limit in zip(cells, _LIMITS, strict=True))
+
+
+def _figure(value: float) -> str:
+    """Three digits; a dash where there is nothing to measure."""
+    if math.isnan(value):
+        return "-"
+    return "0" if value == 0 else f"{value:.2e}"
+
+
+def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
+    pairs = enumerate(zip(cells, widths, strict=True))
+    return " ".join(c.rjust(w) if i in _RIGHT else c.ljust(w) for i, (c, w) in pairs).rstrip()
+
+
+def _notes(report: Report) -> list[str]:
+    return [line for note in _paragraphs(report) for line in _wrapped(note)]
+
+
+def _paragraphs(report: Report) -> Iterator[str]:
+    ran = report.compared
+    yield f"compared at {len({case.sizes for case in ran})} sizes: " + (_labels(ran) or "none")
+    for case in report.cases:
+        if case.outcome == "refused":
+            yield f"refused by {report.reference}, {case.label}: {case.reason}"
+        if case.outcome == "failed":
+            yield f"FAILED in {report.candidate} only, {case.label}: {case.reason}"
+    for row in report.rows:
+        if not row.equal:
+            yield f"{row.output} DIFFERS, {row.at}: {row.reason}{_worst(row, report)}"
+    if report.flips:
+        yield f"ties: {report.flips} tokens went to another expert of the same score"
+    yield from (f"warning: {warning}" for warning in report.warnings)
+
+
+def _worst(row: Row, report: Report) -> str:
+    if row.worst is None or row.kind == "routing":  # a routing reason names its token already
+        return ""
+    index = f"[{', '.join(map(str, row.worst.index))}]" if row.worst.index else ""
+    ours, theirs = _value(row.worst.candidate), _value(row.worst.reference)
+    return f"; worst {row.output}{index} is {ours}, {report.reference} has {theirs}"
+
+
+def _value(value: object) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+def _labels(cases: tuple[CaseResult, ...]) -> str:
+    """The labels; the example's sizes are spelt out, as the other labels are sizes already."""
+    sizes = " ".join(f"{name}={size}" for name, size in cases[0].sizes) if cases else ""
+    labels = [case.label for case in cases]
+    if sizes and cases[0].label != sizes:
+        labels[0] += f" ({sizes})"
+    return "; ".join(labels)
+
+
+def _wrapped(paragraph: str) -> list[str]:
+    return textwrap.wrap(paragraph, WIDTH, subsequent_indent="  ") or [""]

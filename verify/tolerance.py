@@ -1,0 +1,72 @@
+"""How far apart equal floats may be: |candidate - reference| <= atol + rtol * |reference|.
+
+The defaults are a few roundings of the output's dtype. float32's is the usual 1e-5 (84 roundings: sums over
+a few hundred terms, taken in another order, stay below it). In the narrow types intermediate values of about
+1 are rounded before they cancel, so atol equals rtol there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+from moe_export.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Margin:
+    """The tolerance of one output."""
+
+    rtol: float
+    atol: float
+
+    def __post_init__(self) -> None:
+        if not (0 <= self.rtol < float("inf") and 0 <= self.atol < float("inf")):  # NaN fails this too
+            raise UsageError(
+                f"a tolerance must be finite and not negative: rtol={self.rtol}, atol={self.atol}"
+            )
+
+    def __str__(self) -> str:
+        return f"rtol={self.rtol:g} atol={self.atol:g}"
+
+
+DEFAULTS: Mapping[str, Margin] = MappingProxyType(
+    {
+        "float64": Margin(1e-10, 1e-10),  # leaves no room for a constant that was stored as float32 (6e-8)
+        "float32": Margin(1e-5, 1e-5),  # epsilon 1.2e-7
+        "float16": Margin(4e-3, 4e-3),  # 4 x epsilon, 9.8e-4
+        "bfloat16": Margin(3e-2, 3e-2),  # 4 x epsilon, 7.8e-3
+        "float8_e4m3fn": Margin(0.25, 0.25),  # 2 x epsilon: such values are stored, hardly computed with
+        "float8_e4m3fnuz": Margin(0.25, 0.25),
+        "float8_e5m2": Margin(0.5, 0.5),
+        "float8_e5m2fnuz": Margin(0.5, 0.5),
+    }
+)
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """The tolerance of every output: its own if it has one, else the user's, else its dtype's default.
+
+    Args:
+        rtol: Relative part, for all outputs; None takes the default of each output's dtype.
+        atol: Absolute part, likewise.
+        outputs: Margins of single outputs, by name; these win over everything.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    outputs: Mapping[str, Margin] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        Margin(self.rtol or 0.0, self.atol or 0.0)  # refuse nonsense here, not in the middle of a comparison
+
+    def of(self, output: str, dtype: str) -> Margin:
+        """The margin of `output`, whose dtype is `dtype`; a dtype without a row gets float32's."""
+        if output in self.outputs:
+            return self.outputs[output]
+        default = DEFAULTS.get(dtype, DEFAULTS["float32"])
+        return Margin(
+            default.rtol if self.rtol is None else self.rtol, default.atol if self.atol is None else self.atol
+        )
