@@ -29,6 +29,15 @@ def get_capacity(num_tokens: int, num_experts: int, capacity_factor: float, min_
     return capacity
 
 
+def one_hot_slots(locations: Tensor, capacity: int) -> Tensor:
+    """Mark each token's slot: (s,) → (s, c) bool.
+
+    Unlike `F.one_hot`, which needs to know the number of classes, this traces with a symbolic capacity.
+    """
+    slots = torch.arange(capacity, device=locations.device)  # (c,)
+    return locations.unsqueeze(1) == slots
+
+
 def load_balancing_loss(gates: Tensor, mask1: Tensor) -> Tensor:
     """GShard, section 2.2: the share of tokens times the mean gate, summed over experts; 1 when even.
 
@@ -66,7 +75,7 @@ def top1gating(logits: Tensor, capacity_factor: float, min_capacity: int) -> tup
     locations1_s = torch.sum(locations1 * mask1, dim=1)  # (s,): the slot
 
     gates1 = gates * mask1.type_as(gates)  # (s, e)
-    locations1_sc = F.one_hot(locations1_s, num_classes=capacity).type_as(gates)  # (s, c)
+    locations1_sc = one_hot_slots(locations1_s, capacity).type_as(gates)  # (s, c)
     combine_weights = torch.einsum("se,sc->sec", gates1, locations1_sc)
     dispatch_mask = combine_weights.bool()
     return combine_weights, dispatch_mask, l_aux
@@ -102,8 +111,8 @@ def top2gating(logits: Tensor, capacity_factor: float, min_capacity: int) -> tup
     gates1 = torch.einsum("s,se->se", gates1_s / denom_s, mask1_float)
     gates2 = torch.einsum("s,se->se", gates2_s / denom_s, mask2_float)
 
-    locations1_sc = F.one_hot(locations1_s, num_classes=capacity).type_as(gates)  # (s, c)
-    locations2_sc = F.one_hot(locations2_s, num_classes=capacity).type_as(gates)  # (s, c)
+    locations1_sc = one_hot_slots(locations1_s, capacity).type_as(gates)  # (s, c)
+    locations2_sc = one_hot_slots(locations2_s, capacity).type_as(gates)  # (s, c)
     combine1_sec = torch.einsum("se,sc->sec", gates1, locations1_sc)
     combine2_sec = torch.einsum("se,sc->sec", gates2, locations2_sc)
     combine_weights = combine1_sec + combine2_sec
