@@ -1,0 +1,134 @@
+"""From an equation and shapes to a `Plan`.
+
+1. Take diagonals; sum labels that only one operand has and the result does not keep.
+2. Choose the order in which the operands are combined (`contraction`).
+3. Choose how each pair is combined (`pairwise`), keeping a few layouts of each intermediate for the next pair.
+4. Write the cheapest tree down as steps.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+from moe_export.einsum_rewrite.binding import Binding, Shape, Size, bind, symbolic_shapes
+from moe_export.einsum_rewrite.contraction import Tree, alive, contraction_tree
+from moe_export.einsum_rewrite.equation import Equation, read_notation
+from moe_export.einsum_rewrite.layout import UNIT, Axis, Layout, plain
+from moe_export.einsum_rewrite.notation import deduce
+from moe_export.einsum_rewrite.pairwise import KEPT_CHOICES, combine
+from moe_export.einsum_rewrite.plan import Plan
+from moe_export.einsum_rewrite.prices import Prices
+from moe_export.einsum_rewrite.value import Value, steps_to
+from moe_export.errors import EquationError
+
+TARGETS = ("onnx", "torch")
+
+
+def plan_einsum(
+    equation: str | Equation, *shapes: Shape, notation: str | None = None, target: str = "onnx"
+) -> Plan:
+    """Plan an einsum without an `Einsum` operator.
+
+    Args:
+        equation: In torch's or einops' notation, or parsed already.
+        shapes: The shape of each operand, a name or None where a size is not known. Without shapes every size
+            is symbolic (and an ellipsis stands for no axes).
+        notation: "torch" or "einops"; None deduces it (the rule is in `notation.deduce`).
+        target: "onnx" for engines that broadcast a matmul by strides, "torch" for eager PyTorch, which copies.
+
+    Returns:
+        A plan; print it to see steps, FLOPs and the largest intermediate.
+
+    Example:
+        >>> print(plan_einsum("b l d_in, d_in n -> b l d_in n").summary)
+        unsqueeze, multiply
+    """
+    if isinstance(equation, str):
+        ranks = [len(shape) for shape in shapes] if shapes else None
+        chosen = deduce(equation, ranks) if notation is None else read_notation(notation)
+        equation = Equation.parse(equation, chosen)
+    return make_plan(equation, shapes or symbolic_shapes(equation), target=target)
+
+
+def make_plan(
+    equation: Equation,
+    shapes: Sequence[Shape],
+    *,
+    guesses: Mapping[str, int] | None = None,
+    constants: Sequence[int] = (),
+    target: str = "onnx",
+) -> Plan:
+    """Plan a parsed equation; the same question is answered from a cache.
+
+    Args:
+        equation: What to compute.
+        shapes: The shape of each operand.
+        guesses: Likely values of symbolic sizes, by name; they guide, and nothing depends on them.
+        constants: Operands that never change, so that rearranging them costs nothing when the model runs.
+        target: See `plan_einsum`.
+    """
+    if target not in TARGETS:
+        raise EquationError(f"there is no target {target!r}", hint=f"the targets are: {', '.join(TARGETS)}")
+    frozen = tuple(tuple(shape) for shape in shapes)
+    likely = tuple(sorted((guesses or {}).items()))
+    return _plan(equation, frozen, likely, tuple(sorted(constants)), target)
+
+
+@lru_cache(maxsize=4096)
+def _plan(
+    equation: Equation,
+    shapes: tuple[tuple[Size, ...], ...],
+    guesses: tuple[tuple[str, int], ...],
+    constants: tuple[int, ...],
+    target: str,
+) -> Plan:
+    binding = bind(equation, shapes)
+    prices = Prices(dict(binding.sizes), dict(guesses), copies=target == "torch")
+    operands = [_operand(binding, k, k in constants) for k in range(len(shapes))]
+    terms = [frozenset(value.labels) for value in operands]
+    output = frozenset(binding.output)
+    tree = contraction_tree(terms, output, prices)
+    result = _grow(tree, operands, output, binding.output, prices)[0]
+    steps, last = steps_to(result.moved(plain(binding.output), prices), len(operands))
+    return Plan(equation, tuple(map(_layout, binding.axes)), binding.output, binding.sizes, steps, last)
+
+
+def _grow(
+    tree: Tree, operands: list[Value], output: frozenset[str], goal: Axis | None, prices: Prices
+) -> list[Value]:
+    """The cheapest values that a tree of operands can be, in several layouts unless there is a goal."""
+    if isinstance(tree, int):
+        return [operands[tree]]
+    left, right = tree
+    inside = _leaves(tree)
+    outside = [frozenset(value.labels) for k, value in enumerate(operands) if k not in inside]
+    lefts = _grow(left, operands, output, None, prices)
+    rights = _grow(right, operands, output, None, prices)
+    keep = alive(frozenset(lefts[0].labels + rights[0].labels), outside, output)
+    found = [value for x in lefts for y in rights for value in combine(x, y, keep, goal, prices)]
+    return sorted(found, key=lambda value: value.price)[:KEPT_CHOICES]
+
+
+def _leaves(tree: Tree) -> frozenset[int]:
+    return frozenset((tree,)) if isinstance(tree, int) else _leaves(tree[0]) | _leaves(tree[1])
+
+
+def _layout(axes: Sequence[str | None]) -> Layout:
+    return tuple(UNIT if label is None else (label,) for label in axes)
+
+
+def _operand(binding: Binding, number: int, constant: bool) -> Value:
+    """An operand after its diagonals, and after the sums that concern it alone."""
+    value = Value(_layout(binding.axes[number]), operand=number, constant=constant)
+    for label, times in Counter(value.labels).items():
+        for _ in range(times - 1):
+            first, second = [i for i, axis in enumerate(value.layout) if axis == (label,)][:2]
+            value = value.diagonal(first, second)
+    elsewhere = {label for k, axes in enumerate(binding.axes) if k != number for label in axes}
+    needed = elsewhere | set(binding.output)
+    private = tuple(i for i, axis in enumerate(value.layout) if axis and axis[0] not in needed)
+    return value.sum(private, alone=True) if private else value
+
+
