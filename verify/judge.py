@@ -18,7 +18,7 @@ Scalar: TypeAlias = "float | int | bool | str"
 
 @dataclass(frozen=True)
 class Worst:
-    """The element that is furthest beyond its tolerance, or, among equal arrays, nearest to it."""
+    """The element that is furthest beyond its tolerance; of equal arrays, the one that differs most."""
 
     index: tuple[int, ...]
     candidate: Scalar
@@ -130,6 +130,7 @@ def _floats(output: str, reference: Array, candidate: Array, margin: Margin) -> 
         difference = np.where(finite, np.abs(ours - ref), np.nan)
         beyond = difference - (margin.atol + margin.rtol * np.abs(ref))  # NaN where not both are finite
     wrong = ~same_pattern | (beyond > 0)
+    badness = np.where(same_pattern, beyond, np.inf) if wrong.any() else difference
     return Judgement(
         output,
         "float",
@@ -138,7 +139,7 @@ def _floats(output: str, reference: Array, candidate: Array, margin: Margin) -> 
         *_largest(difference, reference),
         int(wrong.sum()),
         reference.size,
-        _worst(reference, candidate, np.where(finite, beyond, np.where(same_pattern, -np.inf, np.inf))),
+        _worst(reference, candidate, badness),
         margin,
         _nans(reference),
     )
@@ -159,7 +160,8 @@ def _float_reason(ref: Array, ours: Array, wrong: Array, same_pattern: Array, ma
 def _worst(reference: Array, candidate: Array, badness: Array) -> Worst | None:
     if not reference.size:
         return None
-    index = tuple(int(i) for i in np.unravel_index(int(np.argmax(badness)), reference.shape))
+    flat = int(np.argmax(np.nan_to_num(badness, nan=-np.inf)))  # NaN: nothing to measure, nothing wrong
+    index = tuple(int(i) for i in np.unravel_index(flat, reference.shape))
     return Worst(index, _scalar(candidate[index]), _scalar(reference[index]))
 
 

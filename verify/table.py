@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
-from moe_export.verify.report import CaseResult, Report, Row
+from moe_export.verify.report import CaseResult, Outcome, Report, Row
 from moe_export.verify.runner import shorten
 
 if TYPE_CHECKING:
@@ -87,17 +87,25 @@ def _notes(report: Report) -> list[str]:
 def _paragraphs(report: Report) -> Iterator[str]:
     ran = report.compared
     yield f"compared at {len({case.sizes for case in ran})} sizes: " + (_labels(ran) or "none")
-    for case in report.cases:
-        if case.outcome == "refused":
-            yield f"refused by {report.reference}, {case.label}: {case.reason}"
-        if case.outcome == "failed":
-            yield f"FAILED in {report.candidate} only, {case.label}: {case.reason}"
+    for reason, labels in _reasons(report, "refused").items():
+        yield f"refused by {report.reference}, {'; '.join(labels)}: {reason}"
+    for reason, labels in _reasons(report, "failed").items():
+        yield f"FAILED in {report.candidate} only, {'; '.join(labels)}: {reason}"
     for row in report.rows:
         if not row.equal:
             yield f"{row.output} DIFFERS, {row.at}: {row.reason}{_worst(row, report)}"
     if report.flips:
         yield f"ties: {report.flips} tokens went to another expert of the same score"
     yield from (f"warning: {warning}" for warning in report.warnings)
+
+
+def _reasons(report: Report, outcome: Outcome) -> dict[str, list[str]]:
+    """The cases with this outcome, by what was raised: one mistake often shows at many sizes."""
+    found: dict[str, list[str]] = {}
+    for case in report.cases:
+        if case.outcome == outcome:
+            found.setdefault(case.reason or "", []).append(case.label)
+    return found
 
 
 def _worst(row: Row, report: Report) -> str:
