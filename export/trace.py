@@ -141,13 +141,15 @@ def _export(
             for name, tensor in example.items()
         )
         try:
-            with quiet(), torch.no_grad():
+            # With opt_einsum, torch.einsum compares sizes to choose a path, which would fix them; the path is
+            # chosen later, by the einsum rewriting.
+            with quiet(), torch.no_grad(), torch.backends.opt_einsum.flags(enabled=False):
                 program = torch.export.export(
                     _Flat(subject).eval(),
                     tuple(tensor.clone() for tensor in example.values()),
                     dynamic_shapes={"inputs": spec},
                     strict=False,
-                )
+                ).run_decompositions({})  # in-place operators become functional ones; nothing else changes
         except Exception as error:
             first = first or error
             continue

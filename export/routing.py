@@ -1,0 +1,338 @@
+"""Find the gates in a traced model: which experts each token goes to, and with which weights.
+
+A gate is recognised by what it does, never by its name: scores over a fixed number of experts, a choice among
+them along the last dimension (`topk`, `argmax`, `max`), and indices that are then used to send tokens somewhere
+(or returned, for a model that is only a gate). The weights are the chosen scores after the normalising that
+follows. What feeds a gate is cut off where values enter its module; if that module only chooses (its logits are
+computed outside), the module around it is taken, up to the model itself.
+
+Letters: e experts, k choices a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moe_export.export.source import line_of
+from moe_export.export.trace import Traced
+
+_aten = torch.ops.aten
+
+# Ops that rearrange or mark indices without using them yet.
+_CARRIERS = {
+    _aten.view.default, _aten.reshape.default, _aten.unsqueeze.default, _aten.squeeze.dim,
+    _aten.squeeze.default, _aten.flatten.using_ints, _aten._to_copy.default, _aten.to.dtype, _aten.clone.default,
+    _aten.expand.default, _aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.contiguous.default,
+    _aten.detach.default, _aten.alias.default, _aten.slice.Tensor, _aten.select.int,
+}  # fmt: skip
+# Ops that use indices to send tokens to experts, or to mark who goes where.
+_DISPATCHERS = {
+    _aten.one_hot.default, _aten.eq.Scalar, _aten.eq.Tensor, _aten.ne.Scalar, _aten.scatter.value,
+    _aten.scatter.src, _aten.scatter_add.default, _aten.bincount.default, _aten.histc.default,
+    _aten.argsort.default, _aten.argsort.stable, _aten.sort.default, _aten.sort.stable, _aten.index.Tensor,
+    _aten.index_select.default, _aten.embedding.default, _aten.gather.default, _aten.index_put.default,
+    _aten.searchsorted.Tensor, _aten.where.default, _aten.nonzero.default,
+}  # fmt: skip
+# Ops that turn chosen scores into weights: the value stays in the same argument and keeps its shape.
+_NORMALISERS = {
+    _aten.div.Tensor, _aten.div.Scalar, _aten.mul.Tensor, _aten.mul.Scalar, _aten.softmax.int, _aten._softmax.default,
+    _aten.sigmoid.default, _aten._to_copy.default, _aten.to.dtype, _aten.type_as.default, _aten.clone.default,
+    _aten.clamp.default, _aten.clamp_min.default, _aten.relu.default, _aten.detach.default,
+    _aten.contiguous.default, _aten.alias.default, _aten.masked_fill.Scalar, _aten.add.Scalar,
+}  # fmt: skip
+_CONTRACTIONS = {
+    _aten.linear.default, _aten.matmul.default, _aten.mm.default, _aten.addmm.default, _aten.bmm.default,
+    _aten.einsum.default,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One operator that chooses: `topk`, `argmax` or `max` along the experts.
+
+    Attributes:
+        scores: (..., e), what it chooses by.
+        indices: (..., k) from `topk`, (...) from `argmax` and `max`.
+        values: The chosen scores, where the operator returns them.
+    """
+
+    operator: fx.Node
+    scores: fx.Node
+    indices: fx.Node
+    values: fx.Node | None
+    experts: int
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One gate.
+
+    Attributes:
+        path: Path of the gate's module in the user's model; `model` for the model itself.
+        line: `file:line` of the choice.
+        experts: e.
+        choices: One `topk`, or one `argmax` for each of the k choices, first choice first.
+        weights: One value for each choice, or nothing where no weights could be told.
+        inputs: The values that enter the gate.
+    """
+
+    path: str
+    line: str | None
+    experts: int
+    choices: tuple[Choice, ...]
+    weights: tuple[fx.Node, ...]
+    inputs: tuple[fx.Node, ...]
+
+    @property
+    def outputs(self) -> tuple[fx.Node, ...]:
+        return (*(choice.indices for choice in self.choices), *self.weights)
+
+
+def find_routings(traced: Traced) -> tuple[Routing, ...]:
+    """Every gate of the model, in the order in which the model runs them."""
+    graph = traced.program.graph
+    choices = [choice for node in graph.nodes if (choice := _as_choice(node)) is not None]
+    choices = [choice for choice in choices if _reaches(choice.indices, traced, dispatch=True)] or [
+        choice
+        for choice in choices
+        if choice.operator.target is _aten.topk.default and _reaches(choice.indices, traced, dispatch=False)
+    ]
+    choices = _without_group_choices(choices)
+    return tuple(_as_routing(group, traced) for group in _by_gate(choices))
+
+
+def _as_choice(node: fx.Node) -> Choice | None:
+    if node.op != "call_function" or node.target not in (
+        _aten.topk.default, _aten.argmax.default, _aten.max.dim,
+    ):  # fmt: skip
+        return None
+    scores = node.args[0]
+    assert isinstance(scores, fx.Node)
+    value = scores.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point or value.dim() < 2:
+        return None
+    argument = 2 if node.target is _aten.topk.default else 1
+    axis = node.args[argument] if len(node.args) > argument else node.kwargs.get("dim", -1)
+    experts = str(value.shape[-1])
+    if not isinstance(axis, int) or axis % value.dim() != value.dim() - 1 or not experts.isdigit():
+        return None
+    parts = {user.args[1]: user for user in node.users if user.target is not _aten.argmax.default and _is_part(user)}
+    if node.target is _aten.argmax.default:
+        return Choice(node, scores, node, None, int(experts))
+    return Choice(node, scores, parts[1], parts.get(0), int(experts)) if 1 in parts else None
+
+
+def _is_part(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"
+
+
+def _reaches(indices: fx.Node, traced: Traced, *, dispatch: bool) -> bool:
+    """Whether indices, possibly rearranged, are used to dispatch (or else are an output of the model)."""
+    stack, seen = [indices], {indices}
+    while stack:
+        for user in stack.pop().users:
+            if user.op == "output":
+                if not dispatch:
+                    return True
+            elif dispatch and user.target in _DISPATCHERS:
+                return True
+            elif user.target in _CARRIERS and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return False
+
+
+def _without_group_choices(choices: list[Choice]) -> list[Choice]:
+    """Drop a choice among groups of experts that only prepares a later choice among more experts."""
+    return [
+        choice
+        for choice in choices
+        if not any(
+            later is not choice
+            and later.experts > choice.experts
+            and _scope(later.operator)[-1:] == _scope(choice.operator)[-1:]
+            and choice.operator in _ancestors([later.scores])
+            for later in choices
+        )
+    ]
+
+
+def _by_gate(choices: list[Choice]) -> Iterator[tuple[Choice, ...]]:
+    """One `topk` is a gate; so are the `argmax`es of one module over the same experts (first choice, second...)."""
+    singles: dict[tuple[tuple[str, ...], int], list[Choice]] = {}
+    for choice in choices:
+        if choice.operator.target is _aten.topk.default:
+            yield (choice,)
+        else:
+            singles.setdefault((_scope(choice.operator), choice.experts), []).append(choice)
+    yield from (tuple(group) for group in singles.values())
+
+
+def _as_routing(choices: tuple[Choice, ...], traced: Traced) -> Routing:
+    scope = _gate_scope(choices)
+    weights: list[fx.Node] = []
+    for choice in choices:
+        found = _weights(choice, scope, taken=weights)
+        if found is not None:
+            weights.append(found)
+    if len(weights) != len(choices):
+        weights = []
+    outputs = [*(choice.indices for choice in choices), *weights]
+    path = scope[-1].removeprefix(f"{traced.scope}.") if scope else traced.scope
+    return Routing(
+        path=path,
+        line=line_of(choices[0].operator.meta.get("stack_trace")),
+        experts=choices[0].experts,
+        choices=choices,
+        weights=tuple(weights),
+        inputs=tuple(_frontier(outputs, scope)),
+    )
+
+
+def _scope(node: fx.Node) -> tuple[str, ...]:
+    """Module paths that a node runs in, outermost first; a second call of one module gets `@1`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = []
+    for key, (path, _) in stack.items():
+        _, at, call = str(key).partition("@")
+        if path and not path.startswith("_empty_nn_module"):
+            paths.append(f"{path}{at}{call}")
+    return tuple(paths)
+
+
+def _gate_scope(choices: tuple[Choice, ...]) -> tuple[str, ...]:
+    """The innermost module around the choice in which the scores are computed from a weight."""
+    scope = _scope(choices[0].operator)
+    while len(scope) > 1:
+        inside = _inside([choice.scores for choice in choices], scope)
+        if any(node.target in _CONTRACTIONS for node in inside):
+            return scope
+        scope = scope[:-1]
+    return scope
+
+
+def _is_within(node: fx.Node, scope: tuple[str, ...]) -> bool:
+    """Whether a node runs inside a module. Sizes and weights belong to everyone."""
+    if node.op == "placeholder":
+        return _is_constant(node)
+    own = _scope(node)
+    return not own or not scope or own[: len(scope)] == scope
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Parameters, buffers and constants are placeholders too; their names begin so by torch.export's rule."""
+    return node.op == "get_attr" or node.name.startswith(("p_", "b_", "c_"))
+
+
+def _inside(outputs: Iterable[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
+    """The nodes of a scope that outputs depend on; sizes are left aside, they are read off the tensors."""
+    stack, seen = list(outputs), set(outputs)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen and _is_within(source, scope) and not is_size(source):
+                seen.add(source)
+                stack.append(source)
+    return list(seen)
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is an integer of the shape arithmetic."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+def size_source(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | None:
+    """A tensor and the axis at which its size is this integer."""
+    wanted = str(size.meta["val"])
+    for node in tensors:
+        for axis, found in enumerate(node.meta["val"].shape):
+            if str(found) == wanted:
+                return node, axis
+    return None
+
+
+def _frontier(outputs: list[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
+    """The tensors from outside a scope that its part of the computation uses, in graph order.
+
+    A size that none of them has is traced back to the tensors that it was computed from.
+    """
+    inside = set(_inside(outputs, scope))
+    sources = {source for node in inside for source in node.all_input_nodes if source not in inside}
+    tensors = {node for node in sources if isinstance(node.meta.get("val"), torch.Tensor)}
+    sizes = [node for node in sources if is_size(node)]
+    while sizes:
+        size = sizes.pop()
+        if size_source(size, tensors) is None:
+            sizes += [node for node in size.all_input_nodes if is_size(node)]
+            tensors |= {node for node in size.all_input_nodes if not is_size(node)}
+    return [node for node in outputs[0].graph.nodes if node in tensors]
+
+
+def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    return set(_inside(nodes, ()))
+
+
+def _shape(node: fx.Node) -> tuple[str, ...]:
+    value = node.meta.get("val")
+    return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
+
+
+def _weights(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node]) -> fx.Node | None:
+    """The weights that go with chosen indices: same shape, after everything that normalises them."""
+    start = _chosen_scores(choice, scope, taken)
+    if start is None:
+        return None
+    current = start
+    while True:
+        following = [
+            user
+            for user in current.users
+            if user.target in _NORMALISERS
+            and (user.args[0] is current or user.target is _aten.mul.Tensor)
+            and _shape(user) == _shape(start)
+            and _is_float(user)
+            and _is_within(user, scope)
+        ]
+        if not following:
+            return current
+        current = following[-1]
+
+
+def _chosen_scores(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node]) -> fx.Node | None:
+    """Where weights begin: a float of the indices' shape that depends on them, else the chosen values."""
+    shape = _shape(choice.indices)
+    dependent = {choice.indices}
+    for node in choice.indices.graph.nodes:
+        if node.op != "call_function" or dependent.isdisjoint(node.all_input_nodes):
+            continue
+        dependent.add(node)
+        if _shape(node) == shape and _is_float(node) and _is_within(node, scope):
+            start = _origin(node, choice)
+            if start not in taken:
+                return start
+    if choice.values is not None and choice.values.users:
+        return choice.values
+    return _maximum_of(choice)
+
+
+def _origin(node: fx.Node, choice: Choice) -> fx.Node:
+    """The node itself; the chosen values where it only normalises those."""
+    return choice.values if choice.values is not None and choice.values in node.all_input_nodes else node
+
+
+def _maximum_of(choice: Choice) -> fx.Node | None:
+    """`argmax` beside a `max` of the same scores, as in Switch Transformers."""
+    for user in choice.scores.users:
+        if user.target is _aten.amax.default and _shape(user) == _shape(choice.indices):
+            return user
+        if user.target is _aten.max.dim:
+            return next((part for part in user.users if _is_part(part) and part.args[1] == 0), None)
+    return None
