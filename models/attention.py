@@ -66,10 +66,11 @@ model = SelfAttention(embed_size=32, heads=4)
 
 def example_inputs() -> dict[str, Tensor]:
     """Seven queries on ten keys; query i sees the keys up to i + 3."""
+    generator = torch.Generator().manual_seed(0)
     return {
-        "values": torch.randn(2, 10, 32),
-        "keys": torch.randn(2, 10, 32),
-        "query": torch.randn(2, 7, 32),
+        "values": torch.randn(2, 10, 32, generator=generator),
+        "keys": torch.randn(2, 10, 32, generator=generator),
+        "query": torch.randn(2, 7, 32, generator=generator),
         "mask": torch.ones(7, 10, dtype=torch.bool).tril(diagonal=3),
     }
 

@@ -8,10 +8,11 @@ Glossary:
 """
 
 import torch
+from torch import Tensor, nn
+
 from moe_export.models.attention import SelfAttention
 from moe_export.models.mamba import MambaBlock, RMSNorm
 from moe_export.models.sparse_moe import SparseMoe
-from torch import Tensor, nn
 
 
 class HybridLM(nn.Module):

@@ -14,8 +14,9 @@ import math
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
-from moe_export.models.mamba import RMSNorm
 from torch import Tensor, nn
+
+from moe_export.models.mamba import RMSNorm
 
 
 def segsum(x: Tensor) -> Tensor:
