@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from moe_export.errors import MissingBackendError, UsageError
 from moe_export.verify.inputs import Case
 from moe_export.verify.judge import Judgement, judge
 from moe_export.verify.report import CaseResult, Report
@@ -12,8 +13,6 @@ from moe_export.verify.routing import judge_routing
 from moe_export.verify.runner import Runner, one_line
 from moe_export.verify.specs import Array, RoutingPair
 from moe_export.verify.tolerance import Tolerance
-
-from moe_export.errors import MissingBackendError, UsageError
 
 Outputs = Mapping[str, Array]
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from moe_export.verify.sizes import shape_at, sizes_to_try
-from moe_export.verify.specs import Array, DimRange, TensorSpec, describe, is_float, numpy_dtype
 
 from moe_export.errors import UsageError
+from moe_export.verify.sizes import shape_at, sizes_to_try
+from moe_export.verify.specs import Array, DimRange, TensorSpec, describe, is_float, numpy_dtype
 
 EXAMPLE = "example"
 RESAMPLED = "new values"

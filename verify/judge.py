@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+
 from moe_export.verify.specs import Array, describe, is_float
 from moe_export.verify.tolerance import Margin
 

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from moe_export.verify.runner import RunFailedError, shorten
-from moe_export.verify.specs import Array, TensorSpec, describe, numpy_dtype
 
 from moe_export.errors import MissingBackendError, UsageError
+from moe_export.verify.runner import RunFailedError, shorten
+from moe_export.verify.specs import Array, TensorSpec, describe, numpy_dtype
 
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
 
@@ -64,12 +64,13 @@ class OnnxRuntimeRunner:
             UsageError: A name, dtype or size that the graph does not take; it says what the graph takes.
             RunFailedError: ONNX Runtime failed on the way, with its reason.
         """
+        inputs = {name: np.asarray(array) for name, array in inputs.items()}  # a scalar may come as a number
         self._check(inputs)
         try:
             if any(spec.dtype in _BITS for spec in self.inputs + self.outputs):
                 return self._run_values(inputs)
             names = [spec.name for spec in self.outputs]
-            arrays = self._session.run(names, dict(inputs), _quiet_run())
+            arrays = self._session.run(names, inputs, _quiet_run())
             return {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)}
         except Exception as error:  # ONNX Runtime raises a class of its own a status code
             raise RunFailedError(f"{self.name} failed: {_reason(error)}", where=self._where) from error
@@ -104,10 +105,12 @@ class OnnxRuntimeRunner:
 
 
 def _fits(array: Array, spec: TensorSpec) -> bool:
-    same = all(
-        isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=False)
-    )
-    return same and len(spec.shape) == array.ndim and array.dtype.name == spec.dtype
+    if array.dtype.name != spec.dtype:
+        return False
+    if not spec.shape:  # a scalar, or a rank that the graph leaves open: a session shows both as []
+        return True
+    sizes = zip(spec.shape, array.shape, strict=False)
+    return len(spec.shape) == array.ndim and all(isinstance(w, str) or w == got for w, got in sizes)
 
 
 def _open(model: str | Path | bytes, where: str, provider: str) -> Any:

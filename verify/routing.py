@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+
 from moe_export.verify.judge import Judgement, Worst, form_mismatch, judge, refused
 from moe_export.verify.specs import Array, RoutingPair
 from moe_export.verify.tolerance import Margin, Tolerance

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Protocol
 
-from moe_export.verify.specs import Array
-
 from moe_export.errors import MoeExportError
+from moe_export.verify.specs import Array
 
 
 class Runner(Protocol):

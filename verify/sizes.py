@@ -11,9 +11,8 @@ import ast
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from moe_export.verify.specs import DimRange, TensorSpec
-
 from moe_export.errors import UsageError
+from moe_export.verify.specs import DimRange, TensorSpec
 
 Change = Callable[[int], int]
 

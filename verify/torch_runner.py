@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from moe_export.verify.specs import Array, is_float, numpy_dtype
 
 from moe_export.errors import UsageError
+from moe_export.verify.specs import Array, is_float, numpy_dtype
 
 if TYPE_CHECKING:
     import torch

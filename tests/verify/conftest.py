@@ -5,6 +5,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
+
 from moe_export.verify import OnnxRuntimeRunner
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'

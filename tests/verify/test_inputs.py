@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_export.verify import DimRange, TensorSpec, cases
 
 from moe_export.errors import UsageError
+from moe_export.verify import DimRange, TensorSpec, cases
 
 X = TensorSpec("x", "float32", ("batch", "seq", 4))
 IDS = TensorSpec("ids", "int64", ("batch", "seq"))

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from moe_export.verify import DEFAULTS, Margin, Tolerance, Worst, judge
 
 from moe_export.errors import UsageError
+from moe_export.verify import DEFAULTS, Margin, Tolerance, Worst, judge
 
 MARGIN = Margin(1e-5, 1e-5)
 NAN, INF = float("nan"), float("inf")

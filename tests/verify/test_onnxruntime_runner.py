@@ -2,19 +2,19 @@ import ml_dtypes
 import numpy as np
 import onnxruntime
 import pytest
-from moe_export.verify import OnnxRuntimeRunner, RunFailedError, TensorSpec
 
 from moe_export.errors import MissingBackendError, UsageError
+from moe_export.verify import OnnxRuntimeRunner, RunFailedError, TensorSpec
 
 ADD = "g (float[batch,4] x, int64[4] i) => (float[batch,4] y, int64[4] j) { y = Add(x, x) j = Neg(i) }"
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
-I = np.arange(4)
+IDS = np.arange(4)
 
 
 def test_named_arrays_go_in_and_come_out(graph):
-    outputs = graph(ADD).run({"x": X, "i": I})
+    outputs = graph(ADD).run({"x": X, "i": IDS})
     np.testing.assert_array_equal(outputs["y"], X + X)
-    np.testing.assert_array_equal(outputs["j"], -I)
+    np.testing.assert_array_equal(outputs["j"], -IDS)
 
 
 def test_specs_come_from_the_graph(graph):
@@ -25,18 +25,24 @@ def test_specs_come_from_the_graph(graph):
     assert graph("g (float[?,4] x) => (float[?,4] y) { y = Neg(x) }").inputs[0].shape == ("x_dim0", 4)
 
 
+def test_a_scalar_may_come_as_a_number(graph):
+    runner = graph("g (float[a,b] x, float s) => (float[a,b] y) { y = Mul(x, s) }")
+    assert runner.run({"x": X, "s": np.float32(2)})["y"].shape == (2, 4)
+    assert runner.inputs[1] == TensorSpec("s", "float32", ())
+
+
 def test_a_path_works_as_bytes_do(graph_bytes, tmp_path):
     path = tmp_path / "model.onnx"
     path.write_bytes(graph_bytes(ADD))
     for source in (path, str(path)):
-        assert OnnxRuntimeRunner(source).run({"x": X, "i": I})["y"][1, 3] == 14
+        assert OnnxRuntimeRunner(source).run({"x": X, "i": IDS})["y"][1, 3] == 14
 
 
 @pytest.mark.parametrize("shape", [(2, 3), (0, 3), ()])
 def test_bfloat16_goes_in_and_comes_out(graph, shape):
-    dims = ",".join("ab"[: len(shape)])
+    dims = f"[{','.join('ab'[: len(shape)])}]" if shape else ""
     runner = graph(
-        f"g (bfloat16[{dims}] x, float[{dims}] w) => (bfloat16[{dims}] y, float[{dims}] z)"
+        f"g (bfloat16{dims} x, float{dims} w) => (bfloat16{dims} y, float{dims} z)"
         " { y = Identity(x) x32 = Cast<to=1>(x) z = Mul(x32, w) }"
     )
     x = np.full(shape, 1.5, ml_dtypes.bfloat16)
@@ -56,11 +62,11 @@ def test_a_strided_bfloat16_input_is_read_in_its_order(graph):
     ("inputs", "message"),
     [
         ({"x": X}, "input 'i' is missing"),
-        ({"x": X, "i": I, "z": X}, "unexpected input 'z'"),
-        ({"x": X, "i": I.astype(np.int32)}, "input 'i' is int32[4]"),
-        ({"x": X[:, :3], "i": I}, "input 'x' is float32[2, 3]"),
-        ({"x": X[0], "i": I}, "input 'x' is float32[4]"),
-        ({"X": X, "i": I}, "input 'x' is missing; unexpected input 'X'"),
+        ({"x": X, "i": IDS, "z": X}, "unexpected input 'z'"),
+        ({"x": X, "i": IDS.astype(np.int32)}, "input 'i' is int32[4]"),
+        ({"x": X[:, :3], "i": IDS}, "input 'x' is float32[2, 3]"),
+        ({"x": X[0], "i": IDS}, "input 'x' is float32[4]"),
+        ({"X": X, "i": IDS}, "input 'x' is missing; unexpected input 'X'"),
     ],
 )
 def test_inputs_that_do_not_fit_are_told_what_would(graph, inputs, message):
@@ -139,9 +145,10 @@ def test_a_build_without_cuda_is_a_missing_backend(graph_bytes, monkeypatch):
 
 def test_a_cuda_that_is_dropped_silently_is_a_missing_backend(graph_bytes, monkeypatch, capfd):
     session = onnxruntime.InferenceSession
-    on_the_cpu = lambda source, options, providers: session(
-        source, options, providers=["CPUExecutionProvider"]
-    )
+
+    def on_the_cpu(source, options, providers):
+        return session(source, options, providers=["CPUExecutionProvider"])
+
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", on_the_cpu)
     with pytest.raises(
@@ -151,11 +158,10 @@ def test_a_cuda_that_is_dropped_silently_is_a_missing_backend(graph_bytes, monke
     assert capfd.readouterr().err == ""
 
 
-def test_asked_for_cuda_it_runs_there_or_says_that_it_cannot(graph_bytes, capfd):
+def test_asked_for_cuda_it_runs_there_or_says_quietly_that_it_cannot(graph_bytes, capfd):
     try:
-        runner = OnnxRuntimeRunner(graph_bytes(ADD), provider="cuda")
+        outcome = OnnxRuntimeRunner(graph_bytes(ADD), provider="cuda").run({"x": X, "i": IDS})["y"].tolist()
     except MissingBackendError as error:
-        assert error.hint is not None
-    else:
-        np.testing.assert_array_equal(runner.run({"x": X, "i": I})["y"], X + X)
+        outcome = error.exit_code
+    assert outcome in (4, (X + X).tolist())
     assert capfd.readouterr().err == ""

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from moe_export.verify import Margin, RoutingPair, Tolerance, judge_routing
 
 PAIR = RoutingPair("idx", "weight", "scores")

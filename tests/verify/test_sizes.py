@@ -1,10 +1,10 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from moe_export.verify import DimRange, TensorSpec
-from moe_export.verify.sizes import evaluate, shape_at, sizes_to_try
 
 from moe_export.errors import UsageError
+from moe_export.verify import DimRange, TensorSpec
+from moe_export.verify.sizes import evaluate, shape_at, sizes_to_try
 
 
 def tried(*dims, reserve=False):
@@ -49,6 +49,7 @@ def test_a_larger_minimum_and_the_maximum_are_kept_and_both_are_tried():
 
 def test_a_dimension_without_room_is_not_tried():
     assert tried(DimRange("n", 3, minimum=3, maximum=3)) == []
+    assert tried(DimRange("n", 2, minimum=2, maximum=2)) == []
     assert tried() == []
 
 

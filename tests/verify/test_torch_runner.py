@@ -2,9 +2,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 import torch
-from moe_export.verify import TorchRunner
 
 from moe_export.errors import UsageError
+from moe_export.verify import TorchRunner
 
 X = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -82,7 +82,7 @@ def test_floats_are_cast_and_integers_are_not():
 
 
 def test_wrong_numbers_and_kinds_of_outputs_are_refused():
-    with pytest.raises(UsageError, match="torch returned 2 outputs, but the names are: y$"):
+    with pytest.raises(UsageError, match=r"torch returned 2 outputs, but the names are: y$"):
         TorchRunner(lambda t: (t["x"], t["x"]), ["y"]).run({"x": X})
     with pytest.raises(UsageError, match="output 'loss' of torch is a int, not a tensor"):
         TorchRunner(lambda t: (t["x"], 0), ["y", "loss"]).run({"x": X})

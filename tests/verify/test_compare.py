@@ -1,0 +1,246 @@
+"""Whole comparisons: what is equal, what is refused, when the loop stops."""
+
+import numpy as np
+import pytest
+import torch
+
+from moe_export.errors import MissingBackendError, UsageError
+from moe_export.verify import (
+    DimRange,
+    Margin,
+    RoutingPair,
+    TensorSpec,
+    Tolerance,
+    TorchRunner,
+    cases,
+    compare,
+)
+
+LINEAR = "g (float[batch,seq,4] x) => (float[batch,seq,3] y) { h = MatMul(x, w) y = Tanh(h) }"
+SPECS = [TensorSpec("x", "float32", ("batch", "seq", 4))]
+DIMS = [DimRange("batch", 2), DimRange("seq", 10)]
+W = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+
+
+def linear(tensors):
+    return torch.tanh(tensors["x"] @ torch.from_numpy(W))
+
+
+def inputs(seed=0, dims=DIMS):
+    x = np.random.default_rng(seed).normal(size=(2, 10, 4)).astype(np.float32)
+    return cases(SPECS, dims, {"x": x}, seed)
+
+
+def torch_runner(call=linear):
+    return TorchRunner(call, ["y"])
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_right_graph_is_equal_at_every_size(graph, seed):
+    report = compare(torch_runner(), graph(LINEAR, w=W), inputs(seed))
+    assert (report.verdict, report.exit_code) == ("equal", 0)
+    assert len(report.compared) == len(report.cases) > 10
+    assert report.warnings == ()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_right_gate_is_equal_over_many_seeds_and_sizes(graph, seed):
+    w = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
+    candidate = graph(
+        """g (float[batch,seq,4] x) => (int64[tokens,3] idx, float[tokens,3] weight) {
+             h = MatMul(x, w)  flat = Reshape(h, to)  scores = Softmax<axis=-1>(flat)
+             top, idx = TopK<axis=-1, sorted=0>(scores, k)
+             total = ReduceSum<keepdims=1>(top, last)  weight = Div(top, total) }""",
+        w=w,
+        to=np.array([-1, 8]),
+        k=np.array([3]),
+        last=np.array([-1]),
+    )
+
+    def gate(tensors):
+        scores = (tensors["x"] @ torch.from_numpy(w)).reshape(-1, 8).softmax(-1)
+        top, idx = torch.topk(scores, 3, dim=-1, sorted=False)
+        return idx.flip(-1), (top / top.sum(-1, keepdim=True)).flip(-1), scores
+
+    reference = TorchRunner(gate, ["idx", "weight", "scores"])
+    pair = RoutingPair("idx", "weight", "scores")
+    report = compare(reference, candidate, inputs(seed), routing=[pair])
+    assert report.exit_code == 0, str(report)
+    assert [row.output for row in report.rows] == ["idx", "weight"]  # scores are the reference's own
+    assert compare(reference, candidate, inputs(seed)).exit_code == 1  # as plain tensors the order differs
+
+
+def test_a_score_output_that_both_have_is_judged():
+    def run(offset):
+        def call(tensors):
+            scores = tensors["x"].reshape(-1, 4).softmax(-1)
+            return scores.topk(2).indices, scores + offset
+
+        return TorchRunner(call, ["idx", "scores"])
+
+    pair = RoutingPair("idx", None, "scores")
+    assert compare(run(0), run(0), inputs(), routing=[pair]).exit_code == 0
+    report = compare(run(0), run(1e-3), inputs(), routing=[pair])
+    assert [row.equal for row in report.rows] == [True, False]
+
+
+def test_flips_in_a_tie_are_in_the_report():
+    def gate(order):
+        def call(tensors):
+            scores = torch.ones(tensors["x"].shape[0], 4)
+            return torch.tensor(order).expand(len(scores), 2), scores
+
+        return TorchRunner(call, ["idx", "scores"])
+
+    pair = RoutingPair("idx", None, "scores")
+    report = compare(gate([0, 1]), gate([2, 1]), inputs(), routing=[pair])
+    assert report.exit_code == 0
+    assert report.flips == sum(dict(case.sizes)["batch"] for case in report.cases)
+    assert f"ties: {report.flips} tokens went to another expert" in str(report)
+
+
+def needs(condition, message):
+    def call(tensors):
+        if not condition(tensors["x"].shape[1]):
+            raise ValueError(f"{message}\nwith a second line")
+        return linear(tensors)
+
+    return torch_runner(call)
+
+
+def test_sizes_that_the_reference_refuses_are_recorded_and_not_failed(graph):
+    report = compare(needs(lambda n: n > 1, "too short"), graph(LINEAR, w=W), inputs())
+    assert report.exit_code == 0
+    refused = [case for case in report.cases if case.outcome == "refused"]
+    assert {dict(case.sizes)["seq"] for case in refused} == {1}
+    assert {case.reason for case in refused} == {"ValueError: too short"}
+    assert "refused by torch, batch=1 seq=1; batch=2 seq=1: ValueError: too short" in str(report)
+
+
+def test_a_model_of_whole_chunks_falls_back_on_the_reserve(graph):
+    dims = [DimRange("batch", 2, 2, 2), DimRange("seq", 10)]
+    report = compare(needs(lambda n: n % 10 == 0, "whole chunks"), graph(LINEAR, w=W), inputs(dims=dims))
+    assert [dict(case.sizes)["seq"] for case in report.compared] == [10, 10, 20, 30, 40]
+    assert report.exit_code == 0
+
+
+def test_too_few_sizes_prove_nothing(graph):
+    report = compare(
+        needs(lambda n: n == 10, "only ten"), graph(LINEAR, w=W), inputs(dims=[DIMS[0], DIMS[1]])
+    )
+    assert report.verdict == "equal"  # the batch still varies
+    fixed = [DimRange("batch", 2, 2, 2), DIMS[1]]
+    report = compare(needs(lambda n: n == 10, "only ten"), graph(LINEAR, w=W), inputs(dims=fixed))
+    assert (report.verdict, report.exit_code) == ("not proven", 1)
+    assert report.shortfall == "1 of 4 sizes could be compared"
+    assert str(report).startswith(
+        "onnxruntime-cpu against torch: not proven (1 of 4 sizes could be compared)"
+    )
+
+
+def test_a_range_with_fewer_sizes_needs_only_those(graph):
+    dims = [DimRange("batch", 2, 2, 2), DimRange("seq", 10, 10, 11)]
+    report = compare(torch_runner(), graph(LINEAR, w=W), inputs(dims=dims))
+    assert {dict(case.sizes)["seq"] for case in report.compared} == {10, 11}
+    assert report.exit_code == 0
+
+
+def test_nothing_dynamic_needs_no_other_size(graph):
+    spec = TensorSpec("x", "float32", (2, 10, 4))
+    x = np.random.default_rng(0).normal(size=(2, 10, 4)).astype(np.float32)
+    report = compare(torch_runner(), graph(LINEAR, w=W), cases([spec], [], {"x": x}))
+    assert [case.label for case in report.compared] == ["example", "new values"]
+    assert report.exit_code == 0
+
+
+def test_no_cases_and_no_outputs_prove_nothing():
+    assert compare(torch_runner(), torch_runner(), []).verdict == "not proven"
+    silent = TorchRunner(lambda t: (), [])
+    assert compare(silent, silent, inputs()).shortfall == "there are no outputs to compare"
+
+
+def test_a_size_that_only_the_candidate_refuses_is_a_failure(graph):
+    candidate = graph(LINEAR.replace("seq,4", "10,4").replace("seq,3", "10,3"), w=W)
+    report = compare(torch_runner(), candidate, inputs())
+    assert report.exit_code == 1
+    failed = [case for case in report.cases if case.outcome == "failed"]
+    assert {dict(case.sizes)["seq"] for case in failed} == {1, 5, 9, 15, 20, 30}
+    assert failed[0].reason.startswith("UsageError: input 'x' is float32[1, 1, 4]; the graph takes")
+    assert "FAILED in onnxruntime-cpu only, batch=1 seq=1: UsageError" in str(report)
+
+
+def test_models_with_different_inputs_are_wrong_use(graph):
+    with pytest.raises(UsageError, match="input 'z' is missing; unexpected input 'x'"):
+        compare(torch_runner(), graph("g (float[4] z) => (float[4] y) { y = Neg(z) }"), inputs())
+
+
+def test_a_lost_device_is_no_failure_of_a_size():
+    class Lost:
+        name = "gpu"
+
+        def run(self, inputs):
+            raise MissingBackendError("the device is gone")
+
+    with pytest.raises(MissingBackendError):
+        compare(torch_runner(), Lost(), inputs())
+
+
+def test_the_loop_stops_when_time_is_up_but_not_before_enough_sizes():
+    report = compare(torch_runner(), torch_runner(), inputs(), seconds=0)
+    assert len({case.sizes for case in report.cases}) == 4
+    assert report.exit_code == 0
+    report = compare(torch_runner(), torch_runner(), inputs(), seconds=0, other_sizes=6)
+    assert len({case.sizes for case in report.cases}) == 7
+
+
+def test_cases_beyond_the_needed_are_never_made():
+    def counted():
+        for case in inputs():
+            made.append(case.label)
+            yield case
+
+    made = []
+    compare(torch_runner(), torch_runner(), counted(), seconds=0)
+    assert len(made) <= 6
+
+
+def test_progress_is_told_of_each_case():
+    seen = []
+    report = compare(torch_runner(), torch_runner(), inputs(), progress=seen.append)
+    assert tuple(seen) == report.cases
+
+
+def test_tolerances_reach_the_outputs():
+    off = torch_runner(lambda t: linear(t) + 1e-4)
+    assert compare(torch_runner(), off, inputs()).exit_code == 1
+    assert compare(torch_runner(), off, inputs(), tolerance=Tolerance(atol=1e-3)).exit_code == 0
+    own = Tolerance(outputs={"y": Margin(0, 1e-3)})
+    assert compare(torch_runner(), off, inputs(), tolerance=own).exit_code == 0
+    assert (
+        compare(torch_runner(), off, inputs(), tolerance=Tolerance(outputs={"z": Margin(1, 1)})).exit_code
+        == 1
+    )
+
+
+def test_a_reference_that_is_nan_proves_nothing():
+    nan = torch_runner(lambda t: linear(t) * float("nan"))
+    report = compare(nan, nan, inputs())
+    assert (report.verdict, report.exit_code) == ("not proven", 1)
+    assert report.shortfall == "y: NaN throughout in every case"
+    assert "warning: output 'y' of torch is NaN throughout at example; new values; batch=1 seq=1 and" in str(
+        report
+    )
+
+
+def test_a_reference_that_is_nan_at_one_size_is_a_warning():
+    nan = torch_runner(
+        lambda t: linear(t) * (float("nan") if t["x"].shape[1] == 15 and len(t["x"]) == 2 else 1)
+    )
+    report = compare(nan, nan, inputs())
+    assert report.exit_code == 0
+    assert report.warnings == ("output 'y' of torch is NaN throughout at batch=2 seq=15",)
+
+
+def test_a_routing_of_unknown_outputs_is_wrong_use():
+    with pytest.raises(UsageError, match="routing names the output 'idx', but the reference has: y"):
+        compare(torch_runner(), torch_runner(), inputs(), routing=[RoutingPair("idx")])
