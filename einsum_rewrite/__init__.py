@@ -1,20 +1,41 @@
 """Einsum without `Einsum`: one plan, three ways out.
 
-    equation ─▶ notation, equation      what was written: labels and operands
-         │
-       shapes ─▶ binding                every axis has a label, every label a size
-         │
-       plan ─▶ planner                  contraction (which pair first), pairwise (multiply or matmul),
-         │       │                      layout and orders (how few permutes), prices (which is cheapest)
-         │      steps, amount           seven kinds of steps; FLOPs and bytes
-         │
-         ├─▶ torch_ops                  run it, or write it into a torch.fx graph
-         │      └─▶ program             every aten.einsum of an ExportedProgram, reported as Sites
-         └─▶ python_source              the PyTorch lines a person would write
+equation ─▶ notation, equation      what was written: labels and operands
+     │
+   shapes ─▶ binding                every axis has a label, every label a size
+     │
+   plan ─▶ planner                  contraction (which pair first), pairwise (multiply or matmul),
+     │       │                      layout and orders (how few permutes), prices (which is cheapest)
+     │      steps, amount           seven kinds of steps; FLOPs and bytes
+     │
+     ├─▶ torch_ops                  run it, or write it into a torch.fx graph
+     │      └─▶ program             every aten.einsum of an ExportedProgram, reported as Sites
+     └─▶ python_source              the PyTorch lines a person would write
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from moe_export.einsum_rewrite.equation import Equation
 from moe_export.einsum_rewrite.plan import Plan
 from moe_export.einsum_rewrite.planner import plan_einsum
+from moe_export.einsum_rewrite.python_source import to_python
 
-__all__ = ["Equation", "Plan", "plan_einsum"]
+if TYPE_CHECKING:
+    from moe_export.einsum_rewrite.program import rewrite_program
+    from moe_export.einsum_rewrite.sites import Site
+    from moe_export.einsum_rewrite.torch_ops import einsum
+
+__all__ = ["Equation", "Plan", "Site", "einsum", "plan_einsum", "rewrite_program", "to_python"]
+
+# These need torch, which planning does not: they are imported when they are first asked for.
+_NEED_TORCH = {"einsum": "torch_ops", "rewrite_program": "program", "Site": "sites"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        from importlib import import_module
+
+        return getattr(import_module(f"{__name__}.{_NEED_TORCH[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

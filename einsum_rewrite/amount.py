@@ -6,6 +6,7 @@ until then, and can be estimated by guessing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -45,9 +46,7 @@ class Amount:
         """The amount when the sizes are as guessed."""
         total = 0
         for names, times in self.terms:
-            for name in names:
-                times *= guess.get(name, otherwise)
-            total += times
+            total += times * math.prod(guess.get(name, otherwise) for name in names)
         return total
 
     def __str__(self) -> str:

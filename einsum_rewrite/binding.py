@@ -1,11 +1,12 @@
 """An equation put to the shapes of its operands: every axis named, every label given a size.
 
     '...i,...i->...'   on (4,) and (2, 3, 4)
-    axes    (i,)  (...0, ...1, i)       the ellipsis becomes labels, counted from the right as NumPy broadcasts
+    axes    (i,)  (...0, ...1, i)       the ellipsis becomes labels, aligned from the right
     output  (...0, ...1)
 
-An axis of size 1 whose label is longer elsewhere is broadcast; that operand simply does not depend on the label,
-so its axis is given no name (`None`). So is a label that is 1 everywhere and summed: there is nothing to sum.
+An axis of size 1 whose label is longer elsewhere is broadcast; that operand simply does not depend on the
+label, so its axis is given no name (`None`). So is a label that is 1 everywhere and summed: there is nothing
+to sum.
 """
 
 from __future__ import annotations
@@ -108,7 +109,7 @@ def _label_sizes(
         for axis, (label, size) in enumerate(zip(names, shape, strict=True)):
             if label in diagonal and _differ(diagonal[label], size):
                 raise EquationError(
-                    f"label {label!r} is repeated in operand {operand}, with sizes {diagonal[label]} and {size}",
+                    f"label {label!r} is {diagonal[label]} and {size} in operand {operand}, which repeats it",
                     where=_point_at(equation, operand, axis, len(shape)),
                     hint="a repeated label takes the diagonal, so both dimensions must be equal",
                 )
@@ -117,7 +118,8 @@ def _label_sizes(
                 sizes[label], owner[label] = size, operand
             elif size != 1 and _differ(sizes[label], size):
                 raise EquationError(
-                    f"label {label!r} is {sizes[label]} in operand {owner[label]} and {size} in operand {operand}",
+                    f"label {label!r} is {sizes[label]} in operand {owner[label]} "
+                    f"and {size} in operand {operand}",
                     where=_point_at(equation, operand, axis, len(shape)),
                     hint="give the operands equal sizes there (or 1, which is broadcast), "
                     "or use different labels",

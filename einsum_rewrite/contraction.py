@@ -1,7 +1,7 @@
 """In which order three and more operands are combined.
 
-Up to `EXACT` operands every order is weighed, outer products ("multiply first") among them, by the work of each
-step and the size of each intermediate. Beyond that opt_einsum's search decides.
+Up to `EXACT` operands every order is weighed, outer products ("multiply first") among them, by the work of
+each step and the size of each intermediate. Beyond that opt_einsum's search decides.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ def contraction_tree(terms: Sequence[frozenset[str]], output: frozenset[str], pr
     return _by_weighing(terms, output, prices)
 
 
-def alive(inside: frozenset[str], outside: Sequence[frozenset[str]], output: frozenset[str]) -> frozenset[str]:
+def alive(
+    inside: frozenset[str], outside: Sequence[frozenset[str]], output: frozenset[str]
+) -> frozenset[str]:
     """The labels that something outside a group of operands still needs."""
     return inside & output.union(*outside)
 
@@ -72,11 +74,11 @@ def _by_opt_einsum(terms: Sequence[frozenset[str]], output: frozenset[str], pric
     for positions in path:
         taken = [trees[i] for i in positions]
         trees = [tree for i, tree in enumerate(trees) if i not in positions]
-        joined = taken[0]
+        group = taken[0]
         for tree in taken[1:]:
-            joined = (joined, tree)
-        trees.append(joined)
-    joined = trees[0]
+            group = (group, tree)
+        trees.append(group)
+    joined: Tree = trees[0]
     for tree in trees[1:]:
         joined = (joined, tree)
     return joined

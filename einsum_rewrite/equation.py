@@ -99,8 +99,10 @@ def implicit_output(inputs: Sequence[Sequence[str]]) -> tuple[str, ...]:
 
 def read_notation(value: str) -> Literal["torch", "einops"]:
     """The notation that a user named, or an error that lists the two there are."""
-    if value == "torch" or value == "einops":
-        return value
+    if value == "torch":
+        return "torch"
+    if value == "einops":
+        return "einops"
     raise EquationError(f"there is no notation {value!r}", hint="use 'torch' or 'einops'")
 
 

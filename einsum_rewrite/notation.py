@@ -1,7 +1,8 @@
 """The two ways to spell an equation, and which of them a string is meant in.
 
 `torch.einsum` reads a letter as a label and ignores spaces; `einops.einsum` reads a word as a label. The call
-tells them apart (torch's equation comes first, einops' comes last). Where there is only a string, `deduce` asks:
+tells them apart (torch's equation comes first, einops' comes last). Where there is only a string, `deduce`
+asks:
 
 1. Which of the two can read it at all? (`d_in`, `x1`: only einops. No `->`: only torch.)
 2. Do both read the same labels? (`b l d, d n -> b l n`) Then it does not matter.
@@ -37,7 +38,7 @@ Terms = list[list[Token]]
 
 def tokenize(text: str, notation: Notation) -> tuple[Terms, list[Token] | None]:
     """Split an equation into the labels of each operand and of the output (None when there is no `->`)."""
-    left, arrow, right = text.partition(ARROW)
+    left, arrow, _ = text.partition(ARROW)
     start = len(left) + len(ARROW)
     if notation == "einops" and not arrow:
         raise EquationError(

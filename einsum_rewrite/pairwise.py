@@ -6,8 +6,8 @@
     N  labels of the right one alone
 
 K empty: unsqueeze and multiply. M or N empty: multiply and sum is as small as the larger operand, so it
-competes with the matrix product. Otherwise only a matrix product will do: the outer product in between would be
-larger by a factor of K than anything the caller asked for.
+competes with the matrix product. Otherwise only a matrix product will do: the outer product in between would
+be larger by a factor of K than anything the caller asked for.
 """
 
 from __future__ import annotations
@@ -58,7 +58,9 @@ def combine(x: Value, y: Value, keep: frozenset[str], goal: Axis | None, prices:
     summed = shared - keep
     choices = []
     if not summed or shared >= frozenset(x.labels) or shared >= frozenset(y.labels):
-        choices += [_price_product(x, y, order, summed, goal, prices) for order in _product_orders(x, y, goal)]
+        choices += [
+            _price_product(x, y, order, summed, goal, prices) for order in _product_orders(x, y, goal)
+        ]
     if summed:
         choices += [
             _price_matmul(x, y, form, goal, prices) for form in matmul_forms(x.labels, y.labels, keep, goal)
@@ -168,7 +170,9 @@ def matmul_forms(x: Axis, y: Axis, keep: frozenset[str], goal: Axis | None) -> t
     return tuple(forms)
 
 
-def _forms_one_way(x: Axis, y: Axis, keep: frozenset[str], goal: Axis | None, swapped: bool) -> Iterator[Form]:
+def _forms_one_way(
+    x: Axis, y: Axis, keep: frozenset[str], goal: Axis | None, swapped: bool
+) -> Iterator[Form]:
     summed = frozenset(x) & frozenset(y) - keep
     rows, columns = (_only(a, b) for a, b in ((x, y), (y, x)))
     for inner in dict.fromkeys((_pick(x, summed), _pick(y, summed))):
@@ -183,9 +187,7 @@ def _forms_one_way(x: Axis, y: Axis, keep: frozenset[str], goal: Axis | None, sw
         yield from _vector_forms(x, y, inner, summed, swapped)
 
 
-def _vector_forms(
-    x: Axis, y: Axis, inner: Axis, summed: frozenset[str], swapped: bool
-) -> Iterator[Form]:
+def _vector_forms(x: Axis, y: Axis, inner: Axis, summed: frozenset[str], swapped: bool) -> Iterator[Form]:
     """A vector needs no axis of size 1 beside it."""
     if frozenset(y) == summed:
         batch = tuple(label for label in x if label not in summed)

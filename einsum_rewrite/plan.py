@@ -122,7 +122,7 @@ class Plan:
         for number, (kind, layout, inputs) in enumerate(rows, 1 - len(self.operands)):
             line = f"  {number if number > 0 else '':>2}  {kind:<{wide[0]}}  {layout:<{wide[1]}}  {inputs}"
             lines.append(line.rstrip())
-        lines += [f"  {name:<20}{text}" for name, text in self._facts()]
+        lines += [f"  {name:<22}{text}" for name, text in self._facts()]
         return "\n".join(lines)
 
     def _name(self, value: int) -> str:
@@ -134,7 +134,7 @@ class Plan:
         return [
             ("result", show([self.sizes[label] for label in self.output])),
             ("FLOPs", str(self.flops)),
-            ("largest intermediate", f" {self.largest} elements, {size} in float32"),
+            ("largest intermediate", f"{self.largest} elements, {size} in float32"),
             ("scaling", f"{self.scaling}"),
         ]
 

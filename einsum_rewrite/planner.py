@@ -2,7 +2,7 @@
 
 1. Take diagonals; sum labels that only one operand has and the result does not keep.
 2. Choose the order in which the operands are combined (`contraction`).
-3. Choose how each pair is combined (`pairwise`), keeping a few layouts of each intermediate for the next pair.
+3. Choose how each pair is combined (`pairwise`); a few layouts of each intermediate are kept for the next.
 4. Write the cheapest tree down as steps.
 """
 
@@ -36,7 +36,7 @@ def plan_einsum(
         shapes: The shape of each operand, a name or None where a size is not known. Without shapes every size
             is symbolic (and an ellipsis stands for no axes).
         notation: "torch" or "einops"; None deduces it (the rule is in `notation.deduce`).
-        target: "onnx" for engines that broadcast a matmul by strides, "torch" for eager PyTorch, which copies.
+        target: "onnx" for engines that broadcast a matmul by strides, "torch" for PyTorch, which copies.
 
     Returns:
         A plan; print it to see steps, FLOPs and the largest intermediate.
@@ -130,5 +130,3 @@ def _operand(binding: Binding, number: int, constant: bool) -> Value:
     needed = elsewhere | set(binding.output)
     private = tuple(i for i, axis in enumerate(value.layout) if axis and axis[0] not in needed)
     return value.sum(private, alone=True) if private else value
-
-

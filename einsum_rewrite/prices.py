@@ -36,8 +36,9 @@ class Prices:
     Args:
         sizes: The size of each label.
         guesses: Likely sizes, by the name of a symbolic size.
-        copies: Whether the target copies an operand that a matmul broadcasts along some of its batch axes
-            (torch does; the engines for ONNX follow strides).
+        copies: Whether the target copies an operand that a matmul broadcasts along some of its batch axes.
+            Torch does, and reads sizes for nothing; engines for ONNX follow strides, and pay for each size
+            that a reshape looks up.
     """
 
     def __init__(self, sizes: Mapping[str, Size], guesses: Mapping[str, int], *, copies: bool) -> None:
@@ -73,7 +74,7 @@ class Prices:
                 # Engines fuse a swap of the last two axes into a neighbouring matmul.
                 swap = move.order[:-2] == tuple(range(len(move.order) - 2))
                 price += TRANSPOSE + self.elements(flat(start)) * (1.5 if swap else 2.0)
-            elif isinstance(move, Reshape):
+            elif isinstance(move, Reshape) and not self.copies:
                 price += SHAPE_CHAIN * max(0, self._open_sizes(start, layout) - 1)
             start = layout
         return price

@@ -1,7 +1,8 @@
 """Run a plan with torch operators, and `einsum`: a drop-in for `torch.einsum` and `einops.einsum`.
 
 Only operators of ATen are called, through one function, so that the same code computes tensors, is traced by
-`torch.export`, and writes nodes into a graph (`program`). Sizes are never compared, so tracing adds no guards.
+`torch.export`, and writes nodes into a graph (`program`). Sizes are never compared, so tracing adds no
+guards.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ def einsum(*args: Any) -> torch.Tensor:
     """
     equation, operands = read_call(args)
     plan = make_plan(equation, [known_shape(x) for x in operands], guesses=guesses(operands), target="torch")
-    return run(plan, operands)
+    result: torch.Tensor = run(plan, operands)
+    return result
 
 
 def read_call(args: Sequence[Any]) -> tuple[Equation, list[torch.Tensor]]:
@@ -81,7 +83,8 @@ def guesses(tensors: Sequence[torch.Tensor]) -> dict[str, int]:
     """The sizes that the traced example had, for the symbolic ones."""
     found: dict[str, int] = {}
     for tensor in tensors:
-        for size in tensor.shape:
+        sizes: Sequence[Any] = tensor.shape
+        for size in sizes:
             if isinstance(size, torch.SymInt) and size.node.has_hint():
                 found[str(size.node.expr)] = int(size.node.hint)
     return found
@@ -170,7 +173,9 @@ def _run_step(plan: Plan, step: Step, inputs: list[Any], operands: Sequence[Any]
         return engine.call(aten.mul.Tensor, *inputs)
     if isinstance(action, MatMul):
         return engine.call(aten.matmul.default, *_same_dtype(inputs, engine))
-    shape = target_shape(step.layout, plan, lambda operand, axis: engine.size(operands[operand], axis), engine)
+    shape = target_shape(
+        step.layout, plan, lambda operand, axis: engine.size(operands[operand], axis), engine
+    )
     return engine.call(aten.reshape.default, x, shape)
 
 
@@ -179,7 +184,9 @@ def _run_sum(action: Sum, x: Any, engine: Engine) -> Any:
         return engine.call(aten.sum.dim_IntList, x, list(action.axes))
     dtype = engine.dtype(x)
     if dtype == torch.bool:
-        raise EquationError("bool operands can be multiplied, not summed", hint="cast them to an integer dtype")
+        raise EquationError(
+            "bool operands can be multiplied, not summed", hint="cast them to an integer dtype"
+        )
     operator = aten.sum.dim_IntList
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.int64:
         return engine.call(operator, x, list(action.axes))
@@ -197,9 +204,7 @@ def _same_dtype(inputs: list[Any], engine: Engine) -> list[Any]:
     if a == b:
         return inputs
     both = torch.promote_types(a, b)
-    return [
-        x if engine.dtype(x) == both else engine.call(aten.to.dtype, x, both) for x in inputs
-    ]
+    return [x if engine.dtype(x) == both else engine.call(aten.to.dtype, x, both) for x in inputs]
 
 
 def target_shape(

@@ -38,7 +38,7 @@ class Value:
         return flat(self.layout)
 
     def moved(self, goal: Layout, prices: Prices) -> Value:
-        """This value, arranged as `goal`."""
+        """The same value, arranged as `goal`."""
         value = self
         price = self.price + self.move_price(goal, prices)
         for move, layout in arrange(self.layout, goal):
