@@ -1,1 +1,30 @@
-"""(being built)"""
+"""From a user's model file to ONNX graphs.
+
+```
+model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
+             │        │                       ├▶ (einsum_rewrite) ─▶ emit ─▶ simplify ─▶ write
+          Subject   Traced ───────────────────┘                        │
+                                                                   onnx_ir.Model
+```
+
+| file | what it does |
+|---|---|
+| `load`, `script`, `arguments` | find the model in a file: by name, by class, or by its first call |
+| `subject`, `leaves` | the module with named tensors in and named tensors out |
+| `trace`, `dims` | `torch.export` with every dimension free; names and ranges of dimensions |
+| `routing`, `gate` | recognise gates in the traced graph; cut one out |
+| `emit`, `opset`, `provenance` | ONNX at exactly the opset asked for; where each node comes from |
+| `simplify` | onnxsim's proposal, taken if it is smaller and right |
+| `pipeline` | all of it in order |
+| `write` | whole files or none |
+| `source` | lines of the user's code, for errors and metadata |
+"""
+
+from __future__ import annotations
+
+from moe_export.export.load import load_subject
+from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.subject import Subject
+from moe_export.export.trace import Traced, trace
+
+__all__ = ["Graph", "Options", "Subject", "Traced", "export_subject", "load_subject", "trace"]

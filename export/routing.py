@@ -336,3 +336,28 @@ def _maximum_of(choice: Choice) -> fx.Node | None:
         if user.target is _aten.max.dim:
             return next((part for part in user.users if _is_part(part) and part.args[1] == 0), None)
     return None
+
+
+def routing_outputs(routing: Routing, traced: Traced) -> list[tuple[str, str | None, None]]:
+    """Outputs of the model that are this gate's indices, rearranged at most, with those that are its weights.
+
+    An index output counts only while its last dimension still is the k choices of one token.
+    """
+    choice = routing.choices[0]
+    if choice.operator.target is not _aten.topk.default:
+        return []
+    k = _shape(choice.indices)[-1:]
+    results = next(node for node in traced.program.graph.nodes if node.op == "output").args[0]
+    named = list(zip(traced.outputs, results, strict=True))
+
+    def carried(start: fx.Node) -> list[str]:
+        carriers, stack = {start}, [start]
+        while stack:
+            for user in stack.pop().users:
+                if user.target in _CARRIERS and user not in carriers and _shape(user)[-1:] == k:
+                    carriers.add(user)
+                    stack.append(user)
+        return [name for name, node in named if node in carriers]
+
+    weights = carried(routing.weights[0]) if routing.weights else []
+    return [(name, weights[0] if weights else None, None) for name in carried(choice.indices)]

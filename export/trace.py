@@ -49,7 +49,7 @@ class Fixed:
             if self.model_takes_others
             else "the model takes no other size"
         )
-        return f"{self.input}: dimension {self.axis} is fixed at {self.size} ({why})"
+        return f"{self.input}: length {self.size} is fixed (dimension {self.axis}): {why}"
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,16 @@
 """Write files whole or not at all.
 
-Every file is written beside its place under a temporary name and then moved, so that a failure, a full disk or
-Ctrl-C leaves neither half a file nor a damaged older one.
+Everything is first written into a hidden folder beside its place, can be checked there, and is then moved, so
+that a failure, a full disk or Ctrl-C leaves neither half a file nor a damaged older one.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx_ir as ir
@@ -16,53 +18,47 @@ import onnx_ir as ir
 from moe_export.errors import UsageError
 
 _INLINE_LIMIT = 2**31 - 2**24  # protobuf cannot hold 2 GiB; room is left for the nodes
+DATA_SUFFIX = ".data"
 
 
-def write_files(folder: Path, files: Mapping[str, Callable[[Path], None]]) -> list[Path]:
-    """Write several files that belong together, then move all of them into place.
+@contextmanager
+def staging(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files move into `folder` when the block ends without an error.
 
     Args:
-        folder: Made if it is not there.
-        files: File name → a function that writes it to the path it is given. It may write companions beside
-            that path, in the same (temporary) folder; they are moved along.
+        folder: Made if it is not there, and unmade again if it was made for nothing.
 
     Raises:
         UsageError: The folder cannot be made or written to, or the disk is full.
     """
+    existed = folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".moe-export-", dir=folder) as temporary:
-            for name, writer in files.items():
-                writer(Path(temporary) / name)
-            # Companions (external data) first: a graph must never stand there without its weights.
-            names = sorted(os.listdir(temporary), key=lambda name: (name in files, name))
-            for name in names:
-                os.replace(Path(temporary) / name, folder / name)
+        temporary = Path(tempfile.mkdtemp(prefix=".moe-export-", dir=folder))
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UsageError(
-            f"cannot write to {folder}: {reason}", hint="choose another folder with -o, or make room"
-        ) from error
-    return [folder / name for name in files]
+        raise _unwritable(folder, error) from error
+    done = False
+    try:
+        yield temporary
+        # External data first: a graph must never stand there without its weights.
+        for name in sorted(os.listdir(temporary), key=lambda name: (not name.endswith(DATA_SUFFIX), name)):
+            os.replace(temporary / name, folder / name)
+        done = True
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if not done and not existed:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def model_writer(model: ir.Model) -> Callable[[Path], None]:
-    """A writer for `write_files`: one `.onnx` file, with `.onnx.data` beside it above 2 GiB of weights."""
+def _unwritable(folder: Path, error: OSError) -> UsageError:
+    return UsageError(
+        f"cannot write to {folder}: {error.strerror or error}", hint="choose another folder with -o, or make room"
+    )
+
+
+def write_model(model: ir.Model, path: Path) -> None:
+    """Write one `.onnx` file, with `.onnx.data` beside it for 2 GiB of weights and more."""
     weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
-
-    def write(path: Path) -> None:
-        if weights > _INLINE_LIMIT:
-            ir.save(model, path, external_data=f"{path.name}.data")
-        else:
-            ir.save(model, path)
-
-    return write
-
-
-def text_writer(text: str) -> Callable[[Path], None]:
-    """A writer for `write_files`: a text file."""
-
-    def write(path: Path) -> None:
-        path.write_text(text, encoding="utf-8")
-
-    return write
+    ir.save(model, path, external_data=f"{path.name}{DATA_SUFFIX}" if weights > _INLINE_LIMIT else None)

@@ -1,0 +1,167 @@
+"""The whole way from a `Subject` to graphs: trace, rewrite, emit, simplify; first the model, then its gates."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import onnx_ir as ir
+import torch
+
+from moe_export.einsum_rewrite import Site, rewrite_program
+from moe_export.errors import UsageError
+from moe_export.export.dims import DimRequest
+from moe_export.export.emit import check, emit
+from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject
+from moe_export.export.opset import check_opset
+from moe_export.export.routing import Routing, find_routings, routing_outputs
+from moe_export.export.simplify import simplify
+from moe_export.export.subject import Subject
+from moe_export.export.trace import Traced, quiet, trace
+
+Step = Callable[[str], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose.
+
+    Attributes:
+        opset: 17 or newer.
+        dims: Which dimensions to leave free, and their names.
+        gates: True for every gate, False for none, or the module path of one.
+        simplify: Whether to try onnxsim.
+    """
+
+    opset: int = 17
+    dims: DimRequest = dataclasses.field(default_factory=DimRequest)
+    gates: bool | str = True
+    simplify: bool = True
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A finished graph, with what is needed to verify it.
+
+    Attributes:
+        kind: The whole model, or a gate cut out of it.
+        path: Module path of what it computes; `model` for the model itself.
+        reference: Computes the same in PyTorch. May return scores (`SCORES`) that the graph does not.
+        routing: Names of outputs that are expert indices, with their weights and scores (or None).
+        sites: The einsums that were rewritten.
+        notes: What a reader of the report should know.
+    """
+
+    kind: Literal["model", "gate"]
+    path: str
+    model: ir.Model
+    reference: Subject
+    traced: Traced
+    routing: tuple[tuple[str, str | None, str | None], ...]
+    sites: tuple[Site, ...]
+    notes: tuple[str, ...]
+
+
+def export_subject(subject: Subject, options: Options, step: Step = nullcontext) -> tuple[Graph, ...]:
+    """Export a model: its graph, then the graph of each of its gates.
+
+    Args:
+        subject: The model.
+        options: The user's choices.
+        step: Called with the name of each long step; shows progress.
+
+    Raises:
+        UsageError: The opset is out of range, or there is no gate at the path that was asked for.
+        NotExportableError: The model, or an operator in it, has no ONNX form.
+    """
+    check_opset(options.opset)
+    with step("tracing"):
+        traced = trace(subject, options.dims)
+        routings = find_routings(traced)
+    chosen = _choose(routings, options.gates)
+    whole = _graph("model", "model", subject, traced, options, step)
+    outputs = tuple(pair for routing in routings for pair in routing_outputs(routing, traced))
+    graphs = [dataclasses.replace(whole, routing=outputs)]
+    for routing in chosen:
+        graphs.append(_gate_graph(routing, subject, traced, options, step))
+    return tuple(graphs)
+
+
+def _choose(routings: tuple[Routing, ...], gates: bool | str) -> tuple[Routing, ...]:
+    if isinstance(gates, bool):
+        return routings if gates else ()
+    found = tuple(routing for routing in routings if routing.path == gates)
+    if not found:
+        paths = ", ".join(routing.path for routing in routings)
+        raise UsageError(
+            f"no gate in module {gates!r}",
+            hint=f"the gates of this model: {paths}" if paths else "no gate was recognised in this model",
+        )
+    return found
+
+
+def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Options, step: Step) -> Graph:
+    """The graph of one gate. Its reference also returns the scores, by which ties are judged."""
+    with step(f"cutting out the gate of {routing.path}"):
+        cut = gate_subject(traced, routing, subject)
+        gate_traced = trace(cut, gate_dims(cut, options.dims))
+    graph = _graph("gate", routing.path, cut, gate_traced, options, step)
+    return dataclasses.replace(
+        graph,
+        reference=gate_subject(traced, routing, subject, with_scores=True),
+        routing=((INDICES, WEIGHTS if WEIGHTS in cut.outputs else None, SCORES),),
+    )
+
+
+def gate_dims(cut: Subject, dims: DimRequest) -> DimRequest:
+    """What the user asked of the model's dimensions, as far as it can be asked of the gate's inputs."""
+    return DimRequest(dims.static, {key: name for key, name in dims.picked.items() if key[0] in cut.inputs})
+
+
+def _graph(
+    kind: Literal["model", "gate"], path: str, subject: Subject, traced: Traced, options: Options, step: Step
+) -> Graph:
+    with step("rewriting einsums"), quiet():
+        program, sites = rewrite_program(traced.program)
+        rewritten = dataclasses.replace(traced, program=program)
+    with step(f"writing opset {options.opset}"):
+        model = emit(rewritten, options.opset, folder=subject.source.parent)
+        check(model)
+    notes = [str(fixed) for fixed in traced.fixed if fixed.model_takes_others]
+    notes += [f"output {name} is the constant {value!r} and is dropped" for name, value in subject.dropped.items()]
+    notes += [f"argument {name} is fixed at {value!r}" for name, value in subject.constants.items()]
+    if options.simplify:
+        with step("simplifying"):
+            simplified = simplify(model, {name: as_numpy(value) for name, value in traced.example.items()})
+        model, notes = simplified.model, [*notes, simplified.note]
+    return Graph(kind, path, model, subject, traced, (), tuple(sites), tuple(notes))
+
+
+def as_numpy(tensor: torch.Tensor) -> Any:
+    """A tensor as an array; bfloat16, which NumPy lacks, through ml_dtypes."""
+    if tensor.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
+
+
+def describe(model: ir.Model, facts: Mapping[str, str]) -> None:
+    """Put facts into the model's metadata, where Netron shows them; the tool's name is the producer."""
+    model.producer_name = "moe-export"
+    model.producer_version = facts["version"]
+    model.metadata_props.clear()
+    model.metadata_props.update({f"moe_export.{key}": value for key, value in facts.items()})
+
+
+def is_only_a_gate(graphs: tuple[Graph, ...]) -> bool:
+    """Whether the model computes no more than its one gate does: the same operators, in the same number."""
+    if len(graphs) != 2:
+        return False
+    whole, gate = (sorted(node.op_type for node in graph.model.graph.all_nodes()) for graph in graphs)
+    return whole == gate
+
+

@@ -1,0 +1,87 @@
+"""Hold a graph against the model it came from: where the export room and the verify room meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from moe_export.export.dims import Dim
+from moe_export.export.pipeline import Graph, as_numpy
+from moe_export.export.subject import Subject
+from moe_export.verify import (
+    DimRange,
+    OnnxRuntimeRunner,
+    Report,
+    RoutingPair,
+    TensorSpec,
+    Tolerance,
+    TorchRunner,
+    cases,
+    compare,
+)
+
+Routing = Sequence[tuple[str, str | None, str | None]]
+
+
+def verify_graph(
+    graph: Graph, path: Path, *, tolerance: Tolerance, seed: int = 0, provider: str = "cpu"
+) -> Report:
+    """Compare a finished graph with its reference, at its own dimensions' sizes.
+
+    Args:
+        graph: The graph, and what it must compute.
+        path: The file that it was written to.
+        tolerance: For floats.
+        seed: Of the inputs.
+        provider: Where onnxruntime runs, `cpu` or `cuda`.
+    """
+    return verify_file(
+        OnnxRuntimeRunner(path, provider),
+        graph.reference,
+        example=graph.traced.example,
+        dims=graph.traced.dims,
+        routing=graph.routing,
+        tolerance=tolerance,
+        seed=seed,
+    )
+
+
+def verify_file(
+    candidate: OnnxRuntimeRunner,
+    reference: Subject,
+    *,
+    example: Mapping[str, torch.Tensor],
+    dims: Sequence[Dim],
+    routing: Routing,
+    tolerance: Tolerance,
+    seed: int,
+    outputs: Sequence[str] | None = None,
+) -> Report:
+    """Compare a graph with a model whose inputs have the same names.
+
+    Args:
+        candidate: The graph.
+        reference: The model.
+        example: Example inputs by the graph's names, of the graph's traced sizes.
+        dims: The graph's dynamic dimensions.
+        routing: Outputs that are expert indices, with weights and scores.
+        tolerance: For floats.
+        seed: Of the inputs.
+        outputs: The reference's outputs under the graph's names; its own names if None.
+    """
+    specs = [
+        TensorSpec(spec.name, spec.dtype, spec.shape)
+        for spec in sorted(candidate.inputs, key=lambda spec: list(example).index(spec.name))
+    ]
+    ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
+    arrays = {name: as_numpy(tensor) for name, tensor in example.items() if name in {s.name for s in specs}}
+    runner = TorchRunner(reference.call_named, outputs or reference.outputs)
+    return compare(
+        runner,
+        candidate,
+        cases(specs, ranges, arrays, seed),
+        tolerance=tolerance,
+        routing=[RoutingPair(*pair) for pair in routing],
+    )

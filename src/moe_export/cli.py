@@ -1,0 +1,166 @@
+"""The command line: `moe-export model.py` exports; `verify`, `rewrite` and `view` are commands of their own.
+
+Nothing heavy is imported before a command runs, so that `--help` is instant. Errors of the user are one message
+and an exit code (see `errors`); a traceback is a defect of this tool, or `--debug`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+import moe_export
+from moe_export.errors import MoeExportError
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class _ExportByDefault(click.Group):
+    """A group whose default command is `export`: `moe-export model.py` is `moe-export export model.py`."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        own = {"--help", "-h", "--version"}
+        if args and args[0] not in self.commands and args[0] not in own:
+            args = ["export", *args]
+        return super().parse_args(ctx, args)
+
+
+@click.group(
+    cls=_ExportByDefault,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit codes: 0 equal, 1 not equal, 2 wrong use or unreadable input, 3 cannot be exported, "
+    "4 a required backend is missing.",
+)
+@click.version_option(moe_export.__version__, prog_name="moe-export", message="%(prog)s %(version)s")
+def cli() -> None:
+    """Export Mixture-of-Experts and Mamba-style PyTorch models to verified ONNX graphs.
+
+    \b
+    moe-export model.py --opset 17 -o out      export, verify, report
+    moe-export model.py:Block --init dim=64 --input x=2x10x64:float32
+    moe-export verify model.onnx --against model.py
+    moe-export rewrite "b l d, d n -> b l d n"
+    moe-export view model.onnx
+    """
+
+
+def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Options that every command has."""
+    for option in (
+        click.option("--debug", is_flag=True, help="Show the traceback of an error."),
+        click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else."),
+        click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
+    ):
+        command = option(command)
+    return command
+
+
+def _verify_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+                     help="Where onnxruntime runs."),
+        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the test inputs."),
+        click.option("--atol", type=float, help="Absolute tolerance [float32: 1e-5]."),
+        click.option("--rtol", type=float, help="Relative tolerance [float32: 1e-5]."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    for option in (
+        click.option("--input", "inputs", multiple=True, metavar="NAME=2x10x512:DTYPE",
+                     help="An example input of model.py:ClassName (repeatable); ids=2x10:int64<1000 limits integers."),
+        click.option("--init", multiple=True, metavar="NAME=VALUE",
+                     help="An argument of model.py:ClassName (repeatable)."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@cli.command("export")
+@click.argument("model", metavar="MODEL.PY[:CLASS]")
+@click.option("--opset", type=int, default=17, show_default=True, help="ONNX opset, 17 or newer; exactly this one.")
+@click.option("-o", "--output", default=".", show_default=True, metavar="FOLDER", help="Where the files go.")
+@click.option("--static", is_flag=True, help="Fix every dimension at its example size.")
+@click.option("--dynamic", multiple=True, metavar="INPUT:AXIS=NAME",
+              help="Name a dynamic dimension; with --static, the only ones that stay free (repeatable).")
+@click.option("--gate", metavar="MODULE", help="Cut out this gate only, by its module path; 'none' for no gate.")
+@click.option("--simplify/--no-simplify", default=True, show_default=True, help="Try onnxsim; kept if it helps.")
+@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare every graph with the model.")
+@_model_options
+@_verify_options
+@_output_options
+def export_command(**options: Any) -> int:
+    """Export a model: MODEL.onnx, MODEL.gate.onnx where it has a gate, MODEL.report.json.
+
+    MODEL.PY defines `model` and `example_inputs`, or shows its module working at the end of the file; or name a
+    class in it, MODEL.PY:CLASS, with --init and --input.
+    """
+    from moe_export.cli_export import run_export
+
+    return run_export(**options)
+
+
+@cli.command("verify")
+@click.argument("graph", metavar="GRAPH.ONNX")
+@click.option("--against", required=True, metavar="MODEL.PY[:CLASS]", help="The model that the graph was made from.")
+@_model_options
+@_verify_options
+@_output_options
+def verify_command(**options: Any) -> int:
+    """Compare a graph with the model that it was made from; exit 0 if equal, 1 if not."""
+    from moe_export.cli_verify import run_verify
+
+    return run_verify(**options)
+
+
+@cli.command("rewrite")
+@click.argument("equation")
+@click.option("--shapes", metavar="2x64x256,256x16", help="Sizes of the operands; without them, symbols.")
+@_output_options
+def rewrite_command(**options: Any) -> int:
+    """Show how an einsum EQUATION is computed, and the PyTorch lines that replace it."""
+    from moe_export.cli_rewrite import run_rewrite
+
+    return run_rewrite(**options)
+
+
+@cli.command("view")
+@click.argument("graph", metavar="GRAPH.ONNX")
+@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port on this machine  [default: a free one]")
+@click.option("--browse/--no-browse", default=True, show_default=True, help="Open a browser.")
+@_output_options
+def view_command(**options: Any) -> int:
+    """Show a graph in Netron, on this machine only, until Ctrl-C."""
+    from moe_export.cli_view import run_view
+
+    return run_view(**options)
+
+
+def run(args: list[str]) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code.
+    """
+    debug = "--debug" in args
+    try:
+        return int(cli.main(args, prog_name="moe-export", standalone_mode=False) or 0)
+    except MoeExportError as error:
+        if debug:
+            raise
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted; nothing more was written", err=True)
+        return INTERRUPTED
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 1

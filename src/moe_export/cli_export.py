@@ -1,0 +1,216 @@
+"""`moe-export model.py`: load, export, verify in a staging folder, then move the files into place."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+import moe_export
+from moe_export.checking import verify_graph
+from moe_export.console import Console
+from moe_export.errors import NotExportableError
+from moe_export.export.dims import parse_dynamic
+from moe_export.export.load import load_subject
+from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
+from moe_export.export.subject import Subject
+from moe_export.export.write import staging, write_model
+from moe_export.verify import Report, Tolerance, show
+
+SCHEMA = "moe-export/export-report/1"
+
+
+def run_export(  # noqa: PLR0913  the options of the command, one by one
+    model: str,
+    opset: int,
+    output: str,
+    static: bool,
+    dynamic: tuple[str, ...],
+    gate: str | None,
+    simplify: bool,
+    verify: bool,
+    init: tuple[str, ...],
+    inputs: tuple[str, ...],
+    rtol: float | None,
+    atol: float | None,
+    seed: int,
+    provider: str,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> int:
+    """Run the command; the exit code."""
+    console = Console(quiet, as_json)
+    tolerance = Tolerance(rtol, atol)
+    with console.step(f"loading {model}"):
+        subject = load_subject(model, init=init, inputs=inputs)
+    options = Options(
+        opset=opset,
+        dims=parse_dynamic(dynamic, static, subject.inputs),
+        gates=True if gate is None else False if gate == "none" else gate,
+        simplify=simplify,
+    )
+    graphs = export_subject(subject, options, console.step)
+    folder = Path(output)
+    names = file_names(subject.source.stem, graphs)
+    reports: list[Report | None] = []
+    with staging(folder) as temporary:
+        for graph, name in zip(graphs, names, strict=True):
+            describe(graph.model, _facts(graph, subject, opset))
+            write_model(graph.model, temporary / name)
+            _check_file(temporary / name)
+            with console.step(f"verifying {name}") if verify else console.step(f"loading {name}"):
+                reports.append(
+                    verify_graph(graph, temporary / name, tolerance=tolerance, seed=seed, provider=provider)
+                    if verify
+                    else _load_only(temporary / name, provider)
+                )
+        equal = all(report is None or report.exit_code == 0 for report in reports)
+        if not equal:
+            names = [_reject(temporary, name) for name in names]
+        document = report_document(subject, graphs, names, reports, opset)
+        report_name = f"{subject.source.stem}.report.json"
+        (temporary / report_name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    console.json(json.dumps(document, indent=2))
+    _print(console, folder, graphs, [*names, report_name], reports)
+    return 0 if equal else 1
+
+
+def file_names(stem: str, graphs: tuple[Graph, ...]) -> list[str]:
+    """`model.onnx`, and `model.gate.onnx` or, of several gates, `model.gate.0.onnx`, ..."""
+    gates = [graph for graph in graphs if graph.kind == "gate"]
+    numbered = [f"{stem}.gate.{index}.onnx" for index in range(len(gates))]
+    return [f"{stem}.onnx", *([f"{stem}.gate.onnx"] if len(gates) == 1 else numbered)]
+
+
+def _reject(folder: Path, name: str) -> str:
+    """Rename a graph that is not equal to the model, so that nobody deploys it and an older one stays."""
+    rejected = f"{name.removesuffix('.onnx')}.rejected.onnx"
+    data = folder / f"{name}.data"
+    if not data.exists():
+        (folder / name).rename(folder / rejected)
+        return rejected
+    model = ir.load(folder / name)
+    ir.save(model, folder / rejected, external_data=f"{rejected}.data")
+    (folder / name).unlink()
+    data.unlink()
+    return rejected
+
+
+def _check_file(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise NotExportableError(f"onnx.checker refuses {path.name}: {error}") from error
+
+
+def _load_only(path: Path, provider: str) -> None:
+    from moe_export.verify import OnnxRuntimeRunner
+
+    OnnxRuntimeRunner(path, provider)
+
+
+def _facts(graph: Graph, subject: Subject, opset: int) -> dict[str, str]:
+    return {
+        "version": moe_export.__version__,
+        "source": subject.source.name,
+        "opset": str(opset),
+        "kind": graph.kind,
+        "module": graph.path,
+    }
+
+
+def report_document(
+    subject: Subject, graphs: tuple[Graph, ...], names: list[str], reports: list[Report | None], opset: int
+) -> dict[str, Any]:
+    """The report of an export as plain data, for `model.report.json` and `--json`."""
+    return {
+        "schema": SCHEMA,
+        "version": moe_export.__version__,
+        "source": subject.source.name,
+        "model": type(subject.module).__name__,
+        "found_by": subject.how,
+        "opset": opset,
+        "verdict": _verdict(reports),
+        "graphs": [
+            _graph_document(graph, name, report)
+            for graph, name, report in zip(graphs, names, reports, strict=True)
+        ],
+    }
+
+
+def _verdict(reports: list[Report | None]) -> str:
+    verdicts = {report.verdict if report else "not verified" for report in reports}
+    order = ("not equal", "not proven", "not verified", "equal")
+    return next(verdict for verdict in order if verdict in verdicts)
+
+
+def _graph_document(graph: Graph, name: str, report: Report | None) -> dict[str, Any]:
+    operators: dict[str, int] = {}
+    for node in graph.model.graph.all_nodes():
+        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    return {
+        "file": name,
+        "kind": graph.kind,
+        "module": graph.path,
+        "inputs": {name: list(shape) for name, shape in graph.traced.inputs.items()},
+        "outputs": {
+            str(value.name): [str(dim) if not isinstance(dim, int) else dim for dim in value.shape or ()]
+            for value in graph.model.graph.outputs
+        },
+        "dynamic": [
+            {"name": dim.name, "traced": dim.traced, "minimum": dim.minimum, "maximum": dim.maximum}
+            for dim in graph.traced.dims
+        ],
+        "fixed": [
+            {"input": f.input, "axis": f.axis, "size": f.size, "model_takes_others": f.model_takes_others}
+            for f in graph.traced.fixed
+        ],
+        "nodes": sum(operators.values()),
+        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
+        "einsums": [
+            {
+                "file": site.file and Path(site.file).name,
+                "line": site.line,
+                "module": site.module,
+                "equation": site.equation,
+                "became": site.became,
+                "flops": str(site.flops),
+                "largest": str(site.largest),
+            }
+            for site in graph.sites
+        ],
+        "notes": list(graph.notes),
+        "verification": report.to_dict() if report else None,
+    }
+
+
+def _print(
+    console: Console, folder: Path, graphs: tuple[Graph, ...], names: list[str], reports: list[Report | None]
+) -> None:
+    import sys
+
+    for graph, name, report in zip(graphs, names, reports, strict=False):
+        console.say(f"\n{folder / name}  ({_summary(graph)})")
+        for site in graph.sites:
+            console.say(f"  einsum {site}")
+        for note in graph.notes:
+            console.say(f"  note: {note}")
+        if report is not None and not (console.quiet or console.as_json):
+            console.say()
+            show(report, sys.stdout)
+    if is_only_a_gate(graphs):
+        console.say("\nThe model is only a gate: its graph and the gate graph are the same.")
+    console.say("\nwritten: " + ", ".join(str(folder / name) for name in names))
+    if any(report is not None and report.exit_code for report in reports):
+        console.say("NOT EQUAL to the model; the graphs are kept as *.rejected.onnx to look into.")
+
+
+def _summary(graph: Graph) -> str:
+    count = sum(1 for _ in graph.model.graph.all_nodes())
+    shapes = ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in graph.traced.inputs.items())
+    what = "the whole model" if graph.kind == "model" else f"the gate of {graph.path}"
+    return f"{what}: {count} nodes, opset {graph.model.opset_imports['']}, {shapes}"

@@ -1,0 +1,50 @@
+"""What the command line says: results on stdout, progress and notes on stderr; plain where it is no terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Console:
+    """How much to say.
+
+    Attributes:
+        quiet: Only errors.
+        as_json: Only one JSON document, on stdout.
+    """
+
+    quiet: bool = False
+    as_json: bool = False
+
+    def step(self, name: str) -> AbstractContextManager[Any]:
+        """Show that a long step is under way: a spinner on a terminal, a line with its seconds elsewhere."""
+        if self.quiet or self.as_json:
+            return nullcontext()
+        if sys.stderr.isatty():
+            from rich.console import Console as Rich
+
+            return Rich(stderr=True).status(f"{name} ...")
+        return _timed(name)
+
+    def say(self, text: str = "") -> None:
+        """A line of the result."""
+        if not (self.quiet or self.as_json):
+            print(text)
+
+    def json(self, text: str) -> None:
+        """The one JSON document, where it was asked for."""
+        if self.as_json:
+            print(text)
+
+
+@contextmanager
+def _timed(name: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    print(f"{name}: {time.perf_counter() - start:.1f} s", file=sys.stderr)
