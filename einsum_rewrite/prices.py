@@ -45,7 +45,8 @@ class Prices:
         self._sizes = sizes
         self._likely: dict[str, float] = {}
         for label, size in sizes.items():
-            likely = size if isinstance(size, int) else guesses.get(size or label, GUESS)
+            # A traced example is often tiny; that says nothing about the sizes that will matter.
+            likely = size if isinstance(size, int) else max(GUESS, guesses.get(size or label, GUESS))
             self._likely[label] = float(max(likely, 1))
         self.copies = copies
         self._moves: dict[tuple[Layout, Layout], float] = {}

@@ -12,13 +12,15 @@ too.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import operator
+import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ModuleCallEntry
 from torch.fx import Graph, GraphModule, Node
 
 from moe_export.einsum_rewrite.equation import Equation
@@ -42,9 +44,12 @@ def rewrite_program(program: ExportedProgram) -> tuple[ExportedProgram, list[Sit
     Returns:
         A program without `aten.einsum`, and one `Site` for each einsum, in the order of the graph.
     """
-    module = copy.deepcopy(program.graph_module)
+    with warnings.catch_warnings():
+        # Copying a tree spec of torch trips over torch's own deprecation.
+        warnings.simplefilter("ignore", FutureWarning)
+        module = copy.deepcopy(program.graph_module)
     signature = copy.deepcopy(program.graph_signature)
-    calls = copy.deepcopy(program.module_call_graph)
+    calls = [_copied(entry) for entry in program.module_call_graph]
     fixed = _constants(program)
     sites: list[Site] = []
     for path, body in module.named_modules():
@@ -55,15 +60,24 @@ def rewrite_program(program: ExportedProgram) -> tuple[ExportedProgram, list[Sit
             sites.append(site)
             if path == "":
                 signature.replace_all_uses(node.name, result.name)
-                _rename_output(calls, node.name, result.name)
+                _rename(calls, node.name, result.name)
         body.graph.lint()
         body.recompile()
     return _with_graph(program, module, signature, calls), sites
 
 
-def _rename_output(program_calls: Sequence[Any], old: str, new: str) -> None:
+def _copied(entry: ModuleCallEntry) -> ModuleCallEntry:
+    """A copy whose names can be changed; the tree specs are shared, nobody changes them."""
+    if entry.signature is None:
+        return copy.copy(entry)
+    inputs, outputs = copy.deepcopy((entry.signature.inputs, entry.signature.outputs))
+    signature = dataclasses.replace(entry.signature, inputs=inputs, outputs=outputs)
+    return dataclasses.replace(entry, signature=signature)
+
+
+def _rename(calls: Sequence[ModuleCallEntry], old: str, new: str) -> None:
     """Programs that keep the signatures of their modules name nodes there too."""
-    for entry in program_calls:
+    for entry in calls:
         if entry.signature is not None:
             for argument in (*entry.signature.inputs, *entry.signature.outputs):
                 if getattr(argument, "name", None) == old:
@@ -71,7 +85,7 @@ def _rename_output(program_calls: Sequence[Any], old: str, new: str) -> None:
 
 
 def _with_graph(
-    program: ExportedProgram, module: GraphModule, signature: Any, calls: list[Any]
+    program: ExportedProgram, module: GraphModule, signature: Any, calls: list[ModuleCallEntry]
 ) -> ExportedProgram:
     return ExportedProgram(
         root=module,

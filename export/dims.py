@@ -39,10 +39,14 @@ def parse_dynamic(items: Sequence[str], static: bool, inputs: Mapping[str, torch
     for item in (part for text in items for part in text.split(",")):
         match = _REQUEST.match(item.strip())
         if match is None:
-            raise UsageError(f"--dynamic {item!r} is not input:axis=name", hint="for example: --dynamic x:1=seq")
+            raise UsageError(
+                f"--dynamic {item!r} is not input:axis=name", hint="for example: --dynamic x:1=seq"
+            )
         name, axis = match["input"], int(match["axis"])
         if name not in inputs:
-            raise UsageError(f"--dynamic {item!r}: no input {name!r}", hint=f"the inputs: {', '.join(inputs)}")
+            raise UsageError(
+                f"--dynamic {item!r}: no input {name!r}", hint=f"the inputs: {', '.join(inputs)}"
+            )
         if axis >= inputs[name].dim():
             raise UsageError(
                 f"--dynamic {item!r}: {name} has {inputs[name].dim()} dimensions, counted from 0",

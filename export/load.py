@@ -199,7 +199,9 @@ def _module_classes(path: Path, module: ModuleType | None) -> list[str]:
 
 def _candidates_hint(path: Path, module: ModuleType | None) -> str:
     classes = _module_classes(path, module)
-    return f"nn.Module classes in it: {', '.join(classes)}" if classes else "there is no nn.Module class in it"
+    return (
+        f"nn.Module classes in it: {', '.join(classes)}" if classes else "there is no nn.Module class in it"
+    )
 
 
 def _no_model(path: Path, module: ModuleType | None) -> UsageError:

@@ -108,7 +108,9 @@ def _reduction(node: ir.Node) -> None:
 
 def _split(node: ir.Node) -> None:
     """`num_outputs` (18) → nothing if the parts are equal, else a constant input with the sizes (17)."""
-    if node.attributes.pop("num_outputs", None) is None or (len(node.inputs) > 1 and node.inputs[1] is not None):
+    if node.attributes.pop("num_outputs", None) is None or (
+        len(node.inputs) > 1 and node.inputs[1] is not None
+    ):
         return
     value = node.inputs[0]
     axis = _int(node, "axis", 0)

@@ -131,7 +131,9 @@ def _graph(
         model = emit(rewritten, options.opset, folder=subject.source.parent)
         check(model)
     notes = [str(fixed) for fixed in traced.fixed if fixed.model_takes_others]
-    notes += [f"output {name} is the constant {value!r} and is dropped" for name, value in subject.dropped.items()]
+    notes += [
+        f"output {name} is the constant {value!r} and is dropped" for name, value in subject.dropped.items()
+    ]
     notes += [f"argument {name} is fixed at {value!r}" for name, value in subject.constants.items()]
     if options.simplify:
         with step("simplifying"):
@@ -163,5 +165,3 @@ def is_only_a_gate(graphs: tuple[Graph, ...]) -> bool:
         return False
     whole, gate = (sorted(node.op_type for node in graph.model.graph.all_nodes()) for graph in graphs)
     return whole == gate
-
-

@@ -35,7 +35,9 @@ def _facts(node: ir.Node, scope: str, folder: Path) -> dict[str, str]:
     facts = {}
     scopes = _literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
     classes = _literal_list(node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "[]"))
-    module = next((name for name in reversed(scopes[:-1]) if name and not name.startswith("_empty_nn_module")), "")
+    module = next(
+        (name for name in reversed(scopes[:-1]) if name and not name.startswith("_empty_nn_module")), ""
+    )
     if module:
         facts[MODULE] = strip_scope(module, scope)
     line = line_of(node.metadata_props.get("pkg.torch.onnx.stack_trace"))

@@ -120,7 +120,11 @@ def _as_choice(node: fx.Node) -> Choice | None:
     experts = str(value.shape[-1])
     if not isinstance(axis, int) or axis % value.dim() != value.dim() - 1 or not experts.isdigit():
         return None
-    parts = {user.args[1]: user for user in node.users if user.target is not _aten.argmax.default and _is_part(user)}
+    parts = {
+        user.args[1]: user
+        for user in node.users
+        if user.target is not _aten.argmax.default and _is_part(user)
+    }
     if node.target is _aten.argmax.default:
         return Choice(node, scores, node, None, int(experts))
     return Choice(node, scores, parts[1], parts.get(0), int(experts)) if 1 in parts else None

@@ -37,7 +37,9 @@ def simplify(model: ir.Model, example: Mapping[str, np.ndarray]) -> Simplified:
         example: Inputs by name, on which both models must give the same outputs, bit for bit in integers and
             within 1e-6 in floats.
     """
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    weights = sum(
+        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+    )
     if weights > _LIMIT:
         return Simplified(model, f"onnxsim left out: {weights / 2**20:.0f} MiB of weights")
     before = ir.to_proto(model)
@@ -73,7 +75,9 @@ def _same(before: onnx.ModelProto, after: onnx.ModelProto, example: Mapping[str,
         a.dtype == b.dtype
         and a.shape == b.shape
         and (
-            np.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True) if a.dtype.kind == "f" else bool((a == b).all())
+            np.allclose(a, b, rtol=1e-6, atol=1e-6, equal_nan=True)
+            if a.dtype.kind == "f"
+            else bool((a == b).all())
         )
         for a, b in zip(left, right, strict=True)
     )

@@ -36,7 +36,7 @@ def is_user_file(path: str) -> bool:
 def last_user_line(error: BaseException) -> str | None:
     """`file:line` of the innermost frame of the user's own code; None if the user's code is not in it."""
     mine = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
-    return f"{mine[-1].filename}:{mine[-1].lineno}" if mine else None
+    return f"{Path(mine[-1].filename).resolve()}:{mine[-1].lineno}" if mine else None
 
 
 def line_of(stack_trace: str | None) -> str | None:
@@ -50,4 +50,4 @@ def line_of(stack_trace: str | None) -> str | None:
         return None
     mine = [frame for frame in frames if is_user_file(frame[0])]
     chosen = mine or [frame for frame in frames if Path(frame[0]).is_absolute()]
-    return f"{chosen[-1][0]}:{chosen[-1][1]}" if chosen else None
+    return f"{Path(chosen[-1][0]).resolve()}:{chosen[-1][1]}" if chosen else None

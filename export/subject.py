@@ -169,9 +169,7 @@ def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], sour
         ) from error
 
 
-def _output_names(
-    module: nn.Module, found: list[Leaf], taken: set[str]
-) -> tuple[list[str], dict[str, Any]]:
+def _output_names(module: nn.Module, found: list[Leaf], taken: set[str]) -> tuple[list[str], dict[str, Any]]:
     """Names for the leaves of an output: keys and fields where it has them, else the returned variables."""
     names = [leaf.name for leaf in found]
     if all(name.isdigit() or not name for name in names):

@@ -23,11 +23,13 @@ from torch.export import ExportedProgram
 
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import Dim, DimRequest, default_name
+from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.leaves import unique
 from moe_export.export.source import last_user_line
 from moe_export.export.subject import Subject
 
 Shape = tuple[int | str, ...]
+SCOPE = "model"  # the attribute of `_Flat` that holds the user's module: the root of every module path
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class Traced:
     outputs: tuple[str, ...]
     dims: tuple[Dim, ...]
     fixed: tuple[Fixed, ...]
-    scope: str = "model"
+    scope: str = SCOPE
 
     def dim_names(self) -> dict[str, str]:
         """The tracer's symbol → the dimension's name."""
@@ -143,7 +145,13 @@ def _export(
         try:
             # With opt_einsum, torch.einsum compares sizes to choose a path, which would fix them; the path is
             # chosen later, by the einsum rewriting.
-            with quiet(), torch.no_grad(), torch.backends.opt_einsum.flags(enabled=False):
+            with (
+                quiet(),
+                torch.no_grad(),
+                torch.backends.opt_einsum.flags(enabled=False),
+                traceable_idioms(),
+                user_lines(),
+            ):
                 program = torch.export.export(
                     _Flat(subject).eval(),
                     tuple(tensor.clone() for tensor in example.values()),
@@ -227,9 +235,7 @@ def _read_dims(
     dims = tuple(
         Dim(names[symbol], symbol, size, *_bounds(limits.get(symbol))) for symbol, (_, size) in found.items()
     )
-    inputs = {
-        name: tuple(_readable(size, names) for size in shape) for name, shape in shapes.items()
-    }
+    inputs = {name: tuple(_readable(size, names) for size in shape) for name, shape in shapes.items()}
     return dims, inputs
 
 
@@ -263,9 +269,7 @@ def _fixed(
     return tuple(result)
 
 
-def _takes_other_size(
-    subject: Subject, example: Mapping[str, torch.Tensor], name: str, axis: int
-) -> bool:
+def _takes_other_size(subject: Subject, example: Mapping[str, torch.Tensor], name: str, axis: int) -> bool:
     """Whether the model runs with one more along this axis, in this input alone or in all that share the size."""
     size = example[name].shape[axis]
     for names in ([name], list(example)):

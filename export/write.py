@@ -54,11 +54,14 @@ def staging(folder: Path) -> Iterator[Path]:
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:
     return UsageError(
-        f"cannot write to {folder}: {error.strerror or error}", hint="choose another folder with -o, or make room"
+        f"cannot write to {folder}: {error.strerror or error}",
+        hint="choose another folder with -o, or make room",
     )
 
 
 def write_model(model: ir.Model, path: Path) -> None:
     """Write one `.onnx` file, with `.onnx.data` beside it for 2 GiB of weights and more."""
-    weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    weights = sum(
+        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+    )
     ir.save(model, path, external_data=f"{path.name}{DATA_SUFFIX}" if weights > _INLINE_LIMIT else None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ Routing = Sequence[tuple[str, str | None, str | None]]
 
 def verify_graph(
     graph: Graph, path: Path, *, tolerance: Tolerance, seed: int = 0, provider: str = "cpu"
-) -> Report:
+) -> tuple[Report, tuple[Dim, ...]]:
     """Compare a finished graph with its reference, at its own dimensions' sizes.
 
     Args:
@@ -36,15 +37,35 @@ def verify_graph(
         tolerance: For floats.
         seed: Of the inputs.
         provider: Where onnxruntime runs, `cpu` or `cuda`.
+
+    Returns:
+        The report, and the dimensions with the least size that the graph was found right at, where that is below
+        the tracer's bound: the bound is often only the tracer's caution, so sizes below it are tried first.
     """
-    return verify_file(
-        OnnxRuntimeRunner(path, provider),
-        graph.reference,
-        example=graph.traced.example,
-        dims=graph.traced.dims,
-        routing=graph.routing,
-        tolerance=tolerance,
-        seed=seed,
+    candidate = OnnxRuntimeRunner(path, provider)
+
+    def verify(dims: Sequence[Dim]) -> Report:
+        return verify_file(
+            candidate,
+            graph.reference,
+            example=graph.traced.example,
+            dims=dims,
+            routing=graph.routing,
+            tolerance=tolerance,
+            seed=seed,
+        )
+
+    free = tuple(replace(dim, minimum=min(dim.minimum, 1)) for dim in graph.traced.dims)
+    report = verify(free)
+    if report.exit_code and free != graph.traced.dims:
+        return verify(graph.traced.dims), graph.traced.dims
+    seen = {
+        dim.name: min(dict(case.sizes).get(dim.name, dim.traced) for case in report.compared)
+        for dim in graph.traced.dims
+        if report.compared
+    }
+    return report, tuple(
+        replace(dim, minimum=min(dim.minimum, seen.get(dim.name, dim.minimum))) for dim in graph.traced.dims
     )
 
 

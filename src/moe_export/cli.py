@@ -36,7 +36,7 @@ class _ExportByDefault(click.Group):
 )
 @click.version_option(moe_export.__version__, prog_name="moe-export", message="%(prog)s %(version)s")
 def cli() -> None:
-    """Export Mixture-of-Experts and Mamba-style PyTorch models to verified ONNX graphs.
+    r"""Export Mixture-of-Experts and Mamba-style PyTorch models to verified ONNX graphs.
 
     \b
     moe-export model.py --opset 17 -o out      export, verify, report
@@ -83,14 +83,26 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @cli.command("export")
 @click.argument("model", metavar="MODEL.PY[:CLASS]")
-@click.option("--opset", type=int, default=17, show_default=True, help="ONNX opset, 17 or newer; exactly this one.")
+@click.option(
+    "--opset", type=int, default=17, show_default=True, help="ONNX opset, 17 or newer; exactly this one."
+)
 @click.option("-o", "--output", default=".", show_default=True, metavar="FOLDER", help="Where the files go.")
 @click.option("--static", is_flag=True, help="Fix every dimension at its example size.")
-@click.option("--dynamic", multiple=True, metavar="INPUT:AXIS=NAME",
-              help="Name a dynamic dimension; with --static, the only ones that stay free (repeatable).")
-@click.option("--gate", metavar="MODULE", help="Cut out this gate only, by its module path; 'none' for no gate.")
-@click.option("--simplify/--no-simplify", default=True, show_default=True, help="Try onnxsim; kept if it helps.")
-@click.option("--verify/--no-verify", default=True, show_default=True, help="Compare every graph with the model.")
+@click.option(
+    "--dynamic",
+    multiple=True,
+    metavar="INPUT:AXIS=NAME",
+    help="Name a dynamic dimension; with --static, the only ones that stay free (repeatable).",
+)
+@click.option(
+    "--gate", metavar="MODULE", help="Cut out this gate only, by its module path; 'none' for no gate."
+)
+@click.option(
+    "--simplify/--no-simplify", default=True, show_default=True, help="Try onnxsim; kept if it helps."
+)
+@click.option(
+    "--verify/--no-verify", default=True, show_default=True, help="Compare every graph with the model."
+)
 @_model_options
 @_verify_options
 @_output_options
@@ -107,7 +119,9 @@ def export_command(**options: Any) -> int:
 
 @cli.command("verify")
 @click.argument("graph", metavar="GRAPH.ONNX")
-@click.option("--against", required=True, metavar="MODEL.PY[:CLASS]", help="The model that the graph was made from.")
+@click.option(
+    "--against", required=True, metavar="MODEL.PY[:CLASS]", help="The model that the graph was made from."
+)
 @_model_options
 @_verify_options
 @_output_options
@@ -131,7 +145,9 @@ def rewrite_command(**options: Any) -> int:
 
 @cli.command("view")
 @click.argument("graph", metavar="GRAPH.ONNX")
-@click.option("--port", type=click.IntRange(0, 65535), default=0, help="Port on this machine  [default: a free one]")
+@click.option(
+    "--port", type=click.IntRange(0, 65535), default=0, help="Port on this machine  [default: a free one]"
+)
 @click.option("--browse/--no-browse", default=True, show_default=True, help="Open a browser.")
 @_output_options
 def view_command(**options: Any) -> int:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +16,21 @@ import onnx_ir as ir
 import moe_export
 from moe_export.checking import verify_graph
 from moe_export.console import Console
+from moe_export.einsum_rewrite import Site
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import parse_dynamic
 from moe_export.export.load import load_subject
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
+from moe_export.export.provenance import strip_scope
 from moe_export.export.subject import Subject
+from moe_export.export.trace import SCOPE
 from moe_export.export.write import staging, write_model
-from moe_export.verify import Report, Tolerance, show
+from moe_export.verify import OnnxRuntimeRunner, Report, Tolerance, show
 
 SCHEMA = "moe-export/export-report/1"
 
 
-def run_export(  # noqa: PLR0913  the options of the command, one by one
+def run_export(
     model: str,
     opset: int,
     output: str,
@@ -57,17 +64,24 @@ def run_export(  # noqa: PLR0913  the options of the command, one by one
     folder = Path(output)
     names = file_names(subject.source.stem, graphs)
     reports: list[Report | None] = []
+    checked: list[Graph] = []
     with staging(folder) as temporary:
         for graph, name in zip(graphs, names, strict=True):
             describe(graph.model, _facts(graph, subject, opset))
             write_model(graph.model, temporary / name)
             _check_file(temporary / name)
             with console.step(f"verifying {name}") if verify else console.step(f"loading {name}"):
-                reports.append(
-                    verify_graph(graph, temporary / name, tolerance=tolerance, seed=seed, provider=provider)
-                    if verify
-                    else _load_only(temporary / name, provider)
-                )
+                if verify:
+                    report, dims = verify_graph(
+                        graph, temporary / name, tolerance=tolerance, seed=seed, provider=provider
+                    )
+                    reports.append(report)
+                    checked.append(replace(graph, traced=replace(graph.traced, dims=dims)))
+                else:
+                    OnnxRuntimeRunner(temporary / name, provider)  # it must load, whatever it computes
+                    reports.append(None)
+                    checked.append(graph)
+        graphs = tuple(checked)
         equal = all(report is None or report.exit_code == 0 for report in reports)
         if not equal:
             names = [_reject(temporary, name) for name in names]
@@ -105,12 +119,6 @@ def _check_file(path: Path) -> None:
         onnx.checker.check_model(str(path), full_check=True)
     except onnx.checker.ValidationError as error:
         raise NotExportableError(f"onnx.checker refuses {path.name}: {error}") from error
-
-
-def _load_only(path: Path, provider: str) -> None:
-    from moe_export.verify import OnnxRuntimeRunner
-
-    OnnxRuntimeRunner(path, provider)
 
 
 def _facts(graph: Graph, subject: Subject, opset: int) -> dict[str, str]:
@@ -191,12 +199,10 @@ def _graph_document(graph: Graph, name: str, report: Report | None) -> dict[str,
 def _print(
     console: Console, folder: Path, graphs: tuple[Graph, ...], names: list[str], reports: list[Report | None]
 ) -> None:
-    import sys
-
     for graph, name, report in zip(graphs, names, reports, strict=False):
         console.say(f"\n{folder / name}  ({_summary(graph)})")
-        for site in graph.sites:
-            console.say(f"  einsum {site}")
+        for line in site_lines(graph.sites):
+            console.say(f"  {line}")
         for note in graph.notes:
             console.say(f"  note: {note}")
         if report is not None and not (console.quiet or console.as_json):
@@ -209,8 +215,22 @@ def _print(
         console.say("NOT EQUAL to the model; the graphs are kept as *.rejected.onnx to look into.")
 
 
+def site_lines(sites: Sequence[Site]) -> Iterator[str]:
+    """A line an einsum; the turns of a loop are one line with their number."""
+    turns: dict[tuple[str | None, int | None, str, str, str], int] = {}
+    for site in sites:
+        key = (site.file, site.line, site.module, site.equation, site.became)
+        turns[key] = turns.get(key, 0) + 1
+    for (file, line, module, equation, became), count in turns.items():
+        place = f"{os.path.relpath(Path(file).resolve())}:{line}" if file else "?"
+        where = f"{place} in {strip_scope(module, SCOPE)}" if strip_scope(module, SCOPE) != SCOPE else place
+        yield f"einsum {equation!r} at {where}: {became}" + (f"  (x {count})" if count > 1 else "")
+
+
 def _summary(graph: Graph) -> str:
     count = sum(1 for _ in graph.model.graph.all_nodes())
-    shapes = ", ".join(f"{name} [{', '.join(map(str, shape))}]" for name, shape in graph.traced.inputs.items())
+    shapes = ", ".join(
+        f"{name} [{', '.join(map(str, shape))}]" for name, shape in graph.traced.inputs.items()
+    )
     what = "the whole model" if graph.kind == "model" else f"the gate of {graph.path}"
     return f"{what}: {count} nodes, opset {graph.model.opset_imports['']}, {shapes}"

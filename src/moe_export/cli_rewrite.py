@@ -30,6 +30,8 @@ def parse_shapes(text: str | None) -> list[tuple[int, ...]]:
     shapes = []
     for part in text.split(","):
         if not re.fullmatch(r"\s*(scalar|\d+(x\d+)*)?\s*", part):
-            raise UsageError(f"--shapes: {part!r} is not a shape", hint="for example: --shapes 2x64x256,256x16")
+            raise UsageError(
+                f"--shapes: {part!r} is not a shape", hint="for example: --shapes 2x64x256,256x16"
+            )
         shapes.append(tuple(int(size) for size in re.findall(r"\d+", part)))
     return shapes

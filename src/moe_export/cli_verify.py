@@ -24,7 +24,7 @@ from moe_export.export.trace import trace
 from moe_export.verify import OnnxRuntimeRunner, TensorSpec, Tolerance, show
 
 
-def run_verify(  # noqa: PLR0913  the options of the command, one by one
+def run_verify(
     graph: str,
     against: str,
     init: tuple[str, ...],
