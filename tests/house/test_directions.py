@@ -1,0 +1,74 @@
+"""The rooms depend on one another in one direction, and importing them stays cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ALLOWED = {
+    "models": set(),
+    "einsum_rewrite": {"errors"},
+    "verify": {"errors"},
+    "export": {"errors", "einsum_rewrite"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The parts of `moe_export` that a file imports: `moe_export.verify.judge` counts as `verify`."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found |= {name.split(".")[1] for name in names if name.startswith("moe_export.")}
+    return found
+
+
+@pytest.mark.parametrize("room", ALLOWED)
+def test_a_room_imports_only_what_lies_below_it(room):
+    for path in (ROOT / room).rglob("*.py"):
+        assert imported(path) <= ALLOWED[room] | {room}, path
+
+
+def modules_after(code: str) -> set[str]:
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys; {code}; print(*sys.modules)"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return set(done.stdout.split())
+
+
+HEAVY = {"torch", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "onnxsim", "netron", "transformers", "rich"}
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import moe_export",
+        "import moe_export.verify",
+        "import moe_export.cli",
+        "from moe_export.cli import run; run(['--version'])",
+    ],
+)
+def test_it_imports_nothing_heavy(code):
+    assert modules_after(code) & HEAVY == set()
+
+
+def test_help_imports_nothing_heavy():
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "moe_export", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
+    assert "click" in loaded  # the list is really there
+    assert loaded & HEAVY == set()
