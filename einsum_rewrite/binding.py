@@ -109,7 +109,7 @@ def _label_sizes(
         for axis, (label, size) in enumerate(zip(names, shape, strict=True)):
             if label in diagonal and _differ(diagonal[label], size):
                 raise EquationError(
-                    f"label {label!r} is {diagonal[label]} and {size} in operand {operand}, which repeats it",
+                    f"{_called(label)} is {diagonal[label]} and {size} in operand {operand}, which repeats it",
                     where=_point_at(equation, operand, axis, len(shape)),
                     hint="a repeated label takes the diagonal, so both dimensions must be equal",
                 )
@@ -118,7 +118,7 @@ def _label_sizes(
                 sizes[label], owner[label] = size, operand
             elif size != 1 and _differ(sizes[label], size):
                 raise EquationError(
-                    f"label {label!r} is {sizes[label]} in operand {owner[label]} "
+                    f"{_called(label)} is {sizes[label]} in operand {owner[label]} "
                     f"and {size} in operand {operand}",
                     where=_point_at(equation, operand, axis, len(shape)),
                     hint="give the operands equal sizes there (or 1, which is broadcast), "
@@ -127,6 +127,11 @@ def _label_sizes(
             elif size != 1 and _knows_more(size, sizes[label]):
                 sizes[label], owner[label] = size, operand
     return sizes
+
+
+def _called(label: str) -> str:
+    dots = label.removeprefix(ELLIPSIS)
+    return f"label {label!r}" if dots == label else f"dimension {dots} of '...'"
 
 
 def _knows_more(a: Size, b: Size) -> bool:

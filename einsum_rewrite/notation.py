@@ -135,5 +135,5 @@ def _stray(text: str, column: int, rule: str) -> EquationError:
     elif char in "()":
         rule = "einsum has no axes in parentheses: reshape (or einops.rearrange) the operand first"
     elif rule.startswith("a label") and (char.isdigit() or char == "_"):
-        rule += "; names such as `d_in` are einops notation: pass notation='einops'"
+        rule += "; names such as `d_in` are einops notation, where the pattern comes last"
     return EquationError(f"{char!r} has no meaning here", where=pointed(text, column), hint=rule)

@@ -3,11 +3,14 @@
 It belongs to no framework. `torch_ops` runs it, `python_source` writes it down, and it prints itself:
 
     b l d_in, d_in n -> b l d_in n
-      operand 0   b l d_in
-      operand 1   d_in n
-      unsqueeze   b l d_in 1      operand 0
-      multiply    b l d_in n      step 1, operand 1
-    ...
+          operand 0  b l d_in
+          operand 1  d_in n
+       1  unsqueeze  b l d_in 1  operand 0
+       2  multiply   b l d_in n  step 1, operand 1
+      result                (b, l, d_in, n)
+      FLOPs                 b·d_in·l·n
+      largest intermediate  b·d_in·l·n elements, 4 B × b·d_in·l·n in float32
+      scaling               4
 """
 
 from __future__ import annotations

@@ -112,7 +112,7 @@ def _constants(program: ExportedProgram) -> frozenset[str]:
 
 def _replace(graph: Graph, node: Node, fixed: frozenset[str]) -> tuple[Site, Node]:
     equation = Equation.parse(str(node.args[0]), "torch")
-    operands = _nodes(node.args[1])
+    operands: list[Node] = list(node.args[1])  # type: ignore[call-overload]
     tensors = [operand.meta["val"] for operand in operands]
     plan = make_plan(
         equation,
@@ -124,10 +124,6 @@ def _replace(graph: Graph, node: Node, fixed: frozenset[str]) -> tuple[Site, Nod
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return site_of(node.meta, equation, plan), result
-
-
-def _nodes(argument: Any) -> list[Node]:
-    return list(argument)
 
 
 def write(plan: Plan, graph: Graph, node: Node, operands: Sequence[Node]) -> Node:

@@ -52,7 +52,8 @@ def to_python(plan: Plan, names: Sequence[str] | None = None, result: str = "out
         names = NAMES[:count] if count <= len(NAMES) else [f"x{k}" for k in range(count)]
     if len(names) != count:
         raise EquationError(
-            f"the plan has {count} operands and got {len(names)} names", where=str(plan.equation)
+            f"the equation has {count} operand{'s' * (count != 1)} and got {len(names)} names",
+            where=str(plan.equation),
         )
     return "\n".join(_lines(plan, names, result))
 

@@ -185,7 +185,7 @@ def _run_sum(action: Sum, x: Any, engine: Engine) -> Any:
     dtype = engine.dtype(x)
     if dtype == torch.bool:
         raise EquationError(
-            "bool operands can be multiplied, not summed", hint="cast them to an integer dtype"
+            "bool operands can be multiplied, not summed after it", hint="cast them to an integer dtype"
         )
     operator = aten.sum.dim_IntList
     if dtype.is_floating_point or dtype.is_complex or dtype == torch.int64:
