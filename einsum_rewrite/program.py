@@ -17,7 +17,7 @@ import operator
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch.export import ExportedProgram, ModuleCallEntry
@@ -112,7 +112,7 @@ def _constants(program: ExportedProgram) -> frozenset[str]:
 
 def _replace(graph: Graph, node: Node, fixed: frozenset[str]) -> tuple[Site, Node]:
     equation = Equation.parse(str(node.args[0]), "torch")
-    operands: list[Node] = list(node.args[1])  # type: ignore[call-overload]
+    operands: list[Node] = list(cast("Sequence[Node]", node.args[1]))
     tensors = [operand.meta["val"] for operand in operands]
     plan = make_plan(
         equation,

@@ -288,3 +288,36 @@ def test_a_program_without_einsum_passes_through() -> None:
     rewritten, sites = rewrite_program(program)
     assert sites == []
     assert str(rewritten) == str(program)
+
+
+def test_sizes_that_only_the_data_know() -> None:
+    class Hit(torch.nn.Module):
+        """Tokens of one expert: how many there are is known when the model runs."""
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            y = x[torch.nonzero(mask)[:, 0]]
+            return (
+                torch.einsum("thd,hde->the", y, w),
+                torch.einsum("thd,shd->hts", y, x),
+                torch.einsum("tij,thd->ijhd", y, y),
+            )
+
+    x, w = _integers((6, 3, 4), (3, 4, 5))
+    mask = torch.tensor([1, 0, 1, 1, 0, 1])
+    program = torch.export.export(Hit(), (x, mask, w), strict=False)
+    rewritten, sites = rewrite_program(program)
+    assert len(sites) == 3
+    for hit in (mask, 1 - mask, torch.zeros_like(mask), torch.ones_like(mask)):
+        _check_equal(rewritten.module()(x, hit, w), Hit()(x, hit, w))
+
+
+def test_strict_export_keeps_an_einsum_that_the_pass_rewrites() -> None:
+    class Direct(torch.nn.Module):
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return einsum("btkgh,bskh->bkgts", q, k), einsum(q, k, "b t k g h, b s k h -> b k")
+
+    inputs = Grouped.inputs(2, 5, 3)
+    program = torch.export.export(Direct(), inputs, strict=True)
+    rewritten, sites = rewrite_program(program)
+    assert len(sites) == 2
+    _check_equal(rewritten.module()(*inputs), Direct()(*inputs))
