@@ -6,6 +6,7 @@ import linecache
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import PurePath
 from typing import Any
 
@@ -67,7 +68,9 @@ class Site:
 def site_of(meta: Mapping[str, Any], equation: Equation, plan: Plan) -> Site:
     """Read the place of a node from the metadata that `torch.export` leaves on it."""
     file, line = user_frame(meta.get("stack_trace") or "")
-    typed = typed_equation(equation, file, line) if file and line else None
+    typed = None
+    if file and line:
+        line, typed = typed_equation(equation, file, line)
     return Site(file, line, module_path(meta), typed or equation.text, plan)
 
 
@@ -92,15 +95,32 @@ def user_frame(trace: str) -> tuple[str | None, int | None]:
 _STRING = re.compile(r"""(?P<quote>["'])(?P<text>[\w\s.,>-]*)(?P=quote)""")
 
 
-def typed_equation(equation: Equation, file: str, line: int) -> str | None:
-    """The string near a line that means the same equation; einops spells it otherwise than the trace does."""
-    wanted = equation.letters
-    for offset in range(CALL_LINES):
-        for match in _STRING.finditer(linecache.getline(file, line + offset)):
+def typed_equation(equation: Equation, file: str, line: int) -> tuple[int, str | None]:
+    """Where the user typed an equation, and how; einops spells it otherwise than the trace does.
+
+    `torch.export` records only the frames of `forward`. If the equation is not at the line that they name, it
+    is in a method that was called there: then its only occurrence in the file is the place.
+    """
+    found = _equations_in(file).get(equation.letters, ())
+    for at, text in found:
+        if line <= at < line + CALL_LINES:
+            return (line if "einsum" in linecache.getline(file, line) else at), text
+    if len(found) == 1:
+        return found[0]
+    spellings = {text for _, text in found}
+    return line, spellings.pop() if len(spellings) == 1 else None
+
+
+@lru_cache(maxsize=256)
+def _equations_in(file: str) -> dict[str, list[tuple[int, str]]]:
+    """All strings of a file that can be read as equations, by their letters, with their lines."""
+    found: dict[str, list[tuple[int, str]]] = {}
+    for number, code in enumerate(linecache.getlines(file), 1):
+        for match in _STRING.finditer(code):
             text = match["text"]
-            if wanted in {_letters(text, "torch"), _letters(text, "einops")}:
-                return text
-    return None
+            for letters in {_letters(text, "torch"), _letters(text, "einops")} - {None}:
+                found.setdefault(str(letters), []).append((number, text))
+    return found
 
 
 def _letters(text: str, notation: Any) -> str | None:

@@ -210,6 +210,31 @@ def test_sites_name_the_line_the_equation_and_the_steps() -> None:
     assert sites[0].where == f"{sites[0].file}:{sites[0].line}"
 
 
+class Scanned(torch.nn.Module):
+    """The einsum stands in a method: torch.export records only where forward called it."""
+
+    def forward(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        y = x + 1
+        return self.step(y, w)
+
+    def step(self, x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        x = x * 2
+        x = x.relu()
+        x = x - 1
+        x = x.abs()
+        x = x + 3
+        x = x.neg()
+        return einops.einsum(x, w, "time d_state, d_inner d_state -> d_inner time")
+
+
+def test_an_einsum_in_a_method_is_found_in_its_file() -> None:
+    _, (site,) = rewrite_program(export(Scanned(), _integers((3, 4), (5, 4))))
+    terms = ["time d_state", "d_inner d_state"]
+    assert site.equation == f"{terms[0]}, {terms[1]} -> d_inner time"
+    assert site.line is not None
+    assert site.equation in Path(__file__).read_text().splitlines()[site.line - 1]
+
+
 def test_flops_are_numbers_when_the_program_is_static() -> None:
     inputs = Mamba.inputs(2, 5, 3)
     program = torch.export.export(Mamba(), inputs, strict=False)
