@@ -48,7 +48,7 @@ def gate_subject(traced: Traced, routing: Routing, subject: Subject, *, with_sco
     Returns:
         A subject with outputs `topk_idx` (..., k) and `topk_weight` (..., k), where there are weights.
     """
-    examples = _values_of(traced, routing.inputs)
+    examples = values_of(traced, routing.inputs)
     graph_module, names = _cut(traced, routing, with_scores)
     gate = _Gate(graph_module, names)
     made = make_subject(
@@ -68,7 +68,7 @@ def gate_subject(traced: Traced, routing: Routing, subject: Subject, *, with_sco
     )
 
 
-def _values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
+def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
     """The values that some nodes have on the example inputs."""
     wanted = {node.name for node in nodes}
     found: dict[str, torch.Tensor] = {}
