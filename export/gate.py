@@ -6,6 +6,7 @@ cut itself, run by PyTorch as the model was traced, before anything was rewritte
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Mapping
 from typing import Any
@@ -55,17 +56,7 @@ def gate_subject(traced: Traced, routing: Routing, subject: Subject, *, with_sco
         gate, examples, {}, source=subject.source, how=f"the gate of {routing.path}, cut out of the model"
     )
     inputs = dict(zip(_input_names(routing, traced, subject), made.inputs.values(), strict=True))
-    return Subject(
-        made.module,
-        made.source,
-        made.how,
-        inputs,
-        made.constants,
-        made.outputs,
-        made.dropped,
-        made._spec,
-        made._template,
-    )
+    return dataclasses.replace(made, inputs=inputs)
 
 
 def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:

@@ -6,43 +6,99 @@ The user's file is not touched: the calls are seen while the model is traced, wh
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from moe_export.export.source import is_user_file
+from moe_export.export.source import inside_call, is_user_file
 
 
-class _Idioms(TorchFunctionMode):
+def _one_hot(tensor: torch.Tensor, num_classes: Any = -1) -> torch.Tensor:
     """`one_hot(x, n)` with a symbolic n → `x[..., None] == arange(n)`.
 
     torch.export notes n as a guard, which the ONNX exporter drops: the file would silently be wrong at any other
     size. Capacities of GShard and DeepSpeed are such an n.
     """
+    if not isinstance(num_classes, torch.SymInt):
+        return torch.nn.functional.one_hot(tensor, num_classes)
+    marks = torch.arange(num_classes, device=tensor.device)  # type: ignore[call-overload]
+    return (tensor.unsqueeze(-1) == marks).to(torch.int64)
+
+
+def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """`scaled_dot_product_attention`: keys and values are equally long, and 3 dimensions are 4 of batch 1.
+
+    PyTorch's fast kernel does not look whether they are, and reads beyond the shorter one; ONNX cannot. The
+    exporter translates 4 dimensions only.
+    """
+    torch._check(key.shape[-2] == value.shape[-2])
+    attend = torch.nn.functional.scaled_dot_product_attention
+    mask = args[0] if args else kwargs.get("attn_mask")
+    if query.dim() != 3 or (mask is not None and mask.dim() > 3):
+        return attend(query, key, value, *args, **kwargs)
+    if mask is not None:
+        args, kwargs = args[1:], {**kwargs, "attn_mask": mask.unsqueeze(0) if mask.dim() == 3 else mask}
+    return attend(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), *args, **kwargs).squeeze(0)
+
+
+def _chunk(tensor: torch.Tensor, chunks: int, dim: int = 0) -> tuple[torch.Tensor, ...]:
+    """`chunk` along a symbolic dimension → slices.
+
+    The exporter makes a sequence of it whose length it does not know, and then fails on that.
+    """
+    length = tensor.shape[dim]
+    if not isinstance(length, torch.SymInt):
+        return tensor.chunk(chunks, dim)
+    size = (length + chunks - 1) // chunks
+    before = (slice(None),) * (dim % tensor.dim())
+    return tuple(tensor[(*before, slice(index * size, (index + 1) * size))] for index in range(chunks))
+
+
+_IDIOMS: dict[Any, Callable[..., Any]] = {
+    torch.nn.functional.one_hot: _one_hot,
+    torch.nn.functional.scaled_dot_product_attention: _attention,
+    torch.chunk: _chunk,
+    torch.Tensor.chunk: _chunk,
+}
+
+
+class _Idioms(TorchFunctionMode):
+    """Every call of an idiom above, from wherever, is made in its other form."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.nn.functional.one_hot:
-            classes = args[1] if len(args) > 1 else kwargs.get("num_classes", -1)
-            if isinstance(classes, torch.SymInt):
-                tensor = args[0] if args else kwargs["tensor"]
-                marks = torch.arange(classes, device=tensor.device)  # type: ignore[call-overload]
-                return (tensor.unsqueeze(-1) == marks).to(torch.int64)
-        return func(*args, **kwargs)
+        return _IDIOMS.get(func, func)(*args, **(kwargs or {}))
 
 
 @contextmanager
-def traceable_idioms() -> Iterator[None]:
-    """While it runs, every idiom above is traced in its other form."""
-    with _Idioms():
+def traceable_idioms(module: nn.Module) -> Iterator[None]:
+    """While it runs, the module's calls are traced in their other form."""
+    with _Idioms(), _traceable_experts(module):
         yield
+
+
+@contextmanager
+def _traceable_experts(module: nn.Module) -> Iterator[None]:
+    """Experts of transformers gather their weights: its other ways have no ONNX form or depend on the data."""
+    models = [
+        child
+        for child in module.modules()
+        if getattr(child, "_can_set_experts_implementation", lambda: False)()
+    ]
+    before = [model.get_experts_implementation() for model in models]  # type: ignore[operator]
+    try:
+        for model in models:
+            model.set_experts_implementation("batched_mm")  # type: ignore[operator]
+        yield
+    finally:
+        for model, implementation in zip(models, before, strict=True):
+            model.set_experts_implementation(implementation)  # type: ignore[operator]
 
 
 @contextmanager
@@ -54,7 +110,7 @@ def user_lines() -> Iterator[None]:
         forwards = {(frame.filename, frame.lineno) for frame in original(self, summary)}
         return traceback.StackSummary.from_list(
             frame
-            for frame in summary
+            for frame in inside_call(summary)
             if (frame.filename, frame.lineno) in forwards or is_user_file(frame.filename)
         )
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sysconfig
 import traceback
+from collections.abc import Sequence
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,11 +19,23 @@ _OWN_ROOMS = ("moe_export", "moe_export.einsum_rewrite", "moe_export.export", "m
 def _library_folders() -> tuple[Path, ...]:
     """Folders whose files are not the user's: Python's, installed packages', and this tool's own rooms."""
     folders = [Path(sysconfig.get_path(key)).resolve() for key in ("stdlib", "purelib", "platlib")]
+    return (*folders, *_own_folders())
+
+
+@cache
+def _own_folders() -> tuple[Path, ...]:
+    folders = []
     for room in _OWN_ROOMS:
         spec = find_spec(room)
         if spec is not None and spec.origin is not None:
             folders.append(Path(spec.origin).resolve().parent)
     return tuple(folders)
+
+
+@cache
+def is_own_file(path: str) -> bool:
+    """Whether a file belongs to this tool."""
+    return any(folder in Path(path).resolve().parents for folder in _own_folders())
 
 
 @cache
@@ -33,10 +47,38 @@ def is_user_file(path: str) -> bool:
     return not any(folder in folders for folder in _library_folders())
 
 
+def inside_call(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    """The frames below the place where this tool calls the user's code: whoever called the tool is left out."""
+    entries = [index for index, frame in enumerate(frames) if _is_entry(frame.filename)]
+    return list(frames[entries[-1] + 1 :] if entries else frames)
+
+
+@cache
+def _is_entry(path: str) -> bool:
+    """Whether a file of this tool calls the user's code."""
+    return Path(path).stem in ("load", "script", "subject") and is_own_file(path)
+
+
 def last_user_line(error: BaseException) -> str | None:
     """`file:line` of the innermost frame of the user's own code; None if the user's code is not in it."""
-    mine = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
-    return f"{Path(mine[-1].filename).resolve()}:{mine[-1].lineno}" if mine else None
+    frames = inside_call(traceback.extract_tb(error.__traceback__))
+    mine = [frame for frame in frames if is_user_file(frame.filename)]
+    return _place(mine[-1]) if mine else None
+
+
+def last_model_line(error: BaseException) -> str | None:
+    """The user's innermost line; where a library's model raised, the innermost line of that library."""
+    frames = inside_call(traceback.extract_tb(error.__traceback__))
+    library = [frame for frame in frames if _is_library_model(frame.filename)]
+    return last_user_line(error) or (_place(library[-1]) if library else None)
+
+
+def _is_library_model(path: str) -> bool:
+    return Path(path).is_absolute() and f"{os.sep}torch{os.sep}" not in path and not is_own_file(path)
+
+
+def _place(frame: traceback.FrameSummary) -> str:
+    return f"{Path(frame.filename).resolve()}:{frame.lineno}"
 
 
 def line_of(stack_trace: str | None) -> str | None:

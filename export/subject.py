@@ -18,8 +18,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from moe_export.errors import NotExportableError, UsageError
+from moe_export.export.accept import check_inputs, check_outputs, plain_module, register_dataclasses
 from moe_export.export.leaves import Leaf, identifier, leaves, unique
-from moe_export.export.source import last_user_line
+from moe_export.export.source import is_user_file, last_user_line
+from moe_export.export.state import Buffers
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class Subject:
         inputs: Example tensors by graph input name, in order.
         constants: Arguments that are no tensors and are fixed in the graph, by name.
         outputs: Names of the tensors that a call returns, in order.
-        dropped: Outputs that are constants of Python (`aux_loss = 0`) and so no outputs of a graph.
+        dropped: Outputs that are no tensors (`aux_loss = 0`) and so no outputs of a graph.
+        changed: Paths of the buffers that a call changes; each call here starts from their first values.
     """
 
     module: nn.Module
@@ -43,15 +46,25 @@ class Subject:
     constants: Mapping[str, Any]
     outputs: tuple[str, ...]
     dropped: Mapping[str, Any]
+    changed: frozenset[str]
     _spec: pytree.TreeSpec = field(repr=False)
     _template: tuple[Any, ...] = field(repr=False)
 
     def call(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the model on flat tensors, in the order of `inputs`; the outputs in the order of `outputs`."""
+        before = Buffers.of(self.module, self.changed)
+        try:
+            return tuple(leaf.value for leaf in self.call_leaves(tensors) if leaf.is_tensor)
+        finally:
+            before.restore()
+
+    def call_leaves(self, tensors: Sequence[torch.Tensor]) -> list[Leaf]:
+        """Run the model once; everything that it returns, `dropped` included. Buffers keep what it does to them."""
         queue = iter(tensors)
         filled = [next(queue) if isinstance(item, _Slot) else item for item in self._template]
         args, kwargs = pytree.tree_unflatten(filled, self._spec)
-        return tuple(leaf.value for leaf in leaves(self.module(*args, **kwargs)) if leaf.is_tensor)
+        with torch.compiler.set_stance("force_eager"):
+            return list(leaves(self.module(*args, **kwargs)))
 
     def call_named(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the model on tensors by input name."""
@@ -72,20 +85,28 @@ def make_subject(
 
     Raises:
         UsageError: The arguments do not fit `forward`, or `forward` raises on them.
-        NotExportableError: The model returns no tensor.
+        NotExportableError: The model returns no tensor, or it or an argument is of a kind that ONNX lacks.
     """
-    module.eval()
+    module = plain_module(module, source).eval()
+    register_dataclasses((args, kwargs))
     flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     names = unique(_argument_names(module, args, kwargs, source, flat))
     tensors = {name: value.detach() for name, value in zip(names, flat, strict=True) if _is_tensor(value)}
     if not tensors:
         raise UsageError(
-            f"the example inputs of {type(module).__name__} hold no tensor",
+            f"the example inputs of {type(module).__name__} hold no tensor, but {_kinds(flat)}",
             where=str(source),
             hint="give example_inputs as a tuple or dict of tensors",
         )
+    check_inputs(tensors, source)
+    before = Buffers.of(module)
     found = list(leaves(_run(module, args, kwargs, source)))
+    changed = before.changed()
+    before.restore()
     outputs, dropped = _output_names(module, found, set(tensors))
+    check_outputs(
+        dict(zip(outputs, (leaf.value for leaf in found if leaf.is_tensor), strict=True)), _forward_line(module)
+    )
     if not outputs:
         raise NotExportableError(
             f"{type(module).__name__}.forward returns no tensor, so there is no graph to write",
@@ -103,6 +124,7 @@ def make_subject(
         },
         outputs=tuple(outputs),
         dropped=dropped,
+        changed=changed,
         _spec=spec,
         _template=tuple(_SLOT if _is_tensor(value) else value for value in flat),
     )
@@ -110,6 +132,10 @@ def make_subject(
 
 def _is_tensor(value: Any) -> bool:
     return isinstance(value, torch.Tensor)
+
+
+def _kinds(values: Sequence[Any]) -> str:
+    return ", ".join(dict.fromkeys(type(value).__name__ for value in values)) or "nothing at all"
 
 
 def _argument_names(
@@ -154,7 +180,7 @@ def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], sour
     """One eager call on copies of the example inputs, so that an in-place model cannot change them."""
     args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if _is_tensor(leaf) else leaf, (args, kwargs))
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return module(*args, **kwargs)
     except Exception as error:
         shapes = ", ".join(
@@ -217,5 +243,8 @@ def _own_nodes(function: ast.AST) -> list[ast.AST]:
 
 
 def _forward_line(module: nn.Module) -> str | None:
-    code = getattr(type(module).forward, "__code__", None)
-    return f"{code.co_filename}:{code.co_firstlineno}" if code else None
+    """Where the user wrote `forward`; None if a library did."""
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
+    if code is None or not is_user_file(code.co_filename):
+        return None
+    return f"{code.co_filename}:{code.co_firstlineno}"
