@@ -8,14 +8,14 @@ STAMP := $(VENV)/.installed
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]' --config-settings editable_mode=strict
+	$(BIN)/python -m pip install -qq --upgrade pip "setuptools>=77" wheel
+	$(BIN)/python -m pip install -qq -c constraints.txt torch
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev]' --config-settings editable_mode=strict
 	touch $@
 
 # A strict editable install links the files that exist; run this again after adding or removing one.
 install: $(STAMP)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
+	$(BIN)/python -m pip install -qq --no-deps --no-build-isolation -e . --config-settings editable_mode=strict
 
 demo: install
 	$(BIN)/moe-export models/sparse_moe.py --opset 17 -o out
