@@ -6,7 +6,7 @@ The translation operator by operator is torch's; the names, the opset, the metad
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import onnx
@@ -25,13 +25,16 @@ _NO_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='(?P<op>[
 _PROTOBUF_LIMIT = 2**31 - 2**20
 
 
-def emit(traced: Traced, opset: int, *, folder: Path) -> ir.Model:
+def emit(
+    traced: Traced, opset: int, *, folder: Path, write_opaque: Callable[[ir.Model], None] | None = None
+) -> ir.Model:
     """Translate a traced model to ONNX.
 
     Args:
         traced: The model.
         opset: 17 or newer; the result has exactly this one.
         folder: The folder of the model's file; source lines in the metadata are relative to it.
+        write_opaque: Replaces the opaque nodes of rewritten blocks (experts) by what they mean, in place.
 
     Returns:
         A model whose inputs, outputs and dynamic dimensions have the names of `traced`.
@@ -40,6 +43,8 @@ def emit(traced: Traced, opset: int, *, folder: Path) -> ir.Model:
         NotExportableError: An operator has no ONNX form, in general or at this opset; names the model's line.
     """
     model = _translate(traced, max(opset, EXPORTER_LOWEST))
+    if write_opaque is not None:
+        write_opaque(model)
     shorten_metadata(model, traced.scope, folder)
     _name_values(model, traced)
     set_opset(model, opset)
