@@ -15,7 +15,10 @@ from moe_export.einsum_rewrite import Site, rewrite_program
 from moe_export.errors import UsageError
 from moe_export.export.dims import DimRequest
 from moe_export.export.emit import check, emit
+from moe_export.export.experts_emit import write_experts
+from moe_export.export.experts_place import Placed, place_experts
 from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject
+from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
 from moe_export.export.routing import Routing, find_routings, routing_outputs
 from moe_export.export.simplify import simplify
@@ -34,12 +37,15 @@ class Options:
         dims: Which dimensions to leave free, and their names.
         gates: True for every gate, False for none, or the module path of one.
         simplify: Whether to try onnxsim.
+        experts: How loops over experts are lowered: a name of `experts_lower.LOWERINGS`, `auto`, or `keep` for as
+            they were written.
     """
 
     opset: int = 17
     dims: DimRequest = dataclasses.field(default_factory=DimRequest)
     gates: bool | str = True
     simplify: bool = True
+    experts: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,8 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
         traced = trace(subject, options.dims)
         routings = find_routings(traced)
     chosen = _choose(routings, options.gates)
-    whole = _graph("model", "model", subject, traced, options, step)
+    placed = place_experts(traced) if options.experts != "keep" else Placed(traced, (), ())
+    whole = _graph("model", "model", subject, placed, options, step)
     outputs = tuple(pair for routing in routings for pair in routing_outputs(routing, traced))
     graphs = [dataclasses.replace(whole, routing=outputs)]
     for routing in chosen:
@@ -108,7 +115,7 @@ def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Opt
     with step(f"cutting out the gate of {routing.path}"):
         cut = gate_subject(traced, routing, subject)
         gate_traced = trace(cut, gate_dims(cut, options.dims))
-    graph = _graph("gate", routing.path, cut, gate_traced, options, step)
+    graph = _graph("gate", routing.path, cut, Placed(gate_traced, (), ()), options, step)
     return dataclasses.replace(
         graph,
         reference=gate_subject(traced, routing, subject, with_scores=True),
@@ -122,19 +129,21 @@ def gate_dims(cut: Subject, dims: DimRequest) -> DimRequest:
 
 
 def _graph(
-    kind: Literal["model", "gate"], path: str, subject: Subject, traced: Traced, options: Options, step: Step
+    kind: Literal["model", "gate"], path: str, subject: Subject, placed: Placed, options: Options, step: Step
 ) -> Graph:
+    traced = placed.traced
+    lowered: list[str] = []
+
+    def write_opaque(model: ir.Model) -> None:
+        lowered.extend(write_experts(model, placed.blocks, options.experts))
+
     with step("rewriting einsums"), quiet():
         program, sites = rewrite_program(traced.program)
         rewritten = dataclasses.replace(traced, program=program)
     with step(f"writing opset {options.opset}"):
-        model = emit(rewritten, options.opset, folder=subject.source.parent)
+        model = emit(rewritten, options.opset, folder=subject.source.parent, write_opaque=write_opaque)
         check(model)
-    notes = [str(fixed) for fixed in traced.fixed if fixed.model_takes_others]
-    notes += [
-        f"output {name} is the constant {value!r} and is dropped" for name, value in subject.dropped.items()
-    ]
-    notes += [f"argument {name} is fixed at {value!r}" for name, value in subject.constants.items()]
+    notes = [*lowered, *placed.refused, *notes_on(subject, traced)]
     if options.simplify:
         with step("simplifying"):
             simplified = simplify(model, {name: as_numpy(value) for name, value in traced.example.items()})

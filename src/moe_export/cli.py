@@ -98,6 +98,13 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--gate", metavar="MODULE", help="Cut out this gate only, by its module path; 'none' for no gate."
 )
 @click.option(
+    "--experts",
+    type=click.Choice(["auto", "slices", "loop", "keep"]),
+    default="auto",
+    show_default=True,
+    help="How loops over experts are written: a part an expert, one Loop over those hit, or as they are.",
+)
+@click.option(
     "--simplify/--no-simplify", default=True, show_default=True, help="Try onnxsim; kept if it helps."
 )
 @click.option(

@@ -1,0 +1,255 @@
+"""Take the computation of one expert out of a chain of turns, and make sure that every expert's is the same.
+
+A body is a function of the pairs' tokens and slots, of values that all experts share, and of the expert's own
+weights: `body(token (R,), slot (R,), *shared, *weights) → (R, H)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moe_export.export.experts_find import Chain, Turn
+from moe_export.export.routing import is_size
+from moe_export.export.source import line_of
+
+_aten = torch.ops.aten
+
+
+class NotExpertsError(Exception):
+    """Why a chain of turns is left as it was written."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of the expert body: a tensor for each expert, or one stack of all of them.
+
+    Attributes:
+        separate: E nodes, in the order of the experts; empty for a stack.
+        stack: A node (E, ...); None for separate tensors.
+    """
+
+    separate: tuple[fx.Node, ...] = ()
+    stack: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """An MoE block as it was understood.
+
+    Attributes:
+        indices: (N, k) or (N,): the chosen experts.
+        count: E.
+        body: See the module's docstring.
+        shared: Nodes that every expert reads, in the body's order.
+        weights: In the body's order.
+        start: (N, H), what is added to.
+        result: The node that the block ends in.
+        line: `file:line`.
+    """
+
+    indices: fx.Node
+    count: int
+    body: fx.GraphModule
+    shared: tuple[fx.Node, ...]
+    weights: tuple[Weight, ...]
+    start: fx.Node
+    result: fx.Node
+    line: str | None
+
+
+def understand(chain: Chain) -> Experts:
+    """Find out what a chain computes.
+
+    Raises:
+        NotExpertsError: The experts differ in more than their weights, or the chain is incomplete; says why.
+    """
+    ordered = sorted(chain.turns, key=lambda turn: turn.selection.marks.expert or 0)
+    numbers = [turn.selection.marks.expert for turn in ordered]
+    if numbers != list(range(len(numbers))):
+        raise NotExpertsError(f"the loop runs over experts {numbers}, not over 0 to {len(numbers) - 1}")
+    if any(turn.selection.marks.indices is not chain.indices for turn in ordered):
+        raise NotExpertsError("the experts are chosen by different indices")
+    walks = [_Walk(turn) for turn in ordered]
+    shared, weights, kinds = _sort_leaves(walks)
+    return Experts(
+        indices=chain.indices,
+        count=len(ordered),
+        body=walks[0].module(kinds),
+        shared=shared,
+        weights=weights,
+        start=chain.turns[0].before,
+        result=chain.turns[-1].after,
+        line=chain.line,
+    )
+
+
+class _Walk:
+    """The nodes of one turn in a fixed order, with what they take from outside.
+
+    Attributes:
+        steps: Each node's target and arguments, with references by position, so that turns can be compared.
+        leaves: Nodes from outside, in the order of their first use.
+    """
+
+    def __init__(self, turn: Turn) -> None:
+        self._rows = turn.selection
+        self._dependent = _dependents(turn)
+        self._value = turn.value
+        self.nodes: list[fx.Node] = []
+        self.leaves: list[fx.Node] = []
+        self._positions: dict[fx.Node, tuple[str, int]] = {}
+        self._visit(turn.value)
+        self.steps = [self._step(node) for node in self.nodes]
+
+    def _visit(self, root: fx.Node) -> None:
+        stack = [(root, False)]
+        while stack:
+            node, done = stack.pop()
+            if node in self._positions:
+                continue
+            if self._row_kind(node) is not None:
+                continue
+            if not self._is_inside(node):
+                self._positions[node] = ("leaf", len(self.leaves))
+                self.leaves.append(node)
+            elif done:
+                self._positions[node] = ("node", len(self.nodes))
+                self.nodes.append(node)
+            else:
+                stack.append((node, True))
+                stack += [(source, False) for source in reversed(node.all_input_nodes)]
+
+    def _is_inside(self, node: fx.Node) -> bool:
+        return node in self._dependent
+
+    def _row_kind(self, node: fx.Node) -> str | None:
+        if node is self._rows.token or node is self._rows.mask:
+            return "token"
+        return "slot" if node is self._rows.slot else None
+
+    def _step(self, node: fx.Node) -> tuple[Any, ...]:
+        if is_size(node) and not all(source in self._positions for source in node.all_input_nodes):
+            pass
+        refer = fx.map_arg((node.args, node.kwargs), self._reference)
+        return (node.target, repr(refer))
+
+    def _reference(self, node: fx.Node) -> Any:
+        kind = self._row_kind(node)
+        return (kind, 0) if kind is not None else self._positions[node]
+
+    def module(self, kinds: list[str]) -> fx.GraphModule:
+        """The body. `kinds` says of each leaf whether it is shared or a weight; the shared ones come first."""
+        graph = fx.Graph()
+        token, slot = graph.placeholder("token"), graph.placeholder("slot")
+        copies: dict[fx.Node, fx.Node] = {}
+        for wanted in ("shared", "weight"):
+            for leaf, kind in zip(self.leaves, kinds, strict=True):
+                if kind == wanted:
+                    copies[leaf] = graph.placeholder(f"{wanted}_{len(copies)}")
+                    copies[leaf].meta = dict(leaf.meta)
+
+        def copied(node: fx.Node) -> fx.Node:
+            row = self._row_kind(node)
+            return {"token": token, "slot": slot}[row] if row else copies[node]
+
+        for node in self.nodes:
+            copies[node] = graph.node_copy(node, copied)
+        graph.output(copied(self._value))
+        graph.lint()
+        return fx.GraphModule(nn.Module(), graph)
+
+
+def _dependents(turn: Turn) -> set[fx.Node]:
+    """Every node that depends on the pairs of a turn, up to the addition."""
+    stack: list[fx.Node] = list(turn.selection.rows)
+    seen = set(stack)
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen and user is not turn.after:
+                seen.add(user)
+                stack.append(user)
+    return seen
+
+
+def _sort_leaves(walks: list[_Walk]) -> tuple[tuple[fx.Node, ...], tuple[Weight, ...], list[str]]:
+    """Compare the turns, and tell what all share from what each has of its own."""
+    first = walks[0]
+    for number, walk in enumerate(walks):
+        if len(walk.steps) != len(first.steps) or len(walk.leaves) != len(first.leaves):
+            raise NotExpertsError(f"expert {number} computes something else than expert 0")
+        for index, (mine, other) in enumerate(zip(walk.steps, first.steps, strict=True)):
+            if mine != other:
+                line = line_of(walk.nodes[index].meta.get("stack_trace"))
+                raise NotExpertsError(f"expert {number} computes something else than expert 0, at {line}")
+    shared: list[fx.Node] = []
+    weights: list[Weight] = []
+    kinds: list[str] = []
+    for column in zip(*(walk.leaves for walk in walks), strict=True):
+        if is_size(column[0]):
+            raise NotExpertsError(f"the experts use a size of something outside them ({column[0].name})")
+        if all(leaf is column[0] for leaf in column):
+            shared.append(column[0])
+            kinds.append("shared")
+        else:
+            weights.append(_weight(column))
+            kinds.append("weight")
+    return tuple(shared), tuple(weights), kinds
+
+
+def _weight(column: tuple[fx.Node, ...]) -> Weight:
+    if all(leaf.op == "placeholder" for leaf in column):
+        _require_same_shapes(column)
+        return Weight(separate=column)
+    bases = {leaf.args[0] for leaf in column if leaf.target is _aten.select.int and leaf.args[1] == 0}
+    numbers = [leaf.args[2] for leaf in column if leaf.target is _aten.select.int]
+    if len(bases) == 1 and numbers == list(range(len(column))):
+        (stack,) = bases
+        assert isinstance(stack, fx.Node)
+        size = stack.meta["val"].shape[0]
+        if str(size) != str(len(column)):
+            raise NotExpertsError(
+                f"{stack.name} holds the weights of {size} experts, and {len(column)} are used"
+            )
+        return Weight(stack=stack)
+    raise NotExpertsError(f"{column[0].name} differs from expert to expert, and is no weight of one")
+
+
+def _require_same_shapes(column: tuple[fx.Node, ...]) -> None:
+    shapes: Mapping[tuple[int, ...], fx.Node] = {tuple(leaf.meta["val"].shape): leaf for leaf in column}
+    if len(shapes) > 1:
+        raise NotExpertsError(f"the experts' weights differ in shape: {', '.join(map(str, shapes))}")
+
+
+def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None:
+    """Make sure that each row of the body depends on its own pair only: together and one by one give the same.
+
+    Args:
+        experts: The block.
+        values: What its nodes are on the example inputs.
+
+    Raises:
+        NotExpertsError: The body mixes rows.
+    """
+    indices = values[experts.indices]
+    slots = indices.shape[1] if indices.dim() == 2 else 1
+    generator = torch.Generator().manual_seed(0)
+    token = torch.randint(0, max(1, indices.shape[0]), (5,), generator=generator)
+    slot = torch.randint(0, slots, (5,), generator=generator)
+    first = [
+        values[weight.separate[0]] if weight.stack is None else values[weight.stack][0]
+        for weight in experts.weights
+    ]
+    rest = [*(values[node] for node in experts.shared), *first]
+    try:
+        with torch.no_grad():
+            together = experts.body(token, slot, *rest)
+            alone = [experts.body(token[row : row + 1], slot[row : row + 1], *rest) for row in range(5)]
+    except Exception as error:
+        raise NotExpertsError(f"the expert cannot be run on other rows: {error}") from error
+    if not torch.allclose(together, torch.cat(alone), rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise NotExpertsError("the expert mixes rows: what it gives for a token depends on the other tokens")

@@ -1,0 +1,164 @@
+"""Put one opaque node in the place of each MoE block that was understood; what it means is written out at emission.
+
+The node is `moe_export::Experts(indices, *shared, *weights)` with the block's number as its attribute. torch's
+exporter carries it into ONNX as it is, and `experts_lower` replaces it there.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from onnx_ir import tensor_adapters
+from torch import fx
+from torch.export import Dim, ExportedProgram
+from torch.onnx.ops import _symbolic_impl
+
+from moe_export.export.experts_body import Experts, NotExpertsError, check_rows, understand
+from moe_export.export.experts_find import find_chains
+from moe_export.export.gate import values_of
+from moe_export.export.trace import Traced, quiet
+
+DOMAIN, OPERATOR, NUMBER = "moe_export", "Experts", "block"
+
+_aten = torch.ops.aten
+_ZEROS = {_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default}
+
+
+@dataclass(frozen=True)
+class Block:
+    """An MoE block that was replaced by an opaque node.
+
+    Attributes:
+        experts: What it means.
+        program: Its body, with a dynamic number of rows.
+    """
+
+    experts: Experts
+    program: ExportedProgram
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A traced model with its MoE blocks made opaque.
+
+    Attributes:
+        traced: The model; its program can be emitted, not run.
+        blocks: By the number that their node carries.
+        refused: Why other loops over experts stay as they were written, with their lines.
+    """
+
+    traced: Traced
+    blocks: tuple[Block, ...]
+    refused: tuple[str, ...]
+
+
+def place_experts(traced: Traced) -> Placed:
+    """Find the MoE blocks of a model and replace each by one opaque node; refuse with a reason what is not one."""
+    blocks: list[Block] = []
+    refused: list[str] = []
+    for chain in find_chains(traced.program.graph):
+        try:
+            blocks.append(_block(understand(chain), traced))
+        except NotExpertsError as error:
+            refused.append(f"the loop over experts at {chain.line} stays as it was written: {error}")
+    if not blocks:
+        return Placed(traced, (), tuple(refused))
+    program = _with_nodes(traced.program, [block.experts for block in blocks])
+    return Placed(dataclasses.replace(traced, program=program), tuple(blocks), tuple(refused))
+
+
+def _block(experts: Experts, traced: Traced) -> Block:
+    """Check that the body works row by row, and trace it with a free number of rows."""
+    first = [weight.separate[0] if weight.separate else weight.stack for weight in experts.weights]
+    nodes = (experts.indices, *experts.shared, *(node for node in first if node is not None))
+    values = dict(zip(nodes, values_of(traced, nodes), strict=True))
+    check_rows(experts, values)
+    weights = [
+        values[node][0] if weight.stack is not None else values[node]
+        for node, weight in zip(first, experts.weights, strict=True)
+        if node is not None
+    ]
+    rows = torch.arange(3) % max(1, values[experts.indices].shape[0])
+    arguments = (rows, torch.zeros_like(rows), *(values[node] for node in experts.shared), *weights)
+    free = len(experts.shared) + 2
+    spec = tuple(
+        tuple(Dim.AUTO if index < free else None for _ in range(value.dim()))
+        for index, value in enumerate(arguments)
+    )
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.export.export(
+                experts.body, tuple(value.clone() for value in arguments), dynamic_shapes=spec, strict=False
+            ).run_decompositions({})
+    except Exception as error:
+        raise NotExpertsError(f"the expert cannot be traced for any number of tokens: {error}") from error
+    return Block(experts, program)
+
+
+def _with_nodes(program: ExportedProgram, blocks: Sequence[Experts]) -> ExportedProgram:
+    """A copy of the program in which each block is one node."""
+    with quiet():
+        module = copy.deepcopy(program.graph_module)
+    twins = dict(zip(program.graph.nodes, module.graph.nodes, strict=True))
+    for number, experts in enumerate(blocks):
+        _replace(module.graph, experts, number, twins)
+    signature = copy.deepcopy(program.graph_signature)
+    outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    for spec, node in zip(signature.output_specs, outputs, strict=True):
+        spec.arg = dataclasses.replace(spec.arg, name=node.name)
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    module.graph.lint()
+    module.recompile()
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def _replace(graph: fx.Graph, experts: Experts, number: int, twins: dict[fx.Node, fx.Node]) -> None:
+    result, start = twins[experts.result], twins[experts.start]
+    inputs = [twins[node] for node in (experts.indices, *experts.shared)]
+    for weight in experts.weights:
+        inputs += [twins[node] for node in weight.separate] if weight.stack is None else [twins[weight.stack]]
+    value = result.meta["val"]
+    with graph.inserting_before(result):
+        shape: list[Any] = []
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt):
+                node = graph.call_function(_aten.sym_size.int, (start, axis))
+                node.meta["val"] = size
+                shape.append(node)
+            else:
+                shape.append(size)
+        encoded = _symbolic_impl.EncodedAttrs.from_dict({NUMBER: number})
+        opaque = graph.call_function(
+            torch.ops.onnx_symbolic._symbolic.default,
+            (inputs, OPERATOR, int(tensor_adapters.from_torch_dtype(value.dtype))),
+            {
+                "shape": shape,
+                "domain": DOMAIN,
+                "version": 1,
+                "metadata_props_keys": [],
+                "metadata_props_values": [],
+                **dataclasses.asdict(encoded),
+            },
+        )
+        opaque.meta = dict(result.meta)
+        replacement = opaque
+        if start.target not in _ZEROS:
+            replacement = graph.call_function(_aten.add.Tensor, (start, opaque))
+            replacement.meta = dict(result.meta)
+    result.replace_all_uses_with(replacement)
+    twins[experts.result] = replacement

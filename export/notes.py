@@ -1,0 +1,50 @@
+"""What a reader of the report should know about a graph: everything in which it is less than the model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from moe_export.export.subject import Subject
+from moe_export.export.trace import Traced
+
+_PLAIN = (bool, int, float, complex, str)
+
+
+def notes_on(subject: Subject, traced: Traced) -> list[str]:
+    """One line each: fixed dimensions, dropped outputs, fixed arguments, changed buffers, unused inputs."""
+    return [
+        *(str(fixed) for fixed in traced.fixed if fixed.model_takes_others),
+        *(_on_dropped(name, value, traced) for name, value in subject.dropped.items()),
+        *(f"argument {name} is fixed at {_short(value)}" for name, value in subject.constants.items()),
+        *(
+            f"buffer {name} changes with every call of the model; the graph always starts from its first value"
+            for name in sorted(subject.changed)
+        ),
+        *(f"input {name} has no influence on the outputs" for name in _unused(traced)),
+    ]
+
+
+def _on_dropped(name: str, value: Any, traced: Traced) -> str:
+    if name in traced.computed:
+        return (
+            f"output {name} is a Python number that the model computes, and is dropped; "
+            "return it as a tensor to keep it"
+        )
+    if isinstance(value, _PLAIN):
+        return f"output {name} is the constant {_short(value)} and is dropped"
+    return f"output {name} is a {type(value).__name__}, not a tensor, and is dropped"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unused(traced: Traced) -> list[str]:
+    """Inputs that nothing in the trace reads, not even their sizes."""
+    inputs = [
+        node
+        for node in traced.program.graph.nodes
+        if node.op == "placeholder" and node.name in traced.program.graph_signature.user_inputs
+    ]
+    return [name for name, node in zip(traced.inputs, inputs, strict=True) if not node.users]
