@@ -17,11 +17,11 @@ from moe_export.errors import NotExportableError
 from moe_export.export.leaves import unique
 from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata
-from moe_export.export.source import line_of
+from moe_export.export.spelling import spell
 from moe_export.export.trace import Traced, quiet, rename
+from moe_export.export.untranslated import untranslated
 
-_FAILED_NODE = re.compile(r"Error when translating node %?(?P<node>\w+)")
-_NO_FUNCTION = re.compile(r"No ONNX function found for <OpOverload\(op='(?P<op>[^']+)'")
+_DATA_SIZE = re.compile(r"u\d+")
 _PROTOBUF_LIMIT = 2**31 - 2**20
 
 
@@ -54,39 +54,12 @@ def emit(
 def _translate(traced: Traced, opset: int) -> ir.Model:
     try:
         with quiet(), torch.no_grad():
+            spell(traced.program.graph)
             result = torch.onnx.export(traced.program, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:
-        raise _refusal(error, traced) from error
+        raise untranslated(error) from error
     assert result is not None
     return result.model
-
-
-def _refusal(error: Exception, traced: Traced) -> NotExportableError:
-    """Say which operator has no ONNX form, and on which line of the model."""
-    messages = [str(error)]
-    cause: BaseException | None = error
-    while cause is not None and (cause := cause.__cause__ or cause.__context__) is not None:
-        messages.append(str(cause))
-    text = "\n".join(messages)
-    node, operator = _FAILED_NODE.search(text), _NO_FUNCTION.search(text)
-    where = _line_of_node(traced, node["node"]) if node else None
-    if operator:
-        return NotExportableError(
-            f"operator {operator['op']} has no ONNX form",
-            where=where,
-            hint="write that line with other PyTorch operators",
-        )
-    first = next((line for line in messages[-1].splitlines() if line.strip()), type(error).__name__)
-    name = f"operator {node['node']}" if node else "the model"
-    return NotExportableError(f"{name} could not be translated to ONNX: {first}", where=where)
-
-
-def _line_of_node(traced: Traced, name: str) -> str | None:
-    """The line of a node by its name, which decomposition may have changed from `erfc` to `erfc_default_1`."""
-    stem = re.sub(r"(_default)?(_\d+)?$", "", name)
-    nodes = {node.name: node for node in traced.program.graph.nodes}
-    found = nodes.get(name) or next((node for key, node in nodes.items() if key.startswith(stem)), None)
-    return line_of(found.meta.get("stack_trace")) if found is not None else None
 
 
 def _name_values(model: ir.Model, traced: Traced) -> None:
@@ -105,6 +78,7 @@ def _name_values(model: ir.Model, traced: Traced) -> None:
     for value, name in wanted.items():
         value.name = name
     _name_dims([*wanted, *others], traced.dim_names())
+    _name_data_sizes(graph.outputs)
 
 
 def _separate_outputs(graph: ir.Graph) -> None:
@@ -134,6 +108,16 @@ def _name_dims(values: Iterable[ir.Value], names: Mapping[str, str]) -> None:
     for value in values:
         if value.shape is not None and not value.shape.is_static():
             value.shape = ir.Shape([_named(dim, names) for dim in value.shape])
+
+
+def _name_data_sizes(outputs: Iterable[ir.Value]) -> None:
+    """Sizes that only the data decides have the tracer's names, `u3`; an output's are called after it."""
+    names: dict[str, str] = {}
+    for value in outputs:
+        for axis, dim in enumerate(value.shape or ()):
+            if isinstance(dim, ir.SymbolicDim) and _DATA_SIZE.fullmatch(dim.value or ""):
+                names.setdefault(str(dim.value), f"{value.name}_dim{axis}")
+    _name_dims(outputs, names)
 
 
 def _named(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:

@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from moe_export.export.source import inside_call, is_user_file
 
 
-def _one_hot(tensor: torch.Tensor, num_classes: Any = -1) -> torch.Tensor:
+def _one_hot(tensor: torch.Tensor, num_classes: Any = -1) -> Any:
     """`one_hot(x, n)` with a symbolic n → `x[..., None] == arange(n)`.
 
     torch.export notes n as a guard, which the ONNX exporter drops: the file would silently be wrong at any other
@@ -36,7 +36,7 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arg
     PyTorch's fast kernel does not look whether they are, and reads beyond the shorter one; ONNX cannot. The
     exporter translates 4 dimensions only.
     """
-    torch._check(key.shape[-2] == value.shape[-2])
+    torch._check(key.shape[-2] == value.shape[-2])  # type: ignore[no-untyped-call]
     attend = torch.nn.functional.scaled_dot_product_attention
     mask = args[0] if args else kwargs.get("attn_mask")
     if query.dim() != 3 or (mask is not None and mask.dim() > 3):
@@ -51,12 +51,14 @@ def _chunk(tensor: torch.Tensor, chunks: int, dim: int = 0) -> tuple[torch.Tenso
 
     The exporter makes a sequence of it whose length it does not know, and then fails on that.
     """
-    length = tensor.shape[dim]
+    length: Any = tensor.shape[dim]
     if not isinstance(length, torch.SymInt):
         return tensor.chunk(chunks, dim)
     size = (length + chunks - 1) // chunks
+    hint = length.node.hint  # how many chunks there are is the model's structure, as it was traced
+    count = -(-hint // -(-hint // chunks)) if hint else chunks
     before = (slice(None),) * (dim % tensor.dim())
-    return tuple(tensor[(*before, slice(index * size, (index + 1) * size))] for index in range(chunks))
+    return tuple(tensor[(*before, slice(index * size, (index + 1) * size))] for index in range(count))
 
 
 _IDIOMS: dict[Any, Callable[..., Any]] = {

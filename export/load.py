@@ -16,8 +16,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from moe_export.errors import UsageError
 from moe_export.export.arguments import parse_init, parse_input
@@ -87,8 +89,40 @@ def _from_file(path: Path, source: str) -> Subject:
     if call is None:
         _, call = run_file(path, as_script=True, stop_at_call=True)
     if call is None:
-        raise _no_model(path, module)
+        raise _half_a_model(path, module) or _no_model(path, module)
     return _from_call(call, path)
+
+
+def _half_a_model(path: Path, module: ModuleType | None) -> UsageError | None:
+    """One of the two names is there, and the other is missing or something else."""
+    model, example = (getattr(module, name, None) for name in ("model", "example_inputs"))
+    if model is None and example is None:
+        return None
+    if model is None:
+        return UsageError(
+            f"{path.name} defines `example_inputs` but no `model`",
+            where=str(path),
+            hint="define `model`, an nn.Module or a function without arguments that returns one",
+        )
+    if not isinstance(model, nn.Module) and not callable(model):
+        return UsageError(
+            f"`model` in {path.name} is a {type(model).__name__}, not an nn.Module",
+            where=str(path),
+            hint="let `model` be an nn.Module or a function without arguments that returns one",
+        )
+    parameters = _forward_parameters(model)
+    return UsageError(
+        f"{path.name} defines `model` but no `example_inputs`, and does not call it",
+        where=str(path),
+        hint=f"define example_inputs, a tuple or dict of tensors for forward{parameters}",
+    )
+
+
+def _forward_parameters(model: Any) -> str:
+    try:
+        return str(inspect.signature(model.forward if isinstance(model, nn.Module) else model))
+    except (AttributeError, TypeError, ValueError):
+        return ""
 
 
 def _top_level_names(source: str) -> set[str]:
@@ -109,8 +143,9 @@ def _top_level_names(source: str) -> set[str]:
 
 
 def _has_both(module: ModuleType) -> bool:
+    """Modules are callable too; a class or a `functools.partial` makes one when it is called."""
     model = getattr(module, "model", None)
-    return hasattr(module, "example_inputs") and (isinstance(model, nn.Module) or inspect.isroutine(model))
+    return getattr(module, "example_inputs", None) is not None and callable(model)
 
 
 def _from_names(module: ModuleType, path: Path) -> Subject:
@@ -128,8 +163,8 @@ def _from_names(module: ModuleType, path: Path) -> Subject:
         example = _call_user(example, "example_inputs", path)
     how = "`model` and `example_inputs`"
     if isinstance(example, Mapping):
-        return make_subject(model, (), example, source=path, how=how)
-    if isinstance(example, torch.Tensor):
+        return make_subject(model, (), _tensors(example), source=path, how=how)
+    if isinstance(example, (torch.Tensor, np.ndarray)):
         example = (example,)
     if not isinstance(example, (tuple, list)):
         raise UsageError(
@@ -137,7 +172,14 @@ def _from_names(module: ModuleType, path: Path) -> Subject:
             where=str(path),
             hint="make it a tuple of forward's arguments, or a dict by their names",
         )
-    return make_subject(model, tuple(example), {}, source=path, how=how)
+    return make_subject(model, _tensors(tuple(example)), {}, source=path, how=how)
+
+
+def _tensors(arguments: Any) -> Any:
+    """Arrays of NumPy, at whatever depth, as tensors."""
+    return pytree.tree_map(
+        lambda leaf: torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) else leaf, arguments
+    )
 
 
 def _call_user(function: Callable[[], Any], name: str, path: Path) -> Any:

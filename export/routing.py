@@ -351,7 +351,9 @@ def routing_outputs(routing: Routing, traced: Traced) -> list[tuple[str, str | N
     if choice.operator.target is not _aten.topk.default:
         return []
     k = _shape(choice.indices)[-1:]
-    results = next(node for node in traced.program.graph.nodes if node.op == "output").args[0]
+    nodes = {node.name: node for node in traced.program.graph.nodes}
+    # The program also returns the buffers that it changes; they are not the user's outputs.
+    results = [nodes[str(name)] for name in traced.program.graph_signature.user_outputs]
     named = list(zip(traced.outputs, results, strict=True))
 
     def carried(start: fx.Node) -> list[str]:

@@ -78,11 +78,15 @@ def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[Module
 def _file_error(path: Path, error: BaseException) -> UsageError:
     if isinstance(error, SyntaxError) and error.filename == str(path):
         return UsageError(f"{path.name} has a syntax error: {error.msg}", where=f"{path}:{error.lineno}")
+    if isinstance(error, SystemExit):
+        return UsageError(
+            f"{path.name} ended itself before it called a module: sys.exit({error.code!r})",
+            where=last_user_line(error) or str(path),
+            hint="a model file is run without arguments; define `model` and `example_inputs` in it",
+        )
     hint = None
     if isinstance(error, ModuleNotFoundError):
         hint = f"install {error.name!r} beside moe-export, or put it into the folder of {path.name}"
-    elif isinstance(error, SystemExit):
-        hint = "a model file is run without arguments; define `model` and `example_inputs` in it"
     return UsageError(
         f"{path.name} raised {type(error).__name__}: {error}",
         where=last_user_line(error) or str(path),

@@ -2,7 +2,7 @@
 
 Every dimension is offered to `torch.export` as free (`Dim.AUTO`); what it fixes, the model's code fixes, and the
 report says so. An example of size 1 would be taken for a constant, so it is widened to 2 first where the model
-takes that.
+takes that, and takes 3 as well: a mask that is broadcast over two heads must stay 1.
 
 Source: https://docs.pytorch.org/docs/stable/export.html
 """
@@ -10,23 +10,28 @@ Source: https://docs.pytorch.org/docs/stable/export.html
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.export import Dim as TorchDim
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import Dim, DimRequest, default_name
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.leaves import unique
-from moe_export.export.source import last_user_line
+from moe_export.export.randomness import refuse_random
+from moe_export.export.source import last_model_line
+from moe_export.export.state import Buffers
 from moe_export.export.subject import Subject
+from moe_export.export.widen import accepts, widened
 
 Shape = tuple[int | str, ...]
 SCOPE = "model"  # the attribute of `_Flat` that holds the user's module: the root of every module path
@@ -38,6 +43,7 @@ class Fixed:
 
     Attributes:
         model_takes_others: The model itself runs at another size; only the trace depends on this one.
+        name: What the dimension would be called if it were free.
     """
 
     input: str
@@ -45,13 +51,16 @@ class Fixed:
     size: int
     model_takes_others: bool
 
+    name: str = ""
+
     def __str__(self) -> str:
-        why = (
-            "the trace depends on it: a loop over it was unrolled, or its size became a constant"
-            if self.model_takes_others
-            else "the model takes no other size"
-        )
-        return f"{self.input}: length {self.size} is fixed (dimension {self.axis}): {why}"
+        why = "the model takes no other size"
+        if self.model_takes_others:
+            why = "the trace depends on it: a loop over it was unrolled, or its size became a constant"
+            if self.size == 1:
+                why = "a size of 1 is broadcast, and was not widened"
+        name = f"{self.name}, " if self.name else ""
+        return f"{self.input}: length {self.size} is fixed ({name}dimension {self.axis}): {why}"
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,7 @@ class Traced:
         inputs: Shape of each input: sizes, names of dynamic dimensions, or expressions of them (`2*batch`).
         dims: The dynamic dimensions.
         fixed: Dimensions that were offered as free and came back fixed.
+        computed: Outputs that are Python numbers in the model but depend on sizes or values; no graph has them.
         scope: Module path of the model inside the program, which every module path begins with.
     """
 
@@ -72,6 +82,7 @@ class Traced:
     outputs: tuple[str, ...]
     dims: tuple[Dim, ...]
     fixed: tuple[Fixed, ...]
+    computed: frozenset[str] = frozenset()
     scope: str = SCOPE
 
     def dim_names(self) -> dict[str, str]:
@@ -82,29 +93,44 @@ class Traced:
 class _Flat(nn.Module):
     """The subject with tensors in and tensors out, so that the program has neither constants nor nesting."""
 
-    def __init__(self, subject: Subject) -> None:
+    def __init__(self, subject: Subject, computed: list[frozenset[int]]) -> None:
         super().__init__()
         self.model = subject.module
-        self._call = subject.call
+        self._call = subject.call_leaves
+        self._note = computed.append  # an attribute set during the trace would be set back after it
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return self._call(inputs)
+        found = self._call(inputs)
+        others = [leaf.value for leaf in found if not leaf.is_tensor]
+        self._note(
+            frozenset(
+                index
+                for index, value in enumerate(others)
+                if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+            )
+        )
+        return tuple(leaf.value for leaf in found if leaf.is_tensor)
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the tracer's and the exporter's notices to themselves: what matters is raised or checked."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.export", "torch.fx", "onnxscript")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Keep notices of the tracer, the exporter and the model to themselves: what matters is raised or checked.
+
+    The model prints as often as it is called; a user has seen that once, when the file was loaded.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
+            warnings.catch_warnings(),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)
 
 
 def trace(subject: Subject, request: DimRequest | None = None) -> Traced:
@@ -119,20 +145,26 @@ def trace(subject: Subject, request: DimRequest | None = None) -> Traced:
             name cannot be free.
     """
     request = request or DimRequest()
-    example = _widened(subject, request)
-    program, offered = _export(subject, example, request)
-    dims, inputs = _read_dims(program, example, request)
-    traced = Traced(
-        program, inputs, example, subject.outputs, dims, _fixed(subject, example, inputs, request)
-    )
-    _require_picked(traced, request, offered)
+    with quiet():
+        example = widened(subject, request)
+        program, computed, reason = _export(subject, example, request)
+        refuse_random(program, subject, example)
+        dims, inputs = _read_dims(program, example, request)
+        fixed = _fixed(subject, example, inputs, request)
+    traced = Traced(program, inputs, example, subject.outputs, dims, fixed, computed)
+    _require_picked(traced, request, reason)
     return traced
 
 
 def _export(
     subject: Subject, example: Mapping[str, torch.Tensor], request: DimRequest
-) -> tuple[ExportedProgram, str | None]:
-    """Export with as many free dimensions as the tracer takes; the second value says why it took fewer."""
+) -> tuple[ExportedProgram, frozenset[str], str | None]:
+    """Export with as many free dimensions as the tracer takes.
+
+    Returns:
+        The program, the names of the outputs that are computed numbers, and why fewer dimensions are free than
+        were asked for.
+    """
     first: Exception | None = None
     for limit in (None, 2, 1, 0):
         spec = tuple(
@@ -142,18 +174,20 @@ def _export(
             )
             for name, tensor in example.items()
         )
+        numbers: list[frozenset[int]] = []
+        flat = _Flat(subject, numbers).eval()
+        before = Buffers.of(subject.module)
         try:
             # With opt_einsum, torch.einsum compares sizes to choose a path, which would fix them; the path is
             # chosen later, by the einsum rewriting.
             with (
-                quiet(),
                 torch.no_grad(),
                 torch.backends.opt_einsum.flags(enabled=False),
-                traceable_idioms(),
+                traceable_idioms(subject.module),
                 user_lines(),
             ):
                 program = torch.export.export(
-                    _Flat(subject).eval(),
+                    flat,
                     tuple(tensor.clone() for tensor in example.values()),
                     dynamic_shapes={"inputs": spec},
                     strict=False,
@@ -161,55 +195,34 @@ def _export(
         except Exception as error:
             first = first or error
             continue
-        return program, _first_line(first) if first else None
+        finally:
+            before.restore()
+        names = list(subject.dropped)
+        computed = frozenset(names[index] for index in numbers[-1] if index < len(names))
+        return program, computed, _first_line(first) if first else None
     assert first is not None
     raise NotExportableError(
         f"torch.export cannot trace {type(subject.module).__name__}: {_first_line(first)}",
-        where=last_user_line(first) or str(subject.source),
-        hint="control flow that depends on the values of tensors cannot be traced; "
-        "write it with torch.where, masks, or a loop over all experts",
+        where=last_model_line(first) or str(subject.source),
+        hint=_hint(first),
     ) from first
+
+
+def _hint(error: Exception) -> str:
+    """What to do about a model that cannot be traced: values that decide, or anything else."""
+    if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error).lower():
+        return (
+            "control flow or sizes that depend on the values of tensors cannot be traced; "
+            "write it with torch.where, masks, or a loop over all experts"
+        )
+    return (
+        "that line runs, but not while it is traced: write it with tensor operators, or give other arguments"
+    )
 
 
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _widened(subject: Subject, request: DimRequest) -> dict[str, torch.Tensor]:
-    """The example inputs with dimensions of size 1 doubled, as far as the model takes that.
-
-    The first dimensions of all inputs are the likely batch, and are widened together; the others one by one.
-    """
-    example = dict(subject.inputs)
-    ones = [
-        (name, axis)
-        for name, tensor in example.items()
-        for axis, size in enumerate(tensor.shape)
-        if size == 1 and request.wants(name, axis)
-    ]
-    batch = [key for key in ones if key[1] == 0]
-    groups = ([batch] if len(batch) > 1 else []) + [[key] for key in ones]
-    done: set[tuple[str, int]] = set()
-    for group in groups:
-        if done.issuperset(group):
-            continue
-        trial = dict(example)
-        for name, axis in group:
-            trial[name] = trial[name].repeat_interleave(2, dim=axis)
-        if _accepts(subject, trial):
-            example = trial
-            done |= set(group)
-    return example
-
-
-def _accepts(subject: Subject, tensors: Mapping[str, torch.Tensor]) -> bool:
-    try:
-        with torch.no_grad():
-            subject.call([tensor.clone() for tensor in tensors.values()])
-    except Exception:
-        return False
-    return True
 
 
 def _read_dims(
@@ -265,7 +278,8 @@ def _fixed(
     for name, shape in inputs.items():
         for axis, size in enumerate(shape):
             if isinstance(size, int) and request.wants(name, axis):
-                result.append(Fixed(name, axis, size, _takes_other_size(subject, example, name, axis)))
+                others = _takes_other_size(subject, example, name, axis)
+                result.append(Fixed(name, axis, size, others, default_name(example[name], axis, name)))
     return tuple(result)
 
 
@@ -279,7 +293,7 @@ def _takes_other_size(subject: Subject, example: Mapping[str, torch.Tensor], nam
             else tensor
             for key, tensor in example.items()
         }
-        if _accepts(subject, trial):
+        if accepts(subject, trial):
             return True
     return False
 

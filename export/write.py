@@ -31,7 +31,7 @@ def staging(folder: Path) -> Iterator[Path]:
     Raises:
         UsageError: The folder cannot be made or written to, or the disk is full.
     """
-    existed = folder.exists()
+    made = _first_missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=".moe-export-", dir=folder))
@@ -48,8 +48,14 @@ def staging(folder: Path) -> Iterator[Path]:
         raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        if not done and not existed:
-            shutil.rmtree(folder, ignore_errors=True)
+        if not done and made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _first_missing(folder: Path) -> Path | None:
+    """The outermost folder that has to be made; None if all are there."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    return missing[-1] if missing else None
 
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:

@@ -11,6 +11,7 @@ import torch
 from moe_export.export.dims import Dim
 from moe_export.export.pipeline import Graph, as_numpy
 from moe_export.export.subject import Subject
+from moe_export.export.trace import quiet
 from moe_export.verify import (
     DimRange,
     OnnxRuntimeRunner,
@@ -99,10 +100,11 @@ def verify_file(
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
     arrays = {name: as_numpy(tensor) for name, tensor in example.items() if name in {s.name for s in specs}}
     runner = TorchRunner(reference.call_named, outputs or reference.outputs)
-    return compare(
-        runner,
-        candidate,
-        cases(specs, ranges, arrays, seed),
-        tolerance=tolerance,
-        routing=[RoutingPair(*pair) for pair in routing],
-    )
+    with quiet():
+        return compare(
+            runner,
+            candidate,
+            cases(specs, ranges, arrays, seed),
+            tolerance=tolerance,
+            routing=[RoutingPair(*pair) for pair in routing],
+        )

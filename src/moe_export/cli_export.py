@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -17,7 +18,7 @@ import moe_export
 from moe_export.checking import verify_graph
 from moe_export.console import Console
 from moe_export.einsum_rewrite import Site
-from moe_export.errors import NotExportableError
+from moe_export.errors import MissingBackendError, NotExportableError, UsageError
 from moe_export.export.dims import parse_dynamic
 from moe_export.export.load import load_subject
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
@@ -27,6 +28,7 @@ from moe_export.export.trace import SCOPE
 from moe_export.export.write import staging, write_model
 from moe_export.verify import OnnxRuntimeRunner, Report, Tolerance, show
 
+_NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)")
 SCHEMA = "moe-export/export-report/1"
 
 
@@ -37,6 +39,7 @@ def run_export(
     static: bool,
     dynamic: tuple[str, ...],
     gate: str | None,
+    experts: str,
     simplify: bool,
     verify: bool,
     init: tuple[str, ...],
@@ -52,35 +55,29 @@ def run_export(
     """Run the command; the exit code."""
     console = Console(quiet, as_json)
     tolerance = Tolerance(rtol, atol)
-    with console.step(f"loading {model}"):
-        subject = load_subject(model, init=init, inputs=inputs)
-    options = Options(
-        opset=opset,
-        dims=parse_dynamic(dynamic, static, subject.inputs),
-        gates=True if gate is None else False if gate == "none" else gate,
-        simplify=simplify,
-    )
-    graphs = export_subject(subject, options, console.step)
     folder = Path(output)
-    names = file_names(subject.source.stem, graphs)
-    reports: list[Report | None] = []
-    checked: list[Graph] = []
-    with staging(folder) as temporary:
+    with console.user_code(), staging(folder.absolute()) as temporary:
+        with console.step(f"loading {model}"):
+            subject = load_subject(model, init=init, inputs=inputs)
+        options = Options(
+            opset=opset,
+            dims=parse_dynamic(dynamic, static, subject.inputs),
+            gates=True if gate is None else False if gate == "none" else gate,
+            simplify=simplify,
+            experts=experts,
+        )
+        graphs = export_subject(subject, options, console.step)
+        names = file_names(subject.source.stem, graphs)
+        reports: list[Report | None] = []
+        checked: list[Graph] = []
         for graph, name in zip(graphs, names, strict=True):
             describe(graph.model, _facts(graph, subject, opset))
             write_model(graph.model, temporary / name)
             _check_file(temporary / name)
-            with console.step(f"verifying {name}") if verify else console.step(f"loading {name}"):
-                if verify:
-                    report, dims = verify_graph(
-                        graph, temporary / name, tolerance=tolerance, seed=seed, provider=provider
-                    )
-                    reports.append(report)
-                    checked.append(replace(graph, traced=replace(graph.traced, dims=dims)))
-                else:
-                    OnnxRuntimeRunner(temporary / name, provider)  # it must load, whatever it computes
-                    reports.append(None)
-                    checked.append(graph)
+            with console.step(f"verifying {name}" if verify else f"loading {name}"):
+                found, report = _verified(graph, temporary / name, verify, tolerance, seed, provider)
+            checked.append(found)
+            reports.append(report)
         graphs = tuple(checked)
         equal = all(report is None or report.exit_code == 0 for report in reports)
         if not equal:
@@ -89,8 +86,35 @@ def run_export(
         report_name = f"{subject.source.stem}.report.json"
         (temporary / report_name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     console.json(json.dumps(document, indent=2))
+    console.say(f"\nmodel: {type(subject.module).__name__}, {subject.how}")
     _print(console, folder, graphs, [*names, report_name], reports)
     return 0 if equal else 1
+
+
+def _verified(
+    graph: Graph, path: Path, verify: bool, tolerance: Tolerance, seed: int, provider: str
+) -> tuple[Graph, Report | None]:
+    """The graph with what verification learned of its dimensions, and the report; None if it is not verified."""
+    try:
+        if not verify:
+            OnnxRuntimeRunner(path, provider)  # it must load, whatever it computes
+            return graph, None
+        report, dims = verify_graph(graph, path, tolerance=tolerance, seed=seed, provider=provider)
+        return replace(graph, traced=replace(graph.traced, dims=dims)), report
+    except UsageError as error:
+        kernel = _NO_KERNEL.search(error.what)
+        if kernel is None:
+            raise NotExportableError(
+                f"{path.name} was made, but it cannot be run: {error.what}",
+                hint="this is a defect of the exporter; run with --debug and report it",
+            ) from error
+        if not verify:
+            note = f"onnxruntime on {provider} cannot run it: it has no {kernel['op']} for this dtype"
+            return replace(graph, notes=(*graph.notes, note)), None
+        raise MissingBackendError(
+            f"{path.name} cannot be verified: onnxruntime on {provider} has no {kernel['op']} for this dtype",
+            hint="--no-verify writes it unverified; --provider cuda may have the operator, and float32 has it",
+        ) from error
 
 
 def file_names(stem: str, graphs: tuple[Graph, ...]) -> list[str]:

@@ -42,21 +42,22 @@ def run_verify(
     tolerance = Tolerance(rtol, atol)
     candidate = OnnxRuntimeRunner(Path(graph), provider)
     facts = _metadata(Path(graph))
-    with console.step(f"loading {against}"):
-        subject = load_subject(against, init=init, inputs=inputs)
-    with console.step("tracing"):
-        reference, routing = _reference(subject, facts)
-    example = _example_for(candidate, reference)
-    with console.step(f"verifying {graph}"):
-        report = verify_file(
-            candidate,
-            reference,
-            example=example,
-            dims=_dims(candidate.inputs, example),
-            routing=routing,
-            tolerance=tolerance,
-            seed=seed,
-        )
+    with console.user_code():
+        with console.step(f"loading {against}"):
+            subject = load_subject(against, init=init, inputs=inputs)
+        with console.step("tracing"):
+            reference, routing = _reference(subject, facts)
+        example = _example_for(candidate, reference)
+        with console.step(f"verifying {graph}"):
+            report = verify_file(
+                candidate,
+                reference,
+                example=example,
+                dims=_dims(candidate.inputs, example),
+                routing=routing,
+                tolerance=tolerance,
+                seed=seed,
+            )
     console.json(json.dumps(report.to_dict(), indent=2))
     if not (quiet or as_json):
         show(report, sys.stdout)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,15 @@ class Console:
         """A line of the result."""
         if not (self.quiet or self.as_json):
             print(text)
+
+    @contextmanager
+    def user_code(self) -> Iterator[None]:
+        """While it runs, what the user's code prints does not mix with the result: it goes to stderr, or nowhere."""
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere if self.quiet else sys.stderr),
+        ):
+            yield
 
     def json(self, text: str) -> None:
         """The one JSON document, where it was asked for."""

@@ -1,0 +1,47 @@
+"""A model that gives something else at every call cannot be verified, and most often was not meant to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from moe_export.errors import NotExportableError
+from moe_export.export.source import line_of
+from moe_export.export.subject import Subject
+
+
+def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[str, torch.Tensor]) -> None:
+    """Refuse a model that draws random numbers which its outputs depend on.
+
+    Operators that may be random are only a suspicion (attention has a dropout that is mostly 0), so the model is
+    then called twice.
+
+    Raises:
+        NotExportableError: The two calls differ; names the operator and its line.
+    """
+    suspects = [node for node in program.graph.nodes if _may_be_random(node)]
+    if not suspects or _agrees_with_itself(subject, example):
+        return
+    node = suspects[0]
+    raise NotExportableError(
+        f"{type(subject.module).__name__} gives other outputs at every call: {node.target} draws random numbers",
+        where=line_of(node.meta.get("stack_trace")) or str(subject.source),
+        hint="take the random numbers as an input; dropout: F.dropout(x, p, training=self.training)",
+    )
+
+
+def _may_be_random(node: fx.Node) -> bool:
+    tags = getattr(node.target, "tags", ()) if isinstance(node.target, torch._ops.OpOverload) else ()
+    return torch.Tag.nondeterministic_seeded in tags
+
+
+def _agrees_with_itself(subject: Subject, example: Mapping[str, torch.Tensor]) -> bool:
+    with torch.no_grad():
+        first, second = (subject.call([tensor.clone() for tensor in example.values()]) for _ in range(2))
+    return all(
+        torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
+        for a, b in zip(first, second, strict=True)
+    )

@@ -1,0 +1,43 @@
+"""Operators in forms that the exporter does not know, respelled in a form that it does. One rule an operator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+
+
+def spell(graph: fx.Graph) -> None:
+    """Respell the nodes of a traced graph, in place."""
+    for node in graph.nodes:
+        rule = _RULES.get(node.target)
+        if rule is not None:
+            rule(node)
+
+
+def _all_axes(node: fx.Node) -> None:
+    """`x.amax()` → `x.amax((0, 1, 2))`."""
+    value = node.args[0]
+    if isinstance(value, fx.Node) and not (node.args[1:] and node.args[1]) and not node.kwargs.get("dim"):
+        keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
+        node.args = (value, list(range(value.meta["val"].dim())), keepdim)
+        node.kwargs = {}
+
+
+def _stable_sort(node: fx.Node) -> None:
+    """`sort(stable=True)` → `sort`: ONNX's TopK, which it becomes, puts the lower index first among equals."""
+    given = dict(node.kwargs)
+    node.target = _aten.sort.default if node.target is _aten.sort.stable else _aten.argsort.default
+    node.args = (node.args[0], given.get("dim", -1), given.get("descending", False))
+    node.kwargs = {}
+
+
+_RULES: dict[object, Callable[[fx.Node], None]] = {
+    _aten.amax.default: _all_axes,
+    _aten.amin.default: _all_axes,
+    _aten.sort.stable: _stable_sort,
+    _aten.argsort.stable: _stable_sort,
+}

@@ -1,0 +1,76 @@
+"""Why the exporter could not translate a model: the operator as the user wrote it, and the line.
+
+The exporter's own text speaks of what an operator was decomposed into, for pages. What it was working on is in
+the frames that its error went through.
+"""
+
+from __future__ import annotations
+
+import linecache
+import traceback
+from collections.abc import Iterator
+
+from torch import fx
+
+from moe_export.errors import NotExportableError
+from moe_export.export.source import line_of
+
+_UNKNOWN = "No ONNX function found"
+
+
+def untranslated(error: Exception) -> NotExportableError:
+    """The refusal that an error of `torch.onnx.export` comes to."""
+    chain = list(_chain(error))
+    node = next((node for cause in reversed(chain) if (node := _node_in(cause)) is not None), None)
+    last = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), "")
+    if node is None:
+        return NotExportableError(
+            f"the model could not be translated to ONNX: {last or type(chain[-1]).__name__}",
+            hint="run with --debug for the exporter's own words",
+        )
+    name, where = _operator(node), _place(node)
+    if any(_UNKNOWN in str(cause) for cause in chain):
+        return NotExportableError(
+            f"operator {name} has no ONNX form",
+            where=where,
+            hint="write that line with other PyTorch operators",
+        )
+    return NotExportableError(
+        f"operator {name} could not be translated to ONNX: {last.partition(' Signature:')[0][:300]}",
+        where=where,
+        hint="write that line with other PyTorch operators",
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    cause: BaseException | None = error
+    while cause is not None:
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _node_in(error: BaseException) -> fx.Node | None:
+    """The node that the exporter had in hand, in the innermost frame that has one."""
+    found = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        node = frame.f_locals.get("node")
+        if isinstance(node, fx.Node) and node.op == "call_function":
+            found = node
+    return found
+
+
+def _operator(node: fx.Node) -> str:
+    """The operator as it was traced, before it was decomposed into others: `aten.special_bessel_j0`."""
+    origins = node.meta.get("from_node") or ()
+    target = str(origins[0].target) if origins else str(node.target)
+    return target.removesuffix(".default")
+
+
+def _place(node: fx.Node) -> str | None:
+    """The line, and what stands on it."""
+    line = line_of(node.meta.get("stack_trace"))
+    if line is None:
+        return None
+    path, _, number = line.rpartition(":")
+    text = linecache.getline(path, int(number)).strip()
+    return f"{line}\n{text}" if text else line
