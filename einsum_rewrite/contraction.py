@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from moe_export.einsum_rewrite.prices import FLOP, Prices
+from moe_export.einsum_rewrite.prices import Prices
 
 EXACT = 6
 """Weighing every order of n operands looks at 3**n pairs of subsets: 729 at 6."""
@@ -62,7 +62,7 @@ def _price(left: frozenset[str], right: frozenset[str], result: frozenset[str], 
     union = left | right
     work = prices.elements(union)
     matmul = union != result and not (left <= right or right <= left)
-    return work * (FLOP if matmul else 1.0) + prices.elements(result)
+    return work * (prices.target.flop if matmul else 1.0) + prices.elements(result)
 
 
 def _by_opt_einsum(terms: Sequence[frozenset[str]], output: frozenset[str], prices: Prices) -> Tree:

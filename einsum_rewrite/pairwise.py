@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from moe_export.einsum_rewrite.layout import UNIT, Axis, Layout, flat, plain
 from moe_export.einsum_rewrite.orders import common_orders, suffixes
-from moe_export.einsum_rewrite.prices import BATCH, FLOP, NODE, Prices
+from moe_export.einsum_rewrite.prices import Prices
 from moe_export.einsum_rewrite.value import Value
 
 KEPT_CHOICES = 3
@@ -67,7 +67,8 @@ def combine(x: Value, y: Value, keep: frozenset[str], goal: Axis | None, prices:
         ]
     if summed and frozenset(x.labels) != frozenset(y.labels):
         choices += [
-            _price_matmul(x, y, form, goal, prices) for form in matmul_forms(x.labels, y.labels, keep, goal)
+            _price_matmul(x, y, form, goal, prices)
+            for form in matmul_forms(x.labels, y.labels, keep, goal, prices.target.vectors)
         ]
     best: dict[Layout, Choice] = {}
     for choice in choices:
@@ -103,7 +104,7 @@ def _price_product(
     x: Value, y: Value, order: Axis, summed: frozenset[str], goal: Axis | None, prices: Prices
 ) -> Choice:
     passes = 2 if summed else 1
-    price = x.price + y.price + passes * (NODE + prices.elements(order))
+    price = x.price + y.price + passes * (prices.target.node + prices.elements(order))
     for value in (x, y):
         price += value.move_price(_aligned(value, order, prices), prices)
     result = plain(label for label in order if label not in summed)
@@ -139,9 +140,11 @@ def _price_matmul(x: Value, y: Value, form: Form, goal: Axis | None, prices: Pri
         left=_cheaper(left, form.left, min(2, len(form.left)), prices),
         right=_cheaper(right, form.right, min(2, len(form.right)), prices),
     )
-    price = x.price + y.price + NODE
+    price = x.price + y.price + prices.target.node
     price += left.move_price(form.left, prices) + right.move_price(form.right, prices)
-    price += prices.elements(frozenset(x.labels + y.labels)) * FLOP + prices.elements(flat(form.result))
+    price += prices.elements(frozenset(x.labels + y.labels)) * prices.target.flop + prices.elements(
+        flat(form.result)
+    )
     price += _price_broadcast(form, prices)
     if goal is not None:
         layout = plain(goal)
@@ -157,21 +160,26 @@ def _price_broadcast(form: Form, prices: Prices) -> float:
     left, right = (frozenset(flat(side)) & frozenset(form.batch) for side in (form.left, form.right))
     if not left or not right:
         return 0.0  # engines fold the batch axes of one operand into its rows
-    price = BATCH * prices.elements(form.batch)
+    price = prices.target.batch * prices.elements(form.batch)
     for mine, side in ((left, form.left), (right, form.right)):
         missing = [label for label in form.batch if label not in mine]
         if missing:
             repeated = prices.elements(flat(side)) * prices.elements(missing)
-            price += repeated * (2.0 if prices.copies else 0.25)
+            price += repeated * (2.0 if prices.target.copies else 0.25)
     return price
 
 
 @lru_cache(maxsize=4096)
-def matmul_forms(x: Axis, y: Axis, keep: frozenset[str], goal: Axis | None) -> tuple[Form, ...]:
-    """The matrix products that combine labels `x` with labels `y`, with either one on the left."""
+def matmul_forms(
+    x: Axis, y: Axis, keep: frozenset[str], goal: Axis | None, vectors: bool
+) -> tuple[Form, ...]:
+    """The matrix products that combine labels `x` with labels `y`, with either one on the left.
+
+    `vectors` says that a matrix product of a vector may be used.
+    """
     forms = dict.fromkeys(_forms_one_way(x, y, keep, goal, swapped=False))
     forms |= dict.fromkeys(_forms_one_way(y, x, keep, goal, swapped=True))
-    return tuple(forms)
+    return tuple(form for form in forms if vectors or min(len(form.left), len(form.right)) > 1)
 
 
 def _forms_one_way(

@@ -20,10 +20,8 @@ from moe_export.einsum_rewrite.notation import deduce
 from moe_export.einsum_rewrite.pairwise import KEPT_CHOICES, combine
 from moe_export.einsum_rewrite.plan import Plan
 from moe_export.einsum_rewrite.prices import Prices
+from moe_export.einsum_rewrite.targets import Target, read_target
 from moe_export.einsum_rewrite.value import Value, steps_to
-from moe_export.errors import EquationError
-
-TARGETS = ("onnx", "torch")
 
 
 def plan_einsum(
@@ -36,7 +34,7 @@ def plan_einsum(
         shapes: The shape of each operand, a name or None where a size is not known. Without shapes every size
             is symbolic (and an ellipsis stands for no axes).
         notation: "torch" or "einops"; None deduces it (the rule is in `notation.deduce`).
-        target: "onnx" for engines that broadcast a matmul by strides, "torch" for PyTorch, which copies.
+        target: The engine to plan for (see `targets`); "onnx" for any that reads ONNX.
 
     Returns:
         A plan; print it to see steps, FLOPs and the largest intermediate.
@@ -69,11 +67,10 @@ def make_plan(
         constants: Operands that never change, so that rearranging them costs nothing when the model runs.
         target: See `plan_einsum`.
     """
-    if target not in TARGETS:
-        raise EquationError(f"there is no target {target!r}", hint=f"the targets are: {', '.join(TARGETS)}")
+    engine = read_target(target)
     frozen = tuple(tuple(shape) for shape in shapes)
     likely = tuple(sorted((guesses or {}).items()))
-    return _plan(equation, frozen, likely, tuple(sorted(constants)), target)
+    return _plan(equation, frozen, likely, tuple(sorted(constants)), engine)
 
 
 @lru_cache(maxsize=4096)
@@ -82,10 +79,10 @@ def _plan(
     shapes: tuple[tuple[Size, ...], ...],
     guesses: tuple[tuple[str, int], ...],
     constants: tuple[int, ...],
-    target: str,
+    target: Target,
 ) -> Plan:
     binding = bind(equation, shapes)
-    prices = Prices(dict(binding.sizes), dict(guesses), copies=target == "torch")
+    prices = Prices(dict(binding.sizes), dict(guesses), target)
     operands = [_operand(binding, k, k in constants) for k in range(len(shapes))]
     terms = [frozenset(value.labels) for value in operands]
     output = frozenset(binding.output)

@@ -32,6 +32,8 @@ class Site:
         module: The path of the `nn.Module` that was running; "" for the outermost one.
         equation: The equation as it was typed, where it can be found, else in torch's letters.
         plan: The steps that took its place.
+        node: The name of the node, for graphs that do not know the user's code.
+        kept: The user wanted this one to stay an Einsum.
     """
 
     file: str | None
@@ -39,11 +41,13 @@ class Site:
     module: str
     equation: str
     plan: Plan
+    node: str = ""
+    kept: bool = False
 
     @property
     def became(self) -> str:
         """The kinds of steps: `unsqueeze, multiply`."""
-        return self.plan.summary
+        return "einsum (kept)" if self.kept else self.plan.summary
 
     @property
     def flops(self) -> Amount:
@@ -57,8 +61,10 @@ class Site:
 
     @property
     def where(self) -> str:
-        """`file:line`, as editors and terminals understand it."""
-        return f"{self.file}:{self.line}" if self.file else "unknown place"
+        """`file:line`, as editors and terminals understand it, or else the node."""
+        if self.file:
+            return f"{self.file}:{self.line}"
+        return f"node {self.node!r}" if self.node else "unknown place"
 
     def __str__(self) -> str:
         inside = f" in {self.module}" if self.module else ""

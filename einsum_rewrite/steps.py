@@ -75,6 +75,11 @@ class Step:
         """The kind of step in one small word."""
         return type(self.action).__name__.lower()
 
+    @property
+    def computes(self) -> bool:
+        """Whether the step does arithmetic, rather than only moving data."""
+        return isinstance(self.action, Sum | Multiply | MatMul)
+
 
 def sum_layout(layout: Layout, axes: tuple[int, ...]) -> Layout:
     """The layout after `Sum`."""

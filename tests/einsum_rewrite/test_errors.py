@@ -189,7 +189,7 @@ there is no notation 'numpy'
         lambda: plan_einsum("ij,jk->ik", target="cuda"),
         """
 there is no target 'cuda'
-  hint: the targets are: onnx, torch""",
+  hint: the targets are: onnx, onnxruntime-cpu, onnxruntime-cuda, tensorrt, torch""",
     ),
     (
         lambda: to_python(plan_einsum("ij->i"), ["a", "b"]),

@@ -23,7 +23,7 @@ B, L, D, N = 2, 256, 512, 16
         ("bld,dn->bln", [(B, L, D), (D, N)], "matmul"),
         ("bld,nd->bln", [(B, L, D), (N, D)], "permute, matmul"),
         ("bdn,bn->bd", [(B, D, N), (B, N)], "unsqueeze, matmul, squeeze"),
-        ("ij,j->i", [(D, N), (N,)], "matmul"),
+        ("ij,j->i", [(D, N), (N,)], "unsqueeze, matmul, squeeze"),
         ("i,i->", [(D,), (D,)], "multiply, sum"),
         ("bhqd,bhkd->bhqk", [(B, 8, L, 64)] * 2, "permute, matmul"),
         ("bqhd,bkhd->bhqk", [(B, L, 8, 64)] * 2, "permute, permute, matmul"),

@@ -1,0 +1,252 @@
+"""The pass over an ONNX model: every Einsum, whoever wrote the file, becomes the steps of its plan.
+
+    before   y = Einsum<equation="bld,dn->bldn">(x, a)
+    after    t = Unsqueeze(x, [3])
+             y = Mul(t, a)
+
+The main graph, subgraphs of If, Loop and Scan, and functions are all rewritten. The result keeps the name, type
+and metadata of what it replaces; new nodes carry the Einsum's metadata. An Einsum that cannot be rewritten
+stays, with the reason; shapes are inferred once more after each round, so that one rewritten Einsum tells
+the next one its rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import onnx
+import onnx_ir as ir
+
+from moe_export.einsum_rewrite.equation import Equation
+from moe_export.einsum_rewrite.onnx_constants import FIRST_FREE_INITIALIZERS, Constants, Names
+from moe_export.einsum_rewrite.onnx_known import Known, bodies
+from moe_export.einsum_rewrite.onnx_ops import OLDEST
+from moe_export.einsum_rewrite.onnx_types import computing_type
+from moe_export.einsum_rewrite.onnx_writer import NodeWriter, write
+from moe_export.einsum_rewrite.plan import Plan
+from moe_export.einsum_rewrite.planner import make_plan
+from moe_export.einsum_rewrite.proof import Proof, prove_onnx
+from moe_export.einsum_rewrite.sites import Site, typed_equation, user_frame
+from moe_export.einsum_rewrite.targets import read_target
+from moe_export.errors import EquationError, NotExportableError
+
+Model = TypeVar("Model", onnx.ModelProto, ir.Model)
+
+STACK_TRACE = "pkg.torch.onnx.stack_trace"
+"""Where torch's exporter leaves the user's lines."""
+
+DEFAULT_DOMAINS = ("", "ai.onnx")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user wants of a rewritten model.
+
+    Attributes:
+        target: The engine to plan for (see `targets`).
+        keep_einsum: Leave two-operand einsums that are plain matrix products as they are.
+        max_intermediate: The most bytes that one intermediate value may take.
+        fold_external: Read weights outside the file where rearranging them once saves doing so in every run.
+    """
+
+    target: str = "onnxruntime-cpu"
+    keep_einsum: bool = False
+    max_intermediate: int | None = None
+    fold_external: bool = True
+
+    def __post_init__(self) -> None:
+        read_target(self.target)
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An Einsum that stays, and why."""
+
+    node: str
+    equation: str
+    error: EquationError
+
+    def __str__(self) -> str:
+        return f"node {self.node!r}: {self.equation!r} stays: {self.error.what}"
+
+
+@dataclass
+class Rewriting:
+    """What became of the einsums of one model, in the order of its graphs."""
+
+    sites: list[Site] = field(default_factory=list)
+    proofs: list[Proof] = field(default_factory=list)
+    refused: list[Refused] = field(default_factory=list)
+
+
+def rewrite_onnx(model: Model, options: Options | None = None, report: Rewriting | None = None) -> Model:
+    """Replace every Einsum of an ONNX model.
+
+    Args:
+        model: An `onnx.ModelProto` or an `onnx_ir.Model`; stays as it is.
+        options: What the user wants.
+        report: Takes note of every einsum.
+
+    Returns:
+        A model of the same kind without Einsum.
+
+    Raises:
+        NotExportableError: An Einsum cannot be rewritten and there is no `report` to say so.
+        ProofError: The new nodes do not compute what the Einsum did.
+    """
+    options = options or Options()
+    if isinstance(model, onnx.ModelProto):
+        graph = ir.from_proto(model)
+        # A proto does not know where its external data lies.
+        done = rewrite_in_place(graph, Options(**{**vars(options), "fold_external": False}))
+        new: ir.Model | onnx.ModelProto = _kept(ir.to_proto(graph), model)
+    else:
+        new = model.clone()
+        done = rewrite_in_place(new, options)
+    if report is not None:
+        report.sites += done.sites
+        report.proofs += done.proofs
+        report.refused += done.refused
+    elif done.refused:
+        raise NotExportableError(str(done.refused[0]), where=done.refused[0].error.where,
+                                 hint=done.refused[0].error.hint)  # fmt: skip
+    return cast("Model", new)
+
+
+def _kept(new: onnx.ModelProto, old: onnx.ModelProto) -> onnx.ModelProto:
+    """Put back what the intermediate representation has no place for, and leave out what it adds."""
+    new.training_info.extend(old.training_info)
+    written = {info.name for info in old.graph.value_info}
+    repeated = {tensor.name for tensor in new.graph.initializer} - written
+    infos = [info for info in new.graph.value_info if info.name not in repeated]
+    del new.graph.value_info[:]
+    new.graph.value_info.extend(infos)
+    new.graph.sparse_initializer.extend(old.graph.sparse_initializer)
+    return new
+
+
+def rewrite_in_place(model: ir.Model, options: Options) -> Rewriting:
+    """Replace every Einsum of `model` itself that can be replaced."""
+    pass_ = _Pass(model, options)
+    while pass_.round():
+        pass
+    return pass_.finish()
+
+
+class _Pass:
+    def __init__(self, model: ir.Model, options: Options) -> None:
+        self._model, self._options = model, options
+        self._names = Names(_taken(model))
+        self._constants: dict[ir.Graph | ir.Function, Constants] = {}
+        self._found: dict[ir.Node, tuple[Site, Proof]] = {}
+        self._order = [node for _, node in bodies(model) if _is_einsum(node)]
+        self._refused: dict[ir.Node, Refused] = {}
+
+    def round(self) -> bool:
+        """Rewrite what can be rewritten; whether another round may bring more."""
+        self._refused.clear()
+        waiting = [(root, node) for root, node in bodies(self._model) if self._is_open(node)]
+        if not waiting:
+            return False
+        known = Known(self._model)
+        for root, node in waiting:
+            equation = _text(node)
+            try:
+                self._found[node] = self._rewrite(root, node, known)
+            except EquationError as error:
+                self._refused[node] = Refused(node.name or str(node.outputs[0].name), equation, error)
+        return 0 < len(self._refused) < len(waiting)
+
+    def finish(self) -> Rewriting:
+        """Clear up, and tell what happened."""
+        for constants in self._constants.values():
+            constants.drop_replaced()
+        found = [self._found[node] for node in self._order if node in self._found]
+        refused = [self._refused[node] for node in self._order if node in self._refused]
+        return Rewriting([site for site, _ in found], [proof for _, proof in found], refused)
+
+    def _is_open(self, node: ir.Node) -> bool:
+        return _is_einsum(node) and node not in self._found
+
+    def _rewrite(self, root: ir.Graph | ir.Function, node: ir.Node, known: Known) -> tuple[Site, Proof]:
+        equation = Equation.parse(_text(node), "torch")
+        operands = [value for value in node.inputs if value is not None]
+        constants = self._constants_of(root)
+        dtype = next((found for value in operands if (found := known.dtype(value))), None)
+        opset = self._opset(root)
+        plan = make_plan(
+            equation,
+            known.shapes(equation, operands),
+            constants=[k for k, value in enumerate(operands) if constants.known(value) is not None],
+            target=self._options.target,
+        )
+        via = computing_type(plan, dtype, opset, self._options.target)
+        site = _site(node, equation, plan)
+        proof = prove_onnx(plan, opset, site.where)
+        writer = NodeWriter(node, opset, constants, self._names)
+        result = write(plan, operands, writer, None if via is None or dtype is None else (via, dtype))
+        _replace(node, writer.nodes, result)
+        return site, proof
+
+    def _constants_of(self, root: ir.Graph | ir.Function) -> Constants:
+        if root not in self._constants:
+            inline = (self._model.ir_version or 0) < FIRST_FREE_INITIALIZERS
+            self._constants[root] = Constants(
+                root, self._names, inline=inline, read_external=self._options.fold_external
+            )
+        return self._constants[root]
+
+    def _opset(self, root: ir.Graph | ir.Function) -> int:
+        for imports in (root.opset_imports, self._model.opset_imports):
+            for domain in DEFAULT_DOMAINS:
+                if domain in imports:
+                    return max(imports[domain], OLDEST)
+        return OLDEST
+
+
+def _is_einsum(node: ir.Node) -> bool:
+    return node.op_type == "Einsum" and node.domain in DEFAULT_DOMAINS
+
+
+def _text(node: ir.Node) -> str:
+    attribute = node.attributes.get("equation")
+    return "" if attribute is None or attribute.is_ref() else attribute.as_string()
+
+
+def _taken(model: ir.Model) -> set[str]:
+    taken = {value.name or "" for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    for root, node in bodies(model):
+        taken |= {node.name or "", *(value.name or "" for value in node.outputs)}
+        graph = node.graph
+        if isinstance(graph, ir.Graph):
+            taken.update(value.name or "" for value in (*graph.inputs, *graph.initializers.values()))
+        elif graph is None:
+            taken.update(value.name or "" for value in root.inputs)
+    for function in model.functions.values():
+        taken.update(value.name or "" for value in function.inputs)
+    return taken
+
+
+def _replace(node: ir.Node, new: Sequence[ir.Node], result: ir.Value) -> None:
+    """Put `new` in the place of `node`; the result takes over the name and all that is known of it."""
+    old, graph, last = node.outputs[0], node.graph, result.producer()
+    assert graph is not None
+    assert last is not None
+    name, last.name = old.name, node.name
+    result.type, result.shape, result.doc_string = old.type, old.shape, old.doc_string
+    result.metadata_props.update(old.metadata_props)
+    ir.convenience.replace_all_uses_with([old], [result], replace_graph_outputs=True)
+    graph.insert_before(node, new)
+    graph.remove(node, safe=True)
+    result.name = name
+
+
+def _site(node: ir.Node, equation: Equation, plan: Plan) -> Site:
+    file, line = user_frame(node.metadata_props.get(STACK_TRACE, ""))
+    typed = None
+    if file and line:
+        line, typed = typed_equation(equation, file, line)
+    name = node.name or str(node.outputs[0].name)
+    return Site(file, line, "", typed or equation.text, plan, node=name)

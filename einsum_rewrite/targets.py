@@ -1,0 +1,67 @@
+"""The engines that a plan can be made for, and what things cost there.
+
+The unit is the time to move one element through memory. Numbers are rough on purpose: they rank the plans of
+one equation and predict nothing. Those of `onnxruntime-cpu` follow measurements (tests/bench); no GPU was at
+hand for the others, so there they follow what the engines are known to do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_export.errors import EquationError
+
+
+@dataclass(frozen=True)
+class Target:
+    """What steps cost on one engine.
+
+    Attributes:
+        name: As the user writes it.
+        copies: Whether a matmul copies an operand that it broadcasts along some of its batch axes (torch does),
+            and sizes are read for nothing; engines for ONNX follow strides, and pay for each size looked up.
+        node: A step that computes nothing: the engine still walks over it.
+        transpose: A permute on top of its moves: it also keeps its neighbours from being fused.
+        batch: Starting one small matrix product among many.
+        flop: A multiply-add inside a matrix product, far cheaper than a pass over memory.
+        vectors: Whether a matrix product may take a vector. ONNX Runtime 1.31 fuses a Transpose (the user's, for
+            example) into a MatMul and then forgets it if the right operand is a vector: silently wrong.
+    """
+
+    name: str
+    copies: bool = False
+    node: float = 400.0
+    transpose: float = 4000.0
+    batch: float = 64.0
+    flop: float = 0.05
+    vectors: bool = False
+
+    @property
+    def shape_chain(self) -> float:
+        """A size that a reshape must look up at run time, since only one may be left open (`-1`)."""
+        return 3 * self.node
+
+
+TARGETS = {
+    target.name: target
+    for target in (
+        Target("onnx"),
+        Target("onnxruntime-cpu"),
+        # A kernel launch costs some thousand elements of traffic, a batched product one launch in all.
+        Target("onnxruntime-cuda", node=4000.0, transpose=8000.0, batch=2.0, flop=0.01),
+        # Chains of elementwise steps are fused into one kernel; moves without data are free.
+        Target("tensorrt", node=1000.0, transpose=8000.0, batch=2.0, flop=0.01),
+        Target("torch", copies=True, vectors=True),
+    )
+}
+
+
+def read_target(name: str) -> Target:
+    """The target of a name.
+
+    Raises:
+        EquationError: There is none of this name.
+    """
+    if name not in TARGETS:
+        raise EquationError(f"there is no target {name!r}", hint=f"the targets are: {', '.join(TARGETS)}")
+    return TARGETS[name]
