@@ -11,9 +11,12 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 |---|---|
 | `load`, `script`, `arguments` | find the model in a file: by name, by class, or by its first call |
 | `subject`, `leaves` | the module with named tensors in and named tensors out |
-| `trace`, `dims` | `torch.export` with every dimension free; names and ranges of dimensions |
-| `routing`, `gate` | recognise gates in the traced graph; cut one out |
-| `emit`, `opset`, `provenance` | ONNX at exactly the opset asked for; where each node comes from |
+| `accept`, `state` | wrappers off, refusals early; buffers that a call changes |
+| `trace`, `dims`, `widen`, `idioms` | `torch.export` with every dimension free; names and ranges of dimensions |
+| `randomness`, `notes` | what cannot be verified; what the report should say |
+| `routing`, `region`, `gate` | recognise gates in the traced graph; cut one out |
+| `emit`, `spelling`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not know |
+| `opset`, `provenance` | exactly the opset asked for; where each node comes from |
 | `simplify` | onnxsim's proposal, taken if it is smaller and right |
 | `pipeline` | all of it in order |
 | `write` | whole files or none |

@@ -79,7 +79,9 @@ def check_inputs(tensors: Mapping[str, torch.Tensor], source: Path) -> None:
     for name, tensor in tensors.items():
         if tensor.is_meta:
             raise UsageError(
-                f"the example input {name} is on the meta device", where=str(source), hint="make it on the CPU"
+                f"the example input {name} is on the meta device",
+                where=str(source),
+                hint="make it on the CPU",
             )
         reason = _unlike_onnx(tensor)
         if reason:

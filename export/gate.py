@@ -16,7 +16,8 @@ from torch import fx, nn
 
 from moe_export.errors import NotExportableError
 from moe_export.export.leaves import identifier, unique
-from moe_export.export.routing import Routing, is_size, size_source
+from moe_export.export.region import is_size, size_source
+from moe_export.export.routing import Routing
 from moe_export.export.subject import Subject, make_subject
 from moe_export.export.trace import Traced, quiet
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 
 from moe_export.einsum_rewrite import Site, rewrite_program
-from moe_export.errors import UsageError
+from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.dims import DimRequest
 from moe_export.export.emit import check, emit
 from moe_export.export.experts_emit import write_experts
@@ -93,7 +93,13 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     outputs = tuple(pair for routing in routings for pair in routing_outputs(routing, traced))
     graphs = [dataclasses.replace(whole, routing=outputs)]
     for routing in chosen:
-        graphs.append(_gate_graph(routing, subject, traced, options, step))
+        try:
+            graphs.append(_gate_graph(routing, subject, traced, options, step))
+        except MoeExportError as error:
+            if isinstance(options.gates, str):
+                raise
+            note = f"the gate of {routing.path} could not be cut out: {error.what.splitlines()[0]}"
+            graphs[0] = dataclasses.replace(graphs[0], notes=(*graphs[0].notes, note))
     return tuple(graphs)
 
 

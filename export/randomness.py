@@ -14,21 +14,25 @@ from moe_export.export.subject import Subject
 
 
 def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[str, torch.Tensor]) -> None:
-    """Refuse a model that draws random numbers which its outputs depend on.
-
-    Operators that may be random are only a suspicion (attention has a dropout that is mostly 0), so the model is
-    then called twice.
+    """Refuse a model that gives other outputs when it is called again on the same inputs.
 
     Raises:
-        NotExportableError: The two calls differ; names the operator and its line.
+        NotExportableError: It draws random numbers, and names the operator and its line; or it keeps something
+            from one call to the next that is no buffer.
     """
-    suspects = [node for node in program.graph.nodes if _may_be_random(node)]
-    if not suspects or _agrees_with_itself(subject, example):
+    if _agrees_with_itself(subject, example):
         return
-    node = suspects[0]
+    name = type(subject.module).__name__
+    suspect = next((node for node in program.graph.nodes if _may_be_random(node)), None)
+    if suspect is None:
+        raise NotExportableError(
+            f"{name} gives other outputs at every call, and not by random numbers",
+            where=str(subject.source),
+            hint="it keeps state in an attribute: pass that in and return it, or make it a buffer",
+        )
     raise NotExportableError(
-        f"{type(subject.module).__name__} gives other outputs at every call: {node.target} draws random numbers",
-        where=line_of(node.meta.get("stack_trace")) or str(subject.source),
+        f"{name} gives other outputs at every call: {suspect.target} draws random numbers",
+        where=line_of(suspect.meta.get("stack_trace")) or str(subject.source),
         hint="take the random numbers as an input; dropout: F.dropout(x, p, training=self.training)",
     )
 

@@ -2,21 +2,25 @@
 
 A gate is recognised by what it does, never by its name: scores over a fixed number of experts, a choice among
 them along the last dimension (`topk`, `argmax`, `max`), and indices that are then used to send tokens somewhere
-(or returned, for a model that is only a gate). The weights are the chosen scores after the normalising that
-follows. What feeds a gate is cut off where values enter its module; if that module only chooses (its logits are
-computed outside), the module around it is taken, up to the model itself.
+(or returned, for a model that is only a gate). Choosing the next word, or a class, is none of that: a word
+vector is looked up in a table, a class is returned behind a whole network.
+
+The weights are the chosen scores after the normalising that follows. What feeds a gate is cut off where values
+enter its module; if that module only chooses (its logits are computed outside), the module around it is taken, up
+to the model itself.
 
 Letters: e experts, k choices a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
+from moe_export.export.region import ancestors, frontier, inside, is_float, is_within, scope_of, shape_of
 from moe_export.export.source import line_of
 from moe_export.export.trace import Traced
 
@@ -34,9 +38,14 @@ _DISPATCHERS = {
     _aten.one_hot.default, _aten.eq.Scalar, _aten.eq.Tensor, _aten.ne.Scalar, _aten.scatter.value,
     _aten.scatter.src, _aten.scatter_add.default, _aten.bincount.default, _aten.histc.default,
     _aten.argsort.default, _aten.argsort.stable, _aten.sort.default, _aten.sort.stable, _aten.index.Tensor,
-    _aten.index_select.default, _aten.embedding.default, _aten.gather.default, _aten.index_put.default,
+    _aten.index_select.default, _aten.index_put.default,
     _aten.searchsorted.Tensor, _aten.where.default, _aten.nonzero.default,
 }  # fmt: skip
+_COMPARISONS = {_aten.eq.Scalar, _aten.ne.Scalar}
+_LOOKUPS = {_aten.index.Tensor, _aten.index_select.default}
+# A model with one of these before its choice is more than a gate: a classifier, a language model.
+_NO_GATE = {_aten.embedding.default, _aten.convolution.default, _aten.scaled_dot_product_attention.default}
+_GATE_CONTRACTIONS = 2  # a linear layer, or two of them: the logits and their noise, or a small network
 # Ops that turn chosen scores into weights: the value stays in the same argument and keeps its shape.
 _NORMALISERS = {
     _aten.div.Tensor, _aten.div.Scalar, _aten.mul.Tensor, _aten.mul.Scalar, _aten.softmax.int, _aten._softmax.default,
@@ -96,10 +105,8 @@ def find_routings(traced: Traced) -> tuple[Routing, ...]:
     """Every gate of the model, in the order in which the model runs them."""
     graph = traced.program.graph
     choices = [choice for node in graph.nodes if (choice := _as_choice(node)) is not None]
-    choices = [choice for choice in choices if _reaches(choice.indices, traced, dispatch=True)] or [
-        choice
-        for choice in choices
-        if choice.operator.target is _aten.topk.default and _reaches(choice.indices, traced, dispatch=False)
+    choices = [choice for choice in choices if _dispatches(choice)] or [
+        choice for choice in choices if _is_returned_by_a_gate(choice)
     ]
     choices = _without_group_choices(choices)
     return tuple(_as_routing(group, traced) for group in _by_gate(choices))
@@ -134,20 +141,44 @@ def _is_part(node: fx.Node) -> bool:
     return getattr(node.target, "__name__", "") == "getitem"
 
 
-def _reaches(indices: fx.Node, traced: Traced, *, dispatch: bool) -> bool:
-    """Whether indices, possibly rearranged, are used to dispatch (or else are an output of the model)."""
-    stack, seen = [indices], {indices}
+def _carried(start: fx.Node) -> list[fx.Node]:
+    """A value and everything that only rearranges it."""
+    stack, seen = [start], {start: None}
     while stack:
         for user in stack.pop().users:
-            if user.op == "output":
-                if not dispatch:
-                    return True
-            elif dispatch and user.target in _DISPATCHERS:
-                return True
-            elif user.target in _CARRIERS and user not in seen:
-                seen.add(user)
+            if user.target in _CARRIERS and user not in seen:
+                seen[user] = None
                 stack.append(user)
-    return False
+    return list(seen)
+
+
+def _dispatches(choice: Choice) -> bool:
+    """Whether the indices, possibly rearranged, send tokens to experts."""
+    uses = [(user, node) for node in _carried(choice.indices) for user in node.users]
+    if any(user.target in _DISPATCHERS - _COMPARISONS and _sends(user, node) for user, node in uses):
+        return True
+    # A loop over experts compares with each of them; one comparison only asks for a certain index.
+    compared = {user.args[1] for user, _ in uses if user.target in _COMPARISONS}
+    return len(compared) > 1 or choice.experts == 1 == len(compared)
+
+
+def _sends(user: fx.Node, indices: fx.Node) -> bool:
+    """Experts are looked up in stacked weights, (e, d, f); a table of vectors, (e, d), is a vocabulary."""
+    source = user.args[0]
+    return user.target not in _LOOKUPS or source is indices or len(shape_of(source)) > 2
+
+
+def _is_returned_by_a_gate(choice: Choice) -> bool:
+    """Whether the model is no more than a gate: a small computation of scores, and a choice that is returned."""
+    if choice.operator.target is not _aten.topk.default:
+        return False
+    before = [node.target for node in ancestors([choice.scores])]
+    if (
+        _NO_GATE.intersection(before)
+        or sum(target in _CONTRACTIONS for target in before) > _GATE_CONTRACTIONS
+    ):
+        return False
+    return any(user.op == "output" for node in _carried(choice.indices) for user in node.users)
 
 
 def _without_group_choices(choices: list[Choice]) -> list[Choice]:
@@ -158,8 +189,8 @@ def _without_group_choices(choices: list[Choice]) -> list[Choice]:
         if not any(
             later is not choice
             and later.experts > choice.experts
-            and _scope(later.operator)[-1:] == _scope(choice.operator)[-1:]
-            and choice.operator in _ancestors([later.scores])
+            and scope_of(later.operator)[-1:] == scope_of(choice.operator)[-1:]
+            and choice.operator in ancestors([later.scores])
             for later in choices
         )
     ]
@@ -167,12 +198,13 @@ def _without_group_choices(choices: list[Choice]) -> list[Choice]:
 
 def _by_gate(choices: list[Choice]) -> Iterator[tuple[Choice, ...]]:
     """One `topk` is a gate; so are the `argmax`es of one module over the same experts (first choice, second...)."""
-    singles: dict[tuple[tuple[str, ...], int], list[Choice]] = {}
+    singles: dict[tuple[tuple[str, ...], tuple[str, ...], int], list[Choice]] = {}
     for choice in choices:
         if choice.operator.target is _aten.topk.default:
             yield (choice,)
         else:
-            singles.setdefault((_scope(choice.operator), choice.experts), []).append(choice)
+            key = (scope_of(choice.operator), shape_of(choice.indices), choice.experts)
+            singles.setdefault(key, []).append(choice)
     yield from (tuple(group) for group in singles.values())
 
 
@@ -193,100 +225,19 @@ def _as_routing(choices: tuple[Choice, ...], traced: Traced) -> Routing:
         experts=choices[0].experts,
         choices=choices,
         weights=tuple(weights),
-        inputs=tuple(_frontier(outputs, scope)),
+        inputs=tuple(frontier(outputs, scope)),
     )
-
-
-def _scope(node: fx.Node) -> tuple[str, ...]:
-    """Module paths that a node runs in, outermost first; a second call of one module gets `@1`."""
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = []
-    for key, (path, _) in stack.items():
-        _, at, call = str(key).partition("@")
-        if path and not path.startswith("_empty_nn_module"):
-            paths.append(f"{path}{at}{call}")
-    return tuple(paths)
 
 
 def _gate_scope(choices: tuple[Choice, ...]) -> tuple[str, ...]:
     """The innermost module around the choice in which the scores are computed from a weight."""
-    scope = _scope(choices[0].operator)
+    scope = scope_of(choices[0].operator)
     while len(scope) > 1:
-        inside = _inside([choice.scores for choice in choices], scope)
-        if any(node.target in _CONTRACTIONS for node in inside):
+        found = inside([choice.scores for choice in choices], scope)
+        if any(node.target in _CONTRACTIONS for node in found):
             return scope
         scope = scope[:-1]
     return scope
-
-
-def _is_within(node: fx.Node, scope: tuple[str, ...]) -> bool:
-    """Whether a node runs inside a module. Sizes and weights belong to everyone."""
-    if node.op == "placeholder":
-        return _is_constant(node)
-    own = _scope(node)
-    return not own or not scope or own[: len(scope)] == scope
-
-
-def _is_constant(node: fx.Node) -> bool:
-    """Parameters, buffers and constants are placeholders too; their names begin so by torch.export's rule."""
-    return node.op == "get_attr" or node.name.startswith(("p_", "b_", "c_"))
-
-
-def _inside(outputs: Iterable[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
-    """The nodes of a scope that outputs depend on; sizes are left aside, they are read off the tensors."""
-    stack, seen = list(outputs), set(outputs)
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source not in seen and _is_within(source, scope) and not is_size(source):
-                seen.add(source)
-                stack.append(source)
-    return list(seen)
-
-
-def is_size(node: fx.Node) -> bool:
-    """Whether a node is an integer of the shape arithmetic."""
-    return isinstance(node.meta.get("val"), (int, torch.SymInt))
-
-
-def size_source(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | None:
-    """A tensor and the axis at which its size is this integer."""
-    wanted = str(size.meta["val"])
-    for node in tensors:
-        for axis, found in enumerate(node.meta["val"].shape):
-            if str(found) == wanted:
-                return node, axis
-    return None
-
-
-def _frontier(outputs: list[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
-    """The tensors from outside a scope that its part of the computation uses, in graph order.
-
-    A size that none of them has is traced back to the tensors that it was computed from.
-    """
-    inside = set(_inside(outputs, scope))
-    sources = {source for node in inside for source in node.all_input_nodes if source not in inside}
-    tensors = {node for node in sources if isinstance(node.meta.get("val"), torch.Tensor)}
-    sizes = [node for node in sources if is_size(node)]
-    while sizes:
-        size = sizes.pop()
-        if size_source(size, tensors) is None:
-            sizes += [node for node in size.all_input_nodes if is_size(node)]
-            tensors |= {node for node in size.all_input_nodes if not is_size(node)}
-    return [node for node in outputs[0].graph.nodes if node in tensors]
-
-
-def _ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    return set(_inside(nodes, ()))
-
-
-def _shape(node: fx.Node) -> tuple[str, ...]:
-    value = node.meta.get("val")
-    return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
 def _weights(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node]) -> fx.Node | None:
@@ -301,9 +252,9 @@ def _weights(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node]) -> fx
             for user in current.users
             if user.target in _NORMALISERS
             and (user.args[0] is current or user.target is _aten.mul.Tensor)
-            and _shape(user) == _shape(start)
-            and _is_float(user)
-            and _is_within(user, scope)
+            and shape_of(user) == shape_of(start)
+            and is_float(user)
+            and is_within(user, scope)
         ]
         if not following:
             return current
@@ -312,13 +263,13 @@ def _weights(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node]) -> fx
 
 def _chosen_scores(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node]) -> fx.Node | None:
     """Where weights begin: a float of the indices' shape that depends on them, else the chosen values."""
-    shape = _shape(choice.indices)
+    shape = shape_of(choice.indices)
     dependent = {choice.indices}
     for node in choice.indices.graph.nodes:
         if node.op != "call_function" or dependent.isdisjoint(node.all_input_nodes):
             continue
         dependent.add(node)
-        if _shape(node) == shape and _is_float(node) and _is_within(node, scope):
+        if shape_of(node) == shape and is_float(node) and is_within(node, scope):
             start = _origin(node, choice)
             if start not in taken:
                 return start
@@ -335,7 +286,7 @@ def _origin(node: fx.Node, choice: Choice) -> fx.Node:
 def _maximum_of(choice: Choice) -> fx.Node | None:
     """`argmax` beside a `max` of the same scores, as in Switch Transformers."""
     for user in choice.scores.users:
-        if user.target is _aten.amax.default and _shape(user) == _shape(choice.indices):
+        if user.target is _aten.amax.default and shape_of(user) == shape_of(choice.indices):
             return user
         if user.target is _aten.max.dim:
             return next((part for part in user.users if _is_part(part) and part.args[1] == 0), None)
@@ -350,7 +301,7 @@ def routing_outputs(routing: Routing, traced: Traced) -> list[tuple[str, str | N
     choice = routing.choices[0]
     if choice.operator.target is not _aten.topk.default:
         return []
-    k = _shape(choice.indices)[-1:]
+    k = shape_of(choice.indices)[-1:]
     nodes = {node.name: node for node in traced.program.graph.nodes}
     # The program also returns the buffers that it changes; they are not the user's outputs.
     results = [nodes[str(name)] for name in traced.program.graph_signature.user_outputs]
@@ -360,7 +311,7 @@ def routing_outputs(routing: Routing, traced: Traced) -> list[tuple[str, str | N
         carriers, stack = {start}, [start]
         while stack:
             for user in stack.pop().users:
-                if user.target in _CARRIERS and user not in carriers and _shape(user)[-1:] == k:
+                if user.target in _CARRIERS and user not in carriers and shape_of(user)[-1:] == k:
                     carriers.add(user)
                     stack.append(user)
         return [name for name, node in named if node in carriers]

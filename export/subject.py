@@ -105,7 +105,8 @@ def make_subject(
     before.restore()
     outputs, dropped = _output_names(module, found, set(tensors))
     check_outputs(
-        dict(zip(outputs, (leaf.value for leaf in found if leaf.is_tensor), strict=True)), _forward_line(module)
+        dict(zip(outputs, (leaf.value for leaf in found if leaf.is_tensor), strict=True)),
+        _forward_line(module),
     )
     if not outputs:
         raise NotExportableError(

@@ -1,0 +1,89 @@
+"""Parts of a traced graph: which nodes run in which module, what a part depends on, and what enters it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import fx
+
+
+def scope_of(node: fx.Node) -> tuple[str, ...]:
+    """Module paths that a node runs in, outermost first; a second call of one module gets `@1`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = []
+    for key, (path, _) in stack.items():
+        _, at, call = str(key).partition("@")
+        if path and not path.startswith("_empty_nn_module"):
+            paths.append(f"{path}{at}{call}")
+    return tuple(paths)
+
+
+def is_within(node: fx.Node, scope: tuple[str, ...]) -> bool:
+    """Whether a node runs inside a module. Sizes and weights belong to everyone."""
+    if node.op == "placeholder":
+        return _is_constant(node)
+    own = scope_of(node)
+    return not own or not scope or own[: len(scope)] == scope
+
+
+def _is_constant(node: fx.Node) -> bool:
+    """Parameters, buffers and constants are placeholders too; their names begin so by torch.export's rule."""
+    return node.op == "get_attr" or node.name.startswith(("p_", "b_", "c_"))
+
+
+def inside(outputs: Iterable[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
+    """The nodes of a scope that outputs depend on; sizes are left aside, they are read off the tensors."""
+    stack, seen = list(outputs), set(outputs)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen and is_within(source, scope) and not is_size(source):
+                seen.add(source)
+                stack.append(source)
+    return list(seen)
+
+
+def is_size(node: fx.Node) -> bool:
+    """Whether a node is an integer of the shape arithmetic."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+
+
+def size_source(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | None:
+    """A tensor and the axis at which its size is this integer."""
+    wanted = str(size.meta["val"])
+    for node in tensors:
+        for axis, found in enumerate(node.meta["val"].shape):
+            if str(found) == wanted:
+                return node, axis
+    return None
+
+
+def frontier(outputs: list[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
+    """The tensors from outside a scope that its part of the computation uses, in graph order.
+
+    A size that none of them has is traced back to the tensors that it was computed from.
+    """
+    within = set(inside(outputs, scope))
+    sources = {source for node in within for source in node.all_input_nodes if source not in within}
+    tensors = {node for node in sources if isinstance(node.meta.get("val"), torch.Tensor)}
+    sizes = [node for node in sources if is_size(node)]
+    while sizes:
+        size = sizes.pop()
+        if size_source(size, tensors) is None:
+            sizes += [node for node in size.all_input_nodes if is_size(node)]
+            tensors |= {node for node in size.all_input_nodes if not is_size(node)}
+    return [node for node in outputs[0].graph.nodes if node in tensors]
+
+
+def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    return set(inside(nodes, ()))
+
+
+def shape_of(node: object) -> tuple[str, ...]:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
+
+
+def is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
