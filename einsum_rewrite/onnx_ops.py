@@ -14,14 +14,9 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from moe_export.einsum_rewrite.layout import Axis, Layout, Permute, Squeeze, Unsqueeze
-from moe_export.einsum_rewrite.onnx_shapes import (
-    Piece,
-    fixed_size,
-    flatten_axis,
-    shape_pieces,
-    simple_target,
-)
+from moe_export.einsum_rewrite.onnx_shapes import Piece, shape_pieces
 from moe_export.einsum_rewrite.plan import Plan
+from moe_export.einsum_rewrite.reshaping import fixed_size, flatten_axis, simple_target
 from moe_export.einsum_rewrite.steps import Diagonal, MatMul, Multiply, Step, Sum
 from moe_export.errors import EquationError
 

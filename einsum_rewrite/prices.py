@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from moe_export.einsum_rewrite.binding import Size
 from moe_export.einsum_rewrite.layout import Layout, Permute, Reshape, arrange, flat
+from moe_export.einsum_rewrite.reshaping import lookups
 from moe_export.einsum_rewrite.targets import Target
 
 GUESS = 32
@@ -56,14 +57,6 @@ class Prices:
                 swap = move.order[:-2] == tuple(range(len(move.order) - 2))
                 price += self.target.transpose + self.elements(flat(start)) * (1.5 if swap else 2.0)
             elif isinstance(move, Reshape) and not self.target.copies:
-                price += self.target.shape_chain * max(0, self._open_sizes(start, layout) - 1)
+                price += self.target.node * lookups(start, layout, self._sizes)
             start = layout
         return price
-
-    def _open_sizes(self, start: Layout, goal: Layout) -> int:
-        """Axes whose size is neither known nor copied from the axis at the same place."""
-        return sum(
-            any(not isinstance(self._sizes[label], int) for label in axis)
-            for i, axis in enumerate(goal)
-            if i >= len(start) or start[i] != axis
-        )

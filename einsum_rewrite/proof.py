@@ -26,10 +26,12 @@ from moe_export.errors import MoeExportError
 Array = npt.NDArray[np.int64]
 Compute = Callable[[Plan, Sequence[Array]], Any]
 
-LARGEST_SPACE = 60_000
+LARGEST_SPACE = 8_000
 """How many combinations of indices one evaluation may have."""
 
 PRIMES = (2, 3, 5, 7, 11, 13, 17, 19, 23)
+
+_POOL: Array = np.random.default_rng(0).integers(-3, 4, 2 * LARGEST_SPACE)
 
 KNOWN = 2
 """What stands for a known size in the key of a proof: which number it is changes no step."""
@@ -194,29 +196,29 @@ def _trials(plan: Plan) -> Iterator[dict[str, int]]:
     empty = {label for label, size in plan.sizes.items() if size == 0}
     kept = [label for label in labels if label in plan.output]
     summed = [label for label in labels if label not in plan.output]
-    count = _distinct(len(labels))
-    first = {label: PRIMES[i % count] for i, label in enumerate(labels)}
-    trials = [first, {label: PRIMES[(count - 1 - i) % count] for i, label in enumerate(labels)}]
+    sizes = _sizes(len(labels))
+    first = dict(zip(labels, sizes, strict=True))
+    trials = [first, dict(zip(labels, reversed(sizes), strict=True))]
     if labels:
         trials += [{**first, **dict.fromkeys(labels[start::2], 1)} for start in (0, 1)]
-        # `0` comes last in a known shape before opset 14 only once; unknown sizes may all be 0.
         trials += [{**first, group[0]: 0} for group in (kept, summed) if group]
     unique = {tuple({**trial, **dict.fromkeys(empty, 0)}.items()): None for trial in trials}
     return (dict(items) for items in unique)
 
 
-def _distinct(labels: int) -> int:
-    """How many different primes as sizes keep the space of all labels small enough."""
-    for count in range(len(PRIMES), 1, -1):
-        space = math.prod(PRIMES[i % count] for i in range(labels))
-        if space <= LARGEST_SPACE:
-            return count
-    return 1
+def _sizes(count: int) -> list[int]:
+    """As many different primes as the space of all labels has room for; 1 where it has no more room at all."""
+    for different in range(min(count, len(PRIMES)), 1, -1):
+        sizes = [PRIMES[i % different] for i in range(count)]
+        if math.prod(sizes) <= LARGEST_SPACE:
+            return sizes
+    room = int(math.log2(LARGEST_SPACE))
+    return [2 if i < room else 1 for i in range(count)]
 
 
 def _integers(shape: tuple[int, ...], seed: int) -> Array:
     """Small integers without a pattern that two axes could share."""
-    return np.random.default_rng(seed).integers(-3, 4, shape)
+    return np.resize(_POOL[61 * seed % LARGEST_SPACE :], shape)
 
 
 def _failed(plan: Plan, form: str, sizes: dict[str, int], what: str) -> ProofError:

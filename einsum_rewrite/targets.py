@@ -36,11 +36,6 @@ class Target:
     flop: float = 0.05
     vectors: bool = False
 
-    @property
-    def shape_chain(self) -> float:
-        """A size that a reshape must look up at run time, since only one may be left open (`-1`)."""
-        return 3 * self.node
-
 
 TARGETS = {
     target.name: target

@@ -26,9 +26,7 @@ class Problem:
 
 def problem(text: str, shapes: Sequence[Shape], notation: str = "torch") -> Problem:
     equation = Equation.parse(text, "einops" if notation == "einops" else "torch")
-    dots = [
-        len(s) - sum(x != "..." for x in t) for s, t in zip(shapes, equation.inputs, strict=True)
-    ]
+    dots = [len(s) - sum(x != "..." for x in t) for s, t in zip(shapes, equation.inputs, strict=True)]
     rank = sum(max(dots) if label == "..." else 1 for label in equation.output)
     return Problem(equation.letters, shapes, rank)
 
@@ -40,12 +38,16 @@ def model_of(
     nodes, inputs, outputs = [], [], []
     for number, one in enumerate(problems):
         names = [f"x{number}_{k}" for k in range(len(one.shapes))]
-        nodes.append(helper.make_node("Einsum", names, [f"y{number}"], f"einsum{number}", equation=one.equation))
+        nodes.append(
+            helper.make_node("Einsum", names, [f"y{number}"], f"einsum{number}", equation=one.equation)
+        )
         inputs += [
             helper.make_tensor_value_info(name, dtype, list(shape) if typed else None)
             for name, shape in zip(names, one.shapes, strict=True)
         ]
-        outputs.append(helper.make_tensor_value_info(f"y{number}", dtype, [None] * one.rank if typed else None))
+        outputs.append(
+            helper.make_tensor_value_info(f"y{number}", dtype, [None] * one.rank if typed else None)
+        )
     graph = helper.make_graph(nodes, "einsums", inputs, outputs)
     ir_version = 7 if opset < 14 else 10
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=ir_version)
