@@ -20,7 +20,9 @@ from moe_export.export.experts_place import Placed, place_experts
 from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject
 from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
+from moe_export.export.recurrence import Mode, fold_recurrences
 from moe_export.export.routing import Routing, find_routings, routing_outputs
+from moe_export.export.scan import write_scans
 from moe_export.export.simplify import simplify
 from moe_export.export.subject import Subject
 from moe_export.export.trace import Traced, quiet, trace
@@ -39,6 +41,8 @@ class Options:
         simplify: Whether to try onnxsim.
         experts: How loops over experts are lowered: a name of `experts_lower.LOWERINGS`, `auto`, or `keep` for as
             they were written.
+        recurrence: `auto` folds loops over a length and notes those that it cannot, `scan` insists, `unrolled`
+            leaves them as traced, with their length fixed.
     """
 
     opset: int = 17
@@ -46,6 +50,7 @@ class Options:
     gates: bool | str = True
     simplify: bool = True
     experts: str = "auto"
+    recurrence: Mode = "auto"
 
 
 @dataclass(frozen=True)
@@ -85,11 +90,14 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     """
     check_opset(options.opset)
     with step("tracing"):
-        traced = trace(subject, options.dims)
+        recurrent = fold_recurrences(subject, options.dims, options.recurrence)
+        folded = trace(recurrent.subject, options.dims)
+        traced = recurrent.unrolled or folded  # gates are cut out of what has no marks of loops
         routings = find_routings(traced)
     chosen = _choose(routings, options.gates)
-    placed = place_experts(traced) if options.experts != "keep" else Placed(traced, (), ())
+    placed = place_experts(folded) if options.experts != "keep" else Placed(folded, (), ())
     whole = _graph("model", "model", subject, placed, options, step)
+    whole = dataclasses.replace(whole, notes=(*recurrent.notes, *whole.notes))
     outputs = tuple(pair for routing in routings for pair in routing_outputs(routing, traced))
     graphs = [dataclasses.replace(whole, routing=outputs)]
     for routing in chosen:
@@ -142,6 +150,7 @@ def _graph(
 
     def write_opaque(model: ir.Model) -> None:
         lowered.extend(write_experts(model, placed.blocks, options.experts))
+        write_scans(model)
 
     with step("rewriting einsums"), quiet():
         program, sites = rewrite_program(traced.program)

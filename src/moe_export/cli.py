@@ -105,6 +105,13 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="How loops over experts are written: a part an expert, one Loop over those hit, or as they are.",
 )
 @click.option(
+    "--recurrence",
+    type=click.Choice(["auto", "scan", "unrolled"]),
+    default="auto",
+    show_default=True,
+    help="Loops over a length: one Scan for any length where that can be, always (or an error), or as traced.",
+)
+@click.option(
     "--simplify/--no-simplify", default=True, show_default=True, help="Try onnxsim; kept if it helps."
 )
 @click.option(

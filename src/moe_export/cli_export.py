@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
@@ -40,6 +40,7 @@ def run_export(
     dynamic: tuple[str, ...],
     gate: str | None,
     experts: str,
+    recurrence: Literal["auto", "scan", "unrolled"],
     simplify: bool,
     verify: bool,
     init: tuple[str, ...],
@@ -65,6 +66,7 @@ def run_export(
             gates=True if gate is None else False if gate == "none" else gate,
             simplify=simplify,
             experts=experts,
+            recurrence=recurrence,
         )
         graphs = export_subject(subject, options, console.step)
         names = file_names(subject.source.stem, graphs)

@@ -1,0 +1,117 @@
+"""Which dimensions a model loops over in Python, found by running it: more length, more operators.
+
+Nothing is traced for this, so it costs little however long the example is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_export.export.dims import DimRequest
+from moe_export.export.subject import Subject
+
+Example = Mapping[str, torch.Tensor]
+
+# Evenly apart, and multiples of the usual strides and chunks, so that every loop over the length takes as many more
+# turns from the first to the second as from the second to the third.
+_TRIALS = ((12, 24, 36), (64, 128, 192))
+
+
+@dataclass(frozen=True)
+class Length:
+    """A length that a model loops over: axes of inputs that have it together."""
+
+    axes: tuple[tuple[str, int], ...]
+
+    def resized(self, example: Example, size: int) -> dict[str, torch.Tensor]:
+        """The example at another length: cut off, or repeated from the start."""
+        result = dict(example)
+        for name, axis in self.axes:
+            tensor = result[name]
+            index = torch.arange(size, device=tensor.device) % tensor.shape[axis]
+            result[name] = tensor.index_select(axis, index)
+        return result
+
+    def of(self, example: Example) -> int:
+        """Its size in an example."""
+        name, axis = self.axes[0]
+        return example[name].shape[axis]
+
+
+class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operators."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators: int = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.operators += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operators(subject: Subject, example: Example) -> int | None:
+    """How many operators the model runs on an example; None if it refuses it."""
+    count = _Count()
+    with torch.no_grad(), count:
+        try:
+            subject.call_named({name: tensor.clone() for name, tensor in example.items()})
+        except Exception:
+            return None
+    return count.operators
+
+
+def looped_lengths(subject: Subject, request: DimRequest) -> list[Length]:
+    """The lengths for which the model runs more operators the longer they are, evenly."""
+    found: list[Length] = []
+    seen: set[tuple[str, int]] = set()
+    for name, tensor in subject.inputs.items():
+        for axis in range(tensor.dim()):
+            if (name, axis) in seen or not tensor.shape[axis]:
+                continue
+            for length in _together(subject.inputs, name, axis):
+                if not all(request.wants(*place) for place in length.axes):
+                    continue
+                grows = _grows(subject, length)
+                if grows is None:
+                    continue
+                seen |= set(length.axes)
+                if grows:
+                    found.append(length)
+                break
+    return found
+
+
+def _together(example: Example, name: str, axis: int) -> Iterator[Length]:
+    """An axis alone, with the same axis of all inputs that share its size, and with all axes of its size."""
+    size = example[name].shape[axis]
+    places = [(key, at) for key, tensor in example.items() for at in range(tensor.dim())]
+    same = [(key, at) for key, at in places if example[key].shape[at] == size]
+    options: Sequence[list[tuple[str, int]]] = (
+        [(name, axis)], [place for place in same if place[1] == axis], same
+    )  # fmt: skip
+    for option in dict.fromkeys(tuple(option) for option in options):
+        yield Length(option)
+
+
+def _grows(subject: Subject, length: Length) -> bool | None:
+    """Whether the operators grow with this length; None if the model takes no other."""
+    taken = False
+    for sizes in _TRIALS:
+        counts = [operators(subject, length.resized(subject.inputs, size)) for size in sizes]
+        if None in counts:
+            continue
+        taken = True
+        first, second, third = (count or 0 for count in counts)
+        if third - second == second - first > 0:
+            return True
+        if sizes[0] > length.of(subject.inputs):
+            break  # a model that is shown at 10 is not looked at in chunks of 64
+    return False if taken else None

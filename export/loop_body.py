@@ -1,0 +1,153 @@
+"""`LoopBody`: one turn of a folded loop as a callable, run turn by turn in PyTorch, or once between markers in a trace.
+
+A trace of it holds the body once, its inputs and outputs marked by opaque nodes that carry their shapes; the ONNX
+side cuts the body out between the marks and makes it the body of a `Scan`:
+
+    State(h0) ─▶ h ─┐
+    Element(xs) ─▶ x ┴▶ the body ─▶ h', y ─▶ End(h, x, h', y) ─▶ h after the last turn, all y along an axis
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.onnx.ops
+from torch import Tensor, fx
+
+DOMAIN = "moe_export.loop"
+STATE, ELEMENT, END = "State", "Element", "End"
+
+
+@dataclass(frozen=True)
+class Along:
+    """An axis over time: forwards, or from the last turn to the first."""
+
+    axis: int
+    backwards: bool = False
+
+
+class LoopBody:
+    """A callable `(states, sequences, captured, turns) → states after the last turn, then what was collected`.
+
+    Args:
+        number: Tells the loops of a model apart; no two marks may ever be taken for one.
+        graph: Inputs: states, elements, captured values; outputs: next states, then collected values.
+        states: How many states.
+        elements: Which axis of each sequence is time.
+        collected: Where the time axis of each collected output goes.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        graph: fx.Graph,
+        states: int,
+        elements: Sequence[Along],
+        collected: Sequence[Along],
+    ) -> None:
+        self.__name__ = f"loop_{number}"
+        self.number = number
+        self.graph = graph
+        self.states = states
+        self.elements = tuple(elements)
+        self.collected = tuple(collected)
+        self._module = fx.GraphModule(torch.nn.Module(), graph)
+
+    def __call__(
+        self, states: Sequence[Tensor], sequences: Sequence[Tensor], captured: Sequence[Any], turns: Any
+    ) -> list[Tensor]:
+        run = self._marked if torch.compiler.is_exporting() else self._turn_by_turn
+        return run(list(states), list(sequences), list(captured), turns)
+
+    def _once(self, values: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        results = list(fx.Interpreter(self._module).run(*values))
+        return results[: self.states], results[self.states :]
+
+    def _turn_by_turn(
+        self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], turns: int
+    ) -> list[Tensor]:
+        rows: list[list[Tensor]] = []
+        for turn in range(turns):
+            elements = [
+                sequence.select(along.axis, turns - 1 - turn if along.backwards else turn)
+                for sequence, along in zip(sequences, self.elements, strict=True)
+            ]
+            states, values = self._once([*states, *elements, *captured])
+            rows.append(values)
+        if not rows:
+            return [*states, *self._empty(states, sequences, captured)]
+        return [
+            *states,
+            *(
+                torch.stack(column[::-1] if along.backwards else column, dim=along.axis)
+                for column, along in zip(zip(*rows, strict=True), self.collected, strict=True)
+            ),
+        ]
+
+    def _empty(self, states: list[Tensor], sequences: list[Tensor], captured: list[Any]) -> list[Tensor]:
+        """What no turn collects: the body is run once on zeros to know the shapes."""
+        elements = [
+            sequence.new_zeros([size for axis, size in enumerate(sequence.shape) if axis != along.axis])
+            for sequence, along in zip(sequences, self.elements, strict=True)
+        ]
+        _, values = self._once([*states, *elements, *captured])
+        return [
+            value.unsqueeze(along.axis).narrow(along.axis, 0, 0)
+            for value, along in zip(values, self.collected, strict=True)
+        ]
+
+    def _marked(
+        self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], turns: Any
+    ) -> list[Tensor]:
+        if not sequences:  # something must tell the scan how many turns there are
+            sequences = [torch.zeros(turns)]
+        alongs = self.elements or (Along(0),)
+        inner = [self._mark(STATE, place, state, state.shape) for place, state in enumerate(states)]
+        elements = [
+            self._mark(ELEMENT, place, sequence, _without(sequence.shape, along.axis), along)
+            for place, (sequence, along) in enumerate(zip(sequences, alongs, strict=True))
+        ]
+        following, values = self._once([*inner, *(elements if self.elements else []), *captured])
+        shapes = [
+            *(value.shape for value in states),
+            *(
+                _with(value.shape, along.axis, turns)
+                for value, along in zip(values, self.collected, strict=True)
+            ),
+        ]
+        return torch.onnx.ops.symbolic_multi_out(
+            f"{DOMAIN}::{END}",
+            (*inner, *elements, *following, *values),
+            {
+                "states": len(inner),
+                "elements": len(elements),
+                "axes": [along.axis for along in self.collected] or [0],
+                "backwards": [int(along.backwards) for along in self.collected] or [0],
+                "loop": self.number,
+            },
+            dtypes=[value.dtype for value in (*states, *values)],
+            shapes=shapes,
+            version=1,
+        )  # type: ignore[return-value]
+
+    def _mark(
+        self, kind: str, place: int, value: Tensor, shape: Sequence[Any], along: Along | None = None
+    ) -> Tensor:
+        along = along or Along(0)
+        attributes: dict[str, Any] = {
+            "loop": self.number, "place": place, "axis": along.axis, "backwards": int(along.backwards)
+        }  # fmt: skip
+        return torch.onnx.ops.symbolic(
+            f"{DOMAIN}::{kind}", (value,), attributes, dtype=value.dtype, shape=tuple(shape), version=1
+        )
+
+
+def _without(shape: Sequence[Any], axis: int) -> list[Any]:
+    return [size for place, size in enumerate(shape) if place != axis]
+
+
+def _with(shape: Sequence[Any], axis: int, size: Any) -> list[Any]:
+    return [*shape[:axis], size, *shape[axis:]]

@@ -1,0 +1,183 @@
+"""`fold_recurrences`: a model that loops over a length in Python becomes one that does not, for any length.
+
+subject ─▶ lengths ─▶ trace at three lengths ─▶ straighten ─▶ loops ─▶ skeletons ─▶ folded module ─▶ subject
+           (run it)                                                        │             │
+                                                     integers as forms of the length     held against the model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from moe_export.errors import NotExportableError
+from moe_export.export.dims import DimRequest
+from moe_export.export.fold import folded_module
+from moe_export.export.lengths import Length, looped_lengths, operators
+from moe_export.export.loops import Repeats, find_loops
+from moe_export.export.skeleton import Folded, LengthError, Skeleton, generalised, skeleton
+from moe_export.export.source import line_of
+from moe_export.export.straighten import straighten
+from moe_export.export.subject import Subject, make_subject
+from moe_export.export.trace import SCOPE, Traced, quiet, trace
+
+Mode = Literal["auto", "scan", "unrolled"]
+
+# Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
+# loop with a stride.
+_TRACED = ((8, 9, 11), (15, 16, 18, 21), (64, 128, 192, 256))
+_PROVED = (1, 2, 3, 5, 13)
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """What came of it.
+
+    Attributes:
+        subject: The folded model, or the given one.
+        unrolled: The trace of the model at a short length, if it was folded.
+        notes: For the report.
+    """
+
+    subject: Subject
+    unrolled: Traced | None = None
+    notes: tuple[str, ...] = ()
+
+
+def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto") -> Recurrent:
+    """Fold every loop over a length.
+
+    Args:
+        subject: The model.
+        request: Which dimensions are to be free; a length that is not stays unrolled.
+        mode: `unrolled` leaves the model as it is; `auto` too, with a note, where a loop cannot be folded.
+
+    Raises:
+        NotExportableError: A loop cannot be folded, and the mode is `scan` or its length was asked for by name.
+    """
+    if mode == "unrolled":
+        return Recurrent(subject)
+    with quiet():
+        lengths = looped_lengths(subject, request)
+    if not lengths:
+        return Recurrent(subject)
+    try:
+        return _folded(subject, request, lengths[0])
+    except LengthError as error:
+        message = f"the loop over {_named(lengths[0])} cannot be folded: {error.reason}"
+        if mode == "scan" or any(place in request.picked for place in lengths[0].axes):
+            raise NotExportableError(
+                message,
+                where=error.where or str(subject.source),
+                hint="rewrite the loop so that each step does the same, or fix the length: --recurrence unrolled",
+            ) from error
+        return Recurrent(subject, notes=(f"{message}{f' ({error.where})' if error.where else ''}",))
+
+
+def _named(length: Length) -> str:
+    return " and ".join(f"{name}:{axis}" for name, axis in length.axes)
+
+
+def _folded(subject: Subject, request: DimRequest, length: Length) -> Recurrent:
+    refusal: LengthError | None = None
+    for sizes in _TRACED:
+        with quiet():
+            examples = {size: length.resized(subject.inputs, size) for size in sizes}
+            if any(operators(subject, example) is None for example in examples.values()):
+                continue
+        try:
+            return _folded_at(subject, request, length, examples)
+        except LengthError as error:
+            refusal = refusal or error
+    raise refusal or LengthError("the model takes none of the lengths that would be traced", None)
+
+
+def _folded_at(
+    subject: Subject, request: DimRequest, length: Length, examples: Mapping[int, Mapping[str, torch.Tensor]]
+) -> Recurrent:
+    unpicked = replace(request, picked={})
+    if request.static:
+        unpicked = replace(
+            request,
+            picked={place: name for place, name in request.picked.items() if place not in length.axes},
+        )
+    traces = {size: trace(replace(subject, inputs=example), unpicked) for size, example in examples.items()}
+    first = next(iter(traces.values()))
+    name, axis = length.axes[0]
+    if not str(first.inputs[name][axis]).isdigit():
+        return Recurrent(subject)  # the tracer keeps this length free: no loop over it is unrolled
+    whole = _common(list(traces), list(traces.values()))
+    placeholder = _placeholders(first)[list(first.inputs).index(name)]
+    with quiet():
+        module = folded_module(whole, first.program, (placeholder, axis), f"{SCOPE}.")
+        made = make_subject(module, tuple(first.example.values()), {}, source=subject.source, how=subject.how)
+    folded = replace(
+        made,
+        inputs=dict(zip(subject.inputs, made.inputs.values(), strict=True)),
+        constants=subject.constants,
+        outputs=subject.outputs,
+        dropped=subject.dropped,
+    )
+    _prove(subject, folded, length, tuple(examples))
+    return Recurrent(folded, first, tuple(_notes(whole, length)))
+
+
+def _placeholders(traced: Traced) -> list[str]:
+    inputs = set(traced.program.graph_signature.user_inputs)
+    return [
+        node.name for node in traced.program.graph.nodes if node.op == "placeholder" and node.name in inputs
+    ]
+
+
+def _common(sizes: Sequence[int], traces: Sequence[Traced]) -> Skeleton:
+    """What the traces have in common."""
+    if any(traced.program.graph_signature.buffers_to_mutate for traced in traces):
+        raise LengthError("the model changes a buffer while it runs", None)
+    repeats = [Repeats(straighten(traced.program)) for traced in traces]
+    find_loops(repeats)
+    if not repeats[0].loops:
+        raise _no_loop(repeats)
+    return generalised({size: skeleton(each) for size, each in zip(sizes, repeats, strict=True)})
+
+
+def _no_loop(repeats: Sequence[Repeats]) -> LengthError:
+    """The reason of the repetition that came closest to a loop."""
+    refusals = sorted(repeats[-1].refusals, key=lambda refusal: refusal.turns, reverse=True)
+    if not refusals:
+        return LengthError("its steps are not alike", None)
+    return LengthError(refusals[0].reason, line_of(refusals[0].node.meta.get("stack_trace")))
+
+
+def _prove(subject: Subject, folded: Subject, length: Length, traced: Sequence[int]) -> None:
+    """Hold the folded model against the model, in PyTorch, at lengths that were not traced too."""
+    for size in (*_PROVED, *traced, max(traced) + 9):
+        example = length.resized(subject.inputs, size)
+        with quiet(), torch.no_grad():
+            try:
+                wanted = subject.call_named({name: tensor.clone() for name, tensor in example.items()})
+            except Exception:
+                continue
+            try:
+                found = folded.call_named(example)
+            except Exception as error:
+                raise LengthError(f"without the loop it fails at length {size}: {error}", None) from error
+        if not all(_close(a, b) for a, b in zip(wanted, found, strict=True)):
+            raise LengthError(f"what it computes depends on the length in another way at length {size}", None)
+
+
+def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def _notes(whole: Skeleton, length: Length) -> list[str]:
+    return [
+        f"loop at {item.loop.line or '?'}: {len(item.loop.body)} operators a step, "
+        f"{item.loop.turns} steps for L = {_named(length)}, folded into one Scan"
+        for item in whole.items
+        if isinstance(item, Folded)
+    ]
