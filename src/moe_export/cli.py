@@ -147,11 +147,22 @@ def verify_command(**options: Any) -> int:
 
 
 @cli.command("rewrite")
-@click.argument("equation")
+@click.argument("source", metavar="MODEL.ONNX|MODEL.PY|EQUATION")
+@click.option("-o", "--output", metavar="FILE", help="Where the rewritten file goes.")
 @click.option("--shapes", metavar="2x64x256,256x16", help="Sizes of the operands; without them, symbols.")
+@click.option(
+    "--target",
+    type=click.Choice(["onnx", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "torch"]),
+    default="onnxruntime-cpu",
+    show_default=True,
+    help="The engine to plan for.",
+)
+@click.option("--keep-einsum", is_flag=True, help="Leave einsums that are one plain matrix product.")
+@click.option("--max-intermediate", metavar="1GB", help="The most memory that one intermediate may take.")
+@click.option("--prove", is_flag=True, help="Show the evidence for each rewritten einsum.")
 @_output_options
 def rewrite_command(**options: Any) -> int:
-    """Show how an einsum EQUATION is computed, and the PyTorch lines that replace it."""
+    """Replace every einsum of an ONNX or a Python file, or show how one EQUATION is computed."""
     from moe_export.cli_rewrite import run_rewrite
 
     return run_rewrite(**options)

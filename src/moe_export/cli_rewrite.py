@@ -1,26 +1,67 @@
-"""`moe-export rewrite EQUATION`: the plan of an einsum, and the PyTorch lines that replace it."""
+"""`moe-export rewrite`: an ONNX file, a Python file, or one equation, told apart by the suffix."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import PurePath
 
 from moe_export.console import Console
 from moe_export.einsum_rewrite import plan_einsum
 from moe_export.einsum_rewrite.python_source import to_python
 from moe_export.errors import UsageError
 
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
-def run_rewrite(equation: str, shapes: str | None, quiet: bool, as_json: bool, debug: bool) -> int:
+
+def run_rewrite(
+    source: str,
+    output: str | None,
+    shapes: str | None,
+    target: str,
+    keep_einsum: bool,
+    max_intermediate: str | None,
+    prove: bool,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> int:
     """Run the command; the exit code."""
     console = Console(quiet, as_json)
-    plan = plan_einsum(equation, *parse_shapes(shapes))
+    suffix = PurePath(source).suffix
+    limit = parse_bytes(max_intermediate)
+    if suffix == ".onnx":
+        from moe_export.cli_rewrite_onnx import run_rewrite_onnx
+        from moe_export.einsum_rewrite.onnx_model import Options
+
+        options = Options(target=target, keep_einsum=keep_einsum, max_intermediate=limit)
+        return run_rewrite_onnx(source, output, options, prove, console)
+    if suffix == ".py":
+        raise UsageError("Python files cannot be rewritten yet", where=source)
+    return _run_equation(source, shapes, target, console)
+
+
+def _run_equation(equation: str, shapes: str | None, target: str, console: Console) -> int:
+    plan = plan_einsum(equation, *parse_shapes(shapes), target=target)
     code = to_python(plan)
     console.say(str(plan))
     console.say()
     console.say(code)
     console.json(json.dumps({"equation": equation, "plan": str(plan), "python": code}, indent=2))
     return 0
+
+
+def parse_bytes(text: str | None) -> int | None:
+    """`1GB` → 1,000,000,000; `512MiB` → 536,870,912."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"--max-intermediate: {text!r} is no amount of memory", hint="for example: 1GB, 512MiB")
+    unit = UNITS[match[2].upper()]
+    if match[3]:
+        unit = 1024 ** list(UNITS).index(match[2].upper())
+    return int(float(match[1]) * unit)
 
 
 def parse_shapes(text: str | None) -> list[tuple[int, ...]]:
