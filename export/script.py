@@ -56,16 +56,20 @@ def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[Module
         UsageError: The file has a syntax error, or raises.
     """
     _import_folder(path)
-    name = "__main__" if as_script else _free_name(path.stem)
-    spec = importlib.util.spec_from_loader(name, importlib.machinery.SourceFileLoader(name, str(path)))
+    package = _package_of(path)
+    loader = importlib.machinery.SourceFileLoader(
+        f"{package}.{path.stem}" if package else _free_name(path.stem), str(path)
+    )
+    spec = importlib.util.spec_from_loader(loader.name, loader)
     assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    module.__package__ = _package_of(path)
+    module = importlib.util.module_from_spec(spec)  # its package, for relative imports, is the spec's parent
+    if as_script:
+        module.__name__ = "__main__"
     calls: list[Call] = []
     with _as_main(path, module, as_script), _watch_calls(calls, stop_at_call):
         try:
-            spec.loader.exec_module(module)
+            # Compiled here and not by the loader, which would leave a __pycache__ beside the user's file.
+            exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
         except _FirstCallSeen as seen:
             return None, seen.call
         except (Exception, SystemExit) as error:

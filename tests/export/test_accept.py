@@ -1,0 +1,106 @@
+"""Wrappers are taken off; what no graph can be made of is refused early and clearly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moe_export.errors import NotExportableError, UsageError
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+
+@torch.compile
+def doubled(x):
+    return x * 2
+
+
+class Compiled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.compile(nn.Linear(4, 4))
+        self.second = nn.Linear(4, 4)
+        self.second.compile()
+
+    def forward(self, x):
+        return doubled(self.second(self.first(x)))
+
+
+@pytest.mark.parametrize(
+    "wrap", [torch.compile, nn.DataParallel, lambda module: torch.compile(nn.DataParallel(module))]
+)
+def test_wrappers_are_taken_off(tools, wrap):
+    subject = tools.subject(wrap(net()), torch.ones(2, 4))
+    assert type(subject.module) is nn.Sequential
+    assert list(subject.inputs) == ["input"]  # not the wrapper's *args
+
+
+def test_compiled_parts_are_traced_as_they_were_written(tools):
+    graph = tools.graph(Compiled(), torch.randn(2, 4))
+    assert [node.op_type for node in graph.model.graph] == ["Gemm", "Gemm", "Mul"]
+    tools.equal(graph, torch.randn(5, 4))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [torch.jit.script, lambda module: torch.jit.trace(module, torch.ones(2, 4))])
+def test_torchscript_is_refused(tools, make):
+    with pytest.raises(NotExportableError, match="is TorchScript, which has its own graph already") as caught:
+        tools.subject(make(net()), torch.ones(2, 4))
+    assert "export the module that torch.jit.script or torch.jit.trace was given" in str(caught.value)
+
+
+def test_weights_on_the_meta_device_are_refused(tools):
+    with torch.device("meta"):
+        model = net()
+    with pytest.raises(UsageError, match=r"weights of Sequential are on the meta device.*\(0\.weight\)"):
+        tools.subject(model, torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("tensor", "kind", "error"),
+    [
+        (torch.ones(2, 4, device="meta"), "is on the meta device", UsageError),
+        (torch.ones(2, 4, dtype=torch.complex64), "is complex", NotExportableError),
+        (torch.eye(4).to_sparse(), "is sparse", NotExportableError),
+    ],
+)
+def test_inputs_that_no_graph_can_take(tools, tensor, kind, error):
+    with pytest.raises(error, match=f"the example input input {kind}"):
+        tools.subject(nn.ReLU(), tensor)
+
+
+def test_a_complex_output_is_refused(tools):
+    class Spectrum(nn.Module):
+        def forward(self, x):
+            spectrum = torch.fft.rfft(x)
+            return spectrum
+
+    with pytest.raises(NotExportableError) as caught:
+        tools.subject(Spectrum(), torch.ones(2, 8))
+    assert "output spectrum is complex, which no ONNX output can be" in str(caught.value)
+    assert "torch.view_as_real" in str(caught.value)
+
+
+def test_complex_numbers_inside_a_model_export(tools):
+    class Magnitude(nn.Module):
+        def forward(self, x):
+            return torch.fft.rfft(x).abs()
+
+    tools.equal(tools.graph(Magnitude(), torch.randn(2, 8)), torch.randn(3, 8), atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packed_quantized_weights_are_refused(tools):
+    model = torch.ao.quantization.quantize_dynamic(net(), {nn.Linear})
+    with pytest.raises(NotExportableError, match="0 is a quantized Linear, whose packed weights"):
+        tools.subject(model, torch.ones(2, 4))
+
+
+def test_lazy_modules_take_their_sizes_from_the_example(tools):
+    graph = tools.graph(nn.Sequential(nn.LazyLinear(3), nn.ReLU()), torch.randn(2, 7))
+    assert graph.traced.inputs == {"input": ("batch", 7)}
+    tools.equal(graph, torch.randn(4, 7))
