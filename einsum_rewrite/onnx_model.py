@@ -139,6 +139,7 @@ class _Pass:
     def __init__(self, model: ir.Model, options: Options) -> None:
         self._model, self._options = model, options
         self._names = Names(_taken(model))
+        self._places = OutputPlaces()
         self._constants: dict[ir.Graph | ir.Function, Constants] = {}
         self._found: dict[ir.Node, tuple[Site, Proof]] = {}
         self._order = [node for _, node in bodies(model) if _is_einsum(node)]
@@ -157,6 +158,7 @@ class _Pass:
                 self._found[node] = self._rewrite(root, node, known)
             except EquationError as error:
                 self._refused[node] = Refused(node.name or str(node.outputs[0].name), equation, error)
+        _remove([node for _, node in waiting if node in self._found])
         return 0 < len(self._refused) < len(waiting)
 
     def finish(self) -> Rewriting:
@@ -187,7 +189,7 @@ class _Pass:
         proof = prove_onnx(plan, opset, site.where)
         writer = NodeWriter(node, opset, constants, self._names)
         result = write(plan, operands, writer, None if via is None or dtype is None else (via, dtype))
-        _replace(node, writer.nodes, result)
+        _replace(node, writer.nodes, result, self._places)
         return site, proof
 
     def _constants_of(self, root: ir.Graph | ir.Function) -> Constants:
@@ -216,31 +218,61 @@ def _text(node: ir.Node) -> str:
 
 
 def _taken(model: ir.Model) -> set[str]:
-    taken = {value.name or "" for value in (*model.graph.inputs, *model.graph.initializers.values())}
-    for root, node in bodies(model):
+    """Every name of a node or a value of the model."""
+    taken: set[str] = set()
+    graphs: dict[ir.Graph | ir.Function, None] = dict.fromkeys((model.graph, *model.functions.values()))
+    for _, node in bodies(model):
         taken |= {node.name or "", *(value.name or "" for value in node.outputs)}
-        graph = node.graph
+        if node.graph is not None:
+            graphs[node.graph] = None
+    for graph in graphs:
+        taken.update(value.name or "" for value in graph.inputs)
         if isinstance(graph, ir.Graph):
-            taken.update(value.name or "" for value in (*graph.inputs, *graph.initializers.values()))
-        elif graph is None:
-            taken.update(value.name or "" for value in root.inputs)
-    for function in model.functions.values():
-        taken.update(value.name or "" for value in function.inputs)
+            taken.update(graph.initializers)
     return taken
 
 
-def _replace(node: ir.Node, new: Sequence[ir.Node], result: ir.Value) -> None:
-    """Put `new` in the place of `node`; the result takes over the name and all that is known of it."""
+def _replace(node: ir.Node, new: Sequence[ir.Node], result: ir.Value, places: OutputPlaces) -> None:
+    """Put `new` in front of `node`; the result takes over the name, the users, and all that is known of it."""
     old, graph, last = node.outputs[0], node.graph, result.producer()
     assert graph is not None
     assert last is not None
     name, last.name = old.name, node.name
     result.type, result.shape, result.doc_string = old.type, old.shape, old.doc_string
     result.metadata_props.update(old.metadata_props)
-    ir.convenience.replace_all_uses_with([old], [result], replace_graph_outputs=True)
+    for user, index in tuple(old.uses()):
+        user.replace_input_with(index, result)
+    for place in places.of(graph, old):
+        graph.outputs[place] = result
     graph.insert_before(node, new)
-    graph.remove(node, safe=True)
     result.name = name
+
+
+def _remove(nodes: Sequence[ir.Node]) -> None:
+    """Remove nodes that nothing uses, all at once: each removal looks through the outputs of the graph."""
+    dead: dict[ir.Graph | ir.Function, list[ir.Node]] = {}
+    for node in nodes:
+        assert node.graph is not None
+        dead.setdefault(node.graph, []).append(node)
+    for graph, group in dead.items():
+        graph.remove(group, safe=True)
+
+
+class OutputPlaces:
+    """Where values stand among the outputs of their graph, looked up once for all of them."""
+
+    def __init__(self) -> None:
+        self._places: dict[ir.Graph | ir.Function, dict[ir.Value, list[int]]] = {}
+
+    def of(self, graph: ir.Graph | ir.Function, value: ir.Value) -> list[int]:
+        """The positions of a value; most have none, some files list one twice."""
+        if not value.is_graph_output():
+            return []
+        if graph not in self._places:
+            self._places[graph] = {}
+            for place, output in enumerate(graph.outputs):
+                self._places[graph].setdefault(output, []).append(place)
+        return self._places[graph].get(value, [])
 
 
 def _site(node: ir.Node, equation: Equation, plan: Plan) -> Site:

@@ -103,8 +103,9 @@ def _product_orders(x: Value, y: Value, goal: Axis | None) -> Iterable[Axis]:
 def _price_product(
     x: Value, y: Value, order: Axis, summed: frozenset[str], goal: Axis | None, prices: Prices
 ) -> Choice:
-    passes = 2 if summed else 1
-    price = x.price + y.price + passes * (prices.target.node + prices.elements(order))
+    price = x.price + y.price + prices.target.node + prices.target.product * prices.elements(order)
+    if summed:
+        price += prices.target.node + prices.elements(order)
     for value in (x, y):
         price += value.move_price(_aligned(value, order, prices), prices)
     result = plain(label for label in order if label not in summed)

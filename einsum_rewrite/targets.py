@@ -24,6 +24,7 @@ class Target:
         transpose: A permute on top of its moves: it also keeps its neighbours from being fused.
         batch: Starting one small matrix product among many.
         flop: A multiply-add inside a matrix product, far cheaper than a pass over memory.
+        product: Writing an element of an elementwise product, which reads two others.
         vectors: Whether a matrix product may take a vector. ONNX Runtime 1.31 fuses a Transpose (the user's, for
             example) into a MatMul and then forgets it if the right operand is a vector: silently wrong.
     """
@@ -34,6 +35,7 @@ class Target:
     transpose: float = 4000.0
     batch: float = 64.0
     flop: float = 0.05
+    product: float = 1.0
     vectors: bool = False
 
 
@@ -41,7 +43,7 @@ TARGETS = {
     target.name: target
     for target in (
         Target("onnx"),
-        Target("onnxruntime-cpu"),
+        Target("onnxruntime-cpu", product=1.5),
         # A kernel launch costs some thousand elements of traffic, a batched product one launch in all.
         Target("onnxruntime-cuda", node=4000.0, transpose=8000.0, batch=2.0, flop=0.01),
         # Chains of elementwise steps are fused into one kernel; moves without data are free.

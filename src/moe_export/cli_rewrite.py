@@ -57,7 +57,9 @@ def parse_bytes(text: str | None) -> int | None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if match is None:
-        raise UsageError(f"--max-intermediate: {text!r} is no amount of memory", hint="for example: 1GB, 512MiB")
+        raise UsageError(
+            f"--max-intermediate: {text!r} is no amount of memory", hint="for example: 1GB, 512MiB"
+        )
     unit = UNITS[match[2].upper()]
     if match[3]:
         unit = 1024 ** list(UNITS).index(match[2].upper())
