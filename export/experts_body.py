@@ -1,23 +1,26 @@
 """Take the computation of one expert out of a chain of turns, and make sure that every expert's is the same.
 
-A body is a function of the pairs' tokens and slots, of values that all experts share, and of the expert's own
-weights: `body(token (R,), slot (R,), *shared, *weights) → (R, H)`.
+A body is a function of the pairs' tokens and slots, of the expert's number, of values that all experts share, and
+of the expert's own weights: `body(token (R,), slot (R,), expert (1,), *shared, *weights) → (R, H)`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from moe_export.export.experts_find import Chain, Turn
-from moe_export.export.routing import is_size
+from moe_export.export.experts_mask import marks_of
+from moe_export.export.region import is_size
 from moe_export.export.source import line_of
 
 _aten = torch.ops.aten
+ZEROS = {_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default}
 
 
 class NotExpertsError(Exception):
@@ -74,7 +77,14 @@ def understand(chain: Chain) -> Experts:
         raise NotExpertsError(f"the loop runs over experts {numbers}, not over 0 to {len(numbers) - 1}")
     if any(turn.selection.marks.indices is not chain.indices for turn in ordered):
         raise NotExpertsError("the experts are chosen by different indices")
-    walks = [_Walk(turn) for turn in ordered]
+    start = chain.turns[0].before
+    if any(turn.overwrites for turn in ordered) and (
+        start.target not in ZEROS or chain.indices.meta["val"].dim() > 1
+    ):
+        raise NotExpertsError("rows are overwritten, not added to, and a token may have several experts")
+    twins = same_values(chain.indices.graph)
+    fixing = _fixing_nodes(chain)
+    walks = [_Walk(turn, fixing[number], twins) for number, turn in enumerate(ordered)]
     shared, weights, kinds = _sort_leaves(walks)
     return Experts(
         indices=chain.indices,
@@ -82,10 +92,38 @@ def understand(chain: Chain) -> Experts:
         body=walks[0].module(kinds),
         shared=shared,
         weights=weights,
-        start=chain.turns[0].before,
+        start=start,
         result=chain.turns[-1].after,
         line=chain.line,
     )
+
+
+def same_values(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Each node → the first node that computes the same; loops compute the same thing in every turn."""
+    first: dict[str, fx.Node] = {}
+    twins: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        twins[node] = node
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(
+            node.target, "tags", ()
+        ):
+            key = repr((str(node.target), fx.map_arg((node.args, node.kwargs), lambda arg: twins[arg])))
+            twins[node] = first.setdefault(key, node)
+    return twins
+
+
+def _fixing_nodes(chain: Chain) -> list[set[fx.Node]]:
+    """For each expert, the nodes that single it out of the marks: `idx == e`, `one_hot(idx)[..., e]`."""
+    found: list[set[fx.Node]] = [set() for _ in chain.turns]
+    for node in chain.indices.graph.nodes:
+        marks = marks_of(node) if node.target in (_aten.eq.Scalar, _aten.select.int) else None
+        if marks is None or marks.indices is not chain.indices or marks.expert is None:
+            continue
+        before = marks_of(node.args[0])
+        fixes = before is None or before.expert is None
+        if fixes and marks.expert < len(found):
+            found[marks.expert].add(node)
+    return found
 
 
 class _Walk:
@@ -96,9 +134,11 @@ class _Walk:
         leaves: Nodes from outside, in the order of their first use.
     """
 
-    def __init__(self, turn: Turn) -> None:
+    def __init__(self, turn: Turn, fixing: set[fx.Node], twins: Mapping[fx.Node, fx.Node]) -> None:
         self._rows = turn.selection
-        self._dependent = _dependents(turn)
+        self._fixing = fixing
+        self._twins = twins
+        self._dependent = _dependents(turn, fixing)
         self._value = turn.value
         self.nodes: list[fx.Node] = []
         self.leaves: list[fx.Node] = []
@@ -110,11 +150,10 @@ class _Walk:
         stack = [(root, False)]
         while stack:
             node, done = stack.pop()
+            node = self._twin(node)
             if node in self._positions:
                 continue
-            if self._row_kind(node) is not None:
-                continue
-            if not self._is_inside(node):
+            if node not in self._dependent:
                 self._positions[node] = ("leaf", len(self.leaves))
                 self.leaves.append(node)
             elif done:
@@ -122,30 +161,39 @@ class _Walk:
                 self.nodes.append(node)
             else:
                 stack.append((node, True))
-                stack += [(source, False) for source in reversed(node.all_input_nodes)]
+                stack += [(source, False) for source in reversed(self._sources(node))]
 
-    def _is_inside(self, node: fx.Node) -> bool:
-        return node in self._dependent
+    def _twin(self, node: fx.Node) -> fx.Node:
+        return node if node in self._dependent else self._twins[node]
 
-    def _row_kind(self, node: fx.Node) -> str | None:
-        if node is self._rows.token or node is self._rows.mask:
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """What a node takes, but for the rows, which the body is given."""
+        return [source for source in node.all_input_nodes if self._row_kind(source, node) is None]
+
+    def _row_kind(self, node: fx.Node, user: fx.Node | None) -> str | None:
+        """Whether a node stands for the rows' tokens or slots where `user` takes it."""
+        if node is self._rows.token:
             return "token"
-        return "slot" if node is self._rows.slot else None
+        if node is self._rows.slot:
+            return "slot"
+        by_mask = user is not None and user.target is _aten.index.Tensor and list(user.args[1]) == [node]  # type: ignore[arg-type]
+        return "token" if by_mask and node is self._rows.mask else None
 
     def _step(self, node: fx.Node) -> tuple[Any, ...]:
-        if is_size(node) and not all(source in self._positions for source in node.all_input_nodes):
-            pass
-        refer = fx.map_arg((node.args, node.kwargs), self._reference)
-        return (node.target, repr(refer))
+        args = node.args
+        if node in self._fixing:  # the one number in which the turns differ
+            args = tuple("expert" if arg == self._rows.marks.expert else arg for arg in args)
 
-    def _reference(self, node: fx.Node) -> Any:
-        kind = self._row_kind(node)
-        return (kind, 0) if kind is not None else self._positions[node]
+        def refer(source: fx.Node) -> Any:
+            kind = self._row_kind(source, node)
+            return (kind, 0) if kind is not None else self._positions[self._twin(source)]
+
+        return (node.target, repr(fx.map_arg((args, node.kwargs), refer)))
 
     def module(self, kinds: list[str]) -> fx.GraphModule:
         """The body. `kinds` says of each leaf whether it is shared or a weight; the shared ones come first."""
         graph = fx.Graph()
-        token, slot = graph.placeholder("token"), graph.placeholder("slot")
+        rows = {name: graph.placeholder(name) for name in ("token", "slot", "expert")}
         copies: dict[fx.Node, fx.Node] = {}
         for wanted in ("shared", "weight"):
             for leaf, kind in zip(self.leaves, kinds, strict=True):
@@ -153,20 +201,32 @@ class _Walk:
                     copies[leaf] = graph.placeholder(f"{wanted}_{len(copies)}")
                     copies[leaf].meta = dict(leaf.meta)
 
-        def copied(node: fx.Node) -> fx.Node:
-            row = self._row_kind(node)
-            return {"token": token, "slot": slot}[row] if row else copies[node]
+        def copied(source: fx.Node, user: fx.Node | None) -> fx.Node:
+            kind = self._row_kind(source, user)
+            return rows[kind] if kind else copies[self._twin(source)]
 
         for node in self.nodes:
-            copies[node] = graph.node_copy(node, copied)
-        graph.output(copied(self._value))
+            if node in self._fixing:
+                copies[node] = _for_any_expert(graph, node, copied(node.args[0], node), rows["expert"])  # type: ignore[arg-type]
+            else:
+                copies[node] = graph.node_copy(node, partial(copied, user=node))
+        graph.output(copied(self._value, None))
         graph.lint()
         return fx.GraphModule(nn.Module(), graph)
 
 
-def _dependents(turn: Turn) -> set[fx.Node]:
-    """Every node that depends on the pairs of a turn, up to the addition."""
-    stack: list[fx.Node] = list(turn.selection.rows)
+def _for_any_expert(graph: fx.Graph, node: fx.Node, source: fx.Node, expert: fx.Node) -> fx.Node:
+    """A node that singles out expert e, for an expert (1,) that is only known at run time."""
+    if node.target is _aten.eq.Scalar:
+        return graph.call_function(_aten.eq.Tensor, (source, expert))
+    axis = node.args[1]
+    one = graph.call_function(_aten.index_select.default, (source, axis, expert))
+    return graph.call_function(_aten.squeeze.dim, (one, axis))
+
+
+def _dependents(turn: Turn, fixing: set[fx.Node]) -> set[fx.Node]:
+    """Every node that depends on the pairs or the number of one expert, up to the addition."""
+    stack: list[fx.Node] = [*turn.selection.rows, *fixing]
     seen = set(stack)
     while stack:
         for user in stack.pop().users:
@@ -244,7 +304,7 @@ def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None
         values[weight.separate[0]] if weight.stack is None else values[weight.stack][0]
         for weight in experts.weights
     ]
-    rest = [*(values[node] for node in experts.shared), *first]
+    rest = [torch.zeros(1, dtype=torch.int64), *(values[node] for node in experts.shared), *first]
     try:
         with torch.no_grad():
             together = experts.body(token, slot, *rest)

@@ -45,12 +45,14 @@ class Turn:
         selection: Its pairs.
         value: (R, H), what is added; row r belongs to pair r.
         before, after: The accumulated value (N, H) before and after.
+        overwrites: Whether the rows are put in place of the old ones instead of being added.
     """
 
     selection: Selection
     value: fx.Node
     before: fx.Node
     after: fx.Node
+    overwrites: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def _row_numbers(mask: fx.Node, marks: Marks) -> tuple[fx.Node | None, fx.Node |
 
 def _part_axis(numbers: fx.Node, part: fx.Node, rank: int) -> int | None:
     """Which axis of a mask the row numbers in `part` count along; None if it is no such part."""
-    if numbers.target is _aten.nonzero_numpy.default:
+    if numbers.target in (_aten.nonzero_numpy.default, _aten.where.default):
         return int(part.args[1])  # type: ignore[arg-type]
     if numbers.target is not _aten.nonzero.default:
         return None
@@ -151,7 +153,9 @@ def _as_turn(node: fx.Node, rows: fx.Node, selection: Selection) -> Turn | None:
     if accumulate:
         return Turn(selection, value, before, node)
     added = _added(value, before, rows)
-    return Turn(selection, added, before, node) if added is not None else None
+    if added is None:
+        return Turn(selection, value, before, node, overwrites=True)
+    return Turn(selection, added, before, node)
 
 
 def _added(value: fx.Node, before: fx.Node, rows: fx.Node) -> fx.Node | None:

@@ -24,7 +24,7 @@ class Opaque:
         indices: (N, k) or (N,).
         shared: Values that every expert reads.
         weights: For each weight of the body its E tensors, or one stack (E, ...) of them.
-        body: ONNX of one expert: `(token, slot, *shared, *weights) → (R, H)`.
+        body: ONNX of one expert: `(token, slot, expert, *shared, *weights) → (R, H)`.
         count: E.
         slots: k.
         hidden: The sizes behind the rows of the result.
@@ -54,7 +54,10 @@ def slices(w: Writer, block: Opaque) -> ir.Value:
         mine = [_one(inner, weight, expert) for weight in block.weights]
         rows.append(
             write_body(
-                inner, block.body, [tokens[expert], slots[expert], *block.shared, *mine], block.metadata
+                inner,
+                block.body,
+                [tokens[expert], slots[expert], w.ints(expert), *block.shared, *mine],
+                block.metadata,
             )
         )
         w.take(inner)
@@ -102,7 +105,8 @@ def _turn(
     ]
     token, slot = (inner.op("Slice", value, *bounds, w.ints(0)) for value in (pairs.token, pairs.slot))
     mine = [inner.op("Gather", stack, expert, axis=0) for stack in stacks]
-    rows = write_body(inner, block.body, [token, slot, *block.shared, *mine], block.metadata)
+    number = inner.op("Unsqueeze", expert, w.ints(0))
+    rows = write_body(inner, block.body, [token, slot, number, *block.shared, *mine], block.metadata)
     after = inner.op("SequenceInsert", sequence, rows, name="after")
     after.type = rows_type
     going = inner.op("Identity", before)

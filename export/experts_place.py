@@ -18,7 +18,7 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.onnx.ops import _symbolic_impl
 
-from moe_export.export.experts_body import Experts, NotExpertsError, check_rows, understand
+from moe_export.export.experts_body import ZEROS, Experts, NotExpertsError, check_rows, understand
 from moe_export.export.experts_find import find_chains
 from moe_export.export.gate import values_of
 from moe_export.export.trace import Traced, quiet
@@ -26,7 +26,6 @@ from moe_export.export.trace import Traced, quiet
 DOMAIN, OPERATOR, NUMBER = "moe_export", "Experts", "block"
 
 _aten = torch.ops.aten
-_ZEROS = {_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default}
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,12 @@ def _block(experts: Experts, traced: Traced) -> Block:
         if node is not None
     ]
     rows = torch.arange(3) % max(1, values[experts.indices].shape[0])
-    arguments = (rows, torch.zeros_like(rows), *(values[node] for node in experts.shared), *weights)
-    free = len(experts.shared) + 2
+    expert = torch.zeros(1, dtype=torch.int64)
+    shared = [values[node] for node in experts.shared]
+    arguments = (rows, torch.zeros_like(rows), expert, *shared, *weights)
+    free = {0, 1, *range(3, 3 + len(shared))}
     spec = tuple(
-        tuple(Dim.AUTO if index < free else None for _ in range(value.dim()))
+        tuple(Dim.AUTO if index in free else None for _ in range(value.dim()))
         for index, value in enumerate(arguments)
     )
     try:
@@ -157,7 +158,7 @@ def _replace(graph: fx.Graph, experts: Experts, number: int, twins: dict[fx.Node
         )
         opaque.meta = dict(result.meta)
         replacement = opaque
-        if start.target not in _ZEROS:
+        if start.target not in ZEROS:
             replacement = graph.call_function(_aten.add.Tensor, (start, opaque))
             replacement.meta = dict(result.meta)
     result.replace_all_uses_with(replacement)

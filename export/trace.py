@@ -25,6 +25,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import Dim, DimRequest, default_name
+from moe_export.export.experts_trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.leaves import unique
 from moe_export.export.randomness import refuse_random
@@ -184,6 +185,7 @@ def _export(
                 torch.no_grad(),
                 torch.backends.opt_einsum.flags(enabled=False),
                 traceable_idioms(subject.module),
+                every_expert_hit(),
                 user_lines(),
             ):
                 program = torch.export.export(

@@ -1,0 +1,178 @@
+"""Trace loops over experts that ask which experts were hit: every expert is traced as if it had been.
+
+An expert without tokens adds nothing, so skipping it saves time and changes no result; but a trace cannot branch
+on the data. Three questions are answered by what they ask about, never by where they stand:
+
+- `if mask.any():`, `if rows.numel() == 0: continue`, `if counts[e] > 0:` — the expert has tokens;
+- `for e in hit.nonzero():`, `.tolist()` of it — all experts are hit;
+- a number of rows that only the data knows — it is neither 0 nor 1.
+
+What an answer was given for is listed, and the graph is compared with the model at sizes where experts go
+without tokens, so an answer that changes a result is found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from torch.fx.experimental import proxy_tensor, symbolic_shapes
+from torch.overrides import TorchFunctionMode
+
+from moe_export.export.experts_mask import marks_of
+
+_aten = torch.ops.aten
+_LENGTH = 4093  # `len` of such rows must be a number: another prime, so that no shape is taken to fit it
+_MANY = 4099  # stands for a number of rows that only the data knows: a prime that no size of a model is
+
+_AS_ITS_SOURCE = {
+    _aten._to_copy.default, _aten.clone.default, _aten.select.int, _aten.view.default, _aten.alias.default,
+    _aten.flatten.using_ints, _aten.reshape.default,
+    _aten.squeeze.default, _aten.squeeze.dim, _aten.detach.default, _aten.index.Tensor, _aten.lift_fresh_copy.default,
+    _aten.unbind.int, _aten.item.default, _aten.slice.Tensor, _aten.unsqueeze.default, _aten.permute.default,
+}  # fmt: skip
+_ABOVE = {_aten.gt.Scalar, _aten.ne.Scalar, _aten.greater.Scalar, _aten.not_equal.Scalar}
+_COUNTS = {_aten.sum.default, _aten.sum.dim_IntList, _aten.bincount.default, _aten.count_nonzero.default}
+_SOME = {_aten.any.default, _aten.any.dim, *_COUNTS}
+
+
+class ExpertNumber(int):
+    """The number of an expert, for code that takes it for an element of a tensor."""
+
+    def __getitem__(self, index: Any) -> ExpertNumber:
+        return self
+
+    def item(self) -> int:
+        return int(self)
+
+    def squeeze(self, *args: Any) -> ExpertNumber:
+        return self
+
+    def tolist(self) -> int:
+        return int(self)
+
+
+class _AllHit(TorchFunctionMode):
+    """Answers what a model asks its tensors about hit experts."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.Tensor.__bool__:
+            answer = _truth(_node_of(args[0]))
+            if answer is not None:
+                return answer
+        if func is torch.Tensor.__len__ and _is_unknown(args[0].shape[:1]):
+            return _LENGTH
+        if func in (torch.Tensor.__iter__, torch.Tensor.tolist, torch.Tensor.unbind, torch.unbind):
+            count = _hit_experts(_node_of(args[0]))
+            if count is not None:
+                numbers = [ExpertNumber(expert) for expert in range(count)]
+                return iter(numbers) if func is torch.Tensor.__iter__ else numbers
+        return func(*args, **(kwargs or {}))
+
+
+def _is_unknown(sizes: Any) -> bool:
+    return any(
+        symbolic_shapes.free_unbacked_symbols(size) for size in sizes if isinstance(size, torch.SymInt)
+    )
+
+
+def _node_of(tensor: Any) -> fx.Node | None:
+    """The node of the trace under way that makes a tensor."""
+    mode = proxy_tensor.get_proxy_mode()
+    if mode is None or not isinstance(tensor, torch.Tensor):
+        return None
+    slot = proxy_tensor.get_proxy_slot(tensor, mode.tracer, None)
+    return slot.proxy.node if slot is not None else None
+
+
+def _truth(node: fx.Node | None) -> bool | None:
+    """Whether a condition holds for an expert that has tokens; None if it is no question about that."""
+    if node is None:
+        return None
+    target, args = node.target, node.args
+    if target is _aten.logical_not.default or target is _aten.bitwise_not.default:
+        inner = _truth(args[0])  # type: ignore[arg-type]
+        return None if inner is None else not inner
+    if target in _ABOVE and args[1] == 0:
+        return True if _is_amount(args[0]) else None
+    if target is _aten.ge.Scalar and args[1] == 1:
+        return True if _is_amount(args[0]) else None
+    if target is _aten.eq.Scalar and args[1] == 0:
+        return False if _is_amount(args[0]) else None
+    if _is_amount(node):
+        return True
+    return _truth(args[0]) if target in _AS_ITS_SOURCE and isinstance(args[0], fx.Node) else None
+
+
+def _is_amount(node: Any) -> bool:
+    """Whether a value says how many, or whether any, pairs chose an expert."""
+    while isinstance(node, fx.Node):
+        if node.target in _SOME:
+            source = node.args[0]
+            return isinstance(source, fx.Node) and (_is_mark(source) or _is_amount(source))
+        if node.target not in _AS_ITS_SOURCE:
+            return False
+        node = node.args[0]
+    return False
+
+
+def _is_mark(node: fx.Node) -> bool:
+    return marks_of(node) is not None
+
+
+def _hit_experts(node: fx.Node | None) -> int | None:
+    """E, if a value lists the experts that were hit: `nonzero` of a count or a mark over experts."""
+    while node is not None and node.target in _AS_ITS_SOURCE - {_aten.index.Tensor}:
+        node = node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if node is None or node.target is not _aten.nonzero.default:
+        return None
+    counted = node.args[0]
+    assert isinstance(counted, fx.Node)
+    value = counted.meta.get("val")
+    source: Any = counted
+    while isinstance(source, fx.Node) and source.target in _ABOVE | {_aten.ge.Scalar}:
+        source = source.args[0]
+    if not _is_amount(source) or not isinstance(value, torch.Tensor) or value.dim() != 1:
+        return None
+    return int(value.shape[0]) if str(value.shape[0]).isdigit() else None
+
+
+@contextmanager
+def every_expert_hit() -> Iterator[list[str]]:
+    """While it runs, a trace takes every expert for hit.
+
+    Yields:
+        The conditions on numbers of rows that were answered, as the tracer writes them.
+    """
+    answered: list[str] = []
+    original = symbolic_shapes.ShapeEnv.evaluate_expr
+
+    def evaluate(self: Any, expression: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, expression, *args, **kwargs)
+        except symbolic_shapes.GuardOnDataDependentSymNode:
+            value = _for_many_rows(self, expression)
+            if value is None:
+                raise
+            answered.append(str(expression))
+            return value
+
+    with _AllHit(), mock.patch.object(symbolic_shapes.ShapeEnv, "evaluate_expr", evaluate):
+        yield answered
+
+
+def _for_many_rows(env: Any, expression: Any) -> Any:
+    """What a condition on numbers of rows says where there are many; None if it is about something else."""
+    import sympy
+
+    symbols = [symbol for symbol in expression.free_symbols if symbolic_shapes.free_unbacked_symbols(symbol)]
+    if not symbols or any(env.var_to_range[symbol].lower < 0 for symbol in symbols):
+        return None
+    value = expression.xreplace(dict.fromkeys(symbols, sympy.Integer(_MANY)))
+    return bool(value) if value in (sympy.true, sympy.false) else None

@@ -1,0 +1,204 @@
+"""Loops over experts, in every shape, become sorted pairs: right for every routing, and small."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from moe_export.export.emit import emit
+from moe_export.export.experts_emit import write_experts
+from moe_export.export.experts_lower import choose
+from moe_export.export.experts_mask import marks_of
+from moe_export.export.experts_place import place_experts
+from moe_export.export.pipeline import Options, export_subject
+from moe_export.export.subject import make_subject
+from moe_export.export.trace import trace
+
+spec = importlib.util.spec_from_file_location("experts_idioms", Path(__file__).with_name("conftest.py"))
+idioms = importlib.util.module_from_spec(spec)
+sys.modules["experts_idioms"] = idioms
+spec.loader.exec_module(idioms)
+
+
+def subject_of(module: nn.Module):
+    torch.manual_seed(1)
+    return make_subject(module, (torch.randn(2, 5, 16),), {}, source=Path(__file__), how="test")
+
+
+def graph_of(module: nn.Module, lowering: str = "auto"):
+    options = Options(experts=lowering, gates=False, simplify=False)
+    return export_subject(subject_of(module), options)[0]
+
+
+def session_of(model: ir.Model) -> onnxruntime.InferenceSession:
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def lowered(module: nn.Module) -> dict[str, tuple[onnxruntime.InferenceSession, list[str], ir.Model]]:
+    """One trace, written in both forms."""
+    placed = place_experts(trace(subject_of(module)))
+    assert len(placed.blocks) == 1
+    found = {}
+    for name in ("slices", "loop"):
+        notes: list[str] = []
+        model = emit(
+            placed.traced,
+            17,
+            folder=Path(__file__).parent,
+            write_opaque=lambda model, name=name, notes=notes: notes.extend(
+                write_experts(model, placed.blocks, name)
+            ),
+        )
+        found[name] = (session_of(model), notes, model)
+    return found
+
+
+def test_every_idiom_is_understood_and_right(idiom):
+    module = idiom().eval()
+    for name, (session, notes, _) in lowered(module).items():
+        (note,) = notes
+        assert note.startswith(f"6 experts at {Path(__file__).with_name('conftest.py')}:")
+        assert note.endswith(f": lowered as {name!r}")
+        for batch, length in ((2, 5), (1, 1), (1, 3), (3, 5), (8, 8), (1, 257)):
+            x = torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(length))
+            with torch.no_grad():
+                expected, exact = module(x).numpy(), module.reference(x).numpy()
+            (got,) = session.run(None, {"x": x.numpy()})
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-5)
+
+
+def test_all_tokens_to_one_expert():
+    module = idioms.TopOne().eval()
+    graphs = lowered(module)
+    for expert in range(6):
+        x = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(expert))
+        # Every token points along this expert's row of the gate.
+        x = x * 0.01 + module.gate.weight[expert].detach() * 50
+        with torch.no_grad():
+            assert set(module.route(x[0])[1].tolist()) == {expert}
+            expected = module(x).numpy()
+        for session, _, _ in graphs.values():
+            np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_no_token_at_all_and_weights_stored_once():
+    module = idioms.SkipEmpty().eval()
+    weights = sum(parameter.nbytes for parameter in module.parameters())
+    for session, _, model in lowered(module).values():
+        (got,) = session.run(None, {"x": np.zeros((2, 0, 16), np.float32)})
+        assert got.shape == (2, 0, 16)
+        stored = sum(value.const_value.nbytes for value in model.graph.initializers.values())
+        assert weights * 0.95 < stored < weights * 1.05  # equal biases are one
+
+
+def test_a_loop_graph_does_not_grow_with_the_experts():
+    sizes = []
+    for count in (8, 16):
+        block = idioms.SkipEmpty(experts=count).eval()
+        sizes.append(sum(1 for _ in graph_of(block, "loop").model.graph.all_nodes()))
+    assert sizes[0] == sizes[1] <= 100
+
+
+def test_auto_is_a_loop_above_64_experts():
+    assert [choose("auto", count) for count in (8, 64, 65, 256)] == ["slices", "slices", "loop", "loop"]
+    assert choose("slices", 256) == "slices"
+
+
+def test_keep_leaves_the_loop_as_it_was_written():
+    graph = graph_of(idioms.SkipEmpty().eval(), "keep")
+    assert not any("lowered" in note for note in graph.notes)
+    assert sum(node.op_type == "NonZero" for node in graph.model.graph.all_nodes()) == 6
+
+
+class MixesRows(idioms.Block):
+    """An expert that normalises over its tokens: what a token gets depends on the others."""
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(indices == expert)
+            rows = self.experts[expert](x[token])
+            rows = rows - rows.sum(0, keepdim=True)
+            out = out.index_add(0, token, rows * weights[token, slot, None])
+        return out
+
+
+class OneDiffers(idioms.Block):
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(indices == expert)
+            rows = self.experts[expert](x[token])
+            if expert == 3:
+                rows = rows.relu()
+            out = out.index_add(0, token, rows * weights[token, slot, None])
+        return out
+
+
+class Incomplete(idioms.Block):
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for expert in range(1, self.num_experts):
+            token, slot = torch.where(indices == expert)
+            out = out.index_add(0, token, self.experts[expert](x[token]) * weights[token, slot, None])
+        return out
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (MixesRows, "the expert mixes rows: what it gives for a token depends on the other tokens"),
+        (OneDiffers, "expert 3 computes something else than expert 0"),
+        (Incomplete, "the loop runs over experts [1, 2, 3, 4, 5], not over 0 to 4"),
+    ],
+)
+def test_what_is_refused_says_why_and_stays_right(block, reason):
+    module = block().eval()
+    graph = graph_of(module, "auto")
+    (note,) = [note for note in graph.notes if "stays as it was written" in note]
+    assert note.startswith(f"the loop over experts at {__file__}:")
+    assert note.endswith(reason)
+    x = torch.randn(3, 7, 16)
+    with torch.no_grad():
+        expected = module(x).numpy()
+    got = session_of(graph.model).run(None, {"x": x.numpy()})[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_ordinary_index_add_is_no_expert():
+    class Scatter(nn.Module):
+        def forward(self, x):
+            rows = torch.where(x[:, 0, 0] > 0)[0]
+            return torch.zeros_like(x).index_add(0, rows, x[rows])
+
+    placed = place_experts(trace(subject_of(Scatter().eval())))
+    assert placed.blocks == ()
+    assert placed.refused == ()
+
+
+def test_marks_are_read_through_any_order_of_axes():
+    class Mark(nn.Module):
+        def forward(self, x):
+            indices = torch.topk(x, 2, dim=-1)[1]
+            marks = nn.functional.one_hot(indices, 16).to(torch.bool)
+            moved = marks.permute(2, 0, 1).transpose(1, 2)
+            return moved[4], (indices == 4).any(-1)
+
+    traced = trace(make_subject(Mark(), (torch.randn(5, 16),), {}, source=Path(__file__), how="test"))
+    outputs = next(node for node in traced.program.graph.nodes if node.op == "output").args[0]
+    first, second = (marks_of(node) for node in outputs)
+    assert (first.axes, first.expert) == (("slot", "token"), 4)
+    assert (second.axes, second.expert) == (("token",), 4)
+    assert first.indices is second.indices
