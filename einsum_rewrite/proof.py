@@ -21,7 +21,7 @@ from moe_export.einsum_rewrite.binding import Size
 from moe_export.einsum_rewrite.equation import Equation
 from moe_export.einsum_rewrite.notation import ELLIPSIS
 from moe_export.einsum_rewrite.plan import Plan
-from moe_export.errors import MoeExportError
+from moe_export.errors import EquationError, MoeExportError
 
 Array = npt.NDArray[np.int64]
 Compute = Callable[[Plan, Sequence[Array]], Any]
@@ -98,6 +98,8 @@ def _prove_onnx(pattern: Plan, opset: int) -> Proof:
         pattern,
         lambda plan, arrays: run(plan, arrays, NumpyEngine(opset)),
         f"ONNX operators (opset {opset}{' and newer' if opset == 15 else ''})",
+        # Before opset 14 a Reshape cannot say 0, so sizes that are looked up must not be 0.
+        empty=opset >= 14,
     )
 
 
@@ -113,19 +115,20 @@ def _prove_torch(pattern: Plan) -> Proof:
     return prove(pattern, compute, "torch operators")
 
 
-def prove(plan: Plan, compute: Compute, form: str) -> Proof:
+def prove(plan: Plan, compute: Compute, form: str, *, empty: bool = True) -> Proof:
     """Compare `compute` with the brute force, over several sizes.
 
     Args:
         plan: The plan; its known sizes are replaced by those of each trial, unknown ones stay unknown.
         compute: Runs a plan on arrays.
         form: What `compute` stands for.
+        empty: Whether sizes of 0 are tried too.
 
     Raises:
         ProofError: As `prove_onnx`.
     """
     trials, numbers = [], 0
-    for sizes in _trials(plan):
+    for sizes in _trials(plan, empty):
         known: tuple[tuple[str, Size], ...] = tuple(
             (label, sizes[label] if isinstance(size, int) else size) for label, size in plan.label_sizes
         )
@@ -134,6 +137,8 @@ def prove(plan: Plan, compute: Compute, form: str) -> Proof:
         expected = brute_force(plan.equation, arrays)
         try:
             found = np.asarray(compute(replace(plan, label_sizes=known), arrays))
+        except EquationError:
+            raise  # what cannot be expressed is refused, not disproved
         except (ValueError, RuntimeError, IndexError, TypeError, KeyError) as error:
             raise _failed(plan, form, sizes, f"cannot be run: {error}") from error
         if found.shape != expected.shape or not np.array_equal(found, expected):
@@ -190,10 +195,10 @@ def _pattern(plan: Plan) -> Plan:
     return replace(plan, label_sizes=sizes)
 
 
-def _trials(plan: Plan) -> Iterator[dict[str, int]]:
+def _trials(plan: Plan, empty: bool) -> Iterator[dict[str, int]]:
     """Sizes for every label; a size that is known to be 0 stays 0."""
     labels = list(plan.sizes)
-    empty = {label for label, size in plan.sizes.items() if size == 0}
+    always = {label for label, size in plan.sizes.items() if size == 0}
     kept = [label for label in labels if label in plan.output]
     summed = [label for label in labels if label not in plan.output]
     sizes = _sizes(len(labels))
@@ -201,8 +206,8 @@ def _trials(plan: Plan) -> Iterator[dict[str, int]]:
     trials = [first, dict(zip(labels, reversed(sizes), strict=True))]
     if labels:
         trials += [{**first, **dict.fromkeys(labels[start::2], 1)} for start in (0, 1)]
-        trials += [{**first, group[0]: 0} for group in (kept, summed) if group]
-    unique = {tuple({**trial, **dict.fromkeys(empty, 0)}.items()): None for trial in trials}
+        trials += [{**first, group[0]: 0} for group in (kept, summed) if group and empty]
+    unique = {tuple({**trial, **dict.fromkeys(always, 0)}.items()): None for trial in trials}
     return (dict(items) for items in unique)
 
 
