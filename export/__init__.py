@@ -14,7 +14,8 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 | `accept`, `state` | wrappers off, refusals early; buffers that a call changes |
 | `trace`, `dims`, `widen`, `idioms` | `torch.export` with every dimension free; names and ranges of dimensions |
 | `randomness`, `notes` | what cannot be verified; what the report should say |
-| `routing`, `region`, `gate` | recognise gates in the traced graph; cut one out |
+| `routing`, `choice`, `weights`, `region` | recognise gates in the traced graph by what they do |
+| `gate` | cut one out |
 | `emit`, `spelling`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not know |
 | `opset`, `provenance` | exactly the opset asked for; where each node comes from |
 | `simplify` | onnxsim's proposal, taken if it is smaller and right |

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.utils import _pytree as pytree
 
 from moe_export.errors import NotExportableError
 from moe_export.export.leaves import identifier, unique
@@ -58,6 +60,20 @@ def gate_subject(traced: Traced, routing: Routing, subject: Subject, *, with_sco
     )
     inputs = dict(zip(_input_names(routing, traced, subject), made.inputs.values(), strict=True))
     return dataclasses.replace(made, inputs=inputs)
+
+
+def numbers_in(cut: Subject) -> set[int]:
+    """The integers that stand in a cut as constants, as they are or as `1 / n`."""
+    graph = cut.module.get_submodule("gate").graph
+    assert isinstance(graph, fx.Graph)
+    constants = [
+        float(value)
+        for node in graph.nodes
+        for value in pytree.tree_leaves((node.args[1:], node.kwargs))
+        if isinstance(value, (int, float)) and value and math.isfinite(value)
+    ]
+    values = constants + [round(1 / value, 6) for value in constants]
+    return {int(value) for value in values if value.is_integer()}
 
 
 def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:

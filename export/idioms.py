@@ -5,6 +5,7 @@ The user's file is not touched: the calls are seen while the model is traced, wh
 
 from __future__ import annotations
 
+import builtins
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -81,8 +82,16 @@ class _Idioms(TorchFunctionMode):
 @contextmanager
 def traceable_idioms(module: nn.Module) -> Iterator[None]:
     """While it runs, the module's calls are traced in their other form."""
-    with _Idioms(), _traceable_experts(module):
+    with _Idioms(), _traceable_experts(module), mock.patch.object(builtins, "len", _length):
         yield
+
+
+_len = len
+
+
+def _length(value: Any) -> Any:
+    """`len(x)` of a tensor → `x.shape[0]`, which may stay a symbol; Python makes a plain integer of the other."""
+    return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else _len(value)
 
 
 @contextmanager

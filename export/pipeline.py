@@ -17,7 +17,7 @@ from moe_export.export.dims import DimRequest
 from moe_export.export.emit import check, emit
 from moe_export.export.experts_emit import write_experts
 from moe_export.export.experts_place import Placed, place_experts
-from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject
+from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in
 from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
 from moe_export.export.recurrence import Mode, fold_recurrences
@@ -128,7 +128,7 @@ def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Opt
     """The graph of one gate. Its reference also returns the scores, by which ties are judged."""
     with step(f"cutting out the gate of {routing.path}"):
         cut = gate_subject(traced, routing, subject)
-        gate_traced = trace(cut, gate_dims(cut, options.dims))
+        gate_traced = trace(cut, gate_dims(cut, options.dims, traced))
     graph = _graph("gate", routing.path, cut, Placed(gate_traced, (), ()), options, step)
     return dataclasses.replace(
         graph,
@@ -137,9 +137,23 @@ def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Opt
     )
 
 
-def gate_dims(cut: Subject, dims: DimRequest) -> DimRequest:
-    """What the user asked of the model's dimensions, as far as it can be asked of the gate's inputs."""
-    return DimRequest(dims.static, {key: name for key, name in dims.picked.items() if key[0] in cut.inputs})
+def gate_dims(cut: Subject, dims: DimRequest, traced: Traced) -> DimRequest:
+    """What the user asked of the model's dimensions, as far as it can be asked of the gate's inputs.
+
+    A size that the model's trace fixed, and that stands in the gate as a number, stays fixed there: the gate is
+    cut out of that trace, and would only look as if it were right at other sizes.
+    """
+    asked = {key: name for key, name in dims.picked.items() if key[0] in cut.inputs}
+    baked = {fixed.size for fixed in traced.fixed if fixed.model_takes_others} & numbers_in(cut)
+    if not baked:
+        return DimRequest(dims.static, asked)
+    free = {
+        (name, axis): asked.get((name, axis))
+        for name, tensor in cut.inputs.items()
+        for axis, size in enumerate(tensor.shape)
+        if size not in baked and dims.wants(name, axis)
+    }
+    return DimRequest(True, free)
 
 
 def _graph(

@@ -20,9 +20,11 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moe_export.export.region import ancestors, frontier, inside, is_float, is_within, scope_of, shape_of
+from moe_export.export.choice import Choice, as_choice
+from moe_export.export.region import ancestors, frontier, inside, scope_of, shape_of
 from moe_export.export.source import line_of
 from moe_export.export.trace import Traced
+from moe_export.export.weights import weights_of
 
 _aten = torch.ops.aten
 
@@ -46,34 +48,10 @@ _LOOKUPS = {_aten.index.Tensor, _aten.index_select.default}
 # A model with one of these before its choice is more than a gate: a classifier, a language model.
 _NO_GATE = {_aten.embedding.default, _aten.convolution.default, _aten.scaled_dot_product_attention.default}
 _GATE_CONTRACTIONS = 2  # a linear layer, or two of them: the logits and their noise, or a small network
-# Ops that turn chosen scores into weights: the value stays in the same argument and keeps its shape.
-_NORMALISERS = {
-    _aten.div.Tensor, _aten.div.Scalar, _aten.mul.Tensor, _aten.mul.Scalar, _aten.softmax.int, _aten._softmax.default,
-    _aten.sigmoid.default, _aten._to_copy.default, _aten.to.dtype, _aten.type_as.default, _aten.clone.default,
-    _aten.clamp.default, _aten.clamp_min.default, _aten.relu.default, _aten.detach.default,
-    _aten.contiguous.default, _aten.alias.default, _aten.masked_fill.Scalar, _aten.add.Scalar,
-}  # fmt: skip
 _CONTRACTIONS = {
     _aten.linear.default, _aten.matmul.default, _aten.mm.default, _aten.addmm.default, _aten.bmm.default,
     _aten.einsum.default,
 }  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Choice:
-    """One operator that chooses: `topk`, `argmax` or `max` along the experts.
-
-    Attributes:
-        scores: (..., e), what it chooses by.
-        indices: (..., k) from `topk`, (...) from `argmax` and `max`.
-        values: The chosen scores, where the operator returns them.
-    """
-
-    operator: fx.Node
-    scores: fx.Node
-    indices: fx.Node
-    values: fx.Node | None
-    experts: int
 
 
 @dataclass(frozen=True)
@@ -104,41 +82,12 @@ class Routing:
 def find_routings(traced: Traced) -> tuple[Routing, ...]:
     """Every gate of the model, in the order in which the model runs them."""
     graph = traced.program.graph
-    choices = [choice for node in graph.nodes if (choice := _as_choice(node)) is not None]
+    choices = [choice for node in graph.nodes if (choice := as_choice(node)) is not None]
     choices = [choice for choice in choices if _dispatches(choice)] or [
         choice for choice in choices if _is_returned_by_a_gate(choice)
     ]
     choices = _without_group_choices(choices)
     return tuple(_as_routing(group, traced) for group in _by_gate(choices))
-
-
-def _as_choice(node: fx.Node) -> Choice | None:
-    if node.op != "call_function" or node.target not in (
-        _aten.topk.default, _aten.argmax.default, _aten.max.dim,
-    ):  # fmt: skip
-        return None
-    scores = node.args[0]
-    assert isinstance(scores, fx.Node)
-    value = scores.meta.get("val")
-    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point or value.dim() < 2:
-        return None
-    argument = 2 if node.target is _aten.topk.default else 1
-    axis = node.args[argument] if len(node.args) > argument else node.kwargs.get("dim", -1)
-    experts = str(value.shape[-1])
-    if not isinstance(axis, int) or axis % value.dim() != value.dim() - 1 or not experts.isdigit():
-        return None
-    parts = {
-        user.args[1]: user
-        for user in node.users
-        if user.target is not _aten.argmax.default and _is_part(user)
-    }
-    if node.target is _aten.argmax.default:
-        return Choice(node, scores, node, None, int(experts))
-    return Choice(node, scores, parts[1], parts.get(0), int(experts)) if 1 in parts else None
-
-
-def _is_part(node: fx.Node) -> bool:
-    return getattr(node.target, "__name__", "") == "getitem"
 
 
 def _carried(start: fx.Node) -> list[fx.Node]:
@@ -212,7 +161,7 @@ def _as_routing(choices: tuple[Choice, ...], traced: Traced) -> Routing:
     scope = _gate_scope(choices)
     weights: list[fx.Node] = []
     for choice in choices:
-        found = _weights(choice, scope, taken=weights)
+        found = weights_of(choice, scope, taken=weights)
         if found is not None:
             weights.append(found)
     if len(weights) != len(choices):
@@ -238,59 +187,6 @@ def _gate_scope(choices: tuple[Choice, ...]) -> tuple[str, ...]:
             return scope
         scope = scope[:-1]
     return scope
-
-
-def _weights(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node]) -> fx.Node | None:
-    """The weights that go with chosen indices: same shape, after everything that normalises them."""
-    start = _chosen_scores(choice, scope, taken)
-    if start is None:
-        return None
-    current = start
-    while True:
-        following = [
-            user
-            for user in current.users
-            if user.target in _NORMALISERS
-            and (user.args[0] is current or user.target is _aten.mul.Tensor)
-            and shape_of(user) == shape_of(start)
-            and is_float(user)
-            and is_within(user, scope)
-        ]
-        if not following:
-            return current
-        current = following[-1]
-
-
-def _chosen_scores(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node]) -> fx.Node | None:
-    """Where weights begin: a float of the indices' shape that depends on them, else the chosen values."""
-    shape = shape_of(choice.indices)
-    dependent = {choice.indices}
-    for node in choice.indices.graph.nodes:
-        if node.op != "call_function" or dependent.isdisjoint(node.all_input_nodes):
-            continue
-        dependent.add(node)
-        if shape_of(node) == shape and is_float(node) and is_within(node, scope):
-            start = _origin(node, choice)
-            if start not in taken:
-                return start
-    if choice.values is not None and choice.values.users:
-        return choice.values
-    return _maximum_of(choice)
-
-
-def _origin(node: fx.Node, choice: Choice) -> fx.Node:
-    """The node itself; the chosen values where it only normalises those."""
-    return choice.values if choice.values is not None and choice.values in node.all_input_nodes else node
-
-
-def _maximum_of(choice: Choice) -> fx.Node | None:
-    """`argmax` beside a `max` of the same scores, as in Switch Transformers."""
-    for user in choice.scores.users:
-        if user.target is _aten.amax.default and shape_of(user) == shape_of(choice.indices):
-            return user
-        if user.target is _aten.max.dim:
-            return next((part for part in user.users if _is_part(part) and part.args[1] == 0), None)
-    return None
 
 
 def routing_outputs(routing: Routing, traced: Traced) -> list[tuple[str, str | None, None]]:

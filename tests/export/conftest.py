@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import textwrap
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ import torch
 from moe_export.export import Options, export_subject, load_subject, trace
 from moe_export.export.dims import DimRequest
 from moe_export.export.gate import gate_subject
-from moe_export.export.pipeline import as_numpy
+from moe_export.export.pipeline import _gate_graph, as_numpy
 from moe_export.export.routing import find_routings
 from moe_export.export.subject import make_subject
 
@@ -53,13 +54,23 @@ def graph_of(module, *args, **options):
     return graphs_of(module, *args, **options)[0]
 
 
+def gate_graphs(module, *args):
+    """The graphs of a module's gates alone, without that of the module."""
+    subject = subject_of(module, *args)
+    traced = trace(subject)
+    options = Options(simplify=False)
+    return [_gate_graph(found, subject, traced, options, nullcontext) for found in find_routings(traced)]
+
+
 def run(model, **inputs):
     """Run a graph in onnxruntime on tensors, by input name; arrays by output name."""
     proto = ir.to_proto(model) if isinstance(model, ir.Model) else model
     onnx.checker.check_model(proto, full_check=True)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
     arrays = {name: as_numpy(tensor) for name, tensor in inputs.items()}
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, arrays), strict=True))
@@ -107,6 +118,7 @@ class Tools:
     subject = staticmethod(subject_of)
     graphs = staticmethod(graphs_of)
     graph = staticmethod(graph_of)
+    gates = staticmethod(gate_graphs)
     run = staticmethod(run)
     equal = staticmethod(assert_equal)
     routings = staticmethod(routings_of)

@@ -68,14 +68,19 @@ def test_both_names_imported_from_another_file(write):
 
 def test_the_whole_file_runs_where_it_defines_both_names(write):
     """The model may be called (to warm up, to load weights) before it is complete."""
-    text = BLOCK + "model = Block()\nmodel(torch.ones(9, 4))\nexample_inputs = (torch.ones(2, 4),)\nDONE = True\n"
+    text = (
+        BLOCK
+        + "model = Block()\nmodel(torch.ones(9, 4))\nexample_inputs = (torch.ones(2, 4),)\nDONE = True\n"
+    )
     subject = load_subject(str(write(text)))
     assert subject.inputs["x"].shape == (2, 4)
 
 
 def test_a_class_with_its_arguments_and_inputs(write):
     path = write(BLOCK)
-    subject = load_subject(f"{path}:Block", init=["dim=6", "bias=False"], inputs=["x=2x3x6:float32", "scale=6"])
+    subject = load_subject(
+        f"{path}:Block", init=["dim=6", "bias=False"], inputs=["x=2x3x6:float32", "scale=6"]
+    )
     assert subject.module.linear.weight.shape == (6, 6)
     assert subject.module.linear.bias is None
     assert {name: tuple(t.shape) for name, t in subject.inputs.items()} == {"x": (2, 3, 6), "scale": (6,)}

@@ -27,7 +27,9 @@ def test_it_runs_on_after_the_call_if_not_told_to_stop(write):
 
 def test_the_process_is_as_it_was(write):
     before = (sys.argv, sys.modules["__main__"], nn.Module.__call__, sys.stdout)
-    text = "import sys\nassert sys.argv == [__file__]\nassert __name__ == '__main__'\nnn.ReLU()(torch.ones(2))\n"
+    text = (
+        "import sys\nassert sys.argv == [__file__]\nassert __name__ == '__main__'\nnn.ReLU()(torch.ones(2))\n"
+    )
     _, call = run_file(write(text), as_script=True, stop_at_call=True)
     assert call is not None
     assert (sys.argv, sys.modules["__main__"], nn.Module.__call__, sys.stdout) == before

@@ -141,7 +141,9 @@ def test_arguments_that_do_not_fit(tools, args, kwargs, reason):
     said = str(caught.value)
     assert "the example inputs do not fit Linear.forward(input: torch.Tensor) -> torch.Tensor" in said
     assert reason in said
-    assert f"where: {tools.subject(nn.ReLU(), torch.ones(2)).source}" in said  # the user's file, not PyTorch's
+    assert (
+        f"where: {tools.subject(nn.ReLU(), torch.ones(2)).source}" in said
+    )  # the user's file, not PyTorch's
 
 
 @pytest.mark.parametrize(

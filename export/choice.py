@@ -1,0 +1,57 @@
+"""One operator that chooses among experts: `topk`, `argmax` or `max` along the last dimension.
+
+Letters: e experts, k choices a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One operator that chooses: `topk`, `argmax` or `max` along the experts.
+
+    Attributes:
+        scores: (..., e), what it chooses by.
+        indices: (..., k) from `topk`, (...) from `argmax` and `max`.
+        values: The chosen scores, where the operator returns them.
+    """
+
+    operator: fx.Node
+    scores: fx.Node
+    indices: fx.Node
+    values: fx.Node | None
+    experts: int
+
+
+def as_choice(node: fx.Node) -> Choice | None:
+    if node.op != "call_function" or node.target not in (
+        _aten.topk.default, _aten.argmax.default, _aten.max.dim,
+    ):  # fmt: skip
+        return None
+    scores = node.args[0]
+    assert isinstance(scores, fx.Node)
+    value = scores.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point or value.dim() < 2:
+        return None
+    argument = 2 if node.target is _aten.topk.default else 1
+    axis = node.args[argument] if len(node.args) > argument else node.kwargs.get("dim", -1)
+    experts = str(value.shape[-1])
+    if not isinstance(axis, int) or axis % value.dim() != value.dim() - 1 or not experts.isdigit():
+        return None
+    parts = {
+        user.args[1]: user for user in node.users if user.target is not _aten.argmax.default and is_part(user)
+    }
+    if node.target is _aten.argmax.default:
+        return Choice(node, scores, node, None, int(experts))
+    return Choice(node, scores, parts[1], parts.get(0), int(experts)) if 1 in parts else None
+
+
+def is_part(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"

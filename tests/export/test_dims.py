@@ -1,0 +1,50 @@
+"""What the user asks of dimensions, and what they are called."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from moe_export.errors import UsageError
+from moe_export.export.dims import DimRequest, default_name, parse_dynamic
+
+INPUTS = {"x": torch.ones(2, 3, 4), "ids": torch.ones(2, 3, dtype=torch.int64)}
+
+
+def test_requests():
+    request = parse_dynamic(["x:1=seq,ids:1=seq", "x:0"], True, INPUTS)
+    assert request == DimRequest(True, {("x", 1): "seq", ("ids", 1): "seq", ("x", 0): None})
+    assert request.wants("x", 1)
+    assert not request.wants("x", 2)
+    assert parse_dynamic([], False, INPUTS).wants("x", 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("x", "--dynamic 'x' is not input:axis=name"),
+        ("x:-1=n", "is not input:axis=name"),
+        ("x:1=2n", "is not input:axis=name"),
+        ("y:1", "no input 'y'\n  hint: the inputs: x, ids"),
+        ("x:3", "x has 3 dimensions, counted from 0\n  hint: its shape is (2, 3, 4)"),
+    ],
+)
+def test_requests_that_make_no_sense(text, said):
+    with pytest.raises(UsageError) as caught:
+        parse_dynamic([text], False, INPUTS)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype", "names"),
+    [
+        ((2, 3, 4), torch.float32, ["batch", "seq", "x_dim2"]),
+        ((2, 3), torch.float32, ["batch", "x_dim1"]),
+        ((2, 3), torch.int64, ["batch", "seq"]),
+        ((2, 3, 4, 5), torch.float32, ["batch", "x_dim1", "height", "width"]),
+        ((2,), torch.float32, ["batch"]),
+    ],
+)
+def test_default_names(shape, dtype, names):
+    tensor = torch.ones(shape, dtype=dtype)
+    assert [default_name(tensor, axis, "x") for axis in range(len(shape))] == names

@@ -1,0 +1,148 @@
+"""The gate alone: cut out, exported, verified; also where PyTorch's own exporter fails."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moe_export.errors import UsageError
+from moe_export.export import Options, export_subject, load_subject
+from moe_export.export.pipeline import is_only_a_gate
+from moe_export.export.routing import find_routings
+from moe_export.export.trace import trace
+
+
+def load(tools, name):
+    return load_subject(str(tools.models / f"{name}.py"))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [True, False])
+def test_pytorchs_own_exporters_fail_on_moe_gate(tools, dynamo, tmp_path):
+    """The day they do not, this project's reason for a way around them is gone."""
+    subject = load(tools, "moe_gate")
+    with pytest.raises(Exception):  # noqa: B017, PT011 - whichever they raise
+        torch.onnx.export(
+            subject.module,
+            tuple(subject.inputs.values()),
+            str(tmp_path / "gate.onnx"),
+            dynamo=dynamo,
+            verbose=False,
+        )
+
+
+def test_moe_gate_is_right_all_the_same(tools, exported):
+    model, gate = exported("moe_gate")
+    module = model.reference.module
+    assert is_only_a_gate((model, gate))
+    assert "output output_2 is the constant 0 and is dropped" in model.notes
+    for batch, seq in ((1, 1), (1, 3), (3, 5), (4, 16)):
+        for graph in (model, gate):
+            tools.gate_equal(graph, lambda x: module(x)[:2], torch.randn(batch, seq, 32))
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 15, 64])
+def test_the_gate_of_sparse_moe(tools, exported, tokens):
+    _, gate = exported("sparse_moe")
+    module = gate.reference  # the cut; the module's own weights are compared below
+    block = exported("sparse_moe")[0].reference.module
+
+    def eager(x):
+        weights, indices = torch.topk(block.gate(x.reshape(-1, 32)).softmax(-1), 2, dim=-1)
+        return indices, weights / weights.sum(-1, keepdim=True)
+
+    assert module.outputs == ("topk_idx", "topk_weight", "scores")
+    assert list(gate.traced.inputs) == ["hidden_states"]
+    x = torch.randn(1, tokens, 32)
+    tools.gate_equal(gate, eager, x)
+    assert torch.allclose(eager(x)[1], block(x)[1])  # expert_weights, as the block itself returns them
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 15, 64])
+def test_the_gate_of_gshard_moe(tools, exported, tokens):
+    model, gate = exported("gshard_moe")
+    wg = model.reference.module.gate.wg
+
+    def eager(x):
+        scores = wg(x).softmax(dim=1)
+        weights, indices = scores.topk(2, dim=1)
+        return indices, weights
+
+    x = torch.randn(tokens, 32)
+    found = tools.run(gate.model, x=x)
+    assert (found["topk_idx"] == eager(x)[0].numpy()).all()  # first choice first
+    combine = model.reference.module.gate(x)[0].sum(-1)  # (s, e): what each token gets of each expert
+    kept = combine.gather(1, eager(x)[0])
+    assert ((kept == 0) | torch.isclose(kept, torch.tensor(found["topk_weight"]), atol=1e-6)).all()
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 15, 64])
+def test_the_gate_of_the_hybrid(tools, exported, tokens):
+    model, gate = exported("hybrid")
+    block = model.reference.module.moe
+
+    def eager(x):
+        weights, indices = torch.topk(block.gate(x.reshape(-1, 32)).softmax(-1), 2, dim=-1)
+        return indices, weights / weights.sum(-1, keepdim=True)
+
+    assert gate.path == "moe"
+    tools.gate_equal(gate, eager, torch.randn(1, tokens, 32))
+
+
+def test_the_reference_also_returns_the_scores_it_chose_by(tools):
+    subject = load(tools, "moe_gate")
+    traced = trace(subject)
+    (routing,) = find_routings(traced)
+    cut = tools.cut(traced, routing, subject, with_scores=True)
+    indices, weights, scores = cut.call([torch.randn(2, 3, 32)])
+    assert indices.shape == weights.shape == (6, 2)
+    assert torch.allclose(scores.sum(-1), torch.ones(6))
+    assert tools.cut(traced, routing, subject).outputs == ("topk_idx", "topk_weight")
+
+
+def test_a_gate_keeps_the_lines_it_came_from(exported):
+    _, gate = exported("sparse_moe")
+    sources = {node.metadata_props.get("source", "").partition(":")[0] for node in gate.model.graph}
+    assert sources - {""} == {"sparse_moe.py"}
+
+
+def test_no_gate_is_asked_for(tools):
+    assert len(export_subject(load(tools, "moe_gate"), Options(gates=False, simplify=False))) == 1
+
+
+def test_one_gate_is_asked_for_by_its_path(tools):
+    graphs = export_subject(load(tools, "moe_gate"), Options(gates="model", simplify=False))
+    assert [graph.kind for graph in graphs] == ["model", "gate"]
+
+
+def test_a_path_without_a_gate(tools):
+    with pytest.raises(UsageError) as caught:
+        export_subject(load(tools, "moe_gate"), Options(gates="layers.3"))
+    assert str(caught.value) == "no gate in module 'layers.3'\n  hint: the gates of this model: model"
+
+
+def test_a_model_without_any_gate(tools):
+    with pytest.raises(UsageError, match="no gate was recognised in this model"):
+        tools.graphs(nn.Linear(4, 4), torch.ones(2, 4), gates="model")
+
+
+def test_a_gate_that_cannot_be_cut_out_does_not_stop_the_model(tools, monkeypatch):
+    from moe_export.export import pipeline
+
+    def fail(*args, **kwargs):
+        raise UsageError("the cut went wrong")
+
+    monkeypatch.setattr(pipeline, "gate_subject", fail)
+    (graph,) = export_subject(load(tools, "moe_gate"), Options(simplify=False))
+    assert "the gate of model could not be cut out: the cut went wrong" in graph.notes
+    with pytest.raises(UsageError, match="the cut went wrong"):
+        export_subject(load(tools, "moe_gate"), Options(gates="model", simplify=False))
+
+
+def test_dimensions_that_the_user_names_reach_the_gate(tools):
+    from moe_export.export.dims import DimRequest
+
+    dims = DimRequest(True, {("hidden_states", 1): "time"})
+    for graph in export_subject(load(tools, "moe_gate"), Options(dims=dims, simplify=False)):
+        assert graph.traced.inputs == {"hidden_states": (2, "time", 32)}

@@ -1,0 +1,161 @@
+"""Every dimension is free unless the model fixes it; refusals name the line."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from moe_export.errors import NotExportableError
+from moe_export.export.dims import DimRequest
+from moe_export.export.trace import quiet, rename, trace
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x)
+
+
+class Unrolled(nn.Module):
+    """Weights that differ from step to step, so that the loop cannot be anything but unrolled."""
+
+    def forward(self, x):
+        state = x[:, 0]
+        for step in range(x.shape[1]):
+            state = torch.sin(state) if step % 2 else state * x[:, step].exp() + step * step
+        return state
+
+
+class Branches(nn.Module):
+    def forward(self, x):
+        if x.sum() > 0:
+            return x + 1
+        return x - 1
+
+
+def test_free_dimensions_and_their_names(tools):
+    traced = trace(tools.subject(Linear(), torch.ones(2, 3, 4)))
+    assert traced.inputs == {"x": ("batch", "seq", 4)}
+    assert [(dim.name, dim.traced, dim.minimum) for dim in traced.dims] == [("batch", 2, 1), ("seq", 3, 1)]
+    assert [(fixed.axis, fixed.model_takes_others) for fixed in traced.fixed] == [(2, False)]
+
+
+def test_dimensions_that_depend_on_each_other_share_a_name(tools):
+    class Product(nn.Module):
+        def forward(self, left, right):
+            return left @ right
+
+    traced = trace(tools.subject(Product(), torch.ones(2, 3, 4), torch.ones(2, 4, 5)))
+    assert traced.inputs == {
+        "left": ("batch", "seq", "left_dim2"),
+        "right": ("batch", "left_dim2", "right_dim2"),
+    }
+
+
+def test_an_expression_of_a_dimension(tools):
+    class Halves(nn.Module):
+        def forward(self, x, y):
+            return torch.cat([x, x]) + y
+
+    traced = trace(tools.subject(Halves(), torch.ones(3, 2), torch.ones(6, 2)))
+    assert traced.inputs["y"][0] == "2*batch"
+
+
+def test_static_and_picked(tools):
+    subject = tools.subject(Linear(), torch.ones(2, 3, 4))
+    assert trace(subject, DimRequest(static=True)).inputs == {"x": (2, 3, 4)}
+    assert trace(subject, DimRequest(True, {("x", 1): "time"})).inputs == {"x": (2, "time", 4)}
+    assert trace(subject, DimRequest(False, {("x", 1): "time"})).inputs == {"x": ("batch", "time", 4)}
+
+
+def test_a_loop_over_time_fixes_its_length_and_says_so(tools):
+    traced = trace(tools.subject(Unrolled(), torch.ones(2, 5, 4)))
+    assert traced.inputs == {"x": ("batch", 5, "x_dim2")}
+    assert [str(fixed) for fixed in traced.fixed] == [
+        "x: length 5 is fixed (seq, dimension 1): the trace depends on it: "
+        "a loop over it was unrolled, or its size became a constant"
+    ]
+
+
+@pytest.mark.parametrize(("module", "size"), [(Unrolled(), 5), (nn.Flatten(0, 1), None)])
+def test_a_picked_dimension_that_is_fixed_is_refused(tools, module, size):
+    subject = tools.subject(module, torch.ones(2, 5, 4))
+    name = next(iter(subject.inputs))
+    request = DimRequest(False, {(name, 1): "time"})
+    if size is None:
+        assert trace(subject, request).inputs[name][1] == "time"
+        return
+    with pytest.raises(NotExportableError) as caught:
+        trace(subject, request)
+    assert "dimension 1 of x cannot be dynamic: it is fixed at 5 by the model" in str(caught.value)
+    assert "leave --dynamic x:1 away to export it fixed" in str(caught.value)
+
+
+def test_data_dependent_control_flow_names_the_line(tools):
+    with pytest.raises(NotExportableError) as caught:
+        trace(tools.subject(Branches(), torch.ones(2, 3)))
+    said = str(caught.value)
+    assert "torch.export cannot trace Branches: GuardOnDataDependentSymNode" in said
+    assert f"where: {__file__}:{Branches.forward.__code__.co_firstlineno + 1}\n" in said
+    assert "write it with torch.where, masks, or a loop over all experts" in said
+
+
+def test_what_cannot_be_traced_for_another_reason_gets_another_hint(tools):
+    class Numpy(nn.Module):
+        def forward(self, x):
+            return torch.from_numpy(x.numpy() * 2)
+
+    with pytest.raises(NotExportableError) as caught:
+        trace(tools.subject(Numpy(), torch.ones(2, 3)))
+    assert "that line runs, but not while it is traced" in str(caught.value)
+    assert "torch.where" not in str(caught.value)
+
+
+def test_the_whole_trace_is_silent(tools, capfd):
+    class Loud(nn.Module):
+        def forward(self, x):
+            print("in forward")
+            sys.stderr.write("on stderr\n")
+            return Branches()(x)
+
+    subject = tools.subject(Loud(), torch.ones(2, 3))
+    capfd.readouterr()
+    with pytest.raises(NotExportableError):
+        trace(subject)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_quiet_gives_back_what_it_took():
+    before = (sys.stdout, sys.stderr)
+    with quiet():
+        assert sys.stdout is not before[0]
+    assert (sys.stdout, sys.stderr) == before
+
+
+def test_einsums_do_not_fix_sizes(tools):
+    class Three(nn.Module):
+        def forward(self, a, b, c):
+            return torch.einsum("bij,bjk,bkl->bil", a, b, c)
+
+    traced = trace(tools.subject(Three(), torch.ones(2, 3, 4), torch.ones(2, 4, 5), torch.ones(2, 5, 6)))
+    assert all(isinstance(size, str) for shape in traced.inputs.values() for size in shape)
+
+
+def test_numbers_that_the_model_computes_are_told_from_constants(tools):
+    class Numbers(nn.Module):
+        def forward(self, x):
+            return x + 1, x.shape[0], 7, x.sum().item()
+
+    traced = trace(tools.subject(Numbers(), torch.ones(2, 3)))
+    assert traced.computed == {"output_1", "output_3"}
+    assert traced.outputs == ("output",)
+
+
+def test_rename():
+    assert rename("2*s77 + s7", {"s77": "batch", "s7": "seq"}) == "2*batch + seq"
