@@ -50,6 +50,8 @@ def _by_weighing(terms: Sequence[frozenset[str]], output: frozenset[str], prices
         while part > group ^ part:  # each pair of halves once
             rest = group ^ part
             price = best[part][0] + best[rest][0] + _price(labels[part], labels[rest], labels[group], prices)
+            if group != everything:
+                price += prices.excess(labels[group])
             if group not in best or price < best[group][0]:
                 first, second = sorted((part, rest), key=lambda half: half & -half)
                 best[group] = (price, (best[first][1], best[second][1]))

@@ -13,7 +13,7 @@ the next one its rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 import onnx
@@ -36,6 +36,9 @@ Model = TypeVar("Model", onnx.ModelProto, ir.Model)
 
 STACK_TRACE = "pkg.torch.onnx.stack_trace"
 """Where torch's exporter leaves the user's lines."""
+
+BFLOAT16 = 28
+"""The opset from which Einsum takes bfloat16."""
 
 DEFAULT_DOMAINS = ("", "ai.onnx")
 
@@ -74,10 +77,10 @@ class Refused:
 
 @dataclass
 class Rewriting:
-    """What became of the einsums of one model, in the order of its graphs."""
+    """What became of the einsums of one model, in the order of its graphs; what is kept has no proof."""
 
     sites: list[Site] = field(default_factory=list)
-    proofs: list[Proof] = field(default_factory=list)
+    proofs: list[Proof | None] = field(default_factory=list)
     refused: list[Refused] = field(default_factory=list)
 
 
@@ -141,7 +144,7 @@ class _Pass:
         self._names = Names(_taken(model))
         self._places = OutputPlaces()
         self._constants: dict[ir.Graph | ir.Function, Constants] = {}
-        self._found: dict[ir.Node, tuple[Site, Proof]] = {}
+        self._found: dict[ir.Node, tuple[Site, Proof | None]] = {}
         self._order = [node for _, node in bodies(model) if _is_einsum(node)]
         self._refused: dict[ir.Node, Refused] = {}
 
@@ -158,7 +161,7 @@ class _Pass:
                 self._found[node] = self._rewrite(root, node, known)
             except EquationError as error:
                 self._refused[node] = Refused(node.name or str(node.outputs[0].name), equation, error)
-        _remove([node for _, node in waiting if node in self._found])
+        _remove([node for _, node in waiting if node in self._found and not self._found[node][0].kept])
         return 0 < len(self._refused) < len(waiting)
 
     def finish(self) -> Rewriting:
@@ -172,7 +175,9 @@ class _Pass:
     def _is_open(self, node: ir.Node) -> bool:
         return _is_einsum(node) and node not in self._found
 
-    def _rewrite(self, root: ir.Graph | ir.Function, node: ir.Node, known: Known) -> tuple[Site, Proof]:
+    def _rewrite(
+        self, root: ir.Graph | ir.Function, node: ir.Node, known: Known
+    ) -> tuple[Site, Proof | None]:
         equation = Equation.parse(_text(node), "torch")
         operands = [value for value in node.inputs if value is not None]
         constants = self._constants_of(root)
@@ -183,14 +188,27 @@ class _Pass:
             known.shapes(equation, operands),
             constants=[k for k, value in enumerate(operands) if constants.known(value) is not None],
             target=self._options.target,
+            limit=self._limit(dtype),
         )
         via = computing_type(plan, dtype, opset, self._options.target)
         site = _site(node, equation, plan)
+        if (
+            self._options.keep_einsum
+            and plan.is_gemm
+            and (dtype != ir.DataType.BFLOAT16 or opset >= BFLOAT16)
+        ):
+            return replace(site, kept=True), None
         proof = prove_onnx(plan, opset, site.where)
         writer = NodeWriter(node, opset, constants, self._names)
         result = write(plan, operands, writer, None if via is None or dtype is None else (via, dtype))
         _replace(node, writer.nodes, result, self._places)
         return site, proof
+
+    def _limit(self, dtype: ir.DataType | None) -> int | None:
+        """The limit in elements; a type that is not known is taken to have 4 bytes."""
+        if self._options.max_intermediate is None:
+            return None
+        return int(self._options.max_intermediate / (dtype.itemsize if dtype is not None else 4))
 
     def _constants_of(self, root: ir.Graph | ir.Function) -> Constants:
         if root not in self._constants:

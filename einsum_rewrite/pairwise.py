@@ -105,7 +105,7 @@ def _price_product(
 ) -> Choice:
     price = x.price + y.price + prices.target.node + prices.target.product * prices.elements(order)
     if summed:
-        price += prices.target.node + prices.elements(order)
+        price += prices.target.node + prices.elements(order) + prices.excess(order)
     for value in (x, y):
         price += value.move_price(_aligned(value, order, prices), prices)
     result = plain(label for label in order if label not in summed)

@@ -77,6 +77,12 @@ class Plan:
         """The kinds of steps, in order: `unsqueeze, multiply`."""
         return ", ".join(step.name for step in self.steps) or "nothing to do"
 
+    @property
+    def is_gemm(self) -> bool:
+        """Whether all the arithmetic is one matrix product of two operands."""
+        kinds = [type(step.action) for step in self.steps if step.computes]
+        return len(self.operands) == 2 and kinds == [MatMul]
+
     @cached_property
     def flops(self) -> Amount:
         """Multiplications and additions."""

@@ -11,17 +11,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from math import inf
 
+from moe_export.einsum_rewrite.amount import Amount
 from moe_export.einsum_rewrite.binding import Binding, Shape, Size, bind, symbolic_shapes
 from moe_export.einsum_rewrite.contraction import Tree, alive, contraction_tree
 from moe_export.einsum_rewrite.equation import Equation, read_notation
-from moe_export.einsum_rewrite.layout import UNIT, Axis, Layout, plain
+from moe_export.einsum_rewrite.layout import UNIT, Axis, Layout, flat, plain, show_layout
 from moe_export.einsum_rewrite.notation import deduce
 from moe_export.einsum_rewrite.pairwise import KEPT_CHOICES, combine
 from moe_export.einsum_rewrite.plan import Plan
 from moe_export.einsum_rewrite.prices import Prices
 from moe_export.einsum_rewrite.targets import Target, read_target
 from moe_export.einsum_rewrite.value import Value, steps_to
+from moe_export.errors import EquationError
 
 
 def plan_einsum(
@@ -57,6 +60,7 @@ def make_plan(
     guesses: Mapping[str, int] | None = None,
     constants: Sequence[int] = (),
     target: str = "onnx",
+    limit: int | None = None,
 ) -> Plan:
     """Plan a parsed equation; the same question is answered from a cache.
 
@@ -66,11 +70,15 @@ def make_plan(
         guesses: Likely values of symbolic sizes, by name; they guide, and nothing depends on them.
         constants: Operands that never change, so that rearranging them costs nothing when the model runs.
         target: See `plan_einsum`.
+        limit: The most elements that an intermediate value may have; sizes that are not known are guessed.
+
+    Raises:
+        EquationError: The shapes do not fit, or no plan keeps within the limit.
     """
     engine = read_target(target)
     frozen = tuple(tuple(shape) for shape in shapes)
     likely = tuple(sorted((guesses or {}).items()))
-    return _plan(equation, frozen, likely, tuple(sorted(constants)), engine)
+    return _plan(equation, frozen, likely, tuple(sorted(constants)), engine, limit)
 
 
 @lru_cache(maxsize=4096)
@@ -80,16 +88,32 @@ def _plan(
     guesses: tuple[tuple[str, int], ...],
     constants: tuple[int, ...],
     target: Target,
+    limit: int | None,
 ) -> Plan:
     binding = bind(equation, shapes)
-    prices = Prices(dict(binding.sizes), dict(guesses), target)
+    prices = Prices(dict(binding.sizes), dict(guesses), target, inf if limit is None else limit)
     operands = [_operand(binding, k, k in constants) for k in range(len(shapes))]
     terms = [frozenset(value.labels) for value in operands]
     output = frozenset(binding.output)
     tree = contraction_tree(terms, output, prices)
     result = _grow(tree, operands, output, binding.output, prices)[0]
     steps, last = steps_to(result.moved(plain(binding.output), prices), len(operands))
-    return Plan(equation, tuple(map(_layout, binding.axes)), binding.output, binding.sizes, steps, last)
+    plan = Plan(equation, tuple(map(_layout, binding.axes)), binding.output, binding.sizes, steps, last)
+    if limit is not None:
+        _refuse_excess(plan, limit, prices)
+    return plan
+
+
+def _refuse_excess(plan: Plan, limit: int, prices: Prices) -> None:
+    """The result must be made however large it is; what is made on the way must keep within the limit."""
+    for step in plan.steps[:-1]:
+        if prices.elements(flat(step.layout)) > limit:
+            raise EquationError(
+                f"every plan has an intermediate of more than {limit:,} elements; the best makes "
+                f"({show_layout(step.layout)}), {Amount.product(flat(step.layout), plan.sizes)} elements",
+                where=f"{plan.equation.text} ({plan.summary})",
+                hint="allow more, or split the operands",
+            )
 
 
 def _grow(

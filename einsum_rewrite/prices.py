@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from math import inf
 
 from moe_export.einsum_rewrite.binding import Size
 from moe_export.einsum_rewrite.layout import Layout, Permute, Reshape, arrange, flat
@@ -13,6 +14,10 @@ GUESS = 32
 """The size of a label of which nothing is known."""
 
 
+EXCESS = 1e9
+"""The price of an element of an intermediate that is larger than the user allows."""
+
+
 class Prices:
     """Prices for one equation and its sizes.
 
@@ -20,9 +25,12 @@ class Prices:
         sizes: The size of each label.
         guesses: Likely sizes, by the name of a symbolic size.
         target: The engine, with the cost of its steps.
+        limit: The most elements that an intermediate value should have.
     """
 
-    def __init__(self, sizes: Mapping[str, Size], guesses: Mapping[str, int], target: Target) -> None:
+    def __init__(
+        self, sizes: Mapping[str, Size], guesses: Mapping[str, int], target: Target, limit: float = inf
+    ) -> None:
         self._sizes = sizes
         self._likely: dict[str, float] = {}
         for label, size in sizes.items():
@@ -30,6 +38,7 @@ class Prices:
             likely = size if isinstance(size, int) else max(GUESS, guesses.get(size or label, GUESS))
             self._likely[label] = float(max(likely, 1))
         self.target = target
+        self._limit = limit
         self._moves: dict[tuple[Layout, Layout], float] = {}
 
     def elements(self, labels: Iterable[str]) -> float:
@@ -38,6 +47,11 @@ class Prices:
         for label in labels:
             count *= self._likely[label]
         return count
+
+    def excess(self, labels: Iterable[str]) -> float:
+        """What it costs to make an intermediate that is larger than allowed: more than any step."""
+        count = self.elements(labels)
+        return EXCESS * count if count > self._limit else 0.0
 
     def moves(self, start: Layout, goal: Layout) -> float:
         """The price of `arrange(start, goal)`."""

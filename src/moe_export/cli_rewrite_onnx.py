@@ -49,7 +49,10 @@ def _write(model: ir.Model, path: Path) -> None:
     with staging(path.parent) as folder:
         try:
             if outside:
-                ir.save(model, folder / path.name, external_data=f"{path.name}{DATA_SUFFIX}")
+                data = folder / f"{path.name}{DATA_SUFFIX}"
+                ir.save(model, folder / path.name, external_data=data.name)
+                if data.exists() and not data.stat().st_size:
+                    data.unlink()  # what was left is small enough to lie in the graph
             else:
                 write_model(model, folder / path.name)
         except FileNotFoundError as error:
@@ -58,7 +61,9 @@ def _write(model: ir.Model, path: Path) -> None:
 
 def _tell(done: Rewriting, source: str, output: str, prove: bool, console: Console) -> None:
     kinds = Counter((site.equation, site.became) for site in done.sites)
-    console.say(f"{source} -> {output}: {_count(done.sites)} rewritten, {len(done.refused)} left")
+    rewritten = [site for site in done.sites if not site.kept]
+    left = len(done.refused) + len(done.sites) - len(rewritten)
+    console.say(f"{source} -> {output}: {_count(rewritten)} rewritten, {left} left")
     for (equation, became), times in sorted(kinds.items(), key=lambda item: -item[1])[:MOST_SITES]:
         console.say(f"  {times:>4} x  {equation}  became  {became}")
     if len(kinds) > MOST_SITES:
@@ -66,7 +71,7 @@ def _tell(done: Rewriting, source: str, output: str, prove: bool, console: Conso
     if prove:
         console.say()
         for site, proof in zip(done.sites, done.proofs, strict=True):
-            console.say(f"{site.where}: {proof}")
+            console.say(f"{site.where}: {proof or 'kept as it is'}")
     for refused in done.refused:
         console.say(f"{refused}")
         if refused.error.hint:
@@ -90,7 +95,7 @@ def _document(done: Rewriting, source: str, output: str) -> dict[str, Any]:
                 "became": site.became,
                 "flops": str(site.flops),
                 "largest": str(site.largest),
-                "proof": str(proof),
+                "proof": None if proof is None else str(proof),
             }
             for site, proof in zip(done.sites, done.proofs, strict=True)
         ],
