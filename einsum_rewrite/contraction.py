@@ -34,6 +34,19 @@ def alive(
     return inside & output.union(*outside)
 
 
+def trees(operands: tuple[int, ...]) -> list[Tree]:
+    """Every order in which operands can be combined two by two: 1, 3, 15, 105, ... for 2, 3, 4, 5."""
+    if len(operands) == 1:
+        return [operands[0]]
+    found: list[Tree] = []
+    first, rest = operands[0], operands[1:]
+    for chosen in range(2 ** len(rest) - 1):
+        left = (first, *(k for i, k in enumerate(rest) if chosen >> i & 1))
+        right = tuple(k for i, k in enumerate(rest) if not chosen >> i & 1)
+        found += [(a, b) for a in trees(left) for b in trees(right)]
+    return found
+
+
 def _by_weighing(terms: Sequence[frozenset[str]], output: frozenset[str], prices: Prices) -> Tree:
     count = len(terms)
     everything = 2**count - 1

@@ -58,6 +58,28 @@ def combine(x: Value, y: Value, keep: frozenset[str], goal: Axis | None, prices:
         goal: The order of the labels of the result, None if any will do.
         prices: What a step costs.
     """
+    summed = _summed(x, y, keep)
+    choices = _choices(x, y, keep, goal, prices)
+    best: dict[Layout, Choice] = {}
+    for choice in choices:
+        known = best.get(choice.layout)
+        if known is None or choice.price < known.price:
+            best[choice.layout] = choice
+    cheapest = sorted(best.values(), key=lambda choice: choice.price)[:KEPT_CHOICES]
+    return [_build(x, y, choice, summed, prices) for choice in cheapest]
+
+
+def alternatives(x: Value, y: Value, keep: frozenset[str], goal: Axis | None, prices: Prices) -> list[Value]:
+    """Every way that `combine` weighs, cheapest first, also those that it throws away."""
+    choices = sorted(_choices(x, y, keep, goal, prices), key=lambda choice: choice.price)
+    return [_build(x, y, choice, _summed(x, y, keep), prices) for choice in choices]
+
+
+def _summed(x: Value, y: Value, keep: frozenset[str]) -> frozenset[str]:
+    return frozenset(x.labels) & frozenset(y.labels) - keep
+
+
+def _choices(x: Value, y: Value, keep: frozenset[str], goal: Axis | None, prices: Prices) -> list[Choice]:
     shared = frozenset(x.labels) & frozenset(y.labels)
     summed = shared - keep
     choices = []
@@ -70,13 +92,7 @@ def combine(x: Value, y: Value, keep: frozenset[str], goal: Axis | None, prices:
             _price_matmul(x, y, form, goal, prices)
             for form in matmul_forms(x.labels, y.labels, keep, goal, prices.target.vectors)
         ]
-    best: dict[Layout, Choice] = {}
-    for choice in choices:
-        known = best.get(choice.layout)
-        if known is None or choice.price < known.price:
-            best[choice.layout] = choice
-    cheapest = sorted(best.values(), key=lambda choice: choice.price)[:KEPT_CHOICES]
-    return [_build(x, y, choice, summed, prices) for choice in cheapest]
+    return choices
 
 
 def _build(x: Value, y: Value, choice: Choice, summed: frozenset[str], prices: Prices) -> Value:

@@ -21,7 +21,7 @@ from functools import cached_property
 from moe_export.einsum_rewrite.amount import Amount, show_bytes
 from moe_export.einsum_rewrite.binding import Size, show
 from moe_export.einsum_rewrite.equation import Equation
-from moe_export.einsum_rewrite.layout import Axis, Layout, flat, show_layout
+from moe_export.einsum_rewrite.layout import Axis, Layout, Permute, flat, show_layout
 from moe_export.einsum_rewrite.steps import MatMul, Multiply, Step, Sum
 
 
@@ -107,6 +107,16 @@ class Plan:
         """Elements of the largest value that a step makes (operands do not count, the result does)."""
         made = [step.layout for step in self.steps] or [self.layout(self.result)]
         return max((self._elements(layout) for layout in made), key=_bulk)
+
+    @cached_property
+    def moved(self) -> Amount:
+        """Elements that are read or written by the steps that pass over memory."""
+        total = Amount()
+        for step in self.steps:
+            if step.computes or isinstance(step.action, Permute):
+                for layout in (*(self.layout(value) for value in step.inputs), step.layout):
+                    total += self._elements(layout)
+        return total
 
     @property
     def scaling(self) -> int:

@@ -9,19 +9,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from math import inf
 
 from moe_export.einsum_rewrite.amount import Amount
 from moe_export.einsum_rewrite.binding import Binding, Shape, Size, bind, symbolic_shapes
-from moe_export.einsum_rewrite.contraction import Tree, alive, contraction_tree
+from moe_export.einsum_rewrite.contraction import Tree, alive, contraction_tree, trees
 from moe_export.einsum_rewrite.equation import Equation, read_notation
 from moe_export.einsum_rewrite.layout import UNIT, Axis, Layout, flat, plain, show_layout
 from moe_export.einsum_rewrite.notation import deduce
-from moe_export.einsum_rewrite.pairwise import KEPT_CHOICES, combine
+from moe_export.einsum_rewrite.pairwise import KEPT_CHOICES, alternatives, combine
 from moe_export.einsum_rewrite.plan import Plan
 from moe_export.einsum_rewrite.prices import Prices
+from moe_export.einsum_rewrite.steps import Step
 from moe_export.einsum_rewrite.targets import Target, read_target
 from moe_export.einsum_rewrite.value import Value, steps_to
 from moe_export.errors import EquationError
@@ -93,21 +94,48 @@ def _plan(
     binding = bind(equation, shapes)
     prices = Prices(dict(binding.sizes), dict(guesses), target, inf if limit is None else limit)
     operands = [_operand(binding, k, k in constants) for k in range(len(shapes))]
-    terms = [frozenset(value.labels) for value in operands]
-    output = frozenset(binding.output)
-    tree = contraction_tree(terms, output, prices)
-    result = _grow(tree, operands, output, binding.output, prices)[0]
-    steps, last = steps_to(result.moved(plain(binding.output), prices), len(operands))
-    plan = Plan(equation, tuple(map(_layout, binding.axes)), binding.output, binding.sizes, steps, last)
+    tree = contraction_tree(
+        [frozenset(value.labels) for value in operands], frozenset(binding.output), prices
+    )
+    plan = to_plan(equation, binding, grow(tree, operands, binding.output, prices)[0], prices)
     if limit is not None:
         _refuse_excess(plan, limit, prices)
     return plan
 
 
+def candidates(equation: Equation, shapes: Sequence[Shape], target: str = "onnx") -> list[tuple[float, Plan]]:
+    """The plans that were weighed, each with its price, cheapest first; the first is the one that is chosen.
+
+    Of up to 4 operands every order of combining them is tried, of more only the chosen one.
+    """
+    binding = bind(equation, shapes)
+    prices = Prices(dict(binding.sizes), {}, read_target(target))
+    operands = [_operand(binding, k, False) for k in range(len(shapes))]
+    goal = binding.output
+    found: dict[tuple[Step, ...], tuple[float, Plan]] = {}
+    for tree in (
+        trees(tuple(range(len(operands))))
+        if len(operands) <= 4
+        else [contraction_tree([frozenset(value.labels) for value in operands], frozenset(goal), prices)]
+    ):
+        for value in grow(tree, operands, goal, prices, alternatives):
+            plan = to_plan(equation, binding, value, prices)
+            price = value.price + value.move_price(plain(goal), prices)
+            if plan.steps not in found or price < found[plan.steps][0]:
+                found[plan.steps] = (price, plan)
+    return sorted(found.values(), key=lambda priced: priced[0])
+
+
+def to_plan(equation: Equation, binding: Binding, value: Value, prices: Prices) -> Plan:
+    """The plan that computes a value, arranged as the equation wants it."""
+    steps, last = steps_to(value.moved(plain(binding.output), prices), len(binding.axes))
+    return Plan(equation, tuple(map(_layout, binding.axes)), binding.output, binding.sizes, steps, last)
+
+
 def _refuse_excess(plan: Plan, limit: int, prices: Prices) -> None:
     """The result must be made however large it is; what is made on the way must keep within the limit."""
     for step in plan.steps[:-1]:
-        if prices.elements(flat(step.layout)) > limit:
+        if prices.elements(flat(step.layout)) > max(limit, prices.elements(plan.output)):
             raise EquationError(
                 f"every plan has an intermediate of more than {limit:,} elements; the best makes "
                 f"({show_layout(step.layout)}), {Amount.product(flat(step.layout), plan.sizes)} elements",
@@ -116,20 +144,33 @@ def _refuse_excess(plan: Plan, limit: int, prices: Prices) -> None:
             )
 
 
-def _grow(
-    tree: Tree, operands: list[Value], output: frozenset[str], goal: Axis | None, prices: Prices
+Combine = Callable[[Value, Value, frozenset[str], Axis | None, Prices], list[Value]]
+
+
+def grow(
+    tree: Tree, operands: list[Value], goal: Axis, prices: Prices, last: Combine = combine
 ) -> list[Value]:
-    """The cheapest values that a tree of operands can be, in several layouts unless there is a goal."""
+    """The cheapest values that a tree of operands can be; `last` is how the final pair is combined."""
+    if isinstance(tree, int):
+        return [operands[tree]]
+    return _grow(tree, operands, goal, prices, last, whole=True)
+
+
+def _grow(
+    tree: Tree, operands: list[Value], goal: Axis, prices: Prices, last: Combine, *, whole: bool
+) -> list[Value]:
+    """Values in several layouts, unless they are the whole, which must have the layout of the goal."""
     if isinstance(tree, int):
         return [operands[tree]]
     left, right = tree
     inside = _leaves(tree)
     outside = [frozenset(value.labels) for k, value in enumerate(operands) if k not in inside]
-    lefts = _grow(left, operands, output, None, prices)
-    rights = _grow(right, operands, output, None, prices)
-    keep = alive(frozenset(lefts[0].labels + rights[0].labels), outside, output)
-    found = [value for x in lefts for y in rights for value in combine(x, y, keep, goal, prices)]
-    return sorted(found, key=lambda value: value.price)[:KEPT_CHOICES]
+    lefts = _grow(left, operands, goal, prices, last, whole=False)
+    rights = _grow(right, operands, goal, prices, last, whole=False)
+    keep = alive(frozenset(lefts[0].labels + rights[0].labels), outside, frozenset(goal))
+    how, order = (last, goal) if whole else (combine, None)
+    found = [value for x in lefts for y in rights for value in how(x, y, keep, order, prices)]
+    return sorted(found, key=lambda value: value.price)[: None if how is alternatives else KEPT_CHOICES]
 
 
 def _leaves(tree: Tree) -> frozenset[int]:

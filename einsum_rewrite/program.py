@@ -26,6 +26,7 @@ from torch.fx import Graph, GraphModule, Node
 from moe_export.einsum_rewrite.equation import Equation
 from moe_export.einsum_rewrite.plan import Plan
 from moe_export.einsum_rewrite.planner import make_plan
+from moe_export.einsum_rewrite.proof import prove_torch
 from moe_export.einsum_rewrite.sites import Site, site_of
 from moe_export.einsum_rewrite.torch_ops import guesses, known_shape, run
 
@@ -43,6 +44,9 @@ def rewrite_program(program: ExportedProgram) -> tuple[ExportedProgram, list[Sit
 
     Returns:
         A program without `aten.einsum`, and one `Site` for each einsum, in the order of the graph.
+
+    Raises:
+        ProofError: The new steps do not compute what the einsum did.
     """
     with warnings.catch_warnings():
         # Copying a tree spec of torch trips over torch's own deprecation.
@@ -120,10 +124,12 @@ def _replace(graph: Graph, node: Node, fixed: frozenset[str]) -> tuple[Site, Nod
         guesses=guesses(tensors),
         constants=[k for k, operand in enumerate(operands) if operand.name in fixed],
     )
+    site = site_of(node.meta, equation, plan)
+    prove_torch(plan, site.where)
     result = write(plan, graph, node, operands)
     node.replace_all_uses_with(result)
     graph.erase_node(node)
-    return site_of(node.meta, equation, plan), result
+    return site, result
 
 
 def write(plan: Plan, graph: Graph, node: Node, operands: Sequence[Node]) -> Node:

@@ -8,6 +8,8 @@ from pathlib import PurePath
 
 from moe_export.console import Console
 from moe_export.einsum_rewrite import plan_einsum
+from moe_export.einsum_rewrite.binding import symbolic_shapes
+from moe_export.einsum_rewrite.planner import make_plan
 from moe_export.einsum_rewrite.python_source import to_python
 from moe_export.errors import UsageError
 
@@ -41,13 +43,23 @@ def run_rewrite(
     return _run_equation(source, shapes, target, console)
 
 
-def _run_equation(equation: str, shapes: str | None, target: str, console: Console) -> int:
-    plan = plan_einsum(equation, *parse_shapes(shapes), target=target)
-    code = to_python(plan)
-    console.say(str(plan))
-    console.say()
-    console.say(code)
-    console.json(json.dumps({"equation": equation, "plan": str(plan), "python": code}, indent=2))
+def _run_equation(text: str, shapes: str | None, target: str, console: Console) -> int:
+    from moe_export.einsum_rewrite.explain import explain
+    from moe_export.einsum_rewrite.onnx_text import to_onnx_text
+
+    sizes = parse_shapes(shapes)
+    plan = plan_einsum(text, *sizes, target=target)
+    operands = sizes or symbolic_shapes(plan.equation)
+    told = explain(plan.equation, operands, target)
+    code = to_python(make_plan(plan.equation, operands, target="torch"))
+    nodes = to_onnx_text(plan.equation, operands, "onnx" if target == "torch" else target)
+    for part in (plan, told, f"torch\n{_indented(code)}", f"ONNX\n{_indented(nodes)}"):
+        console.say(f"{part}\n")
+    console.json(
+        json.dumps(
+            {"equation": text, "plan": str(plan), "why": told.why, "python": code, "onnx": nodes}, indent=2
+        )
+    )
     return 0
 
 
@@ -56,6 +68,10 @@ def parse_bytes(text: str | None) -> int | None:
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
     if match is None:
         raise UsageError(
             f"--max-intermediate: {text!r} is no amount of memory", hint="for example: 1GB, 512MiB"
