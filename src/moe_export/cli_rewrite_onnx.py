@@ -23,9 +23,10 @@ def run_rewrite_onnx(source: str, output: str | None, options: Options, prove: b
     if output is None:
         raise UsageError("-o is missing: where shall the rewritten graph go?", hint="-o out.onnx")
     model = _load(Path(source))
+    outside = _has_outside_weights(model)
     with console.step(f"rewrite {source}"):
         done = rewrite_in_place(model, options)
-        _write(model, Path(output))
+        _write(model, Path(output), outside)
     _tell(done, source, output, prove, console)
     return NotExportableError.exit_code if done.refused else 0
 
@@ -39,13 +40,16 @@ def _load(path: Path) -> ir.Model:
         raise UsageError(f"{path} is not an ONNX file: {error}") from error
 
 
-def _write(model: ir.Model, path: Path) -> None:
-    """Write all or nothing; weights that lay outside the file lie outside the new one."""
-    outside = any(
+def _has_outside_weights(model: ir.Model) -> bool:
+    return any(
         isinstance(value.const_value, ir.ExternalTensor)
         for graph in model.graphs()
         for value in graph.initializers.values()
     )
+
+
+def _write(model: ir.Model, path: Path, outside: bool) -> None:
+    """Write all or nothing; weights that lay outside the file lie outside the new one."""
     with staging(path.parent) as folder:
         try:
             if outside:
