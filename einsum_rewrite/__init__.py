@@ -23,14 +23,29 @@ from moe_export.einsum_rewrite.planner import plan_einsum
 from moe_export.einsum_rewrite.python_source import to_python
 
 if TYPE_CHECKING:
+    from moe_export.einsum_rewrite.codemod import rewrite_source
     from moe_export.einsum_rewrite.program import rewrite_program
     from moe_export.einsum_rewrite.sites import Site
     from moe_export.einsum_rewrite.torch_ops import einsum
 
-__all__ = ["Equation", "Plan", "Site", "einsum", "plan_einsum", "rewrite_program", "to_python"]
+__all__ = [
+    "Equation",
+    "Plan",
+    "Site",
+    "einsum",
+    "plan_einsum",
+    "rewrite_program",
+    "rewrite_source",
+    "to_python",
+]
 
 # These need torch, which planning does not: they are imported when they are first asked for.
-_NEED_TORCH = {"einsum": "torch_ops", "rewrite_program": "program", "Site": "sites"}
+_NEED_TORCH = {
+    "einsum": "torch_ops",
+    "rewrite_program": "program",
+    "Site": "sites",
+    "rewrite_source": "codemod",
+}
 
 
 def __getattr__(name: str) -> Any:

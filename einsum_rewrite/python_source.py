@@ -36,13 +36,16 @@ class Text:
         return self.code if self.atom else f"({self.code})"
 
 
-def to_python(plan: Plan, names: Sequence[str] | None = None, result: str = "out") -> str:
+def to_python(
+    plan: Plan, names: Sequence[str] | None = None, result: str = "out", *, from_end: bool = False
+) -> str:
     """The lines of Python that compute a plan.
 
     Args:
         plan: What to write.
         names: A variable name for each operand; x, y, z, ... by default.
         result: The name that the last line assigns to; "" for a bare expression.
+        from_end: Count axes from the end, so that the lines hold for any number of leading dimensions.
 
     Returns:
         One statement a line. As `Tensor.sum` does, sums widen int32 to int64 and bool to int64.
@@ -55,22 +58,22 @@ def to_python(plan: Plan, names: Sequence[str] | None = None, result: str = "out
             f"the equation has {count} operand{'s' * (count != 1)} and got {len(names)} names",
             where=str(plan.equation),
         )
-    return "\n".join(_lines(plan, names, result))
+    return "\n".join(_lines(plan, names, result, from_end))
 
 
-def _lines(plan: Plan, names: Sequence[str], result: str) -> list[str]:
+def _lines(plan: Plan, names: Sequence[str], result: str, from_end: bool) -> list[str]:
     values = [Text(name) for name in names]
     lines: list[str] = []
     taken = {*names, result}
     for step in plan.steps:
         inputs = [values[value] for value in step.inputs]
-        text = _write_step(plan, step, inputs, names)
+        text = _write_step(plan, step, inputs, names, from_end)
         for value in sorted(step.inputs, key=lambda value: -len(values[value].code)):
             if len(text.code) > WIDTH and value >= len(names):
                 name = _fresh(taken)
                 lines.append(f"{name} = {values[value].code}")
                 values[value] = Text(name)
-                text = _write_step(plan, step, [values[value] for value in step.inputs], names)
+                text = _write_step(plan, step, [values[value] for value in step.inputs], names, from_end)
         values.append(text)
     final = values[plan.result].code
     return [*lines, f"{result} = {final}" if result else final]
@@ -84,7 +87,7 @@ def _fresh(taken: set[str]) -> str:
     return f"t{number}"
 
 
-def _write_step(plan: Plan, step: Step, inputs: list[Text], names: Sequence[str]) -> Text:
+def _write_step(plan: Plan, step: Step, inputs: list[Text], names: Sequence[str], from_end: bool) -> Text:
     action, x = step.action, inputs[0]
     before = plan.layout(step.inputs[0])
     if isinstance(action, Multiply):
@@ -92,38 +95,47 @@ def _write_step(plan: Plan, step: Step, inputs: list[Text], names: Sequence[str]
     if isinstance(action, MatMul):
         return Text(f"{inputs[0].safe} @ {inputs[1].safe}", atom=False)
     if isinstance(action, Sum):
-        whole = len(action.axes) == len(before)
-        return Text(f"{x.safe}.sum({'' if whole else _axes(action.axes, len(before))})")
+        whole = len(action.axes) == len(before) and not from_end
+        return Text(f"{x.safe}.sum({'' if whole else _axes(action.axes, len(before), from_end)})")
     if isinstance(action, Diagonal):
-        return Text(f"{x.safe}.diagonal(dim1={action.first}, dim2={action.second})")
+        first, second = (_axis(axis, len(before), from_end) for axis in (action.first, action.second))
+        return Text(f"{x.safe}.diagonal(dim1={first}, dim2={second})")
     if isinstance(action, Squeeze):
-        return Text(f"{x.safe}.squeeze({_axes(action.axes, len(before))})")
+        return Text(f"{x.safe}.squeeze({_axes(action.axes, len(before), from_end)})")
     if isinstance(action, Unsqueeze):
-        return Text(_unsqueeze(x, action.axes, len(step.layout)))
+        return Text(_unsqueeze(x, action.axes, len(step.layout), from_end))
     if isinstance(action, Permute):
-        return Text(_permute(x, action.order))
+        return Text(_permute(x, action.order, from_end))
     return Text(_reshape(plan, x, before, step.layout, names))
 
 
-def _axes(axes: tuple[int, ...], rank: int) -> str:
+def _axis(axis: int, rank: int, from_end: bool) -> int:
+    return axis - rank if from_end else axis
+
+
+def _axes(axes: tuple[int, ...], rank: int, from_end: bool = False) -> str:
     """`-1` for the last axis, as people write it; a tuple for several."""
     if len(axes) == 1:
-        return "-1" if axes[0] == rank - 1 else str(axes[0])
-    return str(axes)
+        return "-1" if axes[0] == rank - 1 else str(_axis(axes[0], rank, from_end))
+    return str(tuple(_axis(axis, rank, from_end) for axis in axes))
 
 
-def _unsqueeze(x: Text, axes: tuple[int, ...], rank: int) -> str:
+def _unsqueeze(x: Text, axes: tuple[int, ...], rank: int, from_end: bool) -> str:
     if len(axes) == 1:
-        return f"{x.safe}.unsqueeze({_axes(axes, rank)})"
+        return f"{x.safe}.unsqueeze({_axes(axes, rank, from_end)})"
+    if from_end:
+        index = ", ".join("None" if axis in axes else ":" for axis in range(min(axes), rank))
+        return f"{x.safe}[..., {index}]"
     index = ", ".join("None" if axis in axes else ":" for axis in range(max(axes) + 1))
     return f"{x.safe}[{index}]" if max(axes) == rank - 1 else f"{x.safe}[{index}, ...]"
 
 
-def _permute(x: Text, order: tuple[int, ...]) -> str:
+def _permute(x: Text, order: tuple[int, ...], from_end: bool) -> str:
     moved = [i for i, axis in enumerate(order) if i != axis]
     if len(moved) == 2:
         last = moved == [len(order) - 2, len(order) - 1]
-        return f"{x.safe}.transpose({'-2, -1' if last else f'{moved[0]}, {moved[1]}'})"
+        first, second = (_axis(axis, len(order), from_end) for axis in moved)
+        return f"{x.safe}.transpose({'-2, -1' if last else f'{first}, {second}'})"
     return f"{x.safe}.permute({', '.join(map(str, order))})"
 
 

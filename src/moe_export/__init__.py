@@ -9,7 +9,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_export.einsum_rewrite import einsum, plan_einsum, rewrite_program
+    from moe_export.einsum_rewrite import einsum, plan_einsum, rewrite_program, rewrite_source
     from moe_export.errors import (
         EquationError,
         MissingBackendError,
@@ -25,6 +25,7 @@ _LAZY = {
     "einsum": "moe_export.einsum_rewrite",
     "plan_einsum": "moe_export.einsum_rewrite",
     "rewrite_program": "moe_export.einsum_rewrite",
+    "rewrite_source": "moe_export.einsum_rewrite",
     "EquationError": "moe_export.errors",
     "MissingBackendError": "moe_export.errors",
     "MoeExportError": "moe_export.errors",
@@ -42,6 +43,7 @@ __all__ = [
     "einsum",
     "plan_einsum",
     "rewrite_program",
+    "rewrite_source",
 ]
 
 

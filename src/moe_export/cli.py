@@ -160,6 +160,9 @@ def verify_command(**options: Any) -> int:
 @click.option("--keep-einsum", is_flag=True, help="Leave einsums that are one plain matrix product.")
 @click.option("--max-intermediate", metavar="1GB", help="The most memory that one intermediate may take.")
 @click.option("--prove", is_flag=True, help="Show the evidence for each rewritten einsum.")
+@click.option("--diff", is_flag=True, help="Python: print the changes instead of writing them.")
+@click.option("--in-place", is_flag=True, help="Python: write the file itself.")
+@click.option("--check", is_flag=True, help="Python: write nothing; exit 1 if something is left to rewrite.")
 @_output_options
 def rewrite_command(**options: Any) -> int:
     """Replace every einsum of an ONNX or a Python file, or show how one EQUATION is computed."""

@@ -24,6 +24,9 @@ def run_rewrite(
     keep_einsum: bool,
     max_intermediate: str | None,
     prove: bool,
+    diff: bool,
+    in_place: bool,
+    check: bool,
     quiet: bool,
     as_json: bool,
     debug: bool,
@@ -39,7 +42,9 @@ def run_rewrite(
         options = Options(target=target, keep_einsum=keep_einsum, max_intermediate=limit)
         return run_rewrite_onnx(source, output, options, prove, console)
     if suffix == ".py":
-        raise UsageError("Python files cannot be rewritten yet", where=source)
+        from moe_export.cli_rewrite_python import run_rewrite_python
+
+        return run_rewrite_python(source, output, diff, in_place, check, console)
     return _run_equation(source, shapes, target, console)
 
 
@@ -63,15 +68,15 @@ def _run_equation(text: str, shapes: str | None, target: str, console: Console) 
     return 0
 
 
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
 def parse_bytes(text: str | None) -> int | None:
     """`1GB` → 1,000,000,000; `512MiB` → 536,870,912."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
     if match is None:
         raise UsageError(
             f"--max-intermediate: {text!r} is no amount of memory", hint="for example: 1GB, 512MiB"
