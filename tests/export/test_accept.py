@@ -77,6 +77,8 @@ def test_a_complex_output_is_refused(tools):
     class Spectrum(nn.Module):
         def forward(self, x):
             spectrum = torch.fft.rfft(x)
+            if x.dim() > 9:
+                return None
             return spectrum
 
     with pytest.raises(NotExportableError) as caught:

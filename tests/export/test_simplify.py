@@ -1,0 +1,82 @@
+"""onnxsim's proposal is taken where it is smaller and right, and only there."""
+
+from __future__ import annotations
+
+import sys
+import types
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+
+from moe_export.export.simplify import simplify
+
+FOLDS = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[n, 2] x) => (float[n, 2] y) {
+  one = Constant<value = float[2] {1, 1}> ()
+  two = Add(one, one)
+  y = Mul(x, two)
+}"""
+NOTHING = """<ir_version: 8, opset_import: ["" : 17]>
+g (float[n, 2] x) => (float[n, 2] y) { y = Relu(x) }"""
+X = {"x": np.array([[1.0, -2.0]], dtype=np.float32)}
+
+
+def model(text):
+    return ir.from_proto(onnx.parser.parse_model(text))
+
+
+@pytest.fixture
+def proposal(monkeypatch):
+    """Put something else in onnxsim's place."""
+
+    def put(function):
+        monkeypatch.setitem(sys.modules, "onnxsim", types.SimpleNamespace(simplify=function))
+
+    return put
+
+
+def test_a_gain_is_taken():
+    result = simplify(model(FOLDS), X)
+    assert result.note.startswith("onnxsim: 3 → ")
+    assert [node.op_type for node in result.model.graph if node.op_type != "Constant"] == ["Mul"]
+
+
+def test_no_gain_is_left_out():
+    given = model(NOTHING)
+    result = simplify(given, X)
+    assert result.model is given
+    assert result.note == "onnxsim left out: no gain (1 → 1 nodes)"
+
+
+def test_what_computes_something_else_is_left_out(proposal):
+    wrong = onnx.parser.parse_model(NOTHING)
+    proposal(lambda proto: (wrong, True))
+    assert (
+        simplify(model(FOLDS), X).note == "onnxsim left out: its graph computes something else (3 → 1 nodes)"
+    )
+
+
+def test_what_does_not_check_is_left_out(proposal):
+    invalid = onnx.parser.parse_model(NOTHING.replace("Relu", "Rellu"))
+    proposal(lambda proto: (invalid, True))
+    assert "computes something else" in simplify(model(FOLDS), X).note
+
+
+def test_what_raises_is_left_out(proposal):
+    def fail(proto):
+        raise RuntimeError("inside")
+
+    proposal(fail)
+    assert simplify(model(FOLDS), X).note == "onnxsim left out: it raised RuntimeError"
+
+
+def test_metadata_survives():
+    given = model(FOLDS)
+    for node in given.graph:
+        node.metadata_props["source"] = f"model.py:{node.op_type}"
+    kept = [
+        node.metadata_props.get("source") for node in simplify(given, X).model.graph if node.op_type == "Mul"
+    ]
+    assert kept == ["model.py:Mul"]

@@ -1,0 +1,42 @@
+"""Forms of operators that the exporter does not know by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+
+class Calls(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x.amax(), x.amin(), x.amax(keepdim=True)),
+        lambda x: (x.amax((0, 2)), x.amin(dim=1, keepdim=True)),
+        lambda x: x.sort(dim=1, stable=True, descending=True),
+        lambda x: torch.sort(x, stable=True),
+        lambda x: x.argsort(dim=1, stable=True),
+        lambda x: torch.argsort(x, dim=-1, descending=True, stable=True),
+    ],
+    ids=["amax", "amax of axes", "sort", "torch.sort", "argsort", "torch.argsort"],
+)
+def test_respelled_operators(tools, function):
+    tools.equal(tools.graph(Calls(function), torch.randn(2, 3, 4)), torch.randn(4, 6, 5))
+
+
+@pytest.mark.parametrize("descending", [False, True])
+def test_a_stable_sort_is_stable(tools, descending):
+    """As in sorting tokens by expert: nearly all values are equal."""
+    graph = tools.graph(
+        Calls(lambda x: x.sort(dim=-1, stable=True, descending=descending)),
+        torch.zeros(2, 3, dtype=torch.int64),
+    )
+    tools.equal(graph, torch.randint(0, 3, (4, 200)))

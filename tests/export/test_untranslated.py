@@ -1,0 +1,71 @@
+"""What has no ONNX form is named as the user wrote it, with the line."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moe_export.errors import NotExportableError
+from moe_export.export.untranslated import untranslated
+
+
+@torch.library.custom_op("moe_export_tests::twice", mutates_args=())
+def twice(x: torch.Tensor) -> torch.Tensor:
+    return x * 2
+
+
+@twice.register_fake
+def _(x):
+    return torch.empty_like(x)
+
+
+class Bessel(nn.Module):
+    def forward(self, x):
+        y = x + 1
+        return torch.special.bessel_j0(y)
+
+
+class Custom(nn.Module):
+    def forward(self, x):
+        return twice(x) + 1
+
+
+class Median(nn.Module):
+    def forward(self, x):
+        return x.median(dim=1).values
+
+
+@pytest.mark.parametrize(
+    ("module", "operator", "offset", "text"),
+    [
+        (Bessel(), "aten.special_bessel_j0", 2, "return torch.special.bessel_j0(y)"),
+        (Custom(), "moe_export_tests.twice", 1, "return twice(x) + 1"),
+        (Median(), "aten.median.dim", 1, "return x.median(dim=1).values"),
+    ],
+)
+def test_the_operator_and_the_line(tools, module, operator, offset, text):
+    with pytest.raises(NotExportableError) as caught:
+        tools.graph(module, torch.randn(2, 3))
+    line = type(module).forward.__code__.co_firstlineno + offset
+    assert str(caught.value) == (
+        f"operator {operator} has no ONNX form\n"
+        f"  where: {__file__}:{line}\n  {text}\n"
+        "  hint: write that line with other PyTorch operators"
+    )
+    assert caught.value.exit_code == 3
+
+
+def test_an_operator_inside_a_library_names_the_librarys_line(tools):
+    module = nn.utils.parametrizations.orthogonal(nn.Linear(4, 4))
+    with pytest.raises(NotExportableError) as caught:
+        tools.graph(module, torch.randn(2, 4))
+    assert "operator aten.matrix_exp has no ONNX form" in str(caught.value)
+    assert "parametrizations.py:" in str(caught.value)
+
+
+def test_an_error_that_names_no_operator():
+    error = RuntimeError("the graph is too large\nand more")
+    assert str(untranslated(error)).startswith(
+        "the model could not be translated to ONNX: the graph is too large\n"
+    )
