@@ -10,7 +10,11 @@ equation ─▶ notation, equation      what was written: labels and operands
      │
      ├─▶ torch_ops                  run it, or write it into a torch.fx graph
      │      └─▶ program             every aten.einsum of an ExportedProgram, reported as Sites
-     └─▶ python_source              the PyTorch lines a person would write
+     ├─▶ onnx_ops, reshaping        write it as ONNX operators, with one Reshape where that can be
+     │      ├─▶ onnx_writer ─▶ onnx_model   every Einsum of a file (onnx_known, onnx_constants, onnx_types)
+     │      └─▶ onnx_numpy ─▶ proof         compute it, and compare: each site is proved as it is written
+     ├─▶ python_source              the PyTorch lines a person would write
+     └─▶ explain                    what else was weighed, and what people write by hand
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from moe_export.einsum_rewrite.python_source import to_python
 
 if TYPE_CHECKING:
     from moe_export.einsum_rewrite.codemod import rewrite_source
+    from moe_export.einsum_rewrite.onnx_model import rewrite_onnx
     from moe_export.einsum_rewrite.program import rewrite_program
     from moe_export.einsum_rewrite.sites import Site
     from moe_export.einsum_rewrite.torch_ops import einsum
@@ -34,6 +39,7 @@ __all__ = [
     "Site",
     "einsum",
     "plan_einsum",
+    "rewrite_onnx",
     "rewrite_program",
     "rewrite_source",
     "to_python",
@@ -42,6 +48,7 @@ __all__ = [
 # These need torch, which planning does not: they are imported when they are first asked for.
 _NEED_TORCH = {
     "einsum": "torch_ops",
+    "rewrite_onnx": "onnx_model",
     "rewrite_program": "program",
     "Site": "sites",
     "rewrite_source": "codemod",

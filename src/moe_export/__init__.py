@@ -9,7 +9,7 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_export.einsum_rewrite import einsum, plan_einsum, rewrite_program, rewrite_source
+    from moe_export.einsum_rewrite import einsum, plan_einsum, rewrite_onnx, rewrite_program, rewrite_source
     from moe_export.errors import (
         EquationError,
         MissingBackendError,
@@ -24,6 +24,7 @@ __version__ = metadata.version("moe-export")
 _LAZY = {
     "einsum": "moe_export.einsum_rewrite",
     "plan_einsum": "moe_export.einsum_rewrite",
+    "rewrite_onnx": "moe_export.einsum_rewrite",
     "rewrite_program": "moe_export.einsum_rewrite",
     "rewrite_source": "moe_export.einsum_rewrite",
     "EquationError": "moe_export.errors",
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "einsum",
     "plan_einsum",
+    "rewrite_onnx",
     "rewrite_program",
     "rewrite_source",
 ]
