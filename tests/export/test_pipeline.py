@@ -1,0 +1,132 @@
+"""The whole way, in order, for models as people have them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from moe_export.export.dims import DimRequest
+from moe_export.export.pipeline import Graph, as_numpy, describe, gate_dims, is_only_a_gate
+from moe_export.export.trace import Fixed, trace
+
+
+def test_the_facts_in_a_graph(tools):
+    graph = tools.graph(nn.ReLU(), torch.ones(2, 3))
+    describe(graph.model, {"version": "1.2", "source": "model.py"})
+    assert (graph.model.producer_name, graph.model.producer_version) == ("moe-export", "1.2")
+    assert graph.model.metadata_props == {"moe_export.version": "1.2", "moe_export.source": "model.py"}
+
+
+def test_steps_are_announced_in_order(tools):
+    from contextlib import nullcontext
+
+    from moe_export.export import Options, export_subject
+
+    seen = []
+    export_subject(
+        tools.subject(nn.ReLU(), torch.ones(2, 3)), Options(), lambda name: seen.append(name) or nullcontext()
+    )
+    assert [seen[0], seen[-2], seen[-1]] == ["tracing", "writing opset 17", "simplifying"]
+
+
+def test_no_einsum_is_left_and_each_is_reported(tools):
+    class Einsums(nn.Module):
+        def forward(self, x, y):
+            z = torch.einsum("bij,bjk->bik", x, y)
+            return torch.einsum("bii->b", z)
+
+    graph = tools.graph(Einsums(), torch.randn(2, 3, 4), torch.randn(2, 4, 3))
+    assert "Einsum" not in {node.op_type for node in graph.model.graph.all_nodes()}
+    first = Einsums.forward.__code__.co_firstlineno + 1
+    assert [(site.equation, site.line) for site in graph.sites] == [
+        ("bij,bjk->bik", first),
+        ("bii->b", first + 1),
+    ]
+    tools.equal(graph, torch.randn(5, 3, 6), torch.randn(5, 6, 3))
+
+
+def test_static_is_static(tools):
+    graph = tools.graph(nn.ReLU(), torch.ones(2, 3), dims=DimRequest(static=True))
+    assert [list(value.shape) for value in graph.model.graph.inputs] == [[2, 3]]
+    assert graph.traced.fixed == ()
+
+
+def test_as_numpy():
+    assert as_numpy(torch.ones(2, dtype=torch.bfloat16)).dtype.name == "bfloat16"
+    assert np.array_equal(as_numpy(torch.arange(3)), np.arange(3))
+
+
+def test_sizes_baked_into_a_gate_stay_fixed(tools):
+    """A gate cut out of a trace that fixed a length would only look right at others, where it computes with it."""
+
+    graph = torch.fx.Graph()
+    graph.output(graph.call_function(torch.div, (graph.placeholder("x"), 6)))
+    module = nn.Module()
+    module.add_module("gate", torch.fx.GraphModule(nn.Module(), graph))
+    cut = tools.subject(nn.ReLU(), torch.ones(6, 8))
+    cut = dataclasses.replace(cut, module=module, inputs={"x": torch.ones(6, 8)})
+    traced = trace(tools.subject(nn.ReLU(), torch.ones(6, 8)))
+
+    def with_fixed(size):
+        return dataclasses.replace(traced, fixed=(Fixed("x", 0, size, True),))
+
+    assert gate_dims(cut, DimRequest(), with_fixed(6)) == DimRequest(True, {("x", 1): None})
+    assert gate_dims(cut, DimRequest(), with_fixed(7)) == DimRequest(False, {})
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_only_a_gate_needs_one_gate(tools, count):
+    graph = tools.graph(nn.ReLU(), torch.ones(2, 3))
+    assert isinstance(graph, Graph)
+    assert not is_only_a_gate((graph,) * count)
+    assert is_only_a_gate((graph, graph))
+
+
+LLAMA = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_mixtral_of_transformers(tools):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**LLAMA, num_local_experts=4, num_experts_per_tok=2))
+    ids = torch.randint(0, 64, (1, 7))
+    whole, *gates = tools.graphs(model, gates=True, input_ids=ids)
+    assert [gate.path for gate in gates] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
+    assert "output past_key_values is a DynamicCache, not a tensor, and is dropped" in whole.notes
+    assert whole.traced.inputs == {"input_ids": ("batch", "seq")}
+    for shape in ((1, 1), (2, 5), (3, 12)):
+        tools.equal(whole, torch.randint(0, 64, shape))
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["Bert", "GPT2"])
+def test_dense_models_of_transformers(tools, kind):
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {
+        "Bert": {"intermediate_size": 48, "num_hidden_layers": 1},
+        "GPT2": {"n_layer": 1, "use_cache": False},
+    }
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=64, hidden_size=32, num_attention_heads=4, max_position_embeddings=64, **sizes[kind]
+    )
+    model = getattr(transformers, f"{kind}Model")(config)
+    graph = tools.graph(model, input_ids=torch.randint(0, 64, (1, 7)))
+    assert graph.traced.outputs[0] == "last_hidden_state"
+    for shape in ((1, 1), (3, 12)):
+        tools.equal(graph, torch.randint(0, 64, shape), atol=1e-4)
