@@ -10,6 +10,7 @@ import torch
 
 from moe_export.errors import UsageError
 
+BATCH = "batch"
 _REQUEST = re.compile(r"(?P<input>\w+):(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?$", re.ASCII)
 
 
@@ -65,6 +66,7 @@ class Dim:
         symbol: The tracer's name for it, `s77`.
         traced: Its size in the trace.
         minimum, maximum: The sizes that the trace is valid for; None is no limit.
+        also: Further symbols for the same dimension: the batch of other inputs, of the same example size.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Dim:
     traced: int
     minimum: int
     maximum: int | None
+    also: tuple[str, ...] = ()
 
 
 def default_name(tensor: torch.Tensor, axis: int, input_name: str) -> str:
@@ -83,7 +86,7 @@ def default_name(tensor: torch.Tensor, axis: int, input_name: str) -> str:
     """
     rank = tensor.dim()
     if axis == 0:
-        return "batch"
+        return BATCH
     if rank == 4 and axis >= 2:
         return ("height", "width")[axis - 2]
     if axis == 1 and (rank == 3 or (rank == 2 and not tensor.is_floating_point())):

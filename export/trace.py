@@ -24,7 +24,7 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moe_export.errors import NotExportableError
-from moe_export.export.dims import Dim, DimRequest, default_name
+from moe_export.export.dims import BATCH, Dim, DimRequest, default_name
 from moe_export.export.experts_trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.leaves import unique
@@ -88,7 +88,7 @@ class Traced:
 
     def dim_names(self) -> dict[str, str]:
         """The tracer's symbol → the dimension's name."""
-        return {dim.symbol: dim.name for dim in self.dims}
+        return {symbol: dim.name for dim in self.dims for symbol in (dim.symbol, *dim.also)}
 
 
 class _Flat(nn.Module):
@@ -235,20 +235,34 @@ def _read_dims(
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in user_inputs]
     shapes = {name: node.meta["val"].shape for name, node in zip(example, nodes, strict=True)}
     found: dict[str, tuple[str, int]] = {}  # symbol → its name, its traced size
+    same: dict[str, str] = {}  # symbol of a further batch → symbol of the first
     for name, shape in shapes.items():
         for axis, size in enumerate(shape):
             symbol = str(size)
             if isinstance(size, torch.SymInt) and symbol.isidentifier():
                 wanted = request.picked.get((name, axis))
-                if symbol not in found or wanted is not None:
+                if (symbol not in found and symbol not in same) or wanted is not None:
                     label = wanted or default_name(example[name], axis, name)
+                    traced = example[name].shape[axis]
+                    twin = next((key for key, value in found.items() if value == (BATCH, traced)), None)
+                    if wanted is None and label == BATCH and twin is not None:
+                        same[symbol] = twin  # the model does not say so, and still means one batch
+                        continue
                     if wanted is None and any(label == other for other, _ in found.values()):
                         label = f"{name}_{label}" if not label.startswith(name) else label
-                    found[symbol] = (label, example[name].shape[axis])
+                    found[symbol] = (label, traced)
     names = dict(zip(found, unique([label for label, _ in found.values()]), strict=True))
+    names |= {symbol: names[twin] for symbol, twin in same.items()}
     limits = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
     dims = tuple(
-        Dim(names[symbol], symbol, size, *_bounds(limits.get(symbol))) for symbol, (_, size) in found.items()
+        Dim(
+            names[symbol],
+            symbol,
+            size,
+            *_bounds(limits.get(symbol)),
+            also=tuple(key for key, twin in same.items() if twin == symbol),
+        )
+        for symbol, (_, size) in found.items()
     )
     inputs = {name: tuple(_readable(size, names) for size in shape) for name, shape in shapes.items()}
     return dims, inputs

@@ -159,3 +159,19 @@ def test_numbers_that_the_model_computes_are_told_from_constants(tools):
 
 def test_rename():
     assert rename("2*s77 + s7", {"s77": "batch", "s7": "seq"}) == "2*batch + seq"
+
+
+def test_first_dimensions_of_one_size_are_one_batch_unless_the_user_names_them(tools):
+    class Apart(nn.Module):
+        def forward(self, x, flags):
+            return x.sum(-1), flags.cumsum(-1)  # nothing says that they are equally many
+
+    module, arrays = Apart(), (torch.ones(2, 3), torch.ones(2, 5))
+    traced = trace(tools.subject(module, *arrays))
+    assert [shape[0] for shape in traced.inputs.values()] == ["batch", "batch"]
+    assert len({dim.name for dim in traced.dims}) == len(traced.dims)
+    assert list(traced.dim_names().values()).count("batch") == 2
+    named = trace(tools.subject(module, *arrays), DimRequest(picked={("flags", 0): "other"}))
+    assert [shape[0] for shape in named.inputs.values()] == ["batch", "other"]
+    unequal = trace(tools.subject(module, torch.ones(2, 3), torch.ones(4, 5)))
+    assert [shape[0] for shape in unequal.inputs.values()] == ["batch", "flags_batch"]
