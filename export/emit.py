@@ -123,7 +123,12 @@ def _name_data_sizes(outputs: Iterable[ir.Value]) -> None:
 def _named(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
     if isinstance(dim, int):
         return dim
-    return rename(dim.value, names) if dim.value is not None else None
+    if dim.value is None:
+        return None
+    text = rename(dim.value, names)
+    return (
+        int(text) if text.isdigit() else text
+    )  # the tracer may still write a size that it fixed as a symbol
 
 
 def check(model: ir.Model) -> None:

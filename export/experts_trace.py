@@ -172,7 +172,9 @@ def _for_many_rows(env: Any, expression: Any) -> Any:
     import sympy
 
     symbols = [symbol for symbol in expression.free_symbols if symbolic_shapes.free_unbacked_symbols(symbol)]
-    if not symbols or any(env.var_to_range[symbol].lower < 0 for symbol in symbols):
+    ranges = [env.var_to_range[symbol] for symbol in symbols]
+    # A number of rows is not negative, and not at most 1: that is the truth of a condition on the data.
+    if not ranges or any(found.lower < 0 or found.upper <= 1 for found in ranges):
         return None
     value = expression.xreplace(dict.fromkeys(symbols, sympy.Integer(_MANY)))
     return bool(value) if value in (sympy.true, sympy.false) else None

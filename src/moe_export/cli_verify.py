@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ def run_verify(
             subject = load_subject(against, init=init, inputs=inputs)
         with console.step("tracing"):
             reference, routing = _reference(subject, facts)
+        reference, routing = _aligned(candidate, reference, routing)
         example = _example_for(candidate, reference)
         with console.step(f"verifying {graph}"):
             report = verify_file(
@@ -95,6 +97,28 @@ def _reference(subject: Subject, facts: Mapping[str, str]) -> tuple[Subject, Rou
     )
 
 
+def _aligned(candidate: OnnxRuntimeRunner, reference: Subject, routing: Routing) -> tuple[Subject, Routing]:
+    """The model under the graph's names: a graph of another exporter has its own, in the model's order.
+
+    Where one side has more inputs or outputs than the other, nothing is matched by position.
+    """
+    inputs = _by_position([spec.name for spec in candidate.inputs], list(reference.inputs))
+    outputs = _by_position([spec.name for spec in candidate.outputs], list(reference.outputs))
+    renamed = replace(
+        reference,
+        inputs=dict(zip(inputs, reference.inputs.values(), strict=True)),
+        outputs=tuple(outputs),
+    )
+    names = dict(zip(reference.outputs, outputs, strict=True))
+    pairs = [tuple(names.get(name, name) if name else None for name in pair) for pair in routing]
+    return renamed, pairs  # type: ignore[return-value]
+
+
+def _by_position(graph: list[str], model: list[str]) -> list[str]:
+    """The graph's names in place of the model's, if they are as many and not the same set."""
+    return model if len(graph) != len(model) or set(graph) == set(model) else graph
+
+
 def _example_for(candidate: OnnxRuntimeRunner, reference: Subject) -> dict[str, torch.Tensor]:
     """The model's example inputs for the graph's inputs, which must have their names.
 
@@ -106,7 +130,7 @@ def _example_for(candidate: OnnxRuntimeRunner, reference: Subject) -> dict[str, 
     if unknown:
         raise UsageError(
             f"the graph takes {', '.join(names)}, but the model takes {', '.join(reference.inputs)}",
-            hint="rename the graph's inputs to forward's parameters",
+            hint="name the graph's inputs as forward's parameters are named",
         )
     return {name: tensor for name, tensor in reference.inputs.items() if name in names}
 

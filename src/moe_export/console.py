@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stdout
+from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,14 +36,19 @@ class Console:
     def say(self, text: str = "") -> None:
         """A line of the result."""
         if not (self.quiet or self.as_json):
-            print(text)
+            print(text, flush=True)  # `view` says where it serves and then waits, also into a pipe
 
     @contextmanager
     def user_code(self) -> Iterator[None]:
         """While it runs, what the user's code prints does not mix with the result: it goes to stderr, or nowhere."""
+        if not self.quiet:
+            with redirect_stdout(sys.stderr):
+                yield
+            return
         with (
             open(os.devnull, "w", encoding="utf-8") as nowhere,
-            redirect_stdout(nowhere if self.quiet else sys.stderr),
+            redirect_stdout(nowhere),
+            redirect_stderr(nowhere),
         ):
             yield
 
