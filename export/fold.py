@@ -21,7 +21,7 @@ from moe_export.export.form import Form
 from moe_export.export.loop import Loop, Made
 from moe_export.export.loop_body import LoopBody
 from moe_export.export.operand import PART, View
-from moe_export.export.skeleton import Call, Folded, Place, Row, Skeleton, Value, Whole
+from moe_export.export.skeleton import Call, Folded, Place, Row, Size, Skeleton, Value, Whole
 
 aten = torch.ops.aten
 
@@ -100,6 +100,7 @@ class _Builder:
         self.graph = module.graph
         self._places: dict[str | int, fx.Node] = {}
         self._numbers: dict[Form, Any] = {}
+        self._sizes: dict[fx.Node, fx.Node] = {}
         self._views: dict[Any, fx.Node] = {}
         self._loops = {item.number: item.loop for item in skeleton.items if isinstance(item, Folded)}
         self._wanted = outputs_of(skeleton)
@@ -137,6 +138,8 @@ class _Builder:
         """A number, or the node that computes it from the length."""
         if isinstance(number, Value):
             return self.value(number)
+        if isinstance(number, Size):
+            return self._size(number.node)
         if not isinstance(number, Form):
             return number
         if number not in self._numbers:
@@ -151,8 +154,23 @@ class _Builder:
                 total = self.call(operator.add, total, number.offset)
             if number.divisor != 1:
                 total = self.call(operator.floordiv, total, number.divisor)
+            if number.factor != 1:
+                total = self.call(operator.mul, total, number.factor)
+            if number.shift:
+                total = self.call(operator.add, total, number.shift)
             self._numbers[number] = total
         return self._numbers[number]
+
+    def _size(self, node: Any) -> Any:
+        """Compute a size of the inputs as the trace does."""
+        if not isinstance(node, fx.Node):
+            return node
+        if node.op == "placeholder":
+            return self._places[node.name]
+        if node not in self._sizes:
+            assert callable(node.target)
+            self._sizes[node] = self.call(node.target, *(self._size(argument) for argument in node.args))
+        return self._sizes[node]
 
     def value(self, value: Any) -> fx.Node:
         """The node of a value."""
@@ -221,8 +239,10 @@ class _Builder:
     def _loop(self, item: Folded) -> fx.Node:
         writer = BodyWriter(self, item.loop)
         collected = self._wanted[item.number]
+        turns = item.loop.turns
+        least = turns.at(1) if isinstance(turns, Form) else int(turns)
         graph = writer.write(collected.operands())
-        body = LoopBody(item.number, graph, len(writer.initial), writer.alongs, collected.alongs())
+        body = LoopBody(item.number, graph, len(writer.initial), writer.alongs, collected.alongs(), least)
         collected.states = writer.states
         return self.call(
             body, writer.initial, writer.sequences, writer.captured, self.number(item.loop.turns)

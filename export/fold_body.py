@@ -10,11 +10,11 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from moe_export.export.form import Form
+from moe_export.export.form import Form, moved, scaled
 from moe_export.export.loop import WRITE, Carried, Local, Loop, Made, Outside, Turning
 from moe_export.export.loop_body import Along
 from moe_export.export.operand import PART, SELECT, SLICE, View
-from moe_export.export.skeleton import Call, Folded, LengthError, Place, Row, Skeleton, Value, Whole
+from moe_export.export.skeleton import Call, Folded, LengthError, Place, Row, Size, Skeleton, Value, Whole
 
 aten = torch.ops.aten
 
@@ -48,29 +48,6 @@ def view_call(call: Callable[..., fx.Node], node: fx.Node, view: View, numbers: 
     return call(aten.select.int if view.kind == SELECT else aten.slice.Tensor, node, *numbers)
 
 
-def moved(number: Any, by: Any) -> Any:
-    """The sum of two numbers that may be forms of the length, of equal divisors."""
-    if isinstance(by, Form) and not isinstance(number, Form):
-        number, by = by, number
-    if not isinstance(number, Form):
-        return number + by
-    if isinstance(by, Form):
-        if number.divisor != by.divisor:
-            raise LengthError("two lengths that are rounded differently are added", None)
-        slope, offset = number.slope + by.slope, number.offset + by.offset
-        return Form(slope, offset, number.divisor) if slope else offset // number.divisor
-    return Form(number.slope, number.offset + by * number.divisor, number.divisor)
-
-
-def scaled(number: Any, by: int) -> Any:
-    """A number, which may be a form of the length, times an integer; exact only without rounding."""
-    if not isinstance(number, Form):
-        return number * by
-    if number.divisor != 1 and by != 1:
-        raise LengthError("a rounded length is multiplied", None)
-    return Form(number.slope * by, number.offset * by, number.divisor) if by else 0
-
-
 class Collected:
     """What a loop hands out besides its last states: operands of the body, stacked along an axis."""
 
@@ -98,14 +75,14 @@ class Collected:
     def is_last(self, made: Made) -> bool:
         """Whether a value is that of the last turn, and a carried one."""
         return made.turn == moved(self._loop.turns, -1) and any(
-            start.carried == Carried(made.position, (), 1) for start in self._loop.starts
+            start.carried == Carried(made.position, made.part, 1) for start in self._loop.starts
         )
 
     def made(self, outer: Outer, made: Made) -> fx.Node:
         """The value of one turn; of every turn, stacked, if the turn is None."""
         if self.is_last(made):
-            return outer.result(self._number, self.states[Carried(made.position, (), 1)])
-        column = self.column(outer, Local(made.position), Along(0))
+            return outer.result(self._number, self.states[Carried(made.position, made.part, 1)])
+        column = self.column(outer, Local(made.position, made.part), Along(0))
         if made.turn is None:
             return column
         return outer.viewed(column, (View(SELECT, (0, made.turn)),))
@@ -238,7 +215,7 @@ def _want(part: Any, item: Any, found: dict[int, Collected], loops: dict[int, Lo
         write = _write(loops[part.loop], part.position)
         found[part.loop].want(write.operand, write.along)
     elif isinstance(part, Made) and not found[part.loop].is_last(part):
-        found[part.loop].want(Local(part.position), Along(0))
+        found[part.loop].want(Local(part.position, part.part), Along(0))
 
 
 def _parts(value: Any) -> Iterator[Any]:
@@ -346,7 +323,7 @@ class BodyWriter:
             return self._input("state", self.states[operand])
         if isinstance(operand, Outside):
             return self._outside(operand)
-        if isinstance(operand, (Form, Value)):
+        if isinstance(operand, (Form, Size, Value)):
             return self._capture(operand, lambda: self._outer.number(operand))
         return operand
 

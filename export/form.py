@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 _LARGEST_DIVISOR = 8
@@ -11,11 +11,11 @@ _LARGEST_DIVISOR = 8
 
 @dataclass(frozen=True)
 class Form:
-    """`(slope * L + offset) // divisor`.
+    """`factor * ((slope * L + offset) // divisor) + shift`.
 
     Example:
         >>> form_of({8: 7, 9: 8, 11: 10})
-        Form(slope=1, offset=-1, divisor=1)
+        Form(slope=1, offset=-1, divisor=1, factor=1, shift=0)
         >>> print(form_of({8: 4, 9: 5, 11: 6}))  # the turns of range(0, L, 2)
         (L + 1) // 2
     """
@@ -23,17 +23,21 @@ class Form:
     slope: int
     offset: int
     divisor: int = 1
+    factor: int = 1
+    shift: int = 0
 
-    def at(self, length: Any) -> Any:
-        """The value at a length; a number or a symbolic integer."""
-        scaled = length if self.slope == 1 else length * self.slope
-        moved = scaled if self.offset == 0 else scaled + self.offset
-        return moved if self.divisor == 1 else moved // self.divisor
+    def at(self, length: int) -> int:
+        """The value at a length."""
+        return self.factor * ((self.slope * length + self.offset) // self.divisor) + self.shift
 
     def __str__(self) -> str:
         scaled = {1: "L", -1: "-L"}.get(self.slope, f"{self.slope} * L")
         moved = scaled + (f" {'-' if self.offset < 0 else '+'} {abs(self.offset)}" if self.offset else "")
-        return moved if self.divisor == 1 else f"({moved}) // {self.divisor}"
+        if self.divisor == 1:
+            return moved
+        rounded = f"({moved}) // {self.divisor}"
+        scaled = rounded if self.factor == 1 else f"{self.factor} * ({rounded})"
+        return scaled + (f" {'-' if self.shift < 0 else '+'} {abs(self.shift)}" if self.shift else "")
 
 
 def form_of(values: Mapping[int, int]) -> Form | None:
@@ -50,3 +54,37 @@ def form_of(values: Mapping[int, int]) -> Form | None:
             if low <= high and slope:
                 return Form(slope, low, divisor)
     return None
+
+
+def moved(number: Any, by: Any) -> Any:
+    """The sum of two numbers, either of which may be a form.
+
+    Raises:
+        ValueError: They are rounded differently, so that their sum is no form.
+    """
+    if isinstance(by, Form) and not isinstance(number, Form):
+        number, by = by, number
+    if not isinstance(number, Form):
+        return number + by
+    if not isinstance(by, Form):
+        if number.divisor != 1:
+            return replace(number, shift=number.shift + by)
+        return replace(number, offset=number.offset + by)
+    if number.divisor == by.divisor == 1:
+        slope, offset = number.slope + by.slope, number.offset + by.offset
+        return Form(slope, offset) if slope else offset
+    if (number.slope, number.offset, number.divisor) != (by.slope, by.offset, by.divisor):
+        raise ValueError(f"{number} and {by} are rounded differently")
+    factor, shift = number.factor + by.factor, number.shift + by.shift
+    return replace(number, factor=factor, shift=shift) if factor else shift
+
+
+def scaled(number: Any, by: int) -> Any:
+    """A number, which may be a form, times an integer."""
+    if not isinstance(number, Form):
+        return number * by
+    if by == 0:
+        return 0
+    if number.divisor == 1:
+        return Form(number.slope * by, number.offset * by)
+    return replace(number, factor=number.factor * by, shift=number.shift * by)

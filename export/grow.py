@@ -26,6 +26,7 @@ from moe_export.export.loop import (
     Step,
     Turning,
     Written,
+    split_part,
 )
 from moe_export.export.operand import PART, SLICE, Read, View, atoms, filled, known
 from moe_export.export.period import LEAST_TURNS
@@ -33,6 +34,7 @@ from moe_export.export.source import line_of
 
 aten = torch.ops.aten
 
+_LEAVES = "leaves"
 Locate = Callable[[fx.Node], Made | None]
 
 
@@ -44,11 +46,13 @@ class Refusal:
         reason: For the user, in terms of turns.
         node: Where it is seen.
         turns: How many turns the rest would allow.
+        nodes: How many nodes repeat themselves there.
     """
 
     reason: str
     node: fx.Node
     turns: int
+    nodes: int = 0
 
 
 def grow(nodes: Sequence[fx.Node], start: int, period: int, stop: int, locate: Locate) -> Loop | Refusal:
@@ -133,21 +137,26 @@ class _Growth:
         if place is None:
             return self._outside(column)
         distance = 2 - place[0]
-        for turn, leaf in enumerate(column[distance:], distance):
-            if self._place.get(leaf.base) != (turn - distance, place[1]) or leaf.path != third.path:
-                return None, turn, self._strange_reading(turn, leaf)
+
+        def holds(turn: int) -> bool:
+            leaf = column[turn]
+            wanted = self._place.get(leaf.base) == (turn - distance, place[1]) and leaf.path == third.path
+            return turn < distance or wanted
+
+        turns = _while(column, holds)
+        reason = self._strange_reading(turns, column[turns]) if turns < len(column) else ""
         if distance == 0:
-            return Local(place[1], third.path), len(column), ""
+            return Local(place[1], third.path), turns, reason
         carried = Carried(place[1], third.path, distance)
         early = column[:distance]
         if any(leaf.fact != third.fact for leaf in early):
             self._misfits.add(carried)
         if any(leaf.base in self._place for leaf in early):
-            return None, 0, "its first turn reads another value of the loop than the next"
-        starts.setdefault(carried, tuple(Outside(self._base(leaf.base), leaf.path) for leaf in early))
-        if starts[carried] != tuple(Outside(self._base(leaf.base), leaf.path) for leaf in early):
+            return None, 0, reason or "its first step reads another value of the loop than the next"
+        values = tuple(Outside(self._base(leaf.base), leaf.path) for leaf in early)
+        if starts.setdefault(carried, values) != values:
             return None, 0, "one value of the loop starts from two values"
-        return carried, len(column), ""
+        return carried, turns, reason
 
     def _strange_reading(self, turn: int, leaf: Read) -> str:
         place = self._place.get(leaf.base)
@@ -169,6 +178,10 @@ class _Growth:
             number, turns_here, _ = _number([made.turn for made in bases[:turns] if isinstance(made, Made)])
             base, turns = replace(base, turn=number), min(turns, turns_here)
         turns = min(turns, _while(column, lambda turn: _kinds(column[turn]) == _kinds(first)))
+        if isinstance(base, Made):
+            base, rest = split_part(base, first.path)
+            column = [replace(leaf, path=leaf.path[len(first.path) - len(rest) :]) for leaf in column]
+            first = column[0]
         path = []
         for depth, view in enumerate(first.path):
             numbers = []
@@ -233,7 +246,11 @@ class _Growth:
 
 
 def _leaves(node: fx.Node) -> list[Any]:
-    return atoms((node.args, node.kwargs))
+    """What a node reads; kept with the node, as every place of a run is tried as the start of a loop."""
+    if _LEAVES not in node.meta:
+        node.meta[_LEAVES] = atoms((node.args, node.kwargs))
+    leaves: list[Any] = node.meta[_LEAVES]
+    return leaves
 
 
 def atoms_of(step: Step) -> list[Any]:

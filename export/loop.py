@@ -8,12 +8,12 @@ for t in range(T):          Step  mul      a[:, t] (Outside, sliced), Carried(ad
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import fx
 
-from moe_export.export.operand import View
+from moe_export.export.operand import PART, View
 
 WRITE, APPEND = "write", "append"
 
@@ -45,11 +45,19 @@ class Carried:
 
 @dataclass(frozen=True)
 class Made:
-    """The value that the step at `position` of a loop has in its turn `turn`."""
+    """The value that the step at `position` of a loop has in its turn `turn`; a part of it, if that is a tuple."""
 
     loop: int
     position: int
     turn: Any
+    part: tuple[View, ...] = ()
+
+
+def split_part(made: Made, path: tuple[View, ...]) -> tuple[Made, tuple[View, ...]]:
+    """Move the first step of a path into what a loop made, where it takes a part of a tuple."""
+    if path and path[0].kind == PART:
+        return replace(made, part=path[:1]), path[1:]
+    return made, path
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class LoopBody:
         states: How many states.
         elements: Which axis of each sequence is time.
         collected: Where the time axis of each collected output goes.
+        least: How many turns there are at the length 1. Runtimes fail on a `Scan` without a turn, so where there
+            may be none, a turn on zeros stands in, and nobody sees what it gives.
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class LoopBody:
         states: int,
         elements: Sequence[Along],
         collected: Sequence[Along],
+        least: int,
     ) -> None:
         self.__name__ = f"loop_{number}"
         self.number = number
@@ -54,12 +57,15 @@ class LoopBody:
         self.states = states
         self.elements = tuple(elements)
         self.collected = tuple(collected)
+        self.least = least
         self._module = fx.GraphModule(torch.nn.Module(), graph)
 
     def __call__(
         self, states: Sequence[Tensor], sequences: Sequence[Tensor], captured: Sequence[Any], turns: Any
     ) -> list[Tensor]:
-        run = self._marked if torch.compiler.is_exporting() else self._turn_by_turn
+        run = self._turn_by_turn
+        if torch.compiler.is_exporting():
+            run = self._marked if self.least > 0 else self._marked_with_a_turn
         return run(list(states), list(sequences), list(captured), turns)
 
     def _once(self, values: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -97,6 +103,28 @@ class LoopBody:
         return [
             value.unsqueeze(along.axis).narrow(along.axis, 0, 0)
             for value, along in zip(values, self.collected, strict=True)
+        ]
+
+    def _marked_with_a_turn(
+        self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], turns: Any
+    ) -> list[Tensor]:
+        """The marked loop with at least one turn; without one, the states stay and nothing is collected."""
+        some = torch.sym_max(turns, 1)  # type: ignore[no-untyped-call]
+        longer = [
+            torch.cat([sequence, sequence.new_zeros(_with(_without(sequence.shape, along.axis), along.axis, 1))],
+                      along.axis).narrow(along.axis, 0, some)
+            for sequence, along in zip(sequences, self.elements, strict=True)
+        ]  # fmt: skip
+        results = self._marked(states, longer, captured, some)
+        any_turn = torch.scalar_tensor(turns, dtype=torch.int64) > 0
+        last = [torch.where(any_turn, new, old) for new, old in zip(results, states, strict=False)]
+        columns = results[self.states :]
+        return [
+            *last,
+            *(
+                column.narrow(along.axis, 0, turns)
+                for column, along in zip(columns, self.collected, strict=True)
+            ),
         ]
 
     def _marked(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -110,7 +110,7 @@ def _best(trace: Repeats, run: Run) -> Loop | None:
     for start in range(run.start, min(run.start + 2 * run.period, run.stop - 3 * run.period + 1)):
         grown = grow(trace.nodes, start, run.period, run.stop, trace.locate)
         if isinstance(grown, Refusal):
-            trace.refusals.append(grown)
+            trace.refusals.append(replace(grown, nodes=run.stop - start))
         elif best is None or _rank(grown) > _rank(best):
             best = grown
     return best

@@ -18,6 +18,7 @@ from torch import fx
 aten = torch.ops.aten
 
 SELECT, SLICE, PART = "select", "slice", "part"
+SIZE = "size of inputs"  # in the metadata of a node that is a sum or product of sizes of inputs
 
 
 @dataclass(frozen=True)
@@ -60,10 +61,7 @@ def is_view(node: fx.Node) -> bool:
 
 def is_size(node: fx.Node) -> bool:
     """Whether a node is an integer of the shape arithmetic."""
-    return isinstance(node.meta.get("val"), (int, torch.SymInt)) or node.target in (
-        operator.add,
-        operator.mul,
-    )
+    return SIZE in node.meta or isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
 def read_of(node: fx.Node) -> Read:
@@ -124,7 +122,7 @@ def atoms(argument: Any) -> list[Any]:
 
 
 def layout(argument: Any) -> Any:
-    """The nesting of arguments, with a mark for each leaf: nodes and integers alike, the rest as it is."""
+    """The nesting of arguments, with a mark for each leaf; nodes are alike, and so are numbers."""
     if isinstance(argument, fx.Node):
         return "node"
     if isinstance(argument, Mapping):
@@ -133,7 +131,7 @@ def layout(argument: Any) -> Any:
         return tuple(layout(value) for value in argument)
     if isinstance(argument, int) and not isinstance(argument, bool):
         return "int"
-    return str(argument)
+    return "float" if isinstance(argument, float) else str(argument)
 
 
 def filled(argument: Any, leaves: Iterator[Any]) -> Any:

@@ -7,6 +7,7 @@ subject ─▶ lengths ─▶ trace at three lengths ─▶ straighten ─▶ lo
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,12 +24,14 @@ from moe_export.export.source import line_of
 from moe_export.export.straighten import straighten
 from moe_export.export.subject import Subject, make_subject
 from moe_export.export.trace import SCOPE, Traced, quiet, trace
+from moe_export.export.widen import widened
 
 Mode = Literal["auto", "scan", "unrolled"]
 
 # Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
 # loop with a stride.
 _TRACED = ((8, 9, 11), (15, 16, 18, 21), (64, 128, 192, 256))
+_LONG = 20  # a trace at lengths above is only made of a model that takes no shorter ones
 _PROVED = (1, 2, 3, 5, 13)
 
 
@@ -90,8 +93,10 @@ def _folded(subject: Subject, request: DimRequest, length: Length) -> Recurrent:
                 continue
         try:
             return _folded_at(subject, request, length, examples)
-        except LengthError as error:
-            refusal = refusal or error
+        except NoLoopError as error:
+            refusal = refusal or error  # there may be too few turns of it at such lengths
+            if max(sizes) > _LONG:
+                break
     raise refusal or LengthError("the model takes none of the lengths that would be traced", None)
 
 
@@ -104,16 +109,21 @@ def _folded_at(
             request,
             picked={place: name for place, name in request.picked.items() if place not in length.axes},
         )
-    traces = {size: trace(replace(subject, inputs=example), unpicked) for size, example in examples.items()}
-    first = next(iter(traces.values()))
-    name, axis = length.axes[0]
-    if not str(first.inputs[name][axis]).isdigit():
+    first, *others = (
+        replace(subject, inputs=example) for example in _same_elsewhere(subject, examples, unpicked)
+    )
+    traced = trace(first, unpicked)
+    fixed = [(name, axis) for name, axis in length.axes if str(traced.inputs[name][axis]).isdigit()]
+    if not fixed:
         return Recurrent(subject)  # the tracer keeps this length free: no loop over it is unrolled
-    whole = _common(list(traces), list(traces.values()))
-    placeholder = _placeholders(first)[list(first.inputs).index(name)]
+    name, axis = fixed[0]
+    whole = _in_common(traced, others, tuple(examples), unpicked)
+    placeholder = _placeholders(traced)[list(traced.inputs).index(name)]
     with quiet():
-        module = folded_module(whole, first.program, (placeholder, axis), f"{SCOPE}.")
-        made = make_subject(module, tuple(first.example.values()), {}, source=subject.source, how=subject.how)
+        module = folded_module(whole, traced.program, (placeholder, axis), f"{SCOPE}.")
+        made = make_subject(
+            module, tuple(traced.example.values()), {}, source=subject.source, how=subject.how
+        )
     folded = replace(
         made,
         inputs=dict(zip(subject.inputs, made.inputs.values(), strict=True)),
@@ -122,7 +132,34 @@ def _folded_at(
         dropped=subject.dropped,
     )
     _prove(subject, folded, length, tuple(examples))
-    return Recurrent(folded, first, tuple(_notes(whole, length)))
+    return Recurrent(folded, traced, tuple(_notes(whole, length, subject)))
+
+
+def _same_elsewhere(
+    subject: Subject, examples: Mapping[int, Mapping[str, torch.Tensor]], request: DimRequest
+) -> list[Mapping[str, torch.Tensor]]:
+    """The examples with other dimensions widened as the tracer widens them, so that all have the same."""
+    with quiet():
+        return [widened(replace(subject, inputs=example), request) for example in examples.values()]
+
+
+def _in_common(
+    first: Traced, others: Sequence[Subject], sizes: Sequence[int], request: DimRequest
+) -> Skeleton:
+    """What the traces at all lengths have in common.
+
+    Only the first trace has its other dimensions free, which takes the tracer ten times as long. Where the others
+    then are too different, they are traced in the same way.
+    """
+    static = replace(request, static=True, picked={})
+    try:
+        return _common(sizes, [first, *(trace(other, static) for other in others)])
+    except NoLoopError:
+        raise
+    except LengthError:
+        if request == static:
+            raise
+    return _common(sizes, [first, *(trace(other, request) for other in others)])
 
 
 def _placeholders(traced: Traced) -> list[str]:
@@ -143,12 +180,17 @@ def _common(sizes: Sequence[int], traces: Sequence[Traced]) -> Skeleton:
     return generalised({size: skeleton(each) for size, each in zip(sizes, repeats, strict=True)})
 
 
-def _no_loop(repeats: Sequence[Repeats]) -> LengthError:
+class NoLoopError(LengthError):
+    """Nothing in the traces repeats itself as a loop does."""
+
+
+def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
     """The reason of the repetition that came closest to a loop."""
-    refusals = sorted(repeats[-1].refusals, key=lambda refusal: refusal.turns, reverse=True)
+    refusals = repeats[-1].refusals
     if not refusals:
-        return LengthError("its steps are not alike", None)
-    return LengthError(refusals[0].reason, line_of(refusals[0].node.meta.get("stack_trace")))
+        return NoLoopError("its steps are not alike", None)
+    nearest = max(refusals, key=lambda refusal: refusal.nodes)
+    return NoLoopError(nearest.reason, line_of(nearest.node.meta.get("stack_trace")))
 
 
 def _prove(subject: Subject, folded: Subject, length: Length, traced: Sequence[int]) -> None:
@@ -174,10 +216,15 @@ def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def _notes(whole: Skeleton, length: Length) -> list[str]:
+def _notes(whole: Skeleton, length: Length, subject: Subject) -> list[str]:
     return [
-        f"loop at {item.loop.line or '?'}: {len(item.loop.body)} operators a step, "
+        f"loop at {_near(item.loop.line, subject)}: {len(item.loop.body)} operators a step, "
         f"{item.loop.turns} steps for L = {_named(length)}, folded into one Scan"
         for item in whole.items
         if isinstance(item, Folded)
     ]
+
+
+def _near(line: str | None, subject: Subject) -> str:
+    """A line as seen from the model's folder."""
+    return os.path.relpath(line, subject.source.parent) if line else "?"

@@ -14,9 +14,9 @@ from typing import Any
 from torch import fx
 
 from moe_export.export.form import form_of
-from moe_export.export.loop import WRITE, Loop, Made, Outside
+from moe_export.export.loop import WRITE, Loop, Made, Outside, split_part
 from moe_export.export.loops import Repeats
-from moe_export.export.operand import Read, View, atoms, filled, read_of
+from moe_export.export.operand import SIZE, Read, View, atoms, filled, read_of
 from moe_export.export.source import line_of
 
 
@@ -33,6 +33,14 @@ class Value:
 
     base: Place | Made
     path: tuple[View, ...] = ()
+
+
+@dataclass(frozen=True)
+class Size:
+    """A size of the inputs, or a sum or product of such; `node` computes it, `size` is what it is in the trace."""
+
+    node: fx.Node
+    size: int
 
 
 @dataclass(frozen=True)
@@ -122,7 +130,7 @@ class _Folding:
                 outputs = self._rewritten(node.args[0], node)
             elif node in starts:
                 self._fold(starts[node])
-            elif node not in inside and Read(node) == read_of(node):
+            elif node not in inside and SIZE not in node.meta and Read(node) == read_of(node):
                 args = tuple(self._rewritten(argument, node) for argument in node.args)
                 kwargs = {key: self._rewritten(value, node) for key, value in node.kwargs.items()}
                 self._places[node] = Place(len(self._items))
@@ -151,6 +159,8 @@ class _Folding:
             if not isinstance(leaf, Outside):
                 return leaf
             base: Any = leaf.base
+            if isinstance(base, fx.Node) and SIZE in base.meta:
+                return _size(base)
             if isinstance(base, Made):
                 base = dataclasses.replace(base, loop=self._loop(base.loop, node))
             else:
@@ -166,7 +176,10 @@ class _Folding:
 
     def _view(self, view: View) -> View:
         numbers = tuple(
-            Value(self._places[number]) if isinstance(number, fx.Node) else number for number in view.numbers
+            (_size(number) if SIZE in number.meta else Value(self._places[number]))
+            if isinstance(number, fx.Node)
+            else number
+            for number in view.numbers
         )
         return dataclasses.replace(view, numbers=numbers)
 
@@ -180,6 +193,8 @@ class _Folding:
             return tuple(self._rows(leaves, node))
         if not isinstance(argument, fx.Node):
             return argument
+        if SIZE in argument.meta:
+            return _size(argument)
         read = read_of(argument)
         made = self._trace.locate(read.base)
         path = tuple(self._view(view) for view in read.path)
@@ -188,7 +203,7 @@ class _Folding:
         loop = self._trace.loops[made.loop]
         number = self._loop(made.loop, node)
         if made.position not in loop.written:
-            return Value(Made(number, made.position, made.turn), path)
+            return Value(*split_part(Made(number, made.position, made.turn), path))
         if made.turn != loop.turns - 1:
             kind = "written" if loop.written[made.position].kind == WRITE else "appended"
             raise LengthError(
@@ -216,7 +231,7 @@ class _Folding:
             yield Row(
                 first.base.loop,
                 first.base.position,
-                first.path,
+                (*first.base.part, *first.path),
                 min(turns),
                 stop - place,
                 turns[0] > turns[1],
@@ -224,11 +239,19 @@ class _Folding:
             place = stop
 
 
+def _size(node: fx.Node) -> Size:
+    """The size of a node, whatever graph it stands in."""
+    hint = node.meta["val"].node.hint if "val" in node.meta else None
+    return Size(node, int(hint) if hint is not None else 0)
+
+
 def _follows(first: Any, before: Any, this: Any, distance: int) -> bool:
     """Whether values are made by one step in turns that follow each other, in the direction of the first two."""
     if not all(isinstance(leaf, Value) and isinstance(leaf.base, Made) for leaf in (first, before, this)):
         return False
-    if (first.base.loop, first.base.position, first.path) != (this.base.loop, this.base.position, this.path):
+    if dataclasses.replace(first, base=dataclasses.replace(first.base, turn=0)) != dataclasses.replace(
+        this, base=dataclasses.replace(this.base, turn=0)
+    ):
         return False
     steps = abs(this.base.turn - before.base.turn), abs(this.base.turn - first.base.turn)
     return steps == (1, distance)
@@ -269,6 +292,10 @@ def _line(item: Call | Folded) -> str | None:
 def _merged(lengths: Sequence[int], values: Sequence[Any], where: str | None) -> Any:
     """One value for all lengths."""
     first = values[0]
+    if isinstance(first, Size):
+        if all((value.size if isinstance(value, Size) else value) == first.size for value in values):
+            return first
+        raise LengthError(f"a size of the inputs is {_shown(values)} at lengths {_shown(lengths)}", where)
     if any(type(value) is not type(first) for value in values):
         raise LengthError(f"it computes {_shown(values)} at lengths {_shown(lengths)}", where)
     if dataclasses.is_dataclass(first):
@@ -298,7 +325,8 @@ def _merged_fields(lengths: Sequence[int], values: Sequence[Any], where: str | N
     changes = {
         part.name: _merged(lengths, [getattr(value, part.name) for value in values], where)
         for part in dataclasses.fields(first)
-        if part.compare
+        # The size of an axis that is free in the first trace is a number in the others.
+        if part.compare and not (part.name == "size" and getattr(first, part.name) is None)
     }
     return dataclasses.replace(first, **changes)
 

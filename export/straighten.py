@@ -14,12 +14,12 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
-import sympy  # type: ignore[import-untyped]
+import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from moe_export.export.operand import known
+from moe_export.export.operand import SIZE, known
 
 aten = torch.ops.aten
 
@@ -63,8 +63,7 @@ class _Straightened:
             for axis, size in enumerate(node.meta["val"].shape):
                 if known(size) is None and str(size) not in self._sizes:
                     call = self.graph.call_function(aten.sym_size.int, (self._values[node], axis))
-                    call.meta["val"] = size
-                    self._sizes[str(size)] = call
+                    self._sizes[str(size)] = _marked(call, size)
 
     def _size(self, node: fx.Node) -> fx.Node | None:
         """The one node for this integer of the shape arithmetic."""
@@ -72,10 +71,7 @@ class _Straightened:
         if node.op != "call_function" or not isinstance(value, torch.SymInt):
             return None
         found = self._expressed(value.node.expr)
-        if isinstance(found, fx.Node):
-            found.meta.setdefault("val", value)
-            return found
-        return None
+        return _marked(found, value) if isinstance(found, fx.Node) else None
 
     def _expressed(self, expression: Any) -> Any:
         """Sums and products of sizes of inputs; None for anything else."""
@@ -90,6 +86,7 @@ class _Straightened:
             total = parts[0]
             for part in parts[1:]:
                 total = self.graph.call_function(call, (total, part))
+                total.meta[SIZE] = True
             self._sizes[text] = total
         return self._sizes.get(text)
 
@@ -109,7 +106,23 @@ class _Straightened:
             return self._read(node, (source, axis, args[1])) or self._select(node, source, axis, args[1])
         if node.target is aten.select.int:
             return self._read(node, args)
+        if node.target is aten.select_scatter.default:
+            return self._written_again(node, args)
         return None
+
+    def _written_again(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
+        """A write over a write at the same place: only the second one is left. Negative indices are resolved."""
+        before, value, axis, index = args
+        size = known(before.meta["val"].shape[axis])
+        if isinstance(index, int) and size is not None:
+            index %= size
+        while before.target is aten.select_scatter.default and before.args[2:] == (axis, index):
+            before = before.args[0]
+        if (before, index) == (args[0], args[3]):
+            return None
+        call = self.graph.call_function(aten.select_scatter.default, (before, value, axis, index))
+        call.meta = copy.copy(node.meta)
+        return call
 
     def _select(self, node: fx.Node, source: fx.Node, axis: int, index: Any) -> fx.Node:
         call = self.graph.call_function(aten.select.int, (source, axis, index))
@@ -131,6 +144,12 @@ class _Straightened:
         if source is args[0]:
             return None
         return self._select(node, source, axis, index)
+
+
+def _marked(node: fx.Node, value: Any) -> fx.Node:
+    node.meta[SIZE] = True
+    node.meta.setdefault("val", value)
+    return node
 
 
 def _node(value: Any) -> fx.Node | None:

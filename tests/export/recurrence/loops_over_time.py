@@ -316,6 +316,19 @@ class Split(nn.Module):
         return torch.cat(ys, dim=1)
 
 
+class FirstStepAgain(nn.Module):
+    """Every step reads the first step's value as well, which is no loop-carried value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        states: list[Tensor] = []
+        h = x[:, 0]
+        for t in range(x.shape[1]):
+            h = torch.tanh(h + x[:, t])
+            states.append(h)
+            h = h + states[0].exp()
+        return h
+
+
 x = randn(B, L, D)
 LOOPS: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "in_place": (InPlace(), (x, randn(B, L, D) + 1)),
@@ -343,5 +356,6 @@ LOOPS: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "time_last": (TimeLast(), (randn(B, D, N, L), randn(B, D, N, L), randn(B, L, N))),
     "reversed": (Reversed(), (x,)),
     "split": (Split(), (x,)),
+    "first_step_again": (FirstStepAgain(), (x,)),
 }
 TIME_AXIS = {"gated_delta": 2, "time_first": 0, "time_last": 3}

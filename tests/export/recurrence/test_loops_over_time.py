@@ -1,0 +1,164 @@
+"""Every way of writing a loop over time becomes one Scan a loop, right at lengths that nobody traced."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from moe_export.errors import NotExportableError
+from moe_export.export.dims import DimRequest
+from moe_export.export.lengths import Length
+from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.subject import Subject, make_subject
+
+
+def _neighbour(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ways = _neighbour("loops_over_time")
+refused = _neighbour("loops_that_stay")
+
+
+def subject_of(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Subject:
+    return make_subject(module, inputs, {}, source=Path(ways.__file__), how="a test")
+
+
+def exported(subject: Subject, recurrence: str = "scan") -> Graph:
+    options = Options(gates=False, simplify=False, recurrence=recurrence)  # type: ignore[arg-type]
+    return export_subject(subject, options)[0]
+
+
+def session(graph: Graph) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    proto = ir.to_proto(graph.model).SerializeToString()
+    return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+
+
+def along(subject: Subject, size: int) -> Length:
+    """The axes of all inputs that have this size; each example has it once an input."""
+    return Length(
+        tuple(
+            (name, tensor.shape.index(size))
+            for name, tensor in subject.inputs.items()
+            if size in tensor.shape
+        )
+    )
+
+
+def equal(subject: Subject, graph: Graph, length: int, batch: int) -> bool:
+    example = along(subject, ways.L).resized(subject.inputs, length)
+    example = Length(tuple((name, 1 if length_first(subject) else 0) for name in example)).resized(
+        example, batch
+    )
+    generator = torch.Generator().manual_seed(length)
+    example = {
+        name: torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in example.items()
+    }
+    with torch.no_grad():
+        wanted = subject.call_named(example)
+    found = session(graph).run(None, {name: tensor.numpy() for name, tensor in example.items()})
+    return all(
+        a.shape == b.shape and np.allclose(a.numpy(), b, rtol=1e-4, atol=1e-5)
+        for a, b in zip(wanted, found, strict=True)
+    )
+
+
+def length_first(subject: Subject) -> bool:
+    return all(tensor.shape[0] == ways.L for tensor in subject.inputs.values())
+
+
+@pytest.fixture(scope="module", params=list(ways.LOOPS))
+def way(request: pytest.FixtureRequest) -> tuple[Subject, Graph]:
+    subject = subject_of(*ways.LOOPS[request.param])
+    return subject, exported(subject)
+
+
+@pytest.mark.parametrize(("length", "batch"), [(1, 1), (1, 3), (2, 3), (7, 1), (16, 3), (63, 1), (257, 1)])
+def test_it_is_right_at_other_lengths(way: tuple[Subject, Graph], length: int, batch: int) -> None:
+    assert equal(*way, length, batch)
+
+
+def test_the_loop_is_a_scan_and_nothing_is_left_of_the_marks(way: tuple[Subject, Graph]) -> None:
+    nodes = list(way[1].model.graph.all_nodes())
+    assert any(node.op_type == "Scan" for node in nodes)
+    assert {node.domain for node in nodes} == {""}
+    assert len(nodes) <= 60
+
+
+@pytest.mark.parametrize("name", ["in_place", "strided", "layers"])
+def test_the_graph_does_not_depend_on_the_length_of_the_example(name: str) -> None:
+    module, inputs = ways.LOOPS[name]
+    subject = subject_of(module, inputs)
+    sizes = set()
+    for length in (5, 10, 33):
+        example = along(subject, ways.L).resized(subject.inputs, length)
+        graph = exported(subject_of(module, tuple(example.values())))
+        sizes.add(tuple(sorted(node.op_type for node in graph.model.graph.all_nodes())))
+    assert len(sizes) == 1
+
+
+@pytest.mark.parametrize("name", list(refused.LOOPS))
+def test_a_loop_that_cannot_be_folded_says_why_and_where(name: str) -> None:
+    module, inputs, reason, marker = refused.LOOPS[name]
+    subject = make_subject(module, inputs, {}, source=Path(refused.__file__), how="a test")
+    with pytest.raises(NotExportableError, match=reason) as caught:
+        exported(subject)
+    assert "--recurrence unrolled" in str(caught.value.hint)
+    if marker is not None:
+        file, _, line = str(caught.value.where).rpartition(":")
+        assert marker in Path(file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
+
+
+def test_it_stays_unrolled_with_its_length_fixed_and_a_note() -> None:
+    module, inputs, reason, _ = refused.LOOPS["half_way_back"]
+    subject = make_subject(module, inputs, {}, source=Path(refused.__file__), how="a test")
+    graph = exported(subject, "auto")
+    assert graph.traced.inputs["x"][1] == refused.L
+    assert "cannot be folded" in graph.notes[0]
+    assert reason in graph.notes[0]
+
+
+def test_a_length_that_was_asked_for_is_an_error_where_the_loop_cannot_be_folded() -> None:
+    module, inputs, reason, _ = refused.LOOPS["half_way_back"]
+    subject = make_subject(module, inputs, {}, source=Path(refused.__file__), how="a test")
+    options = Options(dims=DimRequest(picked={("x", 1): "seq"}), gates=False)
+    with pytest.raises(NotExportableError, match=reason):
+        export_subject(subject, options)
+
+
+def test_unrolled_is_what_the_tracer_gives() -> None:
+    subject = subject_of(*ways.LOOPS["backwards"])
+    graph = exported(subject, "unrolled")
+    assert graph.traced.inputs["x"][1] == ways.L
+    assert not any(node.op_type == "Scan" for node in graph.model.graph.all_nodes())
+
+
+def test_strong_decay_stays_finite() -> None:
+    subject = subject_of(*ways.LOOPS["sequential"])
+    graph = exported(subject)
+    example = along(subject, ways.L).resized(subject.inputs, 512)
+    example["delta"] = torch.full_like(example["delta"], 100.0)
+    found = session(graph).run(None, {name: tensor.numpy() for name, tensor in example.items()})[0]
+    with torch.no_grad():
+        (wanted,) = subject.call_named({name: tensor.double() for name, tensor in example.items()})
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=1e-4)
