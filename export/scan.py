@@ -15,15 +15,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.export.loop_body import DOMAIN, ELEMENT, END, STATE
+from moe_export.export.scan_inputs import move_inwards
 
 
 def write_scans(model: ir.Model) -> None:
     """Replace every marked loop, in the order of the graph."""
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == END:
+            move_inwards(model.graph, node)
             _write(model.graph, node)
+    RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
 
 
