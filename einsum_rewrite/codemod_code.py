@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import libcst as cst
 
 from moe_export.einsum_rewrite.codemod_call import EinsumCall, UnknownError
+from moe_export.einsum_rewrite.codemod_dots import writings
 from moe_export.einsum_rewrite.codemod_proof import prove_lines
 from moe_export.einsum_rewrite.notation import ELLIPSIS
 from moe_export.einsum_rewrite.planner import plan_einsum
@@ -65,11 +66,22 @@ def _template(call: EinsumCall) -> list[str]:
         except EquationError as error:
             raise UnknownError(f"its equation cannot be planned: {error.what}") from error
         found[to_python(plan, names, result="", from_end=any(ranks))] = None
-    if len(found) > 1:
-        raise UnknownError("its lines would depend on how many dimensions the ellipsis stands for")
-    code = next(iter(found))
-    prove_lines(call.equation, names, code)
-    return code.split("\n")
+    written = list(found) if len(found) == 1 else []
+    if any(ELLIPSIS in term for term in call.equation.inputs):
+        return _proved(call, names, itertools.chain(written, writings(call.equation, names))).split("\n")
+    prove_lines(call.equation, names, written[0])
+    return written[0].split("\n")
+
+
+def _proved(call: EinsumCall, names: Sequence[str], codes: Iterable[str]) -> str:
+    """The first of several writings that holds for every rank of the ellipsis."""
+    for code in codes:
+        try:
+            prove_lines(call.equation, names, code)
+        except UnknownError:
+            continue
+        return code
+    raise UnknownError("its lines would depend on how many dimensions the ellipsis stands for")
 
 
 def shapes_for(call: EinsumCall, ranks: Sequence[int]) -> list[tuple[str | None, ...]]:

@@ -36,7 +36,7 @@ def prove_lines(equation: Equation, names: Sequence[str], code: str) -> None:
     program = compile("\n".join([*before, f"result = {last}"]), "<lines>", "exec")
     generator = np.random.default_rng(0)
     for terms, output, sizes in _cases(equation):
-        arrays = [generator.integers(-4, 5, tuple(sizes[label] for label in term)) for term in terms]
+        arrays = [generator.integers(-4, 5, shape) for shape in sizes]
         expected = np.einsum(_spelled(terms, output), *arrays, optimize=False)
         scope = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
         try:
@@ -53,10 +53,12 @@ def _doubt(equation: Equation, arrays: Sequence[np.ndarray], what: str) -> str:
     return f"the lines for {equation.text!r} give {what} on operands of the shapes {shapes}"
 
 
-def _cases(
-    equation: Equation,
-) -> Iterator[tuple[list[tuple[str, ...]], tuple[str, ...], Mapping[str, int]]]:
-    """Every operand's labels with its ellipsis spelled out, the result's, and a size for each."""
+Shape = tuple[int, ...]
+Terms = list[tuple[str, ...]]
+
+
+def _cases(equation: Equation) -> Iterator[tuple[Terms, tuple[str, ...], list[Shape]]]:
+    """Every operand's labels with its ellipsis spelled out, the result's, and the operands' shapes."""
     dotted = [index for index, term in enumerate(equation.inputs) if ELLIPSIS in term]
     for ranks in itertools.product(RANKS, repeat=len(dotted)):
         widest = max(ranks, default=0)
@@ -66,10 +68,18 @@ def _cases(
         labels = list(dict.fromkeys(label for term in terms for label in term))
         for sizes in SIZES:
             chosen = {label: sizes[index % len(sizes)] for index, label in enumerate(labels)}
-            if np.prod([float(size) for size in chosen.values()]) <= MOST:
-                yield terms, output, chosen
-            else:
-                yield terms, output, {label: 1 + index % 2 for index, label in enumerate(labels)}
+            if np.prod([float(size) for size in chosen.values()]) > MOST:
+                chosen = {label: 1 + index % 2 for index, label in enumerate(labels)}
+            yield terms, output, [tuple(chosen[label] for label in term) for term in terms]
+        if len(dotted) > 1 and widest:
+            chosen = {label: 2 + index % 2 for index, label in enumerate(labels)}
+            for thin in dotted:
+                yield terms, output, [_shape(term, chosen, index == thin) for index, term in enumerate(terms)]
+
+
+def _shape(term: tuple[str, ...], sizes: Mapping[str, int], thin: bool) -> Shape:
+    """A shape; `thin` makes the dimensions of the ellipsis 1, to be broadcast against another operand's."""
+    return tuple(1 if thin and label.startswith(ELLIPSIS) else sizes[label] for label in term)
 
 
 def _spread(term: tuple[str, ...], rank: int, widest: int) -> tuple[str, ...]:
