@@ -128,10 +128,8 @@ def test_a_graph_of_other_sizes(command, finished, write, texts):
     path = write(texts["block"] + "model = Block(6)\nexample_inputs = (torch.randn(2, 3, 6),)\n")
     done = command("verify", finished / "block.onnx", "--against", path)
     assert done.code == 2
-    said = (
-        "error: example input 'x' is float32[2, 3, 6], expected float32[2, 3, 4] (x: float32[batch, seq, 4])"
-    )
-    assert said in done.err
+    assert "error: the graph takes x" in done.err
+    assert "but the model's example has shape [2, 3, 6]" in done.err
 
 
 def test_a_gate_graph_against_a_model_without_that_gate(command, finished):
