@@ -4,7 +4,7 @@ An expert without tokens adds nothing, so skipping it saves time and changes no 
 on the data. Three questions are answered by what they ask about, never by where they stand:
 
 - `if mask.any():`, `if rows.numel() == 0: continue`, `if counts[e] > 0:` — the expert has tokens;
-- `for e in hit.nonzero():`, `.tolist()` of it — all experts are hit;
+- `for e in hit.nonzero():`, `.tolist()` of it — all experts are hit; `counts.tolist()` — each has some;
 - a number of rows that only the data knows — it is neither 0 nor 1.
 
 What an answer was given for is listed, and the graph is compared with the model at sizes where experts go
@@ -13,6 +13,7 @@ without tokens, so an answer that changes a result is found.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -56,6 +57,32 @@ class ExpertNumber(int):
         return int(self)
 
 
+class SomeRows:
+    """How many rows an expert has, for code that only asks whether it has any."""
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __eq__(self, other: object) -> bool:
+        return not self._compared(other)
+
+    def __gt__(self, other: object) -> bool:
+        return self._compared(other)
+
+    def __le__(self, other: object) -> bool:
+        return not self._compared(other)
+
+    def __hash__(self) -> int:
+        return 0
+
+    def _compared(self, other: object) -> bool:
+        if other != 0:
+            raise TypeError(
+                "how many tokens an expert has depends on the data, and is compared with more than 0"
+            )
+        return True
+
+
 class _AllHit(TorchFunctionMode):
     """Answers what a model asks its tensors about hit experts."""
 
@@ -68,6 +95,12 @@ class _AllHit(TorchFunctionMode):
                 return answer
         if func is torch.Tensor.__len__ and _is_unknown(args[0].shape[:1]):
             return _LENGTH
+        if func in (torch.bincount, torch.Tensor.bincount):
+            least = (kwargs or {}).get("minlength", args[2] if len(args) > 2 else 0)
+            if least and len(args) == 1:  # numbers of experts: none is above `minlength`
+                return torch.nn.functional.one_hot(args[0], least).sum(0)
+        if func is torch.Tensor.item and _is_count(_node_of(args[0])):
+            return SomeRows()
         if func in (torch.Tensor.__iter__, torch.Tensor.tolist, torch.Tensor.unbind, torch.unbind):
             count = _hit_experts(_node_of(args[0]))
             if count is not None:
@@ -124,6 +157,13 @@ def _is_amount(node: Any) -> bool:
 
 def _is_mark(node: fx.Node) -> bool:
     return marks_of(node) is not None
+
+
+def _is_count(node: fx.Node | None) -> bool:
+    """Whether a value is the number of rows of one expert, an element of what counts them."""
+    while node is not None and node.target in _AS_ITS_SOURCE | {operator.getitem}:
+        node = node.args[0] if isinstance(node.args[0], fx.Node) else None
+    return node is not None and node.target in _COUNTS and _is_amount(node)
 
 
 def _hit_experts(node: fx.Node | None) -> int | None:

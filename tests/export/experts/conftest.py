@@ -116,6 +116,20 @@ class SkipByCount(Block):
         return out
 
 
+class SkipByCountList(Block):
+    """DeepSeek's reference implementation: counts as a Python list."""
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        counts = torch.bincount(indices.flatten(), minlength=self.num_experts).tolist()
+        for number in range(self.num_experts):
+            if counts[number] == 0:
+                continue
+            token, slot = torch.where(indices == number)
+            out[token] += self.experts[number](x[token]) * weights[token, slot, None]
+        return out
+
+
 class TopOne(Block):
     """Switch: one expert a token, rows are put, not added."""
 
@@ -178,7 +192,7 @@ class AddedToInput(Block):
 
 
 IDIOMS = [
-    OverHits, OverHitNumbers, IfAny, SkipEmpty, SkipByCount, TopOne, FusedWeights, AddedToInput,
+    OverHits, OverHitNumbers, IfAny, SkipEmpty, SkipByCount, SkipByCountList, TopOne, FusedWeights, AddedToInput,
 ]  # fmt: skip
 
 
