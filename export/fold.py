@@ -16,12 +16,13 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from moe_export.export.fold_body import BodyWriter, kept_meta, outputs_of, view_call
+from moe_export.export.fold_body import BodyWriter, kept_meta, view_call
+from moe_export.export.fold_results import outputs_of
 from moe_export.export.form import Form
 from moe_export.export.loop import Loop, Made
 from moe_export.export.loop_body import LoopBody
 from moe_export.export.operand import PART, View
-from moe_export.export.skeleton import Call, Folded, Place, Row, Size, Skeleton, Value, Whole
+from moe_export.export.skeleton import Call, Folded, Place, Row, Scaled, Size, Skeleton, Value, Whole
 
 aten = torch.ops.aten
 
@@ -100,6 +101,7 @@ class _Builder:
         self.graph = module.graph
         self._places: dict[str | int, fx.Node] = {}
         self._numbers: dict[Form, Any] = {}
+        self._products: dict[Scaled, fx.Node] = {}
         self._sizes: dict[fx.Node, fx.Node] = {}
         self._views: dict[Any, fx.Node] = {}
         self._loops = {item.number: item.loop for item in skeleton.items if isinstance(item, Folded)}
@@ -140,6 +142,8 @@ class _Builder:
             return self.value(number)
         if isinstance(number, Size):
             return self._size(number.node)
+        if isinstance(number, Scaled):
+            return self._scaled(number)
         if not isinstance(number, Form):
             return number
         if number not in self._numbers:
@@ -171,6 +175,14 @@ class _Builder:
             assert callable(node.target)
             self._sizes[node] = self.call(node.target, *(self._size(argument) for argument in node.args))
         return self._sizes[node]
+
+    def _scaled(self, scaled: Scaled) -> fx.Node:
+        if scaled not in self._products:
+            total = self.number(scaled.number)
+            for size in scaled.sizes:
+                total = self.call(operator.mul, total, self._size(size.node))
+            self._products[scaled] = total
+        return self._products[scaled]
 
     def value(self, value: Any) -> fx.Node:
         """The node of a value."""

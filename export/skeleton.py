@@ -7,6 +7,8 @@ those by its `Form`; where they differ in anything else, the model truly depends
 from __future__ import annotations
 
 import dataclasses
+import math
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,6 +43,14 @@ class Size:
 
     node: fx.Node
     size: int
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A product of sizes of the inputs and an integer that follows the length: `batch * L`."""
+
+    sizes: tuple[Size, ...]
+    number: Any
 
 
 @dataclass(frozen=True)
@@ -295,7 +305,7 @@ def _merged(lengths: Sequence[int], values: Sequence[Any], where: str | None) ->
     if isinstance(first, Size):
         if all((value.size if isinstance(value, Size) else value) == first.size for value in values):
             return first
-        raise LengthError(f"a size of the inputs is {_shown(values)} at lengths {_shown(lengths)}", where)
+        return _scaled(lengths, [getattr(value, "size", value) for value in values], first, where)
     if any(type(value) is not type(first) for value in values):
         raise LengthError(f"it computes {_shown(values)} at lengths {_shown(lengths)}", where)
     if dataclasses.is_dataclass(first):
@@ -316,6 +326,24 @@ def _merged(lengths: Sequence[int], values: Sequence[Any], where: str | None) ->
         if form is not None:
             return form
     raise LengthError(f"a number is {_shown(values)} at lengths {_shown(lengths)}", where)
+
+
+def _scaled(lengths: Sequence[int], values: Sequence[Any], first: Size, where: str | None) -> Scaled:
+    """A size that follows the length as a product: the number that the other sizes are multiplied by."""
+    sizes = tuple(_size(node) for node in _factors(first.node))
+    rest = math.prod(size.size for size in sizes)
+    if rest and all(isinstance(value, int) and value % rest == 0 for value in values):
+        form = form_of({length: value // rest for length, value in zip(lengths, values, strict=True)})
+        if form is not None:
+            return Scaled(sizes, form)
+    raise LengthError(f"a size of the inputs is {_shown(values)} at lengths {_shown(lengths)}", where)
+
+
+def _factors(node: fx.Node) -> list[fx.Node]:
+    """The sizes in a product, without its numbers."""
+    if node.target is not operator.mul:
+        return [node]
+    return [factor for part in node.args if isinstance(part, fx.Node) for factor in _factors(part)]
 
 
 def _merged_fields(lengths: Sequence[int], values: Sequence[Any], where: str | None) -> Any:
