@@ -73,6 +73,11 @@ example_inputs = (torch.ones(2, 3),)
 """
 
 
+def hears_ctrl_c():
+    """A job in the background starts with SIGINT ignored, and so would the commands of its tests."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_ctrl_c_in_the_middle(write, listing, tmp_path, env):
     path = write(SLEEPS, "net.py")
     (tmp_path / "net.onnx").write_text("good")
@@ -82,6 +87,7 @@ def test_ctrl_c_in_the_middle(write, listing, tmp_path, env):
         stderr=subprocess.PIPE,
         text=True,
         env=env,
+        preexec_fn=hears_ctrl_c,  # noqa: PLW1509  these tests have one thread
     )
     try:
         wait_for((tmp_path / "reached").exists)
@@ -111,6 +117,7 @@ def test_view_serves_the_file_on_the_loopback(finished, env):
         stderr=subprocess.PIPE,
         text=True,
         env=env,
+        preexec_fn=hears_ctrl_c,  # noqa: PLW1509  these tests have one thread
     )
     try:
         line = next(line for line in started.stdout if "Ctrl-C to stop" in line)

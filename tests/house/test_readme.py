@@ -6,6 +6,7 @@ its output; `...` stands for anything.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -37,7 +38,9 @@ def matches(expected: str, got: str) -> bool:
 
 def recipe(target: str) -> str:
     """The command that a make target ends in. Its installing steps ran before these tests could."""
-    shown = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    outside = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "MFLAGS"))}
+    command = ["make", "-n", "--no-print-directory", target]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, env=outside)
     return shown.stdout.splitlines()[-1].replace(".venv/bin/", "")
 
 
