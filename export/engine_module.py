@@ -1,0 +1,134 @@
+"""The module that builds engines: TensorRT-RTX or full TensorRT, behind one small adapter.
+
+Both have the same API (`Builder`, `OnnxParser`, profiles). What differs is here and nowhere else:
+
+| | TensorRT-RTX (`tensorrt_rtx`) | TensorRT (`tensorrt`) |
+|---|---|---|
+| builds for | compute capabilities by name, without a GPU; all from Ampere on; the GPU present | the GPU present |
+| typing | always strongly typed | strongly typed by a flag before version 11 |
+| cache | of kernels, compiled when the engine runs first | of tactics, timed in the build |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from moe_export.errors import MissingBackendError, UsageError
+
+CURRENT = "current"  # the GPU of this machine
+PORTABLE = "portable"  # every GPU from Ampere on, with TensorRT-RTX
+RTX, FULL = "tensorrt_rtx", "tensorrt"
+_INSTALL = {RTX: "pip install 'moe-export[rtx]'", FULL: "pip install 'moe-export[tensorrt]'"}
+_ERROR = 1  # severities: 0 internal error, 1 error, 2 warning, 3 info, 4 verbose
+
+
+@dataclass(frozen=True)
+class Module:
+    """An imported TensorRT.
+
+    Attributes:
+        name: `tensorrt_rtx` or `tensorrt`.
+        trt: The module itself.
+    """
+
+    name: str
+    trt: Any
+
+    @property
+    def version(self) -> str:
+        """Its version, `1.7.1.116`; an engine runs with the version that built it."""
+        return str(self.trt.__version__)
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """What it can build for without a GPU: `sm75`, `sm80`, ..., `portable`; nothing in full TensorRT."""
+        listed = getattr(self.trt, "ComputeCapability", None)
+        if listed is None:
+            return ()
+        return (*(name.lower() for name in listed.__members__ if name.startswith("SM")), PORTABLE)
+
+    def network_flags(self) -> int:
+        """The flags of a strongly typed network, whose types are those of the graph."""
+        flags = self.trt.NetworkDefinitionCreationFlag
+        return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+
+    def aim(self, config: Any, capability: str) -> None:
+        """Let a builder's configuration build for one capability."""
+        if self.capabilities and capability != PORTABLE:
+            config.num_compute_capabilities = 1
+            config.set_compute_capability(getattr(self.trt.ComputeCapability, capability.upper()), 0)
+
+    def log(self) -> Any:
+        """A logger that keeps what it is told in `messages`, `(severity, text)`, and prints nothing."""
+        trt = self.trt
+
+        class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+                self.messages: list[tuple[int, str]] = []
+
+            def log(self, severity: Any, message: str) -> None:
+                self.messages.append((int(severity.value), message))
+
+        return Log()
+
+
+def errors_in(log: Any) -> list[str]:
+    """The errors that a logger was told, each once, in order."""
+    return list(dict.fromkeys(text for severity, text in log.messages if severity <= _ERROR))
+
+
+def load_module(name: str | None = None, capabilities: Sequence[str] = ()) -> Module:
+    """Import TensorRT.
+
+    Args:
+        name: `tensorrt_rtx` or `tensorrt`; None takes TensorRT-RTX, or, to build for the GPU that is present, full
+            TensorRT if it is installed.
+        capabilities: What it is to build for.
+
+    Raises:
+        UsageError: No such module.
+        MissingBackendError: It is not installed, or cannot be loaded.
+    """
+    if name not in {None, RTX, FULL}:
+        raise UsageError(f"no engine builder {name!r}", hint=f"there are {RTX} and {FULL}")
+    if name is None and set(capabilities) == {CURRENT} and _installed(FULL):
+        name = FULL
+    name = name or RTX
+    try:
+        return Module(name, import_module(name))
+    except ImportError as error:
+        raise MissingBackendError(
+            f"{name} is not installed: {error}"
+            if error.name == name
+            else f"{name} cannot be loaded: {error}",
+            hint=f"{_INSTALL[name]}, on a machine with or without a GPU"
+            if name == RTX
+            else f"{_INSTALL[name]}, on a machine with an NVIDIA GPU",
+        ) from error
+
+
+def _installed(name: str) -> bool:
+    from importlib.util import find_spec
+
+    return find_spec(name) is not None
+
+
+def check_capabilities(capabilities: Sequence[str], module: Module) -> tuple[str, ...]:
+    """Compute capabilities in lower case, each once, in the order that was asked for.
+
+    Raises:
+        UsageError: None was given, or the module cannot build for one of them; lists those that it can.
+    """
+    wanted = tuple(dict.fromkeys(name.strip().lower() for name in capabilities if name.strip()))
+    known = (*module.capabilities, CURRENT)
+    hint = f"{module.name} {module.version} builds for {', '.join(known)}"
+    if not wanted:
+        raise UsageError("no compute capability to build an engine for", hint=hint)
+    for name in wanted:
+        if name not in known:
+            raise UsageError(f"no engine can be built for {name!r}", hint=hint)
+    return wanted
