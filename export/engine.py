@@ -9,6 +9,7 @@ model.onnx ─▶ engine_profiles ─▶ engine (parse, build) ─▶ Engine ─
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,8 +21,9 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 
-from moe_export.errors import MissingBackendError, UsageError
+from moe_export.errors import MissingBackendError, NotExportableError, UsageError
 from moe_export.export.engine_failure import build_refusals, parse_refusals, refused
+from moe_export.export.engine_layers import compiled_layers, memory, network_layers
 from moe_export.export.engine_module import CURRENT, Module, check_capabilities, errors_in, load_module
 from moe_export.export.engine_profiles import (
     Range,
@@ -31,10 +33,11 @@ from moe_export.export.engine_profiles import (
     input_shapes,
     shapes_at,
 )
+from moe_export.export.engine_settings import Settings, check_settings, configure, keep_timings
 
 Step = Callable[[str], AbstractContextManager[Any]]
 _INLINE = 2**31 - 2**24  # protobuf cannot hold 2 GiB
-NOT_RUN = "built, not run: no GPU"
+_NEEDS_GPU = re.compile(r"cudaError|CUDA_SUCCESS|Cuda Runtime")
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class Engine:
         plan: The bytes.
         seconds: Parsing and building.
         profiles: The ranges of each profile, by dimension.
+        settings: How it was built, where that was not the default.
+        memory: Bytes that it takes at its greatest sizes, as far as the builder says them.
+        layers: What it is made of, as plain data: `network`, the layers of the graph, and `engine`, those that
+            they were fused into.
     """
 
     capability: str
@@ -55,11 +62,30 @@ class Engine:
     plan: bytes = field(repr=False)
     seconds: float
     profiles: tuple[Mapping[str, Range], ...]
+    settings: Mapping[str, bool | int | str] = field(default_factory=dict)
+    memory: Mapping[str, int] = field(default_factory=dict)
+    layers: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def size(self) -> int:
         """Bytes of the engine."""
         return len(self.plan)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a report says of it: everything but its bytes and layers."""
+        return {
+            "capability": self.capability,
+            "module": self.module,
+            "version": self.version,
+            "size": self.size,
+            "seconds": round(self.seconds, 3),
+            "profiles": [
+                {name: [found.minimum, found.best, found.maximum] for name, found in profile.items()}
+                for profile in self.profiles
+            ],
+            "settings": dict(self.settings),
+            "memory": dict(self.memory),
+        }
 
 
 def build_engines(
@@ -68,6 +94,7 @@ def build_engines(
     ranges: Ranges | Sequence[Ranges] | None = None,
     *,
     module: str | None = None,
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
     step: Step = nullcontext,
 ) -> tuple[Engine, ...]:
     """Build one engine a compute capability.
@@ -80,6 +107,7 @@ def build_engines(
             several profiles. A dimension that is not named has 1:1:8 (`batch`) or 1:128:1024, within what the
             graph's metadata says it is right for.
         module: `tensorrt_rtx` or `tensorrt`; None chooses by the capabilities.
+        settings: What else may be chosen.
         step: Called with the name of each long step; shows progress.
 
     Returns:
@@ -96,6 +124,7 @@ def build_engines(
     """
     builder = load_module(module, [name.strip().lower() for name in capabilities])
     wanted = check_capabilities(capabilities, builder)
+    check_settings(settings, builder)
     graph, path = read_graph(model)
     dims = free_dims(graph)
     several = [ranges or {}] if ranges is None or isinstance(ranges, Mapping) else list(ranges)
@@ -104,7 +133,7 @@ def build_engines(
     with as_file(graph, path) as file:
         for capability in wanted:
             with step(f"building {capability} with {builder.name} {builder.version}"):
-                built.append(_build(builder, graph, file, capability, profiles))
+                built.append(_build(builder, graph, file, capability, profiles, settings))
     return tuple(built)
 
 
@@ -136,6 +165,7 @@ def _build(
     path: Path,
     capability: str,
     profiles: Sequence[Mapping[str, Range]],
+    settings: Settings,
 ) -> Engine:
     start = time.perf_counter()
     trt, log = module.trt, module.log()
@@ -145,19 +175,28 @@ def _build(
     network = builder.create_network(module.network_flags())
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(path)):
-        raise refused(parse_refusals(parser, graph), f"{module.name} cannot read the graph")
+        raise refused(parse_refusals(parser, graph), f"{module.name} {module.version} cannot read the graph")
     config = builder.create_builder_config()
     module.aim(config, capability)
+    configure(config, settings, module)
     shapes = input_shapes(graph)
     for ranges in profiles:
         config.add_optimization_profile(_profile(builder, network, shapes_at(shapes, ranges)))
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        if capability == CURRENT and any("CUDA" in text or "Cuda" in text for text in errors_in(log)):
-            raise _no_gpu(module, log)
-        raise refused(build_refusals(log, graph, capability), f"no engine for {capability}")
-    seconds = time.perf_counter() - start
-    return Engine(capability, module.name, module.version, bytes(plan), seconds, tuple(profiles))
+        raise _not_built(module, log, graph, capability, settings)
+    keep_timings(config, settings)
+    return Engine(
+        capability,
+        module.name,
+        module.version,
+        bytes(plan),
+        time.perf_counter() - start,
+        tuple(profiles),
+        settings.facts(),
+        memory(log),
+        {"network": network_layers(network), "engine": compiled_layers(log)},
+    )
 
 
 @contextmanager
@@ -181,6 +220,30 @@ def _profile(builder: Any, network: Any, shapes: Mapping[str, tuple[tuple[int, .
         tensor = network.get_input(index)
         profile.set_shape(tensor.name, *shapes[tensor.name])
     return profile
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a GPU that PyTorch can use."""
+    import torch
+
+    return bool(torch.cuda.is_available())
+
+
+def _not_built(
+    module: Module, log: Any, graph: ir.Model, capability: str, settings: Settings
+) -> MissingBackendError | NotExportableError:
+    """The error for a graph that was read, and of which no engine was made."""
+    needs_gpu = any(_NEEDS_GPU.search(text) for text in errors_in(log))
+    if needs_gpu and capability == CURRENT:
+        return _no_gpu(module, log)
+    if needs_gpu and (settings.refit or settings.strip_weights):
+        return MissingBackendError(
+            f"{module.name} {module.version} needs a GPU to build an engine whose weights can be replaced or left out",
+            hint="build it on a machine with an NVIDIA driver, or without --refit and --strip-weights",
+        )
+    return refused(
+        build_refusals(log, graph, capability), f"{module.name} {module.version} builds no {capability}"
+    )
 
 
 def _no_gpu(module: Module, log: Any) -> MissingBackendError:

@@ -62,18 +62,30 @@ class Module:
             config.set_compute_capability(getattr(self.trt.ComputeCapability, capability.upper()), 0)
 
     def log(self) -> Any:
-        """A logger that keeps what it is told in `messages`, `(severity, text)`, and prints nothing."""
-        trt = self.trt
+        """The process's one logger for this module, emptied; it prints nothing.
 
-        class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-                self.messages: list[tuple[int, str]] = []
+        TensorRT takes the first logger that it is given and ignores later ones while anything made with it lives.
+        Its `messages` are `(severity, text)`.
+        """
+        if self.name not in _LOGS:
+            _LOGS[self.name] = _new_log(self.trt)
+        _LOGS[self.name].messages.clear()
+        return _LOGS[self.name]
 
-            def log(self, severity: Any, message: str) -> None:
-                self.messages.append((int(severity.value), message))
 
-        return Log()
+_LOGS: dict[str, Any] = {}
+
+
+def _new_log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.messages: list[tuple[int, str]] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            self.messages.append((int(severity.value), message))
+
+    return Log()
 
 
 def errors_in(log: Any) -> list[str]:

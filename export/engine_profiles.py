@@ -133,9 +133,18 @@ def _bounds(text: str) -> tuple[int, int | None]:
     return int(match[1]), int(match[2]) if match[2] else None
 
 
-def dim_facts(dims: Sequence[Any]) -> dict[str, str]:
-    """The least and greatest sizes of dimensions, as a graph's metadata stores them: `dim.seq` → `16:`."""
-    return {f"dim.{dim.name}": f"{dim.minimum}:{'' if dim.maximum is None else dim.maximum}" for dim in dims}
+def dim_facts(dims: Sequence[Any], exact: bool = False) -> dict[str, str]:
+    """The least and greatest sizes of dimensions, as a graph's metadata stores them: `dim.seq` → `16:`.
+
+    A minimum of 2 is what tracers write on every dimension, so it counts as 1 unless the bounds are `exact`.
+    """
+    facts = {}
+    for dim in dims:
+        caution = not exact and dim.minimum == 2 != dim.maximum
+        facts[f"dim.{dim.name}"] = (
+            f"{1 if caution else dim.minimum}:{'' if dim.maximum is None else dim.maximum}"
+        )
+    return facts
 
 
 def complete_ranges(dims: Sequence[FreeDim], ranges: Ranges) -> dict[str, Range]:

@@ -13,6 +13,7 @@ from typing import Any
 import click
 
 import moe_export
+from moe_export.cli_engines import add_commands, engine_options
 from moe_export.errors import MoeExportError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -42,6 +43,7 @@ def cli() -> None:
     moe-export model.py --opset 17 -o out      export, verify, report
     moe-export model.py:Block --init dim=64 --input x=2x10x64:float32
     moe-export verify model.onnx --against model.py
+    moe-export build model.onnx --engine sm89,sm120 --range seq=1:512:4096
     moe-export rewrite "b l d, d n -> b l d n"
     moe-export view model.onnx
     """
@@ -117,6 +119,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare every graph with the model."
 )
+@engine_options(required=False)
 @_model_options
 @_verify_options
 @_output_options
@@ -126,9 +129,11 @@ def export_command(**options: Any) -> int:
     MODEL.PY defines `model` and `example_inputs`, or shows its module working at the end of the file; or name a
     class in it, MODEL.PY:CLASS, with --init and --input.
     """
+    from moe_export.cli_build import take_request
     from moe_export.cli_export import run_export
 
-    return run_export(**options)
+    engines = take_request(options)
+    return run_export(**options, engines=engines)
 
 
 @cli.command("verify")
@@ -183,6 +188,9 @@ def view_command(**options: Any) -> int:
     from moe_export.cli_view import run_view
 
     return run_view(**options)
+
+
+add_commands(cli, _output_options)
 
 
 def run(args: list[str]) -> int:

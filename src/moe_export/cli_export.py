@@ -16,10 +16,12 @@ import onnx_ir as ir
 
 import moe_export
 from moe_export.checking import verify_graph
+from moe_export.cli_build import Request, build_files, check_names, engine_lines
 from moe_export.console import Console
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
 from moe_export.export.dims import parse_dynamic
+from moe_export.export.engine_profiles import dim_facts
 from moe_export.export.load import load_subject
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
 from moe_export.export.provenance import strip_scope
@@ -52,6 +54,7 @@ def run_export(
     quiet: bool,
     as_json: bool,
     debug: bool,
+    engines: Request | None = None,
 ) -> int:
     """Run the command; the exit code."""
     console = Console(quiet, as_json)
@@ -69,6 +72,8 @@ def run_export(
             recurrence=recurrence,
         )
         graphs = export_subject(subject, options, console.step)
+        if engines is not None:
+            check_names(engines, (dim.name for graph in graphs for dim in graph.traced.dims))
         names = file_names(subject.source.stem, graphs)
         reports: list[Report | None] = []
         checked: list[Graph] = []
@@ -78,6 +83,10 @@ def run_export(
             _check_file(temporary / name)
             with console.step(f"verifying {name}" if verify else f"loading {name}"):
                 found, report = _verified(graph, temporary / name, verify, tolerance, seed, provider)
+            learned = dim_facts(found.traced.dims, exact=report is not None)
+            if learned != dim_facts(graph.traced.dims):  # the file says at which sizes it was found right
+                describe(found.model, _facts(found, subject, opset) | learned)
+                write_model(found.model, temporary / name)
             checked.append(found)
             reports.append(report)
         graphs = tuple(checked)
@@ -85,11 +94,18 @@ def run_export(
         if not equal:
             names = [_reject(temporary, name) for name in names]
         document = report_document(subject, graphs, names, reports, opset)
+        built = []
+        if engines is not None and equal:
+            for name, entry in zip(names, document["graphs"], strict=True):
+                entry["engines"] = build_files(engines, temporary / name, temporary, console.step)
+                built += entry["engines"]
         report_name = f"{subject.source.stem}.report.json"
         (temporary / report_name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     console.json(json.dumps(document, indent=2))
     console.say(f"\nmodel: {type(subject.module).__name__}, {subject.how}")
     _print(console, folder, graphs, [*names, report_name], reports)
+    for line in engine_lines(built, folder):
+        console.say(line)
     return 0 if equal else 1
 
 
@@ -154,6 +170,7 @@ def _facts(graph: Graph, subject: Subject, opset: int) -> dict[str, str]:
         "opset": str(opset),
         "kind": graph.kind,
         "module": graph.path,
+        **dim_facts(graph.traced.dims),
     }
 
 

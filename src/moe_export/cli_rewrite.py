@@ -72,15 +72,13 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
 
 
-def parse_bytes(text: str | None) -> int | None:
+def parse_bytes(text: str | None, option: str = "--max-intermediate") -> int | None:
     """`1GB` → 1,000,000,000; `512MiB` → 536,870,912."""
     if text is None:
         return None
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
     if match is None:
-        raise UsageError(
-            f"--max-intermediate: {text!r} is no amount of memory", hint="for example: 1GB, 512MiB"
-        )
+        raise UsageError(f"{option}: {text!r} is no amount of memory", hint="for example: 1GB, 512MiB")
     unit = UNITS[match[2].upper()]
     if match[3]:
         unit = 1024 ** list(UNITS).index(match[2].upper())

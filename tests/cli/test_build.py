@@ -1,0 +1,164 @@
+"""`moe-export build` and `--engine`: engines that TensorRT-RTX really builds, without a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import onnx
+import pytest
+
+from moe_export.export.engine import has_gpu
+from moe_export.export.engine_module import load_module
+
+STATUS = "built, not run" if has_gpu() else "built, not run: no GPU"
+VERSION = load_module().version
+
+
+def test_engines_are_written_beside_the_graph_with_a_report(command, finished, tmp_path):
+    done = command(
+        "build", finished / "moe.onnx", "--engine", "sm89, SM120", "--range", "batch=1:16:64", "-o", "out"
+    )
+    assert done.code == 0, done.err
+    report = json.loads((tmp_path / "out" / "moe.engines.json").read_text())
+    assert [found["file"] for found in report["engines"]] == ["moe.sm89.engine", "moe.sm120.engine"]
+    for found in report["engines"]:
+        assert (tmp_path / "out" / found["file"]).stat().st_size == found["size"] > 1000
+        assert (found["module"], found["version"]) == ("tensorrt_rtx", VERSION)
+        assert found["profiles"] == [{"batch": [1, 16, 64]}]
+        assert found["status"] == STATUS
+        assert found["seconds"] > 0
+        assert found["memory"]["activations"] > 0
+        assert f"out/{found['file']}  (tensorrt_rtx {VERSION}, " in done.out
+    assert "profile: batch 1:16:64" in done.out
+    assert "report: out/moe.engines.json" in done.out
+
+
+def test_json_is_one_document(command, finished):
+    done = command("build", finished / "block.onnx", "--engine", "portable", "-o", "out", "--json")
+    assert json.loads(done.out)["engines"][0]["capability"] == "portable"
+
+
+def test_quiet_says_nothing(command, finished):
+    done = command("build", finished / "block.onnx", "--engine", "sm89", "-o", "out", "--quiet")
+    assert (done.code, done.out, done.err) == (0, "", "")
+
+
+def test_the_layers_name_the_nodes_of_the_graph(command, finished, tmp_path):
+    assert command("build", finished / "moe.onnx", "--engine", "sm89", "--layers", "-o", "out").code == 0
+    layers = json.loads((tmp_path / "out" / "moe.sm89.layers.json").read_text())
+    names = {node.name for node in onnx.load(finished / "moe.onnx").graph.node}
+    for part in ("network", "engine"):
+        found = {node for layer in layers[part] for node in layer["nodes"]}
+        assert found & names, part
+    kernels = [layer for layer in layers["engine"] if layer["type"] == "gemm"]
+    assert kernels
+    assert all(layer["outputs"][0]["dtype"] == "float" and layer["outputs"][0]["shape"] for layer in kernels)
+
+
+def test_profiles_come_on_top_of_the_ranges(command, finished, tmp_path):
+    args = ("--range", "batch=1:2:4", "--profile", "seq=1", "--profile", "seq=2:8:16,batch=1")
+    assert command("build", finished / "block.onnx", "--engine", "sm89", *args, "-o", "out").code == 0
+    report = json.loads((tmp_path / "out" / "block.engines.json").read_text())
+    assert report["engines"][0]["profiles"] == [
+        {"batch": [1, 2, 4], "seq": [1, 1, 1]},
+        {"batch": [1, 1, 1], "seq": [2, 8, 16]},
+    ]
+
+
+def test_export_builds_engines_of_the_model_and_its_gate(command, write, texts, tmp_path, listing):
+    model = write(texts["gate"], "moe.py")
+    done = command(model, "-o", "out", "--engine", "sm86", "--range", "batch=1:4:8", "--quiet")
+    assert done.code == 0, done.err
+    assert listing(tmp_path / "out") == [
+        "moe.gate.onnx", "moe.gate.sm86.engine", "moe.onnx", "moe.report.json", "moe.sm86.engine",
+    ]  # fmt: skip
+    report = json.loads((tmp_path / "out" / "moe.report.json").read_text())
+    for graph in report["graphs"]:
+        (engine,) = graph["engines"]
+        assert engine["file"] == graph["file"].replace(".onnx", ".sm86.engine")
+        assert engine["profiles"] == [{"batch": [1, 4, 8]}]
+        assert engine["status"] == STATUS
+
+
+def test_no_engine_is_built_of_a_graph_that_is_not_equal(command, write, tmp_path, listing):
+    model = write(
+        """
+        class Noise(nn.Module):
+            def forward(self, x):
+                return x + torch.rand_like(x)
+
+        model = Noise()
+        example_inputs = (torch.randn(2, 3),)
+        """
+    )
+    done = command(model, "-o", "out", "--engine", "sm86", "--atol", "1e-9", "--rtol", "1e-9")
+    assert done.code != 0
+    assert not [name for name in listing(tmp_path) if name.endswith(".engine")]
+
+
+def test_a_graph_says_at_which_sizes_it_is_right(finished):
+    model = onnx.load(finished / "block.onnx")
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    assert facts["moe_export.dim.batch"] == "1:"
+    assert facts["moe_export.dim.seq"] == "1:"
+
+
+@pytest.mark.parametrize(
+    ("args", "said", "hint"),
+    [
+        (("--engine", "sm99"), "no engine can be built for 'sm99'", "sm75, sm80, sm86, sm89, sm120"),
+        (("--engine", ","), "no compute capability", "sm75"),
+        (("--engine", "sm89", "--range", "len=1:2:3"), "no dynamic dimension 'len'", "there are: batch, seq"),
+        (("--engine", "sm89", "--profile", "len=1"), "no dynamic dimension 'len'", "there are: batch, seq"),
+        (("--engine", "sm89", "--range", "seq=8:4:2"), "the sizes are not in order", "seq=1:512:4096"),
+        (("--engine", "sm89", "--range", "seq"), "is not NAME=MIN:OPT:MAX", "seq=1:512:4096"),
+        (("--engine", "sm89", "--workspace", "much"), "--workspace: 'much' is no amount", "1GB"),
+        (("--engine", "sm89", "--timing-cache", "t"), "a timing cache is of no use to tensorrt_rtx", "runs first"),
+    ],
+)  # fmt: skip
+def test_wrong_use_says_what_exists(command, finished, args, said, hint, listing, tmp_path):
+    done = command("build", finished / "block.onnx", *args, "-o", "out")
+    assert done.code == 2
+    assert said in done.err
+    assert hint in done.err
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "option", [("--range", "seq=1"), ("--workspace", "1GB"), ("--layers",), ("--refit",)]
+)
+def test_an_option_of_engines_without_one_is_wrong_use(command, finished, option):
+    done = command(finished / "block.py", "-o", "out", *option)
+    assert done.code == 2
+    assert f"{option[0]} is for engines, and none is asked for" in done.err
+
+
+def test_a_missing_graph_is_wrong_use(command):
+    done = command("build", "nowhere.onnx", "--engine", "sm89")
+    assert done.code == 2
+    assert "no file nowhere.onnx" in done.err
+
+
+def test_a_workspace_that_is_too_small_is_said(command, finished):
+    done = command("build", finished / "moe.onnx", "--engine", "sm89", "--workspace", "1B", "-o", "out")
+    assert done.code == 3
+    assert "workspace" in done.err
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU here, and it can do this")
+@pytest.mark.parametrize("option", ["--refit", "--strip-weights"])
+def test_replaceable_weights_need_a_gpu(command, finished, option, listing, tmp_path):
+    done = command("build", finished / "moe.onnx", "--engine", "sm89", option, "-o", "out")
+    assert done.code == 4
+    assert "needs a GPU to build an engine whose weights can be replaced or left out" in done.err
+    assert listing(tmp_path) == []
+
+
+def test_a_builder_that_is_not_there_is_missing(command, finished):
+    from importlib.util import find_spec
+
+    if find_spec("tensorrt") is not None:
+        pytest.skip("full TensorRT is installed here")
+    done = command("build", finished / "block.onnx", "--engine", "current", "--builder", "tensorrt")
+    assert done.code == 4
+    assert "pip install 'moe-export[tensorrt]'" in done.err
