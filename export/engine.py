@@ -22,7 +22,7 @@ import onnx
 import onnx_ir as ir
 
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
-from moe_export.export.engine_failure import build_refusals, parse_refusals, refused
+from moe_export.export.engine_failure import build_refusals, corner_refusals, parse_refusals
 from moe_export.export.engine_layers import compiled_layers, memory, network_layers
 from moe_export.export.engine_module import CURRENT, Module, check_capabilities, errors_in, load_module
 from moe_export.export.engine_profiles import (
@@ -33,6 +33,7 @@ from moe_export.export.engine_profiles import (
     input_shapes,
     shapes_at,
 )
+from moe_export.export.engine_refusal import refused
 from moe_export.export.engine_settings import Settings, check_settings, configure, keep_timings
 
 Step = Callable[[str], AbstractContextManager[Any]]
@@ -185,6 +186,11 @@ def _build(
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _not_built(module, log, graph, capability, settings)
+    impossible = corner_refusals(log, graph)
+    if impossible:
+        raise refused(
+            impossible, f"the graph cannot run at all sizes that the {capability} engine shall take"
+        )
     keep_timings(config, settings)
     return Engine(
         capability,

@@ -53,3 +53,17 @@ def add_commands(group: click.Group, output_options: Callable[[Command], Command
         from moe_export.cli_build import run_build
 
         return run_build(**options)
+
+    @group.command("check")
+    @click.argument("graph", metavar="GRAPH.ONNX")
+    @click.option("--target", type=click.Choice(["tensorrt"]), required=True, help="The engine to check for.")
+    @output_options
+    def check_command(**options: Any) -> int:
+        """Say what TensorRT is known to refuse in a graph, without TensorRT; exit 1 if it refuses anything.
+
+        Each line names the node, the model's line and module, the rule, and the option that avoids it. That nothing is
+        found proves nothing: only a build does.
+        """
+        from moe_export.cli_check import run_check
+
+        return run_check(**options)

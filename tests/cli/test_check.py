@@ -1,0 +1,88 @@
+"""`moe-export check --target tensorrt`: what is refused, where, and what avoids it, without building."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+LOOP = """
+class Loop(nn.Module):
+    def forward(self, x):
+        rows = torch.nonzero(x.sum(-1) > 0).squeeze(-1)
+        return torch.zeros_like(x).index_add_(0, rows, x[rows])
+
+model = Loop()
+example_inputs = {"x": torch.randn(6, 8)}
+"""
+
+
+@pytest.fixture
+def refused(command, write):
+    """A graph with NonZero and a scatter that adds."""
+    model = write(LOOP, "rows.py")
+    assert command(model, "-o", "out", "--quiet").code == 0
+    return "out/rows.onnx"
+
+
+def test_each_refusal_names_the_node_the_line_and_a_way_out(command, refused):
+    done = command("check", refused, "--target", "tensorrt")
+    assert done.code == 1
+    assert "that TensorRT refuses" in done.out
+    (nonzero,) = [line for line in done.out.splitlines() if "TensorRT-RTX has no NonZero" in line]
+    assert nonzero.strip().startswith("node NonZero node_")
+    assert "rows.py:9" in nonzero
+    (scatter,) = [line for line in done.out.splitlines() if "without a reduction only" in line]
+    assert "rows.py:10" in scatter
+    assert "avoid it: --target tensorrt, or --experts blocks" in done.out
+
+
+def test_json_holds_the_same(command, refused):
+    done = command("check", refused, "--target", "tensorrt", "--json")
+    document = json.loads(done.out)
+    assert done.code == 1
+    assert document["verdict"] == "refused"
+    assert {entry["source"] for entry in document["refused"]} == {"rows.py:9", "rows.py:10"}
+
+
+def test_the_builder_refuses_the_same(command, refused, listing, tmp_path):
+    before = listing(tmp_path / "out")
+    done = command("build", refused, "--engine", "sm89")
+    assert done.code == 3
+    for place in ("NonZero", "rows.py:9", "rows.py:10"):
+        assert place in done.err
+    assert listing(tmp_path / "out") == before
+
+
+def test_it_claims_no_more_than_it_saw(command, finished):
+    done = command("check", finished / "moe.onnx", "--target", "tensorrt")
+    assert done.code == 0
+    assert (
+        "nothing that TensorRT is known to refuse; only a build (moe-export build) shows that it builds"
+        in done.out
+    )
+    document = json.loads(command("check", finished / "moe.onnx", "--target", "tensorrt", "--json").out)
+    assert document["verdict"] == "nothing known is refused; not built"
+
+
+def test_quiet_is_the_exit_code(command, refused):
+    done = command("check", refused, "--target", "tensorrt", "--quiet")
+    assert (done.code, done.out, done.err) == (1, "", "")
+
+
+def test_it_needs_no_tensorrt(finished):
+    code = (
+        "import sys; sys.modules['tensorrt_rtx'] = None; from moe_export.cli import run; "
+        f"raise SystemExit(run(['check', {str(finished / 'moe.onnx')!r}, '--target', 'tensorrt']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_no_graph_is_wrong_use(command, tmp_path):
+    (tmp_path / "text.onnx").write_text("hello")
+    assert command("check", "text.onnx", "--target", "tensorrt").code == 2
+    assert "is no ONNX model" in command("check", "text.onnx", "--target", "tensorrt").err
+    assert command("check", "nowhere.onnx", "--target", "tensorrt").code == 2
