@@ -50,7 +50,7 @@ class Experts:
         body: See the module's docstring.
         shared: Nodes that every expert reads, in the body's order.
         weights: In the body's order.
-        start: (N, H), what is added to.
+        start: (N, H), what is added to; None for nothing.
         result: The node that the block ends in.
         line: `file:line`.
     """
@@ -60,7 +60,7 @@ class Experts:
     body: fx.GraphModule
     shared: tuple[fx.Node, ...]
     weights: tuple[Weight, ...]
-    start: fx.Node
+    start: fx.Node | None
     result: fx.Node
     line: str | None
 

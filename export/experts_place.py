@@ -18,8 +18,8 @@ from torch import fx
 from torch.export import Dim, ExportedProgram
 from torch.onnx.ops import _symbolic_impl
 
-from moe_export.export.experts_body import ZEROS, Experts, NotExpertsError, check_rows, understand
-from moe_export.export.experts_find import find_chains
+from moe_export.export.experts_body import ZEROS, Experts, NotExpertsError, check_rows
+from moe_export.export.experts_recognise import find_experts
 from moe_export.export.gate import values_of
 from moe_export.export.trace import Traced, quiet
 
@@ -59,12 +59,13 @@ class Placed:
 def place_experts(traced: Traced) -> Placed:
     """Find the MoE blocks of a model and replace each by one opaque node; refuse with a reason what is not one."""
     blocks: list[Block] = []
-    refused: list[str] = []
-    for chain in find_chains(traced.program.graph):
+    found, reasons = find_experts(traced.program.graph)
+    refused = list(reasons)
+    for experts in found:
         try:
-            blocks.append(_block(understand(chain), traced))
+            blocks.append(_block(experts, traced))
         except NotExpertsError as error:
-            refused.append(f"the loop over experts at {chain.line} stays as it was written: {error}")
+            refused.append(f"the loop over experts at {experts.line} stays as it was written: {error}")
     if not blocks:
         return Placed(traced, (), tuple(refused))
     program = _with_nodes(traced.program, [block.experts for block in blocks])
@@ -129,7 +130,8 @@ def _with_nodes(program: ExportedProgram, blocks: Sequence[Experts]) -> Exported
 
 
 def _replace(graph: fx.Graph, experts: Experts, number: int, twins: dict[fx.Node, fx.Node]) -> None:
-    result, start = twins[experts.result], twins[experts.start]
+    result = twins[experts.result]
+    start = twins[experts.start] if experts.start is not None else twins[experts.indices]
     inputs = [twins[node] for node in (experts.indices, *experts.shared)]
     for weight in experts.weights:
         inputs += [twins[node] for node in weight.separate] if weight.stack is None else [twins[weight.stack]]
@@ -158,7 +160,7 @@ def _replace(graph: fx.Graph, experts: Experts, number: int, twins: dict[fx.Node
         )
         opaque.meta = dict(result.meta)
         replacement = opaque
-        if start.target not in ZEROS:
+        if experts.start is not None and start.target not in ZEROS:
             replacement = graph.call_function(_aten.add.Tensor, (start, opaque))
             replacement.meta = dict(result.meta)
     result.replace_all_uses_with(replacement)

@@ -13,9 +13,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import fx
 from torch.overrides import TorchFunctionMode
 
+from moe_export.export.adapt_transformers import traceable_experts
 from moe_export.export.source import inside_call, is_user_file
 
 
@@ -80,9 +81,9 @@ class _Idioms(TorchFunctionMode):
 
 
 @contextmanager
-def traceable_idioms(module: nn.Module) -> Iterator[None]:
-    """While it runs, the module's calls are traced in their other form."""
-    with _Idioms(), _traceable_experts(module), mock.patch.object(builtins, "len", _length):
+def traceable_idioms() -> Iterator[None]:
+    """While it runs, calls are traced in their other form."""
+    with _Idioms(), traceable_experts(), mock.patch.object(builtins, "len", _length):
         yield
 
 
@@ -92,24 +93,6 @@ _len = len
 def _length(value: Any) -> Any:
     """`len(x)` of a tensor → `x.shape[0]`, which may stay a symbol; Python makes a plain integer of the other."""
     return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else _len(value)
-
-
-@contextmanager
-def _traceable_experts(module: nn.Module) -> Iterator[None]:
-    """Experts of transformers gather their weights: its other ways have no ONNX form or depend on the data."""
-    models = [
-        child
-        for child in module.modules()
-        if getattr(child, "_can_set_experts_implementation", lambda: False)()
-    ]
-    before = [model.get_experts_implementation() for model in models]  # type: ignore[operator]
-    try:
-        for model in models:
-            model.set_experts_implementation("batched_mm")  # type: ignore[operator]
-        yield
-    finally:
-        for model, implementation in zip(models, before, strict=True):
-            model.set_experts_implementation(implementation)  # type: ignore[operator]
 
 
 @contextmanager

@@ -184,7 +184,7 @@ def _export(
             with (
                 torch.no_grad(),
                 torch.backends.opt_einsum.flags(enabled=False),
-                traceable_idioms(subject.module),
+                traceable_idioms(),
                 every_expert_hit(),
                 user_lines(),
             ):

@@ -13,18 +13,18 @@ from moe_export.export.idioms import traceable_idioms, user_lines
 
 def test_everything_is_put_back():
     before = (builtins.len, fx.proxy.TracerBase._filter_traceback_frames)
-    with traceable_idioms(nn.ReLU()), user_lines():
+    with traceable_idioms(), user_lines():
         assert builtins.len is not before[0]
         assert len([1, 2]) == 2
         assert len(torch.ones(3, 2)) == 3
     assert (builtins.len, fx.proxy.TracerBase._filter_traceback_frames) == before
-    with pytest.raises(RuntimeError), traceable_idioms(nn.ReLU()):
+    with pytest.raises(RuntimeError), traceable_idioms():
         raise RuntimeError
     assert builtins.len is before[0]
 
 
 def test_plain_calls_are_not_changed():
-    with traceable_idioms(nn.ReLU()):
+    with traceable_idioms():
         assert torch.equal(
             nn.functional.one_hot(torch.tensor([0, 2]), 3), torch.tensor([[1, 0, 0], [0, 0, 1]])
         )
@@ -33,20 +33,16 @@ def test_plain_calls_are_not_changed():
             len(torch.tensor(1.0))
 
 
-def test_experts_of_transformers_are_traced_and_put_back():
-    from transformers import MixtralConfig, MixtralModel
+def test_experts_of_transformers_take_the_way_that_traces_and_are_put_back():
+    from transformers import MixtralConfig
+    from transformers.integrations import moe
+    from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
-    config = MixtralConfig(
-        vocab_size=16,
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        num_local_experts=4,
-    )
-    model = MixtralModel(config)
-    before = model.get_experts_implementation()
-    with traceable_idioms(model):
-        assert set(model.get_experts_implementation().values()) == {"batched_mm"}
-    assert model.get_experts_implementation() == before
+    config = MixtralConfig(hidden_size=8, intermediate_size=8, num_local_experts=4)
+    config._experts_implementation = "eager"
+    block = MixtralSparseMoeBlock(config)
+    before = moe.ExpertsInterface.get_interface
+    with traceable_idioms():
+        found = moe.ALL_EXPERTS_FUNCTIONS.get_interface(block.experts.config._experts_implementation, None)
+        assert found is moe.batched_mm_experts_forward
+    assert moe.ExpertsInterface.get_interface is before

@@ -1,0 +1,199 @@
+"""Find MoE blocks that compute all token-expert pairs at once, and take the computation of one expert out of them.
+
+Weights are looked up by the chosen experts (`w[idx]`, then `bmm` or an einsum), or multiplied with rows that are
+sorted by expert (`grouped_mm`); a block ends where the rows of a token's k slots are added up. See `experts_rows`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moe_export.export.experts_body import Experts, NotExpertsError
+from moe_export.export.experts_combine import Combination, combination
+from moe_export.export.experts_inline import inlined
+from moe_export.export.experts_pair_body import PairBody
+from moe_export.export.experts_row_rules import rows_after
+from moe_export.export.experts_rows import Region, Rows, rank_of, shape_of
+from moe_export.export.source import line_of
+
+_aten = torch.ops.aten
+
+_LOOKUPS = {_aten.index.Tensor, _aten.index_select.default}
+_FIRST_RANK = 3  # weights are matrices: (E, a, b); what has less may be a bias, or a vocabulary
+
+
+@dataclass(frozen=True)
+class Root:
+    """Integers that weights of experts are used by.
+
+    Attributes:
+        choices: What may be the choice of experts that they come from, (N, k) or (N,), in graph order.
+        count: E.
+        line: `file:line` of that use.
+    """
+
+    choices: tuple[fx.Node, ...]
+    count: int
+    line: str | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A block, and the loops over experts that became a part of its body, by the nodes that they end in."""
+
+    block: Experts
+    loops: frozenset[fx.Node]
+
+
+def find_roots(graph: fx.Graph, loops: Mapping[fx.Node, Experts]) -> tuple[Root, ...]:
+    """Every use of weights by integers that are computed, in graph order.
+
+    Args:
+        graph: The traced program.
+        loops: Loops over experts that were understood, by the node that each ends in.
+    """
+    found: dict[fx.Node, Root] = {}
+    for node in graph.nodes:
+        for index, count in _lookups(node, loops):
+            if index not in found:
+                found[index] = Root(_choices(index), count, line_of(node.meta.get("stack_trace")))
+    return tuple({root.choices: root for root in reversed(found.values())}.values())[::-1]
+
+
+def _lookups(node: fx.Node, loops: Mapping[fx.Node, Experts]) -> Iterator[tuple[fx.Node, int]]:
+    """The integers that weights of experts are used by, and E."""
+    if node in loops:
+        yield loops[node].indices, loops[node].count
+        return
+    stack: object = None
+    index: object = None
+    if node.target is _aten.index.Tensor and len(node.args[1]) == 1:  # type: ignore[arg-type]
+        stack, index = node.args[0], node.args[1][0]  # type: ignore[index]
+    elif node.target is _aten.index_select.default and node.args[1] == 0:
+        stack, index = node.args[0], node.args[2]
+    elif node.target is _aten._grouped_mm.default and len(node.args) > 2:
+        stack, index = node.args[1:3]
+    if isinstance(stack, fx.Node) and isinstance(index, fx.Node) and rank_of(stack) >= _FIRST_RANK:
+        size = str(shape_of(stack)[0])
+        if size.isdigit():
+            yield index, int(size)
+
+
+def _choices(index: fx.Node) -> tuple[fx.Node, ...]:
+    """What integers come from by arithmetic on integers, the earliest first."""
+    stack, seen = [index], {index}
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen and _is_integers(source):
+                seen.add(source)
+                stack.append(source)
+    fits = {node for node in seen if rank_of(node) in (1, 2) and node.target not in _COUNTING}
+    return tuple(node for node in index.graph.nodes if node in fits)
+
+
+_COUNTING = {_aten.arange.default, _aten.arange.start, _aten.arange.start_step}
+
+
+def _is_integers(node: fx.Node) -> bool:
+    """Whether a node is a tensor of integers, or a sort of one."""
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return node.target is not _aten.topk.default and all(
+            isinstance(each, torch.Tensor) and not each.dtype.is_floating_point for each in value
+        )
+    counted = node.target in (_aten._to_copy.default, _aten.histc.default, _aten.cumsum.default)
+    return (
+        isinstance(value, torch.Tensor) and value.dim() > 0 and (counted or not value.dtype.is_floating_point)
+    )
+
+
+def understand_pairs(root: Root, loops: Mapping[fx.Node, Experts]) -> Found | None:
+    """The block in which weights are used; None if there is none.
+
+    Raises:
+        NotExpertsError: It uses the choice in a way that has no body; says why.
+    """
+    for indices in root.choices:
+        if rank_of(indices) == 2 and not str(shape_of(indices)[1]).isdigit():
+            continue
+        found = _understand(indices, root, loops)
+        if found is not None:
+            return found
+    return None
+
+
+def _understand(indices: fx.Node, root: Root, loops: Mapping[fx.Node, Experts]) -> Found | None:
+    region = Region(indices, root.count, {})
+    region.rows[indices] = Rows(
+        rank_of(indices), None, lambda body: _number(body, rank_of(indices)), "expert", constant=True
+    )
+    end = _follow(region, loops) or _single(region)
+    if end is None:
+        return None
+    body = PairBody(region)
+    value = end.make(body)
+    block = Experts(
+        indices=indices,
+        count=root.count,
+        body=body.module(value),
+        shared=tuple(body.shared),
+        weights=tuple(body.weights),
+        start=end.start,
+        result=end.result,
+        line=root.line,
+    )
+    return Found(block, frozenset(node for node in loops if node in region.rows))
+
+
+def _number(body: PairBody, lead: int) -> fx.Node:
+    """The expert's number, (1,) or (1, 1)."""
+    return body.expert if lead == 1 else body.as_rows(body.expert)
+
+
+def _follow(region: Region, loops: Mapping[fx.Node, Experts]) -> Combination | None:
+    """Follow the choice through the graph, up to where the slots of a token are added up."""
+    started = False
+    for node in region.indices.graph.nodes:
+        started = started or node is region.indices
+        if not started or node is region.indices or node.op != "call_function":
+            continue
+        if node in loops:
+            rows = inlined(region, loops[node])
+            if rows is not None:
+                region.rows[node] = rows
+            continue
+        if region.rows.keys().isdisjoint(node.all_input_nodes):
+            continue
+        found = combination(region, node)
+        if found is not None:
+            return found
+        known = rows_after(region, node)
+        if known is not None:
+            region.rows[node] = known
+    return None
+
+
+def _single(region: Region) -> Combination | None:
+    """With one slot a token nothing is added up: a block ends in the one value that others use."""
+    if region.slots != 1:
+        return None
+    ends = [
+        node
+        for node, rows in region.rows.items()
+        if rows.weighs
+        and not rows.constant
+        and rows.where == (1, None)
+        and rank_of(node) > 1
+        and node.target is not operator.getitem
+        and any(user not in region.rows for user in node.users)
+    ]
+    if not ends:
+        return None
+    if len(ends) > 1:
+        raise NotExpertsError("several values of the experts are used behind them")
+    return Combination(ends[0], None, lambda body: body.value(ends[0]))
