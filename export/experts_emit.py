@@ -7,23 +7,32 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript import optimizer
+from torch.export import ExportedProgram
 
 from moe_export.einsum_rewrite import rewrite_program
 from moe_export.errors import NotExportableError
-from moe_export.export.experts_lower import LOWERINGS, Opaque, choose
+from moe_export.export.experts_batch import trace_batched
+from moe_export.export.experts_choose import LOWERINGS, choose
+from moe_export.export.experts_lower import Opaque
 from moe_export.export.experts_onnx import Writer
+from moe_export.export.experts_parts import Parts, take_apart
 from moe_export.export.experts_place import DOMAIN, NUMBER, OPERATOR, Block
+from moe_export.export.experts_weights import Weight
 from moe_export.export.trace import quiet
 
 
-def write_experts(model: ir.Model, blocks: Sequence[Block], choice: str) -> list[str]:
+def write_experts(
+    model: ir.Model, blocks: Sequence[Block], choice: str, target: str = "onnxruntime-cpu"
+) -> list[str]:
     """Write out every opaque node of a model, in place.
 
     Args:
         model: As torch's exporter made it.
         blocks: What the nodes mean, by their number.
         choice: The lowering, or `auto`.
+        target: The engine that the graph is for, by which `auto` chooses.
 
     Returns:
         A line for each block, for the report.
@@ -35,9 +44,9 @@ def write_experts(model: ir.Model, blocks: Sequence[Block], choice: str) -> list
     for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]:
         number = node.attributes[NUMBER].as_int()
         block = blocks[number]
-        name = choose(choice, block.experts.count)
+        name = choose(choice, block.experts.count, target)
         writer = Writer(model.graph, f"experts_{number}")
-        result = LOWERINGS[name](writer, _opaque(node, block, _body(block, model)))
+        result = LOWERINGS[name](writer, _opaque(node, block, model))
         for made in writer.nodes:
             made.metadata_props.update(node.metadata_props)
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
@@ -47,26 +56,18 @@ def write_experts(model: ir.Model, blocks: Sequence[Block], choice: str) -> list
         notes.append(f"{block.experts.count} experts at {block.experts.line}: lowered as {name!r}")
     if notes:
         model.opset_imports.pop(DOMAIN, None)
-        _drop_unused_weights(model)
         with quiet():
             optimizer.fold_constants(model)
+            RemoveUnusedNodesPass()(model)
     return notes
 
 
-def _drop_unused_weights(model: ir.Model) -> None:
-    for name, value in list(model.graph.initializers.items()):
-        if not value.uses() and value not in model.graph.outputs:
-            del model.graph.initializers[name]
-
-
-def _body(block: Block, model: ir.Model) -> ir.Graph:
-    """One expert in ONNX, at the opset of the model."""
-    program, _ = rewrite_program(block.program)
+def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
+    """A body in ONNX, taken apart."""
+    program, _ = rewrite_program(program)
     try:
         with quiet(), torch.no_grad():
-            exported = torch.onnx.export(
-                program, dynamo=True, opset_version=model.opset_imports[""], verbose=False
-            )
+            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:
         raise NotExportableError(
             "an expert could not be translated to ONNX",
@@ -74,14 +75,27 @@ def _body(block: Block, model: ir.Model) -> ir.Graph:
             hint=str(error).split("\n", 1)[0],
         ) from error
     assert exported is not None
-    return exported.model.graph
+    return take_apart(exported.model.graph, len(block.experts.shared))
 
 
-def _opaque(node: ir.Node, block: Block, body: ir.Graph) -> Opaque:
+def _batched(block: Block) -> ExportedProgram:
+    experts = block.experts
+    try:
+        return trace_batched(experts.body, block.example, len(experts.shared))
+    except Exception as error:
+        raise NotExportableError(
+            f"an expert cannot be computed for several experts at once: {str(error).strip().splitlines()[0]}",
+            where=experts.line,
+            hint="--experts slices and --experts loop take one expert at a time",
+        ) from error
+
+
+def _opaque(node: ir.Node, block: Block, model: ir.Model) -> Opaque:
+    opset = model.opset_imports[""]
     values = [value for value in node.inputs if value is not None]
     experts = block.experts
     shared, rest = values[1 : 1 + len(experts.shared)], values[1 + len(experts.shared) :]
-    weights: list[Sequence[ir.Value] | ir.Value] = []
+    weights: list[Weight] = []
     for weight in experts.weights:
         size = experts.count if weight.stack is None else 1
         weights.append(rest[:size] if weight.stack is None else rest[0])
@@ -92,9 +106,11 @@ def _opaque(node: ir.Node, block: Block, body: ir.Graph) -> Opaque:
         indices=values[0],
         shared=shared,
         weights=weights,
-        body=body,
+        parts=_body(block.program, block, opset),
+        batched=lambda: _body(_batched(block), block, opset),
         count=experts.count,
         slots=int(indices.shape[1]) if indices.dim() == 2 else 1,
         hidden=[int(size) for size in result.shape[1:]],
+        opset=opset,
         metadata=copy.copy(node.metadata_props),
     )

@@ -1,6 +1,7 @@
-"""Write out what an opaque MoE node means: `slices`, or `loop`.
+"""Write out what an opaque MoE node means, an expert at a time: `slices` and `loop`.
 
-See docs/experts.md for the forms and when each is chosen. Letters as in `experts_onnx`.
+See docs/experts.md for the forms and when each is chosen; `experts_batched` has the others.
+Letters as in `experts_onnx`.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.experts_onnx import INT64, Sorted, Writer, combine, sort_by_expert, write_body
-
-SLICES_UP_TO = 64  # experts; above, a graph that grows with them is no longer worth its speed
+from moe_export.export.experts_onnx import INT64, Writer, apart, combine, every_pair, sort_by_expert
+from moe_export.export.experts_parts import Parts, PartsWriter
+from moe_export.export.experts_weights import ExpertWeights, Weight
 
 
 @dataclass(frozen=True)
@@ -24,19 +25,23 @@ class Opaque:
         indices: (N, k) or (N,).
         shared: Values that every expert reads.
         weights: For each weight of the body its E tensors, or one stack (E, ...) of them.
-        body: ONNX of one expert: `(token, slot, expert, *shared, *weights) → (R, H)`.
+        parts: ONNX of one expert.
+        batched: Makes ONNX of several experts at once: pairs (B, R), weights (B, ...) → rows (B, R, H).
         count: E.
         slots: k.
         hidden: The sizes behind the rows of the result.
+        opset: Of the graph.
     """
 
     indices: ir.Value
     shared: Sequence[ir.Value]
-    weights: Sequence[Sequence[ir.Value] | ir.Value]
-    body: ir.Graph
+    weights: Sequence[Weight]
+    parts: Parts
+    batched: Callable[[], Parts]
     count: int
     slots: int
     hidden: Sequence[int]
+    opset: int
     metadata: Mapping[str, str]
 
 
@@ -46,89 +51,91 @@ Lowering = Callable[[Writer, Opaque], ir.Value]
 def slices(w: Writer, block: Opaque) -> ir.Value:
     """One part of the sorted pairs an expert; each with weights of its own, that are copied nowhere."""
     pairs = sort_by_expert(w, block.indices, block.count, block.slots)
-    tokens = w.many("Split", pairs.token, pairs.counts, outputs=block.count, axis=0)
-    slots = w.many("Split", pairs.slot, pairs.counts, outputs=block.count, axis=0)
-    rows = []
+    writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
+    entering = [
+        w.many("Split", value, pairs.counts, outputs=block.count, axis=0)
+        for value in writer.before(w, pairs.token, pairs.slot)
+    ]
+    ready = ExpertWeights(w, block.weights, block.count, block.opset).apart(block.parts, writer)
+    leaving = []
     for expert in range(block.count):
         inner = w.inner(str(expert))
-        mine = [_one(inner, weight, expert) for weight in block.weights]
-        rows.append(
-            write_body(
-                inner,
-                block.body,
-                [tokens[expert], slots[expert], w.ints(expert), *block.shared, *mine],
-                block.metadata,
-            )
-        )
+        mine = [column[expert] for column in entering]
+        leaving.append(writer.core(inner, mine, w.ints(expert), ready[expert]))
         w.take(inner)
-    return combine(w, w.op("Concat", *rows, axis=0), pairs.positions, block.slots, block.hidden)
+    joined = [w.op("Concat", *column, axis=0) for column in zip(*leaving, strict=True)]
+    return _finish(w, block, writer, joined, pairs.positions)
 
 
-def _one(w: Writer, weight: Sequence[ir.Value] | ir.Value, expert: int) -> ir.Value:
-    if not isinstance(weight, ir.Value):
-        return weight[expert]
-    if weight.const_value is not None:
-        return w.constant(weight.const_value.numpy()[expert], f"{weight.name}.{expert}")
-    return w.op("Squeeze", w.op("Slice", weight, w.ints(expert), w.ints(expert + 1), w.ints(0)), w.ints(0))
+def _finish(
+    w: Writer, block: Opaque, writer: PartsWriter, rows: Sequence[ir.Value], positions: ir.Value
+) -> ir.Value:
+    """What the experts gave, row by row as `positions` say → the result (N, H)."""
+    back = [w.op("Gather", value, positions, axis=0) for value in rows]
+    token, slot = apart(w, every_pair(w, positions, "every_pair"), block.slots)
+    return combine(w, writer.after(w, back, token, slot, (-1,)), block.slots, block.hidden)
 
 
 def loop(w: Writer, block: Opaque) -> ir.Value:
     """A `Loop` over the experts that were hit; each turn takes its weights from the stack."""
     pairs = sort_by_expert(w, block.indices, block.count, block.slots)
-    stacks = [_stack(w, weight, index) for index, weight in enumerate(block.weights)]
+    writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
+    entering = writer.before(w, pairs.token, pairs.slot)
+    weights = ExpertWeights(w, block.weights, block.count, block.opset)
+    stacks = weights.stacked(block.parts)
     hits = w.op("Squeeze", w.op("NonZero", pairs.counts), w.ints(0), name="hits")
-    body, dtype = _turn(w, block, pairs, stacks, hits)
-    # The sequence starts with no rows: there may be no token at all.
-    none = w.constant(np.zeros((0, *block.hidden), dtype.numpy()), f"{w.prefix}.no_rows")
-    empty = w.op("SequenceConstruct", none)
-    empty.type = ir.SequenceType(ir.TensorType(dtype))
-    always = w.constant(np.array(True), f"{w.prefix}.true")
-    parts = w.op("Loop", w.op("Size", hits), always, empty, body=body, name="parts")
-    return combine(w, w.op("ConcatFromSequence", parts, axis=0), pairs.positions, block.slots, block.hidden)
-
-
-def _turn(
-    w: Writer, block: Opaque, pairs: Sorted, stacks: Sequence[ir.Value], hits: ir.Value
-) -> tuple[ir.Graph, ir.DataType]:
-    """The body of the `Loop`: the rows of one expert are put behind those of the experts before it."""
-    dtype = block.body.outputs[0].dtype
-    assert dtype is not None
-    rows_type = ir.SequenceType(ir.TensorType(dtype))
-    turn = ir.Value(name=f"{w.prefix}.turn", type=ir.TensorType(INT64), shape=ir.Shape(()))
-    before = ir.Value(name=f"{w.prefix}.going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(()))
-    sequence = ir.Value(name=f"{w.prefix}.before", type=rows_type)
-    inner = w.inner("turn")
-    expert = inner.op("Gather", hits, turn, axis=0, name="expert")
+    turn = _Turn(w.inner("turn"), block.parts.leaving)
+    inner = turn.writer
+    expert = inner.op("Gather", hits, turn.number, axis=0, name="expert")
     bounds = [
         inner.op("Unsqueeze", inner.op("Gather", value, expert), w.ints(0))
         for value in (pairs.starts, pairs.ends)
     ]
-    token, slot = (inner.op("Slice", value, *bounds, w.ints(0)) for value in (pairs.token, pairs.slot))
-    mine = [inner.op("Gather", stack, expert, axis=0) for stack in stacks]
-    number = inner.op("Unsqueeze", expert, w.ints(0))
-    rows = write_body(inner, block.body, [token, slot, number, *block.shared, *mine], block.metadata)
-    after = inner.op("SequenceInsert", sequence, rows, name="after")
-    after.type = rows_type
-    going = inner.op("Identity", before)
-    going.type = ir.TensorType(ir.DataType.BOOL)
-    return ir.Graph([turn, before, sequence], [going, after], nodes=inner.nodes, name="expert"), dtype
+    mine = [inner.op("Slice", value, *bounds, w.ints(0)) for value in entering]
+    ready = [inner.op("Gather", stack, expert, axis=0) for stack in stacks]
+    ready = ready if weights.known else writer.prepared(inner, ready)
+    rows = writer.core(inner, mine, inner.op("Unsqueeze", expert, w.ints(0)), ready)
+    body = turn.graph(rows)
+    always = w.constant(np.array(True), f"{w.prefix}.true")
+    count = w.op("Size", hits)
+    starts = [_no_rows(w, value) for value in block.parts.leaving]
+    parts = w.many("Loop", count, always, *starts, outputs=len(starts), body=body)
+    joined = [w.op("ConcatFromSequence", value, axis=0) for value in parts]
+    return _finish(w, block, writer, joined, pairs.positions)
 
 
-def _stack(w: Writer, weight: Sequence[ir.Value] | ir.Value, index: int) -> ir.Value:
-    """The weights of all experts as one (E, ...)."""
-    if isinstance(weight, ir.Value):
-        return weight
-    arrays = [value.const_value.numpy() for value in weight if value.const_value is not None]
-    if len(arrays) == len(weight):
-        return w.constant(np.stack(arrays), f"{w.prefix}.weights_{index}")
-    return w.op("Concat", *(w.op("Unsqueeze", value, w.ints(0)) for value in weight), axis=0)
+def _no_rows(w: Writer, value: ir.Value) -> ir.Value:
+    """A sequence that starts with no rows: there may be no token at all."""
+    assert value.shape is not None
+    assert value.dtype is not None
+    sizes = [int(size) for size in value.shape[1:]]  # type: ignore[arg-type]
+    none = w.constant(np.zeros((0, *sizes), value.dtype.numpy()), f"{w.prefix}.no_{value.name}")
+    empty = w.op("SequenceConstruct", none)
+    empty.type = ir.SequenceType(ir.TensorType(value.dtype))
+    return empty
 
 
-LOWERINGS: dict[str, Lowering] = {"slices": slices, "loop": loop}
+class _Turn:
+    """The body of a `Loop` that puts the rows of one expert behind those of the experts before it."""
 
+    def __init__(self, writer: Writer, leaving: Sequence[ir.Value]) -> None:
+        name = writer.prefix
+        self.writer = writer
+        self.number = ir.Value(name=f"{name}.number", type=ir.TensorType(INT64), shape=ir.Shape(()))
+        self._going = ir.Value(name=f"{name}.going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(()))
+        self._sequences = []
+        for index, value in enumerate(leaving):
+            assert value.dtype is not None
+            rows_type = ir.SequenceType(ir.TensorType(value.dtype))
+            self._sequences.append(ir.Value(name=f"{name}.before_{index}", type=rows_type))
 
-def choose(choice: str, count: int) -> str:
-    """The lowering that `auto` stands for: slices are the fastest on a CPU, but grow with the experts."""
-    if choice != "auto":
-        return choice
-    return "slices" if count <= SLICES_UP_TO else "loop"
+    def graph(self, rows: Sequence[ir.Value]) -> ir.Graph:
+        """The finished body; `rows` are those of this turn."""
+        longer = []
+        for sequence, value in zip(self._sequences, rows, strict=True):
+            longer.append(self.writer.op("SequenceInsert", sequence, value))
+            longer[-1].type = sequence.type
+        going = self.writer.op("Identity", self._going)
+        going.type = self._going.type
+        inputs = [self.number, self._going, *self._sequences]
+        return ir.Graph(inputs, [going, *longer], nodes=self.writer.nodes, name="expert")

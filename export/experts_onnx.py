@@ -1,16 +1,20 @@
-"""Pieces of ONNX that the experts' lowerings share: sorting pairs by expert, writing out a body, stacking weights.
+"""Pieces of ONNX that the experts' lowerings share: counting and sorting pairs, writing nodes, evaluating them.
 
 Letters: N tokens, k slots, S = N*k pairs, E experts, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
 from onnx_ir import tape
+
+from moe_export.errors import NotExportableError
 
 INT64 = ir.DataType.INT64
 
@@ -24,13 +28,13 @@ class Writer:
     """
 
     def __init__(
-        self, graph: ir.Graph, prefix: str, constants: dict[tuple[int, ...], ir.Value] | None = None
+        self, graph: ir.Graph, prefix: str, constants: dict[tuple[int | None, ...], ir.Value] | None = None
     ) -> None:
         self._tape = tape.Tape()
         self._written: list[ir.Node] = []
         self.graph = graph
         self.prefix = prefix
-        self._constants = {} if constants is None else constants
+        self._constants: dict[tuple[int | None, ...], ir.Value] = {} if constants is None else constants
 
     @property
     def nodes(self) -> Sequence[ir.Node]:
@@ -70,6 +74,21 @@ class Writer:
             self._constants[numbers] = self.constant(np.array(numbers, dtype=np.int64), name)
         return self._constants[numbers]
 
+    def scalar(self, number: int) -> ir.Value:
+        """A constant () of int64."""
+        if (None, number) not in self._constants:
+            name = f"{self.prefix}.scalar_{number}"
+            self._constants[None, number] = self.constant(np.array(number, dtype=np.int64), name)
+        return self._constants[None, number]
+
+    def copied(self, value: ir.Value) -> ir.Value:
+        """A constant of another graph, in this one."""
+        assert value.const_value is not None
+        array = value.const_value.numpy()
+        if array.dtype == np.int64 and array.ndim == 1 and array.size <= 8:
+            return self.ints(*array.tolist())
+        return self.constant(array, f"{self.prefix}.{value.name}")
+
     def constant(self, array: np.ndarray, name: str) -> ir.Value:
         """An initializer of the main graph."""
         tensor = ir.tensor(array, name=name)
@@ -78,6 +97,48 @@ class Writer:
         )
         self.graph.register_initializer(value)
         return value
+
+
+@dataclass(frozen=True)
+class Counted:
+    """How the pairs spread over the experts.
+
+    Attributes:
+        flat: (S,) the expert of each pair, token by token.
+        rank: (S,) how many pairs of the same expert stand before each.
+        counts: (E,) pairs of each expert.
+    """
+
+    flat: ir.Value
+    rank: ir.Value
+    counts: ir.Value
+
+
+def count_by_expert(w: Writer, indices: ir.Value, count: int) -> Counted:
+    """Count pairs by expert: one-hot and a cumulative sum, the same order on every machine.
+
+    Args:
+        w: Where to write.
+        indices: (N, k) or (N,).
+        count: E.
+    """
+    flat = w.op("Reshape", indices, w.ints(-1))
+    column = w.op("Unsqueeze", flat, w.ints(1))
+    experts = w.constant(np.arange(count, dtype=np.int64), f"{w.prefix}.experts")
+    hot = w.op("Cast", w.op("Equal", column, experts), to=ir.DataType.INT32)  # (S, E)
+    ranks = w.op("CumSum", hot, w.scalar(0), exclusive=1)
+    rank = w.op("Squeeze", w.op("GatherElements", ranks, column, axis=1), w.ints(1))
+    counts = w.op("ReduceSum", hot, w.ints(0), keepdims=0)
+    return Counted(
+        flat=flat,
+        rank=w.op("Cast", rank, to=INT64, name="rank"),
+        counts=w.op("Cast", counts, to=INT64, name="counts"),
+    )
+
+
+def every_pair(w: Writer, values: ir.Value, name: str = "pairs") -> ir.Value:
+    """The numbers 0 to S - 1, for a value (S,)."""
+    return w.op("Range", w.scalar(0), w.op("Size", values), w.scalar(1), name=name)
 
 
 @dataclass(frozen=True)
@@ -110,66 +171,87 @@ def sort_by_expert(w: Writer, indices: ir.Value, count: int, slots: int) -> Sort
         count: E.
         slots: k.
     """
-    flat = w.op("Reshape", indices, w.ints(-1))
-    experts = w.constant(np.arange(count, dtype=np.int64), f"{w.prefix}.experts")
-    chosen = w.op("Equal", w.op("Unsqueeze", flat, w.ints(1)), experts)
-    hot = w.op("Cast", chosen, to=INT64)  # (S, E)
-    ranks = w.op("CumSum", hot, w.constant(np.array(0, dtype=np.int64), f"{w.prefix}.axis_0"))
-    counts = w.op("ReduceSum", hot, w.ints(0), keepdims=0, name="counts")
-    ends = w.op("CumSum", counts, w.constant(np.array(0, dtype=np.int64), f"{w.prefix}.axis"), name="ends")
-    starts = w.op("Sub", ends, counts, name="starts")
-    rank = w.op(
-        "Squeeze", w.op("GatherElements", ranks, w.op("Unsqueeze", flat, w.ints(1)), axis=1), w.ints(1)
-    )
-    positions = w.op("Sub", w.op("Add", w.op("Gather", starts, flat), rank), w.ints(1), name="positions")
-    zero, one = (w.constant(np.array(n, dtype=np.int64), f"{w.prefix}.scalar_{n}") for n in (0, 1))
-    pairs = w.op("Range", zero, w.op("Size", flat), one)
+    counted = count_by_expert(w, indices, count)
+    ends = w.op("CumSum", counted.counts, w.scalar(0), name="ends")
+    starts = w.op("Sub", ends, counted.counts, name="starts")
+    positions = w.op("Add", w.op("Gather", starts, counted.flat), counted.rank, name="positions")
+    pairs = every_pair(w, counted.flat)
     order = w.op("ScatterElements", pairs, positions, pairs, axis=0, name="order")
-    return Sorted(
-        token=w.op("Div", order, w.ints(slots), name="token"),
-        slot=w.op("Mod", order, w.ints(slots), name="slot"),
-        counts=counts,
-        starts=starts,
-        ends=ends,
-        positions=positions,
-    )
+    token, slot = apart(w, order, slots)
+    return Sorted(token, slot, counted.counts, starts, ends, positions)
 
 
-def combine(w: Writer, rows: ir.Value, positions: ir.Value, slots: int, hidden: Sequence[int]) -> ir.Value:
-    """Rows (S, H) in the order of the experts → their sums (N, H) over the slots of each token."""
-    back = w.op("Gather", rows, positions, axis=0)
+def apart(w: Writer, pairs: ir.Value, slots: int) -> tuple[ir.Value, ir.Value]:
+    """Token and slot of pairs that are numbered token by token."""
     if slots == 1:
-        return back
-    apart = w.op("Reshape", back, w.ints(-1, slots, *hidden))
-    return w.op("ReduceSum", apart, w.ints(1), keepdims=0, name="combined")
+        return pairs, w.op("Sub", pairs, pairs, name="slot")
+    return w.op("Div", pairs, w.ints(slots), name="token"), w.op("Mod", pairs, w.ints(slots), name="slot")
 
 
-def write_body(
-    w: Writer, body: ir.Graph, inputs: Sequence[ir.Value], metadata: Mapping[str, str]
-) -> ir.Value:
-    """Write the nodes of a body once more, on the given inputs.
+def combine(w: Writer, rows: ir.Value, slots: int, hidden: Sequence[int]) -> ir.Value:
+    """Rows (S, H) in the order of the tokens → their sums (N, H) over the slots of each token."""
+    if slots == 1:
+        return w.op("Reshape", rows, w.ints(-1, *hidden))
+    by_token = w.op("Reshape", rows, w.ints(-1, slots, *hidden))
+    return w.op("ReduceSum", by_token, w.ints(1), keepdims=0, name="combined")
+
+
+def write_nodes(
+    w: Writer, nodes: Iterable[ir.Node], known: dict[ir.Value, ir.Value], metadata: Mapping[str, str]
+) -> None:
+    """Write nodes of another graph once more.
+
+    Args:
+        w: Where to write.
+        nodes: In order.
+        known: Values of the other graph → values of this one; what the nodes give is added.
+        metadata: For the nodes that are written.
 
     Raises:
-        ValueError: The body holds control flow of its own.
+        NotExportableError: A node holds a graph of its own.
     """
-    mapping: dict[ir.Value, ir.Value] = dict(zip(body.inputs, inputs, strict=True))
-    for value in body.initializers.values():
-        assert value.const_value is not None
-        array = value.const_value.numpy()
-        if array.dtype == np.int64 and array.ndim == 1 and array.size <= 8:
-            mapping[value] = w.ints(*array.tolist())
-        else:
-            mapping[value] = w.constant(array, f"{w.prefix}.{value.name}")
-    for node in body:
+    for node in nodes:
         if any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values()):
-            raise ValueError(f"{node.op_type} in an expert")
+            raise NotExportableError(f"an expert holds control flow of its own ({node.op_type})")
         attributes = {name: attribute.value for name, attribute in node.attributes.items()}
         made = w.many(
             node.op_type,
-            *(mapping[value] if value is not None else None for value in node.inputs),
+            *(known[value] if value is not None else None for value in node.inputs),
             outputs=len(node.outputs),
             **attributes,
         )
         made[0].producer().metadata_props.update(metadata)  # type: ignore[union-attr]
-        mapping.update(zip(node.outputs, made, strict=True))
-    return mapping[body.outputs[0]]
+        known.update(zip(node.outputs, made, strict=True))
+
+
+def evaluate(
+    nodes: Sequence[ir.Node],
+    values: Mapping[ir.Value, np.ndarray],
+    wanted: Sequence[ir.Value],
+    version: int,
+) -> list[np.ndarray]:
+    """What nodes give for arrays that are known now.
+
+    Args:
+        nodes: In order.
+        values: What they take.
+        wanted: Values among those that the nodes take or give.
+        version: Opset.
+    """
+    known = dict(values)
+    for node in nodes:
+        if node.op_type == "Transpose":  # a view; the reference would copy
+            array = known[node.inputs[0]]  # type: ignore[index]
+            perm = node.attributes.get("perm")
+            known[node.outputs[0]] = array.transpose(perm.as_ints() if perm else None)
+            continue
+        names = [f"i{index}" if value is not None else "" for index, value in enumerate(node.inputs)]
+        results = [f"o{index}" for index in range(len(node.outputs))]
+        proto = onnx.helper.make_node(node.op_type, names, results, domain=node.domain)
+        proto.attribute.extend(ir.to_proto(attribute) for attribute in node.attributes.values())
+        feeds = {
+            name: known[value] for name, value in zip(names, node.inputs, strict=True) if value is not None
+        }
+        run = ReferenceEvaluator(proto, opsets={"": version}).run(None, feeds)
+        known.update(zip(node.outputs, map(np.asarray, run), strict=True))
+    return [known[value] for value in wanted]

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from onnx_ir import tensor_adapters
 from torch import fx
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 from torch.onnx.ops import _symbolic_impl
 
+from moe_export.export.experts_batch import trace_body
 from moe_export.export.experts_body import ZEROS, Experts, NotExpertsError, check_rows
 from moe_export.export.experts_recognise import find_experts
 from moe_export.export.gate import values_of
@@ -35,10 +36,12 @@ class Block:
     Attributes:
         experts: What it means.
         program: Its body, with a dynamic number of rows.
+        example: What the body was traced with.
     """
 
     experts: Experts
     program: ExportedProgram
+    example: tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -88,18 +91,12 @@ def _block(experts: Experts, traced: Traced) -> Block:
     shared = [values[node] for node in experts.shared]
     arguments = (rows, torch.zeros_like(rows), expert, *shared, *weights)
     free = {0, 1, *range(3, 3 + len(shared))}
-    spec = tuple(
-        tuple(Dim.AUTO if index in free else None for _ in range(value.dim()))
-        for index, value in enumerate(arguments)
-    )
+    spec = [[index in free] * value.dim() for index, value in enumerate(arguments)]
     try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(
-                experts.body, tuple(value.clone() for value in arguments), dynamic_shapes=spec, strict=False
-            ).run_decompositions({})
+        program = trace_body(experts.body, arguments, spec)
     except Exception as error:
         raise NotExpertsError(f"the expert cannot be traced for any number of tokens: {error}") from error
-    return Block(experts, program)
+    return Block(experts, program, arguments)
 
 
 def _with_nodes(program: ExportedProgram, blocks: Sequence[Experts]) -> ExportedProgram:

@@ -22,7 +22,7 @@ from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
 from moe_export.export.recurrence import Mode, fold_recurrences
 from moe_export.export.routing import Routing, find_routings, routing_outputs
-from moe_export.export.scan import write_scans
+from moe_export.export.scan import Lowering, write_scans
 from moe_export.export.simplify import simplify
 from moe_export.export.subject import Subject
 from moe_export.export.trace import Traced, quiet, trace
@@ -39,10 +39,12 @@ class Options:
         dims: Which dimensions to leave free, and their names.
         gates: True for every gate, False for none, or the module path of one.
         simplify: Whether to try onnxsim.
-        experts: How loops over experts are lowered: a name of `experts_lower.LOWERINGS`, `auto`, or `keep` for as
+        experts: How loops over experts are lowered: a name of `experts_choose.LOWERINGS`, `auto`, or `keep` for as
             they were written.
-        recurrence: `auto` folds loops over a length and notes those that it cannot, `scan` insists, `unrolled`
-            leaves them as traced, with their length fixed.
+        recurrence: `auto` folds loops over a length and notes those that it cannot, `scan` and `chunked` insist,
+            `unrolled` leaves them as traced, with their length fixed.
+        unroll: Steps that a turn of a `Scan` takes.
+        target: The engine that the graph is for: a name of `experts_choose.TARGETS`.
     """
 
     opset: int = 17
@@ -51,6 +53,8 @@ class Options:
     simplify: bool = True
     experts: str = "auto"
     recurrence: Mode = "auto"
+    unroll: int = 1
+    target: str = "onnxruntime-cpu"
 
 
 @dataclass(frozen=True)
@@ -163,8 +167,8 @@ def _graph(
     lowered: list[str] = []
 
     def write_opaque(model: ir.Model) -> None:
-        lowered.extend(write_experts(model, placed.blocks, options.experts))
-        write_scans(model)
+        lowered.extend(write_experts(model, placed.blocks, options.experts, options.target))
+        lowered.extend(write_scans(model, Lowering(options.recurrence, options.unroll)))
 
     with step("rewriting einsums"), quiet():
         program, sites = rewrite_program(traced.program)

@@ -101,17 +101,32 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--experts",
-    type=click.Choice(["auto", "slices", "loop", "keep"]),
+    type=click.Choice(["auto", "dense", "slices", "blocks", "gather", "loop", "keep"]),
     default="auto",
     show_default=True,
-    help="How loops over experts are written: a part an expert, one Loop over those hit, or as they are.",
+    help="How experts are computed (docs/experts.md); keep leaves them as written.",
+)
+@click.option(
+    "--target",
+    type=click.Choice(["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]),
+    default="onnxruntime-cpu",
+    show_default=True,
+    help="The engine that the graph is for; decides what auto stands for.",
 )
 @click.option(
     "--recurrence",
-    type=click.Choice(["auto", "scan", "unrolled"]),
+    type=click.Choice(["auto", "scan", "chunked", "unrolled"]),
     default="auto",
     show_default=True,
-    help="Loops over a length: one Scan for any length where that can be, always (or an error), or as traced.",
+    help="Loops over a length: for any length where that can be; always (or an error) as a Scan, or as products over"
+    " chunks; or as traced.",
+)
+@click.option(
+    "--unroll",
+    type=click.IntRange(1, 64),
+    default=1,
+    show_default=True,
+    help="Steps of a loop that a turn of its Scan takes.",
 )
 @click.option(
     "--simplify/--no-simplify", default=True, show_default=True, help="Try onnxsim; kept if it helps."

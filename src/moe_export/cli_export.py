@@ -42,7 +42,9 @@ def run_export(
     dynamic: tuple[str, ...],
     gate: str | None,
     experts: str,
-    recurrence: Literal["auto", "scan", "unrolled"],
+    target: str,
+    recurrence: Literal["auto", "scan", "chunked", "unrolled"],
+    unroll: int,
     simplify: bool,
     verify: bool,
     init: tuple[str, ...],
@@ -69,7 +71,9 @@ def run_export(
             gates=True if gate is None else False if gate == "none" else gate,
             simplify=simplify,
             experts=experts,
+            target=target,
             recurrence=recurrence,
+            unroll=unroll,
         )
         graphs = export_subject(subject, options, console.step)
         if engines is not None:

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_export.export.experts_lower import choose
+from moe_export.export.experts_choose import choose
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 

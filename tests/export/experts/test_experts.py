@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +16,8 @@ import torch
 from torch import nn
 
 from moe_export.export.emit import emit
+from moe_export.export.experts_choose import LOWERINGS, choose
 from moe_export.export.experts_emit import write_experts
-from moe_export.export.experts_lower import choose
 from moe_export.export.experts_mask import marks_of
 from moe_export.export.experts_place import place_experts
 from moe_export.export.pipeline import Options, export_subject
@@ -45,12 +46,14 @@ def session_of(model: ir.Model) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
-def lowered(module: nn.Module) -> dict[str, tuple[onnxruntime.InferenceSession, list[str], ir.Model]]:
-    """One trace, written in both forms."""
+def lowered(
+    module: nn.Module, names: Iterable[str] = ("slices", "blocks")
+) -> dict[str, tuple[onnxruntime.InferenceSession, list[str], ir.Model]]:
+    """One trace, written in several forms."""
     placed = place_experts(trace(subject_of(module)))
     assert len(placed.blocks) == 1
     found = {}
-    for name in ("slices", "loop"):
+    for name in names:
         notes: list[str] = []
         model = emit(
             placed.traced,
@@ -81,7 +84,7 @@ def test_every_idiom_is_understood_and_right(idiom):
 
 def test_all_tokens_to_one_expert():
     module = idioms.TopOne().eval()
-    graphs = lowered(module)
+    graphs = lowered(module, LOWERINGS)
     for expert in range(6):
         x = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(expert))
         # Every token points along this expert's row of the gate.
@@ -96,7 +99,7 @@ def test_all_tokens_to_one_expert():
 def test_no_token_at_all_and_weights_stored_once():
     module = idioms.SkipEmpty().eval()
     weights = sum(parameter.nbytes for parameter in module.parameters())
-    for session, _, model in lowered(module).values():
+    for session, _, model in lowered(module, LOWERINGS).values():
         (got,) = session.run(None, {"x": np.zeros((2, 0, 16), np.float32)})
         assert got.shape == (2, 0, 16)
         stored = sum(value.const_value.nbytes for value in model.graph.initializers.values())
@@ -112,8 +115,10 @@ def test_a_loop_graph_does_not_grow_with_the_experts():
 
 
 def test_auto_is_a_loop_above_64_experts():
-    assert [choose("auto", count) for count in (8, 64, 65, 256)] == ["slices", "slices", "loop", "loop"]
-    assert choose("slices", 256) == "slices"
+    choices = [choose("auto", count, "onnxruntime-cpu") for count in (8, 64, 65, 256)]
+    assert choices == ["slices", "slices", "loop", "loop"]
+    assert choose("slices", 256, "onnxruntime-cpu") == "slices"
+    assert choose("auto", 8, "tensorrt") == choose("auto", 256, "onnxruntime-cuda") == "blocks"
 
 
 def test_keep_leaves_the_loop_as_it_was_written():
