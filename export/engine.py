@@ -13,7 +13,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,9 +22,10 @@ import onnx
 import onnx_ir as ir
 
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
+from moe_export.export import engine_turing
 from moe_export.export.engine_failure import build_refusals, corner_refusals, parse_refusals
 from moe_export.export.engine_layers import compiled_layers, memory, network_layers
-from moe_export.export.engine_module import CURRENT, Module, check_capabilities, errors_in, load_module
+from moe_export.export.engine_module import CURRENT, RTX, Module, check_capabilities, errors_in, load_module
 from moe_export.export.engine_profiles import (
     Range,
     Ranges,
@@ -55,6 +56,7 @@ class Engine:
         memory: Bytes that it takes at its greatest sizes, as far as the builder says them.
         layers: What it is made of, as plain data: `network`, the layers of the graph, and `engine`, those that
             they were fused into.
+        notes: What a reader should know.
     """
 
     capability: str
@@ -66,6 +68,7 @@ class Engine:
     settings: Mapping[str, bool | int | str] = field(default_factory=dict)
     memory: Mapping[str, int] = field(default_factory=dict)
     layers: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    notes: tuple[str, ...] = ()
 
     @property
     def size(self) -> int:
@@ -86,6 +89,7 @@ class Engine:
             ],
             "settings": dict(self.settings),
             "memory": dict(self.memory),
+            "notes": list(self.notes),
         }
 
 
@@ -131,10 +135,12 @@ def build_engines(
     several = [ranges or {}] if ranges is None or isinstance(ranges, Mapping) else list(ranges)
     profiles = tuple(complete_ranges(dims, one) for one in several or [{}])
     built = []
-    with as_file(graph, path) as file:
-        for capability in wanted:
-            with step(f"building {capability} with {builder.name} {builder.version}"):
-                built.append(_build(builder, graph, file, capability, profiles, settings))
+    for capability in wanted:
+        with step(f"building {capability} with {builder.name} {builder.version}"):
+            fitted, file, notes = _fit(graph, path, capability, builder)
+            with as_file(fitted, file) as named:
+                engine = _build(builder, fitted, named, capability, profiles, settings)
+            built.append(replace(engine, notes=notes))
     return tuple(built)
 
 
@@ -203,6 +209,17 @@ def _build(
         memory(log),
         {"network": network_layers(network), "engine": compiled_layers(log)},
     )
+
+
+def _fit(
+    graph: ir.Model, path: Path | None, capability: str, module: Module
+) -> tuple[ir.Model, Path | None, tuple[str, ...]]:
+    """The graph as these GPUs can compute it, its file if that is the file's, and what was changed."""
+    if capability == engine_turing.CAPABILITY and module.name == RTX:
+        fitted, count = engine_turing.without_float32_products(graph)
+        if count:
+            return fitted, None, (engine_turing.NOTE.format(count=count),)
+    return graph, path, ()
 
 
 @contextmanager

@@ -141,6 +141,7 @@ def engine_lines(documents: Iterable[Mapping[str, Any]], folder: Path) -> list[s
         for profile in found["profiles"]:
             sizes = ", ".join(f"{name} {low}:{best}:{high}" for name, (low, best, high) in profile.items())
             lines.append(f"  profile: {sizes or 'no dynamic size'}")
+        lines += [f"  note: {note}" for note in found["notes"]]
     return lines
 
 

@@ -1,0 +1,38 @@
+"""Every file of models/ becomes an engine for Turing, Ampere, Ada and Blackwell, at dynamic sizes."""
+
+from __future__ import annotations
+
+import pytest
+
+from moe_export.export.engine import build_engines
+from moe_export.export.engine_rules import find_refusals
+
+NAMES = ["attention", "gshard_moe", "hybrid", "mamba", "mamba2", "moe_gate", "sparse_moe"]
+CAPABILITIES = ["sm75", "sm86", "sm89", "sm120"]
+
+
+def test_every_model_is_named(tools):
+    assert sorted(path.stem for path in tools.models.glob("[a-z]*.py")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_model_and_its_gates_build_for_every_gpu(exported, name):
+    for graph in exported(name):
+        assert graph.traced.dims, "no size is free"
+        assert find_refusals(graph.model).refused == ()
+        ranges = {dim.name: (1, 2, 8) if dim.name == "batch" else (16, 64, 256) for dim in graph.traced.dims}
+        engines = build_engines(graph.model, CAPABILITIES, ranges)
+        assert [engine.capability for engine in engines] == CAPABILITIES
+        for engine in engines:
+            assert engine.size > 10_000
+            assert engine.memory["activations"] >= 0
+            assert {name: (r.minimum, r.best, r.maximum) for name, r in engine.profiles[0].items()} == ranges
+
+
+def test_kernels_know_the_nodes_that_they_compute(exported):
+    graph = exported("sparse_moe")[0]
+    (engine,) = build_engines(graph.model, ["sm89"])
+    names = {node.name for node in graph.model.graph.all_nodes()}
+    known = [set(kernel["nodes"]) for kernel in engine.layers["engine"] if kernel["nodes"]]
+    assert len(known) > 10
+    assert sum(bool(nodes & names) for nodes in known) > 0.9 * len(known)
