@@ -21,7 +21,7 @@ demo: install
 	$(BIN)/moe-export models/sparse_moe.py --opset 17 -o out
 
 test: install
-	$(BIN)/python -m pytest -n 2 -m "not slow and not gpu" --ignore=tests/bench
+	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/bench
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -19,6 +19,8 @@ class Settings:
         strip_weights: Leave the weights out; they are put in when the engine is loaded. Implies `refit`.
         refit: Make an engine whose weights can be replaced.
         workspace: The most memory in bytes that the engine may use for intermediate values; None is no limit.
+        tf32: Let float32 products round their factors to 10 bits, which is faster, and too coarse for the logits of
+            a router: another expert may win.
         timing_cache: A file that keeps what was timed, for the next build; full TensorRT only.
     """
 
@@ -26,6 +28,7 @@ class Settings:
     refit: bool = False
     workspace: int | None = None
     timing_cache: Path | None = None
+    tf32: bool = False
 
     def facts(self) -> dict[str, bool | int | str]:
         """What is not as it is by default, for a report."""
@@ -33,6 +36,7 @@ class Settings:
             "strip_weights": self.strip_weights,
             "refit": self.refit or self.strip_weights,
             "workspace": self.workspace,
+            "tf32": self.tf32,
             "timing_cache": str(self.timing_cache) if self.timing_cache else None,
         }
         return {name: value for name, value in every.items() if value}
@@ -57,6 +61,8 @@ def configure(config: Any, settings: Settings, module: Module) -> None:
     """Put the settings into a builder's configuration."""
     trt = module.trt
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+    if not settings.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
     if settings.strip_weights:
         config.set_flag(trt.BuilderFlag.STRIP_PLAN)
     if settings.refit or settings.strip_weights:

@@ -11,7 +11,7 @@
 |---|---|
 | `specs` | what crosses the border: arrays, `TensorSpec`, `DimRange`, `RoutingPair` |
 | `runner` | the protocol of an engine |
-| `torch_runner`, `onnxruntime_runner` | the engines, each importing its library when it is used |
+| `torch_runner`, `onnxruntime_runner`, `tensorrt_runner` | the engines, each importing its library when it is used |
 | `sizes`, `inputs` | which sizes, which values |
 | `tolerance`, `judge`, `routing` | when two outputs are the same |
 | `compare` | the loop |
@@ -31,6 +31,7 @@ from moe_export.verify.routing import judge_routing
 from moe_export.verify.runner import RunFailedError, Runner
 from moe_export.verify.specs import Array, DimRange, RoutingPair, TensorSpec
 from moe_export.verify.table import show
+from moe_export.verify.tensorrt_runner import TensorRtRunner
 from moe_export.verify.tolerance import DEFAULTS, Margin, Tolerance
 from moe_export.verify.torch_runner import TorchRunner
 
@@ -49,6 +50,7 @@ __all__ = [
     "Row",
     "RunFailedError",
     "Runner",
+    "TensorRtRunner",
     "TensorSpec",
     "Tolerance",
     "TorchRunner",

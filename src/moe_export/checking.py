@@ -17,6 +17,7 @@ from moe_export.verify import (
     OnnxRuntimeRunner,
     Report,
     RoutingPair,
+    TensorRtRunner,
     TensorSpec,
     Tolerance,
     TorchRunner,
@@ -71,7 +72,7 @@ def verify_graph(
 
 
 def verify_file(
-    candidate: OnnxRuntimeRunner,
+    candidate: OnnxRuntimeRunner | TensorRtRunner,
     reference: Subject,
     *,
     example: Mapping[str, torch.Tensor],

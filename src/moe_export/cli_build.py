@@ -9,19 +9,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
+
 import moe_export
 from moe_export.cli_rewrite import parse_bytes
 from moe_export.console import Console
+from moe_export.engine_running import not_run, run_status
 from moe_export.errors import UsageError
-from moe_export.export.engine import Engine, build_engines, has_gpu, read_graph
+from moe_export.export.engine import Engine, build_engines, read_graph
 from moe_export.export.engine_module import check_capabilities, load_module
 from moe_export.export.engine_profiles import Range, free_dims, parse_range
 from moe_export.export.engine_settings import Settings, check_settings
 from moe_export.export.write import staging
 
 SCHEMA = "moe-export/engines/1"
-NOT_RUN, NO_GPU = "built, not run", "built, not run: no GPU"
-_NAMES = ("ranges", "profiles", "builder", "workspace", "strip_weights", "refit", "timing_cache", "layers")
+_NAMES = (
+    "ranges",
+    "profiles",
+    "builder",
+    "workspace",
+    "strip_weights",
+    "refit",
+    "timing_cache",
+    "layers",
+    "tf32",
+    "require",
+)
 
 
 @dataclass(frozen=True)
@@ -34,6 +47,7 @@ class Request:
         module: `tensorrt_rtx`, `tensorrt`, or None for whichever fits.
         settings: The rest.
         layers: Whether to write what each engine is made of.
+        require: Whether engines that cannot be run here are an error.
     """
 
     capabilities: tuple[str, ...]
@@ -41,6 +55,7 @@ class Request:
     module: str | None
     settings: Settings
     layers: bool
+    require: bool
 
 
 def take_request(options: dict[str, Any]) -> Request | None:
@@ -70,12 +85,20 @@ def take_request(options: dict[str, Any]) -> Request | None:
         strip_weights=given["strip_weights"],
         refit=given["refit"],
         workspace=parse_bytes(given["workspace"], "--workspace"),
+        tf32=given["tf32"],
         timing_cache=Path(given["timing_cache"]) if given["timing_cache"] else None,
     )
     module = load_module(given["builder"], wanted)
     capabilities = check_capabilities(wanted, module)
     check_settings(settings, module)
-    return Request(capabilities, tuple(profiles or [common]), module.name, settings, given["layers"])
+    return Request(
+        capabilities,
+        tuple(profiles or [common]),
+        module.name,
+        settings,
+        given["layers"],
+        bool(given["require"]),
+    )
 
 
 _OPTIONS = {"ranges": "range", "profiles": "profile"}
@@ -117,17 +140,31 @@ def build_files(
     engines = build_engines(
         graph, request.capabilities, ranges, module=request.module, settings=request.settings, step=step
     )
-    return [_write(engine, graph.name.removesuffix(".onnx"), folder, request.layers) for engine in engines]
+    return [_write(engine, graph, folder, request.layers) for engine in engines]
 
 
-def _write(engine: Engine, stem: str, folder: Path, layers: bool) -> dict[str, Any]:
-    name = f"{stem}.{engine.capability}"
+def _write(engine: Engine, graph: Path, folder: Path, layers: bool) -> dict[str, Any]:
+    name = f"{graph.name.removesuffix('.onnx')}.{engine.capability}"
     (folder / f"{name}.engine").write_bytes(engine.plan)
     if layers:
         text = json.dumps(engine.layers, indent=1)
         (folder / f"{name}.layers.json").write_text(text + "\n", encoding="utf-8")
-    status = NOT_RUN if has_gpu() else NO_GPU
-    return {"file": f"{name}.engine", "status": status, **engine.to_dict()}
+    status, report = run_status(folder / f"{name}.engine", graph, engine.capability, engine.module)
+    verification = report.to_dict() if report is not None else None
+    return {"file": f"{name}.engine", "status": status, **engine.to_dict(), "verification": verification}
+
+
+def exit_code(request: Request, engines: Iterable[Mapping[str, Any]], console: Console) -> int:
+    """1 if an engine ran and is not equal, 4 if one had to run and did not, else 0; says so."""
+    statuses = [str(found["status"]) for found in engines]
+    if "not equal" in statuses:
+        console.say("NOT EQUAL to the graph that it was built from")
+        return 1
+    error = not_run(statuses) if request.require else None
+    if error is not None:
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    return 0
 
 
 def engine_lines(documents: Iterable[Mapping[str, Any]], folder: Path) -> list[str]:
@@ -169,4 +206,4 @@ def run_build(graph: str, output: str | None, quiet: bool, as_json: bool, debug:
     for line in engine_lines(engines, folder):
         console.say(line)
     console.say(f"report: {folder / name}")
-    return 0
+    return exit_code(request, engines, console)

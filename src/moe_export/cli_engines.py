@@ -35,6 +35,9 @@ def _options(required: bool) -> list[Callable[[Command], Command]]:
         click.option("--workspace", metavar="2GB", help="The most memory for intermediate values."),
         click.option("--strip-weights", is_flag=True, help="Leave the weights out of the engine (needs a GPU)."),
         click.option("--refit", is_flag=True, help="Make weights replaceable (needs a GPU)."),
+        click.option("--tf32", is_flag=True, help="Faster and coarser float32 products."),
+        click.option("--require", type=click.Choice(["tensorrt"]),
+                     help="Exit 4 if the engines cannot be run here; without it that is only said."),
         click.option("--timing-cache", metavar="FILE", help="Keep timings for the next build (tensorrt only)."),
         click.option("--layers", is_flag=True, help="Write what each engine is made of, as JSON."),
     ]  # fmt: skip

@@ -16,7 +16,7 @@ import onnx_ir as ir
 
 import moe_export
 from moe_export.checking import verify_graph
-from moe_export.cli_build import Request, build_files, check_names, engine_lines
+from moe_export.cli_build import Request, build_files, check_names, engine_lines, exit_code
 from moe_export.console import Console
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
@@ -110,6 +110,8 @@ def run_export(
     _print(console, folder, graphs, [*names, report_name], reports)
     for line in engine_lines(built, folder):
         console.say(line)
+    if engines is not None and equal:
+        return exit_code(engines, built, console)
     return 0 if equal else 1
 
 

@@ -15,6 +15,7 @@ import torch
 
 from moe_export.checking import Routing, verify_file
 from moe_export.console import Console
+from moe_export.engine_running import graph_of, is_engine, open_engine
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.dims import Dim
 from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject
@@ -22,7 +23,7 @@ from moe_export.export.load import load_subject
 from moe_export.export.routing import find_routings, routing_outputs
 from moe_export.export.subject import Subject
 from moe_export.export.trace import trace
-from moe_export.verify import OnnxRuntimeRunner, TensorSpec, Tolerance, show
+from moe_export.verify import OnnxRuntimeRunner, TensorRtRunner, TensorSpec, Tolerance, show
 
 
 def run_verify(
@@ -41,8 +42,9 @@ def run_verify(
     """Run the command; the exit code."""
     console = Console(quiet, as_json)
     tolerance = Tolerance(rtol, atol)
-    candidate = OnnxRuntimeRunner(Path(graph), provider)
-    facts = _metadata(Path(graph))
+    path = Path(graph)
+    candidate = open_engine(path) if is_engine(path) else OnnxRuntimeRunner(path, provider)
+    facts = _metadata((graph_of(path) or path) if is_engine(path) else path)
     with console.user_code():
         with console.step(f"loading {against}"):
             subject = load_subject(against, init=init, inputs=inputs)
@@ -55,7 +57,7 @@ def run_verify(
                 candidate,
                 reference,
                 example=example,
-                dims=_dims(candidate.inputs, example),
+                dims=_within(_dims(candidate.inputs, example), candidate),
                 routing=routing,
                 tolerance=tolerance,
                 seed=seed,
@@ -66,7 +68,20 @@ def run_verify(
     return report.exit_code
 
 
+Candidate = OnnxRuntimeRunner | TensorRtRunner
+
+
+def _within(dims: list[Dim], candidate: Candidate) -> list[Dim]:
+    """The dimensions within what an engine's profile takes."""
+    if not isinstance(candidate, TensorRtRunner):
+        return dims
+    taken = {dim.name: dim for dim in candidate.dims}
+    return [replace(dim, minimum=taken[dim.name].minimum, maximum=taken[dim.name].maximum) for dim in dims]
+
+
 def _metadata(path: Path) -> dict[str, str]:
+    if is_engine(path):
+        return {}  # an engine without its graph beside it
     model = onnx.load(path, load_external_data=False)
     return {entry.key: entry.value for entry in model.metadata_props}
 
@@ -97,7 +112,7 @@ def _reference(subject: Subject, facts: Mapping[str, str]) -> tuple[Subject, Rou
     )
 
 
-def _aligned(candidate: OnnxRuntimeRunner, reference: Subject, routing: Routing) -> tuple[Subject, Routing]:
+def _aligned(candidate: Candidate, reference: Subject, routing: Routing) -> tuple[Subject, Routing]:
     """The model under the graph's names: a graph of another exporter has its own, in the model's order.
 
     Where one side has more inputs or outputs than the other, nothing is matched by position.
@@ -119,7 +134,7 @@ def _by_position(graph: list[str], model: list[str]) -> list[str]:
     return model if len(graph) != len(model) or set(graph) == set(model) else graph
 
 
-def _example_for(candidate: OnnxRuntimeRunner, reference: Subject) -> dict[str, torch.Tensor]:
+def _example_for(candidate: Candidate, reference: Subject) -> dict[str, torch.Tensor]:
     """The model's example inputs for the graph's inputs, which must have their names.
 
     An input of the model that the graph does not have is one that its outputs do not depend on; it stays at

@@ -162,3 +162,29 @@ def test_a_builder_that_is_not_there_is_missing(command, finished):
     done = command("build", finished / "block.onnx", "--engine", "current", "--builder", "tensorrt")
     assert done.code == 4
     assert "pip install 'moe-export[tensorrt]'" in done.err
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
+def test_what_must_run_and_cannot_is_a_missing_backend(command, finished, write, texts, listing, tmp_path):
+    done = command("build", finished / "block.onnx", "--engine", "sm89", "--require", "tensorrt", "-o", "out")
+    assert done.code == 4
+    assert "built, not run: no GPU (--require tensorrt)" in done.err
+    assert listing(tmp_path / "out") == ["block.engines.json", "block.sm89.engine"]
+    done = command(finished / "block.py", "--engine", "sm89", "--require", "tensorrt", "-o", "exported", "-q")
+    assert done.code == 4
+    assert "block.sm89.engine" in listing(tmp_path / "exported")
+
+
+@pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
+def test_verify_of_an_engine_needs_a_gpu(command, finished):
+    assert command("build", finished / "block.onnx", "--engine", "sm89", "-o", "out", "-q").code == 0
+    done = command("verify", "out/block.sm89.engine", "--against", finished / "block.py")
+    assert done.code == 4
+    assert "built, not run: no GPU" in done.err
+
+
+def test_tf32_is_off_unless_it_is_asked_for(command, finished, tmp_path):
+    for args, settings in (((), {}), (("--tf32",), {"tf32": True})):
+        assert command("build", finished / "block.onnx", "--engine", "sm89", "-o", "out", *args).code == 0
+        report = json.loads((tmp_path / "out" / "block.engines.json").read_text())
+        assert report["engines"][0]["settings"] == settings

@@ -1,0 +1,108 @@
+"""Run built engines: against the graph that they were built from, or wherever a graph is compared with a model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_export.errors import MissingBackendError
+from moe_export.export.engine import read_graph
+from moe_export.export.engine_module import CURRENT, FULL, PORTABLE, RTX, load_module
+from moe_export.export.engine_profiles import input_shapes
+from moe_export.verify import (
+    DimRange,
+    OnnxRuntimeRunner,
+    Report,
+    TensorRtRunner,
+    TensorSpec,
+    Tolerance,
+    cases,
+    compare,
+)
+from moe_export.verify.specs import Array, numpy_dtype
+from moe_export.verify.tensorrt_runner import engine_version
+
+NO_GPU = "built, not run: no GPU"
+_ENGINE = re.compile(r"(?P<stem>.+?)(\.(sm\d+|portable|current))?\.engine")
+
+
+def is_engine(path: Path) -> bool:
+    """Whether a file is a serialized engine, by its name."""
+    return path.suffix == ".engine"
+
+
+def graph_of(engine: Path) -> Path | None:
+    """The graph that an engine was built from: `model.onnx` beside `model.sm89.engine`, if it is there."""
+    match = _ENGINE.fullmatch(engine.name)
+    graph = engine.with_name(f"{match['stem']}.onnx") if match else None
+    return graph if graph is not None and graph.is_file() else None
+
+
+def open_engine(path: Path, module: str | None = None) -> TensorRtRunner:
+    """An engine, ready to run; its free axes have the names of the graph beside it.
+
+    Raises:
+        UsageError: It is no engine, of another version, or for other GPUs.
+        MissingBackendError: No TensorRT, or no GPU.
+    """
+    if module is None:
+        module = RTX if not path.is_file() or engine_version(path.read_bytes()[:64]) else FULL
+    graph = graph_of(path)
+    shapes = input_shapes(read_graph(graph)[0]) if graph is not None else None
+    return TensorRtRunner(path, load_module(module), shapes=shapes)
+
+
+def run_status(engine: Path, graph: Path, capability: str, module: str) -> tuple[str, Report | None]:
+    """Run an engine beside the graph that it was built from, on onnxruntime's CPU.
+
+    Returns:
+        What happened, in words, and the report if it ran: `built, not run: no GPU` on a machine without one.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return NO_GPU, None
+    here = "sm{}{}".format(*torch.cuda.get_device_capability())
+    if capability not in {here, CURRENT, PORTABLE}:
+        return f"built, not run: this GPU is {here}", None
+    candidate = TensorRtRunner(engine, load_module(module), shapes=input_shapes(read_graph(graph)[0]))
+    report = compare_with_graph(candidate, graph)
+    return report.verdict, report
+
+
+def compare_with_graph(candidate: TensorRtRunner, graph: Path, seed: int = 0) -> Report:
+    """Compare an engine with its graph at the sizes of its profile."""
+    reference = OnnxRuntimeRunner(graph)
+    sizes = {dim.name: dim.traced for dim in candidate.dims}
+    ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in candidate.dims]
+    example = {spec.name: _example(spec, sizes) for spec in candidate.inputs}
+    return compare(
+        reference,
+        candidate,
+        cases(list(candidate.inputs), ranges, example, seed),
+        tolerance=Tolerance(None, None),
+        routing=[],
+    )
+
+
+def _example(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+    shape: list[Any] = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+    dtype = numpy_dtype(spec.dtype)
+    if spec.dtype.startswith(("float", "bfloat")):
+        return np.random.default_rng(0).standard_normal(shape).astype(dtype)
+    return np.zeros(shape, dtype)  # an id of 0 is in every table
+
+
+def not_run(statuses: list[str]) -> MissingBackendError | None:
+    """The error of `--require tensorrt` for engines that were not run; None if all were."""
+    missing = [status for status in statuses if status.startswith("built, not run")]
+    if not missing:
+        return None
+    return MissingBackendError(
+        f"{missing[0]} (--require tensorrt)",
+        hint="they are written; where their GPU is: moe-export verify model.sm89.engine --against model.py",
+    )

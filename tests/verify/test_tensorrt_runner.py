@@ -1,0 +1,108 @@
+"""Engines as something to compare with. What needs a GPU is marked so; the rest is what is said where none is."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+
+from moe_export.engine_running import compare_with_graph, graph_of, open_engine, run_status
+from moe_export.errors import MissingBackendError, UsageError
+from moe_export.export.engine import build_engines, has_gpu
+from moe_export.export.engine_module import load_module
+from moe_export.verify.tensorrt_runner import TensorRtRunner, engine_version
+
+HEAD = '<ir_version: 8, opset_import: ["": 17]>\n'
+GRAPH = """linear (float[rows, 4] x, int64[rows, 1] shift) => (float[rows, 4] y, int64[rows, 1] z)
+    <float[4, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}>
+    { y = MatMul(x, w) z = Add(shift, shift) }"""
+without_gpu = pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
+
+
+@pytest.fixture
+def built(tmp_path):
+    """A graph and its engine for a capability."""
+
+    def built(capability):
+        onnx.save(onnx.parser.parse_model(HEAD + GRAPH), tmp_path / "linear.onnx")
+        (engine,) = build_engines(tmp_path / "linear.onnx", [capability], {"rows": (1, 4, 16)})
+        path = tmp_path / f"linear.{capability}.engine"
+        path.write_bytes(engine.plan)
+        return path
+
+    return built
+
+
+def test_an_engine_says_which_version_built_it(built):
+    assert engine_version(built("sm89").read_bytes()) == load_module().version
+    assert engine_version(b"no engine at all, but long enough to have a version") is None
+    assert engine_version(b"vtrt") is None
+
+
+def test_an_engine_of_another_version_is_refused(built):
+    path = built("sm89")
+    plan = bytearray(path.read_bytes())
+    plan[24:28] = bytes([1, 2, 0, 36])
+    path.write_bytes(plan)
+    with pytest.raises(UsageError, match=r"was built by tensorrt_rtx 1\.2\.0\.36, and this is ") as error:
+        open_engine(path)
+    assert "build it again here, or install tensorrt_rtx 1.2.0.36" in error.value.hint
+
+
+def test_what_is_no_engine_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="no such file"):
+        open_engine(tmp_path / "nowhere.engine")
+    (tmp_path / "text.engine").write_text("this is no engine" * 10)
+    with pytest.raises(UsageError, match="is no engine of TensorRT-RTX"):
+        TensorRtRunner(tmp_path / "text.engine", load_module())
+
+
+@without_gpu
+def test_without_a_gpu_an_engine_is_not_run(built):
+    path = built("sm89")
+    with pytest.raises(MissingBackendError, match="built, not run: no GPU"):
+        open_engine(path)
+    assert run_status(path, graph_of(path), "sm89", "tensorrt_rtx") == ("built, not run: no GPU", None)
+
+
+def test_the_graph_of_an_engine_stands_beside_it(built, tmp_path):
+    path = built("sm89")
+    assert graph_of(path) == tmp_path / "linear.onnx"
+    assert graph_of(tmp_path / "linear.portable.engine") == tmp_path / "linear.onnx"
+    assert graph_of(tmp_path / "linear.engine") == tmp_path / "linear.onnx"
+    assert graph_of(tmp_path / "other.sm89.engine") is None
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="running an engine needs a GPU")
+def test_an_engine_computes_what_its_graph_does(built):
+    path = built("current")
+    runner = open_engine(path)
+    assert [str(spec) for spec in runner.inputs] == ["x: float32[rows, 4]", "shift: int64[rows, 1]"]
+    assert [(dim.name, dim.minimum, dim.traced, dim.maximum) for dim in runner.dims] == [("rows", 1, 4, 16)]
+    found = runner.run({"x": np.eye(4, dtype=np.float32), "shift": np.arange(4)[:, None]})
+    np.testing.assert_array_equal(found["y"], np.arange(1, 17, dtype=np.float32).reshape(4, 4))
+    np.testing.assert_array_equal(found["z"], 2 * np.arange(4)[:, None])
+    assert compare_with_graph(runner, graph_of(path)).verdict == "equal"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="running an engine needs a GPU")
+def test_sizes_outside_the_profile_are_refused(built):
+    runner = open_engine(built("current"))
+    with pytest.raises(UsageError, match="input x has rows = 17, the engine's profile takes 1 to 16"):
+        runner.run({"x": np.zeros((17, 4), np.float32), "shift": np.zeros((17, 1), np.int64)})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="running an engine needs a GPU")
+def test_an_engine_for_other_gpus_is_refused(built):
+    import torch
+
+    here = "sm{}{}".format(*torch.cuda.get_device_capability())
+    other = next(name for name in ("sm75", "sm120") if name != here)
+    path = built(other)
+    assert run_status(path, graph_of(path), other, "tensorrt_rtx")[0] == f"built, not run: this GPU is {here}"
+    with pytest.raises(UsageError, match=f"on this GPU \\({here}\\)") as error:
+        open_engine(path)
+    assert f"--engine {here}" in error.value.hint
