@@ -8,6 +8,7 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from moe_export.export.experts_batched import blocks, dense, gather
+from moe_export.export.experts_contrib import contrib
 from moe_export.export.experts_lower import Opaque, loop, slices
 from moe_export.export.experts_onnx import Writer
 
@@ -20,6 +21,7 @@ LOWERINGS: dict[str, Callable[[Writer, Opaque], ir.Value]] = {
     "blocks": blocks,
     "gather": gather,
     "loop": loop,
+    "contrib": contrib,
 }
 
 SLICES_UP_TO = 64

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from moe_export.einsum_rewrite import rewrite_program
 from moe_export.errors import NotExportableError
+from moe_export.export import experts_contrib as contrib
 from moe_export.export.experts_batch import trace_batched
 from moe_export.export.experts_choose import LOWERINGS, choose
 from moe_export.export.experts_lower import Opaque
@@ -56,6 +57,8 @@ def write_experts(
         notes.append(f"{block.experts.count} experts at {block.experts.line}: lowered as {name!r}")
     if notes:
         model.opset_imports.pop(DOMAIN, None)
+        if any(node.domain == contrib.DOMAIN for node in model.graph):
+            model.opset_imports[contrib.DOMAIN] = 1
         with quiet():
             optimizer.fold_constants(model)
             RemoveUnusedNodesPass()(model)
@@ -112,5 +115,6 @@ def _opaque(node: ir.Node, block: Block, model: ir.Model) -> Opaque:
         slots=int(indices.shape[1]) if indices.dim() == 2 else 1,
         hidden=[int(size) for size in result.shape[1:]],
         opset=opset,
+        meaning=experts,
         metadata=copy.copy(node.metadata_props),
     )

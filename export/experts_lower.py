@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.export.experts_body import Experts
 from moe_export.export.experts_onnx import INT64, Writer, apart, combine, every_pair, sort_by_expert
 from moe_export.export.experts_parts import Parts, PartsWriter
 from moe_export.export.experts_weights import ExpertWeights, Weight
@@ -31,6 +32,7 @@ class Opaque:
         slots: k.
         hidden: The sizes behind the rows of the result.
         opset: Of the graph.
+        meaning: What was recognised.
     """
 
     indices: ir.Value
@@ -42,6 +44,7 @@ class Opaque:
     slots: int
     hidden: Sequence[int]
     opset: int
+    meaning: Experts
     metadata: Mapping[str, str]
 
 

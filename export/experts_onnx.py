@@ -49,10 +49,15 @@ class Writer:
         return Writer(self.graph, f"{self.prefix}.{prefix}", self._constants)
 
     def op(
-        self, kind: str, *inputs: ir.Value | None, name: str | None = None, **attributes: object
+        self,
+        kind: str,
+        *inputs: ir.Value | None,
+        name: str | None = None,
+        domain: str = "",
+        **attributes: object,
     ) -> ir.Value:
         """Write one node with one output."""
-        value = self._tape.op(kind, list(inputs), attributes)  # type: ignore[arg-type]
+        value = self._tape.op(kind, list(inputs), attributes, domain=domain)  # type: ignore[arg-type]
         value.name = f"{self.prefix}.{name or f'{kind}_{len(self._written)}'}"
         self._written.append(value.producer())  # type: ignore[arg-type]
         return value

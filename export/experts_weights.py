@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.errors import NotExportableError
 from moe_export.export.experts_onnx import Writer, evaluate
 from moe_export.export.experts_parts import Parts, PartsWriter
 
@@ -35,6 +36,16 @@ class ExpertWeights:
         self._opset = opset
         self._arrays = [_arrays(weight, opset) for weight in weights]
         self.known = all(array is not None for array in self._arrays)
+
+    def stacks(self) -> list[np.ndarray]:
+        """The weights as arrays (E, ...).
+
+        Raises:
+            NotExportableError: A weight is only known at run time.
+        """
+        if not self.known:
+            raise NotExportableError("the weights of the experts are computed at run time")
+        return [array if isinstance(array, np.ndarray) else np.stack(array or ()) for array in self._arrays]
 
     def apart(self, parts: Parts, writer: PartsWriter) -> list[list[ir.Value]]:
         """For each expert its weights, as the core takes them."""
@@ -77,11 +88,7 @@ class ExpertWeights:
         """One (E, ...) for each weight, as the core of a body for several experts takes it."""
         if not self.known:
             return writer.prepared(self._w, [self._stack(weight) for weight in self._weights])
-        values = {
-            value: array if isinstance(array, np.ndarray) else np.stack(array)
-            for value, array in zip(parts.weights, self._arrays, strict=True)
-            if array is not None
-        }
+        values = dict(zip(parts.weights, self.stacks(), strict=True))
         found = evaluate(parts.prepared, {**_constants(parts.body), **values}, parts.ready, self._opset)
         return [
             self._w.constant(array, f"{self._w.prefix}.{value.name}")

@@ -101,7 +101,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--experts",
-    type=click.Choice(["auto", "dense", "slices", "blocks", "gather", "loop", "keep"]),
+    type=click.Choice(["auto", "dense", "slices", "blocks", "gather", "loop", "contrib", "keep"]),
     default="auto",
     show_default=True,
     help="How experts are computed (docs/experts.md); keep leaves them as written.",
