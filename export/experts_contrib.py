@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -147,12 +148,12 @@ class _Reader:
         if node.target is _aten.gelu.default and node.kwargs.get("approximate", "none") != "none":
             return []
         if node.target in _ACTIVATIONS:
-            return [(_ACTIVATIONS[node.target], node.args[0], None)]  # type: ignore[list-item,index]
+            return [(_ACTIVATIONS[node.target], node.args[0], None)]  # type: ignore[list-item]
         if node.target is not _aten.mul.Tensor:
             return []
         one, other = node.args
         return [
-            ("swiglu", gate.args[0], value)  # type: ignore[list-item]
+            ("swiglu", gate.all_input_nodes[0], value)
             for gate, value in ((one, other), (other, one))
             if isinstance(gate, fx.Node) and gate.target is _aten.silu.default and isinstance(value, fx.Node)
         ]
@@ -186,7 +187,7 @@ def contrib(w: Writer, block: Opaque) -> ir.Value:
     logits = w.op(
         "ScatterElements", low, indices, w.op("Log", w.op("Max", scores, least)), axis=1, name="logits"
     )
-    gated = (
+    gated: dict[str, Any] = (
         {"activation_alpha": 1.0, "activation_beta": 0.0, "swiglu_fusion": 1}
         if form.gated is not None
         else {}

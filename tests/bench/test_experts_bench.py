@@ -1,14 +1,17 @@
-"""ONNX Runtime on a CPU: the lowerings of an MoE block against the loop as it was written, all in one run.
+"""ONNX Runtime on a CPU: every form of an MoE block, and the loop as it was written, all in one run.
 
-    E   k      N   as written   slices   loop     MFLOP   MB of weights that were hit
+    E   k      N   as written   slices   loop   dense   gather   blocks   contrib     MFLOP   MB of weights hit
 
 MFLOP and MB are the least that the routing asks for: three matrix products a token-expert pair, and each expert
-that was hit read once. H = 256, I = 512, SwiGLU; times are medians of interleaved runs, in ms.
+that was hit read once. H = 256, I = 512, SwiGLU; times are medians of interleaved runs on one thread, in ms.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -20,15 +23,22 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_export.export.experts_choose import choose
+from moe_export.export.emit import emit
+from moe_export.export.experts_choose import LOWERINGS, choose
+from moe_export.export.experts_emit import write_experts
+from moe_export.export.experts_place import place_experts
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
+from moe_export.export.trace import trace
 
 H, I = 256, 512  # noqa: E741  the letters of the papers
 SIZES = (1, 16, 128, 1024)
-ROUNDS = 9
-NOISE = 1.35
-"""Other work on the machine: how much slower the chosen lowering may look than the loop as it was written."""
+TOO_LARGE = 128
+"""Tokens above which `gather` is left out: at 1,024 it gathers 12 GB of weights."""
+NOISE = 1.25
+"""Other work on the machine: how far a median may be from another that should be its equal."""
+PATIENCE = 4
+"""A row that misses its mark is measured again, up to this many times in all; every row is printed."""
 
 
 class SwiGLU(nn.Module):
@@ -59,22 +69,36 @@ class Block(nn.Module):
         return out
 
 
-def sessions(experts: int, k: int) -> dict[str, onnxruntime.InferenceSession]:
+def models(experts: int, k: int, folder: Path) -> dict[str, Path]:
+    """One trace, written in every form."""
     subject = make_subject(Block(experts, k), (torch.randn(32, H),), {}, source=Path(__file__), how="bench")
-    found = {}
-    for name, lowering in (("as written", "keep"), ("slices", "slices"), ("loop", "loop")):
-        model = export_subject(subject, Options(gates=False, simplify=False, experts=lowering))[0].model
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        found[name] = onnxruntime.InferenceSession(
-            ir.to_proto(model).SerializeToString(), options, providers=["CPUExecutionProvider"]
+    kept = export_subject(subject, Options(gates=False, simplify=False, experts="keep"))[0].model
+    made = {"as written": kept}
+    placed = place_experts(trace(subject))
+    for name in LOWERINGS:
+        made[name] = emit(
+            placed.traced,
+            17,
+            folder=folder,
+            write_opaque=lambda model, name=name: write_experts(model, placed.blocks, name),
         )
-    return found
+    files = {}
+    for name, model in made.items():
+        files[name] = folder / f"{name.replace(' ', '_')}.onnx"
+        # Weights in a file of their own: reading a protobuf of 100 MB would need another 100 MB for a moment.
+        ir.save(model, files[name], external_data=f"{files[name].name}.data")
+    return files
+
+
+def session_of(path: Path) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
 def medians(found: dict[str, onnxruntime.InferenceSession], x: np.ndarray) -> dict[str, float]:
     times: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(ROUNDS):
+    for _ in range(15 if len(x) < 1024 else 7):
         for name, session in found.items():
             start = time.perf_counter()
             session.run(None, {"x": x})
@@ -82,20 +106,59 @@ def medians(found: dict[str, onnxruntime.InferenceSession], x: np.ndarray) -> di
     return {name: 1e3 * statistics.median(values) for name, values in times.items()}
 
 
+def show(experts: int, k: int, count: int, row: dict[str, float]) -> None:
+    pairs = count * k
+    hit = experts * (1 - (1 - 1 / experts) ** pairs)
+    times = " ".join(f"{row.get(name, float('nan')):10.2f}" for name in ("as written", *LOWERINGS))
+    work = f"{2e-6 * pairs * 3 * H * I:8.1f} {hit * 3 * H * I * 4 / 2**20:6.1f}"
+    print(f"{experts:3d} {k:2d} {count:5d} {times} {work}")
+
+
 @pytest.mark.parametrize(("experts", "k"), [(8, 2), (64, 8)])
-def test_the_chosen_lowering_is_as_fast_as_the_loop_that_was_written(experts, k):
-    found = sessions(experts, k)
-    print("\n  E  k     N   as written   slices     loop    MFLOP     MB")
+def test_auto_is_the_fastest_form_at_every_size(experts, k, tmp_path):
+    found = {name: session_of(path) for name, path in models(experts, k, tmp_path).items()}
+    auto = choose("auto", experts, "onnxruntime-cpu")
+    heads = " ".join(f"{name:>10s}" for name in ("as written", *LOWERINGS))
+    print(f"\n  E  k     N {heads}    MFLOP     MB")
     for count in SIZES:
         x = np.random.default_rng(0).standard_normal((count, H)).astype(np.float32)
-        results = {name: session.run(None, {"x": x})[0] for name, session in found.items()}
-        for name in ("slices", "loop"):
-            np.testing.assert_allclose(results[name], results["as written"], rtol=1e-5, atol=1e-5)
-        row = medians(found, x)
-        pairs = count * k
-        hit = experts * (1 - (1 - 1 / experts) ** pairs)
-        print(
-            f"{experts:3d} {k:2d} {count:5d} {row['as written']:12.2f} {row['slices']:8.2f} {row['loop']:8.2f}"
-            f" {2e-6 * pairs * 3 * H * I:8.1f} {hit * 3 * H * I * 4 / 2**20:6.1f}"
-        )
-        assert row[choose("auto", experts)] < NOISE * row["as written"]
+        used = {name: s for name, s in found.items() if name != "gather" or count <= TOO_LARGE}
+        results = {name: session.run(None, {"x": x})[0] for name, session in used.items()}
+        for result in results.values():
+            np.testing.assert_allclose(result, results["as written"], rtol=1e-5, atol=1e-5)
+        for attempt in range(PATIENCE):
+            row = medians(used, x)
+            show(experts, k, count, row)
+            if row[auto] <= 1.1 * min(row.values()) or attempt == PATIENCE - 1:
+                break
+        assert row[auto] <= 1.1 * NOISE * min(row.values())
+        if (experts, count) == (64, 1024):
+            assert row["dense"] >= 5 * row[auto]
+            assert row["contrib"] >= row[auto]
+
+
+_MEMORY = """
+import json, resource, sys
+import numpy as np, onnxruntime
+options = onnxruntime.SessionOptions()
+options.intra_op_num_threads = 1
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
+x = np.random.default_rng(0).standard_normal((int(sys.argv[2]), int(sys.argv[3]))).astype(np.float32)
+session.run(None, {"x": x})
+print(json.dumps(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)))
+"""
+
+
+def test_the_memory_of_auto_is_its_weights_and_its_activations(tmp_path):
+    experts, k, count = 64, 8, 1024
+    path = models(experts, k, tmp_path)[choose("auto", experts, "onnxruntime-cpu")]
+    command = [sys.executable, "-c", _MEMORY, str(path), str(count), str(H)]
+    peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    weights = Path(f"{path}.data").stat().st_size
+    # The rows of all pairs: gathered, computed, put back, weighed; and what the fullest expert makes of its own.
+    activations = 4 * count * k * 4 * H + 4 * count * 3 * I
+    print(
+        f"\npeak {peak / 2**20:.0f} MB: weights {weights / 2**20:.0f}, activations {activations / 2**20:.0f}"
+    )
+    assert peak <= 1.3 * (weights + activations)
