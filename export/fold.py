@@ -9,7 +9,7 @@ The module runs in PyTorch at every length, so that the fold can be held against
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,10 +28,17 @@ aten = torch.ops.aten
 
 
 class FoldedModule(nn.Module):
-    """A graph with the weights of the traced model under their own names, less the given prefix."""
+    """A graph with the weights of the traced model under their own names, less the given prefix.
 
-    def __init__(self, program: ExportedProgram, prefix: str) -> None:
+    Args:
+        program: The traced model.
+        prefix: What the paths of its weights begin with.
+        same: Inputs by place, and an axis of each, that have one length.
+    """
+
+    def __init__(self, program: ExportedProgram, prefix: str, same: Sequence[tuple[int, int]]) -> None:
         super().__init__()
+        self._same = tuple(same)
         self.graph = fx.Graph()
         self.targets = dict(_weights(program))
         for target, tensor in self.targets.values():
@@ -39,6 +46,9 @@ class FoldedModule(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """Run the graph node by node, so that each keeps the line of the model that it was traced from."""
+        sizes = [inputs[place].shape[axis] for place, axis in self._same]
+        for size in sizes[1:]:
+            torch._check(size == sizes[0])  # type: ignore[no-untyped-call]  # so that a tracer knows
         with fx.traceback.preserve_node_meta():
             return fx.Interpreter(self, graph=self.graph).run(*inputs)
 
@@ -68,21 +78,22 @@ def _attach(root: nn.Module, target: str, tensor: torch.Tensor) -> None:
 
 
 def folded_module(
-    skeleton: Skeleton, program: ExportedProgram, length: tuple[str, int], prefix: str
+    skeleton: Skeleton, program: ExportedProgram, lengths: Sequence[tuple[str, int]], prefix: str
 ) -> FoldedModule:
     """Build the module.
 
     Args:
         skeleton: With integers as forms of the length.
         program: Whose weights and inputs it has; one of those that the skeleton was made from.
-        length: The placeholder and the axis that the length is read off.
+        lengths: Placeholders, and the axis of each, that have the length; it is read off the first.
         prefix: What the paths of the weights begin with in the program and not in the module.
 
     Raises:
         LengthError: A loop reads or writes in a way that has no folded form.
     """
-    module = FoldedModule(program, prefix)
-    _Builder(skeleton, program, module, length, prefix).build()
+    inputs = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    module = FoldedModule(program, prefix, [(inputs.index(name), axis) for name, axis in lengths])
+    _Builder(skeleton, program, module, lengths[0], prefix).build()
     module.graph.lint()
     return module
 

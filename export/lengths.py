@@ -21,6 +21,8 @@ Example = Mapping[str, torch.Tensor]
 # turns from the first to the second as from the second to the third.
 _TRIALS = ((12, 24, 36), (64, 128, 192))
 
+_LONG = 512  # an example that takes a while to run
+
 
 @dataclass(frozen=True)
 class Length:
@@ -76,17 +78,33 @@ def looped_lengths(subject: Subject, request: DimRequest) -> list[Length]:
         for axis in range(tensor.dim()):
             if (name, axis) in seen or not tensor.shape[axis]:
                 continue
-            for length in _together(subject.inputs, name, axis):
-                if not all(request.wants(*place) for place in length.axes):
-                    continue
-                grows = _grows(subject, length)
-                if grows is None:
-                    continue
+            length, grows = _of_axis(subject, request, name, axis)
+            if length is not None:
                 seen |= set(length.axes)
                 if grows:
                     found.append(length)
-                break
     return found
+
+
+def _of_axis(subject: Subject, request: DimRequest, name: str, axis: int) -> tuple[Length | None, bool]:
+    """The length that an axis is part of, and whether the operators grow with it; None if it can only be as it is.
+
+    Axes that the model takes shorter, but not longer, are part of a length that others have too: a loop over one of
+    them reads a part of the others.
+    """
+    first: tuple[Length | None, bool] = (None, False)
+    for length in _together(subject.inputs, name, axis):
+        if not all(request.wants(*place) for place in length.axes):
+            continue
+        grows = _grows(subject, length)
+        if grows is None:
+            continue
+        size = length.of(subject.inputs)
+        longer = length.resized(subject.inputs, size + 1 if size > _LONG else 2 * size)
+        if operators(subject, longer) is not None:
+            return length, grows
+        first = first if first[0] is not None else (length, grows)
+    return first
 
 
 def _together(example: Example, name: str, axis: int) -> Iterator[Length]:

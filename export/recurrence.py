@@ -26,7 +26,7 @@ from moe_export.export.subject import Subject, make_subject
 from moe_export.export.trace import SCOPE, Traced, quiet, trace
 from moe_export.export.widen import widened
 
-Mode = Literal["auto", "scan", "unrolled"]
+Mode = Literal["auto", "scan", "chunked", "unrolled"]
 
 # Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
 # loop with a stride.
@@ -59,7 +59,8 @@ def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto")
         mode: `unrolled` leaves the model as it is; `auto` too, with a note, where a loop cannot be folded.
 
     Raises:
-        NotExportableError: A loop cannot be folded, and the mode is `scan` or its length was asked for by name.
+        NotExportableError: A loop cannot be folded, and the mode is `scan` or `chunked`, or its length was asked
+            for by name.
     """
     if mode == "unrolled":
         return Recurrent(subject)
@@ -71,7 +72,7 @@ def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto")
         return _folded(subject, request, lengths[0])
     except LengthError as error:
         message = f"the loop over {_named(lengths[0])} cannot be folded: {error.reason}"
-        if mode == "scan" or any(place in request.picked for place in lengths[0].axes):
+        if mode in ("scan", "chunked") or any(place in request.picked for place in lengths[0].axes):
             raise NotExportableError(
                 message,
                 where=error.where or str(subject.source),
@@ -116,11 +117,11 @@ def _folded_at(
     fixed = [(name, axis) for name, axis in length.axes if str(traced.inputs[name][axis]).isdigit()]
     if not fixed:
         return Recurrent(subject)  # the tracer keeps this length free: no loop over it is unrolled
-    name, axis = fixed[0]
     whole = _in_common(traced, others, tuple(examples), unpicked)
-    placeholder = _placeholders(traced)[list(traced.inputs).index(name)]
+    placeholders = dict(zip(traced.inputs, _placeholders(traced), strict=True))
+    places = [(placeholders[name], axis) for name, axis in fixed]
     with quiet():
-        module = folded_module(whole, traced.program, (placeholder, axis), f"{SCOPE}.")
+        module = folded_module(whole, traced.program, places, f"{SCOPE}.")
         made = make_subject(
             module, tuple(traced.example.values()), {}, source=subject.source, how=subject.how
         )

@@ -12,85 +12,110 @@ Source: https://onnx.ai/onnx/operators/onnx__Scan.html (since opset 16 without s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from moe_export.export.loop_body import DOMAIN, ELEMENT, END, STATE
+from moe_export.errors import NotExportableError
+from moe_export.export.loop_body import DOMAIN, END, STATE
+from moe_export.export.provenance import place_of
+from moe_export.export.scan_chunked import write_chunked
 from moe_export.export.scan_inputs import move_inwards
+from moe_export.export.scan_marked import Marked, integer, read_marked
+from moe_export.export.scan_products import small_products_first
+from moe_export.export.scan_segments import STEPS
+from moe_export.export.scan_time import CannotError
+from moe_export.export.scan_turns import several_steps
 
 
-def write_scans(model: ir.Model) -> None:
-    """Replace every marked loop, in the order of the graph."""
+@dataclass(frozen=True)
+class Lowering:
+    """How loops are written.
+
+    Attributes:
+        form: `scan`, step by step; `chunked`, as products over chunks, where that is exact; `auto`, chunked where
+            it is exact and computes less.
+        unroll: Steps that a turn of a `Scan` takes. More than one was not faster (docs/recurrence.md).
+    """
+
+    form: str = "auto"
+    unroll: int = 1
+
+
+def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
+    """Replace every marked loop, in the order of the graph.
+
+    Returns:
+        Notes for the report: which form, and why.
+
+    Raises:
+        NotExportableError: The chunked form was asked for, and no loop has one.
+    """
+    lowering = lowering or Lowering()
+    notes, refused = [], []
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == END:
             move_inwards(model.graph, node)
-            _write(model.graph, node)
+            small_products_first(model.graph, read_marked(model.graph, node))
+            loop = read_marked(model.graph, node)
+            try:
+                notes.append(_chunked(model.graph, loop, lowering))
+            except CannotError as reason:
+                refused.append((place_of(node), str(reason)))
+                _write(model.graph, _with_turns(model.graph, loop, lowering))
+    if lowering.form == "chunked" and refused and not notes:
+        where, why = refused[0]
+        raise NotExportableError(
+            f"the loop has no chunked form: {why}", where=where, hint="use --recurrence auto, or scan"
+        )
     RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
+    return notes
 
 
-def _write(graph: ir.Graph, end: ir.Node) -> None:
-    states, elements = _integer(end, "states"), _integer(end, "elements")
-    marks = [_mark(value) for value in end.inputs[: states + elements]]
-    body_nodes = _between(graph, marks, end)
+def _chunked(graph: ir.Graph, loop: Marked, lowering: Lowering) -> str:
+    if lowering.form == "scan":
+        raise CannotError("a scan was asked for")
+    write_chunked(graph, loop, only_if_it_pays=lowering.form == "auto")
+    return f"loop {loop.number}: a decay for many entries of the state; products over chunks of {STEPS} steps"
+
+
+def _with_turns(graph: ir.Graph, loop: Marked, lowering: Lowering) -> Marked:
+    """The loop with as many steps a turn as were asked for."""
+    if lowering.unroll == 1:
+        return loop
+    try:
+        return read_marked(graph, several_steps(graph, loop, lowering.unroll))
+    except CannotError as reason:
+        raise NotExportableError(
+            f"the loop cannot take {lowering.unroll} steps a turn: {reason}",
+            where=place_of(loop.end),
+            hint="leave --unroll away",
+        ) from reason
+
+
+def _write(graph: ir.Graph, loop: Marked) -> None:
+    end, marks = loop.end, (*loop.states, *loop.elements)
     inputs = [_body_input(mark, place) for place, mark in enumerate(marks)]
     for mark, value in zip(marks, inputs, strict=True):
         mark.outputs[0].replace_all_uses_with(value)
-    graph.remove(body_nodes)
-    outputs = _body_outputs(end.inputs[states + elements :], body_nodes)
-    body = ir.Graph(inputs, outputs, nodes=body_nodes, name=f"loop_{_integer(end, 'loop')}")
-    scan = _scan(end, marks, states, body)
+    nodes = list(loop.body)
+    graph.remove(nodes)
+    outputs = _body_outputs(end.inputs[len(marks) :], nodes)
+    body = ir.Graph(inputs, outputs, nodes=nodes, name=f"loop_{loop.number}")
+    scan = _scan(end, marks, len(loop.states), body)
     graph.insert_before(end, scan)
     for old, new in zip(end.outputs, scan.outputs, strict=True):
         old.replace_all_uses_with(new, replace_graph_outputs=True)
     graph.remove([end, *marks], safe=False)
 
 
-def _integer(node: ir.Node, name: str) -> int:
-    return int(node.attributes[name].as_int())
-
-
-def _mark(value: ir.Value | None) -> ir.Node:
-    node = value.producer() if value is not None else None
-    assert node is not None
-    assert node.domain == DOMAIN
-    assert node.op_type in (STATE, ELEMENT)
-    return node
-
-
-def _between(graph: ir.Graph, marks: Sequence[ir.Node], end: ir.Node) -> list[ir.Node]:
-    """The nodes that depend on a mark and that the end depends on, in graph order."""
-    needed: set[ir.Node] = set()
-    stack = [value.producer() for value in end.inputs if value is not None]
-    while stack:
-        node = stack.pop()
-        if node is not None and node not in needed and node not in marks:
-            needed.add(node)
-            stack += [value.producer() for value in _reads(node)]
-    inside: list[ir.Node] = []
-    dependent = set(marks)
-    for node in graph:
-        if node in needed and any(value.producer() in dependent for value in _reads(node)):
-            dependent.add(node)
-            inside.append(node)
-    return inside
-
-
-def _reads(node: ir.Node) -> list[ir.Value]:
-    """What a node reads, its subgraphs included."""
-    values = [value for value in node.inputs if value is not None]
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            values += [value for inner in attribute.as_graph() for value in _reads(inner)]
-    return values
-
-
 def _body_input(mark: ir.Node, place: int) -> ir.Value:
     old = mark.outputs[0]
     kind = "state" if mark.op_type == STATE else "element"
-    return ir.Value(name=f"{kind}_{_integer(mark, 'loop')}_{place}", shape=old.shape, type=old.type)
+    return ir.Value(name=f"{kind}_{integer(mark, 'loop')}_{place}", shape=old.shape, type=old.type)
 
 
 def _body_outputs(results: Sequence[ir.Value | None], nodes: list[ir.Node]) -> list[ir.Value]:
@@ -117,8 +142,8 @@ def _scan(end: ir.Node, marks: Sequence[ir.Node], states: int, body: ir.Graph) -
     attributes: dict[str, Any] = {
         "body": body,
         "num_scan_inputs": len(elements),
-        "scan_input_axes": [_integer(mark, "axis") for mark in elements],
-        "scan_input_directions": [_integer(mark, "backwards") for mark in elements],
+        "scan_input_axes": [integer(mark, "axis") for mark in elements],
+        "scan_input_directions": [integer(mark, "backwards") for mark in elements],
     }
     if collected:
         attributes |= {"scan_output_axes": axes, "scan_output_directions": backwards}

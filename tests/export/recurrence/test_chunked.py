@@ -1,0 +1,191 @@
+"""Linear recurrences as products over chunks: right at any length, as exact as step by step, refused with reasons."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from moe_export.errors import NotExportableError
+from moe_export.export.dims import DimRequest
+from moe_export.export.lengths import Length
+from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.subject import Subject, make_subject
+
+
+def _neighbour(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+ways = _neighbour("linear_loops")
+UNEVEN = (1, 2, 7, 31, 32, 33, 64, 257)
+
+
+@functools.cache
+def exported(name: str, recurrence: str, unroll: int = 1) -> tuple[Subject, Graph]:
+    module, inputs = (ways.LOOPS.get(name) or ways.REFUSED[name])[:2]
+    subject = make_subject(module, inputs, {}, source=Path(ways.__file__), how="a test")
+    time = 0 if name == "time_first" else 1
+    free = {(key, 1 - time): "batch" for key in subject.inputs}
+    free |= {(key, time): "seq" for key, tensor in subject.inputs.items() if tensor.shape[time] == ways.L}
+    options = Options(
+        dims=DimRequest(static=True, picked=free), gates=False, simplify=False, recurrence=recurrence,
+        unroll=unroll,
+    )  # type: ignore[arg-type]  # fmt: skip
+    return subject, export_subject(subject, options)[0]
+
+
+def session(graph: Graph) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    proto = ir.to_proto(graph.model).SerializeToString()
+    return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
+
+
+def example(subject: Subject, length: int, batch: int, time: int = 1) -> dict[str, torch.Tensor]:
+    """Other values, at another length and batch; what has no time keeps its size there."""
+    generator = torch.Generator().manual_seed(length)
+    result = {}
+    for name, tensor in subject.inputs.items():
+        shape = list(tensor.shape)
+        shape[1 - time] = batch
+        if tensor.shape[time] == ways.L:
+            shape[time] = length
+        value = torch.randn(shape, generator=generator)
+        result[name] = torch.nn.functional.softplus(value) if name == "dt" else value
+    return result
+
+
+def exact(subject: Subject, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
+    """The model in float64."""
+    subject.module.double()
+    try:
+        with torch.no_grad():
+            found = subject.call_named({name: tensor.double() for name, tensor in inputs.items()})
+    finally:
+        subject.module.float()
+    return [tensor.numpy() for tensor in found]
+
+
+@pytest.fixture(scope="module", params=list(ways.LOOPS))
+def way(request: pytest.FixtureRequest) -> tuple[str, Subject, Graph]:
+    return (request.param, *exported(request.param, "chunked"))
+
+
+def test_it_is_right_at_any_length(way: tuple[str, Subject, Graph]) -> None:
+    name, subject, graph = way
+    runtime = session(graph)
+    for length in UNEVEN:
+        for batch in (1, 3):
+            inputs = example(subject, length, batch, 0 if name == "time_first" else 1)
+            found = runtime.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
+            for wanted, result in zip(exact(subject, inputs), found, strict=True):
+                assert wanted.shape == result.shape
+                error = np.abs(result - wanted).max() / max(1.0, np.abs(wanted).max())
+                assert error < 2e-6, (length, batch, error)
+
+
+def test_only_the_states_of_chunks_are_passed_on_one_by_one(way: tuple[str, Subject, Graph]) -> None:
+    _, _, graph = way
+    scans = [node for node in graph.model.graph.all_nodes() if node.op_type == "Scan"]
+    assert scans
+    for scan in scans:
+        assert len(list(scan.attributes["body"].as_graph())) <= 3
+    assert {node.domain for node in graph.model.graph.all_nodes()} == {""}
+    assert any("products over chunks" in note for note in graph.notes)
+
+
+@pytest.mark.parametrize("name", list(ways.REFUSED))
+def test_what_has_no_chunked_form_says_why(name: str) -> None:
+    with pytest.raises(NotExportableError, match=ways.REFUSED[name][2]) as caught:
+        exported(name, "chunked")
+    assert "linear_loops.py" in str(caught.value.where)
+
+
+def test_auto_leaves_step_by_step_what_has_no_chunked_form() -> None:
+    graph = exported("per_entry", "auto")[1]
+    assert not any("chunks" in note for note in graph.notes)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 3.0), (0.0, 1e-3), (10.0, 10.0), (0.0, 0.0)])
+def test_strong_and_no_decay_as_exact_as_step_by_step(low: float, high: float) -> None:
+    """dt * A down to -48 a step, at dt = 10 to -160: each segment of a chunk is summed by itself."""
+    subject, chunked = exported("mamba2", "chunked")
+    scan = exported("mamba2", "scan")[1]
+    inputs = example(subject, 512, 2)
+    inputs["dt"] = low + (high - low) * torch.rand(2, 512, ways.H, generator=torch.Generator().manual_seed(0))
+    (wanted,) = exact(subject, inputs)
+    feed = {key: tensor.numpy() for key, tensor in inputs.items()}
+    errors = []
+    for graph in (chunked, scan):
+        found = session(graph).run(None, feed)[0]
+        assert np.isfinite(found).all()
+        errors.append((np.abs(found - wanted) / np.maximum(1.0, np.abs(wanted))).max())
+    assert max(errors) < 1e-5
+    assert errors[0] < 2 * errors[1] + 1e-6
+
+
+def test_a_decay_of_exactly_zero_forgets_and_is_no_nan() -> None:
+    subject, graph = exported("mamba2", "chunked")
+    inputs = example(subject, 40, 1)
+    inputs["dt"][:, ::7] = 1e30  # exp(-1e30 * A) is 0, and what is added is huge but finite
+    inputs["x"][:, ::7] = 0.0
+    found = session(graph).run(None, {key: tensor.numpy() for key, tensor in inputs.items()})[0]
+    with torch.no_grad():
+        (wanted,) = subject.call_named(inputs)
+    np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "unroll"),
+    [
+        ("mamba2_outside", 5),
+        ("squashed", 2),
+        pytest.param("backwards", 2, marks=pytest.mark.slow),
+        pytest.param("time_first", 5, marks=pytest.mark.slow),
+        pytest.param("retention", 3, marks=pytest.mark.slow),
+    ],
+)
+def test_several_steps_a_turn(name: str, unroll: int) -> None:
+    """With what is left over, and the last state after the last step that there is."""
+    subject, graph = exported(name, "scan", unroll)
+    runtime = session(graph)
+    for length in (1, 2, 3, 5, 9, 10, 33):
+        inputs = example(subject, length, 3, 0 if name == "time_first" else 1)
+        found = runtime.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
+        for wanted, result in zip(exact(subject, inputs), found, strict=True):
+            assert wanted.shape == result.shape
+            np.testing.assert_allclose(result, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_the_form_does_not_depend_on_the_length_of_the_example() -> None:
+    module, inputs = ways.LOOPS["mamba2"]
+    sizes = set()
+    for length in (6, 10, 70):
+        subject = make_subject(module, inputs, {}, source=Path(ways.__file__), how="a test")
+        axes = Length(tuple((name, 1) for name in subject.inputs))
+        resized = tuple(axes.resized(subject.inputs, length).values())
+        subject = make_subject(module, resized, {}, source=Path(ways.__file__), how="a test")
+        free = {(name, 0): "batch" for name in subject.inputs} | {(name, 1): "seq" for name in subject.inputs}
+        options = Options(
+            dims=DimRequest(static=True, picked=free), gates=False, simplify=False, recurrence="chunked"
+        )
+        graph = export_subject(subject, options)[0]
+        sizes.add(tuple(sorted(node.op_type for node in graph.model.graph.all_nodes())))
+        assert {shape[1] for shape in graph.traced.inputs.values()} == {"seq"}
+    assert len(sizes) == 1
