@@ -10,7 +10,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,rtx]' --config-settings editable_mode=strict
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,pictures,rtx]' --config-settings editable_mode=strict
 	touch $@
 
 # A strict editable install links the files that exist; run this again after adding or removing one.

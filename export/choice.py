@@ -29,6 +29,13 @@ class Choice:
     values: fx.Node | None
     experts: int
 
+    @property
+    def slots(self) -> int:
+        """k of `topk`, 1 of the others."""
+        if self.operator.target is not _aten.topk.default:
+            return 1
+        return int(self.indices.meta["val"].shape[-1])
+
 
 def as_choice(node: fx.Node) -> Choice | None:
     if node.op != "call_function" or node.target not in (

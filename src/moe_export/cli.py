@@ -191,6 +191,22 @@ def rewrite_command(**options: Any) -> int:
     return run_rewrite(**options)
 
 
+@cli.command("routing")
+@click.argument("model", metavar="MODEL.PY[:CLASS]")
+@click.option(
+    "-o", "--output", metavar="FILE.svg|.png", help="Where the picture goes  [default: MODEL.routing.svg]"
+)
+@click.option("--gate", metavar="MODULE", help="Only this gate, by its module path.")
+@click.option("--capacity", type=click.IntRange(1), help="Slots of each expert  [default: the fullest one's]")
+@_model_options
+@_output_options
+def routing_command(**options: Any) -> int:
+    """Draw which token of the example inputs goes to which expert, and the load of every expert."""
+    from moe_export.cli_routing import run_routing
+
+    return run_routing(**options)
+
+
 @cli.command("view")
 @click.argument("graph", metavar="GRAPH.ONNX")
 @click.option(

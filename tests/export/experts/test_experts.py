@@ -15,7 +15,9 @@ import pytest
 import torch
 from torch import nn
 
+from moe_export.errors import NotExportableError
 from moe_export.export.emit import emit
+from moe_export.export.engine import build_engines
 from moe_export.export.experts_choose import LOWERINGS, choose
 from moe_export.export.experts_emit import write_experts
 from moe_export.export.experts_mask import marks_of
@@ -28,6 +30,9 @@ spec = importlib.util.spec_from_file_location("experts_idioms", Path(__file__).w
 idioms = importlib.util.module_from_spec(spec)
 sys.modules["experts_idioms"] = idioms
 spec.loader.exec_module(idioms)
+
+STANDARD = [name for name in LOWERINGS if name != "contrib"]
+CAPABILITIES = ("sm75", "sm86", "sm89", "sm120")
 
 
 def subject_of(module: nn.Module):
@@ -69,7 +74,8 @@ def lowered(
 
 def test_every_idiom_is_understood_and_right(idiom):
     module = idiom().eval()
-    for name, (session, notes, _) in lowered(module).items():
+    graphs = lowered(module)
+    for name, (session, notes, _) in graphs.items():
         (note,) = notes
         assert note.startswith(f"6 experts at {Path(__file__).with_name('conftest.py')}:")
         assert note.endswith(f": lowered as {name!r}")
@@ -80,11 +86,14 @@ def test_every_idiom_is_understood_and_right(idiom):
             (got,) = session.run(None, {"x": x.numpy()})
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
             np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-5)
+    # 8,192 tokens in two slots: far above the 3,840 at which TensorRT's TopK stops.
+    engines = build_engines(graphs["blocks"][2], CAPABILITIES, {"batch": (1, 1, 1), "seq": (1, 128, 8192)})
+    assert [engine.capability for engine in engines] == list(CAPABILITIES)
 
 
 def test_all_tokens_to_one_expert():
     module = idioms.TopOne().eval()
-    graphs = lowered(module, LOWERINGS)
+    graphs = lowered(module, STANDARD)
     for expert in range(6):
         x = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(expert))
         # Every token points along this expert's row of the gate.
@@ -99,7 +108,7 @@ def test_all_tokens_to_one_expert():
 def test_no_token_at_all_and_weights_stored_once():
     module = idioms.SkipEmpty().eval()
     weights = sum(parameter.nbytes for parameter in module.parameters())
-    for session, _, model in lowered(module, LOWERINGS).values():
+    for session, _, model in lowered(module, STANDARD).values():
         (got,) = session.run(None, {"x": np.zeros((2, 0, 16), np.float32)})
         assert got.shape == (2, 0, 16)
         stored = sum(value.const_value.nbytes for value in model.graph.initializers.values())
@@ -119,6 +128,51 @@ def test_auto_is_a_loop_above_64_experts():
     assert choices == ["slices", "slices", "loop", "loop"]
     assert choose("slices", 256, "onnxruntime-cpu") == "slices"
     assert choose("auto", 8, "tensorrt") == choose("auto", 256, "onnxruntime-cuda") == "blocks"
+
+
+class FeedForward(idioms.Block):
+    """Experts that onnxruntime has an operator for, with each of its activations."""
+
+    def __init__(self, kind: str):
+        super().__init__()
+        torch.manual_seed(0)
+        bias = kind != "swiglu"
+        shapes = ((24, 16), (16, 24), (24, 16))
+        self.mats = nn.ModuleList(
+            nn.ModuleList(nn.Linear(i, o, bias=bias) for o, i in shapes) for _ in range(self.num_experts)
+        )
+        self.kind = kind
+
+    def expert(self, number, x):
+        up, down, value = self.mats[number]
+        if self.kind == "swiglu":
+            return down(nn.functional.silu(up(x)) * value(x))
+        return down({"identity": lambda rows: rows, **vars(nn.functional)}[self.kind](up(x)))
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts):
+            token, slot = torch.where(indices == number)
+            out = out.index_add(0, token, self.expert(number, x[token]) * weights[token, slot, None])
+        return out
+
+
+@pytest.mark.parametrize("kind", ["relu", "gelu", "silu", "identity", "swiglu"])
+def test_contrib_is_one_operator_that_follows_the_routing_of_the_model(kind):
+    module = FeedForward(kind).eval()
+    ((session, _, model),) = lowered(module, ["contrib"]).values()
+    assert sum(node.op_type == "MoE" for node in model.graph) == 1
+    for tokens in (1, 3, 15, 64, 257):
+        x = torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            expected = module(x).numpy()
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_contrib_refuses_an_expert_that_the_operator_does_not_compute():
+    with pytest.raises(NotExportableError, match=r"MoE does not compute such an expert") as caught:
+        graph_of(idioms.SkipEmpty().eval(), "contrib")
+    assert str(Path(__file__).with_name("conftest.py")) in str(caught.value)
 
 
 def test_keep_leaves_the_loop_as_it_was_written():
