@@ -21,6 +21,7 @@ from torch import nn
 
 from moe_export.errors import UsageError
 from moe_export.export.source import last_user_line
+from moe_export.export.stand_in import stand_ins
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,7 @@ def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[Module
         UsageError: The file has a syntax error, or raises.
     """
     _import_folder(path)
+    stand_ins()
     package = _package_of(path)
     loader = importlib.machinery.SourceFileLoader(
         f"{package}.{path.stem}" if package else _free_name(path.stem), str(path)
