@@ -32,9 +32,8 @@ def dense(w: Writer, block: Opaque) -> ir.Value:
     parts = block.batched()
     writer = PartsWriter(w, parts, block.indices, block.shared, block.metadata)
     ready = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, writer)
-    by_pair = block.slots > 1 and not _distinct(
-        block.indices
-    )  # a token may have an expert twice: a row a pair
+    # A token may have an expert twice, or none: a row is a pair then.
+    by_pair = block.valid is not None or (block.slots > 1 and not _distinct(block.indices))
     choices = w.op("Reshape", block.indices, w.ints(1, -1, 1 if by_pair else block.slots))
     every_expert = w.constant(np.arange(block.count), f"{w.prefix}.experts")
     hot = w.op(
@@ -57,7 +56,7 @@ def dense(w: Writer, block: Opaque) -> ir.Value:
     masked = w.op("Unsqueeze", mask, w.ints(*range(2, 2 + len(block.hidden))))
     nothing = w.op("CastLike", w.scalar(0), result)
     summed = w.op("ReduceSum", w.op("Where", masked, result, nothing), w.ints(0), keepdims=0, name="summed")
-    return combine(w, summed, block.slots, block.hidden) if by_pair else summed
+    return combine(w, summed, block.slots, block.hidden, block.valid) if by_pair else summed
 
 
 def _distinct(indices: ir.Value) -> bool:
@@ -80,7 +79,7 @@ def gather(w: Writer, block: Opaque) -> ir.Value:
     token, slot = apart(w, pairs, block.slots)
     expert = w.op("Unsqueeze", flat, w.ints(1))
     leaving = writer.core(w, writer.before(w, token, slot), expert, ready)
-    return combine(w, writer.after(w, leaving, token, slot, (-1, 1)), block.slots, block.hidden)
+    return combine(w, writer.after(w, leaving, token, slot, (-1, 1)), block.slots, block.hidden, block.valid)
 
 
 def blocks(w: Writer, block: Opaque) -> ir.Value:
@@ -137,4 +136,4 @@ def _finish(
     back = [w.op("Unsqueeze", w.op("Gather", value, positions, axis=0), w.ints(0)) for value in rows]
     every = w.op("Unsqueeze", every_pair(w, positions, "every_pair"), w.ints(0))
     token, slot = apart(w, every, block.slots)
-    return combine(w, writer.after(w, back, token, slot, (1, -1)), block.slots, block.hidden)
+    return combine(w, writer.after(w, back, token, slot, (1, -1)), block.slots, block.hidden, block.valid)

@@ -4,7 +4,7 @@ The operator routes by itself, from logits (N, E): softmax over the k greatest. 
 by logits that are log(weight) at the chosen experts and far below elsewhere; its result is then scaled by the sum of
 the weights. That needs weights that are not negative, and a body that is one of the operator's:
 
-    w[token, slot] * (W2 act(W1 x[token] + b1) + b2)            act: relu, gelu, silu, identity
+    w[token, slot] * (W2 act(W1 x[token] + b1) + b2)            act: relu, gelu (of tanh), silu, identity
     w[token, slot] * W2 (silu(W1 x[token]) * (W3 x[token]))     SwiGLU
 
 Source: the operator's schema in onnxruntime (ContribOperators.md, com.microsoft.MoE).
@@ -67,7 +67,7 @@ def read_feed_forward(experts: Experts) -> FeedForward:
         raise NotExportableError(
             "com.microsoft.MoE does not compute such an expert",
             where=experts.line,
-            hint="it takes two linear layers with relu, gelu, silu or nothing between them, or SwiGLU; "
+            hint="it takes two linear layers with relu, gelu of tanh, silu or nothing between them, or SwiGLU; "
             "the other forms of --experts take any",
         )
     return found
@@ -145,7 +145,7 @@ class _Reader:
         """An activation, its input, and what it is multiplied by; each way to read it."""
         if node.target is _aten.linear.default:
             return [("identity", node, None)]
-        if node.target is _aten.gelu.default and node.kwargs.get("approximate", "none") != "none":
+        if node.target is _aten.gelu.default and node.kwargs.get("approximate") != "tanh":
             return []
         if node.target in _ACTIVATIONS:
             return [(_ACTIVATIONS[node.target], node.args[0], None)]  # type: ignore[list-item]
@@ -162,6 +162,12 @@ class _Reader:
 def contrib(w: Writer, block: Opaque) -> ir.Value:
     """One `com.microsoft.MoE`."""
     form = read_feed_forward(block.meaning)
+    if block.valid is not None:
+        raise NotExportableError(
+            "com.microsoft.MoE cannot leave a token without an expert, and this routing may",
+            where=block.meaning.line,
+            hint="the other forms of --experts can",
+        )
     arrays = ExpertWeights(w, block.weights, block.count, block.opset).stacks()
     stacks = dict(enumerate(arrays, 3 + len(block.shared)))
     first = stacks[form.first]

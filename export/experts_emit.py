@@ -20,6 +20,7 @@ from moe_export.export.experts_lower import Opaque
 from moe_export.export.experts_onnx import Writer
 from moe_export.export.experts_parts import Parts, take_apart
 from moe_export.export.experts_place import DOMAIN, NUMBER, OPERATOR, Block
+from moe_export.export.experts_range import guarded, is_within
 from moe_export.export.experts_weights import Weight
 from moe_export.export.trace import quiet
 
@@ -47,7 +48,10 @@ def write_experts(
         block = blocks[number]
         name = choose(choice, block.experts.count, target)
         writer = Writer(model.graph, f"experts_{number}")
-        result = LOWERINGS[name](writer, _opaque(node, block, model))
+        opaque = _opaque(node, block, model)
+        if not is_within(block.experts.indices, block.experts.count):
+            opaque = guarded(writer, opaque)
+        result = LOWERINGS[name](writer, opaque)
         for made in writer.nodes:
             made.metadata_props.update(node.metadata_props)
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type

@@ -33,6 +33,7 @@ class Opaque:
         hidden: The sizes behind the rows of the result.
         opset: Of the graph.
         meaning: What was recognised.
+        valid: Of the shape of the indices: the pairs that count; None for all.
     """
 
     indices: ir.Value
@@ -46,6 +47,7 @@ class Opaque:
     opset: int
     meaning: Experts
     metadata: Mapping[str, str]
+    valid: ir.Value | None = None
 
 
 Lowering = Callable[[Writer, Opaque], ir.Value]
@@ -76,7 +78,7 @@ def _finish(
     """What the experts gave, row by row as `positions` say → the result (N, H)."""
     back = [w.op("Gather", value, positions, axis=0) for value in rows]
     token, slot = apart(w, every_pair(w, positions, "every_pair"), block.slots)
-    return combine(w, writer.after(w, back, token, slot, (-1,)), block.slots, block.hidden)
+    return combine(w, writer.after(w, back, token, slot, (-1,)), block.slots, block.hidden, block.valid)
 
 
 def loop(w: Writer, block: Opaque) -> ir.Value:
@@ -101,19 +103,23 @@ def loop(w: Writer, block: Opaque) -> ir.Value:
     body = turn.graph(rows)
     always = w.constant(np.array(True), f"{w.prefix}.true")
     count = w.op("Size", hits)
-    starts = [_no_rows(w, value) for value in block.parts.leaving]
+    starts = [_no_rows(w, value, pairs.token) for value in block.parts.leaving]
     parts = w.many("Loop", count, always, *starts, outputs=len(starts), body=body)
     joined = [w.op("ConcatFromSequence", value, axis=0) for value in parts]
     return _finish(w, block, writer, joined, pairs.positions)
 
 
-def _no_rows(w: Writer, value: ir.Value) -> ir.Value:
-    """A sequence that starts with no rows: there may be no token at all."""
+def _no_rows(w: Writer, value: ir.Value, pairs: ir.Value) -> ir.Value:
+    """A sequence that starts with no rows: there may be no token at all.
+
+    The rows are cut out of a value (S,) that is only known at run time: what is constant would be folded, and
+    constant folders have no sequences.
+    """
     assert value.shape is not None
     assert value.dtype is not None
+    none = w.op("Cast", w.op("Slice", pairs, w.ints(0), w.ints(0), w.ints(0)), to=value.dtype)
     sizes = [int(size) for size in value.shape[1:]]  # type: ignore[arg-type]
-    none = w.constant(np.zeros((0, *sizes), value.dtype.numpy()), f"{w.prefix}.no_{value.name}")
-    empty = w.op("SequenceConstruct", none)
+    empty = w.op("SequenceConstruct", w.op("Reshape", none, w.ints(0, *sizes), allowzero=1))
     empty.type = ir.SequenceType(ir.TensorType(value.dtype))
     return empty
 

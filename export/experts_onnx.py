@@ -193,12 +193,23 @@ def apart(w: Writer, pairs: ir.Value, slots: int) -> tuple[ir.Value, ir.Value]:
     return w.op("Div", pairs, w.ints(slots), name="token"), w.op("Mod", pairs, w.ints(slots), name="slot")
 
 
-def combine(w: Writer, rows: ir.Value, slots: int, hidden: Sequence[int]) -> ir.Value:
-    """Rows (S, H) in the order of the tokens → their sums (N, H) over the slots of each token."""
-    if slots == 1:
-        return w.op("Reshape", rows, w.ints(-1, *hidden))
-    by_token = w.op("Reshape", rows, w.ints(-1, slots, *hidden))
-    return w.op("ReduceSum", by_token, w.ints(1), keepdims=0, name="combined")
+def combine(
+    w: Writer, rows: ir.Value, slots: int, hidden: Sequence[int], valid: ir.Value | None = None
+) -> ir.Value:
+    """Rows of all S pairs, token by token → their sums (N, H) over the slots of each token.
+
+    Args:
+        w: Where to write.
+        rows: S rows of H, in any shape.
+        slots: k.
+        hidden: H.
+        valid: (N, k) or (N,), the pairs that count; None for all.
+    """
+    by_token = w.op("Reshape", rows, w.ints(-1, slots, *hidden) if slots > 1 else w.ints(-1, *hidden))
+    if valid is not None:
+        columns = w.op("Unsqueeze", valid, w.ints(*range(-len(hidden), 0)))
+        by_token = w.op("Where", columns, by_token, w.op("CastLike", w.scalar(0), by_token))
+    return w.op("ReduceSum", by_token, w.ints(1), keepdims=0, name="combined") if slots > 1 else by_token
 
 
 def write_nodes(

@@ -162,3 +162,34 @@ def test_the_memory_of_auto_is_its_weights_and_its_activations(tmp_path):
         f"\npeak {peak / 2**20:.0f} MB: weights {weights / 2**20:.0f}, activations {activations / 2**20:.0f}"
     )
     assert peak <= 1.3 * (weights + activations)
+
+
+class Fused(nn.Module):
+    """All experts' weights in two tensors, looked up by pair."""
+
+    def __init__(self, experts: int) -> None:
+        super().__init__()
+        self.router = nn.Linear(32, experts, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, 32, 64) * 0.1)
+        self.down = nn.Parameter(torch.randn(experts, 64, 32) * 0.1)
+
+    def forward(self, x):
+        weights, indices = torch.topk(self.router(x).softmax(-1), 2)
+        chosen = indices.reshape(-1)
+        rows = F.silu(torch.bmm(x.repeat_interleave(2, 0).unsqueeze(1), self.up[chosen]))
+        return (torch.bmm(rows, self.down[chosen]).view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(1)
+
+
+def test_256_experts_take_as_long_to_export_as_8():
+    """CPU seconds of this process, the best of three, in turns: other work on the machine does not count."""
+    seconds: dict[int, float] = {8: np.inf, 256: np.inf}
+    for _ in range(3):
+        for experts, best in seconds.items():
+            subject = make_subject(
+                Fused(experts), (torch.randn(32, 32),), {}, source=Path(__file__), how="bench"
+            )
+            start = time.process_time()
+            export_subject(subject, Options(gates=False))
+            seconds[experts] = min(best, time.process_time() - start)
+    print(f"\nexport: 8 experts {seconds[8]:.1f} s, 256 experts {seconds[256]:.1f} s of CPU time")
+    assert seconds[256] <= 2 * seconds[8]

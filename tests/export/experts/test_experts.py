@@ -115,12 +115,75 @@ def test_no_token_at_all_and_weights_stored_once():
         assert weights * 0.95 < stored < weights * 1.05  # equal biases are one
 
 
+class Dropping(idioms.Block):
+    """Tokens far from the origin are dropped: -1 and the number of experts stand for no expert."""
+
+    def moe(self, x, weights, indices):
+        far = x.norm(dim=-1, keepdim=True) > 4
+        indices = torch.where(far, torch.tensor([[-1, self.num_experts]]), indices)
+        out = torch.zeros_like(x)
+        for expert in range(self.num_experts):
+            token, slot = torch.where(indices == expert)
+            out = out.index_add(0, token, self.experts[expert](x[token]) * weights[token, slot, None])
+        return out
+
+
+def test_a_pair_of_no_expert_adds_nothing():
+    module = Dropping().eval()
+    x = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = module(x).numpy()
+    nothing = (expected == 0).all(-1)
+    assert 3 < nothing.sum() < 24
+    for session, _, _ in lowered(module, STANDARD).values():
+        got = session.run(None, {"x": x.numpy()})[0]
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+        assert (got[nothing] == 0).all()
+
+
 def test_a_loop_graph_does_not_grow_with_the_experts():
     sizes = []
     for count in (8, 16):
         block = idioms.SkipEmpty(experts=count).eval()
         sizes.append(sum(1 for _ in graph_of(block, "loop").model.graph.all_nodes()))
     assert sizes[0] == sizes[1] <= 100
+
+
+class Fused(nn.Module):
+    """All experts' weights in two tensors, looked up by pair."""
+
+    def __init__(self, experts: int, d: int = 16, hidden: int = 24):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(d, experts, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, d, 2 * hidden) * 0.1)
+        self.down = nn.Parameter(torch.randn(experts, hidden, d) * 0.1)
+
+    def forward(self, x):
+        rows = x.reshape(-1, x.shape[-1])
+        weights, indices = torch.topk(self.router(rows).softmax(-1), 2)
+        chosen = indices.reshape(-1)
+        gate, value = torch.bmm(rows.repeat_interleave(2, 0).unsqueeze(1), self.up[chosen]).chunk(2, -1)
+        out = torch.bmm(nn.functional.silu(gate) * value, self.down[chosen]).view(*weights.shape, -1)
+        return (out * weights.unsqueeze(-1)).sum(1).view(x.shape)
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "tensorrt"])
+def test_a_block_with_many_experts_is_as_small_as_one_with_more(target):
+    sizes = []
+    for experts in (128, 256):
+        module = Fused(experts).eval()
+        options = Options(gates=False, simplify=False, target=target)
+        model = export_subject(subject_of(module), options)[0].model
+        sizes.append(sum(1 for _ in model.graph.all_nodes()))
+        x = torch.randn(2, 33, 16)
+        with torch.no_grad():
+            expected = module(x).numpy()
+        np.testing.assert_allclose(
+            session_of(model).run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5
+        )
+    assert max(sizes) <= 100
+    assert abs(sizes[0] - sizes[1]) <= 5
 
 
 def test_auto_is_a_loop_above_64_experts():
@@ -147,7 +210,11 @@ class FeedForward(idioms.Block):
         up, down, value = self.mats[number]
         if self.kind == "swiglu":
             return down(nn.functional.silu(up(x)) * value(x))
-        return down({"identity": lambda rows: rows, **vars(nn.functional)}[self.kind](up(x)))
+        activations = {
+            "identity": lambda rows: rows,
+            "gelu": lambda rows: nn.functional.gelu(rows, approximate="tanh"),
+        }
+        return down(activations.get(self.kind, getattr(nn.functional, self.kind, None))(up(x)))
 
     def moe(self, x, weights, indices):
         out = torch.zeros_like(x)
