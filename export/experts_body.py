@@ -6,7 +6,7 @@ of the expert's own weights: `body(token (R,), slot (R,), expert (1,), *shared, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -65,8 +65,33 @@ class Experts:
     line: str | None
 
 
-def understand(chain: Chain) -> Experts:
+@dataclass(frozen=True)
+class Surroundings:
+    """What is known of a whole graph, once for all of its loops.
+
+    Attributes:
+        sums: Where any loop adds rows; what is behind it belongs to no single expert any more.
+        twins: Each node → the first node that computes the same.
+        fixing: Chosen indices → expert → the nodes that single it out of the marks: `idx == e`, `marks[..., e]`.
+    """
+
+    sums: frozenset[fx.Node]
+    twins: Mapping[fx.Node, fx.Node]
+    fixing: Mapping[fx.Node, Mapping[int, set[fx.Node]]]
+
+    @staticmethod
+    def of(graph: fx.Graph, chains: Sequence[Chain]) -> Surroundings:
+        twins = same_values(graph) if chains else {}
+        sums = frozenset(turn.after for chain in chains for turn in chain.turns)
+        return Surroundings(sums, twins, _fixing_nodes(graph, twins) if chains else {})
+
+
+def understand(chain: Chain, around: Surroundings) -> Experts:
     """Find out what a chain computes.
+
+    Args:
+        chain: The turns of a loop.
+        around: The graph that it stands in.
 
     Raises:
         NotExpertsError: The experts differ in more than their weights, or the chain is incomplete; says why.
@@ -75,24 +100,24 @@ def understand(chain: Chain) -> Experts:
     numbers = [turn.selection.marks.expert for turn in ordered]
     if numbers != list(range(len(numbers))):
         raise NotExpertsError(f"the loop runs over experts {numbers}, not over 0 to {len(numbers) - 1}")
-    if any(turn.selection.marks.indices is not chain.indices for turn in ordered):
+    indices = around.twins[chain.indices]
+    if any(around.twins[turn.selection.marks.indices] is not indices for turn in ordered):
         raise NotExpertsError("the experts are chosen by different indices")
-    start = chain.turns[0].before
-    if any(turn.overwrites for turn in ordered) and (
-        start.target not in ZEROS or chain.indices.meta["val"].dim() > 1
-    ):
+    if any(turn.through is not chain.through for turn in ordered):
+        raise NotExpertsError("the experts' rows are added to different places")
+    overwrites = any(turn.overwrites for turn in ordered)
+    if overwrites and chain.indices.meta["val"].dim() > 1:
         raise NotExpertsError("rows are overwritten, not added to, and a token may have several experts")
-    twins = same_values(chain.indices.graph)
-    fixing = _fixing_nodes(chain)
-    walks = [_Walk(turn, fixing[number], twins) for number, turn in enumerate(ordered)]
-    shared, weights, kinds = _sort_leaves(walks)
+    fixing = around.fixing.get(indices, {})
+    walks = [_Walk(turn, fixing.get(number, set()), around) for number, turn in enumerate(ordered)]
+    shared, weights, kinds = _sort_leaves(walks, around.twins)
     return Experts(
-        indices=chain.indices,
+        indices=indices,
         count=len(ordered),
         body=walks[0].module(kinds),
         shared=shared,
         weights=weights,
-        start=start,
+        start=None if overwrites else chain.turns[0].before,  # every row is written once
         result=chain.turns[-1].after,
         line=chain.line,
     )
@@ -112,17 +137,17 @@ def same_values(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     return twins
 
 
-def _fixing_nodes(chain: Chain) -> list[set[fx.Node]]:
-    """For each expert, the nodes that single it out of the marks: `idx == e`, `one_hot(idx)[..., e]`."""
-    found: list[set[fx.Node]] = [set() for _ in chain.turns]
-    for node in chain.indices.graph.nodes:
+def _fixing_nodes(
+    graph: fx.Graph, twins: Mapping[fx.Node, fx.Node]
+) -> dict[fx.Node, dict[int, set[fx.Node]]]:
+    found: dict[fx.Node, dict[int, set[fx.Node]]] = {}
+    for node in graph.nodes:
         marks = marks_of(node) if node.target in (_aten.eq.Scalar, _aten.select.int) else None
-        if marks is None or marks.indices is not chain.indices or marks.expert is None:
+        if marks is None or marks.expert is None:
             continue
         before = marks_of(node.args[0])
-        fixes = before is None or before.expert is None
-        if fixes and marks.expert < len(found):
-            found[marks.expert].add(node)
+        if before is None or before.expert is None:
+            found.setdefault(twins[marks.indices], {}).setdefault(marks.expert, set()).add(node)
     return found
 
 
@@ -134,15 +159,16 @@ class _Walk:
         leaves: Nodes from outside, in the order of their first use.
     """
 
-    def __init__(self, turn: Turn, fixing: set[fx.Node], twins: Mapping[fx.Node, fx.Node]) -> None:
+    def __init__(self, turn: Turn, fixing: set[fx.Node], around: Surroundings) -> None:
         self._rows = turn.selection
         self._fixing = fixing
-        self._twins = twins
-        self._dependent = _dependents(turn, fixing)
+        self._twins = around.twins
+        self._dependent = _dependents(turn, fixing, around.sums)
         self._value = turn.value
         self.nodes: list[fx.Node] = []
         self.leaves: list[fx.Node] = []
         self._positions: dict[fx.Node, tuple[str, int]] = {}
+        self._of_weights: dict[fx.Node, bool] = {}
         self._visit(turn.value)
         self.steps = [self._step(node) for node in self.nodes]
 
@@ -153,7 +179,7 @@ class _Walk:
             node = self._twin(node)
             if node in self._positions:
                 continue
-            if node not in self._dependent:
+            if node not in self._dependent and not self._is_of_weights(node):
                 self._positions[node] = ("leaf", len(self.leaves))
                 self.leaves.append(node)
             elif done:
@@ -162,6 +188,26 @@ class _Walk:
             else:
                 stack.append((node, True))
                 stack += [(source, False) for source in reversed(self._sources(node))]
+
+    def _is_of_weights(self, node: fx.Node) -> bool:
+        """Whether a node only rearranges weights: `w.t()`, `w[e].t()`; the weights are the leaves then."""
+        if node not in self._of_weights:
+            inputs = node.all_input_nodes
+            own = node.target is _aten.select.int and node.args[1:] == (0, self._rows.marks.expert)
+            self._of_weights[node] = (
+                node.op == "call_function"
+                and not own
+                and bool(inputs)
+                and not is_size(node)
+                and all(self._is_weight(source) or self._is_of_weights(source) for source in inputs)
+            )
+        return self._of_weights[node]
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        if node.target is _aten.select.int and node.args[1:] == (0, self._rows.marks.expert):
+            source = node.args[0]
+            return isinstance(source, fx.Node) and (self._is_weight(source) or self._is_of_weights(source))
+        return node.op == "placeholder" and node.name.startswith(("p_", "b_", "c_"))
 
     def _twin(self, node: fx.Node) -> fx.Node:
         return node if node in self._dependent else self._twins[node]
@@ -177,7 +223,8 @@ class _Walk:
         if node is self._rows.slot:
             return "slot"
         by_mask = user is not None and user.target is _aten.index.Tensor and list(user.args[1]) == [node]  # type: ignore[arg-type]
-        return "token" if by_mask and node is self._rows.mask else None
+        mask = self._rows.mask
+        return "token" if by_mask and mask is not None and self._twins[node] is self._twins[mask] else None
 
     def _step(self, node: fx.Node) -> tuple[Any, ...]:
         args = node.args
@@ -224,19 +271,21 @@ def _for_any_expert(graph: fx.Graph, node: fx.Node, source: fx.Node, expert: fx.
     return graph.call_function(_aten.squeeze.dim, (one, axis))
 
 
-def _dependents(turn: Turn, fixing: set[fx.Node]) -> set[fx.Node]:
+def _dependents(turn: Turn, fixing: set[fx.Node], sums: Collection[fx.Node]) -> set[fx.Node]:
     """Every node that depends on the pairs or the number of one expert, up to the addition."""
     stack: list[fx.Node] = [*turn.selection.rows, *fixing]
     seen = set(stack)
     while stack:
         for user in stack.pop().users:
-            if user not in seen and user is not turn.after:
+            if user not in seen and user is not turn.after and user not in sums:
                 seen.add(user)
                 stack.append(user)
     return seen
 
 
-def _sort_leaves(walks: list[_Walk]) -> tuple[tuple[fx.Node, ...], tuple[Weight, ...], list[str]]:
+def _sort_leaves(
+    walks: list[_Walk], twins: Mapping[fx.Node, fx.Node]
+) -> tuple[tuple[fx.Node, ...], tuple[Weight, ...], list[str]]:
     """Compare the turns, and tell what all share from what each has of its own."""
     first = walks[0]
     for number, walk in enumerate(walks):
@@ -256,16 +305,20 @@ def _sort_leaves(walks: list[_Walk]) -> tuple[tuple[fx.Node, ...], tuple[Weight,
             shared.append(column[0])
             kinds.append("shared")
         else:
-            weights.append(_weight(column))
+            weights.append(_weight(column, twins))
             kinds.append("weight")
     return tuple(shared), tuple(weights), kinds
 
 
-def _weight(column: tuple[fx.Node, ...]) -> Weight:
+def _weight(column: tuple[fx.Node, ...], twins: Mapping[fx.Node, fx.Node]) -> Weight:
     if all(leaf.op == "placeholder" for leaf in column):
         _require_same_shapes(column)
         return Weight(separate=column)
-    bases = {leaf.args[0] for leaf in column if leaf.target is _aten.select.int and leaf.args[1] == 0}
+    bases = {
+        twins[leaf.all_input_nodes[0]]
+        for leaf in column
+        if leaf.target is _aten.select.int and leaf.args[1] == 0
+    }
     numbers = [leaf.args[2] for leaf in column if leaf.target is _aten.select.int]
     if len(bases) == 1 and numbers == list(range(len(column))):
         (stack,) = bases

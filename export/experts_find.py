@@ -5,6 +5,7 @@ See docs/experts.md for what is recognised and what is checked. Letters: N token
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -46,6 +47,7 @@ class Turn:
         value: (R, H), what is added; row r belongs to pair r.
         before, after: The accumulated value (N, H) before and after.
         overwrites: Whether the rows are put in place of the old ones instead of being added.
+        through: (S,), where the row of each pair is added, if not to the row that the pair was read from.
     """
 
     selection: Selection
@@ -53,6 +55,7 @@ class Turn:
     before: fx.Node
     after: fx.Node
     overwrites: bool = False
+    through: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,11 @@ class Chain:
     @property
     def indices(self) -> fx.Node:
         return self.turns[0].selection.marks.indices
+
+    @property
+    def through(self) -> fx.Node | None:
+        """Where the turns add their rows; see `Turn`."""
+        return self.turns[0].through
 
     @property
     def line(self) -> str | None:
@@ -91,7 +99,7 @@ def find_chains(graph: fx.Graph) -> tuple[Chain, ...]:
 def _selections(graph: fx.Graph) -> Iterator[Selection]:
     for node in graph.nodes:
         marks = marks_of(node)
-        if marks is None or marks.expert is None or "expert" in marks.axes:
+        if marks is None or not marks.exact or marks.expert is None or "expert" in marks.axes:
             continue
         token, slot = _row_numbers(node, marks)
         is_index = marks.axes == ("token",) and any(_indexes_by(user, node) for user in node.users)
@@ -132,16 +140,55 @@ def _indexes_by(user: fx.Node, mask: fx.Node) -> bool:
 
 
 def _turns(selection: Selection) -> Iterator[Turn]:
-    """The additions to the rows of a selection."""
+    """The additions to the rows of a selection, or to rows that a table of the pairs gives for them."""
     for rows in selection.rows:
+        yield from _turns_at(rows, selection)
         for user in rows.users:
-            turn = _as_turn(user, rows, selection)
+            if user.target is _aten.index.Tensor and list(user.args[1]) == [rows]:  # type: ignore[arg-type]
+                table = user.args[0]
+                if isinstance(table, fx.Node) and _is_numbers(table):
+                    for turn in _turns_at(user, selection):
+                        yield dataclasses.replace(turn, through=table)
+
+
+def _turns_at(rows: fx.Node, selection: Selection) -> Iterator[Turn]:
+    for place in _spread(rows):
+        for user in place.users:
+            turn = _as_turn(user, place, selection)
             if turn is not None:
                 yield turn
 
 
+def _is_numbers(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype is torch.int64 and value.dim() == 1
+
+
+def _spread(rows: fx.Node) -> Iterator[fx.Node]:
+    """Row numbers, also repeated along the axes of a row, as `scatter_add` wants them."""
+    yield rows
+    for user in rows.users:
+        if (user.target in _SPREADS and user.args[0] is rows and user.meta["val"].dim() > 1) or (
+            user.target in _SPREADS and rows.meta["val"].dim() > 1
+        ):
+            yield from _spread(user)
+
+
+_SPREADS = {
+    _aten.view.default, _aten.reshape.default, _aten.unsqueeze.default, _aten.expand.default, _aten.repeat.default,
+}  # fmt: skip
+_SCATTERS = {_aten.scatter_add.default, _aten.scatter_reduce.two}
+
+
 def _as_turn(node: fx.Node, rows: fx.Node, selection: Selection) -> Turn | None:
     args = node.args
+    if node.target in _SCATTERS and args[1] == 0 and args[2] is rows and not node.kwargs:
+        adds = len(args) < 5 or args[4] == "sum"
+        value = args[3]
+        assert isinstance(value, fx.Node)
+        if adds and rows.meta["val"].dim() == value.meta["val"].dim():
+            return Turn(selection, value, args[0], node)  # type: ignore[arg-type]
+        return None
     if node.target is _aten.index_add.default and args[1] == 0 and args[2] is rows and not node.kwargs:
         return Turn(selection, args[3], args[0], node)  # type: ignore[arg-type]
     if node.target is not _aten.index_put.default or list(args[1]) != [rows]:  # type: ignore[arg-type]

@@ -14,17 +14,18 @@ from moe_export.export.experts_rows import Region, Rows, arguments, rank_of
 _aten = torch.ops.aten
 
 
-def inlined(region: Region, loop: Experts) -> Rows | None:
+def inlined(region: Region, loop: Experts, *, adds: bool) -> Rows | None:
     """What the result of a loop runs over, if the loop runs over the lined-up pairs of this region.
 
     Args:
         region: What is known of the values before.
         loop: A loop that was understood by itself: its "tokens" are lined-up pairs, with one expert each.
+        adds: Whether it adds its rows to other rows.
     """
     rows = region.rows.get(loop.indices)
     if rows is None or rows.number != "expert" or rows.lead != 1 or loop.indices is region.indices:
         return None
-    if loop.start is not None and loop.start.target not in ZEROS:
+    if not adds and loop.start is not None and loop.start.target not in ZEROS:
         return None
 
     def make(body: PairBody) -> fx.Node:
@@ -54,8 +55,13 @@ def _write(body: PairBody, rows: Rows, loop: Experts) -> fx.Node:
     for node in loop.body.graph.nodes:
         if node.op != "call_function":
             continue
-        source = _read_by(node, token, shared)
-        copies[node] = _row(body, rows, source) if source is not None else body.graph.node_copy(node, copied)
+        source, table = _read_by(node, token, shared), _read_by_pair(node, body, copies, shared)
+        if source is not None:
+            copies[node] = _row(body, rows, source)
+        elif table is not None:
+            copies[node] = body.flat(table)
+        else:
+            copies[node] = body.graph.node_copy(node, copied)
     (result,) = next(node for node in loop.body.graph.nodes if node.op == "output").args
     return copies[result]
 
@@ -66,6 +72,19 @@ def _read_by(node: fx.Node, token: fx.Node, shared: dict[fx.Node, fx.Node]) -> f
     by_index = node.target is _aten.index.Tensor and list(arguments(node)[1]) == [token]
     by_select = node.target is _aten.index_select.default and arguments(node)[1:3] == (0, token)
     return shared.get(source) if by_index or by_select else None
+
+
+def _read_by_pair(
+    node: fx.Node, body: PairBody, copies: dict[fx.Node, fx.Node], shared: dict[fx.Node, fx.Node]
+) -> fx.Node | None:
+    """The value (S, ...) of the whole graph that a node reads by the flat numbers of the pairs."""
+    if node.target is not _aten.index.Tensor or len(arguments(node)[1]) != 1:
+        return None
+    source, (index,) = arguments(node)
+    table = shared.get(source)
+    if table is None or table in body.region.rows or copies.get(index) is not body.pair():
+        return None
+    return table
 
 
 def _row(body: PairBody, rows: Rows, source: fx.Node) -> fx.Node:

@@ -5,7 +5,9 @@ Letters: N tokens, k slots (choices of a token), E experts.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -14,9 +16,18 @@ _aten = torch.ops.aten
 
 # Ops that pass a mark on without moving it: 0 stays false, 1 stays true.
 _SAME = {
-    _aten._to_copy.default, _aten.to.dtype, _aten.clone.default, _aten.alias.default, _aten.detach.default,
+    _aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device,
+    _aten.clone.default, _aten.alias.default, _aten.detach.default,
     _aten.contiguous.default, _aten.type_as.default,
 }  # fmt: skip
+_ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
+_MOVES = {
+    _aten.eq.Scalar, _aten.view.default, _aten.reshape.default, _aten.permute.default, _aten.transpose.int,
+    _aten.select.int, _aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default, _aten.unsqueeze.default,
+    _aten.squeeze.dim,
+}  # fmt: skip
+_PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default}
+_SCATTERS = {_aten.scatter.value, _aten.scatter_.value}
 _NONZERO = {_aten.ne.Scalar, _aten.gt.Scalar, _aten.greater.Scalar}
 
 
@@ -28,11 +39,13 @@ class Marks:
         indices: The chosen experts, (N, k) or (N,).
         axes: What each dimension runs over: "token", "slot", "expert".
         expert: The one expert that is marked, once no axis runs over experts any more.
+        exact: Every pair is marked; False where some are left out, or the axes were merged.
     """
 
     indices: fx.Node
     axes: tuple[str, ...]
     expert: int | None = None
+    exact: bool = True
 
 
 def marks_of(node: fx.Node) -> Marks | None:
@@ -49,8 +62,43 @@ def marks_of(node: fx.Node) -> Marks | None:
         axes = _index_axes(source)
         if axes:
             return Marks(source, axes, node.args[1])
+    if target in _SCATTERS and node.args[1:] in ((1, node.args[2], 1), (-1, node.args[2], 1)):
+        return _scattered(node)
+    if target in _PRODUCTS:
+        return _masked(node)
+    if target not in _MOVES and target not in _SAME and target not in _NONZERO:
+        return None
     inner = marks_of(source)
     return _moved(node, inner) if inner is not None else None
+
+
+def _scattered(node: fx.Node) -> Marks | None:
+    """`zeros(N, E).scatter(1, idx, 1)`: whether the token chose the expert."""
+    base, indices = node.args[0], node.args[2]
+    assert isinstance(base, fx.Node)
+    assert isinstance(indices, fx.Node)
+    if base.target not in _ZEROS or _index_axes(indices) != ("token", "slot"):
+        return None
+    return Marks(indices, ("token", "expert"))
+
+
+def _masked(node: fx.Node) -> Marks | None:
+    """Marks times another mask: a capacity leaves out some of the pairs."""
+    if node.meta["val"].dtype.is_floating_point:
+        return None
+    for source in node.all_input_nodes:
+        inner = marks_of(source)
+        if inner is not None and str(source.meta["val"].shape) == str(node.meta["val"].shape):
+            return dataclasses.replace(inner, exact=False)
+    return None
+
+
+def _merged(node: fx.Node, inner: Marks) -> Marks | None:
+    """The axes before that of the experts taken apart in another way."""
+    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
+    if inner.axes[-1:] != ("expert",) or len(after) != 3 or str(before[-1]) != str(after[-1]):
+        return None
+    return Marks(inner.indices, ("token", "slot", "expert"), exact=False)
 
 
 def _moved(node: fx.Node, inner: Marks) -> Marks | None:
@@ -62,26 +110,42 @@ def _moved(node: fx.Node, inner: Marks) -> Marks | None:
         or (target is _aten.eq.Scalar and args[1] == 1)
     ):
         return inner
-    if target is _aten.permute.default:
-        return Marks(inner.indices, tuple(inner.axes[axis] for axis in args[1]), inner.expert)  # type: ignore[union-attr,index]
-    if target is _aten.transpose.int:
-        axes = list(inner.axes)
-        first, second = int(args[1]) % rank, int(args[2]) % rank  # type: ignore[arg-type]
-        axes[first], axes[second] = axes[second], axes[first]
-        return Marks(inner.indices, tuple(axes), inner.expert)
+    if target in (_aten.view.default, _aten.reshape.default):
+        return _merged(node, inner)
+    if target in (_aten.permute.default, _aten.transpose.int):
+        return dataclasses.replace(inner, axes=_reordered(node, inner.axes))
     if target is _aten.select.int:
         return _without(inner, int(args[1]) % rank, int(args[2]))  # type: ignore[arg-type]
     if target in (_aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default):
         return _reduced(node, inner)
-    if target is _aten.squeeze.dim and str(node.meta["val"].shape) == str(node.args[0].meta["val"].shape):  # type: ignore[union-attr]
-        return inner  # nothing of size 1 there
+    if target is _aten.unsqueeze.default and args[1] == 0:
+        return dataclasses.replace(inner, axes=("one", *inner.axes))
+    if target is _aten.squeeze.dim:
+        return _squeezed(node, inner, int(args[1]) % rank)  # type: ignore[arg-type]
     return None
+
+
+def _reordered(node: fx.Node, axes: tuple[str, ...]) -> tuple[str, ...]:
+    args: Any = node.args
+    if node.target is _aten.permute.default:
+        return tuple(axes[axis] for axis in args[1])
+    moved, (first, second) = list(axes), (axis % len(axes) for axis in args[1:3])
+    moved[first], moved[second] = axes[second], axes[first]
+    return tuple(moved)
+
+
+def _squeezed(node: fx.Node, inner: Marks, axis: int) -> Marks | None:
+    if str(node.meta["val"].shape) == str(node.args[0].meta["val"].shape):  # type: ignore[union-attr]
+        return inner  # nothing of size 1 there
+    if inner.axes[axis] not in ("one", "slot"):
+        return None
+    return dataclasses.replace(inner, axes=inner.axes[:axis] + inner.axes[axis + 1 :])
 
 
 def _without(inner: Marks, axis: int, index: int) -> Marks | None:
     if inner.axes[axis] != "expert":
         return None
-    return Marks(inner.indices, inner.axes[:axis] + inner.axes[axis + 1 :], index)
+    return dataclasses.replace(inner, axes=inner.axes[:axis] + inner.axes[axis + 1 :], expert=index)
 
 
 def _reduced(node: fx.Node, inner: Marks) -> Marks | None:
@@ -92,7 +156,7 @@ def _reduced(node: fx.Node, inner: Marks) -> Marks | None:
     if kept or [inner.axes[axis] for axis in wanted] != ["slot"]:
         return None
     left = tuple(name for axis, name in enumerate(inner.axes) if axis not in wanted)
-    return Marks(inner.indices, left, inner.expert)
+    return dataclasses.replace(inner, axes=left)
 
 
 def _index_axes(node: fx.Node) -> tuple[str, ...]:

@@ -212,9 +212,9 @@ class PairBody:
         source, times = arguments(node)[:2]
         assert isinstance(source, fx.Node)
         axis = arguments(node)[2] if len(arguments(node)) > 2 else node.kwargs.get("dim")
-        return (
-            bool(times == self.region.slots) and axis == 0 and str(shape_of(source)[0]) == self.region.tokens
-        )
+        if times != self.region.slots or axis != 0:
+            return False
+        return str(shape_of(source)[0]) == self.region.tokens
 
     def module(self, result: fx.Node) -> fx.GraphModule:
         """The finished body."""

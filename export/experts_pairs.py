@@ -6,8 +6,9 @@ sorted by expert (`grouped_mm`); a block ends where the rows of a token's k slot
 
 from __future__ import annotations
 
+import heapq
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from moe_export.export.experts_inline import inlined
 from moe_export.export.experts_pair_body import PairBody
 from moe_export.export.experts_row_rules import rows_after
 from moe_export.export.experts_rows import Region, Rows, rank_of, shape_of
+from moe_export.export.region import ancestors
 from moe_export.export.source import line_of
 
 _aten = torch.ops.aten
@@ -32,25 +34,40 @@ class Root:
     """Integers that weights of experts are used by.
 
     Attributes:
+        index: Those integers.
         choices: What may be the choice of experts that they come from, (N, k) or (N,), in graph order.
         count: E.
         line: `file:line` of that use.
     """
 
+    index: fx.Node
     choices: tuple[fx.Node, ...]
     count: int
     line: str | None
 
 
 @dataclass(frozen=True)
+class Loop:
+    """A loop over experts that was understood by itself.
+
+    Attributes:
+        experts: What it computes; its "tokens" may be lined-up pairs.
+        through: (S,), where the rows of lined-up pairs are added; None for the places that they were read from.
+    """
+
+    experts: Experts
+    through: fx.Node | None
+
+
+@dataclass(frozen=True)
 class Found:
-    """A block, and the loops over experts that became a part of its body, by the nodes that they end in."""
+    """A block, and the values that follow from its choice."""
 
     block: Experts
-    loops: frozenset[fx.Node]
+    values: frozenset[fx.Node]
 
 
-def find_roots(graph: fx.Graph, loops: Mapping[fx.Node, Experts]) -> tuple[Root, ...]:
+def find_roots(graph: fx.Graph, loops: Mapping[fx.Node, Loop]) -> tuple[Root, ...]:
     """Every use of weights by integers that are computed, in graph order.
 
     Args:
@@ -61,14 +78,17 @@ def find_roots(graph: fx.Graph, loops: Mapping[fx.Node, Experts]) -> tuple[Root,
     for node in graph.nodes:
         for index, count in _lookups(node, loops):
             if index not in found:
-                found[index] = Root(_choices(index), count, line_of(node.meta.get("stack_trace")))
-    return tuple({root.choices: root for root in reversed(found.values())}.values())[::-1]
+                choices = _choices(index)
+                if node in loops:  # by itself it is understood already
+                    choices = tuple(choice for choice in choices if choice is not index)
+                found[index] = Root(index, choices, count, line_of(node.meta.get("stack_trace")))
+    return tuple(root for root in found.values() if root.choices)
 
 
-def _lookups(node: fx.Node, loops: Mapping[fx.Node, Experts]) -> Iterator[tuple[fx.Node, int]]:
+def _lookups(node: fx.Node, loops: Mapping[fx.Node, Loop]) -> Iterator[tuple[fx.Node, int]]:
     """The integers that weights of experts are used by, and E."""
     if node in loops:
-        yield loops[node].indices, loops[node].count
+        yield loops[node].experts.indices, loops[node].experts.count
         return
     stack: object = None
     index: object = None
@@ -76,8 +96,6 @@ def _lookups(node: fx.Node, loops: Mapping[fx.Node, Experts]) -> Iterator[tuple[
         stack, index = node.args[0], node.args[1][0]  # type: ignore[index]
     elif node.target is _aten.index_select.default and node.args[1] == 0:
         stack, index = node.args[0], node.args[2]
-    elif node.target is _aten._grouped_mm.default and len(node.args) > 2:
-        stack, index = node.args[1:3]
     if isinstance(stack, fx.Node) and isinstance(index, fx.Node) and rank_of(stack) >= _FIRST_RANK:
         size = str(shape_of(stack)[0])
         if size.isdigit():
@@ -106,13 +124,18 @@ def _is_integers(node: fx.Node) -> bool:
         return node.target is not _aten.topk.default and all(
             isinstance(each, torch.Tensor) and not each.dtype.is_floating_point for each in value
         )
-    counted = node.target in (_aten._to_copy.default, _aten.histc.default, _aten.cumsum.default)
+    counted = node.target in (
+        _aten._to_copy.default,
+        _aten.histc.default,
+        _aten.cumsum.default,
+        _aten.scatter.value,
+    )
     return (
         isinstance(value, torch.Tensor) and value.dim() > 0 and (counted or not value.dtype.is_floating_point)
     )
 
 
-def understand_pairs(root: Root, loops: Mapping[fx.Node, Experts]) -> Found | None:
+def understand_pairs(root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
     """The block in which weights are used; None if there is none.
 
     Raises:
@@ -127,7 +150,7 @@ def understand_pairs(root: Root, loops: Mapping[fx.Node, Experts]) -> Found | No
     return None
 
 
-def _understand(indices: fx.Node, root: Root, loops: Mapping[fx.Node, Experts]) -> Found | None:
+def _understand(indices: fx.Node, root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
     region = Region(indices, root.count, {})
     region.rows[indices] = Rows(
         rank_of(indices), None, lambda body: _number(body, rank_of(indices)), "expert", constant=True
@@ -147,7 +170,19 @@ def _understand(indices: fx.Node, root: Root, loops: Mapping[fx.Node, Experts]) 
         result=end.result,
         line=root.line,
     )
-    return Found(block, frozenset(node for node in loops if node in region.rows))
+    _refuse_mixed(region, block)
+    return Found(block, frozenset(region.rows))
+
+
+def _refuse_mixed(region: Region, block: Experts) -> None:
+    """Refuse a block whose experts read what was computed from rows of several pairs."""
+    behind = ancestors(block.shared)
+    mixed = [
+        node for node, rows in region.rows.items() if rows.weighs and not rows.constant and node in behind
+    ]
+    if mixed:
+        where = line_of(mixed[-1].meta.get("stack_trace"))
+        raise NotExpertsError(f"the experts mix rows: what pairs get depends on other pairs, after {where}")
 
 
 def _number(body: PairBody, lead: int) -> fx.Node:
@@ -155,27 +190,52 @@ def _number(body: PairBody, lead: int) -> fx.Node:
     return body.expert if lead == 1 else body.as_rows(body.expert)
 
 
-def _follow(region: Region, loops: Mapping[fx.Node, Experts]) -> Combination | None:
+def _follow(region: Region, loops: Mapping[fx.Node, Loop]) -> Combination | None:
     """Follow the choice through the graph, up to where the slots of a token are added up."""
-    started = False
-    for node in region.indices.graph.nodes:
-        started = started or node is region.indices
-        if not started or node is region.indices or node.op != "call_function":
+    places = _Places(region.indices.graph)
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    for node, loop in loops.items():
+        ends.setdefault(loop.experts.indices, []).append(node)
+    waiting = places.after([*region.indices.users, *ends.get(region.indices, ())])
+    while waiting:
+        node = heapq.heappop(waiting)[1]
+        if node in region.rows or node.op != "call_function":
             continue
-        if node in loops:
-            rows = inlined(region, loops[node])
-            if rows is not None:
-                region.rows[node] = rows
-            continue
-        if region.rows.keys().isdisjoint(node.all_input_nodes):
-            continue
-        found = combination(region, node)
-        if found is not None:
-            return found
-        known = rows_after(region, node)
+        end = _loop(region, node, loops[node]) if node in loops else combination(region, node)
+        if end is not None:
+            return end
+        known = rows_after(region, node) if node not in loops else region.rows.get(node)
         if known is not None:
             region.rows[node] = known
+            for following in places.after([*node.users, *ends.get(node, ())]):
+                heapq.heappush(waiting, following)
     return None
+
+
+class _Places:
+    """The nodes of a graph by their order."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._order = {node: place for place, node in enumerate(graph.nodes)}
+
+    def after(self, nodes: Iterable[fx.Node]) -> list[tuple[int, fx.Node]]:
+        """Nodes with their places, each once, the first one first."""
+        return sorted((self._order[node], node) for node in set(nodes))
+
+
+def _loop(region: Region, node: fx.Node, loop: Loop) -> Combination | None:
+    """Take a loop in; one that adds its rows to those of their tokens is the end."""
+    rows = inlined(region, loop.experts, adds=loop.through is not None)
+    if rows is None:
+        return None
+    region.rows[node] = rows
+    if loop.through is None:
+        return None
+    tokens = region.rows.get(loop.through)
+    if tokens is None or tokens.number != "token" or tokens.where != rows.where:
+        del region.rows[node]
+        return None
+    return Combination(node, loop.experts.start, rows.make)
 
 
 def _single(region: Region) -> Combination | None:

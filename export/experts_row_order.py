@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.experts_body import NotExpertsError
+from moe_export.export.experts_mask import marks_of
 from moe_export.export.experts_pair_body import PairBody
 from moe_export.export.experts_row_shapes import over, pointwise
 from moe_export.export.experts_rows import Region, Rows, arguments, rank_of, shape_of
@@ -50,8 +52,11 @@ def _looked_up(region: Region, source: fx.Node, indices: list[Any]) -> Rows | No
     if source in region.rows:
         return _moved(region, region.rows[source], source, first) if len(indices) == 1 and first else None
     if len(indices) == 1 and first is not None and first.number == "expert":
-        if str(shape_of(source)[0]) != str(region.count):
-            return None
+        size = str(shape_of(source)[0])
+        if size != str(region.count):
+            raise NotExpertsError(
+                f"{source.name} holds the weights of {size} experts, and {region.count} are used"
+            )
         lead = rows.lead
         return Rows(
             *rows.where,
@@ -193,3 +198,61 @@ def running(region: Region, node: fx.Node) -> Rows | None:
     if region.rows[source].number == "counts":
         return Rows(0, None, lambda body: body.expert, "ends")
     return over(1)(region, node)
+
+
+def counted(region: Region, node: fx.Node) -> Rows | None:
+    """The sum of the pairs' marks over all pairs, or of the tokens' marks over all tokens."""
+    source, axes = arguments(node)[0], arguments(node)[1] if len(arguments(node)) > 1 else []
+    rows = region.rows[source]
+    over_all = {"marks": list(range(rows.lead)), "token marks": [0]}.get(rows.number)
+    if over_all is None or sorted(axes) != over_all or rank_of(node) != 1:
+        return None
+    return Rows(0, None, lambda body: body.expert, "counts")
+
+
+def token_marks(region: Region, node: fx.Node) -> Rows | None:
+    """`zeros(N, E).scatter(1, idx, 1)`: which experts each token chose."""
+    marks = marks_of(node)
+    if (
+        marks is None
+        or region.rows[marks.indices].number != "expert"
+        or region.rows[marks.indices].where != (2, None)
+    ):
+        return None
+    if str(shape_of(node)[-1]) != str(region.count):
+        return None
+    return Rows(0, None, lambda body: body.expert, "token marks")
+
+
+def behind(region: Region, node: fx.Node) -> Rows | None:
+    """`row >= ends` for the numbers of all rows (S, 1): whether a row lies behind those of an expert, (S, E)."""
+    numbers, ends = arguments(node)
+    known = region.rows.get(ends)
+    if known is None or known.number != "ends" or numbers in region.rows:
+        return pointwise(region, node)
+    if numbers.target is not _aten.unsqueeze.default or not _counts_up(arguments(numbers)[0]):
+        return None
+    if [str(size) for size in shape_of(node)] != [region.pairs, str(region.count)]:
+        return None
+    return Rows(0, None, lambda body: body.expert, "behind")
+
+
+def _counts_up(node: fx.Node) -> bool:
+    """Whether a value is 0, 1, 2, ..."""
+    if node.target is _aten.arange.default:
+        return True
+    return node.target is _aten.arange.start and arguments(node)[0] == 0
+
+
+def segment(region: Region, node: fx.Node) -> Rows | None:
+    """How many experts end before each row: the expert of the row, where rows are sorted by expert.
+
+    All orders by expert have the same experts in the same rows; the one that is meant is the one that is there.
+    """
+    source, axes = arguments(node)[0], arguments(node)[1] if len(arguments(node)) > 1 else []
+    if region.rows[source].number != "behind" or [axis % 2 for axis in axes] != [1]:
+        return None
+    orders = {rows.order for rows in region.rows.values() if rows.order is not None}
+    if len(orders) != 1:
+        return None
+    return Rows(1, orders.pop(), lambda body: body.expert, "expert", constant=True)

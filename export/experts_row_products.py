@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -159,22 +158,3 @@ def _einsum_leaf(body: PairBody, rows: Rows, begin: str, term: str, operand: fx.
             _aten.unsqueeze.default, body.call(_aten.index.Tensor, body.share(operand), [body.token]), 1
         )
     return body.leaf(operand, rows, len(term) + rows.lead - len(own))
-
-
-def grouped(region: Region, node: fx.Node) -> Rows | None:
-    """`grouped_mm`: the sorted rows of each expert times its own matrix (E, a, b)."""
-    named: dict[str, Any] = dict(zip(("input", "weight", "offs"), arguments(node), strict=False))
-    named |= node.kwargs
-    source, stack, ends = (named.get(name) for name in ("input", "weight", "offs"))
-    if not (isinstance(source, fx.Node) and isinstance(stack, fx.Node) and isinstance(ends, fx.Node)):
-        return None
-    rows, bound = region.rows.get(source), region.rows.get(ends)
-    if rows is None or bound is None or bound.number != "ends" or rows.order is None or stack in region.rows:
-        return None
-    if rank_of(source) != 2 or rank_of(stack) != 3 or named.get("bias") is not None:
-        return None
-
-    def make(body: PairBody) -> fx.Node:
-        return body.call(_aten.matmul.default, body.value(source), body.stack(stack))
-
-    return Rows(*rows.where, make, weighs=True)

@@ -14,6 +14,8 @@ import torch
 from torch import fx
 
 from moe_export.export.experts_row_order import (
+    behind,
+    counted,
     counts,
     divided,
     embedding,
@@ -23,9 +25,11 @@ from moe_export.export.experts_row_order import (
     put,
     remainder,
     running,
+    segment,
     sort,
-)
-from moe_export.export.experts_row_products import einsum, grouped, linear, matmul
+    token_marks,
+)  # fmt: skip
+from moe_export.export.experts_row_products import einsum, linear, matmul
 from moe_export.export.experts_row_shapes import (
     Rule,
     expand,
@@ -36,9 +40,10 @@ from moe_export.export.experts_row_shapes import (
     pointwise,
     reshaped,
     same,
+    sliced,
     split,
 )
-from moe_export.export.experts_rows import Region, Rows, arguments, rank_of
+from moe_export.export.experts_rows import Region, Rows
 
 _aten = torch.ops.aten
 
@@ -54,14 +59,10 @@ def rows_after(region: Region, node: fx.Node) -> Rows | None:
 
 
 def _summed(region: Region, node: fx.Node) -> Rows | None:
-    """A sum over pairs of their marks counts them; any other runs over axes of a row."""
-    source = arguments(node)[0]
+    """A sum over pairs of their marks counts them; a sum over experts of those that end before says which is next."""
+    source = node.args[0]
     assert isinstance(source, fx.Node)
-    rows = region.rows[source]
-    axes = arguments(node)[1] if len(arguments(node)) > 1 else []
-    if rows.number == "marks" and sorted(axes or []) == list(range(rows.lead)) and rank_of(node) == 1:
-        return Rows(0, None, lambda body: body.expert, "counts")
-    return over(1)(region, node)
+    return segment(region, node) or counted(region, node) or over(1)(region, node)
 
 
 _RULES: Mapping[Any, Rule] = {
@@ -89,7 +90,8 @@ _RULES: Mapping[Any, Rule] = {
         over(1),
     ),
     **dict.fromkeys((_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default), split),
-    **dict.fromkeys((_aten.cat.default, _aten.stack.default, _aten.slice.Tensor), over(1, default=0)),
+    **dict.fromkeys((_aten.cat.default, _aten.concat.default, _aten.stack.default), over(1, default=0)),
+    _aten.slice.Tensor: sliced,
     _aten.transpose.int: over(1, 2),
     _aten.glu.default: over(1, default=-1),
     _aten.permute.default: permute,
@@ -102,6 +104,7 @@ _RULES: Mapping[Any, Rule] = {
     _aten.embedding.default: embedding,
     _aten.remainder.Scalar: remainder,
     _aten.einsum.default: einsum,
-    _aten._grouped_mm.default: grouped,
+    _aten.ge.Tensor: behind,
+    _aten.scatter.value: token_marks,
     operator.getitem: part,
 }  # fmt: skip

@@ -14,7 +14,7 @@ without tokens, so an answer that changes a result is found.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -24,14 +24,17 @@ from torch import fx
 from torch.fx.experimental import proxy_tensor, symbolic_shapes
 from torch.overrides import TorchFunctionMode
 
+from moe_export.export.experts_choice import experts_of
 from moe_export.export.experts_mask import marks_of
+from moe_export.export.experts_slices import Count, Counts, counts_of, joined, sliced, split
 
 _aten = torch.ops.aten
 _LENGTH = 4093  # `len` of such rows must be a number: another prime, so that no shape is taken to fit it
 _MANY = 4099  # stands for a number of rows that only the data knows: a prime that no size of a model is
 
 _AS_ITS_SOURCE = {
-    _aten._to_copy.default, _aten.clone.default, _aten.select.int, _aten.view.default, _aten.alias.default,
+    _aten._to_copy.default, _aten.to.dtype_layout, _aten.to.dtype, _aten.to.device, _aten.to.other,
+    _aten.clone.default, _aten.select.int, _aten.view.default, _aten.alias.default,
     _aten.flatten.using_ints, _aten.reshape.default,
     _aten.squeeze.default, _aten.squeeze.dim, _aten.detach.default, _aten.index.Tensor, _aten.lift_fresh_copy.default,
     _aten.unbind.int, _aten.item.default, _aten.slice.Tensor, _aten.unsqueeze.default, _aten.permute.default,
@@ -41,72 +44,155 @@ _COUNTS = {_aten.sum.default, _aten.sum.dim_IntList, _aten.bincount.default, _at
 _SOME = {_aten.any.default, _aten.any.dim, *_COUNTS}
 
 
+SOME = Count(None, 0, 1)  # how many rows an expert has, for code that asks whether it has any
+
+
 class ExpertNumber(int):
-    """The number of an expert, for code that takes it for an element of a tensor."""
+    """The number of an expert, for code that takes it for an element, or for a row (1,), of a tensor."""
+
+    is_row = False
 
     def __getitem__(self, index: Any) -> ExpertNumber:
-        return self
+        return ExpertNumber(self)
 
     def item(self) -> int:
         return int(self)
 
     def squeeze(self, *args: Any) -> ExpertNumber:
-        return self
+        return ExpertNumber(self)
 
     def tolist(self) -> int:
         return int(self)
 
 
-class SomeRows:
-    """How many rows an expert has, for code that only asks whether it has any."""
+class ExpertRow(ExpertNumber):
+    """The number of an expert as a row (1,): what is looked up by it keeps an axis."""
 
-    def __bool__(self) -> bool:
-        return True
-
-    def __eq__(self, other: object) -> bool:
-        return not self._compared(other)
-
-    def __gt__(self, other: object) -> bool:
-        return self._compared(other)
-
-    def __le__(self, other: object) -> bool:
-        return not self._compared(other)
-
-    def __hash__(self) -> int:
-        return 0
-
-    def _compared(self, other: object) -> bool:
-        if other != 0:
-            raise TypeError(
-                "how many tokens an expert has depends on the data, and is compared with more than 0"
-            )
-        return True
+    is_row = True
 
 
 class _AllHit(TorchFunctionMode):
     """Answers what a model asks its tensors about hit experts."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._segments: dict[fx.Node, Counts] = {}
+        self._lists: dict[
+            fx.Node, torch.Tensor
+        ] = {}  # integers that were computed, to find them by their nodes
+
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is torch.Tensor.__bool__:
-            answer = _truth(_node_of(args[0]))
-            if answer is not None:
-                return answer
-        if func is torch.Tensor.__len__ and _is_unknown(args[0].shape[:1]):
-            return _LENGTH
-        if func in (torch.bincount, torch.Tensor.bincount):
-            least = (kwargs or {}).get("minlength", args[2] if len(args) > 2 else 0)
-            if least and len(args) == 1:  # numbers of experts: none is above `minlength`
-                return torch.nn.functional.one_hot(args[0], least).sum(0)
-        if func is torch.Tensor.item and _is_count(_node_of(args[0])):
-            return SomeRows()
-        if func in (torch.Tensor.__iter__, torch.Tensor.tolist, torch.Tensor.unbind, torch.unbind):
-            count = _hit_experts(_node_of(args[0]))
-            if count is not None:
-                numbers = [ExpertNumber(expert) for expert in range(count)]
-                return iter(numbers) if func is torch.Tensor.__iter__ else numbers
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        rule = _ANSWERS.get(func)
+        answer = rule(self, func, args, kwargs) if rule is not None else None
+        if answer is not None:
+            return answer
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.dim() == 1 and result.dtype is torch.int64:
+            node = _node_of(result)
+            if node is not None:
+                self._lists[node] = result
+        return result
+
+    def truth(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _truth(_node_of(args[0]))
+
+    def length(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _LENGTH if _is_unknown(args[0].shape[:1]) else None
+
+    def bincount(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        least = kwargs.get("minlength", args[2] if len(args) > 2 else 0) or experts_of(_node_of(args[0]))
+        if not least or len(args) != 1:
+            return None
+        # Numbers of experts: none is above `minlength`.
+        return torch.nn.functional.one_hot(args[0], least).sum(0)
+
+    def numbers(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Values as Python integers: the experts that were hit, or how many rows each has."""
+        node = _node_of(args[0])
+        count = _hit_experts(node)
+        if count is not None:
+            kind = ExpertRow if args[0].dim() > 1 else ExpertNumber
+            found = [kind(expert) for expert in range(count)]
+            return iter(found) if func is torch.Tensor.__iter__ else found
+        counts = self._counts(node, args[0])
+        if counts is None or func in (torch.Tensor.unbind, torch.unbind):
+            return None
+        return iter(counts) if func is torch.Tensor.__iter__ else counts
+
+    def number(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One element of the counts."""
+        node = _node_of(args[0])
+        if node is None or not _is_count(node):
+            return None
+        while node.target in _AS_ITS_SOURCE - {_aten.select.int, _aten.unbind.int}:
+            node = node.args[0]  # type: ignore[assignment]
+        place: Any = node.args[2] if node.target is _aten.select.int else node.args[1:]
+        source = node.args[0]
+        if (
+            node.target is operator.getitem
+            and isinstance(source, fx.Node)
+            and source.target is _aten.unbind.int
+        ):
+            place, source = node.args[1], source.args[0]
+        if isinstance(source, fx.Node) and isinstance(place, int):
+            counts = self._counts(source, self._lists.get(source))
+            if counts is not None:
+                return counts[place]
+        return SOME
+
+    def _counts(self, node: fx.Node | None, tensor: torch.Tensor | None) -> Counts | None:
+        """The Python integers of a tensor (E,) of counts, or of its running sum."""
+        if node in self._segments:
+            return self._segments[node]
+        if node is None or tensor is None or tensor.dim() != 1 or not str(tensor.shape[0]).isdigit():
+            return None
+        source, running = node, False
+        while source.target in _AS_ITS_SOURCE | {_aten.cumsum.default} and isinstance(
+            source.args[0], fx.Node
+        ):
+            running = running or source.target is _aten.cumsum.default
+            source = source.args[0]
+        if source.target not in _COUNTS or not _is_amount(source):
+            return None
+        self._segments[node] = counts_of(tensor, running=running)
+        return self._segments[node]
+
+    def item(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(args[1], ExpertRow):
+            return args[0][int(args[1])].unsqueeze(0)
+        return sliced(*args)
+
+    def split(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
+        return split(args[0], sizes, kwargs.get("dim", args[2] if len(args) > 2 else 0))
+
+    def cat(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parts = args[0] if args else kwargs["tensors"]
+        axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        known = [counts[0].segments for counts in self._segments.values() if counts]
+        return joined(parts, known) if axis == 0 else None
+
+
+_ANSWERS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.__bool__: _AllHit.truth,
+    torch.Tensor.__len__: _AllHit.length,
+    torch.bincount: _AllHit.bincount,
+    torch.Tensor.bincount: _AllHit.bincount,
+    torch.Tensor.__iter__: _AllHit.numbers,
+    torch.Tensor.tolist: _AllHit.numbers,
+    torch.Tensor.numpy: _AllHit.numbers,
+    torch.Tensor.unbind: _AllHit.numbers,
+    torch.unbind: _AllHit.numbers,
+    torch.Tensor.item: _AllHit.number,
+    torch.Tensor.__getitem__: _AllHit.item,
+    torch.Tensor.split: _AllHit.split,
+    torch.split: _AllHit.split,
+    torch.cat: _AllHit.cat,
+    torch.concat: _AllHit.cat,
+}
 
 
 def _is_unknown(sizes: Any) -> bool:
@@ -180,7 +266,20 @@ def _hit_experts(node: fx.Node | None) -> int | None:
         source = source.args[0]
     if not _is_amount(source) or not isinstance(value, torch.Tensor) or value.dim() != 1:
         return None
-    return int(value.shape[0]) if str(value.shape[0]).isdigit() else None
+    if not str(value.shape[0]).isdigit():
+        return None
+    # A mask may have a class more than there are experts, which is never hit.
+    return min(int(value.shape[0]), experts_of(_indices_of(source)) or int(value.shape[0]))
+
+
+def _indices_of(node: fx.Node | None) -> fx.Node | None:
+    """The chosen experts that an amount was counted from."""
+    while node is not None:
+        marks = marks_of(node)
+        if marks is not None:
+            return marks.indices
+        node = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    return None
 
 
 @contextmanager

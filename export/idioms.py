@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from moe_export.export.adapt_transformers import traceable_experts
@@ -63,9 +63,65 @@ def _chunk(tensor: torch.Tensor, chunks: int, dim: int = 0) -> tuple[torch.Tenso
     return tuple(tensor[(*before, slice(index * size, (index + 1) * size))] for index in range(count))
 
 
+def _grouped_mm(rows: torch.Tensor, stack: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`grouped_mm` of sorted rows (S, a) and stacked matrices (E, a, b) → each row times its own matrix.
+
+    It has no ONNX form, and traces in bfloat16 only. `offs` (E,) says where the rows of each matrix end.
+    """
+    ends = kwargs.get("offs", args[0] if args else None)
+    if ends is None or rows.dim() != 2 or stack.dim() != 3 or kwargs.get("bias") is not None:
+        return torch.nn.functional.grouped_mm(rows, stack, *args, **kwargs)
+    numbers = torch.arange(rows.shape[0], device=rows.device).unsqueeze(1)  # (S, 1)
+    own = stack[(numbers >= ends).sum(1)]  # (S, a, b)
+    return torch.bmm(rows.unsqueeze(1), own).squeeze(1).to(kwargs.get("out_dtype") or rows.dtype)
+
+
+def _unsqueeze(tensor: torch.Tensor, dim: int) -> torch.Tensor:
+    """`unsqueeze` of complex numbers, as rotary embeddings have them, → of pairs of real ones.
+
+    The exporter translates complex numbers as pairs of real ones, but not this operator.
+    """
+    if not tensor.is_complex():
+        return torch.unsqueeze(tensor, dim)
+    return torch.view_as_complex(torch.view_as_real(tensor).unsqueeze(dim % (tensor.dim() + 1)))
+
+
+def _item(tensor: torch.Tensor, index: Any) -> torch.Tensor:
+    """`x[:, None]` of complex numbers → of pairs of real ones."""
+    parts = index if isinstance(index, tuple) else (index,)
+    plain = all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
+    if not tensor.is_complex() or not plain:
+        return tensor[index]
+    parts = parts if Ellipsis in parts else (*parts, Ellipsis)
+    return torch.view_as_complex(torch.view_as_real(tensor)[(*parts, slice(None))])
+
+
+_TO = nn.Module.to
+
+
+def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """`module.to(dtype)` in a `forward`, where the module is so already → the module.
+
+    Routers of Switch and NLLB do so at every call. The tracer forbids to swap parameters, also for themselves.
+    """
+    device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
+    there = [*module.parameters(), *module.buffers()]
+    wanted: Any = (device, dtype)
+    if wanted == (None, dtype) and all(
+        tensor.dtype is dtype for tensor in there if tensor.is_floating_point()
+    ):
+        return module
+    return _TO(module, *args, **kwargs)
+
+
 _IDIOMS: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.one_hot: _one_hot,
     torch.nn.functional.scaled_dot_product_attention: _attention,
+    torch.nn.functional.grouped_mm: _grouped_mm,
+    torch._grouped_mm: _grouped_mm,
+    torch.unsqueeze: _unsqueeze,
+    torch.Tensor.unsqueeze: _unsqueeze,
+    torch.Tensor.__getitem__: _item,
     torch.chunk: _chunk,
     torch.Tensor.chunk: _chunk,
 }
@@ -83,7 +139,12 @@ class _Idioms(TorchFunctionMode):
 @contextmanager
 def traceable_idioms() -> Iterator[None]:
     """While it runs, calls are traced in their other form."""
-    with _Idioms(), traceable_experts(), mock.patch.object(builtins, "len", _length):
+    with (
+        _Idioms(),
+        traceable_experts(),
+        mock.patch.object(builtins, "len", _length),
+        mock.patch.object(nn.Module, "to", _to),
+    ):
         yield
 
 

@@ -1,0 +1,136 @@
+"""MoE blocks in the shapes of code that lines up all token-expert pairs at once, or sorts them by expert."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+if "experts_idioms" not in sys.modules:
+    spec = importlib.util.spec_from_file_location("experts_idioms", Path(__file__).with_name("conftest.py"))
+    sys.modules["experts_idioms"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["experts_idioms"])
+Block, FusedWeights = sys.modules["experts_idioms"].Block, sys.modules["experts_idioms"].FusedWeights
+
+
+class MoeInfer(Block):
+    """DeepSeek's inference: pairs sorted by expert, counts as a NumPy array, slices between running bounds."""
+
+    @torch.no_grad()
+    def moe(self, x, weights, indices):
+        marks = indices.new_zeros((indices.shape[0], self.num_experts))
+        marks.scatter_(1, indices, 1)
+        counts = marks.sum(dim=0)
+        order = indices.view(-1).argsort()
+        rows = x[order // indices.shape[1]]
+        counts = counts.cpu().numpy()
+        outputs, start = [], 0
+        for number, count in enumerate(counts):
+            end = start + count
+            if count == 0:
+                continue
+            outputs.append(self.experts[number](rows[start:end]))
+            start = end
+        together = torch.cat(outputs, dim=0) if outputs else rows.new_empty(0)
+        back = torch.empty_like(together)
+        back[order] = together
+        pairs = back.view(*indices.shape, -1).type(weights.dtype)
+        return pairs.mul_(weights.unsqueeze(dim=-1)).sum(dim=1).type(back.dtype)
+
+
+class RunningBounds(Block):
+    """The same with `bincount().cumsum()`, each expert's rows added to those of their tokens by `scatter_reduce_`."""
+
+    def moe(self, x, weights, indices):
+        flat, flat_weights = indices.view(-1), weights.view(-1, 1)
+        out = torch.zeros_like(x)
+        order = flat.argsort()
+        ends = flat.bincount().cpu().numpy().cumsum(0)
+        tokens = order // self.k
+        for number, end in enumerate(ends):
+            start = 0 if number == 0 else ends[number - 1]
+            if start == end:
+                continue
+            mine = tokens[start:end]
+            rows = self.experts[number](x[mine])
+            rows.mul_(flat_weights[order[start:end]])
+            out.scatter_reduce_(0, mine.view(-1, 1).repeat(1, x.shape[-1]), rows, reduce="sum")
+        return out
+
+
+class SplitByCounts(Block):
+    """The sorted rows are split by a list of counts, and what comes back is added by `index_add`."""
+
+    def moe(self, x, weights, indices):
+        chosen = x.new_zeros((x.shape[0], self.num_experts)).scatter(1, indices, 1)
+        sizes = chosen.long().sum(0).tolist()
+        _, order = indices.flatten().sort(0)
+        tokens = order.div(self.k, rounding_mode="trunc")
+        parts = x[tokens].split(sizes, dim=0)
+        rows = torch.cat([self.experts[e](parts[e]) for e in range(self.num_experts)], dim=0)
+        rows = rows * weights.flatten()[order][:, None]
+        return torch.zeros((x.shape[0], x.shape[1]), dtype=rows.dtype).index_add(0, tokens, rows)
+
+
+class FlatLoop(Block):
+    """Every token repeated k times; a loop over the experts writes the rows of a flat mask."""
+
+    def moe(self, x, weights, indices):
+        repeated, flat = x.repeat_interleave(self.k, dim=0), indices.view(-1)
+        out = torch.empty_like(repeated)
+        for number, expert in enumerate(self.experts):
+            out[flat == number] = expert(repeated[flat == number])
+        return (out.view(*weights.shape, -1) * weights.unsqueeze(-1)).sum(dim=1)
+
+
+class GroupedMatmul(FusedWeights):
+    """Stacked weights and `grouped_mm` of rows that are sorted by expert."""
+
+    def moe(self, x, weights, indices):
+        flat = indices.flatten()
+        order = torch.argsort(flat, stable=True)
+        rows = x[order // self.k] * weights.flatten()[order, None]
+        ends = torch.cumsum(torch.bincount(flat, minlength=self.num_experts), 0).to(torch.int32)
+        hidden = F.silu(F.grouped_mm(rows, self.up, offs=ends))
+        rows = F.grouped_mm(hidden, self.down, offs=ends) + self.bias[flat[order]]
+        return torch.zeros_like(x).index_add(0, order // self.k, rows)
+
+
+class UnsortedBack(FusedWeights):
+    """`torch._grouped_mm`, and the inverse permutation by an argsort of the order."""
+
+    def moe(self, x, weights, indices):
+        flat = indices.reshape(-1)
+        chosen, order = flat.sort(stable=True)
+        ends = F.one_hot(flat, self.num_experts).sum(0).cumsum(0, dtype=torch.int32)
+        rows = (x * 1.0)[order // self.k] * weights.reshape(-1)[order].unsqueeze(-1)
+        hidden = F.silu(torch._grouped_mm(rows, self.up, ends))
+        rows = torch._grouped_mm(hidden, self.down, ends) + self.bias[chosen]
+        return rows[order.argsort()].view(*indices.shape, -1).sum(1)
+
+
+class GatheredWeights(FusedWeights):
+    """The weights of each pair are looked up, then `bmm`; the slots are added by another `bmm`."""
+
+    def moe(self, x, weights, indices):
+        flat = indices.flatten()
+        rows = (x.unsqueeze(1).expand(-1, self.k, -1) * weights.unsqueeze(-1)).reshape(-1, 1, x.shape[-1])
+        hidden = F.silu(torch.bmm(rows, self.up[flat]))
+        rows = torch.bmm(hidden, self.down[flat]).squeeze(1) + self.bias[flat]
+        return torch.bmm(torch.ones_like(weights).unsqueeze(1), rows.view(*indices.shape, -1)).squeeze(1)
+
+
+class Einsums(FusedWeights):
+    """The weights of each token's slots are looked up, and every product is an einsum."""
+
+    def moe(self, x, weights, indices):
+        hidden = F.silu(torch.einsum("nkh,nkhf->nkf", x[:, None] * weights[..., None], self.up[indices]))
+        return (torch.einsum("nkf,nkfh->nkh", hidden, self.down[indices]) + self.bias[indices]).sum(1)
+
+
+LINED_UP = [
+    MoeInfer, RunningBounds, SplitByCounts, FlatLoop, GroupedMatmul, UnsortedBack, GatheredWeights, Einsums,
+]  # fmt: skip

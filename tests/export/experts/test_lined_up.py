@@ -1,0 +1,170 @@
+"""Code that lines up all token-expert pairs at once is understood as experts, whatever sorts, gathers and slices."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from moe_export.export.experts_recognise import find_experts
+from moe_export.export.pipeline import Options, export_subject
+from moe_export.export.subject import make_subject
+from moe_export.export.trace import trace
+
+spec = importlib.util.spec_from_file_location("lined_up", Path(__file__).with_name("lined_up.py"))
+models = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(models)
+
+
+def subject_of(module: nn.Module):
+    torch.manual_seed(1)
+    return make_subject(module, (torch.randn(2, 5, 16),), {}, source=Path(__file__), how="test")
+
+
+def session_of(model: ir.Model) -> onnxruntime.InferenceSession:
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
+def operators(model: ir.Model) -> list[str]:
+    return [node.op_type for node in model.graph.all_nodes()]
+
+
+@pytest.mark.parametrize("idiom", models.LINED_UP, ids=lambda idiom: idiom.__name__)
+def test_every_idiom_is_understood_and_right(idiom):
+    module = idiom().eval()
+    graph = export_subject(subject_of(module), Options(gates=False, simplify=False))[0]
+    (note,) = [note for note in graph.notes if "experts at" in note]
+    assert note.startswith(f"6 experts at {Path(__file__).with_name('lined_up.py')}:")
+    assert "lowered as" in note
+    # The gate's TopK is the only one: what the code sorted, the lowering sorts by counting.
+    assert operators(graph.model).count("TopK") == 1
+    session = session_of(graph.model)
+    for tokens in (0, 1, 3, 15, 64, 257):
+        x = torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            exact = module.reference(x).numpy()
+            expected = module(x).numpy() if tokens else exact
+        (got,) = session.run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-5)
+    for expert in range(6):  # every token's first choice is this one
+        x = torch.randn(1, 9, 16, generator=torch.Generator().manual_seed(expert)) * 0.01
+        x = x + module.gate.weight[expert].detach() * 20
+        with torch.no_grad():
+            assert set(module.route(x[0])[1][:, 0].tolist()) == {expert}
+            expected = module(x).numpy()
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("idiom", models.LINED_UP, ids=lambda idiom: idiom.__name__)
+def test_a_body_is_one_experts_work_on_rows_of_the_input(idiom):
+    """Nothing of S rows is left outside: what the body reads has N rows, and weights are stored once."""
+    module = idiom().eval()
+    program = trace(subject_of(module)).program
+    blocks, refused = find_experts(program.graph)
+    assert refused == ()
+    (block,) = blocks
+    assert block.count == 6
+    assert tuple(block.indices.meta["val"].shape[1:]) == (2,)
+    tokens = block.indices.meta["val"].shape[0]
+    assert {str(node.meta["val"].shape[0]) for node in block.shared} == {str(tokens)}
+    for weight in block.weights:
+        nodes = weight.separate or (weight.stack,)
+        assert all(node.op == "placeholder" for node in nodes)
+        assert len(nodes) == 6 or nodes[0].meta["val"].shape[0] == 6
+
+
+class OtherOrder(models.FusedWeights):
+    """A bias that is lined up with sorted rows, but was never sorted: no value of a pair."""
+
+    def moe(self, x, weights, indices):
+        flat = indices.flatten()
+        order = torch.argsort(flat, stable=True)
+        numbers = torch.arange(flat.shape[0]).unsqueeze(1) / 100
+        rows = x[order // self.k] * weights.flatten()[order, None] + numbers
+        hidden = nn.functional.silu(torch.bmm(rows.unsqueeze(1), self.up[flat[order]]))
+        rows = torch.bmm(hidden, self.down[flat[order]]).squeeze(1)
+        return torch.zeros_like(x).index_add(0, order // self.k, rows)
+
+
+class MixesPairs(models.FusedWeights):
+    """The rows of all pairs are normalised together."""
+
+    def moe(self, x, weights, indices):
+        rows = torch.einsum("nh,nkhf->nkf", x, self.up[indices])
+        rows = rows - rows.mean(dim=0, keepdim=True)
+        return torch.einsum("nkf,nkfh,nk->nh", rows, self.down[indices], weights)
+
+
+@pytest.mark.parametrize(
+    ("idiom", "reason"),
+    [
+        (OtherOrder, "div_1 is not sorted by expert as the other values are"),
+        (MixesPairs, "the experts mix rows: what pairs get depends on other pairs, after "),
+    ],
+)
+def test_what_depends_on_other_pairs_is_no_body(idiom, reason):
+    program = trace(subject_of(idiom().eval())).program
+    blocks, (found,) = find_experts(program.graph)
+    assert blocks == ()
+    assert found.startswith(f"the code of the experts at {__file__}:")
+    assert f" stays as it was written: {reason}" in found
+
+
+class TooFewExperts(models.FusedWeights):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Parameter(torch.randn(7, 24, 16))
+
+    def moe(self, x, weights, indices):
+        rows = torch.einsum("nh,nkhf->nkf", x, self.up[indices])
+        return torch.einsum("nkf,nkfh,nk->nh", rows, self.down[indices], weights)
+
+
+def test_stacks_of_other_sizes_are_refused_with_the_line():
+    program = trace(subject_of(TooFewExperts().eval())).program
+    blocks, refused = find_experts(program.graph)
+    assert blocks == ()
+    (reason,) = refused
+    assert reason.startswith(f"the code of the experts at {__file__}:")
+    assert reason.endswith("p_model_down holds the weights of 7 experts, and 6 are used")
+
+
+def test_the_trace_of_stacked_weights_does_not_grow_with_the_experts():
+    sizes = []
+    for count in (8, 64):
+        module = models.Einsums()
+        module.num_experts, module.gate = count, nn.Linear(16, count, bias=False)
+        for name in ("up", "down", "bias"):
+            shape = getattr(module, name).shape[1:]
+            setattr(module, name, nn.Parameter(torch.randn(count, *shape)))
+        sizes.append(len(trace(subject_of(module.eval())).program.graph.nodes))
+    assert sizes[0] == sizes[1]
+
+
+class FewerThanChosen(models.Block):
+    """The last two experts were taken out, and the gate still chooses them: their tokens get nothing."""
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for number in range(self.num_experts - 2):
+            token, slot = torch.where(indices == number)
+            out = out.index_add(0, token, self.experts[number](x[token]) * weights[token, slot, None])
+        return out
+
+
+def test_choices_without_an_expert_are_refused_with_the_line():
+    program = trace(subject_of(FewerThanChosen().eval())).program
+    blocks, (reason,) = find_experts(program.graph)
+    assert blocks == ()
+    assert reason.startswith(f"the code of the experts at {__file__}:")
+    assert reason.endswith("the gate chooses from 6 experts, and 4 have weights")

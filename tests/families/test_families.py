@@ -1,0 +1,91 @@
+"""transformers' mixtures of experts: the block and the whole model, exported and equal at other token counts."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from moe_export.export.pipeline import Options, export_subject
+from moe_export.export.subject import make_subject
+
+spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
+families = importlib.util.module_from_spec(spec)
+sys.modules["families"] = families
+spec.loader.exec_module(families)
+
+ALWAYS = ("mixtral", "deepseek_v3", "gpt_oss", "jetmoe")
+BY_NAME = {family.name: family for family in families.FAMILIES}
+
+
+def session_of(model: ir.Model) -> onnxruntime.InferenceSession:
+    proto = ir.to_proto(model)
+    onnx.checker.check_model(proto, full_check=True)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    return onnxruntime.InferenceSession(
+        proto.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+
+
+def assert_equal(subject, graph, inputs, tolerance) -> None:
+    with torch.no_grad():
+        expected = subject.call([value.clone() for value in inputs])
+    feeds = dict(zip(subject.inputs, (value.numpy() for value in inputs), strict=True))
+    found = session_of(graph.model).run(None, feeds)
+    for got, want in zip(found, expected, strict=True):
+        assert got.shape == tuple(want.shape)
+        np.testing.assert_allclose(got, want.numpy(), rtol=tolerance, atol=tolerance)
+
+
+def check_block(name: str) -> None:
+    family = BY_NAME[name]
+    block = family.build().get_submodule(family.block)
+    subject = make_subject(block, (torch.randn(2, 5, 16),), {}, source=Path(__file__), how="test")
+    graph = export_subject(subject, Options(gates=False, simplify=False))[0]
+    assert sum("lowered as" in note for note in graph.notes) == family.is_recognised, graph.notes
+    assert not any("stay" in note for note in graph.notes)
+    for batch, length in ((1, 1), (1, 3), (3, 5), (8, 8), (1, 257)):
+        assert_equal(subject, graph, [torch.randn(batch, length, 16)], 2e-5)
+    # All tokens alike go to the same experts; one at a time, each expert is alone at some token.
+    for seed in range(6):
+        same = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(seed)).expand(2, 7, 16)
+        assert_equal(subject, graph, [same.contiguous()], 2e-5)
+
+
+def check_model(name: str) -> None:
+    family = BY_NAME[name]
+    model = family.build()
+    names = ["input_ids"] + ["decoder_input_ids"] * (name == "nllb_moe")
+    inputs = {each: torch.randint(3, 32, (2, 7)) for each in names}
+    subject = make_subject(model, (), inputs, source=Path(__file__), how="test")
+    graph = export_subject(subject, Options(gates=False, simplify=False))[0]
+    if family.is_recognised:
+        assert any("lowered as" in note for note in graph.notes), graph.notes
+    fixed = any("is fixed (seq" in note for note in graph.notes)
+    for batch, length in ((2, 7),) if fixed else ((1, 1), (1, 3), (3, 5), (8, 8)):
+        assert_equal(subject, graph, [torch.randint(3, 32, (batch, length)) for _ in names], 1e-4)
+
+
+@pytest.mark.parametrize("name", ALWAYS)
+def test_blocks_of_four_ways_to_write_experts(name):
+    check_block(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in BY_NAME if name not in ALWAYS])
+def test_blocks_of_the_other_families(name):
+    check_block(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_NAME)
+def test_whole_models(name):
+    check_model(name)
