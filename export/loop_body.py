@@ -68,7 +68,8 @@ class LoopBody:
             run = self._marked if self.least > 0 else self._marked_with_a_turn
         return run(list(states), list(sequences), list(captured), turns)
 
-    def _once(self, values: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+    def once(self, values: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
+        """One turn: the next states and what is collected, from states, elements and captured values."""
         results = list(fx.Interpreter(self._module).run(*values))
         return results[: self.states], results[self.states :]
 
@@ -81,7 +82,7 @@ class LoopBody:
                 sequence.select(along.axis, turns - 1 - turn if along.backwards else turn)
                 for sequence, along in zip(sequences, self.elements, strict=True)
             ]
-            states, values = self._once([*states, *elements, *captured])
+            states, values = self.once([*states, *elements, *captured])
             rows.append(values)
         if not rows:
             return [*states, *self._empty(states, sequences, captured)]
@@ -99,7 +100,7 @@ class LoopBody:
             sequence.new_zeros([size for axis, size in enumerate(sequence.shape) if axis != along.axis])
             for sequence, along in zip(sequences, self.elements, strict=True)
         ]
-        _, values = self._once([*states, *elements, *captured])
+        _, values = self.once([*states, *elements, *captured])
         return [
             value.unsqueeze(along.axis).narrow(along.axis, 0, 0)
             for value, along in zip(values, self.collected, strict=True)
@@ -138,7 +139,7 @@ class LoopBody:
             self._mark(ELEMENT, place, sequence, _without(sequence.shape, along.axis), along)
             for place, (sequence, along) in enumerate(zip(sequences, alongs, strict=True))
         ]
-        following, values = self._once([*inner, *(elements if self.elements else []), *captured])
+        following, values = self.once([*inner, *(elements if self.elements else []), *captured])
         shapes = [
             *(value.shape for value in states),
             *(

@@ -43,11 +43,13 @@ class Recurrent:
         subject: The folded model, or the given one.
         unrolled: The trace of the model at a short length, if it was folded.
         notes: For the report.
+        length: What was folded over, if anything was.
     """
 
     subject: Subject
     unrolled: Traced | None = None
     notes: tuple[str, ...] = ()
+    length: Length | None = None
 
 
 def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto") -> Recurrent:
@@ -133,7 +135,7 @@ def _folded_at(
         dropped=subject.dropped,
     )
     _prove(subject, folded, length, tuple(examples))
-    return Recurrent(folded, traced, tuple(_notes(whole, length, subject)))
+    return Recurrent(folded, traced, tuple(_notes(whole, length, subject)), length)
 
 
 def _same_elsewhere(
