@@ -20,11 +20,11 @@ from moe_export.export.experts_place import Placed, place_experts
 from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in
 from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
+from moe_export.export.precision import lower_precision
 from moe_export.export.recurrence import Mode, fold_recurrences
 from moe_export.export.routing import Routing, find_routings, routing_outputs
 from moe_export.export.scan import Lowering, write_scans
 from moe_export.export.simplify import simplify
-from moe_export.export.step import step_of
 from moe_export.export.subject import Subject
 from moe_export.export.trace import Traced, quiet, trace
 
@@ -45,8 +45,9 @@ class Options:
         recurrence: `auto` folds loops over a length and notes those that it cannot, `scan` and `chunked` insist,
             `unrolled` leaves them as traced, with their length fixed.
         unroll: Steps that a turn of a `Scan` takes.
-        decode: Whether to write the graph of one step, too, its states as inputs and outputs.
         target: The engine that the graph is for: a name of `experts_choose.TARGETS`.
+        dtype: `float32`, or what the parts of the graph that can bear it compute in: `float16` or `bfloat16`.
+        float32: Paths of modules that stay float32 then.
     """
 
     opset: int = 17
@@ -56,8 +57,9 @@ class Options:
     experts: str = "auto"
     recurrence: Mode = "auto"
     unroll: int = 1
-    decode: bool = False
     target: str = "onnxruntime-cpu"
+    dtype: str = "float32"
+    float32: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -65,15 +67,17 @@ class Graph:
     """A finished graph, with what is needed to verify it.
 
     Attributes:
-        kind: The whole model, a gate cut out of it, or one step of its recurrences.
+        kind: The whole model, or a gate cut out of it.
         path: Module path of what it computes; `model` for the model itself.
         reference: Computes the same in PyTorch. May return scores (`SCORES`) that the graph does not.
         routing: Names of outputs that are expert indices, with their weights and scores (or None).
         sites: The einsums that were rewritten.
         notes: What a reader of the report should know.
+        dtype: The narrowest type that it computes in.
+        wide: The same graph in float32, where `dtype` is another.
     """
 
-    kind: Literal["model", "gate", "step"]
+    kind: Literal["model", "gate"]
     path: str
     model: ir.Model
     reference: Subject
@@ -81,6 +85,8 @@ class Graph:
     routing: tuple[tuple[str, str | None, str | None], ...]
     sites: tuple[Site, ...]
     notes: tuple[str, ...]
+    dtype: str = "float32"
+    wide: ir.Model | None = None
 
 
 def export_subject(subject: Subject, options: Options, step: Step = nullcontext) -> tuple[Graph, ...]:
@@ -115,11 +121,6 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
                 raise
             note = f"the gate of {routing.path} could not be cut out: {error.what.splitlines()[0]}"
             graphs[0] = dataclasses.replace(graphs[0], notes=(*graphs[0].notes, note))
-    if options.decode:
-        with step("finding the states of a step"):
-            stepped = step_of(subject, recurrent)
-            placed = Placed(trace(stepped.subject, stepped.dims(options.dims)), (), ())
-        graphs.append(_graph("step", "model", stepped.subject, placed, options, step))
     return tuple(graphs)
 
 
@@ -169,7 +170,7 @@ def gate_dims(cut: Subject, dims: DimRequest, traced: Traced) -> DimRequest:
 
 
 def _graph(
-    kind: Literal["model", "gate", "step"], path: str, subject: Subject, placed: Placed, options: Options, step: Step
+    kind: Literal["model", "gate"], path: str, subject: Subject, placed: Placed, options: Options, step: Step
 ) -> Graph:
     traced = placed.traced
     lowered: list[str] = []
@@ -189,7 +190,18 @@ def _graph(
         with step("simplifying"):
             simplified = simplify(model, {name: as_numpy(value) for name, value in traced.example.items()})
         model, notes = simplified.model, [*notes, simplified.note]
-    return Graph(kind, path, model, subject, traced, (), tuple(sites), tuple(notes))
+    graph = Graph(kind, path, model, subject, traced, (), tuple(sites), tuple(notes))
+    return graph if options.dtype == "float32" else _narrowed(graph, options)
+
+
+def _narrowed(graph: Graph, options: Options) -> Graph:
+    """The graph in mixed precision; as it is if nothing in it can bear that."""
+    lowered = lower_precision(graph.model.clone(), options.dtype, options.float32)
+    check(lowered.model)
+    notes = (*graph.notes, lowered.note(options.dtype))
+    if not lowered.narrow:
+        return dataclasses.replace(graph, notes=notes)
+    return dataclasses.replace(graph, model=lowered.model, notes=notes, dtype=options.dtype, wide=graph.model)
 
 
 def as_numpy(tensor: torch.Tensor) -> Any:
@@ -211,7 +223,7 @@ def describe(model: ir.Model, facts: Mapping[str, str]) -> None:
 
 def is_only_a_gate(graphs: tuple[Graph, ...]) -> bool:
     """Whether the model computes no more than its one gate does: the same operators, in the same number."""
-    if len(graphs) != 2 or graphs[1].kind != "gate":
+    if len(graphs) != 2:
         return False
     whole, gate = (sorted(node.op_type for node in graph.model.graph.all_nodes()) for graph in graphs)
     return whole == gate

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from moe_export.checking_choices import runner_of, told_and_chooser
 from moe_export.export.dims import Dim
 from moe_export.export.pipeline import Graph, as_numpy
 from moe_export.export.subject import Subject
 from moe_export.export.trace import quiet
 from moe_export.verify import (
+    DEFAULTS,
     DimRange,
     OnnxRuntimeRunner,
     Report,
@@ -44,7 +46,8 @@ def verify_graph(
         The report, and the dimensions with the least size that the graph was found right at, where that is below
         the tracer's bound: the bound is often only the tracer's caution, so sizes below it are tried first.
     """
-    candidate = OnnxRuntimeRunner(path, provider)
+    candidate = runner_of(path, provider, graph.dtype)
+    tolerance = tolerance_of(graph.dtype, tolerance)
 
     def verify(dims: Sequence[Dim]) -> Report:
         return verify_file(
@@ -60,7 +63,11 @@ def verify_graph(
     free = tuple(replace(dim, minimum=min(dim.minimum, 1)) for dim in graph.traced.dims)
     report = verify(free)
     if report.exit_code and free != graph.traced.dims:
-        return verify(graph.traced.dims), graph.traced.dims
+        report, free = verify(graph.traced.dims), graph.traced.dims
+    if report.exit_code and graph.wide is not None:
+        report = _with_the_same_experts(graph, report, tolerance, seed, provider) or report
+    if report.exit_code:
+        return report, graph.traced.dims
     seen = {
         dim.name: min(dict(case.sizes).get(dim.name, dim.traced) for case in report.compared)
         for dim in graph.traced.dims
@@ -68,6 +75,59 @@ def verify_graph(
     }
     return report, tuple(
         replace(dim, minimum=min(dim.minimum, seen.get(dim.name, dim.minimum))) for dim in graph.traced.dims
+    )
+
+
+def _with_the_same_experts(
+    graph: Graph, report: Report, tolerance: Tolerance, seed: int, provider: str
+) -> Report | None:
+    """Compare a narrow graph with its float32 form under the same choices, which is held against the model first.
+
+    Returns:
+        The report; None if the graph chooses nothing. Each choice that differs must be between experts whose scores
+        are within the tolerance.
+    """
+    assert graph.wide is not None
+    sides = told_and_chooser(graph.wide, graph.model, provider)
+    if sides is None:
+        return None
+    told, chooser, wide = sides
+    dims = [replace(dim, minimum=min(dim.minimum, 1)) for dim in graph.traced.dims]
+    float32 = verify_file(
+        wide,
+        graph.reference,
+        example=graph.traced.example,
+        dims=dims,
+        routing=graph.routing,
+        tolerance=Tolerance(),
+        seed=seed,
+    )
+    if float32.exit_code:
+        return float32
+    taken = [spec for spec in chooser.inputs if spec.name in graph.traced.example]
+    return compare(
+        told,
+        chooser,
+        cases(
+            taken,
+            [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims],
+            {spec.name: as_numpy(graph.traced.example[spec.name]) for spec in taken},
+            seed,
+        ),
+        tolerance=tolerance,
+        routing=[RoutingPair(made, None, score) for made, score in told.pairs],
+    )
+
+
+def tolerance_of(dtype: str, asked: Tolerance) -> Tolerance:
+    """What the user asked for, else what the narrowest type that a graph computes in allows."""
+    if dtype not in {"float16", "bfloat16"}:
+        return asked
+    default = DEFAULTS[dtype]
+    return Tolerance(
+        default.rtol if asked.rtol is None else asked.rtol,
+        default.atol if asked.atol is None else asked.atol,
+        asked.outputs,
     )
 
 

@@ -129,13 +129,20 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Steps of a loop that a turn of its Scan takes.",
 )
 @click.option(
-    "--step", "decode", is_flag=True, help="Write MODEL.step.onnx, too: one step, its states as past_* and present_*."
-)
-@click.option(
     "--simplify/--no-simplify", default=True, show_default=True, help="Try onnxsim; kept if it helps."
 )
 @click.option(
     "--verify/--no-verify", default=True, show_default=True, help="Compare every graph with the model."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    default="float32",
+    show_default=True,
+    help="What the graph computes in; gates, norms and recurrences stay float32 (docs/precision.md).",
+)
+@click.option(
+    "--float32", multiple=True, metavar="MODULE", help="With --dtype: this module stays float32 (repeatable)."
 )
 @engine_options(required=False)
 @_model_options

@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 import moe_export
 from moe_export.checking import verify_graph
+from moe_export.checking_choices import runner_of
 from moe_export.cli_build import Request, build_files, check_names, engine_lines, exit_code
 from moe_export.console import Console
 from moe_export.einsum_rewrite import Site
@@ -28,7 +29,7 @@ from moe_export.export.provenance import strip_scope
 from moe_export.export.subject import Subject
 from moe_export.export.trace import SCOPE
 from moe_export.export.write import staging, write_model
-from moe_export.verify import OnnxRuntimeRunner, Report, Tolerance, show
+from moe_export.verify import Report, Tolerance, show
 
 _NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)")
 SCHEMA = "moe-export/export-report/1"
@@ -45,7 +46,6 @@ def run_export(
     target: str,
     recurrence: Literal["auto", "scan", "chunked", "unrolled"],
     unroll: int,
-    decode: bool,
     simplify: bool,
     verify: bool,
     init: tuple[str, ...],
@@ -57,6 +57,8 @@ def run_export(
     quiet: bool,
     as_json: bool,
     debug: bool,
+    dtype: str = "float32",
+    float32: tuple[str, ...] = (),
     engines: Request | None = None,
 ) -> int:
     """Run the command; the exit code."""
@@ -73,9 +75,10 @@ def run_export(
             simplify=simplify,
             experts=experts,
             target=target,
+            dtype=dtype,
+            float32=float32,
             recurrence=recurrence,
             unroll=unroll,
-            decode=decode,
         )
         graphs = export_subject(subject, options, console.step)
         if engines is not None:
@@ -123,7 +126,7 @@ def _verified(
     """The graph with what verification learned of its dimensions, and the report; None if it is not verified."""
     try:
         if not verify:
-            OnnxRuntimeRunner(path, provider)  # it must load, whatever it computes
+            runner_of(path, provider, graph.dtype)  # it must load, whatever it computes
             return graph, None
         report, dims = verify_graph(graph, path, tolerance=tolerance, seed=seed, provider=provider)
         return replace(graph, traced=replace(graph.traced, dims=dims)), report
@@ -147,8 +150,7 @@ def file_names(stem: str, graphs: tuple[Graph, ...]) -> list[str]:
     """`model.onnx`, and `model.gate.onnx` or, of several gates, `model.gate.0.onnx`, ..."""
     gates = [graph for graph in graphs if graph.kind == "gate"]
     numbered = [f"{stem}.gate.{index}.onnx" for index in range(len(gates))]
-    steps = [f"{stem}.step.onnx" for graph in graphs if graph.kind == "step"]
-    return [f"{stem}.onnx", *([f"{stem}.gate.onnx"] if len(gates) == 1 else numbered), *steps]
+    return [f"{stem}.onnx", *([f"{stem}.gate.onnx"] if len(gates) == 1 else numbered)]
 
 
 def _reject(folder: Path, name: str) -> str:
@@ -179,6 +181,7 @@ def _facts(graph: Graph, subject: Subject, opset: int) -> dict[str, str]:
         "opset": str(opset),
         "kind": graph.kind,
         "module": graph.path,
+        "dtype": graph.dtype,
         **dim_facts(graph.traced.dims),
     }
 
@@ -216,6 +219,7 @@ def _graph_document(graph: Graph, name: str, report: Report | None) -> dict[str,
         "file": name,
         "kind": graph.kind,
         "module": graph.path,
+        "dtype": graph.dtype,
         "inputs": {name: list(shape) for name, shape in graph.traced.inputs.items()},
         "outputs": {
             str(value.name): [str(dim) if not isinstance(dim, int) else dim for dim in value.shape or ()]
@@ -284,6 +288,5 @@ def _summary(graph: Graph) -> str:
     shapes = ", ".join(
         f"{name} [{', '.join(map(str, shape))}]" for name, shape in graph.traced.inputs.items()
     )
-    kinds = {"model": "the whole model", "step": "one step", "gate": f"the gate of {graph.path}"}
-    what = kinds[graph.kind]
+    what = "the whole model" if graph.kind == "model" else f"the gate of {graph.path}"
     return f"{what}: {count} nodes, opset {graph.model.opset_imports['']}, {shapes}"

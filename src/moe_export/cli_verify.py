@@ -13,7 +13,8 @@ from typing import Any
 import onnx
 import torch
 
-from moe_export.checking import Routing, verify_file
+from moe_export.checking import Routing, tolerance_of, verify_file
+from moe_export.checking_choices import runner_of
 from moe_export.console import Console
 from moe_export.engine_running import graph_of, is_engine, open_engine
 from moe_export.errors import MoeExportError, UsageError
@@ -43,8 +44,10 @@ def run_verify(
     console = Console(quiet, as_json)
     tolerance = Tolerance(rtol, atol)
     path = Path(graph)
-    candidate = open_engine(path) if is_engine(path) else OnnxRuntimeRunner(path, provider)
     facts = _metadata((graph_of(path) or path) if is_engine(path) else path)
+    dtype = facts.get("moe_export.dtype", "float32")
+    candidate = open_engine(path) if is_engine(path) else runner_of(path, provider, dtype)
+    tolerance = tolerance_of(dtype, tolerance)
     with console.user_code():
         with console.step(f"loading {against}"):
             subject = load_subject(against, init=init, inputs=inputs)
@@ -82,7 +85,10 @@ def _within(dims: list[Dim], candidate: Candidate) -> list[Dim]:
 def _metadata(path: Path) -> dict[str, str]:
     if is_engine(path):
         return {}  # an engine without its graph beside it
-    model = onnx.load(path, load_external_data=False)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # whoever runs the file says what is wrong with it
+        return {}
     return {entry.key: entry.value for entry in model.metadata_props}
 
 

@@ -1,0 +1,53 @@
+"""Run a half precision graph where there are no kernels for it: each operator in float32, its results rounded.
+
+onnxruntime's CPU has next to none for bfloat16, and its 1.31 crashes on some float16 graphs while it optimises them.
+Every value that the graph says is narrow is rounded to it; only the arithmetic inside one operator is finer, as on a
+GPU that sums in float32.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+NARROW, WIDE = {ir.DataType.BFLOAT16, ir.DataType.FLOAT16}, ir.DataType.FLOAT
+
+
+def with_float32_kernels(model: ir.Model) -> ir.Model:
+    """A copy of a graph in which only `Cast` reads or writes narrow values; they are the same, in the same places."""
+    copy = model.clone()
+    for graph in (copy.graph, *(body for node in copy.graph.all_nodes() for body in _bodies(node))):
+        for node in list(graph):
+            if node.op_type not in {"Cast", "Constant"}:
+                _widen(node)
+    return copy
+
+
+def _bodies(node: ir.Node) -> list[ir.Graph]:
+    attributes = node.attributes.values()
+    return [attribute.as_graph() for attribute in attributes if attribute.type is ir.AttributeType.GRAPH]
+
+
+def _widen(node: ir.Node) -> None:
+    for index, value in enumerate(node.inputs):
+        if value is not None and value.dtype in NARROW:
+            cast = _cast(value, WIDE, f"{node.name}.{index}.wide")
+            node.prepend(cast)
+            node.replace_input_with(index, cast.outputs[0])
+    attribute = node.attributes.get("value")
+    if node.op_type == "ConstantOfShape" and attribute is not None and attribute.as_tensor().dtype in NARROW:
+        tensor = ir.tensor(attribute.as_tensor().numpy().astype("float32"))
+        node.attributes["value"] = ir.AttrTensor("value", tensor)
+    for value in node.outputs:
+        if value.dtype in NARROW:
+            narrow, value.type = value.dtype, ir.TensorType(WIDE)
+            cast = _cast(value, narrow, f"{value.name}.rounded")
+            value.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+            cast.replace_input_with(0, value)
+            node.append(cast)
+
+
+def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"cast_{name}")
+    node.outputs[0].name = name
+    node.outputs[0].type, node.outputs[0].shape = ir.TensorType(dtype), value.shape
+    return node

@@ -1,0 +1,89 @@
+"""Verify a graph in low precision: against its float32 form, both taking the same experts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx_ir as ir
+
+from moe_export.export.precision_choices import (
+    Choices,
+    find_choices,
+    with_choices_out,
+    with_forced_choices,
+)
+from moe_export.export.precision_rounding import with_float32_kernels
+from moe_export.export.write import write_model
+from moe_export.verify import Array, OnnxRuntimeRunner
+
+
+@dataclass(frozen=True)
+class ToldRunner:
+    """The float32 graph, told the choices of the graph in low precision.
+
+    Attributes:
+        told: The float32 graph with choices as inputs.
+        chooser: The other graph, with its choices as outputs.
+        choices: What they are called.
+    """
+
+    told: OnnxRuntimeRunner
+    chooser: OnnxRuntimeRunner
+    choices: Choices
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return "the float32 graph with the same experts"
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run the chooser, then the float32 graph with its choices."""
+        made = self.chooser.run(inputs)
+        forced = {
+            name: made[choice] for name, choice in zip(self.choices.forced, self.choices.made, strict=True)
+        }
+        return self.told.run({**inputs, **forced})
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """The outputs of each choice and of the scores that it was made by."""
+        return tuple(zip(self.choices.made, self.choices.scores, strict=True))
+
+
+def told_and_chooser(
+    wide: ir.Model, narrow: ir.Model, provider: str
+) -> tuple[ToldRunner, OnnxRuntimeRunner, OnnxRuntimeRunner] | None:
+    """The two sides to compare, and the float32 graph as it is; None if the graph chooses nothing.
+
+    Args:
+        wide: The graph in float32.
+        narrow: The same graph in low precision.
+        provider: Where onnxruntime runs.
+    """
+    count = len(find_choices(narrow))
+    if not count or count != len(find_choices(wide)):
+        return None
+    chooser = _runner(with_choices_out(narrow), provider)
+    told = _runner(with_forced_choices(wide), provider)
+    return ToldRunner(told, chooser, Choices(count)), chooser, _runner(wide, provider)
+
+
+def runner_of(path: Path, provider: str, dtype: str = "float32") -> OnnxRuntimeRunner:
+    """Onnxruntime on a file; on its CPU a half precision graph runs operator by operator in float32, rounded."""
+    if provider != "cpu" or dtype == "float32":
+        return OnnxRuntimeRunner(path, provider)
+    return _runner(ir.load(path), provider, f", rounding to {dtype}")
+
+
+def _runner(model: ir.Model, provider: str, also: str = "") -> OnnxRuntimeRunner:
+    if provider == "cpu":
+        model = with_float32_kernels(model)
+    with TemporaryDirectory(prefix="moe-export-") as folder:
+        file = Path(folder, "model.onnx")
+        write_model(model, file)
+        runner = OnnxRuntimeRunner(file, provider)
+    runner.name += also
+    return runner

@@ -1,0 +1,114 @@
+"""`--dtype`: every model in half precision is what the model computes, up to flips between experts of one score."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import pytest
+
+from moe_export.checking import verify_graph
+from moe_export.export import Options, export_subject, load_subject
+from moe_export.export.engine import build_engines
+from moe_export.export.pipeline import _narrowed
+from moe_export.export.write import write_model
+from moe_export.verify import Tolerance
+
+MODELS = Path(__file__).resolve().parents[2] / "models"
+FAST = ["attention", "moe_gate", "sparse_moe"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("gshard_moe", "hybrid", "mamba", "mamba2")]
+GPUS = {"float16": ["sm75", "sm86", "sm89", "sm120"], "bfloat16": ["sm86", "sm89", "sm120"]}
+
+
+@pytest.fixture(scope="module")
+def exported():
+    """The float32 graphs of a model, once for both types: the way to half precision starts at the finished graph."""
+    done = {}
+
+    def exported(name):
+        if name not in done:
+            done[name] = export_subject(load_subject(str(MODELS / f"{name}.py")), Options(target="tensorrt"))
+        return done[name]
+
+    return exported
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("name", [*FAST, *SLOW])
+def test_a_model_in_half_precision_is_equal_and_builds(exported, tmp_path, name, dtype):
+    for number, wide in enumerate(exported(name)):
+        graph = _narrowed(wide, Options(dtype=dtype))
+        assert graph.dtype == (dtype if wide.kind == "model" and name != "moe_gate" else "float32")
+        write_model(graph.model, tmp_path / f"{number}.onnx")
+        report, _ = verify_graph(graph, tmp_path / f"{number}.onnx", tolerance=Tolerance())
+        assert report.verdict == "equal", report
+        ranges = {dim.name: (1, 2, 8) if dim.name == "batch" else (16, 64, 256) for dim in graph.traced.dims}
+        assert all(engine.size > 10_000 for engine in build_engines(graph.model, GPUS[dtype], ranges))
+
+
+@pytest.fixture
+def moe(write, texts):
+    """A block behind a product: what its gate reads is rounded, so experts of nearly the same score can flip."""
+    text = texts["gate"]
+    for old, new in (
+        (
+            "self.gate, self.experts = Gate(),",
+            "self.first, self.gate, self.experts = nn.Linear(8, 8), Gate(),",
+        ),
+        ("indices, weights = self.gate(x)", "x = self.first(x); indices, weights = self.gate(x)"),
+    ):
+        assert old in text
+        text = text.replace(old, new)
+    text = text.replace("torch.randn(6, 8)", "torch.randn(600, 8)")
+    (graph, *_) = export_subject(load_subject(str(write(text))), Options(gates=False))
+    return _narrowed(graph, Options(dtype="bfloat16"))
+
+
+def test_flips_are_counted_and_everything_else_is_judged(moe, tmp_path):
+    write_model(moe.model, tmp_path / "moe.onnx")
+    report, _ = verify_graph(moe, tmp_path / "moe.onnx", tolerance=Tolerance())
+    assert report.verdict == "equal"
+    assert report.reference == "the float32 graph with the same experts"
+    assert 0 < report.flips < 600 * len(report.cases) / 20
+
+
+@pytest.mark.parametrize("wrong", ["weight", "choice", "both"])
+def test_a_wrong_graph_is_not_equal(moe, tmp_path, wrong):
+    """An error in a weight, or a flip that the scores do not excuse, is found, whatever the choices."""
+    for value in moe.model.graph.initializers.values():
+        array = value.const_value.numpy()
+        if array.shape == (8, 8) and value.dtype is ir.DataType.BFLOAT16 and wrong != "choice":
+            broken = array.copy()
+            broken[0] = -broken[0]
+            value.const_value = ir.Tensor(broken, dtype=value.dtype, name=value.name)
+        if array.shape in {(4, 8), (8, 4)} and wrong != "weight":
+            value.const_value = ir.tensor(np.flip(array, array.shape.index(4)).copy(), name=value.name)
+    write_model(moe.model, tmp_path / "moe.onnx")
+    report, _ = verify_graph(moe, tmp_path / "moe.onnx", tolerance=Tolerance())
+    assert report.verdict == "not equal"
+
+
+def test_the_command_writes_reports_and_verifies_again(command, write, texts, tmp_path):
+    model = write(texts["model"], "block.py")
+    done = command(model, "-o", "out", "--dtype", "bfloat16", "--engine", "sm89")
+    assert done.code == 0, done.err
+    assert "note: bfloat16: " in done.out
+    report = json.loads((tmp_path / "out" / "block.report.json").read_text())
+    assert report["graphs"][0]["dtype"] == "bfloat16"
+    assert report["graphs"][0]["engines"][0]["file"] == "block.sm89.engine"
+    again = command("verify", "out/block.onnx", "--against", model)
+    assert again.code == 0, again.out
+    assert "rounding to bfloat16 against torch: equal" in again.out
+
+
+def test_a_module_is_kept(command, write, texts, tmp_path):
+    done = command(
+        write(texts["model"], "block.py"), "-o", "out", "--dtype", "float16", "--float32", "linear", "--json"
+    )
+    assert json.loads(done.out)["graphs"][0]["dtype"] in {"float16", "float32"}
+    graph = ir.load(tmp_path / "out" / "block.onnx").graph
+    assert {value.dtype.name for value in graph.initializers.values() if value.dtype.is_floating_point()} == {
+        "FLOAT"
+    }
