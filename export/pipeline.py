@@ -25,6 +25,7 @@ from moe_export.export.recurrence import Mode, fold_recurrences
 from moe_export.export.routing import Routing, find_routings, routing_outputs
 from moe_export.export.scan import Lowering, write_scans
 from moe_export.export.simplify import simplify
+from moe_export.export.step import step_of
 from moe_export.export.subject import Subject
 from moe_export.export.trace import Traced, quiet, trace
 
@@ -45,9 +46,10 @@ class Options:
         recurrence: `auto` folds loops over a length and notes those that it cannot, `scan` and `chunked` insist,
             `unrolled` leaves them as traced, with their length fixed.
         unroll: Steps that a turn of a `Scan` takes.
-        target: The engine that the graph is for: a name of `experts_choose.TARGETS`.
+        decode: Whether to write the graph of one step, too, its states as inputs and outputs.
         dtype: `float32`, or what the parts of the graph that can bear it compute in: `float16` or `bfloat16`.
         float32: Paths of modules that stay float32 then.
+        target: The engine that the graph is for: a name of `experts_choose.TARGETS`.
     """
 
     opset: int = 17
@@ -57,6 +59,7 @@ class Options:
     experts: str = "auto"
     recurrence: Mode = "auto"
     unroll: int = 1
+    decode: bool = False
     target: str = "onnxruntime-cpu"
     dtype: str = "float32"
     float32: tuple[str, ...] = ()
@@ -67,7 +70,7 @@ class Graph:
     """A finished graph, with what is needed to verify it.
 
     Attributes:
-        kind: The whole model, or a gate cut out of it.
+        kind: The whole model, a gate cut out of it, or one step of its recurrences.
         path: Module path of what it computes; `model` for the model itself.
         reference: Computes the same in PyTorch. May return scores (`SCORES`) that the graph does not.
         routing: Names of outputs that are expert indices, with their weights and scores (or None).
@@ -77,7 +80,7 @@ class Graph:
         wide: The same graph in float32, where `dtype` is another.
     """
 
-    kind: Literal["model", "gate"]
+    kind: Literal["model", "gate", "step"]
     path: str
     model: ir.Model
     reference: Subject
@@ -121,6 +124,11 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
                 raise
             note = f"the gate of {routing.path} could not be cut out: {error.what.splitlines()[0]}"
             graphs[0] = dataclasses.replace(graphs[0], notes=(*graphs[0].notes, note))
+    if options.decode:
+        with step("finding the states of a step"):
+            stepped = step_of(subject, recurrent)
+            placed = Placed(trace(stepped.subject, stepped.dims(options.dims)), (), ())
+        graphs.append(_graph("step", "model", stepped.subject, placed, options, step))
     return tuple(graphs)
 
 
@@ -170,7 +178,7 @@ def gate_dims(cut: Subject, dims: DimRequest, traced: Traced) -> DimRequest:
 
 
 def _graph(
-    kind: Literal["model", "gate"], path: str, subject: Subject, placed: Placed, options: Options, step: Step
+    kind: Literal["model", "gate", "step"], path: str, subject: Subject, placed: Placed, options: Options, step: Step
 ) -> Graph:
     traced = placed.traced
     lowered: list[str] = []
@@ -223,7 +231,7 @@ def describe(model: ir.Model, facts: Mapping[str, str]) -> None:
 
 def is_only_a_gate(graphs: tuple[Graph, ...]) -> bool:
     """Whether the model computes no more than its one gate does: the same operators, in the same number."""
-    if len(graphs) != 2:
+    if len(graphs) != 2 or graphs[1].kind != "gate":
         return False
     whole, gate = (sorted(node.op_type for node in graph.model.graph.all_nodes()) for graph in graphs)
     return whole == gate

@@ -129,6 +129,9 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Steps of a loop that a turn of its Scan takes.",
 )
 @click.option(
+    "--step", "decode", is_flag=True, help="Write MODEL.step.onnx, too: one step, its states as past_* and present_*."
+)
+@click.option(
     "--simplify/--no-simplify", default=True, show_default=True, help="Try onnxsim; kept if it helps."
 )
 @click.option(

@@ -46,6 +46,7 @@ def run_export(
     target: str,
     recurrence: Literal["auto", "scan", "chunked", "unrolled"],
     unroll: int,
+    decode: bool,
     simplify: bool,
     verify: bool,
     init: tuple[str, ...],
@@ -79,6 +80,7 @@ def run_export(
             float32=float32,
             recurrence=recurrence,
             unroll=unroll,
+            decode=decode,
         )
         graphs = export_subject(subject, options, console.step)
         if engines is not None:
@@ -150,7 +152,8 @@ def file_names(stem: str, graphs: tuple[Graph, ...]) -> list[str]:
     """`model.onnx`, and `model.gate.onnx` or, of several gates, `model.gate.0.onnx`, ..."""
     gates = [graph for graph in graphs if graph.kind == "gate"]
     numbered = [f"{stem}.gate.{index}.onnx" for index in range(len(gates))]
-    return [f"{stem}.onnx", *([f"{stem}.gate.onnx"] if len(gates) == 1 else numbered)]
+    steps = [f"{stem}.step.onnx" for graph in graphs if graph.kind == "step"]
+    return [f"{stem}.onnx", *([f"{stem}.gate.onnx"] if len(gates) == 1 else numbered), *steps]
 
 
 def _reject(folder: Path, name: str) -> str:
@@ -288,5 +291,6 @@ def _summary(graph: Graph) -> str:
     shapes = ", ".join(
         f"{name} [{', '.join(map(str, shape))}]" for name, shape in graph.traced.inputs.items()
     )
-    what = "the whole model" if graph.kind == "model" else f"the gate of {graph.path}"
+    kinds = {"model": "the whole model", "step": "one step", "gate": f"the gate of {graph.path}"}
+    what = kinds[graph.kind]
     return f"{what}: {count} nodes, opset {graph.model.opset_imports['']}, {shapes}"
