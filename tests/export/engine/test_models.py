@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from moe_export.errors import NotExportableError
+from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.engine import build_engines
 from moe_export.export.engine_rules import find_refusals
 
@@ -36,3 +38,35 @@ def test_kernels_know_the_nodes_that_they_compute(exported):
     known = [set(kernel["nodes"]) for kernel in engine.layers["engine"] if kernel["nodes"]]
     assert len(known) > 10
     assert sum(bool(nodes & names) for nodes in known) > 0.9 * len(known)
+
+
+def lowered(tools, experts):
+    subject = load_subject(str(tools.models / "sparse_moe.py"))
+    return export_subject(subject, Options(experts=experts, target="tensorrt", gates=False, simplify=False))[
+        0
+    ]
+
+
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("dense", "slices", "gather")]
+
+
+@pytest.mark.parametrize("experts", ["auto", *SLOW])
+def test_experts_build_in_every_form_that_a_gpu_can_run(tools, experts):
+    graph = lowered(tools, experts)
+    assert find_refusals(graph.model).refused == ()
+    for engine in build_engines(graph.model, ["sm75", "sm89"], {"seq": (1, 16, 128)}):
+        assert engine.size > 10_000
+
+
+@pytest.mark.slow
+def test_the_loop_over_experts_is_refused_with_the_way_out(tools):
+    graph = lowered(tools, "loop")
+    refused = find_refusals(graph.model).refused
+    assert any(
+        "has no Sequence" in refusal.rule and "--experts blocks" in refusal.hint for refusal in refused
+    )
+    with pytest.raises(NotExportableError) as error:
+        build_engines(graph.model, ["sm89"])
+    for refusal in refused[:8]:
+        assert str(refusal) in error.value.where
+    assert "sparse_moe.py:" in error.value.where
