@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import io
 import re
 from collections.abc import Mapping
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,11 @@ from moe_export.errors import MissingBackendError, UsageError
 from moe_export.verify.runner import RunFailedError, shorten
 from moe_export.verify.specs import Array, TensorSpec, describe, numpy_dtype
 
-_PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
+_PROVIDERS = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
+    "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
+}
 
 # Names that ONNX Runtime gives to element types, where NumPy calls them otherwise.
 _DTYPES = {
@@ -36,21 +42,23 @@ class OnnxRuntimeRunner:
 
     Args:
         model: Path of an `.onnx` file, or its bytes (which cannot have external data).
-        provider: "cpu" or "cuda". Asked for CUDA, it runs on CUDA or not at all.
+        provider: "cpu", "cuda" or "tensorrt". Asked for CUDA, it runs on CUDA or not at all; likewise TensorRT.
 
     Attributes:
-        name: "onnxruntime-cpu" or "onnxruntime-cuda".
+        name: "onnxruntime-cpu", "onnxruntime-cuda" or "onnxruntime-tensorrt".
         inputs: The inputs; an axis without a size or name is called `<input>_dim<axis>`.
         outputs: The outputs.
 
     Raises:
         UsageError: No such file, no ONNX model in it, or one that ONNX Runtime refuses, with its reason.
-        MissingBackendError: CUDA was asked for and cannot be used here.
+        MissingBackendError: CUDA or TensorRT was asked for and cannot be used here.
     """
 
     def __init__(self, model: str | Path | bytes, provider: str = "cpu") -> None:
         if provider not in _PROVIDERS:
-            raise UsageError(f"unknown ONNX Runtime provider '{provider}'", hint="use cpu or cuda")
+            raise UsageError(
+                f"unknown ONNX Runtime provider '{provider}'", hint=f"use {', '.join(_PROVIDERS)}"
+            )
         self.name = f"onnxruntime-{provider}"
         self._where = "<bytes>" if isinstance(model, bytes) else str(model)
         self._session = _open(model, self._where, provider)
@@ -127,7 +135,8 @@ def _open(model: str | Path | bytes, where: str, provider: str) -> Any:
     ort.set_default_logger_severity(_FATAL)  # loading a provider logs there, not to the session
     try:
         source = model if isinstance(model, bytes) else str(model)
-        session = ort.InferenceSession(source, options, providers=_PROVIDERS[provider])
+        with redirect_stdout(io.StringIO()):  # it prints which provider it could not load
+            session = ort.InferenceSession(source, options, providers=_PROVIDERS[provider])
     except Exception as error:
         raise _unreadable(error, where) from error
     finally:

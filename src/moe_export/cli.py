@@ -62,7 +62,7 @@ def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _verify_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for option in (
-        click.option("--provider", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True,
+        click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True,
                      help="Where onnxruntime runs."),
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of the test inputs."),
         click.option("--atol", type=float, help="Absolute tolerance [float32: 1e-5]."),

@@ -132,7 +132,7 @@ def test_an_output_that_is_no_tensor_is_refused(graph):
 def test_an_unknown_provider_is_refused():
     with pytest.raises(UsageError) as caught:
         OnnxRuntimeRunner(b"", provider="tpu")
-    assert str(caught.value) == "unknown ONNX Runtime provider 'tpu'\n  hint: use cpu or cuda"
+    assert str(caught.value) == "unknown ONNX Runtime provider 'tpu'\n  hint: use cpu, cuda, tensorrt"
 
 
 def test_a_build_without_cuda_is_a_missing_backend(graph_bytes, monkeypatch):
@@ -165,3 +165,15 @@ def test_asked_for_cuda_it_runs_there_or_says_quietly_that_it_cannot(graph_bytes
         outcome = error.exit_code
     assert outcome in (4, (X + X).tolist())
     assert capfd.readouterr().err == ""
+
+
+def test_asked_for_tensorrt_it_runs_there_or_says_quietly_that_it_cannot(graph_bytes, capfd):
+    try:
+        outcome = (
+            OnnxRuntimeRunner(graph_bytes(ADD), provider="tensorrt").run({"x": X, "i": IDS})["y"].tolist()
+        )
+    except MissingBackendError as error:
+        outcome = error.exit_code
+    assert outcome in (4, (X + X).tolist())
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ("", "")
