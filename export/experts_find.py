@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from moe_export.export.experts_kept import indices_of
 from moe_export.export.experts_mask import Marks, marks_of
 from moe_export.export.source import line_of
 
@@ -97,14 +98,22 @@ def find_chains(graph: fx.Graph) -> tuple[Chain, ...]:
 
 
 def _selections(graph: fx.Graph) -> Iterator[Selection]:
-    for node in graph.nodes:
+    indices: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
         marks = marks_of(node)
-        if marks is None or not marks.exact or marks.expert is None or "expert" in marks.axes:
+        if marks is None or marks.expert is None or "expert" in marks.axes:
             continue
         token, slot = _row_numbers(node, marks)
         is_index = marks.axes == ("token",) and any(_indexes_by(user, node) for user in node.users)
-        if token is not None or is_index:
-            yield Selection(marks, token, slot, node if is_index else None)
+        if token is None and not is_index:
+            continue
+        if not marks.exact:
+            if marks.kept is None:
+                continue
+            if marks.kept not in indices:
+                indices[marks.kept] = indices_of(marks.kept)
+            marks = Marks(indices[marks.kept], marks.axes, marks.expert)
+        yield Selection(marks, token, slot, node if is_index else None)
 
 
 def _row_numbers(mask: fx.Node, marks: Marks) -> tuple[fx.Node | None, fx.Node | None]:

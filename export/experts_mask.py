@@ -40,12 +40,14 @@ class Marks:
         axes: What each dimension runs over: "token", "slot", "expert".
         expert: The one expert that is marked, once no axis runs over experts any more.
         exact: Every pair is marked; False where some are left out, or the axes were merged.
+        kept: Where it is not exact: the marks that are left, (N, k, E) or (N, E).
     """
 
     indices: fx.Node
     axes: tuple[str, ...]
     expert: int | None = None
     exact: bool = True
+    kept: fx.Node | None = None
 
 
 def marks_of(node: fx.Node) -> Marks | None:
@@ -84,12 +86,14 @@ def _scattered(node: fx.Node) -> Marks | None:
 
 def _masked(node: fx.Node) -> Marks | None:
     """Marks times another mask: a capacity leaves out some of the pairs."""
-    if node.meta["val"].dtype.is_floating_point:
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dtype.is_floating_point:
         return None
     for source in node.all_input_nodes:
         inner = marks_of(source)
         if inner is not None and str(source.meta["val"].shape) == str(node.meta["val"].shape):
-            return dataclasses.replace(inner, exact=False)
+            canonical = inner.axes in (("token", "slot", "expert"), ("token", "expert"))
+            return dataclasses.replace(inner, exact=False, kept=node if canonical else None)
     return None
 
 
@@ -98,7 +102,7 @@ def _merged(node: fx.Node, inner: Marks) -> Marks | None:
     before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
     if inner.axes[-1:] != ("expert",) or len(after) != 3 or str(before[-1]) != str(after[-1]):
         return None
-    return Marks(inner.indices, ("token", "slot", "expert"), exact=False)
+    return Marks(inner.indices, ("token", "slot", "expert"), exact=False, kept=node)
 
 
 def _moved(node: fx.Node, inner: Marks) -> Marks | None:

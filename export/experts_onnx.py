@@ -207,7 +207,7 @@ def combine(
     """
     by_token = w.op("Reshape", rows, w.ints(-1, slots, *hidden) if slots > 1 else w.ints(-1, *hidden))
     if valid is not None:
-        columns = w.op("Unsqueeze", valid, w.ints(*range(-len(hidden), 0)))
+        columns = w.op("Reshape", valid, w.ints(-1, *[slots] * (slots > 1), *[1] * len(hidden)))
         by_token = w.op("Where", columns, by_token, w.op("CastLike", w.scalar(0), by_token))
     return w.op("ReduceSum", by_token, w.ints(1), keepdims=0, name="combined") if slots > 1 else by_token
 

@@ -28,7 +28,7 @@ _aten = torch.ops.aten
 # Operators that leave the first axis of a stack of weights where it is.
 _ON_STACKS = {
     _aten.transpose.int, _aten.permute.default, _aten._to_copy.default, _aten.clone.default, _aten.alias.default,
-    _aten.mT.default, _aten.detach.default, _aten.contiguous.default,
+    _aten.mT.default, _aten.detach.default, _aten.contiguous.default, _aten.unsqueeze.default, _aten.slice.Tensor,
 }  # fmt: skip
 
 
@@ -234,6 +234,12 @@ def _keeps_experts(node: fx.Node) -> bool:
         return False
     if node.target is _aten.transpose.int:
         return all(int(axis) % rank_of(source) > 0 for axis in arguments(node)[1:3])
+    if node.target is _aten.unsqueeze.default:
+        return int(arguments(node)[1]) % (rank_of(source) + 1) > 0
+    if node.target is _aten.slice.Tensor:
+        return (
+            len(arguments(node)) < 2 or arguments(node)[1] > 0 or shape_of(node)[:1] == shape_of(source)[:1]
+        )
     if node.target is _aten.permute.default:
         return int(_first(arguments(node)[1])) % rank_of(source) == 0
     return bool(node.target is not _aten.mT.default or rank_of(source) > 2)

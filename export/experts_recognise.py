@@ -8,6 +8,7 @@ from torch import fx
 
 from moe_export.export.experts_body import Experts, NotExpertsError, Surroundings, understand
 from moe_export.export.experts_choice import experts_of
+from moe_export.export.experts_dense import find_dense
 from moe_export.export.experts_find import find_chains
 from moe_export.export.experts_pairs import Loop, find_roots, understand_pairs
 
@@ -21,6 +22,7 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
     refused: list[str] = []
     loops = _loops(graph, refused)
     blocks, within = _pairs(graph, loops, refused)
+    blocks += find_dense(graph)
     for result, loop in loops.items():
         if result in within:
             continue

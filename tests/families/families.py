@@ -57,7 +57,6 @@ class Family:
     config: str
     arguments: dict[str, Any]
     block: str
-    is_recognised: bool = True
 
     def build(self) -> nn.Module:
         import transformers
@@ -75,9 +74,13 @@ class Family:
 
 
 def _family(
-    name: str, model: str, arguments: dict[str, Any], block: str, config: str | None = None, **flags: bool
+    name: str,
+    model: str,
+    arguments: dict[str, Any],
+    block: str,
+    config: str | None = None,
 ) -> Family:
-    return Family(name, f"{model}Model", config or f"{model}Config", arguments, block, **flags)
+    return Family(name, f"{model}Model", config or f"{model}Config", arguments, block)
 
 
 MOE = {**COMMON, "moe_intermediate_size": 8}
@@ -111,7 +114,6 @@ FAMILIES: tuple[Family, ...] = (
         SWITCH,
         "encoder.block.1.layer.1.mlp",
         config="SwitchTransformersConfig",
-        is_recognised=False,
     ),
     _family("nllb_moe", "NllbMoe", NLLB, "encoder.layers.1.ffn"),
     _family(
@@ -127,7 +129,6 @@ FAMILIES: tuple[Family, ...] = (
             "attention_chunk_size": 16,
         },
         "layers.0.feed_forward",
-        is_recognised=False,
     ),
     _family(
         "jetmoe",

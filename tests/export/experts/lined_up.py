@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 if "experts_idioms" not in sys.modules:
     spec = importlib.util.spec_from_file_location("experts_idioms", Path(__file__).with_name("conftest.py"))
@@ -131,6 +132,77 @@ class Einsums(FusedWeights):
         return (torch.einsum("nkf,nkfh->nkh", hidden, self.down[indices]) + self.bias[indices]).sum(1)
 
 
+class AllExperts(FusedWeights):
+    """Llama 4: every expert computes every token; what was not chosen is multiplied by sigmoid(-inf)."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(self.num_experts, 16))
+
+    def route(self, x):
+        scores, indices = torch.topk(self.gate(x), self.k, dim=-1)
+        return scores.sigmoid(), indices
+
+    def moe(self, x, weights, indices):
+        scores = torch.full((x.shape[0], self.num_experts), float("-inf")).scatter(
+            1, indices, weights.logit()
+        )
+        rows = x.repeat(self.num_experts, 1) * scores.sigmoid().transpose(0, 1).reshape(-1, 1)
+        rows = rows.view(self.num_experts, -1, x.shape[-1])
+        return torch.bmm(F.silu(torch.bmm(rows, self.up)), self.down).sum(dim=0)
+
+
+class AllExpertsWeightedOut(FusedWeights):
+    """Every expert computes every token, with biases; the results are weighted."""
+
+    def moe(self, x, weights, indices):
+        scores = torch.zeros((x.shape[0], self.num_experts)).scatter(1, indices, weights)
+        rows = x.unsqueeze(0).expand(self.num_experts, -1, -1)
+        rows = torch.bmm(F.silu(torch.bmm(rows, self.up)), self.down) + self.bias[:, None]
+        return (rows * scores.t().unsqueeze(-1)).sum(0)
+
+    def reference(self, x):
+        tokens = x.reshape(-1, x.shape[-1]).double()
+        weights, indices = self.route(x.reshape(-1, x.shape[-1]))
+        out = torch.zeros_like(tokens)
+        for n in range(tokens.shape[0]):
+            for w, e in zip(weights[n], indices[n].tolist(), strict=True):
+                rows = F.silu(tokens[n] @ self.up[e].double()) @ self.down[e].double()
+                out[n] += w.double() * (rows + self.bias[e].double())
+        return out.view(x.shape).float()
+
+
+class NotDropped(FusedWeights):
+    """The input is weighted and a bias follows: an expert that was not chosen still adds its bias."""
+
+    def moe(self, x, weights, indices):
+        scores = torch.zeros((x.shape[0], self.num_experts)).scatter(1, indices, weights)
+        rows = x.unsqueeze(0).expand(self.num_experts, -1, -1) * scores.t().unsqueeze(-1)
+        return (torch.bmm(F.silu(torch.bmm(rows, self.up)), self.down) + self.bias[:, None]).sum(0)
+
+
+class Capacity(Block):
+    """Switch Transformers: a token that finds its expert full is masked out, sequence by sequence."""
+
+    def __init__(self):
+        super().__init__(k=1)
+
+    def forward(self, x):
+        probabilities = self.gate(x).softmax(-1)  # (batch, length, experts)
+        chosen = F.one_hot(probabilities.argmax(-1), self.num_experts)
+        chosen = chosen * (chosen.cumsum(-2) <= 3)
+        weights = probabilities.max(-1).values.view(-1, 1)
+        marks = chosen.view(-1, 1, self.num_experts).permute(2, 1, 0)
+        rows = x.view(-1, x.shape[-1])
+        out = torch.zeros_like(rows)
+        for expert in torch.greater(marks.sum(dim=(-1, -2)), 0).nonzero():
+            slot, token = torch.where(marks[expert].squeeze(0))
+            mine = rows[None, token].reshape(-1, rows.shape[-1])
+            out.index_add_(0, token, self.experts[expert[0]](mine) * weights[token, slot, None])
+        return out.view(x.shape)
+
+
 LINED_UP = [
     MoeInfer, RunningBounds, SplitByCounts, FlatLoop, GroupedMatmul, UnsortedBack, GatheredWeights, Einsums,
+    AllExperts, AllExpertsWeightedOut,
 ]  # fmt: skip

@@ -168,3 +168,25 @@ def test_choices_without_an_expert_are_refused_with_the_line():
     assert blocks == ()
     assert reason.startswith(f"the code of the experts at {__file__}:")
     assert reason.endswith("the gate chooses from 6 experts, and 4 have weights")
+
+
+def test_pairs_that_a_capacity_leaves_out_add_nothing():
+    module = models.Capacity().eval()
+    graph = export_subject(subject_of(module), Options(gates=False, simplify=False))[0]
+    (note,) = [note for note in graph.notes if "experts at" in note]
+    assert "lowered as" in note
+    assert "NonZero" not in operators(graph.model)
+    session = session_of(graph.model)
+    left_out = 0
+    for batch, length in ((2, 5), (1, 1), (3, 15), (1, 64), (2, 257)):
+        x = torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(length))
+        with torch.no_grad():
+            expected = module(x).numpy()
+        left_out += int((expected == 0).all(-1).sum())
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5)
+    assert left_out > 100
+
+
+def test_experts_that_are_not_dropped_all_stay():
+    blocks, _ = find_experts(trace(subject_of(models.NotDropped().eval())).program.graph)
+    assert blocks == ()

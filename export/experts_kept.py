@@ -1,0 +1,44 @@
+"""Marks of which some were taken away, as a capacity does, back to indices: -1 stands for no expert.
+
+Letters: N tokens, k slots, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+
+
+def indices_of(marks: fx.Node) -> fx.Node:
+    """Write the expert of each pair behind its marks (N, k, E) or (N, E), of which at most one is set.
+
+    The nodes are put into the graph; nothing else uses them until a block is found.
+    """
+    graph = marks.graph
+    with graph.inserting_after(marks):
+        numbers = _call(graph, marks, _aten._to_copy.default, (marks,), dtype=torch.float32)
+    last = numbers
+    for target, inputs in (
+        (_aten.argmax.default, (numbers, -1, False)),
+        (_aten.amax.default, (numbers, [-1], False)),
+    ):
+        with graph.inserting_after(last):
+            last = _call(graph, marks, target, inputs)
+    most, first = last, last.prev  # (N, k): the largest mark, and where it is
+    with graph.inserting_after(last):
+        is_set = _call(graph, marks, _aten.gt.Scalar, (most, 0))
+    with graph.inserting_after(is_set):
+        nobody = _call(graph, marks, _aten.full_like.default, (first, -1))
+    with graph.inserting_after(nobody):
+        return _call(graph, marks, _aten.where.self, (is_set, first, nobody))
+
+
+def _call(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
+    node = graph.call_function(target, args, kwargs)
+    values = fx.map_arg(args, lambda each: each.meta["val"])
+    node.meta = {**like.meta, "val": target(*values, **kwargs)}
+    return node
