@@ -18,6 +18,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 import torch
+import torch._dynamo.config as dynamo_config
 from torch import nn
 from torch.export import Dim as TorchDim
 from torch.export import ExportedProgram
@@ -179,11 +180,13 @@ def _export(
         flat = _Flat(subject, numbers).eval()
         before = Buffers.of(subject.module)
         try:
+            # The cache of fake results is slower than none where sizes are symbols: twice, with loops over experts.
             # With opt_einsum, torch.einsum compares sizes to choose a path, which would fix them; the path is
             # chosen later, by the einsum rewriting.
             with (
                 torch.no_grad(),
                 torch.backends.opt_einsum.flags(enabled=False),
+                dynamo_config.patch(fake_tensor_cache_enabled=False),
                 traceable_idioms(),
                 every_expert_hit(),
                 user_lines(),
