@@ -234,7 +234,7 @@ def view_command(**options: Any) -> int:
     return run_view(**options)
 
 
-add_commands(cli, _output_options)
+add_commands(cli, _model_options, _output_options)
 
 
 def run(args: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""The commands and options for engines: `build`, `check`, and `--engine` of an export. Imports nothing heavy."""
+"""The commands and options for engines: `build`, `check`, `bench`, `--engine` of an export. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -43,7 +43,11 @@ def _options(required: bool) -> list[Callable[[Command], Command]]:
     ]  # fmt: skip
 
 
-def add_commands(group: click.Group, output_options: Callable[[Command], Command]) -> None:
+def add_commands(
+    group: click.Group,
+    model_options: Callable[[Command], Command],
+    output_options: Callable[[Command], Command],
+) -> None:
     """Add the commands to the command line."""
 
     @group.command("build")
@@ -70,3 +74,25 @@ def add_commands(group: click.Group, output_options: Callable[[Command], Command
         from moe_export.cli_check import run_check
 
         return run_check(**options)
+
+    @group.command("bench")
+    @click.argument("graph", metavar="GRAPH.ONNX")
+    @click.option("--against", metavar="MODEL.PY[:CLASS]", help="Measure the model in PyTorch, too.")
+    @click.option(
+        "--size",
+        "sizes",
+        multiple=True,
+        metavar="DIM=SIZE",
+        help="A dynamic size (repeatable)  [seq 128, batch 1].",
+    )
+    @click.option(
+        "--repeat", type=click.IntRange(1), default=50, show_default=True, help="Runs that are measured."
+    )
+    @click.option("--compile", "compiled", is_flag=True, help="With --against: torch.compile, too.")
+    @model_options
+    @output_options
+    def bench_command(**options: Any) -> int:
+        """Measure a graph, and the engines beside it, on every backend that is there; each in a process of its own."""
+        from moe_export.cli_bench import run_bench
+
+        return run_bench(**options)

@@ -79,7 +79,7 @@ def compare_with_graph(candidate: TensorRtRunner, graph: Path, seed: int = 0) ->
     reference = OnnxRuntimeRunner(graph)
     sizes = {dim.name: dim.traced for dim in candidate.dims}
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in candidate.dims]
-    example = {spec.name: _example(spec, sizes) for spec in candidate.inputs}
+    example = {spec.name: example_input(spec, sizes) for spec in candidate.inputs}
     return compare(
         reference,
         candidate,
@@ -89,12 +89,13 @@ def compare_with_graph(candidate: TensorRtRunner, graph: Path, seed: int = 0) ->
     )
 
 
-def _example(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+def example_input(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
+    """Seeded normal floats of a size, or zeros: an id of 0 is in every table."""
     shape: list[Any] = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
     dtype = numpy_dtype(spec.dtype)
     if spec.dtype.startswith(("float", "bfloat")):
         return np.random.default_rng(0).standard_normal(shape).astype(dtype)
-    return np.zeros(shape, dtype)  # an id of 0 is in every table
+    return np.zeros(shape, dtype)
 
 
 def not_run(statuses: list[str]) -> MissingBackendError | None:

@@ -1,0 +1,151 @@
+"""Measure one backend in a process of its own, so that its memory is its own and a crash is only its own."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from moe_export.errors import MoeExportError
+from moe_export.verify.specs import Array
+
+Run = Callable[[Mapping[str, Array]], Any]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to measure.
+
+    Attributes:
+        backend: `torch`, `torch.compile`, `onnxruntime-cpu`, `onnxruntime-cuda`, `onnxruntime-tensorrt` or `engine`.
+        path: The graph, the engine, or the model's file.
+        inputs: What it is run on, by name.
+        dtype: The narrowest type that a graph computes in.
+        init, shapes: Arguments and inputs of a model given as a class, as on the command line.
+        warmup, repeat: Runs before, and runs that are measured.
+    """
+
+    backend: str
+    path: str
+    inputs: Mapping[str, Array]
+    dtype: str = "float32"
+    init: tuple[str, ...] = ()
+    shapes: tuple[str, ...] = ()
+    warmup: int = 5
+    repeat: int = 50
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What was measured.
+
+    Attributes:
+        name: What was run.
+        milliseconds: Each run's latency, copies to and from a device included; empty if it did not run.
+        memory: Growth of the process's peak memory in bytes, weights included; on the device for a GPU.
+        reason: Why it did not run.
+    """
+
+    name: str
+    milliseconds: tuple[float, ...] = ()
+    memory: int = 0
+    reason: str = ""
+
+    def quantile(self, share: float) -> float:
+        """The latency in ms that this share of the runs stays below."""
+        return float(np.quantile(self.milliseconds, share))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data: median, p10, p90 in ms, calls a second, bytes; or why it did not run."""
+        if self.reason:
+            return {"name": self.name, "reason": self.reason}
+        median = self.quantile(0.5)
+        return {
+            "name": self.name,
+            "median_ms": median,
+            "p10_ms": self.quantile(0.1),
+            "p90_ms": self.quantile(0.9),
+            "calls_per_second": 1000 / median,
+            "memory": self.memory,
+        }
+
+
+def measure(job: Job) -> Timing:
+    """Measure in a new process."""
+    name = Path(job.path).name if job.backend == "engine" else job.backend
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        try:
+            milliseconds, memory = pool.submit(_measure, job).result()
+        except MoeExportError as error:
+            return Timing(name, reason=error.what)
+        except BrokenProcessPool:
+            return Timing(name, reason="it crashed the process")
+        except Exception as error:  # whatever an engine raises
+            return Timing(
+                name, reason=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            )
+    return Timing(name, tuple(milliseconds), memory)
+
+
+def _measure(job: Job) -> tuple[list[float], int]:
+    import torch  # noqa: F401 (in every process, so in nobody's memory)
+
+    before = _peak()
+    run = _open(job)
+    for _ in range(job.warmup):
+        run(job.inputs)
+    milliseconds = []
+    for _ in range(job.repeat):
+        start = time.perf_counter()
+        run(job.inputs)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    return milliseconds, _device_peak() or _peak() - before
+
+
+def _open(job: Job) -> Run:
+    if job.backend.startswith("torch"):
+        return _torch(job)
+    if job.backend == "engine":
+        from moe_export.engine_running import open_engine
+
+        return open_engine(Path(job.path)).run
+    from moe_export.checking_choices import runner_of
+
+    return runner_of(Path(job.path), job.backend.removeprefix("onnxruntime-"), job.dtype).run
+
+
+def _torch(job: Job) -> Run:
+    import dataclasses
+
+    import torch
+
+    from moe_export.export.load import load_subject
+    from moe_export.verify import TorchRunner
+
+    subject = load_subject(job.path, init=job.init, inputs=job.shapes)
+    if job.backend == "torch.compile":
+        compiled: Any = torch.compile(subject.module, dynamic=False)
+        subject = dataclasses.replace(subject, module=compiled)
+    return TorchRunner(subject.call_named, subject.outputs).run
+
+
+def _peak() -> int:
+    """The most memory that this process has had so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _device_peak() -> int:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return 0
+    return int(torch.cuda.max_memory_allocated())

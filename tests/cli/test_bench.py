@@ -1,0 +1,64 @@
+"""`moe-export bench`: every backend that is there is measured, and what is not is named with its reason."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+
+import pytest
+
+from moe_export.benching import Job, Timing, measure
+from moe_export.export.engine import has_gpu
+
+
+def test_backends_are_measured_or_named(command, finished, tmp_path):
+    for name in ("block.onnx", "block.py"):
+        shutil.copy(finished / name, tmp_path / name)
+    assert command("build", "block.onnx", "--engine", "sm75", "--quiet").code == 0
+    done = command(
+        "bench", "block.onnx", "--against", "block.py", "--size", "seq=16", "--repeat", "5", "--json"
+    )
+    assert done.code == 0, done.err
+    document = json.loads(done.out)
+    assert document["sizes"] == {"batch": 1, "seq": 16}
+    found = {entry["name"]: entry for entry in document["backends"]}
+    assert set(found) == {
+        "torch", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "block.sm75.engine",
+    }  # fmt: skip
+    for name in ("torch", "onnxruntime-cpu"):
+        entry = found[name]
+        assert 0 < entry["p10_ms"] <= entry["median_ms"] <= entry["p90_ms"]
+        assert entry["calls_per_second"] == pytest.approx(1000 / entry["median_ms"])
+        assert entry["memory"] >= 0
+    if not has_gpu():
+        assert "no GPU" in found["block.sm75.engine"]["reason"]
+        assert "cannot use cuda here" in found["onnxruntime-cuda"]["reason"]
+
+
+def test_a_size_that_there_is_not(command, finished):
+    done = command("bench", finished / "block.onnx", "--size", "len=3")
+    assert done.code == 2
+    assert "no dynamic dimension 'len'" in done.err
+
+
+def test_quantiles_are_those_of_the_runs():
+    timing = Timing("x", tuple(float(number) for number in range(101)))
+    assert (timing.quantile(0.1), timing.quantile(0.5), timing.quantile(0.9)) == (10, 50, 90)
+    assert Timing("x", reason="no").to_dict() == {"name": "x", "reason": "no"}
+
+
+class Crash:
+    """Ends the process that unpickles it, as a crash in native code does."""
+
+    def __reduce__(self):
+        return os._exit, (1,)
+
+
+def test_a_crash_ends_one_measurement_only():
+    timing = measure(Job("onnxruntime-cpu", "graph.onnx", {"x": Crash()}))
+    assert timing.reason == "it crashed the process"
+
+
+def test_what_cannot_be_opened_says_why():
+    assert measure(Job("onnxruntime-cpu", "nowhere.onnx", {})).reason == "no such file: nowhere.onnx"
