@@ -44,8 +44,8 @@ def inside(outputs: Iterable[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
 
 
 def is_size(node: fx.Node) -> bool:
-    """Whether a node is an integer of the shape arithmetic."""
-    return isinstance(node.meta.get("val"), (int, torch.SymInt))
+    """Whether a node is a number of the shape arithmetic; a capacity is rounded from a fraction."""
+    return isinstance(node.meta.get("val"), (int, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def size_source(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | None:

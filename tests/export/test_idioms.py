@@ -46,3 +46,31 @@ def test_experts_of_transformers_take_the_way_that_traces_and_are_put_back():
         found = moe.ALL_EXPERTS_FUNCTIONS.get_interface(block.experts.config._experts_implementation, None)
         assert found is moe.batched_mm_experts_forward
     assert moe.ExpertsInterface.get_interface is before
+
+
+def test_grouped_mm_is_each_row_times_its_own_matrix():
+    rows, stack = torch.randn(7, 4), torch.randn(3, 4, 5)
+    ends = torch.tensor([2, 2, 7], dtype=torch.int32)
+    with traceable_idioms():
+        found = nn.functional.grouped_mm(rows, stack, offs=ends)
+        assert torch.equal(found, torch._grouped_mm(rows, stack, ends))
+    expected = torch.cat([rows[:2] @ stack[0], rows[2:] @ stack[2]])
+    torch.testing.assert_close(found, expected)
+
+
+def test_complex_numbers_gain_axes_as_pairs_of_real_ones():
+    numbers = torch.view_as_complex(torch.randn(3, 4, 2))
+    with traceable_idioms():
+        assert torch.equal(numbers.unsqueeze(-1), numbers.reshape(3, 4, 1))
+        assert torch.equal(numbers[:, None, 1:], numbers[:, 1:].reshape(3, 1, 3))
+        assert torch.equal(numbers[..., 2], numbers.select(-1, 2))
+        assert torch.equal(numbers[torch.tensor([2, 0])], numbers.flip(0)[::2])
+
+
+def test_a_module_that_casts_itself_to_what_it_is_stays_as_it_is():
+    layer = nn.Linear(2, 2)
+    weight = layer.weight
+    with traceable_idioms():
+        assert layer.to(torch.float32) is layer
+        assert layer.weight is weight
+        assert layer.to(torch.float64).weight.dtype is torch.float64
