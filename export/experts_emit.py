@@ -46,19 +46,25 @@ def write_experts(
     for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]:
         number = node.attributes[NUMBER].as_int()
         block = blocks[number]
-        name = choose(choice, block.experts.count, target)
-        writer = Writer(model.graph, f"experts_{number}")
+        name, reason = choose(choice, block.experts.count, target), ""
         opaque = _opaque(node, block, model)
-        if not is_within(block.experts.indices, block.experts.count):
-            opaque = guarded(writer, opaque)
-        result = LOWERINGS[name](writer, opaque)
+        writer = Writer(model.graph, f"experts_{number}")
+        try:
+            result = _write(writer, name, opaque)
+        except NotExportableError as error:
+            simpler = choose("auto", block.experts.count, "onnxruntime-cpu")
+            if choice != "auto" or name == simpler:
+                raise
+            name, reason = simpler, f", not {name!r}: {error.what}"
+            writer = Writer(model.graph, f"experts_{number}")
+            result = _write(writer, name, opaque)
         for made in writer.nodes:
             made.metadata_props.update(node.metadata_props)
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_nodes_and_values(
             model.graph, node, [node], writer.nodes, node.outputs, [result]
         )
-        notes.append(f"{block.experts.count} experts at {block.experts.line}: lowered as {name!r}")
+        notes.append(f"{block.experts.count} experts at {block.experts.line}: lowered as {name!r}{reason}")
     if notes:
         model.opset_imports.pop(DOMAIN, None)
         if any(node.domain == contrib.DOMAIN for node in model.graph):
@@ -67,6 +73,12 @@ def write_experts(
             optimizer.fold_constants(model)
             RemoveUnusedNodesPass()(model)
     return notes
+
+
+def _write(writer: Writer, name: str, block: Opaque) -> ir.Value:
+    if not is_within(block.meaning.indices, block.count):
+        block = guarded(writer, block)
+    return LOWERINGS[name](writer, block)
 
 
 def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
