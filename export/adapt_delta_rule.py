@@ -1,0 +1,27 @@
+"""transformers' gated delta rules, step by step while loops are folded.
+
+Qwen3-Next and its relatives have the rule in two forms that compute the same: over chunks of 64 steps, where a trace
+unrolls the 63 rows of a triangular system at every length, and holds for the traced number of chunks only; and step by
+step. The second is a loop like any other: it folds into one Scan, for any length.
+
+Source: https://huggingface.co/docs/transformers/model_doc/qwen3_next; the rule is that of arXiv:2412.06464.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from unittest import mock
+
+_CHUNKED, _STEPS = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
+
+
+@contextmanager
+def delta_rules_step_by_step() -> Iterator[None]:
+    """While it runs, models of transformers take the form step by step. transformers is not imported for it."""
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("transformers.models.") and {_CHUNKED, _STEPS} <= vars(module).keys():
+                stack.enter_context(mock.patch.object(module, _CHUNKED, getattr(module, _STEPS)))
+        yield
