@@ -89,15 +89,14 @@ def run_export(
         reports: list[Report | None] = []
         checked: list[Graph] = []
         for graph, name in zip(graphs, names, strict=True):
-            describe(graph.model, _facts(graph, subject, opset))
-            write_model(graph.model, temporary / name)
+            facts = _facts(graph, subject, opset)
+            _write(graph, temporary / name, facts)
             _check_file(temporary / name)
             with console.step(f"verifying {name}" if verify else f"loading {name}"):
                 found, report = _verified(graph, temporary / name, verify, tolerance, seed, provider)
             learned = dim_facts(found.traced.dims, exact=report is not None)
             if learned != dim_facts(graph.traced.dims):  # the file says at which sizes it was found right
-                describe(found.model, _facts(found, subject, opset) | learned)
-                write_model(found.model, temporary / name)
+                _write(found, temporary / name, facts | learned)
             checked.append(found)
             reports.append(report)
         graphs = tuple(checked)
@@ -105,11 +104,7 @@ def run_export(
         if not equal:
             names = [_reject(temporary, name) for name in names]
         document = report_document(subject, graphs, names, reports, opset)
-        built = []
-        if engines is not None and equal:
-            for name, entry in zip(names, document["graphs"], strict=True):
-                entry["engines"] = build_files(engines, temporary / name, temporary, console.step)
-                built += entry["engines"]
+        built = _build(engines if equal else None, document, temporary, console)
         report_name = f"{subject.source.stem}.report.json"
         (temporary / report_name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     console.json(json.dumps(document, indent=2))
@@ -120,6 +115,23 @@ def run_export(
     if engines is not None and equal:
         return exit_code(engines, built, console)
     return 0 if equal else 1
+
+
+def _write(graph: Graph, path: Path, facts: dict[str, str]) -> None:
+    describe(graph.model, facts)
+    write_model(graph.model, path)
+
+
+def _build(
+    request: Request | None, document: dict[str, Any], folder: Path, console: Console
+) -> list[dict[str, Any]]:
+    """Build the engines of every graph of a report, and write them into it."""
+    built: list[dict[str, Any]] = []
+    for entry in document["graphs"] if request is not None else ():
+        assert request is not None
+        entry["engines"] = build_files(request, folder / entry["file"], folder, console.step)
+        built += entry["engines"]
+    return built
 
 
 def _verified(
