@@ -17,6 +17,7 @@ from moe_export.errors import NotExportableError
 from moe_export.export.leaves import unique
 from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata
+from moe_export.export.reshapes import settle_reshapes
 from moe_export.export.spelling import spell
 from moe_export.export.trace import Traced, quiet, rename
 from moe_export.export.untranslated import untranslated
@@ -43,6 +44,7 @@ def emit(
         NotExportableError: An operator has no ONNX form, in general or at this opset; names the model's line.
     """
     model = _translate(traced, max(opset, EXPORTER_LOWEST))
+    settle_reshapes(model.graph)
     if write_opaque is not None:
         write_opaque(model)
     shorten_metadata(model, traced.scope, folder)

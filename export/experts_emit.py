@@ -22,6 +22,7 @@ from moe_export.export.experts_parts import Parts, take_apart
 from moe_export.export.experts_place import DOMAIN, NUMBER, OPERATOR, Block
 from moe_export.export.experts_range import guarded, is_within
 from moe_export.export.experts_weights import Weight
+from moe_export.export.reshapes import settle_reshapes
 from moe_export.export.trace import quiet
 
 
@@ -94,6 +95,7 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
             hint=str(error).split("\n", 1)[0],
         ) from error
     assert exported is not None
+    settle_reshapes(exported.model.graph)
     return take_apart(exported.model.graph, len(block.experts.shared))
 
 

@@ -115,6 +115,34 @@ def test_no_token_at_all_and_weights_stored_once():
         assert weights * 0.95 < stored < weights * 1.05  # equal biases are one
 
 
+class Grouped(idioms.Block):
+    """Experts whose rows are reshaped to groups: an expert may have no row, and cannot be vectorised."""
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(indices == number)
+            rows = nn.functional.group_norm(expert(x[token]), 2, expert.down.bias)
+            out = out.index_add(0, token, rows * weights[token, slot, None])
+        return out
+
+
+@pytest.mark.parametrize(("lowering", "target"), [("auto", "tensorrt"), ("keep", "onnxruntime-cpu")])
+def test_experts_without_a_row_that_reshape_their_rows(lowering, target):
+    module = Grouped().eval()
+    options = Options(experts=lowering, target=target, gates=False, simplify=False)
+    graph = export_subject(subject_of(module), options)[0]
+    if lowering == "auto":
+        (note,) = [note for note in graph.notes if "lowered as" in note]
+        assert "lowered as 'slices', not 'blocks': an expert cannot be computed for several" in note
+    session = session_of(graph.model)
+    for tokens in (1, 2, 9):
+        x = torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            expected = module(x).numpy()
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5)
+
+
 class Dropping(idioms.Block):
     """Tokens far from the origin are dropped: -1 and the number of experts stand for no expert."""
 
