@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -189,3 +190,20 @@ def test_the_form_does_not_depend_on_the_length_of_the_example() -> None:
         sizes.add(tuple(sorted(node.op_type for node in graph.model.graph.all_nodes())))
         assert {shape[1] for shape in graph.traced.inputs.values()} == {"seq"}
     assert len(sizes) == 1
+
+
+@pytest.mark.slow
+def test_a_long_example_exports_as_fast_as_a_short_one() -> None:
+    module, inputs = ways.LOOPS["mamba2"]
+    seconds, sizes = [], set()
+    for length in (16, 16, 4096):  # the first run loads what all need
+        subject = make_subject(module, inputs, {}, source=Path(ways.__file__), how="a test")
+        axes = Length(tuple((name, 1) for name in subject.inputs))
+        resized = tuple(axes.resized(subject.inputs, length).values())
+        subject = make_subject(module, resized, {}, source=Path(ways.__file__), how="a test")
+        start = time.process_time()
+        graph = export_subject(subject, Options(gates=False, simplify=False))[0]
+        seconds.append(time.process_time() - start)
+        sizes.add(len(ir.to_proto(graph.model).SerializeToString()))
+    assert seconds[2] < 1.5 * seconds[1]
+    assert max(sizes) < 1.5 * min(sizes)
