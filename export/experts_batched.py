@@ -85,8 +85,9 @@ def gather(w: Writer, block: Opaque) -> ir.Value:
 def blocks(w: Writer, block: Opaque) -> ir.Value:
     """Pairs sorted by expert into blocks of T rows, no block with two experts; each gathers its expert's weights.
 
-    T = max(ROWS, ceil(S / E)), so that there are at most min(S, E) + (S - min(S, E)) / T blocks, whatever the
-    routing: a shape that is known from N, at most twice the work, and at most twice the weights.
+    T = max(ROWS, ceil(S / E)), so that, whatever the routing, min(S, E) + (S - min(S, E)) / ROWS blocks are enough,
+    and 2 E are: a shape that is known from N, at most twice the work, and at most twice the weights. An engine that
+    bounds B and T apart finds B T <= 2 S + 2 E ROWS.
     """
     parts = block.batched()
     writer = PartsWriter(w, parts, block.indices, block.shared, block.metadata)
@@ -97,7 +98,8 @@ def blocks(w: Writer, block: Opaque) -> ir.Value:
         "Max", w.scalar(ROWS), w.op("Div", w.op("Add", size, w.scalar(block.count - 1)), experts), name="rows"
     )
     least = w.op("Min", size, experts)
-    number = w.op("Add", least, w.op("Div", w.op("Sub", size, least), rows), name="blocks")
+    most = w.op("Add", least, w.op("Div", w.op("Sub", size, least), w.scalar(ROWS)))
+    number = w.op("Min", most, w.scalar(2 * block.count), name="blocks")
     needed = w.op("Div", w.op("Add", counted.counts, w.op("Sub", rows, one)), rows)  # (E,)
     ends = w.op("CumSum", needed, w.scalar(0))
     starts = w.op("Mul", w.op("Sub", ends, needed), rows)
