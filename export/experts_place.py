@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,9 +64,12 @@ def place_experts(traced: Traced) -> Placed:
     blocks: list[Block] = []
     found, reasons = find_experts(traced.program.graph)
     refused = list(reasons)
+    # The model runs once for all blocks: a run a block would take as many runs as there are layers.
+    nodes = tuple(dict.fromkeys(node for experts in found for node in _examples(experts)))
+    values = dict(zip(nodes, values_of(traced, nodes), strict=True)) if nodes else {}
     for experts in found:
         try:
-            blocks.append(_block(experts, traced))
+            blocks.append(_block(experts, values))
         except NotExpertsError as error:
             refused.append(f"the loop over experts at {experts.line} stays as it was written: {error}")
     if not blocks:
@@ -75,16 +78,19 @@ def place_experts(traced: Traced) -> Placed:
     return Placed(dataclasses.replace(traced, program=program), tuple(blocks), tuple(refused))
 
 
-def _block(experts: Experts, traced: Traced) -> Block:
-    """Check that the body works row by row, and trace it with a free number of rows."""
+def _examples(experts: Experts) -> tuple[fx.Node, ...]:
+    """What a block's body is tried on: indices, shared values, and of each weight the first expert's, or the stack."""
     first = [weight.separate[0] if weight.separate else weight.stack for weight in experts.weights]
-    nodes = (experts.indices, *experts.shared, *(node for node in first if node is not None))
-    values = dict(zip(nodes, values_of(traced, nodes), strict=True))
+    return (experts.indices, *experts.shared, *(node for node in first if node is not None))
+
+
+def _block(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> Block:
+    """Check that the body works row by row, and trace it with a free number of rows."""
     check_rows(experts, values)
+    first = _examples(experts)[1 + len(experts.shared) :]
     weights = [
-        values[node][0] if weight.stack is not None else values[node]
+        values[node] if weight.stack is None else values[node][0]
         for node, weight in zip(first, experts.weights, strict=True)
-        if node is not None
     ]
     rows = torch.arange(3) % max(1, values[experts.indices].shape[0])
     expert = torch.zeros(1, dtype=torch.int64)
