@@ -158,7 +158,9 @@ def test_mamba() -> None:
         factors[length] = (row.get("unrolled", 0) / row["ours"], row["eager"] / row["ours"])
     if factors[512][0] < 2.5 or factors[512][1] < 6:
         pytest.xfail(
-            "the marks of 2.5 times unrolled and 6 times eager are missed: %.1f, %.1f" % factors[512]
+            "the marks of 2.5 times unrolled and 6 times eager are missed: {:.1f}, {:.1f}".format(
+                *factors[512]
+            )
         )
 
 
