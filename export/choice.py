@@ -31,7 +31,7 @@ class Choice:
 
     @property
     def slots(self) -> int:
-        """k of `topk`, 1 of the others."""
+        """K of `topk`, 1 of the others."""
         if self.operator.target is not _aten.topk.default:
             return 1
         return int(self.indices.meta["val"].shape[-1])

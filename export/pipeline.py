@@ -178,7 +178,12 @@ def gate_dims(cut: Subject, dims: DimRequest, traced: Traced) -> DimRequest:
 
 
 def _graph(
-    kind: Literal["model", "gate", "step"], path: str, subject: Subject, placed: Placed, options: Options, step: Step
+    kind: Literal["model", "gate", "step"],
+    path: str,
+    subject: Subject,
+    placed: Placed,
+    options: Options,
+    step: Step,
 ) -> Graph:
     traced = placed.traced
     lowered: list[str] = []

@@ -37,7 +37,7 @@ class _ExportByDefault(click.Group):
 )
 @click.version_option(moe_export.__version__, prog_name="moe-export", message="%(prog)s %(version)s")
 def cli() -> None:
-    r"""Export Mixture-of-Experts and Mamba-style PyTorch models to verified ONNX graphs.
+    """Export Mixture-of-Experts and Mamba-style PyTorch models to verified ONNX graphs.
 
     \b
     moe-export model.py --opset 17 -o out      export, verify, report
@@ -46,7 +46,7 @@ def cli() -> None:
     moe-export build model.onnx --engine sm89,sm120 --range seq=1:512:4096
     moe-export rewrite "b l d, d n -> b l d n"
     moe-export view model.onnx
-    """
+    """  # noqa: D301  click keeps the lines of a paragraph that starts with a backspace character
 
 
 def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -129,7 +129,10 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Steps of a loop that a turn of its Scan takes.",
 )
 @click.option(
-    "--step", "decode", is_flag=True, help="Write MODEL.step.onnx, too: one step, its states as past_* and present_*."
+    "--step",
+    "decode",
+    is_flag=True,
+    help="Write MODEL.step.onnx, too: one step, its states as past_* and present_*.",
 )
 @click.option(
     "--simplify/--no-simplify", default=True, show_default=True, help="Try onnxsim; kept if it helps."
