@@ -191,7 +191,7 @@ def test_a_dimension_that_cannot_be_dynamic(refused, write, texts):
     ("args", "said"),
     [
         (["--opset", "x"], "Invalid value for '--opset': 'x' is not a valid integer."),
-        (["--provider", "tpu"], "'tpu' is not one of 'cpu', 'cuda'."),
+        (["--provider", "tpu"], "'tpu' is not one of 'cpu', 'cuda', 'tensorrt'."),
         (["--nonsense"], "--nonsense"),
     ],
 )

@@ -83,7 +83,8 @@ def test_only_a_gate_needs_one_gate(tools, count):
     graph = tools.graph(nn.ReLU(), torch.ones(2, 3))
     assert isinstance(graph, Graph)
     assert not is_only_a_gate((graph,) * count)
-    assert is_only_a_gate((graph, graph))
+    assert not is_only_a_gate((graph, dataclasses.replace(graph, kind="step")))
+    assert is_only_a_gate((graph, dataclasses.replace(graph, kind="gate")))
 
 
 LLAMA = {
