@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 
+from moe_export.export.engine import build_engines
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 
@@ -22,6 +23,7 @@ sys.modules["families"] = families
 spec.loader.exec_module(families)
 
 ALWAYS = ("mixtral", "deepseek_v3", "gpt_oss", "jetmoe")
+CAPABILITIES = ("sm75", "sm86", "sm89", "sm120")
 BY_NAME = {family.name: family for family in families.FAMILIES}
 
 
@@ -93,3 +95,16 @@ def test_blocks_of_the_other_families(name):
 @pytest.mark.parametrize("name", BY_NAME)
 def test_whole_models(name):
     check_model(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_NAME)
+def test_blocks_build_for_every_gpu(name):
+    """8,192 tokens at most: far above the 3,840 at which TensorRT's TopK stops."""
+    family = BY_NAME[name]
+    block = family.build().get_submodule(family.block)
+    subject = make_subject(block, (torch.randn(2, 5, 16),), {}, source=Path(__file__), how="test")
+    graph = export_subject(subject, Options(gates=False, target="tensorrt"))[0]
+    assert_equal(subject, graph, [torch.randn(1, 33, 16)], 2e-5)
+    engines = build_engines(graph.model, CAPABILITIES, {"batch": (1, 1, 1), "seq": (1, 128, 8192)})
+    assert [engine.capability for engine in engines] == list(CAPABILITIES)
