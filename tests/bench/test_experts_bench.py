@@ -8,7 +8,6 @@ that was hit read once. H = 256, I = 512, SwiGLU; times are medians of interleav
 
 from __future__ import annotations
 
-import json
 import statistics
 import subprocess
 import sys
@@ -138,15 +137,20 @@ def test_auto_is_the_fastest_form_at_every_size(experts, k, tmp_path):
 
 
 _MEMORY = """
-import json, resource, sys
+import sys
 import numpy as np, onnxruntime
+
+def status(name):  # in bytes; ru_maxrss would still hold what the parent process had
+    lines = open("/proc/self/status").read().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
 options = onnxruntime.SessionOptions()
 options.intra_op_num_threads = 1
-base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+base = status("VmRSS")
 session = onnxruntime.InferenceSession(sys.argv[1], options, providers=["CPUExecutionProvider"])
 x = np.random.default_rng(0).standard_normal((int(sys.argv[2]), int(sys.argv[3]))).astype(np.float32)
 session.run(None, {"x": x})
-print(json.dumps(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)))
+print(status("VmHWM") - base)
 """
 
 
@@ -154,14 +158,14 @@ def test_the_memory_of_auto_is_its_weights_and_its_activations(tmp_path):
     experts, k, count = 64, 8, 1024
     path = models(experts, k, tmp_path)[choose("auto", experts, "onnxruntime-cpu")]
     command = [sys.executable, "-c", _MEMORY, str(path), str(count), str(H)]
-    peak = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+    peak = int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
     weights = Path(f"{path}.data").stat().st_size
     # The rows of all pairs: gathered, computed, put back, weighed; and what the fullest expert makes of its own.
     activations = 4 * count * k * 4 * H + 4 * count * 3 * I
     print(
         f"\npeak {peak / 2**20:.0f} MB: weights {weights / 2**20:.0f}, activations {activations / 2**20:.0f}"
     )
-    assert peak <= 1.3 * (weights + activations)
+    assert weights < peak <= 1.3 * (weights + activations)
 
 
 class Fused(nn.Module):
