@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -138,9 +139,14 @@ def _torch(job: Job) -> Run:
 
 
 def _peak() -> int:
-    """The most memory that this process has had so far."""
+    """The most memory that this process has had so far, in bytes."""
     import resource
 
+    status = Path("/proc/self/status")
+    if status.exists():  # on Linux `ru_maxrss` starts at what the parent process had
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(encoding="ascii"), re.MULTILINE)
+        if found is not None:
+            return 1024 * int(found[1])
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
