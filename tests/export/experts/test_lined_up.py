@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from moe_export.export.engine import build_engines
 from moe_export.export.experts_recognise import find_experts
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
@@ -63,6 +64,52 @@ def test_every_idiom_is_understood_and_right(idiom):
             assert set(module.route(x[0])[1][:, 0].tolist()) == {expert}
             expected = module(x).numpy()
         np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("idiom", models.LINED_UP, ids=lambda idiom: idiom.__name__)
+def test_every_idiom_builds_for_every_gpu(idiom):
+    """8,192 tokens in two slots: far above the 3,840 at which TensorRT's TopK stops."""
+    module = idiom().eval()
+    graph = export_subject(subject_of(module), Options(gates=False, target="tensorrt"))[0]
+    x = torch.randn(1, 33, 16)
+    with torch.no_grad():
+        expected = module(x).numpy()
+    np.testing.assert_allclose(
+        session_of(graph.model).run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5
+    )
+    capabilities = ["sm75", "sm86", "sm89", "sm120"]
+    engines = build_engines(graph.model, capabilities, {"batch": (1, 1, 1), "seq": (1, 128, 8192)})
+    assert [engine.capability for engine in engines] == capabilities
+
+
+class ExpertChoice(nn.Module):
+    """Each expert chooses its tokens (arXiv:2202.09368), and how many follows from the number of tokens."""
+
+    def __init__(self, d: int = 16, experts: int = 4):
+        super().__init__()
+        torch.manual_seed(0)
+        self.router = nn.Linear(d, experts, bias=False)
+        self.up = nn.Parameter(torch.randn(experts, d, 24) * 0.2)
+        self.down = nn.Parameter(torch.randn(experts, 24, d) * 0.2)
+
+    def forward(self, x):
+        tokens = x.reshape(-1, x.shape[-1])
+        capacity = (tokens.shape[0] * 2 + 3) // 4
+        weights, chosen = self.router(tokens).softmax(-1).t().topk(capacity, dim=-1)
+        rows = torch.bmm(nn.functional.gelu(torch.bmm(tokens[chosen], self.up)), self.down)
+        rows = (rows * weights.unsqueeze(-1)).reshape(-1, x.shape[-1])
+        return torch.zeros_like(tokens).index_add(0, chosen.reshape(-1), rows).view_as(x)
+
+
+def test_experts_that_choose_their_tokens_are_right_at_any_number_of_tokens():
+    module = ExpertChoice().eval()
+    session = session_of(export_subject(subject_of(module), Options(gates=False))[0].model)
+    for tokens in (1, 3, 15, 64, 257):
+        x = torch.randn(1, tokens, 16, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            expected = module(x).numpy()
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("idiom", models.LINED_UP, ids=lambda idiom: idiom.__name__)

@@ -17,6 +17,7 @@ import torch
 
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import DimRequest
+from moe_export.export.engine import build_engines
 from moe_export.export.lengths import Length
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.subject import Subject, make_subject
@@ -207,3 +208,13 @@ def test_a_long_example_exports_as_fast_as_a_short_one() -> None:
         sizes.add(len(ir.to_proto(graph.model).SerializeToString()))
     assert seconds[2] < 1.5 * seconds[1]
     assert max(sizes) < 1.5 * min(sizes)
+
+
+@pytest.mark.parametrize(
+    ("recurrence", "unroll"), [("scan", 1), ("scan", 4), ("chunked", 1)], ids=["scan", "unroll", "chunked"]
+)
+def test_engines_take_any_length_to_4096(recurrence, unroll):
+    _, graph = exported("mamba2", recurrence, unroll)
+    ranges = {"batch": (1, 1, 1), "seq": (1, 512, 4096)}
+    (engine,) = build_engines(graph.model, ["sm89"], ranges)
+    assert 0 < engine.size < 16 * 2**20
