@@ -12,6 +12,14 @@ from torch import fx
 
 _aten = torch.ops.aten
 
+CARRIERS = {
+    _aten.view.default, _aten.reshape.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.default,
+    _aten.flatten.using_ints, _aten._to_copy.default, _aten.to.dtype, _aten.clone.default, _aten.expand.default,
+    _aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.contiguous.default, _aten.detach.default,
+    _aten.alias.default, _aten.slice.Tensor, _aten.select.int,
+}  # fmt: skip
+"""What rearranges the chosen indices, or marks made of them, and hands them on."""
+
 
 @dataclass(frozen=True)
 class Choice:

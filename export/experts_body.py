@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moe_export.export.experts_choice import names_experts
 from moe_export.export.experts_find import Chain, Turn
 from moe_export.export.experts_mask import marks_of
 from moe_export.export.region import is_size
@@ -21,6 +22,7 @@ from moe_export.export.source import line_of
 
 _aten = torch.ops.aten
 ZEROS = {_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default}
+_ANYTHING = {_aten.empty_like.default, _aten.empty.memory_format, _aten.new_empty.default}
 
 
 class NotExpertsError(Exception):
@@ -51,6 +53,9 @@ class Experts:
         shared: Nodes that every expert reads, in the body's order.
         weights: In the body's order.
         start: (N, H), what is added to; None for nothing.
+        overwrites: Nothing is added to `start`: a token that has an expert gets its rows, another keeps its own.
+        wraps: An index from -E to -1 counts from the last expert, as where weights are looked up by `w[idx]`; else it
+            names no expert.
         result: The node that the block ends in.
         line: `file:line`.
     """
@@ -63,6 +68,8 @@ class Experts:
     start: fx.Node | None
     result: fx.Node
     line: str | None
+    overwrites: bool = False
+    wraps: bool = False
 
 
 @dataclass(frozen=True)
@@ -111,15 +118,19 @@ def understand(chain: Chain, around: Surroundings) -> Experts:
     fixing = around.fixing.get(indices, {})
     walks = [_Walk(turn, fixing.get(number, set()), around) for number, turn in enumerate(ordered)]
     shared, weights, kinds = _sort_leaves(walks, around.twins)
+    before = chain.turns[0].before
+    # Every row is written once, or holds nothing yet.
+    settled = overwrites and (names_experts(indices, len(ordered)) or before.target in _ANYTHING)
     return Experts(
         indices=indices,
         count=len(ordered),
         body=walks[0].module(kinds),
         shared=shared,
         weights=weights,
-        start=None if overwrites else chain.turns[0].before,  # every row is written once
+        start=None if settled else before,
         result=chain.turns[-1].after,
         line=chain.line,
+        overwrites=overwrites and not settled and before.target not in ZEROS,
     )
 
 

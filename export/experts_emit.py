@@ -15,12 +15,12 @@ from moe_export.einsum_rewrite import rewrite_program
 from moe_export.errors import NotExportableError
 from moe_export.export import experts_contrib as contrib
 from moe_export.export.experts_batch import trace_batched
+from moe_export.export.experts_choice import names_experts
 from moe_export.export.experts_choose import LOWERINGS, choose
-from moe_export.export.experts_lower import Opaque
+from moe_export.export.experts_lower import Opaque, guarded
 from moe_export.export.experts_onnx import Writer
 from moe_export.export.experts_parts import Parts, take_apart
 from moe_export.export.experts_place import DOMAIN, NUMBER, OPERATOR, Block
-from moe_export.export.experts_range import guarded, is_within
 from moe_export.export.experts_weights import Weight
 from moe_export.export.reshapes import settle_reshapes
 from moe_export.export.trace import quiet
@@ -77,7 +77,7 @@ def write_experts(
 
 
 def _write(writer: Writer, name: str, block: Opaque) -> ir.Value:
-    if not is_within(block.meaning.indices, block.count):
+    if not names_experts(block.meaning.indices, block.count):
         block = guarded(writer, block)
     return LOWERINGS[name](writer, block)
 

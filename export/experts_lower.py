@@ -6,6 +6,7 @@ Letters as in `experts_onnx`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -48,6 +49,23 @@ class Opaque:
     meaning: Experts
     metadata: Mapping[str, str]
     valid: ir.Value | None = None
+
+
+def guarded(w: Writer, block: Opaque) -> Opaque:
+    """The block with indices that are all in range, and a mark for the pairs that count.
+
+    A pair of no expert adds nothing, as in a loop over experts that none of them takes.
+    """
+    indices = block.indices
+    zero, count = (w.op("CastLike", w.scalar(number), indices) for number in (0, block.count))
+    if block.meaning.wraps:
+        indices = w.op(
+            "Where", w.op("Less", indices, zero), w.op("Add", indices, count), indices, name="wrapped"
+        )
+    valid = w.op("And", w.op("GreaterOrEqual", indices, zero), w.op("Less", indices, count), name="valid")
+    safe = w.op("Where", valid, indices, zero)
+    safe.shape, safe.type = block.indices.shape, block.indices.type
+    return dataclasses.replace(block, indices=safe, valid=valid)
 
 
 Lowering = Callable[[Writer, Opaque], ir.Value]

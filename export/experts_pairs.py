@@ -37,12 +37,14 @@ class Root:
         index: Those integers.
         choices: What may be the choice of experts that they come from, (N, k) or (N,), in graph order.
         count: E.
+        wraps: Whether -1 is the last expert to that use.
         line: `file:line` of that use.
     """
 
     index: fx.Node
     choices: tuple[fx.Node, ...]
     count: int
+    wraps: bool
     line: str | None
 
 
@@ -81,7 +83,8 @@ def find_roots(graph: fx.Graph, loops: Mapping[fx.Node, Loop]) -> tuple[Root, ..
                 choices = _choices(index)
                 if node in loops:  # by itself it is understood already
                     choices = tuple(choice for choice in choices if choice is not index)
-                found[index] = Root(index, choices, count, line_of(node.meta.get("stack_trace")))
+                wraps = node.target is _aten.index.Tensor
+                found[index] = Root(index, choices, count, wraps, line_of(node.meta.get("stack_trace")))
     return tuple(root for root in found.values() if root.choices)
 
 
@@ -169,6 +172,7 @@ def _understand(indices: fx.Node, root: Root, loops: Mapping[fx.Node, Loop]) -> 
         start=end.start,
         result=end.result,
         line=root.line,
+        wraps=root.wraps,
     )
     _refuse_mixed(region, block)
     return Found(block, frozenset(region.rows))

@@ -163,8 +163,27 @@ def _replace(graph: fx.Graph, experts: Experts, number: int, twins: dict[fx.Node
         )
         opaque.meta = dict(result.meta)
         replacement = opaque
-        if experts.start is not None and start.target not in ZEROS:
+        if experts.overwrites:
+            replacement = _where_chosen(graph, twins[experts.indices], experts.count, opaque, start)
+        elif experts.start is not None and start.target not in ZEROS:
             replacement = graph.call_function(_aten.add.Tensor, (start, opaque))
+        if replacement is not opaque:
             replacement.meta = dict(result.meta)
     result.replace_all_uses_with(replacement)
     twins[experts.result] = replacement
+
+
+def _where_chosen(graph: fx.Graph, indices: fx.Node, count: int, rows: fx.Node, others: fx.Node) -> fx.Node:
+    """The rows of the tokens whose index (N,) names one of `count` experts; of the other tokens those of `others`."""
+
+    def call(operator: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(operator, args)
+        node.meta["val"] = operator(*fx.map_arg(args, lambda arg: arg.meta["val"]))
+        return node
+
+    chosen = call(
+        _aten.logical_and.default, call(_aten.ge.Scalar, indices, 0), call(_aten.lt.Scalar, indices, count)
+    )
+    for axis in range(1, rows.meta["val"].dim()):
+        chosen = call(_aten.unsqueeze.default, chosen, axis)
+    return call(_aten.where.self, chosen, rows, others)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moe_export.export.choice import Choice, as_choice
+from moe_export.export.choice import CARRIERS, Choice, as_choice
 from moe_export.export.region import ancestors, frontier, inside, scope_of, shape_of
 from moe_export.export.source import line_of
 from moe_export.export.trace import Traced
@@ -28,13 +28,6 @@ from moe_export.export.weights import weights_of
 
 _aten = torch.ops.aten
 
-# Ops that rearrange or mark indices without using them yet.
-_CARRIERS = {
-    _aten.view.default, _aten.reshape.default, _aten.unsqueeze.default, _aten.squeeze.dim,
-    _aten.squeeze.default, _aten.flatten.using_ints, _aten._to_copy.default, _aten.to.dtype, _aten.clone.default,
-    _aten.expand.default, _aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.contiguous.default,
-    _aten.detach.default, _aten.alias.default, _aten.slice.Tensor, _aten.select.int,
-}  # fmt: skip
 # Ops that use indices to send tokens to experts, or to mark who goes where.
 _DISPATCHERS = {
     _aten.one_hot.default, _aten.eq.Scalar, _aten.eq.Tensor, _aten.ne.Scalar, _aten.scatter.value,
@@ -95,7 +88,7 @@ def _carried(start: fx.Node) -> list[fx.Node]:
     stack, seen = [start], {start: None}
     while stack:
         for user in stack.pop().users:
-            if user.target in _CARRIERS and user not in seen:
+            if user.target in CARRIERS and user not in seen:
                 seen[user] = None
                 stack.append(user)
     return list(seen)
@@ -207,7 +200,7 @@ def routing_outputs(routing: Routing, traced: Traced) -> list[tuple[str, str | N
         carriers, stack = {start}, [start]
         while stack:
             for user in stack.pop().users:
-                if user.target in _CARRIERS and user not in carriers and shape_of(user)[-1:] == k:
+                if user.target in CARRIERS and user not in carriers and shape_of(user)[-1:] == k:
                     carriers.add(user)
                     stack.append(user)
         return [name for name, node in named if node in carriers]

@@ -169,6 +169,47 @@ def test_a_pair_of_no_expert_adds_nothing():
         assert (got[nothing] == 0).all()
 
 
+class Passing(idioms.Block):
+    """The first choice takes a token's row over; a token far from the origin passes all experts by."""
+
+    def moe(self, x, weights, indices):
+        far = x.norm(dim=-1) > 5
+        chosen = torch.where(far, -1, indices[:, 0])
+        out = x.clone()
+        for expert in range(self.num_experts):
+            mask = chosen == expert
+            out[mask] = self.experts[expert](x[mask])
+        return out
+
+
+class FromTheEnd(idioms.Block):
+    """Looked-up weights, as PyTorch counts: -1 is the last expert."""
+
+    def __init__(self):
+        super().__init__()
+        self.stack = nn.Parameter(torch.randn(self.num_experts, 16, 16) / 4)
+
+    def moe(self, x, weights, indices):
+        far = x.norm(dim=-1, keepdim=True) > 5
+        indices = torch.where(far, torch.tensor([[-1, -3]]), indices)
+        rows = torch.einsum("nd,nkdh->nkh", x, self.stack[indices]).relu()
+        return (rows * weights.unsqueeze(-1)).sum(1)
+
+
+@pytest.mark.parametrize("block", [Passing, FromTheEnd])
+def test_rare_routings_outside_the_experts_mean_what_they_mean_in_torch(block):
+    torch.manual_seed(2)
+    module = block().eval()
+    usual = torch.randn(3, 9, 16, generator=torch.Generator().manual_seed(0))
+    for name, (session, notes, _) in lowered(module, ("slices", "dense", "blocks")).items():
+        for factor in (0.5, 1.0, 3.0):  # no token is far, some are, all are
+            x = usual * factor
+            with torch.no_grad():
+                expected = module(x).numpy()
+            (got,) = session.run(None, {"x": x.numpy()})
+            np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=f"{name}: {notes}")
+
+
 def test_a_loop_graph_does_not_grow_with_the_experts():
     sizes = []
     for count in (8, 16):
