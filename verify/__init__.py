@@ -12,8 +12,9 @@
 | `specs` | what crosses the border: arrays, `TensorSpec`, `DimRange`, `RoutingPair` |
 | `runner` | the protocol of an engine |
 | `torch_runner`, `onnxruntime_runner`, `tensorrt_runner` | the engines, each importing its library when it is used |
-| `sizes`, `inputs` | which sizes, which values |
-| `tolerance`, `judge`, `routing` | when two outputs are the same |
+| `sizes`, `inputs`, `regimes` | which sizes, which values, which kinds of values |
+| `tolerance`, `judge`, `routing`, `sketch` | when two outputs are the same; what is kept of their differences |
+| `choices`, `truth`, `torch_modes` | where outputs differ: under the same choices, and beside a float64 run |
 | `compare` | the loop |
 | `report`, `table` | what was found, as data and as text |
 
@@ -22,6 +23,7 @@ A new engine is a class with a `name` and a `run`; nothing else here needs to kn
 
 from __future__ import annotations
 
+from moe_export.verify.choices import Choice, Teller, Told
 from moe_export.verify.compare import compare
 from moe_export.verify.inputs import Case, cases
 from moe_export.verify.judge import Judgement, Worst, judge
@@ -32,7 +34,7 @@ from moe_export.verify.runner import RunFailedError, Runner
 from moe_export.verify.specs import Array, DimRange, RoutingPair, TensorSpec
 from moe_export.verify.table import show
 from moe_export.verify.tensorrt_runner import TensorRtRunner
-from moe_export.verify.tolerance import DEFAULTS, Margin, Tolerance
+from moe_export.verify.tolerance import DEFAULTS, FlipBudget, Margin, Tolerance
 from moe_export.verify.torch_runner import TorchRunner
 
 __all__ = [
@@ -41,7 +43,9 @@ __all__ = [
     "Array",
     "Case",
     "CaseResult",
+    "Choice",
     "DimRange",
+    "FlipBudget",
     "Judgement",
     "Margin",
     "OnnxRuntimeRunner",
@@ -50,8 +54,10 @@ __all__ = [
     "Row",
     "RunFailedError",
     "Runner",
+    "Teller",
     "TensorRtRunner",
     "TensorSpec",
+    "Told",
     "Tolerance",
     "TorchRunner",
     "Worst",

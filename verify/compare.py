@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from moe_export.errors import MissingBackendError, UsageError
+from moe_export.verify.choices import UNTOLD, Teller, Told, has_ties, judge_choices
 from moe_export.verify.inputs import Case
-from moe_export.verify.judge import Judgement, judge
+from moe_export.verify.judge import Judgement, form_mismatch, judge
+from moe_export.verify.regimes import STRESS, TIES
 from moe_export.verify.report import CaseResult, Report
 from moe_export.verify.routing import judge_routing
 from moe_export.verify.runner import Runner, one_line
 from moe_export.verify.specs import Array, RoutingPair
-from moe_export.verify.tolerance import Tolerance
+from moe_export.verify.tolerance import FlipBudget, Tolerance
+from moe_export.verify.truth import weigh
 
 Outputs = Mapping[str, Array]
 
@@ -27,6 +31,10 @@ def compare(
     other_sizes: int = 3,
     seconds: float = 20.0,
     progress: Callable[[CaseResult], None] | None = None,
+    budget: FlipBudget | None = None,
+    truth: Runner | None = None,
+    teller: Teller | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> Report:
     """Compare `candidate` with `reference`.
 
@@ -41,6 +49,10 @@ def compare(
             `cases` offers fewer, all of them.
         seconds: Once that many are done, go on with further cases until so much time has passed in all.
         progress: Called with each result as it comes.
+        budget: How many tokens may go to another expert in a tie; any number if None.
+        truth: The reference in float64, asked where the two differ (see `truth`).
+        teller: Runs a case that differs again under the reference's choices (see `choices`).
+        about: Facts for the report.
 
     Returns:
         A report. A case that the reference refuses is recorded and proves nothing; one that only the
@@ -51,7 +63,7 @@ def compare(
             that the reference does not have.
         MissingBackendError: An engine has lost its device.
     """
-    tolerance = tolerance or Tolerance()
+    judges = _Judges(tolerance or Tolerance(), routing, truth, teller)
     results: list[CaseResult] = []
     wanted = 1 + other_sizes
     start = time.perf_counter()
@@ -59,29 +71,69 @@ def compare(
         enough = len({result.sizes for result in results if result.outcome != "refused"}) >= wanted
         if enough and (case.reserve or time.perf_counter() - start > seconds):
             break
-        results.append(_run_case(reference, candidate, case, tolerance, routing, first=not results))
+        results.append(_run_case(reference, candidate, case, judges, first=not results))
         if progress is not None:
             progress(results[-1])
-    return Report(reference.name, candidate.name, tuple(results), wanted)
+    return Report(reference.name, candidate.name, tuple(results), wanted, budget, dict(about or {}))
+
+
+@dataclass(frozen=True)
+class _Judges:
+    """What a case is judged by."""
+
+    tolerance: Tolerance
+    routing: Sequence[RoutingPair]
+    truth: Runner | None
+    teller: Teller | None
+
+    def judge(self, case: Case, expected: Outputs, got: Outputs) -> tuple[Judgement, ...]:
+        """By the outputs alone; where they differ, under the same choices; where they still do, by float64."""
+        judged = _judge_all(expected, got, self.tolerance, self.routing)
+        if all(row.ok for row in judged):
+            return judged
+        told = self._told(case)
+        if told is not None and told.got is not None:
+            moved = judge_choices(told, self.tolerance)
+            if moved:
+                expected, got = told.expected, told.got
+                judged = (*_judge_all(expected, got, self.tolerance, self.routing), *moved)
+        elif told is not None and case.regime in TIES and has_ties(told, self.tolerance):
+            judged = tuple(row if row.ok else replace(row, reason=None, undecided=UNTOLD) for row in judged)
+        return self._weighed(case, judged, expected, got)
+
+    def _told(self, case: Case) -> Told | None:
+        return None if self.teller is None else self.teller.tell(case.inputs)
+
+    def _weighed(
+        self, case: Case, judged: tuple[Judgement, ...], expected: Outputs, got: Outputs
+    ) -> tuple[Judgement, ...]:
+        stress = case.regime in STRESS
+        comparable = {
+            row.output for row in judged if not row.ok and row.output in got and row.output in expected
+        }
+        if not comparable or (self.truth is None and not stress):
+            return judged
+        true = None if self.truth is None else _run(self.truth, case, first=False)
+        truth = None if isinstance(true, str) else true
+        return tuple(
+            weigh(row, expected[row.output], got[row.output], truth, stress=stress)
+            if row.output in comparable and form_mismatch(expected[row.output], got[row.output]) is None
+            else row
+            for row in judged
+        )
 
 
 def _run_case(
-    reference: Runner,
-    candidate: Runner,
-    case: Case,
-    tolerance: Tolerance,
-    routing: Sequence[RoutingPair],
-    *,
-    first: bool,
+    reference: Runner, candidate: Runner, case: Case, judges: _Judges, *, first: bool
 ) -> CaseResult:
     expected = _run(reference, case, first)
     if isinstance(expected, str):
         return CaseResult.of(case, "refused", expected)
-    _check_routing(routing, expected)
+    _check_routing(judges.routing, expected)
     got = _run(candidate, case, first)
     if isinstance(got, str):
         return CaseResult.of(case, "failed", got)
-    return CaseResult.of(case, "compared", None, _judge_all(expected, got, tolerance, routing))
+    return CaseResult.of(case, "compared", None, judges.judge(case, expected, got))
 
 
 def _run(runner: Runner, case: Case, first: bool) -> Outputs | str:

@@ -1,7 +1,8 @@
-"""The inputs of a comparison: the example as it is, then the same kind of values at other sizes."""
+"""The inputs of a comparison: the example, then the same kind of values at other sizes, then other kinds."""
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_export.errors import UsageError
+from moe_export.verify.regimes import NORMAL, PADDED, REGIMES, Regime, one_row, padded
 from moe_export.verify.sizes import shape_at, sizes_to_try
 from moe_export.verify.specs import Array, DimRange, TensorSpec, describe, is_float, numpy_dtype
 
@@ -16,17 +18,23 @@ EXAMPLE = "example"
 RESAMPLED = "new values"
 
 
+# A dimension's maximum may be a whole engine's; beyond so many elements in all a size is left out.
+_MOST_ELEMENTS = 2**22
+_FIRST_SIZES = 3  # so many sizes come before the regimes
+
+
 @dataclass(frozen=True, eq=False)
 class Case:
     """One set of inputs.
 
     Args:
-        label: What reports call it: "example", "new values", or its sizes ("batch=1 seq=15"). With `seed` it
-            says exactly which inputs these are.
-        seed: The seed that was given to `cases`.
+        label: What reports call it: "example", "new values", its sizes ("batch=1 seq=15"), or its regime. With
+            `seed` it says exactly which inputs these are.
+        seed: The seed of its values.
         sizes: The dynamic dimensions' sizes, by name; empty where nothing is dynamic.
         inputs: Read-only arrays, by input name.
         reserve: Only worth running if the reference refused most of the other sizes.
+        regime: The kind of values (see `regimes`).
     """
 
     label: str
@@ -34,12 +42,20 @@ class Case:
     sizes: Mapping[str, int]
     inputs: Mapping[str, Array]
     reserve: bool = False
+    regime: str = NORMAL
 
 
 def cases(
-    specs: Sequence[TensorSpec], dims: Sequence[DimRange], example: Mapping[str, Array], seed: int = 0
+    specs: Sequence[TensorSpec],
+    dims: Sequence[DimRange],
+    example: Mapping[str, Array],
+    seed: int = 0,
+    *,
+    thorough: bool = False,
+    seeds: int = 1,
+    at: Sequence[Mapping[str, int]] = (),
 ) -> Iterator[Case]:
-    """Make cases, lazily: the example itself, new values at its sizes, then other sizes (see `sizes`).
+    """Make cases, lazily: the example, new values at its sizes, other sizes (see `sizes`), other kinds of values.
 
     New floats are normal with the mean and deviation of the example's (and stay non-negative where it is);
     integers, bools and floats that are marks rather than measurements are drawn from the example's own
@@ -50,51 +66,123 @@ def cases(
         dims: A range for every name that the specs' shapes mention.
         example: One array a spec, of its dtype and its traced shape.
         seed: Same seed, same arrays, on every machine; each case is independent of those before it.
+        thorough: Every regime, at the traced sizes, at larger and at the smallest ones; otherwise the four that
+            find most, at the traced sizes.
+        seeds: New values at the traced sizes under so many seeds: `seed`, `seed + 1`, ...
+        at: Further sizes; a dimension that is not named keeps its traced size.
 
     Raises:
         UsageError: Example and specs do not fit, or a shape names an unknown dimension.
     """
     traced = {dim.name: dim.traced for dim in dims}
     _check(specs, traced, example)  # here, not at the first next(): the mistake is in this call
-    return _cases(specs, dims, traced, example, seed)
+    for sizes in at:
+        if unknown := sorted(sizes.keys() - traced.keys()):
+            raise UsageError(
+                f"there is no dynamic dimension '{unknown[0]}'",
+                hint=f"the dynamic dimensions: {', '.join(traced) or 'none'}",
+            )
+    maker = _Maker(specs, example, seed)
+    return _cases(maker, dims, traced, thorough, seeds, [traced | dict(sizes) for sizes in at])
 
 
 def _cases(
-    specs: Sequence[TensorSpec],
+    maker: _Maker,
     dims: Sequence[DimRange],
     traced: dict[str, int],
-    example: Mapping[str, Array],
-    seed: int,
+    thorough: bool,
+    seeds: int,
+    at: Sequence[dict[str, int]],
 ) -> Iterator[Case]:
-    yield Case(EXAMPLE, seed, traced, _frozen({spec.name: np.array(example[spec.name]) for spec in specs}))
-    yield _sampled(RESAMPLED, seed, traced, specs, example)
-    for sizes, reserve in sizes_to_try(dims):
-        if all(size >= 0 for spec in specs for size in shape_at(spec, sizes)):
-            label = " ".join(f"{name}={size}" for name, size in sizes.items())
-            yield _sampled(label, seed, sizes, specs, example, reserve=reserve)
+    arrays = {spec.name: np.array(maker.example[spec.name]) for spec in maker.specs}
+    yield Case(EXAMPLE, maker.seed, traced, _frozen(arrays))
+    yield maker.make(RESAMPLED, traced)
+    yield from (maker.make(_label(sizes), sizes) for sizes in at)
+    others = [(sizes, reserve) for sizes, reserve in sizes_to_try(dims) if maker.can_make(sizes)]
+    for sizes, reserve in others[:_FIRST_SIZES]:
+        yield maker.make(_label(sizes), sizes, reserve=reserve)
+    for sizes in [traced, *(sizes for sizes, _ in others[:2] if thorough)]:
+        yield from maker.regimes(sizes, thorough, "" if sizes == traced else _label(sizes))
+    for more in range(1, seeds):
+        other = _Maker(maker.specs, maker.example, maker.seed + more)
+        yield other.make(RESAMPLED, traced)
+        yield from other.regimes(traced, thorough, "")
+    for sizes, reserve in others[_FIRST_SIZES:]:
+        yield maker.make(_label(sizes), sizes, reserve=reserve)
 
 
-def _sampled(
-    label: str,
-    seed: int,
-    sizes: dict[str, int],
-    specs: Sequence[TensorSpec],
-    example: Mapping[str, Array],
-    *,
-    reserve: bool = False,
-) -> Case:
-    inputs = {}
-    for spec in specs:
+def _label(sizes: Mapping[str, int]) -> str:
+    return " ".join(f"{name}={size}" for name, size in sizes.items())
+
+
+@dataclass(frozen=True, eq=False)
+class _Maker:
+    """Makes the cases of one seed."""
+
+    specs: Sequence[TensorSpec]
+    example: Mapping[str, Array]
+    seed: int
+
+    def can_make(self, sizes: Mapping[str, int]) -> bool:
+        shapes = [shape_at(spec, sizes) for spec in self.specs]
+        elements = sum(math.prod(shape) for shape in shapes)
+        return all(size >= 0 for shape in shapes for size in shape) and elements <= _MOST_ELEMENTS
+
+    def make(self, label: str, sizes: dict[str, int], *, reserve: bool = False) -> Case:
+        inputs = {spec.name: self._ordinary(label, spec, sizes) for spec in self.specs}
+        return Case(label, self.seed, sizes, _frozen(inputs), reserve)
+
+    def regimes(self, sizes: dict[str, int], thorough: bool, suffix: str) -> Iterator[Case]:
+        """A case for each regime that some input can follow."""
+        ordinary = {spec.name: self.example[spec.name] for spec in self.specs}
+        floats = [name for name, array in ordinary.items() if _is_measured(array)]
+        ids = [name for name, array in ordinary.items() if array.dtype.kind in "iu"]
+        for regime in REGIMES:
+            follows = floats + (ids if regime.change is one_row else [])
+            if follows and (thorough or regime.always):
+                label = f"{regime.name}, {suffix}" if suffix else regime.name
+                inputs = {
+                    spec.name: self._changed(label, spec, sizes, regime)
+                    if spec.name in follows
+                    else self._ordinary(label, spec, sizes)
+                    for spec in self.specs
+                }
+                yield Case(label, self.seed, sizes, _frozen(inputs), regime=regime.name)
+        yield from self._padded(sizes, suffix)
+
+    def _padded(self, sizes: dict[str, int], suffix: str) -> Iterator[Case]:
+        label = f"{PADDED}, {suffix}" if suffix else PADDED
+        inputs, masks = {}, 0
+        for spec in self.specs:
+            values = self._ordinary(label, spec, sizes)
+            ended = padded(values, self._generator(f"{label}/ends", spec))
+            masks += ended is not None
+            inputs[spec.name] = values if ended is None else ended
+        if masks:
+            yield Case(label, self.seed, sizes, _frozen(inputs), regime=PADDED)
+
+    def _generator(self, label: str, spec: TensorSpec) -> np.random.Generator:
         # A generator a tensor: adding an input to a model leaves the values of the others as they were.
-        generator = np.random.default_rng([seed, zlib.crc32(f"{label}/{spec.name}".encode())])
-        inputs[spec.name] = _sample(generator, example[spec.name], shape_at(spec, sizes))
-    return Case(label, seed, sizes, _frozen(inputs), reserve)
+        return np.random.default_rng([self.seed, zlib.crc32(f"{label}/{spec.name}".encode())])
+
+    def _ordinary(self, label: str, spec: TensorSpec, sizes: dict[str, int]) -> Array:
+        return _sample(self._generator(label, spec), self.example[spec.name], shape_at(spec, sizes))
+
+    def _changed(self, label: str, spec: TensorSpec, sizes: dict[str, int], regime: Regime) -> Array:
+        values = self._ordinary(label, spec, sizes)
+        if values.dtype.kind in "iu":
+            return regime.change(values, self._generator(label, spec), values.dtype)
+        changed = regime.change(values.astype(np.float64), self._generator(label, spec), values.dtype)
+        if not (self.example[spec.name].astype(np.float64) < 0).any():
+            changed = np.abs(changed)  # lengths, times: what is never negative
+        with np.errstate(over="ignore"):
+            return changed.astype(values.dtype)
 
 
 def _sample(generator: np.random.Generator, example: Array, shape: tuple[int, ...]) -> Array:
     if example.size == 0:
         return np.zeros(shape, example.dtype)
-    if not is_float(example.dtype) or _is_marks(example):
+    if not _is_measured(example):
         return generator.choice(example.reshape(-1), shape).reshape(shape)
     values = example.astype(np.float64)
     drawn = generator.normal(values.mean(), values.std(), shape)
@@ -102,10 +190,12 @@ def _sample(generator: np.random.Generator, example: Array, shape: tuple[int, ..
     return np.asarray(signed).astype(example.dtype)
 
 
-def _is_marks(example: Array) -> bool:
-    """Whether floats are marks (a mask of 0 and 1, of 0 and -inf) rather than measurements."""
+def _is_measured(example: Array) -> bool:
+    """Whether these are floats that measure something; marks (a mask of 0 and 1, of 0 and -inf) do not."""
+    if not is_float(example.dtype):
+        return False
     values = example.astype(np.float64)
-    return not np.isfinite(values).all() or (values.size > 2 and np.unique(values).size <= 2)
+    return bool(np.isfinite(values).all()) and not (values.size > 2 and np.unique(values).size <= 2)
 
 
 def _frozen(arrays: dict[str, Array]) -> dict[str, Array]:

@@ -11,6 +11,7 @@ from typing import TypeAlias
 
 import numpy as np
 
+from moe_export.verify.sketch import Decades, Front, decades_of, front_of
 from moe_export.verify.specs import Array, describe, is_float
 from moe_export.verify.tolerance import Margin
 
@@ -43,6 +44,15 @@ class Judgement:
         margin: The tolerance that held, for floats.
         nans: How many elements are NaN in the reference.
         flips: For expert ids: tokens that went to another expert in a tie.
+        tokens: For expert ids: how many tokens there are.
+        odd: Elements that are wrong at every tolerance: a NaN or Inf of one side only, an expert without a
+            score to excuse it. All of them, where the form is wrong and nothing can be measured.
+        front: The elements that decide at any tolerance (see `sketch`); for expert ids, the (score, gap) of
+            the experts that moved.
+        decades: How many differences lie in [10**n, 10**(n+1)), by n.
+        reference_off: The reference's largest distance from a float64 run; NaN if there was none.
+        candidate_off: The candidate's.
+        undecided: Why this case can say nothing of the output, either way; None if it can.
     """
 
     output: str
@@ -57,6 +67,13 @@ class Judgement:
     margin: Margin | None = None
     nans: int = 0
     flips: int = 0
+    tokens: int = 0
+    odd: int = 0
+    front: Front = ()
+    decades: Decades = ()
+    reference_off: float = float("nan")
+    candidate_off: float = float("nan")
+    undecided: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -95,7 +112,10 @@ def refused(output: str, reference: Array, reason: str, kind: str | None = None)
     """The judgement of an output that cannot be compared element by element: all of it is bad."""
     kind = kind or ("float" if is_float(reference.dtype) else "exact")
     size = reference.size
-    return Judgement(output, kind, reference.dtype.name, reason, bad=size, total=size, nans=_nans(reference))
+    nans = _nans(reference)
+    return Judgement(
+        output, kind, reference.dtype.name, reason, bad=size, total=size, nans=nans, odd=max(size, 1)
+    )
 
 
 def _presence(output: str, reference: Array | None, candidate: Array | None) -> Judgement:
@@ -120,6 +140,8 @@ def _exact(output: str, reference: Array, candidate: Array) -> Judgement:
         bad,
         reference.size,
         _worst(reference, candidate, difference + wrong),
+        odd=bad,
+        decades=decades_of(difference),
     )
 
 
@@ -143,6 +165,9 @@ def _floats(output: str, reference: Array, candidate: Array, margin: Margin) -> 
         _worst(reference, candidate, badness),
         margin,
         _nans(reference),
+        odd=int((~same_pattern).sum()),
+        front=front_of(np.abs(ref), difference),
+        decades=decades_of(difference),
     )
 
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from moe_export.verify.inputs import Case
 from moe_export.verify.judge import Judgement, Worst
+from moe_export.verify.regimes import NORMAL, STRESS, TIES
+from moe_export.verify.tolerance import FlipBudget
 
-SCHEMA = "moe-export/verify-report/1"
+SCHEMA = "moe-export/verify-report/2"
 
 Outcome = Literal["compared", "refused", "failed"]
 Verdict = Literal["equal", "not equal", "not proven"]
@@ -28,6 +30,7 @@ class CaseResult:
         outcome: "compared" (both ran), "refused" (the reference raised) or "failed" (only the candidate did).
         reason: What was raised, in one line.
         judgements: One an output, if both ran.
+        regime: The kind of values (see `regimes`).
     """
 
     label: str
@@ -36,13 +39,14 @@ class CaseResult:
     outcome: Outcome
     reason: str | None = None
     judgements: tuple[Judgement, ...] = ()
+    regime: str = NORMAL
 
     @classmethod
     def of(
         cls, case: Case, outcome: Outcome, reason: str | None, judgements: tuple[Judgement, ...] = ()
     ) -> CaseResult:
         """The result of `case`, which lets go of its arrays."""
-        return cls(case.label, case.seed, tuple(case.sizes.items()), outcome, reason, judgements)
+        return cls(case.label, case.seed, tuple(case.sizes.items()), outcome, reason, judgements, case.regime)
 
 
 @dataclass(frozen=True)
@@ -73,18 +77,25 @@ class Report:
         cases: The result of every case, in order.
         wanted: How many different sizes, the example's included, the verdict "equal" takes; where fewer were
             on offer, all of them.
+        budget: How many tokens may go to another expert in a tie; None for any number. Cases whose values are
+            made to tie do not count.
+        about: Where the two sides come from: `reference`, `candidate` (files), `line` (of the model,
+            `model.py:12`), and what else a reader may want.
     """
 
     reference: str
     candidate: str
     cases: tuple[CaseResult, ...]
     wanted: int = 4
+    budget: FlipBudget | None = None
+    about: Mapping[str, str] = field(default_factory=dict)
     schema: str = field(default=SCHEMA, init=False)
 
     @property
     def verdict(self) -> Verdict:
         """Whether the candidate is equal; "not proven" if nothing differs but too little was compared."""
-        if any(case.outcome == "failed" or any(not j.ok for j in case.judgements) for case in self.cases):
+        failed = any(case.outcome == "failed" for case in self.cases)
+        if failed or any(not row.equal for row in self.rows):
             return "not equal"
         return "not proven" if self.shortfall else "equal"
 
@@ -103,7 +114,14 @@ class Report:
         if not any(case.judgements for case in self.compared):
             return "there are no outputs to compare"
         blind = [name for name, all_nan in self._blind().items() if all_nan]
-        return f"{', '.join(blind)}: NaN throughout in every case" if blind else None
+        if blind:
+            return f"{', '.join(blind)}: NaN throughout in every case"
+        silent = [row.output for row in self.rows if not row.total or self._always_undecided(row.output)]
+        return f"{', '.join(silent)}: empty or undecided in every case" if silent else None
+
+    def _always_undecided(self, output: str) -> bool:
+        found = [j.undecided for case in self.compared for j in case.judgements if j.output == output]
+        return all(found)
 
     @property
     def compared(self) -> tuple[CaseResult, ...]:
@@ -122,7 +140,25 @@ class Report:
         for case in self.cases:
             for judgement in case.judgements:
                 by_output.setdefault(judgement.output, []).append((case.label, judgement))
-        return tuple(_row(found) for found in by_output.values())
+        rows = (_row(found) for found in by_output.values())
+        return tuple(self._within_budget(row) for row in rows)
+
+    def _within_budget(self, row: Row) -> Row:
+        """The row, not equal if more of its tokens were flipped than may be."""
+        if self.budget is None or not row.equal or row.kind != "routing":
+            return row
+        found = [
+            j
+            for case in self.compared
+            if case.regime not in TIES
+            for j in case.judgements
+            if j.output == row.output
+        ]
+        flips, tokens = sum(j.flips for j in found), sum(j.tokens for j in found)
+        if flips <= self.budget.allowed(tokens):
+            return row
+        reason = f"{flips} of {tokens} tokens went to another expert in a tie, more than {self.budget}"
+        return replace(row, equal=False, reason=reason)
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -133,18 +169,45 @@ class Report:
                 c.label for c in self.compared if any(j.output == name and _all_nan(j) for j in c.judgements)
             ]
             found.append(f"output '{name}' of {self.reference} is NaN throughout at {_listed(labels)}")
-        return tuple(found)
+        return (*found, *self._undecided(), *self._imprecise())
+
+    def _undecided(self) -> Iterator[str]:
+        """Outputs that some case could not decide, by reason."""
+        reasons: dict[tuple[str, str], list[str]] = {}
+        for case in self.compared:
+            for judgement in case.judgements:
+                if judgement.undecided:
+                    reasons.setdefault((judgement.output, judgement.undecided), []).append(case.label)
+        for (name, reason), labels in reasons.items():
+            yield f"output '{name}' is undecided at {_listed(labels)}: {reason}"
+
+    def _imprecise(self) -> Iterator[str]:
+        """Outputs where the float64 run shows that the reference is no nearer to the truth than the candidate."""
+        for row in self.rows:
+            for case in self.compared:
+                for j in case.judgements:
+                    if j.output == row.output and not j.ok and j.reference_off >= j.candidate_off:
+                        yield (
+                            f"output '{j.output}' at {case.label}: {self.reference} itself is {j.reference_off:.1e} "
+                            f"from a float64 run, {self.candidate} {j.candidate_off:.1e}"
+                        )
+                        break
 
     def _blind(self) -> dict[str, bool]:
         """Outputs that are NaN throughout in some case → whether in all."""
         nan_in: dict[str, list[bool]] = {}
         for case in self.compared:
+            if case.regime in STRESS:
+                continue  # NaN is what such values are for
             for judgement in case.judgements:
                 nan_in.setdefault(judgement.output, []).append(_all_nan(judgement))
         return {name: all(found) for name, found in nan_in.items() if any(found)}
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain dicts and lists that strict JSON can hold: NaN and Inf become strings."""
+        """As plain dicts and lists that strict JSON can hold: NaN and Inf become strings.
+
+        `reading.read_report` makes the report again.
+        """
         found = {
             "schema": self.schema,
             "reference": self.reference,
@@ -154,6 +217,8 @@ class Report:
             "shortfall": self.shortfall,
             "sizes_wanted": self.wanted,
             "flips": self.flips,
+            "flips_allowed": None if self.budget is None else str(self.budget),
+            "about": dict(self.about),
             "warnings": list(self.warnings),
             "outputs": [asdict(row) for row in self.rows],
             "cases": [asdict(case) | {"sizes": dict(case.sizes)} for case in self.cases],

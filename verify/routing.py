@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from moe_export.verify.judge import Judgement, Worst, form_mismatch, judge, refused
+from moe_export.verify.sketch import front_of
 from moe_export.verify.specs import Array, RoutingPair
 from moe_export.verify.tolerance import Margin, Tolerance
 
@@ -135,19 +136,42 @@ def _judge_ids(name: str, reference: Array, match: _Match, ties: Margin | None) 
         )
         if match.scores is not None:
             reason += f" (scores {match.scores[token, new]:.6g} and {match.scores[token, old]:.6g}, no tie)"
-    dtype = reference.dtype.name
+    size, gap = _gaps(match)
     # Ids have no distance: 3 for 2 is as wrong as 7 for 2, so the differences stay "nothing to measure".
-    return Judgement(name, "routing", dtype, reason, bad=bad, total=reference.size, worst=worst, flips=flips)
+    return Judgement(
+        name,
+        "routing",
+        reference.dtype.name,
+        reason,
+        bad=bad,
+        total=reference.size,
+        worst=worst,
+        margin=ties,
+        flips=flips,
+        tokens=len(moved),
+        odd=int((moved & (gap != 0) & ~np.isfinite(size + gap)).sum()),
+        front=front_of(size, np.where(moved & np.isfinite(size + gap), gap, np.nan)),
+    )
+
+
+def _gaps(match: _Match) -> tuple[Array, Array]:
+    """How the displaced expert scores, and how far from it the new one does, (T, k); NaN without scores."""
+    if match.scores is None:
+        nothing = np.full(match.ids.shape, np.nan)
+        return nothing, nothing
+    displaced = np.take_along_axis(match.scores, match.ids, -1)
+    new = np.take_along_axis(match.scores, match.ours, -1)
+    with np.errstate(invalid="ignore"):
+        return np.abs(displaced), np.where(
+            new == displaced, 0.0, np.abs(new - displaced)
+        )  # inf ties with inf
 
 
 def _tied(match: _Match, margin: Margin) -> Array:
     """Where the new expert scores as the displaced one does, (T, k); a NaN score ties with nothing."""
-    if match.scores is None:
-        return np.zeros(match.ids.shape, bool)
-    displaced = np.take_along_axis(match.scores, match.ids, -1)
-    new = np.take_along_axis(match.scores, match.ours, -1)
+    size, gap = _gaps(match)
     with np.errstate(invalid="ignore"):
-        return np.asarray(np.abs(new - displaced) <= margin.atol + margin.rtol * np.abs(displaced))
+        return np.asarray((gap == 0) | (gap <= margin.atol + margin.rtol * size) & np.isfinite(size))
 
 
 def _judge_weights(

@@ -1,8 +1,8 @@
 """Which sizes a dynamic dimension is tried at, and what an expression of dimensions comes to.
 
 Graphs go wrong at sizes that nobody tried: a 1 that was taken for a broadcast, a loop that was unrolled for
-the traced length, a chunk count that was baked in. So every dimension is tried at 1, one below, five above,
-twice, half and three times the traced size, together with the others and alone.
+the traced length, a chunk count that was baked in. So every dimension is tried at 1 (or its minimum), one below,
+five above, at its maximum, twice, half and three times the traced size, together with the others and alone.
 """
 
 from __future__ import annotations
@@ -14,15 +14,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from moe_export.errors import UsageError
 from moe_export.verify.specs import DimRange, TensorSpec
 
-Change = Callable[[int], int]
+Change = Callable[[DimRange], int]
 
 # In the order of what they find: a slow model may see only the first few.
-_TOGETHER: tuple[Change, ...] = (lambda n: 1, lambda n: n + 5, lambda n: n - 1)
-_ALONE_FIRST: tuple[Change, ...] = (lambda n: n + 5,)
-_TOGETHER_LATER: tuple[Change, ...] = (lambda n: 2 * n, lambda n: n // 2, lambda n: 3 * n)
+_TOGETHER: tuple[Change, ...] = (lambda d: 1, lambda d: d.traced + 5, lambda d: d.traced - 1)
+_ALONE_FIRST: tuple[Change, ...] = (lambda d: d.traced + 5,)
+_TOGETHER_LATER: tuple[Change, ...] = (
+    lambda d: d.traced if d.maximum is None else d.maximum,
+    lambda d: 2 * d.traced,
+    lambda d: d.traced // 2,
+    lambda d: 3 * d.traced,
+)
 _ALONE_LATER: tuple[Change, ...] = (*_TOGETHER, *_TOGETHER_LATER)
 # For a model that refuses nearly all of the above, as one whose length must be a multiple of its chunk.
-_RESERVE: tuple[Change, ...] = (lambda n: 4 * n, lambda n: 5 * n, lambda n: 6 * n)
+_RESERVE: tuple[Change, ...] = (lambda d: 4 * d.traced, lambda d: 5 * d.traced, lambda d: 6 * d.traced)
 
 
 def sizes_to_try(dims: Sequence[DimRange]) -> Iterator[tuple[dict[str, int], bool]]:
@@ -34,7 +39,7 @@ def sizes_to_try(dims: Sequence[DimRange]) -> Iterator[tuple[dict[str, int], boo
     traced = {dim.name: dim.traced for dim in dims}
     seen = [traced]
     for changed, change, reserve in _changes(dims):
-        sizes = traced | {dim.name: dim.clamp(change(dim.traced)) for dim in changed}
+        sizes = traced | {dim.name: dim.clamp(change(dim)) for dim in changed}
         if sizes not in seen:
             seen.append(sizes)
             yield sizes, reserve

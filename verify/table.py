@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
+from moe_export.verify.regimes import NORMAL
 from moe_export.verify.report import CaseResult, Outcome, Report, Row
 from moe_export.verify.runner import shorten
 
@@ -86,7 +87,10 @@ def _notes(report: Report) -> list[str]:
 
 def _paragraphs(report: Report) -> Iterator[str]:
     ran = report.compared
-    yield f"compared at {len({case.sizes for case in ran})} sizes: " + (_labels(ran) or "none")
+    plain_cases = tuple(case for case in ran if case.regime == NORMAL)
+    yield f"compared at {len({case.sizes for case in ran})} sizes: " + (_labels(plain_cases) or "none")
+    if kinds := dict.fromkeys(case.regime for case in ran if case.regime != NORMAL):
+        yield f"with other values: {'; '.join(kinds)}"
     for reason, labels in _reasons(report, "refused").items():
         yield f"refused by {report.reference}, {'; '.join(labels)}: {reason}"
     for reason, labels in _reasons(report, "failed").items():

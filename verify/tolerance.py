@@ -7,7 +7,7 @@ a few hundred terms, taken in another order, stay below it). In the narrow types
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
@@ -62,6 +62,10 @@ class Tolerance:
     def __post_init__(self) -> None:
         Margin(self.rtol or 0.0, self.atol or 0.0)  # refuse nonsense here, not in the middle of a comparison
 
+    def unknown(self, outputs: Iterable[str]) -> list[str]:
+        """Outputs that have a margin of their own and are none of `outputs`: a name that was misspelt."""
+        return sorted(set(self.outputs) - set(outputs))
+
     def of(self, output: str, dtype: str) -> Margin:
         """The margin of `output`, whose dtype is `dtype`; a dtype without a row gets float32's."""
         if output in self.outputs:
@@ -70,3 +74,60 @@ class Tolerance:
         return Margin(
             default.rtol if self.rtol is None else self.rtol, default.atol if self.atol is None else self.atol
         )
+
+
+@dataclass(frozen=True)
+class FlipBudget:
+    """How many tokens of an output may go to another expert, each in a tie: a share of them, or a number.
+
+    Args:
+        limit: A share (0.005 is 0.5 %), or a number of tokens.
+        share: Which of the two it is.
+    """
+
+    limit: float
+    share: bool = True
+
+    def allowed(self, tokens: int) -> float:
+        """How many of so many tokens may."""
+        return self.limit * tokens if self.share else self.limit
+
+    def __str__(self) -> str:
+        return f"{self.limit * 100:g}%" if self.share else f"{self.limit:g}"
+
+    @classmethod
+    def parse(cls, text: str) -> FlipBudget:
+        """`0.5%` or `3`.
+
+        Raises:
+            UsageError: It is neither.
+        """
+        share = text.strip().endswith("%")
+        try:
+            limit = float(text.strip().removesuffix("%"))
+        except ValueError:
+            limit = -1.0
+        if not (0 <= limit <= 100 if share else limit >= 0 and limit == int(limit)):
+            raise UsageError(f"--flips is a share or a number of tokens, not {text!r}", hint="--flips 0.5%")
+        return cls(limit / 100 if share else limit, share)
+
+
+def parse_tolerances(texts: Iterable[str]) -> dict[str, Margin]:
+    """`y=1e-3,1e-4`: rtol and atol of the output `y`.
+
+    Raises:
+        UsageError: It is something else.
+    """
+    found: dict[str, Margin] = {}
+    for text in texts:
+        name, _, figures = text.rpartition("=")
+        try:
+            rtol, atol = (float(figure) for figure in figures.split(","))
+        except ValueError:
+            raise UsageError(
+                f"--tolerance takes OUTPUT=RTOL,ATOL, not {text!r}", hint="--tolerance y=1e-3,1e-4"
+            ) from None
+        if not name:
+            raise UsageError(f"--tolerance names no output: {text!r}", hint="--tolerance y=1e-3,1e-4")
+        found[name] = Margin(rtol, atol)
+    return found

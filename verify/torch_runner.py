@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from moe_export.errors import UsageError
+from moe_export.verify.choices import Choice
 from moe_export.verify.specs import Array, is_float, numpy_dtype
 
 if TYPE_CHECKING:
@@ -22,8 +24,8 @@ class TorchRunner:
             Put the module in eval mode first: a dropout that is awake never agrees with anything.
         output_names: Names of the outputs, in order.
         name: What reports call it.
-        dtype: Cast float inputs to this ("float64" asks how far off float32 is); the module's own weights
-            are the caller's to cast.
+        dtype: Cast float inputs to this. "float64" asks how far off float32 is: floats that the model makes or
+            casts are float64 then, too. The module's own weights are the caller's to cast.
         device: Where inputs are put.
     """
 
@@ -52,11 +54,26 @@ class TorchRunner:
         import torch
 
         tensors = {name: self._to_torch(array) for name, array in inputs.items()}
-        with torch.no_grad():
+        with torch.no_grad(), self._mode():
             returned = self._call(tensors)
         outputs = (returned,) if isinstance(returned, torch.Tensor) else tuple(returned)
         self._check(outputs)
         return {name: to_numpy(out) for name, out in zip(self._output_names, outputs, strict=True)}
+
+    def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
+        """Run once, and say what the model chose: every `topk` along a last axis, in order."""
+        from moe_export.verify.torch_modes import ChoiceWatcher
+
+        with ChoiceWatcher() as watcher:
+            outputs = self.run(inputs)
+        return outputs, tuple(Choice(to_numpy(ids), to_numpy(scores)) for ids, scores in watcher.found)
+
+    def _mode(self) -> AbstractContextManager[None]:
+        if self._dtype != "float64":
+            return nullcontext()
+        from moe_export.verify.torch_modes import in_float64
+
+        return in_float64()
 
     def _to_torch(self, array: Array) -> torch.Tensor:
         cast = self._dtype is not None and is_float(array.dtype)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from moe_export.checking_choices import runner_of, told_and_chooser
+from moe_export.checking_told import Float64Runner, GraphTeller
 from moe_export.export.dims import Dim
 from moe_export.export.pipeline import Graph, as_numpy
 from moe_export.export.subject import Subject
@@ -16,6 +17,7 @@ from moe_export.export.trace import quiet
 from moe_export.verify import (
     DEFAULTS,
     DimRange,
+    FlipBudget,
     OnnxRuntimeRunner,
     Report,
     RoutingPair,
@@ -30,8 +32,29 @@ from moe_export.verify import (
 Routing = Sequence[tuple[str, str | None, str | None]]
 
 
+@dataclass(frozen=True)
+class Wish:
+    """How much to try, as the user wishes.
+
+    Attributes:
+        thorough: Every kind of values, and at more sizes.
+        seeds: How many seeds, from the given one on.
+        flips: How many tokens may go to another expert in a tie.
+    """
+
+    thorough: bool = False
+    seeds: int = 1
+    flips: FlipBudget | None = None
+
+
 def verify_graph(
-    graph: Graph, path: Path, *, tolerance: Tolerance, seed: int = 0, provider: str = "cpu"
+    graph: Graph,
+    path: Path,
+    *,
+    tolerance: Tolerance,
+    seed: int = 0,
+    provider: str = "cpu",
+    wish: Wish = Wish(),
 ) -> tuple[Report, tuple[Dim, ...]]:
     """Compare a finished graph with its reference, at its own dimensions' sizes.
 
@@ -41,6 +64,7 @@ def verify_graph(
         tolerance: For floats.
         seed: Of the inputs.
         provider: Where onnxruntime runs, `cpu` or `cuda`.
+        wish: How much to try.
 
     Returns:
         The report, and the dimensions with the least size that the graph was found right at, where that is below
@@ -58,6 +82,9 @@ def verify_graph(
             routing=graph.routing,
             tolerance=tolerance,
             seed=seed,
+            graph=path,
+            provider=provider,
+            wish=wish,
         )
 
     free = tuple(replace(dim, minimum=min(dim.minimum, 1)) for dim in graph.traced.dims)
@@ -141,6 +168,9 @@ def verify_file(
     tolerance: Tolerance,
     seed: int,
     outputs: Sequence[str] | None = None,
+    graph: Path | None = None,
+    provider: str = "cpu",
+    wish: Wish = Wish(),
 ) -> Report:
     """Compare a graph with a model whose inputs have the same names.
 
@@ -153,6 +183,9 @@ def verify_file(
         tolerance: For floats.
         seed: Of the inputs.
         outputs: The reference's outputs under the graph's names; its own names if None.
+        graph: The candidate's file, if it is an ONNX graph: it can be told which experts to take.
+        provider: Where onnxruntime runs it then.
+        wish: How much to try.
     """
     specs = [
         TensorSpec(spec.name, spec.dtype, spec.shape)
@@ -160,12 +193,16 @@ def verify_file(
     ]
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
     arrays = {name: as_numpy(tensor) for name, tensor in example.items() if name in {s.name for s in specs}}
-    runner = TorchRunner(reference.call_named, outputs or reference.outputs)
+    names = outputs or reference.outputs
+    runner = TorchRunner(reference.call_named, names)
     with quiet():
         return compare(
             runner,
             candidate,
-            cases(specs, ranges, arrays, seed),
+            cases(specs, ranges, arrays, seed, thorough=wish.thorough, seeds=wish.seeds),
             tolerance=tolerance,
             routing=[RoutingPair(*pair) for pair in routing],
+            budget=wish.flips,
+            truth=Float64Runner(reference, names),
+            teller=GraphTeller(runner, graph, provider),
         )

@@ -78,6 +78,11 @@ def runner_of(path: Path, provider: str, dtype: str = "float32") -> OnnxRuntimeR
     return _runner(ir.load(path), provider, f", rounding to {dtype}")
 
 
+def runner_of_model(model: ir.Model, provider: str) -> OnnxRuntimeRunner:
+    """Onnxruntime on a graph in memory, as `runner_of` on a file."""
+    return _runner(model, provider)
+
+
 def _runner(model: ir.Model, provider: str, also: str = "") -> OnnxRuntimeRunner:
     if provider == "cpu":
         model = with_float32_kernels(model)

@@ -120,7 +120,8 @@ def test_sizes_that_the_reference_refuses_are_recorded_and_not_failed(graph):
 def test_a_model_of_whole_chunks_falls_back_on_the_reserve(graph):
     dims = [DimRange("batch", 2, 2, 2), DimRange("seq", 10)]
     report = compare(needs(lambda n: n % 10 == 0, "whole chunks"), graph(LINEAR, w=W), inputs(dims=dims))
-    assert [dict(case.sizes)["seq"] for case in report.compared] == [10, 10, 20, 30, 40]
+    plain = [case for case in report.compared if case.regime == "normal"]
+    assert [dict(case.sizes)["seq"] for case in plain] == [10, 10, 20, 30, 40]
     assert report.exit_code == 0
 
 
@@ -149,7 +150,8 @@ def test_nothing_dynamic_needs_no_other_size(graph):
     spec = TensorSpec("x", "float32", (2, 10, 4))
     x = np.random.default_rng(0).normal(size=(2, 10, 4)).astype(np.float32)
     report = compare(torch_runner(), graph(LINEAR, w=W), cases([spec], [], {"x": x}))
-    assert [case.label for case in report.compared] == ["example", "new values"]
+    assert [case.label for case in report.compared][:2] == ["example", "new values"]
+    assert {case.sizes for case in report.cases} == {()}
     assert report.exit_code == 0
 
 

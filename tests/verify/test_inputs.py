@@ -65,7 +65,7 @@ def test_floats_keep_mean_and_deviation_and_dtype():
 def test_integers_and_bools_are_the_examples_own():
     for case in cases([X, IDS, MASK], DIMS, example()):
         assert set(np.unique(case.inputs["ids"])) <= {5, 17, 900}
-        assert case.inputs["mask"].all()
+        assert case.inputs["mask"].all() or case.regime == "padded"
         assert case.inputs["ids"].dtype == np.int64
 
 
@@ -133,8 +133,11 @@ def test_cases_are_lazy_and_read_only():
 
 def test_nothing_dynamic_gives_the_example_and_new_values():
     spec = TensorSpec("x", "float32", (2, 3))
-    found = list(cases([spec], [], {"x": np.ones((2, 3), np.float32)}))
-    assert [(case.label, case.sizes) for case in found] == [("example", {}), ("new values", {})]
+    found = list(cases([spec], [], {"x": np.arange(6, dtype=np.float32).reshape(2, 3)}))
+    assert [(case.label, case.sizes) for case in found if case.regime == "normal"] == [
+        ("example", {}),
+        ("new values", {}),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ def test_exit_codes():
 def test_json_is_strict_versioned_and_complete():
     nan = result("seq=1", ([1.0, np.inf], [np.nan, np.inf]), ([3], [3]), sizes=(("seq", 1),))
     found = json.loads(report(GOOD, BAD, nan).to_json(), parse_constant=pytest.fail)
-    assert found["schema"] == SCHEMA == "moe-export/verify-report/1"
+    assert found["schema"] == SCHEMA == "moe-export/verify-report/2"
     assert (found["verdict"], found["exit_code"]) == ("not equal", 1)
     assert found["outputs"][0]["worst"] == {"index": [1], "candidate": 2.5, "reference": 2.0}
     assert found["cases"][0]["sizes"] == {"batch": 2, "seq": 10}

@@ -1,0 +1,90 @@
+"""Ties inside a model: where its experts are no output, and a tie that falls the other way moves everything after it.
+
+Two engines may take either of two experts that score the same. The outputs then differ, and nothing is wrong. So a
+case whose outputs differ is run again, the candidate TOLD the choices that the reference made:
+
+    is each choice that the candidate would have made otherwise one between equal scores?   (counted as flips)
+    are the outputs the same when both take the same experts?
+
+A case that passes both is equal. Where a candidate cannot be told (an engine), a case that is made of ties can say
+nothing if the reference's own choices are ties.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from moe_export.verify.judge import Judgement
+from moe_export.verify.routing import judge_routing
+from moe_export.verify.specs import Array, RoutingPair
+from moe_export.verify.tolerance import Margin, Tolerance
+
+UNTOLD = "a tie between experts, and the candidate cannot be told which to take"
+_NAME = "choice {}"
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """The largest of some scores, (..., k) of (..., E), as one engine took them."""
+
+    ids: Array
+    scores: Array
+
+    def is_tied(self, margin: Margin) -> bool:
+        """Whether some row's last choice and the best that was left out score the same."""
+        rows = np.sort(self.scores.astype(np.float64).reshape(-1, self.scores.shape[-1]), -1)
+        k = self.ids.shape[-1] if self.ids.ndim else 1
+        if not rows.size or k >= rows.shape[-1]:
+            return False
+        last, left_out = rows[:, -k], rows[:, -k - 1]
+        with np.errstate(invalid="ignore"):
+            gap = np.where(last == left_out, 0.0, last - left_out)
+            return bool((gap <= margin.atol + margin.rtol * np.abs(last)).any())
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """One case again, the candidate told what the reference chose.
+
+    Args:
+        expected: The reference's outputs.
+        got: The candidate's under the reference's choices; None if it cannot be told.
+        choices: What the reference chose, and by which scores.
+        own: What the candidate would have chosen, one a choice.
+    """
+
+    expected: Mapping[str, Array]
+    got: Mapping[str, Array] | None
+    choices: tuple[Choice, ...]
+    own: tuple[Array, ...] = ()
+
+
+class Teller(Protocol):
+    """Runs a case again under the reference's choices."""
+
+    def tell(self, inputs: Mapping[str, Array]) -> Told | None:
+        """None if the reference chooses nothing."""
+        ...
+
+
+def judge_choices(told: Told, tolerance: Tolerance) -> list[Judgement]:
+    """The choices that the candidate would have made otherwise, each a routing `choice 0`, ...; none if it made none."""
+    found = []
+    for index, (choice, own) in enumerate(zip(told.choices, told.own, strict=True)):
+        name, scores = _NAME.format(index), f"{_NAME.format(index)} scores"
+        pair = RoutingPair(name, None, scores)
+        (judged,) = judge_routing(
+            pair, {name: choice.ids, scores: choice.scores}, {name: own.reshape(choice.ids.shape)}, tolerance
+        )
+        if judged.flips or not judged.ok:
+            found.append(judged)
+    return found
+
+
+def has_ties(told: Told, tolerance: Tolerance) -> bool:
+    """Whether some choice of the reference could have fallen the other way."""
+    return any(choice.is_tied(tolerance.of("", choice.scores.dtype.name)) for choice in told.choices)

@@ -1,0 +1,133 @@
+"""Kinds of values that find what ordinary ones do not: ties, one token throughout, decay, extremes, padding.
+
+A regime changes values that were drawn as ordinary ones (see `inputs`), so an input keeps its mean and deviation
+where the regime does not say otherwise. A row is the last axis of an input: the features of one token.
+
+| regime | values | finds |
+|---|---|---|
+| `bfloat16 values`, `grid` | few distinct ones | order among equal scores |
+| `zeros`, `one value` | all the same | ties of all experts; a mean or a variance of nothing |
+| `one token throughout` | one row, repeated | every token at one expert: a capacity, a slice of the wrong length |
+| `small` | 1/64 of the ordinary | an epsilon; a recurrence that hardly decays |
+| `large` | 16 times the ordinary | overflow; a recurrence that forgets at once |
+| `held up`, `held down` | one large row, repeated, and its negative | sums over a long time; decay to nothing |
+| `largest`, `smallest` | at the ends of the dtype | overflow, subnormal numbers |
+| `padded` | masks end early | a mask that is not looked at |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ml_dtypes
+import numpy as np
+
+from moe_export.verify.specs import Array, is_float
+
+NORMAL = "normal"
+PADDED = "padded"
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A kind of values.
+
+    Args:
+        name: What reports call it.
+        change: Ordinary floats, float64, a generator and the input's dtype → floats of this kind.
+        ties: Equal scores are what it is for; such flips do not count against a budget.
+        stress: float32 itself may come far from the truth, so a float64 run says what may be asked.
+        always: Whether it is tried without `thorough`.
+    """
+
+    name: str
+    change: Callable[[Array, np.random.Generator, np.dtype[np.generic]], Array]
+    ties: bool = False
+    stress: bool = False
+    always: bool = False
+
+
+def _rounded(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+    return values.astype(ml_dtypes.bfloat16).astype(np.float64)
+
+
+def _grid(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+    step = float(values.std()) if values.size else 0.0
+    return np.asarray(np.round(values / step) * step) if step else values
+
+
+def _zeros(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+    return np.zeros_like(values)
+
+
+def _one_value(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+    return np.full_like(values, values.flat[0] if values.size else 0.0)
+
+
+def one_row(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+    """The first row in place of every row; of a vector, the first value."""
+    if not values.size:
+        return values
+    row = values.reshape(-1, values.shape[-1])[0] if values.ndim > 1 else values.flat[0]
+    return np.array(np.broadcast_to(row, values.shape))
+
+
+def _times(factor: float) -> Callable[..., Array]:
+    return lambda values, generator, dtype: values * factor
+
+
+def _held(factor: float) -> Callable[..., Array]:
+    return lambda values, generator, dtype: one_row(values, generator, dtype) * factor
+
+
+def _largest(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+    return np.sign(values) * float(ml_dtypes.finfo(dtype).max) / 2
+
+
+def _smallest(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+    return values * float(ml_dtypes.finfo(dtype).tiny)
+
+
+REGIMES = (
+    Regime("bfloat16 values", _rounded, ties=True, always=True),
+    Regime("zeros", _zeros, ties=True, always=True),
+    Regime("one token throughout", one_row, always=True),
+    Regime("large", _times(16.0), stress=True, always=True),
+    Regime("grid", _grid, ties=True),
+    Regime("one value", _one_value, ties=True),
+    Regime("small", _times(1 / 64)),
+    Regime("held up", _held(8.0), stress=True),
+    Regime("held down", _held(-8.0), stress=True),
+    Regime("largest", _largest, stress=True),
+    Regime("smallest", _smallest),
+)
+TIES = frozenset(regime.name for regime in REGIMES if regime.ties)
+STRESS = frozenset(regime.name for regime in REGIMES if regime.stress)
+
+
+def padded(values: Array, generator: np.random.Generator) -> Array | None:
+    """A mask whose rows end early, each after its own number of marks; None if `values` are no mask.
+
+    A mask is of bools, of the integers 0 and 1, or of floats that are 0 and 1, or 0 and something far below.
+    At least one mark of each row stays.
+    """
+    off = _off(values)
+    if off is None or values.ndim == 0 or values.shape[-1] < 2:
+        return None
+    length = values.shape[-1]
+    ends = generator.integers(1, length, (*values.shape[:-1], 1))
+    return np.where(np.arange(length) < ends, values, off).astype(values.dtype)
+
+
+def _off(values: Array) -> bool | float | None:
+    """What stands where a mask is closed."""
+    if values.dtype.kind == "b":
+        return False
+    if not values.size or not (values.dtype.kind in "iu" or is_float(values.dtype)):
+        return None
+    found = np.unique(values.astype(np.float64))
+    if set(found) <= {0.0, 1.0}:
+        return 0 if 1.0 in found else None
+    closed = len(found) == 2 and found[1] == 0 and found[0] < -100
+    return float(found[0]) if closed else None

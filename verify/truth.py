@@ -1,0 +1,89 @@
+"""What a float64 run says about two sides that differ: which of them is off, and what may be asked of either.
+
+Values of a stress regime (16 times the ordinary, the ends of a dtype) make float32 lose digits, or overflow, on both
+sides. There the reference is no truth. So both are held against a float64 run of the original:
+
+    E = the largest |reference - float64|, what the reference itself loses in this case
+    a candidate is right where |candidate - float64| <= atol + rtol * |float64| + 4 E
+    where the reference is NaN or Inf, the candidate is so too, or is about right by float64
+
+In ordinary cases nothing is excused: the report only says how far off each side is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import ml_dtypes
+import numpy as np
+
+from moe_export.verify.judge import Judgement
+from moe_export.verify.specs import Array, is_float
+from moe_export.verify.tolerance import Margin
+
+_ROOM = 4.0
+_ANOTHER_WAY = (
+    0.01  # a reference that is off by so much of the largest value took another branch, not another rounding
+)
+NO_TRUTH = "values at the limits of the dtype, and no float64 run to tell what is right"
+OTHER_WAY = "values at the limits of the dtype, and the float64 run takes another way"
+
+
+def weigh(
+    found: Judgement,
+    reference: Array,
+    candidate: Array,
+    truth: Mapping[str, Array] | None,
+    *,
+    stress: bool,
+) -> Judgement:
+    """The judgement of an output that differs, in the light of a float64 run.
+
+    Args:
+        found: What was judged without it; not equal.
+        reference: The output, floats.
+        candidate: Likewise, of the same form.
+        truth: The outputs of the float64 run; None if there is none.
+        stress: Whether the case is one in which float32 may be off.
+    """
+    true = None if truth is None else truth.get(found.output)
+    if not is_float(reference.dtype) or found.margin is None or found.kind != "float":
+        return found
+    if true is None or true.shape != reference.shape:
+        return _excused(found, NO_TRUTH) if stress else found
+    ref, ours, true = (array.astype(np.float64) for array in (reference, candidate, true))
+    off, our_off = _distance(ref, true), _distance(ours, true)
+    found = replace(found, reference_off=off, candidate_off=our_off)
+    if not stress:
+        return found
+    if off > _ANOTHER_WAY * _largest(true) + found.margin.atol:
+        return _excused(found, OTHER_WAY)
+    return found if _wrong(ref, ours, true, off, found.margin, reference.dtype) else _excused(found, None)
+
+
+def _distance(values: Array, true: Array) -> float:
+    both = np.isfinite(values) & np.isfinite(true)
+    return float(np.abs(values[both] - true[both]).max()) if both.any() else 0.0
+
+
+def _wrong(
+    ref: Array, ours: Array, true: Array, off: float, margin: Margin, dtype: np.dtype[np.generic]
+) -> bool:
+    with np.errstate(invalid="ignore", over="ignore"):
+        allowed = margin.atol + margin.rtol * np.abs(true) + _ROOM * off
+        near = np.isfinite(ours) & (np.abs(ours - true) <= allowed)
+        overflows = ~(np.abs(true) < float(ml_dtypes.finfo(dtype).max) / 16)
+        # Where the reference is lost it cannot say how much float32 loses here: the right number, roughly, will do.
+        better = ~np.isfinite(ref) & (np.abs(ours - true) <= _ANOTHER_WAY * _largest(true))
+    lost = ~np.isfinite(ours) & (~np.isfinite(ref) | overflows)
+    return not bool((near | lost | better).all())
+
+
+def _largest(values: Array) -> float:
+    known = np.abs(values[np.isfinite(values)])
+    return float(known.max()) if known.size else 0.0
+
+
+def _excused(found: Judgement, undecided: str | None) -> Judgement:
+    return replace(found, reason=None, bad=0, odd=0, front=(), undecided=undecided)
