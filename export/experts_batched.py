@@ -6,12 +6,10 @@ on the data, and none needs NonZero, TopK or a scatter with a reduction. Letters
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.experts_lower import Opaque
+from moe_export.export.experts_lower import Opaque, finish
 from moe_export.export.experts_onnx import Writer, apart, combine, count_by_expert, every_pair
 from moe_export.export.experts_parts import SLOT, PartsWriter
 from moe_export.export.experts_weights import ExpertWeights
@@ -114,7 +112,7 @@ def blocks(w: Writer, block: Opaque) -> ir.Value:
     ready = [w.op("Gather", stack, expert, axis=0) for stack in stacks]
     leaving = writer.core(w, writer.before(w, token, slot), w.op("Unsqueeze", expert, w.ints(1)), ready)
     joined = [_joined(w, value, inner) for value, inner in zip(leaving, parts.leaving, strict=True)]
-    return _finish(w, block, writer, joined, positions)
+    return finish(w, block, writer, joined, positions, (1, -1))
 
 
 def _expert_of_block(w: Writer, number: ir.Value, ends: ir.Value, count: int) -> ir.Value:
@@ -129,13 +127,3 @@ def _joined(w: Writer, value: ir.Value, inner: ir.Value) -> ir.Value:
     """(B, R, ...) → (B * R, ...)."""
     assert inner.shape is not None
     return w.op("Reshape", value, w.ints(-1, *(int(size) for size in inner.shape[2:])))  # type: ignore[arg-type]
-
-
-def _finish(
-    w: Writer, block: Opaque, writer: PartsWriter, rows: Sequence[ir.Value], positions: ir.Value
-) -> ir.Value:
-    """Rows (B * R, ...) and where each pair's stands → the result (N, H)."""
-    back = [w.op("Unsqueeze", w.op("Gather", value, positions, axis=0), w.ints(0)) for value in rows]
-    every = w.op("Unsqueeze", every_pair(w, positions, "every_pair"), w.ints(0))
-    token, slot = apart(w, every, block.slots)
-    return combine(w, writer.after(w, back, token, slot, (1, -1)), block.slots, block.hidden, block.valid)

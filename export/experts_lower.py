@@ -87,16 +87,34 @@ def slices(w: Writer, block: Opaque) -> ir.Value:
         leaving.append(writer.core(inner, mine, w.ints(expert), ready[expert]))
         w.take(inner)
     joined = [w.op("Concat", *column, axis=0) for column in zip(*leaving, strict=True)]
-    return _finish(w, block, writer, joined, pairs.positions)
+    return finish(w, block, writer, joined, pairs.positions)
 
 
-def _finish(
-    w: Writer, block: Opaque, writer: PartsWriter, rows: Sequence[ir.Value], positions: ir.Value
+def finish(
+    w: Writer,
+    block: Opaque,
+    writer: PartsWriter,
+    rows: Sequence[ir.Value],
+    positions: ir.Value,
+    lead: Sequence[int] = (-1,),
 ) -> ir.Value:
-    """What the experts gave, row by row as `positions` say → the result (N, H)."""
+    """The result (N, H), from what the experts gave.
+
+    Args:
+        w: Where to write.
+        block: What is written.
+        writer: Of its parts.
+        rows: What the core gave, pair by pair in the experts' order.
+        positions: (S,) where each pair's rows stand.
+        lead: The axes that the body has for its pairs: (-1,), or (1, -1) for a body with a batch axis.
+    """
     back = [w.op("Gather", value, positions, axis=0) for value in rows]
-    token, slot = apart(w, every_pair(w, positions, "every_pair"), block.slots)
-    return combine(w, writer.after(w, back, token, slot, (-1,)), block.slots, block.hidden, block.valid)
+    pairs = every_pair(w, positions, "every_pair")
+    if len(lead) > 1:
+        back = [w.op("Unsqueeze", value, w.ints(0)) for value in back]
+        pairs = w.op("Unsqueeze", pairs, w.ints(0))
+    token, slot = apart(w, pairs, block.slots)
+    return combine(w, writer.after(w, back, token, slot, lead), block.slots, block.hidden, block.valid)
 
 
 def loop(w: Writer, block: Opaque) -> ir.Value:
@@ -124,7 +142,7 @@ def loop(w: Writer, block: Opaque) -> ir.Value:
     starts = [_no_rows(w, value, pairs.token) for value in block.parts.leaving]
     parts = w.many("Loop", count, always, *starts, outputs=len(starts), body=body)
     joined = [w.op("ConcatFromSequence", value, axis=0) for value in parts]
-    return _finish(w, block, writer, joined, pairs.positions)
+    return finish(w, block, writer, joined, pairs.positions)
 
 
 def _no_rows(w: Writer, value: ir.Value, pairs: ir.Value) -> ir.Value:
