@@ -43,7 +43,7 @@ class Choice:
         last, left_out = rows[:, -k], rows[:, -k - 1]
         with np.errstate(invalid="ignore"):
             gap = np.where(last == left_out, 0.0, last - left_out)
-            return bool((gap <= margin.atol + margin.rtol * np.abs(last)).any())
+            return bool(((gap == 0) | (gap <= margin.atol + margin.rtol * np.abs(last))).any())
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,7 @@ class Teller(Protocol):
 
 
 def judge_choices(told: Told, tolerance: Tolerance) -> list[Judgement]:
-    """The choices that the candidate would have made otherwise, each a routing `choice 0`, ...; none if it made none."""
+    """The choices that the candidate would have made otherwise, each a routing called `choice 0`, ..."""
     found = []
     for index, (choice, own) in enumerate(zip(told.choices, told.own, strict=True)):
         name, scores = _NAME.format(index), f"{_NAME.format(index)} scores"

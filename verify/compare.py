@@ -21,7 +21,7 @@ from moe_export.verify.truth import weigh
 Outputs = Mapping[str, Array]
 
 
-def compare(
+def compare(  # noqa: PLR0913  each has a name and a default
     reference: Runner,
     candidate: Runner,
     cases: Iterable[Case],

@@ -171,7 +171,7 @@ class _Maker:
     def _changed(self, label: str, spec: TensorSpec, sizes: dict[str, int], regime: Regime) -> Array:
         values = self._ordinary(label, spec, sizes)
         if values.dtype.kind in "iu":
-            return regime.change(values, self._generator(label, spec), values.dtype)
+            return np.full_like(values, values.flat[0] if values.size else 0)  # one token: an id is a token
         changed = regime.change(values.astype(np.float64), self._generator(label, spec), values.dtype)
         if not (self.example[spec.name].astype(np.float64) < 0).any():
             changed = np.abs(changed)  # lengths, times: what is never negative

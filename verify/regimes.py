@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -42,30 +43,30 @@ class Regime:
     """
 
     name: str
-    change: Callable[[Array, np.random.Generator, np.dtype[np.generic]], Array]
+    change: Callable[[Array, np.random.Generator, np.dtype[Any]], Array]
     ties: bool = False
     stress: bool = False
     always: bool = False
 
 
-def _rounded(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+def _rounded(values: Array, _: np.random.Generator, dtype: np.dtype[Any]) -> Array:
     return values.astype(ml_dtypes.bfloat16).astype(np.float64)
 
 
-def _grid(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+def _grid(values: Array, _: np.random.Generator, dtype: np.dtype[Any]) -> Array:
     step = float(values.std()) if values.size else 0.0
     return np.asarray(np.round(values / step) * step) if step else values
 
 
-def _zeros(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+def _zeros(values: Array, _: np.random.Generator, dtype: np.dtype[Any]) -> Array:
     return np.zeros_like(values)
 
 
-def _one_value(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+def _one_value(values: Array, _: np.random.Generator, dtype: np.dtype[Any]) -> Array:
     return np.full_like(values, values.flat[0] if values.size else 0.0)
 
 
-def one_row(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
+def one_row(values: Array, _: np.random.Generator, dtype: np.dtype[Any]) -> Array:
     """The first row in place of every row; of a vector, the first value."""
     if not values.size:
         return values
@@ -81,12 +82,18 @@ def _held(factor: float) -> Callable[..., Array]:
     return lambda values, generator, dtype: one_row(values, generator, dtype) * factor
 
 
-def _largest(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
-    return np.sign(values) * float(ml_dtypes.finfo(dtype).max) / 2
+def _largest(values: Array, _: np.random.Generator, dtype: np.dtype[Any]) -> Array:
+    return np.asarray(np.sign(values) * largest_of(dtype) / 2)
 
 
-def _smallest(values: Array, _: np.random.Generator, dtype: np.dtype[np.generic]) -> Array:
-    return values * float(ml_dtypes.finfo(dtype).tiny)
+def largest_of(dtype: np.dtype[Any]) -> float:
+    """The largest finite number of a float dtype."""
+    return float(ml_dtypes.finfo(dtype).max)  # type: ignore[no-untyped-call]
+
+
+def _smallest(values: Array, _: np.random.Generator, dtype: np.dtype[Any]) -> Array:
+    tiny: Any = ml_dtypes.finfo(dtype).tiny  # type: ignore[no-untyped-call]
+    return np.asarray(values * float(tiny))
 
 
 REGIMES = (

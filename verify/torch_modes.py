@@ -14,7 +14,7 @@ _NARROW = {torch.float32, torch.float16, torch.bfloat16}
 _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 
 
-class _Wide(TorchFunctionMode):
+class _Wide(TorchFunctionMode):  # type: ignore[no-untyped-call]
     """Where the model's code names a narrower float, float64 is meant."""
 
     def __torch_function__(
@@ -48,7 +48,7 @@ class ChoiceWatcher(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_dispatch__(

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from moe_export.verify.judge import Judgement
+from moe_export.verify.regimes import largest_of
 from moe_export.verify.specs import Array, is_float
 from moe_export.verify.tolerance import Margin
 
@@ -47,8 +48,8 @@ def weigh(
         truth: The outputs of the float64 run; None if there is none.
         stress: Whether the case is one in which float32 may be off.
     """
-    true = None if truth is None else truth.get(found.output)
-    if not is_float(reference.dtype) or found.margin is None or found.kind != "float":
+    true, margin = None if truth is None else truth.get(found.output), found.margin
+    if not is_float(reference.dtype) or margin is None or found.kind != "float":
         return found
     if true is None or true.shape != reference.shape:
         return _excused(found, NO_TRUTH) if stress else found
@@ -57,9 +58,9 @@ def weigh(
     found = replace(found, reference_off=off, candidate_off=our_off)
     if not stress:
         return found
-    if off > _ANOTHER_WAY * _largest(true) + found.margin.atol:
+    if off > _ANOTHER_WAY * _largest(true) + margin.atol:
         return _excused(found, OTHER_WAY)
-    return found if _wrong(ref, ours, true, off, found.margin, reference.dtype) else _excused(found, None)
+    return found if _wrong(ref, ours, true, off, margin, reference.dtype) else _excused(found, None)
 
 
 def _distance(values: Array, true: Array) -> float:
@@ -67,13 +68,11 @@ def _distance(values: Array, true: Array) -> float:
     return float(np.abs(values[both] - true[both]).max()) if both.any() else 0.0
 
 
-def _wrong(
-    ref: Array, ours: Array, true: Array, off: float, margin: Margin, dtype: np.dtype[np.generic]
-) -> bool:
+def _wrong(ref: Array, ours: Array, true: Array, off: float, margin: Margin, dtype: np.dtype[Any]) -> bool:
     with np.errstate(invalid="ignore", over="ignore"):
         allowed = margin.atol + margin.rtol * np.abs(true) + _ROOM * off
         near = np.isfinite(ours) & (np.abs(ours - true) <= allowed)
-        overflows = ~(np.abs(true) < float(ml_dtypes.finfo(dtype).max) / 16)
+        overflows = ~(np.abs(true) < largest_of(dtype) / 16)
         # Where the reference is lost it cannot say how much float32 loses here: the right number, roughly, will do.
         better = ~np.isfinite(ref) & (np.abs(ours - true) <= _ANOTHER_WAY * _largest(true))
     lost = ~np.isfinite(ours) & (~np.isfinite(ref) | overflows)

@@ -158,7 +158,7 @@ def tolerance_of(dtype: str, asked: Tolerance) -> Tolerance:
     )
 
 
-def verify_file(
+def verify_file(  # noqa: PLR0913  each has a name
     candidate: OnnxRuntimeRunner | TensorRtRunner,
     reference: Subject,
     *,

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from moe_export.errors import UsageError
-from moe_export.verify import DEFAULTS, Margin, Tolerance, Worst, judge
+from moe_export.verify import DEFAULTS, FlipBudget, Margin, Tolerance, Worst, judge
+from moe_export.verify.tolerance import parse_tolerances
 
 MARGIN = Margin(1e-5, 1e-5)
 NAN, INF = float("nan"), float("inf")
@@ -170,3 +171,16 @@ def test_a_senseless_tolerance_is_refused(bad):
         Tolerance(rtol=bad)
     with pytest.raises(UsageError, match="a tolerance must be finite"):
         Margin(0, bad)
+
+
+def test_tolerances_and_budgets_as_they_are_written():
+    assert parse_tolerances(["y=1e-3,1e-4", "a=b=0,1"]) == {"y": Margin(1e-3, 1e-4), "a=b": Margin(0, 1)}
+    for text in ("y=1e-3", "1,2", "y", "y=1,2,3", "=1,2"):
+        with pytest.raises(UsageError, match="--tolerance"):
+            parse_tolerances([text])
+    assert Tolerance(outputs=parse_tolerances(["z=1,1"])).unknown(["y"]) == ["z"]
+    assert (FlipBudget.parse("0.5%"), FlipBudget.parse("3")) == (FlipBudget(0.005), FlipBudget(3, False))
+    assert [str(FlipBudget.parse(text)) for text in ("0.5%", "3")] == ["0.5%", "3"]
+    for text in ("", "x", "-1%", "101%", "1.5", "-1"):
+        with pytest.raises(UsageError, match="--flips is a share"):
+            FlipBudget.parse(text)
