@@ -42,7 +42,7 @@ def _facts(node: ir.Node, scope: str, folder: Path) -> dict[str, str]:
         facts[MODULE] = strip_scope(module, scope)
     line = line_of(node.metadata_props.get("pkg.torch.onnx.stack_trace"))
     if line:
-        facts[SOURCE] = _relative(line, folder)
+        facts[SOURCE] = relative_line(line, folder)
     if classes:
         facts[OPERATOR] = classes[-1]
     return facts
@@ -61,7 +61,8 @@ def place_of(node: ir.Node) -> str:
     return f"{place} (module {module})" if module else place
 
 
-def _relative(line: str, folder: Path) -> str:
+def relative_line(line: str, folder: Path) -> str:
+    """`file:line` as the metadata have it: relative to the model's folder, a library's from its package on."""
     path, _, number = line.rpartition(":")
     try:
         inside = os.path.relpath(path, folder)

@@ -21,7 +21,7 @@ import onnx
 
 from moe_export.verify.guilty_difference import differences
 from moe_export.verify.guilty_gap import NONE, Gap, gap
-from moe_export.verify.guilty_level import Level, Value, bodies, reads
+from moe_export.verify.guilty_level import Cut, Level, Value, bodies, reads
 from moe_export.verify.guilty_reference import ReferenceValues
 from moe_export.verify.guilty_turns import turns
 from moe_export.verify.runner import one_line
@@ -77,9 +77,9 @@ class NodeError:
         inherited = f", inherited {self.inherited:.3g}" if self.inherited == self.inherited else ""
         lines = [f"{self.op} {self.node}{where}{f'  {place}' if place else ''}", f"  {what}{inherited}"]
         if self.also:
-            lines.append(
-                f"  judged together with {', '.join(self.also[:8])}{', …' if len(self.also) > 8 else ''}"
-            )
+            few = ", ".join(self.also)
+            many = f"the {len(self.also)} nodes before it, {self.also[0]} to {self.also[-1]}"
+            lines.append(f"  judged together with {few if len(self.also) <= 8 else many}")
         lines += [f"  {line}" for line in self.differs]
         return "\n".join(lines)
 
@@ -92,11 +92,13 @@ class Guilt:
         guilty: The first node whose own error is too large; None if every node is right by itself.
         nodes: The error of every value that the reference knows, in the graph's order.
         seconds: How long it took.
+        cut: The guilty node cut out, with the reference's inputs of it and what it should give.
     """
 
     guilty: NodeError | None
     nodes: tuple[NodeError, ...]
     seconds: float
+    cut: Cut | None = None
 
     def __str__(self) -> str:
         if self.guilty is not None:
@@ -136,10 +138,10 @@ def find_guilty(
     errors: list[NodeError] = []
     for names in _parts(search.names, reference.sizes(), memory):
         errors += search.errors(names)
-    guilty = _first(errors, reference.exact)
+    guilty, cut = _first(errors, reference.exact), None
     if guilty is not None:
-        guilty = search.described(guilty)
-    return Guilt(guilty, tuple(errors), time.perf_counter() - start)
+        guilty, cut = search.described(guilty)
+    return Guilt(guilty, tuple(errors), time.perf_counter() - start, cut)
 
 
 def _parts(names: Sequence[str], sizes: Mapping[str, int], memory: int) -> list[list[str]]:
@@ -227,12 +229,17 @@ class _Search:
                 for name in node.output:
                     owns[name] = (NONE, owns[name][1])
 
-    def described(self, error: NodeError) -> NodeError:
-        """The same error with how the node differs from the reference's, or the guilty node in its body."""
+    def described(self, error: NodeError) -> tuple[NodeError, Cut | None]:
+        """The same error with how the node differs from the reference's, or the guilty node in its body; cut out."""
         theirs = self.reference.level
         place = self.level.producer.get(error.value)
-        if theirs is None or place is None or error.value not in theirs.producer:
-            return error
+        if place is None:
+            return error, None
+        _, read = self.level.needed([error.value], set(self.names))
+        known = self.reference.values([error.value, *(name for name in read if name in self.names)])
+        cut = self.level.cut(error.value, {**self.inputs, **known})
+        if theirs is None or error.value not in theirs.producer:
+            return error, cut
         node = self.level.graph.node[place]
         model = theirs.graph.node[theirs.producer[error.value]]
         if bodies(node) and node.op_type == model.op_type:
@@ -241,7 +248,7 @@ class _Search:
             inner = inside(self.level, theirs, node, model, values)
             if inner is not None:
                 return inner
-        return replace(error, differs=differences(self.level, node, theirs, model))
+        return replace(error, differs=differences(self.level, node, theirs, model)), cut
 
 
 def _sorted_gap(reference: Value, got: Value, node: onnx.NodeProto) -> Gap:
@@ -275,8 +282,8 @@ def inside(
     model: onnx.NodeProto,
     values: Mapping[str, Value],
     around: tuple[str, ...] = (),
-) -> NodeError | None:
-    """The guilty node in a body; None if every node of it is right in every turn that could be looked at.
+) -> tuple[NodeError, Cut | None] | None:
+    """The guilty node in a body, and cut out; None if every node of it is right in every turn that could be looked at.
 
     Args:
         level: Where the node stands.
@@ -310,7 +317,8 @@ def inside(
                 deeper = inside(mine, other, guilty, counterpart, known, path)
                 if deeper is not None:
                     return deeper
-            return replace(found, inside=path, differs=differences(mine, guilty, other, counterpart))
+            differs = differences(mine, guilty, other, counterpart)
+            return replace(found, inside=path, differs=differs), mine.cut(found.value, known)
     except Exception:  # what cannot be stepped through is judged as a whole
         return None
     return None

@@ -34,14 +34,15 @@ def _differences(level: Level, node: onnx.NodeProto, theirs: Level, model: onnx.
     if list(node.input) != list(model.input):
         yield f"it reads {', '.join(node.input)}; in the reference {', '.join(model.input)}"
     for name in dict.fromkeys(node.input):
-        line = _constant_difference(level.constant(name), theirs.constant(name), name)
+        line = constant_difference(level.constant(name), theirs.constant(name), name)
         if name in model.input and line is not None:
             yield line
 
 
-def _constant_difference(
+def constant_difference(
     mine: onnx.TensorProto | None, other: onnx.TensorProto | None, name: str
 ) -> str | None:
+    """How a constant differs from its counterpart, in a line; None if it does not, or either is none."""
     if mine is None or other is None or mine.SerializeToString() == other.SerializeToString():
         return None
     ours, theirs = onnx.numpy_helper.to_array(mine), onnx.numpy_helper.to_array(other)

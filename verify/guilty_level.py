@@ -28,6 +28,15 @@ _FATAL = 4
 
 
 @dataclass(frozen=True)
+class Cut:
+    """A node by itself, or a few: a model, its inputs, and what it should give."""
+
+    model: onnx.ModelProto
+    inputs: Mapping[str, Value]
+    expected: Mapping[str, Value]
+
+
+@dataclass(frozen=True)
 class Level:
     """A graph of a model, and what it can see from outside.
 
@@ -104,6 +113,22 @@ class Level:
             Exception: onnxruntime refuses the graph, or fails.
         """
         return self._run(list(names), known, frozenset(known) & self.producer.keys(), level)
+
+    def cut(self, name: str, known: Mapping[str, Value]) -> Cut | None:
+        """What computes a value from the known ones nearest above it, as a model; None for what has no type."""
+        try:
+            made = self.part([name], known, frozenset(known) & self.producer.keys())
+            output = name if all(value.name != name for value in made.graph.input) else f"{name}_again"
+            for node in made.graph.node:
+                node.output[:] = [
+                    output if given == OWN + name else given.removeprefix(OWN) for given in node.output
+                ]
+            del made.graph.output[:]
+            made.graph.output.append(value_info(output, known[name]))
+        except ValueError:
+            return None
+        inputs = {value.name: known[value.name] for value in made.graph.input}
+        return Cut(made, inputs, {output: known[name]})
 
     def needed(self, names: Collection[str], known: Collection[str]) -> tuple[list[int], set[str]]:
         """The nodes that compute `names` from `known` values, in order; and the names that these nodes read."""

@@ -14,7 +14,9 @@ import click
 
 import moe_export
 from moe_export.cli_engines import add_commands, engine_options
+from moe_export.cli_reports import report_options, take_wanted
 from moe_export.errors import MoeExportError
+from moe_export.verify.backends import BACKENDS
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -67,6 +69,15 @@ def _verify_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--seed", type=int, default=0, show_default=True, help="Seed of the test inputs."),
         click.option("--atol", type=float, help="Absolute tolerance [float32: 1e-5]."),
         click.option("--rtol", type=float, help="Relative tolerance [float32: 1e-5]."),
+        click.option("--tolerance", "tolerances", multiple=True, metavar="OUTPUT=RTOL,ATOL",
+                     help="Tolerances of one output (repeatable)."),
+        click.option("--flips", metavar="0.5%|N", help="How many tokens may go to another expert in a tie  [all]."),
+        click.option("--thorough", is_flag=True, help="Try every kind of values, also at other sizes (docs/verify.md)."),
+        click.option("--seeds", type=click.IntRange(1), default=1, show_default=True,
+                     help="How many seeds, from --seed on."),
+        click.option("--at", multiple=True, metavar="batch=1,seq=4096", help="Sizes to try, too (repeatable)."),
+        click.option("--inputs", "own_inputs", multiple=True, metavar="FILE",
+                     help="Your own inputs: .safetensors or .npz, by the inputs' names (repeatable)."),
     ):  # fmt: skip
         command = option(command)
     return command
@@ -168,18 +179,30 @@ def export_command(**options: Any) -> int:
 
 
 @cli.command("verify")
-@click.argument("graph", metavar="GRAPH.ONNX")
-@click.option(
-    "--against", required=True, metavar="MODEL.PY[:CLASS]", help="The model that the graph was made from."
-)
+@click.argument("graph", metavar="SIDE[@BACKEND]")
+@click.option("--against", multiple=True, metavar="SIDE[@BACKEND]",
+              help="What is right by definition: a model file, a graph, an engine, a golden file (repeatable).")
+@click.option("--backend", type=click.Choice([name for names in BACKENDS.values() for name in names]),
+              help="What runs the first side.")
+@click.option("--record", metavar="FILE.safetensors", help="Store inputs and right outputs, to compare with later.")
+@click.option("--case", metavar="LABEL", help="Run one case of a report again, with the report's --seed.")
+@report_options
 @_model_options
 @_verify_options
 @_output_options
 def verify_command(**options: Any) -> int:
-    """Compare a graph with the model that it was made from; exit 0 if equal, 1 if not."""
+    """Compare a graph, an engine, a model file or golden tensors with another; exit 0 if equal, 1 if not.
+
+    \b
+    moe-export verify model.onnx --against model.py
+    moe-export verify model.onnx@onnx-reference --against model.py@torch-float64
+    moe-export verify model.py --record golden.safetensors
+    moe-export verify model.onnx --against golden.safetensors
+    """  # noqa: D301
     from moe_export.cli_verify import run_verify
 
-    return run_verify(**options)
+    wanted = take_wanted(options)
+    return run_verify(**options, wanted=wanted)
 
 
 @cli.command("rewrite")

@@ -1,0 +1,293 @@
+"""Who is guilty of a graph that is not equal to its model: where the export room and the search for a node meet.
+
+What a graph's values should be is known from the traced program, run value by value: a node says which operator of
+which line of which module it computes, and the values of that operator are its own. Where that leaves several nodes in
+question (an operator became many, a loop became a body), the model is exported again; if that graph is right and made
+in the same way, every value has its counterpart there, in bodies too.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import fx
+from torch.export.graph_signature import InputKind
+
+from moe_export.errors import MoeExportError
+from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.precision_rounding import with_float32_kernels
+from moe_export.export.provenance import (
+    MODULE,
+    OPERATOR,
+    SOURCE,
+    relative_line,
+    shorten_metadata,
+    strip_scope,
+)
+from moe_export.export.source import line_of
+from moe_export.export.subject import Subject
+from moe_export.export.trace import SCOPE, Traced, quiet, trace
+from moe_export.verify.guilty import Guilt, NodeError, find_guilty
+from moe_export.verify.guilty_difference import constant_difference
+from moe_export.verify.guilty_level import Level, Value, bodies
+from moe_export.verify.guilty_optimised import OptimisedGuilt, find_guilty_optimisation, wrong_level
+from moe_export.verify.guilty_reference import GivenValues, GraphValues, ReferenceValues
+from moe_export.verify.specs import Array
+from moe_export.verify.torch_runner import to_numpy, to_torch
+
+_OPTIONS = "moe_export.options"
+_KEPT = ("experts", "recurrence", "unroll", "target", "simplify")
+_LIKE = 0.1
+"""The share of nodes, and at least three, that two graphs of the same making may differ in."""
+
+IsRight = Callable[[Mapping[str, Value]], bool]
+
+
+def kept_options(options: Options) -> str:
+    """The choices that decide which nodes a graph has, as a graph's metadata keep them."""
+    return json.dumps({name: getattr(options, name) for name in _KEPT})
+
+
+def open_graph(path: Path, folder: Path) -> onnx.ModelProto:
+    """A graph ready to be looked into: weights inside, half precision by float32 kernels, its origins in short.
+
+    Args:
+        path: The file.
+        folder: The model's folder, which its source lines are relative to.
+    """
+    model = ir.load(path)
+    if any(node.metadata_props.get("pkg.torch.onnx.stack_trace") for node in model.graph.all_nodes()):
+        shorten_metadata(model, SCOPE, folder)  # torch's own exporter says it at length
+    return _ready(model)
+
+
+def _ready(model: ir.Model) -> onnx.ModelProto:
+    return ir.to_proto(with_float32_kernels(model))
+
+
+def blame(
+    model: onnx.ModelProto,
+    inputs: Mapping[str, Array],
+    subject: Subject,
+    reference: Subject,
+    is_right: IsRight,
+) -> Guilt | OptimisedGuilt | str:
+    """Find out what makes a graph wrong on inputs that it was seen to be wrong on.
+
+    Args:
+        model: The graph, of `open_graph`.
+        inputs: The inputs, by the graph's names.
+        subject: The model that it was made from.
+        reference: What it computes, under its names: the model, or a gate of it.
+        is_right: Judges the graph's outputs for these inputs.
+
+    Returns:
+        The guilty node; or in a sentence why none can be named.
+    """
+    level = wrong_level(model, inputs, is_right)
+    if level is None:
+        return "on onnxruntime's CPU the graph is right with these inputs: what is wrong is the engine"
+    if level != "none":
+        return find_guilty_optimisation(model, inputs, level)
+    traced = trace(reference)
+    program = program_values(model, inputs, traced)
+    found = None if program is None else find_guilty(model, inputs, program)
+    if found is not None and found.guilty is not None and _stands_alone(model, found.guilty):
+        differs = tuple(_weight_differences(model, found.guilty, traced))
+        return replace(found, guilty=replace(found.guilty, differs=differs))
+    good = _same_making(model, inputs, subject, is_right)
+    if good is not None:
+        found = find_guilty(model, inputs, good)
+    return (
+        found or "the graph does not say which operators of the model its nodes compute, so none can be named"
+    )
+
+
+def _stands_alone(model: onnx.ModelProto, error: NodeError) -> bool:
+    node = next((node for node in model.graph.node if error.value in node.output), None)
+    return not error.also and node is not None and not bodies(node)
+
+
+def _weight_differences(model: onnx.ModelProto, error: NodeError, traced: Traced) -> Iterator[str]:
+    """How the weights that a node reads differ from the model's of the same name."""
+    node = next(node for node in model.graph.node if error.value in node.output)
+    for tensor in model.graph.initializer:
+        weight = traced.program.state_dict.get(tensor.name)
+        if tensor.name in node.input and weight is not None:
+            right = onnx.numpy_helper.from_array(to_numpy(weight), tensor.name)
+            line = constant_difference(tensor, right, tensor.name)
+            if line is not None:
+                yield line
+
+
+def _same_making(
+    model: onnx.ModelProto, inputs: Mapping[str, Array], subject: Subject, is_right: IsRight
+) -> GraphValues | None:
+    """The values of the graph that an export gives now, if it is right and made in the same way."""
+    facts = {entry.key: entry.value for entry in model.metadata_props}
+    if model.producer_name != "moe-export":
+        return None
+    opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 17)
+    kind, path = facts.get("moe_export.kind", "model"), facts.get("moe_export.module", "")
+    options = Options(
+        opset=opset,
+        gates=path if kind == "gate" else False,
+        decode=kind == "step",
+        dtype=facts.get("moe_export.dtype", "float32"),
+        **json.loads(facts.get(_OPTIONS, "{}")),
+    )
+    try:
+        with quiet():
+            graphs = export_subject(subject, options)
+        good = _ready(next(graph.model for graph in graphs if _is(graph, kind, path)))
+        if not alike(model, good):
+            return None
+        found = Level.of(good).read([output.name for output in good.graph.output], inputs)
+        return GraphValues(good, inputs) if is_right(found) else None
+    except Exception:  # what cannot be exported, or does not run, says nothing about the graph in question
+        return None
+
+
+def _is(graph: Graph, kind: str, path: str) -> bool:
+    return graph.kind == kind and (kind != "gate" or graph.path == path)
+
+
+def alike(model: onnx.ModelProto, other: onnx.ModelProto) -> bool:
+    """Whether two graphs were made in the same way: nearly all nodes of both are the same."""
+    mine, theirs = _nodes(model), _nodes(other)
+    unlike = max((mine - theirs).total(), (theirs - mine).total())
+    return unlike <= max(3, _LIKE * theirs.total())
+
+
+def _nodes(model: onnx.ModelProto) -> Counter[tuple[Any, ...]]:
+    return Counter((node.op_type, *node.input, "→", *node.output) for node in model.graph.node)
+
+
+def program_values(
+    model: onnx.ModelProto, inputs: Mapping[str, Array], traced: Traced
+) -> ReferenceValues | None:
+    """The values of a traced program under the names that a graph made from it has for them.
+
+    A value is that of an operator if its node says so (operator, source line, module) and has its name; names that an
+    export has counted anew are matched by their order among those of the same origin. None if no value matches.
+    """
+    try:
+        recorded = _run(traced, inputs)
+    except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError, MoeExportError):
+        return None
+    nodes = [node for node in traced.program.graph.nodes if node.op == "call_function"]
+    folder = traced_folder(model, nodes)
+    theirs: dict[_Origin, list[fx.Node]] = defaultdict(list)
+    for node in nodes:
+        if node.target is not operator.getitem:
+            theirs[_origin(node, folder, traced.scope)].append(node)
+    mine: dict[_Origin, list[onnx.NodeProto]] = defaultdict(list)
+    for made in model.graph.node:
+        facts = {entry.key: entry.value for entry in made.metadata_props}
+        origin = _Origin(facts.get(OPERATOR, ""), facts.get(SOURCE, ""), facts.get(MODULE, ""))
+        if origin.operator and _is_last_of(made, origin.operator):
+            mine[origin].append(made)
+    matched: dict[str, Value] = {}
+    for origin, made_there in mine.items():
+        there = theirs.get(origin, [])
+        by_name = {name: node for node in there for name in _names(node)}
+        for index, made in enumerate(made_there):
+            same = next((by_name[name] for name in made.output if name in by_name), None)
+            if same is None and len(there) == len(made_there):
+                same = there[index]
+            names = [] if same is None else _names(same)
+            pairs = zip(made.output, names, strict=False)
+            matched |= {value: recorded[name] for value, name in pairs if value and name in recorded}
+    outputs = {output.name for output in model.graph.output}
+    matched |= _returned(traced, recorded, outputs)
+    return GivenValues(matched) if len(matched) > len(outputs) else None
+
+
+@dataclass(frozen=True)
+class _Origin:
+    """What a node computes: an operator of a line of a module."""
+
+    operator: str
+    source: str
+    module: str
+
+
+def _origin(node: fx.Node, folder: Path, scope: str) -> _Origin:
+    line = line_of(node.stack_trace)
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
+    module = strip_scope(stack[-1], scope) if stack else ""
+    return _Origin(str(node.target), "" if line is None else relative_line(line, folder), module)
+
+
+def _names(node: fx.Node) -> list[str]:
+    """The name of a node's value; of one with several, theirs in order."""
+    parts = {int(str(user.args[1])): user.name for user in node.users if user.target is operator.getitem}
+    return [parts.get(index, "") for index in range(1 + max(parts))] if parts else [node.name]
+
+
+def _returned(traced: Traced, recorded: Mapping[str, Array], outputs: set[str]) -> dict[str, Value]:
+    names = traced.program.graph_signature.user_outputs
+    pairs = zip(traced.outputs, names, strict=False)
+    return {mine: recorded[other] for mine, other in pairs if mine in outputs and other in recorded}
+
+
+def _is_last_of(node: onnx.NodeProto, target: str) -> bool:
+    """Whether a node ends what an operator became: it has the operator's name, those before it have numbers."""
+    parts = target.split(".")
+    stem = parts[1] if len(parts) > 1 else target
+    return re.fullmatch(rf"node_{re.escape(stem)}_*\d*", node.name) is not None
+
+
+def traced_folder(model: onnx.ModelProto, nodes: Iterable[fx.Node]) -> Path:
+    """The folder that a graph's source lines are relative to, told from the program's."""
+    lines = {entry.value for node in model.graph.node for entry in node.metadata_props if entry.key == SOURCE}
+    for node in nodes:
+        line = line_of(node.stack_trace)
+        if line is None:
+            continue
+        for parent in Path(line).parents:
+            if relative_line(line, parent) in lines:
+                return parent
+    return Path.cwd()
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a program and keeps every tensor in it."""
+
+    def __init__(self, module: torch.nn.Module, graph: fx.Graph) -> None:
+        super().__init__(module, garbage_collect_values=True, graph=graph)
+        self.found: dict[str, Array] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, torch.Tensor) and n.op == "call_function":
+            self.found[n.name] = to_numpy(result)
+        return result
+
+
+def _run(traced: Traced, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    program = traced.program
+    given = iter(traced.inputs)
+    arguments: list[Any] = []
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.USER_INPUT:
+            name = next(given)
+            arguments.append(to_torch(inputs[name]) if name in inputs else traced.example[name])
+        elif spec.target in program.state_dict:
+            arguments.append(program.state_dict[spec.target])
+        else:
+            arguments.append(program.constants[spec.target])
+    recorder = _Recorder(program.graph_module, program.graph)
+    with torch.no_grad():
+        recorder.run(*arguments)
+    return recorder.found
