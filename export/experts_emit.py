@@ -22,6 +22,8 @@ from moe_export.export.experts_onnx import Writer
 from moe_export.export.experts_parts import Parts, take_apart
 from moe_export.export.experts_place import DOMAIN, NUMBER, OPERATOR, Block
 from moe_export.export.experts_weights import Weight
+from moe_export.export.provenance import mark_block
+from moe_export.export.region import scope_of
 from moe_export.export.reshapes import settle_reshapes
 from moe_export.export.trace import quiet
 
@@ -61,6 +63,7 @@ def write_experts(
             result = _write(writer, name, opaque)
         for made in writer.nodes:
             made.metadata_props.update(node.metadata_props)
+            mark_block(made, "experts", _module_of(block))
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_nodes_and_values(
             model.graph, node, [node], writer.nodes, node.outputs, [result]
@@ -74,6 +77,13 @@ def write_experts(
             optimizer.fold_constants(model)
             RemoveUnusedNodesPass()(model)
     return notes
+
+
+def _module_of(block: Block) -> str:
+    """The innermost module that the choice and the result of a block both run in."""
+    chosen, result = (scope_of(node) for node in (block.experts.indices, block.experts.result))
+    both = [one for one, other in zip(chosen, result, strict=False) if one == other]
+    return both[-1] if both else ""
 
 
 def _write(writer: Writer, name: str, block: Opaque) -> ir.Value:

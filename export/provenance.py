@@ -1,6 +1,7 @@
 """Where each node comes from: module path, source line, PyTorch operator, in metadata that Netron shows.
 
-The exporter stores whole stack traces and Python reprs; kept are three short facts a person can use.
+The exporter stores whole stack traces and Python reprs; kept are three short facts a person can use, and, on nodes that
+a block of experts or a recurrence was written as, `block`: its kind and the path of its module.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import onnx_ir as ir
 
 from moe_export.export.source import line_of
 
-MODULE, SOURCE, OPERATOR = "module", "source", "torch"
+MODULE, SOURCE, OPERATOR, BLOCK = "module", "source", "torch", "block"
 _PREFIX = "pkg."
 
 
@@ -26,9 +27,27 @@ def shorten_metadata(model: ir.Model, scope: str, folder: Path) -> None:
         node.metadata_props.update(kept)
         for output in node.outputs:
             output.metadata_props.clear()
+    _complete(model)
     for value in [*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()]:
         value.metadata_props.clear()
     model.graph.metadata_props.clear()
+
+
+def _complete(model: ir.Model) -> None:
+    """Nodes that an optimiser made without a word belong to whom they work for, else to whom they continue."""
+    for node in reversed(list(model.graph.all_nodes())):
+        if MODULE not in node.metadata_props and OPERATOR not in node.metadata_props:
+            readers = [use.node for output in node.outputs for use in output.uses()]
+            makers = [value.producer() for value in node.inputs if value is not None]
+            for other in (*readers, *makers):
+                if other is not None and MODULE in other.metadata_props:
+                    kept = {
+                        key: other.metadata_props[key]
+                        for key in (MODULE, SOURCE)
+                        if key in other.metadata_props
+                    }
+                    node.metadata_props.update(kept)
+                    break
 
 
 def _facts(node: ir.Node, scope: str, folder: Path) -> dict[str, str]:
@@ -43,9 +62,23 @@ def _facts(node: ir.Node, scope: str, folder: Path) -> dict[str, str]:
     line = line_of(node.metadata_props.get("pkg.torch.onnx.stack_trace"))
     if line:
         facts[SOURCE] = relative_line(line, folder)
+    if BLOCK in node.metadata_props:
+        kind, _, path = node.metadata_props[BLOCK].partition(":")
+        facts[BLOCK] = f"{kind}:{strip_scope(path, scope) if path else facts.get(MODULE, 'model')}"
     if classes:
         facts[OPERATOR] = classes[-1]
     return facts
+
+
+def mark_block(node: ir.Node, kind: str, path: str = "") -> None:
+    """Mark a node as a part of a block: `experts` or `recurrence`.
+
+    Args:
+        node: Of the block.
+        kind: Of block.
+        path: The module whose work the block does, as traced; "" for the one that the node itself is of.
+    """
+    node.metadata_props[BLOCK] = f"{kind}:{path}"
 
 
 def strip_scope(path: str, scope: str) -> str:

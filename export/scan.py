@@ -20,7 +20,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import NotExportableError
 from moe_export.export.loop_body import DOMAIN, END, STATE
-from moe_export.export.provenance import place_of
+from moe_export.export.provenance import mark_block, place_of
 from moe_export.export.scan_chunked import write_chunked
 from moe_export.export.scan_inputs import move_inwards
 from moe_export.export.scan_marked import Marked, integer, read_marked
@@ -57,6 +57,7 @@ def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
     notes, refused = [], []
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == END:
+            mark_block(node, "recurrence")
             move_inwards(model.graph, node)
             small_products_first(model.graph, read_marked(model.graph, node))
             loop = read_marked(model.graph, node)

@@ -11,12 +11,15 @@
 |---|---|
 | `specs` | what crosses the border: arrays, `TensorSpec`, `DimRange`, `RoutingPair` |
 | `runner` | the protocol of an engine |
-| `torch_runner`, `onnxruntime_runner`, `tensorrt_runner` | the engines, each importing its library when it is used |
+| `torch_runner`, `onnxruntime_runner`, `onnx_reference_runner`, `tensorrt_runner` | the engines, each importing its library when it is used |
 | `sizes`, `inputs`, `regimes` | which sizes, which values, which kinds of values |
 | `tolerance`, `judge`, `routing`, `sketch` | when two outputs are the same; what is kept of their differences |
+| `golden` | inputs and outputs of a run, stored |
 | `choices`, `truth`, `torch_modes` | where outputs differ: under the same choices, and beside a float64 run |
 | `compare` | the loop |
-| `report`, `table` | what was found, as data and as text |
+| `cost` | FLOPs and bytes of a graph, counted over a run |
+| `report`, `reading` | what was found, as data; read back from JSON and judged again |
+| `table`, `page`, `junit`, `github` | the same as text, as an HTML page, for CI |
 
 A new engine is a class with a `name` and a `run`; nothing else here needs to know of it.
 """

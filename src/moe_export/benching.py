@@ -32,6 +32,8 @@ class Job:
         dtype: The narrowest type that a graph computes in.
         init, shapes: Arguments and inputs of a model given as a class, as on the command line.
         warmup, repeat: Runs before, and runs that are measured.
+        flops: Of one run; 0 if that is not known.
+        bytes_moved: The least that one run reads and writes.
     """
 
     backend: str
@@ -42,6 +44,8 @@ class Job:
     shapes: tuple[str, ...] = ()
     warmup: int = 5
     repeat: int = 50
+    flops: int = 0
+    bytes_moved: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,12 +57,15 @@ class Timing:
         milliseconds: Each run's latency, copies to and from a device included; empty if it did not run.
         memory: Growth of the process's peak memory in bytes, weights included; on the device for a GPU.
         reason: Why it did not run.
+        bound: The least milliseconds that the machine, as fast as it was just then, needs for the graph's FLOPs, or to
+            read its weights once; 0 if that is not known.
     """
 
     name: str
     milliseconds: tuple[float, ...] = ()
     memory: int = 0
     reason: str = ""
+    bound: float = 0.0
 
     def quantile(self, share: float) -> float:
         """The latency in ms that this share of the runs stays below."""
@@ -76,6 +83,7 @@ class Timing:
             "p90_ms": self.quantile(0.9),
             "calls_per_second": 1000 / median,
             "memory": self.memory,
+            "bound_ms": self.bound,
         }
 
 
@@ -84,7 +92,7 @@ def measure(job: Job) -> Timing:
     name = Path(job.path).name if job.backend == "engine" else job.backend
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            milliseconds, memory = pool.submit(_measure, job).result()
+            milliseconds, memory, bound = pool.submit(_measure, job).result()
         except MoeExportError as error:
             return Timing(name, reason=error.what)
         except BrokenProcessPool:
@@ -93,10 +101,10 @@ def measure(job: Job) -> Timing:
             return Timing(
                 name, reason=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             )
-    return Timing(name, tuple(milliseconds), memory)
+    return Timing(name, tuple(milliseconds), memory, bound=bound)
 
 
-def _measure(job: Job) -> tuple[list[float], int]:
+def _measure(job: Job) -> tuple[list[float], int, float]:
     import torch  # noqa: F401 (in every process, so in nobody's memory)
 
     before = _peak()
@@ -108,7 +116,38 @@ def _measure(job: Job) -> tuple[list[float], int]:
         start = time.perf_counter()
         run(job.inputs)
         milliseconds.append(1000 * (time.perf_counter() - start))
-    return milliseconds, _device_peak() or _peak() - before
+    memory = _device_peak() or _peak() - before
+    return milliseconds, memory, _bound(job) if job.flops else 0.0
+
+
+def _bound(job: Job) -> float:
+    """The least milliseconds for a job's FLOPs and bytes on this machine, as fast as it is now.
+
+    The speed of a matrix product of 2 n³ FLOPs, and of a copy of 256 MB; medians of five.
+    """
+    import torch
+
+    on_gpu = job.backend == "engine" or job.backend.endswith(("-cuda", "-tensorrt"))
+    device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+    size = 8192 if device == "cuda" else 1024
+    dtype = getattr(torch, job.dtype) if device == "cuda" else torch.float32
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    source = torch.ones(32 * 2**20, dtype=torch.float32, device=device)
+    target = torch.empty_like(source)
+
+    def seconds(work: Callable[[], Any]) -> float:
+        found = []
+        for _ in range(6):
+            start = time.perf_counter()
+            work()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - start)
+        return float(np.median(found[1:]))
+
+    flops_rate = 2 * size**3 / seconds(lambda: matrix @ matrix)
+    bytes_rate = 2 * source.nbytes / seconds(lambda: target.copy_(source))
+    return 1000 * max(job.flops / flops_rate, job.bytes_moved / bytes_rate)
 
 
 def _open(job: Job) -> Run:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from moe_export.benching import Job, Timing, measure
@@ -15,6 +16,7 @@ from moe_export.engine_running import example_input, graph_of
 from moe_export.export.engine import read_graph
 from moe_export.export.engine_profiles import complete_ranges, free_dims, input_shapes, parse_range, shapes_at
 from moe_export.verify import TensorSpec
+from moe_export.verify.cost import Cost, cost_of, parts_of
 
 SCHEMA = "moe-export/bench/1"
 _ORT = ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt")
@@ -38,7 +40,11 @@ def run_bench(
     model, _ = read_graph(path)
     chosen = complete_ranges(free_dims(model), dict(map(parse_range, sizes)))
     arrays = _inputs(model, {name: found.best for name, found in chosen.items()})
+    with console.step("counting FLOPs and bytes"):
+        cost, reason = _cost(path, arrays)
     common: dict[str, Any] = {"inputs": arrays, "repeat": repeat}
+    if cost is not None:
+        common |= {"flops": cost.total.flops, "bytes_moved": cost.bytes_moved}
     dtype = model.metadata_props.get("moe_export.dtype", "float32")
     jobs = [Job(backend, str(path), dtype=dtype, **common) for backend in _ORT]
     engines = sorted(path.parent.glob("*.engine"))
@@ -54,12 +60,23 @@ def run_bench(
         "schema": SCHEMA,
         "graph": path.name,
         "sizes": {name: found.best for name, found in chosen.items()},
+        "cost": cost.to_dict() if cost is not None else {"reason": reason},
         "backends": [timing.to_dict() for timing in timings],
     }
     console.json(json.dumps(document, indent=2))
     if not (quiet or as_json):
         _show(document["sizes"], timings, path)
+        _show_cost(cost, reason)
     return 0
+
+
+def _cost(path: Path, arrays: dict[str, Any]) -> tuple[Cost | None, str]:
+    """What the graph costs; or why that is not known."""
+    try:
+        proto = onnx.load(path)
+        return cost_of(proto, arrays, parts_of(proto)), ""
+    except Exception as error:  # whatever ONNX Runtime says of the graph
+        return None, str(error).strip().splitlines()[0]
 
 
 def _inputs(model: ir.Model, sizes: dict[str, int]) -> dict[str, Any]:
@@ -79,15 +96,37 @@ def _show(sizes: Any, timings: list[Timing], path: Path) -> None:
 
     at = " ".join(f"{name}={size}" for name, size in sizes.items())
     table = Table(title=f"{path} at {at or 'its size'}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("backend", "median ms", "p10", "p90", "calls/s", "memory MB"):
+    for heading in ("backend", "median ms", "p10", "p90", "calls/s", "memory MB", "of bound"):
         table.add_column(heading, justify="left" if heading == "backend" else "right")
     for timing in timings:
         if not timing.reason:
             found = timing.to_dict()
             cells = [f"{found[key]:.3g}" for key in ("median_ms", "p10_ms", "p90_ms", "calls_per_second")]
-            table.add_row(timing.name, *cells, f"{timing.memory / 1e6:.0f}")
+            share = f"{timing.bound / found['median_ms']:.0%}" if timing.bound else "-"
+            table.add_row(timing.name, *cells, f"{timing.memory / 1e6:.0f}", share)
     rich = Rich(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
     rich.print(table)
     for timing in timings:
         if timing.reason:
             rich.print(f"not run: {timing.name}: {timing.reason}", markup=False, highlight=False)
+
+
+def _show_cost(cost: Cost | None, reason: str) -> None:
+    from rich.console import Console as Rich
+    from rich.table import Table
+
+    rich = Rich(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
+    if cost is None:
+        rich.print(f"FLOPs and bytes are not known: {reason}", markup=False, highlight=False)
+        return
+    table = Table(title="\nwhat one run costs", title_justify="left", box=None, pad_edge=False)
+    for heading in ("part", "nodes", "MFLOP", "weights MB", "activations MB", "time"):
+        table.add_column(heading, justify="left" if heading == "part" else "right", no_wrap=True)
+    whole = cost.total
+    for name, work in [("all", whole), *cost.blocks.items()]:
+        share = work.milliseconds / whole.milliseconds if whole.milliseconds else 0.0
+        sizes = (work.flops, work.weight_bytes, work.activation_bytes)
+        table.add_row(name, str(work.nodes), *(f"{size / 1e6:.3g}" for size in sizes), f"{share:.0%}")
+    rich.print(table)
+    if cost.uncounted:
+        rich.print(f"FLOPs not counted: {', '.join(cost.uncounted)}", markup=False, highlight=False)

@@ -31,6 +31,11 @@ def test_backends_are_measured_or_named(command, finished, tmp_path):
         assert 0 < entry["p10_ms"] <= entry["median_ms"] <= entry["p90_ms"]
         assert entry["calls_per_second"] == pytest.approx(1000 / entry["median_ms"])
         assert entry["memory"] >= 0
+        assert entry["bound_ms"] > 0
+    cost = document["cost"]
+    assert 0 < sum(part["flops"] for part in cost["blocks"].values()) <= cost["flops"]
+    assert cost["weight_bytes"] > 0
+    assert cost["activation_bytes"] > 0
     if not has_gpu():
         assert "no GPU" in found["block.sm75.engine"]["reason"]
         assert "cannot use cuda here" in found["onnxruntime-cuda"]["reason"]
