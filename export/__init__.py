@@ -26,9 +26,13 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 
 from __future__ import annotations
 
-from moe_export.export.load import load_subject
-from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.subject import Subject
-from moe_export.export.trace import Traced, trace
+try:
+    from moe_export.export.load import load_subject
+    from moe_export.export.pipeline import Graph, Options, export_subject
+    from moe_export.export.subject import Subject
+    from moe_export.export.trace import Traced, trace
+except ModuleNotFoundError as error:  # its files that only know ONNX are used where PyTorch is not installed
+    if error.name != "torch":
+        raise
 
 __all__ = ["Graph", "Options", "Subject", "Traced", "export_subject", "load_subject", "trace"]

@@ -11,7 +11,8 @@
 |---|---|
 | `specs` | what crosses the border: arrays, `TensorSpec`, `DimRange`, `RoutingPair` |
 | `runner` | the protocol of an engine |
-| `torch_runner`, `onnxruntime_runner`, `onnx_reference_runner`, `tensorrt_runner` | the engines, each importing its library when it is used |
+| `torch_runner`, `onnxruntime_runner`, `tensorrt_runner` | the engines; libraries are imported when used |
+| `onnx_reference_runner` | the evaluator of the ONNX project |
 | `sizes`, `inputs`, `regimes` | which sizes, which values, which kinds of values |
 | `tolerance`, `judge`, `routing`, `sketch` | when two outputs are the same; what is kept of their differences |
 | `golden` | inputs and outputs of a run, stored |

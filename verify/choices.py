@@ -85,6 +85,11 @@ def judge_choices(told: Told, tolerance: Tolerance) -> list[Judgement]:
     return found
 
 
+def is_choice(output: str) -> bool:
+    """Whether a judgement is of a choice inside the model, not of an output."""
+    return output.startswith(_NAME.format(""))
+
+
 def has_ties(told: Told, tolerance: Tolerance) -> bool:
     """Whether some choice of the reference could have fallen the other way."""
     return any(choice.is_tied(tolerance.of("", choice.scores.dtype.name)) for choice in told.choices)

@@ -112,6 +112,22 @@ class OnnxRuntimeRunner:
             raise UsageError(f"{'; '.join(problems)}; {expected}", where=self._where)
 
 
+def specs_of(values: Any) -> tuple[TensorSpec, ...]:
+    """The specs of a graph's inputs or outputs, as the ONNX file declares them."""
+    from onnx import helper
+
+    found = []
+    for value in values:
+        tensor = value.type.tensor_type
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        shape = tuple(
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param or f"{value.name}_dim{axis}"
+            for axis, dim in enumerate(tensor.shape.dim)
+        )
+        found.append(TensorSpec(value.name, dtype, shape))
+    return tuple(found)
+
+
 def _fits(array: Array, spec: TensorSpec) -> bool:
     if array.dtype.name != spec.dtype:
         return False

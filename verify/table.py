@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
+from moe_export.verify.choices import is_choice
 from moe_export.verify.regimes import NORMAL
 from moe_export.verify.report import CaseResult, Outcome, Report, Row
 from moe_export.verify.runner import shorten
@@ -23,7 +24,7 @@ _COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow"}
 
 def plain(report: Report) -> str:
     """The report as plain text: verdict, a table of outputs, sizes, refusals, worst elements."""
-    cells = [_HEADER, *(_cells(row) for row in report.rows)]
+    cells = [_HEADER, *(_cells(row) for row in _shown(report))]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
     lines = [_headline(report), ""]
     if report.rows:
@@ -40,7 +41,7 @@ def rich_report(report: Report) -> Group:
     table = Table(box=None, pad_edge=False)
     for column, title in enumerate(_HEADER):
         table.add_column(title, justify="right" if column in _RIGHT else "left")
-    for row in report.rows:
+    for row in _shown(report):
         colour = "green" if row.equal else "red"
         *cells, verdict = _cells(row)
         table.add_row(*map(Text, cells), Text(verdict, style=colour))
@@ -58,6 +59,11 @@ def show(report: Report, stream: TextIO) -> None:
         stream.write(f"{report}\n")
 
 
+def _shown(report: Report) -> tuple[Row, ...]:
+    """The outputs, and of the choices inside the model those that are wrong."""
+    return tuple(row for row in report.rows if not (row.equal and is_choice(row.output)))
+
+
 def _headline(report: Report) -> str:
     why = f" ({report.shortfall})" if report.verdict == "not proven" else ""
     return shorten(f"{report.candidate} against {report.reference}: {report.verdict}{why}", WIDTH)
@@ -65,11 +71,11 @@ def _headline(report: Report) -> str:
 
 def _cells(row: Row) -> tuple[str, ...]:
     verdict = "equal" if row.equal else "DIFFERS"
-    cells = (row.output, row.dtype, _figure(row.max_abs), _figure(row.max_rel), row.at, verdict)
+    cells = (row.output, row.dtype, figure(row.max_abs), figure(row.max_rel), row.at, verdict)
     return tuple(shorten(cell, limit) for cell, limit in zip(cells, _LIMITS, strict=True))
 
 
-def _figure(value: float) -> str:
+def figure(value: float) -> str:
     """Three digits; a dash where there is nothing to measure."""
     if math.isnan(value):
         return "-"

@@ -14,7 +14,7 @@ _NARROW = {torch.float32, torch.float16, torch.bfloat16}
 _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 
 
-class _Wide(TorchFunctionMode):  # type: ignore[no-untyped-call]
+class _Wide(TorchFunctionMode):
     """Where the model's code names a narrower float, float64 is meant."""
 
     def __torch_function__(

@@ -3,48 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from moe_export.checking_choices import runner_of, told_and_chooser
-from moe_export.checking_told import Float64Runner, GraphTeller
+from moe_export.checking_float64 import Float64Runner
+from moe_export.checking_told import GraphTeller
 from moe_export.export.dims import Dim
 from moe_export.export.pipeline import Graph, as_numpy
 from moe_export.export.subject import Subject
 from moe_export.export.trace import quiet
+from moe_export.sides import GraphRunner
 from moe_export.verify import (
-    DEFAULTS,
     DimRange,
-    FlipBudget,
-    OnnxRuntimeRunner,
     Report,
     RoutingPair,
-    TensorRtRunner,
     TensorSpec,
     Tolerance,
     TorchRunner,
     cases,
     compare,
 )
+from moe_export.verify.golden import Recorder
+from moe_export.wishes import USUAL, Wish, tolerance_of, wished_cases
 
 Routing = Sequence[tuple[str, str | None, str | None]]
-
-
-@dataclass(frozen=True)
-class Wish:
-    """How much to try, as the user wishes.
-
-    Attributes:
-        thorough: Every kind of values, and at more sizes.
-        seeds: How many seeds, from the given one on.
-        flips: How many tokens may go to another expert in a tie.
-    """
-
-    thorough: bool = False
-    seeds: int = 1
-    flips: FlipBudget | None = None
 
 
 def verify_graph(
@@ -54,7 +39,7 @@ def verify_graph(
     tolerance: Tolerance,
     seed: int = 0,
     provider: str = "cpu",
-    wish: Wish = Wish(),
+    wish: Wish = USUAL,
 ) -> tuple[Report, tuple[Dim, ...]]:
     """Compare a finished graph with its reference, at its own dimensions' sizes.
 
@@ -146,20 +131,8 @@ def _with_the_same_experts(
     )
 
 
-def tolerance_of(dtype: str, asked: Tolerance) -> Tolerance:
-    """What the user asked for, else what the narrowest type that a graph computes in allows."""
-    if dtype not in {"float16", "bfloat16"}:
-        return asked
-    default = DEFAULTS[dtype]
-    return Tolerance(
-        default.rtol if asked.rtol is None else asked.rtol,
-        default.atol if asked.atol is None else asked.atol,
-        asked.outputs,
-    )
-
-
 def verify_file(  # noqa: PLR0913  each has a name
-    candidate: OnnxRuntimeRunner | TensorRtRunner,
+    candidate: GraphRunner,
     reference: Subject,
     *,
     example: Mapping[str, torch.Tensor],
@@ -170,7 +143,9 @@ def verify_file(  # noqa: PLR0913  each has a name
     outputs: Sequence[str] | None = None,
     graph: Path | None = None,
     provider: str = "cpu",
-    wish: Wish = Wish(),
+    wish: Wish = USUAL,
+    recorder: Recorder | None = None,
+    about: Mapping[str, str] | None = None,
 ) -> Report:
     """Compare a graph with a model whose inputs have the same names.
 
@@ -186,6 +161,8 @@ def verify_file(  # noqa: PLR0913  each has a name
         graph: The candidate's file, if it is an ONNX graph: it can be told which experts to take.
         provider: Where onnxruntime runs it then.
         wish: How much to try.
+        recorder: Keeps what the reference computes.
+        about: Facts for the report.
     """
     specs = [
         TensorSpec(spec.name, spec.dtype, spec.shape)
@@ -195,14 +172,18 @@ def verify_file(  # noqa: PLR0913  each has a name
     arrays = {name: as_numpy(tensor) for name, tensor in example.items() if name in {s.name for s in specs}}
     names = outputs or reference.outputs
     runner = TorchRunner(reference.call_named, names)
+    made = wished_cases(wish, specs, ranges, arrays, seed)
+    if recorder is not None:
+        recorder.routing = tuple(RoutingPair(*pair) for pair in routing)
     with quiet():
         return compare(
-            runner,
+            runner if recorder is None else recorder.on(runner),
             candidate,
-            cases(specs, ranges, arrays, seed, thorough=wish.thorough, seeds=wish.seeds),
+            made if recorder is None else recorder.watch(made),
             tolerance=tolerance,
             routing=[RoutingPair(*pair) for pair in routing],
             budget=wish.flips,
             truth=Float64Runner(reference, names),
             teller=GraphTeller(runner, graph, provider),
+            about=about,
         )

@@ -1,11 +1,10 @@
-"""The sides that decide what ordinary runs leave open: the model in float64, and a graph told the model's choices."""
+"""A graph told which experts to take: the side that decides what a tie leaves open."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -13,49 +12,46 @@ import onnx_ir as ir
 from moe_export.checking_choices import runner_of_model
 from moe_export.errors import MoeExportError
 from moe_export.export.precision_choices import Choices, find_choices, with_forced_choices
-from moe_export.export.subject import Subject
-from moe_export.verify import Array, OnnxRuntimeRunner, Told, TorchRunner
+from moe_export.verify import Array, Choice, OnnxRuntimeRunner, Told
 
 
-class Float64Runner:
-    """A model in float64; its weights are copied when it is first asked."""
+class Watched(Protocol):
+    """An engine that says what it chose."""
 
-    name = "torch-float64"
-
-    def __init__(self, subject: Subject, outputs: Sequence[str]) -> None:
-        self._subject, self._outputs = subject, outputs
-        self._runner: TorchRunner | None = None
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once; float inputs are cast, and float outputs are float64."""
-        if self._runner is None:
-            wide = replace(self._subject, module=copy.deepcopy(self._subject.module).double())
-            self._runner = TorchRunner(wide.call_named, self._outputs, self.name, "float64")
-        return self._runner.run(inputs)
+    def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
+        """Outputs, and the choices in order."""
+        ...
 
 
 class GraphTeller:
-    """Runs a graph under the choices that the model makes on the same inputs.
+    """Runs a graph under the choices that the reference makes on the same inputs.
 
-    The graph's `TopK`s are the model's `topk`s in the same order; where they are not as many, it cannot be told.
+    The graph's `TopK`s are the reference's choices in the same order; where they are not as many, it cannot be told.
 
     Args:
-        model: The model.
+        reference: The engine whose choices count.
         path: The graph; None for what cannot be told, as an engine.
         provider: Where onnxruntime runs.
-        known: Names of the graph's inputs that the model has.
+        renamed: The graph's output names → the reference's, where they differ.
     """
 
-    def __init__(self, model: TorchRunner, path: Path | None, provider: str = "cpu") -> None:
-        self._model, self._path, self._provider = model, path, provider
+    def __init__(
+        self,
+        reference: Watched,
+        path: Path | None,
+        provider: str = "cpu",
+        renamed: Mapping[str, str] | None = None,
+    ) -> None:
+        self._reference, self._path, self._provider = reference, path, provider
+        self._renamed = renamed or {}
         self._graph: OnnxRuntimeRunner | None = None
         self._choices = Choices(0)
 
     def tell(self, inputs: Mapping[str, Array]) -> Told | None:
-        """One case again; None if the model chooses nothing or refuses the inputs."""
+        """One case again; None if the reference chooses nothing or refuses the inputs."""
         try:
-            expected, choices = self._model.run_watched(inputs)
-        except Exception:  # what the model raises is judged where it is run for its own sake
+            expected, choices = self._reference.run_watched(inputs)
+        except Exception:  # what the reference raises is judged where it is run for its own sake
             return None
         if not choices:
             return None
@@ -72,7 +68,9 @@ class GraphTeller:
             got.pop(name)
         if any(mine.size != choice.ids.size for mine, choice in zip(own, choices, strict=True)):
             return Told(expected, None, choices)
-        return Told(expected, got, choices, own)
+        return Told(
+            expected, {self._renamed.get(name, name): array for name, array in got.items()}, choices, own
+        )
 
     def _told_graph(self) -> OnnxRuntimeRunner | None:
         if self._graph is None and self._path is not None:

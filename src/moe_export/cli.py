@@ -13,10 +13,10 @@ from typing import Any
 import click
 
 import moe_export
+from moe_export.backends import BACKENDS
 from moe_export.cli_engines import add_commands, engine_options
 from moe_export.cli_reports import report_options, take_wanted
 from moe_export.errors import MoeExportError
-from moe_export.verify.backends import BACKENDS
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -72,7 +72,7 @@ def _verify_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--tolerance", "tolerances", multiple=True, metavar="OUTPUT=RTOL,ATOL",
                      help="Tolerances of one output (repeatable)."),
         click.option("--flips", metavar="0.5%|N", help="How many tokens may go to another expert in a tie  [all]."),
-        click.option("--thorough", is_flag=True, help="Try every kind of values, also at other sizes (docs/verify.md)."),
+        click.option("--thorough", is_flag=True, help="Every kind of values, at more sizes (docs/verify.md)."),
         click.option("--seeds", type=click.IntRange(1), default=1, show_default=True,
                      help="How many seeds, from --seed on."),
         click.option("--at", multiple=True, metavar="batch=1,seq=4096", help="Sizes to try, too (repeatable)."),
@@ -180,11 +180,20 @@ def export_command(**options: Any) -> int:
 
 @cli.command("verify")
 @click.argument("graph", metavar="SIDE[@BACKEND]")
-@click.option("--against", multiple=True, metavar="SIDE[@BACKEND]",
-              help="What is right by definition: a model file, a graph, an engine, a golden file (repeatable).")
-@click.option("--backend", type=click.Choice([name for names in BACKENDS.values() for name in names]),
-              help="What runs the first side.")
-@click.option("--record", metavar="FILE.safetensors", help="Store inputs and right outputs, to compare with later.")
+@click.option(
+    "--against",
+    multiple=True,
+    metavar="SIDE[@BACKEND]",
+    help="What is right by definition: a model file, a graph, an engine, a golden file (repeatable).",
+)
+@click.option(
+    "--backend",
+    type=click.Choice([name for names in BACKENDS.values() for name in names]),
+    help="What runs the first side.",
+)
+@click.option(
+    "--record", metavar="FILE.safetensors", help="Store inputs and right outputs, to compare with later."
+)
 @click.option("--case", metavar="LABEL", help="Run one case of a report again, with the report's --seed.")
 @report_options
 @_model_options
@@ -203,6 +212,28 @@ def verify_command(**options: Any) -> int:
 
     wanted = take_wanted(options)
     return run_verify(**options, wanted=wanted)
+
+
+@cli.command("judge")
+@click.argument("file", metavar="REPORT.JSON")
+@click.option("--rtol", type=float, help="Relative tolerance  [the report's].")
+@click.option("--atol", type=float, help="Absolute tolerance  [the report's].")
+@click.option(
+    "--tolerance",
+    "tolerances",
+    multiple=True,
+    metavar="OUTPUT=RTOL,ATOL",
+    help="Tolerances of one output (repeatable).",
+)
+@click.option("--flips", metavar="0.5%|N", help="How many tokens may go to another expert in a tie.")
+@report_options
+@_output_options
+def judge_command(**options: Any) -> int:
+    """Judge a report of verify again at other tolerances, without running anything; exit 0 if equal, 1 if not."""
+    from moe_export.cli_judge import run_judge
+
+    wanted = take_wanted(options)
+    return run_judge(**options, wanted=wanted)
 
 
 @cli.command("rewrite")

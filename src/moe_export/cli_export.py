@@ -30,6 +30,8 @@ from moe_export.export.subject import Subject
 from moe_export.export.trace import SCOPE
 from moe_export.export.write import staging, write_model
 from moe_export.verify import Report, Tolerance, show
+from moe_export.wishes import Wish, parse_tolerance, parse_wish
+from moe_export.wishes import check_names as check_outputs
 
 _NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)")
 SCHEMA = "moe-export/export-report/1"
@@ -61,10 +63,13 @@ def run_export(
     dtype: str = "float32",
     float32: tuple[str, ...] = (),
     engines: Request | None = None,
+    tolerances: tuple[str, ...] = (),
+    **wishes: Any,
 ) -> int:
     """Run the command; the exit code."""
     console = Console(quiet, as_json)
-    tolerance = Tolerance(rtol, atol)
+    tolerance = parse_tolerance(rtol, atol, tolerances)
+    wish = parse_wish(**wishes)
     folder = Path(output)
     with console.user_code(), staging(folder.absolute()) as temporary:
         with console.step(f"loading {model}"):
@@ -93,13 +98,16 @@ def run_export(
             _write(graph, temporary / name, facts)
             _check_file(temporary / name)
             with console.step(f"verifying {name}" if verify else f"loading {name}"):
-                found, report = _verified(graph, temporary / name, verify, tolerance, seed, provider)
+                found, report = _verified(graph, temporary / name, verify, tolerance, seed, provider, wish)
             learned = dim_facts(found.traced.dims, exact=report is not None)
             if learned != dim_facts(graph.traced.dims):  # the file says at which sizes it was found right
                 _write(found, temporary / name, facts | learned)
             checked.append(found)
             reports.append(report)
         graphs = tuple(checked)
+        if reports[0] is not None:
+            outputs = [row.output for report in reports if report is not None for row in report.rows]
+            check_outputs(tolerance, outputs)
         equal = all(report is None or report.exit_code == 0 for report in reports)
         if not equal:
             names = [_reject(temporary, name) for name in names]
@@ -135,14 +143,21 @@ def _build(
 
 
 def _verified(
-    graph: Graph, path: Path, verify: bool, tolerance: Tolerance, seed: int, provider: str
+    graph: Graph,
+    path: Path,
+    verify: bool,
+    tolerance: Tolerance,
+    seed: int,
+    provider: str,
+    wish: Wish,
 ) -> tuple[Graph, Report | None]:
     """The graph with what verification learned of its dimensions, and the report; None if it is not verified."""
     try:
         if not verify:
             runner_of(path, provider, graph.dtype)  # it must load, whatever it computes
             return graph, None
-        report, dims = verify_graph(graph, path, tolerance=tolerance, seed=seed, provider=provider)
+        wish = wish if graph.kind == "model" else replace(wish, files=(), at=())  # those are the model's
+        report, dims = verify_graph(graph, path, tolerance=tolerance, seed=seed, provider=provider, wish=wish)
         return replace(graph, traced=replace(graph.traced, dims=dims)), report
     except UsageError as error:
         kernel = _NO_KERNEL.search(error.what)

@@ -8,9 +8,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe_export.cli_reports import Wanted, write_reports
 from moe_export.console import Console
 from moe_export.errors import UsageError
-from moe_export.reporting import Wanted, write_reports
 from moe_export.sides import Side, parse_side
 from moe_export.verify import Report, show
 from moe_export.verify.golden import Golden, Recorder, save_golden

@@ -1,0 +1,22 @@
+"""What can run each kind of file; names only, so that `--help` imports nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+Kind = Literal["model", "graph", "engine", "golden"]
+
+KINDS: Mapping[str, Kind] = {".onnx": "graph", ".engine": "engine", ".safetensors": "golden"}
+BACKENDS: Mapping[Kind, tuple[str, ...]] = {
+    "model": ("torch", "torch-float64"),
+    "graph": (
+        "onnxruntime",
+        "onnxruntime-cpu",
+        "onnxruntime-cuda",
+        "onnxruntime-tensorrt",
+        "onnx-reference",
+    ),
+    "engine": ("tensorrt", "tensorrt-rtx"),
+    "golden": (),
+}

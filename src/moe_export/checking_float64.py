@@ -1,0 +1,41 @@
+"""A model in float64: what tells which side of a difference is off."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from moe_export.export.subject import Subject
+from moe_export.verify import Array, TorchRunner
+from moe_export.verify.specs import is_float
+
+
+class Float64Runner:
+    """A model in float64; its weights are copied when it is first asked.
+
+    Args:
+        subject: The model.
+        outputs: Names of its outputs.
+        rounded: Whether outputs come in the model's own types, so that they can be compared as any other side.
+    """
+
+    name = "torch-float64"
+
+    def __init__(self, subject: Subject, outputs: Sequence[str], *, rounded: bool = False) -> None:
+        self._subject, self._outputs, self._rounded = subject, outputs, rounded
+        self._runner: TorchRunner | None = None
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once; float inputs are cast to float64."""
+        if self._runner is None:
+            wide = replace(self._subject, module=copy.deepcopy(self._subject.module).double())
+            self._runner = TorchRunner(wide.call_named, self._outputs, self.name, "float64")
+        found = self._runner.run(inputs)
+        if not self._rounded:
+            return found
+        own = TorchRunner(self._subject.call_named, self._outputs).run(inputs)
+        return {
+            name: array.astype(own[name].dtype) if is_float(array.dtype) else array
+            for name, array in found.items()
+        }

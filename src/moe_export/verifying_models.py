@@ -1,0 +1,343 @@
+"""Compare where one side is a model file: PyTorch runs it, and its trace says which outputs are expert ids."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from moe_export.checking import Routing, verify_file
+from moe_export.checking_float64 import Float64Runner
+from moe_export.checking_told import GraphTeller
+from moe_export.errors import MoeExportError, UsageError
+from moe_export.export.dims import Dim
+from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject
+from moe_export.export.load import load_subject, split_spec
+from moe_export.export.pipeline import as_numpy
+from moe_export.export.routing import find_routings, routing_outputs
+from moe_export.export.script import run_file
+from moe_export.export.source import is_user_file
+from moe_export.export.subject import Subject
+from moe_export.export.trace import Traced, quiet, trace
+from moe_export.sides import GraphRunner, Side, graph_runner, metadata
+from moe_export.verify import (
+    Array,
+    DimRange,
+    Report,
+    RoutingPair,
+    Runner,
+    TensorRtRunner,
+    TensorSpec,
+    TorchRunner,
+    compare,
+)
+from moe_export.verifying import Renamed, Request, about_sides, by_position
+from moe_export.wishes import Own, tolerance_of, wished_cases
+
+
+@dataclass(frozen=True, eq=False)
+class OpenModel:
+    """A model, and what runs it."""
+
+    subject: Subject
+    runner: Runner
+
+
+def open_model(side: Side, request: Request) -> OpenModel:
+    """Load a model file, in float64 if that is its backend."""
+    subject = load_subject(side.text, init=request.init, inputs=request.inputs)
+    if side.backend == "torch-float64":
+        return OpenModel(subject, Float64Runner(subject, subject.outputs, rounded=True))
+    return OpenModel(subject, TorchRunner(subject.call_named, subject.outputs))
+
+
+def compare_models(candidate: Side, reference: Side, request: Request) -> Report:
+    """Compare two sides of which at least one is a model file."""
+    if reference.kind == "model" and candidate.kind in {"graph", "engine"}:
+        return _graph_against_model(candidate, reference, request)
+    if candidate.kind == "model" and reference.kind == "model":
+        return _two_models(candidate, reference, request)
+    return _model_against_graph(candidate, reference, request)
+
+
+def _graph_against_model(candidate: Side, reference: Side, request: Request) -> Report:
+    facts = metadata(candidate.path)
+    dtype = facts.get("moe_export.dtype", "float32")
+    runner = graph_runner(candidate, dtype)
+    original = open_model(reference, request).subject
+    subject, routing = reference_of(original, facts)
+    subject, routing = _aligned(runner, subject, routing)
+    example = _example_for(runner, subject)
+    tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
+    if reference.backend == "torch-float64":
+        return _float64_against_graph(candidate, reference, request, subject, runner)
+    return verify_file(
+        runner,
+        subject,
+        example=example,
+        dims=_within(dims_of(runner.inputs, example), runner),
+        routing=routing,
+        tolerance=tolerance_of(dtype, request.tolerance),
+        seed=request.seed,
+        graph=candidate.path if tells else None,
+        provider=candidate.provider,
+        wish=replace(request.wish, own=own_inputs(reference, subject)),
+        recorder=request.recorder,
+        about={**about_sides(candidate, reference), **line_of(original)},
+    )
+
+
+def _float64_against_graph(
+    candidate: Side, reference: Side, request: Request, subject: Subject, runner: GraphRunner
+) -> Report:
+    """The float64 run is the reference itself, rounded to the model's types."""
+    example = _example_for(runner, subject)
+    dims = _within(dims_of(runner.inputs, example), runner)
+    ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
+    arrays = {name: as_numpy(tensor) for name, tensor in example.items()}
+    wide = Float64Runner(subject, subject.outputs, rounded=True)
+    plain = TorchRunner(subject.call_named, subject.outputs)
+    with quiet():
+        return compare(
+            wide,
+            runner,
+            wished_cases(request.wish, list(runner.inputs), ranges, arrays, request.seed),
+            tolerance=request.tolerance,
+            budget=request.wish.flips,
+            truth=Float64Runner(subject, subject.outputs),
+            teller=GraphTeller(plain, candidate.path if candidate.kind == "graph" else None),
+            about={**about_sides(candidate, reference), **line_of(subject)},
+        )
+
+
+def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
+    theirs, ours = open_model(reference, request), open_model(candidate, request)
+    inputs = by_position(list(ours.subject.inputs), list(theirs.subject.inputs))
+    outputs = by_position(ours.subject.outputs, theirs.subject.outputs)
+    if set(inputs.values()) != set(theirs.subject.inputs):
+        raise UsageError(
+            f"{candidate.text} takes {', '.join(inputs)}, "
+            f"but {reference.text} takes {', '.join(theirs.subject.inputs)}"
+        )
+    traced = _traced(theirs.subject)
+    specs, dims = _specs_of(theirs.subject, traced)
+    arrays = {name: as_numpy(tensor) for name, tensor in theirs.subject.inputs.items()}
+    routing = [] if traced is None else _pairs(traced)
+    wish = replace(request.wish, own=own_inputs(reference, theirs.subject))
+    cases = wished_cases(wish, specs, dims, arrays, request.seed)
+    with quiet():
+        return compare(
+            theirs.runner if request.recorder is None else request.recorder.on(theirs.runner),
+            Renamed(ours.runner, {name: own for own, name in inputs.items()}, outputs),
+            cases if request.recorder is None else request.recorder.watch(cases),
+            tolerance=request.tolerance,
+            routing=[RoutingPair(*pair) for pair in routing],
+            budget=request.wish.flips,
+            truth=Float64Runner(theirs.subject, theirs.subject.outputs),
+            about={**about_sides(candidate, reference), **line_of(ours.subject)},
+        )
+
+
+def _model_against_graph(candidate: Side, reference: Side, request: Request) -> Report:
+    """The graph is right by definition; the model gives the example."""
+    opened, graph = open_model(candidate, request), graph_runner(reference)
+    subject, _ = _aligned(graph, opened.subject, ())
+    example = _example_for(graph, subject)
+    dims = _within(dims_of(graph.inputs, example), graph)
+    ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
+    arrays = {name: as_numpy(tensor) for name, tensor in example.items()}
+    cases = wished_cases(request.wish, list(graph.inputs), ranges, arrays, request.seed)
+    names = by_position(opened.subject.outputs, subject.outputs)
+    inputs = dict(zip(subject.inputs, opened.subject.inputs, strict=True))
+    with quiet():
+        return compare(
+            graph if request.recorder is None else request.recorder.on(graph),
+            Renamed(opened.runner, inputs, names),
+            cases if request.recorder is None else request.recorder.watch(cases),
+            tolerance=request.tolerance,
+            budget=request.wish.flips,
+            about={**about_sides(candidate, reference), **line_of(opened.subject)},
+        )
+
+
+def record_model(side: Side, request: Request) -> tuple[RoutingPair, ...]:
+    """Run a model alone over all cases; the request's recorder keeps what comes. Which outputs are expert ids."""
+    assert request.recorder is not None
+    opened = open_model(side, request)
+    traced = _traced(opened.subject)
+    specs, dims = _specs_of(opened.subject, traced)
+    arrays = {name: as_numpy(tensor) for name, tensor in opened.subject.inputs.items()}
+    wish = replace(request.wish, own=own_inputs(side, opened.subject))
+    runner = request.recorder.on(opened.runner)
+    with quiet():
+        for case in request.recorder.watch(wished_cases(wish, specs, dims, arrays, request.seed)):
+            if case.reserve:
+                break
+            try:
+                runner.run(case.inputs)
+            except Exception:  # a size that the model does not take
+                continue
+    return tuple(RoutingPair(*pair) for pair in (() if traced is None else _pairs(traced)))
+
+
+def _traced(subject: Subject) -> Traced | None:
+    try:
+        return trace(subject)
+    except MoeExportError:
+        return None  # it can be run all the same, at the example's sizes
+
+
+def _specs_of(subject: Subject, traced: Traced | None) -> tuple[list[TensorSpec], list[DimRange]]:
+    shapes: Mapping[str, Any] = {} if traced is None else traced.inputs
+    specs = [
+        TensorSpec(name, as_numpy(tensor).dtype.name, tuple(shapes.get(name, tensor.shape)))
+        for name, tensor in subject.inputs.items()
+    ]
+    dims = () if traced is None else traced.dims
+    return specs, [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
+
+
+def _pairs(traced: Traced) -> list[tuple[str, str | None, str | None]]:
+    return [pair for routing in find_routings(traced) for pair in routing_outputs(routing, traced)]
+
+
+def line_of(subject: Subject) -> dict[str, str]:
+    """`file:line` of the model's `forward`, where the user wrote it."""
+    code = getattr(getattr(type(subject.module), "forward", None), "__code__", None)
+    if code is None or not is_user_file(code.co_filename):
+        return {"line": f"{subject.source}:1"}
+    return {"line": f"{code.co_filename}:{code.co_firstlineno}"}
+
+
+def own_inputs(side: Side, subject: Subject) -> Own | None:
+    """The function `inputs(seed)` of a model's file, as arrays by the model's input names; None without one."""
+    path, _ = split_spec(side.text)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return None
+    if "def inputs(" not in text:
+        return None
+    module, _ = run_file(path, as_script=False, stop_at_call=False)
+    function = getattr(module, "inputs", None)
+    if not callable(function):
+        return None
+
+    def made(seed: int) -> dict[str, Array]:
+        try:
+            found = function(seed)
+        except Exception as error:
+            raise UsageError(
+                f"inputs({seed}) raised {type(error).__name__}: {error}", where=str(path)
+            ) from None
+        if isinstance(found, Mapping) and set(found) >= set(subject.inputs):
+            return {name: np.asarray(as_numpy(found[name])) for name in subject.inputs}
+        tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+        if len(tensors) != len(subject.inputs):
+            raise UsageError(
+                f"inputs({seed}) returned {len(tensors)} tensors, the model takes {', '.join(subject.inputs)}",
+                where=str(path),
+            )
+        return dict(zip(subject.inputs, map(as_numpy, tensors), strict=True))
+
+    return made
+
+
+def _within(dims: list[Dim], candidate: GraphRunner) -> list[Dim]:
+    """The dimensions within what an engine's profile takes."""
+    if not isinstance(candidate, TensorRtRunner):
+        return dims
+    taken = {dim.name: dim for dim in candidate.dims}
+    return [replace(dim, minimum=taken[dim.name].minimum, maximum=taken[dim.name].maximum) for dim in dims]
+
+
+def reference_of(subject: Subject, facts: Mapping[str, str]) -> tuple[Subject, Routing]:
+    """The model, or the gate of it that the graph says it is; and which outputs are expert indices.
+
+    What the indices are is read off the model's own trace, never off the graph in question.
+    """
+    is_gate = facts.get("moe_export.kind") == "gate"
+    try:
+        traced = trace(subject)
+        routings = find_routings(traced)
+    except MoeExportError:
+        if is_gate:
+            raise
+        return subject, ()  # a model that cannot be traced can still be compared, index for index
+    if not is_gate:
+        return subject, [pair for routing in routings for pair in routing_outputs(routing, traced)]
+    path = facts.get("moe_export.module", "")
+    for routing in routings:
+        if routing.path == path:
+            cut = gate_subject(traced, routing, subject, with_scores=True)
+            return cut, [(INDICES, WEIGHTS if WEIGHTS in cut.outputs else None, SCORES)]
+    raise UsageError(
+        f"the graph is the gate of module {path!r}, and the model has no gate there",
+        hint="the gates of the model: " + (", ".join(routing.path for routing in routings) or "none"),
+    )
+
+
+def _aligned(candidate: GraphRunner, reference: Subject, routing: Routing) -> tuple[Subject, Routing]:
+    """The model under the graph's names: a graph of another exporter has its own, in the model's order.
+
+    Where one side has more inputs or outputs than the other, nothing is matched by position.
+    """
+    inputs = _by_position([spec.name for spec in candidate.inputs], list(reference.inputs))
+    outputs = _by_position([spec.name for spec in candidate.outputs], list(reference.outputs))
+    renamed = replace(
+        reference,
+        inputs=dict(zip(inputs, reference.inputs.values(), strict=True)),
+        outputs=tuple(outputs),
+    )
+    names = dict(zip(reference.outputs, outputs, strict=True))
+    pairs = [tuple(names.get(name, name) if name else None for name in pair) for pair in routing]
+    return renamed, pairs  # type: ignore[return-value]
+
+
+def _by_position(graph: list[str], model: list[str]) -> list[str]:
+    """The graph's names in place of the model's, if they are as many and not the same set."""
+    return model if len(graph) != len(model) or set(graph) == set(model) else graph
+
+
+def _example_for(candidate: GraphRunner, reference: Subject) -> dict[str, torch.Tensor]:
+    """The model's example inputs for the graph's inputs, which must have their names.
+
+    An input of the model that the graph does not have is one that its outputs do not depend on; it stays at
+    its example value.
+    """
+    names = [spec.name for spec in candidate.inputs]
+    unknown = [name for name in names if name not in reference.inputs]
+    if unknown:
+        raise UsageError(
+            f"the graph takes {', '.join(names)}, but the model takes {', '.join(reference.inputs)}",
+            hint="name the graph's inputs as forward's parameters are named",
+        )
+    return {name: tensor for name, tensor in reference.inputs.items() if name in names}
+
+
+def dims_of(specs: tuple[TensorSpec, ...], example: Mapping[str, torch.Tensor]) -> list[Dim]:
+    """The graph's dynamic dimensions, with the example's sizes.
+
+    Raises:
+        UsageError: A fixed size of the graph is not the example's.
+    """
+    found: dict[str, Dim] = {}
+    for spec in specs:
+        sizes: tuple[Any, ...] = tuple(example[spec.name].shape)
+        fits = len(sizes) == len(spec.shape) and all(
+            isinstance(want, str) or want == size for want, size in zip(spec.shape, sizes, strict=True)
+        )
+        if not fits:
+            raise UsageError(
+                f"the graph takes {spec}, but the model's example has shape {list(sizes)}",
+                hint="give the model file example inputs of the sizes that the graph was exported for",
+            )
+        for want, size in zip(spec.shape, sizes, strict=True):
+            if isinstance(want, str) and re.fullmatch(r"[A-Za-z_]\w*", want):
+                found.setdefault(want, Dim(want, want, size, 1, None))
+    return list(found.values())

@@ -1,0 +1,175 @@
+"""What the user wishes of a comparison: how much to try, on which inputs, how exactly; no engine is needed to know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from moe_export.errors import UsageError
+from moe_export.verify import DEFAULTS, Array, Case, DimRange, FlipBudget, TensorSpec, Tolerance, cases
+from moe_export.verify.golden import read_inputs
+from moe_export.verify.specs import describe
+from moe_export.verify.tolerance import parse_tolerances
+
+Own = Callable[[int], Mapping[str, Array]]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """How much to try.
+
+    Attributes:
+        thorough: Every kind of values, and at more sizes.
+        seeds: How many seeds, from the given one on.
+        flips: How many tokens may go to another expert in a tie.
+        at: Further sizes.
+        only: The label of the one case to run; None for all.
+        files: Files of the user's own inputs.
+        own: The function `inputs(seed)` of the model's file, if it has one.
+    """
+
+    thorough: bool = False
+    seeds: int = 1
+    flips: FlipBudget | None = None
+    at: tuple[Mapping[str, int], ...] = ()
+    only: str | None = None
+    files: tuple[Path, ...] = ()
+    own: Own | None = None
+
+
+USUAL = Wish()
+
+
+def parse_wish(
+    thorough: bool = False,
+    seeds: int = 1,
+    flips: str | None = None,
+    at: Sequence[str] = (),
+    case: str | None = None,
+    own_inputs: Sequence[str] = (),
+) -> Wish:
+    """A wish as the command line has it.
+
+    Raises:
+        UsageError: Something in it cannot be understood.
+    """
+    return Wish(
+        thorough=thorough,
+        seeds=seeds,
+        flips=None if flips is None else FlipBudget.parse(flips),
+        at=tuple(_parse_sizes(text) for text in at),
+        only=case,
+        files=tuple(Path(file) for file in own_inputs),
+    )
+
+
+def parse_tolerance(rtol: float | None, atol: float | None, outputs: Sequence[str] = ()) -> Tolerance:
+    """`--rtol`, `--atol` and every `--tolerance`."""
+    return Tolerance(rtol, atol, parse_tolerances(outputs))
+
+
+def tolerance_of(dtype: str, asked: Tolerance) -> Tolerance:
+    """What the user asked for, else what the narrowest type that a graph computes in allows."""
+    if dtype not in {"float16", "bfloat16"}:
+        return asked
+    default = DEFAULTS[dtype]
+    return Tolerance(
+        default.rtol if asked.rtol is None else asked.rtol,
+        default.atol if asked.atol is None else asked.atol,
+        asked.outputs,
+    )
+
+
+def check_names(tolerance: Tolerance, outputs: Sequence[str]) -> None:
+    """Refuse a margin for an output that does not exist: it would be believed and never used.
+
+    Raises:
+        UsageError: There is one.
+    """
+    unknown = tolerance.unknown(outputs)
+    if unknown:
+        raise UsageError(
+            f"--tolerance names the output '{unknown[0]}', which there is not",
+            hint=f"the outputs: {', '.join(outputs)}",
+        )
+
+
+def wished_cases(
+    wish: Wish, specs: Sequence[TensorSpec], dims: Sequence[DimRange], example: Mapping[str, Array], seed: int
+) -> Iterator[Case]:
+    """The cases of a comparison; the user's own inputs come right after the example.
+
+    Raises:
+        UsageError: There is no case of the label that was asked for, or the user's inputs do not fit.
+    """
+    made = cases(specs, dims, example, seed, thorough=wish.thorough, seeds=wish.seeds, at=wish.at)
+    return picked(_with_own(wish, specs, made, seed), wish.only)
+
+
+def _with_own(wish: Wish, specs: Sequence[TensorSpec], made: Iterator[Case], seed: int) -> Iterator[Case]:
+    yield next(made)
+    names = [spec.name for spec in specs]
+    for file in wish.files:
+        yield own_case(file.name, seed, specs, read_inputs(file, names))
+    if wish.own is not None:
+        for more in range(wish.seeds):
+            yield own_case(f"inputs({seed + more})", seed + more, specs, wish.own(seed + more))
+    yield from made
+
+
+def own_case(label: str, seed: int, specs: Sequence[TensorSpec], arrays: Mapping[str, Array]) -> Case:
+    """A case of inputs that were given.
+
+    Raises:
+        UsageError: One of them does not fit.
+    """
+    sizes: dict[str, int] = {}
+    inputs = {}
+    for spec in specs:
+        array = arrays[spec.name]
+        wanted = [
+            size if isinstance(size, int) else sizes.get(size) if size in sizes else None
+            for size in spec.shape
+        ]
+        fits = array.ndim == len(wanted) and all(
+            want in (None, got) for want, got in zip(wanted, array.shape, strict=True)
+        )
+        if not fits or array.dtype.name != spec.dtype:
+            raise UsageError(f"{label}: the input '{spec.name}' is {describe(array)}, the model takes {spec}")
+        sizes |= {
+            name: size
+            for name, size in zip(spec.shape, array.shape, strict=True)
+            if isinstance(name, str) and name.isidentifier()
+        }
+        inputs[spec.name] = array
+    return Case(label, seed, sizes, inputs)
+
+
+def picked(cases: Iterator[Case], only: str | None) -> Iterator[Case]:
+    """The one case of a label, or all.
+
+    Raises:
+        UsageError: There is none.
+    """
+    if only is None:
+        return cases
+    labels = []
+    for case in cases:
+        if case.label == only:
+            return iter([case])
+        labels.append(case.label)
+    raise UsageError(
+        f"there is no case '{only}'", hint=f"the cases: {'; '.join(labels)} (and more with --thorough)"
+    )
+
+
+def _parse_sizes(text: str) -> dict[str, int]:
+    """`batch=0,seq=5`."""
+    try:
+        found = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise UsageError(f"--at takes sizes, not {text!r}", hint="--at batch=1,seq=4096") from None
+    if any(size < 0 for size in found.values()):
+        raise UsageError(f"--at takes sizes of 0 and more, not {text!r}", hint="--at batch=1,seq=4096")
+    return found
