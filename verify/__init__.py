@@ -15,6 +15,7 @@
 | `onnx_reference_runner` | the evaluator of the ONNX project |
 | `sizes`, `inputs`, `regimes` | which sizes, which values, which kinds of values |
 | `tolerance`, `judge`, `routing`, `sketch` | when two outputs are the same; what is kept of their differences |
+| `experts_alone` | every token to one expert, for each |
 | `golden` | inputs and outputs of a run, stored |
 | `choices`, `truth`, `torch_modes` | where outputs differ: under the same choices, and beside a float64 run |
 | `compare` | the loop |

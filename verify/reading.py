@@ -110,8 +110,6 @@ def _margin(found: Judgement, tolerance: Tolerance) -> Margin:
     assert found.margin is not None
     if found.output in tolerance.outputs:
         return tolerance.outputs[found.output]
-    if found.kind == "routing":  # its margin is that of the scores
-        return found.margin
     return Margin(
         found.margin.rtol if tolerance.rtol is None else tolerance.rtol,
         found.margin.atol if tolerance.atol is None else tolerance.atol,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
@@ -19,6 +20,7 @@ WIDTH = 100
 _HEADER = ("output", "dtype", "max abs", "max rel", "at", "verdict")
 _RIGHT = (2, 3)  # columns of figures
 _LIMITS = (28, 14, 9, 9, 24, 9)  # with a gap of 1 between them, exactly within WIDTH
+_AGAIN = "again: "
 _COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow"}
 
 
@@ -97,6 +99,7 @@ def _paragraphs(report: Report) -> Iterator[str]:
     yield f"compared at {len({case.sizes for case in ran})} sizes: " + (_labels(plain_cases) or "none")
     if kinds := dict.fromkeys(case.regime for case in ran if case.regime != NORMAL):
         yield f"with other values: {'; '.join(kinds)}"
+    yield _seeds(report)
     for reason, labels in _reasons(report, "refused").items():
         yield f"refused by {report.reference}, {'; '.join(labels)}: {reason}"
     for reason, labels in _reasons(report, "failed").items():
@@ -104,9 +107,26 @@ def _paragraphs(report: Report) -> Iterator[str]:
     for row in report.rows:
         if not row.equal:
             yield f"{row.output} DIFFERS, {row.at}: {row.reason}{_worst(row, report)}"
+    yield from _again(report)
     if report.flips:
         yield f"ties: {report.flips} tokens went to another expert of the same score"
     yield from (f"warning: {warning}" for warning in report.warnings)
+
+
+def _seeds(report: Report) -> str:
+    seeds = sorted({case.seed for case in report.cases}) or [0]
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+
+
+def _again(report: Report) -> Iterator[str]:
+    """How to run the first case that differs once more, and nothing else."""
+    wrong = [
+        case for case in report.cases if case.outcome == "failed" or not all(j.ok for j in case.judgements)
+    ]
+    if wrong and "command" in report.about:
+        case, about = wrong[0], report.about
+        words = [about["command"], f"--against {about['reference']}", f"--seed {case.seed}"]
+        yield _AGAIN + " ".join([*words, f"--case {shlex.quote(case.label)}"])
 
 
 def _reasons(report: Report, outcome: Outcome) -> dict[str, list[str]]:
@@ -140,4 +160,6 @@ def _labels(cases: tuple[CaseResult, ...]) -> str:
 
 
 def _wrapped(paragraph: str) -> list[str]:
-    return textwrap.wrap(paragraph, WIDTH, subsequent_indent="  ") or [""]
+    if paragraph.startswith(_AGAIN):
+        return [paragraph]  # a command is copied as it stands
+    return textwrap.wrap(paragraph, WIDTH, subsequent_indent="  ", break_on_hyphens=False) or [""]

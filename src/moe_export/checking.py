@@ -172,7 +172,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     arrays = {name: as_numpy(tensor) for name, tensor in example.items() if name in {s.name for s in specs}}
     names = outputs or reference.outputs
     runner = TorchRunner(reference.call_named, names)
-    made = wished_cases(wish, specs, ranges, arrays, seed)
+    made = wished_cases(wish, specs, ranges, arrays, seed, runner)
     if recorder is not None:
         recorder.routing = tuple(RoutingPair(*pair) for pair in routing)
     with quiet():

@@ -4,23 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import onnx_ir as ir
 
 from moe_export.checking_choices import runner_of_model
 from moe_export.errors import MoeExportError
-from moe_export.export.precision_choices import Choices, find_choices, with_forced_choices
+from moe_export.export.precision_choices import (
+    Choices,
+    find_choices,
+    with_choices_out,
+    with_forced_choices,
+)
 from moe_export.verify import Array, Choice, OnnxRuntimeRunner, Told
+from moe_export.verify.experts_alone import Watched
 
 
-class Watched(Protocol):
-    """An engine that says what it chose."""
+class WatchedGraph:
+    """A graph that says what it chooses.
+
+    Args:
+        path: The graph.
+        provider: Where onnxruntime runs it.
+    """
+
+    def __init__(self, path: Path, provider: str = "cpu") -> None:
+        model = ir.load(path)
+        self._choices = Choices(len(find_choices(model)))
+        self._makes = runner_of_model(with_choices_out(model), provider)
+        self._told = runner_of_model(with_forced_choices(model), provider)
 
     def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
         """Outputs, and the choices in order."""
-        ...
+        outputs = self._makes.run(inputs)
+        ids = [outputs.pop(name) for name in self._choices.made]
+        if not ids:
+            return outputs, ()
+        told = self._told.run({**inputs, **dict(zip(self._choices.forced, ids, strict=True))})
+        scores = [told[name] for name in self._choices.scores]
+        return outputs, tuple(Choice(i, s) for i, s in zip(ids, scores, strict=True))
 
 
 class GraphTeller:
@@ -79,6 +101,24 @@ class GraphTeller:
             if self._choices.count:
                 self._graph = runner_of_model(with_forced_choices(model), self._provider)
         return self._graph
+
+
+class Mirrored:
+    """Tells the reference what the candidate chose: the same question, where only the reference can be told.
+
+    Args:
+        teller: Tells the reference; its own reference is the candidate.
+    """
+
+    def __init__(self, teller: GraphTeller) -> None:
+        self._teller = teller
+
+    def tell(self, inputs: Mapping[str, Array]) -> Told | None:
+        """One case again; None if the candidate chooses nothing."""
+        told = self._teller.tell(inputs)
+        if told is None or told.got is None:
+            return told
+        return Told(told.got, told.expected, told.choices, told.own)
 
 
 def _shaped(forced: Mapping[str, Array], graph: OnnxRuntimeRunner) -> dict[str, Array]:

@@ -38,6 +38,8 @@ def run_verify(
     record: str | None = None,
     tolerances: tuple[str, ...] = (),
     wanted: Wanted | None = None,
+    blame: bool = True,
+    repro: str | None = None,
     **wish: Any,
 ) -> int:
     """Run the command; the exit code, the worst of several."""
@@ -55,10 +57,11 @@ def run_verify(
         init=init,
         inputs=inputs,
         recorder=None if record is None else Recorder(),
+        why=[] if blame or repro is not None else None,
     )
+    if not references:
+        return _record_alone(candidate, request, Path(record or ""), console)
     with console.user_code():
-        if not references:
-            return _record_alone(candidate, request, Path(record or ""), console)
         reports = [_compared(candidate, reference, request, console) for reference in references]
     again = _again(graph, request, backend)
     reports = [replace(report, about={**report.about, "command": again}) for report in reports]
@@ -66,10 +69,14 @@ def run_verify(
         check_names(request.tolerance, [row.output for row in report.rows])
     if record is not None and request.recorder is not None:
         _save(request.recorder, reports[0], Path(record), console)
-    console.json(json.dumps(_document(reports), indent=2))
+    console.json(json.dumps(_document(reports, request), indent=2))
     for report in reports:
         if not (quiet or as_json):
             show(report, sys.stdout)
+    for why in request.why or ():
+        console.say(f"\n{why}")
+        if repro is not None:
+            console.say("written: " + ", ".join(str(file) for file in why.write(Path(repro))))
     write_reports(reports, wanted or Wanted(), console)
     return max(report.exit_code for report in reports)
 
@@ -81,9 +88,10 @@ def _compared(candidate: Side, reference: Side, request: Request, console: Conso
         return compare_sides(candidate, reference, request)
 
 
-def _document(reports: list[Report]) -> dict[str, Any]:
+def _document(reports: list[Report], request: Request) -> dict[str, Any]:
     if len(reports) == 1:
-        return reports[0].to_dict()
+        document = reports[0].to_dict()
+        return {**document, "why": request.why[0].to_dict()} if request.why else document
     return {"schema": SEVERAL, "reports": [report.to_dict() for report in reports]}
 
 
@@ -107,7 +115,7 @@ def _record_alone(side: Side, request: Request, path: Path, console: Console) ->
     from moe_export.verifying_models import record_model
 
     assert request.recorder is not None
-    with console.step(f"running {side.text}"):
+    with console.user_code(), console.step(f"running {side.text}"):
         routing = record_model(side, request)
     recorder = request.recorder
     golden = Golden(recorder.engine, tuple(recorder.kept), routing, {"reference": side.text})

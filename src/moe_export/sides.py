@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from moe_export.backends import BACKENDS, KINDS, Kind
 from moe_export.errors import UsageError
-from moe_export.verify import Array, DimRange, OnnxRuntimeRunner, TensorRtRunner, TensorSpec
+from moe_export.verify import Array, DimRange, OnnxRuntimeRunner, RoutingPair, TensorRtRunner, TensorSpec
 from moe_export.verify.onnx_reference_runner import OnnxReferenceRunner
+from moe_export.verify.onnxruntime_runner import specs_of
 from moe_export.verify.specs import is_float, numpy_dtype
 
 GraphRunner: TypeAlias = OnnxRuntimeRunner | TensorRtRunner | OnnxReferenceRunner
@@ -162,3 +163,32 @@ def _table_sizes(path: Path) -> dict[str, int]:
             size = rows[node.input[0]][axis]
             found[node.input[1]] = min(size, found.get(node.input[1], size))
     return found
+
+
+_PASSING = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
+
+
+def graph_routing(path: Path) -> list[RoutingPair]:
+    """Outputs of a graph that are the positions of a `TopK`, each with the one float output of the same shape.
+
+    Engines return a `TopK`'s positions in any order, so they are compared as sets.
+    """
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    outputs = specs_of(graph.output)
+    chosen = [spec for spec in outputs if _is_positions(spec.name, makers)]
+    pairs = []
+    for spec in chosen:
+        weights = [other.name for other in outputs if other.shape == spec.shape and other not in chosen]
+        pairs.append(RoutingPair(spec.name, weights[0] if len(weights) == 1 else None))
+    return pairs
+
+
+def _is_positions(name: str, makers: Mapping[str, Any]) -> bool:
+    node = makers.get(name)
+    while node is not None and node.op_type in _PASSING:
+        name = node.input[0]
+        node = makers.get(name)
+    return node is not None and node.op_type == "TopK" and name == node.output[1]

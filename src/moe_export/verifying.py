@@ -13,13 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
-from moe_export.checking_told import GraphTeller, Watched
+from moe_export.checking_told import GraphTeller, Mirrored, WatchedGraph
 from moe_export.errors import UsageError
-from moe_export.sides import Side, graph_example, graph_runner, metadata
-from moe_export.verify import Array, DimRange, Report, RoutingPair, Runner, TensorSpec, Tolerance, compare
+from moe_export.sides import Side, graph_example, graph_routing, graph_runner, metadata
+from moe_export.verify import Array, DimRange, Report, Runner, TensorSpec, Tolerance, compare
 from moe_export.verify.golden import Golden, Recorder, load_golden
 from moe_export.wishes import USUAL, Wish, picked, tolerance_of, wished_cases
+
+if TYPE_CHECKING:
+    from moe_export.explaining import Explanation
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +37,7 @@ class Request:
         init: Arguments of a model file's class.
         inputs: Example inputs of a model file's class.
         recorder: Keeps what the reference computes.
+        why: Keeps what was found out about graphs that are not equal to their model; None to look for nothing.
     """
 
     tolerance: Tolerance = field(default_factory=Tolerance)
@@ -41,6 +46,7 @@ class Request:
     init: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     recorder: Recorder | None = None
+    why: list[Explanation] | None = None
 
 
 def compare_sides(candidate: Side, reference: Side, request: Request) -> Report:
@@ -66,7 +72,8 @@ def _with_golden(candidate: Side, reference: Side, request: Request) -> Report:
     runner, outputs = _opened(other, stored, request)
     sides: tuple[Runner, Runner] = (stored, runner) if other is candidate else (runner, stored)
     facts = metadata(other.path) if other.kind in {"graph", "engine"} else {}
-    tells = other is candidate and other.kind == "graph" and (other.backend or "").startswith("onnxruntime")
+    tells = other.kind == "graph" and (other.backend or "").startswith("onnxruntime")
+    teller = GraphTeller(stored, other.path if tells else None, other.provider, outputs)
     cases = picked(iter([case.case for case in stored.cases]), request.wish.only)
     return compare(
         sides[0] if request.recorder is None else request.recorder.on(sides[0]),
@@ -76,7 +83,7 @@ def _with_golden(candidate: Side, reference: Side, request: Request) -> Report:
         routing=stored.routing if other is candidate else (),
         budget=request.wish.flips,
         seconds=float("inf"),
-        teller=GraphTeller(stored, other.path, other.provider, outputs) if tells else None,
+        teller=teller if other is candidate else Mirrored(teller),
         about={**stored.about, **about_sides(candidate, reference)},
     )
 
@@ -168,9 +175,22 @@ def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
         Renamed(ours, {theirs_name: own for own, theirs_name in inputs.items()}, outputs),
         made if request.recorder is None else request.recorder.watch(made),
         tolerance=tolerance_of(narrow, request.tolerance),
+        routing=graph_routing(reference.path) if reference.kind == "graph" else (),
         budget=request.wish.flips,
+        teller=_teller(candidate, reference, inputs, outputs),
         about=about_sides(candidate, reference),
     )
+
+
+def _teller(
+    candidate: Side, reference: Side, inputs: Mapping[str, str], outputs: Mapping[str, str]
+) -> GraphTeller | None:
+    """Where onnxruntime runs both, and their inputs have the same names."""
+    runs = all((side.backend or "").startswith("onnxruntime") for side in (candidate, reference))
+    if not runs or any(own != name for own, name in inputs.items()):
+        return None
+    watched = WatchedGraph(reference.path, reference.provider)
+    return GraphTeller(watched, candidate.path, candidate.provider, outputs)
 
 
 def narrowed(
@@ -207,11 +227,3 @@ def _cut(array: Array, spec: TensorSpec) -> Array:
 def about_sides(candidate: Side, reference: Side) -> dict[str, str]:
     """Where the two sides are."""
     return {"candidate": candidate.text, "reference": reference.text}
-
-
-def routing_pairs(found: Sequence[tuple[str, str | None, str | None]]) -> list[RoutingPair]:
-    """The pairs as the verify room has them."""
-    return [RoutingPair(*pair) for pair in found]
-
-
-__all__ = ["Request", "Watched", "compare_sides"]

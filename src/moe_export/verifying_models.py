@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,8 +13,9 @@ from torch.utils import _pytree as pytree
 
 from moe_export.checking import Routing, verify_file
 from moe_export.checking_float64 import Float64Runner
-from moe_export.checking_told import GraphTeller
+from moe_export.checking_told import GraphTeller, Mirrored
 from moe_export.errors import MoeExportError, UsageError
+from moe_export.explaining import Remembering, explain
 from moe_export.export.dims import Dim
 from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject
 from moe_export.export.load import load_subject, split_spec
@@ -24,7 +25,7 @@ from moe_export.export.script import run_file
 from moe_export.export.source import is_user_file
 from moe_export.export.subject import Subject
 from moe_export.export.trace import Traced, quiet, trace
-from moe_export.sides import GraphRunner, Side, graph_runner, metadata
+from moe_export.sides import GraphRunner, Side, graph_routing, graph_runner, metadata
 from moe_export.verify import (
     Array,
     DimRange,
@@ -76,13 +77,15 @@ def _graph_against_model(candidate: Side, reference: Side, request: Request) -> 
     tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
     if reference.backend == "torch-float64":
         return _float64_against_graph(candidate, reference, request, subject, runner)
-    return verify_file(
-        runner,
+    tolerance = tolerance_of(dtype, request.tolerance)
+    remembering = Remembering(runner)
+    report = verify_file(
+        cast(GraphRunner, remembering),  # it has what a runner of graphs has
         subject,
         example=example,
         dims=_within(dims_of(runner.inputs, example), runner),
         routing=routing,
-        tolerance=tolerance_of(dtype, request.tolerance),
+        tolerance=tolerance,
         seed=request.seed,
         graph=candidate.path if tells else None,
         provider=candidate.provider,
@@ -90,6 +93,10 @@ def _graph_against_model(candidate: Side, reference: Side, request: Request) -> 
         recorder=request.recorder,
         about={**about_sides(candidate, reference), **line_of(original)},
     )
+    if request.why is not None and candidate.kind == "graph":
+        found = explain(candidate.path, remembering, report, original, subject, tolerance, routing)
+        request.why.extend([] if found is None else [found])
+    return report
 
 
 def _float64_against_graph(
@@ -154,13 +161,19 @@ def _model_against_graph(candidate: Side, reference: Side, request: Request) -> 
     cases = wished_cases(request.wish, list(graph.inputs), ranges, arrays, request.seed)
     names = by_position(opened.subject.outputs, subject.outputs)
     inputs = dict(zip(subject.inputs, opened.subject.inputs, strict=True))
+    plain = TorchRunner(subject.call_named, subject.outputs)
+    tells = (reference.backend or "").startswith("onnxruntime")
+    told = GraphTeller(plain, reference.path if tells else None, reference.provider)
     with quiet():
         return compare(
             graph if request.recorder is None else request.recorder.on(graph),
             Renamed(opened.runner, inputs, names),
             cases if request.recorder is None else request.recorder.watch(cases),
             tolerance=request.tolerance,
+            routing=graph_routing(reference.path) if reference.kind == "graph" else (),
             budget=request.wish.flips,
+            teller=Mirrored(told),
+            truth=Float64Runner(subject, subject.outputs),
             about={**about_sides(candidate, reference), **line_of(opened.subject)},
         )
 

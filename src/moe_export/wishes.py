@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from moe_export.errors import UsageError
 from moe_export.verify import DEFAULTS, Array, Case, DimRange, FlipBudget, TensorSpec, Tolerance, cases
+from moe_export.verify.experts_alone import Watched, alone_cases
 from moe_export.verify.golden import read_inputs
 from moe_export.verify.specs import describe
 from moe_export.verify.tolerance import parse_tolerances
@@ -96,15 +98,50 @@ def check_names(tolerance: Tolerance, outputs: Sequence[str]) -> None:
 
 
 def wished_cases(
-    wish: Wish, specs: Sequence[TensorSpec], dims: Sequence[DimRange], example: Mapping[str, Array], seed: int
+    wish: Wish,
+    specs: Sequence[TensorSpec],
+    dims: Sequence[DimRange],
+    example: Mapping[str, Array],
+    seed: int,
+    watched: Watched | None = None,
 ) -> Iterator[Case]:
     """The cases of a comparison; the user's own inputs come right after the example.
+
+    Args:
+        wish: How much to try.
+        specs: The inputs.
+        dims: The free dimensions.
+        example: The first case.
+        seed: Of the values.
+        watched: The reference, if it says what it chooses: then each expert is tried alone, if all is to be tried.
 
     Raises:
         UsageError: There is no case of the label that was asked for, or the user's inputs do not fit.
     """
     made = cases(specs, dims, example, seed, thorough=wish.thorough, seeds=wish.seeds, at=wish.at)
-    return picked(_with_own(wish, specs, made, seed), wish.only)
+    made = _with_own(wish, specs, made, seed)
+    if wish.thorough and watched is not None:
+        drawn = (case for more in range(8) for case in _ordinary(specs, dims, example, seed + more))
+        made = _before_reserve(made, alone_cases(watched, drawn))
+    return picked(made, wish.only)
+
+
+def _ordinary(
+    specs: Sequence[TensorSpec], dims: Sequence[DimRange], example: Mapping[str, Array], seed: int
+) -> Iterator[Case]:
+    """New values at the traced sizes."""
+    return islice(cases(specs, dims, example, seed), 1, 2)
+
+
+def _before_reserve(made: Iterator[Case], more: Iterator[Case]) -> Iterator[Case]:
+    for case in made:
+        if case.reserve:
+            yield from more
+            yield case
+            break
+        yield case
+    yield from more  # nothing is left of it if the reserve was reached
+    yield from made
 
 
 def _with_own(wish: Wish, specs: Sequence[TensorSpec], made: Iterator[Case], seed: int) -> Iterator[Case]:

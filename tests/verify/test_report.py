@@ -71,6 +71,7 @@ def test_the_text_in_full():
         "b      int64          0        0 example equal",
         "",
         "compared at 2 sizes: example (batch=2 seq=10); seq=15",
+        "seed 7",
         "a DIFFERS, seq=15: 1 of 2 elements beyond rtol=1e-05 atol=1e-05; worst a[1] is 2.5, torch has 2",
     ]
 
@@ -95,6 +96,7 @@ def test_a_report_of_nothing_prints():
         "onnxruntime-cpu against torch: not proven (0 of 1 sizes could be compared)",
         "",
         "compared at 0 sizes: none",
+        "seed 0",
     ]
 
 
