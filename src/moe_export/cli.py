@@ -194,6 +194,12 @@ def export_command(**options: Any) -> int:
 @click.option(
     "--record", metavar="FILE.safetensors", help="Store inputs and right outputs, to compare with later."
 )
+@click.option(
+    "--blame/--no-blame", default=True, show_default=True, help="Where a graph differs, name the guilty node."
+)
+@click.option(
+    "--repro", metavar="FOLDER", help="Where a graph differs, write the fault as a script that shows it."
+)
 @click.option("--case", metavar="LABEL", help="Run one case of a report again, with the report's --seed.")
 @report_options
 @_model_options
@@ -237,7 +243,7 @@ def judge_command(**options: Any) -> int:
 
 
 @cli.command("rewrite")
-@click.argument("source", metavar="MODEL.ONNX|MODEL.PY|EQUATION")
+@click.argument("sources", nargs=-1, required=True, metavar="MODEL.ONNX|MODEL.PY|EQUATION")
 @click.option("-o", "--output", metavar="FILE", help="Where the rewritten file goes.")
 @click.option("--shapes", metavar="2x64x256,256x16", help="Sizes of the operands; without them, symbols.")
 @click.option(
@@ -255,10 +261,16 @@ def judge_command(**options: Any) -> int:
 @click.option("--check", is_flag=True, help="Python: write nothing; exit 1 if something is left to rewrite.")
 @_output_options
 def rewrite_command(**options: Any) -> int:
-    """Replace every einsum of an ONNX or a Python file, or show how one EQUATION is computed."""
+    """Replace every einsum of an ONNX or a Python file, or show how one EQUATION is computed.
+
+    Several files may be given with --check, --diff and --in-place.
+    """
     from moe_export.cli_rewrite import run_rewrite
 
-    return run_rewrite(**options)
+    sources = options.pop("sources")
+    if len(sources) > 1 and not (options["check"] or options["diff"] or options["in_place"]):
+        raise click.UsageError("several files go with --check, --diff or --in-place")
+    return max(run_rewrite(source=source, **options) for source in sources)
 
 
 @cli.command("routing")

@@ -12,13 +12,12 @@ import onnx
 from moe_export.blaming import blame, open_graph
 from moe_export.export.subject import Subject
 from moe_export.export.trace import quiet
+from moe_export.sides import GraphRunner
 from moe_export.verify import (
     Array,
     Case,
-    OnnxRuntimeRunner,
     Report,
     RoutingPair,
-    TensorRtRunner,
     Tolerance,
     TorchRunner,
     compare,
@@ -38,7 +37,7 @@ class Remembering:
         runner: The one that runs.
     """
 
-    def __init__(self, runner: OnnxRuntimeRunner | TensorRtRunner) -> None:
+    def __init__(self, runner: GraphRunner) -> None:
         self.name, self.inputs, self.outputs = runner.name, runner.inputs, runner.outputs
         self.given: list[Mapping[str, Array]] = []
         self._runner = runner
@@ -108,9 +107,8 @@ def explain(
     report: Report,
     subject: Subject,
     reference: Subject,
-    *,
     tolerance: Tolerance,
-    routing: Sequence[RoutingPair],
+    routing: Sequence[tuple[str, str | None, str | None]],
 ) -> Explanation | None:
     """Look into the first case that a graph got wrong.
 
@@ -140,9 +138,11 @@ def explain(
     with quiet():
         expected = TorchRunner(reference.call_named, reference.outputs).run(inputs)
 
+        pairs = [RoutingPair(*pair) for pair in routing]
+
         def is_right(outputs: Mapping[str, Value]) -> bool:
             one = Case(case.label, case.seed, dict(case.sizes), given)
-            found = compare(_Said(expected), _Said(outputs), [one], tolerance=tolerance, routing=routing)
+            found = compare(_Said(expected), _Said(outputs), [one], tolerance=tolerance, routing=pairs)
             return found.verdict != "not equal"
 
         try:

@@ -1,0 +1,108 @@
+"""`moe-export mutate graph.onnx --against model.py`: whether the gate would catch what can go wrong with a graph."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moe_export.console import Console
+from moe_export.mutating_apart import Fate, Request, try_apart
+from moe_export.verify.mutants import KINDS
+
+SCHEMA = "moe-export/mutation-report/1"
+
+
+def run_mutate(
+    graph: str,
+    against: str,
+    init: tuple[str, ...],
+    inputs: tuple[str, ...],
+    rtol: float | None,
+    atol: float | None,
+    seed: int,
+    thorough: bool,
+    limit: int,
+    kinds: tuple[str, ...],
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> int:
+    """Run the command; the exit code."""
+    console = Console(quiet, as_json)
+    request = Request(graph, against, init, inputs, rtol, atol, seed, thorough, limit, kinds)
+    with console.step(f"trying mutants of {graph}"):
+        trial = try_apart(request)
+    score = Score(trial.fates, trial.cases)
+    console.json(json.dumps(score.to_dict(graph, against), indent=2))
+    for line in score.lines():
+        console.say(line)
+    return score.exit_code
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many mutants the gate caught.
+
+    Attributes:
+        fates: What became of each.
+        cases: How many cases the gate has.
+    """
+
+    fates: tuple[Fate, ...]
+    cases: int
+
+    def count(self, outcome: str, kind: str | None = None) -> int:
+        """How many mutants, of a kind or of all, came to this."""
+        return sum(fate.outcome == outcome and kind in (None, fate.kind) for fate in self.fates)
+
+    @property
+    def exit_code(self) -> int:
+        """1 if a mutant survived that is not equivalent."""
+        return 1 if self.count("survived") else 0
+
+    def lines(self) -> Iterator[str]:
+        """For a person."""
+        yield f"\n{'kind':<16} {'mutants':>8} {'caught':>8} {'equivalent':>11} {'survived':>9}"
+        for kind in (*(kind for kind in KINDS if any(fate.kind == kind for fate in self.fates)), None):
+            caught, same, left = (
+                self.count(outcome, kind) for outcome in ("caught", "equivalent", "survived")
+            )
+            yield f"{kind or 'all':<16} {caught + same + left:>8} {caught:>8} {same:>11} {left:>9}"
+        counted = self.count("caught") + self.count("survived")
+        yield f"\nmutation score: {self.count('caught')} of {counted} ({self.cases} cases)"
+        if self.count("stillborn"):
+            yield f"{self.count('stillborn')} more were no graphs that onnxruntime opens"
+        for fate in self.fates:
+            if fate.outcome == "equivalent":
+                yield f"  equivalent  {fate}"
+        for fate in self.fates:
+            if fate.outcome == "survived":
+                yield f"  SURVIVED    {fate}  (off by {fate.off:.1e} in float64)"
+
+    def to_dict(self, graph: str, against: str) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        counted = self.count("caught") + self.count("survived")
+        return {
+            "schema": SCHEMA,
+            "graph": graph,
+            "against": against,
+            "cases": self.cases,
+            "caught": self.count("caught"),
+            "survived": self.count("survived"),
+            "equivalent": self.count("equivalent"),
+            "stillborn": self.count("stillborn"),
+            "score": self.count("caught") / counted if counted else None,
+            "mutants": [
+                {
+                    "kind": fate.kind,
+                    "node": fate.node,
+                    "what": fate.what,
+                    "outcome": fate.outcome,
+                    "by": fate.by,
+                    "off": fate.off if fate.off != float("inf") else None,
+                }
+                for fate in self.fates
+            ],
+        }

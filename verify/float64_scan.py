@@ -1,0 +1,51 @@
+"""A `Scan` for ONNX's reference implementation, whose own takes no axes and no directions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from onnx.reference.op_run import OpRun
+
+
+class Scan(OpRun):  # type: ignore[misc]
+    """`Scan` over any axes, in any directions."""
+
+    op_domain = ""
+
+    def need_context(self) -> bool:
+        """Bodies read values from outside."""
+        return True
+
+    def _run(self, *args: Any, context: Any = None, bindings: Any = None, **_: Any) -> tuple[Any, ...]:
+        count = self.num_scan_inputs
+        states, streams = list(args[: len(args) - count]), args[len(args) - count :]
+        axes, reverse = _filled(self.scan_input_axes, count), _filled(self.scan_input_directions, count)
+        streams = tuple(
+            np.flip(stream, axis) if back else stream
+            for stream, axis, back in zip(streams, axes, reverse, strict=True)
+        )
+        names = list(self.body.input_names)
+        length = min(stream.shape[axis] for stream, axis in zip(streams, axes, strict=True))
+        rows: list[list[Any]] = []
+        for turn in range(length):
+            elements = [np.take(stream, turn, axis) for stream, axis in zip(streams, axes, strict=True)]
+            given = {**(context or {}), **dict(zip(names, [*states, *elements], strict=True))}
+            found = self._run_body(given, bindings=bindings)
+            states = list(found[: len(states)])
+            rows.append(list(found[len(states) :]))
+        return (*states, *self._stacked(rows))
+
+    def _stacked(self, rows: list[list[Any]]) -> list[Any]:
+        columns = list(zip(*rows, strict=True))
+        axes = _filled(self.scan_output_axes, len(columns))
+        reverse = _filled(self.scan_output_directions, len(columns))
+        return [
+            np.stack(column[::-1] if back else column, axis)
+            for column, axis, back in zip(columns, axes, reverse, strict=True)
+        ]
+
+
+def _filled(given: Sequence[int] | None, count: int) -> list[int]:
+    return [0] * count if given is None else list(given)
