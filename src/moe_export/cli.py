@@ -242,6 +242,28 @@ def judge_command(**options: Any) -> int:
     return run_judge(**options, wanted=wanted)
 
 
+@cli.command("mutate")
+@click.argument("graph", metavar="GRAPH.ONNX")
+@click.option(
+    "--against", required=True, metavar="MODEL.PY[:CLASS]", help="The model that the graph was made from."
+)
+@click.option("--kind", "kinds", multiple=True, metavar="KIND", help="Only this kind of mutant (repeatable).")
+@click.option(
+    "--limit", type=click.IntRange(0), default=0, help="At most so many mutants of each kind  [default: all]"
+)
+@click.option("--thorough", is_flag=True, help="The gate tries every kind of values.")
+@click.option("--seed", type=int, default=0, show_default=True, help="Seed of the test inputs.")
+@click.option("--atol", type=float, help="Absolute tolerance [float32: 1e-5].")
+@click.option("--rtol", type=float, help="Relative tolerance [float32: 1e-5].")
+@_model_options
+@_output_options
+def mutate_command(**options: Any) -> int:
+    """Test the gate itself: break a right graph in every way, one at a time; exit 1 if one goes unnoticed."""
+    from moe_export.cli_mutate import run_mutate
+
+    return run_mutate(**options)
+
+
 @cli.command("rewrite")
 @click.argument("sources", nargs=-1, required=True, metavar="MODEL.ONNX|MODEL.PY|EQUATION")
 @click.option("-o", "--output", metavar="FILE", help="Where the rewritten file goes.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_export.console import Console
+from moe_export.errors import UsageError
 from moe_export.mutating_apart import Fate, Request, try_apart
 from moe_export.verify.mutants import KINDS
 
@@ -31,6 +32,9 @@ def run_mutate(
 ) -> int:
     """Run the command; the exit code."""
     console = Console(quiet, as_json)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise UsageError(f"no kind of mutant is called '{unknown[0]}'", hint=f"the kinds: {', '.join(KINDS)}")
     request = Request(graph, against, init, inputs, rtol, atol, seed, thorough, limit, kinds)
     with console.step(f"trying mutants of {graph}"):
         trial = try_apart(request)
