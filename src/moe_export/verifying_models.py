@@ -67,16 +67,30 @@ def compare_models(candidate: Side, reference: Side, request: Request) -> Report
 
 
 def _graph_against_model(candidate: Side, reference: Side, request: Request) -> Report:
+    original = open_model(reference, request).subject
+    if reference.backend == "torch-float64":
+        return _float64_against_graph(candidate, reference, request, original)
+    wish = replace(request.wish, own=own_inputs(reference, original))
+    return compare_subject(original, candidate, replace(request, wish=wish), reference.text)
+
+
+def compare_subject(original: Subject, candidate: Side, request: Request, called: str) -> Report:
+    """Compare a graph or an engine with a model that is loaded.
+
+    Args:
+        original: The model; the graph may be of a gate of it.
+        candidate: The graph or the engine.
+        request: How; its recorder and its wishes count.
+        called: What the report calls the model.
+    """
     facts = metadata(candidate.path)
     dtype = facts.get("moe_export.dtype", "float32")
     runner = graph_runner(candidate, dtype)
-    original = open_model(reference, request).subject
     subject, routing = reference_of(original, facts)
+    wish = request.wish if subject is original else replace(request.wish, own=None)
     subject, routing = _aligned(runner, subject, routing)
     example = _example_for(runner, subject)
     tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
-    if reference.backend == "torch-float64":
-        return _float64_against_graph(candidate, reference, request, subject, runner)
     tolerance = tolerance_of(dtype, request.tolerance)
     remembering = Remembering(runner)
     report = verify_file(
@@ -89,9 +103,9 @@ def _graph_against_model(candidate: Side, reference: Side, request: Request) -> 
         seed=request.seed,
         graph=candidate.path if tells else None,
         provider=candidate.provider,
-        wish=replace(request.wish, own=own_inputs(reference, subject)),
+        wish=wish,
         recorder=request.recorder,
-        about={**about_sides(candidate, reference), **line_of(original)},
+        about={"candidate": candidate.text, "reference": called, **line_of(original)},
     )
     if request.why is not None and candidate.kind == "graph":
         found = explain(candidate.path, remembering, report, original, subject, tolerance, routing)
@@ -99,10 +113,12 @@ def _graph_against_model(candidate: Side, reference: Side, request: Request) -> 
     return report
 
 
-def _float64_against_graph(
-    candidate: Side, reference: Side, request: Request, subject: Subject, runner: GraphRunner
-) -> Report:
+def _float64_against_graph(candidate: Side, reference: Side, request: Request, original: Subject) -> Report:
     """The float64 run is the reference itself, rounded to the model's types."""
+    facts = metadata(candidate.path)
+    runner = graph_runner(candidate, facts.get("moe_export.dtype", "float32"))
+    subject, routing = reference_of(original, facts)
+    subject, routing = _aligned(runner, subject, routing)
     example = _example_for(runner, subject)
     dims = _within(dims_of(runner.inputs, example), runner)
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
@@ -115,10 +131,11 @@ def _float64_against_graph(
             runner,
             wished_cases(request.wish, list(runner.inputs), ranges, arrays, request.seed),
             tolerance=request.tolerance,
+            routing=[RoutingPair(*pair) for pair in routing],
             budget=request.wish.flips,
             truth=Float64Runner(subject, subject.outputs),
             teller=GraphTeller(plain, candidate.path if candidate.kind == "graph" else None),
-            about={**about_sides(candidate, reference), **line_of(subject)},
+            about={**about_sides(candidate, reference), **line_of(original)},
         )
 
 

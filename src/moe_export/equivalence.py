@@ -1,0 +1,88 @@
+"""Say in a test that an ONNX graph computes what a module does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_export.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from moe_export.verify import Report
+
+
+def assert_equivalent(  # noqa: PLR0913  each has a name and a default
+    module: torch.nn.Module,
+    inputs: torch.Tensor | Sequence[Any] | Mapping[str, Any],
+    onnx_path: str | Path,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    tolerances: Sequence[str] = (),
+    flips: str | None = None,
+    seed: int = 0,
+    seeds: int = 1,
+    thorough: bool = False,
+    backend: str | None = None,
+) -> Report:
+    """Compare a graph with the module that it was made from, at other sizes and with other values, too.
+
+    Args:
+        module: The reference; it runs in eval mode, and is in its own mode afterwards.
+        inputs: Example inputs: a tensor, a tuple of arguments, or a dict of named ones.
+        onnx_path: The graph, `.onnx`, or an `.engine`.
+        rtol: Relative tolerance; the dtypes' defaults if None.
+        atol: Absolute tolerance, likewise.
+        tolerances: Of single outputs, as on the command line: `y=1e-3,1e-4`.
+        flips: How many tokens may go to another expert in a tie: `0.5%`, or a number.
+        seed: Of the other values.
+        seeds: How many seeds.
+        thorough: Whether to try every kind of values, at more sizes.
+        backend: What runs the graph, as `onnxruntime-cuda`.
+
+    Returns:
+        The report.
+
+    Raises:
+        AssertionError: They are not equal, or too little could be compared; it shows the report.
+        UsageError: The graph cannot be read, or takes other inputs.
+        MissingBackendError: The graph cannot be run here.
+    """
+    from moe_export.export.subject import make_subject
+    from moe_export.sides import parse_side
+    from moe_export.verifying import Request
+    from moe_export.verifying_models import compare_subject
+    from moe_export.wishes import parse_tolerance, parse_wish
+
+    args, kwargs = _arguments(inputs)
+    candidate = parse_side(str(onnx_path), backend)
+    if candidate.kind not in {"graph", "engine"}:
+        raise UsageError(
+            f"{onnx_path} is neither a graph nor an engine", hint="give the path of an .onnx file"
+        )
+    request = Request(
+        tolerance=parse_tolerance(rtol, atol, tolerances),
+        seed=seed,
+        wish=parse_wish(thorough=thorough, seeds=seeds, flips=flips),
+    )
+    training = [(part, part.training) for part in module.modules()]
+    try:
+        subject = make_subject(module, args, kwargs, source=Path(onnx_path), how="given to assert_equivalent")
+        report = compare_subject(subject, candidate, request, type(module).__name__)
+    finally:
+        for part, mode in training:
+            part.training = mode
+    if report.exit_code:
+        raise AssertionError(f"{onnx_path} is not what {type(module).__name__} computes\n\n{report}")
+    return report
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    import torch
+
+    if isinstance(inputs, torch.Tensor):
+        return (inputs,), {}
+    return ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
