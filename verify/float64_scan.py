@@ -9,10 +9,19 @@ import numpy as np
 from onnx.reference.op_run import OpRun
 
 
-class Scan(OpRun):  # type: ignore[misc]
+class Scan(OpRun):
     """`Scan` over any axes, in any directions."""
 
     op_domain = ""
+
+    # What the base class finds in the node: attributes by their names, and how a body is run.
+    body: Any
+    num_scan_inputs: int
+    scan_input_axes: Sequence[int] | None
+    scan_input_directions: Sequence[int] | None
+    scan_output_axes: Sequence[int] | None
+    scan_output_directions: Sequence[int] | None
+    _run_body: Any
 
     def need_context(self) -> bool:
         """Bodies read values from outside."""

@@ -89,7 +89,8 @@ class Place:
 
     def node(self, model: onnx.ModelProto) -> onnx.NodeProto:
         """The node."""
-        return self.graph(model).node[self.index]
+        node: onnx.NodeProto = self.graph(model).node[self.index]
+        return node
 
 
 def places(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-import numpy as np
 import onnx
 
 from moe_export.verify.guilty_level import Level, Value
 from moe_export.verify.guilty_reference import sequence_values
 from moe_export.verify.mutants import Change, Mutant, name_of
+from moe_export.verify.specs import Array
 
 _MOST = 2**20
 
@@ -40,7 +40,7 @@ def baked_mutants(model: onnx.ModelProto, example: Mapping[str, Value]) -> Itera
         yield Mutant("constant", name_of(node), what, _bake(index, arrays))
 
 
-def run_values(model: onnx.ModelProto, example: Mapping[str, Value]) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def run_values(model: onnx.ModelProto, example: Mapping[str, Value]) -> dict[str, Array]:
     """Every value of a graph that is a tensor, of one run."""
     level = Level.of(model)
     names = [name for name in level.producer if name not in sequence_values(level)]
@@ -53,7 +53,7 @@ def _depends(level: Level, names: list[str], inputs: set[str]) -> bool:
     return bool(read & inputs)
 
 
-def _bake(index: int, arrays: Mapping[str, np.ndarray]) -> Change:  # type: ignore[type-arg]
+def _bake(index: int, arrays: Mapping[str, Array]) -> Change:
     def change(model: onnx.ModelProto) -> None:
         del model.graph.node[index]
         for place, (name, array) in enumerate(arrays.items()):

@@ -68,22 +68,21 @@ class Score:
 
     def lines(self) -> Iterator[str]:
         """For a person."""
-        yield f"\n{'kind':<16} {'mutants':>8} {'caught':>8} {'equivalent':>11} {'survived':>9}"
+        outcomes = ("caught", "survived", "equivalent", "below rounding")
+        yield f"\n{'kind':<16} {'mutants':>8} " + " ".join(f"{name:>{len(name) + 2}}" for name in outcomes)
         for kind in (*(kind for kind in KINDS if any(fate.kind == kind for fate in self.fates)), None):
-            caught, same, left = (
-                self.count(outcome, kind) for outcome in ("caught", "equivalent", "survived")
-            )
-            yield f"{kind or 'all':<16} {caught + same + left:>8} {caught:>8} {same:>11} {left:>9}"
+            counts = {name: self.count(name, kind) for name in outcomes}
+            cells = " ".join(f"{count:>{len(name) + 2}}" for name, count in counts.items())
+            yield f"{kind or 'all':<16} {sum(counts.values()):>8} {cells}"
         counted = self.count("caught") + self.count("survived")
         yield f"\nmutation score: {self.count('caught')} of {counted} ({self.cases} cases)"
         if self.count("stillborn"):
             yield f"{self.count('stillborn')} more were no graphs that onnxruntime opens"
-        for fate in self.fates:
-            if fate.outcome == "equivalent":
-                yield f"  equivalent  {fate}"
-        for fate in self.fates:
-            if fate.outcome == "survived":
-                yield f"  SURVIVED    {fate}  (off by {fate.off:.1e} in float64)"
+        for outcome in ("equivalent", "below rounding", "survived"):
+            for fate in self.fates:
+                if fate.outcome == outcome:
+                    off = "" if outcome == "equivalent" else f"  (off by {fate.off:.1e} in float64)"
+                    yield f"  {outcome.upper() if outcome == 'survived' else outcome}: {fate}{off}"
 
     def to_dict(self, graph: str, against: str) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -96,6 +95,7 @@ class Score:
             "caught": self.count("caught"),
             "survived": self.count("survived"),
             "equivalent": self.count("equivalent"),
+            "below_rounding": self.count("below rounding"),
             "stillborn": self.count("stillborn"),
             "score": self.count("caught") / counted if counted else None,
             "mutants": [

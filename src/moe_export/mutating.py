@@ -44,6 +44,7 @@ from moe_export.wishes import Wish, tolerance_of, wished_cases
 
 _SAME = 1e-12
 """In float64, relative to the largest value: below this two graphs compute the same."""
+_ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
 Teller = Callable[[Any, Path], Any]
 
@@ -117,7 +118,10 @@ class Gate:
             if case.outcome == "failed" or any(not judgement.ok for judgement in case.judgements):
                 return fate_of(mutant, "caught", case.label)
         off = self.difference(mutant)
-        return fate_of(mutant, "equivalent" if off <= _SAME else "survived", off=off)
+        if off <= _SAME:
+            return fate_of(mutant, "equivalent", off=off)
+        rounding = _ROUNDING[self.dtype]
+        return fate_of(mutant, "below rounding" if off <= rounding else "survived", off=off)
 
     def difference(self, mutant: Mutant) -> float:
         """How far a mutant is from the right graph in float64, over all cases, relative to the largest value.

@@ -56,10 +56,11 @@ class Fate:
         kind: What kind it was.
         node: The node that was changed, or that reads the constant that was.
         what: What was wrong.
-        outcome: `caught`; `survived`; `equivalent` (the same in float64 in every case); or `stillborn` (no graph that
-            onnxruntime opens).
+        outcome: `caught`; `survived`; `equivalent` (the same in float64 in every case); `below rounding` (in float64 it
+            moves no output by as much as one rounding of the graph's type, so no output can show it); or `stillborn`
+            (no graph that onnxruntime opens).
         by: The case that caught it, or why it was stillborn.
-        off: How far a survivor's outputs are off in float64, relative to the largest value.
+        off: How far the outputs of one that was not caught are off in float64, relative to the largest value.
     """
 
     kind: str
