@@ -82,6 +82,15 @@ class _Spelled(fx.Interpreter):
         return super().call_function(_SPELLED.get(target, target), args, kwargs)
 
 
+def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Of rows with axes before them, which the operator would merge by their sizes."""
+    if x.dim() == 2:
+        return torch.nn.functional.linear(x, weight, bias)
+    lined_up = weight.mT.reshape(*[1] * (x.dim() - 2), *weight.mT.shape)
+    product = torch.matmul(x, lined_up)
+    return product if bias is None else product + bias
+
+
 def _layer_norm(
     x: torch.Tensor,
     shape: Sequence[int],
@@ -112,6 +121,7 @@ def _index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tenso
 
 
 _SPELLED: dict[Any, Callable[..., Any]] = {
+    _aten.linear.default: _linear,
     _aten.layer_norm.default: _layer_norm,
     _aten.index_select.default: _index_select,
     _aten.split.Tensor: _split,

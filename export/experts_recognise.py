@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import fx
 
 from moe_export.export.experts_body import Experts, NotExpertsError, Surroundings, understand
+from moe_export.export.experts_capacity import find_capacity
 from moe_export.export.experts_choice import experts_of
 from moe_export.export.experts_dense import find_dense
 from moe_export.export.experts_find import find_chains
@@ -23,6 +24,7 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
     loops = _loops(graph, refused)
     blocks, within = _pairs(graph, loops, refused)
     blocks += find_dense(graph)
+    blocks += find_capacity(graph, refused)
     for result, loop in loops.items():
         if result in within:
             continue

@@ -28,6 +28,7 @@ from moe_export.errors import NotExportableError
 from moe_export.export.dims import BATCH, Dim, DimRequest, default_name
 from moe_export.export.experts_trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
+from moe_export.export.idioms_numbers import symbolic_numbers
 from moe_export.export.leaves import unique
 from moe_export.export.randomness import refuse_random
 from moe_export.export.source import last_model_line
@@ -188,6 +189,7 @@ def _export(
                 torch.backends.opt_einsum.flags(enabled=False),
                 dynamo_config.patch(fake_tensor_cache_enabled=False),
                 traceable_idioms(),
+                symbolic_numbers(subject.module),
                 every_expert_hit(),
                 user_lines(),
             ):

@@ -1,0 +1,125 @@
+"""`int(...)` and `float(...)` of a size, traced so that they stay a function of that size.
+
+A capacity is often `int(tokens / experts * factor)`. Python makes a plain number of it, and the tracer does not say
+that the graph is then right at the traced size alone. While a model is traced, the names `int` and `float` in the
+user's own files stand for what leaves such a number a symbol; for everything else they are Python's.
+
+A file that uses the names for more than calls, annotations and `isinstance` (`dtype=int`) is left as it is.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from inspect import isfunction
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_export.export.source import is_user_file
+
+_SYMBOLS = (torch.SymInt, torch.SymFloat)
+
+
+def _standing_for(plain: type, symbolic: Callable[[Any], Any]) -> type:
+    """A class that is called as `plain`, and is taken for it by `isinstance`."""
+
+    class Meta(type):
+        def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+            one = args[0] if len(args) == 1 and not kwargs else None
+            return symbolic(one) if isinstance(one, _SYMBOLS) else plain(*args, **kwargs)
+
+        def __instancecheck__(cls, instance: Any) -> bool:
+            return isinstance(instance, plain)
+
+        def __subclasscheck__(cls, subclass: type) -> bool:
+            return issubclass(subclass, plain)
+
+        def __getattr__(cls, name: str) -> Any:
+            return getattr(plain, name)
+
+    return Meta(plain.__name__, (), {})
+
+
+_NAMES: dict[str, type] = {
+    "int": _standing_for(int, torch.sym_int),
+    "float": _standing_for(float, torch.sym_float),
+}
+
+
+@contextmanager
+def symbolic_numbers(model: nn.Module) -> Iterator[None]:
+    """While it runs, `int` and `float` keep sizes symbolic in the user's files that a model's code stands in."""
+    changed: list[tuple[dict[str, Any], str]] = []
+    try:
+        for names in _files(model):
+            for name in _called_in(names["__file__"]):
+                if name not in names:
+                    names[name] = _NAMES[name]
+                    changed.append((names, name))
+        yield
+    finally:
+        for names, name in changed:
+            del names[name]
+
+
+def _files(model: nn.Module) -> list[dict[str, Any]]:
+    """The global names of the files of a model's modules, and of what these import, as far as they are the user's."""
+    classes = {base for module in model.modules() for base in type(module).__mro__}
+    waiting = [vars(sys.modules[base.__module__]) for base in classes if base.__module__ in sys.modules]
+    waiting += [_globals_of(each) for base in classes for each in vars(base).values()]
+    found: dict[int, dict[str, Any]] = {}
+    while waiting:
+        names = waiting.pop()
+        path = names.get("__file__")
+        if id(names) in found or not isinstance(path, str) or not _is_users(path):
+            continue
+        found[id(names)] = names
+        for each in list(names.values()):
+            waiting.append(vars(each) if isinstance(each, ModuleType) else _globals_of(each))
+    return list(found.values())
+
+
+def _globals_of(value: Any) -> dict[str, Any]:
+    if isinstance(value, type):
+        return next((_globals_of(each) for each in vars(value).values() if isfunction(each)), {})
+    found = getattr(value, "__globals__", None) if isfunction(value) else None
+    return found if isinstance(found, dict) else {}
+
+
+@cache
+def _is_users(path: str) -> bool:
+    return path.endswith(".py") and is_user_file(path)
+
+
+@cache
+def _called_in(path: str) -> tuple[str, ...]:
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return ()
+    allowed = {id(node) for root in ast.walk(tree) for node in _harmless(root)}
+    named = [node for node in ast.walk(tree) if isinstance(node, ast.Name) and node.id in _NAMES]
+    others = {node.id for node in named if id(node) not in allowed}
+    called = {
+        node.func.id
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _NAMES
+    }
+    return tuple(sorted(called - others))
+
+
+def _harmless(node: ast.AST) -> Iterator[ast.AST]:
+    """The names within a node that may stand for another class: what is called, annotations, `isinstance`."""
+    if isinstance(node, ast.Call):
+        yield node.func
+        if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass"):
+            yield from (inner for argument in node.args[1:] for inner in ast.walk(argument))
+    annotations = [getattr(node, "annotation", None), getattr(node, "returns", None)]
+    yield from (inner for each in annotations if isinstance(each, ast.AST) for inner in ast.walk(each))
