@@ -13,7 +13,7 @@ nothing if the reference's own choices are ties.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -24,6 +24,7 @@ from moe_export.verify.specs import Array, RoutingPair
 from moe_export.verify.tolerance import Margin, Tolerance
 
 UNTOLD = "a tie between experts, and the candidate cannot be told which to take"
+NO_SCORES = "values at the limits of the dtype: scores are NaN or Inf"
 _NAME = "choice {}"
 
 
@@ -71,8 +72,14 @@ class Teller(Protocol):
         ...
 
 
-def judge_choices(told: Told, tolerance: Tolerance) -> list[Judgement]:
-    """The choices that the candidate would have made otherwise, each a routing called `choice 0`, ..."""
+def judge_choices(told: Told, tolerance: Tolerance, *, stress: bool = False) -> list[Judgement]:
+    """The choices that the candidate would have made otherwise, each a routing called `choice 0`, ...
+
+    Args:
+        told: What was chosen, on both sides.
+        tolerance: For scores.
+        stress: Whether the values are at the limits of their type, where scores that are NaN decide nothing.
+    """
     found = []
     for index, (choice, own) in enumerate(zip(told.choices, told.own, strict=True)):
         name, scores = _NAME.format(index), f"{_NAME.format(index)} scores"
@@ -80,7 +87,9 @@ def judge_choices(told: Told, tolerance: Tolerance) -> list[Judgement]:
         (judged,) = judge_routing(
             pair, {name: choice.ids, scores: choice.scores}, {name: own.reshape(choice.ids.shape)}, tolerance
         )
-        if judged.flips or not judged.ok:
+        if not judged.ok and stress and not np.isfinite(choice.scores.astype(np.float64)).all():
+            judged = replace(judged, reason=None, undecided=NO_SCORES)
+        if judged.flips or not judged.ok or judged.undecided:
             found.append(judged)
     return found
 

@@ -16,7 +16,7 @@ from moe_export.verify.routing import judge_routing
 from moe_export.verify.runner import Runner, one_line
 from moe_export.verify.specs import Array, RoutingPair
 from moe_export.verify.tolerance import FlipBudget, Tolerance
-from moe_export.verify.truth import weigh
+from moe_export.verify.truth import last_digits, weigh
 
 Outputs = Mapping[str, Array]
 
@@ -63,7 +63,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
             that the reference does not have.
         MissingBackendError: An engine has lost its device.
     """
-    judges = _Judges(tolerance or Tolerance(), routing, truth, teller)
+    judges = _Judges(tolerance or Tolerance(), routing, truth, teller, reference)
     results: list[CaseResult] = []
     wanted = 1 + other_sizes
     start = time.perf_counter()
@@ -85,6 +85,7 @@ class _Judges:
     routing: Sequence[RoutingPair]
     truth: Runner | None
     teller: Teller | None
+    reference: Runner
 
     def judge(self, case: Case, expected: Outputs, got: Outputs) -> tuple[Judgement, ...]:
         """By the outputs alone; where they differ, under the same choices; where they still do, by float64."""
@@ -93,7 +94,7 @@ class _Judges:
             return judged
         told = self._told(case)
         if told is not None and told.got is not None:
-            moved = judge_choices(told, self.tolerance)
+            moved = judge_choices(told, self.tolerance, stress=case.regime in STRESS)
             if moved:
                 expected, got = told.expected, told.got
                 judged = (*_judge_all(expected, got, self.tolerance, self.routing), *moved)
@@ -115,12 +116,18 @@ class _Judges:
             return judged
         true = None if self.truth is None else _run(self.truth, case, first=False)
         truth = None if isinstance(true, str) else true
+        nearby = self._nearby(case) if stress and truth is not None else ()
         return tuple(
-            weigh(row, expected[row.output], got[row.output], truth, stress=stress)
+            weigh(row, expected[row.output], got[row.output], truth, stress=stress, nearby=nearby)
             if row.output in comparable and form_mismatch(expected[row.output], got[row.output]) is None
             else row
             for row in judged
         )
+
+    def _nearby(self, case: Case) -> tuple[Outputs, ...]:
+        """What the reference gives for inputs that are the same but for their last digit."""
+        found = (_run(self.reference, near, first=False) for near in last_digits(case))
+        return tuple(outputs for outputs in found if not isinstance(outputs, str))
 
 
 def _run_case(

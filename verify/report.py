@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
+from moe_export.verify.choices import is_choice
 from moe_export.verify.inputs import Case
 from moe_export.verify.judge import Judgement, Worst
 from moe_export.verify.regimes import NORMAL, STRESS, TIES
@@ -116,7 +117,11 @@ class Report:
         blind = [name for name, all_nan in self._blind().items() if all_nan]
         if blind:
             return f"{', '.join(blind)}: NaN throughout in every case"
-        silent = [row.output for row in self.rows if not row.total or self._always_undecided(row.output)]
+        silent = [
+            row.output
+            for row in self.rows
+            if not is_choice(row.output) and (not row.total or self._always_undecided(row.output))
+        ]
         return f"{', '.join(silent)}: empty or undecided in every case" if silent else None
 
     def _always_undecided(self, output: str) -> bool:

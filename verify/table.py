@@ -156,7 +156,7 @@ def _labels(cases: tuple[CaseResult, ...]) -> str:
     labels = [case.label for case in cases]
     if sizes and cases[0].label != sizes:
         labels[0] += f" ({sizes})"
-    return "; ".join(labels)
+    return "; ".join(dict.fromkeys(labels))  # new values of several seeds have one label
 
 
 def _wrapped(paragraph: str) -> list[str]:

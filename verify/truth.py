@@ -3,7 +3,8 @@
 Values of a stress regime (16 times the ordinary, the ends of a dtype) make float32 lose digits, or overflow, on both
 sides. There the reference is no truth. So both are held against a float64 run of the original:
 
-    E = the largest |reference - float64|, what the reference itself loses in this case
+    E = the largest |reference - float64|, what the reference itself loses in this case; it may be lucky, so it also
+        runs on inputs whose last digits are changed, and the worst run counts
     a candidate is right where |candidate - float64| <= atol + rtol * |float64| + 4 E
     where the reference is NaN or Inf, the candidate is so too, or is about right by float64
 
@@ -12,12 +13,14 @@ In ordinary cases nothing is excused: the report only says how far off each side
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
+from moe_export.verify.inputs import Case
 from moe_export.verify.judge import Judgement
 from moe_export.verify.regimes import largest_of
 from moe_export.verify.specs import Array, is_float
@@ -38,6 +41,7 @@ def weigh(
     truth: Mapping[str, Array] | None,
     *,
     stress: bool,
+    nearby: Sequence[Mapping[str, Array]] = (),
 ) -> Judgement:
     """The judgement of an output that differs, in the light of a float64 run.
 
@@ -47,6 +51,7 @@ def weigh(
         candidate: Likewise, of the same form.
         truth: The outputs of the float64 run; None if there is none.
         stress: Whether the case is one in which float32 may be off.
+        nearby: The reference's outputs for nearly the same inputs.
     """
     true, margin = None if truth is None else truth.get(found.output), found.margin
     if not is_float(reference.dtype) or margin is None or found.kind != "float":
@@ -58,9 +63,29 @@ def weigh(
     found = replace(found, reference_off=off, candidate_off=our_off)
     if not stress:
         return found
+    others = [outputs[found.output].astype(np.float64) for outputs in nearby if found.output in outputs]
+    off = max([off, *(_distance(other, true) for other in others if other.shape == true.shape)])
     if off > _ANOTHER_WAY * _largest(true) + margin.atol:
         return _excused(found, OTHER_WAY)
     return found if _wrong(ref, ours, true, off, margin, reference.dtype) else _excused(found, None)
+
+
+def last_digits(case: Case, runs: int = 4) -> Iterator[Case]:
+    """The same inputs, each float changed by one rounding, up or down."""
+    for run in range(runs):
+        generator = np.random.default_rng([case.seed, run])
+        changed = {
+            name: _rounded_away(array, generator) if is_float(array.dtype) else array
+            for name, array in case.inputs.items()
+        }
+        yield replace(case, inputs=changed)
+
+
+def _rounded_away(array: Array, generator: np.random.Generator) -> Array:
+    step = float(ml_dtypes.finfo(array.dtype).eps)  # type: ignore[no-untyped-call]
+    factors = 1 + step * generator.choice([-1.0, 1.0], array.shape)
+    with np.errstate(over="ignore", invalid="ignore"):
+        return np.asarray((array.astype(np.float64) * factors).astype(array.dtype))
 
 
 def _distance(values: Array, true: Array) -> float:

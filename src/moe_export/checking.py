@@ -183,6 +183,7 @@ def verify_file(  # noqa: PLR0913  each has a name
             tolerance=tolerance,
             routing=[RoutingPair(*pair) for pair in routing],
             budget=wish.flips,
+            seconds=wish.seconds,
             truth=Float64Runner(reference, names),
             teller=GraphTeller(runner, graph, provider),
             about=about,

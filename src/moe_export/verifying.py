@@ -177,6 +177,7 @@ def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
         tolerance=tolerance_of(narrow, request.tolerance),
         routing=graph_routing(reference.path) if reference.kind == "graph" else (),
         budget=request.wish.flips,
+        seconds=request.wish.seconds,
         teller=_teller(candidate, reference, inputs, outputs),
         about=about_sides(candidate, reference),
     )

@@ -133,6 +133,7 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
             tolerance=request.tolerance,
             routing=[RoutingPair(*pair) for pair in routing],
             budget=request.wish.flips,
+            seconds=request.wish.seconds,
             truth=Float64Runner(subject, subject.outputs),
             teller=GraphTeller(plain, candidate.path if candidate.kind == "graph" else None),
             about={**about_sides(candidate, reference), **line_of(original)},
@@ -162,6 +163,7 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
             tolerance=request.tolerance,
             routing=[RoutingPair(*pair) for pair in routing],
             budget=request.wish.flips,
+            seconds=request.wish.seconds,
             truth=Float64Runner(theirs.subject, theirs.subject.outputs),
             about={**about_sides(candidate, reference), **line_of(ours.subject)},
         )
@@ -189,6 +191,7 @@ def _model_against_graph(candidate: Side, reference: Side, request: Request) -> 
             tolerance=request.tolerance,
             routing=graph_routing(reference.path) if reference.kind == "graph" else (),
             budget=request.wish.flips,
+            seconds=request.wish.seconds,
             teller=Mirrored(told),
             truth=Float64Runner(subject, subject.outputs),
             about={**about_sides(candidate, reference), **line_of(opened.subject)},

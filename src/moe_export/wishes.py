@@ -39,6 +39,12 @@ class Wish:
     files: tuple[Path, ...] = ()
     own: Own | None = None
 
+    @property
+    def seconds(self) -> float:
+        """When to stop trying further sizes; what was asked for by name is tried however long it takes."""
+        asked = self.thorough or self.seeds > 1 or self.at or self.files
+        return float("inf") if asked else 20.0
+
 
 USUAL = Wish()
 
