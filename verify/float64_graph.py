@@ -44,10 +44,10 @@ def run_in_float64(model: onnx.ModelProto, inputs: Mapping[str, Array]) -> list[
             raise
     from onnx.reference import ReferenceEvaluator
 
-    from moe_export.verify.float64_scan import Scan
+    from moe_export.verify.float64_operators import GatherElements, Scan
 
     with np.errstate(all="ignore"):
-        return list(ReferenceEvaluator(wide, new_ops=[Scan]).run(None, feeds))
+        return list(ReferenceEvaluator(wide, new_ops=[Scan, GatherElements]).run(None, feeds))
 
 
 def _widen(graph: onnx.GraphProto) -> None:

@@ -1,4 +1,7 @@
-"""A `Scan` for ONNX's reference implementation, whose own takes no axes and no directions."""
+"""Operators for ONNX's reference implementation, where its own take less than ONNX allows.
+
+Its `Scan` takes no axes and no directions; its `GatherElements` no indices that are fewer than the data.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +57,17 @@ class Scan(OpRun):
             np.stack(column[::-1] if back else column, axis)
             for column, axis, back in zip(columns, axes, reverse, strict=True)
         ]
+
+
+class GatherElements(OpRun):
+    """`GatherElements` whose indices may cover a part of the data."""
+
+    op_domain = ""
+
+    def _run(self, data: Any, indices: Any, axis: int = 0, **_: Any) -> tuple[Any, ...]:
+        axis = (axis or 0) % data.ndim
+        covered = [slice(None) if place == axis else slice(size) for place, size in enumerate(indices.shape)]
+        return (np.take_along_axis(data[tuple(covered)], indices, axis),)
 
 
 def _filled(given: Sequence[int] | None, count: int) -> list[int]:
