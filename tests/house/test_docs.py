@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "docs" / "verify.md"]
+PAGES = [ROOT / "docs" / "verify.md", ROOT / "docs" / "guilty.md"]
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
