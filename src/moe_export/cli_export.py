@@ -15,6 +15,7 @@ import onnx
 import onnx_ir as ir
 
 import moe_export
+from moe_export.blaming import kept_options
 from moe_export.checking import verify_graph
 from moe_export.checking_choices import runner_of
 from moe_export.cli_build import Request, build_files, check_names, engine_lines, exit_code
@@ -23,7 +24,6 @@ from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
 from moe_export.export.dims import parse_dynamic
 from moe_export.export.engine_profiles import dim_facts
-from moe_export.export.functions import as_functions
 from moe_export.export.load import load_subject
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
 from moe_export.export.provenance import strip_scope
@@ -65,7 +65,6 @@ def run_export(
     float32: tuple[str, ...] = (),
     engines: Request | None = None,
     tolerances: tuple[str, ...] = (),
-    functions: bool = False,
     **wishes: Any,
 ) -> int:
     """Run the command; the exit code."""
@@ -96,15 +95,14 @@ def run_export(
         reports: list[Report | None] = []
         checked: list[Graph] = []
         for graph, name in zip(graphs, names, strict=True):
-            facts = _facts(graph, subject, opset)
-            apart = _write(graph, temporary / name, facts, functions)
-            graph = replace(graph, notes=(*graph.notes, *apart))  # noqa: PLW2901
+            facts = _facts(graph, subject, options)
+            _write(graph, temporary / name, facts)
             _check_file(temporary / name)
             with console.step(f"verifying {name}" if verify else f"loading {name}"):
                 found, report = _verified(graph, temporary / name, verify, tolerance, seed, provider, wish)
             learned = dim_facts(found.traced.dims, exact=report is not None)
             if learned != dim_facts(graph.traced.dims):  # the file says at which sizes it was found right
-                _write(found, temporary / name, facts | learned, functions)
+                _write(found, temporary / name, facts | learned)
             checked.append(found)
             reports.append(report)
         graphs = tuple(checked)
@@ -128,13 +126,9 @@ def run_export(
     return 0 if equal else 1
 
 
-def _write(graph: Graph, path: Path, facts: dict[str, str], functions: bool) -> tuple[str, ...]:
-    """Write a graph, its modules as functions if that was asked for; notes on those that stay as they are."""
+def _write(graph: Graph, path: Path, facts: dict[str, str]) -> None:
     describe(graph.model, facts)
-    model = graph.model.clone() if functions else graph.model
-    notes = as_functions(model) if functions else ()
-    write_model(model, path)
-    return notes
+    write_model(graph.model, path)
 
 
 def _build(
@@ -211,11 +205,12 @@ def _check_file(path: Path) -> None:
         raise NotExportableError(f"onnx.checker refuses {path.name}: {error}") from error
 
 
-def _facts(graph: Graph, subject: Subject, opset: int) -> dict[str, str]:
+def _facts(graph: Graph, subject: Subject, options: Options) -> dict[str, str]:
     return {
         "version": moe_export.__version__,
         "source": subject.source.name,
-        "opset": str(opset),
+        "opset": str(options.opset),
+        "options": kept_options(options),
         "kind": graph.kind,
         "module": graph.path,
         "dtype": graph.dtype,
