@@ -29,6 +29,8 @@ class Choice:
         scores: (..., e), what it chooses by.
         indices: (..., k) from `topk`, (...) from `argmax` and `max`.
         values: The chosen scores, where the operator returns them.
+        experts: e.
+        tokens: The axis of the tokens, where experts choose their tokens (`routing_tokens`); None where tokens choose.
     """
 
     operator: fx.Node
@@ -36,6 +38,7 @@ class Choice:
     indices: fx.Node
     values: fx.Node | None
     experts: int
+    tokens: int | None = None
 
     @property
     def slots(self) -> int:

@@ -60,7 +60,8 @@ class Dispatch:
 def find_dispatches(subject: Subject) -> tuple[Dispatch, ...]:
     """Run a model on its example inputs and read off where every gate sent every token."""
     traced = trace(subject)
-    return tuple(_dispatch(routing, traced) for routing in find_routings(traced))
+    routings = [routing for routing in find_routings(traced) if routing.choices[0].tokens is None]
+    return tuple(_dispatch(routing, traced) for routing in routings)
 
 
 def _dispatch(routing: Routing, traced: Traced) -> Dispatch:

@@ -126,6 +126,8 @@ def _cut(traced: Traced, routing: Routing, with_scores: bool) -> tuple[fx.GraphM
 def _joined(graph: fx.Graph, nodes: list[fx.Node], name: str, routing: Routing) -> fx.Node:
     """(..., k) of one `topk`, or of k choices of one expert each, stacked behind each other."""
     choice = routing.choices[0]
+    if choice.tokens is not None:  # an expert's tokens stand last, as a token's experts do
+        return graph.call_function(torch.ops.aten.transpose.int, (nodes[0], choice.tokens, -1))
     if name == SCORES or choice.operator.target is torch.ops.aten.topk.default:
         return nodes[0]
     return graph.call_function(torch.ops.aten.stack.default, (nodes, -1))

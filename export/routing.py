@@ -22,6 +22,7 @@ from torch import fx
 
 from moe_export.export.choice import CARRIERS, Choice, as_choice
 from moe_export.export.region import ancestors, frontier, inside, scope_of, shape_of
+from moe_export.export.routing_tokens import as_token_choice
 from moe_export.export.source import line_of
 from moe_export.export.trace import Traced
 from moe_export.export.weights import weights_of
@@ -80,6 +81,7 @@ def find_routings(traced: Traced) -> tuple[Routing, ...]:
         choice for choice in choices if _is_returned_by_a_gate(choice)
     ]
     choices = _without_group_choices(choices)
+    choices += [choice for node in graph.nodes if (choice := as_token_choice(node)) is not None]
     return tuple(_as_routing(group, traced) for group in _by_gate(choices))
 
 
@@ -182,13 +184,17 @@ def _gate_scope(choices: tuple[Choice, ...]) -> tuple[str, ...]:
     return scope
 
 
+def _ends_in_choices(choice: Choice) -> bool:
+    return choice.tokens is None or choice.tokens == len(shape_of(choice.indices)) - 1
+
+
 def routing_outputs(routing: Routing, traced: Traced) -> list[tuple[str, str | None, None]]:
     """Outputs of the model that are this gate's indices, rearranged at most, with those that are its weights.
 
     An index output counts only while its last dimension still is the k choices of one token.
     """
     choice = routing.choices[0]
-    if choice.operator.target is not _aten.topk.default:
+    if choice.operator.target is not _aten.topk.default or not _ends_in_choices(choice):
         return []
     k = shape_of(choice.indices)[-1:]
     nodes = {node.name: node for node in traced.program.graph.nodes}

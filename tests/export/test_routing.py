@@ -317,8 +317,8 @@ def test_what_is_no_gate(tools, module, example):
     assert tools.routings(module, example) == ()
 
 
-def test_a_choice_among_tokens_is_no_gate(tools):
-    """Expert-choice routing: the experts choose tokens; their number is that of the batch."""
+def test_a_choice_among_tokens_is_a_gate_of_experts(tools):
+    """Expert-choice routing: the experts choose tokens; see test_routing_tokens.py."""
 
     class ExpertChoice(nn.Module):
         def __init__(self):
@@ -329,4 +329,6 @@ def test_a_choice_among_tokens_is_no_gate(tools):
             weights, tokens = self.wg(x).softmax(-1).t().topk(3, dim=-1)
             return x[tokens] * weights.unsqueeze(-1)
 
-    assert tools.routings(ExpertChoice(), torch.randn(6, 8)) == ()
+    (routing,) = tools.routings(ExpertChoice(), torch.randn(6, 8))
+    assert routing.experts == 4
+    assert routing.choices[0].tokens == 1
