@@ -149,6 +149,9 @@ class GraphWriter:
     def __init__(self, graph: Graph, origin: Node) -> None:
         self._graph = graph
         self._meta = {key: origin.meta[key] for key in KEPT_META if key in origin.meta}
+        if origin.target is aten.einsum.default:
+            trace = self._meta.get("stack_trace") or ""
+            self._meta["stack_trace"] = f"{trace}\n{_frame(str(origin.args[0]))}"
 
     def call(self, target: Any, *args: Any) -> Node:
         """Write the call of an operator."""
@@ -179,6 +182,11 @@ class GraphWriter:
         """The dtype of a value."""
         dtype: torch.dtype = value.meta["val"].dtype
         return dtype
+
+
+def _frame(equation: str) -> str:
+    """An equation as the innermost frame of a stack trace: what torch hands on of a node when it decomposes it."""
+    return f'  File "<einsum {equation}>", line 1, in einsum'
 
 
 def _quietly(operands: Sequence[Node]) -> AbstractContextManager[None]:

@@ -18,6 +18,7 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 | `gate` | cut one out |
 | `emit`, `spelling`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not know |
 | `opset`, `provenance` | exactly the opset asked for; where each node comes from |
+| `naming`, `functions` | names from modules and variables; modules as functions |
 | `simplify` | onnxsim's proposal, taken if it is smaller and right |
 | `pipeline` | all of it in order |
 | `write` | whole files or none |

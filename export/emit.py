@@ -15,6 +15,7 @@ import torch
 
 from moe_export.errors import NotExportableError
 from moe_export.export.leaves import unique
+from moe_export.export.naming import name_nodes, statements
 from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata
 from moe_export.export.reshapes import settle_reshapes
@@ -47,7 +48,9 @@ def emit(
     settle_reshapes(model.graph)
     if write_opaque is not None:
         write_opaque(model)
+    origins = statements(model, traced.scope)
     shorten_metadata(model, traced.scope, folder)
+    name_nodes(model, origins)
     _name_values(model, traced)
     set_opset(model, opset)
     return model

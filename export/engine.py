@@ -36,6 +36,7 @@ from moe_export.export.engine_profiles import (
 )
 from moe_export.export.engine_refusal import refused
 from moe_export.export.engine_settings import Settings, check_settings, configure, keep_timings
+from moe_export.export.functions import without_functions
 
 Step = Callable[[str], AbstractContextManager[Any]]
 _INLINE = 2**31 - 2**24  # protobuf cannot hold 2 GiB
@@ -145,7 +146,7 @@ def build_engines(
 
 
 def read_graph(model: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Model, Path | None]:
-    """A model for TensorRT's parser, and its file if it has one.
+    """A model for TensorRT's parser, its functions written out, and its file if it has one.
 
     Raises:
         UsageError: There is no such file, or no ONNX model in it.
@@ -163,7 +164,7 @@ def read_graph(model: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Model
         raise UsageError(f"{path} is no ONNX model: {error}") from error
     if not graph.graph.outputs:
         raise UsageError(f"{path} is no ONNX model: it has no outputs", hint="give an .onnx file")
-    return graph, path
+    return without_functions(graph), path
 
 
 def _build(

@@ -17,6 +17,7 @@ from moe_export.export.dims import DimRequest
 from moe_export.export.emit import check, emit
 from moe_export.export.experts_emit import write_experts
 from moe_export.export.experts_place import Placed, place_experts
+from moe_export.export.functions import described
 from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in
 from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
@@ -227,11 +228,14 @@ def as_numpy(tensor: torch.Tensor) -> Any:
 
 
 def describe(model: ir.Model, facts: Mapping[str, str]) -> None:
-    """Put facts into the model's metadata, where Netron shows them; the tool's name is the producer."""
+    """Put facts into the model's metadata and doc string, where Netron shows them; the tool's name is the producer."""
     model.producer_name = "moe-export"
     model.producer_version = facts["version"]
     model.metadata_props.clear()
     model.metadata_props.update({f"moe_export.{key}": value for key, value in facts.items()})
+    what = "the model" if facts["kind"] == "model" else f"{facts['kind']} of {facts['module']}"
+    made = f"{facts['source']}: {what}, exported at opset {facts['opset']}, {facts['dtype']}"
+    model.graph.doc_string = "\n".join([made, *described(model.graph.inputs, model.graph.outputs)])
 
 
 def is_only_a_gate(graphs: tuple[Graph, ...]) -> bool:

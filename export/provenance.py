@@ -1,25 +1,40 @@
 """Where each node comes from: module path, source line, PyTorch operator, in metadata that Netron shows.
 
-The exporter stores whole stack traces and Python reprs; kept are three short facts a person can use, and, on nodes that
-a block of experts or a recurrence was written as, `block`: its kind and the path of its module.
+The exporter stores whole stack traces and Python reprs; kept are short facts that a person can use:
+
+| key | on | holds |
+|---|---|---|
+| `module`, `source`, `torch` | all that tell | path of the module, line of the model's code, operator of PyTorch |
+| `fx` | the node that ends an operator | the value's name in the traced program |
+| `einsum` | what an einsum became | its equation |
+| `block` | what experts or a recurrence were written as | the kind and the path of the block's module |
 """
 
 from __future__ import annotations
 
 import ast
 import os
+import re
 from pathlib import Path
 
 import onnx_ir as ir
 
 from moe_export.export.source import line_of
 
-MODULE, SOURCE, OPERATOR, BLOCK = "module", "source", "torch", "block"
+MODULE, SOURCE, OPERATOR, BLOCK, FX, EINSUM = "module", "source", "torch", "block", "fx", "einsum"
 _PREFIX = "pkg."
+_NAME = re.compile(r"%(?P<name>\w+) :")
+_EQUATION = re.compile(r'File "<einsum (?P<equation>[^"]+)>"')
 
 
 def shorten_metadata(model: ir.Model, scope: str, folder: Path) -> None:
-    """Replace the exporter's metadata by `module`, `source` (relative to the model's folder) and `torch`."""
+    """Replace the exporter's metadata by those of the module's docstring.
+
+    Args:
+        model: Changed in place.
+        scope: The name that the model has as a module.
+        folder: Source lines are told relative to it.
+    """
     for node in model.graph.all_nodes():
         kept = _facts(node, scope, folder)
         for key in [key for key in node.metadata_props if key.startswith(_PREFIX) or key == "namespace"]:
@@ -37,29 +52,31 @@ def _complete(model: ir.Model) -> None:
     """Nodes that an optimiser made without a word belong to whom they work for, else to whom they continue."""
     for node in reversed(list(model.graph.all_nodes())):
         if MODULE not in node.metadata_props and OPERATOR not in node.metadata_props:
-            readers = [use.node for output in node.outputs for use in output.uses()]
+            readers = [use.node.metadata_props for output in node.outputs for use in output.uses()]
             makers = [value.producer() for value in node.inputs if value is not None]
-            for other in (*readers, *makers):
-                if other is not None and MODULE in other.metadata_props:
-                    kept = {
-                        key: other.metadata_props[key]
-                        for key in (MODULE, SOURCE)
-                        if key in other.metadata_props
-                    }
-                    node.metadata_props.update(kept)
-                    break
+            others = readers or [maker.metadata_props for maker in makers if maker is not None]
+            known = [facts for facts in others if MODULE in facts]
+            if known:  # of several the outermost: what it makes goes on from there
+                facts = min(known, key=lambda facts: facts[MODULE].count("."))
+                node.metadata_props.update({key: facts[key] for key in (MODULE, SOURCE) if key in facts})
 
 
 def _facts(node: ir.Node, scope: str, folder: Path) -> dict[str, str]:
     facts = {}
-    scopes = _literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-    classes = _literal_list(node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "[]"))
+    scopes = literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
+    classes = literal_list(node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "[]"))
     module = next(
         (name for name in reversed(scopes[:-1]) if name and not name.startswith("_empty_nn_module")), ""
     )
     if module:
         facts[MODULE] = strip_scope(module, scope)
     line = line_of(node.metadata_props.get("pkg.torch.onnx.stack_trace"))
+    einsum = _EQUATION.search(node.metadata_props.get("pkg.torch.onnx.stack_trace", ""))
+    if einsum is not None:
+        facts[EINSUM] = einsum["equation"]
+    traced = _NAME.match(node.metadata_props.get("pkg.torch.onnx.fx_node", ""))
+    if traced is not None and re.fullmatch(rf"node_{traced['name']}(__\d+)?", str(node.name)):
+        facts[FX] = traced["name"]
     if line:
         facts[SOURCE] = relative_line(line, folder)
     if BLOCK in node.metadata_props:
@@ -108,7 +125,8 @@ def relative_line(line: str, folder: Path) -> str:
     return f"{inside}:{number}"
 
 
-def _literal_list(text: str) -> list[str]:
+def literal_list(text: str) -> list[str]:
+    """A list of strings, as the exporter's metadata write it; empty for anything else."""
     try:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError):

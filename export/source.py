@@ -81,6 +81,14 @@ def _place(frame: traceback.FrameSummary) -> str:
     return f"{Path(frame.filename).resolve()}:{frame.lineno}"
 
 
+def model_frame(stack_trace: str | None) -> tuple[str, int] | None:
+    """File and line of the innermost frame of a model's code in a traced node's stack trace, a library's included."""
+    for match in reversed(list(_FRAME.finditer(stack_trace or ""))):
+        if _is_library_model(match["file"]):
+            return match["file"], int(match["line"])
+    return None
+
+
 def line_of(stack_trace: str | None) -> str | None:
     """`file:line` of the innermost user frame of a traced node's stack trace.
 

@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import onnx
+from onnx.inliner import inline_local_functions
 
 from moe_export.verify.specs import Array
 
@@ -125,6 +126,8 @@ def cost_of(
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else onnx.load(model))
+    if proto.functions:
+        proto = inline_local_functions(proto)
     nodes = _named(proto.graph)
     runs = _profiled(proto, inputs)
     return _Count(proto.graph, nodes, runs).cost(inputs, blocks or {})
@@ -136,7 +139,8 @@ def parts_of(model: onnx.ModelProto) -> dict[str, str]:
     Read off the `block` and `module` metadata of its nodes. Beside the blocks stand the outermost modules that neither
     hold a block nor lie in one.
     """
-    facts = [{entry.key: entry.value for entry in node.metadata_props} for node in _every_node(model.graph)]
+    nodes = [*_every_node(model.graph), *(node for function in model.functions for node in function.node)]
+    facts = [{entry.key: entry.value for entry in node.metadata_props} for node in nodes]
     kinds: dict[str, list[str]] = {}
     for kind, _, path in (fact["block"].partition(":") for fact in facts if "block" in fact):
         if kind not in kinds.setdefault(path, []):

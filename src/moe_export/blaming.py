@@ -24,9 +24,11 @@ from torch import fx
 from torch.export.graph_signature import InputKind
 
 from moe_export.errors import MoeExportError
+from moe_export.export.functions import without_functions
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.precision_rounding import with_float32_kernels
 from moe_export.export.provenance import (
+    FX,
     MODULE,
     OPERATOR,
     SOURCE,
@@ -72,7 +74,7 @@ def open_graph(path: Path, folder: Path) -> onnx.ModelProto:
 
 
 def _ready(model: ir.Model) -> onnx.ModelProto:
-    return ir.to_proto(with_float32_kernels(model))
+    return ir.to_proto(with_float32_kernels(without_functions(model)))
 
 
 def blame(
@@ -195,14 +197,15 @@ def program_values(
     for made in model.graph.node:
         facts = {entry.key: entry.value for entry in made.metadata_props}
         origin = _Origin(facts.get(OPERATOR, ""), facts.get(SOURCE, ""), facts.get(MODULE, ""))
-        if origin.operator and _is_last_of(made, origin.operator):
+        if origin.operator and (FX in facts or _is_last_of(made, origin.operator)):
             mine[origin].append(made)
     matched: dict[str, Value] = {}
     for origin, made_there in mine.items():
         there = theirs.get(origin, [])
-        by_name = {name: node for node in there for name in _names(node)}
+        by_name = {name: node for node in there for name in (node.name, *_names(node))}
         for index, made in enumerate(made_there):
-            same = next((by_name[name] for name in made.output if name in by_name), None)
+            kept = next((entry.value for entry in made.metadata_props if entry.key == FX), "")
+            same = next((by_name[name] for name in (kept, *made.output) if name in by_name), None)
             if same is None and len(there) == len(made_there):
                 same = there[index]
             names = [] if same is None else _names(same)

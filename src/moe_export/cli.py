@@ -146,6 +146,11 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     help="Write MODEL.step.onnx, too: one step, its states as past_* and present_*.",
 )
 @click.option(
+    "--functions",
+    is_flag=True,
+    help="Write each module, and each block of experts, as an ONNX function that Netron opens as a graph of its own.",
+)
+@click.option(
     "--simplify/--no-simplify", default=True, show_default=True, help="Try onnxsim; kept if it helps."
 )
 @click.option(

@@ -24,6 +24,7 @@ from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
 from moe_export.export.dims import parse_dynamic
 from moe_export.export.engine_profiles import dim_facts
+from moe_export.export.functions import as_functions
 from moe_export.export.load import load_subject
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
 from moe_export.export.provenance import strip_scope
@@ -65,6 +66,7 @@ def run_export(
     float32: tuple[str, ...] = (),
     engines: Request | None = None,
     tolerances: tuple[str, ...] = (),
+    functions: bool = False,
     **wishes: Any,
 ) -> int:
     """Run the command; the exit code."""
@@ -96,13 +98,14 @@ def run_export(
         checked: list[Graph] = []
         for graph, name in zip(graphs, names, strict=True):
             facts = _facts(graph, subject, options)
-            _write(graph, temporary / name, facts)
+            apart = _write(graph, temporary / name, facts, functions)
+            graph = replace(graph, notes=(*graph.notes, *apart))  # noqa: PLW2901
             _check_file(temporary / name)
             with console.step(f"verifying {name}" if verify else f"loading {name}"):
                 found, report = _verified(graph, temporary / name, verify, tolerance, seed, provider, wish)
             learned = dim_facts(found.traced.dims, exact=report is not None)
             if learned != dim_facts(graph.traced.dims):  # the file says at which sizes it was found right
-                _write(found, temporary / name, facts | learned)
+                _write(found, temporary / name, facts | learned, functions)
             checked.append(found)
             reports.append(report)
         graphs = tuple(checked)
@@ -126,9 +129,13 @@ def run_export(
     return 0 if equal else 1
 
 
-def _write(graph: Graph, path: Path, facts: dict[str, str]) -> None:
+def _write(graph: Graph, path: Path, facts: dict[str, str], functions: bool) -> tuple[str, ...]:
+    """Write a graph, its modules as functions if that was asked for; notes on those that stay as they are."""
     describe(graph.model, facts)
-    write_model(graph.model, path)
+    model = graph.model.clone() if functions else graph.model
+    notes = as_functions(model) if functions else ()
+    write_model(model, path)
+    return notes
 
 
 def _build(

@@ -1,0 +1,197 @@
+"""Names that a reader of the graph knows: modules of the model, and variables of its code.
+
+A node is called after its module and what it does there: `layers.0.moe.gate.linear`, `mamba.silu`. Its value is called
+after the variable that the model keeps it in, if the node ends that statement: `layers.0.moe.weights`; else after the
+node. What experts or a recurrence were written as stands under its block: `layers.0.moe.experts.3.gemm`.
+
+Names repeat where code runs more than once; they are counted then: `mul`, `mul_1`. Inputs and outputs have their names
+already (`emit`).
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import onnx_ir as ir
+
+from moe_export.export.provenance import BLOCK, FX, MODULE, OPERATOR, literal_list, strip_scope
+from moe_export.export.source import model_frame
+
+_COUNTED = re.compile(r"^(?P<word>.+?)(_\d+)*$")
+_WRITTEN = re.compile(r"^experts_\d+\.(?P<rest>.+)$")
+
+
+@dataclass(frozen=True)
+class Statement:
+    """A statement of the model's code, as one module runs it.
+
+    Attributes:
+        module: Path of that module.
+        file, line: Where the statement begins.
+        targets: The variables that it assigns; empty for another statement.
+    """
+
+    module: str
+    file: str
+    line: int
+    targets: tuple[str, ...]
+
+
+def statements(model: ir.Model, scope: str) -> dict[ir.Node, Statement]:
+    """The statement that each node comes from, read off what torch's exporter tells of nodes.
+
+    Args:
+        model: As torch's exporter made it; its metadata are still complete.
+        scope: The name that the model has as a module.
+    """
+    found = {}
+    for node in model.graph.all_nodes():
+        frame = model_frame(node.metadata_props.get("pkg.torch.onnx.stack_trace"))
+        if frame is None:
+            continue
+        first, targets = _statement(*frame)
+        paths = literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))[:-1]
+        kinds = literal_list(node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "[]"))
+        while paths and len(paths) <= len(kinds) and kinds[len(paths) - 1].startswith("torch.nn."):
+            paths.pop()  # a layer of torch has no variables that a reader knows
+        module = next(
+            (path for path in reversed(paths) if path and not path.startswith("_empty_nn_module")), ""
+        )
+        found[node] = Statement(strip_scope(module, scope), frame[0], first, targets)
+    return found
+
+
+@cache
+def _statement(file: str, line: int) -> tuple[int, tuple[str, ...]]:
+    """Where the innermost statement that covers a line begins, and the variables that it assigns."""
+    best: ast.stmt | None = None
+    for statement in _simple_statements(file):
+        covers = statement.lineno <= line <= (statement.end_lineno or statement.lineno)
+        if covers and (best is None or statement.lineno >= best.lineno):
+            best = statement
+    return (best.lineno, tuple(_targets(best))) if best is not None else (line, ())
+
+
+@cache
+def _simple_statements(file: str) -> tuple[ast.stmt, ...]:
+    try:
+        tree = ast.parse(Path(file).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return ()
+    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.stmt) and not hasattr(node, "body"))
+
+
+def _targets(statement: ast.stmt) -> Iterator[str]:
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        target = statement.targets[0]
+        for each in target.elts if isinstance(target, ast.Tuple) else [target]:
+            yield each.id if isinstance(each, ast.Name) else ""
+    elif isinstance(statement, (ast.AugAssign, ast.AnnAssign)) and isinstance(statement.target, ast.Name):
+        yield statement.target.id
+
+
+def name_nodes(model: ir.Model, origins: Mapping[ir.Node, Statement]) -> None:
+    """Name every node and every value that a node gives, in place.
+
+    Args:
+        model: With the metadata of `provenance`.
+        origins: What `statements` found.
+    """
+    nodes = list(model.graph.all_nodes())
+    variables = _variables(nodes, origins)
+    fixed = {*model.graph.inputs, *model.graph.outputs}
+    used: Counter[str] = Counter(str(value.name) for value in (*fixed, *model.graph.initializers.values()))
+    node_names: Counter[str] = Counter()
+    for node in nodes:
+        name = _node_name(node)
+        node.name = _fresh(name, node_names)
+        for index, value in enumerate(node.outputs):
+            if value in fixed:
+                continue
+            own = name if len(node.outputs) == 1 else f"{name}.{index}"
+            value.name = _fresh(variables.get(value, own), used)
+
+
+def _fresh(name: str, used: Counter[str]) -> str:
+    """The name, counted if there is one like it."""
+    fresh = name
+    while fresh in used:
+        fresh = f"{name}_{used[name]}"
+        used[name] += 1
+    used[fresh] += 1
+    return fresh
+
+
+def _node_name(node: ir.Node) -> str:
+    facts = node.metadata_props
+    kind = node.op_type.lower()
+    if BLOCK in facts:
+        block, _, path = facts[BLOCK].partition(":")
+        return _join(path, block, _written_word(node) or kind)
+    if FX in facts:
+        return _join(facts.get(MODULE, ""), _operator(facts.get(OPERATOR, ""), facts[FX]))
+    stem = _operator(facts.get(OPERATOR, ""), "")
+    return _join(facts.get(MODULE, ""), *([stem] if stem and stem != kind else []), kind)
+
+
+def _written_word(node: ir.Node) -> str:
+    """What the lowering of experts called a value, without numbers: `experts_0.3.Gemm_5_0` → `3.gemm`."""
+    match = _WRITTEN.match(str(node.outputs[0].name))
+    if match is None:
+        return ""
+    *path, word = match["rest"].split(".")
+    return ".".join([*path, _uncounted(word).lower()])
+
+
+def _uncounted(word: str) -> str:
+    """`Gemm_5_0` → `Gemm`."""
+    counted = _COUNTED.match(word)
+    return counted["word"] if counted is not None else word
+
+
+def _operator(target: str, other: str) -> str:
+    """`aten.silu.default` → `silu`."""
+    parts = target.split(".")
+    word = parts[1] if len(parts) > 1 else _uncounted(other)
+    return word.strip("_") if word and not word.startswith("_symbolic") else ""
+
+
+def _join(*parts: str) -> str:
+    return ".".join(part for part in parts if part and part != "model") or "node"
+
+
+def _variables(nodes: Sequence[ir.Node], origins: Mapping[ir.Node, Statement]) -> dict[ir.Value, str]:
+    """The variable of the model's code that a value is kept in, with its module's path."""
+    groups: dict[Statement, list[ir.Node]] = defaultdict(list)
+    for node in nodes:
+        if node in origins and origins[node].targets and BLOCK not in node.metadata_props:
+            groups[origins[node]].append(node)
+    found: dict[ir.Value, str] = {}
+    for statement, members in groups.items():
+        ends = list(_ends(members))
+        makers = {value.producer() for value in ends}
+        maker = makers.pop() if len(makers) == 1 else None
+        if maker is not None and len(maker.outputs) > 1:
+            ends = list(maker.outputs)  # also those that nobody reads
+        if len(ends) == len(statement.targets):
+            found |= {
+                value: _join(statement.module, target)
+                for value, target in zip(ends, statement.targets, strict=True)
+                if target and target != "_"
+            }
+    return found
+
+
+def _ends(members: Iterable[ir.Node]) -> Iterator[ir.Value]:
+    """The values that a statement's nodes give to other statements."""
+    own = set(members)
+    for node in members:
+        for value in node.outputs:
+            if value.is_graph_output() or any(use.node not in own for use in value.uses()):
+                yield value
