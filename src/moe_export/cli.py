@@ -203,6 +203,9 @@ def export_command(**options: Any) -> int:
     "--blame/--no-blame", default=True, show_default=True, help="Where a graph differs, name the guilty node."
 )
 @click.option(
+    "--inside", is_flag=True, help="Hold every node against its operator in the model, not the outputs alone."
+)
+@click.option(
     "--repro", metavar="FOLDER", help="Where a graph differs, write the fault as a script that shows it."
 )
 @click.option("--case", metavar="LABEL", help="Run one case of a report again, with the report's --seed.")
@@ -257,6 +260,7 @@ def judge_command(**options: Any) -> int:
     "--limit", type=click.IntRange(0), default=0, help="At most so many mutants of each kind  [default: all]"
 )
 @click.option("--thorough", is_flag=True, help="The gate tries every kind of values.")
+@click.option("--inside", is_flag=True, help="The gate holds every node against its operator in the model.")
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the test inputs.")
 @click.option("--atol", type=float, help="Absolute tolerance [float32: 1e-5].")
 @click.option("--rtol", type=float, help="Relative tolerance [float32: 1e-5].")

@@ -26,6 +26,7 @@ def run_mutate(
     thorough: bool,
     limit: int,
     kinds: tuple[str, ...],
+    inside: bool,
     quiet: bool,
     as_json: bool,
     debug: bool,
@@ -35,7 +36,7 @@ def run_mutate(
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise UsageError(f"no kind of mutant is called '{unknown[0]}'", hint=f"the kinds: {', '.join(KINDS)}")
-    request = Request(graph, against, init, inputs, rtol, atol, seed, thorough, limit, kinds)
+    request = Request(graph, against, init, inputs, rtol, atol, seed, thorough, limit, kinds, inside)
     with console.step(f"trying mutants of {graph}"):
         trial = try_apart(request)
     score = Score(trial.fates, trial.cases)

@@ -40,6 +40,7 @@ def run_verify(
     wanted: Wanted | None = None,
     blame: bool = True,
     repro: str | None = None,
+    inside: bool = False,
     **wish: Any,
 ) -> int:
     """Run the command; the exit code, the worst of several."""
@@ -57,7 +58,8 @@ def run_verify(
         init=init,
         inputs=inputs,
         recorder=None if record is None else Recorder(),
-        why=[] if blame or repro is not None else None,
+        why=[] if blame or inside or repro is not None else None,
+        inside=inside,
     )
     if not references:
         return _record_alone(candidate, request, Path(record or ""), console)
@@ -78,7 +80,7 @@ def run_verify(
         if repro is not None:
             console.say("written: " + ", ".join(str(file) for file in why.write(Path(repro))))
     write_reports(reports, wanted or Wanted(), console)
-    return max(report.exit_code for report in reports)
+    return max([bool(request.inside and request.why), *(report.exit_code for report in reports)])
 
 
 def _compared(candidate: Side, reference: Side, request: Request, console: Console) -> Report:

@@ -9,9 +9,9 @@ from typing import Any
 
 import onnx
 
-from moe_export.blaming import blame, open_graph
+from moe_export.blaming import blame, open_graph, program_values
 from moe_export.export.subject import Subject
-from moe_export.export.trace import quiet
+from moe_export.export.trace import quiet, trace
 from moe_export.sides import GraphRunner
 from moe_export.verify import (
     Array,
@@ -22,12 +22,16 @@ from moe_export.verify import (
     TorchRunner,
     compare,
 )
-from moe_export.verify.guilty import Guilt
+from moe_export.verify.guilty import Guilt, find_guilty
 from moe_export.verify.guilty_level import Cut, Value
 from moe_export.verify.guilty_optimised import OptimisedGuilt
 from moe_export.verify.guilty_overlay import write_overlay
+from moe_export.verify.regimes import NORMAL
 from moe_export.verify.repro import write_repro
 from moe_export.verify.runner import one_line
+
+INSIDE = 3
+"""So many cases are looked into for nodes that are wrong although the outputs are right."""
 
 
 class Remembering:
@@ -150,6 +154,35 @@ def explain(
         except Exception as error:  # the report stands without it
             return Explanation(case.label, f"no node can be named: {one_line(error)}", model, given, expected)
     return Explanation(case.label, found, model, given, expected)
+
+
+def look_inside(
+    path: Path, candidate: Remembering, report: Report, subject: Subject, reference: Subject
+) -> Explanation | None:
+    """Look for a node that is wrong although the outputs are right, or too little wrong to tell.
+
+    Args:
+        path: The graph.
+        candidate: What ran it.
+        report: What was found; its first ordinary cases are looked into.
+        subject: The model that it was made from.
+        reference: What it was compared with, under the graph's names.
+
+    Returns:
+        The guilty node; None if every node that can be matched with an operator of the model is right.
+    """
+    ran = [case for case in report.cases if case.outcome != "refused"]
+    pairs = [pair for pair in zip(ran, candidate.given, strict=False) if pair[0].regime == NORMAL]
+    model = open_graph(path, subject.source.parent)
+    with quiet():
+        traced = trace(reference)
+        for case, inputs in pairs[:INSIDE]:
+            given = {value.name: inputs[value.name] for value in model.graph.input if value.name in inputs}
+            known = program_values(model, given, traced)
+            found = None if known is None else find_guilty(model, given, known)
+            if found is not None and found.guilty is not None:
+                return Explanation(case.label, found, model, given, {})
+    return None
 
 
 class _Said:

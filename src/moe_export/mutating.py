@@ -6,19 +6,23 @@ The cases and what the model gives for them are computed once; a mutant is run u
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
+from moe_export.blaming import program_values
 from moe_export.checking_choices import runner_of
 from moe_export.checking_float64 import Float64Runner
 from moe_export.checking_told import GraphTeller
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
+from moe_export.explaining import INSIDE
 from moe_export.export.load import load_subject
 from moe_export.export.pipeline import as_numpy
+from moe_export.export.subject import Subject
+from moe_export.export.trace import trace
 from moe_export.mutating_apart import Fate, fate_of
 from moe_export.sides import metadata
 from moe_export.verify import (
@@ -34,10 +38,13 @@ from moe_export.verify import (
     compare,
 )
 from moe_export.verify.float64_graph import run_in_float64
+from moe_export.verify.guilty import find_guilty
+from moe_export.verify.guilty_reference import ReferenceValues
 from moe_export.verify.mutants import Mutant
 from moe_export.verify.mutants_baked import baked_mutants, run_values
 from moe_export.verify.mutants_nodes import node_mutants
 from moe_export.verify.mutants_weights import weight_mutants
+from moe_export.verify.regimes import NORMAL
 from moe_export.verify.runner import one_line
 from moe_export.verifying_models import _aligned, _example_for, dims_of, reference_of
 from moe_export.wishes import Wish, tolerance_of, wished_cases
@@ -62,6 +69,7 @@ class Gate:
         tolerance: For floats.
         routing: Outputs that are expert indices.
         dtype: The narrowest type that the graph computes in.
+        inside: Cases by label, with what the model computes on the way, for a gate that looks at nodes, too.
     """
 
     model: onnx.ModelProto
@@ -72,6 +80,7 @@ class Gate:
     tolerance: Tolerance
     routing: Sequence[RoutingPair]
     dtype: str = "float32"
+    inside: Sequence[tuple[str, Mapping[str, Array], ReferenceValues]] = ()
 
     def judge(self, path: Path) -> Report:
         """Hold a graph against the model, up to the first case that differs.
@@ -117,6 +126,9 @@ class Gate:
         for case in report.cases:
             if case.outcome == "failed" or any(not judgement.ok for judgement in case.judgements):
                 return fate_of(mutant, "caught", case.label)
+        for label, inputs, known in self.inside:
+            if find_guilty(mutant.of(self.model), inputs, known).guilty is not None:
+                return fate_of(mutant, "caught", f"{label}, inside")
         off = self.difference(mutant)
         if off <= _SAME:
             return fate_of(mutant, "equivalent", off=off)
@@ -221,6 +233,7 @@ def open_gate(
     tolerance: Tolerance | None = None,
     seed: int = 0,
     thorough: bool = False,
+    inside: bool = False,
 ) -> Gate:
     """What `verify` would hold a graph against, with the cases that it would take.
 
@@ -270,4 +283,16 @@ def open_gate(
             f"{path} is {report.verdict} to {against} to begin with",
             hint=f"moe-export verify {path} --against {against} says where",
         )
-    return gate
+    return replace(gate, inside=_inside(gate, subject)) if inside else gate
+
+
+def _inside(gate: Gate, subject: Subject) -> list[tuple[str, Mapping[str, Array], ReferenceValues]]:
+    """What the model computes on the way, in the first ordinary cases."""
+    traced = trace(subject)
+    found = []
+    for case in [case for case in gate.cases if case.regime == NORMAL][:INSIDE]:
+        inputs = {value.name: case.inputs[value.name] for value in gate.model.graph.input}
+        known = program_values(gate.model, inputs, traced)
+        if known is not None:
+            found.append((case.label, inputs, known))
+    return found

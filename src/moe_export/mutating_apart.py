@@ -34,6 +34,7 @@ class Request:
         thorough: Whether the gate tries every kind of values.
         limit: At most so many mutants of each kind; 0 for all.
         kinds: Only these kinds; none for all.
+        inside: Whether the gate looks at nodes, too.
     """
 
     graph: str
@@ -46,6 +47,7 @@ class Request:
     thorough: bool = False
     limit: int = 0
     kinds: tuple[str, ...] = ()
+    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ def _work(request: Request, first: int, results: Connection) -> None:
                 Tolerance(request.rtol, request.atol),
                 request.seed,
                 request.thorough,
+                request.inside,
             )
             mutants = all_mutants(gate.model, gate.cases[0].inputs, request.seed)
             chosen = [mutant for mutant in mutants if not request.kinds or mutant.kind in request.kinds]

@@ -38,6 +38,7 @@ class Request:
         inputs: Example inputs of a model file's class.
         recorder: Keeps what the reference computes.
         why: Keeps what was found out about graphs that are not equal to their model; None to look for nothing.
+        inside: Whether nodes are looked at where the outputs are right.
     """
 
     tolerance: Tolerance = field(default_factory=Tolerance)
@@ -47,6 +48,7 @@ class Request:
     inputs: tuple[str, ...] = ()
     recorder: Recorder | None = None
     why: list[Explanation] | None = None
+    inside: bool = False
 
 
 def compare_sides(candidate: Side, reference: Side, request: Request) -> Report:

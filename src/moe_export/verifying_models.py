@@ -15,7 +15,7 @@ from moe_export.checking import Routing, verify_file
 from moe_export.checking_float64 import Float64Runner
 from moe_export.checking_told import GraphTeller, Mirrored
 from moe_export.errors import MoeExportError, UsageError
-from moe_export.explaining import Remembering, explain
+from moe_export.explaining import Remembering, explain, look_inside
 from moe_export.export.dims import Dim
 from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject
 from moe_export.export.load import load_subject, split_spec
@@ -109,6 +109,8 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
     )
     if request.why is not None and candidate.kind == "graph":
         found = explain(candidate.path, remembering, report, original, subject, tolerance, routing)
+        if request.inside and found is None and not report.exit_code:
+            found = look_inside(candidate.path, remembering, report, original, subject)
         request.why.extend([] if found is None else [found])
     return report
 
