@@ -153,6 +153,34 @@ def test_a_graph_that_says_nothing_of_its_nodes(command, broken, tmp_path):
     assert "guilty" in done.out or "none can be named" in done.out
 
 
+def test_what_no_output_shows_is_seen_inside(command, write, tmp_path):
+    model = write(
+        """
+        class Whisper(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(4, 4)
+
+            def forward(self, x):
+                return x + 1e-6 * self.linear(x)
+
+        model = Whisper()
+        example_inputs = (torch.randn(2, 3, 4),)
+        """,
+        "whisper.py",
+    )
+    assert command(model, "-o", tmp_path, "--quiet").code == 0
+    right = command("verify", "whisper.onnx", "--against", model, "--inside")
+    assert (right.code, "guilty" in right.out) == (0, False)
+    graph = onnx.load(tmp_path / "whisper.onnx")
+    nudged(graph.graph)
+    onnx.save(graph, tmp_path / "wrong.onnx")
+    assert command("verify", "wrong.onnx", "--against", model).code == 0
+    wrong = command("verify", "wrong.onnx", "--against", model, "--inside")
+    assert wrong.code == 1
+    assert "(module linear)" in wrong.out
+
+
 @pytest.mark.slow
 def test_every_mutant_of_a_block_is_caught(command, finished):
     done = command("mutate", finished / "block.onnx", "--against", finished / "block.py", "--json")

@@ -1,0 +1,35 @@
+"""The gate's own test on the models of this repository: every mutant that is not equivalent is caught."""
+
+from pathlib import Path
+
+import pytest
+
+from moe_export.cli import run
+from moe_export.cli_mutate import Score
+from moe_export.mutating_apart import Request, try_apart
+
+MODELS = Path(__file__).resolve().parents[2] / "models"
+
+
+def score_of(stem, folder, **options):
+    assert run([str(MODELS / f"{stem}.py"), "-o", str(folder), "--no-verify", "--quiet"]) == 0
+    trial = try_apart(Request(str(folder / f"{stem}.onnx"), str(MODELS / f"{stem}.py"), **options))
+    return Score(trial.fates, trial.cases)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stem", ["moe_gate", "sparse_moe", "gshard_moe", "attention", "mamba", "mamba2"])
+def test_every_mutant_is_caught_by_the_outputs(stem, tmp_path):
+    score = score_of(stem, tmp_path)
+    assert score.count("survived") == 0, "\n".join(score.lines())
+    assert score.count("caught") >= 15
+    assert score.count("equivalent") + score.count("below rounding") <= 0.1 * len(score.fates)
+
+
+@pytest.mark.slow
+def test_every_mutant_of_a_language_model_is_caught_by_its_nodes(tmp_path):
+    """Its inputs are ids, so no case makes a norm's input small: an epsilon hardly shows in the outputs."""
+    score = score_of("hybrid", tmp_path, inside=True)
+    assert score.count("survived") == 0, "\n".join(score.lines())
+    assert score.count("caught") >= 300
+    assert score.count("equivalent") + score.count("below rounding") <= 0.1 * len(score.fates)
