@@ -22,6 +22,11 @@
 | `cost` | FLOPs and bytes of a graph, counted over a run |
 | `report`, `reading` | what was found, as data; read back from JSON and judged again |
 | `table`, `page`, `junit`, `github` | the same as text, as an HTML page, for CI |
+| `guilty`, `guilty_gap`, `guilty_difference`, `guilty_reference` | the node where a wrong graph goes wrong |
+| `guilty_level`, `guilty_turns`, `guilty_optimised` | inside bodies, turn by turn; only as optimised |
+| `guilty_overlay`, `repro` | each node's error for Netron; a fault as a folder that runs |
+| `float64_graph`, `float64_operators` | a graph in float64 |
+| `mutants`, `mutants_weights`, `mutants_nodes`, `mutants_baked` | wrong copies of a right graph: can the gate fail? |
 
 A new engine is a class with a `name` and a `run`; nothing else here needs to know of it.
 """
