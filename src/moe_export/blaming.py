@@ -23,7 +23,6 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind
 
-from moe_export.errors import MoeExportError
 from moe_export.export.functions import without_functions
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.precision_rounding import with_float32_kernels
@@ -183,9 +182,11 @@ def program_values(
     A value is that of an operator if its node says so (operator, source line, module) and has its name; names that an
     export has counted anew are matched by their order among those of the same origin. None if no value matches.
     """
+    if not _takes(traced, inputs):
+        return None
     try:
         recorded = _run(traced, inputs)
-    except (RuntimeError, TypeError, ValueError, KeyError, NotImplementedError, MoeExportError):
+    except Exception:  # whatever an operator raises at sizes that the trace was not made for
         return None
     nodes = [node for node in traced.program.graph.nodes if node.op == "call_function"]
     folder = traced_folder(model, nodes)
@@ -214,6 +215,16 @@ def program_values(
     outputs = {output.name for output in model.graph.output}
     matched |= _returned(traced, recorded, outputs)
     return GivenValues(matched) if len(matched) > len(outputs) else None
+
+
+def _takes(traced: Traced, inputs: Mapping[str, Array]) -> bool:
+    """Whether inputs have the sizes that the trace fixed: at others it may run, and mean nothing."""
+    return all(
+        not isinstance(want, int) or want == got
+        for name, shape in traced.inputs.items()
+        if name in inputs
+        for want, got in zip(shape, inputs[name].shape, strict=True)
+    )
 
 
 @dataclass(frozen=True)

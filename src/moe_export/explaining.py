@@ -176,12 +176,18 @@ def look_inside(
     model = open_graph(path, subject.source.parent)
     with quiet():
         traced = trace(reference)
-        for case, inputs in pairs[:INSIDE]:
+        looked = 0
+        for case, inputs in pairs:
             given = {value.name: inputs[value.name] for value in model.graph.input if value.name in inputs}
             known = program_values(model, given, traced)
-            found = None if known is None else find_guilty(model, given, known)
-            if found is not None and found.guilty is not None:
+            if known is None:  # a size that the trace was not made for
+                continue
+            found = find_guilty(model, given, known)
+            if found.guilty is not None:
                 return Explanation(case.label, found, model, given, {})
+            looked += 1
+            if looked == INSIDE:
+                break
     return None
 
 

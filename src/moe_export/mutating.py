@@ -290,9 +290,11 @@ def _inside(gate: Gate, subject: Subject) -> list[tuple[str, Mapping[str, Array]
     """What the model computes on the way, in the first ordinary cases."""
     traced = trace(subject)
     found = []
-    for case in [case for case in gate.cases if case.regime == NORMAL][:INSIDE]:
+    for case in [case for case in gate.cases if case.regime == NORMAL]:
         inputs = {value.name: case.inputs[value.name] for value in gate.model.graph.input}
         known = program_values(gate.model, inputs, traced)
         if known is not None:
             found.append((case.label, inputs, known))
+        if len(found) == INSIDE:
+            break
     return found

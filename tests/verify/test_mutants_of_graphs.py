@@ -200,3 +200,16 @@ def test_a_scan_over_any_axis_in_any_direction_in_float64():
     sums = np.cumsum(soft[:, ::-1], 1)[:, ::-1]
     assert np.abs(rows - 2 * sums).max() < 1e-14
     assert np.abs(last - sums[:, 0]).max() < 1e-14
+
+
+def test_indices_that_cover_a_part_in_float64():
+    model = parsed(
+        """g (float[5,4] x) => (float[2,3] y) {
+  soft = Softplus(x)
+  y = GatherElements<axis=0>(soft, at)
+}""",
+        at=np.array([[4, 0, 1], [2, 2, 3]]),
+    )
+    (found,) = run_in_float64(model, X)
+    soft = np.log1p(np.exp(X["x"].astype(np.float64)))
+    assert np.abs(found - np.take_along_axis(soft[:, :3], np.array([[4, 0, 1], [2, 2, 3]]), 0)).max() < 1e-15
