@@ -11,8 +11,9 @@ from moe_export.export.experts_batched import blocks, dense, gather
 from moe_export.export.experts_contrib import contrib
 from moe_export.export.experts_lower import Opaque, loop, slices
 from moe_export.export.experts_onnx import Writer
+from moe_export.export.experts_trt_moe import trt_moe
 
-Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]
+Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-sm100"]
 TARGETS: tuple[str, ...] = get_args(Target)
 
 LOWERINGS: dict[str, Callable[[Writer, Opaque], ir.Value]] = {
@@ -22,6 +23,7 @@ LOWERINGS: dict[str, Callable[[Writer, Opaque], ir.Value]] = {
     "gather": gather,
     "loop": loop,
     "contrib": contrib,
+    "trt_moe": trt_moe,
 }
 
 SLICES_UP_TO = 64
@@ -39,5 +41,10 @@ def choose(choice: str, count: int, target: str) -> str:
     if choice != "auto":
         return choice
     if target != "onnxruntime-cpu":
-        return "blocks"
+        return "trt_moe" if target == "tensorrt-sm100" else "blocks"
     return "slices" if count <= SLICES_UP_TO else "loop"
+
+
+def instead(name: str, count: int) -> str:
+    """The lowering that `auto` falls back to where one cannot write a block."""
+    return "blocks" if name == "trt_moe" else choose("auto", count, "onnxruntime-cpu")

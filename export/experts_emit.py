@@ -16,11 +16,12 @@ from moe_export.errors import NotExportableError
 from moe_export.export import experts_contrib as contrib
 from moe_export.export.experts_batch import trace_batched
 from moe_export.export.experts_choice import names_experts
-from moe_export.export.experts_choose import LOWERINGS, choose
+from moe_export.export.experts_choose import LOWERINGS, choose, instead
 from moe_export.export.experts_lower import Opaque, guarded
 from moe_export.export.experts_onnx import Writer
 from moe_export.export.experts_parts import Parts, take_apart
 from moe_export.export.experts_place import DOMAIN, NUMBER, OPERATOR, Block
+from moe_export.export.experts_trt_moe import add_meaning
 from moe_export.export.experts_weights import Weight
 from moe_export.export.provenance import mark_block
 from moe_export.export.region import scope_of
@@ -55,12 +56,9 @@ def write_experts(
         try:
             result = _write(writer, name, opaque)
         except NotExportableError as error:
-            simpler = choose("auto", block.experts.count, "onnxruntime-cpu")
-            if choice != "auto" or name == simpler:
+            if choice != "auto":
                 raise
-            name, reason = simpler, f", not {name!r}: {error.what}"
-            writer = Writer(model.graph, f"experts_{number}")
-            result = _write(writer, name, opaque)
+            writer, result, name, reason = _simpler(model, number, opaque, name, error)
         for made in writer.nodes:
             made.metadata_props.update(node.metadata_props)
             mark_block(made, "experts", _module_of(block))
@@ -73,10 +71,28 @@ def write_experts(
         model.opset_imports.pop(DOMAIN, None)
         if any(node.domain == contrib.DOMAIN for node in model.graph):
             model.opset_imports[contrib.DOMAIN] = 1
+        add_meaning(model)
         with quiet():
             optimizer.fold_constants(model)
             RemoveUnusedNodesPass()(model)
     return notes
+
+
+def _simpler(
+    model: ir.Model, number: int, block: Opaque, name: str, error: NotExportableError
+) -> tuple[Writer, ir.Value, str, str]:
+    """A block in the next simpler form that can write it: its nodes, result, form, and why no other."""
+    reason = ""
+    while True:
+        reason += f", not {name!r}: {error.what}"
+        simpler = instead(name, block.count)
+        if simpler == name:
+            raise error
+        writer, name = Writer(model.graph, f"experts_{number}"), simpler
+        try:
+            return writer, _write(writer, name, block), name, reason
+        except NotExportableError as another:
+            error = another
 
 
 def _module_of(block: Block) -> str:

@@ -112,14 +112,14 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 )
 @click.option(
     "--experts",
-    type=click.Choice(["auto", "dense", "slices", "blocks", "gather", "loop", "contrib", "keep"]),
+    type=click.Choice(["auto", "dense", "slices", "blocks", "gather", "loop", "contrib", "trt_moe", "keep"]),
     default="auto",
     show_default=True,
     help="How experts are computed (docs/experts.md); keep leaves them as written.",
 )
 @click.option(
     "--target",
-    type=click.Choice(["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt"]),
+    type=click.Choice(["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-sm100"]),
     default="onnxruntime-cpu",
     show_default=True,
     help="The engine that the graph is for; decides what auto stands for.",

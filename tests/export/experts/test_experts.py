@@ -31,7 +31,7 @@ idioms = importlib.util.module_from_spec(spec)
 sys.modules["experts_idioms"] = idioms
 spec.loader.exec_module(idioms)
 
-STANDARD = [name for name in LOWERINGS if name != "contrib"]
+STANDARD = [name for name in LOWERINGS if name not in ("contrib", "trt_moe")]
 CAPABILITIES = ("sm75", "sm86", "sm89", "sm120")
 
 
