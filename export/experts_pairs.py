@@ -144,12 +144,19 @@ def understand_pairs(root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
     Raises:
         NotExpertsError: It uses the choice in a way that has no body; says why.
     """
+    why: NotExpertsError | None = None
     for indices in root.choices:
         if rank_of(indices) == 2 and not str(shape_of(indices)[1]).isdigit():
             continue
-        found = _understand(indices, root, loops)
+        try:
+            found = _understand(indices, root, loops)
+        except NotExpertsError as error:  # a token's number, say, of which its expert's is computed
+            why = why or error
+            continue
         if found is not None:
             return found
+    if why is not None:
+        raise why
     return None
 
 

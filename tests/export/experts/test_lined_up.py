@@ -237,3 +237,37 @@ def test_pairs_that_a_capacity_leaves_out_add_nothing():
 def test_experts_that_are_not_dropped_all_stay():
     blocks, _ = find_experts(trace(subject_of(models.NotDropped().eval())).program.graph)
     assert blocks == ()
+
+
+class HashRouted(nn.Module):
+    """Hash layers (arXiv:2106.04426): the token's number says its expert, and is looked up among the embeddings."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(50, 16)
+        self.up = nn.Parameter(torch.randn(4, 16, 24) * 0.2)
+        self.down = nn.Parameter(torch.randn(4, 24, 16) * 0.2)
+
+    def forward(self, ids):
+        flat = ids.reshape(-1)
+        tokens = self.embedding(flat)
+        expert = flat % 4
+        hidden = torch.relu(torch.bmm(tokens.unsqueeze(1), self.up[expert]))
+        return torch.bmm(hidden, self.down[expert]).squeeze(1).view(*ids.shape, 16)
+
+
+def test_a_number_that_is_looked_up_elsewhere_too_still_says_the_expert():
+    module = HashRouted().eval()
+    ids = torch.randint(0, 50, (2, 5), generator=torch.Generator().manual_seed(0))
+    subject = make_subject(module, (ids,), {}, source=Path(__file__), how="test")
+    graph = export_subject(subject, Options(gates=False, simplify=False))[0]
+    (note,) = [note for note in graph.notes if "experts at" in note]
+    assert note.startswith("4 experts at ")
+    assert note.endswith("lowered as 'slices'")
+    session = session_of(graph.model)
+    for tokens in (1, 3, 64):
+        ids = torch.randint(0, 50, (1, tokens), generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            expected = module(ids).numpy()
+        np.testing.assert_allclose(session.run(None, {"ids": ids.numpy()})[0], expected, rtol=1e-5, atol=1e-5)
