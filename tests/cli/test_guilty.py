@@ -226,3 +226,17 @@ def test_the_numbers_of_a_score():
     assert "mutation score: 1 of 2 (7 cases)" in "\n".join(lines)
     assert lines[-1] == "  SURVIVED: weight: n: w  (off by 1.0e-06 in float64)"
     assert np.isclose(score.to_dict("g", "m")["score"], 0.5)
+
+
+@pytest.mark.slow
+def test_a_graph_in_low_precision(command, finished, tmp_path):
+    """Rounding is no guilt: its nodes are held against those of a new export in the same type."""
+    shutil.copy(finished / "block.py", tmp_path)
+    assert command(tmp_path / "block.py", "--dtype", "bfloat16", "-o", tmp_path, "--quiet").code == 0
+    graph = onnx.load(tmp_path / "block.onnx")
+    another_activation(graph.graph)
+    onnx.save(graph, tmp_path / "wrong.onnx")
+    done = command("verify", "wrong.onnx", "--against", "block.py")
+    assert done.code == 1
+    assert "guilty: Tanh " in done.out
+    assert "it is Tanh, in the reference Relu" in done.out
