@@ -109,9 +109,10 @@ def blame(
     good = _same_making(model, inputs, subject, is_right)
     if good is not None:
         found = find_guilty(model, inputs, good)
-    return (
-        found or "the graph does not say which operators of the model its nodes compute, so none can be named"
-    )
+    if found is None and _dtype(model) != "float32":
+        return "in low precision nodes are held against those of a new export, and that is not right either"
+    nobody = "the graph does not say which operators of the model its nodes compute, so none can be named"
+    return found or nobody
 
 
 def _stands_alone(model: onnx.ModelProto, error: NodeError) -> bool:

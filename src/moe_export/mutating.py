@@ -289,7 +289,7 @@ def open_gate(
 def _inside(gate: Gate, subject: Subject) -> list[tuple[str, Mapping[str, Array], ReferenceValues]]:
     """What the model computes on the way, in the first ordinary cases."""
     traced = trace(subject)
-    found = []
+    found: list[tuple[str, Mapping[str, Array], ReferenceValues]] = []
     for case in [case for case in gate.cases if case.regime == NORMAL]:
         inputs = {value.name: case.inputs[value.name] for value in gate.model.graph.input}
         known = program_values(gate.model, inputs, traced)
