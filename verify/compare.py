@@ -35,6 +35,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
     truth: Runner | None = None,
     teller: Teller | None = None,
     about: Mapping[str, str] | None = None,
+    narrow: str = "float32",
 ) -> Report:
     """Compare `candidate` with `reference`.
 
@@ -53,6 +54,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
         truth: The reference in float64, asked where the two differ (see `truth`).
         teller: Runs a case that differs again under the reference's choices (see `choices`).
         about: Facts for the report.
+        narrow: The narrowest type that the candidate computes in: what it may lose at the limits of a type.
 
     Returns:
         A report. A case that the reference refuses is recorded and proves nothing; one that only the
@@ -63,7 +65,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
             that the reference does not have.
         MissingBackendError: An engine has lost its device.
     """
-    judges = _Judges(tolerance or Tolerance(), routing, truth, teller, reference)
+    judges = _Judges(tolerance or Tolerance(), routing, truth, teller, reference, narrow)
     results: list[CaseResult] = []
     wanted = 1 + other_sizes
     start = time.perf_counter()
@@ -86,6 +88,7 @@ class _Judges:
     truth: Runner | None
     teller: Teller | None
     reference: Runner
+    narrow: str
 
     def judge(self, case: Case, expected: Outputs, got: Outputs) -> tuple[Judgement, ...]:
         """By the outputs alone; where they differ, under the same choices; where they still do, by float64."""
@@ -126,7 +129,7 @@ class _Judges:
 
     def _nearby(self, case: Case) -> tuple[Outputs, ...]:
         """What the reference gives for inputs that are the same but for their last digit."""
-        found = (_run(self.reference, near, first=False) for near in last_digits(case))
+        found = (_run(self.reference, near, first=False) for near in last_digits(case, self.narrow))
         return tuple(outputs for outputs in found if not isinstance(outputs, str))
 
 

@@ -23,7 +23,7 @@ import numpy as np
 from moe_export.verify.inputs import Case
 from moe_export.verify.judge import Judgement
 from moe_export.verify.regimes import largest_of
-from moe_export.verify.specs import Array, is_float
+from moe_export.verify.specs import Array, is_float, numpy_dtype
 from moe_export.verify.tolerance import Margin
 
 _ROOM = 4.0
@@ -70,19 +70,20 @@ def weigh(
     return found if _wrong(ref, ours, true, off, margin, reference.dtype) else _excused(found, None)
 
 
-def last_digits(case: Case, runs: int = 4) -> Iterator[Case]:
-    """The same inputs, each float changed by one rounding, up or down."""
+def last_digits(case: Case, narrow: str = "float32", runs: int = 4) -> Iterator[Case]:
+    """The same inputs, each float changed by one rounding of its type, or of `narrow` if that is coarser."""
     for run in range(runs):
         generator = np.random.default_rng([case.seed, run])
         changed = {
-            name: _rounded_away(array, generator) if is_float(array.dtype) else array
+            name: _rounded_away(array, generator, narrow) if is_float(array.dtype) else array
             for name, array in case.inputs.items()
         }
         yield replace(case, inputs=changed)
 
 
-def _rounded_away(array: Array, generator: np.random.Generator) -> Array:
-    step = float(ml_dtypes.finfo(array.dtype).eps)  # type: ignore[no-untyped-call]
+def _rounded_away(array: Array, generator: np.random.Generator, narrow: str) -> Array:
+    kinds: list[Any] = [array.dtype, numpy_dtype(narrow)]
+    step = max(float(ml_dtypes.finfo(kind).eps) for kind in kinds)  # type: ignore[no-untyped-call]
     factors = 1 + step * generator.choice([-1.0, 1.0], array.shape)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray((array.astype(np.float64) * factors).astype(array.dtype))

@@ -70,6 +70,7 @@ def verify_graph(
             graph=path,
             provider=provider,
             wish=wish,
+            narrow=graph.dtype,
         )
 
     free = tuple(replace(dim, minimum=min(dim.minimum, 1)) for dim in graph.traced.dims)
@@ -146,6 +147,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     wish: Wish = USUAL,
     recorder: Recorder | None = None,
     about: Mapping[str, str] | None = None,
+    narrow: str = "float32",
 ) -> Report:
     """Compare a graph with a model whose inputs have the same names.
 
@@ -163,6 +165,7 @@ def verify_file(  # noqa: PLR0913  each has a name
         wish: How much to try.
         recorder: Keeps what the reference computes.
         about: Facts for the report.
+        narrow: The narrowest type that the candidate computes in.
     """
     specs = [
         TensorSpec(spec.name, spec.dtype, spec.shape)
@@ -187,4 +190,5 @@ def verify_file(  # noqa: PLR0913  each has a name
             truth=Float64Runner(reference, names),
             teller=GraphTeller(runner, graph, provider),
             about=about,
+            narrow=narrow,
         )

@@ -106,6 +106,7 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
         wish=wish,
         recorder=request.recorder,
         about={"candidate": candidate.text, "reference": called, **line_of(original)},
+        narrow=dtype,
     )
     if request.why is not None and candidate.kind == "graph":
         found = explain(candidate.path, remembering, report, original, subject, tolerance, routing)
