@@ -19,6 +19,7 @@ from moe_export.export.provenance import BLOCK, MODULE, SOURCE
 
 DOMAIN = "moe_export.blocks"
 _LEAST = 4
+_SMALL = 16
 
 
 @dataclass
@@ -69,6 +70,8 @@ def _write_out(model: ir.Model, call: ir.Node) -> None:
         assert value is not None
         parameter.replace_all_uses_with(value)
     results = list(function.outputs)
+    for node in [node for node in function if node.op_type == "Constant"]:
+        _hold_outside(model.graph, function, node)
     nodes = list(function)
     for result in results:
         function.outputs.remove(result)
@@ -80,6 +83,19 @@ def _write_out(model: ir.Model, call: ir.Node) -> None:
     model.graph.remove(call)
     if not any(node.domain == DOMAIN for node in model.graph):
         model.opset_imports.pop(DOMAIN, None)
+
+
+def _hold_outside(graph: ir.Graph, function: ir.Function, node: ir.Node) -> None:
+    """Make a constant of a function an initializer again."""
+    constant = node.outputs[0]
+    value = graph.initializers.get(str(constant.name))
+    if value is None:
+        tensor = node.attributes["value"].as_tensor()
+        kind = ir.TensorType(tensor.dtype)
+        value = ir.Value(name=constant.name, shape=ir.Shape(tensor.shape), type=kind, const_value=tensor)
+        graph.register_initializer(value)
+    constant.replace_all_uses_with(value)
+    function.remove(node)
 
 
 def _tree(graph: ir.Graph) -> _Place:
@@ -190,7 +206,9 @@ def _replace(model: ir.Model, place: _Place, nodes: Sequence[ir.Node]) -> None:
     graph = model.graph
     every = {inner for node in nodes for inner in _all(node)}
     made = {value for node in nodes for value in node.outputs}
-    inputs = _unique(value for node in nodes for value in _taken(node) if value not in made)
+    taken = _unique(value for node in nodes for value in _taken(node) if value not in made)
+    constants = [value for value in taken if _is_small(value)]
+    inputs = [value for value in taken if value not in constants]
     outputs = [
         value
         for node in nodes
@@ -214,17 +232,40 @@ def _replace(model: ir.Model, place: _Place, nodes: Sequence[ir.Node]) -> None:
             if output is value:
                 graph.outputs[index] = new
     parameters = [ir.Value(name=value.name, shape=value.shape, type=value.type) for value in inputs]
-    for value, parameter in zip(inputs, parameters, strict=True):
+    held = [_held(value) for value in constants]
+    own = [*parameters, *(node.outputs[0] for node in held)]
+    for value, parameter in zip([*inputs, *constants], own, strict=True):
         for use in list(value.uses()):
             if use.node in every:
                 use.node.replace_input_with(use.idx, parameter)
     graph.remove(nodes)
+    for value in constants:
+        if not value.uses() and not value.is_graph_output():
+            graph.initializers.pop(str(value.name))
     body = ir.Graph(
-        parameters, outputs, nodes=nodes, opset_imports={**model.opset_imports, DOMAIN: 1}, name=place.path
+        parameters,
+        outputs,
+        nodes=[*held, *nodes],
+        opset_imports={**model.opset_imports, DOMAIN: 1},
+        name=place.path,
     )
     function = ir.Function(DOMAIN, call.op_type, graph=body, attributes=[])
     function.doc_string = _documentation(place.path, nodes, inputs, outputs)
     model.functions[function.identifier()] = function
+
+
+def _is_small(value: ir.Value) -> bool:
+    """Whether a value is a constant that a reader wants to see where it is used."""
+    return value.is_initializer() and value.const_value is not None and value.const_value.size <= _SMALL
+
+
+def _held(value: ir.Value) -> ir.Node:
+    """A constant as a node: functions have no initializers."""
+    assert value.const_value is not None
+    node = ir.node("Constant", [], {"value": value.const_value}, name=value.name)
+    made = node.outputs[0]
+    made.name, made.shape, made.type = value.name, value.shape, value.type
+    return node
 
 
 def _unique(values: Iterable[ir.Value]) -> list[ir.Value]:

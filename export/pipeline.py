@@ -233,6 +233,8 @@ def describe(model: ir.Model, facts: Mapping[str, str]) -> None:
     model.producer_version = facts["version"]
     model.metadata_props.clear()
     model.metadata_props.update({f"moe_export.{key}": value for key, value in facts.items()})
+    stem = facts["source"].rpartition(".")[0]
+    model.graph.name = stem if facts["kind"] == "model" else f"{stem}.{facts['kind']}"
     what = "the model" if facts["kind"] == "model" else f"{facts['kind']} of {facts['module']}"
     made = f"{facts['source']}: {what}, exported at opset {facts['opset']}, {facts['dtype']}"
     model.graph.doc_string = "\n".join([made, *described(model.graph.inputs, model.graph.outputs)])

@@ -1,0 +1,82 @@
+"""A graph in Netron in a real browser: the blocks by name, no error, and nothing asked of anybody else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from moe_export.viewing import Viewer
+
+if TYPE_CHECKING:
+    from selenium import webdriver
+
+ROOT = Path(__file__).resolve().parents[2]
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+DRIVER = shutil.which("chromedriver")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="no Chromium with its chromedriver on this machine (Debian: chromium-driver)",
+)
+QUIET = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
+    "--disable-background-networking", "--disable-component-update", "--window-size=1100,1500",
+)  # fmt: skip
+
+
+@pytest.fixture
+def browser(tmp_path) -> Iterator[webdriver.Chrome]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(CHROMIUM)
+    for argument in (*QUIET, f"--user-data-dir={tmp_path / 'profile'}"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    opened = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    yield opened
+    opened.quit()
+
+
+def asked(browser: webdriver.Chrome) -> set[str]:
+    """The addresses that the page asked for."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [
+        each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"
+    ]
+    return {address for address in sent if not address.startswith(("chrome:", "data:", "blob:"))}
+
+
+def labels(page: webdriver.Chrome) -> list[str]:
+    """What the nodes of the graph say."""
+    return [
+        str(text.get_attribute("textContent")) for text in page.find_elements("css selector", "g.node text")
+    ]
+
+
+def test_hybrid_shows_its_blocks(command, tmp_path, browser):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    done = command(
+        ROOT / "models" / "hybrid.py", "-o", tmp_path / "out", "--functions", "--gate", "none", "--no-verify"
+    )
+    assert done.code == 0, done.err
+    viewer = Viewer(tmp_path / "out" / "hybrid.onnx")
+    try:
+        browser.get(viewer.url)
+        WebDriverWait(browser, 60).until(lambda page: "logits" in labels(page))
+        shown = labels(browser)
+        problems = [entry["message"] for entry in browser.get_log("browser") if entry["level"] == "SEVERE"]
+        addresses = asked(browser)
+    finally:
+        viewer.stop()
+    for name in ("input_ids", "mamba_norm", "mamba", "attention", "moe_norm", "moe", "norm", "logits"):
+        assert name in shown
+    assert problems == []
+    assert any(address.startswith(f"{viewer.url}/data/hybrid.onnx") for address in addresses), addresses
+    assert {address for address in addresses if not address.startswith(viewer.url)} == set()
