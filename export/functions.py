@@ -92,7 +92,9 @@ def _hold_outside(graph: ir.Graph, function: ir.Function, node: ir.Node) -> None
     if value is None:
         tensor = node.attributes["value"].as_tensor()
         kind = ir.TensorType(tensor.dtype)
-        value = ir.Value(name=constant.name, shape=ir.Shape(tensor.shape), type=kind, const_value=tensor)
+        value = ir.Value(
+            name=constant.name, shape=ir.Shape(tensor.numpy().shape), type=kind, const_value=tensor
+        )
         graph.register_initializer(value)
     constant.replace_all_uses_with(value)
     function.remove(node)
