@@ -6,7 +6,8 @@ far beyond any tolerance, and every token after it with it, though nothing is wr
     is each choice that differs one between experts whose scores are within the tolerance?   (counted as flips)
     is the output the same when both graphs take the same experts?
 
-`with_forced_choices` makes the graph that takes the choices of another as inputs.
+`with_forced_choices` makes the graph that takes the choices of another as inputs. Whichever axis a `TopK` chooses
+along, its positions and scores cross the border of the graph with that axis last.
 """
 
 from __future__ import annotations
@@ -41,30 +42,43 @@ class Choices:
 
 
 def find_choices(model: ir.Model) -> tuple[ir.Node, ...]:
-    """The nodes that choose the largest of the last axis: `TopK`s whose positions are used."""
+    """The nodes that choose the largest along an axis: `TopK`s whose positions are used."""
     return tuple(
         node
         for node in model.graph
         if node.op_type == "TopK"
         and node.attributes.get_int("largest", 1) == 1
-        and _is_last(node)
+        and node.inputs[0] is not None
+        and node.inputs[0].shape is not None
         and (node.outputs[1].uses() or node.outputs[1].is_graph_output())
     )
 
 
-def _is_last(node: ir.Node) -> bool:
-    axis, shape = (
-        node.attributes.get_int("axis", -1),
-        node.inputs[0].shape if node.inputs[0] is not None else None,
-    )
-    return axis == -1 or (shape is not None and axis == len(shape) - 1)
+def _axis(node: ir.Node) -> int:
+    """The axis that a choice is made along, counted from the front."""
+    assert node.inputs[0] is not None
+    assert node.inputs[0].shape is not None
+    return node.attributes.get_int("axis", -1) % len(node.inputs[0].shape)
+
+
+def _moved(value: ir.Value, axis: int, to: int, name: str) -> tuple[ir.Value, list[ir.Node]]:
+    """A value with one axis moved elsewhere, and the node that does it, if one is needed."""
+    assert value.shape is not None
+    order = [other for other in range(len(value.shape)) if other != axis]
+    order.insert(to % len(value.shape), axis)
+    if order == list(range(len(order))):
+        return value, []
+    node = ir.node("Transpose", [value], {"perm": order}, name=name)
+    node.outputs[0].name, node.outputs[0].type = name, value.type
+    node.outputs[0].shape = ir.Shape([value.shape[other] for other in order])
+    return node.outputs[0], [node]
 
 
 def with_choices_out(model: ir.Model) -> ir.Model:
     """A copy of a graph that also returns its choices."""
     copy = model.clone()
     for index, node in enumerate(find_choices(copy)):
-        _return(copy, node.outputs[1], CHOICE.format(index))
+        _return(copy, node.outputs[1], _axis(node), CHOICE.format(index))
     return copy
 
 
@@ -72,13 +86,20 @@ def with_forced_choices(model: ir.Model) -> ir.Model:
     """A copy of a graph whose choices are inputs; it returns what it would have chosen, and by which scores."""
     copy = model.clone()
     for index, node in enumerate(find_choices(copy)):
-        scores, positions = node.inputs[0], node.outputs[1]
+        scores, positions, axis = node.inputs[0], node.outputs[1], _axis(node)
         assert scores is not None
-        given = ir.Value(
-            name=FORCED.format(index), shape=positions.shape, type=ir.TensorType(ir.DataType.INT64)
+        assert positions.shape is not None
+        sizes = [size for place, size in enumerate(positions.shape) if place != axis]
+        outside = ir.Value(
+            name=FORCED.format(index),
+            shape=ir.Shape([*sizes, positions.shape[axis]]),
+            type=ir.TensorType(ir.DataType.INT64),
         )
-        copy.graph.inputs.append(given)
-        picked = ir.node("GatherElements", [scores, given], {"axis": -1}, name=f"{node.name}.picked")
+        copy.graph.inputs.append(outside)
+        given, turned = _moved(outside, len(positions.shape) - 1, axis, f"{node.name}.turned")
+        for turn in turned:
+            copy.graph.insert_before(node, turn)
+        picked = ir.node("GatherElements", [scores, given], {"axis": axis}, name=f"{node.name}.picked")
         kept = ir.node("Identity", [given], name=f"{node.name}.given")
         for made, old in ((picked, node.outputs[0]), (kept, positions)):
             value = made.outputs[0]
@@ -86,12 +107,16 @@ def with_forced_choices(model: ir.Model) -> ir.Model:
             old.name = f"{old.name}.own"
             old.replace_all_uses_with(value, replace_graph_outputs=True)
             node.append(made)
-        _return(copy, positions, CHOICE.format(index))
-        _return(copy, scores, SCORES.format(index))
+        _return(copy, positions, axis, CHOICE.format(index))
+        _return(copy, scores, axis, SCORES.format(index))
     return copy
 
 
-def _return(model: ir.Model, value: ir.Value, name: str) -> None:
+def _return(model: ir.Model, value: ir.Value, axis: int, name: str) -> None:
+    """Return a value, the axis of its choice last."""
+    value, turned = _moved(value, axis, -1, f"turn_{name}")
+    for turn in turned:
+        model.graph.append(turn)
     node = ir.node("Identity", [value], name=f"return_{name}")
     node.outputs[0].name = name
     node.outputs[0].type, node.outputs[0].shape = value.type, value.shape

@@ -41,10 +41,10 @@ def in_float64() -> Iterator[None]:
 
 
 class ChoiceWatcher(TorchDispatchMode):
-    """Notes each choice of the largest along the last axis, in order.
+    """Notes each choice of the largest along an axis, in order.
 
     Attributes:
-        found: (positions, scores) of every `topk`.
+        found: (positions, scores) of every `topk`, the axis of the choice moved to the end.
     """
 
     def __init__(self) -> None:
@@ -62,6 +62,8 @@ class ChoiceWatcher(TorchDispatchMode):
         if func is torch.ops.aten.topk.default:
             dim = args[2] if len(args) > 2 else -1
             largest = args[3] if len(args) > 3 else (kwargs or {}).get("largest", True)
-            if largest and dim in (-1, args[0].dim() - 1):
-                self.found.append((result[1].detach().clone(), args[0].detach().clone()))
+            if largest:
+                pair = (result[1].detach(), args[0].detach())
+                positions, scores = (value.movedim(dim, -1).clone() for value in pair)
+                self.found.append((positions, scores))
         return result
