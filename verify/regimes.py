@@ -11,7 +11,7 @@ where the regime does not say otherwise. A row is the last axis of an input: the
 | `small` | 1/64 of the ordinary | an epsilon; a recurrence that hardly decays |
 | `large` | 16 times the ordinary | overflow; a recurrence that forgets at once |
 | `held up`, `held down` | one large row, repeated, and its negative | sums over a long time; decay to nothing |
-| `largest`, `smallest` | at the ends of the dtype | overflow, subnormal numbers |
+| `largest`, `smallest` | at the ends of the dtype (a row can just be added up) | overflow, subnormal numbers |
 | `padded` | masks end early | a mask that is not looked at |
 """
 
@@ -83,7 +83,9 @@ def _held(factor: float) -> Callable[..., Array]:
 
 
 def _largest(values: Array, _: np.random.Generator, dtype: np.dtype[Any]) -> Array:
-    return np.asarray(np.sign(values) * largest_of(dtype) / 2)
+    # A row can just be added up: where it cannot, the order of the sum decides what is NaN, and engines have their own.
+    length = values.shape[-1] if values.ndim else 1
+    return np.asarray(np.sign(values) * largest_of(dtype) / (2 * max(1, length)))
 
 
 def largest_of(dtype: np.dtype[Any]) -> float:
