@@ -56,7 +56,8 @@ def test_what_each_is():
     assert values("large").std() > 10
     assert 0 < np.abs(values("small")).max() < 0.1
     largest = values("largest").astype(np.float64)
-    assert 1e38 < np.abs(largest).sum(-1).max() < 3.5e38  # the order of a sum does not decide whether it is finite
+    # The order of a sum does not decide whether it is finite.
+    assert 1e38 < np.abs(largest).sum(-1).max() < 3.5e38
     assert np.isfinite(values("largest")).all()
     assert 0 < np.abs(values("smallest")).max() < 1e-36
 
