@@ -7,15 +7,14 @@ D = 256 and N = 16 (4 heads of 64 for Mamba-2), batch 1; times are medians of in
 
 from __future__ import annotations
 
-import importlib.util
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
+import hand_recurrences as hand
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -28,18 +27,6 @@ from moe_export.export.dims import DimRequest
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 
-
-def _neighbour(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-hand = _neighbour("hand_recurrences")
 ROUNDS = 15
 NOISE = 1.1
 """Other work on the machine: how much further from the best by hand ours may look than the 1.1 it is held to."""

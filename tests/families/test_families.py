@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
+import families
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -16,11 +15,6 @@ import torch
 from moe_export.export.engine import build_engines
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
-
-spec = importlib.util.spec_from_file_location("families", Path(__file__).with_name("families.py"))
-families = importlib.util.module_from_spec(spec)
-sys.modules["families"] = families
-spec.loader.exec_module(families)
 
 ALWAYS = ("mixtral", "deepseek_v3", "gpt_oss", "jetmoe")
 CAPABILITIES = ("sm75", "sm86", "sm89", "sm120")

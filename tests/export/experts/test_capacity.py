@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
+import capacity as models
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -20,10 +20,6 @@ from moe_export.export.experts_place import place_experts
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 from moe_export.export.trace import trace
-
-spec = importlib.util.spec_from_file_location("capacity", Path(__file__).with_name("capacity.py"))
-models = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(models)
 
 TOKENS = (1, 3, 15, 64, 257)
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 
+import experts_idioms as idioms
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -25,11 +24,6 @@ from moe_export.export.experts_place import place_experts
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 from moe_export.export.trace import trace
-
-spec = importlib.util.spec_from_file_location("experts_idioms", Path(__file__).with_name("conftest.py"))
-idioms = importlib.util.module_from_spec(spec)
-sys.modules["experts_idioms"] = idioms
-spec.loader.exec_module(idioms)
 
 STANDARD = [name for name in LOWERINGS if name not in ("contrib", "trt_moe")]
 CAPABILITIES = ("sm75", "sm86", "sm89", "sm120")
@@ -77,7 +71,7 @@ def test_every_idiom_is_understood_and_right(idiom):
     graphs = lowered(module)
     for name, (session, notes, _) in graphs.items():
         (note,) = notes
-        assert note.startswith(f"6 experts at {Path(__file__).with_name('conftest.py')}:")
+        assert note.startswith(f"6 experts at {Path(idioms.__file__)}:")
         assert note.endswith(f": lowered as {name!r}")
         for batch, length in ((2, 5), (1, 1), (1, 3), (3, 5), (8, 8), (1, 257)):
             x = torch.randn(batch, length, 16, generator=torch.Generator().manual_seed(length))
@@ -308,7 +302,7 @@ def test_contrib_is_one_operator_that_follows_the_routing_of_the_model(kind):
 def test_contrib_refuses_an_expert_that_the_operator_does_not_compute():
     with pytest.raises(NotExportableError, match=r"MoE does not compute such an expert") as caught:
         graph_of(idioms.SkipEmpty().eval(), "contrib")
-    assert str(Path(__file__).with_name("conftest.py")) in str(caught.value)
+    assert str(Path(idioms.__file__)) in str(caught.value)
 
 
 def test_keep_leaves_the_loop_as_it_was_written():

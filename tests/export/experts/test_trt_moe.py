@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
+import experts_idioms as idioms
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -18,9 +18,6 @@ from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the parser that knows TRT_MoE is TensorRT-RTX's")
-spec = importlib.util.spec_from_file_location("experts_idioms", Path(__file__).with_name("conftest.py"))
-idioms = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(idioms)
 
 
 class Gated(nn.Module):

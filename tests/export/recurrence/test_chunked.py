@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
-import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
+import linear_loops as ways
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -22,18 +20,6 @@ from moe_export.export.lengths import Length
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.subject import Subject, make_subject
 
-
-def _neighbour(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-ways = _neighbour("linear_loops")
 UNEVEN = (1, 2, 7, 31, 32, 33, 64, 257)
 
 

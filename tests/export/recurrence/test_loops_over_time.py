@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
-from types import ModuleType
 
+import loops_over_time as ways
+import loops_that_stay as refused
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
@@ -18,20 +17,6 @@ from moe_export.export.dims import DimRequest
 from moe_export.export.lengths import Length
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.subject import Subject, make_subject
-
-
-def _neighbour(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name(f"{name}.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-ways = _neighbour("loops_over_time")
-refused = _neighbour("loops_that_stay")
 
 
 def subject_of(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Subject:

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
+from experts_idioms import Block, FusedWeights
 from torch import nn
-
-if "experts_idioms" not in sys.modules:
-    spec = importlib.util.spec_from_file_location("experts_idioms", Path(__file__).with_name("conftest.py"))
-    sys.modules["experts_idioms"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["experts_idioms"])
-Block, FusedWeights = sys.modules["experts_idioms"].Block, sys.modules["experts_idioms"].FusedWeights
 
 
 class MoeInfer(Block):
