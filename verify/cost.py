@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 from onnx.inliner import inline_local_functions
 
+from moe_export.verify.einsum_cost import einsum_flops
 from moe_export.verify.specs import Array
 
 Shape = Sequence[int]
@@ -331,6 +332,8 @@ def flops_of(node: onnx.NodeProto, inputs: Sequence[Shape], outputs: Sequence[Sh
     if kind in _MOVES or kind in _CONTROL:
         return 0
     given = prod(outputs[0]) if outputs else 0
+    if kind == "Einsum":
+        return einsum_flops(_equation(node), inputs)
     if kind == "MatMul":
         return 2 * given * inputs[0][-1]
     if kind == "Gemm":
@@ -340,9 +343,10 @@ def flops_of(node: onnx.NodeProto, inputs: Sequence[Shape], outputs: Sequence[Sh
         return 2 * given * prod(inputs[1][1:]) + given * (len(inputs) > 2)
     if kind == "ConvTranspose":
         return 2 * prod(inputs[0]) * prod(inputs[1][1:])
+    each = _PER_ELEMENT.get(kind)
     if kind in _REDUCTIONS:
-        return prod(inputs[0])
-    return given * _PER_ELEMENT[kind] if kind in _PER_ELEMENT else None
+        given, each = prod(inputs[0]), 1
+    return None if each is None else given * each
 
 
 def _moe_flops(node: onnx.NodeProto, inputs: Sequence[Shape]) -> int:
@@ -354,3 +358,7 @@ def _moe_flops(node: onnx.NodeProto, inputs: Sequence[Shape]) -> int:
 
 def _attribute(node: onnx.NodeProto, name: str) -> int:
     return next((int(attribute.i) for attribute in node.attribute if attribute.name == name), 0)
+
+
+def _equation(node: onnx.NodeProto) -> str:
+    return next(str(attribute.s, "utf-8") for attribute in node.attribute if attribute.name == "equation")

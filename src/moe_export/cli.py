@@ -15,6 +15,7 @@ import click
 import moe_export
 from moe_export.backends import BACKENDS
 from moe_export.cli_engines import add_commands, engine_options
+from moe_export.cli_graphs import add_graph_commands
 from moe_export.cli_reports import report_options, take_wanted
 from moe_export.errors import MoeExportError
 
@@ -320,21 +321,8 @@ def routing_command(**options: Any) -> int:
     return run_routing(**options)
 
 
-@cli.command("view")
-@click.argument("graph", metavar="GRAPH.ONNX")
-@click.option(
-    "--port", type=click.IntRange(0, 65535), default=0, help="Port on this machine  [default: a free one]"
-)
-@click.option("--browse/--no-browse", default=True, show_default=True, help="Open a browser.")
-@_output_options
-def view_command(**options: Any) -> int:
-    """Show a graph in Netron, on this machine only, until Ctrl-C."""
-    from moe_export.cli_view import run_view
-
-    return run_view(**options)
-
-
 add_commands(cli, _model_options, _output_options)
+add_graph_commands(cli, _output_options)
 
 
 def run(args: list[str]) -> int:

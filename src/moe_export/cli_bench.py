@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 
 from moe_export.benching import Job, Timing, measure
 from moe_export.console import Console
-from moe_export.engine_running import example_input, graph_of
+from moe_export.engine_running import graph_of
 from moe_export.export.engine import read_graph
-from moe_export.export.engine_profiles import complete_ranges, free_dims, input_shapes, parse_range, shapes_at
-from moe_export.verify import TensorSpec
+from moe_export.export.engine_profiles import complete_ranges, free_dims, parse_range
+from moe_export.graph_inputs import inputs_at
 from moe_export.verify.cost import Cost, cost_of, parts_of
 
 SCHEMA = "moe-export/bench/1"
@@ -39,7 +38,7 @@ def run_bench(
     path = Path(graph)
     model, _ = read_graph(path)
     chosen = complete_ranges(free_dims(model), dict(map(parse_range, sizes)))
-    arrays = _inputs(model, {name: found.best for name, found in chosen.items()})
+    arrays = inputs_at(model, {name: found.best for name, found in chosen.items()})
     with console.step("counting FLOPs and bytes"):
         cost, reason = _cost(path, arrays)
     common: dict[str, Any] = {"inputs": arrays, "repeat": repeat}
@@ -77,17 +76,6 @@ def _cost(path: Path, arrays: dict[str, Any]) -> tuple[Cost | None, str]:
         return cost_of(proto, arrays, parts_of(proto)), ""
     except Exception as error:  # whatever ONNX Runtime says of the graph
         return None, str(error).strip().splitlines()[0]
-
-
-def _inputs(model: ir.Model, sizes: dict[str, int]) -> dict[str, Any]:
-    shapes = shapes_at(
-        input_shapes(model), complete_ranges(free_dims(model), {n: (s, s, s) for n, s in sizes.items()})
-    )
-    dtypes = {str(value.name): value.dtype for value in model.graph.inputs}
-    return {
-        name: example_input(TensorSpec(name, (dtypes[name] or ir.DataType.FLOAT).numpy().name, best), {})
-        for name, (_, best, _) in shapes.items()
-    }
 
 
 def _show(sizes: Any, timings: list[Timing], path: Path) -> None:

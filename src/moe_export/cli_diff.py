@@ -1,0 +1,127 @@
+"""`moe-export diff before.onnx after.onnx`: what differs between two graphs, as text, JSON, or a picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from moe_export.cli_view import require_svg, write_svg
+from moe_export.console import Console
+from moe_export.differing import FIGURES, Difference, Side, difference, listed, marks_of, parse_sizes
+from moe_export.graph_groups import knows_modules, opened_of
+from moe_export.graph_sketch import Level, sketch_of
+
+SCHEMA = "moe-export/diff/1"
+_NAMES = {
+    "nodes": "nodes",
+    "parameters": "parameters",
+    "weight_bytes": "weights, bytes",
+    "flops": "FLOPs",
+    "activation_bytes": "activations, bytes",
+}
+
+
+def run_diff(
+    before: str,
+    after: str,
+    sizes: tuple[str, ...],
+    svg: str | None,
+    level: Level | None,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> int:
+    """Run the command; the exit code: 0, whether or not they differ."""
+    console = Console(quiet, as_json)
+    if svg is not None:
+        require_svg(svg)
+    with console.step("counting"):
+        found = difference(Path(before), Path(after), parse_sizes(sizes))
+    if svg is not None:
+        _draw(found, svg, level)
+    console.json(json.dumps({"schema": SCHEMA, **found.to_dict()}, indent=2))
+    if not (quiet or as_json):
+        _show(found)
+        if svg is not None:
+            console.say(f"written: {svg}")
+    return 0
+
+
+def _draw(found: Difference, path: str, level: Level | None) -> None:
+    """Both side by side; at block level the same modules are opened in both."""
+    sides = (found.before, found.after)
+    graphs = [side.model.graph for side in sides]
+    if level is None:
+        level = "blocks" if all(map(knows_modules, graphs)) else "nodes"
+    opened = set.intersection(*map(opened_of, graphs)) if level == "blocks" else None
+    own, other = (sketch_of(side.model, side.name, level, opened) for side in sides)
+    write_svg(path, [own, other], [marks_of(own, other), marks_of(other, own)], ("before", "after"))
+
+
+def _show(found: Difference) -> None:
+    from rich.console import Console as Rich
+    from rich.table import Table
+
+    rich = Rich(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
+    before, after = found.before, found.after
+    changed = {name: counts for name, counts in found.operators.items() if counts[0] != counts[1]}
+    rows: list[tuple[str, int | None, int | None]] = [
+        (_NAMES[name], before.figures[name], after.figures[name]) for name in FIGURES
+    ]
+    rows += [(f"  {name}", *counts) for name, counts in _by_change(changed)]
+    table = Table(title=f"{before.name} → {after.name}", title_justify="left", box=None, pad_edge=False)
+    for heading in ("", "before", "after", "difference"):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for number, (name, old, new) in enumerate(rows):
+        if number == len(FIGURES):
+            table.add_row("nodes by operator")
+        table.add_row(name, _figure(old), _figure(new), _change(old, new))
+    rich.print(table)
+    rich.print()
+    for line in _lines(found, len(found.operators) - len(changed)):
+        rich.print(line, soft_wrap=True)
+
+
+def _by_change(changed: dict[str, tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:
+    """The greatest change first."""
+    return sorted(changed.items(), key=lambda item: (-abs(item[1][1] - item[1][0]), item[0]))
+
+
+def _figure(number: int | None) -> str:
+    return "?" if number is None else f"{number:,}"
+
+
+def _change(old: int | None, new: int | None) -> str:
+    if old is None or new is None:
+        return ""
+    return f"{new - old:+,}" if new != old else "the same"
+
+
+def _lines(found: Difference, same: int) -> Iterator[str]:
+    before, after = found.before, found.after
+    if same:
+        yield f"operators of which both have as many: {same}"
+    for name in dict.fromkeys([*before.opsets, *after.opsets]):
+        old, new = before.opsets.get(name, "none"), after.opsets.get(name, "none")
+        yield f"opset{'' if name == 'onnx' else f' of {name}'}: {old if old == new else f'{old} → {new}'}"
+    for name, (was, now) in found.ports.items():
+        yield f"{name}: {was or 'none'} → {now or 'none'}"
+    if not found.ports:
+        yield "inputs and outputs: the same"
+    values = found.values
+    if values:
+        yield f"names of values: {len(values['both'])} in both"
+        for word in ("before", "after"):
+            if values[f"only_{word}"]:
+                yield f"  only {word}: {listed(values[f'only_{word}'])}"
+    for word, side in (("before", before), ("after", after)):
+        yield f"counted {word}: {_counted(side)}"
+
+
+def _counted(side: Side) -> str:
+    sizes = " ".join(f"{name}={size}" for name, size in side.sizes.items())
+    uncounted = f", without the FLOPs of {', '.join(side.uncounted)}" if side.uncounted else ""
+    reason = f"; FLOPs and activations are not known: {side.reason}" if side.reason else ""
+    return f"at {sizes or 'its sizes'}{uncounted}{reason}"
