@@ -231,10 +231,13 @@ def read_inputs(path: Path, names: Sequence[str]) -> dict[str, Array]:
     """
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
+    kind = "npz" if path.suffix == ".npz" else "safetensors"
     try:
-        found = _read_npz(path) if path.suffix == ".npz" else _read_safetensors(path)
+        found = _read_npz(path) if kind == "npz" else _read_safetensors(path)
     except Exception as error:  # a class of its own for each kind of damage
-        raise UsageError(f"cannot read {path} as {path.suffix or 'inputs'}: {error}") from None
+        raise UsageError(
+            f"cannot read {path} as {kind}: {error}", hint="inputs come as .safetensors or as .npz"
+        ) from None
     missing = [name for name in names if name not in found]
     if missing:
         raise UsageError(

@@ -29,8 +29,10 @@ def run_judge(
     console = Console(quiet, as_json)
     try:
         text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"cannot read {file}: {error}") from None
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"{file} is no report: it is no text") from None
     tolerance = parse_tolerance(rtol, atol, tolerances)
     before = read_report(text)
     check_names(tolerance, [row.output for row in before.rows])
