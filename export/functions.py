@@ -144,6 +144,7 @@ def _take_out(model: ir.Model, place: _Place, notes: list[str]) -> None:
         notes.append(f"{place.path} is no function: {strangers[0].name} stands between its nodes")
         return
     _replace(model, place, sorted(members, key=order.__getitem__))
+    graph.sort()  # what the function reads may be made behind its first node
 
 
 def _paths_of(node: ir.Node) -> list[str]:

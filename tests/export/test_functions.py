@@ -98,7 +98,26 @@ class Steps(nn.Module):
         return torch.stack(out, 1)
 
 
-@pytest.mark.parametrize("module", [Crossing(), Repeated()])
+class Late(nn.Module):
+    """What `steps` reads last is made after its first node has run."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps = Pair()
+
+    def forward(self, x):
+        return self.steps.first(x) + self.steps(x, (x * 3).sin())
+
+
+class Pair(nn.Module):
+    def first(self, x):
+        return x.cos()
+
+    def forward(self, x, y):
+        return (x.tanh() * y).exp().log1p()
+
+
+@pytest.mark.parametrize("module", [Crossing(), Repeated(), Late()])
 def test_modules_that_run_twice_or_read_one_another(module, tools):
     model = tools.graph(module, torch.randn(2, 5, 4)).model
     x = np.random.default_rng(0).standard_normal((3, 7, 4)).astype(np.float32)
