@@ -15,7 +15,7 @@ import click
 import moe_export
 from moe_export.backends import BACKENDS
 from moe_export.cli_engines import add_commands, engine_options
-from moe_export.cli_graphs import add_graph_commands
+from moe_export.cli_graphs import add_graph_commands, add_report_command
 from moe_export.cli_reports import report_options, take_wanted
 from moe_export.errors import MoeExportError
 
@@ -323,6 +323,7 @@ def routing_command(**options: Any) -> int:
 
 add_commands(cli, _model_options, _output_options)
 add_graph_commands(cli, _output_options)
+add_report_command(cli, _model_options, _verify_options, _output_options)
 
 
 def run(args: list[str]) -> int:

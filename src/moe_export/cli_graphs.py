@@ -1,4 +1,4 @@
-"""The commands that show graphs: `view`, `diff`. Imports nothing heavy."""
+"""The commands that show graphs: `view`, `diff`, `report`. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -7,12 +7,51 @@ from typing import Any
 
 import click
 
+from moe_export.cli_engines import engine_options
+
 Command = Callable[..., Any]
 _LEVEL = click.option(
     "--level",
     type=click.Choice(["blocks", "nodes"]),
     help="What is a box of the picture  [nodes for a small graph, else blocks].",
 )
+_EXPERTS = ["auto", "dense", "slices", "blocks", "gather", "loop", "contrib", "trt_moe", "keep"]
+_REPORT: tuple[Callable[[Command], Command], ...] = (
+    click.argument("model", metavar="MODEL.PY[:CLASS]"),
+    click.option("-o", "--output", metavar="FILE.html", help="Where the page goes  [default: MODEL.report.html]"),
+    click.option("--graphs", metavar="FOLDER", help="Keep the graphs, and the report as JSON, here."),
+    click.option("--opset", type=int, default=17, show_default=True, help="ONNX opset, 17 or newer."),
+    click.option("--experts", default="auto", show_default=True, help="How experts are computed, as for export.",
+                 type=click.Choice(_EXPERTS)),
+    click.option("--target", default="onnxruntime-cpu", show_default=True, help="The engine that the graph is for.",
+                 type=click.Choice(["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-sm100"])),
+    click.option("--recurrence", type=click.Choice(["auto", "scan", "chunked", "unrolled"]), default="auto",
+                 show_default=True, help="How loops over a length are written, as for export."),
+    click.option("--unroll", type=click.IntRange(1, 64), default=1, show_default=True,
+                 help="Steps of a loop that a turn of its Scan takes."),
+)  # fmt: skip
+
+
+def add_report_command(group: click.Group, *own_options: Callable[[Command], Command]) -> None:
+    """Add `report`.
+
+    Args:
+        group: The command line.
+        own_options: Of models, of verification and of every command; applied from the last to the first.
+    """
+
+    def report_command(**options: Any) -> int:
+        """Export a model, verify it, and tell all of it as one page: offline, for a browser or a printer."""
+        from moe_export.cli_build import take_request
+        from moe_export.cli_report import run_report
+
+        engines = take_request(options)
+        return run_report(**options, engines=engines)
+
+    command: Command = report_command
+    for option in (*reversed(own_options), engine_options(required=False), *reversed(_REPORT)):
+        command = option(command)
+    group.command("report")(command)
 
 
 def add_graph_commands(group: click.Group, output_options: Callable[[Command], Command]) -> None:

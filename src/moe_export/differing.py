@@ -161,8 +161,13 @@ def _sizes(model: ir.Model, other: ir.Model, asked: Mapping[str, int]) -> dict[s
         for size, fixed in zip(shape, partner, strict=False):
             if isinstance(size, str) and isinstance(fixed, int) and any(size == dim.name for dim in free):
                 wanted.setdefault(size, fixed)
-    ranges = complete_ranges(free, {name: (size, size, size) for name, size in wanted.items()})
-    return {name: found.best for name, found in ranges.items()}
+    return usual_sizes(model, wanted)
+
+
+def usual_sizes(model: ir.Model, wanted: Mapping[str, int] | None = None) -> dict[str, int]:
+    """A size for each free dimension: as wanted, else 1 for `batch` and 128 for another, within what is right."""
+    asked = {name: (size, size, size) for name, size in (wanted or {}).items()}
+    return {name: found.best for name, found in complete_ranges(free_dims(model), asked).items()}
 
 
 def _side(path: Path, model: ir.Model, sizes: Mapping[str, int]) -> Side:

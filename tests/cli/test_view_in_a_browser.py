@@ -1,8 +1,9 @@
-"""A graph in Netron in a real browser: the blocks by name, no error, and nothing asked of anybody else."""
+"""In a real browser, no error, and nothing asked of anybody else: a graph in Netron, a report, a picture."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -80,3 +81,44 @@ def test_hybrid_shows_its_blocks(command, tmp_path, browser):
     assert problems == []
     assert any(address.startswith(f"{viewer.url}/data/hybrid.onnx") for address in addresses), addresses
     assert {address for address in addresses if not address.startswith(viewer.url)} == set()
+
+
+def test_a_report_is_right_without_anything_else(command, write, texts, tmp_path, browser):
+    done = command("report", write(texts["gate"], "moe.py"), "-o", tmp_path / "moe.html")
+    assert done.code == 0, done.err
+    address = (tmp_path / "moe.html").as_uri()
+    for scheme in ("light", "dark"):
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        browser.get(address)
+        assert browser.find_element("css selector", "h1").text == "Moe as ONNX"
+        shades = [
+            sum(map(int, re.findall(r"\d+", browser.execute_script(_COLOUR, selector, name))[:3]))
+            for selector, name in (("body", "background-color"), ("svg .paper", "fill"), ("body", "color"))
+        ]
+        assert [shade > 380 for shade in shades] == [scheme == "light"] * 2 + [scheme == "dark"]
+        loaded = browser.execute_script("return [...document.images].map(image => image.naturalWidth > 0)")
+        assert loaded == [True]
+        wide = browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+        assert wide
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+    assert asked(browser) == {address}
+
+
+def test_words_of_a_picture_stay_in_their_boxes(command, finished, tmp_path, browser):
+    """Widths of text are estimates: a real font shows that they are enough."""
+    assert command("view", finished / "moe.onnx", "--svg", tmp_path / "moe.svg", "--level", "nodes").code == 0
+    browser.get((tmp_path / "moe.svg").as_uri())
+    assert browser.execute_script(_OUTSIDE) == []
+    assert [entry["message"] for entry in browser.get_log("browser")] == []
+    assert asked(browser) == {(tmp_path / "moe.svg").as_uri()}
+
+
+_COLOUR = "return getComputedStyle(document.querySelector(arguments[0]))[arguments[1]]"
+_OUTSIDE = """
+return [...document.querySelectorAll("text.title, text.more")].filter(text => {
+    const words = text.getBoundingClientRect();
+    const box = text.parentNode.querySelector("rect.box").getBoundingClientRect();
+    return words.left < box.left || words.right > box.right || words.bottom > box.bottom || words.top < box.top;
+}).map(text => text.textContent);
+"""

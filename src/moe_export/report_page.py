@@ -1,0 +1,267 @@
+"""One export as one HTML page: no script, no other file, light and dark, and for a printer.
+
+Everything that comes from a model is escaped; pictures are told in words, too. Routing pictures have their own page in
+an `img`, so that their styles stay with them; pictures of graphs take part in light and dark.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from math import isnan
+from typing import Any
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --faint: #59636e; --line: #d0d5dd; --good: #18794e;
+  --bad: #b3261e; --card: #f6f7f9; --link: #1f5fae; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --paper: #12161c; --faint: #a3adba; --line: #3a424d;
+  --good: #4cc38a; --bad: #ff8a80; --card: #1a2028; --link: #8cb8f0; } }
+body { font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", Arial, sans-serif; color: var(--ink);
+  background: var(--paper); margin: 2rem auto; max-width: 68rem; padding: 0 1.2rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin-bottom: .3rem; }
+h2 { font-size: 1.25rem; margin-top: 2.4rem; border-bottom: 1px solid var(--line); padding-bottom: .25rem; }
+h3 { font-size: 1.05rem; margin-top: 1.6rem; }
+.verdict { display: inline-block; border: 2px solid currentColor; border-radius: .5rem; padding: .1rem .7rem;
+  font-weight: 700; }
+.good { color: var(--good); } .bad { color: var(--bad); } .faint { color: var(--faint); }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-size: .93rem; }
+caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
+th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+.number { text-align: right; font-variant-numeric: tabular-nums; }
+code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, monospace; font-size: .9em; }
+pre { background: var(--card); padding: .8rem 1rem; border-radius: .5rem; overflow-x: auto; }
+figure { margin: 1rem 0; overflow-x: auto; }
+figure img { background: #ffffff; border-radius: .5rem; max-width: min(100%, 46rem); height: auto; }
+figcaption { color: var(--faint); font-size: .93rem; }
+nav ul { padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; } a { color: var(--link); }
+@media print { body { margin: 0; max-width: none; font-size: 11pt; } nav { display: none; }
+  figure, table, pre { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  figure svg { max-width: 100%; max-height: 24cm; height: auto; } }
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture that stands for itself.
+
+    Attributes:
+        svg: The file's content.
+        words: What it shows, for one who does not see it.
+        caption: What stands below.
+    """
+
+    svg: str
+    words: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Content:
+    """What the page tells.
+
+    Attributes:
+        document: The report of the export, as `model.report.json` has it.
+        costs: For each graph's file, rows of (part, nodes, FLOPs, bytes of weights, bytes of activations); or the
+            reason why there are none.
+        at: For each graph's file the sizes that this was counted at.
+        graphs: For each graph's file its picture, an SVG to stand in the page.
+        routings: Of the gates.
+        commands: How to do it again.
+        versions: Of what made it, by name.
+    """
+
+    document: Mapping[str, Any]
+    costs: Mapping[str, Sequence[tuple[str, int, int, int, int]] | str]
+    at: Mapping[str, str]
+    graphs: Mapping[str, str]
+    routings: Sequence[Picture]
+    commands: Sequence[str]
+    versions: Mapping[str, str]
+
+
+_SECTIONS = (
+    "Verification",
+    "Graphs",
+    "Einsums",
+    "Blocks",
+    "Routing",
+    "Cost",
+    "Engines",
+    "How to do it again",
+)
+
+
+def page(content: Content) -> str:
+    """The page."""
+    document = content.document
+    title = f"{document['model']}: {document['verdict']}"
+    bodies = dict(zip(_SECTIONS, _sections(content), strict=True))
+    shown = {name: body for name, body in bodies.items() if body}
+    links = "".join(f'<li><a href="#{_ident(name)}">{name}</a></li>' for name in shown)
+    sections = "\n".join(
+        f'<section aria-labelledby="{_ident(name)}"><h2 id="{_ident(name)}">{name}</h2>\n{body}\n</section>'
+        for name, body in shown.items()
+    )
+    colour = {"equal": "good", "not equal": "bad"}.get(document["verdict"], "faint")
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<link rel="icon" href="data:,">\n'
+        f"<title>{escape(title)} - moe-export</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<header>\n"
+        f"<h1>{escape(document['model'])} as ONNX</h1>\n"
+        f'<p><span class="verdict {colour}">{escape(document["verdict"])}</span> '
+        f"{escape(document['source'])}, {escape(document['found_by'])}, opset {document['opset']}</p>\n"
+        f'<nav aria-label="Sections"><ul>{links}</ul></nav>\n</header>\n<main>\n{sections}\n</main>\n</body>\n</html>\n'
+    )
+
+
+def _ident(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _sections(content: Content) -> Iterator[str]:
+    graphs = content.document["graphs"]
+    yield "\n".join(line for graph in graphs for line in _verification(graph))
+    yield "\n".join(line for graph in graphs for line in _graph(graph, content.graphs))
+    yield _einsums([einsum for graph in graphs if graph["kind"] == "model" for einsum in graph["einsums"]])
+    yield "\n".join(line for graph in graphs for line in _notes(graph))
+    yield "\n".join(
+        f'<figure><img alt="{escape(each.words)}" src="data:image/svg+xml;base64,'
+        f'{base64.b64encode(each.svg.encode("utf-8")).decode()}"><figcaption>{escape(each.caption)}</figcaption></figure>'
+        for each in content.routings
+    )
+    yield "\n".join(_cost(file, found, content.at.get(file, "")) for file, found in content.costs.items())
+    yield _engines([engine for graph in graphs for engine in graph.get("engines", ())])
+    yield _again(content)
+
+
+def _verification(graph: Mapping[str, Any]) -> Iterator[str]:
+    found = graph["verification"]
+    yield f"<h3><code>{escape(graph['file'])}</code></h3>"
+    if found is None:
+        yield "<p>Not compared with the model.</p>"
+        return
+    rows = [
+        [
+            f"<code>{escape(row['output'])}</code>",
+            escape(row["dtype"]),
+            _number(row["max_abs"]),
+            _number(row["max_rel"]),
+            escape(str(row["at"])),
+            _verdict(row),
+        ]
+        for row in found["outputs"]
+    ]
+    sizes = dict.fromkeys(" ".join(f"{n}={s}" for n, s in case["sizes"].items()) for case in found["cases"])
+    yield _table(
+        f"{found['candidate']} against {found['reference']}: {len(found['cases'])} cases at {len(sizes)} sizes",
+        ("output", "type", "max abs", "max rel", "worst at", "verdict"),
+        rows,
+        numbers=(2, 3),
+    )
+    if found["shortfall"]:
+        yield f'<p class="bad">{escape(found["shortfall"])}</p>'
+    yield from (f"<p>{escape(warning)}</p>" for warning in found["warnings"])
+
+
+def _verdict(row: Mapping[str, Any]) -> str:
+    if row["equal"]:
+        return '<span class="good">equal</span>'
+    return f'<span class="bad">not equal</span>: {escape(row["reason"] or "")}'
+
+
+def _number(value: Any) -> str:
+    known = isinstance(value, (int, float)) and not isnan(value)  # there is none for integers
+    return f"{value:.2g}" if known else "-"
+
+
+def _graph(graph: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[str]:
+    file = graph["file"]
+    what = "the whole model" if graph["kind"] == "model" else f"the {graph['kind']} of {graph['module']}"
+    yield f"<h3><code>{escape(file)}</code>, {escape(what)}</h3>"
+    ports = [(word, name, sizes) for word in ("inputs", "outputs") for name, sizes in graph[word].items()]
+    rows = [[word[:-1], f"<code>{escape(name)}</code>", escape(_sizes(sizes))] for word, name, sizes in ports]
+    yield _table(f"{graph['nodes']} nodes, {graph['dtype']}", ("", "name", "shape"), rows)
+    if file in pictures:
+        yield f"<figure>{pictures[file]}</figure>"
+
+
+def _sizes(sizes: Sequence[Any]) -> str:
+    return " × ".join(map(str, sizes)) or "scalar"
+
+
+def _einsums(einsums: Sequence[Mapping[str, Any]]) -> str:
+    if not einsums:
+        return ""
+    rows = [
+        [
+            f"<code>{escape(each['equation'])}</code>",
+            escape(each["became"]),
+            f"<code>{escape(each['file'])}:{each['line']}</code>",
+            escape(str(each["flops"])),
+        ]
+        for each in einsums
+    ]
+    return _table("Each einsum, and what it became", ("equation", "became", "line", "FLOPs"), rows)
+
+
+def _notes(graph: Mapping[str, Any]) -> Iterator[str]:
+    if graph["notes"]:
+        yield f"<h3>In <code>{escape(graph['file'])}</code></h3>"
+        yield "<ul>" + "".join(f"<li>{escape(note)}</li>" for note in graph["notes"]) + "</ul>"
+
+
+def _cost(file: str, found: Sequence[tuple[str, int, int, int, int]] | str, at: str) -> str:
+    if isinstance(found, str):
+        return f"<p><code>{escape(file)}</code>: not known, {escape(found)}</p>"
+    rows = [[escape(part), *(f"{number:,}" for number in numbers)] for part, *numbers in found]
+    return _table(
+        f"One run of {file} at {at or 'its sizes'}",
+        ("part", "nodes", "FLOPs", "weights, bytes", "activations, bytes"),
+        rows,
+        numbers=(1, 2, 3, 4),
+    )
+
+
+def _engines(engines: Sequence[Mapping[str, Any]]) -> str:
+    rows = [
+        [
+            f"<code>{escape(each['file'])}</code>",
+            escape(f"{each['module']} {each['version']}"),
+            f"{each['size']:,}",
+            f"{each['seconds']:.1f}",
+            escape(each["status"]),
+        ]
+        for each in engines
+    ]
+    heads = ("engine", "built by", "bytes", "seconds", "status")
+    return _table("TensorRT engines", heads, rows, numbers=(2, 3)) if rows else ""
+
+
+def _again(content: Content) -> str:
+    rows = [[escape(name), f"<code>{escape(value)}</code>"] for name, value in content.versions.items()]
+    lines = "\n".join(map(escape, content.commands))
+    return f"<pre><code>{lines}</code></pre>\n{_table('Made by and of', ('what', 'version'), rows)}"
+
+
+def _table(
+    caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()
+) -> str:
+    """A table; cells are HTML, all else is text."""
+    kinds = [' class="number"' if place in numbers else "" for place in range(len(heads))]
+    head = "".join(
+        f'<th scope="col"{kind}>{escape(name)}</th>' if name else "<td></td>"
+        for name, kind in zip(heads, kinds, strict=True)
+    )
+    body = "\n".join(
+        "<tr>" + "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
+        for row in rows
+    )
+    return (
+        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
+        f"<caption>{escape(caption)}</caption>\n"
+        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
+    )

@@ -1,0 +1,157 @@
+"""The page of a report: complete, safe, and right for screen readers."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from itertools import pairwise
+
+import pytest
+
+from moe_export.report_page import STYLE, Content, Picture, page
+
+VOID = {"meta", "link", "img", "br", "rect", "path"}
+
+
+class Outline(HTMLParser):
+    """Which elements a page has, in order, and whether they are closed as they were opened."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    def all(self, *names: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.elements if name in names]
+
+
+def follows_the_rules(text: str) -> Outline:
+    """What a check of accessibility asks of a static page."""
+    outline = Outline(text)
+    assert outline.all("html")[0]["lang"] == "en"
+    assert len(outline.all("main")) == len(outline.all("h1")) == 1
+    levels = [int(name[1]) for name, _ in outline.elements if re.fullmatch(r"h[1-6]", name)]
+    assert levels[0] == 1
+    assert all(after <= before + 1 for before, after in pairwise(levels))
+    assert all(image.get("alt") for image in outline.all("img"))
+    idents = [attributes["id"] for _, attributes in outline.elements if "id" in attributes]
+    assert len(idents) == len(set(idents))
+    for svg in outline.all("svg"):
+        assert svg["role"] == "img"
+        assert set(str(svg["aria-labelledby"]).split()) <= set(idents)
+    assert all(head["scope"] == "col" for head in outline.all("th"))
+    assert len(outline.all("caption")) == len(outline.all("table"))
+    assert {str(link["href"]).removeprefix("#") for link in outline.all("a")} <= set(idents)
+    assert not outline.all("script", "iframe", "object")
+    assert not [name for _, attributes in outline.elements for name in attributes if name.startswith("on")]
+    return outline
+
+
+NASTY = '<script>alert("x")</script>&'
+
+
+def content(verdict: str = "equal", name: str = "Net") -> Content:
+    row = {"output": name, "dtype": "float32", "max_abs": 1e-7, "max_rel": float("nan"), "at": "example",
+           "equal": verdict == "equal", "reason": name}  # fmt: skip
+    verification = {"outputs": [row], "cases": [{"sizes": {"n": 1}}], "candidate": "onnxruntime-cpu",
+                    "reference": "torch", "shortfall": None, "warnings": [name]}  # fmt: skip
+    einsum = {"equation": name, "became": "matmul", "file": name, "line": 3, "flops": "2·n"}
+    engine = {"file": name, "module": name, "version": "1", "size": 1, "seconds": 1.0, "status": name}
+    graph = {"file": name, "kind": "model", "module": "model", "dtype": "float32", "inputs": {name: [name, 3]},
+             "outputs": {name: []}, "nodes": 3, "einsums": [einsum], "notes": [name], "engines": [engine],
+             "verification": verification}  # fmt: skip
+    document = {
+        "model": name,
+        "verdict": verdict,
+        "source": name,
+        "found_by": name,
+        "opset": 17,
+        "graphs": [graph],
+    }
+    return Content(
+        document,
+        {name: [(name, 1, 2, 3, 4)], "other": name},
+        {name: "n=1"},
+        {},
+        [Picture("<svg/>", name, name)],
+        [name],
+        {name: name},
+    )
+
+
+def test_whatever_a_model_says_is_text():
+    text = page(content(name=NASTY))
+    outline = follows_the_rules(text)
+    assert "<script>" not in text
+    assert NASTY in "".join(outline.texts)
+
+
+@pytest.mark.parametrize("verdict", ["equal", "not equal"])
+def test_the_verdict_stands_first_and_in_words(verdict):
+    outline = follows_the_rules(page(content(verdict)))
+    assert next(text for text in outline.texts if text.strip()) == f"Net: {verdict} - moe-export"
+    assert verdict in outline.texts
+
+
+def contrast(one: str, other: str) -> float:
+    """By WCAG 2.2: 1 to 21."""
+
+    def light(colour: str) -> float:
+        parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+    bright, dim = sorted((light(one), light(other)), reverse=True)
+    return (bright + 0.05) / (dim + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1])
+def test_words_stand_out(scheme):
+    colours = dict(
+        re.findall(r"--(\w+): (#\w{6})", STYLE.split("@media (prefers-color-scheme: dark)")[scheme])
+    )
+    for name in ("ink", "faint", "good", "bad", "link"):
+        for ground in ("paper", "card"):
+            assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
+
+
+def test_a_model_becomes_a_page(command, write, texts, tmp_path):
+    model = write(texts["gate"], "moe.py")
+    done = command("report", model, "-o", tmp_path / "moe.html", "--graphs", tmp_path / "kept")
+    assert done.code == 0, done.err
+    assert done.out.splitlines() == ["Moe: equal", f"written: {tmp_path / 'moe.html'}"]
+    outline = follows_the_rules((tmp_path / "moe.html").read_text(encoding="utf-8"))
+    shown = " ".join("".join(outline.texts).split())
+    for words in ("Moe as ONNX", "moe.onnx, the whole model", "moe.gate.onnx, the gate of gate",
+                  "onnxruntime-cpu against torch", "One run of moe.onnx at",
+                  f"moe-export {model} --opset 17 -o out", "SHA-256 of moe.onnx"):  # fmt: skip
+        assert words in shown, words
+    assert len(outline.all("svg")) == 2
+    assert "Which of 6 tokens goes to which of 4 experts" in outline.all("img")[0]["alt"]
+    document = json.loads((tmp_path / "kept" / "moe.report.json").read_text())
+    assert document["verdict"] == "equal"
+
+
+def test_another_ending_is_refused_before_any_work(command, write, texts, tmp_path):
+    done = command("report", write(texts["model"]), "-o", tmp_path / "page.pdf")
+    assert done.code == 2
+    assert "is a .html file" in done.err
