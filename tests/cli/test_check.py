@@ -32,7 +32,7 @@ def test_each_refusal_names_the_node_the_line_and_a_way_out(command, refused):
     assert done.code == 1
     assert "that TensorRT refuses" in done.out
     (nonzero,) = [line for line in done.out.splitlines() if "TensorRT-RTX has no NonZero" in line]
-    assert nonzero.strip().startswith("node NonZero node_")
+    assert nonzero.strip().startswith("node NonZero nonzero, rows.py:9, module model: ")
     assert "rows.py:9" in nonzero
     (scatter,) = [line for line in done.out.splitlines() if "without a reduction only" in line]
     assert "rows.py:10" in scatter

@@ -49,6 +49,7 @@ def test_options_of_the_export_reach_it(write, texts, tmp_path):
     assert "opset 3" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_fixture_in_a_run_of_its_own(write, finished, tmp_path):
     write(
         f"""
@@ -120,7 +121,7 @@ def steps_of_the_action() -> dict[str, str]:
     return {name: block or line for name, block, line in found}
 
 
-@pytest.mark.parametrize("graph", ["", "block.onnx"])
+@pytest.mark.parametrize("graph", [pytest.param("", marks=pytest.mark.slow), "block.onnx"])
 def test_the_action_verifies_and_writes_reports(finished, tmp_path, graph, env):
     script = steps_of_the_action()["verify"]
     done = subprocess.run(

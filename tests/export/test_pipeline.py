@@ -16,9 +16,23 @@ from moe_export.export.trace import Fixed, trace
 
 def test_the_facts_in_a_graph(tools):
     graph = tools.graph(nn.ReLU(), torch.ones(2, 3))
-    describe(graph.model, {"version": "1.2", "source": "model.py"})
+    facts = {
+        "version": "1.2",
+        "source": "model.py",
+        "opset": "17",
+        "kind": "gate",
+        "module": "moe",
+        "dtype": "float32",
+    }
+    describe(graph.model, facts)
     assert (graph.model.producer_name, graph.model.producer_version) == ("moe-export", "1.2")
-    assert graph.model.metadata_props == {"moe_export.version": "1.2", "moe_export.source": "model.py"}
+    assert graph.model.metadata_props == {f"moe_export.{key}": value for key, value in facts.items()}
+    assert graph.model.graph.name == "model.gate"
+    assert str(graph.model.graph.doc_string).splitlines() == [
+        "model.py: gate of moe, exported at opset 17, float32",
+        "in   input: float[batch, input_dim1]",
+        "out  output: float[batch, input_dim1]",
+    ]
 
 
 def test_steps_are_announced_in_order(tools):
@@ -98,6 +112,7 @@ LLAMA = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_mixtral_of_transformers(tools):
     from transformers import MixtralConfig, MixtralForCausalLM

@@ -89,7 +89,7 @@ def test_the_loop_is_a_scan_and_nothing_is_left_of_the_marks(way: tuple[Subject,
     assert len(nodes) <= 60
 
 
-@pytest.mark.parametrize("name", ["in_place", "strided", "layers"])
+@pytest.mark.parametrize("name", ["in_place", "strided", pytest.param("layers", marks=pytest.mark.slow)])
 def test_the_graph_does_not_depend_on_the_length_of_the_example(name: str) -> None:
     module, inputs = ways.LOOPS[name]
     subject = subject_of(module, inputs)
