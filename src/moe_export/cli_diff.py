@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,10 +41,9 @@ def run_diff(
     if svg is not None:
         _draw(found, svg, level)
     console.json(json.dumps({"schema": SCHEMA, **found.to_dict()}, indent=2))
-    if not (quiet or as_json):
-        _show(found)
-        if svg is not None:
-            console.say(f"written: {svg}")
+    _show(found, console)
+    if svg is not None:
+        console.say(f"written: {svg}")
     return 0
 
 
@@ -60,28 +58,25 @@ def _draw(found: Difference, path: str, level: Level | None) -> None:
     write_svg(path, [own, other], [marks_of(own, other), marks_of(other, own)], ("before", "after"))
 
 
-def _show(found: Difference) -> None:
-    from rich.console import Console as Rich
-    from rich.table import Table
-
-    rich = Rich(file=sys.stdout, width=None if sys.stdout.isatty() else 100, highlight=False, markup=False)
+def _show(found: Difference, console: Console) -> None:
     before, after = found.before, found.after
     changed = {name: counts for name, counts in found.operators.items() if counts[0] != counts[1]}
-    rows: list[tuple[str, int | None, int | None]] = [
-        (_NAMES[name], before.figures[name], after.figures[name]) for name in FIGURES
-    ]
-    rows += [(f"  {name}", *counts) for name, counts in _by_change(changed)]
-    table = Table(title=f"{before.name} → {after.name}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("", "before", "after", "difference"):
-        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
-    for number, (name, old, new) in enumerate(rows):
-        if number == len(FIGURES):
-            table.add_row("nodes by operator")
-        table.add_row(name, _figure(old), _figure(new), _change(old, new))
-    rich.print(table)
-    rich.print()
+    rows = [("", "before", "after", "difference")]
+    rows += [_row(_NAMES[name], before.figures[name], after.figures[name]) for name in FIGURES]
+    rows += [("nodes by operator", "", "", "")] * bool(changed)
+    rows += [_row(f"  {name}", *counts) for name, counts in _by_change(changed)]
+    first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
+    console.say(f"{before.name} → {after.name}")
+    for name, *cells in rows:
+        padded = (cell.rjust(width) for cell, width in zip(cells, widths, strict=True))
+        console.say("  ".join([name.ljust(first), *padded]).rstrip())
+    console.say()
     for line in _lines(found, len(found.operators) - len(changed)):
-        rich.print(line, soft_wrap=True)
+        console.say(line)
+
+
+def _row(name: str, old: int | None, new: int | None) -> tuple[str, str, str, str]:
+    return name, _figure(old), _figure(new), _change(old, new)
 
 
 def _by_change(changed: dict[str, tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:

@@ -31,6 +31,7 @@ table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-size: .93r
 caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 .number { text-align: right; font-variant-numeric: tabular-nums; }
+.number + :not(.number) { padding-left: 1.2rem; }
 code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, monospace; font-size: .9em; }
 pre { background: var(--card); padding: .8rem 1rem; border-radius: .5rem; overflow-x: auto; }
 figure { margin: 1rem 0; overflow-x: auto; }

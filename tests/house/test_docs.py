@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "docs" / "verify.md", ROOT / "docs" / "guilty.md"]
+PAGES = [ROOT / "docs" / f"{name}.md" for name in ("verify", "guilty", "seeing")]
 
 
 def blocks(page: Path) -> list[tuple[str, str]]:
