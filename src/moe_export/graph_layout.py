@@ -14,12 +14,13 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 Point = tuple[float, float]
 _APART, _BESIDE = 26.0, 14.0  # between boxes; beside the line of a long edge
 _GAP, _MOST_GAP = 13.0, 44.0
 _TURNS, _SWEEPS, _ROUNDS = 12, 40, 6
+_MOST_STEPS = 1_000_000  # of one item; a very large picture gets fewer sweeps
 _SLOT = 16.0  # between the ends of two edges at a box
 
 
@@ -190,9 +191,10 @@ def _across(layers: Sequence[Sequence[_Item]]) -> None:
         for item, gap in zip(layer, [0.0, *_gaps(layer)], strict=False):
             x += gap
             item.x = x
-    for sweep in range(_SWEEPS):
+    sweeps = max(8, min(_SWEEPS, _MOST_STEPS // max(1, sum(map(len, layers)))))
+    for sweep in range(sweeps):
         down = sweep % 2 == 0
-        both = sweep >= _SWEEPS // 3
+        both = sweep >= sweeps // 3
         for layer in layers if down else reversed(layers):
             wanted = [_wanted(item, down or both, not down or both) for item in layer]
             for item, x in zip(layer, _fitted(wanted, _gaps(layer)), strict=True):
@@ -208,14 +210,14 @@ def _spines(layers: Sequence[Sequence[_Item]]) -> list[list[_Item]]:
     spine_of: dict[_Item, list[_Item]] = {}
     for layer in layers:
         last = -1
+        low, high = _limits(layer)
         for item in layer:
             above = sorted(item.above, key=lambda other: other.place)
             middles = above[(len(above) - 1) // 2 : len(above) // 2 + 1]
             middles.sort(key=lambda other: -len(spine_of.get(other, ())))  # of two the longer spine goes on
-            straight = not item.is_box and not above[0].is_box
             for other in middles:
                 taken = other in spine_of and spine_of[other][-1] is not other
-                crosses = not straight and _lies_across(item, other, layer)
+                crosses = not low[item.place] <= other.place <= high[item.place]
                 if other.place > last and not taken and not crosses:
                     spine_of.setdefault(other, [other]).append(item)
                     spine_of[item] = spine_of[other]
@@ -224,10 +226,12 @@ def _spines(layers: Sequence[Sequence[_Item]]) -> list[list[_Item]]:
     return list({id(spine): spine for spine in spine_of.values()}.values())
 
 
-def _lies_across(item: _Item, above: _Item, layer: Sequence[_Item]) -> bool:
-    """Whether an edge crosses one between two bends, which goes first."""
-    bends = [other for other in layer if not other.is_box and not other.above[0].is_box]
-    return any((other.place - item.place) * (other.above[0].place - above.place) < 0 for other in bends)
+def _limits(layer: Sequence[_Item]) -> tuple[list[float], list[float]]:
+    """For each item of a layer: between which places above may it be, for no edge between two bends to be crossed."""
+    ends = [None if item.is_box or item.above[0].is_box else item.above[0].place for item in layer]
+    low = list(accumulate((-1.0 if end is None else end for end in ends), max))
+    high = list(accumulate((float("inf") if end is None else end for end in reversed(ends)), min))[::-1]
+    return low, high
 
 
 def _straighten(spine: Sequence[_Item], layers: Sequence[Sequence[_Item]]) -> None:
