@@ -10,11 +10,7 @@ import click
 from moe_export.cli_engines import engine_options
 
 Command = Callable[..., Any]
-_LEVEL = click.option(
-    "--level",
-    type=click.Choice(["blocks", "nodes"]),
-    help="What is a box of the picture  [nodes for a small graph, else blocks].",
-)
+_LEVELS = click.Choice(["blocks", "nodes"])
 _EXPERTS = ["auto", "dense", "slices", "blocks", "gather", "loop", "contrib", "trt_moe", "keep"]
 _REPORT: tuple[Callable[[Command], Command], ...] = (
     click.argument("model", metavar="MODEL.PY[:CLASS]"),
@@ -60,7 +56,7 @@ def add_graph_commands(group: click.Group, output_options: Callable[[Command], C
     @group.command("view")
     @click.argument("graph", metavar="GRAPH.ONNX")
     @click.option("--svg", metavar="FILE.svg", help="Write a picture instead, without Netron and a browser.")
-    @_LEVEL
+    @click.option("--level", type=_LEVELS, help="What is a box  [nodes for a small graph, else blocks].")
     @click.option(
         "--port", type=click.IntRange(0, 65535), default=0, help="Port on this machine  [default: a free one]"
     )
@@ -83,7 +79,9 @@ def add_graph_commands(group: click.Group, output_options: Callable[[Command], C
         help="A dynamic size (repeatable)  [seq 128, batch 1].",
     )
     @click.option("--svg", metavar="FILE.svg", help="Draw both side by side, what differs marked.")
-    @_LEVEL
+    @click.option(
+        "--level", type=_LEVELS, help="What is a box  [blocks where both graphs tell modules, else nodes]."
+    )
     @output_options
     def diff_command(**options: Any) -> int:
         """Say what differs between two graphs: operators, weights, FLOPs, memory, inputs and outputs; exit 0."""
