@@ -27,7 +27,7 @@ from moe_export.export.engine_profiles import dim_facts
 from moe_export.export.functions import as_functions
 from moe_export.export.load import load_subject
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
-from moe_export.export.provenance import strip_scope
+from moe_export.export.provenance import relative_line, strip_scope
 from moe_export.export.subject import Subject
 from moe_export.export.trace import SCOPE
 from moe_export.export.write import staging, write_model
@@ -35,6 +35,7 @@ from moe_export.verify import Report, Tolerance, show
 from moe_export.wishes import Wish, parse_tolerance, parse_wish
 from moe_export.wishes import check_names as check_outputs
 
+_PLACE = re.compile(r"/[^\s:]+\.py:\d+")
 _NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)")
 SCHEMA = "moe-export/export-report/1"
 
@@ -250,6 +251,11 @@ def _verdict(reports: list[Report | None]) -> str:
     return next(verdict for verdict in order if verdict in verdicts)
 
 
+def _given_away(note: str, folder: Path) -> str:
+    """A note without absolute paths: a report is given to others."""
+    return _PLACE.sub(lambda place: relative_line(place[0], folder), note)
+
+
 def _graph_document(graph: Graph, name: str, report: Report | None) -> dict[str, Any]:
     operators: dict[str, int] = {}
     for node in graph.model.graph.all_nodes():
@@ -286,7 +292,7 @@ def _graph_document(graph: Graph, name: str, report: Report | None) -> dict[str,
             }
             for site in graph.sites
         ],
-        "notes": list(graph.notes),
+        "notes": [_given_away(note, graph.reference.source.parent) for note in graph.notes],
         "verification": report.to_dict() if report else None,
     }
 

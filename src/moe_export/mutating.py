@@ -46,7 +46,7 @@ from moe_export.verify.mutants_nodes import node_mutants
 from moe_export.verify.mutants_weights import weight_mutants
 from moe_export.verify.regimes import NORMAL
 from moe_export.verify.runner import one_line
-from moe_export.verifying_models import _aligned, _example_for, dims_of, reference_of
+from moe_export.verifying_models import aligned, dims_of, example_for, reference_of
 from moe_export.wishes import Wish, tolerance_of, wished_cases
 
 _SAME = 1e-12
@@ -244,8 +244,8 @@ def open_gate(
     dtype = facts.get("moe_export.dtype", "float32")
     runner = runner_of(path, "cpu", dtype)
     subject, routing = reference_of(load_subject(against, init=init, inputs=inputs), facts)
-    subject, routing = _aligned(runner, subject, routing)
-    example = _example_for(runner, subject)
+    subject, routing = aligned(runner, subject, routing)
+    example = example_for(runner, subject)
     dims = [
         DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims_of(runner.inputs, example)
     ]

@@ -88,8 +88,8 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
     runner = graph_runner(candidate, dtype)
     subject, routing = reference_of(original, facts)
     wish = request.wish if subject is original else replace(request.wish, own=None)
-    subject, routing = _aligned(runner, subject, routing)
-    example = _example_for(runner, subject)
+    subject, routing = aligned(runner, subject, routing)
+    example = example_for(runner, subject)
     tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
     tolerance = tolerance_of(dtype, request.tolerance)
     remembering = Remembering(runner)
@@ -121,8 +121,8 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
     facts = metadata(candidate.path)
     runner = graph_runner(candidate, facts.get("moe_export.dtype", "float32"))
     subject, routing = reference_of(original, facts)
-    subject, routing = _aligned(runner, subject, routing)
-    example = _example_for(runner, subject)
+    subject, routing = aligned(runner, subject, routing)
+    example = example_for(runner, subject)
     dims = _within(dims_of(runner.inputs, example), runner)
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
     arrays = {name: as_numpy(tensor) for name, tensor in example.items()}
@@ -175,8 +175,8 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
 def _model_against_graph(candidate: Side, reference: Side, request: Request) -> Report:
     """The graph is right by definition; the model gives the example."""
     opened, graph = open_model(candidate, request), graph_runner(reference)
-    subject, _ = _aligned(graph, opened.subject, ())
-    example = _example_for(graph, subject)
+    subject, _ = aligned(graph, opened.subject, ())
+    example = example_for(graph, subject)
     dims = _within(dims_of(graph.inputs, example), graph)
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
     arrays = {name: as_numpy(tensor) for name, tensor in example.items()}
@@ -318,7 +318,7 @@ def reference_of(subject: Subject, facts: Mapping[str, str]) -> tuple[Subject, R
     )
 
 
-def _aligned(candidate: GraphRunner, reference: Subject, routing: Routing) -> tuple[Subject, Routing]:
+def aligned(candidate: GraphRunner, reference: Subject, routing: Routing) -> tuple[Subject, Routing]:
     """The model under the graph's names: a graph of another exporter has its own, in the model's order.
 
     Where one side has more inputs or outputs than the other, nothing is matched by position.
@@ -340,7 +340,7 @@ def _by_position(graph: list[str], model: list[str]) -> list[str]:
     return model if len(graph) != len(model) or set(graph) == set(model) else graph
 
 
-def _example_for(candidate: GraphRunner, reference: Subject) -> dict[str, torch.Tensor]:
+def example_for(candidate: GraphRunner, reference: Subject) -> dict[str, torch.Tensor]:
     """The model's example inputs for the graph's inputs, which must have their names.
 
     An input of the model that the graph does not have is one that its outputs do not depend on; it stays at

@@ -7,6 +7,8 @@ import json
 import onnx
 import pytest
 
+from moe_export.cli_export import _given_away
+
 
 def test_the_main_road(command, write, listing, tmp_path, texts):
     path = write(texts["gate"], "moe.py")
@@ -41,6 +43,7 @@ def test_the_report(finished):
     assert report["verdict"] == "equal"
     assert report["opset"] == 17
     model, gate = report["graphs"]
+    assert str(finished.parent) not in json.dumps(report)  # a report is given to others
     assert (model["file"], gate["file"]) == ("moe.onnx", "moe.gate.onnx")
     assert model["inputs"] == {"x": ["batch", 8]}
     assert gate["outputs"] == {"topk_idx": ["batch", 2], "topk_weight": ["batch", 2]}
@@ -48,6 +51,11 @@ def test_the_report(finished):
     assert (
         len({case["label"] for case in model["verification"]["cases"] if case["outcome"] == "compared"}) >= 5
     )
+
+
+def test_notes_tell_lines_without_absolute_paths(tmp_path):
+    note = f"4 experts at {tmp_path}/inner/moe.py:93: lowered as 'slices'"
+    assert _given_away(note, tmp_path) == "4 experts at inner/moe.py:93: lowered as 'slices'"
 
 
 def test_json_is_one_document_and_nothing_else(command, write, texts):
