@@ -71,7 +71,17 @@ def length_first(subject: Subject) -> bool:
     return all(tensor.shape[0] == ways.L for tensor in subject.inputs.values())
 
 
-@pytest.fixture(scope="module", params=list(ways.LOOPS))
+# A loop takes ten seconds to export: the others are run with the slow tests.
+ALWAYS = {
+    "in_place", "backwards", "strided", "layers", "gated_delta", "rwkv", "two_back", "first_step_apart", "growing_cat",
+    "heads", "split",
+}  # fmt: skip
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in ways.LOOPS],
+)
 def way(request: pytest.FixtureRequest) -> tuple[Subject, Graph]:
     subject = subject_of(*ways.LOOPS[request.param])
     return subject, exported(subject)
