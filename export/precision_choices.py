@@ -48,22 +48,27 @@ def find_choices(model: ir.Model) -> tuple[ir.Node, ...]:
         for node in model.graph
         if node.op_type == "TopK"
         and node.attributes.get_int("largest", 1) == 1
-        and node.inputs[0] is not None
-        and node.inputs[0].shape is not None
+        and _axis(node) is not None
         and (node.outputs[1].uses() or node.outputs[1].is_graph_output())
     )
 
 
-def _axis(node: ir.Node) -> int:
-    """The axis that a choice is made along, counted from the front."""
-    assert node.inputs[0] is not None
-    assert node.inputs[0].shape is not None
-    return node.attributes.get_int("axis", -1) % len(node.inputs[0].shape)
+def _axis(node: ir.Node) -> int | None:
+    """The axis that a choice is made along: -1 for the last one, else from the front; None if that is not known."""
+    axis, scores = node.attributes.get_int("axis", -1), node.inputs[0]
+    if axis == -1:
+        return axis
+    if scores is None or scores.shape is None or node.outputs[1].shape is None:
+        return None
+    rank = len(scores.shape)
+    return -1 if axis % rank == rank - 1 else axis % rank
 
 
 def _moved(value: ir.Value, axis: int, to: int, name: str) -> tuple[ir.Value, list[ir.Node]]:
     """A value with one axis moved elsewhere, and the node that does it, if one is needed."""
-    assert value.shape is not None
+    if axis == to or value.shape is None:
+        return value, []
+    axis %= len(value.shape)
     order = [other for other in range(len(value.shape)) if other != axis]
     order.insert(to % len(value.shape), axis)
     if order == list(range(len(order))):
@@ -74,11 +79,17 @@ def _moved(value: ir.Value, axis: int, to: int, name: str) -> tuple[ir.Value, li
     return node.outputs[0], [node]
 
 
+def _known(node: ir.Node) -> int:
+    axis = _axis(node)
+    assert axis is not None  # of what `find_choices` found
+    return axis
+
+
 def with_choices_out(model: ir.Model) -> ir.Model:
     """A copy of a graph that also returns its choices."""
     copy = model.clone()
     for index, node in enumerate(find_choices(copy)):
-        _return(copy, node.outputs[1], _axis(node), CHOICE.format(index))
+        _return(copy, node.outputs[1], _known(node), CHOICE.format(index))
     return copy
 
 
@@ -86,17 +97,14 @@ def with_forced_choices(model: ir.Model) -> ir.Model:
     """A copy of a graph whose choices are inputs; it returns what it would have chosen, and by which scores."""
     copy = model.clone()
     for index, node in enumerate(find_choices(copy)):
-        scores, positions, axis = node.inputs[0], node.outputs[1], _axis(node)
+        scores, positions, axis = node.inputs[0], node.outputs[1], _known(node)
         assert scores is not None
-        assert positions.shape is not None
-        sizes = [size for place, size in enumerate(positions.shape) if place != axis]
-        outside = ir.Value(
-            name=FORCED.format(index),
-            shape=ir.Shape([*sizes, positions.shape[axis]]),
-            type=ir.TensorType(ir.DataType.INT64),
-        )
+        shape = positions.shape
+        if axis != -1 and shape is not None:
+            shape = ir.Shape([*(size for place, size in enumerate(shape) if place != axis), shape[axis]])
+        outside = ir.Value(name=FORCED.format(index), shape=shape, type=ir.TensorType(ir.DataType.INT64))
         copy.graph.inputs.append(outside)
-        given, turned = _moved(outside, len(positions.shape) - 1, axis, f"{node.name}.turned")
+        given, turned = _moved(outside, -1, axis, f"{node.name}.turned")
         for turn in turned:
             copy.graph.insert_before(node, turn)
         picked = ir.node("GatherElements", [scores, given], {"axis": axis}, name=f"{node.name}.picked")

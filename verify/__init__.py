@@ -19,7 +19,7 @@
 | `golden` | inputs and outputs of a run, stored |
 | `choices`, `truth`, `torch_modes` | where outputs differ: under the same choices, and beside a float64 run |
 | `compare` | the loop |
-| `cost` | FLOPs and bytes of a graph, counted over a run |
+| `cost`, `einsum_cost` | FLOPs and bytes of a graph, counted over a run |
 | `report`, `reading` | what was found, as data; read back from JSON and judged again |
 | `table`, `page`, `junit`, `github` | the same as text, as an HTML page, for CI |
 | `guilty`, `guilty_gap`, `guilty_difference`, `guilty_reference` | the node where a wrong graph goes wrong |
