@@ -44,27 +44,38 @@ def emit(
     Raises:
         NotExportableError: An operator has no ONNX form, in general or at this opset; names the model's line.
     """
-    model = _translate(traced, max(opset, EXPORTER_LOWEST))
-    settle_reshapes(model.graph)
+    model = translate(traced, opset)
     if write_opaque is not None:
         write_opaque(model)
+    finish(model, traced, opset, folder)
+    return model
+
+
+def translate(traced: Traced, opset: int) -> ir.Model:
+    """The traced model operator by operator, with the exporter's names, its opaque nodes as they are.
+
+    Raises:
+        NotExportableError: An operator has no ONNX form; names the model's line.
+    """
+    try:
+        with quiet(), torch.no_grad():
+            spell(traced.program.graph)
+            lowest = max(opset, EXPORTER_LOWEST)
+            result = torch.onnx.export(traced.program, dynamo=True, opset_version=lowest, verbose=False)
+    except Exception as error:
+        raise untranslated(error) from error
+    assert result is not None
+    settle_reshapes(result.model.graph)
+    return result.model
+
+
+def finish(model: ir.Model, traced: Traced, opset: int, folder: Path) -> None:
+    """Names, metadata and the opset of a translated model, in place; arguments and errors as of `emit`."""
     origins = statements(model, traced.scope)
     shorten_metadata(model, traced.scope, folder)
     name_nodes(model, origins)
     _name_values(model, traced)
     set_opset(model, opset)
-    return model
-
-
-def _translate(traced: Traced, opset: int) -> ir.Model:
-    try:
-        with quiet(), torch.no_grad():
-            spell(traced.program.graph)
-            result = torch.onnx.export(traced.program, dynamo=True, opset_version=opset, verbose=False)
-    except Exception as error:
-        raise untranslated(error) from error
-    assert result is not None
-    return result.model
 
 
 def _name_values(model: ir.Model, traced: Traced) -> None:

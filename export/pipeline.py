@@ -79,6 +79,7 @@ class Graph:
         notes: What a reader of the report should know.
         dtype: The narrowest type that it computes in.
         wide: The same graph in float32, where `dtype` is another.
+        placed: The traced model with its experts as opaque nodes: what the graphs of several ranks are made from.
     """
 
     kind: Literal["model", "gate", "step"]
@@ -91,6 +92,7 @@ class Graph:
     notes: tuple[str, ...]
     dtype: str = "float32"
     wide: ir.Model | None = None
+    placed: Placed | None = None
 
 
 def export_subject(subject: Subject, options: Options, step: Step = nullcontext) -> tuple[Graph, ...]:
@@ -204,7 +206,7 @@ def _graph(
         with step("simplifying"):
             simplified = simplify(model, {name: as_numpy(value) for name, value in traced.example.items()})
         model, notes = simplified.model, [*notes, simplified.note]
-    graph = Graph(kind, path, model, subject, traced, (), tuple(sites), tuple(notes))
+    graph = Graph(kind, path, model, subject, traced, (), tuple(sites), tuple(notes), placed=placed)
     return graph if options.dtype == "float32" else _narrowed(graph, options)
 
 
