@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
 import torch
@@ -28,9 +28,16 @@ from moe_export.export.region import scope_of
 from moe_export.export.reshapes import settle_reshapes
 from moe_export.export.trace import quiet
 
+Write = Callable[[Writer, str, Opaque], ir.Value]
+"""Writes a block in the form of a name; the result."""
+
 
 def write_experts(
-    model: ir.Model, blocks: Sequence[Block], choice: str, target: str = "onnxruntime-cpu"
+    model: ir.Model,
+    blocks: Sequence[Block],
+    choice: str,
+    target: str = "onnxruntime-cpu",
+    write: Write | None = None,
 ) -> list[str]:
     """Write out every opaque node of a model, in place.
 
@@ -39,6 +46,7 @@ def write_experts(
         blocks: What the nodes mean, by their number.
         choice: The lowering, or `auto`.
         target: The engine that the graph is for, by which `auto` chooses.
+        write: Writes a block; the whole of it by default.
 
     Returns:
         A line for each block, for the report.
@@ -52,16 +60,16 @@ def write_experts(
         block = blocks[number]
         name, reason = choose(choice, block.experts.count, target), ""
         opaque = _opaque(node, block, model)
-        writer = Writer(model.graph, f"experts_{number}")
+        writer, form = Writer(model.graph, f"experts_{number}"), write or _write
         try:
-            result = _write(writer, name, opaque)
+            result = form(writer, name, opaque)
         except NotExportableError as error:
             if choice != "auto":
                 raise
-            writer, result, name, reason = _simpler(model, number, opaque, name, error)
+            writer, result, name, reason = _simpler(model, number, opaque, name, error, form)
         for made in writer.nodes:
             made.metadata_props.update(node.metadata_props)
-            mark_block(made, "experts", _module_of(block))
+            mark_block(made, "experts", module_of(block))
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_nodes_and_values(
             model.graph, node, [node], writer.nodes, node.outputs, [result]
@@ -79,7 +87,7 @@ def write_experts(
 
 
 def _simpler(
-    model: ir.Model, number: int, block: Opaque, name: str, error: NotExportableError
+    model: ir.Model, number: int, block: Opaque, name: str, error: NotExportableError, write: Write
 ) -> tuple[Writer, ir.Value, str, str]:
     """A block in the next simpler form that can write it: its nodes, result, form, and why no other."""
     reason = ""
@@ -90,12 +98,12 @@ def _simpler(
             raise error
         writer, name = Writer(model.graph, f"experts_{number}"), simpler
         try:
-            return writer, _write(writer, name, block), name, reason
+            return writer, write(writer, name, block), name, reason
         except NotExportableError as another:
             error = another
 
 
-def _module_of(block: Block) -> str:
+def module_of(block: Block) -> str:
     """The innermost module that the choice and the result of a block both run in."""
     chosen, result = (scope_of(node) for node in (block.experts.indices, block.experts.result))
     both = [one for one, other in zip(chosen, result, strict=False) if one == other]

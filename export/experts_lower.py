@@ -125,7 +125,7 @@ def loop(w: Writer, block: Opaque) -> ir.Value:
     weights = ExpertWeights(w, block.weights, block.count, block.opset)
     stacks = weights.stacked(block.parts)
     hits = w.op("Squeeze", w.op("NonZero", pairs.counts), w.ints(0), name="hits")
-    turn = _Turn(w.inner("turn"), block.parts.leaving)
+    turn = Turn(w.inner("turn"), block.parts.leaving)
     inner = turn.writer
     expert = inner.op("Gather", hits, turn.number, axis=0, name="expert")
     bounds = [
@@ -139,13 +139,13 @@ def loop(w: Writer, block: Opaque) -> ir.Value:
     body = turn.graph(rows)
     always = w.constant(np.array(True), f"{w.prefix}.true")
     count = w.op("Size", hits)
-    starts = [_no_rows(w, value, pairs.token) for value in block.parts.leaving]
+    starts = [no_rows(w, value, pairs.token) for value in block.parts.leaving]
     parts = w.many("Loop", count, always, *starts, outputs=len(starts), body=body)
     joined = [w.op("ConcatFromSequence", value, axis=0) for value in parts]
     return finish(w, block, writer, joined, pairs.positions)
 
 
-def _no_rows(w: Writer, value: ir.Value, pairs: ir.Value) -> ir.Value:
+def no_rows(w: Writer, value: ir.Value, pairs: ir.Value) -> ir.Value:
     """A sequence that starts with no rows: there may be no token at all.
 
     The rows are cut out of a value (S,) that is only known at run time: what is constant would be folded, and
@@ -160,7 +160,7 @@ def _no_rows(w: Writer, value: ir.Value, pairs: ir.Value) -> ir.Value:
     return empty
 
 
-class _Turn:
+class Turn:
     """The body of a `Loop` that puts the rows of one expert behind those of the experts before it."""
 
     def __init__(self, writer: Writer, leaving: Sequence[ir.Value]) -> None:
