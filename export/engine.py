@@ -35,6 +35,7 @@ from moe_export.export.engine_profiles import (
     shapes_at,
 )
 from moe_export.export.engine_refusal import refused
+from moe_export.export.engine_rules import moe_layers
 from moe_export.export.engine_settings import Settings, check_settings, configure, keep_timings
 from moe_export.export.functions import without_functions
 
@@ -216,6 +217,9 @@ def _fit(
     graph: ir.Model, path: Path | None, capability: str, module: Module
 ) -> tuple[ir.Model, Path | None, tuple[str, ...]]:
     """The graph as these GPUs can compute it, its file if that is the file's, and what was changed."""
+    found = () if capability == CURRENT else tuple(moe_layers(graph, capability))
+    if found:
+        raise refused(found, f"{module.name} {module.version} builds no {capability}")
     if capability == engine_turing.CAPABILITY and module.name == RTX:
         fitted, count = engine_turing.without_float32_products(graph)
         if count:

@@ -17,6 +17,7 @@ from moe_export.export.engine_refusal import Refusal, all_nodes, refusal_at
 MOST_K = 3840
 """The greatest K of a TopK."""
 MOST_AXES = 8
+_MOE_MAJORS = {"10", "11"}
 
 # Operators of ONNX that the parser does not know.
 UNKNOWN = frozenset(
@@ -89,6 +90,7 @@ def find_refusals(model: ir.Model) -> Findings:
         refused += _carry(node, model.opset_imports.get("", 17))
         for rule in _DOUBTS:
             doubts += rule(node)
+    doubts += moe_layers(model)
     return Findings(tuple(dict.fromkeys(refused)), tuple(dict.fromkeys(doubts)))
 
 
@@ -222,6 +224,26 @@ def _computed_k(node: ir.Node) -> Iterator[Refusal]:
 def _double(node: ir.Node) -> Iterator[Refusal]:
     if any(value.dtype is ir.DataType.DOUBLE for value in node.outputs):
         yield refusal_at(node, "TensorRT computes float64 as float32")
+
+
+def moe_layers(model: ir.Model, capability: str = "") -> Iterator[Refusal]:
+    """`TRT_MoE` nodes, which only some GPUs can compute.
+
+    Args:
+        model: The graph.
+        capability: The one to build for; empty for any.
+    """
+    number = capability.removeprefix("sm")
+    if number.isdigit() and number[:-1] in _MOE_MAJORS:
+        return
+    for node in all_nodes(model):
+        if node.domain == "trt" and node.op_type == "TRT_MoE":
+            yield refusal_at(
+                node,
+                "TensorRT builds its MoE layer for compute capability 10.x and 11.x only",
+                "--target tensorrt writes experts that every GPU takes",
+                capability,
+            )
 
 
 _RULES: tuple[Rule, ...] = (_unknown, _scatter, _top_k, _integer_product, _bad_output)

@@ -20,6 +20,8 @@ from moe_export.export.provenance import BLOCK, MODULE, SOURCE
 DOMAIN = "moe_export.blocks"
 _LEAST = 4
 _SMALL = 16
+_OF_ENGINES = {"trt"}
+"""Domains of operators that an engine knows by name: their functions only say what they mean to others."""
 
 
 @dataclass
@@ -53,15 +55,21 @@ def as_functions(model: ir.Model) -> tuple[str, ...]:
 def without_functions(model: ir.Model) -> ir.Model:
     """The same model with every function written out where it is called; names and metadata of nodes stay.
 
+    A function that states what an engine's own operator means stays: written out, the engine would not know it.
+
     Args:
         model: Changed in place where its functions are those of `as_functions`; copied where there are others.
     """
     while calls := [node for node in model.graph if node.domain == DOMAIN]:
         for call in calls:
             _write_out(model, call)
-    if model.functions:
-        return InlinePass()(model).model
+    if any(_is_a_block(function) for function in model.functions.values()):
+        return InlinePass(criteria=_is_a_block)(model).model
     return model
+
+
+def _is_a_block(function: ir.Function) -> bool:
+    return function.domain not in _OF_ENGINES
 
 
 def _write_out(model: ir.Model, call: ir.Node) -> None:

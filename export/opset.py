@@ -77,6 +77,10 @@ def set_opset(model: ir.Model, opset: int) -> None:
             if node.domain in ("", "ai.onnx"):
                 _lower(node)
         model.opset_imports[""] = LOWEST
+        for function in model.functions.values():
+            function.opset_imports[""] = (
+                LOWEST  # of the operators that `experts_trt_moe` writes in it, both have one form
+            )
         _require_known(model)
     elif written != opset:
         raise NotExportableError(

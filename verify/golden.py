@@ -124,6 +124,23 @@ class Recorder:
         self.kept.append(GoldenCase(self._case, outputs, choices))
 
 
+def recorded(
+    recorder: Recorder | None, runner: Runner, cases: Iterator[Case], routing: Sequence[RoutingPair] = ()
+) -> tuple[Runner, Iterator[Case]]:
+    """A reference and its cases, watched by a recorder; as they are without one.
+
+    Args:
+        recorder: Keeps what goes in and comes out.
+        runner: The reference.
+        cases: What it will run.
+        routing: Its outputs that are expert indices.
+    """
+    if recorder is None:
+        return runner, cases
+    recorder.routing = tuple(routing)
+    return recorder.on(runner), recorder.watch(cases)
+
+
 class _Recorded:
     def __init__(self, runner: Runner, recorder: Recorder) -> None:
         self.name, self._runner, self._recorder = runner.name, runner, recorder

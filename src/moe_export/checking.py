@@ -26,7 +26,7 @@ from moe_export.verify import (
     cases,
     compare,
 )
-from moe_export.verify.golden import Recorder
+from moe_export.verify.golden import Recorder, recorded
 from moe_export.wishes import USUAL, Wish, tolerance_of, wished_cases
 
 Routing = Sequence[tuple[str, str | None, str | None]]
@@ -176,15 +176,15 @@ def verify_file(  # noqa: PLR0913  each has a name
     names = outputs or reference.outputs
     runner = TorchRunner(reference.call_named, names)
     made = wished_cases(wish, specs, ranges, arrays, seed, runner)
-    if recorder is not None:
-        recorder.routing = tuple(RoutingPair(*pair) for pair in routing)
+    pairs = [RoutingPair(*pair) for pair in routing]
+    watched, watched_cases = recorded(recorder, runner, made, pairs)
     with quiet():
         return compare(
-            runner if recorder is None else recorder.on(runner),
+            watched,
             candidate,
-            made if recorder is None else recorder.watch(made),
+            watched_cases,
             tolerance=tolerance,
-            routing=[RoutingPair(*pair) for pair in routing],
+            routing=pairs,
             budget=wish.flips,
             seconds=wish.seconds,
             truth=Float64Runner(reference, names),

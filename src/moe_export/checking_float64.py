@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from moe_export.export.subject import Subject
-from moe_export.verify import Array, TorchRunner
+from moe_export.verify import Array, Choice, TorchRunner
 from moe_export.verify.specs import is_float
 
 
@@ -28,10 +28,20 @@ class Float64Runner:
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run once; float inputs are cast to float64."""
+        return self._narrowed(inputs, self._wide().run(inputs))
+
+    def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
+        """The outputs and the choices on the way; what is chosen from stays in float64."""
+        found, choices = self._wide().run_watched(inputs)
+        return self._narrowed(inputs, found), choices
+
+    def _wide(self) -> TorchRunner:
         if self._runner is None:
             wide = replace(self._subject, module=copy.deepcopy(self._subject.module).double())
             self._runner = TorchRunner(wide.call_named, self._outputs, self.name, "float64")
-        found = self._runner.run(inputs)
+        return self._runner
+
+    def _narrowed(self, inputs: Mapping[str, Array], found: dict[str, Array]) -> dict[str, Array]:
         if not self._rounded:
             return found
         own = TorchRunner(self._subject.call_named, self._outputs).run(inputs)

@@ -32,7 +32,12 @@ class WatchedGraph:
         model = ir.load(path)
         self._choices = Choices(len(find_choices(model)))
         self._makes = runner_of_model(with_choices_out(model), provider)
+        self.name = self._makes.name
         self._told = runner_of_model(with_forced_choices(model), provider)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs alone."""
+        return self.run_watched(inputs)[0]
 
     def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
         """Outputs, and the choices in order."""

@@ -20,16 +20,15 @@ from moe_export.checking_told import GraphTeller
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
 from moe_export.explaining import INSIDE
 from moe_export.export.load import load_subject
-from moe_export.export.pipeline import as_numpy
 from moe_export.export.subject import Subject
 from moe_export.export.trace import trace
+from moe_export.matching import match_graph, reference_of
 from moe_export.mutating_apart import Fate, fate_of
 from moe_export.sides import metadata
 from moe_export.verify import (
     Array,
     Case,
     CaseResult,
-    DimRange,
     Report,
     RoutingPair,
     Runner,
@@ -46,7 +45,6 @@ from moe_export.verify.mutants_nodes import node_mutants
 from moe_export.verify.mutants_weights import weight_mutants
 from moe_export.verify.regimes import NORMAL
 from moe_export.verify.runner import one_line
-from moe_export.verifying_models import aligned, dims_of, example_for, reference_of
 from moe_export.wishes import Wish, tolerance_of, wished_cases
 
 _SAME = 1e-12
@@ -244,16 +242,14 @@ def open_gate(
     dtype = facts.get("moe_export.dtype", "float32")
     runner = runner_of(path, "cpu", dtype)
     subject, routing = reference_of(load_subject(against, init=init, inputs=inputs), facts)
-    subject, routing = aligned(runner, subject, routing)
-    example = example_for(runner, subject)
-    dims = [
-        DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims_of(runner.inputs, example)
-    ]
-    arrays = {name: as_numpy(tensor) for name, tensor in example.items()}
+    matched = match_graph(runner, subject, routing)
+    subject = matched.subject
     cases: list[Case] = []
 
     def watched() -> Iterator[Case]:
-        for case in wished_cases(Wish(thorough=thorough), list(runner.inputs), dims, arrays, seed):
+        for case in wished_cases(
+            Wish(thorough=thorough), list(runner.inputs), matched.ranges, matched.arrays, seed
+        ):
             cases.append(case)
             yield case
 
@@ -266,7 +262,7 @@ def open_gate(
         truth,
         GraphTeller,
         tolerance_of(dtype, tolerance or Tolerance()),
-        [RoutingPair(*pair) for pair in routing],
+        matched.pairs,
         dtype,
     )
     report = compare(

@@ -19,7 +19,7 @@ from moe_export.checking_told import GraphTeller, Mirrored, WatchedGraph
 from moe_export.errors import UsageError
 from moe_export.sides import Side, graph_example, graph_routing, graph_runner, metadata
 from moe_export.verify import Array, DimRange, Report, Runner, TensorSpec, Tolerance, compare
-from moe_export.verify.golden import Golden, Recorder, load_golden
+from moe_export.verify.golden import Golden, Recorder, load_golden, recorded
 from moe_export.wishes import USUAL, Wish, picked, tolerance_of, wished_cases
 
 if TYPE_CHECKING:
@@ -77,12 +77,14 @@ def _with_golden(candidate: Side, reference: Side, request: Request) -> Report:
     tells = other.kind == "graph" and (other.backend or "").startswith("onnxruntime")
     teller = GraphTeller(stored, other.path if tells else None, other.provider, outputs)
     cases = picked(iter([case.case for case in stored.cases]), request.wish.only)
+    routing = stored.routing if other is candidate else ()
+    runner, cases = recorded(request.recorder, sides[0], cases, routing)
     return compare(
-        sides[0] if request.recorder is None else request.recorder.on(sides[0]),
+        runner,
         sides[1],
-        cases if request.recorder is None else request.recorder.watch(cases),
+        cases,
         tolerance=tolerance_of(facts.get("moe_export.dtype", "float32"), request.tolerance),
-        routing=stored.routing if other is candidate else (),
+        routing=routing,
         budget=request.wish.flips,
         seconds=float("inf"),
         teller=teller if other is candidate else Mirrored(teller),
@@ -172,17 +174,26 @@ def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
     example = {spec.name: _cut(example[spec.name], spec) for spec in specs}
     outputs = by_position([spec.name for spec in ours.outputs], [spec.name for spec in theirs.outputs])
     made = wished_cases(request.wish, specs, dims, example, request.seed)
+    routing = graph_routing(reference.path) if reference.kind == "graph" else []
+    runner, cases = recorded(request.recorder, watchable(reference, theirs, request), made, routing)
     return compare(
-        theirs if request.recorder is None else request.recorder.on(theirs),
+        runner,
         Renamed(ours, {theirs_name: own for own, theirs_name in inputs.items()}, outputs),
-        made if request.recorder is None else request.recorder.watch(made),
+        cases,
         tolerance=tolerance_of(narrow, request.tolerance),
-        routing=graph_routing(reference.path) if reference.kind == "graph" else (),
+        routing=routing,
         budget=request.wish.flips,
         seconds=request.wish.seconds,
         teller=_teller(candidate, reference, inputs, outputs),
         about=about_sides(candidate, reference),
     )
+
+
+def watchable(side: Side, runner: Runner, request: Request) -> Runner:
+    """What runs a graph; if it is recorded, with its choices, where onnxruntime can say them."""
+    if request.recorder is None or side.kind != "graph" or not (side.backend or "").startswith("onnxruntime"):
+        return runner
+    return WatchedGraph(side.path, side.provider)
 
 
 def _teller(

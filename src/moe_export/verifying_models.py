@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, cast
@@ -11,13 +10,11 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
-from moe_export.checking import Routing, verify_file
+from moe_export.checking import verify_file
 from moe_export.checking_float64 import Float64Runner
 from moe_export.checking_told import GraphTeller, Mirrored
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.explaining import Remembering, explain, look_inside
-from moe_export.export.dims import Dim
-from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject
 from moe_export.export.load import load_subject, split_spec
 from moe_export.export.pipeline import as_numpy
 from moe_export.export.routing import find_routings, routing_outputs
@@ -25,6 +22,7 @@ from moe_export.export.script import run_file
 from moe_export.export.source import is_user_file
 from moe_export.export.subject import Subject
 from moe_export.export.trace import Traced, quiet, trace
+from moe_export.matching import match_graph, reference_of
 from moe_export.sides import GraphRunner, Side, graph_routing, graph_runner, metadata
 from moe_export.verify import (
     Array,
@@ -32,12 +30,12 @@ from moe_export.verify import (
     Report,
     RoutingPair,
     Runner,
-    TensorRtRunner,
     TensorSpec,
     TorchRunner,
     compare,
 )
-from moe_export.verifying import Renamed, Request, about_sides, by_position
+from moe_export.verify.golden import recorded
+from moe_export.verifying import Renamed, Request, about_sides, by_position, watchable
 from moe_export.wishes import Own, tolerance_of, wished_cases
 
 
@@ -88,17 +86,16 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
     runner = graph_runner(candidate, dtype)
     subject, routing = reference_of(original, facts)
     wish = request.wish if subject is original else replace(request.wish, own=None)
-    subject, routing = aligned(runner, subject, routing)
-    example = example_for(runner, subject)
+    matched = match_graph(runner, subject, routing)
     tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
     tolerance = tolerance_of(dtype, request.tolerance)
     remembering = Remembering(runner)
     report = verify_file(
         cast(GraphRunner, remembering),  # it has what a runner of graphs has
-        subject,
-        example=example,
-        dims=_within(dims_of(runner.inputs, example), runner),
-        routing=routing,
+        matched.subject,
+        example=matched.example,
+        dims=matched.dims,
+        routing=matched.routing,
         tolerance=tolerance,
         seed=request.seed,
         graph=candidate.path if tells else None,
@@ -109,9 +106,11 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
         narrow=dtype,
     )
     if request.why is not None and candidate.kind == "graph":
-        found = explain(candidate.path, remembering, report, original, subject, tolerance, routing)
+        found = explain(
+            candidate.path, remembering, report, original, matched.subject, tolerance, matched.routing
+        )
         if request.inside and found is None and not report.exit_code:
-            found = look_inside(candidate.path, remembering, report, original, subject)
+            found = look_inside(candidate.path, remembering, report, original, matched.subject)
         request.why.extend([] if found is None else [found])
     return report
 
@@ -119,27 +118,30 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
 def _float64_against_graph(candidate: Side, reference: Side, request: Request, original: Subject) -> Report:
     """The float64 run is the reference itself, rounded to the model's types."""
     facts = metadata(candidate.path)
-    runner = graph_runner(candidate, facts.get("moe_export.dtype", "float32"))
+    dtype = facts.get("moe_export.dtype", "float32")
+    runner = graph_runner(candidate, dtype)
     subject, routing = reference_of(original, facts)
-    subject, routing = aligned(runner, subject, routing)
-    example = example_for(runner, subject)
-    dims = _within(dims_of(runner.inputs, example), runner)
-    ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
-    arrays = {name: as_numpy(tensor) for name, tensor in example.items()}
+    own = own_inputs(reference, original) if subject is original else None
+    matched = match_graph(runner, subject, routing)
+    subject = matched.subject
+    wish = replace(request.wish, own=own)
+    cases = wished_cases(wish, list(runner.inputs), matched.ranges, matched.arrays, request.seed)
     wide = Float64Runner(subject, subject.outputs, rounded=True)
-    plain = TorchRunner(subject.call_named, subject.outputs)
+    watched, cases = recorded(request.recorder, wide, cases, matched.pairs)
+    tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
     with quiet():
         return compare(
-            wide,
+            watched,
             runner,
-            wished_cases(request.wish, list(runner.inputs), ranges, arrays, request.seed),
-            tolerance=request.tolerance,
-            routing=[RoutingPair(*pair) for pair in routing],
+            cases,
+            tolerance=tolerance_of(dtype, request.tolerance),
+            routing=matched.pairs,
             budget=request.wish.flips,
             seconds=request.wish.seconds,
             truth=Float64Runner(subject, subject.outputs),
-            teller=GraphTeller(plain, candidate.path if candidate.kind == "graph" else None),
+            teller=GraphTeller(wide, candidate.path if tells else None, candidate.provider),
             about={**about_sides(candidate, reference), **line_of(original)},
+            narrow=dtype,
         )
 
 
@@ -157,14 +159,16 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
     arrays = {name: as_numpy(tensor) for name, tensor in theirs.subject.inputs.items()}
     routing = [] if traced is None else _pairs(traced)
     wish = replace(request.wish, own=own_inputs(reference, theirs.subject))
-    cases = wished_cases(wish, specs, dims, arrays, request.seed)
+    made = wished_cases(wish, specs, dims, arrays, request.seed)
+    pairs = [RoutingPair(*pair) for pair in routing]
+    runner, cases = recorded(request.recorder, theirs.runner, made, pairs)
     with quiet():
         return compare(
-            theirs.runner if request.recorder is None else request.recorder.on(theirs.runner),
+            runner,
             Renamed(ours.runner, {name: own for own, name in inputs.items()}, outputs),
-            cases if request.recorder is None else request.recorder.watch(cases),
+            cases,
             tolerance=request.tolerance,
-            routing=[RoutingPair(*pair) for pair in routing],
+            routing=pairs,
             budget=request.wish.flips,
             seconds=request.wish.seconds,
             truth=Float64Runner(theirs.subject, theirs.subject.outputs),
@@ -175,12 +179,11 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
 def _model_against_graph(candidate: Side, reference: Side, request: Request) -> Report:
     """The graph is right by definition; the model gives the example."""
     opened, graph = open_model(candidate, request), graph_runner(reference)
-    subject, _ = aligned(graph, opened.subject, ())
-    example = example_for(graph, subject)
-    dims = _within(dims_of(graph.inputs, example), graph)
-    ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
-    arrays = {name: as_numpy(tensor) for name, tensor in example.items()}
-    cases = wished_cases(request.wish, list(graph.inputs), ranges, arrays, request.seed)
+    matched = match_graph(graph, opened.subject)
+    subject = matched.subject
+    made = wished_cases(request.wish, list(graph.inputs), matched.ranges, matched.arrays, request.seed)
+    routing = graph_routing(reference.path) if reference.kind == "graph" else []
+    runner, cases = recorded(request.recorder, watchable(reference, graph, request), made, routing)
     names = by_position(opened.subject.outputs, subject.outputs)
     inputs = dict(zip(subject.inputs, opened.subject.inputs, strict=True))
     plain = TorchRunner(subject.call_named, subject.outputs)
@@ -188,11 +191,11 @@ def _model_against_graph(candidate: Side, reference: Side, request: Request) -> 
     told = GraphTeller(plain, reference.path if tells else None, reference.provider)
     with quiet():
         return compare(
-            graph if request.recorder is None else request.recorder.on(graph),
+            runner,
             Renamed(opened.runner, inputs, names),
-            cases if request.recorder is None else request.recorder.watch(cases),
+            cases,
             tolerance=request.tolerance,
-            routing=graph_routing(reference.path) if reference.kind == "graph" else (),
+            routing=routing,
             budget=request.wish.flips,
             seconds=request.wish.seconds,
             teller=Mirrored(told),
@@ -282,98 +285,3 @@ def own_inputs(side: Side, subject: Subject) -> Own | None:
         return dict(zip(subject.inputs, map(as_numpy, tensors), strict=True))
 
     return made
-
-
-def _within(dims: list[Dim], candidate: GraphRunner) -> list[Dim]:
-    """The dimensions within what an engine's profile takes."""
-    if not isinstance(candidate, TensorRtRunner):
-        return dims
-    taken = {dim.name: dim for dim in candidate.dims}
-    return [replace(dim, minimum=taken[dim.name].minimum, maximum=taken[dim.name].maximum) for dim in dims]
-
-
-def reference_of(subject: Subject, facts: Mapping[str, str]) -> tuple[Subject, Routing]:
-    """The model, or the gate of it that the graph says it is; and which outputs are expert indices.
-
-    What the indices are is read off the model's own trace, never off the graph in question.
-    """
-    is_gate = facts.get("moe_export.kind") == "gate"
-    try:
-        traced = trace(subject)
-        routings = find_routings(traced)
-    except MoeExportError:
-        if is_gate:
-            raise
-        return subject, ()  # a model that cannot be traced can still be compared, index for index
-    if not is_gate:
-        return subject, [pair for routing in routings for pair in routing_outputs(routing, traced)]
-    path = facts.get("moe_export.module", "")
-    for routing in routings:
-        if routing.path == path:
-            cut = gate_subject(traced, routing, subject, with_scores=True)
-            return cut, [(INDICES, WEIGHTS if WEIGHTS in cut.outputs else None, SCORES)]
-    raise UsageError(
-        f"the graph is the gate of module {path!r}, and the model has no gate there",
-        hint="the gates of the model: " + (", ".join(routing.path for routing in routings) or "none"),
-    )
-
-
-def aligned(candidate: GraphRunner, reference: Subject, routing: Routing) -> tuple[Subject, Routing]:
-    """The model under the graph's names: a graph of another exporter has its own, in the model's order.
-
-    Where one side has more inputs or outputs than the other, nothing is matched by position.
-    """
-    inputs = _by_position([spec.name for spec in candidate.inputs], list(reference.inputs))
-    outputs = _by_position([spec.name for spec in candidate.outputs], list(reference.outputs))
-    renamed = replace(
-        reference,
-        inputs=dict(zip(inputs, reference.inputs.values(), strict=True)),
-        outputs=tuple(outputs),
-    )
-    names = dict(zip(reference.outputs, outputs, strict=True))
-    pairs = [tuple(names.get(name, name) if name else None for name in pair) for pair in routing]
-    return renamed, pairs  # type: ignore[return-value]
-
-
-def _by_position(graph: list[str], model: list[str]) -> list[str]:
-    """The graph's names in place of the model's, if they are as many and not the same set."""
-    return model if len(graph) != len(model) or set(graph) == set(model) else graph
-
-
-def example_for(candidate: GraphRunner, reference: Subject) -> dict[str, torch.Tensor]:
-    """The model's example inputs for the graph's inputs, which must have their names.
-
-    An input of the model that the graph does not have is one that its outputs do not depend on; it stays at
-    its example value.
-    """
-    names = [spec.name for spec in candidate.inputs]
-    unknown = [name for name in names if name not in reference.inputs]
-    if unknown:
-        raise UsageError(
-            f"the graph takes {', '.join(names)}, but the model takes {', '.join(reference.inputs)}",
-            hint="name the graph's inputs as forward's parameters are named",
-        )
-    return {name: tensor for name, tensor in reference.inputs.items() if name in names}
-
-
-def dims_of(specs: tuple[TensorSpec, ...], example: Mapping[str, torch.Tensor]) -> list[Dim]:
-    """The graph's dynamic dimensions, with the example's sizes.
-
-    Raises:
-        UsageError: A fixed size of the graph is not the example's.
-    """
-    found: dict[str, Dim] = {}
-    for spec in specs:
-        sizes: tuple[Any, ...] = tuple(example[spec.name].shape)
-        fits = len(sizes) == len(spec.shape) and all(
-            isinstance(want, str) or want == size for want, size in zip(spec.shape, sizes, strict=True)
-        )
-        if not fits:
-            raise UsageError(
-                f"the graph takes {spec}, but the model's example has shape {list(sizes)}",
-                hint="give the model file example inputs of the sizes that the graph was exported for",
-            )
-        for want, size in zip(spec.shape, sizes, strict=True):
-            if isinstance(want, str) and re.fullmatch(r"[A-Za-z_]\w*", want):
-                found.setdefault(want, Dim(want, want, size, 1, None))
-    return list(found.values())

@@ -109,6 +109,16 @@ def test_a_comparison_is_recorded_while_it_runs(command, finished, tmp_path):
     assert "against golden torch: equal" in text
 
 
+@pytest.mark.parametrize("side", ["moe.py@torch-float64", "moe.onnx", "moe.onnx@onnx-reference"])
+def test_every_kind_of_comparison_can_be_recorded(command, finished, tmp_path, side):
+    graph, golden = finished / "moe.onnx", tmp_path / "golden.safetensors"
+    done = command("verify", graph, "--against", finished / side, "--record", golden)
+    assert done.code == 0, done.out + done.err
+    assert f"recorded: {golden}" in done.out.replace("\n", "")
+    code, text = code_of(command, graph, "--against", golden)
+    assert code == 0, text
+
+
 def test_golden_tensors_need_no_pytorch(command, finished, tmp_path):
     golden = tmp_path / "golden.safetensors"
     assert command("verify", finished / "moe.py", "--record", golden, "--quiet").code == 0

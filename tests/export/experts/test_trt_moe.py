@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 from moe_export.errors import NotExportableError
+from moe_export.export.engine import build_engines, read_graph
+from moe_export.export.engine_rules import find_refusals
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
+from moe_export.export.write import write_model
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the parser that knows TRT_MoE is TensorRT-RTX's")
 
@@ -100,3 +103,21 @@ def test_other_experts_take_the_form_for_any_gpu_and_say_why():
         NotExportableError, match=r"TRT_MoE takes experts down\(silu\(gate x\) \* up x\) without biases"
     ):
         exported(idioms.SkipEmpty(), experts="trt_moe")
+
+
+def test_its_file_comes_to_an_engine_with_the_layer_in_it(tmp_path):
+    graph = exported(SwiGLU(), target="tensorrt-sm100")
+    path = tmp_path / "moe.onnx"
+    write_model(graph.model, path)
+    read, _ = read_graph(path)
+    assert [node.op_type for node in read.graph].count("TRT_MoE") == 1
+    assert {function.opset_imports[""] for function in read.functions.values()} == {17}
+    findings = find_refusals(read)
+    assert not findings.refused
+    (doubt,) = findings.doubts
+    assert "10.x and 11.x" in str(doubt)
+    with pytest.raises(NotExportableError, match="builds no sm120") as refusal:
+        build_engines(path, ["sm120"])
+    assert "trt.TRT_MoE" in refusal.value.where
+    assert "experts_idioms.py:" in refusal.value.where
+    assert "--target tensorrt " in refusal.value.hint
