@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir import tape
 
 from moe_export.errors import NotExportableError
+from moe_export.export.weights_recipe import Recipe, RecipeTensor
 
 INT64 = ir.DataType.INT64
 
@@ -63,10 +65,11 @@ class Writer:
         return value
 
     def many(
-        self, kind: str, *inputs: ir.Value | None, outputs: int, **attributes: object
+        self, kind: str, *inputs: ir.Value | None, outputs: int, domain: str = "", **attributes: object
     ) -> Sequence[ir.Value]:
         """Write one node with several outputs."""
-        values = self._tape.op_multi_out(kind, list(inputs), attributes, num_outputs=outputs)  # type: ignore[arg-type]
+        given: dict[str, Any] = dict(attributes)
+        values = self._tape.op_multi_out(kind, list(inputs), given, num_outputs=outputs, domain=domain)
         for index, value in enumerate(values):
             value.name = f"{self.prefix}.{kind}_{len(self._written)}_{index}"
         self._written.append(values[0].producer())  # type: ignore[arg-type]
@@ -94,9 +97,9 @@ class Writer:
             return self.ints(*array.tolist())
         return self.constant(array, f"{self.prefix}.{value.name}")
 
-    def constant(self, array: np.ndarray, name: str) -> ir.Value:
+    def constant(self, array: np.ndarray | Recipe, name: str) -> ir.Value:
         """An initializer of the main graph."""
-        tensor = ir.tensor(array, name=name)
+        tensor = RecipeTensor(array, name) if isinstance(array, Recipe) else ir.tensor(array, name=name)
         value = ir.Value(
             name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
