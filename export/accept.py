@@ -65,7 +65,8 @@ def _refuse_kinds(module: nn.Module, source: Path) -> None:
             raise UsageError(
                 f"the weights of {name} are on the meta device, so they have no values ({path})",
                 where=str(source),
-                hint='load them: model.to_empty(device="cpu"), then load_state_dict',
+                hint='name their file beside it, weights = "model.safetensors", '
+                "or load them: model.to_empty(device='cpu'), then load_state_dict",
             )
 
 

@@ -13,7 +13,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import MoeExportError, NotExportableError
 from moe_export.export.leaves import unique
 from moe_export.export.naming import name_nodes, statements
 from moe_export.export.opset import EXPORTER_LOWEST, set_opset
@@ -22,6 +22,8 @@ from moe_export.export.reshapes import settle_reshapes
 from moe_export.export.spelling import spell
 from moe_export.export.trace import Traced, quiet, rename
 from moe_export.export.untranslated import untranslated
+from moe_export.export.weights_follow import fold_steps
+from moe_export.export.weights_place import has_recipes, is_streamed, place_recipes, without_weights
 
 _DATA_SIZE = re.compile(r"u\d+")
 _PROTOBUF_LIMIT = 2**31 - 2**20
@@ -61,10 +63,19 @@ def translate(traced: Traced, opset: int) -> ir.Model:
         with quiet(), torch.no_grad():
             spell(traced.program.graph)
             lowest = max(opset, EXPORTER_LOWEST)
-            result = torch.onnx.export(traced.program, dynamo=True, opset_version=lowest, verbose=False)
+            streamed = is_streamed(traced.program)
+            result = torch.onnx.export(
+                traced.program, dynamo=True, opset_version=lowest, verbose=False, optimize=not streamed
+            )
+            assert result is not None
+            if streamed:  # before anything computes with weights
+                place_recipes(result.model)
+                fold_steps(result.model.graph)
+                result.optimize()
+    except MoeExportError:
+        raise
     except Exception as error:
         raise untranslated(error) from error
-    assert result is not None
     settle_reshapes(result.model.graph)
     return result.model
 
@@ -153,10 +164,11 @@ def check(model: ir.Model) -> None:
     Raises:
         NotExportableError: The checker refuses it.
     """
+    streamed = has_recipes(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
-    if size > _PROTOBUF_LIMIT:
+    if size > _PROTOBUF_LIMIT and not streamed:
         return  # the checker reads such a model from its file; `write` does that
     try:
-        onnx.checker.check_model(ir.to_proto(model), full_check=True)
+        onnx.checker.check_model(without_weights(model) if streamed else ir.to_proto(model), full_check=True)
     except Exception as error:
         raise NotExportableError(f"onnx.checker refuses the graph: {error}") from error

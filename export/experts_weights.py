@@ -1,7 +1,8 @@
 """The weights of the experts as a lowering takes them: apart or stacked, prepared offline where they are known.
 
 A body may transpose or cast a weight before it uses it (`experts_parts`: `prepared`). Where the weight is a constant,
-or is computed from constants alone, that is done here, once, and the graph holds the result.
+or is computed from constants alone, that is done here, once, and the graph holds the result. Of weights that are not in
+memory it is done when they are written (`weights_follow`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,16 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
-from moe_export.export.experts_onnx import Writer, evaluate
+from moe_export.export.experts_onnx import Writer
 from moe_export.export.experts_parts import Parts, PartsWriter
+from moe_export.export.weights_follow import Known, follow, known_tensor, realised, row_of, stacked
+from moe_export.export.weights_recipe import Recipe
 
 Weight = Sequence[ir.Value] | ir.Value
 """E tensors, or one stack (E, ...) of them."""
+
+_MOST = 2**28
+"""Bytes of weights that are read from files for a form that computes with them offline."""
 
 
 class ExpertWeights:
@@ -41,11 +47,19 @@ class ExpertWeights:
         """The weights as arrays (E, ...).
 
         Raises:
-            NotExportableError: A weight is only known at run time.
+            NotExportableError: A weight is only known at run time, or they are in files and many.
         """
         if not self.known:
             raise NotExportableError("the weights of the experts are computed at run time")
-        return [array if isinstance(array, np.ndarray) else np.stack(array or ()) for array in self._arrays]
+        stacks = self._stacks()
+        if sum(stack.nbytes for stack in stacks if isinstance(stack, Recipe)) > _MOST:
+            raise NotExportableError(
+                "this form computes with the experts' weights, and they are not in memory"
+            )
+        return [realised(stack) for stack in stacks]
+
+    def _stacks(self) -> list[Known]:
+        return [stacked(array) if isinstance(array, list) else array for array in self._arrays]  # type: ignore[misc]
 
     def apart(self, parts: Parts, writer: PartsWriter) -> list[list[ir.Value]]:
         """For each expert its weights, as the core takes them."""
@@ -80,7 +94,7 @@ class ExpertWeights:
             return [self._stack(weight) for weight in self._weights]
         columns = zip(*(self._prepared(parts, expert) for expert in range(self._count)), strict=True)
         return [
-            self._w.constant(np.stack(column), f"{self._w.prefix}.{value.name}")
+            self._w.constant(stacked(column), f"{self._w.prefix}.{value.name}")
             for value, column in zip(parts.ready, columns, strict=True)
         ]
 
@@ -88,20 +102,20 @@ class ExpertWeights:
         """One (E, ...) for each weight, as the core of a body for several experts takes it."""
         if not self.known:
             return writer.prepared(self._w, [self._stack(weight) for weight in self._weights])
-        values = dict(zip(parts.weights, self.stacks(), strict=True))
-        found = evaluate(parts.prepared, {**_constants(parts.body), **values}, parts.ready, self._opset)
+        values = dict(zip(parts.weights, self._stacks(), strict=True))
+        found = follow(parts.prepared, {**_constants(parts.body), **values}, parts.ready, self._opset)
         return [
             self._w.constant(array, f"{self._w.prefix}.{value.name}")
             for value, array in zip(parts.ready, found, strict=True)
         ]
 
-    def _prepared(self, parts: Parts, expert: int) -> list[np.ndarray]:
-        own = {
-            value: array[expert]
+    def _prepared(self, parts: Parts, expert: int) -> list[Known]:
+        own: dict[ir.Value, Known] = {
+            value: array[expert] if isinstance(array, list) else row_of(array, expert)
             for value, array in zip(parts.weights, self._arrays, strict=True)
             if array is not None
         }
-        return evaluate(parts.prepared, {**_constants(parts.body), **own}, parts.ready, self._opset)
+        return follow(parts.prepared, {**_constants(parts.body), **own}, parts.ready, self._opset)
 
     def _one(self, weight: Weight, expert: int) -> ir.Value:
         if not isinstance(weight, ir.Value):
@@ -118,7 +132,7 @@ class ExpertWeights:
         return w.op("Concat", *(w.op("Unsqueeze", value, w.ints(0)) for value in weight), axis=0)
 
 
-def _constants(body: ir.Graph) -> dict[ir.Value, np.ndarray]:
+def _constants(body: ir.Graph) -> dict[ir.Value, Known]:
     return {
         value: value.const_value.numpy()
         for value in body.initializers.values()
@@ -126,7 +140,7 @@ def _constants(body: ir.Graph) -> dict[ir.Value, np.ndarray]:
     }
 
 
-def _arrays(weight: Weight, opset: int) -> Sequence[np.ndarray] | np.ndarray | None:
+def _arrays(weight: Weight, opset: int) -> list[Known] | Known | None:
     if isinstance(weight, ir.Value):
         return known_array(weight, opset)
     arrays = [known_array(value, opset) for value in weight]
@@ -134,10 +148,10 @@ def _arrays(weight: Weight, opset: int) -> Sequence[np.ndarray] | np.ndarray | N
     return found if len(found) == len(arrays) else None
 
 
-def known_array(value: ir.Value, opset: int) -> np.ndarray | None:
+def known_array(value: ir.Value, opset: int) -> Known | None:
     """What a value is, if it is a constant or is computed from constants alone; None else."""
     needed: list[ir.Node] = []
-    arrays: dict[ir.Value, np.ndarray] = {}
+    arrays: dict[ir.Value, Known] = {}
     stack, seen = [value], set()
     while stack:
         current = stack.pop()
@@ -146,7 +160,7 @@ def known_array(value: ir.Value, opset: int) -> np.ndarray | None:
         seen.add(current)
         producer = current.producer()
         if current.const_value is not None:
-            arrays[current] = current.const_value.numpy()
+            arrays[current] = known_tensor(current.const_value)
         elif producer is None or producer.graph is None or producer.domain or _has_graph(producer):
             return None
         else:
@@ -156,7 +170,7 @@ def known_array(value: ir.Value, opset: int) -> np.ndarray | None:
         return arrays[value]
     order = {node: position for position, node in enumerate(needed[0].graph or ())}
     in_order = sorted(dict.fromkeys(needed), key=lambda node: order[node])
-    return evaluate(in_order, arrays, [value], opset)[0]
+    return follow(in_order, arrays, [value], opset)[0]
 
 
 def _has_graph(node: ir.Node) -> bool:

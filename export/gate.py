@@ -22,6 +22,8 @@ from moe_export.export.region import is_size, size_source
 from moe_export.export.routing import Routing
 from moe_export.export.subject import Subject, make_subject
 from moe_export.export.trace import Traced, quiet
+from moe_export.export.weights_stand_in import absent_among
+from moe_export.export.weights_values import stand_in_values
 
 INDICES, WEIGHTS, SCORES = "topk_idx", "topk_weight", "scores"
 
@@ -77,7 +79,13 @@ def numbers_in(cut: Subject) -> set[int]:
 
 
 def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
-    """The values that some nodes have on the example inputs."""
+    """The values that some nodes have on the example inputs.
+
+    Where weights are not in memory, values of the same shapes: random floats, zeros for integers. What is asked of
+    them then is whether a computation runs, and which of its rows depend on which.
+    """
+    if absent_among([*traced.program.state_dict.values(), *traced.program.constants.values()]):
+        return stand_in_values(traced, nodes)
     wanted = {node.name for node in nodes}
     found: dict[str, torch.Tensor] = {}
     program = traced.program

@@ -26,15 +26,19 @@ from moe_export.export.arguments import parse_init, parse_input
 from moe_export.export.script import Call, run_file
 from moe_export.export.source import last_user_line
 from moe_export.export.subject import Subject, make_subject
+from moe_export.export.weights_stand_in import MEMORY, StandIns, attach_weights
 
 
-def load_subject(spec: str, *, init: Sequence[str] = (), inputs: Sequence[str] = ()) -> Subject:
+def load_subject(
+    spec: str, *, init: Sequence[str] = (), inputs: Sequence[str] = (), memory: int = MEMORY
+) -> Subject:
     """Load the model that `spec` names.
 
     Args:
         spec: `model.py`, or `model.py:ClassName`.
         init: Arguments of the class, `name=value` (a Python literal; anything else is a string).
         inputs: Example inputs of the class, `name=2x10x512:float32`.
+        memory: Weights that a file names (`weights = "model.safetensors"`) are read at once up to so many bytes.
 
     Raises:
         UsageError: There is no such file, it cannot be run, or no model (or no single one) is in it.
@@ -49,7 +53,7 @@ def load_subject(spec: str, *, init: Sequence[str] = (), inputs: Sequence[str] =
         raise UsageError(
             "--init and --input go with a class", hint=f"name it: moe-export {path}:ClassName --init ..."
         )
-    return _from_file(path, source)
+    return _from_file(path, source, memory)
 
 
 def split_spec(spec: str) -> tuple[Path, str | None]:
@@ -80,12 +84,12 @@ def _read(path: Path) -> str:
     return text
 
 
-def _from_file(path: Path, source: str) -> Subject:
+def _from_file(path: Path, source: str, memory: int) -> Subject:
     """Ways 1 and 3. A file that cannot define both names is ended at its first call, before it trains for hours."""
     defines_both = {"model", "example_inputs"} <= _top_level_names(source)
     module, call = run_file(path, as_script=False, stop_at_call=not defines_both)
     if defines_both and module is not None and _has_both(module):
-        return _from_names(module, path)
+        return _from_names(module, path, memory)
     if call is None:
         _, call = run_file(path, as_script=True, stop_at_call=True)
     if call is None:
@@ -148,7 +152,7 @@ def _has_both(module: ModuleType) -> bool:
     return getattr(module, "example_inputs", None) is not None and callable(model)
 
 
-def _from_names(module: ModuleType, path: Path) -> Subject:
+def _from_names(module: ModuleType, path: Path, memory: int) -> Subject:
     model: Any = module.model
     if not isinstance(model, nn.Module):
         model = _call_user(model, "model", path)
@@ -162,8 +166,9 @@ def _from_names(module: ModuleType, path: Path) -> Subject:
     if callable(example):
         example = _call_user(example, "example_inputs", path)
     how = "`model` and `example_inputs`"
+    weights = _weights(module, model, path, memory)
     if isinstance(example, Mapping):
-        return make_subject(model, (), _tensors(example), source=path, how=how)
+        return make_subject(model, (), _tensors(example), source=path, how=how, weights=weights)
     if isinstance(example, (torch.Tensor, np.ndarray)):
         example = (example,)
     if not isinstance(example, (tuple, list)):
@@ -172,7 +177,17 @@ def _from_names(module: ModuleType, path: Path) -> Subject:
             where=str(path),
             hint="make it a tuple of forward's arguments, or a dict by their names",
         )
-    return make_subject(model, _tensors(tuple(example)), {}, source=path, how=how)
+    return make_subject(model, _tensors(tuple(example)), {}, source=path, how=how, weights=weights)
+
+
+def _weights(module: ModuleType, model: nn.Module, path: Path, memory: int) -> StandIns | None:
+    """The weights of a model on the meta device, from the files that `weights` names, seen from the model's file."""
+    named: Any = getattr(module, "weights", None)
+    if not isinstance(named, (str, Path)):
+        return None
+    if not any(tensor.is_meta for tensor in [*model.parameters(), *model.buffers()]):
+        return None  # it has its own, and `weights` is a name like any other
+    return attach_weights(model, path.parent / named, memory, path)
 
 
 def _tensors(arguments: Any) -> Any:

@@ -6,6 +6,9 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.export.weights_place import narrowed
+from moe_export.export.weights_recipe import RecipeTensor
+
 _NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 FLOAT = ir.DataType.FLOAT
 
@@ -80,16 +83,21 @@ class _Writer:
 
     def _weight(self, value: ir.Value, tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.Value:
         name = f"{value.name}.{dtype.name.lower()}"
+        if isinstance(tensor, RecipeTensor):
+            return self._register(RecipeTensor(narrowed(tensor.recipe, dtype), name))
         array = tensor.numpy().astype(np.float32)
         if dtype in _NUMPY:
             limit = float(ml_dtypes.finfo(_NUMPY[dtype]).max)  # type: ignore[no-untyped-call]
             # A mask of -3e38 means "never"; as -inf it would make NaN of a row that is masked altogether.
             array = np.where(np.isfinite(array), np.clip(array, -limit, limit), array).astype(_NUMPY[dtype])
+        return self._register(ir.Tensor(array, dtype=dtype, name=name))
+
+    def _register(self, tensor: ir.TensorProtocol) -> ir.Value:
         made = ir.Value(
-            name=name,
-            shape=ir.Shape(array.shape),
-            type=ir.TensorType(dtype),
-            const_value=ir.Tensor(array, dtype=dtype, name=name),
+            name=tensor.name,
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
         )
         self.graph.register_initializer(made)
         return made

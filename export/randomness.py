@@ -20,10 +20,15 @@ def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[s
         NotExportableError: It draws random numbers, and names the operator and its line; or it keeps something
             from one call to the next that is no buffer.
     """
-    if _agrees_with_itself(subject, example):
+    absent = subject.weights is not None and subject.weights.absent
+    if not absent and _agrees_with_itself(subject, example):
         return
     name = type(subject.module).__name__
-    suspect = next((node for node in program.graph.nodes if _may_be_random(node)), None)
+    suspect = next(
+        (node for node in program.graph.nodes if _may_be_random(node) and not _is_asleep(node)), None
+    )
+    if absent and suspect is None:
+        return  # zeros in the place of weights would hide what is drawn, so the program is asked
     if suspect is None:
         raise NotExportableError(
             f"{name} gives other outputs at every call, and not by random numbers",
@@ -40,6 +45,15 @@ def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[s
 def _may_be_random(node: fx.Node) -> bool:
     tags = getattr(node.target, "tags", ()) if isinstance(node.target, torch._ops.OpOverload) else ()
     return torch.Tag.nondeterministic_seeded in tags
+
+
+def _is_asleep(node: fx.Node) -> bool:
+    """Whether it is a dropout that drops nothing, or attention without one."""
+    if node.target is torch.ops.aten.dropout.default:
+        return node.args[2] is False
+    if node.target is torch.ops.aten.scaled_dot_product_attention.default:
+        return not (node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0.0))
+    return False
 
 
 def _agrees_with_itself(subject: Subject, example: Mapping[str, torch.Tensor]) -> bool:

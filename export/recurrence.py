@@ -77,6 +77,8 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
     if not lengths:
         return Recurrent(subject)
     try:
+        if subject.weights is not None and subject.weights.absent:
+            raise LengthError("that is proved by running the model, and its weights are not in memory", None)
         return _folded(subject, request, lengths[0])
     except LengthError as error:
         message = f"the loop over {_named(lengths[0])} cannot be folded: {error.reason}"

@@ -22,6 +22,7 @@ from moe_export.export.accept import check_inputs, check_outputs, plain_module, 
 from moe_export.export.leaves import Leaf, identifier, leaves, unique
 from moe_export.export.source import is_user_file, last_user_line
 from moe_export.export.state import Buffers
+from moe_export.export.weights_stand_in import StandIns
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Subject:
         outputs: Names of the tensors that a call returns, in order.
         dropped: Outputs that are no tensors (`aux_loss = 0`) and so no outputs of a graph.
         changed: Paths of the buffers that a call changes; each call here starts from their first values.
+        weights: Where the weights are, if the model came without them.
     """
 
     module: nn.Module
@@ -49,6 +51,7 @@ class Subject:
     changed: frozenset[str]
     _spec: pytree.TreeSpec = field(repr=False)
     _template: tuple[Any, ...] = field(repr=False)
+    weights: StandIns | None = field(default=None, repr=False)
 
     def call(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the model on flat tensors, in the order of `inputs`; the outputs in the order of `outputs`."""
@@ -79,7 +82,13 @@ _SLOT = _Slot()
 
 
 def make_subject(
-    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, source: Path, how: str
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    source: Path,
+    how: str,
+    weights: StandIns | None = None,
 ) -> Subject:
     """Bind example arguments to a module, run it once, and name its inputs and outputs.
 
@@ -128,6 +137,7 @@ def make_subject(
         changed=changed,
         _spec=spec,
         _template=tuple(_SLOT if _is_tensor(value) else value for value in flat),
+        weights=weights,
     )
 
 
