@@ -64,7 +64,7 @@ def own_part(w: Writer, block: Opaque, experts: Sequence[int]) -> Own:
         indices=indices,
         valid=valid,
         count=len(experts),
-        weights=[_of_experts(w, weight, experts, block.opset) for weight in block.weights],
+        weights=[of_experts(w, weight, experts, block.opset) for weight in block.weights],
         meaning=dataclasses.replace(block.meaning, count=len(experts), wraps=False),
     )
     return Own(mine, tuple(experts))
@@ -80,7 +80,7 @@ def in_range(w: Writer, block: Opaque) -> ir.Value:
     return w.op("Where", inside, indices, count)
 
 
-def _of_experts(w: Writer, weight: Weight, experts: Sequence[int], opset: int) -> Weight:
+def of_experts(w: Writer, weight: Weight, experts: Sequence[int], opset: int) -> Weight:
     if not isinstance(weight, ir.Value):
         return [weight[expert] for expert in experts]
     array = known_array(weight, opset)
@@ -103,6 +103,12 @@ def partial_sum(w: Writer, form: str, block: Opaque, experts: Sequence[int]) -> 
     """
     if not experts:
         return _nothing(w, block)
+    if form == "contrib":
+        raise NotExportableError(
+            "com.microsoft.MoE cannot leave a token without an expert, and on one rank most have none",
+            where=block.meaning.line,
+            hint="the other forms of --experts can",
+        )
     own = own_part(w, block, experts)
     if form == "slices":
         return own_slices(w, own)

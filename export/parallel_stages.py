@@ -19,6 +19,8 @@ from moe_export.export.provenance import place_of
 
 ALL_REDUCE, ALL_TO_ALL = "AllReduce", "AllToAll"
 LAYER, BACK, CAPACITY = "layer", "back", "capacity"
+Spec = tuple[ir.DataType, tuple[int | str | None, ...]]
+"""Type, and sizes: a number, the name of a dimension, or None for what the data decide."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,7 @@ class Staged:
 
     stages: tuple[ir.Model, ...]
     exchanges: tuple[Exchange, ...]
-    specs: Mapping[str, tuple[ir.DataType, tuple[int | str | None, ...]]] = field(default_factory=dict)
+    specs: Mapping[str, Spec] = field(default_factory=dict)
 
 
 def is_exchange(node: ir.Node) -> bool:
@@ -90,6 +92,13 @@ def cut(model: ir.Model) -> Staged:
     return _Cut(model).staged()
 
 
+def exchanges_of(model: ir.Model) -> Staged:
+    """The exchanges of a model that is not cut; no stages."""
+    _know_types(model)
+    found = _Cut(model)
+    return Staged((), found.exchanges(), found.specs())
+
+
 def _settle_outputs(graph: ir.Graph) -> None:
     """An output that is what an exchange gives is handed on by a node, so that the last stage has one."""
     for index, value in enumerate(graph.outputs):
@@ -109,6 +118,19 @@ def _know_types(model: ir.Model) -> None:
             for given, value in zip(node.inputs, node.outputs, strict=False):
                 if given is not None and value.dtype is not None and given.dtype is None:
                     given.type, given.shape = value.type, value.shape
+
+
+def _infer(model: ir.Model, values: Iterable[ir.Value]) -> None:
+    """Infer the types of values that have none; on a copy, as inference takes sequences for tensors."""
+    unknown = {str(value.name): value for value in values if value.dtype is None or value.shape is None}
+    if not unknown:
+        return
+    inferred = ShapeInferencePass()(model.clone()).model
+    for node in inferred.graph:
+        for found in node.outputs:
+            value = unknown.get(str(found.name))
+            if value is not None and found.dtype is not None:
+                value.type, value.shape = found.type, value.shape or found.shape
 
 
 class _Cut:
@@ -151,22 +173,24 @@ class _Cut:
                 stage[node] = min(stage[reader] for reader in readers[node])
         return stage
 
+    def exchanges(self) -> tuple[Exchange, ...]:
+        """In the order in which they happen."""
+        nodes = sorted((node for node in self._nodes if is_exchange(node)), key=lambda node: self.stage[node])
+        return tuple(_described(node, self.stage[node]) for node in nodes)
+
+    def specs(self) -> dict[str, Spec]:
+        """Of every value that is exchanged."""
+        nodes = [node for node in self._nodes if is_exchange(node)]
+        values = [value for node in nodes for value in (*node.inputs, *node.outputs) if value is not None]
+        return {str(value.name): _spec(value) for value in values}
+
     def staged(self) -> Staged:
+        """The stages; the graph is used up."""
         exchanges = [node for node in self._nodes if is_exchange(node)]
         count = 1 + max((self.stage[node] + 1 for node in exchanges), default=0)
         crossing = self._crossing(exchanges)
-        if any(value.dtype is None or value.shape is None for value in crossing):
-            ShapeInferencePass()(self._model)
-        found = tuple(
-            Exchange(**_described(node, self.stage[node]))  # type: ignore[arg-type]
-            for node in sorted(exchanges, key=lambda node: self.stage[node])
-        )
-        specs = {
-            str(value.name): _spec(value)
-            for node in exchanges
-            for value in (*node.inputs, *node.outputs)
-            if value is not None
-        }
+        _infer(self._model, crossing)
+        found, specs = self.exchanges(), self.specs()
         nodes: list[list[ir.Node]] = [[] for _ in range(count)]
         for node in self._nodes:
             if not is_exchange(node):
@@ -231,34 +255,21 @@ class _Cut:
         return (maker in self.stage and maker not in own) or value in set(self._graph.inputs)
 
 
-def _described(node: ir.Node, stage: int) -> dict[str, object]:
-    sends = [str(value.name) for value in node.inputs if value is not None]
-    gives = [str(value.name) for value in node.outputs]
-    facts: dict[str, object] = {"layer": node.attributes[LAYER].as_int(), "after": stage}
+def _described(node: ir.Node, stage: int) -> Exchange:
+    sends = tuple(str(value.name) for value in node.inputs if value is not None)
+    gives = tuple(str(value.name) for value in node.outputs)
+    layer = node.attributes[LAYER].as_int()
     if node.op_type == ALL_REDUCE:
-        return {**facts, "kind": "all_reduce", "sends": tuple(sends), "gives": tuple(gives)}
-    facts |= {"kind": "all_to_all", "back": bool(node.attributes[BACK].as_int())}
-    capacity = node.attributes[CAPACITY].as_int()
+        return Exchange("all_reduce", layer, stage, sends, gives)
+    back, capacity = bool(node.attributes[BACK].as_int()), node.attributes[CAPACITY].as_int()
     if capacity:
-        return {**facts, "capacity": capacity, "sends": tuple(sends), "gives": tuple(gives)}
-    if facts["back"]:  # values, rows for each rank, rows from each rank
-        return {
-            **facts,
-            "sends": tuple(sends[:-2]),
-            "gives": tuple(gives),
-            "counts": sends[-2],
-            "counted": sends[-1],
-        }
-    return {
-        **facts,
-        "sends": tuple(sends[:-1]),
-        "gives": tuple(gives[:-1]),
-        "counts": sends[-1],
-        "counted": gives[-1],
-    }
+        return Exchange("all_to_all", layer, stage, sends, gives, None, None, back, capacity)
+    if back:  # values, rows for each rank, rows from each rank
+        return Exchange("all_to_all", layer, stage, sends[:-2], gives, sends[-2], sends[-1], back)
+    return Exchange("all_to_all", layer, stage, sends[:-1], gives[:-1], sends[-1], gives[-1], back)
 
 
-def _spec(value: ir.Value) -> tuple[ir.DataType, tuple[int | str | None, ...]]:
+def _spec(value: ir.Value) -> Spec:
     sizes = [size if isinstance(size, int) else size.value for size in value.shape or ()]
     return value.dtype or ir.DataType.FLOAT, tuple(sizes)
 
