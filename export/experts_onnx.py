@@ -16,6 +16,7 @@ from onnx.reference import ReferenceEvaluator
 from onnx_ir import tape
 
 from moe_export.errors import NotExportableError
+from moe_export.export.weights_recipe import Recipe, RecipeTensor
 
 INT64 = ir.DataType.INT64
 
@@ -96,9 +97,9 @@ class Writer:
             return self.ints(*array.tolist())
         return self.constant(array, f"{self.prefix}.{value.name}")
 
-    def constant(self, array: np.ndarray, name: str) -> ir.Value:
+    def constant(self, array: np.ndarray | Recipe, name: str) -> ir.Value:
         """An initializer of the main graph."""
-        tensor = ir.tensor(array, name=name)
+        tensor = RecipeTensor(array, name) if isinstance(array, Recipe) else ir.tensor(array, name=name)
         value = ir.Value(
             name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor
         )
