@@ -4,13 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow bench lint types install clean
+.PHONY: demo test test-slow bench lint types docs install clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -qq --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
-	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,pictures,rtx]' --config-settings editable_mode=strict
+	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,docs,pictures,rtx]' --config-settings editable_mode=strict
 	touch $@
 
 # A strict editable install links the files that exist; run this again after adding or removing one.
@@ -35,6 +35,11 @@ lint: install
 
 types: install
 	$(BIN)/mypy -p moe_export
+
+# Offline; a warning is an error.
+docs: install
+	$(BIN)/python -m sphinx -q -W --keep-going -c docs . build/site
+	@echo "open build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist out *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,67 +1,46 @@
-"""The pages of docs/ that show commands and Python code: each block runs, and prints what the page says."""
+"""Every page of the documentation runs: README, CONTRIBUTING and docs/, from top to bottom, and prints what it says."""
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from pages import PAGES, ROOT, fences, follow, name_of, prepare, steps
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "docs" / f"{name}.md" for name in ("verify", "guilty", "seeing")]
-
-
-def blocks(page: Path) -> list[tuple[str, str]]:
-    """`(language, text)` of what can be run, in order."""
-    return re.findall(r"```(console|python)\n(.*?)```", page.read_text(), re.DOTALL)
-
-
-def commands(block: str) -> list[tuple[str, str]]:
-    """`(command, expected output)` for each `$ ` line."""
-    parts = re.split(r"^\$ ", block, flags=re.MULTILINE)[1:]
-    return [(part.split("\n", 1)[0], part.split("\n", 1)[1]) for part in parts]
+TAKES_LONG = {
+    "docs/guilty": "mutants of a whole graph, and the guilty node of a Scan",
+    "docs/seeing": "exports and a report of the largest model",
+    "docs/verify": "a pytest of its own, an export by PyTorch",
+}
+RUN = [
+    pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if name_of(page) in TAKES_LONG else [])
+    for page in PAGES
+]
+OF_A_TERMINAL = re.compile(r"^(\$ |> )?(moe-export|make|pip|python3?|git|pre-commit|pytest) ", re.MULTILINE)
 
 
-def matches(expected: str, got: str) -> bool:
-    """Whether output is as expected, where `...` stands for any text."""
-    pattern = r"[\s\S]*".join(re.escape(piece.strip("\n")) for piece in expected.split("..."))
-    return re.fullmatch(rf"\s*{pattern}\s*", got) is not None
-
-
-def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
-    env = {
-        "PATH": path,
-        "HOME": str(folder),
-        "OMP_NUM_THREADS": "1",
-        "LANG": os.environ.get("LANG", "C.UTF-8"),
-    }
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=False)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", RUN)
 def test_a_page_runs_from_top_to_bottom(page, tmp_path):
-    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
-    for language, text in blocks(page):
-        if language == "python":
-            done = run([sys.executable, "-W", "ignore", "-c", text], tmp_path)
-            wanted = "\n".join(re.findall(r"print\(.*\)  # (.*)", text))
-            assert (done.returncode, done.stdout.strip()) == (0, wanted), done.stdout + done.stderr
-            continue
-        for command, expected in commands(text):
-            done = run(["bash", "-c", command], tmp_path)
-            assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
-            assert matches(expected, done.stdout), f"{command}\n{done.stdout}"
+    folder = prepare(tmp_path)
+    for step in steps(page):
+        follow(step, folder)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_a_page_has_what_can_be_run(page):
-    assert len(blocks(page)) >= 2
+@pytest.mark.parametrize("name", TAKES_LONG)
+def test_a_long_page_begins_well(name, tmp_path):
+    follow(next(steps(ROOT / f"{name}.md")), prepare(tmp_path))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_page_has_a_command_that_nobody_runs(page):
+    for language, text in fences(page):
+        if language not in ("console", "python"):
+            assert not OF_A_TERMINAL.search(text), f"a command in a block of {language or 'text'}:\n{text}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_page_has_something_to_run(page):
+    assert list(steps(page))
 
 
 def test_the_page_on_verify_shows_the_real_tolerances():
