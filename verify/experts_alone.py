@@ -44,7 +44,7 @@ def alone_cases(runner: Watched, drawn: Iterator[Case]) -> Iterator[Case]:
                 if int(expert) not in seen and len(seen) < _MOST:
                     seen.add(int(expert))
                     new += 1
-                    inputs = {**case.inputs, name: _repeated(case.inputs[name], int(row))}
+                    inputs = {**case.inputs, name: repeated(case.inputs[name], int(row))}
                     inputs[name].setflags(write=False)
                     yield Case(f"expert {int(expert)} alone", case.seed, case.sizes, inputs, regime=ALONE)
         if not new:
@@ -72,7 +72,8 @@ def _rows(array: Array) -> int:
     return array.size if array.dtype.kind in "iu" else 0
 
 
-def _repeated(array: Array, row: int) -> Array:
+def repeated(array: Array, row: int) -> Array:
+    """An array of the same shape with one of its rows, or of its ids, throughout."""
     if not is_float(array.dtype):
         return np.full_like(array, array.reshape(-1)[row])
     return np.array(np.broadcast_to(array.reshape(-1, array.shape[-1])[row], array.shape))
