@@ -16,6 +16,7 @@ import moe_export
 from moe_export.backends import BACKENDS
 from moe_export.cli_engines import add_commands, engine_options
 from moe_export.cli_graphs import add_graph_commands, add_report_command
+from moe_export.cli_parallel import parallel_options
 from moe_export.cli_reports import report_options, take_wanted
 from moe_export.errors import MoeExportError
 
@@ -167,6 +168,7 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option(
     "--float32", multiple=True, metavar="MODULE", help="With --dtype: this module stays float32 (repeatable)."
 )
+@parallel_options
 @engine_options(required=False)
 @_model_options
 @_verify_options
@@ -179,9 +181,10 @@ def export_command(**options: Any) -> int:
     """
     from moe_export.cli_build import take_request
     from moe_export.cli_export import run_export
+    from moe_export.cli_parallel import take_parallel
 
-    engines = take_request(options)
-    return run_export(**options, engines=engines)
+    engines, parallel = take_request(options), take_parallel(options)
+    return run_export(**options, engines=engines, parallel=parallel)
 
 
 @cli.command("verify")
