@@ -19,6 +19,7 @@ from moe_export.blaming import kept_options
 from moe_export.checking import verify_graph
 from moe_export.checking_choices import runner_of
 from moe_export.cli_build import Request, build_files, check_names, engine_lines, exit_code
+from moe_export.cli_parallel import Written, write_ranks
 from moe_export.console import Console
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
@@ -26,6 +27,7 @@ from moe_export.export.dims import parse_dynamic
 from moe_export.export.engine_profiles import dim_facts
 from moe_export.export.functions import as_functions
 from moe_export.export.load import load_subject
+from moe_export.export.parallel_ranks import Parallel
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
 from moe_export.export.provenance import relative_line, strip_scope
 from moe_export.export.subject import Subject
@@ -68,6 +70,7 @@ def run_export(
     engines: Request | None = None,
     tolerances: tuple[str, ...] = (),
     functions: bool = False,
+    parallel: Parallel | None = None,
     **wishes: Any,
 ) -> int:
     """Run the command; the exit code."""
@@ -118,12 +121,18 @@ def run_export(
             names = [_reject(temporary, name) for name in names]
         document = report_document(subject, graphs, names, reports, opset)
         built = _build(engines if equal else None, document, temporary, console)
+        ranks: Written | None = None
+        if parallel is not None and equal:
+            margins = tolerance if verify else None
+            ranks = write_ranks(graphs[0], options, parallel, temporary, names[0], console, margins, seed)
+            document["parallel"] = ranks.document
+            equal = ranks.report is None or ranks.report.exit_code == 0
         report_name = f"{subject.source.stem}.report.json"
         (temporary / report_name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     console.json(json.dumps(document, indent=2))
     console.say(f"\nmodel: {type(subject.module).__name__}, {subject.how}")
     _print(console, folder, graphs, [*names, report_name], reports)
-    for line in engine_lines(built, folder):
+    for line in (*engine_lines(built, folder), *(ranks.lines if ranks is not None else ())):
         console.say(line)
     if engines is not None and equal:
         return exit_code(engines, built, console)
