@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
+from moe_export.export.bodies import reads, with_inner
 from moe_export.export.provenance import BLOCK, MODULE, SOURCE
 
 DOMAIN = "moe_export.blocks"
@@ -168,7 +169,7 @@ def _between(nodes: Sequence[ir.Node], order: dict[ir.Node, int]) -> set[ir.Node
     for node in window:
         if any(maker in own or maker in below for maker in _makers(node)):
             below.add(node)
-    holder = {inner: node for node in window for inner in _all(node)}
+    holder = {inner: node for node in window for inner in with_inner(node)}
     above: set[ir.Node] = set()
     for node in reversed(window):
         readers = (holder.get(use.node) for value in node.outputs for use in value.uses())
@@ -178,46 +179,17 @@ def _between(nodes: Sequence[ir.Node], order: dict[ir.Node, int]) -> set[ir.Node
 
 
 def _makers(node: ir.Node) -> Iterator[ir.Node]:
-    for value in _taken(node):
+    for value in reads(node):
         maker = value.producer()
         if maker is not None:
             yield maker
 
 
-def _taken(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads, what its bodies read from outside included."""
-    made: set[ir.Value] = set()
-    for each in _all(node):
-        for value in each.inputs:
-            if value is not None and value not in made:
-                yield value
-        made.update(each.outputs)
-        for body in _bodies(each):
-            made.update(body.inputs)
-    for body in _bodies(node):
-        yield from (value for value in body.outputs if value not in made)
-
-
-def _all(node: ir.Node) -> Iterator[ir.Node]:
-    yield node
-    for body in _bodies(node):
-        for inner in body:
-            yield from _all(inner)
-
-
-def _bodies(node: ir.Node) -> list[ir.Graph]:
-    return [
-        attribute.as_graph()
-        for attribute in node.attributes.values()
-        if attribute.type is ir.AttributeType.GRAPH
-    ]
-
-
 def _replace(model: ir.Model, place: _Place, nodes: Sequence[ir.Node]) -> None:
     graph = model.graph
-    every = {inner for node in nodes for inner in _all(node)}
+    every = {inner for node in nodes for inner in with_inner(node)}
     made = {value for node in nodes for value in node.outputs}
-    taken = _unique(value for node in nodes for value in _taken(node) if value not in made)
+    taken = _unique(value for node in nodes for value in reads(node) if value not in made)
     constants = [value for value in taken if _is_small(value)]
     inputs = [value for value in taken if value not in constants]
     outputs = [

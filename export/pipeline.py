@@ -19,6 +19,7 @@ from moe_export.export.experts_emit import write_experts
 from moe_export.export.experts_place import Placed, place_experts
 from moe_export.export.functions import described
 from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in
+from moe_export.export.loop_order import loops_first
 from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
 from moe_export.export.precision import lower_precision
@@ -206,6 +207,7 @@ def _graph(
         with step("simplifying"):
             simplified = simplify(model, {name: as_numpy(value) for name, value in traced.example.items()})
         model, notes = simplified.model, [*notes, simplified.note]
+    loops_first(model.graph)
     graph = Graph(kind, path, model, subject, traced, (), tuple(sites), tuple(notes), placed=placed)
     return graph if options.dtype == "float32" else _narrowed(graph, options)
 

@@ -92,9 +92,7 @@ class _Writer:
         readings = [reading for reading in self._linear.readings if reading.state == number]
         for reading in readings:
             segments.within(reading.new)
-        rows = self._chunks(
-            self._product(state.row, state), state, state.over, steps_last=True
-        )  # (c, g, n, s)
+        rows = self._chunks(self._product(state.row, state), state, state.over)  # (c, g, s, n)
         column = self._chunks(self._product(state.column, state), state, state.only)  # (c, g, s, p)
         starts, last = self._pass_on(state, mark, rows, column, segments)
         for reading in readings:
@@ -175,7 +173,6 @@ class _Writer:
         part: tuple[Timed, list[int]],
         state: LinearState,
         inner: tuple[int, ...] | None,
-        steps_last: bool = False,
     ) -> ir.Value:
         """(c, g, t, inner) of a value over time: batch axes that it lacks have size 1, inner axes are joined."""
         timed, axes = part
@@ -202,26 +199,24 @@ class _Writer:
         assert at is not None
         value = nodes.filled(timed.value, at, timed.rank + 1, self.filling)
         behind = state.sizes(axes[at:])
-        lacking = [axis for axis in state.batch if axis not in axes]
-        ones = len(lacking) + (inner == ())
-        value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, STEPS, *behind, *[1] * ones))
+        value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, STEPS, *behind))
         places: dict[Any, int] = {axis: place + 2 * (place >= at) for place, axis in enumerate(axes)}
-        places |= {axis: len(axes) + 2 + place for place, axis in enumerate(lacking)}
-        last = (
-            [len(axes) + 1 + ones]
-            if inner == ()
-            else [places[axis] for axis in inner or () if axis in places]
-        )
         if inner and not set(inner) <= set(places):
             raise CannotError("a factor lacks some of the axes that the others have")
-        batch = [places[axis] for axis in state.batch]
-        value = nodes.transposed(
-            value, [at, *batch, *last, at + 1] if steps_last else [at, *batch, at + 1, *last]
-        )
+        batch = [places[axis] for axis in state.batch if axis in places]
+        last = [places[axis] for axis in inner or ()]
+        value = nodes.transposed(value, [at, *batch, at + 1, *last])
+        lacking = [place for place, axis in enumerate(state.batch, 1) if axis not in places]
+        value = nodes.unsqueezed(value, [*lacking, *([len(state.batch) + 2] if inner == () else [])])
         if inner is not None and len(inner) > 1:
-            sizes = [state.size(inner), STEPS] if steps_last else [STEPS, state.size(inner)]
-            value = nodes("Reshape", value, nodes.ints(*[0] * (len(batch) + 1), *sizes))
+            kept = [0] * (len(state.batch) + 1)
+            value = nodes("Reshape", value, nodes.ints(*kept, STEPS, state.size(inner)))
         return value
+
+    def _steps_last(self, value: ir.Value, state: LinearState) -> ir.Value:
+        """(…, s, n) → (…, n, s), right before a product: runtimes take both as one."""
+        behind = self._rank(state) - 1
+        return self.nodes.transposed(value, [*range(behind - 1), behind, behind - 1])
 
     # States from chunk to chunk
 
@@ -232,10 +227,10 @@ class _Writer:
         nodes, size = self.nodes, state.size
         if segments.has_decay:
             if size(state.over) <= size(state.only):
-                rows = nodes("Mul", rows, nodes.unsqueezed(segments.to_end(), [self._rank(state) - 2]))
+                rows = nodes("Mul", rows, nodes.unsqueezed(segments.to_end(), [self._rank(state) - 1]))
             else:
                 column = nodes("Mul", column, nodes.unsqueezed(segments.to_end(), [self._rank(state) - 1]))
-        added = nodes("MatMul", rows, column)
+        added = nodes("MatMul", self._steps_last(rows, state), column)
         order = [*state.batch, *state.over, *state.only]
         shape = [state.shape[axis] for axis in state.batch]
         first = nodes.transposed(mark.inputs[0], order) if mark.inputs[0] is not None else None
@@ -262,9 +257,8 @@ class _Writer:
         nodes = self.nodes
         rows, column, starts = parts
         read = self._chunks(self._product(reading.factors, state), state, state.over)  # (c, g, t, n)
-        inside = nodes(
-            "MatMul", nodes("Mul", segments.within(reading.new), nodes("MatMul", read, rows)), column
-        )
+        products = nodes("MatMul", read, self._steps_last(rows, state))
+        inside = nodes("MatMul", nodes("Mul", segments.within(reading.new), products), column)
         if segments.has_decay:
             since = nodes.unsqueezed(segments.since(reading.new), [self._rank(state) - 1])
             if state.size(state.over) <= state.size(state.only):

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from moe_export.export.bodies import reads
 from moe_export.export.loop_body import DOMAIN, ELEMENT, STATE
 
 
@@ -95,12 +96,3 @@ def _dependent(values: Iterable[ir.Value], nodes: Iterable[ir.Node]) -> set[ir.V
         if any(value in found for value in reads(node)):
             found.update(node.outputs)
     return found
-
-
-def reads(node: ir.Node) -> list[ir.Value]:
-    """What a node reads, its subgraphs included."""
-    values = [value for value in node.inputs if value is not None]
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            values += [value for inner in attribute.as_graph() for value in reads(inner)]
-    return values

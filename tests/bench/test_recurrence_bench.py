@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_export.export.dims import DimRequest
+from moe_export.export.engine import build_engines
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 
@@ -161,8 +162,13 @@ def test_mamba_2() -> None:
         assert row["ours"] < 1.1 * NOISE * row["chunks"]
         assert row["ours"] < row["scan"] / 3
         factors[length] = row.get("unrolled", 0) / row["ours"]
+        if length == 512:
+            inexact = row["unrolled"] / row["chunks, inexact"]
     if factors[512] < 25:
-        pytest.xfail(f"the mark of 25 times faster than unrolled is missed: {factors[512]:.1f}")
+        pytest.xfail(
+            f"the mark of 25 times faster than unrolled is missed: {factors[512]:.1f} times; "
+            f"the usual form, which is not exact, is {inexact:.1f} times faster here"
+        )
 
 
 def test_strong_decay_is_where_the_forms_differ() -> None:
@@ -219,9 +225,25 @@ def test_memory_at_2048_steps(name: str, tmp_path: Path) -> None:
     print(f"\n{name} " + "  ".join(f"{key} {value:.1f} MB" for key, value in used.items()))
     if name == "mamba":
         assert used["ours"] <= 1.1 * min(used["1 step"], used["16 steps"])
-        if used["ours"] > 7:
-            pytest.xfail(
-                f"the mark of 7 MB is missed: {used['ours']:.1f}, the best by hand {used['1 step']:.1f}"
-            )
+        assert used["ours"] <= 7
     else:
         assert used["ours"] <= 1.1 * used["by hand"]
+
+
+@pytest.mark.parametrize(
+    ("name", "recurrence"), [("mamba", "scan"), ("mamba2", "scan"), ("mamba2", "chunked")]
+)
+def test_an_engine_for_1_to_4096_steps_is_built_in_under_2_s(name: str, recurrence: str) -> None:
+    """The faster of two builds: the first one loads the builder's library."""
+    pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds engines without a GPU")
+    model = exported(name, recurrence)
+    ranges = {"batch": (1, 1, 4), "seq": (1, 512, 4096)}
+    built = [
+        build_engines(model, [capability], ranges)[0] for capability in ("sm120", "sm89", "sm120", "sm89")
+    ]
+    best = {
+        engine.capability: min(e.seconds for e in built if e.capability == engine.capability)
+        for engine in built
+    }
+    print(f"\n{name} {recurrence} " + "  ".join(f"{key} {value:.2f} s" for key, value in best.items()))
+    assert max(best.values()) < 2
