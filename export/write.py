@@ -1,24 +1,38 @@
 """Write files whole or not at all.
 
-Everything is first written into a hidden folder beside its place, can be checked there, and is then moved, so
-that a failure, a full disk or Ctrl-C leaves neither half a file nor a damaged older one.
+Everything is first written into a hidden folder beside its place, can be checked there, and is then moved, so that
+a failure, a full disk or Ctrl-C leaves neither half a file nor a damaged older one. What a process that was killed has
+left behind, the next one takes away. Files move in this order: a report that is there goes, then come data files
+(called after their content, so that no graph finds another's), graphs, and the new report at the end: without it, an
+export is not whole.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
+from moe_export.export.stream_write import DATA_SUFFIX, Storage, Streamed, held, stream_weights, taken_along
+
+try:
+    import fcntl
+except ImportError:  # no locks, so what a killed process left is left
+    fcntl = None  # type: ignore[assignment]
 
 _INLINE_LIMIT = 2**31 - 2**24  # protobuf cannot hold 2 GiB; room is left for the nodes
-DATA_SUFFIX = ".data"
+_STAGING = ".moe-export-"
+_REPORT = ".report.json"
+_DATA = re.compile(r"(?P<graph>.+\.onnx)\.[0-9a-f]{12}\.\d+\.data")
+_LEAST = 1024
+"""Bytes from which a weight of a large graph is put outside it."""
 
 
 @contextmanager
@@ -34,22 +48,89 @@ def staging(folder: Path) -> Iterator[Path]:
     made = _first_missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=".moe-export-", dir=folder))
+        temporary, lock = _own_folder(folder)
     except OSError as error:
         raise _unwritable(folder, error) from error
     done = False
     try:
         yield temporary
-        # External data first: a graph must never stand there without its weights.
-        for name in sorted(os.listdir(temporary), key=lambda name: (not name.endswith(DATA_SUFFIX), name)):
-            os.replace(temporary / name, folder / name)
+        _move(temporary, folder)
         done = True
     except OSError as error:
         raise _unwritable(folder, error) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
         if not done and made is not None:
             shutil.rmtree(made, ignore_errors=True)
+
+
+def _own_folder(folder: Path) -> tuple[Path, int | None]:
+    """A new hidden folder, locked as long as this process lives; those that nobody has locked are removed."""
+    if fcntl is None:
+        return Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder)), None
+    outer = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(outer, fcntl.LOCK_EX)
+        for left in folder.glob(f"{_STAGING}*"):
+            with suppress(OSError):
+                lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    shutil.rmtree(left, ignore_errors=True)
+                finally:
+                    os.close(lock)
+        temporary = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
+        mine = os.open(temporary, os.O_RDONLY)
+        fcntl.flock(mine, fcntl.LOCK_EX)
+        return temporary, mine
+    finally:
+        os.close(outer)
+
+
+def _move(temporary: Path, folder: Path) -> None:
+    def turn(name: str) -> tuple[int, str]:
+        return (0 if name.endswith(DATA_SUFFIX) else 2 if name.endswith(_REPORT) else 1), name
+
+    names = sorted(
+        (name for name in os.listdir(temporary) if not _is_there(temporary, folder, name)), key=turn
+    )
+    for name in names:
+        if name.endswith(_REPORT):
+            (folder / name).unlink(missing_ok=True)
+    for name in names:
+        os.replace(temporary / name, folder / name)
+    for name in names:
+        if name.endswith(".onnx"):
+            _remove_superseded(folder, name, set(names))
+
+
+def _is_there(temporary: Path, folder: Path, name: str) -> bool:
+    """Whether this is only a second name of what stands in the folder: weights that are referenced."""
+    mine, other = temporary / name, folder / name
+    return other.exists() and (mine.is_dir() or other.samefile(mine))
+
+
+def _remove_superseded(folder: Path, graph: str, new: set[str]) -> None:
+    """Remove data files of older exports of a graph, unless some other graph in the folder names them."""
+    for path in folder.glob(f"{graph}.*{DATA_SUFFIX}"):
+        match = _DATA.fullmatch(path.name)
+        if match is None or match["graph"] != graph or path.name in new:
+            continue
+        name = path.name.encode()
+        if not any(_mentions(other, name) for other in folder.rglob("*.onnx")):
+            path.unlink(missing_ok=True)
+
+
+def _mentions(path: Path, text: bytes) -> bool:
+    before = b""
+    with path.open("rb") as file:
+        while block := file.read(2**24):
+            if text in before + block:
+                return True
+            before = block[-len(text) :]
+    return False
 
 
 def _first_missing(folder: Path) -> Path | None:
@@ -65,9 +146,91 @@ def _unwritable(folder: Path, error: OSError) -> UsageError:
     )
 
 
-def write_model(model: ir.Model, path: Path) -> None:
-    """Write one `.onnx` file, with `.onnx.data` beside it for 2 GiB of weights and more."""
-    weights = sum(
-        v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None
+def write_model(model: ir.Model, path: Path, storage: Storage | None = None) -> Streamed:
+    """Write one `.onnx` file; beside it the weights that come from files, and those of 2 GiB and more.
+
+    Args:
+        model: Its recipes, and the weights that do not fit inside, become external tensors.
+        path: The file.
+        storage: How weights are stored outside.
+
+    Returns:
+        What was stored outside.
+    """
+    inside = sum(
+        v.const_value.nbytes
+        for v in model.graph.initializers.values()
+        if v.const_value is not None and not isinstance(v.const_value, ir.ExternalTensor)
     )
-    ir.save(model, path, external_data=f"{path.name}{DATA_SUFFIX}" if weights > _INLINE_LIMIT else None)
+    if inside > _INLINE_LIMIT:
+        held(model, _LEAST)
+    storage = storage or Storage()
+    taken_along(model, {path.parent.resolve(), (storage.folder or path.parent).resolve()})
+    found = stream_weights(model, path, storage)
+    ir.save(model, path)
+    return found
+
+
+def rename_model(path: Path, name: str) -> None:
+    """Give a graph, and the data files that are called after it, another name.
+
+    Args:
+        path: The graph.
+        name: The other name of its file.
+    """
+    names = [other.name for other in path.parent.iterdir() if _is_data_of(other.name, path.name)]
+    if not names:
+        path.rename(path.with_name(name))
+        return
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location" and entry.value in names:
+                entry.value = name + entry.value.removeprefix(path.name)
+    for entry in model.metadata_props:
+        for old in names:
+            entry.value = entry.value.replace(json_text(old), json_text(name + old.removeprefix(path.name)))
+    for old in names:
+        path.with_name(old).rename(path.with_name(name + old.removeprefix(path.name)))
+    onnx.save(model, path.with_name(name))
+    path.unlink()
+
+
+def _is_data_of(name: str, graph: str) -> bool:
+    match = _DATA.fullmatch(name)
+    return match is not None and match["graph"] == graph
+
+
+def json_text(name: str) -> str:
+    """A name as it stands in JSON."""
+    return f'"{name}"'
+
+
+def link_weights(model: ir.Model, path: Path, folder: Path) -> bool:
+    """Let a graph that stands elsewhere for now be run: its referenced files get a second name beside it.
+
+    Args:
+        model: The graph.
+        path: Where it stands.
+        folder: Where it will stand, and its files do.
+
+    Returns:
+        Whether they could be linked.
+    """
+    locations = {
+        str(value.const_value.location)
+        for value in model.graph.initializers.values()
+        if isinstance(value.const_value, ir.ExternalTensor)
+    }
+    for location in locations:
+        link, file = path.parent / location, folder / location
+        if link.exists():
+            continue
+        try:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            os.link(file, link)
+        except OSError:  # another disk, or not ours
+            return False
+    return True

@@ -96,6 +96,15 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
+_memory_option = click.option(
+    "--memory",
+    default="1GiB",
+    show_default=True,
+    metavar="SIZE",
+    help="Weights in files that are larger are never read as a whole (docs/weights.md).",
+)
+
+
 @cli.command("export")
 @click.argument("model", metavar="MODEL.PY[:CLASS]")
 @click.option(
@@ -156,8 +165,28 @@ def _model_options(command: Callable[..., Any]) -> Callable[..., Any]:
     "--simplify/--no-simplify", default=True, show_default=True, help="Try onnxsim; kept if it helps."
 )
 @click.option(
-    "--verify/--no-verify", default=True, show_default=True, help="Compare every graph with the model."
+    "--verify",
+    "verify_how",
+    type=click.Choice(["whole", "layers"]),
+    help="Compare the model as a whole, or block by block; default: whole, where its weights fit in --memory.",
 )
+@click.option("--no-verify", "verify", flag_value=False, default=True, help="Compare nothing.")
+@click.option(
+    "--weights",
+    type=click.Choice(["copy", "reference"]),
+    default="copy",
+    show_default=True,
+    help="Of weights in files: copy them beside the graph, or point to those that are used as they are stored"
+    " (docs/weights.md).",
+)
+@click.option(
+    "--shard-size",
+    default="4GB",
+    show_default=True,
+    metavar="SIZE",
+    help="What a file of weights has at most.",
+)
+@_memory_option
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),

@@ -20,6 +20,7 @@ from moe_export.checking import verify_graph
 from moe_export.checking_choices import runner_of
 from moe_export.cli_build import Request, build_files, check_names, engine_lines, exit_code
 from moe_export.cli_parallel import Written, write_ranks
+from moe_export.cli_sizes import parse_bytes
 from moe_export.console import Console
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
@@ -30,9 +31,12 @@ from moe_export.export.load import load_subject
 from moe_export.export.parallel_ranks import Parallel
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
 from moe_export.export.provenance import relative_line, strip_scope
+from moe_export.export.stream_write import Storage, data_facts, stream_weights
 from moe_export.export.subject import Subject
 from moe_export.export.trace import SCOPE
-from moe_export.export.write import staging, write_model
+from moe_export.export.weights_place import initializers, without_weights
+from moe_export.export.write import rename_model, staging, write_model
+from moe_export.layerwise import Parts, filled_weights
 from moe_export.verify import Report, Tolerance, show
 from moe_export.wishes import Wish, parse_tolerance, parse_wish
 from moe_export.wishes import check_names as check_outputs
@@ -70,17 +74,23 @@ def run_export(
     engines: Request | None = None,
     tolerances: tuple[str, ...] = (),
     functions: bool = False,
+    weights: Literal["copy", "reference"] = "copy",
+    shard_size: str = "4GB",
+    memory: str = "1GiB",
+    verify_how: str | None = None,
     parallel: Parallel | None = None,
     **wishes: Any,
 ) -> int:
     """Run the command; the exit code."""
+    storage = Storage(weights, parse_bytes(shard_size, "--shard-size"), Path(output).absolute())
+    parts = Parts(verify_how, storage)
     console = Console(quiet, as_json)
     tolerance = parse_tolerance(rtol, atol, tolerances)
     wish = parse_wish(**wishes)
     folder = Path(output)
     with console.user_code(), staging(folder.absolute()) as temporary:
         with console.step(f"loading {model}"):
-            subject = load_subject(model, init=init, inputs=inputs)
+            subject = load_subject(model, init=init, inputs=inputs, memory=parse_bytes(memory, "--memory"))
         options = Options(
             opset=opset,
             dims=parse_dynamic(dynamic, static, subject.inputs),
@@ -102,14 +112,16 @@ def run_export(
         checked: list[Graph] = []
         for graph, name in zip(graphs, names, strict=True):
             facts = _facts(graph, subject, options)
-            apart = _write(graph, temporary / name, facts, functions)
+            apart = _write(graph, temporary / name, facts, functions, storage)
             graph = replace(graph, notes=(*graph.notes, *apart))  # noqa: PLW2901
             _check_file(temporary / name)
             with console.step(f"verifying {name}" if verify else f"loading {name}"):
-                found, report = _verified(graph, temporary / name, verify, tolerance, seed, provider, wish)
+                found, report = _verified(
+                    graph, temporary / name, verify, tolerance, seed, provider, wish, parts
+                )
             learned = dim_facts(found.traced.dims, exact=report is not None)
             if learned != dim_facts(graph.traced.dims):  # the file says at which sizes it was found right
-                _write(found, temporary / name, facts | learned, functions)
+                _write(found, temporary / name, facts | learned, functions, storage)
             checked.append(found)
             reports.append(report)
         graphs = tuple(checked)
@@ -139,13 +151,16 @@ def run_export(
     return 0 if equal else 1
 
 
-def _write(graph: Graph, path: Path, facts: dict[str, str], functions: bool) -> tuple[str, ...]:
-    """Write a graph, its modules as functions if that was asked for; notes on those that stay as they are."""
-    describe(graph.model, facts)
+def _write(
+    graph: Graph, path: Path, facts: dict[str, str], functions: bool, storage: Storage
+) -> tuple[str, ...]:
+    """Write a graph, its modules as functions if that was asked for; notes on them, and on where its weights are."""
+    stored = stream_weights(graph.model, path, storage)
+    describe(graph.model, facts | data_facts(graph.model))
     model = graph.model.clone() if functions else graph.model
     notes = as_functions(model) if functions else ()
-    write_model(model, path)
-    return notes
+    write_model(model, path, storage)
+    return (*stored.notes(storage.mode), *notes)
 
 
 def _build(
@@ -168,8 +183,18 @@ def _verified(
     seed: int,
     provider: str,
     wish: Wish,
+    parts: Parts,
 ) -> tuple[Graph, Report | None]:
     """The graph with what verification learned of its dimensions, and the report; None if it is not verified."""
+    if parts.wanted(graph, path):
+        return parts.verified(graph, path, tolerance, seed) if verify else parts.unverified(graph)
+    with filled_weights(graph):
+        return _verified_whole(graph, path, verify, tolerance, seed, provider, wish)
+
+
+def _verified_whole(
+    graph: Graph, path: Path, verify: bool, tolerance: Tolerance, seed: int, provider: str, wish: Wish
+) -> tuple[Graph, Report | None]:
     try:
         if not verify:
             runner_of(path, provider, graph.dtype)  # it must load, whatever it computes
@@ -204,20 +229,15 @@ def file_names(stem: str, graphs: tuple[Graph, ...]) -> list[str]:
 def _reject(folder: Path, name: str) -> str:
     """Rename a graph that is not equal to the model, so that nobody deploys it and an older one stays."""
     rejected = f"{name.removesuffix('.onnx')}.rejected.onnx"
-    data = folder / f"{name}.data"
-    if not data.exists():
-        (folder / name).rename(folder / rejected)
-        return rejected
-    model = ir.load(folder / name)
-    ir.save(model, folder / rejected, external_data=f"{rejected}.data")
-    (folder / name).unlink()
-    data.unlink()
+    rename_model(folder / name, rejected)
     return rejected
 
 
 def _check_file(path: Path) -> None:
+    model = ir.load(path)
+    outside = any(isinstance(value.const_value, ir.ExternalTensor) for value in initializers(model))
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(without_weights(model) if outside else str(path), full_check=True)
     except onnx.checker.ValidationError as error:
         raise NotExportableError(f"onnx.checker refuses {path.name}: {error}") from error
 
