@@ -5,7 +5,7 @@ A block of `python` is run as a script of its own, and prints what stands behind
 line is a file's name, `# my_moe.py`, it is that file. All blocks of a page run in order, in one folder that holds the
 repository's models.
 
-`moe-export ...` runs in this process where a shell has nothing to add, which saves importing PyTorch each time;
+`moe-export ...` runs in this process where a shell adds no more than an `echo`, which saves importing PyTorch each time;
 anything else is a process of its own. Of `make` only the recipe's last line is run, since the steps before it install,
 and of what tests and checks the repository itself it is only seen that `make` knows it: it would run this very test.
 """
@@ -29,7 +29,8 @@ BIN = Path(sys.executable).parent
 PAGES = tuple(sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]))
 _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"# ([\w/]+\.py)\n")
-_SHELL = re.compile(r"""[;&|<>$*`]""")
+_SHELL = re.compile(r"[;&|<>$*`]")
+_ECHO = re.compile(r'^(?P<ours>.*?)(?: (?P<when>\|\||&&) echo "(?P<words>[^"$]*)"|; echo "exit code \$\?")$')
 _OF_THE_REPOSITORY = ("test", "test-slow", "bench", "lint", "types", "docs", "install")
 
 
@@ -114,21 +115,37 @@ def follow(step: Step, folder: Path) -> None:
         line = _recipe(target)
         if target in _OF_THE_REPOSITORY:
             return
-    done = _here(shlex.split(line)[1:], folder) if _is_ours(line) else _process(["bash", "-c", line], folder)
+    echo = _ECHO.match(line)
+    if echo and _is_ours(echo["ours"]):
+        done = _with_echo(echo, folder)
+    elif _is_ours(line):
+        done = _here(line, folder)
+    else:
+        done = _process(["bash", "-c", line], folder)
     assert done[0] == 0, f"{line}\n{done[1]}{done[2]}"
     assert matches(step.expected, done[1]), f"{line}\n{done[1]}"
+
+
+def _with_echo(echo: re.Match[str], folder: Path) -> tuple[int, str, str]:
+    """What a shell makes of `command; echo "exit code $?"`, `command || echo "words"` and `command && echo "words"`."""
+    code, out, err = _here(echo["ours"], folder)
+    if echo["when"] is None:
+        return 0, f"{out}exit code {code}\n", err
+    if (code == 0) == (echo["when"] == "&&"):
+        return 0, f"{out}{echo['words']}\n", err
+    return code, out, err
 
 
 def _is_ours(line: str) -> bool:
     return line.startswith("moe-export ") and not _SHELL.search(re.sub(r'"[^"]*"', "", line))
 
 
-def _here(arguments: list[str], folder: Path) -> tuple[int, str, str]:
+def _here(line: str, folder: Path) -> tuple[int, str, str]:
     from moe_export.cli import run
 
     out, err = io.StringIO(), io.StringIO()
     with _inside(folder), redirect_stdout(out), redirect_stderr(err):
-        code = run(arguments)
+        code = run(shlex.split(line)[1:])
     return code, out.getvalue(), err.getvalue()
 
 
