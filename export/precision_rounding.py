@@ -40,8 +40,11 @@ def _widen(node: ir.Node) -> None:
     for value in node.outputs:
         if value.dtype in NARROW:
             narrow, value.type = value.dtype, ir.TensorType(WIDE)
-            cast = _cast(value, narrow, f"{value.name}.rounded")
+            returned, name = value.is_graph_output(), value.name
+            cast = _cast(value, narrow, f"{name}.rounded")
             value.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+            if returned:  # it keeps its name outside
+                value.name, cast.outputs[0].name = f"{name}.exact", name
             cast.replace_input_with(0, value)
             node.append(cast)
 

@@ -249,7 +249,7 @@ def held(model: ir.Model, least: int) -> None:
         tensor = value.const_value
         if tensor is None or tensor.nbytes < least or isinstance(tensor, (RecipeTensor, ir.ExternalTensor)):
             continue
-        shape = tuple(int(size) for size in tensor.shape)  # type: ignore[call-overload]
+        shape = tuple(tensor.shape.numpy())
         value.const_value = RecipeTensor(Held(tensor.numpy, tensor.dtype, shape), value.name)
 
 
@@ -258,6 +258,6 @@ def taken_along(model: ir.Model, folders: set[Path]) -> None:
     for value in initializers(model):
         tensor = value.const_value
         if isinstance(tensor, ir.ExternalTensor) and Path(tensor.base_dir).resolve() not in folders:
-            shape = tuple(int(size) for size in tensor.shape)  # type: ignore[arg-type]
+            shape = tuple(tensor.shape.numpy())
             stored = Stored(Path(str(tensor.path)), tensor.offset or 0, tensor.dtype, shape)
             value.const_value = RecipeTensor(stored, value.name)

@@ -23,9 +23,10 @@ from moe_export.errors import UsageError
 from moe_export.export.stream_write import DATA_SUFFIX, Storage, Streamed, held, stream_weights, taken_along
 
 try:
-    import fcntl
+    import fcntl as _locks
 except ImportError:  # no locks, so what a killed process left is left
-    fcntl = None  # type: ignore[assignment]
+    _locks = None  # type: ignore[assignment]
+_HAS_LOCKS = _locks is not None
 
 _INLINE_LIMIT = 2**31 - 2**24  # protobuf cannot hold 2 GiB; room is left for the nodes
 _STAGING = ".moe-export-"
@@ -68,22 +69,22 @@ def staging(folder: Path) -> Iterator[Path]:
 
 def _own_folder(folder: Path) -> tuple[Path, int | None]:
     """A new hidden folder, locked as long as this process lives; those that nobody has locked are removed."""
-    if fcntl is None:
+    if not _HAS_LOCKS:
         return Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder)), None
     outer = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(outer, fcntl.LOCK_EX)
+        _locks.flock(outer, _locks.LOCK_EX)
         for left in folder.glob(f"{_STAGING}*"):
             with suppress(OSError):
                 lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
                 try:
-                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    _locks.flock(lock, _locks.LOCK_EX | _locks.LOCK_NB)
                     shutil.rmtree(left, ignore_errors=True)
                 finally:
                     os.close(lock)
         temporary = Path(tempfile.mkdtemp(prefix=_STAGING, dir=folder))
         mine = os.open(temporary, os.O_RDONLY)
-        fcntl.flock(mine, fcntl.LOCK_EX)
+        _locks.flock(mine, _locks.LOCK_EX)
         return temporary, mine
     finally:
         os.close(outer)

@@ -12,7 +12,8 @@ import onnx_ir as ir
 from moe_export.console import Console
 from moe_export.einsum_rewrite.onnx_model import Options, Rewriting, rewrite_in_place
 from moe_export.errors import NotExportableError, UsageError
-from moe_export.export.write import DATA_SUFFIX, staging, write_model
+from moe_export.export.stream_write import DATA_SUFFIX
+from moe_export.export.write import staging, write_model
 
 MOST_SITES = 40
 """More sites than this are only counted, unless evidence or JSON was asked for."""
