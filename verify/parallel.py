@@ -12,9 +12,10 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path
 
 from moe_export.errors import MoeExportError, UsageError
@@ -23,10 +24,12 @@ from moe_export.verify.experts_alone import repeated
 from moe_export.verify.golden import read_inputs
 from moe_export.verify.inputs import Case, cases
 from moe_export.verify.onnxruntime_runner import OnnxRuntimeRunner
-from moe_export.verify.parallel_group import Group
+from moe_export.verify.parallel_group import Group, LostError
+from moe_export.verify.parallel_in_graph import open_rank
 from moe_export.verify.parallel_manifest import Manifest, find_manifest, read_manifest
 from moe_export.verify.parallel_rank import Rank, Sent, check_same
 from moe_export.verify.parallel_slices import Joined, Sliced, Slices
+from moe_export.verify.parallel_watch import LEAVING
 from moe_export.verify.runner import Runner
 from moe_export.verify.specs import Array
 from moe_export.verify.table import show
@@ -44,6 +47,7 @@ class Conductor:
 
     Attributes:
         sent: Of each run, what every rank gave.
+        lost: Why there are no more ranks to run, once there are not.
     """
 
     def __init__(self, group: Group, rank: Rank) -> None:
@@ -51,6 +55,7 @@ class Conductor:
         self._rank = rank
         self.name = f"{group.name}, {rank.name}"
         self.sent: list[tuple[Sent, ...]] = []
+        self.lost: MoeExportError | None = None
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run every rank on the same inputs; the outputs, which must be every rank's."""
@@ -60,8 +65,12 @@ class Conductor:
 
     def run_each(self, inputs: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
         """Run each rank on inputs of its own."""
-        self._group.tell([dict(one) for one in inputs])
-        found = self._group.gather(_run(self._group, self._rank, inputs[0]))
+        try:
+            self._group.tell([dict(one) for one in inputs])
+            found = self._group.gather(_run(self._group, self._rank, inputs[0]))
+        except LostError as error:
+            self.lost = error
+            raise
         self.sent.append(tuple(sent for _, given in found for sent in given))
         return [outputs for outputs, _ in found]
 
@@ -87,6 +96,8 @@ def conduct(group: Group, manifest: Manifest, rank: Rank, options: argparse.Name
         raise UsageError("the manifest names no graph of the whole model", hint="--against model.onnx")
     reference: Runner = OnnxRuntimeRunner(path, options.provider)
     conductor = Conductor(group, rank)
+    if not options.quiet:
+        print(f"{conductor.name}: all are here", flush=True)
     candidate: Runner = conductor
     if manifest.exchange == "all_to_all":
         slices = Slices(manifest.ranks, manifest.inputs, manifest.outputs)
@@ -95,11 +106,13 @@ def conduct(group: Group, manifest: Manifest, rank: Rank, options: argparse.Name
     report = compare(
         reference,
         candidate,
-        all_cases(manifest, options.seed, options.thorough, options.inputs),
+        takewhile(lambda _: conductor.lost is None, _repeated(manifest, options)),
         tolerance=Tolerance(options.rtol, options.atol),
-        seconds=float("inf") if options.thorough else 20.0,
+        seconds=float("inf") if options.thorough or options.repeat > 1 else 20.0,
         about={"candidate": str(manifest.path), "reference": str(path)},
     )
+    if conductor.lost is not None:
+        raise conductor.lost
     if options.report:
         Path(options.report).write_text(report.to_json(), encoding="utf-8")
     if options.traffic:
@@ -111,6 +124,11 @@ def conduct(group: Group, manifest: Manifest, rank: Rank, options: argparse.Name
             print(line)
     group.tell(report.exit_code)
     return report.exit_code
+
+
+def _repeated(manifest: Manifest, options: argparse.Namespace) -> Iterator[Case]:
+    for number in range(options.repeat):
+        yield from all_cases(manifest, options.seed + number, options.thorough, options.inputs)
 
 
 def all_cases(
@@ -196,6 +214,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--join", type=float, default=60.0, help="seconds to wait for all ranks to come [60]")
     made.add_argument("--inputs", action="append", default=[], metavar="FILE", help="your own inputs")
     made.add_argument("--seed", type=int, default=0, help="of the inputs")
+    made.add_argument("--repeat", type=int, default=1, metavar="N", help="all cases under N seeds")
     made.add_argument("--thorough", action="store_true", help="every kind of values, at more sizes")
     made.add_argument("--rtol", type=float, help="relative tolerance [float32: 1e-5]")
     made.add_argument("--atol", type=float, help="absolute tolerance [float32: 1e-5]")
@@ -212,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         manifest = read_manifest(find_manifest(options.folder))
         group = Group(manifest.ranks, options.backend, options.timeout, options.join)
-        rank = Rank(manifest, group.rank, options.provider)
+        rank = open_rank(manifest, group.rank, options.provider)
         code = conduct(group, manifest, rank, options) if group.rank == 0 else follow(group, rank)
         group.end()
         return code
@@ -220,6 +239,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr, flush=True)
         if group is not None:  # the others learn it from closed connections; a polite end would wait for them
             sys.stdout.flush()
+            time.sleep(LEAVING)
             os._exit(error.exit_code)
         return error.exit_code
 

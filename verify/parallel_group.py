@@ -1,17 +1,16 @@
 """Processes that exchange: `torch.distributed`, gloo between CPUs and NCCL between GPUs.
 
-Two groups of the same processes: exchanges must end within a few seconds, while a rank may wait as long as it takes
-for the next case. A process that dies closes its connections, so the others learn it at once; one that hangs, when the
-time of an exchange is over. Whichever it is, every process says which rank is gone, and ends.
+Groups of the same processes: exchanges must end within a few seconds, while a rank may wait as long as it takes for
+the next case. A process that dies closes its connections, so the others learn it at once; one that hangs, when the
+time of an exchange is over, or by `parallel_watch`. Whichever it is, every process says which rank is gone, and ends.
 """
 
 from __future__ import annotations
 
 import os
-import socket
+import re
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -19,52 +18,17 @@ import numpy as np
 
 from moe_export.errors import MissingBackendError, UsageError
 from moe_export.verify.parallel_rank import Given, Got, Rank
+from moe_export.verify.parallel_watch import Process, Watch
 from moe_export.verify.runner import RunFailedError, one_line
 from moe_export.verify.specs import Array
 
+_ORIGIN = re.compile(r"\[/\S+\] ")
 _HOURS = timedelta(hours=6)
 _WANTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-@dataclass(frozen=True)
-class Process:
-    """Another rank's process."""
-
-    host: str
-    number: int
-
-    def is_gone(self) -> bool | None:
-        """Whether it ended; None if it runs on another machine."""
-        if self.host != socket.gethostname():
-            return None
-        try:
-            state = _state(self.number)
-        except OSError:
-            try:
-                os.kill(self.number, 0)
-            except ProcessLookupError:
-                return True
-            except PermissionError:
-                return False
-            return False
-        return state in "ZX"
-
-    def hangs(self) -> bool:
-        """Whether it is stopped."""
-        try:
-            return self.host == socket.gethostname() and _state(self.number) in "Tt"
-        except OSError:
-            return False
-
-
-def _state(number: int) -> str:
-    """One letter for what a process does: Z has ended, T is stopped.
-
-    Raises:
-        OSError: There is no such process, or no such list of them.
-    """
-    with open(f"/proc/{number}/stat", encoding="utf-8", errors="replace") as file:
-        return file.read().rpartition(")")[2].split()[0]
+class LostError(RunFailedError):
+    """A rank is gone (exit code 1)."""
 
 
 class Group:
@@ -100,15 +64,15 @@ class Group:
             dist.init_process_group(backend, timeout=timedelta(seconds=joining))
             self._commands: Any = dist.new_group(backend="gloo", timeout=_HOURS)
             self._exchanges: Any = dist.new_group(backend=backend, timeout=timedelta(seconds=seconds))
-            own = Process(socket.gethostname(), os.getpid())
+            self._results: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))
             found: list[Any] = [None] * ranks
-            dist.all_gather_object(found, own, group=self._commands)
+            dist.all_gather_object(found, Process.own(), group=self._commands)
         except Exception as error:
             raise RunFailedError(
                 f"rank {self.rank}: not all of the {ranks} ranks came within {joining:g} s: {one_line(error)}",
                 hint="see what the other ranks say; --join gives them more time",
             ) from error
-        self.processes: tuple[Process, ...] = tuple(found)
+        self._watch = Watch(self.rank, found, seconds)
 
     @property
     def name(self) -> str:
@@ -157,7 +121,9 @@ class Group:
         return Got(arrays, np.asarray(rows))
 
     def end(self) -> None:
-        """Part in peace."""
+        """Part in peace: nobody leaves before all have stopped watching."""
+        self._watch.end()
+        self._dist.barrier(group=self._commands)
         self._dist.destroy_process_group()
 
     def _tensor(self, array: Array) -> Any:
@@ -194,20 +160,19 @@ class Group:
         except Exception as error:  # torch raises RuntimeError, or a class of its own
             raise self._lost(what, time.monotonic() - start, error) from error
 
-    def _lost(self, what: str, seconds: float, error: Exception) -> RunFailedError:
+    def _lost(self, what: str, seconds: float, error: Exception) -> LostError:
         """Say which rank is gone. A process that was killed may take a moment to be."""
+        who = self._watch.lost()
         for _ in range(20):
-            gone = [rank for rank, process in enumerate(self.processes) if process.is_gone()]
-            if gone:
+            if who:
                 break
             time.sleep(0.05)
-        stopped = [rank for rank, process in enumerate(self.processes) if process.hangs()]
-        who = [f"rank {rank} is gone" for rank in gone] + [f"rank {rank} is stopped" for rank in stopped]
-        why = ", ".join(who) if who else "a rank is gone, or slower than the time that an exchange may take"
-        return RunFailedError(
+            who = self._watch.lost()
+        why = who or "a rank is gone, or slower than the time that an exchange may take"
+        return LostError(
             f"rank {self.rank}: {what} failed after {seconds:.1f} s: {why}",
             hint=f"see what that rank said; --timeout gives exchanges more than {self._seconds:g} s "
-            f"({one_line(error)})",
+            f"({_ORIGIN.sub('', one_line(error))})",
         )
 
 

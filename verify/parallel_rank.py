@@ -111,7 +111,7 @@ class Rank:
             for place, exchange in enumerate(self._manifest.exchanges):
                 if exchange.after == number:
                     given = self._given(place, exchange, values)
-                    self.sent.append(self._measured(given))
+                    self.sent.append(self.measured(given))
                     self._take((yield given), place, exchange, values)
             self._forget(values, number)
         return {spec.name: values[spec.name] for spec in self._manifest.outputs}
@@ -135,7 +135,8 @@ class Rank:
         if names.counted is not None and not exchange.back and got.rows is not None:
             values[names.counted] = got.rows
 
-    def _measured(self, given: Given) -> Sent:
+    def measured(self, given: Given) -> Sent:
+        """How much that is."""
         exchange = given.exchange
         row_bytes = sum(array.nbytes // max(1, len(array)) for array in given.arrays)
         if not len(given.arrays[0]):
@@ -179,13 +180,12 @@ class Together:
     """All ranks in this process, side by side: what the graphs compute, without a network.
 
     Args:
-        manifest: Of all ranks.
-        provider: Where onnxruntime runs.
+        ranks: All of them, in order.
     """
 
-    def __init__(self, manifest: Manifest, provider: str = "cpu") -> None:
-        self.ranks = [Rank(manifest, rank, provider) for rank in range(manifest.ranks)]
-        self.name = f"{manifest.ranks} ranks, {self.ranks[0].name}"
+    def __init__(self, ranks: Sequence[Rank]) -> None:
+        self.ranks = list(ranks)
+        self.name = f"{len(self.ranks)} ranks, {self.ranks[0].name}"
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run all ranks on the same inputs; the outputs of the first.

@@ -160,6 +160,7 @@ def _verified(path: Path, tolerance: Tolerance, seed: int) -> Report:
     """All ranks in this process, against the whole model's graph."""
     from moe_export.verify import OnnxRuntimeRunner, compare
     from moe_export.verify.parallel import all_cases
+    from moe_export.verify.parallel_in_graph import open_rank
     from moe_export.verify.parallel_manifest import read_manifest
     from moe_export.verify.parallel_rank import Together
     from moe_export.verify.parallel_slices import Joined, Sliced, Slices
@@ -168,7 +169,7 @@ def _verified(path: Path, tolerance: Tolerance, seed: int) -> Report:
     found = read_manifest(path)
     assert found.whole is not None
     reference: Runner = OnnxRuntimeRunner(found.whole)
-    together = Together(found)
+    together = Together([open_rank(found, rank) for rank in range(found.ranks)])
     candidate: Runner = together
     if found.exchange == "all_to_all":
         slices = Slices(found.ranks, found.inputs, found.outputs)
