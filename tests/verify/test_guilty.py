@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper, numpy_helper
+from opened import all_nodes
 
 from moe_export.verify.guilty import find_guilty
 from moe_export.verify.guilty_level import Level
@@ -29,14 +30,6 @@ def changed(model: onnx.ModelProto, change) -> onnx.ModelProto:
     copy.CopyFrom(model)
     change(copy.graph)
     return copy
-
-
-def all_nodes(graph):
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from all_nodes(attribute.g)
 
 
 def named(graph, output):

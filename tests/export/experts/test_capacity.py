@@ -6,11 +6,11 @@ from pathlib import Path
 
 import capacity as models
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from opened import session_of, subject_of
 from torch import nn
 
 from moe_export.export.emit import emit
@@ -18,21 +18,9 @@ from moe_export.export.engine import build_engines
 from moe_export.export.experts_emit import write_experts
 from moe_export.export.experts_place import place_experts
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.subject import make_subject
 from moe_export.export.trace import trace
 
 TOKENS = (1, 3, 15, 64, 257)
-
-
-def subject_of(module: nn.Module):
-    torch.manual_seed(1)
-    return make_subject(module, (torch.randn(2, 5, 16),), {}, source=Path(__file__), how="test")
-
-
-def session_of(model: ir.Model) -> onnxruntime.InferenceSession:
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto, full_check=True)
-    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def routings(module: nn.Module):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import experts_idioms as idioms
 import numpy as np
-import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from opened import session_of, subject_of
 from torch import nn
 
 from moe_export.errors import NotExportableError
@@ -29,20 +29,9 @@ STANDARD = [name for name in LOWERINGS if name not in ("contrib", "trt_moe")]
 CAPABILITIES = ("sm75", "sm86", "sm89", "sm120")
 
 
-def subject_of(module: nn.Module):
-    torch.manual_seed(1)
-    return make_subject(module, (torch.randn(2, 5, 16),), {}, source=Path(__file__), how="test")
-
-
 def graph_of(module: nn.Module, lowering: str = "auto"):
     options = Options(experts=lowering, gates=False, simplify=False)
     return export_subject(subject_of(module), options)[0]
-
-
-def session_of(model: ir.Model) -> onnxruntime.InferenceSession:
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto, full_check=True)
-    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def lowered(

@@ -6,11 +6,10 @@ from pathlib import Path
 
 import lined_up as models
 import numpy as np
-import onnx
 import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
+from opened import session_of, subject_of
 from torch import nn
 
 from moe_export.export.engine import build_engines
@@ -18,17 +17,6 @@ from moe_export.export.experts_recognise import find_experts
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 from moe_export.export.trace import trace
-
-
-def subject_of(module: nn.Module):
-    torch.manual_seed(1)
-    return make_subject(module, (torch.randn(2, 5, 16),), {}, source=Path(__file__), how="test")
-
-
-def session_of(model: ir.Model) -> onnxruntime.InferenceSession:
-    proto = ir.to_proto(model)
-    onnx.checker.check_model(proto, full_check=True)
-    return onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 def operators(model: ir.Model) -> list[str]:
