@@ -1,0 +1,237 @@
+"""A graph cut where values leave its blocks, each part by itself: what it takes, what it gives, which weights it reads.
+
+A node belongs to the block whose module path it says it comes from (`provenance`). Nodes of no block go to whoever
+needs them: what stands before a block is a part of its own, so that an embedding is not the first layer's fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import helper
+
+from moe_export.export.functions import without_functions
+from moe_export.export.provenance import MODULE
+from moe_export.export.weights_place import initializers, without_weights
+from moe_export.export.weights_recipe import Recipe, Stored, recipe_of
+from moe_export.external_data import check_external_data
+from moe_export.verify import Array, TensorSpec
+from moe_export.verify.onnxruntime_runner import specs_of
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some nodes of a graph.
+
+    Attributes:
+        name: `layers.0`, or `before layers.0`; "" for what comes after the last block.
+        block: The block that it is, or stands before; "" for none.
+        nodes: In order.
+        takes: Values of other parts, and inputs of the graph.
+        gives: Values for other parts, and outputs of the graph.
+    """
+
+    name: str
+    block: str
+    nodes: tuple[onnx.NodeProto, ...]
+    takes: tuple[str, ...]
+    gives: tuple[str, ...]
+
+
+class CutGraph:
+    """A graph and its blocks.
+
+    Args:
+        path: The graph's file.
+        blocks: Module paths, in the order in which they are called.
+        folder: Where its referenced files are, if the graph only stands elsewhere for now.
+    """
+
+    def __init__(self, path: Path, blocks: Sequence[str], folder: Path | None = None) -> None:
+        if folder is None:
+            check_external_data(path)
+        model = without_functions(ir.load(path))
+        self.weights = _weights(model, path, folder)
+        self._proto = without_weights(model)
+        self._blocks = tuple(blocks)
+        self._large = set(self.weights)
+        self._inputs = {value.name for value in self._proto.graph.input} - self._large
+        self._small = {tensor.name: tensor for tensor in self._proto.graph.initializer}
+        self._nodes = list(self._proto.graph.node)
+        self._of = [self._block_of(node) for node in self._nodes]
+        self._maker = {name: at for at, node in enumerate(self._nodes) for name in node.output if name}
+        self._reads = [tuple(_read(node)) for node in self._nodes]
+        self._types = {
+            value.name: value.type for value in (*self._proto.graph.value_info, *self._proto.graph.output)
+        }
+        self.outputs = tuple(value.name for value in self._proto.graph.output)
+        self.covered: set[int] = set()
+
+    @property
+    def count(self) -> int:
+        """Nodes of the graph."""
+        return len(self._nodes)
+
+    def parts(self) -> Iterator[Part]:
+        """The parts in the order in which they can be run."""
+        known = set(self._inputs)
+        for block in self._blocks:
+            gives = self._leaving(block)
+            inside = [at for at, mine in enumerate(self._of) if mine == block]
+            if not inside:
+                yield Part(block, block, (), (), ())
+                continue
+            entering = {
+                name
+                for at in inside
+                for name in self._reads[at]
+                if name in self._maker and self._of[self._maker[name]] != block and name not in known
+            }
+            if entering:
+                yield self._part(f"before {block}", block, sorted(entering), known)
+                known |= entering
+            yield self._part(block, block, gives, known)
+            known |= set(gives)
+        rest = [name for name in self.outputs if name not in known]
+        if rest:
+            yield self._part("", "", rest, known)
+
+    def specs(self) -> tuple[TensorSpec, ...]:
+        """The graph's inputs."""
+        return specs_of([value for value in self._proto.graph.input if value.name in self._inputs])
+
+    def model_of(self, part: Part, values: Mapping[str, Array]) -> onnx.ModelProto:
+        """A part as a model; its large weights are inputs.
+
+        Args:
+            part: Of this graph.
+            values: Among them what it takes, for their types.
+        """
+        reads = {name for node in part.nodes for name in _read(node)}
+        weights = sorted(reads & self._large)
+        inputs = [
+            *(_input_like(name, values[name]) for name in part.takes),
+            *(value for value in self._proto.graph.input if value.name in weights),
+        ]
+        outputs = [self._value(name) for name in part.gives]
+        graph = helper.make_graph(
+            part.nodes,
+            part.name or "after the blocks",
+            inputs,
+            outputs,
+            [tensor for name, tensor in self._small.items() if name in reads],
+            value_info=[
+                helper.make_value_info(name, self._types[name])
+                for node in part.nodes
+                for name in node.output
+                if name in self._types and name not in part.gives
+            ],
+        )
+        model = helper.make_model(
+            graph, opset_imports=self._proto.opset_import, ir_version=self._proto.ir_version
+        )
+        model.metadata_props.extend(self._proto.metadata_props)
+        return model
+
+    def weights_of(self, part: Part) -> dict[str, Recipe]:
+        """The large weights that a part reads."""
+        reads = {name for node in part.nodes for name in _read(node)}
+        return {name: recipe for name, recipe in self.weights.items() if name in reads}
+
+    def _block_of(self, node: onnx.NodeProto) -> str:
+        module = next((entry.value for entry in node.metadata_props if entry.key == MODULE), "")
+        found = [block for block in self._blocks if module == block or module.startswith(f"{block}.")]
+        return max(found, key=len, default="")
+
+    def _leaving(self, block: str) -> list[str]:
+        """Values of a block that something outside it reads."""
+        found = [
+            name
+            for at, mine in enumerate(self._of)
+            if mine != block
+            for name in self._reads[at]
+            if name in self._maker and self._of[self._maker[name]] == block
+        ]
+        own = [name for name in self.outputs if name in self._maker and self._of[self._maker[name]] == block]
+        return list(dict.fromkeys([*found, *own]))
+
+    def _part(self, name: str, block: str, gives: Sequence[str], known: set[str]) -> Part:
+        """The nodes that some values take, up to what is known."""
+        needed: set[int] = set()
+        takes: dict[str, None] = {}
+        stack = list(gives)
+        while stack:
+            value = stack.pop()
+            at = self._maker.get(value)
+            if value in known and (value not in gives):
+                takes[value] = None
+            elif at is not None and at not in needed:
+                needed.add(at)
+                stack += self._reads[at]
+        self.covered |= needed
+        return Part(name, block, tuple(self._nodes[at] for at in sorted(needed)), tuple(takes), tuple(gives))
+
+    def _value(self, name: str) -> onnx.ValueInfoProto:
+        value = onnx.ValueInfoProto(name=name)
+        if name in self._types:
+            value.type.CopyFrom(self._types[name])
+        return value
+
+
+def _input_like(name: str, array: Array) -> onnx.ValueInfoProto:
+    """An input of the type and rank of an array, of any size."""
+    return helper.make_tensor_value_info(name, ir.DataType.from_numpy(array.dtype), [None] * array.ndim)
+
+
+def _read(node: onnx.NodeProto) -> Iterable[str]:
+    """The values that a node reads, those that graphs inside it read from outside, too."""
+    yield from (name for name in node.input if name)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
+            own |= {name for inner in graph.node for name in inner.output}
+            yield from (name for inner in graph.node for name in _read(inner) if name not in own)
+            yield from (value.name for value in graph.output if value.name not in own)
+
+
+def _weights(model: ir.Model, path: Path, folder: Path | None) -> Mapping[str, Recipe]:
+    """The weights outside a graph, by name."""
+    found: dict[str, Recipe] = {}
+    for value in initializers(model):
+        tensor, recipe = value.const_value, recipe_of(value)
+        if recipe is not None:
+            found[str(value.name)] = recipe
+        elif isinstance(tensor, ir.ExternalTensor):
+            beside = path.parent / str(tensor.location)
+            file = beside if beside.exists() or folder is None else folder / str(tensor.location)
+            shape = tuple(tensor.shape.numpy())
+            found[str(value.name)] = Stored(file, tensor.offset or 0, tensor.dtype, shape)
+    return found
+
+
+def nearest(value: Array, leaves: Sequence[Array]) -> tuple[int, float] | None:
+    """Which of a module's tensors a value is most likely, and how far off it is; None if none has its size and type.
+
+    Args:
+        value: Of the graph.
+        leaves: What the module took or gave.
+    """
+    best: tuple[int, float] | None = None
+    for index, leaf in enumerate(leaves):
+        if leaf.dtype != value.dtype or leaf.size != value.size:
+            continue
+        if leaf.shape != value.shape and any(
+            other.shape == value.shape and other.dtype == value.dtype for other in leaves
+        ):
+            continue
+        with np.errstate(all="ignore"):
+            difference = np.abs(leaf.reshape(-1).astype(np.float64) - value.reshape(-1).astype(np.float64))
+        off = float(np.nan_to_num(difference, nan=np.inf).mean()) if difference.size else 0.0
+        if best is None or off < best[1]:
+            best = index, off
+    return best

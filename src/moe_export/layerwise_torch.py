@@ -1,0 +1,161 @@
+"""A model run once, as its author wrote it, with the weights of one block at a time; what each block took and gave."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from moe_export.errors import UsageError
+from moe_export.export.leaves import leaves
+from moe_export.export.subject import Subject
+from moe_export.export.weights_stand_in import StandIns
+from moe_export.verify import Array, Choice
+from moe_export.verify.torch_modes import ChoiceWatcher
+from moe_export.verify.torch_runner import to_numpy, to_torch
+
+_REPEATED = (nn.ModuleList, nn.Sequential)
+
+
+@dataclass
+class Seen:
+    """What a block took, gave and chose in one call."""
+
+    took: list[Array] = field(default_factory=list)
+    gave: list[Array] = field(default_factory=list)
+    chose: tuple[Choice, ...] = ()
+    calls: int = 0
+
+
+@dataclass
+class Ran:
+    """One run.
+
+    Attributes:
+        blocks: By path, in the order in which they were called.
+        outputs: Of the model.
+    """
+
+    blocks: dict[str, Seen]
+    outputs: dict[str, Array]
+
+
+def find_blocks(module: nn.Module) -> list[str]:
+    """The layers of a model: members of its outermost lists of two and more modules of one class."""
+    found: list[str] = []
+    for path, child in module.named_modules():
+        if any(path == outer or path.startswith(f"{outer}.") for outer in found):
+            continue
+        if isinstance(child, _REPEATED) and len(child) > 1 and len({type(one) for one in child}) == 1:
+            found += [f"{path}.{name}" if path else name for name, _ in child.named_children()]
+    return found
+
+
+def called_once(subject: Subject, blocks: list[str]) -> list[str]:
+    """Those lists of blocks of which each is called once, in the order of the calls; weights need not be there."""
+    ran = _run(subject, subject.inputs, blocks, None)
+    lists: dict[str, list[str]] = {}
+    for block in blocks:
+        lists.setdefault(re.sub(r"\.?[^.]+$", "", block), []).append(block)
+    good = {
+        block
+        for members in lists.values()
+        if all(member in ran.blocks and ran.blocks[member].calls == 1 for member in members)
+        for block in members
+    }
+    return [block for block in ran.blocks if block in good]
+
+
+def run_blocks(subject: Subject, inputs: Mapping[str, Array], blocks: list[str], memory: int) -> Ran:
+    """Run a model on one case.
+
+    Args:
+        subject: The model; its weights may be in files.
+        inputs: By name.
+        blocks: Each is called once.
+        memory: Bytes that the weights outside of blocks may have, and those of one block.
+
+    Raises:
+        UsageError: A block, or what is outside of them, is larger.
+    """
+    weights = subject.weights
+    with _outside(weights, blocks, memory):
+        return _run(subject, {name: to_torch(array) for name, array in inputs.items()}, blocks, weights)
+
+
+@contextmanager
+def _outside(weights: StandIns | None, blocks: list[str], memory: int) -> Iterator[None]:
+    """The weights that belong to no block, for as long as the model runs."""
+    if weights is None:
+        yield
+        return
+    inside = {id(item) for block in blocks for item in weights.under(block)}
+    items = [item for item in weights.items.values() if id(item) not in inside and not item.full]
+    sizes = {block: sum(item.recipe.nbytes for item in weights.under(block)) for block in blocks}
+    sizes["outside its blocks"] = sum(item.recipe.nbytes for item in items)
+    largest = max(sizes, key=lambda name: sizes[name])
+    if sizes[largest] > memory:
+        raise UsageError(
+            f"{sizes[largest] / 2**30:.1f} GiB of weights are {'in ' * (largest in blocks)}{largest}, more than "
+            "fits in memory, so the graph cannot be verified block by block",
+            hint="--no-verify writes it unverified",
+        )
+    try:
+        for item in items:
+            item.fill()
+        yield
+    finally:
+        for item in items:
+            item.free()
+
+
+def _run(
+    subject: Subject, inputs: Mapping[str, torch.Tensor], blocks: list[str], weights: StandIns | None
+) -> Ran:
+    seen: dict[str, Seen] = {}
+    with ExitStack() as stack:
+        watcher = stack.enter_context(ChoiceWatcher())
+        for path in blocks:
+            for handle in _hooks(subject.module.get_submodule(path), path, seen, watcher, weights):
+                stack.callback(handle.remove)
+        with torch.no_grad():
+            found = subject.call_named({name: tensor.clone() for name, tensor in inputs.items()})
+    return Ran(seen, {name: to_numpy(out) for name, out in zip(subject.outputs, found, strict=True)})
+
+
+def _hooks(
+    module: nn.Module, path: str, seen: dict[str, Seen], watcher: ChoiceWatcher, weights: StandIns | None
+) -> list[Any]:
+    items = [item for item in weights.under(path) if not item.full] if weights is not None else []
+    before = 0
+
+    def enter(_: nn.Module, args: Any, kwargs: Any) -> None:
+        nonlocal before
+        note = seen.setdefault(path, Seen())
+        note.took = [to_numpy(leaf) for leaf in pytree.tree_leaves((args, kwargs)) if _is_dense(leaf)]
+        before = len(watcher.found)
+        for item in items:
+            item.fill()
+
+    def leave(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        note = seen[path]
+        note.calls += 1
+        note.gave = [to_numpy(leaf.value) for leaf in leaves(output) if _is_dense(leaf.value)]
+        note.chose = tuple(Choice(to_numpy(ids), to_numpy(scores)) for ids, scores in watcher.found[before:])
+        for item in items:
+            item.free()
+
+    return [
+        module.register_forward_pre_hook(enter, with_kwargs=True),
+        module.register_forward_hook(leave, with_kwargs=True),
+    ]
+
+
+def _is_dense(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout is torch.strided and not value.is_complex()
