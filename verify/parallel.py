@@ -181,15 +181,15 @@ def _alone(case: Case) -> Iterator[Case]:
 
 def exchanged(runs: Sequence[Sequence[Sent]]) -> list[str]:
     """A line an exchange: what the ranks gave, over all runs."""
-    kinds: dict[tuple[int, str, bool], list[Sent]] = {}
+    kinds: dict[tuple[int, str, bool, int], list[Sent]] = {}
     for sent in chain.from_iterable(runs):
-        kinds.setdefault((sent.layer, sent.kind, sent.back), []).append(sent)
+        kinds.setdefault((sent.layer, sent.kind, sent.back, sent.row_bytes), []).append(sent)
     lines = []
-    for (layer, kind, back), found in kinds.items():
+    for (layer, kind, back, size), found in kinds.items():
         rows = sum(sum(sent.rows) if kind == "all_reduce" else _to_others(sent) for sent in found)
         what = f"layer {layer}, {kind}{' back' if back else ''}"
-        size = found[0].row_bytes
-        lines.append(f"{what}: {rows} rows of {size} bytes, {rows * size} bytes in {len(runs)} runs")
+        total = sum(sent.bytes for sent in found)
+        lines.append(f"{what}: all ranks gave {rows} rows of {size} bytes, {total} bytes in {len(runs)} runs")
     return lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +14,7 @@ from moe_export.console import Console
 from moe_export.errors import UsageError
 
 if TYPE_CHECKING:
+    from moe_export.export.dispatch import Dispatch
     from moe_export.export.parallel_ranks import Parallel
     from moe_export.export.pipeline import Graph, Options
     from moe_export.verify import Report, Tolerance
@@ -203,3 +204,36 @@ def _numbers(numbers: list[int]) -> str:
         else:
             parts.append([number])
     return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) or "none"
+
+
+def draw_ranks(dispatches: Sequence[Dispatch], manifest: str, batch: int) -> tuple[str, list[str]]:
+    """A picture of the ranks on a real batch, and the same as text.
+
+    Args:
+        dispatches: Where every gate of the model sent every token.
+        manifest: The file that says which rank has which expert; or its folder.
+        batch: Rows of the batch.
+
+    Raises:
+        UsageError: The manifest cannot be read, or is another model's.
+    """
+    from moe_export.export.parallel_picture import draw, flow, lines
+    from moe_export.verify.parallel_manifest import find_manifest, read_manifest
+
+    found = read_manifest(find_manifest(manifest))
+    flows, left = [], list(dispatches)
+    for number, layer in enumerate(found.layers):
+        fits = [one for one in left if (one.experts, one.indices.shape[1]) == (layer.experts, layer.slots)]
+        if not fits:
+            raise UsageError(
+                f"no gate of this model chooses {layer.slots} of {layer.experts} experts, as layer {number} of the"
+                " manifest says",
+                where=str(found.path),
+                hint="give the manifest of this model",
+            )
+        left = left[left.index(fits[0]) + 1 :]
+        both = [sum(one.row_bytes) for one in found.exchanges if one.layer == number]
+        row_bytes = (both[0], both[1] if len(both) > 1 else 0)
+        about = (layer.module, found.exchange, layer.placement, found.ranks)
+        flows.append(flow(about, fits[0].indices, batch, row_bytes))
+    return draw(flows), lines(flows)
