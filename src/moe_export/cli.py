@@ -344,6 +344,11 @@ def rewrite_command(**options: Any) -> int:
 )
 @click.option("--gate", metavar="MODULE", help="Only this gate, by its module path.")
 @click.option("--capacity", type=click.IntRange(1), help="Slots of each expert  [default: the fullest one's]")
+@click.option(
+    "--ranks",
+    metavar="MODEL.parallel.json",
+    help="Draw the ranks that an export with --expert-parallel wrote, and what they send one another.",
+)
 @_model_options
 @_output_options
 def routing_command(**options: Any) -> int:
