@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from moe_export.cli_parallel import draw_ranks
 from moe_export.console import Console
 from moe_export.errors import UsageError
 from moe_export.export.dispatch import Dispatch, find_dispatches
@@ -18,6 +19,7 @@ def run_routing(
     output: str | None,
     gate: str | None,
     capacity: int | None,
+    ranks: str | None,
     init: tuple[str, ...],
     inputs: tuple[str, ...],
     quiet: bool,
@@ -34,6 +36,8 @@ def run_routing(
         with console.step("finding the gates"):
             found = _wanted(find_dispatches(subject), gate)
     path = Path(output or f"{subject.source.stem}.routing.svg")
+    if ranks is not None:
+        return _draw_ranks(found, ranks, path, len(next(iter(subject.inputs.values()))), console)
     with staging(path.absolute().parent) as temporary:
         draw(found, temporary / path.name, capacity)
     console.json(json.dumps([_document(dispatch) for dispatch in found], indent=2))
@@ -46,6 +50,17 @@ def run_routing(
         if idle:
             console.say(f"  {idle} of the experts got no token")
     console.say(f"written: {path}")
+    return 0
+
+
+def _draw_ranks(found: tuple[Dispatch, ...], manifest: str, path: Path, batch: int, console: Console) -> int:
+    if path.suffix != ".svg":
+        raise UsageError(f"a picture of ranks is an .svg file, not {path.name}")
+    text, lines = draw_ranks(found, manifest, batch)
+    with staging(path.absolute().parent) as temporary:
+        (temporary / path.name).write_text(text, encoding="utf-8")
+    for line in (*lines, f"written: {path}"):
+        console.say(line)
     return 0
 
 
