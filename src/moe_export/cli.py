@@ -242,6 +242,13 @@ def export_command(**options: Any) -> int:
     "--repro", metavar="FOLDER", help="Where a graph differs, write the fault as a script that shows it."
 )
 @click.option("--case", metavar="LABEL", help="Run one case of a report again, with the report's --seed.")
+@click.option(
+    "--by",
+    "how",
+    type=click.Choice(["whole", "layers"]),
+    help="As a whole, or block by block; default: whole, where the model's weights fit in --memory.",
+)
+@_memory_option
 @report_options
 @_model_options
 @_verify_options

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_export.cli_reports import Wanted, write_reports
+from moe_export.cli_sizes import parse_bytes
 from moe_export.console import Console
 from moe_export.errors import UsageError
 from moe_export.sides import Side, parse_side
@@ -41,6 +42,8 @@ def run_verify(
     blame: bool = True,
     repro: str | None = None,
     inside: bool = False,
+    memory: str = "1GiB",
+    how: str | None = None,
     **wish: Any,
 ) -> int:
     """Run the command; the exit code, the worst of several."""
@@ -60,6 +63,8 @@ def run_verify(
         recorder=None if record is None else Recorder(),
         why=[] if blame or inside or repro is not None else None,
         inside=inside,
+        memory=parse_bytes(memory, "--memory"),
+        how=how,
     )
     if not references:
         return _record_alone(candidate, request, Path(record or ""), console)

@@ -39,6 +39,8 @@ class Request:
         recorder: Keeps what the reference computes.
         why: Keeps what was found out about graphs that are not equal to their model; None to look for nothing.
         inside: Whether nodes are looked at where the outputs are right.
+        memory: Bytes that the weights of a model file may have to be read as a whole.
+        how: `whole` or `layers`, if one was asked for.
     """
 
     tolerance: Tolerance = field(default_factory=Tolerance)
@@ -49,6 +51,8 @@ class Request:
     recorder: Recorder | None = None
     why: list[Explanation] | None = None
     inside: bool = False
+    memory: int = 2**30
+    how: str | None = None
 
 
 def compare_sides(candidate: Side, reference: Side, request: Request) -> Report:

@@ -22,6 +22,7 @@ from moe_export.export.script import run_file
 from moe_export.export.source import is_user_file
 from moe_export.export.subject import Subject
 from moe_export.export.trace import Traced, quiet, trace
+from moe_export.layerwise_sides import by_blocks, compare_blocks
 from moe_export.matching import match_graph, reference_of
 from moe_export.sides import GraphRunner, Side, graph_routing, graph_runner, metadata
 from moe_export.verify import (
@@ -49,7 +50,7 @@ class OpenModel:
 
 def open_model(side: Side, request: Request) -> OpenModel:
     """Load a model file, in float64 if that is its backend."""
-    subject = load_subject(side.text, init=request.init, inputs=request.inputs)
+    subject = load_subject(side.text, init=request.init, inputs=request.inputs, memory=request.memory)
     if side.backend == "torch-float64":
         return OpenModel(subject, Float64Runner(subject, subject.outputs, rounded=True))
     return OpenModel(subject, TorchRunner(subject.call_named, subject.outputs))
@@ -66,6 +67,8 @@ def compare_models(candidate: Side, reference: Side, request: Request) -> Report
 
 def _graph_against_model(candidate: Side, reference: Side, request: Request) -> Report:
     original = open_model(reference, request).subject
+    if by_blocks(original, candidate, request.how):
+        return compare_blocks(original, candidate, request, reference.text)
     if reference.backend == "torch-float64":
         return _float64_against_graph(candidate, reference, request, original)
     wish = replace(request.wish, own=own_inputs(reference, original))
