@@ -367,7 +367,7 @@ def routing_command(**options: Any) -> int:
 
 add_commands(cli, _model_options, _output_options)
 add_graph_commands(cli, _output_options)
-add_report_command(cli, _model_options, _verify_options, _output_options)
+add_report_command(cli)
 
 
 def run(args: list[str]) -> int:

@@ -10,9 +10,10 @@ from moe_export.cli_view import require_svg, write_svg
 from moe_export.console import Console
 from moe_export.differing import FIGURES, Difference, Side, difference, listed, marks_of, parse_sizes
 from moe_export.graph_groups import knows_modules, opened_of
-from moe_export.graph_sketch import Level, sketch_of
+from moe_export.graph_sketch import Level, Sketch, sketch_of
 
 SCHEMA = "moe-export/diff/1"
+Row = tuple[str, str, str, str]
 _NAMES = {
     "nodes": "nodes",
     "parameters": "parameters",
@@ -39,7 +40,7 @@ def run_diff(
     with console.step("counting"):
         found = difference(Path(before), Path(after), parse_sizes(sizes))
     if svg is not None:
-        _draw(found, svg, level)
+        write_svg(svg, *sketches_of(found, level))
     console.json(json.dumps({"schema": SCHEMA, **found.to_dict()}, indent=2))
     _show(found, console)
     if svg is not None:
@@ -47,24 +48,36 @@ def run_diff(
     return 0
 
 
-def _draw(found: Difference, path: str, level: Level | None) -> None:
-    """Both side by side; at block level the same modules are opened in both."""
+def sketches_of(
+    found: Difference, level: Level | None = None
+) -> tuple[list[Sketch], list[dict[str, str]], tuple[str, str]]:
+    """Both as sketches, their marks, and words over them; at block level the same modules are opened in both."""
     sides = (found.before, found.after)
     graphs = [side.model.graph for side in sides]
     if level is None:
         level = "blocks" if all(map(knows_modules, graphs)) else "nodes"
     opened = set.intersection(*map(opened_of, graphs)) if level == "blocks" else None
     own, other = (sketch_of(side.model, side.name, level, opened) for side in sides)
-    write_svg(path, [own, other], [marks_of(own, other), marks_of(other, own)], ("before", "after"))
+    return [own, other], [marks_of(own, other), marks_of(other, own)], ("before", "after")
+
+
+def figures_of(found: Difference) -> list[Row]:
+    """What both are in numbers: (what, before, after, difference)."""
+    return [_row(_NAMES[name], found.before.figures[name], found.after.figures[name]) for name in FIGURES]
+
+
+def operators_of(found: Difference) -> list[Row]:
+    """The operators of which one has more, the greatest change first."""
+    changed = {name: counts for name, counts in found.operators.items() if counts[0] != counts[1]}
+    return [_row(name, *counts) for name, counts in _by_change(changed)]
 
 
 def _show(found: Difference, console: Console) -> None:
     before, after = found.before, found.after
-    changed = {name: counts for name, counts in found.operators.items() if counts[0] != counts[1]}
-    rows = [("", "before", "after", "difference")]
-    rows += [_row(_NAMES[name], before.figures[name], after.figures[name]) for name in FIGURES]
+    changed = operators_of(found)
+    rows = [("", "before", "after", "difference"), *figures_of(found)]
     rows += [("nodes by operator", "", "", "")] * bool(changed)
-    rows += [_row(f"  {name}", *counts) for name, counts in _by_change(changed)]
+    rows += [(f"  {name}", old, new, more) for name, old, new, more in changed]
     first, *widths = (max(map(len, column)) for column in zip(*rows, strict=True))
     console.say(f"{before.name} → {after.name}")
     for name, *cells in rows:
@@ -75,7 +88,7 @@ def _show(found: Difference, console: Console) -> None:
         console.say(line)
 
 
-def _row(name: str, old: int | None, new: int | None) -> tuple[str, str, str, str]:
+def _row(name: str, old: int | None, new: int | None) -> Row:
     return name, _figure(old), _figure(new), _change(old, new)
 
 

@@ -7,47 +7,37 @@ from typing import Any
 
 import click
 
-from moe_export.cli_engines import engine_options
-
 Command = Callable[..., Any]
 _LEVELS = click.Choice(["blocks", "nodes"])
-_EXPERTS = ["auto", "dense", "slices", "blocks", "gather", "loop", "contrib", "trt_moe", "keep"]
-_REPORT: tuple[Callable[[Command], Command], ...] = (
-    click.argument("model", metavar="MODEL.PY[:CLASS]"),
-    click.option("-o", "--output", metavar="FILE.html", help="Where the page goes  [default: MODEL.report.html]"),
-    click.option("--graphs", metavar="FOLDER", help="Keep the graphs, and the report as JSON, here."),
-    click.option("--opset", type=int, default=17, show_default=True, help="ONNX opset, 17 or newer."),
-    click.option("--experts", default="auto", show_default=True, help="How experts are computed, as for export.",
-                 type=click.Choice(_EXPERTS)),
-    click.option("--target", default="onnxruntime-cpu", show_default=True, help="The engine that the graph is for.",
-                 type=click.Choice(["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-sm100"])),
-    click.option("--recurrence", type=click.Choice(["auto", "scan", "chunked", "unrolled"]), default="auto",
-                 show_default=True, help="How loops over a length are written, as for export."),
-    click.option("--unroll", type=click.IntRange(1, 64), default=1, show_default=True,
-                 help="Steps of a loop that a turn of its Scan takes."),
-)  # fmt: skip
+_NOT_OF_A_REPORT = ("model", "output")
 
 
-def add_report_command(group: click.Group, *own_options: Callable[[Command], Command]) -> None:
-    """Add `report`.
+def add_report_command(group: click.Group) -> None:
+    """Add `report`, which takes whatever `export` takes, but for where it goes.
 
     Args:
-        group: The command line.
-        own_options: Of models, of verification and of every command; applied from the last to the first.
+        group: The command line; it has `export` already.
     """
 
     def report_command(**options: Any) -> int:
         """Export a model, verify it, and tell all of it as one page: offline, for a browser or a printer."""
         from moe_export.cli_build import take_request
+        from moe_export.cli_parallel import take_parallel
         from moe_export.cli_report import run_report
 
-        engines = take_request(options)
-        return run_report(**options, engines=engines)
+        engines, parallel = take_request(options), take_parallel(options)
+        return run_report(**options, engines=engines, parallel=parallel)
 
-    command: Command = report_command
-    for option in (*reversed(own_options), engine_options(required=False), *reversed(_REPORT)):
-        command = option(command)
-    group.command("report")(command)
+    command = group.command("report")(report_command)
+    own: list[click.Parameter] = [
+        click.Argument(["model"], metavar="MODEL.PY[:CLASS]"),
+        click.Option(["-o", "--output"], metavar="FILE.html", help="Where the page goes  [default: MODEL.report.html]"),
+        click.Option(["--graphs"], metavar="FOLDER", help="Keep the graphs, and the report as JSON, here."),
+        click.Option(["--before/--no-before"], default=True, show_default=True,
+                     help="Show the graph as it is without any rewriting, too."),
+    ]  # fmt: skip
+    shared = [param for param in group.commands["export"].params if param.name not in _NOT_OF_A_REPORT]
+    command.params = [*own, *shared]
 
 
 def add_graph_commands(group: click.Group, output_options: Callable[[Command], Command]) -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import shlex
 import tempfile
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import click
 import onnx
 import onnx_ir as ir
 
 import moe_export
+from moe_export.cli_diff import figures_of, operators_of, sketches_of
 from moe_export.cli_export import run_export
 from moe_export.console import Console
 from moe_export.differing import usual_sizes
@@ -24,11 +25,15 @@ from moe_export.export.dispatch import Dispatch, find_dispatches
 from moe_export.export.engine import read_graph
 from moe_export.export.load import load_subject
 from moe_export.export.routing_picture import draw
+from moe_export.export.subject import Subject
 from moe_export.export.write import staging
 from moe_export.graph_inputs import inputs_at
 from moe_export.graph_picture import svg_of
 from moe_export.graph_sketch import sketch_of
-from moe_export.report_page import Content, Picture, page
+from moe_export.report_again import commands_of
+from moe_export.report_before import compare_with_before
+from moe_export.report_page import Change, Content, Picture, page
+from moe_export.report_timing import machine, timings_of
 from moe_export.verify.cost import cost_of, parts_of
 
 SUFFIX = ".html"
@@ -36,7 +41,13 @@ _PACKAGES = ("torch", "onnx", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx-cu
 
 
 def run_report(
-    model: str, output: str | None, graphs: str | None, quiet: bool, as_json: bool, **options: Any
+    model: str,
+    output: str | None,
+    graphs: str | None,
+    before: bool,
+    quiet: bool,
+    as_json: bool,
+    **options: Any,
 ) -> int:
     """Run the command; the exit code is that of the export."""
     console = Console(quiet, as_json)
@@ -45,14 +56,11 @@ def run_report(
         raise UsageError(f"a report is a {SUFFIX} file, not {target}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(graphs or temporary)
-        code = run_export(
-            model=model, output=str(folder), static=False, dynamic=(), gate=None, decode=False, simplify=True,
-            verify=True, quiet=True, as_json=False, **options,
-        )  # fmt: skip
+        code = run_export(model=model, output=str(folder), quiet=True, as_json=False, **options)
         stem = Path(model.partition(":")[0]).stem
         document = json.loads((folder / f"{stem}.report.json").read_text(encoding="utf-8"))
         with console.user_code(), console.step("drawing"):
-            content = _content(document, folder, model, options)
+            content = _content(document, folder, model, before, options)
     with staging(target.absolute().parent) as place:
         (place / target.name).write_text(page(content), encoding="utf-8")
     console.json(json.dumps(document, indent=2))
@@ -61,7 +69,10 @@ def run_report(
     return code
 
 
-def _content(document: dict[str, Any], folder: Path, model: str, options: dict[str, Any]) -> Content:
+def _content(
+    document: dict[str, Any], folder: Path, model: str, before: bool, options: dict[str, Any]
+) -> Content:
+    subject = load_subject(model, init=options["init"], inputs=options["inputs"])
     costs: dict[str, Sequence[tuple[str, int, int, int, int]] | str] = {}
     at: dict[str, str] = {}
     pictures: dict[str, str] = {}
@@ -72,15 +83,44 @@ def _content(document: dict[str, Any], folder: Path, model: str, options: dict[s
         at[file] = " ".join(f"{name}={size}" for name, size in sizes.items())
         costs[file] = _cost(folder / file, graph, sizes)
         pictures[file] = svg_of([sketch_of(graph, file)], ident=f"graph-{number}")
+    whole = document["graphs"][0]
     return Content(
         document,
         costs,
         at,
         pictures,
-        _routings(model, options),
-        _commands(document, model, options),
+        _routings(subject),
+        commands_of(click.get_current_context(silent=True), whole["file"]),
         _versions(document, model, folder),
+        _change(subject, folder / whole["file"], options) if before else None,
+        _timings(subject, folder, whole, options["provider"]),
+        machine(),
     )
+
+
+def _change(subject: Subject, after: Path, options: dict[str, Any]) -> Change | str:
+    """What the rewriting changed."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = compare_with_before(
+            subject, after, Path(folder), options["opset"], options["dynamic"], options["static"]
+        )
+        if isinstance(found, str):
+            return found
+        sketches, marks, words = sketches_of(found)
+        picture = svg_of(sketches, marks, ident="change", head=words)
+        at = " ".join(f"{name}={size}" for name, size in found.after.sizes.items())
+        return Change(figures_of(found), operators_of(found), picture, at)
+
+
+def _timings(
+    subject: Subject, folder: Path, entry: dict[str, Any], provider: str
+) -> Sequence[tuple[str, int, float]] | str:
+    if entry["dtype"] != "float32":
+        return f"not measured: onnxruntime's CPU has few kernels for {entry['dtype']}"
+    try:
+        return timings_of(subject, folder / entry["file"], provider)
+    except Exception as error:  # whatever an engine says
+        return f"not measured: {str(error).strip().splitlines()[0]}"
 
 
 def _cost(
@@ -98,8 +138,7 @@ def _cost(
     ]
 
 
-def _routings(model: str, options: dict[str, Any]) -> list[Picture]:
-    subject = load_subject(model, init=options["init"], inputs=options["inputs"])
+def _routings(subject: Subject) -> list[Picture]:
     pictures = []
     for dispatch in find_dispatches(subject):
         with tempfile.TemporaryDirectory() as folder:
@@ -131,21 +170,6 @@ def _caption(dispatch: Dispatch) -> str:
     )
 
 
-def _commands(document: dict[str, Any], model: str, options: dict[str, Any]) -> list[str]:
-    """What to type for the same graphs, and to compare them again."""
-    own = ["moe-export", model, "--opset", str(options["opset"]), "-o", "out", "--seed", str(options["seed"])]
-    own += [
-        f"--{name}={options[name]}"
-        for name in ("experts", "target", "recurrence")
-        if options[name] is not None
-    ]
-    shapes = [part for text in options["inputs"] for part in ("--input", text)]
-    shapes += [part for text in options["init"] for part in ("--init", text)]
-    file = document["graphs"][0]["file"]
-    again = ["moe-export", "verify", f"out/{file}", "--against", model, "--seed", str(options["seed"])]
-    return [shlex.join([*own, *shapes]), shlex.join([*again, *shapes])]
-
-
 def _versions(document: dict[str, Any], model: str, folder: Path) -> dict[str, str]:
     found = {"moe-export": moe_export.__version__, "Python": platform.python_version()}
     for name in _PACKAGES:
@@ -153,7 +177,7 @@ def _versions(document: dict[str, Any], model: str, folder: Path) -> dict[str, s
             found[name] = version(name)
         except PackageNotFoundError:
             continue
-    found["machine"] = f"{platform.system()} {platform.machine()}"
+    found["machine"] = machine()
     source = Path(model.partition(":")[0])
     files = [source, *(folder / entry["file"] for entry in document["graphs"])]
     return found | {

@@ -34,12 +34,15 @@ th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px soli
 .number + :not(.number) { padding-left: 1.2rem; }
 code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, monospace; font-size: .9em; }
 pre { background: var(--card); padding: .8rem 1rem; border-radius: .5rem; overflow-x: auto; }
-figure { margin: 1rem 0; overflow-x: auto; }
+figure { margin: 1rem 0; } summary { cursor: pointer; }
+:focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
 figure img { background: #ffffff; border-radius: .5rem; max-width: min(100%, 46rem); height: auto; }
 figcaption { color: var(--faint); font-size: .93rem; }
 nav ul { padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; } a { color: var(--link); }
 @media print { body { margin: 0; max-width: none; font-size: 11pt; } nav { display: none; }
-  figure, table, pre { break-inside: avoid; } h2, h3 { break-after: avoid; }
+  figure, table, pre { break-inside: avoid; } h2, h3 { break-after: avoid; } .wide { overflow: visible; }
+  details::details-content { content-visibility: visible; display: block; }
+  pre { white-space: pre-wrap; overflow-wrap: anywhere; } td code { overflow-wrap: anywhere; }
   figure svg { max-width: 100%; max-height: 24cm; height: auto; } }
 """
 
@@ -60,6 +63,23 @@ class Picture:
 
 
 @dataclass(frozen=True)
+class Change:
+    """The graph without any rewriting beside the one that was written.
+
+    Attributes:
+        figures: Rows of (what, before, after, difference).
+        operators: The same for each operator of which one has more.
+        picture: Both side by side, an SVG to stand in the page.
+        at: The sizes that FLOPs and bytes were counted at.
+    """
+
+    figures: Sequence[tuple[str, str, str, str]]
+    operators: Sequence[tuple[str, str, str, str]]
+    picture: str
+    at: str
+
+
+@dataclass(frozen=True)
 class Content:
     """What the page tells.
 
@@ -72,6 +92,9 @@ class Content:
         routings: Of the gates.
         commands: How to do it again.
         versions: Of what made it, by name.
+        change: What the rewriting changed; why that is not known; or None if nobody asked.
+        timings: Rows of (what ran, how often, median in milliseconds); or why there are none.
+        machine: What was measured on.
     """
 
     document: Mapping[str, Any]
@@ -81,15 +104,20 @@ class Content:
     routings: Sequence[Picture]
     commands: Sequence[str]
     versions: Mapping[str, str]
+    change: Change | str | None = None
+    timings: Sequence[tuple[str, int, float]] | str = ()
+    machine: str = ""
 
 
 _SECTIONS = (
     "Verification",
     "Graphs",
+    "Before and after",
     "Einsums",
     "Blocks",
     "Routing",
     "Cost",
+    "Time",
     "Engines",
     "How to do it again",
 )
@@ -127,14 +155,16 @@ def _sections(content: Content) -> Iterator[str]:
     graphs = content.document["graphs"]
     yield "\n".join(line for graph in graphs for line in _verification(graph))
     yield "\n".join(line for graph in graphs for line in _graph(graph, content.graphs))
+    yield _change(content.change)
     yield _einsums([einsum for graph in graphs if graph["kind"] == "model" for einsum in graph["einsums"]])
     yield "\n".join(line for graph in graphs for line in _notes(graph))
     yield "\n".join(
-        f'<figure><img alt="{escape(each.words)}" src="data:image/svg+xml;base64,'
+        f'<figure aria-label="{escape(each.caption)}"><img alt="{escape(each.words)}" src="data:image/svg+xml;base64,'
         f'{base64.b64encode(each.svg.encode("utf-8")).decode()}"><figcaption>{escape(each.caption)}</figcaption></figure>'
         for each in content.routings
     )
     yield "\n".join(_cost(file, found, content.at.get(file, "")) for file, found in content.costs.items())
+    yield _time(content)
     yield _engines([engine for graph in graphs for engine in graph.get("engines", ())])
     yield _again(content)
 
@@ -181,13 +211,35 @@ def _number(value: Any) -> str:
 
 def _graph(graph: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[str]:
     file = graph["file"]
-    what = "the whole model" if graph["kind"] == "model" else f"the {graph['kind']} of {graph['module']}"
+    kinds = {"model": "the whole model", "step": "one step"}
+    what = kinds.get(graph["kind"], f"the {graph['kind']} of {graph['module']}")
     yield f"<h3><code>{escape(file)}</code>, {escape(what)}</h3>"
     ports = [(word, name, sizes) for word in ("inputs", "outputs") for name, sizes in graph[word].items()]
     rows = [[word[:-1], f"<code>{escape(name)}</code>", escape(_sizes(sizes))] for word, name, sizes in ports]
     yield _table(f"{graph['nodes']} nodes, {graph['dtype']}", ("", "name", "shape"), rows)
     if file in pictures:
-        yield f"<figure>{pictures[file]}</figure>"
+        yield _figure(pictures[file], f"The graph {file}")
+
+
+def _figure(picture: str, name: str) -> str:
+    """A picture that may be wider than the page; who has no pointer scrolls it with the keys."""
+    return f'<figure class="wide" tabindex="0" aria-label="{escape(name)}">{picture}</figure>'
+
+
+def _change(change: Change | str | None) -> str:
+    if change is None:
+        return ""
+    if isinstance(change, str):
+        return f"<p>Without any rewriting there is no graph: {escape(change)}</p>"
+    heads = ("", "before", "after", "difference")
+    what = "Without any rewriting (the same trace, operator by operator, not verified) and as written"
+    caption = f"{what}, at {change.at}" if change.at else what
+    parts = [_table(caption, heads, [list(map(escape, row)) for row in change.figures], numbers=(1, 2, 3))]
+    if change.operators:
+        rows = [[f"<code>{escape(name)}</code>", *map(escape, cells)] for name, *cells in change.operators]
+        table = _table("Operators of which one has more", heads, rows, numbers=(1, 2, 3))
+        parts.append(f"<details><summary>{len(rows)} operators differ in number</summary>{table}</details>")
+    return "\n".join([*parts, _figure(change.picture, "Before and after")])
 
 
 def _sizes(sizes: Sequence[Any]) -> str:
@@ -225,6 +277,16 @@ def _cost(file: str, found: Sequence[tuple[str, int, int, int, int]] | str, at: 
         rows,
         numbers=(1, 2, 3, 4),
     )
+
+
+def _time(content: Content) -> str:
+    if isinstance(content.timings, str):
+        return f"<p>{escape(content.timings)}</p>"
+    if not content.timings:
+        return ""
+    rows = [[escape(name), str(runs), f"{median:.3g}"] for name, runs, median in content.timings]
+    heads = ("", "runs", "median, ms")
+    return _table(f"The example inputs on {content.machine}, in one process", heads, rows, numbers=(1, 2))
 
 
 def _engines(engines: Sequence[Mapping[str, Any]]) -> str:

@@ -119,6 +119,15 @@ def finished(tmp_path_factory):
     return folder
 
 
+@pytest.fixture(scope="session")
+def told(tmp_path_factory):
+    """The page of `report` on the block with a gate, made once."""
+    folder = tmp_path_factory.mktemp("told")
+    (folder / "moe.py").write_text(HEADER + GATE)
+    assert run(["report", str(folder / "moe.py"), "-o", str(folder / "moe.html"), "--quiet"]) == 0
+    return folder / "moe.html"
+
+
 @pytest.fixture
 def texts():
     """The model files of this folder's tests."""

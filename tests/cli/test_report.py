@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
 
-from moe_export.report_page import STYLE, Content, Picture, page
+from moe_export.report_page import STYLE, Change, Content, Picture, page
 
 VOID = {"meta", "link", "img", "br", "rect", "path"}
 
@@ -87,6 +88,8 @@ def content(verdict: str = "equal", name: str = "Net") -> Content:
         "opset": 17,
         "graphs": [graph],
     }
+    row = (name, "1", "2", "+1")
+    drawn = '<svg role="img" aria-labelledby="of-the-change"><title id="of-the-change"></title></svg>'
     return Content(
         document,
         {name: [(name, 1, 2, 3, 4)], "other": name},
@@ -95,6 +98,9 @@ def content(verdict: str = "equal", name: str = "Net") -> Content:
         [Picture("<svg/>", name, name)],
         [name],
         {name: name},
+        Change([row], [row], drawn, name),
+        [(name, 3, 0.5)],
+        name,
     )
 
 
@@ -110,6 +116,22 @@ def test_the_verdict_stands_first_and_in_words(verdict):
     outline = follows_the_rules(page(content(verdict)))
     assert next(text for text in outline.texts if text.strip()) == f"Net: {verdict} - moe-export"
     assert verdict in outline.texts
+
+
+def test_what_is_not_known_is_told_with_its_reason():
+    outline = follows_the_rules(page(replace(content(), change=NASTY, timings=NASTY)))
+    assert f"Without any rewriting there is no graph: {NASTY}" in "".join(outline.texts)
+    assert "Time" in outline.texts
+    nobody_asked = follows_the_rules(page(replace(content(), change=None, timings=())))
+    assert not {"Before and after", "Time"} & set(nobody_asked.texts)
+
+
+def test_who_has_no_pointer_scrolls_what_is_wide():
+    wide = [
+        attributes for _, attributes in Outline(page(content())).elements if attributes.get("class") == "wide"
+    ]
+    assert len(wide) > 3
+    assert all(each["tabindex"] == "0" and each["aria-label"] for each in wide)
 
 
 def contrast(one: str, other: str) -> float:
@@ -145,7 +167,10 @@ def test_a_model_becomes_a_page(command, write, texts, tmp_path):
                   "onnxruntime-cpu against torch", "One run of moe.onnx at",
                   f"moe-export {model} --opset 17 -o out", "SHA-256 of moe.onnx"):  # fmt: skip
         assert words in shown, words
-    assert len(outline.all("svg")) == 2
+    assert "before: moe.before.onnx" in outline.texts
+    assert "after: moe.onnx" in outline.texts
+    assert "PyTorch, eager" in outline.texts
+    assert len(outline.all("svg")) == 3
     assert "Which of 6 tokens goes to which of 4 experts" in outline.all("img")[0]["alt"]
     document = json.loads((tmp_path / "kept" / "moe.report.json").read_text())
     assert document["verdict"] == "equal"
@@ -153,7 +178,7 @@ def test_a_model_becomes_a_page(command, write, texts, tmp_path):
 
 def test_a_graph_that_is_not_equal_has_its_page_too(command, write, texts, tmp_path):
     model = write(texts["gate"], "moe.py")
-    done = command("report", model, "-o", tmp_path / "moe.html", "--rtol", "0", "--atol", "0")
+    done = command("report", model, "-o", tmp_path / "moe.html", "--rtol", "0", "--atol", "0", "--no-before")
     assert done.code == 1
     assert "Moe: not equal" in done.out
     outline = follows_the_rules((tmp_path / "moe.html").read_text(encoding="utf-8"))
@@ -165,3 +190,56 @@ def test_another_ending_is_refused_before_any_work(command, write, texts, tmp_pa
     done = command("report", write(texts["model"]), "-o", tmp_path / "page.pdf")
     assert done.code == 2
     assert "is a .html file" in done.err
+
+
+EINSUM = """
+class Mix(nn.Module):
+    def forward(self, x, w):
+        return torch.einsum("bd,bd->b", x, w)
+
+model = Mix()
+example_inputs = {"x": torch.randn(2, 4), "w": torch.randn(2, 4)}
+"""
+
+
+def test_before_is_the_graph_without_any_rewriting(command, write, tmp_path):
+    model = write(EINSUM, "mix.py")
+    assert command("report", model, "-o", tmp_path / "mix.html").code == 0
+    rows = re.findall(r"<td><code>Einsum</code></td>(.*?)</tr>", (tmp_path / "mix.html").read_text("utf-8"))
+    assert [re.findall(r">([^<]+)</td>", row) for row in rows] == [["1", "0", "-1"]]
+
+
+def test_a_report_takes_what_an_export_takes_and_tells_it(command, write, tmp_path):
+    from moe_export.cli import cli
+
+    own = {param.name for param in cli.commands["report"].params}
+    assert {param.name for param in cli.commands["export"].params} - own == set()
+    model = write(EINSUM, "mix.py")
+    options = (
+        "--static",
+        "--dynamic",
+        "x:0=rows",
+        "--dynamic",
+        "w:0=rows",
+        "--functions",
+        "--no-before",
+        "--atol",
+        "1e-4",
+    )
+    assert command("report", model, "-o", tmp_path / "mix.html", *options).code == 0
+    outline = follows_the_rules((tmp_path / "mix.html").read_text(encoding="utf-8"))
+    shown = "".join(outline.texts)
+    given = "--seed 0 --static --dynamic x:0=rows --dynamic w:0=rows --functions --atol 0.0001"
+    assert f"moe-export {model} --opset 17 -o out {given}" in shown
+    assert f"moe-export verify out/mix.onnx --against {model} --seed 0 --atol 0.0001" in shown
+    assert "rows × 4" in shown
+    assert "Before and after" not in shown
+
+
+def test_a_graph_that_was_not_compared_has_its_page(command, write, tmp_path):
+    done = command(
+        "report", write(EINSUM, "mix.py"), "-o", tmp_path / "mix.html", "--no-verify", "--no-before"
+    )
+    assert done.code == 0, done.err
+    assert "Mix: not verified" in done.out
+    assert "Not compared with the model." in (tmp_path / "mix.html").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 import shutil
@@ -83,10 +84,8 @@ def test_hybrid_shows_its_blocks(command, tmp_path, browser):
     assert {address for address in addresses if not address.startswith(viewer.url)} == set()
 
 
-def test_a_report_is_right_without_anything_else(command, write, texts, tmp_path, browser):
-    done = command("report", write(texts["gate"], "moe.py"), "-o", tmp_path / "moe.html")
-    assert done.code == 0, done.err
-    address = (tmp_path / "moe.html").as_uri()
+def test_a_report_is_right_without_anything_else(told, browser):
+    address = told.as_uri()
     for scheme in ("light", "dark"):
         media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
         browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
@@ -105,6 +104,45 @@ def test_a_report_is_right_without_anything_else(command, write, texts, tmp_path
     assert asked(browser) == {address}
 
 
+def test_a_report_can_be_read_by_anybody(told, browser):
+    """Contrast as it is drawn, landmarks, what scrolls, names of pictures; without scripts; and on paper."""
+    for scheme in ("light", "dark"):
+        media = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+        browser.execute_cdp_cmd("Emulation.setEmulatedMedia", media)
+        browser.get(told.as_uri())
+        seen, dim = browser.execute_script(_DIM)
+        assert seen > 100
+        assert dim == [], scheme
+    tree = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    found = [
+        (node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if not node["ignored"]
+    ]
+    roles = [role for role, _ in found]
+    assert roles.count("main") == roles.count("banner") == roles.count("navigation") == 1
+    shown = [each for each in found if each[0] in ("image", "table", "region", "figure", "link", "heading")]
+    assert len(shown) > 20
+    assert [role for role, name in shown if not name] == []
+    for wide in browser.execute_script(_SCROLLS):
+        assert wide == "0"
+    words = browser.find_element("css selector", "main").text
+    browser.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    browser.get(told.as_uri())
+    assert browser.find_element("css selector", "main").text == words
+
+
+def test_a_report_prints(told, browser):
+    browser.get(told.as_uri())
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    paper = {"width": 718, "height": 1000, "deviceScaleFactor": 1, "mobile": False}  # A4 within its margins
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", paper)
+    assert not browser.find_element("css selector", "nav").is_displayed()
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= paper["width"]
+    printed = browser.execute_cdp_cmd("Page.printToPDF", {"printBackground": True})
+    document = base64.b64decode(printed["data"])
+    assert document.startswith(b"%PDF-")
+    assert 1 < len(re.findall(rb"/Type\s*/Page\b", document)) < 12
+
+
 def test_words_of_a_picture_stay_in_their_boxes(command, finished, tmp_path, browser):
     """Widths of text are estimates: a real font shows that they are enough."""
     assert command("view", finished / "moe.onnx", "--svg", tmp_path / "moe.svg", "--level", "nodes").code == 0
@@ -121,4 +159,36 @@ return [...document.querySelectorAll("text.title, text.more")].filter(text => {
     const box = text.parentNode.querySelector("rect.box").getBoundingClientRect();
     return words.left < box.left || words.right > box.right || words.bottom > box.bottom || words.top < box.top;
 }).map(text => text.textContent);
+"""
+# How many words are looked at, and which stand out too little from what is behind them (WCAG 2.2, 1.4.3).
+_DIM = """
+const parts = colour => (colour.match(/[0-9.]+/g) || []).map(Number);
+const light = colour => parts(colour).slice(0, 3).map(part => part / 255)
+    .map(part => part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, part, place) => sum + part * [0.2126, 0.7152, 0.0722][place], 0);
+const opaque = colour => colour !== "none" && parts(colour)[3] !== 0 && parts(colour).length > 2;
+const ground = element => {
+    if (element instanceof SVGElement) {
+        const box = element.parentNode.querySelector(":scope > rect.box");
+        const inside = box && element.getAttribute("class") !== "key";
+        return getComputedStyle(inside ? box : element.closest("svg").querySelector(".paper")).fill;
+    }
+    for (let each = element; each; each = each.parentElement)
+        if (opaque(getComputedStyle(each).backgroundColor)) return getComputedStyle(each).backgroundColor;
+    return "rgb(255, 255, 255)";
+};
+const shown = [...document.querySelectorAll("body *")].filter(element =>
+    !["STYLE", "style", "title", "desc"].includes(element.tagName) && element.getClientRects().length
+    && [...element.childNodes].some(node => node.nodeType === 3 && node.data.trim()));
+const dim = shown.map(element => {
+    const style = getComputedStyle(element);
+    const pair = [light(element instanceof SVGElement ? style.fill : style.color), light(ground(element))];
+    return [(Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05), element.textContent];
+}).filter(([contrast]) => contrast < 4.5);
+return [shown.length, dim];
+"""
+_SCROLLS = """
+return [...document.querySelectorAll("body *")].filter(element => !(element instanceof SVGElement)
+    && element.scrollWidth > element.clientWidth + 1 && getComputedStyle(element).overflowX !== "visible"
+    && getComputedStyle(element).overflowX !== "clip").map(element => element.getAttribute("tabindex"));
 """

@@ -5,7 +5,7 @@ A block of `python` is run as a script of its own, and prints what stands behind
 line is a file's name, `# my_moe.py`, it is that file. All blocks of a page run in order, in one folder that holds the
 repository's models.
 
-`moe-export ...` runs in this process where a shell adds no more than an `echo`, which saves importing PyTorch each time;
+`moe-export ...` runs in this process where a shell adds no more than an `echo`, which saves importing PyTorch;
 anything else is a process of its own. Of `make` only the recipe's last line is run, since the steps before it install,
 and of what tests and checks the repository itself it is only seen that `make` knows it: it would run this very test.
 """

@@ -1,0 +1,61 @@
+"""How long one run takes: the model in PyTorch, its graph in ONNX Runtime, in this process, at the example's sizes.
+
+A few runs, to put a figure beside another; `moe-export bench` measures each in a process of its own.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+
+from moe_export.export.pipeline import as_numpy
+from moe_export.export.subject import Subject
+from moe_export.verify import Array, OnnxRuntimeRunner, Runner, TorchRunner
+
+_WARM_UP, _MOST, _SECONDS = 3, 50, 0.5
+
+
+def timings_of(subject: Subject, graph: Path, provider: str) -> list[tuple[str, int, float]]:
+    """Rows of (what ran, how often, the median in milliseconds).
+
+    Args:
+        subject: The model.
+        graph: Its graph, in float32.
+        provider: Where onnxruntime runs.
+
+    Raises:
+        Exception: Whatever an engine raises.
+    """
+    inputs = {name: as_numpy(tensor) for name, tensor in subject.inputs.items()}
+    model = TorchRunner(subject.call_named, subject.outputs, "PyTorch, eager")
+    runtime = OnnxRuntimeRunner(graph, provider)
+    runners: tuple[Runner, ...] = (model, runtime)
+    return [(runner.name, *_measured(runner, inputs)) for runner in runners]
+
+
+def _measured(runner: Runner, inputs: Mapping[str, Array]) -> tuple[int, float]:
+    for _ in range(_WARM_UP):
+        runner.run(inputs)
+    found: list[float] = []
+    start = time.perf_counter()
+    while len(found) < _MOST and (not found or time.perf_counter() - start < _SECONDS):
+        before = time.perf_counter()
+        runner.run(inputs)
+        found.append(1000 * (time.perf_counter() - before))
+    return len(found), median(found)
+
+
+def machine() -> str:
+    """The processor and its cores, as figures should be told with."""
+    name = platform.processor() or platform.machine()
+    facts = Path("/proc/cpuinfo")
+    if facts.is_file():
+        for line in facts.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                name = line.partition(":")[2].strip()
+                break
+    return f"{name}, {os.cpu_count()} cores, {platform.system()} {platform.machine()}"
