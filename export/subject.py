@@ -23,6 +23,7 @@ from moe_export.export.leaves import Leaf, identifier, leaves, unique
 from moe_export.export.source import is_user_file, last_user_line
 from moe_export.export.state import Buffers
 from moe_export.export.weights_stand_in import StandIns
+from moe_export.export.weights_zero import without_weights
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ class Subject:
         """Run the model on flat tensors, in the order of `inputs`; the outputs in the order of `outputs`."""
         before = Buffers.of(self.module, self.changed)
         try:
-            return tuple(leaf.value for leaf in self.call_leaves(tensors) if leaf.is_tensor)
+            with without_weights(self.weights):
+                return tuple(leaf.value for leaf in self.call_leaves(tensors) if leaf.is_tensor)
         finally:
             before.restore()
 
@@ -109,7 +111,8 @@ def make_subject(
         )
     check_inputs(tensors, source)
     before = Buffers.of(module)
-    found = list(leaves(_run(module, args, kwargs, source)))
+    with without_weights(weights):
+        found = list(leaves(_run(module, args, kwargs, source)))
     changed = before.changed()
     before.restore()
     outputs, dropped = _output_names(module, found, set(tensors))
