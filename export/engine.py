@@ -38,6 +38,7 @@ from moe_export.export.engine_refusal import refused
 from moe_export.export.engine_rules import moe_layers
 from moe_export.export.engine_settings import Settings, check_settings, configure, keep_timings
 from moe_export.export.functions import without_functions
+from moe_export.external_data import check_external_data
 
 Step = Callable[[str], AbstractContextManager[Any]]
 _INLINE = 2**31 - 2**24  # protobuf cannot hold 2 GiB
@@ -159,6 +160,7 @@ def read_graph(model: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Model
     path = Path(model)
     if not path.is_file():
         raise UsageError(f"no file {path}", hint="give an .onnx file")
+    check_external_data(path)
     try:
         graph = ir.load(path)
     except Exception as error:

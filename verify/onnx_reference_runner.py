@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from moe_export.errors import UsageError
+from moe_export.external_data import check_external_data
 from moe_export.verify.onnxruntime_runner import specs_of
 from moe_export.verify.runner import RunFailedError, one_line
 from moe_export.verify.specs import Array
@@ -37,6 +38,7 @@ class OnnxReferenceRunner:
         self._where = str(model)
         if not Path(model).is_file():
             raise UsageError(f"no such file: {model}", hint="give the path of an .onnx file")
+        check_external_data(model)
         try:
             proto = onnx.load(model)
             self._evaluator: Any = ReferenceEvaluator(proto)

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from moe_export.errors import MissingBackendError, UsageError
+from moe_export.external_data import check_external_data
 from moe_export.verify.runner import RunFailedError, shorten
 from moe_export.verify.specs import Array, TensorSpec, describe, numpy_dtype
 
@@ -146,6 +147,8 @@ def _open(model: str | Path | bytes, where: str, provider: str) -> Any:
         raise MissingBackendError(
             f"this ONNX Runtime has no {provider} provider", hint="install onnxruntime-gpu"
         )
+    if not isinstance(model, bytes):
+        check_external_data(model)
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
     ort.set_default_logger_severity(_FATAL)  # loading a provider logs there, not to the session

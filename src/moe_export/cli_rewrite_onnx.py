@@ -14,6 +14,7 @@ from moe_export.einsum_rewrite.onnx_model import Options, Rewriting, rewrite_in_
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.stream_write import DATA_SUFFIX
 from moe_export.export.write import staging, write_model
+from moe_export.external_data import check_external_data
 
 MOST_SITES = 40
 """More sites than this are only counted, unless evidence or JSON was asked for."""
@@ -35,6 +36,7 @@ def run_rewrite_onnx(source: str, output: str | None, options: Options, prove: b
 def _load(path: Path) -> ir.Model:
     if not path.is_file():
         raise UsageError(f"there is no file {path}")
+    check_external_data(path)
     try:
         return ir.load(path)
     except Exception as error:  # protobuf, text and data errors have no common class

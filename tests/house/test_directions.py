@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "models": set(),
     "einsum_rewrite": {"errors"},
-    "verify": {"errors"},
-    "export": {"errors", "einsum_rewrite"},
+    "verify": {"errors", "external_data"},
+    "export": {"errors", "external_data", "einsum_rewrite"},
 }
 
 
