@@ -23,6 +23,8 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir._core import TensorBase
 
+from moe_export.errors import UsageError
+
 Array = np.ndarray[Any, np.dtype[Any]]
 PIECE = 16 * 2**20
 """Bytes that are read at a time, where a row of the first axis is no larger."""
@@ -122,7 +124,9 @@ def _read_into(descriptor: int, target: Array, offset: int, file: Path) -> None:
     while view.nbytes:
         count = os.preadv(descriptor, [view], offset)
         if not count:
-            raise OSError(f"{file} ends before byte {offset + len(view)}")
+            raise UsageError(
+                f"{file} ends before byte {offset + view.nbytes}", hint="is it still being written?"
+            )
         view, offset = view[count:], offset + count
 
 
