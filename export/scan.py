@@ -23,6 +23,7 @@ from moe_export.export.loop_body import DOMAIN, END, STATE
 from moe_export.export.provenance import mark_block, place_of
 from moe_export.export.scan_chunked import write_chunked
 from moe_export.export.scan_inputs import move_inwards
+from moe_export.export.scan_layout import widest_last
 from moe_export.export.scan_marked import Marked, integer, read_marked
 from moe_export.export.scan_products import small_products_first
 from moe_export.export.scan_segments import STEPS
@@ -65,6 +66,7 @@ def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
                 notes.append(_chunked(model.graph, loop, lowering))
             except CannotError as reason:
                 refused.append((place_of(node), str(reason)))
+                loop = _laid_out(model.graph, loop)
                 _write(model.graph, _with_turns(model.graph, loop, lowering))
     if lowering.form == "chunked" and refused and not notes:
         where, why = refused[0]
@@ -81,6 +83,14 @@ def _chunked(graph: ir.Graph, loop: Marked, lowering: Lowering) -> str:
         raise CannotError("a scan was asked for")
     write_chunked(graph, loop, only_if_it_pays=lowering.form == "auto")
     return f"loop {loop.number}: a decay for many entries of the state; products over chunks of {STEPS} steps"
+
+
+def _laid_out(graph: ir.Graph, loop: Marked) -> Marked:
+    """The loop with the longest axes of its states last, where that can be."""
+    try:
+        return read_marked(graph, widest_last(graph, loop))
+    except CannotError:
+        return loop
 
 
 def _with_turns(graph: ir.Graph, loop: Marked, lowering: Lowering) -> Marked:

@@ -21,7 +21,7 @@ POINTWISE = {
     "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign",
     "Sqrt", "Sub", "Tanh", "Where",
 }  # fmt: skip
-_REDUCTIONS = {"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"}
+REDUCTIONS = {"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"}
 
 
 class CannotError(Exception):
@@ -174,7 +174,7 @@ def _gemm(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Ti
     return [Timed(value, 0, 2)]
 
 
-def _axes(value: ir.Value | None) -> list[int]:
+def axes_of(value: ir.Value | None) -> list[int]:
     tensor = value.const_value if value is not None else None
     if tensor is None:
         raise CannotError("axes that are computed")
@@ -189,7 +189,7 @@ def _shifted(axes: Sequence[int], rank: int, at: int) -> list[int]:
 def _unsqueeze(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
     one = operands[0]
     assert one.axis is not None
-    axes = _axes(node.inputs[1])
+    axes = axes_of(node.inputs[1])
     rank = one.rank + len(axes)
     added = {axis % rank for axis in axes}
     old = [place for place in range(rank) if place not in added]  # where the step's axes go
@@ -202,7 +202,7 @@ def _squeeze(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence
     assert one.axis is not None
     if len(node.inputs) < 2:
         raise CannotError("a Squeeze of whatever is 1")
-    gone = {axis % one.rank for axis in _axes(node.inputs[1])}
+    gone = {axis % one.rank for axis in axes_of(node.inputs[1])}
     at = one.axis - sum(axis < one.axis for axis in gone)
     axes = sorted(_shifted(sorted(gone), one.rank, one.axis))
     return [Timed(nodes("Squeeze", one.value, nodes.ints(*axes)), at, one.rank - len(gone))]
@@ -213,14 +213,14 @@ def _reduction(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequen
     assert one.axis is not None
     if len(node.inputs) < 2:
         raise CannotError("a reduction over everything")
-    axes = sorted({axis % one.rank for axis in _axes(node.inputs[1])})
-    kept = _number(node, "keepdims", 1)
+    axes = sorted({axis % one.rank for axis in axes_of(node.inputs[1])})
+    kept = number_of(node, "keepdims", 1)
     at = one.axis if kept else one.axis - sum(axis < one.axis for axis in axes)
     (result,) = nodes.copy(node, [one.value, nodes.ints(*_shifted(axes, one.rank, one.axis))])
     return [Timed(result, at, one.rank if kept else one.rank - len(axes))]
 
 
-def _number(node: ir.Node, name: str, default: int) -> int:
+def number_of(node: ir.Node, name: str, default: int) -> int:
     return int(node.attributes[name].as_int()) if name in node.attributes else default
 
 
@@ -236,7 +236,7 @@ def _along(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[T
     if one.axis is None or any(other.axis is not None for other in others):
         raise CannotError(f"{node.op_type} by numbers that change")
     rank = one.rank
-    (axis,) = _shifted([_number(node, "axis", -1 if "oftmax" in node.op_type else 0)], rank, one.axis)
+    (axis,) = _shifted([number_of(node, "axis", -1 if "oftmax" in node.op_type else 0)], rank, one.axis)
     results = nodes.copy(node, [one.value, *(other.value for other in others)])
     producer = results[0].producer()
     assert producer is not None
@@ -252,7 +252,7 @@ def _slice(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[T
     one, *others = operands
     if one.axis is None or len(others) < 3 or any(other.axis is not None for other in others):
         raise CannotError("a Slice by numbers that change")
-    axes = nodes.ints(*_shifted(_axes(node.inputs[3]), one.rank, one.axis))
+    axes = nodes.ints(*_shifted(axes_of(node.inputs[3]), one.rank, one.axis))
     values = [other.value for other in others]
     (result,) = nodes.copy(node, [one.value, *values[:2], axes, *values[3:]])
     return [Timed(result, one.axis, one.rank)]
@@ -265,7 +265,7 @@ def _concat(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[
     (result,) = nodes.copy(node, [_aligned(nodes, one, behind) for one in operands])
     producer = result.producer()
     assert producer is not None
-    (axis,) = _shifted([_number(node, "axis", 0)], rank, rank - behind)
+    (axis,) = _shifted([number_of(node, "axis", 0)], rank, rank - behind)
     producer.attributes["axis"] = ir.AttrInt64("axis", axis)
     return [Timed(result, rank - behind, rank)]
 
@@ -290,7 +290,7 @@ def _reshape(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence
 
 _RULES: dict[str, Rule] = {
     **dict.fromkeys(POINTWISE, _pointwise),
-    **dict.fromkeys(_REDUCTIONS, _reduction),
+    **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(("Softmax", "LogSoftmax", "Split", "Gather"), _along),
     "MatMul": _matmul,
     "Gemm": _gemm,

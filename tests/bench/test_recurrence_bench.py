@@ -137,19 +137,17 @@ def measured(name: str, models: dict[str, onnx.ModelProto], length: int) -> dict
 def test_mamba() -> None:
     ours = exported("mamba")
     assert nodes(ours.graph) <= 60
-    by_hand = {"1 step": hand.mamba_scan(), "16 steps": hand.mamba_scan_steps()}
+    by_hand = {
+        "1 step": hand.mamba_scan(), "16 steps": hand.mamba_scan_steps(), "wide": hand.mamba_scan_wide()
+    }  # fmt: skip
     factors: dict[int, tuple[float, float]] = {}
     for length in (64, 512, 2048):
         unrolled = {"unrolled": hand.mamba_unrolled(length)} if length < 2000 else {}
         row = measured("mamba", {**unrolled, **by_hand, "ours": ours}, length)
         assert row["ours"] < 1.1 * NOISE * min(row[name] for name in by_hand)
         factors[length] = (row.get("unrolled", 0) / row["ours"], row["eager"] / row["ours"])
-    if factors[512][0] < 2.5 or factors[512][1] < 6:
-        pytest.xfail(
-            "the marks of 2.5 times unrolled and 6 times eager are missed: {:.1f}, {:.1f}".format(
-                *factors[512]
-            )
-        )
+    assert factors[512][0] >= 2.5
+    assert factors[512][1] >= 6
 
 
 def test_mamba_2() -> None:

@@ -76,6 +76,25 @@ def mamba_scan() -> onnx.ModelProto:
     return g.model(INPUTS1, g("Add", ys, g("Mul", "u", g.constant(np.ones(D, np.float32)))), ["b", "l", D])
 
 
+def mamba_scan_wide() -> onnx.ModelProto:
+    """A step a turn, discretised in the body, the state (n, d): operators run along the longer axis."""
+    g, body = Builder(), Builder("body")
+    row, column = g.ints(2), g.ints(3)
+    delta, u, c = (g("Unsqueeze", name, row) for name in ("delta", "u", "C"))
+    decay = body("Exp", body("Mul", "delta_t", g.constant(np.ascontiguousarray(A1.T))))
+    added = body("Mul", "B_t", body("Mul", "delta_t", "u_t"))
+    h = body("Add", body("Mul", decay, "h"), added)
+    y = body("MatMul", "C_t", h)
+    inputs = {"h": ["b", N, D], "delta_t": ["b", 1, D], "u_t": ["b", 1, D], "B_t": ["b", N, 1], "C_t": ["b", 1, N]}
+    first = g("ConstantOfShape", g("Concat", g("Shape", "u", start=0, end=1), g.ints(N, D), axis=0))
+    _, ys = g.many(
+        "Scan", 2, first, delta, u, g("Unsqueeze", "B", column), c, num_scan_inputs=4, scan_input_axes=[1] * 4,
+        scan_output_axes=[1], body=body.graph(inputs, {h: ["b", N, D], y: ["b", 1, D]}),
+    )  # fmt: skip
+    skip = g("Mul", "u", g.constant(np.ones(D, np.float32)))
+    return g.model(INPUTS1, g("Add", g("Squeeze", ys, row), skip), ["b", "l", D])
+
+
 def mamba_scan_steps(steps: int = 16) -> onnx.ModelProto:
     """Several steps a turn, discretised together."""
     g, body = Builder(), Builder("body")
