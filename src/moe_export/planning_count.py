@@ -1,0 +1,368 @@
+"""Counted on a traced program, at any sizes, without running it: parameters, FLOPs, memory of values, rows exchanged.
+
+What belongs to experts is counted by pairs of a token and an expert: the trace shows each expert once, or all tokens
+at all experts, and a rank computes the pairs of its own.
+
+Letters: N tokens, k choices, S = N*k pairs, E experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from moe_export.export.experts_body import Experts
+from moe_export.export.experts_recognise import find_experts
+from moe_export.export.region import ancestors, scope_of
+
+_aten = torch.ops.aten
+_VIEWS = {
+    _aten.view.default, _aten.reshape.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.dims,
+    _aten.transpose.int, _aten.permute.default, _aten.expand.default, _aten.slice.Tensor, _aten.select.int,
+    _aten.alias.default, _aten.detach.default, _aten.t.default, _aten.split.Tensor, _aten.split_with_sizes.default,
+    _aten._unsafe_view.default, _aten.flatten.using_ints, _aten.unflatten.int, _aten.numpy_T.default,
+}  # fmt: skip
+_TOKEN, _SLOT, _EXPERT = 0, 1, 2
+_ROWS = 7  # of a body that is looked at: a number that no weight's size is likely to be
+
+Sizes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class ExpertsCount:
+    """A block of experts.
+
+    Attributes:
+        module: The path of the module that the result is made in.
+        line: `file:line`.
+        experts: E.
+        slots: k.
+        bytes_each: (E,) bytes of the parameters that belong to each expert.
+        flops: Of one pair.
+        values: Bytes that the values of one pair take, all of them at once.
+        partial: Bytes of a token in the partial sum.
+        there: Bytes of a row on its way to its expert: row values, and the expert's number.
+        back: Bytes of a row on its way back.
+        tokens: N at given sizes.
+    """
+
+    module: str
+    line: str | None
+    experts: int
+    slots: int
+    bytes_each: tuple[int, ...]
+    flops: int
+    values: int
+    partial: int
+    there: int
+    back: int
+    tokens: Callable[[Sizes], int]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """A model.
+
+    Attributes:
+        parameters: How many there are.
+        bytes: Of all parameters and buffers that the model reads.
+        blocks: Its experts, in order.
+        dims: Each free dimension's symbol, and its size in the example.
+        flops: Of all that belongs to no expert, at given sizes.
+        memory: The most bytes that the values of that take at once, and the same at the result of each block.
+        refused: Why other code that looks like experts is none.
+    """
+
+    parameters: int
+    bytes: int
+    blocks: tuple[ExpertsCount, ...]
+    dims: Mapping[str, int]
+    flops: Callable[[Sizes], int]
+    memory: Callable[[Sizes], tuple[int, tuple[int, ...]]]
+    refused: tuple[str, ...]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the parameters that every rank has."""
+        return self.bytes - sum(sum(block.bytes_each) for block in self.blocks)
+
+
+def count(program: ExportedProgram) -> Counted:
+    """Count a traced program."""
+    graph = program.graph
+    found, refused = find_experts(graph)
+    places = {node: place for place, node in enumerate(graph.nodes)}
+    found = tuple(sorted(found, key=lambda experts: places[experts.result]))
+    states = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}
+    held = {
+        node: value_of(node)
+        for node in graph.nodes
+        if node.op == "placeholder" and node.name in states and node.users
+    }
+    names = set(program.graph_signature.inputs_to_parameters)
+    outside = _outside(graph, found)
+    return Counted(
+        parameters=sum(value.numel() for node, value in held.items() if node.name in names),
+        bytes=sum(_bytes(value, {}) for value in held.values()),
+        blocks=tuple(_block(experts, held) for experts in found),
+        dims=_dims(graph),
+        flops=lambda sizes: sum(_flops(node, sizes) for node in outside),
+        memory=lambda sizes: _memory(graph, outside, [experts.result for experts in found], sizes),
+        refused=refused,
+    )
+
+
+def value_of(node: fx.Node) -> Any:
+    """What the trace says of a node: a tensor without values, a size."""
+    return node.meta.get("val")
+
+
+def _weights(experts: Experts, held: Mapping[fx.Node, Any]) -> dict[fx.Node, list[int]]:
+    """Parameters that belong to experts, and to which."""
+    owners: dict[fx.Node, list[int]] = {}
+    for weight in experts.weights:
+        nodes = weight.separate or (weight.stack,) * (weight.stack is not None)
+        for number, node in enumerate(nodes):
+            assert node is not None
+            for source in {node, *ancestors([node])} & held.keys():
+                owners.setdefault(source, []).append(number if weight.separate else -1)
+    return owners
+
+
+def _block(experts: Experts, held: Mapping[fx.Node, Any]) -> ExpertsCount:
+    each = [0] * experts.count
+    for node, owners in _weights(experts, held).items():
+        size = _bytes(held[node], {})
+        if -1 in owners:
+            each = [before + size // experts.count for before in each]
+        else:
+            for owner in owners:
+                each[owner] += size // len(owners)
+    indices, result = value_of(experts.indices), value_of(experts.result)
+    seen = _look(experts)
+    scopes = scope_of(experts.result)
+    return ExpertsCount(
+        module=scopes[-1].removeprefix("model.") if scopes else "model",
+        line=experts.line,
+        experts=experts.count,
+        slots=int(indices.shape[1]) if indices.dim() == 2 else 1,
+        bytes_each=tuple(each),
+        flops=seen.flops,
+        values=seen.values,
+        partial=_row_bytes(result),
+        there=seen.there + 8,
+        back=seen.back,
+        tokens=lambda sizes: size_at(indices.shape[0], sizes),
+    )
+
+
+def _outside(graph: fx.Graph, found: Sequence[Experts]) -> list[fx.Node]:
+    """The nodes that the outputs need where each block is computed from what it means; blocks themselves left out."""
+    blocks = {experts.result: experts for experts in found}
+    stack = [node for node in graph.nodes if node.op == "output"]
+    needed = set(stack)
+    while stack:
+        node = stack.pop()
+        block = blocks.get(node)
+        sources: Sequence[fx.Node | None] = node.all_input_nodes
+        if block is not None:
+            sources = [block.indices, *block.shared, block.start]
+        for source in sources:
+            if source is not None and source not in needed:
+                needed.add(source)
+                stack.append(source)
+    return [node for node in graph.nodes if node in needed and node not in blocks]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a body does for one row: FLOPs, bytes of its values, of those that enter its core and leave it."""
+
+    flops: int
+    values: int
+    there: int
+    back: int
+
+
+def _look(experts: Experts) -> _Seen:
+    """Run the body of one expert on a few rows without values, and see what is rows and what crosses into its core."""
+    body, first = experts.body.graph, 3 + len(experts.shared)
+    arguments = [torch.zeros(_ROWS, dtype=torch.int64, device="meta")] * 2
+    arguments.append(torch.zeros(1, dtype=torch.int64, device="meta"))
+    arguments += [_plain(value_of(node)) for node in experts.shared]
+    for weight in experts.weights:
+        value = _plain(value_of(weight.separate[0] if weight.stack is None else weight.stack))
+        arguments.append(value if weight.stack is None else value[0])
+    values: dict[fx.Node, Any] = {}
+
+    class Recorder(fx.Interpreter):
+        def run_node(self, node: fx.Node) -> Any:
+            values[node] = super().run_node(node)
+            return values[node]
+
+    with torch.no_grad():
+        Recorder(experts.body).run(*arguments)
+    nodes = [node for node in body.nodes if node.op != "output"]
+    inputs = [node for node in nodes if node.op == "placeholder"]
+    own = _below(nodes, {*inputs[first:]}, {*inputs[:_EXPERT], *inputs[3:first]})
+    rows = _below(nodes, set(inputs[:_EXPERT]), set())
+    core = _core(nodes, {*inputs[first:], inputs[_EXPERT], *own} - rows)
+    entering = {
+        source for node in core for source in node.all_input_nodes if source in rows and source not in core
+    }
+    result = next(node for node in body.nodes if node.op == "output").args[0]
+    leaving = {node for node in core if node is result or any(user not in core for user in node.users)}
+    made = [node for node in nodes if node in rows and node.op != "placeholder"]
+    return _Seen(
+        flops=sum(_flops(node, {}, values) for node in made) // _ROWS,
+        values=sum(_bytes(values[node], {}) for node in made if node.target not in _VIEWS) // _ROWS,
+        there=sum(_bytes(values[node], {}) for node in entering) // _ROWS,
+        back=sum(_bytes(values[node], {}) for node in leaving if node in rows) // _ROWS,
+    )
+
+
+def _core(nodes: Sequence[fx.Node], own: set[fx.Node]) -> set[fx.Node]:
+    """What takes something of the expert's own, and what stands between such nodes."""
+    core = {
+        node for node in nodes if node not in own and any(source in own for source in node.all_input_nodes)
+    }
+    below = _below(nodes, core, set())
+    above: set[fx.Node] = set(core)
+    for node in reversed(nodes):
+        if any(user in above for user in node.users):
+            above.add(node)
+    return core | (below & above)
+
+
+def _below(nodes: Sequence[fx.Node], begin: set[fx.Node], without: set[fx.Node]) -> set[fx.Node]:
+    """What depends on some nodes, these among it, and on none of others."""
+    found, left_out = set(begin), set(without)
+    for node in nodes:
+        sources = node.all_input_nodes
+        if any(source in left_out for source in sources):
+            left_out.add(node)
+        elif any(source in found for source in sources):
+            found.add(node)
+    return found
+
+
+def _plain(value: Any) -> torch.Tensor:
+    """A tensor of the same type and, where sizes are free, of the example's."""
+    shape = [size if isinstance(size, int) else max(2, _hint(size)) for size in value.shape]
+    return torch.empty(shape, dtype=value.dtype, device="meta")
+
+
+def _dims(graph: fx.Graph) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for node in graph.nodes:
+        value = value_of(node)
+        if node.op == "placeholder" and isinstance(value, torch.Tensor):
+            for size in value.shape:
+                if isinstance(size, torch.SymInt) and str(size).isidentifier():
+                    found.setdefault(str(size), _hint(size))
+    return found
+
+
+def _hint(size: Any) -> int:
+    hint = size.node.hint
+    return 1 if hint is None else int(hint)
+
+
+def _symbols(size: Any) -> set[Any]:
+    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
+
+
+def size_at(size: Any, sizes: Sizes) -> int:
+    """A size of the trace where its dimensions have other ones."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    expression = size.node.expr
+    found = expression.subs(
+        {symbol: sizes[str(symbol)] for symbol in expression.free_symbols if str(symbol) in sizes}
+    )
+    return int(found) if found.is_number else _hint(size)
+
+
+def _elements(value: Any, sizes: Sizes) -> int:
+    return math.prod(size_at(size, sizes) for size in value.shape)
+
+
+def _bytes(value: Any, sizes: Sizes) -> int:
+    if isinstance(value, (tuple, list)):
+        return sum(_bytes(part, sizes) for part in value)
+    return _elements(value, sizes) * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _row_bytes(value: Any) -> int:
+    return math.prod(int(size) for size in value.shape[1:]) * int(value.element_size())
+
+
+def _flops(node: fx.Node, sizes: Sizes, values: Mapping[fx.Node, Any] | None = None) -> int:
+    """Two for each product of a matrix product; one for each element of anything else that computes floats."""
+    known: Callable[[Any], Any] = value_of if values is None else values.__getitem__
+    value = known(node) if node.op == "call_function" else None
+    if not isinstance(value, torch.Tensor) or node.target in _VIEWS or not value.dtype.is_floating_point:
+        return 0
+    made = _elements(value, sizes)
+    if node.target in (_aten.linear.default, _aten.mm.default, _aten.bmm.default, _aten.matmul.default):
+        return 2 * made * size_at(known(node.args[0]).shape[-1], sizes)
+    if node.target is _aten.addmm.default:
+        return 2 * made * size_at(known(node.args[1]).shape[-1], sizes)
+    if node.target is _aten.einsum.default:
+        return 2 * _einsum(str(node.args[0]), [known(part) for part in node.args[1]], sizes)  # type: ignore[union-attr]
+    if node.target is _aten.scaled_dot_product_attention.default:
+        query, key = known(node.args[0]), known(node.args[1])
+        return 4 * _elements(query, sizes) * size_at(key.shape[-2], sizes)
+    if node.target in (_aten.convolution.default, _aten.conv1d.default, _aten.conv2d.default):
+        return (
+            2 * made * _elements(known(node.args[1]), sizes) // size_at(known(node.args[1]).shape[0], sizes)
+        )
+    return made
+
+
+def _einsum(equation: str, operands: Sequence[Any], sizes: Sizes) -> int:
+    """The product of all labels' sizes; an ellipsis counts as the axes that it stands for."""
+    found: dict[str, int] = {}
+    for term, value in zip(equation.replace(" ", "").partition("->")[0].split(","), operands, strict=True):
+        before, dots, after = term.partition("...")
+        shape = [size_at(size, sizes) for size in value.shape]
+        middle = len(shape) - len(before) - len(after) if dots else 0
+        labels = [*before, *(f".{place}" for place in range(middle, 0, -1)), *after]
+        for label, size in zip(labels, shape, strict=True):
+            found[label] = max(size, found.get(label, 1))
+    return math.prod(found.values())
+
+
+def _memory(
+    graph: fx.Graph, outside: Sequence[fx.Node], results: Sequence[fx.Node], sizes: Sizes
+) -> tuple[int, tuple[int, ...]]:
+    """The most bytes that values take at once, run in order, each freed behind its last reader; and at each result."""
+    kept = {*outside, *results}
+    nodes = [node for node in graph.nodes if node in kept and node.op == "call_function"]
+    owner: dict[fx.Node, fx.Node] = {}
+    for node in nodes:
+        sources = node.all_input_nodes
+        owner[node] = owner.get(sources[0], sources[0]) if node.target in _VIEWS and sources else node
+    order = {node: place for place, node in enumerate(graph.nodes)}
+    last: dict[fx.Node, int] = {}
+    for node in nodes:
+        last[owner[node]] = max([last.get(owner[node], 0), *(order[user] for user in node.users)])
+    live: dict[fx.Node, int] = {}
+    now = most = 0
+    at: list[int] = []
+    for node in nodes:
+        if owner[node] is node:
+            live[node] = _bytes(value_of(node), sizes)
+            now += live[node]
+            most = max(most, now)
+        if node in results:
+            at.append(now)
+        for done in [held for held in live if last[held] <= order[node]]:
+            now -= live.pop(done)
+    return most, tuple(at)
