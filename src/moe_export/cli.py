@@ -17,6 +17,7 @@ from moe_export.backends import BACKENDS
 from moe_export.cli_engines import add_commands, engine_options
 from moe_export.cli_graphs import add_graph_commands, add_report_command
 from moe_export.cli_parallel import parallel_options
+from moe_export.cli_plan import add_plan_command
 from moe_export.cli_reports import report_options, take_wanted
 from moe_export.errors import MoeExportError
 
@@ -367,6 +368,7 @@ def routing_command(**options: Any) -> int:
 
 add_commands(cli, _model_options, _output_options)
 add_graph_commands(cli, _output_options)
+add_plan_command(cli, _model_options, _output_options)
 add_report_command(cli)
 
 
