@@ -334,7 +334,7 @@ def _print(
         for line in site_lines(graph.sites):
             console.say(f"  {line}")
         for note in graph.notes:
-            console.say(f"  note: {note}")
+            console.say(f"  note: {_PLACE.sub(lambda place: os.path.relpath(place[0]), note)}")
         if report is not None and not (console.quiet or console.as_json):
             console.say()
             show(report, sys.stdout)

@@ -13,7 +13,6 @@ TAKES_LONG = {
     "docs/verify": "a pytest of its own, an export by PyTorch",
 }
 NOTHING_TO_RUN = {
-    "docs/recurrence": "its figures and refusals are those of tests/export/recurrence and tests/bench",
     "docs/parallel": "its commands need several processes; their tests have them",
     "docs/weights": "its commands need weights of many gigabytes; their tests have smaller ones",
 }
