@@ -18,6 +18,7 @@ import onnx_ir as ir
 import moe_export
 from moe_export.cli_diff import figures_of, operators_of, sketches_of
 from moe_export.cli_export import run_export
+from moe_export.cli_sizes import parse_bytes
 from moe_export.console import Console
 from moe_export.differing import usual_sizes
 from moe_export.errors import MissingBackendError, UsageError
@@ -37,6 +38,7 @@ from moe_export.report_timing import machine, timings_of
 from moe_export.verify.cost import cost_of, parts_of
 
 SUFFIX = ".html"
+_AWAY = "the weights are read from files, and are not in memory (--memory)"
 _PACKAGES = ("torch", "onnx", "onnxruntime-gpu", "onnxruntime", "tensorrt-rtx-cu13")
 
 
@@ -72,7 +74,9 @@ def run_report(
 def _content(
     document: dict[str, Any], folder: Path, model: str, before: bool, options: dict[str, Any]
 ) -> Content:
-    subject = load_subject(model, init=options["init"], inputs=options["inputs"])
+    memory = parse_bytes(options["memory"], "--memory")
+    subject = load_subject(model, init=options["init"], inputs=options["inputs"], memory=memory)
+    away = _AWAY if subject.weights is not None and subject.weights.absent else ""
     costs: dict[str, Sequence[tuple[str, int, int, int, int]] | str] = {}
     at: dict[str, str] = {}
     pictures: dict[str, str] = {}
@@ -81,7 +85,7 @@ def _content(
         graph, _ = read_graph(folder / file)
         sizes = usual_sizes(graph)
         at[file] = " ".join(f"{name}={size}" for name, size in sizes.items())
-        costs[file] = _cost(folder / file, graph, sizes)
+        costs[file] = away or _cost(folder / file, graph, sizes)
         pictures[file] = svg_of([sketch_of(graph, file)], ident=f"graph-{number}")
     whole = document["graphs"][0]
     return Content(
@@ -89,11 +93,11 @@ def _content(
         costs,
         at,
         pictures,
-        _routings(subject),
+        [] if away else _routings(subject),
         commands_of(click.get_current_context(silent=True), whole["file"]),
         _versions(document, model, folder),
-        _change(subject, folder / whole["file"], options) if before else None,
-        _timings(subject, folder, whole, options["provider"]),
+        (away or _change(subject, folder / whole["file"], options)) if before else None,
+        away or _timings(subject, folder, whole, options["provider"]),
         machine(),
     )
 

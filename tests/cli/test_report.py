@@ -243,3 +243,36 @@ def test_a_graph_that_was_not_compared_has_its_page(command, write, tmp_path):
     assert done.code == 0, done.err
     assert "Mix: not verified" in done.out
     assert "Not compared with the model." in (tmp_path / "mix.html").read_text(encoding="utf-8")
+
+
+AWAY = """
+class Wide(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 512), nn.Linear(512, 64)
+
+    def forward(self, x):
+        return self.second(self.first(x).relu())
+
+with torch.device("meta"):
+    model = Wide()
+weights = "wide.safetensors"
+example_inputs = {"x": torch.randn(2, 64)}
+"""
+
+
+def test_weights_that_are_not_in_memory_stay_where_they_are(command, write, tmp_path):
+    import torch
+    from safetensors.torch import save_file
+
+    shapes = {
+        "first.weight": (512, 64),
+        "first.bias": (512,),
+        "second.weight": (64, 512),
+        "second.bias": (64,),
+    }
+    save_file({name: torch.randn(shape) / 16 for name, shape in shapes.items()}, tmp_path / "wide.safetensors")
+    done = command("report", write(AWAY, "wide.py"), "-o", tmp_path / "wide.html", "--memory", "1KiB")
+    assert done.code == 0, done.err
+    shown = "".join(follows_the_rules((tmp_path / "wide.html").read_text(encoding="utf-8")).texts)
+    assert shown.count("the weights are read from files, and are not in memory") == 3
