@@ -7,6 +7,7 @@ import re
 import runpy
 import subprocess
 import sys
+from fnmatch import fnmatch
 from html.parser import HTMLParser
 
 import pytest
@@ -63,6 +64,16 @@ def test_every_page_is_in_the_navigation():
     ]
     assert len(listed) == len(set(listed))
     assert set(listed) == {name_of(page) for page in PAGES} - {"README"} | {"CHANGELOG"}
+
+
+def test_the_picture_of_the_house_names_every_file_of_the_command_line():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.partition("`src/moe_export` is what puts them together")[2].partition("## In Python")[0]
+    named = re.findall(
+        r"`([\w*]+)`", "".join(line.split("|")[1] for line in table.splitlines() if "|" in line)
+    )
+    for path in (ROOT / "src" / "moe_export").glob("[!_]*.py"):
+        assert any(fnmatch(path.stem, name) for name in named), path.name
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
