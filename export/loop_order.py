@@ -18,15 +18,20 @@ _LOOPS = {"Scan", "Loop"}
 def loops_first(graph: ir.Graph) -> None:
     """Move each loop behind all that does not need it, in place; what is computed stays."""
     for loop in [node for node in graph if node.op_type in _LOOPS]:
-        needs = set(loop.outputs)
-        before: list[ir.Node] = []
-        behind = False
-        for node in graph:
-            if node is loop:
-                behind = True
-            elif behind and not needs.isdisjoint(reads(node)):
-                needs.update(node.outputs)
-            elif behind:
-                before.append(node)
-        graph.remove(before)
-        graph.insert_before(loop, before)
+        written_last(graph, loop)
+
+
+def written_last(graph: ir.Graph, node: ir.Node) -> None:
+    """Move what does not need a node, and stands behind it, in front of it."""
+    needs = set(node.outputs)
+    before: list[ir.Node] = []
+    behind = False
+    for each in graph:
+        if each is node:
+            behind = True
+        elif behind and not needs.isdisjoint(reads(each)):
+            needs.update(each.outputs)
+        elif behind:
+            before.append(each)
+    graph.remove(before)
+    graph.insert_before(node, before)

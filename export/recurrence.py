@@ -16,6 +16,7 @@ import torch
 
 from moe_export.errors import NotExportableError
 from moe_export.export.adapt_delta_rule import delta_rules_step_by_step
+from moe_export.export.adapt_scans import scans_step_by_step
 from moe_export.export.dims import DimRequest
 from moe_export.export.fold import folded_module
 from moe_export.export.lengths import Length, looped_lengths, operators
@@ -67,7 +68,7 @@ def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto")
     """
     if mode == "unrolled":
         return Recurrent(subject)
-    with delta_rules_step_by_step():
+    with delta_rules_step_by_step(), scans_step_by_step():
         return _folded_if_it_can(subject, request, mode)
 
 

@@ -26,6 +26,7 @@ from moe_export.export.scan_inputs import move_inwards
 from moe_export.export.scan_layout import widest_last
 from moe_export.export.scan_marked import Marked, integer, read_marked
 from moe_export.export.scan_products import small_products_first
+from moe_export.export.scan_results import results_inwards
 from moe_export.export.scan_segments import STEPS
 from moe_export.export.scan_time import CannotError
 from moe_export.export.scan_turns import several_steps
@@ -59,6 +60,7 @@ def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == END:
             mark_block(node, "recurrence")
+            results_inwards(model.graph, node)
             move_inwards(model.graph, node)
             small_products_first(model.graph, read_marked(model.graph, node))
             loop = read_marked(model.graph, node)

@@ -96,6 +96,8 @@ def _operand_axes(node: ir.Node, value: ir.Value, axis: int) -> list[int | None]
     if node.op_type == "Unsqueeze":
         added = _added(node, value)
         return None if added is None or axis in added else [axis - sum(place < axis for place in added)]
+    if node.op_type == "Transpose" and "perm" in node.attributes:
+        return [int(node.attributes["perm"].as_ints()[axis])]
     if node.op_type not in _POINTWISE or value.shape is None:
         return None
     axes: list[int | None] = []
@@ -150,9 +152,17 @@ class _Reads:
             return moved.value if moved.axis is None else self.mark(moved.value, moved.axis, mark)
         assert moved.axis is not None
         inputs: list[ir.Value | None] = [self.write(operand, mark) for operand in moved.operands]
+        attributes = dict(moved.node.attributes)
+        if moved.node.op_type == "Transpose":
+            time = moved.operands[0].axis
+            assert time is not None
+            order = [axis - (axis > time) for axis in attributes["perm"].as_ints() if axis != time]
+            if order == sorted(order) and inputs[0] is not None:
+                return inputs[0]
+            attributes["perm"] = ir.AttrInt64s("perm", order)
         if moved.node.op_type == "Unsqueeze":
             inputs.append(self._axes(moved, mark))
-        node = ir.node(moved.node.op_type, inputs, attributes=dict(moved.node.attributes))
+        node = ir.node(moved.node.op_type, inputs, attributes=attributes)
         node.metadata_props.update(moved.node.metadata_props)
         shape = [size for place, size in enumerate(moved.value.shape or ()) if place != moved.axis]
         node.outputs[0].shape, node.outputs[0].type = ir.Shape(shape), moved.value.type

@@ -48,18 +48,18 @@ def test_a_hundred_seeds(path, tmp_path):
 @pytest.mark.parametrize("opset", [18, 21])
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_other_opsets(path, tmp_path, opset):
-    assert refused(path, tmp_path, 10, Options(opset=opset)) == []
+    assert refused(path, tmp_path, 100, Options(opset=opset)) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("experts", ["dense", "slices", "blocks", "gather", "loop"])
 def test_every_lowering_of_experts(tmp_path, experts):
     path = next(path for path in MODELS if path.stem == "sparse_moe")
-    assert refused(path, tmp_path, 20, Options(experts=experts)) == []
+    assert refused(path, tmp_path, 100, Options(experts=experts)) == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("path", MODELS, ids=lambda path: path.stem)
 def test_half_precision_as_it_is_verified_by_default(path, tmp_path, dtype):
-    assert refused(path, tmp_path, 1, Options(dtype=dtype), thorough=False) == []
+    assert refused(path, tmp_path, 100, Options(dtype=dtype), thorough=False) == []
