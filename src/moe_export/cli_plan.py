@@ -76,7 +76,7 @@ def run_plan(
              "flops": block.flops, "partial": block.partial, "there": block.there, "back": block.back}
             for block in counted.blocks
         ],
-        "sizes": dict(counted.dims),
+        "sizes": {counted.names[name]: size for name, size in counted.dims.items()},
         "memory": size,
         "fits_from": made.fits_from,
         "splits": [split.to_dict() for split in made.splits],

@@ -1,4 +1,4 @@
-"""What each way of splitting experts over ranks costs, by calculation: bytes a rank, bytes exchanged, what fits.
+"""What splitting experts over ranks costs, by calculation: bytes a rank, bytes exchanged, what fits.
 
 Letters: R ranks, E experts, N tokens, k choices, S = N*k pairs.
 
@@ -185,7 +185,7 @@ def lines(found: Plan, names: Sequence[str] = ()) -> list[str]:
             f"  {block.module}: {block.experts} experts of {human(each)}, {block.slots} a token, "
             f"{block.flops:,} FLOP a pair"
         )
-    sizes = ", ".join(f"{name}={size}" for name, size in counted.dims.items())
+    sizes = ", ".join(f"{counted.names[name]}={size}" for name, size in counted.dims.items())
     text.append(f"example sizes: {sizes or 'all fixed'}; {human(found.memory)} a device")
     text += _table(found)
     text.append(_verdict(found))
@@ -193,8 +193,9 @@ def lines(found: Plan, names: Sequence[str] = ()) -> list[str]:
 
 
 def _table(found: Plan) -> list[str]:
-    head = ("ranks", "experts", "weights", "all_reduce: values", "B/token", "on a ring", "batch",
-            "all_to_all: values", "B/token", "batch")  # fmt: skip
+    size = found.counted.names[found.batch] if found.batch else "fits"
+    head = ("ranks", "experts", "weights", "all_reduce: values", "B/token", "on a ring", f"largest {size}",
+            "all_to_all: values", "B/token", f"largest {size}")  # fmt: skip
     rows = [
         (
             str(split.ranks),

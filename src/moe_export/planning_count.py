@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from moe_export.export.dims import default_name
 from moe_export.export.experts_body import Experts
 from moe_export.export.experts_recognise import find_experts
 from moe_export.export.region import ancestors, scope_of
@@ -74,6 +75,7 @@ class Counted:
         bytes: Of all parameters and buffers that the model reads.
         blocks: Its experts, in order.
         dims: Each free dimension's symbol, and its size in the example.
+        names: What it is called.
         flops: Of all that belongs to no expert, at given sizes.
         memory: The most bytes that the values of that take at once, and the same at the result of each block.
         refused: Why other code that looks like experts is none.
@@ -83,6 +85,7 @@ class Counted:
     bytes: int
     blocks: tuple[ExpertsCount, ...]
     dims: Mapping[str, int]
+    names: Mapping[str, str]
     flops: Callable[[Sizes], int]
     memory: Callable[[Sizes], tuple[int, tuple[int, ...]]]
     refused: tuple[str, ...]
@@ -111,7 +114,8 @@ def count(program: ExportedProgram) -> Counted:
         parameters=sum(value.numel() for node, value in held.items() if node.name in names),
         bytes=sum(_bytes(value, {}) for value in held.values()),
         blocks=tuple(_block(experts, held) for experts in found),
-        dims=_dims(graph),
+        dims=_dims(graph)[0],
+        names=_dims(graph)[1],
         flops=lambda sizes: sum(_flops(node, sizes) for node in outside),
         memory=lambda sizes: _memory(graph, outside, [experts.result for experts in found], sizes),
         refused=refused,
@@ -258,15 +262,18 @@ def _plain(value: Any) -> torch.Tensor:
     return torch.empty(shape, dtype=value.dtype, device="meta")
 
 
-def _dims(graph: fx.Graph) -> dict[str, int]:
+def _dims(graph: fx.Graph) -> tuple[dict[str, int], dict[str, str]]:
+    """The size of each free dimension in the example, and what it is called."""
     found: dict[str, int] = {}
+    names: dict[str, str] = {}
     for node in graph.nodes:
         value = value_of(node)
         if node.op == "placeholder" and isinstance(value, torch.Tensor):
-            for size in value.shape:
-                if isinstance(size, torch.SymInt) and str(size).isidentifier():
-                    found.setdefault(str(size), _hint(size))
-    return found
+            for axis, size in enumerate(value.shape):
+                if isinstance(size, torch.SymInt) and str(size).isidentifier() and str(size) not in found:
+                    found[str(size)] = _hint(size)
+                    names[str(size)] = default_name(value, axis, node.name)
+    return found, names
 
 
 def _hint(size: Any) -> int:
