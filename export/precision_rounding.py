@@ -17,9 +17,18 @@ def with_float32_kernels(model: ir.Model) -> ir.Model:
     copy = model.clone()
     for graph in (copy.graph, *(body for node in copy.graph.all_nodes() for body in _bodies(node))):
         for node in list(graph):
-            if node.op_type not in {"Cast", "Constant"}:
+            if node.op_type not in {"Cast", "Constant"} and not _only_hands_on(node):
                 _widen(node)
     return copy
+
+
+def _only_hands_on(node: ir.Node) -> bool:
+    """Whether it computes nothing itself: it runs bodies, or puts tensors into sequences and takes them out."""
+    values = [*node.inputs, *node.outputs]
+    return bool(_bodies(node)) or any(
+        value is not None and value.type is not None and not isinstance(value.type, ir.TensorType)
+        for value in values
+    )
 
 
 def _bodies(node: ir.Node) -> list[ir.Graph]:

@@ -12,7 +12,8 @@ handed on, told which experts PyTorch took. So a fault is found in the block tha
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from moe_export.verify import (
     Array,
     Case,
     CaseResult,
+    Choice,
     DimRange,
     Judgement,
     Report,
@@ -51,6 +53,8 @@ from moe_export.wishes import tolerance_of
 MOST = 2**34
 """Bytes that one block may have."""
 HEAD = "after the blocks"
+_MANY = 16
+"""Times the example's length: enough tokens for every expert to have some."""
 
 
 def filled_weights(graph: Graph) -> AbstractContextManager[None]:
@@ -133,13 +137,14 @@ def verify_blocks(
     with quiet():
         blocks = called_once(reference, find_blocks(reference.module))
         graph = CutGraph(path, blocks, folder)
-        chosen = _two_cases(graph, example, dims, seed)
-        runs = [run_blocks(reference, case.inputs, blocks, MOST) for case in chosen]
-        states = [_State(case, ran, dict(case.inputs)) for case, ran in zip(chosen, runs, strict=True)]
+        first, others = _two_cases(graph, example, dims, seed)
+        states = [
+            _State(case, ran, dict(case.inputs)) for case, ran in _runs(reference, first, others, blocks)
+        ]
         walk = _Walk(graph, tolerance, states)
         results = [result for part in graph.parts() for result in walk.run(part)]
         results += walk.finish()
-    told = _told(blocks, results, graph)
+    told = _told(blocks, results, graph) + _unchosen(blocks, [state.ran for state in states])
     return Report(
         "torch",
         "onnxruntime-cpu, block by block",
@@ -152,15 +157,32 @@ def verify_blocks(
 
 def _two_cases(
     graph: CutGraph, example: Mapping[str, torch.Tensor], dims: Sequence[Dim], seed: int
-) -> list[Case]:
-    """The example, and other values at other sizes if there are any."""
+) -> tuple[Case, list[Case]]:
+    """The example, and what else to try, one of it: many tokens, so that every expert has some; any other size."""
     specs = graph.specs()
     arrays = {spec.name: as_numpy(example[spec.name]) for spec in specs}
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
-    made = cases(specs, ranges, arrays, seed)
-    first = next(made)
-    other = next((case for case in made if case.sizes != first.sizes and not case.reserve), None)
-    return [first] if other is None else [first, other]
+    at = [{dim.name: min(_MANY * dim.traced, dim.maximum or _MANY * dim.traced)} for dim in dims[-1:]]
+    first, *others = cases(specs, ranges, arrays, seed, at=at)
+    wide = {**first.sizes, **(at[0] if at else {})}
+    other = [case for case in others if case.sizes != first.sizes]
+    return first, sorted(other, key=lambda case: dict(case.sizes) != wide)[:3]
+
+
+def _runs(
+    reference: Subject, first: Case, others: Sequence[Case], blocks: list[str]
+) -> Iterator[tuple[Case, Ran]]:
+    """The example, and the first other case that the model takes."""
+    yield first, run_blocks(reference, first.inputs, blocks, MOST)
+    for case in others:
+        try:
+            ran = run_blocks(reference, case.inputs, blocks, MOST)
+        except MoeExportError:
+            raise
+        except Exception:  # whatever the model raises at sizes that it does not take
+            continue
+        yield case, ran
+        return
 
 
 def _told(blocks: Sequence[str], results: Sequence[CaseResult], graph: CutGraph) -> str:
@@ -174,6 +196,19 @@ def _told(blocks: Sequence[str], results: Sequence[CaseResult], graph: CutGraph)
         text += f"; not checked: {', '.join(missing)}"
     left = graph.count - len(graph.covered)
     return f"{text}; {left} nodes are in no part" if left else text
+
+
+def _unchosen(blocks: Sequence[str], runs: Sequence[Ran]) -> str:
+    """Experts that no token went to: their weights were multiplied by nothing."""
+    lines = []
+    for block in blocks:
+        choices = zip(*(run.blocks[block].chose for run in runs), strict=False)
+        for taken in choices:
+            count = taken[0].scores.shape[-1]
+            left = count - len({int(expert) for choice in taken for expert in choice.ids.reshape(-1)})
+            if left:
+                lines.append(f"{left} of {count} in {block}")
+    return f"; experts that no token chose: {', '.join(lines)}" if lines else ""
 
 
 def _is_of(result: CaseResult, block: str) -> bool:
@@ -224,7 +259,7 @@ class _Walk:
         return results
 
     def _judged(
-        self, state: _State, part: Part, seen: Seen, got: Mapping[str, Array], own: tuple[Array, ...]
+        self, state: _State, part: Part, seen: Seen, got: Mapping[str, Array], own: tuple[Choice, ...]
     ) -> CaseResult:
         """Hold what a part gives against what the block gave, or, before it, took; PyTorch's values go on."""
         expected = seen.gave if part.name == part.block else seen.took
@@ -238,12 +273,33 @@ class _Walk:
             rows.append(judge(label, right, got[name], self._tolerance.of(label, right.dtype.name)))
             state.values[name] = right
         if own:
-            told = judge_choices(Told({}, {}, seen.chose, own), self._tolerance)
-            rows += [replace(row, output=f"{row.output} of {part.name}") for row in told]
+            rows += self._choices(part, seen, own, expected)
         if not rows and part.block and part.name == part.block:
             reason = "nothing that leaves it in the graph is an output of the module"
             return self._result(state, part, "refused", reason)
         return self._result(state, part, "compared", rows=rows)
+
+    def _choices(
+        self, part: Part, seen: Seen, own: Sequence[Choice], gave: Sequence[Array]
+    ) -> Iterator[Judgement]:
+        """Choices that differ, and scores that do.
+
+        Scores may be float32 and come of float16: they are held to the narrowest type that the block gives. A choice
+        may differ between scores that are no further apart than the graph's and PyTorch's scores are, twice.
+        """
+        types = [leaf.dtype for leaf in gave if is_float(leaf.dtype)]
+        for index, (choice, mine) in enumerate(zip(seen.chose, own, strict=True)):
+            narrow = min([*types, choice.scores.dtype], key=lambda dtype: dtype.itemsize).name
+            label = f"scores {index} of {part.name}"
+            scores = judge(label, choice.scores, mine.scores, self._tolerance.of(label, narrow))
+            if not scores.ok:
+                yield scores
+            off = 2 * scores.max_abs if scores.ok and not math.isnan(scores.max_abs) else 0.0
+            usual = self._tolerance.of("", choice.scores.dtype.name)
+            margin = replace(usual, atol=max(usual.atol, off))
+            tolerance = replace(self._tolerance, outputs={"choice 0 scores": margin})
+            for row in judge_choices(Told({}, {}, (choice,), (mine.ids,)), tolerance):
+                yield replace(row, output=f"choice {index} of {part.name}")
 
     def finish(self) -> list[CaseResult]:
         """The outputs of the graph, as its own parts gave them, against the model's."""

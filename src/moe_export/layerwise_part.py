@@ -30,7 +30,7 @@ class PartRunner:
 
     def run(
         self, values: Mapping[str, Array], chose: Sequence[Choice]
-    ) -> tuple[dict[str, Array], tuple[Array, ...]]:
+    ) -> tuple[dict[str, Array], tuple[Choice, ...]]:
         """Run once.
 
         Args:
@@ -38,7 +38,7 @@ class PartRunner:
             chose: The choices to be told; if the part makes as many.
 
         Returns:
-            What it gives, and what it would have chosen itself where it was told.
+            What it gives, and what it would have chosen itself where it was told, with its scores.
         """
         if self._runner is None:
             self._open(values, len(chose))
@@ -49,9 +49,11 @@ class PartRunner:
             ids = choice.ids.reshape(-1, choice.ids.shape[-1]) if ranks[name] == 2 else choice.ids
             feeds[name] = np.asarray(ids, np.int64)
         found = self._runner.run(feeds)
-        return {name: found[name] for name in self._part.gives}, tuple(
-            found[name] for name in self._choices.made
+        own = tuple(
+            Choice(found[made].reshape(told.ids.shape), found[scores].reshape(told.scores.shape))
+            for made, scores, told in zip(self._choices.made, self._choices.scores, chose, strict=False)
         )
+        return {name: found[name] for name in self._part.gives}, own
 
     def _open(self, values: Mapping[str, Array], choices: int) -> None:
         proto = onnx.shape_inference.infer_shapes(self._graph.model_of(self._part, values))
