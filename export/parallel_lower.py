@@ -22,6 +22,7 @@ from moe_export.export.experts_lower import Opaque, Turn, finish, guarded, no_ro
 from moe_export.export.experts_onnx import Sorted, Writer, sort_by_expert
 from moe_export.export.experts_parts import EXPERT, PartsWriter
 from moe_export.export.experts_weights import ExpertWeights, Weight, known_array
+from moe_export.export.weights_follow import row_of, stacked
 
 DOMAIN = "moe_export"
 """Of the nodes that mark exchanges; none is left in a finished graph."""
@@ -86,7 +87,7 @@ def of_experts(w: Writer, weight: Weight, experts: Sequence[int], opset: int) ->
     array = known_array(weight, opset)
     if array is None:  # computed at run time: every rank computes the stack, and takes its part
         return w.op("Gather", weight, w.ints(*experts), axis=0)
-    return w.constant(array[list(experts)], f"{weight.name}.own")
+    return w.constant(stacked([row_of(array, expert) for expert in experts]), f"{weight.name}.own")
 
 
 def partial_sum(w: Writer, form: str, block: Opaque, experts: Sequence[int]) -> ir.Value:
@@ -135,11 +136,12 @@ def own_pairs(w: Writer, pairs: Sorted, count: int) -> tuple[Sorted, ir.Value]:
     """The sorted pairs of the first `count` bins, and their number (1,), which is the position of every other pair."""
     number = w.op("Slice", pairs.ends, w.ints(count - 1), w.ints(count), w.ints(0), name="own")
     first = [w.op("Slice", value, w.ints(0), number, w.ints(0)) for value in (pairs.token, pairs.slot)]
-    bins = [
+    counts, starts, ends = (
         w.op("Slice", value, w.ints(0), w.ints(count), w.ints(0))
         for value in (pairs.counts, pairs.starts, pairs.ends)
-    ]
-    return Sorted(first[0], first[1], *bins, w.op("Min", pairs.positions, number)), number
+    )
+    positions = w.op("Min", pairs.positions, number)
+    return Sorted(first[0], first[1], counts, starts, ends, positions), number
 
 
 def own_slices(w: Writer, own: Own) -> ir.Value:

@@ -103,7 +103,7 @@ def _tensors(stage: int, model: ir.Model) -> Iterable[dict[str, Any]]:
             "stage": stage,
             "of": "experts" if marks and all(mark.startswith("experts:") for mark in marks) else "all",
             "dtype": value.const_value.dtype.name.lower(),
-            "shape": [int(size) for size in value.const_value.shape],
+            "shape": [int(size) for size in value.const_value.shape],  # type: ignore[arg-type]
             "bytes": int(value.const_value.nbytes),
         }
 
@@ -139,7 +139,7 @@ def numpy_name(dtype: ir.DataType) -> str:
 
 
 def _spec(value: ir.Value) -> Spec:
-    sizes: Sequence[Any] = value.shape or ()
+    sizes: Sequence[Any] = tuple(value.shape or ())
     return value.dtype or ir.DataType.FLOAT, tuple(
         size if isinstance(size, int) else size.value for size in sizes
     )

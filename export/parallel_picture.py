@@ -155,8 +155,8 @@ def _caption(one: Flow) -> str:
     between = one.between
     away = int(between.sum() - np.trace(between))
     return (
-        f"{away} of {int(between.sum())} rows go to another rank: {one.bytes_there} bytes there, {one.bytes_back} back; "
-        f"{one.bytes} bytes in all"
+        f"{away} of {int(between.sum())} rows go to another rank: {one.bytes_there} bytes there, "
+        f"{one.bytes_back} back; {one.bytes} bytes in all"
     )
 
 

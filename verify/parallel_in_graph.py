@@ -54,7 +54,7 @@ class InGraphRank(Rank):
 
         def exchanged(name: str, array: Array) -> Array:
             place, exchange = self._places[name]
-            asked.put(self._given(place, exchange, array))
+            asked.put(self._asked(place, exchange, array))
             got = answers.get()
             if got is None:
                 raise RunFailedError("the run was given up")
@@ -82,7 +82,7 @@ class InGraphRank(Rank):
         finally:
             answers.put(None)
 
-    def _given(self, place: int, exchange: Exchange, array: Array) -> Given:
+    def _asked(self, place: int, exchange: Exchange, array: Array) -> Given:
         array = np.ascontiguousarray(array)
         rows = None
         if exchange.kind == "all_to_all":

@@ -292,7 +292,7 @@ class _Reader:
     def _object(self, item: Any, where: str) -> Mapping[str, Any]:
         if not isinstance(item, dict):
             self._wrong(where or "it", f"is a {type(item).__name__}, not an object")
-        return item  # type: ignore[no-any-return]
+        return item
 
     def _get(self, found: Mapping[str, Any], name: str, where: str) -> Any:
         if name not in found:

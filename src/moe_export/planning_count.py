@@ -269,7 +269,8 @@ def _dims(graph: fx.Graph) -> tuple[dict[str, int], dict[str, str]]:
     for node in graph.nodes:
         value = value_of(node)
         if node.op == "placeholder" and isinstance(value, torch.Tensor):
-            for axis, size in enumerate(value.shape):
+            shape: Sequence[Any] = value.shape
+            for axis, size in enumerate(shape):
                 if isinstance(size, torch.SymInt) and str(size).isidentifier() and str(size) not in found:
                     found[str(size)] = _hint(size)
                     names[str(size)] = default_name(value, axis, node.name)

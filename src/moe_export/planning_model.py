@@ -144,12 +144,13 @@ def trace_weightless(model: Weightless) -> ExportedProgram:
                 every_expert_hit(),
                 user_lines(),
             ):
-                return torch.export.export(
+                program: ExportedProgram = torch.export.export(
                     _Flat(model.module, flat, spec).eval(),
                     tensors,
                     dynamic_shapes={"tensors": sizes},
                     strict=False,
                 ).run_decompositions({})
+            return program
         except Exception as error:
             first = first or error
     assert first is not None
