@@ -28,7 +28,7 @@
 | `float64_graph`, `float64_operators` | a graph in float64 |
 | `mutants`, `mutants_weights`, `mutants_nodes`, `mutants_baked` | wrong copies of a right graph: can the gate fail? |
 | `parallel`, `parallel_group`, `parallel_watch` | ranks as processes: run and compare them, exchange, see who died |
-| `parallel_manifest`, `parallel_rank`, `parallel_slices`, `parallel_in_graph` | what ranks run, and whose rows are whose |
+| `parallel_manifest`, `parallel_rank`, `parallel_slices`, `parallel_in_graph` | what ranks run, whose rows are whose |
 
 A new engine is a class with a `name` and a `run`; nothing else here needs to know of it.
 """
