@@ -20,7 +20,7 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 | `opset`, `provenance` | exactly the opset asked for; where each node comes from |
 | `naming`, `functions` | names from modules and variables; modules as functions |
 | `simplify` | onnxsim's proposal, taken if it is smaller and right |
-| `parallel_placement`, `parallel_lower`, `parallel_dispatch` | experts on ranks: who has which, a rank's part of a block |
+| `parallel_placement`, `parallel_lower`, `parallel_dispatch` | who has which experts; a rank's part of a block |
 | `parallel_stages`, `parallel_collectives`, `parallel_ranks` | a graph cut where ranks exchange; all ranks of a model |
 | `parallel_manifest`, `parallel_picture` | what the graphs of ranks are, as JSON and as a picture |
 | `pipeline` | all of it in order |
