@@ -26,6 +26,7 @@
 | `guilty_level`, `guilty_turns`, `guilty_optimised` | inside bodies, turn by turn; only as optimised |
 | `guilty_overlay`, `repro` | each node's error for Netron; a fault as a folder that runs |
 | `float64_graph`, `float64_operators` | a graph in float64 |
+| `bodies` | the graphs within a graph, and what nodes read through them |
 | `mutants`, `mutants_weights`, `mutants_nodes`, `mutants_baked` | wrong copies of a right graph: can the gate fail? |
 | `parallel`, `parallel_group`, `parallel_watch` | ranks as processes: run and compare them, exchange, see who died |
 | `parallel_manifest`, `parallel_rank`, `parallel_slices`, `parallel_in_graph` | what ranks run, whose rows are whose |

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
@@ -26,6 +26,7 @@ import numpy as np
 import onnx
 from onnx.inliner import inline_local_functions
 
+from moe_export.verify.bodies import all_nodes, bodies, reads
 from moe_export.verify.einsum_cost import einsum_flops
 from moe_export.verify.specs import Array
 
@@ -140,7 +141,7 @@ def parts_of(model: onnx.ModelProto) -> dict[str, str]:
     Read off the `block` and `module` metadata of its nodes. Beside the blocks stand the outermost modules that neither
     hold a block nor lie in one.
     """
-    nodes = [*_every_node(model.graph), *(node for function in model.functions for node in function.node)]
+    nodes = [*all_nodes(model.graph), *(node for function in model.functions for node in function.node)]
     facts = [{entry.key: entry.value for entry in node.metadata_props} for node in nodes]
     kinds: dict[str, list[str]] = {}
     for kind, _, path in (fact["block"].partition(":") for fact in facts if "block" in fact):
@@ -165,21 +166,10 @@ def _outermost(module: str, blocks: Sequence[str]) -> str:
 
 def _named(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     """Every node under a name of its own, which it is given."""
-    nodes = {f"n{number}": node for number, node in enumerate(_every_node(graph))}
+    nodes = {f"n{number}": node for number, node in enumerate(all_nodes(graph))}
     for name, node in nodes.items():
         node.name = name
     return nodes
-
-
-def _every_node(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for body in _bodies(node):
-            yield from _every_node(body)
-
-
-def _bodies(node: onnx.NodeProto) -> list[onnx.GraphProto]:
-    return [attribute.g for attribute in node.attribute if attribute.type == onnx.AttributeProto.GRAPH]
 
 
 @dataclass(frozen=True)
@@ -261,14 +251,14 @@ class _Count:
         names = [name for name in self._nodes if counts(name)]
         read = {value for name in names for value in self._nodes[name].input}
         made = {value for name in names for value in self._nodes[name].output}
-        bodies = {name for name in self._nodes if _bodies(self._nodes[name])}
+        loops = {name for name in self._nodes if bodies(self._nodes[name])}
         return Work(
             nodes=len(names),
             flops=sum(self._flops[name] for name in names),
             weight_bytes=sum(self._weights.get(value, 0) for value in read),
             activation_bytes=self._peak(self._graph, made),
             milliseconds=sum(
-                run.milliseconds for name in names if name not in bodies for run in self._runs.get(name, ())
+                run.milliseconds for name in names if name not in loops for run in self._runs.get(name, ())
             ),
         )
 
@@ -277,7 +267,7 @@ class _Count:
         owner: dict[str, str] = {}  # a view → whose memory it is
         last: dict[str, int] = {}
         for index, node in enumerate(graph.node):
-            for value in _reads(node):
+            for value in reads(node):
                 last[owner.get(value, value)] = index
             if node.op_type in _VIEWS:
                 owner[node.output[0]] = owner.get(node.input[0], node.input[0])
@@ -285,7 +275,7 @@ class _Count:
         freed: dict[int, list[str]] = {}
         alive = most = 0
         for index, node in enumerate(graph.node):
-            inner = max((self._peak(body, made) for body in _bodies(node)), default=0)
+            inner = max((self._peak(body, made) for body in bodies(node).values()), default=0)
             for value in node.output:
                 if value in made and value not in owner and node.op_type != "Constant":
                     alive += self._sizes.get(value, 0)
@@ -293,13 +283,6 @@ class _Count:
             most = max(most, alive + inner)
             alive -= sum(self._sizes.get(value, 0) for value in freed.pop(index, ()))
         return most
-
-
-def _reads(node: onnx.NodeProto) -> list[str]:
-    """What a node reads, its bodies included."""
-    inner = [value for body in _bodies(node) for within in body.node for value in _reads(within)]
-    outer = [value.name for body in _bodies(node) for value in body.output]
-    return [*node.input, *inner, *outer]
 
 
 def _block_of(node: onnx.NodeProto, blocks: Mapping[str, str]) -> str:

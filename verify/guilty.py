@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import onnx
 
+from moe_export.verify.bodies import bodies, reads
 from moe_export.verify.guilty_difference import differences
 from moe_export.verify.guilty_gap import NONE, Gap, gap
-from moe_export.verify.guilty_level import Cut, Level, Value, bodies, reads
+from moe_export.verify.guilty_level import Cut, Level, Value
 from moe_export.verify.guilty_reference import ReferenceValues
 from moe_export.verify.guilty_turns import turns
 from moe_export.verify.runner import one_line

@@ -7,7 +7,7 @@ those inside them, is looked at in the same way as the graph around it, a turn a
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -15,6 +15,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import onnx
 
+from moe_export.verify.bodies import reads
 from moe_export.verify.specs import Array, numpy_dtype
 
 Value: TypeAlias = "Array | list[Array]"
@@ -191,31 +192,6 @@ class Level:
         taken = {value.name: feeds[value.name] for value in made.graph.input}
         arrays = run_model(made, taken, level)
         return dict(zip(names, arrays, strict=True))
-
-
-def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that a node reads, those that its bodies take from outside included."""
-    yield from (name for name in node.input if name)
-    for body in bodies(node).values():
-        yield from captured(body)
-
-
-def captured(graph: onnx.GraphProto) -> Iterator[str]:
-    """Names that a body takes from outside."""
-    inside = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-    inside |= {name for node in graph.node for name in node.output}
-    for node in graph.node:
-        yield from (name for name in reads(node) if name not in inside)
-    yield from (value.name for value in graph.output if value.name not in inside)
-
-
-def bodies(node: onnx.NodeProto) -> dict[str, onnx.GraphProto]:
-    """The bodies of a node, by attribute."""
-    return {
-        attribute.name: attribute.g
-        for attribute in node.attribute
-        if attribute.type == onnx.AttributeProto.GRAPH
-    }
 
 
 def value_info(name: str, value: Value) -> onnx.ValueInfoProto:

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import onnx
 
+from moe_export.verify.bodies import all_nodes
 from moe_export.verify.guilty import Guilt, NodeError
 
 OWN, RATIO, INHERITED, GUILTY = "own error", "own error / rounding", "inherited error", "guilty"
@@ -31,7 +32,7 @@ def with_errors(model: onnx.ModelProto, guilt: Guilt) -> onnx.ModelProto:
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     worst = _worst(guilt)
-    for node in _nodes(copy.graph):
+    for node in all_nodes(copy.graph):
         error = next((worst[name] for name in node.output if name in worst), None)
         if error is not None:
             _put(node, facts(error))
@@ -75,14 +76,6 @@ def _worst(guilt: Guilt) -> dict[str, NodeError]:
         if error.node not in by_node or error.ratio > by_node[error.node].ratio:
             by_node[error.node] = error
     return {error.value: by_node[error.node] for error in guilt.nodes}
-
-
-def _nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    for node in graph.node:
-        yield node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _nodes(attribute.g)
 
 
 def _put(node: onnx.NodeProto, shown: Mapping[str, str]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from moe_export.verify.guilty_level import Level, Session, Value, bodies, captured
+from moe_export.verify.bodies import bodies, captured
+from moe_export.verify.guilty_level import Level, Session, Value
 
 
 @dataclass(frozen=True)

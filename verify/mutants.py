@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from moe_export.verify.bodies import all_graphs, bodies
 from moe_export.verify.specs import Array
 
 KINDS = (
@@ -99,9 +100,8 @@ def places(
     """Every node of a graph and of the bodies in it."""
     for index, node in enumerate(graph.node):
         yield Place(path, index), node
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from places(attribute.g, (*path, (index, attribute.name)))
+        for name, body in bodies(node).items():
+            yield from places(body, (*path, (index, name)))
 
 
 def name_of(node: onnx.NodeProto) -> str:
@@ -124,7 +124,11 @@ class Constants:
     @classmethod
     def of(cls, model: onnx.ModelProto) -> Constants:
         """Those of a model."""
-        arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in _initializers(model.graph)}
+        arrays = {
+            tensor.name: onnx.numpy_helper.to_array(tensor)
+            for graph in all_graphs(model.graph)
+            for tensor in graph.initializer
+        }
         readers: dict[str, list[tuple[onnx.NodeProto, int]]] = {name: [] for name in arrays}
         for _, node in places(model.graph):
             for index, name in enumerate(node.input):
@@ -141,21 +145,13 @@ def replace_constants(new: dict[str, Array]) -> Change:
     """Put other arrays in place of initializers."""
 
     def change(model: onnx.ModelProto) -> None:
-        for tensor in _initializers(model.graph):
+        for tensor in (each for graph in all_graphs(model.graph) for each in graph.initializer):
             if tensor.name in new:
                 tensor.CopyFrom(
                     onnx.numpy_helper.from_array(np.ascontiguousarray(new[tensor.name]), tensor.name)
                 )
 
     return change
-
-
-def _initializers(graph: onnx.GraphProto) -> Iterator[onnx.TensorProto]:
-    yield from graph.initializer
-    for node in graph.node:
-        for attribute in node.attribute:
-            if attribute.type == onnx.AttributeProto.GRAPH:
-                yield from _initializers(attribute.g)
 
 
 def by_kind(mutants: Sequence[Mutant], limit: int) -> list[Mutant]:

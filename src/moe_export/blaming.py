@@ -38,9 +38,10 @@ from moe_export.export.provenance import (
 from moe_export.export.source import line_of
 from moe_export.export.subject import Subject
 from moe_export.export.trace import SCOPE, Traced, quiet, trace
+from moe_export.verify.bodies import bodies
 from moe_export.verify.guilty import Guilt, NodeError, find_guilty
 from moe_export.verify.guilty_difference import constant_difference
-from moe_export.verify.guilty_level import Level, Value, bodies
+from moe_export.verify.guilty_level import Level, Value
 from moe_export.verify.guilty_optimised import OptimisedGuilt, find_guilty_optimisation, wrong_level
 from moe_export.verify.guilty_reference import GivenValues, GraphValues, ReferenceValues
 from moe_export.verify.specs import Array
