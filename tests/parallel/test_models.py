@@ -1,4 +1,4 @@
-"""Whole models on ranks, as real processes: the blocks of models/, a hybrid of Mamba, attention and experts, Mixtral."""
+"""Models on ranks, as real processes: the blocks of models/, a hybrid of Mamba, attention and experts, Mixtral."""
 
 from __future__ import annotations
 
