@@ -55,11 +55,12 @@ def write_experts(
         NotExportableError: A body has no ONNX form.
     """
     notes = []
+    bodies = _Bodies()
     for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]:
         number = node.attributes[NUMBER].as_int()
         block = blocks[number]
         name, reason = choose(choice, block.experts.count, target), ""
-        opaque = _opaque(node, block, model)
+        opaque = _opaque(node, block, model, bodies)
         writer, form = Writer(model.graph, f"experts_{number}"), write or _write
         try:
             result = form(writer, name, opaque)
@@ -133,6 +134,37 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
     return take_apart(exported.model.graph, len(block.experts.shared))
 
 
+class _Bodies:
+    """Bodies in ONNX: layers that are alike have the same, which is made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, int], Parts] = {}
+
+    def of(self, block: Block, opset: int) -> Parts:
+        """The body of a block."""
+        key = (_written(block.program), len(block.experts.shared))
+        if block.program.state_dict or block.program.constants:  # what they hold is not in the text
+            return _body(block.program, block, opset)
+        if key not in self._made:
+            self._made[key] = _body(block.program, block, opset)
+        return self._made[key]
+
+
+def _written(program: ExportedProgram) -> str:
+    """A program as text: its operators, and shapes and types of its values, sizes counted as they come."""
+    sizes: dict[str, str] = {}
+    types = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            shape = [
+                str(size) if isinstance(size, int) else sizes.setdefault(str(size), f"n{len(sizes)}")
+                for size in value.shape
+            ]
+            types.append(f"{value.dtype}{shape}")
+    return "\n".join([str(program.graph_module.code), *types])
+
+
 def _batched(block: Block) -> ExportedProgram:
     experts = block.experts
     try:
@@ -145,7 +177,7 @@ def _batched(block: Block) -> ExportedProgram:
         ) from error
 
 
-def _opaque(node: ir.Node, block: Block, model: ir.Model) -> Opaque:
+def _opaque(node: ir.Node, block: Block, model: ir.Model, bodies: _Bodies) -> Opaque:
     opset = model.opset_imports[""]
     values = [value for value in node.inputs if value is not None]
     experts = block.experts
@@ -161,7 +193,7 @@ def _opaque(node: ir.Node, block: Block, model: ir.Model) -> Opaque:
         indices=values[0],
         shared=shared,
         weights=weights,
-        parts=_body(block.program, block, opset),
+        parts=bodies.of(block, opset),
         batched=lambda: _body(_batched(block), block, opset),
         count=experts.count,
         slots=int(indices.shape[1]) if indices.dim() == 2 else 1,
