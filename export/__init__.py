@@ -24,7 +24,9 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 | `parallel_stages`, `parallel_collectives`, `parallel_ranks` | a graph cut where ranks exchange; all ranks of a model |
 | `parallel_manifest`, `parallel_picture` | what the graphs of ranks are, as JSON and as a picture |
 | `pipeline` | all of it in order |
-| `write` | whole files or none |
+| `weights_files`, `weights_stand_in`, `weights_zero`, `weights_values` | weights in files: opened, stood in for |
+| `weights_recipe`, `weights_follow`, `weights_place` | where a weight is stored, and what is done to it |
+| `stream_write`, `write` | weights as a stream, copied or referenced; whole files or none |
 | `source` | lines of the user's code, for errors and metadata |
 """
 

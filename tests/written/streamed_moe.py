@@ -86,7 +86,8 @@ class Layer(nn.Module):
     def forward(self, x):
         batch, length, hidden = x.shape
         q, k, v = (
-            part.view(batch, length, -1, HEAD).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1)
+            part.view(batch, length, -1, HEAD).transpose(1, 2)
+            for part in self.qkv(self.norm1(x)).chunk(3, -1)
         )
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).reshape(batch, length, hidden))
