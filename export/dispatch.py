@@ -58,7 +58,12 @@ class Dispatch:
 
 
 def find_dispatches(subject: Subject) -> tuple[Dispatch, ...]:
-    """Run a model on its example inputs and read off where every gate sent every token."""
+    """Run a model on its example inputs and read off where every gate sent every token.
+
+    Raises:
+        UsageError: Its weights are in files, and more than are read as a whole.
+    """
+    subject.require_weights()
     traced = trace(subject)
     routings = [routing for routing in find_routings(traced) if routing.choices[0].tokens is None]
     return tuple(_dispatch(routing, traced) for routing in routings)

@@ -64,7 +64,7 @@ def operators(subject: Subject, example: Example) -> int | None:
     count = _Count()
     with torch.no_grad(), count:
         try:
-            subject.call_named({name: tensor.clone() for name, tensor in example.items()})
+            subject.call([example[name].clone() for name in subject.inputs])
         except Exception:
             return None
     return count.operators

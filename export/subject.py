@@ -72,8 +72,27 @@ class Subject:
             return list(leaves(self.module(*args, **kwargs)))
 
     def call_named(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
-        """Run the model on tensors by input name."""
+        """Run the model on tensors by input name, for its values.
+
+        Raises:
+            UsageError: Its weights are in files, and more than are read as a whole.
+        """
+        self.require_weights()
         return self.call([tensors[name] for name in self.inputs])
+
+    def require_weights(self) -> None:
+        """Refuse what asks for values where there are none.
+
+        Raises:
+            UsageError: The weights are in files, and more than are read as a whole.
+        """
+        if self.weights is not None and self.weights.absent:
+            raise UsageError(
+                "this runs the model as a whole, and its weights are not in memory: "
+                f"{self.weights.nbytes / 2**30:.1f} GiB in {self.weights.files[0].name} and others",
+                where=str(self.source),
+                hint="load them in the model file, with load_state_dict; export and verify need not: docs/weights.md",
+            )
 
 
 class _Slot:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import mmap
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,6 +137,11 @@ def filled(tensors: Iterable[Any]) -> Iterator[None]:
     finally:
         for item in items:
             item.free()
+
+
+def in_memory(module: nn.Module) -> AbstractContextManager[None]:
+    """Have the weights of a module in memory for a while: all of them, so it should be a gate, or fit."""
+    return filled([*module.parameters(), *module.buffers()])
 
 
 def attach_weights(module: nn.Module, path: Path, memory: int, source: Path) -> StandIns:

@@ -26,7 +26,7 @@ from moe_export.export.pipeline import Graph, as_numpy
 from moe_export.export.stream_write import Storage
 from moe_export.export.subject import Subject
 from moe_export.export.trace import quiet
-from moe_export.export.weights_stand_in import filled
+from moe_export.export.weights_stand_in import in_memory
 from moe_export.export.write import link_weights
 from moe_export.layerwise_graph import CutGraph, Part, nearest
 from moe_export.layerwise_part import PartRunner
@@ -59,8 +59,7 @@ _MANY = 16
 
 def filled_weights(graph: Graph) -> AbstractContextManager[None]:
     """The weights of a graph's reference, in memory for a while: those of a gate are few."""
-    module = graph.reference.module
-    return filled([*module.parameters(), *module.buffers()])
+    return in_memory(graph.reference.module)
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def _run(
             for handle in _hooks(subject.module.get_submodule(path), path, seen, watcher, weights):
                 stack.callback(handle.remove)
         with torch.no_grad():
-            found = subject.call_named({name: tensor.clone() for name, tensor in inputs.items()})
+            found = subject.call([inputs[name].clone() for name in subject.inputs])
     return Ran(seen, {name: to_numpy(out) for name, out in zip(subject.outputs, found, strict=True)})
 
 

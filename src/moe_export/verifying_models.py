@@ -22,6 +22,7 @@ from moe_export.export.script import run_file
 from moe_export.export.source import is_user_file
 from moe_export.export.subject import Subject
 from moe_export.export.trace import Traced, quiet, trace
+from moe_export.export.weights_stand_in import in_memory
 from moe_export.layerwise_sides import by_blocks, compare_blocks
 from moe_export.matching import match_graph, reference_of
 from moe_export.sides import GraphRunner, Side, graph_routing, graph_runner, metadata
@@ -88,34 +89,35 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
     dtype = facts.get("moe_export.dtype", "float32")
     runner = graph_runner(candidate, dtype)
     subject, routing = reference_of(original, facts)
-    wish = request.wish if subject is original else replace(request.wish, own=None)
-    matched = match_graph(runner, subject, routing)
-    tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
-    tolerance = tolerance_of(dtype, request.tolerance)
-    remembering = Remembering(runner)
-    report = verify_file(
-        cast(GraphRunner, remembering),  # it has what a runner of graphs has
-        matched.subject,
-        example=matched.example,
-        dims=matched.dims,
-        routing=matched.routing,
-        tolerance=tolerance,
-        seed=request.seed,
-        graph=candidate.path if tells else None,
-        provider=candidate.provider,
-        wish=wish,
-        recorder=request.recorder,
-        about={"candidate": candidate.text, "reference": called, **line_of(original)},
-        narrow=dtype,
-    )
-    if request.why is not None and candidate.kind == "graph":
-        found = explain(
-            candidate.path, remembering, report, original, matched.subject, tolerance, matched.routing
+    with in_memory(subject.module):
+        wish = request.wish if subject is original else replace(request.wish, own=None)
+        matched = match_graph(runner, subject, routing)
+        tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
+        tolerance = tolerance_of(dtype, request.tolerance)
+        remembering = Remembering(runner)
+        report = verify_file(
+            cast(GraphRunner, remembering),  # it has what a runner of graphs has
+            matched.subject,
+            example=matched.example,
+            dims=matched.dims,
+            routing=matched.routing,
+            tolerance=tolerance,
+            seed=request.seed,
+            graph=candidate.path if tells else None,
+            provider=candidate.provider,
+            wish=wish,
+            recorder=request.recorder,
+            about={"candidate": candidate.text, "reference": called, **line_of(original)},
+            narrow=dtype,
         )
-        if request.inside and found is None and not report.exit_code:
-            found = look_inside(candidate.path, remembering, report, original, matched.subject)
-        request.why.extend([] if found is None else [found])
-    return report
+        if request.why is not None and candidate.kind == "graph":
+            found = explain(
+                candidate.path, remembering, report, original, matched.subject, tolerance, matched.routing
+            )
+            if request.inside and found is None and not report.exit_code:
+                found = look_inside(candidate.path, remembering, report, original, matched.subject)
+            request.why.extend([] if found is None else [found])
+        return report
 
 
 def _float64_against_graph(candidate: Side, reference: Side, request: Request, original: Subject) -> Report:

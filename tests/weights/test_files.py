@@ -12,6 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moe_export.errors import UsageError
+from moe_export.export.dispatch import find_dispatches
+from moe_export.export.load import load_subject
 from moe_export.export.weights_files import open_weights
 from moe_export.export.weights_stand_in import SMALL, absent_among, attach_weights, filled, stand_in_of
 from moe_export.export.weights_zero import ZeroProducts
@@ -180,3 +182,26 @@ def test_biases_are_still_added(tmp_path):
     attach_weights(layer, tmp_path / "w.safetensors", 0, tmp_path)
     with torch.no_grad(), ZeroProducts():
         assert np.array_equal(layer(torch.ones(2, 128))[1].numpy(), np.arange(256.0))
+
+
+def test_what_asks_for_values_is_refused_without_them(tmp_path):
+    save_file({"0.weight": torch.ones(300, 128)}, tmp_path / "w0.safetensors")
+    source = tmp_path / "model.py"
+    source.write_text(MODEL)
+    subject = load_subject(str(source), memory=0)
+    with pytest.raises(UsageError, match="runs the model as a whole, and its weights are not in memory"):
+        subject.call_named(subject.inputs)
+    with pytest.raises(UsageError, match="not in memory"):
+        find_dispatches(subject)
+    assert load_subject(str(source)).call_named(subject.inputs)[0].any()
+
+
+MODEL = """
+import torch
+from torch import nn
+
+with torch.device("meta"):
+    model = nn.Sequential(nn.Embedding(300, 128), nn.ReLU())
+weights = "w0.safetensors"
+example_inputs = (torch.arange(4),)
+"""
