@@ -22,6 +22,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from moe_export.export.bodies import bodies
 from moe_export.export.precision_write import write_casts
 from moe_export.export.provenance import MODULE
 
@@ -142,10 +143,7 @@ def _counts(node: ir.Node) -> bool:
 
 def _allowed(node: ir.Node, dtype: ir.DataType, opset: int) -> bool:
     """Whether ONNX has the operator in the narrow type, and it is one whose types follow its inputs."""
-    if node.domain not in {"", "ai.onnx"} or any(
-        attribute.type in {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}
-        for attribute in node.attributes.values()
-    ):
+    if node.domain not in {"", "ai.onnx"} or bodies(node):
         return False
     if any(
         value.type is not None and not isinstance(value.type, ir.TensorType) for value in _all_values(node)
