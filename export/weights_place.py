@@ -43,7 +43,7 @@ def place_recipes(model: ir.Model) -> None:
 
 def _recipe(raw: torch.Tensor, tensor: ir.TensorProtocol) -> Recipe:
     item = stand_in_of(raw)
-    if item is None:
+    if item is None or (item.full and not is_whole(raw, item)):
         return Held(tensor.numpy, tensor.dtype, tuple(raw.shape))
     if not is_whole(raw, item):
         raise NotExportableError(

@@ -118,7 +118,8 @@ def stand_in_of(tensor: Any) -> StandIn | None:
 
 def is_whole(tensor: torch.Tensor, item: StandIn) -> bool:
     """Whether a tensor is the weight itself, not a view of another shape."""
-    return tensor.shape == item.tensor.shape and tensor.stride() == item.tensor.stride()
+    own = item.tensor
+    return (tensor.shape, tensor.stride(), tensor.dtype) == (own.shape, own.stride(), own.dtype)
 
 
 def absent_among(tensors: Iterable[Any]) -> bool:

@@ -172,6 +172,26 @@ def test_half_precision_is_a_step_of_the_recipe(tmp_path):
     assert any("25 cast" in note and "3 cast and transposed" in note for note in notes)
 
 
+LIVE = """
+import torch
+from torch import nn
+
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(128, 256), nn.ReLU(), nn.Linear(256, 128))
+example_inputs = (torch.randn(4, 3, 128),)
+"""
+
+
+def test_a_large_live_model_is_streamed_from_its_own_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("moe_export.export.weights_place.STREAMED", 1000)
+    (tmp_path / "live.py").write_text(LIVE)
+    assert run(["export", str(tmp_path / "live.py"), "-o", str(tmp_path), "-q"]) == 0
+    model = onnx.load(tmp_path / "live.onnx", load_external_data=False)
+    outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    assert len(outside) == 2
+    assert not any(node.op_type == "Transpose" for node in model.graph.node)
+
+
 LOOP = """
 import torch
 from torch import nn
