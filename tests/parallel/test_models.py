@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import streamed_moe
 from parallel_stack import export
 
+from moe_export.cli import run
 from moe_export.verify.parallel_manifest import read_manifest
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -55,3 +57,14 @@ def test_mixtral(torchrun, tmp_path, exchange):
     one = 3 * 32 * 48 * 4
     for graph in manifest.graphs:
         assert 2 * one <= graph.expert_bytes <= 2 * one + 6000
+
+
+@pytest.mark.slow
+def test_weights_in_files_are_never_in_memory_as_a_whole(torchrun, tmp_path):
+    """Each rank's file refers to its own experts' rows; what all ranks have is stored once."""
+    streamed_moe.write_files(tmp_path, (4, 128, 96, 2, 600))
+    command = ["export", tmp_path / "model.py", "-o", tmp_path, "--gate", "none", "-q", "--memory", "1KB"]
+    assert run([*map(str, command), "--expert-parallel", "2"]) == 0
+    manifest = checked(torchrun, tmp_path / "model.parallel.json")
+    stored = sum(path.stat().st_size for path in tmp_path.glob("model.rank*.onnx"))
+    assert stored < sum(graph.bytes for graph in manifest.graphs) / 4
