@@ -16,7 +16,7 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 """Okabe and Ito's, for ranks; with many ranks they come again."""
 _WIDTH, _MARGIN, _ROW, _GAP, _HEAD = 760, 16, 18, 12, 46
 _LEFT, _RIGHT = 170, 470
-_BAR = 150
+_BAR = 120
 
 
 @dataclass(frozen=True)
