@@ -14,14 +14,14 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree as pytree
 
-from moe_export.errors import NotExportableError, UsageError
+from moe_export.errors import MoeExportError, NotExportableError, UsageError
 from moe_export.export.arguments import parse_init, parse_input
 from moe_export.export.experts_trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.idioms_numbers import symbolic_numbers
 from moe_export.export.load import split_spec
 from moe_export.export.script import run_file
-from moe_export.export.source import last_model_line
+from moe_export.export.source import last_model_line, last_user_line
 from moe_export.export.trace import quiet
 
 
@@ -57,12 +57,26 @@ def load_weightless(spec: str, init: Sequence[str] = (), inputs: Sequence[str] =
             found = _found(path, name, init, inputs)
         made = False
     except Exception:  # whatever it needed values for; it is run as it is, and says what else is wrong
-        found, made = _found(path, name, init, inputs), True
+        found, made = _with_weights(path, name, init, inputs), True
     module, args, kwargs = found
     args, kwargs = pytree.tree_map(
         lambda leaf: leaf.detach().to("meta") if isinstance(leaf, torch.Tensor) else leaf, (args, kwargs)
     )
     return Weightless(module.to("meta").eval(), tuple(args), kwargs, path, made)
+
+
+def _with_weights(
+    path: Path, name: str | None, init: Sequence[str], inputs: Sequence[str]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    try:
+        return _found(path, name, init, inputs)
+    except MoeExportError:
+        raise
+    except Exception as error:
+        raise UsageError(
+            f"the model in {path.name} raised {type(error).__name__}: {error}",
+            where=last_user_line(error) or str(path),
+        ) from error
 
 
 def _found(
@@ -76,6 +90,8 @@ def _found(
     if model is not None and example is not None:
         model = model if isinstance(model, nn.Module) else model()
         example = example() if callable(example) else example
+        if not isinstance(model, nn.Module):
+            raise UsageError(f"`model` in {path.name} is a {type(model).__name__}, not an nn.Module")
         if isinstance(example, Mapping):
             return model, (), dict(example)
         return model, tuple(example) if isinstance(example, (tuple, list)) else (example,), {}

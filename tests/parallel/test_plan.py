@@ -135,6 +135,24 @@ def test_what_is_no_size(text, tmp_path, capsys):
     assert f"--memory is a size, not {text!r}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("def model():\n    return 1 / 0\nexample_inputs = ()\n", "raised ZeroDivisionError"),
+        ("model = 3 .__class__\nexample_inputs = ()\n", "is a int, not an nn.Module"),
+        ("x = 1\n", "no model in net.py"),
+        ("x = (\n", "syntax"),
+    ],
+)
+def test_a_file_without_a_model_says_so(tmp_path, capsys, text, says):
+    source = tmp_path / "net.py"
+    source.write_text(text)
+    assert run(["plan", str(source)]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert "Traceback" not in err
+
+
 def test_sizes_are_told():
     assert [human(size) for size in (7, 24_576, 80e9, 123_456_789)] == ["7 B", "24.6 KB", "80.0 GB", "123 MB"]
 
