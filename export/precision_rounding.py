@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from moe_export.export.bodies import bodies
+
 NARROW, WIDE = {ir.DataType.BFLOAT16, ir.DataType.FLOAT16}, ir.DataType.FLOAT
 
 
 def with_float32_kernels(model: ir.Model) -> ir.Model:
     """A copy of a graph in which only `Cast` reads or writes narrow values; they are the same, in the same places."""
     copy = model.clone()
-    for graph in (copy.graph, *(body for node in copy.graph.all_nodes() for body in _bodies(node))):
+    for graph in (copy.graph, *(body for node in copy.graph.all_nodes() for body in bodies(node))):
         for node in list(graph):
             if node.op_type not in {"Cast", "Constant"} and not _only_hands_on(node):
                 _widen(node)
@@ -25,15 +27,10 @@ def with_float32_kernels(model: ir.Model) -> ir.Model:
 def _only_hands_on(node: ir.Node) -> bool:
     """Whether it computes nothing itself: it runs bodies, or puts tensors into sequences and takes them out."""
     values = [*node.inputs, *node.outputs]
-    return bool(_bodies(node)) or any(
+    return bool(bodies(node)) or any(
         value is not None and value.type is not None and not isinstance(value.type, ir.TensorType)
         for value in values
     )
-
-
-def _bodies(node: ir.Node) -> list[ir.Graph]:
-    attributes = node.attributes.values()
-    return [attribute.as_graph() for attribute in attributes if attribute.type is ir.AttributeType.GRAPH]
 
 
 def _widen(node: ir.Node) -> None:

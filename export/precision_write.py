@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.export.bodies import bodies
 from moe_export.export.weights_place import narrowed
 from moe_export.export.weights_recipe import RecipeTensor
 
@@ -47,7 +48,7 @@ class _Writer:
             for index, value in enumerate(node.inputs):
                 if value in self._narrow:
                     node.replace_input_with(index, self._as(value, FLOAT))
-            for body in _bodies(node):
+            for body in bodies(node):
                 self._widen_captured(body)
             return
         for index, value in enumerate(node.inputs):
@@ -132,16 +133,6 @@ class _Writer:
         for index, value in enumerate(body.outputs):
             if value in self._narrow:
                 body.outputs[index] = self._as(value, FLOAT)
-
-
-def _bodies(node: ir.Node) -> list[ir.Graph]:
-    found = []
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            found.append(attribute.as_graph())
-        elif attribute.type is ir.AttributeType.GRAPHS:
-            found += list(attribute.as_graphs())
-    return found
 
 
 def _drop_unused(graph: ir.Graph) -> None:

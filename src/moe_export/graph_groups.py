@@ -11,11 +11,12 @@ What only computes sizes (`Shape`, and what follows from it) is no box, and lead
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from moe_export.export.bodies import reads
 from moe_export.export.provenance import BLOCK, MODULE, literal_list
 
 MANY = 24
@@ -104,20 +105,6 @@ def sizes_of(graph: ir.Graph) -> set[ir.Node]:
 
 def _reads_input(node: ir.Node) -> bool:
     return any(value is not None and value.is_graph_input() for value in node.inputs)
-
-
-def reads(node: ir.Node) -> Iterator[ir.Value]:
-    """What a node reads from its graph, in its bodies, too."""
-    yield from (value for value in node.inputs if value is not None)
-    for body in bodies(node):
-        for inner in body:
-            yield from (value for value in reads(inner) if value.graph is not body)
-        yield from (value for value in body.outputs if value.graph is not body)
-
-
-def bodies(node: ir.Node) -> list[ir.Graph]:
-    """The graphs that a node holds."""
-    return [each.as_graph() for each in node.attributes.values() if each.type is ir.AttributeType.GRAPH]
 
 
 def knows_modules(graph: ir.Graph) -> bool:

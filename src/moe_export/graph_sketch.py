@@ -15,8 +15,9 @@ from typing import Literal
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
+from moe_export.export.bodies import reads, with_inner
 from moe_export.export.provenance import BLOCK, EINSUM, SOURCE
-from moe_export.graph_groups import Group, bodies, groups_of, knows_modules, reads, sizes_of
+from moe_export.graph_groups import Group, groups_of, knows_modules, sizes_of
 
 Level = Literal["blocks", "nodes"]
 Kind = Literal["input", "output", "module", "experts", "recurrence", "loose"]
@@ -168,7 +169,9 @@ def _parts(groups: Sequence[Group], level: Level) -> list[Part]:
     seen: Counter[str] = Counter()
     parts = []
     for number, group in enumerate(groups):
-        operators = Counter(node.op_type for each in (*group.nodes, *group.sizes) for node in _every(each))
+        operators = Counter(
+            node.op_type for each in (*group.nodes, *group.sizes) for node in with_inner(each)
+        )
         title = _title(group)
         same = f"{group.path} {group.whole} {'' if group.whole else title}"
         same += f" {group.nodes[0].outputs[0].name}" if level == "nodes" and group.nodes[0].outputs else ""
@@ -186,13 +189,6 @@ def _parts(groups: Sequence[Group], level: Level) -> list[Part]:
             )
         )
     return parts
-
-
-def _every(node: ir.Node) -> Iterable[ir.Node]:
-    yield node
-    for body in bodies(node):
-        for inner in body:
-            yield from _every(inner)
 
 
 def _title(group: Group) -> str:
@@ -231,7 +227,7 @@ def _block_lines(group: Group, operators: Counter[str]) -> list[str]:
 
 def _results(group: Group) -> list[ir.Value]:
     """What a group gives to others, those with a name of the model's first."""
-    own = {inner for node in group.nodes for inner in _every(node)}
+    own = {inner for node in group.nodes for inner in with_inner(node)}
     found = [
         value
         for node in group.nodes

@@ -271,7 +271,9 @@ def test_weights_that_are_not_in_memory_stay_where_they_are(command, write, tmp_
         "second.weight": (64, 512),
         "second.bias": (64,),
     }
-    save_file({name: torch.randn(shape) / 16 for name, shape in shapes.items()}, tmp_path / "wide.safetensors")
+    save_file(
+        {name: torch.randn(shape) / 16 for name, shape in shapes.items()}, tmp_path / "wide.safetensors"
+    )
     done = command("report", write(AWAY, "wide.py"), "-o", tmp_path / "wide.html", "--memory", "1KiB")
     assert done.code == 0, done.err
     shown = "".join(follows_the_rules((tmp_path / "wide.html").read_text(encoding="utf-8")).texts)

@@ -85,7 +85,13 @@ def mamba_scan_wide() -> onnx.ModelProto:
     added = body("Mul", "B_t", body("Mul", "delta_t", "u_t"))
     h = body("Add", body("Mul", decay, "h"), added)
     y = body("MatMul", "C_t", h)
-    inputs = {"h": ["b", N, D], "delta_t": ["b", 1, D], "u_t": ["b", 1, D], "B_t": ["b", N, 1], "C_t": ["b", 1, N]}
+    inputs = {
+        "h": ["b", N, D],
+        "delta_t": ["b", 1, D],
+        "u_t": ["b", 1, D],
+        "B_t": ["b", N, 1],
+        "C_t": ["b", 1, N],
+    }
     first = g("ConstantOfShape", g("Concat", g("Shape", "u", start=0, end=1), g.ints(N, D), axis=0))
     _, ys = g.many(
         "Scan", 2, first, delta, u, g("Unsqueeze", "B", column), c, num_scan_inputs=4, scan_input_axes=[1] * 4,
