@@ -127,7 +127,7 @@ def check(module: Loop, graph: Graph, time: int = 1) -> None:
                 np.testing.assert_allclose(other, one.numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("time", [0, 1])
+@pytest.mark.parametrize("time", [pytest.param(0, marks=pytest.mark.slow), 1])
 @pytest.mark.parametrize("name", list(WAYS))
 def test_the_longest_axis_of_a_state_is_its_last(name: str, time: int) -> None:
     module, graph = exported(WAYS[name], time)
