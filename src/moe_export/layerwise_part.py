@@ -61,5 +61,6 @@ class PartRunner:
         if choices and len(find_choices(model)) == choices:
             self._choices = Choices(choices)
             model = with_forced_choices(model)
-        self._runner = OnnxRuntimeRunner(ir.to_proto(with_float32_kernels(model)).SerializeToString())
+        content = ir.to_proto(with_float32_kernels(model)).SerializeToString()
+        self._runner = OnnxRuntimeRunner(content, arena=False)
         self._weights = {name: recipe.array() for name, recipe in self._graph.weights_of(self._part).items()}
