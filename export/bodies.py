@@ -38,3 +38,11 @@ def reads(node: ir.Node) -> Iterator[ir.Value]:
         yield from (value for value in each.inputs if value is not None and value not in made)
         for body in bodies(each):
             yield from (value for value in body.outputs if value not in made)
+
+
+def initializers(model: ir.Model) -> Iterator[ir.Value]:
+    """Those of a model's graph, and of the graphs in its nodes."""
+    yield from model.graph.initializers.values()
+    for node in model.graph.all_nodes():
+        for body in bodies(node):
+            yield from body.initializers.values()

@@ -25,7 +25,7 @@ from typing import IO, Any, Literal
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
-from moe_export.export.weights_place import initializers
+from moe_export.export.bodies import initializers
 from moe_export.export.weights_recipe import Held, Place, Recipe, RecipeTensor, Stored, recipe_of
 from moe_export.external_data import FACT, fingerprint, remember
 

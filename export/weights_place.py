@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import onnx
 import onnx_ir as ir
@@ -11,6 +10,7 @@ import torch
 from torch.export import ExportedProgram
 
 from moe_export.errors import NotExportableError
+from moe_export.export.bodies import initializers
 from moe_export.export.weights_recipe import Converted, Held, Recipe, RecipeTensor, recipe_of
 from moe_export.export.weights_stand_in import SMALL, is_whole, stand_in_of
 
@@ -51,15 +51,6 @@ def _recipe(raw: torch.Tensor, tensor: ir.TensorProtocol) -> Recipe:
             hint="make the view in forward, or load the weights: --memory takes more bytes than they have",
         )
     return item.recipe
-
-
-def initializers(model: ir.Model) -> Iterator[ir.Value]:
-    """Those of the graph and of the graphs in its nodes."""
-    yield from model.graph.initializers.values()
-    for node in model.graph.all_nodes():
-        for attribute in node.attributes.values():
-            if attribute.type is ir.AttributeType.GRAPH:
-                yield from attribute.as_graph().initializers.values()
 
 
 def has_recipes(model: ir.Model) -> bool:

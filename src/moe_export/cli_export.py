@@ -24,6 +24,7 @@ from moe_export.cli_sizes import parse_bytes
 from moe_export.console import Console
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
+from moe_export.export.bodies import initializers
 from moe_export.export.dims import parse_dynamic
 from moe_export.export.engine_profiles import dim_facts
 from moe_export.export.functions import as_functions
@@ -34,7 +35,7 @@ from moe_export.export.provenance import relative_line, strip_scope
 from moe_export.export.stream_write import Storage, data_facts, stream_weights
 from moe_export.export.subject import Subject
 from moe_export.export.trace import SCOPE
-from moe_export.export.weights_place import initializers, without_weights
+from moe_export.export.weights_place import without_weights
 from moe_export.export.write import rename_model, staging, write_model
 from moe_export.layerwise import Parts, filled_weights
 from moe_export.verify import Report, Tolerance, show
