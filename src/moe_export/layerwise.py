@@ -136,6 +136,12 @@ def verify_blocks(
     with quiet():
         blocks = called_once(reference, find_blocks(reference.module))
         graph = CutGraph(path, blocks, folder)
+        with_nodes = {
+            _list_of(part.block) for part in graph.parts() if part.nodes and part.name == part.block
+        }
+        if any(_list_of(block) not in with_nodes for block in blocks):  # experts that were written as one
+            blocks = [block for block in blocks if _list_of(block) in with_nodes]
+            graph = CutGraph(path, blocks, folder)
         first, others = _two_cases(graph, example, dims, seed)
         states = [
             _State(case, ran, dict(case.inputs)) for case, ran in _runs(reference, first, others, blocks)
@@ -227,6 +233,11 @@ class _State:
     ran: Ran
     values: dict[str, Array]
     outputs: dict[str, Array] = field(default_factory=dict)
+
+
+def _list_of(block: str) -> str:
+    """The path of the list that a block is a member of."""
+    return block.rpartition(".")[0]
 
 
 class _Walk:

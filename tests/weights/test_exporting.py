@@ -270,3 +270,13 @@ def test_memory_does_not_grow_with_the_weights(tmp_path):
     block = 16 * 3 * 512 * 1024 * 2 // 2**20
     assert exported < base + 30, found
     assert verified < base + 2 * block, found  # PyTorch and onnxruntime would take twice all of them, else
+
+
+def test_experts_that_were_written_as_one_are_no_blocks(tmp_path, capsys):
+    """A model whose only list is one of experts has no layers to be verified by: it is one part."""
+    model = Path(__file__).resolve().parents[2] / "models" / "sparse_moe.py"
+    assert run([str(model), "-o", str(tmp_path), "--verify", "layers", "--quiet"]) == 0, (
+        capsys.readouterr().err
+    )
+    report = json.loads((tmp_path / "sparse_moe.report.json").read_text(encoding="utf-8"))
+    assert "it was compared in one part" in json.dumps(report)
