@@ -18,7 +18,7 @@ def score_of(stem, folder, **options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stem", ["moe_gate", "sparse_moe", "gshard_moe", "attention", "mamba", "mamba2"])
+@pytest.mark.parametrize("stem", ["moe_gate", "sparse_moe", "gshard_moe", "attention", "mamba2"])
 def test_every_mutant_is_caught_by_the_outputs(stem, tmp_path):
     score = score_of(stem, tmp_path)
     assert score.count("survived") == 0, "\n".join(score.lines())
@@ -27,9 +27,14 @@ def test_every_mutant_is_caught_by_the_outputs(stem, tmp_path):
 
 
 @pytest.mark.slow
-def test_every_mutant_of_a_language_model_is_caught_by_its_nodes(tmp_path):
-    """Its inputs are ids, so no case makes a norm's input small: an epsilon hardly shows in the outputs."""
-    score = score_of("hybrid", tmp_path, inside=True)
+@pytest.mark.parametrize(("stem", "least"), [("hybrid", 300), ("mamba", 90)])
+def test_every_mutant_is_caught_by_the_nodes(stem, least, tmp_path):
+    """Where the outputs hardly show a fault, which float64 says, the nodes do.
+
+    The inputs of hybrid are ids, so no case makes a norm's input small and its epsilon large. One number of mamba's
+    x_proj, off by 1e-3, changes no output by more than 4e-7 of the largest.
+    """
+    score = score_of(stem, tmp_path, inside=True)
     assert score.count("survived") == 0, "\n".join(score.lines())
-    assert score.count("caught") >= 300
+    assert score.count("caught") >= least
     assert score.count("equivalent") + score.count("below rounding") <= 0.1 * len(score.fates)
