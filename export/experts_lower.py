@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.export.experts_body import Experts
-from moe_export.export.experts_onnx import INT64, Writer, apart, combine, every_pair, sort_by_expert
+from moe_export.export.experts_onnx import INT64, Sorted, Writer, apart, combine, every_pair, sort_by_expert
 from moe_export.export.experts_parts import Parts, PartsWriter
 from moe_export.export.experts_weights import ExpertWeights, Weight
 
@@ -75,19 +75,37 @@ def slices(w: Writer, block: Opaque) -> ir.Value:
     """One part of the sorted pairs an expert; each with weights of its own, that are copied nowhere."""
     pairs = sort_by_expert(w, block.indices, block.count, block.slots)
     writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
-    entering = [
-        w.many("Split", value, pairs.counts, outputs=block.count, axis=0)
-        for value in writer.before(w, pairs.token, pairs.slot)
-    ]
+    rows = slices_of(w, block, writer, writer.before(w, pairs.token, pairs.slot), pairs)
+    return finish(w, block, writer, rows, pairs.positions)
+
+
+def slices_of(
+    w: Writer,
+    block: Opaque,
+    writer: PartsWriter,
+    entering: Sequence[ir.Value],
+    pairs: Sorted,
+    numbers: Sequence[int] | None = None,
+) -> list[ir.Value]:
+    """What the experts make of rows (P, ...) that are sorted by expert, a part an expert.
+
+    Args:
+        w: Where to write.
+        block: Of these experts.
+        writer: Of its parts.
+        entering: The rows that enter the core.
+        pairs: How they are sorted.
+        numbers: What the experts call themselves; 0, 1, ... by default.
+    """
+    parts = [w.many("Split", value, pairs.counts, outputs=block.count, axis=0) for value in entering]
     ready = ExpertWeights(w, block.weights, block.count, block.opset).apart(block.parts, writer)
     leaving = []
-    for expert in range(block.count):
+    for expert, number in enumerate(range(block.count) if numbers is None else numbers):
         inner = w.inner(str(expert))
-        mine = [column[expert] for column in entering]
-        leaving.append(writer.core(inner, mine, w.ints(expert), ready[expert]))
+        mine = [column[expert] for column in parts]
+        leaving.append(writer.core(inner, mine, w.ints(number), ready[expert]))
         w.take(inner)
-    joined = [w.op("Concat", *column, axis=0) for column in zip(*leaving, strict=True)]
-    return finish(w, block, writer, joined, pairs.positions)
+    return [w.op("Concat", *column, axis=0) for column in zip(*leaving, strict=True)]
 
 
 def finish(
@@ -121,9 +139,22 @@ def loop(w: Writer, block: Opaque) -> ir.Value:
     """A `Loop` over the experts that were hit; each turn takes its weights from the stack."""
     pairs = sort_by_expert(w, block.indices, block.count, block.slots)
     writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
-    entering = writer.before(w, pairs.token, pairs.slot)
+    rows = loop_of(w, block, writer, writer.before(w, pairs.token, pairs.slot), pairs)
+    return finish(w, block, writer, rows, pairs.positions)
+
+
+def loop_of(
+    w: Writer,
+    block: Opaque,
+    writer: PartsWriter,
+    entering: Sequence[ir.Value],
+    pairs: Sorted,
+    numbers: Sequence[int] | None = None,
+) -> list[ir.Value]:
+    """The same as `slices_of`, a turn an expert that has rows."""
     weights = ExpertWeights(w, block.weights, block.count, block.opset)
     stacks = weights.stacked(block.parts)
+    called = None if numbers is None else w.constant(np.array(numbers, dtype=np.int64), f"{w.prefix}.numbers")
     hits = w.op("Squeeze", w.op("NonZero", pairs.counts), w.ints(0), name="hits")
     turn = Turn(w.inner("turn"), block.parts.leaving)
     inner = turn.writer
@@ -135,14 +166,12 @@ def loop(w: Writer, block: Opaque) -> ir.Value:
     mine = [inner.op("Slice", value, *bounds, w.ints(0)) for value in entering]
     ready = [inner.op("Gather", stack, expert, axis=0) for stack in stacks]
     ready = ready if weights.known else writer.prepared(inner, ready)
-    rows = writer.core(inner, mine, inner.op("Unsqueeze", expert, w.ints(0)), ready)
-    body = turn.graph(rows)
+    number = expert if called is None else inner.op("Gather", called, expert)
+    body = turn.graph(writer.core(inner, mine, inner.op("Unsqueeze", number, w.ints(0)), ready))
     always = w.constant(np.array(True), f"{w.prefix}.true")
-    count = w.op("Size", hits)
     starts = [no_rows(w, value, pairs.token) for value in block.parts.leaving]
-    parts = w.many("Loop", count, always, *starts, outputs=len(starts), body=body)
-    joined = [w.op("ConcatFromSequence", value, axis=0) for value in parts]
-    return finish(w, block, writer, joined, pairs.positions)
+    parts = w.many("Loop", w.op("Size", hits), always, *starts, outputs=len(starts), body=body)
+    return [w.op("ConcatFromSequence", value, axis=0) for value in parts]
 
 
 def no_rows(w: Writer, value: ir.Value, pairs: ir.Value) -> ir.Value:

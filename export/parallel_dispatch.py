@@ -29,10 +29,9 @@ from moe_export.export.parallel_lower import (
     DOMAIN,
     Own,
     in_range,
-    loop_of,
+    made_one_at_a_time,
     of_experts,
     own_pairs,
-    slices_of,
     with_zero_row,
 )
 from moe_export.export.parallel_placement import Placement
@@ -275,7 +274,7 @@ def _computed(
         return _dense(w, here, entering, bins)
     pairs, _ = own_pairs(w, sort_by_expert(w, bins, len(own) + 1, 1), len(own))
     rows = [w.op("Gather", value, pairs.token, axis=0) for value in entering]
-    made = (slices_of if form == "slices" else loop_of)(w, here, writer, rows, pairs)
+    made = made_one_at_a_time(w, form, here, writer, rows, pairs)
     return [w.op("Gather", value, pairs.positions, axis=0) for value in with_zero_row(w, block, made)]
 
 

@@ -1,8 +1,8 @@
 """Write the part of an MoE block that one rank computes: its own experts, on the pairs that chose them.
 
-`own_slices` and `own_loop` sort the pairs as the forms of the whole block do (see `experts_lower`), with one more bin
-behind the experts for pairs of nobody here: no row of these is computed. The other forms have shapes that no data
-decide, so they compute every pair and mask what is not theirs.
+`slices` and `loop` sort the pairs as the forms of the whole block do (see `experts_lower`), with one more bin behind
+the experts for pairs of nobody here: no row of these is computed. The other forms have shapes that no data decide, so
+they compute every pair and mask what is not theirs.
 
 Letters: N tokens, k slots, S = N*k pairs, E experts of this rank, P pairs of these, H hidden size.
 """
@@ -18,10 +18,10 @@ import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
 from moe_export.export.experts_choose import LOWERINGS
-from moe_export.export.experts_lower import Opaque, Turn, finish, guarded, no_rows
+from moe_export.export.experts_lower import Opaque, finish, guarded, loop_of, slices_of
 from moe_export.export.experts_onnx import Sorted, Writer, sort_by_expert
 from moe_export.export.experts_parts import EXPERT, PartsWriter
-from moe_export.export.experts_weights import ExpertWeights, Weight, known_array
+from moe_export.export.experts_weights import Weight, known_array
 from moe_export.export.weights_follow import row_of, stacked
 
 DOMAIN = "moe_export"
@@ -111,10 +111,8 @@ def partial_sum(w: Writer, form: str, block: Opaque, experts: Sequence[int]) -> 
             hint="the other forms of --experts can",
         )
     own = own_part(w, block, experts)
-    if form == "slices":
-        return own_slices(w, own)
-    if form == "loop":
-        return own_loop(w, own)
+    if form in ONE_AT_A_TIME:
+        return own_rows(w, form, own)
     if block.parts.body.inputs[EXPERT].uses():
         raise NotExportableError(
             "the experts read their own number, which this form counts from 0 on every rank",
@@ -144,22 +142,21 @@ def own_pairs(w: Writer, pairs: Sorted, count: int) -> tuple[Sorted, ir.Value]:
     return Sorted(first[0], first[1], counts, starts, ends, positions), number
 
 
-def own_slices(w: Writer, own: Own) -> ir.Value:
-    """One part of the sorted pairs an expert, as `experts_lower.slices`."""
+def own_rows(w: Writer, form: str, own: Own) -> ir.Value:
+    """The pairs of these experts alone, expert by expert."""
     block = own.block
     pairs, _ = own_pairs(w, sort_by_expert(w, block.indices, block.count + 1, block.slots), block.count)
     writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
-    rows = slices_of(w, own, writer, writer.before(w, pairs.token, pairs.slot), pairs)
+    rows = made_one_at_a_time(w, form, own, writer, writer.before(w, pairs.token, pairs.slot), pairs)
     return finish(w, block, writer, with_zero_row(w, block, rows), pairs.positions)
 
 
-def own_loop(w: Writer, own: Own) -> ir.Value:
-    """A `Loop` over the experts that were hit, as `experts_lower.loop`."""
-    block = own.block
-    pairs, _ = own_pairs(w, sort_by_expert(w, block.indices, block.count + 1, block.slots), block.count)
-    writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
-    rows = loop_of(w, own, writer, writer.before(w, pairs.token, pairs.slot), pairs)
-    return finish(w, block, writer, with_zero_row(w, block, rows), pairs.positions)
+def made_one_at_a_time(
+    w: Writer, form: str, own: Own, writer: PartsWriter, entering: Sequence[ir.Value], pairs: Sorted
+) -> list[ir.Value]:
+    """What the experts make of rows (P, ...) that are sorted by expert, in a form of `ONE_AT_A_TIME`."""
+    way = slices_of if form == "slices" else loop_of
+    return way(w, own.block, writer, entering, pairs, own.experts)
 
 
 def with_zero_row(w: Writer, block: Opaque, rows: Sequence[ir.Value]) -> list[ir.Value]:
@@ -172,47 +169,3 @@ def with_zero_row(w: Writer, block: Opaque, rows: Sequence[ir.Value]) -> list[ir
         zero = w.constant(np.zeros((1, *sizes), inner.dtype.numpy()), f"{w.prefix}.zero_row_{number}")
         found.append(w.op("Concat", value, zero, axis=0))
     return found
-
-
-def slices_of(
-    w: Writer, own: Own, writer: PartsWriter, entering: Sequence[ir.Value], pairs: Sorted
-) -> list[ir.Value]:
-    """What the experts make of rows (P, ...) that are sorted by expert, a part an expert."""
-    block = own.block
-    parts = [w.many("Split", value, pairs.counts, outputs=block.count, axis=0) for value in entering]
-    ready = ExpertWeights(w, block.weights, block.count, block.opset).apart(block.parts, writer)
-    leaving = []
-    for expert, number in enumerate(own.experts):
-        inner = w.inner(str(expert))
-        leaving.append(
-            writer.core(inner, [column[expert] for column in parts], w.ints(number), ready[expert])
-        )
-        w.take(inner)
-    return [w.op("Concat", *column, axis=0) for column in zip(*leaving, strict=True)]
-
-
-def loop_of(
-    w: Writer, own: Own, writer: PartsWriter, entering: Sequence[ir.Value], pairs: Sorted
-) -> list[ir.Value]:
-    """What the experts make of rows (P, ...) that are sorted by expert, a turn an expert that has rows."""
-    block = own.block
-    weights = ExpertWeights(w, block.weights, block.count, block.opset)
-    stacks = weights.stacked(block.parts)
-    numbers = w.constant(np.array(own.experts, dtype=np.int64), f"{w.prefix}.numbers")
-    hits = w.op("Squeeze", w.op("NonZero", pairs.counts), w.ints(0), name="hits")
-    turn = Turn(w.inner("turn"), block.parts.leaving)
-    inner = turn.writer
-    expert = inner.op("Gather", hits, turn.number, axis=0, name="expert")
-    bounds = [
-        inner.op("Unsqueeze", inner.op("Gather", value, expert), w.ints(0))
-        for value in (pairs.starts, pairs.ends)
-    ]
-    mine = [inner.op("Slice", value, *bounds, w.ints(0)) for value in entering]
-    ready = [inner.op("Gather", stack, expert, axis=0) for stack in stacks]
-    ready = ready if weights.known else writer.prepared(inner, ready)
-    number = inner.op("Unsqueeze", inner.op("Gather", numbers, expert), w.ints(0))
-    body = turn.graph(writer.core(inner, mine, number, ready))
-    always = w.constant(np.array(True), f"{w.prefix}.true")
-    starts = [no_rows(w, value, pairs.token) for value in block.parts.leaving]
-    made = w.many("Loop", w.op("Size", hits), always, *starts, outputs=len(starts), body=body)
-    return [w.op("ConcatFromSequence", value, axis=0) for value in made]

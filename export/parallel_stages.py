@@ -14,6 +14,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass, ShapeInferencePass
 
 from moe_export.errors import NotExportableError
+from moe_export.export.bodies import with_inner
 from moe_export.export.parallel_lower import DOMAIN
 from moe_export.export.provenance import place_of
 
@@ -221,7 +222,7 @@ class _Cut:
         inputs: dict[ir.Value, ir.Value] = {}
         constants: dict[ir.Value, ir.Value] = {}
         for node in nodes:
-            for inner in _with_bodies(node):
+            for inner in with_inner(node):
                 for place, value in enumerate(inner.inputs):
                     if value is None:
                         continue
@@ -284,20 +285,7 @@ def _twin(value: ir.Value) -> ir.Value:
     )
 
 
-def _with_bodies(node: ir.Node) -> Iterator[ir.Node]:
-    """A node, and the nodes of its bodies."""
-    yield node
-    for body in _bodies(node):
-        yield from body.all_nodes()
-
-
-def _bodies(node: ir.Node) -> Iterable[ir.Graph]:
-    for attribute in node.attributes.values():
-        if attribute.type is ir.AttributeType.GRAPH:
-            yield attribute.as_graph()
-
-
 def _taken(node: ir.Node) -> Iterator[ir.Value]:
     """What a node reads, its bodies included; values that a body makes for itself are there, too."""
-    for inner in _with_bodies(node):
+    for inner in with_inner(node):
         yield from (value for value in inner.inputs if value is not None)

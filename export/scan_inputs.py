@@ -9,19 +9,18 @@ broadcast, and what follows it. The same work is done, in a cache instead of in 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 
-from moe_export.export.loop_body import DOMAIN, ELEMENT
+from moe_export.export.scan_marked import new_element, with_elements
+from moe_export.export.scan_time import amount_of
 
 _POINTWISE = {
     "Abs", "Add", "Cast", "Div", "Exp", "Log", "Mul", "Neg", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt",
     "Sub", "Tanh",
 }  # fmt: skip
-_SYMBOLIC = 64  # a size that nobody knows, for comparing amounts
 
 
 @dataclass(frozen=True)
@@ -54,18 +53,13 @@ def move_inwards(graph: ir.Graph, end: ir.Node) -> None:
         if new is not mark.outputs[0]:
             mark.outputs[0].replace_all_uses_with(new)
     elements = [node.outputs[0] for node in reads.marks]
-    rest = list(end.inputs[states + count :])
-    first = list(end.inputs[:states])
-    end.resize_inputs(states + len(elements) + len(rest))
-    for place, value in enumerate([*first, *elements, *rest]):
-        end.replace_input_with(place, value)
-    end.attributes["elements"] = ir.AttrInt64("elements", len(elements))
+    with_elements(end, elements)
     graph.remove([mark for mark in marks if mark is not None and mark not in reads.marks], safe=True)
 
 
 def _plan(value: ir.Value, axis: int | None, user: ir.Node) -> _Moved:
     """The way to get a value in a step that reads least."""
-    amount = 0 if axis is None else _amount(value, axis)
+    amount = 0 if axis is None else amount_of(value, axis)
     as_read = _Moved(value, axis, amount)
     node = value.producer()
     if axis is None or node is None or node.domain not in ("", "ai.onnx") or len(node.outputs) != 1:
@@ -84,11 +78,6 @@ def _plan(value: ir.Value, axis: int | None, user: ir.Node) -> _Moved:
 def _inputs(node: ir.Node) -> list[ir.Value]:
     values = [value for value in node.inputs if value is not None]
     return values[:1] if node.op_type == "Unsqueeze" else values
-
-
-def _amount(value: ir.Value, axis: int) -> int:
-    sizes = [size if isinstance(size, int) else _SYMBOLIC for size in value.shape or ()]
-    return math.prod(size for place, size in enumerate(sizes) if place != axis)
 
 
 def _operand_axes(node: ir.Node, value: ir.Value, axis: int) -> list[int | None] | None:
@@ -132,19 +121,22 @@ class _Reads:
         key = (value, axis, backwards)
         if key not in self._known:
             own = like.inputs[0] is value and int(like.attributes["axis"].as_int()) == axis
-            node = like if own else self._new_mark(value, axis, backwards, like)
+            node = (
+                like
+                if own
+                else new_element(
+                    self._graph,
+                    like,
+                    value,
+                    axis,
+                    loop=self._loop,
+                    place=len(self.marks),
+                    backwards=backwards,
+                )
+            )
             self._known[key] = node
             self.marks.append(node)
         return self._known[key].outputs[0]
-
-    def _new_mark(self, value: ir.Value, axis: int, backwards: int, like: ir.Node) -> ir.Node:
-        numbers = {"loop": self._loop, "place": len(self.marks), "axis": axis, "backwards": backwards}
-        node = ir.node(ELEMENT, [value], attributes=numbers, domain=DOMAIN)
-        shape = [size for place, size in enumerate(value.shape or ()) if place != axis]
-        node.outputs[0].shape, node.outputs[0].type = ir.Shape(shape), value.type
-        node.outputs[0].name = f"{value.name}_element_{self._loop}_{axis}"
-        self._graph.insert_before(like, node)
-        return node
 
     def write(self, moved: _Moved, mark: ir.Node) -> ir.Value:
         """The value of a step."""

@@ -23,7 +23,7 @@ import onnx_ir as ir
 from moe_export.export.loop_body import DOMAIN, END, STATE
 from moe_export.export.scan_marked import Marked
 from moe_export.export.scan_nodes import Nodes
-from moe_export.export.scan_time import POINTWISE, REDUCTIONS, CannotError, axes_of, number_of
+from moe_export.export.scan_time import POINTWISE, REDUCTIONS, CannotError, axes_of, number_of, rank_of
 
 
 def widest_last(graph: ir.Graph, loop: Marked) -> ir.Node:
@@ -83,7 +83,7 @@ class _Writer:
     def _new_state(self, mark: ir.Node) -> None:
         old = mark.outputs[0]
         assert mark.inputs[0] is not None
-        rank = _rank(old)
+        rank = rank_of(old)
         first = self._nodes.transposed(mark.inputs[0], _order(rank))
         node = ir.node(STATE, [first], attributes=dict(mark.attributes), domain=DOMAIN)
         new = node.outputs[0]
@@ -104,7 +104,7 @@ class _Writer:
         return self._swapped[value]
 
     def _exchange(self, value: ir.Value) -> ir.Value:
-        rank = _rank(value)
+        rank = rank_of(value)
         if rank < 2:
             raise CannotError(f"{value.name} has no two axes")
         if value in self._elements:
@@ -126,15 +126,15 @@ class _Writer:
 
     def _operand(self, value: ir.Value | None) -> ir.Value | None:
         """An operand that is broadcast: axes that it lacks are in front, so a list goes along the last but one."""
-        if value is None or _rank(value) == 0:
+        if value is None or rank_of(value) == 0:
             return None if value is None else self._as_it_is(value)
-        if _rank(value) == 1:
+        if rank_of(value) == 1:
             return self._nodes.unsqueezed(self._as_it_is(value), [1])
         return self._exchanged(value)
 
     def _exchanged_element(self, value: ir.Value) -> ir.Value:
         """An element one of whose axes has size 1: the axis is put on the other side, outside the loop."""
-        mark, rank = self._elements[value], _rank(value)
+        mark, rank = self._elements[value], rank_of(value)
         source, axis = mark.inputs[0], number_of(mark, "axis", 0)
         ones = [
             place for place in (rank - 2, rank - 1) if value.shape is not None and value.shape[place] == 1
@@ -201,8 +201,8 @@ class _Writer:
     def _squeeze(self, node: ir.Node, rank: int) -> ir.Value:
         value = node.inputs[0]
         assert value is not None
-        gone = {axis % _rank(value) for axis in axes_of(node.inputs[1] if len(node.inputs) > 1 else None)}
-        if gone & {_rank(value) - 1, _rank(value) - 2}:
+        gone = {axis % rank_of(value) for axis in axes_of(node.inputs[1] if len(node.inputs) > 1 else None)}
+        if gone & {rank_of(value) - 1, rank_of(value) - 2}:
             raise CannotError("an axis of a state is dropped, and another takes its place")
         return self._nodes("Squeeze", self._exchanged(value), self._nodes.ints(*sorted(gone)))
 
@@ -215,7 +215,7 @@ class _Writer:
 
     def _reduced(self, node: ir.Node, value: ir.Value) -> ir.Value:
         """A reduction or a `Squeeze` over the same axes of the exchanged value."""
-        rank = _rank(value)
+        rank = rank_of(value)
         axes = {axis % rank for axis in axes_of(node.inputs[1] if len(node.inputs) > 1 else None)}
         exchange = {rank - 1: rank - 2, rank - 2: rank - 1}
         exchanged = sorted(exchange.get(axis, axis) for axis in axes)
@@ -255,7 +255,7 @@ class _Writer:
         drops = node.op_type == "Squeeze" or (
             node.op_type in REDUCTIONS and not number_of(node, "keepdims", 1)
         )
-        rank = _rank(operand)
+        rank = rank_of(operand)
         if not drops or len(node.inputs) < 2 or rank < 2 or operand not in self._moving:
             return False
         return bool({axis % rank for axis in axes_of(node.inputs[1])} & {rank - 1, rank - 2})
@@ -267,7 +267,7 @@ class _Writer:
         node = value.producer()
         if node is None or node.op_type != "Squeeze" or value not in self._written or value.uses():
             return _View(value, axis)
-        rank = _rank(value) + 1
+        rank = rank_of(value) + 1
         gone = [each % rank for each in axes_of(node.inputs[1])] if len(node.inputs) > 1 else []
         if len(gone) != 1 or node.inputs[0] is None:
             return _View(value, axis)
@@ -295,7 +295,7 @@ class _Writer:
             result = new
             if place < len(states) and loop.states[place] in self._chosen:
                 new.shape = _exchanged_shape(old)
-                result = nodes.transposed(new, _order(_rank(loop.states[place].outputs[0])))
+                result = nodes.transposed(new, _order(rank_of(loop.states[place].outputs[0])))
                 result.shape, result.type = old.shape, old.type
             elif place >= len(states) and (gone := views[place - len(states)].gone) is not None:
                 new.shape = None
@@ -321,12 +321,6 @@ class _View:
     value: ir.Value
     axis: int
     gone: int | None = None
-
-
-def _rank(value: ir.Value) -> int:
-    if value.shape is None:
-        raise CannotError(f"nobody knows the shape of {value.name}")
-    return len(value.shape)
 
 
 def _order(rank: int) -> list[int]:

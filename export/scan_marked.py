@@ -69,6 +69,39 @@ def read_marked(graph: ir.Graph, end: ir.Node) -> Marked:
     )
 
 
+def new_element(
+    graph: ir.Graph, before: ir.Node, value: ir.Value, axis: int, *, loop: int, place: int, backwards: int
+) -> ir.Node:
+    """A mark of a sequence, one element of which a step reads; written in front of a node.
+
+    Args:
+        graph: Where.
+        before: The node.
+        value: The sequence.
+        axis: Of time in it.
+        loop: The loop's number.
+        place: The element's.
+        backwards: 1 if the last is read first.
+    """
+    numbers = {"loop": loop, "place": place, "axis": axis, "backwards": backwards}
+    mark = ir.node(ELEMENT, [value], attributes=numbers, domain=DOMAIN)
+    element = mark.outputs[0]
+    element.shape = ir.Shape([size for at, size in enumerate(value.shape or ()) if at != axis])
+    element.type, element.name = value.type, f"{value.name}_element_{loop}_{axis}"
+    graph.insert_before(before, mark)
+    return mark
+
+
+def with_elements(end: ir.Node, elements: Sequence[ir.Value]) -> None:
+    """Give the end of a loop other elements; its states and results stay."""
+    states, count = integer(end, "states"), integer(end, "elements")
+    inputs = [*end.inputs[:states], *elements, *end.inputs[states + count :]]
+    end.resize_inputs(len(inputs))
+    for place, value in enumerate(inputs):
+        end.replace_input_with(place, value)
+    end.attributes["elements"] = ir.AttrInt64("elements", len(elements))
+
+
 def _mark(value: ir.Value | None) -> ir.Node:
     node = value.producer() if value is not None else None
     assert node is not None

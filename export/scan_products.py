@@ -9,15 +9,14 @@ Only products of the step itself, none that a state is part of.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Sequence
 
 import onnx_ir as ir
 
 from moe_export.export.scan_marked import Marked
 from moe_export.export.scan_nodes import Nodes
+from moe_export.export.scan_time import size_of
 
-_SYMBOLIC = 64  # a size that nobody knows, for comparing amounts
 _Shape = tuple[int | ir.SymbolicDim, ...]
 
 
@@ -58,10 +57,10 @@ def _write(nodes: Nodes, node: ir.Node, factors: Sequence[ir.Value], inside: set
     while len(left) > 1:
         first, second = min(
             itertools.combinations(left, 2),
-            key=lambda pair: _size(_broadcast(parts[pair[0]][1], parts[pair[1]][1])),
+            key=lambda pair: size_of(_broadcast(parts[pair[0]][1], parts[pair[1]][1])),
         )
         shape = _broadcast(parts[first][1], parts[second][1])
-        cost += _size(shape)
+        cost += size_of(shape)
         order.append((first, second))
         parts.append(((first, second), shape))
         left = [place for place in left if place not in (first, second)] + [len(parts) - 1]
@@ -78,16 +77,12 @@ def _write(nodes: Nodes, node: ir.Node, factors: Sequence[ir.Value], inside: set
 
 def _cost(node: ir.Node, inside: set[ir.Node]) -> int:
     """Products that a tree computes as it is."""
-    total = _size(tuple(node.outputs[0].shape or ()))
+    total = size_of(tuple(node.outputs[0].shape or ()))
     for value in node.inputs:
         producer = value.producer() if value is not None else None
         if value is not None and producer is not None and producer in inside and len(value.uses()) == 1:
             total += _cost(producer, inside)
     return total
-
-
-def _size(shape: _Shape) -> int:
-    return math.prod(size if isinstance(size, int) else _SYMBOLIC for size in shape)
 
 
 def _broadcast(left: _Shape, right: _Shape) -> _Shape:

@@ -9,20 +9,25 @@ after which the least is left. It is the mirror of `scan_inputs`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from moe_export.export.bodies import reads
-from moe_export.export.loop_body import DOMAIN, ELEMENT
 from moe_export.export.loop_order import written_last
-from moe_export.export.scan_marked import Marked, read_marked
+from moe_export.export.scan_marked import Marked, new_element, read_marked, with_elements
 from moe_export.export.scan_nodes import Nodes
-from moe_export.export.scan_time import POINTWISE, REDUCTIONS, CannotError, axes_of, number_of
+from moe_export.export.scan_time import (
+    POINTWISE,
+    REDUCTIONS,
+    CannotError,
+    amount_of,
+    axes_of,
+    number_of,
+    rank_of,
+)
 
-_SYMBOLIC = 64  # a size that nobody knows, for comparing amounts
 _FAR = 8  # nodes behind a result that are looked at
 
 
@@ -61,7 +66,7 @@ def _chain(graph: ir.Graph, loop: Marked, number: int) -> list[_Behind]:
     """The nodes to take in; none where nothing is gained."""
     value, axis = loop.end.outputs[len(loop.states) + number], loop.axes[number]
     late = _made_after(graph, loop.end)
-    least, best, found = _amount(value, axis), 0, list[_Behind]()
+    least, best, found = amount_of(value, axis), 0, list[_Behind]()
     while len(found) < _FAR:
         uses = tuple(value.uses())
         if len(uses) != 1 or value.is_graph_output():
@@ -76,7 +81,7 @@ def _chain(graph: ir.Graph, loop: Marked, number: int) -> list[_Behind]:
             break
         found.append(behind)
         value, axis = behind.output, behind.axis
-        left = _amount(value, axis)
+        left = amount_of(value, axis)
         if left < least or (
             found[best:] == [behind] and best and left == least and node.op_type == "Squeeze"
         ):
@@ -93,13 +98,6 @@ def _made_after(graph: ir.Graph, end: ir.Node) -> set[ir.Value]:
     return found
 
 
-def _amount(value: ir.Value, axis: int) -> int:
-    if value.shape is None:
-        return 2**62
-    sizes = [size if isinstance(size, int) else _SYMBOLIC for size in value.shape]
-    return math.prod(size for place, size in enumerate(sizes) if place != axis)
-
-
 def _behind(node: ir.Node, value: ir.Value, axis: int) -> _Behind:
     """A node as part of a step.
 
@@ -109,7 +107,7 @@ def _behind(node: ir.Node, value: ir.Value, axis: int) -> _Behind:
     if node.domain not in ("", "ai.onnx") or len(node.outputs) != 1 or node.outputs[0].shape is None:
         raise CannotError(f"{node.op_type} behind a loop")
     if node.op_type in REDUCTIONS or node.op_type == "Squeeze":
-        rank = _rank(value)
+        rank = rank_of(value)
         axes = {each % rank for each in axes_of(node.inputs[1] if len(node.inputs) > 1 else None)}
         if axis in axes or node.inputs[0] is not value:
             raise CannotError("steps are summed up")
@@ -120,11 +118,11 @@ def _behind(node: ir.Node, value: ir.Value, axis: int) -> _Behind:
         return _Behind(node, value, _order(node, value).index(axis), (axis,))
     if node.op_type != "MatMul" and node.op_type not in POINTWISE:
         raise CannotError(f"{node.op_type} behind a loop")
-    rank = _rank(node.outputs[0])
-    after = axis + rank - _rank(value)
+    rank = rank_of(node.outputs[0])
+    after = axis + rank - rank_of(value)
     if node.op_type == "MatMul" and after >= rank - 2:
         raise CannotError("steps are summed up")
-    if node.op_type == "MatMul" and any(_rank(each) < 2 for each in node.inputs if each is not None):
+    if node.op_type == "MatMul" and any(rank_of(each) < 2 for each in node.inputs if each is not None):
         raise CannotError("a product with a vector")
     places = tuple(_place(each, after - rank, value, axis) for each in node.inputs)
     return _Behind(node, value, after, places)
@@ -133,14 +131,14 @@ def _behind(node: ir.Node, value: ir.Value, axis: int) -> _Behind:
 def _order(node: ir.Node, value: ir.Value) -> list[int]:
     if "perm" in node.attributes:
         return [int(axis) for axis in node.attributes["perm"].as_ints()]
-    return list(reversed(range(_rank(value))))
+    return list(reversed(range(rank_of(value))))
 
 
 def _place(operand: ir.Value | None, from_end: int, value: ir.Value, axis: int) -> int | None:
     """Where time is in an operand that is broadcast with the value."""
-    if operand is None or _rank(operand) + from_end < 0:
+    if operand is None or rank_of(operand) + from_end < 0:
         return None
-    place = _rank(operand) + from_end
+    place = rank_of(operand) + from_end
     assert operand.shape is not None
     assert value.shape is not None
     if operand.shape[place] == 1:
@@ -148,12 +146,6 @@ def _place(operand: ir.Value | None, from_end: int, value: ir.Value, axis: int) 
     if str(operand.shape[place]) != str(value.shape[axis]):
         raise CannotError("nobody knows whether an operand has an element for each step")
     return place
-
-
-def _rank(value: ir.Value) -> int:
-    if value.shape is None:
-        raise CannotError(f"nobody knows the shape of {value.name}")
-    return len(value.shape)
 
 
 def _take_in(graph: ir.Graph, loop: Marked, number: int, chain: Sequence[_Behind]) -> None:
@@ -174,16 +166,9 @@ def _take_in(graph: ir.Graph, loop: Marked, number: int, chain: Sequence[_Behind
         sizes = list(behind.output.shape or ())
         value.shape = ir.Shape([*sizes[: behind.axis], *sizes[behind.axis + 1 :]])
         value.type = behind.output.type
-    states, elements = len(loop.states), len(loop.elements)
-    rest = list(end.inputs[states + elements :])
-    rest[states + number] = value
-    everything = [
-        *end.inputs[:states], *end.inputs[states : states + elements], *(mark.outputs[0] for mark in marks), *rest
-    ]  # fmt: skip
-    end.resize_inputs(len(everything))
-    for place, each in enumerate(everything):
-        end.replace_input_with(place, each)
-    end.attributes["elements"] = ir.AttrInt64("elements", elements + len(marks))
+    states = len(loop.states)
+    with_elements(end, [mark.outputs[0] for mark in (*loop.elements, *marks)])
+    end.replace_input_with(2 * states + len(loop.elements) + len(marks) + number, value)
     axes = list(end.attributes["axes"].as_ints())
     axes[number] = chain[-1].axis
     end.attributes["axes"] = ir.AttrInt64s("axes", axes)
@@ -209,23 +194,14 @@ def _operand(
     if behind.node.op_type in REDUCTIONS or behind.node.op_type == "Squeeze":  # the axes
         time = behind.places[0]
         assert time is not None
-        axes = [each % _rank(behind.value) for each in axes_of(value)]
+        axes = [each % rank_of(behind.value) for each in axes_of(value)]
         return nodes.ints(*(each - (each > time) for each in axes))
     if place is not None:
-        mark = _element(nodes, loop, value, place, loop.backwards[number], len(marks))
+        mark = new_element(
+            nodes.graph, loop.end, value, place, loop=loop.number,
+            place=len(loop.elements) + len(marks), backwards=int(loop.backwards[number]),
+        )  # fmt: skip
         marks.append(mark)
         return mark.outputs[0]
-    at = _rank(value) + behind.axis - _rank(behind.output)
+    at = rank_of(value) + behind.axis - rank_of(behind.output)
     return value if at < 0 else nodes("Squeeze", value, nodes.ints(at))
-
-
-def _element(nodes: Nodes, loop: Marked, value: ir.Value, axis: int, backwards: bool, count: int) -> ir.Node:
-    place = len(loop.elements) + count
-    numbers = {"loop": loop.number, "place": place, "axis": axis, "backwards": int(backwards)}
-    mark = ir.node(ELEMENT, [value], attributes=numbers, domain=DOMAIN)
-    sizes = list(value.shape or ())
-    mark.outputs[0].shape = ir.Shape([*sizes[:axis], *sizes[axis + 1 :]])
-    mark.outputs[0].type = value.type
-    mark.outputs[0].name = f"{nodes.prefix}_element_{place}"
-    nodes.graph.insert_before(loop.end, mark)
-    return mark

@@ -8,6 +8,7 @@ Time is one more axis of every value that depends on a step; values that do not,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -22,6 +23,9 @@ POINTWISE = {
     "Sqrt", "Sub", "Tanh", "Where",
 }  # fmt: skip
 REDUCTIONS = {"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"}
+
+
+_SYMBOLIC = 64  # a size that nobody knows, for comparing amounts
 
 
 class CannotError(Exception):
@@ -110,10 +114,29 @@ def moved(nodes: Nodes, timed: Timed, axis: int) -> Timed:
     return Timed(nodes.transposed(timed.value, order), axis, timed.rank)
 
 
-def _same(value: ir.Value) -> Timed:
+def rank_of(value: ir.Value) -> int:
+    """How many axes a value has.
+
+    Raises:
+        CannotError: Nobody knows.
+    """
     if value.shape is None:
         raise CannotError(f"nobody knows the shape of {value.name}")
-    return Timed(value, None, len(value.shape))
+    return len(value.shape)
+
+
+def size_of(sizes: Sequence[int | ir.SymbolicDim]) -> int:
+    """How many numbers a shape holds; what nobody knows counts as a few."""
+    return math.prod(size if isinstance(size, int) else _SYMBOLIC for size in sizes)
+
+
+def amount_of(value: ir.Value, axis: int) -> int:
+    """How many numbers of a value a step reads, where `axis` is time."""
+    return size_of([size for place, size in enumerate(value.shape or ()) if place != axis])
+
+
+def _same(value: ir.Value) -> Timed:
+    return Timed(value, None, rank_of(value))
 
 
 def _aligned(nodes: Nodes, timed: Timed, behind: int) -> ir.Value:

@@ -8,8 +8,8 @@ from typing import Any
 
 import click
 
+from moe_export.cli_sizes import parse_bytes
 from moe_export.console import Console
-from moe_export.errors import UsageError
 
 
 def add_plan_command(
@@ -45,15 +45,12 @@ def run_plan(
     debug: bool,
 ) -> int:
     """Run the command; the exit code."""
-    from moe_export.planning import lines, parse_memory, plan
+    from moe_export.planning import lines, plan
     from moe_export.planning_count import count
     from moe_export.planning_model import load_weightless, trace_weightless
 
     console = Console(quiet, as_json)
-    try:
-        size = parse_memory(memory)
-    except ValueError:
-        raise UsageError(f"--memory is a size, not {memory!r}", hint="--memory 80GB") from None
+    size = parse_bytes(memory, "--memory")
     with console.user_code():
         with console.step(f"loading {model}"):
             found = load_weightless(model, init, inputs)

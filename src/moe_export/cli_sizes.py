@@ -35,5 +35,5 @@ def parse_bytes(text: str, option: str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", text.strip().upper())
     if match is None or not float(match[1]):
-        raise UsageError(f"{option} {text!r} is no size", hint="write 4GB, 512MiB or a number of bytes")
+        raise UsageError(f"{option} is a size, not {text!r}", hint="write 4GB, 512MiB or a number of bytes")
     return int(float(match[1]) * _UNITS[match[2] or ""])

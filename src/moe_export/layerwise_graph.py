@@ -6,7 +6,7 @@ needs them: what stands before a block is a part of its own, so that an embeddin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from moe_export.export.weights_place import without_weights
 from moe_export.export.weights_recipe import Recipe, Stored, recipe_of
 from moe_export.external_data import check_external_data
 from moe_export.verify import Array, TensorSpec
+from moe_export.verify.bodies import reads
 from moe_export.verify.onnxruntime_runner import specs_of
 
 
@@ -66,7 +67,7 @@ class CutGraph:
         self._nodes = list(self._proto.graph.node)
         self._of = [self._block_of(node) for node in self._nodes]
         self._maker = {name: at for at, node in enumerate(self._nodes) for name in node.output if name}
-        self._reads = [tuple(_read(node)) for node in self._nodes]
+        self._reads = [tuple(reads(node)) for node in self._nodes]
         self._types = {
             value.name: value.type for value in (*self._proto.graph.value_info, *self._proto.graph.output)
         }
@@ -113,8 +114,8 @@ class CutGraph:
             part: Of this graph.
             values: Among them what it takes, for their types.
         """
-        reads = {name for node in part.nodes for name in _read(node)}
-        weights = sorted(reads & self._large)
+        needed = {name for node in part.nodes for name in reads(node)}
+        weights = sorted(needed & self._large)
         inputs = [
             *(_input_like(name, values[name]) for name in part.takes),
             *(value for value in self._proto.graph.input if value.name in weights),
@@ -125,7 +126,7 @@ class CutGraph:
             part.name or "after the blocks",
             inputs,
             outputs,
-            [tensor for name, tensor in self._small.items() if name in reads],
+            [tensor for name, tensor in self._small.items() if name in needed],
             value_info=[
                 helper.make_value_info(name, self._types[name])
                 for node in part.nodes
@@ -141,8 +142,8 @@ class CutGraph:
 
     def weights_of(self, part: Part) -> dict[str, Recipe]:
         """The large weights that a part reads."""
-        reads = {name for node in part.nodes for name in _read(node)}
-        return {name: recipe for name, recipe in self.weights.items() if name in reads}
+        needed = {name for node in part.nodes for name in reads(node)}
+        return {name: recipe for name, recipe in self.weights.items() if name in needed}
 
     def _block_of(self, node: onnx.NodeProto) -> str:
         module = next((entry.value for entry in node.metadata_props if entry.key == MODULE), "")
@@ -187,17 +188,6 @@ class CutGraph:
 def _input_like(name: str, array: Array) -> onnx.ValueInfoProto:
     """An input of the type and rank of an array, of any size."""
     return helper.make_tensor_value_info(name, ir.DataType.from_numpy(array.dtype), [None] * array.ndim)
-
-
-def _read(node: onnx.NodeProto) -> Iterable[str]:
-    """The values that a node reads, those that graphs inside it read from outside, too."""
-    yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            own = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
-            own |= {name for inner in graph.node for name in inner.output}
-            yield from (name for inner in graph.node for name in _read(inner) if name not in own)
-            yield from (value.name for value in graph.output if value.name not in own)
 
 
 def _weights(model: ir.Model, path: Path, folder: Path | None) -> Mapping[str, Recipe]:

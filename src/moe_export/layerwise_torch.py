@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from moe_export.errors import UsageError
 from moe_export.export.leaves import leaves
 from moe_export.export.subject import Subject
-from moe_export.export.weights_stand_in import StandIns
+from moe_export.export.weights_stand_in import StandIns, filled
 from moe_export.verify import Array, Choice
 from moe_export.verify.torch_modes import ChoiceWatcher
 from moe_export.verify.torch_runner import to_numpy, to_torch
@@ -106,13 +106,8 @@ def _outside(weights: StandIns | None, blocks: list[str], memory: int) -> Iterat
             "fits in memory, so the graph cannot be verified block by block",
             hint="--no-verify writes it unverified",
         )
-    try:
-        for item in items:
-            item.fill()
+    with filled(item.tensor for item in items):
         yield
-    finally:
-        for item in items:
-            item.free()
 
 
 def _run(

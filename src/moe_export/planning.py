@@ -246,19 +246,3 @@ def human(size: float) -> str:
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
         size /= 1000
     raise AssertionError
-
-
-def parse_memory(text: str) -> int:
-    """`80GB`, `24.5 GB`, `512MB`, or bytes.
-
-    Raises:
-        ValueError: It is something else.
-    """
-    units = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-             "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
-    upper = text.strip().upper()
-    unit = next((name for name in sorted(units, key=len, reverse=True) if upper.endswith(name)), "")
-    found = float(upper.removesuffix(unit)) * units.get(unit, 1)
-    if not found >= 1:
-        raise ValueError(text)
-    return int(found)

@@ -8,7 +8,9 @@ import pytest
 from parallel_stack import EXPERTS, INNER, LAYERS, STACK, WIDTH, routed
 
 from moe_export.cli import run
-from moe_export.planning import human, numbers, parse_memory, plan, weights_of
+from moe_export.cli_sizes import parse_bytes
+from moe_export.errors import UsageError
+from moe_export.planning import human, numbers, plan, weights_of
 from moe_export.planning_count import count
 from moe_export.planning_model import load_weightless, trace_weightless
 from moe_export.verify.parallel_in_graph import open_rank
@@ -124,13 +126,13 @@ def test_the_command(tmp_path, capsys):
     ("text", "size"), [("80GB", 80 * 10**9), ("1.5 MiB", 1572864), ("512", 512), ("2 kb", 2000)]
 )
 def test_sizes_are_understood(text, size):
-    assert parse_memory(text) == size
+    assert parse_bytes(text, "--memory") == size
 
 
 @pytest.mark.parametrize("text", ["much", "-3GB", "0", ""])
 def test_what_is_no_size(text, tmp_path, capsys):
-    with pytest.raises(ValueError):  # noqa: PT011  it has no words of its own; the command says them
-        parse_memory(text)
+    with pytest.raises(UsageError, match="--memory is a size, not"):
+        parse_bytes(text, "--memory")
     assert run(["plan", str(tmp_path / "x.py"), "--memory", text]) == 2
     assert f"--memory is a size, not {text!r}" in capsys.readouterr().err
 
