@@ -14,11 +14,11 @@ import click
 
 import moe_export
 from moe_export.backends import BACKENDS
-from moe_export.cli_engines import add_commands, engine_options
-from moe_export.cli_graphs import add_graph_commands, add_report_command
-from moe_export.cli_parallel import parallel_options
-from moe_export.cli_plan import add_plan_command
-from moe_export.cli_reports import report_options, take_wanted
+from moe_export.commands.engines import add_commands, engine_options
+from moe_export.commands.graphs import add_graph_commands, add_report_command
+from moe_export.commands.parallel import parallel_options
+from moe_export.commands.plan import add_plan_command
+from moe_export.commands.reports import report_options, take_wanted
 from moe_export.errors import MoeExportError
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -209,9 +209,9 @@ def export_command(**options: Any) -> int:
     MODEL.PY defines `model` and `example_inputs`, or shows its module working at the end of the file; or name a
     class in it, MODEL.PY:CLASS, with --init and --input.
     """
-    from moe_export.cli_build import take_request
-    from moe_export.cli_export import run_export
-    from moe_export.cli_parallel import take_parallel
+    from moe_export.commands.build import take_request
+    from moe_export.commands.export import run_export
+    from moe_export.commands.parallel import take_parallel
 
     engines, parallel = take_request(options), take_parallel(options)
     return run_export(**options, engines=engines, parallel=parallel)
@@ -263,7 +263,7 @@ def verify_command(**options: Any) -> int:
     moe-export verify model.py --record golden.safetensors
     moe-export verify model.onnx --against golden.safetensors
     """  # noqa: D301
-    from moe_export.cli_verify import run_verify
+    from moe_export.commands.verify import run_verify
 
     wanted = take_wanted(options)
     return run_verify(**options, wanted=wanted)
@@ -285,7 +285,7 @@ def verify_command(**options: Any) -> int:
 @_output_options
 def judge_command(**options: Any) -> int:
     """Judge a report of verify again at other tolerances, without running anything; exit 0 if equal, 1 if not."""
-    from moe_export.cli_judge import run_judge
+    from moe_export.commands.judge import run_judge
 
     wanted = take_wanted(options)
     return run_judge(**options, wanted=wanted)
@@ -309,7 +309,7 @@ def judge_command(**options: Any) -> int:
 @_output_options
 def mutate_command(**options: Any) -> int:
     """Test the gate itself: break a right graph in every way, one at a time; exit 1 if one goes unnoticed."""
-    from moe_export.cli_mutate import run_mutate
+    from moe_export.commands.mutate import run_mutate
 
     return run_mutate(**options)
 
@@ -337,7 +337,7 @@ def rewrite_command(**options: Any) -> int:
 
     Several files may be given with --check, --diff and --in-place.
     """
-    from moe_export.cli_rewrite import run_rewrite
+    from moe_export.commands.rewrite import run_rewrite
 
     sources = options.pop("sources")
     if len(sources) > 1 and not (options["check"] or options["diff"] or options["in_place"]):
@@ -361,7 +361,7 @@ def rewrite_command(**options: Any) -> int:
 @_output_options
 def routing_command(**options: Any) -> int:
     """Draw which token of the example inputs goes to which expert, and the load of every expert."""
-    from moe_export.cli_routing import run_routing
+    from moe_export.commands.routing import run_routing
 
     return run_routing(**options)
 

@@ -51,10 +51,10 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
         UsageError: The graph cannot be read, or takes other inputs.
         MissingBackendError: The graph cannot be run here.
     """
+    from moe_export.comparing.sides import parse_side
+    from moe_export.comparing.verifying import Request
+    from moe_export.comparing.verifying_models import compare_subject
     from moe_export.export.subject import make_subject
-    from moe_export.sides import parse_side
-    from moe_export.verifying import Request
-    from moe_export.verifying_models import compare_subject
     from moe_export.wishes import parse_tolerance, parse_wish
 
     args, kwargs = _arguments(inputs)

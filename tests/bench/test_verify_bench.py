@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from moe_export.checking import verify_graph
+from moe_export.comparing.checking import verify_graph
 from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.write import write_model
 from moe_export.verify import Tolerance

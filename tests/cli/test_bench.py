@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
-from moe_export.benching import Job, Timing, measure
 from moe_export.export.engine import has_gpu
+from moe_export.running.benching import Job, Timing, measure
 
 
 def test_backends_are_measured_or_named(command, finished, tmp_path):

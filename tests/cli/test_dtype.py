@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 
-from moe_export.checking import verify_graph
+from moe_export.comparing.checking import verify_graph
 from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.engine import build_engines
 from moe_export.export.pipeline import _narrowed

@@ -7,7 +7,7 @@ import json
 import onnx
 import pytest
 
-from moe_export.cli_export import _given_away
+from moe_export.commands.export import _given_away
 
 
 def test_the_main_road(command, write, listing, tmp_path, texts):

@@ -216,8 +216,8 @@ def test_what_mutate_does_not_take(command, finished, broken):
 
 
 def test_the_numbers_of_a_score():
-    from moe_export.cli_mutate import Score
-    from moe_export.mutating_apart import Fate
+    from moe_export.commands.mutate import Score
+    from moe_export.comparing.mutating_apart import Fate
 
     fates = [Fate("weight", "n", "w", outcome, off=1e-6) for outcome in ("caught", "survived", "equivalent")]
     score = Score((*fates, Fate("axis", "m", "a", "below rounding"), Fate("axis", "m", "b", "stillborn")), 7)

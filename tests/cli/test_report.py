@@ -10,7 +10,7 @@ from itertools import pairwise
 
 import pytest
 
-from moe_export.report_page import STYLE, Change, Content, Picture, page
+from moe_export.reports.page import STYLE, Change, Content, Picture, page
 
 VOID = {"meta", "link", "img", "br", "rect", "path"}
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from moe_export.viewing import Viewer
+from moe_export.pictures.viewing import Viewer
 
 if TYPE_CHECKING:
     from selenium import webdriver

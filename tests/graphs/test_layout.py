@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_export.graph_layout import Box, Edge, Placed, place
+from moe_export.pictures.layout import Box, Edge, Placed, place
 
 
 @st.composite

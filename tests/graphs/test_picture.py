@@ -7,8 +7,8 @@ from xml.etree import ElementTree
 
 import pytest
 
-from moe_export.graph_picture import STYLE, svg_of, text_width
-from moe_export.graph_sketch import Link, Part, Sketch
+from moe_export.pictures.picture import STYLE, svg_of, text_width
+from moe_export.pictures.sketch import Link, Part, Sketch
 
 SVG = "{http://www.w3.org/2000/svg}"
 NASTY = "<script>&\"'\x00</text>"

@@ -8,8 +8,8 @@ import pytest
 
 from moe_export.errors import UsageError
 from moe_export.export.functions import as_functions, without_functions
-from moe_export.graph_groups import groups_of, path_of, reads, sizes_of
-from moe_export.graph_sketch import MOST, Sketch, sketch_of
+from moe_export.pictures.groups import groups_of, path_of, reads, sizes_of
+from moe_export.pictures.sketch import MOST, Sketch, sketch_of
 
 
 def parsed(text: str, modules: dict[str, str] | None = None) -> ir.Model:

@@ -16,6 +16,9 @@ ALLOWED = {
     "verify": {"errors", "external_data"},
     "export": {"errors", "external_data", "einsum_rewrite"},
 }
+BELOW = {"models", "einsum_rewrite", "verify", "export", "errors", "external_data", "backends", "wishes"}
+# What puts the rooms together, in order: one imports those before it.
+TOGETHER = ("running", "large", "pictures", "comparing", "reports", "commands")
 
 
 def imported(path: Path) -> set[str]:
@@ -34,6 +37,13 @@ def imported(path: Path) -> set[str]:
 def test_a_room_imports_only_what_lies_below_it(room):
     for path in (ROOT / room).rglob("*.py"):
         assert imported(path) <= ALLOWED[room] | {room}, path
+
+
+@pytest.mark.parametrize("room", TOGETHER)
+def test_what_puts_the_rooms_together_has_one_direction(room):
+    allowed = BELOW | set(TOGETHER[: TOGETHER.index(room) + 1])
+    for path in (ROOT / "src" / "moe_export" / room).rglob("*.py"):
+        assert imported(path) <= allowed, path
 
 
 def modules_after(code: str) -> set[str]:

@@ -8,11 +8,11 @@ import pytest
 from parallel_stack import EXPERTS, INNER, LAYERS, STACK, WIDTH, routed
 
 from moe_export.cli import run
-from moe_export.cli_sizes import parse_bytes
+from moe_export.commands.sizes import parse_bytes
 from moe_export.errors import UsageError
-from moe_export.planning import human, numbers, plan, weights_of
-from moe_export.planning_count import count
-from moe_export.planning_model import load_weightless, trace_weightless
+from moe_export.large.planning import human, numbers, plan, weights_of
+from moe_export.large.planning_count import count
+from moe_export.large.planning_model import load_weightless, trace_weightless
 from moe_export.verify.parallel_in_graph import open_rank
 from moe_export.verify.parallel_manifest import read_manifest
 from moe_export.verify.parallel_rank import Together
@@ -74,7 +74,7 @@ def test_where_it_stops_fitting(counted):
 
 
 def test_the_largest_batch_is_the_largest(counted):
-    from moe_export.planning import activations
+    from moe_export.large.planning import activations
 
     memory = 60_000
     for split in plan(counted, memory, 4).splits:

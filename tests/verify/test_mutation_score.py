@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from moe_export.cli import run
-from moe_export.cli_mutate import Score
-from moe_export.mutating_apart import Request, try_apart
+from moe_export.commands.mutate import Score
+from moe_export.comparing.mutating_apart import Request, try_apart
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 

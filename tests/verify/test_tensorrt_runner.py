@@ -6,10 +6,10 @@ import numpy as np
 import onnx
 import pytest
 
-from moe_export.engine_running import compare_with_graph, graph_of, open_engine, run_status
 from moe_export.errors import MissingBackendError, UsageError
 from moe_export.export.engine import build_engines, has_gpu
 from moe_export.export.engine_module import load_module
+from moe_export.running.engines import compare_with_graph, graph_of, open_engine, run_status
 from moe_export.verify.tensorrt_runner import TensorRtRunner, engine_version
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>\n'

@@ -1,0 +1,209 @@
+"""`moe-export build model.onnx --engine sm89`, and the engines that an export makes: all files or none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+import moe_export
+from moe_export.commands.console import Console
+from moe_export.commands.rewrite import parse_bytes
+from moe_export.errors import UsageError
+from moe_export.export.engine import Engine, build_engines, read_graph
+from moe_export.export.engine_module import check_capabilities, load_module
+from moe_export.export.engine_profiles import Range, free_dims, parse_range
+from moe_export.export.engine_settings import Settings, check_settings
+from moe_export.export.write import staging
+from moe_export.running.engines import not_run, run_status
+
+SCHEMA = "moe-export/engines/1"
+_NAMES = (
+    "ranges",
+    "profiles",
+    "builder",
+    "workspace",
+    "strip_weights",
+    "refit",
+    "timing_cache",
+    "layers",
+    "tf32",
+    "require",
+)
+
+
+@dataclass(frozen=True)
+class Request:
+    """The engines that the user asks for.
+
+    Attributes:
+        capabilities: What to build for, in lower case.
+        profiles: Ranges of dimensions, one dict a profile.
+        module: `tensorrt_rtx`, `tensorrt`, or None for whichever fits.
+        settings: The rest.
+        layers: Whether to write what each engine is made of.
+        require: Whether engines that cannot be run here are an error.
+    """
+
+    capabilities: tuple[str, ...]
+    profiles: tuple[Mapping[str, Range], ...]
+    module: str | None
+    settings: Settings
+    layers: bool
+    require: bool
+
+
+def take_request(options: dict[str, Any]) -> Request | None:
+    """Take the options of engines out of a command's options, and check what can be checked without a graph.
+
+    Returns:
+        None if no engine is asked for.
+
+    Raises:
+        UsageError: A range or an amount that cannot be read; an option of engines without `--engine`.
+        MissingBackendError: TensorRT is not installed.
+    """
+    engine = options.pop("engine")
+    given = {name: options.pop(name) for name in _NAMES}
+    if engine is None:
+        for name, value in given.items():
+            if value:
+                raise UsageError(
+                    f"--{_OPTIONS.get(name, name.replace('_', '-'))} is for engines, and none is asked for",
+                    hint="add --engine sm89",
+                )
+        return None
+    wanted = [name.strip().lower() for name in engine.split(",")]
+    common = dict(map(parse_range, _parts(given["ranges"])))
+    profiles = [common | dict(map(parse_range, _parts([text]))) for text in given["profiles"]]
+    settings = Settings(
+        strip_weights=given["strip_weights"],
+        refit=given["refit"],
+        workspace=parse_bytes(given["workspace"], "--workspace"),
+        tf32=given["tf32"],
+        timing_cache=Path(given["timing_cache"]) if given["timing_cache"] else None,
+    )
+    module = load_module(given["builder"], wanted)
+    capabilities = check_capabilities(wanted, module)
+    check_settings(settings, module)
+    return Request(
+        capabilities,
+        tuple(profiles or [common]),
+        module.name,
+        settings,
+        given["layers"],
+        bool(given["require"]),
+    )
+
+
+_OPTIONS = {"ranges": "range", "profiles": "profile"}
+
+
+def _parts(texts: Iterable[str]) -> list[str]:
+    return [part for text in texts for part in text.split(",") if part.strip()]
+
+
+def check_names(request: Request, known: Iterable[str]) -> None:
+    """Refuse a range of a dimension that no graph has.
+
+    Raises:
+        UsageError: It lists the dimensions that there are.
+    """
+    names = list(dict.fromkeys(known))
+    for profile in request.profiles:
+        for name in profile:
+            if name not in names:
+                raise UsageError(
+                    f"--range {name}: no dynamic dimension {name!r}",
+                    hint=f"there are: {', '.join(names)}" if names else "every size is fixed",
+                )
+
+
+def build_files(
+    request: Request, graph: Path, folder: Path, step: Callable[[str], AbstractContextManager[Any]]
+) -> list[dict[str, Any]]:
+    """Build the engines of a graph into a folder: `model.sm89.engine`, and `model.sm89.layers.json` if asked for.
+
+    Ranges of dimensions that this graph does not have are left out: a gate may have fewer than its model.
+
+    Returns:
+        What a report says of each, with its file's name.
+    """
+    model, _ = read_graph(graph)
+    names = {dim.name for dim in free_dims(model)}
+    ranges = [{name: found for name, found in one.items() if name in names} for one in request.profiles]
+    engines = build_engines(
+        graph, request.capabilities, ranges, module=request.module, settings=request.settings, step=step
+    )
+    return [_write(engine, graph, folder, request.layers) for engine in engines]
+
+
+def _write(engine: Engine, graph: Path, folder: Path, layers: bool) -> dict[str, Any]:
+    name = f"{graph.name.removesuffix('.onnx')}.{engine.capability}"
+    (folder / f"{name}.engine").write_bytes(engine.plan)
+    if layers:
+        text = json.dumps(engine.layers, indent=1)
+        (folder / f"{name}.layers.json").write_text(text + "\n", encoding="utf-8")
+    status, report = run_status(folder / f"{name}.engine", graph, engine.capability, engine.module)
+    verification = report.to_dict() if report is not None else None
+    return {"file": f"{name}.engine", "status": status, **engine.to_dict(), "verification": verification}
+
+
+def exit_code(request: Request, engines: Iterable[Mapping[str, Any]], console: Console) -> int:
+    """1 if an engine ran and is not equal, 4 if one had to run and did not, else 0; says so."""
+    statuses = [str(found["status"]) for found in engines]
+    if "not equal" in statuses:
+        console.say("NOT EQUAL to the graph that it was built from")
+        return 1
+    error = not_run(statuses) if request.require else None
+    if error is not None:
+        click.echo(f"error: {error}", err=True)
+        return error.exit_code
+    return 0
+
+
+def engine_lines(documents: Iterable[Mapping[str, Any]], folder: Path) -> list[str]:
+    """A line an engine, for people."""
+    lines = []
+    for found in documents:
+        size = f"{found['size'] / 1e6:.1f} MB, {found['seconds']:.1f} s"
+        lines.append(
+            f"{folder / found['file']}  ({found['module']} {found['version']}, {size}; {found['status']})"
+        )
+        for profile in found["profiles"]:
+            sizes = ", ".join(f"{name} {low}:{best}:{high}" for name, (low, best, high) in profile.items())
+            lines.append(f"  profile: {sizes or 'no dynamic size'}")
+        lines += [f"  note: {note}" for note in found["notes"]]
+    return lines
+
+
+def run_build(graph: str, output: str | None, quiet: bool, as_json: bool, debug: bool, **options: Any) -> int:
+    """Run the command; the exit code."""
+    request = take_request(options)
+    assert request is not None  # --engine is required here
+    console = Console(quiet, as_json)
+    path = Path(graph)
+    model, _ = read_graph(path)
+    check_names(request, (dim.name for dim in free_dims(model)))
+    folder = Path(output) if output is not None else path.parent
+    with staging(folder.absolute()) as temporary:
+        engines = build_files(request, path, temporary, console.step)
+        document = {
+            "schema": SCHEMA,
+            "version": moe_export.__version__,
+            "source": path.name,
+            "engines": engines,
+        }
+        text = json.dumps(document, indent=2)
+        name = f"{path.name.removesuffix('.onnx')}.engines.json"
+        (temporary / name).write_text(text + "\n", encoding="utf-8")
+    console.json(text)
+    for line in engine_lines(engines, folder):
+        console.say(line)
+    console.say(f"report: {folder / name}")
+    return exit_code(request, engines, console)

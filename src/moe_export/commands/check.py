@@ -1,0 +1,63 @@
+"""`moe-export check graph.onnx --target tensorrt`: what TensorRT is known to refuse, without building."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from moe_export.commands.console import Console
+from moe_export.export.engine import read_graph
+from moe_export.export.engine_refusal import Refusal
+from moe_export.export.engine_rules import Findings, find_refusals
+
+SCHEMA = "moe-export/check/1"
+NOTHING = "nothing that TensorRT is known to refuse; only a build (moe-export build) shows that it builds"
+
+
+def run_check(graph: str, target: str, quiet: bool, as_json: bool, debug: bool) -> int:
+    """Run the command; the exit code: 1 if something is refused."""
+    console = Console(quiet, as_json)
+    model, _ = read_graph(graph)
+    findings = find_refusals(model)
+    console.json(json.dumps(_document(graph, target, findings), indent=2))
+    if not findings.refused:
+        console.say(f"{graph}: {NOTHING}")
+    else:
+        console.say(f"{graph}: {_count(len(findings.refused), 'thing')} that TensorRT refuses")
+        _print(console, findings.refused)
+    if findings.doubts:
+        console.say("\nmay be refused, or compute something else:")
+        _print(console, findings.doubts)
+    return 1 if findings.refused else 0
+
+
+def _print(console: Console, refusals: Sequence[Refusal]) -> None:
+    """A line for each rule and place; nodes that differ in nothing else are counted."""
+    groups: dict[tuple[str, str, str, str], list[Refusal]] = {}
+    for refusal in refusals:
+        groups.setdefault((refusal.rule, refusal.source, refusal.module, refusal.hint), []).append(refusal)
+    for (rule, _, _, hint), group in groups.items():
+        more = f" (and {_count(len(group) - 1, 'node')} more there)" if len(group) > 1 else ""
+        console.say(f"  {group[0].place}{more}: {rule}")
+        if hint:
+            console.say(f"      avoid it: {hint}")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _document(graph: str, target: str, findings: Findings) -> dict[str, object]:
+    return {
+        "schema": SCHEMA,
+        "graph": graph,
+        "target": target,
+        "verdict": "refused" if findings.refused else "nothing known is refused; not built",
+        "refused": [_facts(refusal) for refusal in findings.refused],
+        "doubts": [_facts(refusal) for refusal in findings.doubts],
+    }
+
+
+def _facts(refusal: Refusal) -> dict[str, str]:
+    return {name: value for name, value in asdict(refusal).items() if value}

@@ -1,0 +1,368 @@
+"""`moe-export model.py`: load, export, verify in a staging folder, then move the files into place."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnx_ir as ir
+
+import moe_export
+from moe_export.commands.build import Request, build_files, check_names, engine_lines, exit_code
+from moe_export.commands.console import Console
+from moe_export.commands.parallel import Written, write_ranks
+from moe_export.commands.sizes import parse_bytes
+from moe_export.comparing.blaming import kept_options
+from moe_export.comparing.checking import verify_graph
+from moe_export.einsum_rewrite import Site
+from moe_export.errors import MissingBackendError, NotExportableError, UsageError
+from moe_export.export.bodies import initializers
+from moe_export.export.dims import parse_dynamic
+from moe_export.export.engine_profiles import dim_facts
+from moe_export.export.functions import as_functions
+from moe_export.export.load import load_subject
+from moe_export.export.parallel_ranks import Parallel
+from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
+from moe_export.export.provenance import relative_line, strip_scope
+from moe_export.export.stream_write import Storage, data_facts, stream_weights
+from moe_export.export.subject import Subject
+from moe_export.export.trace import SCOPE
+from moe_export.export.weights_place import without_weights
+from moe_export.export.write import rename_model, staging, write_model
+from moe_export.large.layerwise import Parts, filled_weights
+from moe_export.running.choices import runner_of
+from moe_export.verify import Report, Tolerance, show
+from moe_export.wishes import Wish, parse_tolerance, parse_wish
+from moe_export.wishes import check_names as check_outputs
+
+_PLACE = re.compile(r"/[^\s:]+\.py:\d+")
+_NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)")
+SCHEMA = "moe-export/export-report/1"
+
+
+def run_export(
+    model: str,
+    opset: int,
+    output: str,
+    static: bool,
+    dynamic: tuple[str, ...],
+    gate: str | None,
+    experts: str,
+    target: str,
+    recurrence: Literal["auto", "scan", "chunked", "unrolled"],
+    unroll: int,
+    decode: bool,
+    simplify: bool,
+    verify: bool,
+    init: tuple[str, ...],
+    inputs: tuple[str, ...],
+    rtol: float | None,
+    atol: float | None,
+    seed: int,
+    provider: str,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+    dtype: str = "float32",
+    float32: tuple[str, ...] = (),
+    engines: Request | None = None,
+    tolerances: tuple[str, ...] = (),
+    functions: bool = False,
+    weights: Literal["copy", "reference"] = "copy",
+    shard_size: str = "4GB",
+    memory: str = "1GiB",
+    verify_how: str | None = None,
+    parallel: Parallel | None = None,
+    **wishes: Any,
+) -> int:
+    """Run the command; the exit code."""
+    storage = Storage(weights, parse_bytes(shard_size, "--shard-size"), Path(output).absolute())
+    parts = Parts(verify_how, storage)
+    console = Console(quiet, as_json)
+    tolerance = parse_tolerance(rtol, atol, tolerances)
+    wish = parse_wish(**wishes)
+    folder = Path(output)
+    with console.user_code(), staging(folder.absolute()) as temporary:
+        with console.step(f"loading {model}"):
+            subject = load_subject(model, init=init, inputs=inputs, memory=parse_bytes(memory, "--memory"))
+        options = Options(
+            opset=opset,
+            dims=parse_dynamic(dynamic, static, subject.inputs),
+            gates=True if gate is None else False if gate == "none" else gate,
+            simplify=simplify,
+            experts=experts,
+            target=target,
+            dtype=dtype,
+            float32=float32,
+            recurrence=recurrence,
+            unroll=unroll,
+            decode=decode,
+        )
+        graphs = export_subject(subject, options, console.step)
+        if engines is not None:
+            check_names(engines, (dim.name for graph in graphs for dim in graph.traced.dims))
+        names = file_names(subject.source.stem, graphs)
+        reports: list[Report | None] = []
+        checked: list[Graph] = []
+        for graph, name in zip(graphs, names, strict=True):
+            facts = _facts(graph, subject, options)
+            apart = _write(graph, temporary / name, facts, functions, storage)
+            graph = replace(graph, notes=(*graph.notes, *apart))  # noqa: PLW2901
+            _check_file(temporary / name)
+            with console.step(f"verifying {name}" if verify else f"loading {name}"):
+                found, report = _verified(
+                    graph, temporary / name, verify, tolerance, seed, provider, wish, parts
+                )
+            learned = dim_facts(found.traced.dims, exact=report is not None)
+            if learned != dim_facts(graph.traced.dims):  # the file says at which sizes it was found right
+                _write(found, temporary / name, facts | learned, functions, storage)
+            checked.append(found)
+            reports.append(report)
+        graphs = tuple(checked)
+        if reports[0] is not None:
+            outputs = [row.output for report in reports if report is not None for row in report.rows]
+            check_outputs(tolerance, outputs)
+        equal = all(report is None or report.exit_code == 0 for report in reports)
+        if not equal:
+            names = [_reject(temporary, name) for name in names]
+        document = report_document(subject, graphs, names, reports, opset)
+        built = _build(engines if equal else None, document, temporary, console)
+        ranks: Written | None = None
+        if parallel is not None and equal:
+            margins = tolerance if verify else None
+            ranks = write_ranks(graphs[0], options, parallel, temporary, names[0], console, margins, seed)
+            document["parallel"] = ranks.document
+            equal = ranks.report is None or ranks.report.exit_code == 0
+        report_name = f"{subject.source.stem}.report.json"
+        (temporary / report_name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    console.json(json.dumps(document, indent=2))
+    console.say(f"\nmodel: {type(subject.module).__name__}, {subject.how}")
+    _print(console, folder, graphs, [*names, report_name], reports)
+    for line in (*engine_lines(built, folder), *(ranks.lines if ranks is not None else ())):
+        console.say(line)
+    if engines is not None and equal:
+        return exit_code(engines, built, console)
+    return 0 if equal else 1
+
+
+def _write(
+    graph: Graph, path: Path, facts: dict[str, str], functions: bool, storage: Storage
+) -> tuple[str, ...]:
+    """Write a graph, its modules as functions if that was asked for; notes on them, and on where its weights are."""
+    stored = stream_weights(graph.model, path, storage)
+    describe(graph.model, facts | data_facts(graph.model))
+    model = graph.model.clone() if functions else graph.model
+    notes = as_functions(model) if functions else ()
+    write_model(model, path, storage)
+    return (*stored.notes(storage.mode), *notes)
+
+
+def _build(
+    request: Request | None, document: dict[str, Any], folder: Path, console: Console
+) -> list[dict[str, Any]]:
+    """Build the engines of every graph of a report, and write them into it."""
+    built: list[dict[str, Any]] = []
+    for entry in document["graphs"] if request is not None else ():
+        assert request is not None
+        entry["engines"] = build_files(request, folder / entry["file"], folder, console.step)
+        built += entry["engines"]
+    return built
+
+
+def _verified(
+    graph: Graph,
+    path: Path,
+    verify: bool,
+    tolerance: Tolerance,
+    seed: int,
+    provider: str,
+    wish: Wish,
+    parts: Parts,
+) -> tuple[Graph, Report | None]:
+    """The graph with what verification learned of its dimensions, and the report; None if it is not verified."""
+    if parts.wanted(graph, path):
+        return parts.verified(graph, path, tolerance, seed) if verify else parts.unverified(graph)
+    with filled_weights(graph):
+        return _verified_whole(graph, path, verify, tolerance, seed, provider, wish)
+
+
+def _verified_whole(
+    graph: Graph, path: Path, verify: bool, tolerance: Tolerance, seed: int, provider: str, wish: Wish
+) -> tuple[Graph, Report | None]:
+    try:
+        if not verify:
+            runner_of(path, provider, graph.dtype)  # it must load, whatever it computes
+            return graph, None
+        wish = wish if graph.kind == "model" else replace(wish, files=(), at=())  # those are the model's
+        report, dims = verify_graph(graph, path, tolerance=tolerance, seed=seed, provider=provider, wish=wish)
+        return replace(graph, traced=replace(graph.traced, dims=dims)), report
+    except UsageError as error:
+        kernel = _NO_KERNEL.search(error.what)
+        if kernel is None:
+            raise NotExportableError(
+                f"{path.name} was made, but it cannot be run: {error.what}",
+                hint="this is a defect of the exporter; run with --debug and report it",
+            ) from error
+        if not verify:
+            note = f"onnxruntime on {provider} cannot run it: it has no {kernel['op']} for this dtype"
+            return replace(graph, notes=(*graph.notes, note)), None
+        raise MissingBackendError(
+            f"{path.name} cannot be verified: onnxruntime on {provider} has no {kernel['op']} for this dtype",
+            hint="--no-verify writes it unverified; --provider cuda may have the operator, and float32 has it",
+        ) from error
+
+
+def file_names(stem: str, graphs: tuple[Graph, ...]) -> list[str]:
+    """`model.onnx`, and `model.gate.onnx` or, of several gates, `model.gate.0.onnx`, ..."""
+    gates = [graph for graph in graphs if graph.kind == "gate"]
+    numbered = [f"{stem}.gate.{index}.onnx" for index in range(len(gates))]
+    steps = [f"{stem}.step.onnx" for graph in graphs if graph.kind == "step"]
+    return [f"{stem}.onnx", *([f"{stem}.gate.onnx"] if len(gates) == 1 else numbered), *steps]
+
+
+def _reject(folder: Path, name: str) -> str:
+    """Rename a graph that is not equal to the model, so that nobody deploys it and an older one stays."""
+    rejected = f"{name.removesuffix('.onnx')}.rejected.onnx"
+    rename_model(folder / name, rejected)
+    return rejected
+
+
+def _check_file(path: Path) -> None:
+    model = ir.load(path)
+    outside = any(isinstance(value.const_value, ir.ExternalTensor) for value in initializers(model))
+    try:
+        onnx.checker.check_model(without_weights(model) if outside else str(path), full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise NotExportableError(f"onnx.checker refuses {path.name}: {error}") from error
+
+
+def _facts(graph: Graph, subject: Subject, options: Options) -> dict[str, str]:
+    return {
+        "version": moe_export.__version__,
+        "source": subject.source.name,
+        "opset": str(options.opset),
+        "options": kept_options(options),
+        "kind": graph.kind,
+        "module": graph.path,
+        "dtype": graph.dtype,
+        **dim_facts(graph.traced.dims),
+    }
+
+
+def report_document(
+    subject: Subject, graphs: tuple[Graph, ...], names: list[str], reports: list[Report | None], opset: int
+) -> dict[str, Any]:
+    """The report of an export as plain data, for `model.report.json` and `--json`."""
+    return {
+        "schema": SCHEMA,
+        "version": moe_export.__version__,
+        "source": subject.source.name,
+        "model": type(subject.module).__name__,
+        "found_by": subject.how,
+        "opset": opset,
+        "verdict": _verdict(reports),
+        "graphs": [
+            _graph_document(graph, name, report)
+            for graph, name, report in zip(graphs, names, reports, strict=True)
+        ],
+    }
+
+
+def _verdict(reports: list[Report | None]) -> str:
+    verdicts = {report.verdict if report else "not verified" for report in reports}
+    order = ("not equal", "not proven", "not verified", "equal")
+    return next(verdict for verdict in order if verdict in verdicts)
+
+
+def _given_away(note: str, folder: Path) -> str:
+    """A note without absolute paths: a report is given to others."""
+    return _PLACE.sub(lambda place: relative_line(place[0], folder), note)
+
+
+def _graph_document(graph: Graph, name: str, report: Report | None) -> dict[str, Any]:
+    operators: dict[str, int] = {}
+    for node in graph.model.graph.all_nodes():
+        operators[node.op_type] = operators.get(node.op_type, 0) + 1
+    return {
+        "file": name,
+        "kind": graph.kind,
+        "module": graph.path,
+        "dtype": graph.dtype,
+        "inputs": {name: list(shape) for name, shape in graph.traced.inputs.items()},
+        "outputs": {
+            str(value.name): [str(dim) if not isinstance(dim, int) else dim for dim in value.shape or ()]
+            for value in graph.model.graph.outputs
+        },
+        "dynamic": [
+            {"name": dim.name, "traced": dim.traced, "minimum": dim.minimum, "maximum": dim.maximum}
+            for dim in graph.traced.dims
+        ],
+        "fixed": [
+            {"input": f.input, "axis": f.axis, "size": f.size, "model_takes_others": f.model_takes_others}
+            for f in graph.traced.fixed
+        ],
+        "nodes": sum(operators.values()),
+        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
+        "einsums": [
+            {
+                "file": site.file and Path(site.file).name,
+                "line": site.line,
+                "module": site.module,
+                "equation": site.equation,
+                "became": site.became,
+                "flops": str(site.flops),
+                "largest": str(site.largest),
+            }
+            for site in graph.sites
+        ],
+        "notes": [_given_away(note, graph.reference.source.parent) for note in graph.notes],
+        "verification": report.to_dict() if report else None,
+    }
+
+
+def _print(
+    console: Console, folder: Path, graphs: tuple[Graph, ...], names: list[str], reports: list[Report | None]
+) -> None:
+    for graph, name, report in zip(graphs, names, reports, strict=False):
+        console.say(f"\n{folder / name}  ({_summary(graph)})")
+        for line in site_lines(graph.sites):
+            console.say(f"  {line}")
+        for note in graph.notes:
+            console.say(f"  note: {_PLACE.sub(lambda place: os.path.relpath(place[0]), note)}")
+        if report is not None and not (console.quiet or console.as_json):
+            console.say()
+            show(report, sys.stdout)
+    if is_only_a_gate(graphs):
+        console.say("\nThe model is only a gate: its graph and the gate graph are the same.")
+    console.say("\nwritten: " + ", ".join(str(folder / name) for name in names))
+    if any(report is not None and report.exit_code for report in reports):
+        console.say("NOT EQUAL to the model; the graphs are kept as *.rejected.onnx to look into.")
+
+
+def site_lines(sites: Sequence[Site]) -> Iterator[str]:
+    """A line an einsum; the turns of a loop are one line with their number."""
+    turns: dict[tuple[str | None, int | None, str, str, str], int] = {}
+    for site in sites:
+        key = (site.file, site.line, site.module, site.equation, site.became)
+        turns[key] = turns.get(key, 0) + 1
+    for (file, line, module, equation, became), count in turns.items():
+        place = f"{os.path.relpath(Path(file).resolve())}:{line}" if file else "?"
+        where = f"{place} in {strip_scope(module, SCOPE)}" if strip_scope(module, SCOPE) != SCOPE else place
+        yield f"einsum {equation!r} at {where}: {became}" + (f"  (x {count})" if count > 1 else "")
+
+
+def _summary(graph: Graph) -> str:
+    count = sum(1 for _ in graph.model.graph.all_nodes())
+    shapes = ", ".join(
+        f"{name} [{', '.join(map(str, shape))}]" for name, shape in graph.traced.inputs.items()
+    )
+    kinds = {"model": "the whole model", "step": "one step", "gate": f"the gate of {graph.path}"}
+    what = kinds[graph.kind]
+    return f"{what}: {count} nodes, opset {graph.model.opset_imports['']}, {shapes}"

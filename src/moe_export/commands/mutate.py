@@ -1,0 +1,113 @@
+"""`moe-export mutate graph.onnx --against model.py`: whether the gate would catch what can go wrong with a graph."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from moe_export.commands.console import Console
+from moe_export.comparing.mutating_apart import Fate, Request, try_apart
+from moe_export.errors import UsageError
+from moe_export.verify.mutants import KINDS
+
+SCHEMA = "moe-export/mutation-report/1"
+
+
+def run_mutate(
+    graph: str,
+    against: str,
+    init: tuple[str, ...],
+    inputs: tuple[str, ...],
+    rtol: float | None,
+    atol: float | None,
+    seed: int,
+    thorough: bool,
+    limit: int,
+    kinds: tuple[str, ...],
+    inside: bool,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> int:
+    """Run the command; the exit code."""
+    console = Console(quiet, as_json)
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise UsageError(f"no kind of mutant is called '{unknown[0]}'", hint=f"the kinds: {', '.join(KINDS)}")
+    request = Request(graph, against, init, inputs, rtol, atol, seed, thorough, limit, kinds, inside)
+    with console.step(f"trying mutants of {graph}"):
+        trial = try_apart(request)
+    score = Score(trial.fates, trial.cases)
+    console.json(json.dumps(score.to_dict(graph, against), indent=2))
+    for line in score.lines():
+        console.say(line)
+    return score.exit_code
+
+
+@dataclass(frozen=True)
+class Score:
+    """How many mutants the gate caught.
+
+    Attributes:
+        fates: What became of each.
+        cases: How many cases the gate has.
+    """
+
+    fates: tuple[Fate, ...]
+    cases: int
+
+    def count(self, outcome: str, kind: str | None = None) -> int:
+        """How many mutants, of a kind or of all, came to this."""
+        return sum(fate.outcome == outcome and kind in (None, fate.kind) for fate in self.fates)
+
+    @property
+    def exit_code(self) -> int:
+        """1 if a mutant survived that is not equivalent."""
+        return 1 if self.count("survived") else 0
+
+    def lines(self) -> Iterator[str]:
+        """For a person."""
+        outcomes = ("caught", "survived", "equivalent", "below rounding")
+        yield f"\n{'kind':<16} {'mutants':>8} " + " ".join(f"{name:>{len(name) + 2}}" for name in outcomes)
+        for kind in (*(kind for kind in KINDS if any(fate.kind == kind for fate in self.fates)), None):
+            counts = {name: self.count(name, kind) for name in outcomes}
+            cells = " ".join(f"{count:>{len(name) + 2}}" for name, count in counts.items())
+            yield f"{kind or 'all':<16} {sum(counts.values()):>8} {cells}"
+        counted = self.count("caught") + self.count("survived")
+        yield f"\nmutation score: {self.count('caught')} of {counted} ({self.cases} cases)"
+        if self.count("stillborn"):
+            yield f"{self.count('stillborn')} more were no graphs that onnxruntime opens"
+        for outcome in ("equivalent", "below rounding", "survived"):
+            for fate in self.fates:
+                if fate.outcome == outcome:
+                    off = "" if outcome == "equivalent" else f"  (off by {fate.off:.1e} in float64)"
+                    yield f"  {outcome.upper() if outcome == 'survived' else outcome}: {fate}{off}"
+
+    def to_dict(self, graph: str, against: str) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        counted = self.count("caught") + self.count("survived")
+        return {
+            "schema": SCHEMA,
+            "graph": graph,
+            "against": against,
+            "cases": self.cases,
+            "caught": self.count("caught"),
+            "survived": self.count("survived"),
+            "equivalent": self.count("equivalent"),
+            "below_rounding": self.count("below rounding"),
+            "stillborn": self.count("stillborn"),
+            "score": self.count("caught") / counted if counted else None,
+            "mutants": [
+                {
+                    "kind": fate.kind,
+                    "node": fate.node,
+                    "what": fate.what,
+                    "outcome": fate.outcome,
+                    "by": fate.by,
+                    "off": fate.off if fate.off != float("inf") else None,
+                }
+                for fate in self.fates
+            ],
+        }

@@ -1,0 +1,239 @@
+"""`--expert-parallel N`: the graphs of N ranks beside the whole model's, their manifest, and whether they agree."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moe_export.commands.console import Console
+from moe_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from moe_export.export.dispatch import Dispatch
+    from moe_export.export.parallel_ranks import Parallel
+    from moe_export.export.pipeline import Graph, Options
+    from moe_export.verify import Report, Tolerance
+
+_DYNAMIC = "dynamic"
+
+
+def parallel_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that split a model's experts over ranks."""
+    for option in (
+        click.option("--collectives", type=click.Choice(["runner", "graph"]), default="runner", show_default=True,
+                     help="Who exchanges: whoever runs the ranks' graphs, or nodes of the engine's own in them."),
+        click.option("--placement", metavar="FILE.json",
+                     help="With --expert-parallel: the rank of each expert  [default: in order, evenly]"),
+        click.option("--capacity", default=_DYNAMIC, show_default=True, metavar="ROWS|dynamic",
+                     help="With all_to_all: rows that a rank sends to another, always; pairs beyond are dropped."),
+        click.option("--exchange", type=click.Choice(["all_reduce", "all_to_all"]), default="all_reduce",
+                     show_default=True,
+                     help="With --expert-parallel: every rank sees all tokens, and partial sums are added; or each has"
+                     " tokens of its own, and their rows travel (docs/parallel.md)."),
+        click.option("--expert-parallel", type=click.IntRange(1), metavar="N",
+                     help="Write the graphs of N ranks, too, each with its share of the experts."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def take_parallel(options: dict[str, Any]) -> Parallel | None:
+    """Take these options out of a command's; None where no ranks were asked for.
+
+    Raises:
+        UsageError: An option goes with ranks, and there are none; or with another way to exchange.
+    """
+    from moe_export.export.parallel_ranks import Parallel
+
+    ranks, exchange = options.pop("expert_parallel"), options.pop("exchange")
+    text, placement, collectives = (
+        options.pop("capacity"),
+        options.pop("placement"),
+        options.pop("collectives"),
+    )
+    if ranks is None:
+        given = {"--exchange": exchange != "all_reduce", "--capacity": text != _DYNAMIC,
+                 "--placement": placement is not None, "--collectives": collectives != "runner"}  # fmt: skip
+        if any(given.values()):
+            name = next(name for name, is_given in given.items() if is_given)
+            raise UsageError(f"{name} goes with --expert-parallel", hint="--expert-parallel 4")
+        return None
+    if options["dtype"] != "float32":
+        raise UsageError(
+            "--expert-parallel writes float32 graphs only", hint=f"leave --dtype {options['dtype']} away"
+        )
+    capacity = None
+    if text != _DYNAMIC:
+        if not text.isdigit() or not int(text):
+            raise UsageError(
+                f"--capacity is a number of rows, or {_DYNAMIC}, not {text!r}", hint="--capacity 64"
+            )
+        capacity = int(text)
+    return Parallel(ranks, exchange, capacity, placement, collectives)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        document: For the report.
+        lines: For people.
+        report: Whether the ranks agree with the whole model; None where they were not run.
+    """
+
+    document: dict[str, Any]
+    lines: tuple[str, ...]
+    report: Report | None
+
+
+def write_ranks(
+    graph: Graph,
+    options: Options,
+    parallel: Parallel,
+    folder: Path,
+    whole: str,
+    console: Console,
+    tolerance: Tolerance | None,
+    seed: int,
+) -> Written:
+    """Write the graphs of all ranks and their manifest into a folder, and run them side by side.
+
+    Args:
+        graph: The whole model's.
+        options: What it was made with.
+        parallel: How to split it.
+        folder: It holds the whole model's graph.
+        whole: The name of that.
+        console: Shows progress.
+        tolerance: For the comparison with the whole; None for no comparison.
+        seed: Of its inputs.
+    """
+    import moe_export
+    from moe_export.export.parallel_manifest import file_name, manifest
+    from moe_export.export.parallel_ranks import rank_graphs
+    from moe_export.export.pipeline import as_numpy
+    from moe_export.export.write import write_model
+
+    stem = graph.reference.source.stem
+    with console.step(f"writing the graphs of {parallel.ranks} ranks"):
+        ranks = rank_graphs(graph, options, parallel)
+        example = f"{stem}.parallel.safetensors"
+        _save({name: as_numpy(value) for name, value in graph.traced.example.items()}, folder / example)
+        facts = {"version": moe_export.__version__, "opset": options.opset, "target": options.target}
+        document = manifest(graph, ranks, whole, example, facts)
+        for rank, staged in enumerate(ranks.staged):
+            for stage, model in enumerate(staged.stages):
+                model.producer_name, model.producer_version = "moe-export", moe_export.__version__
+                write_model(model, folder / file_name(stem, rank, stage))
+    name = f"{stem}.parallel.json"
+    (folder / name).write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    report = None
+    if tolerance is not None:
+        with console.step(f"verifying {parallel.ranks} ranks"):
+            report = _verified(folder / name, tolerance, seed)
+        if report.exit_code:  # nobody deploys it
+            name = f"{stem}.parallel.rejected.json"
+            (folder / f"{stem}.parallel.json").rename(folder / name)
+    found = {
+        "manifest": name,
+        "ranks": parallel.ranks,
+        "exchange": parallel.exchange,
+        "bytes": [one["bytes"] for one in document["graphs"]],
+        "notes": list(ranks.notes),
+        "verification": report.to_dict() if report else None,
+    }
+    return Written(found, tuple(_lines(document, ranks.notes, report)), report)
+
+
+def _save(arrays: dict[str, Any], path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    save_file(arrays, path)
+
+
+def _verified(path: Path, tolerance: Tolerance, seed: int) -> Report:
+    """All ranks in this process, against the whole model's graph."""
+    from moe_export.verify import OnnxRuntimeRunner, compare
+    from moe_export.verify.parallel import all_cases
+    from moe_export.verify.parallel_in_graph import open_rank
+    from moe_export.verify.parallel_manifest import read_manifest
+    from moe_export.verify.parallel_rank import Together
+    from moe_export.verify.parallel_slices import Joined, Sliced, Slices
+    from moe_export.verify.runner import Runner
+
+    found = read_manifest(path)
+    assert found.whole is not None
+    reference: Runner = OnnxRuntimeRunner(found.whole)
+    together = Together([open_rank(found, rank) for rank in range(found.ranks)])
+    candidate: Runner = together
+    if found.exchange == "all_to_all":
+        slices = Slices(found.ranks, found.inputs, found.outputs)
+        reference, candidate = Sliced(reference, slices), Joined(together.name, together.run_each, slices)
+    return compare(reference, candidate, all_cases(found, seed), tolerance=tolerance)
+
+
+def _lines(document: dict[str, Any], notes: tuple[str, ...], report: Report | None) -> list[str]:
+    lines = [f"{document['ranks']} ranks, {document['exchange']}:"]
+    for one in document["graphs"]:
+        experts = "; ".join(_numbers(numbers) for numbers in one["experts"])
+        size = f"{one['bytes'] / 2**20:.2f} MiB, {one['expert_bytes'] / 2**20:.2f} of experts"
+        lines.append(f"  rank {one['rank']}: experts {experts} ({size})")
+    for exchange in document["exchanges"]:
+        row = sum(value["bytes_per_row"] for value in exchange["values"])
+        back = " back" if exchange["back"] else ""
+        what = "a token" if exchange["kind"] == "all_reduce" else "a row sent"
+        lines.append(f"  layer {exchange['layer']}: {exchange['kind']}{back}, {row} bytes {what}")
+    lines += [f"  note: {note}" for note in notes]
+    if report is not None:
+        lines.append(f"  run side by side in one process, {len(report.compared)} cases: {report.verdict}")
+    return lines
+
+
+def _numbers(numbers: list[int]) -> str:
+    """`0-3, 7`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1].append(number)
+        else:
+            parts.append([number])
+    return ", ".join(f"{part[0]}-{part[-1]}" if len(part) > 1 else str(part[0]) for part in parts) or "none"
+
+
+def draw_ranks(dispatches: Sequence[Dispatch], manifest: str, batch: int) -> tuple[str, list[str]]:
+    """A picture of the ranks on a real batch, and the same as text.
+
+    Args:
+        dispatches: Where every gate of the model sent every token.
+        manifest: The file that says which rank has which expert; or its folder.
+        batch: Rows of the batch.
+
+    Raises:
+        UsageError: The manifest cannot be read, or is another model's.
+    """
+    from moe_export.export.parallel_picture import draw, flow, lines
+    from moe_export.verify.parallel_manifest import find_manifest, read_manifest
+
+    found = read_manifest(find_manifest(manifest))
+    flows, left = [], list(dispatches)
+    for number, layer in enumerate(found.layers):
+        fits = [one for one in left if (one.experts, one.indices.shape[1]) == (layer.experts, layer.slots)]
+        if not fits:
+            raise UsageError(
+                f"no gate of this model chooses {layer.slots} of {layer.experts} experts, as layer {number} of the"
+                " manifest says",
+                where=str(found.path),
+                hint="give the manifest of this model",
+            )
+        left = left[left.index(fits[0]) + 1 :]
+        both = [sum(one.row_bytes) for one in found.exchanges if one.layer == number]
+        row_bytes = (both[0], both[1] if len(both) > 1 else 0)
+        about = (layer.module, found.exchange, layer.placement, found.ranks)
+        flows.append(flow(about, fits[0].indices, batch, row_bytes))
+    return draw(flows), lines(flows)

@@ -1,0 +1,95 @@
+"""Reports for other programs: JSON, JUnit XML, an HTML page, GitHub's annotations and step summary."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moe_export.commands.console import Console
+from moe_export.errors import UsageError
+
+if TYPE_CHECKING:
+    from moe_export.verify import Report
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which reports to write, besides the text.
+
+    Attributes:
+        json: A file for the report as JSON.
+        junit: A file for JUnit XML.
+        html: A file for the page.
+        github: Annotations on stdout, and the step summary.
+    """
+
+    json: str | None = None
+    junit: str | None = None
+    html: str | None = None
+    github: bool = False
+
+
+def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of commands that write reports."""
+    for option in (
+        click.option("--github/--no-github", default=None,
+                     help="Annotations and a step summary  [default: where GITHUB_ACTIONS is set]."),
+        click.option("--html", metavar="FILE", help="Write a page with histograms; it needs nothing else."),
+        click.option("--junit", metavar="FILE", help="Write JUnit XML."),
+        click.option("--report", metavar="FILE", help="Write the report as JSON; `moe-export judge` reads it."),
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+def take_wanted(options: dict[str, Any]) -> Wanted:
+    """Take these options out of a command's."""
+    github = options.pop("github")
+    return Wanted(
+        json=options.pop("report"),
+        junit=options.pop("junit"),
+        html=options.pop("html"),
+        github=bool(os.environ.get("GITHUB_ACTIONS")) if github is None else github,
+    )
+
+
+def write_reports(reports: Sequence[Report], wanted: Wanted, console: Console) -> None:
+    """Write what is wanted.
+
+    Raises:
+        UsageError: A file cannot be written.
+    """
+    from moe_export.verify.github import summary, workflow_commands
+    from moe_export.verify.junit import junit
+    from moe_export.verify.page import page
+
+    if wanted.json:
+        if len(reports) > 1:
+            raise UsageError("--report takes one comparison", hint="one command for each --against")
+        _write(wanted.json, reports[0].to_json())
+    if wanted.junit:
+        _write(wanted.junit, junit(reports))
+    if wanted.html:
+        _write(wanted.html, page(reports))
+    if not wanted.github:
+        return
+    if not console.as_json:  # stdout is one JSON document then; GitHub reads commands from it line by line
+        for report in reports:
+            for line in workflow_commands(report):
+                print(line, flush=True)
+    target = os.environ.get("GITHUB_STEP_SUMMARY")
+    if target:
+        with Path(target).open("a", encoding="utf-8") as file:
+            file.writelines(f"{summary(report)}\n" for report in reports)
+
+
+def _write(name: str, text: str) -> None:
+    try:
+        Path(name).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {name}: {error.strerror}") from None

@@ -1,0 +1,99 @@
+"""`moe-export rewrite`: an ONNX file, a Python file, or one equation, told apart by the suffix."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import PurePath
+
+from moe_export.commands.console import Console
+from moe_export.einsum_rewrite import plan_einsum
+from moe_export.einsum_rewrite.binding import symbolic_shapes
+from moe_export.einsum_rewrite.planner import make_plan
+from moe_export.einsum_rewrite.python_source import to_python
+from moe_export.errors import UsageError
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def run_rewrite(
+    source: str,
+    output: str | None,
+    shapes: str | None,
+    target: str,
+    keep_einsum: bool,
+    max_intermediate: str | None,
+    prove: bool,
+    diff: bool,
+    in_place: bool,
+    check: bool,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+) -> int:
+    """Run the command; the exit code."""
+    console = Console(quiet, as_json)
+    suffix = PurePath(source).suffix
+    limit = parse_bytes(max_intermediate)
+    if suffix == ".onnx":
+        from moe_export.commands.rewrite_onnx import run_rewrite_onnx
+        from moe_export.einsum_rewrite.onnx_model import Options
+
+        options = Options(target=target, keep_einsum=keep_einsum, max_intermediate=limit)
+        return run_rewrite_onnx(source, output, options, prove, console)
+    if suffix == ".py":
+        from moe_export.commands.rewrite_python import run_rewrite_python
+
+        return run_rewrite_python(source, output, diff, in_place, check, console)
+    return _run_equation(source, shapes, target, console)
+
+
+def _run_equation(text: str, shapes: str | None, target: str, console: Console) -> int:
+    from moe_export.einsum_rewrite.explain import explain
+    from moe_export.einsum_rewrite.onnx_text import to_onnx_text
+
+    sizes = parse_shapes(shapes)
+    plan = plan_einsum(text, *sizes, target=target)
+    operands = sizes or symbolic_shapes(plan.equation)
+    told = explain(plan.equation, operands, target)
+    code = to_python(make_plan(plan.equation, operands, target="torch"))
+    nodes = to_onnx_text(plan.equation, operands, "onnx" if target == "torch" else target)
+    for part in (plan, told, f"torch\n{_indented(code)}", f"ONNX\n{_indented(nodes)}"):
+        console.say(f"{part}\n")
+    console.json(
+        json.dumps(
+            {"equation": text, "plan": str(plan), "why": told.why, "python": code, "onnx": nodes}, indent=2
+        )
+    )
+    return 0
+
+
+def _indented(text: str) -> str:
+    return "\n".join(f"    {line}" for line in text.splitlines())
+
+
+def parse_bytes(text: str | None, option: str = "--max-intermediate") -> int | None:
+    """`1GB` → 1,000,000,000; `512MiB` → 536,870,912."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
+    if match is None:
+        raise UsageError(f"{option}: {text!r} is no amount of memory", hint="for example: 1GB, 512MiB")
+    unit = UNITS[match[2].upper()]
+    if match[3]:
+        unit = 1024 ** list(UNITS).index(match[2].upper())
+    return int(float(match[1]) * unit)
+
+
+def parse_shapes(text: str | None) -> list[tuple[int, ...]]:
+    """`2x64x256,256x16` → `[(2, 64, 256), (256, 16)]`; an empty part or `scalar` is a scalar."""
+    if text is None:
+        return []
+    shapes = []
+    for part in text.split(","):
+        if not re.fullmatch(r"\s*(scalar|\d+(x\d+)*)?\s*", part):
+            raise UsageError(
+                f"--shapes: {part!r} is not a shape", hint="for example: --shapes 2x64x256,256x16"
+            )
+        shapes.append(tuple(int(size) for size in re.findall(r"\d+", part)))
+    return shapes

@@ -1,0 +1,83 @@
+"""`moe-export rewrite model.py`: replace the einsums in Python source; `--check` for pre-commit."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+from moe_export.commands.console import Console
+from moe_export.einsum_rewrite.codemod import SourceResult, rewrite_file
+from moe_export.errors import UsageError
+
+
+def run_rewrite_python(
+    source: str, output: str | None, diff: bool, in_place: bool, check: bool, console: Console
+) -> int:
+    """Run the command; the exit code: 1 if `--check` finds something to rewrite."""
+    chosen = [bool(output), diff, in_place, check]
+    if sum(chosen) != 1:
+        raise UsageError(
+            "choose what to do with the rewritten source",
+            where=source,
+            hint="one of: -o FILE, --in-place, --diff, --check",
+        )
+    path = Path(source)
+    before = _read(path)
+    result = rewrite_file(before, source)
+    if output or in_place:
+        _write(Path(output or source), result.code)
+    if diff:
+        _print_diff(before, result.code, source, console)
+    console.json(json.dumps(_document(source, result), indent=2))
+    if not diff:
+        _say(source, result, "to rewrite" if check else "rewritten", console)
+    return 1 if check and result.rewritten else 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise UsageError(f"no such file: {path}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"cannot read {path} as Python source: {error}") from None
+
+
+def _write(path: Path, text: str) -> None:
+    """Write beside the file and move, so that it is never there by halves; its permissions stay."""
+    temporary = path.with_name(f".{path.name}.moe-export")
+    try:
+        temporary.write_bytes(text.encode("utf-8"))
+        if path.exists():
+            os.chmod(temporary, path.stat().st_mode)
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def _print_diff(before: str, after: str, source: str, console: Console) -> None:
+    lines = difflib.unified_diff(
+        before.splitlines(keepends=True), after.splitlines(keepends=True), f"a/{source}", f"b/{source}"
+    )
+    console.say("".join(lines).rstrip("\n"))
+
+
+def _say(source: str, result: SourceResult, done: str, console: Console) -> None:
+    for item in result.rewritten:
+        console.say(f"{source}:{item.line}: {done}: {item.equation!r} → {item.code}")
+    for left in result.left:
+        console.say(f"{source}:{left.line}: left alone: {left.reason}")
+    console.say(f"{len(result.rewritten)} {done}, {len(result.left)} left alone")
+
+
+def _document(source: str, result: SourceResult) -> dict[str, object]:
+    return {
+        "schema": "moe-export/rewrite-source/1",
+        "file": source,
+        "rewritten": [asdict(item) for item in result.rewritten],
+        "left": [asdict(item) for item in result.left],
+    }

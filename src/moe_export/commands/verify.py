@@ -1,0 +1,138 @@
+"""`moe-export verify A --against B`: the gate alone, for any two sides; PyTorch only where a side is a model file."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe_export.commands.console import Console
+from moe_export.commands.reports import Wanted, write_reports
+from moe_export.commands.sizes import parse_bytes
+from moe_export.comparing.sides import Side, parse_side
+from moe_export.errors import UsageError
+from moe_export.verify import Report, show
+from moe_export.verify.golden import Golden, Recorder, save_golden
+from moe_export.wishes import check_names, parse_tolerance, parse_wish
+
+if TYPE_CHECKING:
+    from moe_export.comparing.verifying import Request
+
+SEVERAL = "moe-export/verify-reports/1"
+
+
+def run_verify(
+    graph: str,
+    against: tuple[str, ...],
+    init: tuple[str, ...],
+    inputs: tuple[str, ...],
+    rtol: float | None,
+    atol: float | None,
+    seed: int,
+    provider: str,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+    backend: str | None = None,
+    record: str | None = None,
+    tolerances: tuple[str, ...] = (),
+    wanted: Wanted | None = None,
+    blame: bool = True,
+    repro: str | None = None,
+    inside: bool = False,
+    memory: str = "1GiB",
+    how: str | None = None,
+    **wish: Any,
+) -> int:
+    """Run the command; the exit code, the worst of several."""
+    from moe_export.comparing.verifying import Request
+
+    console = Console(quiet, as_json)
+    candidate = parse_side(graph, backend, provider)
+    references = [parse_side(text, None, provider) for text in against]
+    if not references and record is None:
+        raise UsageError("Missing option '--against'", hint="or --record golden.safetensors, to store a run")
+    request = Request(
+        tolerance=parse_tolerance(rtol, atol, tolerances),
+        seed=seed,
+        wish=parse_wish(**wish),
+        init=init,
+        inputs=inputs,
+        recorder=None if record is None else Recorder(),
+        why=[] if blame or inside or repro is not None else None,
+        inside=inside,
+        memory=parse_bytes(memory, "--memory"),
+        how=how,
+    )
+    if not references:
+        return _record_alone(candidate, request, Path(record or ""), console)
+    with console.user_code():
+        reports = [_compared(candidate, reference, request, console) for reference in references]
+    again = _again(graph, request, backend)
+    reports = [replace(report, about={**report.about, "command": again}) for report in reports]
+    for report in reports:
+        check_names(request.tolerance, [row.output for row in report.rows])
+    if record is not None and request.recorder is not None:
+        _save(request.recorder, reports[0], Path(record), console)
+    console.json(json.dumps(_document(reports, request), indent=2))
+    for report in reports:
+        if not (quiet or as_json):
+            show(report, sys.stdout)
+    for why in request.why or ():
+        console.say(f"\n{why}")
+        if repro is not None:
+            console.say("written: " + ", ".join(str(file) for file in why.write(Path(repro))))
+    write_reports(reports, wanted or Wanted(), console)
+    return max([bool(request.inside and request.why), *(report.exit_code for report in reports)])
+
+
+def _compared(candidate: Side, reference: Side, request: Request, console: Console) -> Report:
+    from moe_export.comparing.verifying import compare_sides
+
+    with console.step(f"verifying {candidate.text} against {reference.text}"):
+        return compare_sides(candidate, reference, request)
+
+
+def _document(reports: list[Report], request: Request) -> dict[str, Any]:
+    if len(reports) == 1:
+        document = reports[0].to_dict()
+        return {**document, "why": request.why[0].to_dict()} if request.why else document
+    return {"schema": SEVERAL, "reports": [report.to_dict() for report in reports]}
+
+
+def _again(graph: str, request: Request, backend: str | None) -> str:
+    """The command that runs one case of the report again, but for `--against` and the case."""
+    words = ["moe-export verify", graph]
+    words += [f"--backend {backend}"] if backend else []
+    words += [f"--init {text}" for text in request.init] + [f"--input {text}" for text in request.inputs]
+    words += [f"--inputs {file}" for file in request.wish.files]
+    words += ["--thorough"] if request.wish.thorough else []
+    return " ".join(words)
+
+
+def _record_alone(side: Side, request: Request, path: Path, console: Console) -> int:
+    """Store what one side computes, without comparing it."""
+    if side.kind != "model":
+        raise UsageError(
+            "only a model file can be recorded alone",
+            hint=f"moe-export verify {side.text} --against model.py --record {path}",
+        )
+    from moe_export.comparing.verifying_models import record_model
+
+    assert request.recorder is not None
+    with console.user_code(), console.step(f"running {side.text}"):
+        routing = record_model(side, request)
+    recorder = request.recorder
+    golden = Golden(recorder.engine, tuple(recorder.kept), routing, {"reference": side.text})
+    save_golden(golden, path)
+    console.say(f"recorded: {path}, {len(recorder.kept)} cases of {recorder.engine}")
+    return 0
+
+
+def _save(recorder: Recorder, report: Report, path: Path, console: Console) -> None:
+    """Store what the reference computed; only cases that it took."""
+    golden = Golden(recorder.engine, tuple(recorder.kept), recorder.routing, report.about)
+    save_golden(golden, path)
+    console.say(f"recorded: {path}, {len(recorder.kept)} cases of {recorder.engine}")

@@ -1,0 +1,194 @@
+"""Hold a graph against the model it came from: where the export room and the verify room meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from moe_export.comparing.checking_float64 import Float64Runner
+from moe_export.comparing.checking_told import GraphTeller
+from moe_export.comparing.sides import GraphRunner
+from moe_export.export.dims import Dim
+from moe_export.export.pipeline import Graph, as_numpy
+from moe_export.export.subject import Subject
+from moe_export.export.trace import quiet
+from moe_export.running.choices import runner_of, told_and_chooser
+from moe_export.verify import (
+    DimRange,
+    Report,
+    RoutingPair,
+    TensorSpec,
+    Tolerance,
+    TorchRunner,
+    cases,
+    compare,
+)
+from moe_export.verify.golden import Recorder, recorded
+from moe_export.wishes import USUAL, Wish, tolerance_of, wished_cases
+
+Routing = Sequence[tuple[str, str | None, str | None]]
+
+
+def verify_graph(
+    graph: Graph,
+    path: Path,
+    *,
+    tolerance: Tolerance,
+    seed: int = 0,
+    provider: str = "cpu",
+    wish: Wish = USUAL,
+) -> tuple[Report, tuple[Dim, ...]]:
+    """Compare a finished graph with its reference, at its own dimensions' sizes.
+
+    Args:
+        graph: The graph, and what it must compute.
+        path: The file that it was written to.
+        tolerance: For floats.
+        seed: Of the inputs.
+        provider: Where onnxruntime runs, `cpu` or `cuda`.
+        wish: How much to try.
+
+    Returns:
+        The report, and the dimensions with the least size that the graph was found right at, where that is below
+        the tracer's bound: the bound is often only the tracer's caution, so sizes below it are tried first.
+    """
+    candidate = runner_of(path, provider, graph.dtype)
+    tolerance = tolerance_of(graph.dtype, tolerance)
+
+    def verify(dims: Sequence[Dim]) -> Report:
+        return verify_file(
+            candidate,
+            graph.reference,
+            example=graph.traced.example,
+            dims=dims,
+            routing=graph.routing,
+            tolerance=tolerance,
+            seed=seed,
+            graph=path,
+            provider=provider,
+            wish=wish,
+            narrow=graph.dtype,
+        )
+
+    free = tuple(replace(dim, minimum=min(dim.minimum, 1)) for dim in graph.traced.dims)
+    report = verify(free)
+    if report.exit_code and free != graph.traced.dims:
+        report, free = verify(graph.traced.dims), graph.traced.dims
+    if report.exit_code and graph.wide is not None:
+        report = _with_the_same_experts(graph, report, tolerance, seed, provider) or report
+    if report.exit_code:
+        return report, graph.traced.dims
+    seen = {
+        dim.name: min(dict(case.sizes).get(dim.name, dim.traced) for case in report.compared)
+        for dim in graph.traced.dims
+        if report.compared
+    }
+    return report, tuple(
+        replace(dim, minimum=min(dim.minimum, seen.get(dim.name, dim.minimum))) for dim in graph.traced.dims
+    )
+
+
+def _with_the_same_experts(
+    graph: Graph, report: Report, tolerance: Tolerance, seed: int, provider: str
+) -> Report | None:
+    """Compare a narrow graph with its float32 form under the same choices, which is held against the model first.
+
+    Returns:
+        The report; None if the graph chooses nothing. Each choice that differs must be between experts whose scores
+        are within the tolerance.
+    """
+    assert graph.wide is not None
+    sides = told_and_chooser(graph.wide, graph.model, provider)
+    if sides is None:
+        return None
+    told, chooser, wide = sides
+    dims = [replace(dim, minimum=min(dim.minimum, 1)) for dim in graph.traced.dims]
+    float32 = verify_file(
+        wide,
+        graph.reference,
+        example=graph.traced.example,
+        dims=dims,
+        routing=graph.routing,
+        tolerance=Tolerance(),
+        seed=seed,
+    )
+    if float32.exit_code:
+        return float32
+    taken = [spec for spec in chooser.inputs if spec.name in graph.traced.example]
+    return compare(
+        told,
+        chooser,
+        cases(
+            taken,
+            [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims],
+            {spec.name: as_numpy(graph.traced.example[spec.name]) for spec in taken},
+            seed,
+        ),
+        tolerance=tolerance,
+        routing=[RoutingPair(made, None, score) for made, score in told.pairs],
+    )
+
+
+def verify_file(  # noqa: PLR0913  each has a name
+    candidate: GraphRunner,
+    reference: Subject,
+    *,
+    example: Mapping[str, torch.Tensor],
+    dims: Sequence[Dim],
+    routing: Routing,
+    tolerance: Tolerance,
+    seed: int,
+    outputs: Sequence[str] | None = None,
+    graph: Path | None = None,
+    provider: str = "cpu",
+    wish: Wish = USUAL,
+    recorder: Recorder | None = None,
+    about: Mapping[str, str] | None = None,
+    narrow: str = "float32",
+) -> Report:
+    """Compare a graph with a model whose inputs have the same names.
+
+    Args:
+        candidate: The graph.
+        reference: The model.
+        example: Example inputs by the graph's names, of the graph's traced sizes.
+        dims: The graph's dynamic dimensions.
+        routing: Outputs that are expert indices, with weights and scores.
+        tolerance: For floats.
+        seed: Of the inputs.
+        outputs: The reference's outputs under the graph's names; its own names if None.
+        graph: The candidate's file, if it is an ONNX graph: it can be told which experts to take.
+        provider: Where onnxruntime runs it then.
+        wish: How much to try.
+        recorder: Keeps what the reference computes.
+        about: Facts for the report.
+        narrow: The narrowest type that the candidate computes in.
+    """
+    specs = [
+        TensorSpec(spec.name, spec.dtype, spec.shape)
+        for spec in sorted(candidate.inputs, key=lambda spec: list(example).index(spec.name))
+    ]
+    ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
+    arrays = {name: as_numpy(tensor) for name, tensor in example.items() if name in {s.name for s in specs}}
+    names = outputs or reference.outputs
+    runner = TorchRunner(reference.call_named, names)
+    made = wished_cases(wish, specs, ranges, arrays, seed, runner)
+    pairs = [RoutingPair(*pair) for pair in routing]
+    watched, watched_cases = recorded(recorder, runner, made, pairs)
+    with quiet():
+        return compare(
+            watched,
+            candidate,
+            watched_cases,
+            tolerance=tolerance,
+            routing=pairs,
+            budget=wish.flips,
+            seconds=wish.seconds,
+            truth=Float64Runner(reference, names),
+            teller=GraphTeller(runner, graph, provider),
+            about=about,
+            narrow=narrow,
+        )

@@ -1,0 +1,135 @@
+"""A graph told which experts to take: the side that decides what a tie leaves open."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from moe_export.errors import MoeExportError
+from moe_export.export.precision_choices import (
+    Choices,
+    find_choices,
+    with_choices_out,
+    with_forced_choices,
+)
+from moe_export.running.choices import runner_of_model
+from moe_export.verify import Array, Choice, OnnxRuntimeRunner, Told
+from moe_export.verify.experts_alone import Watched
+
+
+class WatchedGraph:
+    """A graph that says what it chooses.
+
+    Args:
+        path: The graph.
+        provider: Where onnxruntime runs it.
+    """
+
+    def __init__(self, path: Path, provider: str = "cpu") -> None:
+        model = ir.load(path)
+        self._choices = Choices(len(find_choices(model)))
+        self._makes = runner_of_model(with_choices_out(model), provider)
+        self.name = self._makes.name
+        self._told = runner_of_model(with_forced_choices(model), provider)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs alone."""
+        return self.run_watched(inputs)[0]
+
+    def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
+        """Outputs, and the choices in order."""
+        outputs = self._makes.run(inputs)
+        ids = [outputs.pop(name) for name in self._choices.made]
+        if not ids:
+            return outputs, ()
+        told = self._told.run({**inputs, **dict(zip(self._choices.forced, ids, strict=True))})
+        scores = [told[name] for name in self._choices.scores]
+        return outputs, tuple(Choice(i, s) for i, s in zip(ids, scores, strict=True))
+
+
+class GraphTeller:
+    """Runs a graph under the choices that the reference makes on the same inputs.
+
+    The graph's `TopK`s are the reference's choices in the same order; where they are not as many, it cannot be told.
+
+    Args:
+        reference: The engine whose choices count.
+        path: The graph; None for what cannot be told, as an engine.
+        provider: Where onnxruntime runs.
+        renamed: The graph's output names → the reference's, where they differ.
+    """
+
+    def __init__(
+        self,
+        reference: Watched,
+        path: Path | None,
+        provider: str = "cpu",
+        renamed: Mapping[str, str] | None = None,
+    ) -> None:
+        self._reference, self._path, self._provider = reference, path, provider
+        self._renamed = renamed or {}
+        self._graph: OnnxRuntimeRunner | None = None
+        self._choices = Choices(0)
+
+    def tell(self, inputs: Mapping[str, Array]) -> Told | None:
+        """One case again; None if the reference chooses nothing or refuses the inputs."""
+        try:
+            expected, choices = self._reference.run_watched(inputs)
+        except Exception:  # what the reference raises is judged where it is run for its own sake
+            return None
+        if not choices:
+            return None
+        graph = self._told_graph()
+        if graph is None or self._choices.count != len(choices):
+            return Told(expected, None, choices)
+        forced = dict(zip(self._choices.forced, (choice.ids for choice in choices), strict=True))
+        try:
+            got = graph.run({**inputs, **_shaped(forced, graph)})
+        except MoeExportError:
+            return Told(expected, None, choices)
+        own = tuple(got.pop(name) for name in self._choices.made)
+        for name in self._choices.scores:
+            got.pop(name)
+        if any(mine.size != choice.ids.size for mine, choice in zip(own, choices, strict=True)):
+            return Told(expected, None, choices)
+        return Told(
+            expected, {self._renamed.get(name, name): array for name, array in got.items()}, choices, own
+        )
+
+    def _told_graph(self) -> OnnxRuntimeRunner | None:
+        if self._graph is None and self._path is not None:
+            model = ir.load(self._path)
+            self._choices = Choices(len(find_choices(model)))
+            if self._choices.count:
+                self._graph = runner_of_model(with_forced_choices(model), self._provider)
+        return self._graph
+
+
+class Mirrored:
+    """Tells the reference what the candidate chose: the same question, where only the reference can be told.
+
+    Args:
+        teller: Tells the reference; its own reference is the candidate.
+    """
+
+    def __init__(self, teller: GraphTeller) -> None:
+        self._teller = teller
+
+    def tell(self, inputs: Mapping[str, Array]) -> Told | None:
+        """One case again; None if the candidate chooses nothing."""
+        told = self._teller.tell(inputs)
+        if told is None or told.got is None:
+            return told
+        return Told(told.got, told.expected, told.choices, told.own)
+
+
+def _shaped(forced: Mapping[str, Array], graph: OnnxRuntimeRunner) -> dict[str, Array]:
+    """The choices in the rank that the graph has them in: (batch, seq, k) for (tokens, k)."""
+    ranks = {spec.name: len(spec.shape) for spec in graph.inputs}
+    return {
+        name: np.asarray(ids.reshape(-1, ids.shape[-1]) if ranks[name] == 2 else ids, np.int64)
+        for name, ids in forced.items()
+    }

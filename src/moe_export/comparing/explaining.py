@@ -1,0 +1,203 @@
+"""What `verify` says of a graph that is not equal to its model: the guilty node, a reproduction, an overlay."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from moe_export.comparing.blaming import blame, open_graph, program_values
+from moe_export.comparing.sides import GraphRunner
+from moe_export.export.subject import Subject
+from moe_export.export.trace import quiet, trace
+from moe_export.verify import (
+    Array,
+    Case,
+    Report,
+    RoutingPair,
+    Tolerance,
+    TorchRunner,
+    compare,
+)
+from moe_export.verify.guilty import Guilt, find_guilty
+from moe_export.verify.guilty_level import Cut, Value
+from moe_export.verify.guilty_optimised import OptimisedGuilt
+from moe_export.verify.guilty_overlay import write_overlay
+from moe_export.verify.regimes import NORMAL
+from moe_export.verify.repro import write_repro
+from moe_export.verify.runner import one_line
+
+INSIDE = 3
+"""So many cases are looked into for nodes that are wrong although the outputs are right."""
+
+
+class Remembering:
+    """A runner that remembers what it was given, so that a case which differs can be looked into.
+
+    Args:
+        runner: The one that runs.
+    """
+
+    def __init__(self, runner: GraphRunner) -> None:
+        self.name, self.inputs, self.outputs = runner.name, runner.inputs, runner.outputs
+        self.given: list[Mapping[str, Array]] = []
+        self._runner = runner
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once."""
+        self.given.append(inputs)
+        return self._runner.run(inputs)
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Why a graph is not equal.
+
+    Attributes:
+        at: The case that was looked into.
+        found: The guilty node, or in a sentence why none can be named.
+        model: The graph that was looked into.
+        inputs: The case's inputs.
+        expected: What it should give.
+    """
+
+    at: str
+    found: Guilt | OptimisedGuilt | str
+    model: onnx.ModelProto
+    inputs: Mapping[str, Array]
+    expected: Mapping[str, Array]
+
+    def __str__(self) -> str:
+        return f"{self.found}\n(found in the case '{self.at}')"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        if isinstance(self.found, Guilt):
+            return {"case": self.at, "level": "none", **self.found.to_dict()}
+        if isinstance(self.found, OptimisedGuilt):
+            return {"case": self.at, "level": self.found.level, **self.found.guilt.to_dict()}
+        return {"case": self.at, "guilty": None, "reason": self.found}
+
+    def write(self, folder: Path) -> list[Path]:
+        """Write the reproduction, and the graph with each node's error.
+
+        Returns:
+            The files.
+        """
+        guilt, level = None, "none"
+        if isinstance(self.found, OptimisedGuilt):
+            level = self.found.level
+        elif isinstance(self.found, Guilt):
+            guilt = self.found
+        whole = Cut(self.model, dict(self.inputs), _of(self.model, self.expected))
+        cut = whole if guilt is None or guilt.cut is None else guilt.cut
+        try:
+            files = write_repro(folder, cut, str(self), level=level)
+        except ValueError:  # a node that reads a sequence
+            files = write_repro(folder, whole, str(self), level=level)
+        return files if guilt is None else [*files, *write_overlay(folder, self.model, guilt)]
+
+
+def _of(model: onnx.ModelProto, expected: Mapping[str, Array]) -> dict[str, Value]:
+    return {output.name: expected[output.name] for output in model.graph.output if output.name in expected}
+
+
+def explain(
+    path: Path,
+    candidate: Remembering,
+    report: Report,
+    subject: Subject,
+    reference: Subject,
+    tolerance: Tolerance,
+    routing: Sequence[tuple[str, str | None, str | None]],
+) -> Explanation | None:
+    """Look into the first case that a graph got wrong.
+
+    Args:
+        path: The graph.
+        candidate: What ran it.
+        report: What was found.
+        subject: The model that it was made from.
+        reference: What it was compared with, under the graph's names: the model, or a gate of it.
+        tolerance: For floats.
+        routing: Outputs that are expert indices.
+
+    Returns:
+        What was found; None if no case is wrong.
+    """
+    ran = [case for case in report.cases if case.outcome != "refused"]
+    wrong = (
+        (case, inputs)
+        for case, inputs in zip(ran, candidate.given, strict=False)
+        if case.outcome == "failed" or any(not judgement.ok for judgement in case.judgements)
+    )
+    case, inputs = next(wrong, (None, {}))
+    if case is None:
+        return None
+    model = open_graph(path, subject.source.parent)
+    given = {value.name: inputs[value.name] for value in model.graph.input if value.name in inputs}
+    with quiet():
+        expected = TorchRunner(reference.call_named, reference.outputs).run(inputs)
+
+        pairs = [RoutingPair(*pair) for pair in routing]
+
+        def is_right(outputs: Mapping[str, Value]) -> bool:
+            one = Case(case.label, case.seed, dict(case.sizes), given)
+            found = compare(_Said(expected), _Said(outputs), [one], tolerance=tolerance, routing=pairs)
+            return found.verdict != "not equal"
+
+        try:
+            found = blame(model, given, subject, reference, is_right)
+        except Exception as error:  # the report stands without it
+            return Explanation(case.label, f"no node can be named: {one_line(error)}", model, given, expected)
+    return Explanation(case.label, found, model, given, expected)
+
+
+def look_inside(
+    path: Path, candidate: Remembering, report: Report, subject: Subject, reference: Subject
+) -> Explanation | None:
+    """Look for a node that is wrong although the outputs are right, or too little wrong to tell.
+
+    Args:
+        path: The graph.
+        candidate: What ran it.
+        report: What was found; its first ordinary cases are looked into.
+        subject: The model that it was made from.
+        reference: What it was compared with, under the graph's names.
+
+    Returns:
+        The guilty node; None if every node that can be matched with an operator of the model is right.
+    """
+    ran = [case for case in report.cases if case.outcome != "refused"]
+    pairs = [pair for pair in zip(ran, candidate.given, strict=False) if pair[0].regime == NORMAL]
+    model = open_graph(path, subject.source.parent)
+    with quiet():
+        traced = trace(reference)
+        looked = 0
+        for case, inputs in pairs:
+            given = {value.name: inputs[value.name] for value in model.graph.input if value.name in inputs}
+            known = program_values(model, given, traced)
+            if known is None:  # a size that the trace was not made for
+                continue
+            found = find_guilty(model, given, known)
+            if found.guilty is not None:
+                return Explanation(case.label, found, model, given, {})
+            looked += 1
+            if looked == INSIDE:
+                break
+    return None
+
+
+class _Said:
+    """A runner that only says what somebody else has computed."""
+
+    name = "said"
+
+    def __init__(self, outputs: Mapping[str, Any]) -> None:
+        self._outputs = dict(outputs)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        return self._outputs

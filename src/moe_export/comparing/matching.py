@@ -1,0 +1,149 @@
+"""A model under the names and sizes of a graph of it: what every comparison of the two starts from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from moe_export.comparing.checking import Routing
+from moe_export.comparing.sides import GraphRunner
+from moe_export.comparing.verifying import by_position
+from moe_export.errors import MoeExportError, UsageError
+from moe_export.export.dims import Dim
+from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject
+from moe_export.export.pipeline import as_numpy
+from moe_export.export.routing import find_routings, routing_outputs
+from moe_export.export.subject import Subject
+from moe_export.export.trace import trace
+from moe_export.verify import Array, DimRange, RoutingPair, TensorRtRunner, TensorSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Matched:
+    """A model, or a gate of it, under a graph's names.
+
+    Attributes:
+        subject: The model; its inputs and outputs have the graph's names.
+        routing: Outputs that are expert indices, with their weights and scores.
+        example: The model's example inputs for the graph's inputs.
+        dims: The graph's dynamic dimensions, with the example's sizes, within what an engine's profile takes.
+    """
+
+    subject: Subject
+    routing: Routing
+    example: Mapping[str, torch.Tensor]
+    dims: Sequence[Dim]
+
+    @property
+    def pairs(self) -> list[RoutingPair]:
+        """The routing as the verify room has it."""
+        return [RoutingPair(*pair) for pair in self.routing]
+
+    @property
+    def ranges(self) -> list[DimRange]:
+        """The dimensions as the verify room has them."""
+        return [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in self.dims]
+
+    @property
+    def arrays(self) -> dict[str, Array]:
+        """The example as arrays."""
+        return {name: as_numpy(tensor) for name, tensor in self.example.items()}
+
+
+def match_graph(runner: GraphRunner, subject: Subject, routing: Routing = ()) -> Matched:
+    """Put a model under the names of a graph that is open.
+
+    A graph of another exporter has names of its own, in the model's order. Where one side has more inputs or outputs
+    than the other, nothing is matched by position.
+
+    Args:
+        runner: The graph, or the engine.
+        subject: What it computes.
+        routing: Outputs of the model that are expert indices.
+
+    Raises:
+        UsageError: The graph takes other inputs than the model, or fixes sizes that are not the example's.
+    """
+    inputs = by_position(list(subject.inputs), [spec.name for spec in runner.inputs])
+    names = by_position(subject.outputs, [spec.name for spec in runner.outputs])
+    renamed = replace(
+        subject,
+        inputs={inputs[name]: tensor for name, tensor in subject.inputs.items()},
+        outputs=tuple(names.values()),
+    )
+    pairs = [tuple(names.get(name, name) if name else None for name in pair) for pair in routing]
+    example = _example(runner, renamed)
+    dims = _within(_dims(runner.inputs, example), runner)
+    return Matched(renamed, pairs, example, dims)  # type: ignore[arg-type]
+
+
+def reference_of(subject: Subject, facts: Mapping[str, str]) -> tuple[Subject, Routing]:
+    """The model, or the gate of it that the graph says it is; and which outputs are expert indices.
+
+    What the indices are is read off the model's own trace, never off the graph in question.
+    """
+    is_gate = facts.get("moe_export.kind") == "gate"
+    try:
+        traced = trace(subject)
+        routings = find_routings(traced)
+    except MoeExportError:
+        if is_gate:
+            raise
+        return subject, ()  # a model that cannot be traced can still be compared, index for index
+    if not is_gate:
+        return subject, [pair for routing in routings for pair in routing_outputs(routing, traced)]
+    path = facts.get("moe_export.module", "")
+    for routing in routings:
+        if routing.path == path:
+            cut = gate_subject(traced, routing, subject, with_scores=True)
+            return cut, [(INDICES, WEIGHTS if WEIGHTS in cut.outputs else None, SCORES)]
+    raise UsageError(
+        f"the graph is the gate of module {path!r}, and the model has no gate there",
+        hint="the gates of the model: " + (", ".join(routing.path for routing in routings) or "none"),
+    )
+
+
+def _example(runner: GraphRunner, subject: Subject) -> dict[str, torch.Tensor]:
+    """The model's example inputs for the graph's inputs, which must have their names.
+
+    An input of the model that the graph does not have is one that its outputs do not depend on; it stays at
+    its example value.
+    """
+    names = [spec.name for spec in runner.inputs]
+    unknown = [name for name in names if name not in subject.inputs]
+    if unknown:
+        raise UsageError(
+            f"the graph takes {', '.join(names)}, but the model takes {', '.join(subject.inputs)}",
+            hint="name the graph's inputs as forward's parameters are named",
+        )
+    return {name: tensor for name, tensor in subject.inputs.items() if name in names}
+
+
+def _dims(specs: Sequence[TensorSpec], example: Mapping[str, torch.Tensor]) -> list[Dim]:
+    found: dict[str, Dim] = {}
+    for spec in specs:
+        sizes: tuple[Any, ...] = tuple(example[spec.name].shape)
+        fits = len(sizes) == len(spec.shape) and all(
+            isinstance(want, str) or want == size for want, size in zip(spec.shape, sizes, strict=True)
+        )
+        if not fits:
+            raise UsageError(
+                f"the graph takes {spec}, but the model's example has shape {list(sizes)}",
+                hint="give the model file example inputs of the sizes that the graph was exported for",
+            )
+        for want, size in zip(spec.shape, sizes, strict=True):
+            if isinstance(want, str) and re.fullmatch(r"[A-Za-z_]\w*", want):
+                found.setdefault(want, Dim(want, want, size, 1, None))
+    return list(found.values())
+
+
+def _within(dims: list[Dim], runner: GraphRunner) -> list[Dim]:
+    """The dimensions within what an engine's profile takes."""
+    if not isinstance(runner, TensorRtRunner):
+        return dims
+    taken = {dim.name: dim for dim in runner.dims}
+    return [replace(dim, minimum=taken[dim.name].minimum, maximum=taken[dim.name].maximum) for dim in dims]

@@ -1,0 +1,296 @@
+"""The gate's own test: mutants of a right graph, each held against the model as `verify` would.
+
+The cases and what the model gives for them are computed once; a mutant is run until a case tells it from the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from moe_export.comparing.blaming import program_values
+from moe_export.comparing.checking_float64 import Float64Runner
+from moe_export.comparing.checking_told import GraphTeller
+from moe_export.comparing.explaining import INSIDE
+from moe_export.comparing.matching import match_graph, reference_of
+from moe_export.comparing.mutating_apart import Fate, fate_of
+from moe_export.comparing.sides import metadata
+from moe_export.errors import MissingBackendError, MoeExportError, UsageError
+from moe_export.export.load import load_subject
+from moe_export.export.subject import Subject
+from moe_export.export.trace import trace
+from moe_export.running.choices import runner_of
+from moe_export.verify import (
+    Array,
+    Case,
+    CaseResult,
+    Report,
+    RoutingPair,
+    Runner,
+    Tolerance,
+    TorchRunner,
+    compare,
+)
+from moe_export.verify.float64_graph import run_in_float64
+from moe_export.verify.guilty import find_guilty
+from moe_export.verify.guilty_reference import ReferenceValues
+from moe_export.verify.mutants import Mutant
+from moe_export.verify.mutants_baked import baked_mutants, run_values
+from moe_export.verify.mutants_nodes import node_mutants
+from moe_export.verify.mutants_weights import weight_mutants
+from moe_export.verify.regimes import NORMAL
+from moe_export.verify.runner import one_line
+from moe_export.wishes import Wish, tolerance_of, wished_cases
+
+_SAME = 1e-12
+"""In float64, relative to the largest value: below this two graphs compute the same."""
+_ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+
+Teller = Callable[[Any, Path], Any]
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What a graph is held against.
+
+    Attributes:
+        model: The right graph.
+        cases: The inputs.
+        reference: The model; a runner that answers each case once and remembers.
+        truth: The model in float64, likewise.
+        teller: Makes of the reference and a graph's file what tells it the model's choices.
+        tolerance: For floats.
+        routing: Outputs that are expert indices.
+        dtype: The narrowest type that the graph computes in.
+        inside: Cases by label, with what the model computes on the way, for a gate that looks at nodes, too.
+    """
+
+    model: onnx.ModelProto
+    cases: Sequence[Case]
+    reference: Runner
+    truth: Runner | None
+    teller: Teller
+    tolerance: Tolerance
+    routing: Sequence[RoutingPair]
+    dtype: str = "float32"
+    inside: Sequence[tuple[str, Mapping[str, Array], ReferenceValues]] = ()
+
+    def judge(self, path: Path) -> Report:
+        """Hold a graph against the model, up to the first case that differs.
+
+        Raises:
+            UsageError: onnxruntime does not open the graph, or it takes other inputs.
+        """
+        wrong: list[CaseResult] = []
+
+        def note(result: CaseResult) -> None:
+            if result.outcome == "failed" or any(not judgement.ok for judgement in result.judgements):
+                wrong.append(result)
+
+        def until_wrong() -> Iterator[Case]:
+            for case in self.cases:
+                if wrong:
+                    return
+                yield case
+
+        return compare(
+            self.reference,
+            runner_of(path, "cpu", self.dtype),
+            until_wrong(),
+            tolerance=self.tolerance,
+            routing=self.routing,
+            other_sizes=len(self.cases),
+            seconds=float("inf"),
+            truth=self.truth,
+            teller=self.teller(self.reference, path),
+            progress=note,
+        )
+
+    def try_mutant(self, mutant: Mutant, folder: Path) -> Fate:
+        """Hold one mutant against the model."""
+        path = folder / "mutant.onnx"
+        try:
+            onnx.save(mutant.of(self.model), path)
+            report = self.judge(path)
+        except MissingBackendError:
+            raise
+        except MoeExportError as error:
+            return fate_of(mutant, "stillborn", one_line(error))
+        for case in report.cases:
+            if case.outcome == "failed" or any(not judgement.ok for judgement in case.judgements):
+                return fate_of(mutant, "caught", case.label)
+        for label, inputs, known in self.inside:
+            if find_guilty(mutant.of(self.model), inputs, known).guilty is not None:
+                return fate_of(mutant, "caught", f"{label}, inside")
+        off = self.difference(mutant)
+        if off <= _SAME:
+            return fate_of(mutant, "equivalent", off=off)
+        rounding = _ROUNDING[self.dtype]
+        return fate_of(mutant, "below rounding" if off <= rounding else "survived", off=off)
+
+    def difference(self, mutant: Mutant) -> float:
+        """How far a mutant is from the right graph in float64, over all cases, relative to the largest value.
+
+        NaN if no case can be run in float64: then nothing is proved.
+        """
+        wrong = mutant.of(self.model)
+        found: list[float] = []
+        for case in self.cases:
+            inputs = {value.name: case.inputs[value.name] for value in self.model.graph.input}
+            try:
+                right = run_in_float64(self.model, inputs)
+            except Exception:  # a case that the graph itself refuses proves nothing
+                continue
+            try:
+                ours = run_in_float64(wrong, inputs)
+            except Exception:  # a mutant that fails is no equal
+                return float("inf")
+            found += [_off(np.asarray(a), np.asarray(b)) for a, b in zip(right, ours, strict=True)]
+        return max(found, default=float("nan"))
+
+
+def _off(right: Array, ours: Array) -> float:
+    if right.shape != ours.shape:
+        return float("inf")
+    right, ours = right.astype(np.float64), ours.astype(np.float64)
+    finite = np.isfinite(right) & np.isfinite(ours)
+    if not (finite | (right == ours) | (np.isnan(right) & np.isnan(ours))).all():
+        return float("inf")
+    if not finite.any():
+        return 0.0
+    return float(np.abs(right - ours)[finite].max() / max(np.abs(right[finite]).max(), 1e-300))
+
+
+class Remembered:
+    """A runner that answers each case once; what it raised is remembered, too.
+
+    Args:
+        runner: The one that runs.
+        cases: The cases; they stay in memory, so that each is known by its inputs.
+    """
+
+    def __init__(self, runner: Any, cases: Sequence[Case]) -> None:
+        self.name = runner.name
+        self._runner = runner
+        self._cases = cases
+        self._answers: dict[tuple[str, int], Any] = {}
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The outputs for a case's inputs."""
+        return dict(self._once("run", inputs))
+
+    def run_watched(self, inputs: Mapping[str, Array]) -> Any:
+        """The outputs and the choices on the way."""
+        return self._once("run_watched", inputs)
+
+    def _once(self, method: str, inputs: Mapping[str, Array]) -> Any:
+        key = (method, id(inputs))
+        if key not in self._answers:
+            try:
+                self._answers[key] = getattr(self._runner, method)(inputs)
+            except Exception as error:  # whatever a model raises
+                self._answers[key] = error
+        answer = self._answers[key]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def all_mutants(model: onnx.ModelProto, example: Mapping[str, Array], seed: int = 0) -> list[Mutant]:
+    """Every mutant of a graph.
+
+    Args:
+        model: The graph.
+        example: Inputs, for what is taken from a run.
+        seed: Of the elements that are changed.
+
+    Raises:
+        UsageError: The graph does not run on the example.
+    """
+    try:
+        values = run_values(model, example)
+        ranks = {name: array.ndim for name, array in {**values, **example}.items()}
+        ranks |= {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
+        return [*weight_mutants(model, seed), *node_mutants(model, ranks), *baked_mutants(model, example)]
+    except MoeExportError:
+        raise
+    except Exception as error:
+        raise UsageError(f"the graph cannot be run: {one_line(error)}") from error
+
+
+def open_gate(
+    path: Path,
+    against: str,
+    init: tuple[str, ...] = (),
+    inputs: tuple[str, ...] = (),
+    tolerance: Tolerance | None = None,
+    seed: int = 0,
+    thorough: bool = False,
+    inside: bool = False,
+) -> Gate:
+    """What `verify` would hold a graph against, with the cases that it would take.
+
+    Raises:
+        UsageError: The graph cannot be read, or is not equal to the model to begin with.
+    """
+    facts = metadata(path)
+    dtype = facts.get("moe_export.dtype", "float32")
+    runner = runner_of(path, "cpu", dtype)
+    subject, routing = reference_of(load_subject(against, init=init, inputs=inputs), facts)
+    matched = match_graph(runner, subject, routing)
+    subject = matched.subject
+    cases: list[Case] = []
+
+    def watched() -> Iterator[Case]:
+        for case in wished_cases(
+            Wish(thorough=thorough), list(runner.inputs), matched.ranges, matched.arrays, seed
+        ):
+            cases.append(case)
+            yield case
+
+    torch_runner = Remembered(TorchRunner(subject.call_named, subject.outputs), cases)
+    truth = Remembered(Float64Runner(subject, subject.outputs), cases)
+    gate = Gate(
+        onnx.load(path),
+        cases,
+        torch_runner,
+        truth,
+        GraphTeller,
+        tolerance_of(dtype, tolerance or Tolerance()),
+        matched.pairs,
+        dtype,
+    )
+    report = compare(
+        gate.reference,
+        runner,
+        watched(),
+        tolerance=gate.tolerance,
+        routing=gate.routing,
+        truth=truth,
+        teller=gate.teller(gate.reference, path),
+    )
+    if report.exit_code:
+        raise UsageError(
+            f"{path} is {report.verdict} to {against} to begin with",
+            hint=f"moe-export verify {path} --against {against} says where",
+        )
+    return replace(gate, inside=_inside(gate, subject)) if inside else gate
+
+
+def _inside(gate: Gate, subject: Subject) -> list[tuple[str, Mapping[str, Array], ReferenceValues]]:
+    """What the model computes on the way, in the first ordinary cases."""
+    traced = trace(subject)
+    found: list[tuple[str, Mapping[str, Array], ReferenceValues]] = []
+    for case in [case for case in gate.cases if case.regime == NORMAL]:
+        inputs = {value.name: case.inputs[value.name] for value in gate.model.graph.input}
+        known = program_values(gate.model, inputs, traced)
+        if known is not None:
+            found.append((case.label, inputs, known))
+        if len(found) == INSIDE:
+            break
+    return found

@@ -1,0 +1,194 @@
+"""What `verify` can compare: a model file, a graph, an engine, golden tensors, each behind some engine (backend).
+
+Nothing heavy is imported to read a command line; PyTorch only where a model file is a side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from moe_export.backends import BACKENDS, KINDS, Kind
+from moe_export.errors import UsageError
+from moe_export.verify import Array, DimRange, OnnxRuntimeRunner, RoutingPair, TensorRtRunner, TensorSpec
+from moe_export.verify.onnx_reference_runner import OnnxReferenceRunner
+from moe_export.verify.onnxruntime_runner import specs_of
+from moe_export.verify.specs import is_float, numpy_dtype
+
+GraphRunner: TypeAlias = OnnxRuntimeRunner | TensorRtRunner | OnnxReferenceRunner
+_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side of a comparison.
+
+    Attributes:
+        text: As the user wrote it, without a backend.
+        kind: What it is, by its name.
+        backend: What runs it; None for the usual.
+    """
+
+    text: str
+    kind: Kind
+    backend: str | None = None
+
+    @property
+    def path(self) -> Path:
+        """The file; of a model, perhaps with `:Class` behind it."""
+        return Path(self.text)
+
+    @property
+    def provider(self) -> str:
+        """Where onnxruntime runs it."""
+        return (self.backend or "").removeprefix("onnxruntime").removeprefix("-") or "cpu"
+
+
+def parse_side(text: str, backend: str | None = None, provider: str = "cpu") -> Side:
+    """`model.onnx`, or with a backend `model.onnx@onnxruntime-cuda`.
+
+    Args:
+        text: The file.
+        backend: The backend where `text` names none.
+        provider: Where onnxruntime runs where neither says so.
+
+    Raises:
+        UsageError: There is no such backend for this kind of file.
+    """
+    head, mark, tail = text.rpartition("@")
+    if mark and tail in {name for names in BACKENDS.values() for name in names}:
+        text, backend = head, tail
+    kind = KINDS.get(Path(text).suffix, "model")
+    if backend is not None and backend not in BACKENDS[kind]:
+        has = ", ".join(BACKENDS[kind]) or "no backend: its outputs are stored"
+        raise UsageError(f"{backend} cannot run {text}, a {_SAID[kind]}", hint=f"a {_SAID[kind]} has {has}")
+    if kind == "graph" and backend in {None, "onnxruntime"}:
+        backend = f"onnxruntime-{provider}"
+    return Side(text, kind, backend)
+
+
+_SAID: Mapping[Kind, str] = {
+    "model": "model file",
+    "graph": "graph",
+    "engine": "serialized engine",
+    "golden": "golden file",
+}
+
+
+def graph_runner(side: Side, dtype: str = "float32") -> GraphRunner:
+    """A graph or an engine, ready to run.
+
+    Args:
+        side: Which.
+        dtype: The narrowest type that the graph computes in: on onnxruntime's CPU, half precision runs in float32
+            and is rounded.
+    """
+    if side.kind == "engine":
+        from moe_export.running.engines import open_engine
+
+        return open_engine(side.path, _MODULES[side.backend] if side.backend else None)
+    if side.backend == "onnx-reference":
+        return OnnxReferenceRunner(side.path)
+    from moe_export.running.choices import runner_of
+
+    return runner_of(side.path, side.provider, dtype)
+
+
+def metadata(path: Path) -> dict[str, str]:
+    """A graph's own facts, `moe_export.*`; of an engine, those of the graph beside it."""
+    import onnx
+
+    if path.suffix == ".engine":
+        from moe_export.running.engines import graph_of
+
+        graph = graph_of(path)
+        return {} if graph is None else metadata(graph)
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception:  # whoever runs the file says what is wrong with it
+        return {}
+    return {entry.key: entry.value for entry in model.metadata_props}
+
+
+def graph_example(
+    side: Side, runner: GraphRunner, facts: Mapping[str, str], seed: int
+) -> tuple[dict[str, Array], list[DimRange]]:
+    """Inputs for a graph where no model shows what its inputs are like.
+
+    Floats are normal. Integers that pick rows of a table stay within it, others are 0 and 1, and bools are true. A
+    free dimension is 2 where it comes first, else 10, within what the graph's own facts allow.
+    """
+    dims = list(runner.dims) if isinstance(runner, TensorRtRunner) else _dims(runner.inputs, facts)
+    sizes = {dim.name: dim.traced for dim in dims}
+    tables = _table_sizes(side.path) if side.kind == "graph" else {}
+    generator = np.random.default_rng(seed)
+    example = {}
+    for spec in runner.inputs:
+        shape = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
+        dtype = numpy_dtype(spec.dtype)
+        if is_float(dtype):
+            example[spec.name] = generator.standard_normal(shape).astype(dtype)
+        elif dtype.kind == "b":
+            example[spec.name] = np.ones(shape, dtype)
+        else:
+            example[spec.name] = generator.integers(0, tables.get(spec.name, 2), shape).astype(dtype)
+    return example, dims
+
+
+def _dims(specs: Sequence[TensorSpec], facts: Mapping[str, str]) -> list[DimRange]:
+    found: dict[str, DimRange] = {}
+    for spec in specs:
+        for axis, size in enumerate(spec.shape):
+            if isinstance(size, str) and size not in found:
+                low, _, high = facts.get(f"moe_export.dim.{size}", "1:").partition(":")
+                dim = DimRange(size, 10, int(low or 1), int(high) if high else None)
+                found[size] = replace(dim, traced=dim.clamp(10 if axis else 2))
+    return list(found.values())
+
+
+def _table_sizes(path: Path) -> dict[str, int]:
+    """Inputs that index a constant, and how many rows it has."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    rows = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
+    found: dict[str, int] = {}
+    for node in graph.node:
+        if node.op_type == "Gather" and node.input[0] in rows and rows[node.input[0]]:
+            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+            size = rows[node.input[0]][axis]
+            found[node.input[1]] = min(size, found.get(node.input[1], size))
+    return found
+
+
+_PASSING = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}
+
+
+def graph_routing(path: Path) -> list[RoutingPair]:
+    """Outputs of a graph that are the positions of a `TopK`, each with the one float output of the same shape.
+
+    Engines return a `TopK`'s positions in any order, so they are compared as sets.
+    """
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    makers = {name: node for node in graph.node for name in node.output}
+    outputs = specs_of(graph.output)
+    chosen = [spec for spec in outputs if _is_positions(spec.name, makers)]
+    pairs = []
+    for spec in chosen:
+        weights = [other.name for other in outputs if other.shape == spec.shape and other not in chosen]
+        pairs.append(RoutingPair(spec.name, weights[0] if len(weights) == 1 else None))
+    return pairs
+
+
+def _is_positions(name: str, makers: Mapping[str, Any]) -> bool:
+    node = makers.get(name)
+    while node is not None and node.op_type in _PASSING:
+        name = node.input[0]
+        node = makers.get(name)
+    return node is not None and node.op_type == "TopK" and name == node.output[1]

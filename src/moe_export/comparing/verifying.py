@@ -1,0 +1,247 @@
+"""Compare two sides, whatever they are: which of them gives the inputs, and what else is known of either.
+
+| candidate | reference | inputs |
+|---|---|---|
+| any | golden file | the stored ones (nor PyTorch nor the model is needed) |
+| golden file | any | the stored ones |
+| graph, engine | model file | the model's example, at the graph's free dimensions |
+| model file | model file, graph | the reference's or the other's example |
+| graph, engine | graph, engine | made up from the reference's inputs |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
+
+from moe_export.comparing.checking_told import GraphTeller, Mirrored, WatchedGraph
+from moe_export.comparing.sides import Side, graph_example, graph_routing, graph_runner, metadata
+from moe_export.errors import UsageError
+from moe_export.verify import Array, DimRange, Report, Runner, TensorSpec, Tolerance, compare
+from moe_export.verify.golden import Golden, Recorder, load_golden, recorded
+from moe_export.wishes import USUAL, Wish, picked, tolerance_of, wished_cases
+
+if TYPE_CHECKING:
+    from moe_export.comparing.explaining import Explanation
+
+
+@dataclass(frozen=True, eq=False)
+class Request:
+    """What is asked besides the two sides.
+
+    Attributes:
+        tolerance: For floats.
+        seed: Of the inputs.
+        wish: How much to try.
+        init: Arguments of a model file's class.
+        inputs: Example inputs of a model file's class.
+        recorder: Keeps what the reference computes.
+        why: Keeps what was found out about graphs that are not equal to their model; None to look for nothing.
+        inside: Whether nodes are looked at where the outputs are right.
+        memory: Bytes that the weights of a model file may have to be read as a whole.
+        how: `whole` or `layers`, if one was asked for.
+    """
+
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    seed: int = 0
+    wish: Wish = USUAL
+    init: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    recorder: Recorder | None = None
+    why: list[Explanation] | None = None
+    inside: bool = False
+    memory: int = 2**30
+    how: str | None = None
+
+
+def compare_sides(candidate: Side, reference: Side, request: Request) -> Report:
+    """Compare two sides.
+
+    Raises:
+        UsageError: They take different inputs, or one of them cannot be read.
+        MissingBackendError: One of them cannot be run here.
+    """
+    if "golden" in (candidate.kind, reference.kind):
+        return _with_golden(candidate, reference, request)
+    if "model" in (candidate.kind, reference.kind):
+        from moe_export.comparing.verifying_models import compare_models
+
+        return compare_models(candidate, reference, request)
+    return _graphs(candidate, reference, request)
+
+
+def _with_golden(candidate: Side, reference: Side, request: Request) -> Report:
+    """The cases are the stored ones."""
+    stored = load_golden((reference if reference.kind == "golden" else candidate).path)
+    other = candidate if reference.kind == "golden" else reference
+    runner, outputs = _opened(other, stored, request)
+    sides: tuple[Runner, Runner] = (stored, runner) if other is candidate else (runner, stored)
+    facts = metadata(other.path) if other.kind in {"graph", "engine"} else {}
+    tells = other.kind == "graph" and (other.backend or "").startswith("onnxruntime")
+    teller = GraphTeller(stored, other.path if tells else None, other.provider, outputs)
+    cases = picked(iter([case.case for case in stored.cases]), request.wish.only)
+    routing = stored.routing if other is candidate else ()
+    runner, cases = recorded(request.recorder, sides[0], cases, routing)
+    return compare(
+        runner,
+        sides[1],
+        cases,
+        tolerance=tolerance_of(facts.get("moe_export.dtype", "float32"), request.tolerance),
+        routing=routing,
+        budget=request.wish.flips,
+        seconds=float("inf"),
+        teller=teller if other is candidate else Mirrored(teller),
+        about={**stored.about, **about_sides(candidate, reference)},
+    )
+
+
+def _opened(side: Side, stored: Golden, request: Request) -> tuple[Runner, Mapping[str, str]]:
+    """The side that is not stored, under the names of the golden file, and how its outputs were called."""
+    if side.kind == "golden":
+        return load_golden(side.path), {}
+    if side.kind == "model":
+        from moe_export.comparing.verifying_models import open_model
+
+        opened = open_model(side, request)
+        runner: Runner = opened.runner
+        inputs, outputs = list(opened.subject.inputs), list(opened.subject.outputs)
+    else:
+        graph = graph_runner(side, metadata(side.path).get("moe_export.dtype", "float32"))
+        runner = graph
+        inputs, outputs = [spec.name for spec in graph.inputs], [spec.name for spec in graph.outputs]
+    taken = list(stored.cases[0].case.inputs)
+    if set(inputs) <= set(taken):  # an input that a graph's outputs do not depend on is not there
+        renamed = {name: name for name in inputs}
+    elif len(inputs) == len(taken):
+        renamed = dict(zip(taken, inputs, strict=True))
+    else:
+        raise UsageError(
+            f"{side.text} takes {', '.join(inputs)}, but the golden file holds {', '.join(taken)}"
+        )
+    scores = {pair.scores for pair in stored.routing}
+    kept = [name for name in stored.outputs if name in outputs or name not in scores]
+    names = by_position(outputs, kept)
+    return Renamed(runner, renamed, names), names
+
+
+@dataclass(frozen=True, eq=False)
+class Renamed:
+    """An engine under the other side's names.
+
+    Attributes:
+        runner: The engine.
+        inputs: The other side's input names → the engine's; what is not named is not given.
+        outputs: The engine's output names → the other side's.
+    """
+
+    runner: Runner
+    inputs: Mapping[str, str]
+    outputs: Mapping[str, str]
+
+    @property
+    def name(self) -> str:
+        """What reports call it."""
+        return self.runner.name
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once."""
+        found = self.runner.run({own: inputs[name] for name, own in self.inputs.items()})
+        return {self.outputs.get(name, name): array for name, array in found.items()}
+
+
+def by_position(own: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
+    """Own names → wanted ones: by position if they are as many and not the same set, else unchanged."""
+    if len(own) != len(wanted) or set(own) == set(wanted):
+        return {name: name for name in own}
+    return dict(zip(own, wanted, strict=True))
+
+
+def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
+    facts = metadata(reference.path) | metadata(candidate.path)
+    narrow = facts.get("moe_export.dtype", "float32")
+    theirs, ours = graph_runner(reference), graph_runner(candidate, narrow)
+    shown = (
+        (candidate, ours) if candidate.kind == "engine" else (reference, theirs)
+    )  # an engine has a profile
+    example, dims = graph_example(*shown, facts, request.seed)
+    inputs = by_position([spec.name for spec in ours.inputs], [spec.name for spec in theirs.inputs])
+    if set(inputs.values()) != {spec.name for spec in theirs.inputs}:
+        raise UsageError(
+            f"{candidate.text} takes {', '.join(inputs)}, "
+            f"but {reference.text} takes {', '.join(spec.name for spec in theirs.inputs)}"
+        )
+    if shown[0] is candidate:
+        example = {inputs[name]: array for name, array in example.items()}
+    specs = [replace(spec, name=inputs.get(spec.name, spec.name)) for spec in shown[1].inputs]
+    specs, dims = narrowed(specs, dims, ours.inputs, inputs)
+    example = {spec.name: _cut(example[spec.name], spec) for spec in specs}
+    outputs = by_position([spec.name for spec in ours.outputs], [spec.name for spec in theirs.outputs])
+    made = wished_cases(request.wish, specs, dims, example, request.seed)
+    routing = graph_routing(reference.path) if reference.kind == "graph" else []
+    runner, cases = recorded(request.recorder, watchable(reference, theirs, request), made, routing)
+    return compare(
+        runner,
+        Renamed(ours, {theirs_name: own for own, theirs_name in inputs.items()}, outputs),
+        cases,
+        tolerance=tolerance_of(narrow, request.tolerance),
+        routing=routing,
+        budget=request.wish.flips,
+        seconds=request.wish.seconds,
+        teller=_teller(candidate, reference, inputs, outputs),
+        about=about_sides(candidate, reference),
+    )
+
+
+def watchable(side: Side, runner: Runner, request: Request) -> Runner:
+    """What runs a graph; if it is recorded, with its choices, where onnxruntime can say them."""
+    if request.recorder is None or side.kind != "graph" or not (side.backend or "").startswith("onnxruntime"):
+        return runner
+    return WatchedGraph(side.path, side.provider)
+
+
+def _teller(
+    candidate: Side, reference: Side, inputs: Mapping[str, str], outputs: Mapping[str, str]
+) -> GraphTeller | None:
+    """Where onnxruntime runs both, and their inputs have the same names."""
+    runs = all((side.backend or "").startswith("onnxruntime") for side in (candidate, reference))
+    if not runs or any(own != name for own, name in inputs.items()):
+        return None
+    watched = WatchedGraph(reference.path, reference.provider)
+    return GraphTeller(watched, candidate.path, candidate.provider, outputs)
+
+
+def narrowed(
+    specs: Sequence[TensorSpec],
+    dims: Sequence[DimRange],
+    others: Sequence[TensorSpec],
+    names: Mapping[str, str],
+) -> tuple[list[TensorSpec], list[DimRange]]:
+    """The inputs with the sizes that the other side fixes; a dimension that is fixed anywhere is fixed everywhere."""
+    fixed: dict[str, int] = {}
+    by_name = {names.get(spec.name, spec.name): spec for spec in others}
+    for spec in specs:
+        other = by_name.get(spec.name)
+        for mine, theirs in zip(spec.shape, other.shape if other else (), strict=False):
+            if isinstance(mine, str) and isinstance(theirs, int):
+                fixed[mine] = theirs
+    shapes = [
+        replace(
+            spec, shape=tuple(fixed.get(size, size) if isinstance(size, str) else size for size in spec.shape)
+        )
+        for spec in specs
+    ]
+    return shapes, [dim for dim in dims if dim.name not in fixed]
+
+
+def _cut(array: Array, spec: TensorSpec) -> Array:
+    """The example at the sizes that were fixed after it was made: repeated, or cut."""
+    for axis, size in enumerate(spec.shape):
+        if isinstance(size, int) and array.shape[axis] != size:
+            array = array.take(range(size), axis=axis, mode="wrap")
+    return array
+
+
+def about_sides(candidate: Side, reference: Side) -> dict[str, str]:
+    """Where the two sides are."""
+    return {"candidate": candidate.text, "reference": reference.text}

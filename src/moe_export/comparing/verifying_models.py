@@ -1,0 +1,292 @@
+"""Compare where one side is a model file: PyTorch runs it, and its trace says which outputs are expert ids."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch.utils import _pytree as pytree
+
+from moe_export.comparing.checking import verify_file
+from moe_export.comparing.checking_float64 import Float64Runner
+from moe_export.comparing.checking_told import GraphTeller, Mirrored
+from moe_export.comparing.explaining import Remembering, explain, look_inside
+from moe_export.comparing.layerwise_sides import by_blocks, compare_blocks
+from moe_export.comparing.matching import match_graph, reference_of
+from moe_export.comparing.sides import GraphRunner, Side, graph_routing, graph_runner, metadata
+from moe_export.comparing.verifying import Renamed, Request, about_sides, by_position, watchable
+from moe_export.errors import MoeExportError, UsageError
+from moe_export.export.load import load_subject, split_spec
+from moe_export.export.pipeline import as_numpy
+from moe_export.export.routing import find_routings, routing_outputs
+from moe_export.export.script import run_file
+from moe_export.export.source import is_user_file
+from moe_export.export.subject import Subject
+from moe_export.export.trace import Traced, quiet, trace
+from moe_export.export.weights_stand_in import in_memory
+from moe_export.verify import (
+    Array,
+    DimRange,
+    Report,
+    RoutingPair,
+    Runner,
+    TensorSpec,
+    TorchRunner,
+    compare,
+)
+from moe_export.verify.golden import recorded
+from moe_export.wishes import Own, tolerance_of, wished_cases
+
+
+@dataclass(frozen=True, eq=False)
+class OpenModel:
+    """A model, and what runs it."""
+
+    subject: Subject
+    runner: Runner
+
+
+def open_model(side: Side, request: Request) -> OpenModel:
+    """Load a model file, in float64 if that is its backend."""
+    subject = load_subject(side.text, init=request.init, inputs=request.inputs, memory=request.memory)
+    if side.backend == "torch-float64":
+        return OpenModel(subject, Float64Runner(subject, subject.outputs, rounded=True))
+    return OpenModel(subject, TorchRunner(subject.call_named, subject.outputs))
+
+
+def compare_models(candidate: Side, reference: Side, request: Request) -> Report:
+    """Compare two sides of which at least one is a model file."""
+    if reference.kind == "model" and candidate.kind in {"graph", "engine"}:
+        return _graph_against_model(candidate, reference, request)
+    if candidate.kind == "model" and reference.kind == "model":
+        return _two_models(candidate, reference, request)
+    return _model_against_graph(candidate, reference, request)
+
+
+def _graph_against_model(candidate: Side, reference: Side, request: Request) -> Report:
+    original = open_model(reference, request).subject
+    if by_blocks(original, candidate, request.how):
+        return compare_blocks(original, candidate, request, reference.text)
+    if reference.backend == "torch-float64":
+        return _float64_against_graph(candidate, reference, request, original)
+    wish = replace(request.wish, own=own_inputs(reference, original))
+    return compare_subject(original, candidate, replace(request, wish=wish), reference.text)
+
+
+def compare_subject(original: Subject, candidate: Side, request: Request, called: str) -> Report:
+    """Compare a graph or an engine with a model that is loaded.
+
+    Args:
+        original: The model; the graph may be of a gate of it.
+        candidate: The graph or the engine.
+        request: How; its recorder and its wishes count.
+        called: What the report calls the model.
+    """
+    facts = metadata(candidate.path)
+    dtype = facts.get("moe_export.dtype", "float32")
+    runner = graph_runner(candidate, dtype)
+    subject, routing = reference_of(original, facts)
+    with in_memory(subject.module):
+        wish = request.wish if subject is original else replace(request.wish, own=None)
+        matched = match_graph(runner, subject, routing)
+        tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
+        tolerance = tolerance_of(dtype, request.tolerance)
+        remembering = Remembering(runner)
+        report = verify_file(
+            cast(GraphRunner, remembering),  # it has what a runner of graphs has
+            matched.subject,
+            example=matched.example,
+            dims=matched.dims,
+            routing=matched.routing,
+            tolerance=tolerance,
+            seed=request.seed,
+            graph=candidate.path if tells else None,
+            provider=candidate.provider,
+            wish=wish,
+            recorder=request.recorder,
+            about={"candidate": candidate.text, "reference": called, **line_of(original)},
+            narrow=dtype,
+        )
+        if request.why is not None and candidate.kind == "graph":
+            found = explain(
+                candidate.path, remembering, report, original, matched.subject, tolerance, matched.routing
+            )
+            if request.inside and found is None and not report.exit_code:
+                found = look_inside(candidate.path, remembering, report, original, matched.subject)
+            request.why.extend([] if found is None else [found])
+        return report
+
+
+def _float64_against_graph(candidate: Side, reference: Side, request: Request, original: Subject) -> Report:
+    """The float64 run is the reference itself, rounded to the model's types."""
+    facts = metadata(candidate.path)
+    dtype = facts.get("moe_export.dtype", "float32")
+    runner = graph_runner(candidate, dtype)
+    subject, routing = reference_of(original, facts)
+    own = own_inputs(reference, original) if subject is original else None
+    matched = match_graph(runner, subject, routing)
+    subject = matched.subject
+    wish = replace(request.wish, own=own)
+    cases = wished_cases(wish, list(runner.inputs), matched.ranges, matched.arrays, request.seed)
+    wide = Float64Runner(subject, subject.outputs, rounded=True)
+    watched, cases = recorded(request.recorder, wide, cases, matched.pairs)
+    tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
+    with quiet():
+        return compare(
+            watched,
+            runner,
+            cases,
+            tolerance=tolerance_of(dtype, request.tolerance),
+            routing=matched.pairs,
+            budget=request.wish.flips,
+            seconds=request.wish.seconds,
+            truth=Float64Runner(subject, subject.outputs),
+            teller=GraphTeller(wide, candidate.path if tells else None, candidate.provider),
+            about={**about_sides(candidate, reference), **line_of(original)},
+            narrow=dtype,
+        )
+
+
+def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
+    theirs, ours = open_model(reference, request), open_model(candidate, request)
+    inputs = by_position(list(ours.subject.inputs), list(theirs.subject.inputs))
+    outputs = by_position(ours.subject.outputs, theirs.subject.outputs)
+    if set(inputs.values()) != set(theirs.subject.inputs):
+        raise UsageError(
+            f"{candidate.text} takes {', '.join(inputs)}, "
+            f"but {reference.text} takes {', '.join(theirs.subject.inputs)}"
+        )
+    traced = _traced(theirs.subject)
+    specs, dims = _specs_of(theirs.subject, traced)
+    arrays = {name: as_numpy(tensor) for name, tensor in theirs.subject.inputs.items()}
+    routing = [] if traced is None else _pairs(traced)
+    wish = replace(request.wish, own=own_inputs(reference, theirs.subject))
+    made = wished_cases(wish, specs, dims, arrays, request.seed)
+    pairs = [RoutingPair(*pair) for pair in routing]
+    runner, cases = recorded(request.recorder, theirs.runner, made, pairs)
+    with quiet():
+        return compare(
+            runner,
+            Renamed(ours.runner, {name: own for own, name in inputs.items()}, outputs),
+            cases,
+            tolerance=request.tolerance,
+            routing=pairs,
+            budget=request.wish.flips,
+            seconds=request.wish.seconds,
+            truth=Float64Runner(theirs.subject, theirs.subject.outputs),
+            about={**about_sides(candidate, reference), **line_of(ours.subject)},
+        )
+
+
+def _model_against_graph(candidate: Side, reference: Side, request: Request) -> Report:
+    """The graph is right by definition; the model gives the example."""
+    opened, graph = open_model(candidate, request), graph_runner(reference)
+    matched = match_graph(graph, opened.subject)
+    subject = matched.subject
+    made = wished_cases(request.wish, list(graph.inputs), matched.ranges, matched.arrays, request.seed)
+    routing = graph_routing(reference.path) if reference.kind == "graph" else []
+    runner, cases = recorded(request.recorder, watchable(reference, graph, request), made, routing)
+    names = by_position(opened.subject.outputs, subject.outputs)
+    inputs = dict(zip(subject.inputs, opened.subject.inputs, strict=True))
+    plain = TorchRunner(subject.call_named, subject.outputs)
+    tells = (reference.backend or "").startswith("onnxruntime")
+    told = GraphTeller(plain, reference.path if tells else None, reference.provider)
+    with quiet():
+        return compare(
+            runner,
+            Renamed(opened.runner, inputs, names),
+            cases,
+            tolerance=request.tolerance,
+            routing=routing,
+            budget=request.wish.flips,
+            seconds=request.wish.seconds,
+            teller=Mirrored(told),
+            truth=Float64Runner(subject, subject.outputs),
+            about={**about_sides(candidate, reference), **line_of(opened.subject)},
+        )
+
+
+def record_model(side: Side, request: Request) -> tuple[RoutingPair, ...]:
+    """Run a model alone over all cases; the request's recorder keeps what comes. Which outputs are expert ids."""
+    assert request.recorder is not None
+    opened = open_model(side, request)
+    traced = _traced(opened.subject)
+    specs, dims = _specs_of(opened.subject, traced)
+    arrays = {name: as_numpy(tensor) for name, tensor in opened.subject.inputs.items()}
+    wish = replace(request.wish, own=own_inputs(side, opened.subject))
+    runner = request.recorder.on(opened.runner)
+    with quiet():
+        for case in request.recorder.watch(wished_cases(wish, specs, dims, arrays, request.seed)):
+            if case.reserve:
+                break
+            try:
+                runner.run(case.inputs)
+            except Exception:  # a size that the model does not take
+                continue
+    return tuple(RoutingPair(*pair) for pair in (() if traced is None else _pairs(traced)))
+
+
+def _traced(subject: Subject) -> Traced | None:
+    try:
+        return trace(subject)
+    except MoeExportError:
+        return None  # it can be run all the same, at the example's sizes
+
+
+def _specs_of(subject: Subject, traced: Traced | None) -> tuple[list[TensorSpec], list[DimRange]]:
+    shapes: Mapping[str, Any] = {} if traced is None else traced.inputs
+    specs = [
+        TensorSpec(name, as_numpy(tensor).dtype.name, tuple(shapes.get(name, tensor.shape)))
+        for name, tensor in subject.inputs.items()
+    ]
+    dims = () if traced is None else traced.dims
+    return specs, [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
+
+
+def _pairs(traced: Traced) -> list[tuple[str, str | None, str | None]]:
+    return [pair for routing in find_routings(traced) for pair in routing_outputs(routing, traced)]
+
+
+def line_of(subject: Subject) -> dict[str, str]:
+    """`file:line` of the model's `forward`, where the user wrote it."""
+    code = getattr(getattr(type(subject.module), "forward", None), "__code__", None)
+    if code is None or not is_user_file(code.co_filename):
+        return {"line": f"{subject.source}:1"}
+    return {"line": f"{code.co_filename}:{code.co_firstlineno}"}
+
+
+def own_inputs(side: Side, subject: Subject) -> Own | None:
+    """The function `inputs(seed)` of a model's file, as arrays by the model's input names; None without one."""
+    path, _ = split_spec(side.text)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError:
+        return None
+    if "def inputs(" not in text:
+        return None
+    module, _ = run_file(path, as_script=False, stop_at_call=False)
+    function = getattr(module, "inputs", None)
+    if not callable(function):
+        return None
+
+    def made(seed: int) -> dict[str, Array]:
+        try:
+            found = function(seed)
+        except Exception as error:
+            raise UsageError(
+                f"inputs({seed}) raised {type(error).__name__}: {error}", where=str(path)
+            ) from None
+        if isinstance(found, Mapping) and set(found) >= set(subject.inputs):
+            return {name: np.asarray(as_numpy(found[name])) for name in subject.inputs}
+        tensors = [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, torch.Tensor)]
+        if len(tensors) != len(subject.inputs):
+            raise UsageError(
+                f"inputs({seed}) returned {len(tensors)} tensors, the model takes {', '.join(subject.inputs)}",
+                where=str(path),
+            )
+        return dict(zip(subject.inputs, map(as_numpy, tensors), strict=True))
+
+    return made

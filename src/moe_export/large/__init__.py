@@ -1,0 +1,1 @@
+"""Models that do not fit into memory: verified block by block, planned without their weights."""

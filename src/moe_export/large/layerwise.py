@@ -1,0 +1,366 @@
+"""Verify a model that does not fit in memory: block by block, each with its own weights against its own graph.
+
+```
+torch:  layers.0 ─▶ layers.1 ─▶ ... ─▶ head       weights of one block at a time are in memory
+           │ its output  │
+graph:  [part of]   [part of]                       each part takes what PyTorch gave, and is judged by what it gives
+```
+The model is run once a case as its author wrote it, each block's weights read when it is called and given back after
+it. The graph is cut where values leave a block (`layerwise_graph`); each part is run by onnxruntime on what PyTorch
+handed on, told which experts PyTorch took. So a fault is found in the block that has it, and no other is blamed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from moe_export.errors import MoeExportError
+from moe_export.export.dims import Dim
+from moe_export.export.pipeline import Graph, as_numpy
+from moe_export.export.stream_write import Storage
+from moe_export.export.subject import Subject
+from moe_export.export.trace import quiet
+from moe_export.export.weights_stand_in import in_memory
+from moe_export.export.write import link_weights
+from moe_export.large.layerwise_graph import CutGraph, Part, nearest
+from moe_export.large.layerwise_part import PartRunner
+from moe_export.large.layerwise_torch import Ran, Seen, called_once, find_blocks, run_blocks
+from moe_export.verify import (
+    Array,
+    Case,
+    CaseResult,
+    Choice,
+    DimRange,
+    Judgement,
+    Report,
+    Told,
+    Tolerance,
+    cases,
+    judge,
+)
+from moe_export.verify.choices import judge_choices
+from moe_export.verify.report import Outcome
+from moe_export.verify.runner import one_line
+from moe_export.verify.specs import is_float
+from moe_export.wishes import tolerance_of
+
+MOST = 2**34
+"""Bytes that one block may have."""
+HEAD = "after the blocks"
+_MANY = 16
+"""Times the example's length: enough tokens for every expert to have some."""
+
+
+def filled_weights(graph: Graph) -> AbstractContextManager[None]:
+    """The weights of a graph's reference, in memory for a while: those of a gate are few."""
+    return in_memory(graph.reference.module)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Which graphs are verified block by block, and how.
+
+    Attributes:
+        asked: `whole` or `layers`, if the user said so.
+        storage: Where the graphs' weights are.
+    """
+
+    asked: str | None
+    storage: Storage
+
+    def wanted(self, graph: Graph, path: Path) -> bool:
+        """Whether a graph, at `path` for now, is not run as a whole."""
+        folder = self.storage.folder or path.parent
+        if graph.kind == "gate":
+            return not link_weights(graph.model, path, folder)
+        weights = graph.reference.weights
+        absent = weights is not None and weights.absent
+        if self.asked == "layers" or (absent and self.asked is None):
+            return True
+        return not link_weights(graph.model, path, folder)
+
+    def verified(self, graph: Graph, path: Path, tolerance: Tolerance, seed: int) -> tuple[Graph, Report]:
+        """What is found block by block."""
+        report = verify_blocks(
+            path,
+            graph.reference,
+            graph.traced.example,
+            graph.traced.dims,
+            tolerance_of(graph.dtype, tolerance),
+            seed,
+            self.storage.folder,
+        )
+        return replace(graph, notes=(*graph.notes, report.about["blocks"])), report
+
+    def unverified(self, graph: Graph) -> tuple[Graph, None]:
+        """The graph, with a note that nobody has loaded it."""
+        note = "the graph was checked, and not loaded: its weights are more than --memory takes"
+        return replace(graph, notes=(*graph.notes, note)), None
+
+
+def verify_blocks(
+    path: Path,
+    reference: Subject,
+    example: Mapping[str, torch.Tensor],
+    dims: Sequence[Dim],
+    tolerance: Tolerance,
+    seed: int = 0,
+    folder: Path | None = None,
+    about: Mapping[str, str] | None = None,
+) -> Report:
+    """Compare a graph with a model block by block.
+
+    Args:
+        path: The graph.
+        reference: The model, its inputs called as the graph's; its weights may be in files.
+        example: Inputs of the traced sizes.
+        dims: The graph's dynamic dimensions.
+        tolerance: For floats.
+        seed: Of the inputs.
+        folder: Where files that the graph refers to are, if it stands elsewhere for now.
+        about: Facts for the report.
+
+    Returns:
+        A report with a row a block. Its verdict is "equal" only if every block, and what is before and after them,
+        could be compared; `about["blocks"]` says which were.
+
+    Raises:
+        UsageError: A block is larger than memory; the graph's data files are not those that it was written with.
+    """
+    with quiet():
+        blocks = called_once(reference, find_blocks(reference.module))
+        graph = CutGraph(path, blocks, folder)
+        with_nodes = {
+            _list_of(part.block) for part in graph.parts() if part.nodes and part.name == part.block
+        }
+        if any(_list_of(block) not in with_nodes for block in blocks):  # experts that were written as one
+            blocks = [block for block in blocks if _list_of(block) in with_nodes]
+            graph = CutGraph(path, blocks, folder)
+        first, others = _two_cases(graph, example, dims, seed)
+        states = [
+            _State(case, ran, dict(case.inputs)) for case, ran in _runs(reference, first, others, blocks)
+        ]
+        walk = _Walk(graph, tolerance, states)
+        results = [result for part in graph.parts() for result in walk.run(part)]
+        results += walk.finish()
+    told = _told(blocks, results, graph) + _unchosen(blocks, [state.ran for state in states])
+    return Report(
+        "torch",
+        "onnxruntime-cpu, block by block",
+        tuple(results),
+        len({result.sizes for result in results}),
+        None,
+        {**(about or {}), "blocks": told},
+    )
+
+
+def _two_cases(
+    graph: CutGraph, example: Mapping[str, torch.Tensor], dims: Sequence[Dim], seed: int
+) -> tuple[Case, list[Case]]:
+    """The example, and what else to try, one of it: many tokens, so that every expert has some; any other size."""
+    specs = graph.specs()
+    arrays = {spec.name: as_numpy(example[spec.name]) for spec in specs}
+    ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
+    at = [{dim.name: min(_MANY * dim.traced, dim.maximum or _MANY * dim.traced)} for dim in dims[-1:]]
+    first, *others = cases(specs, ranges, arrays, seed, at=at)
+    wide = {**first.sizes, **(at[0] if at else {})}
+    other = [case for case in others if case.sizes != first.sizes]
+    return first, sorted(other, key=lambda case: dict(case.sizes) != wide)[:3]
+
+
+def _runs(
+    reference: Subject, first: Case, others: Sequence[Case], blocks: list[str]
+) -> Iterator[tuple[Case, Ran]]:
+    """The example, and the first other case that the model takes."""
+    yield first, run_blocks(reference, first.inputs, blocks, MOST)
+    for case in others:
+        try:
+            ran = run_blocks(reference, case.inputs, blocks, MOST)
+        except MoeExportError:
+            raise
+        except Exception:  # whatever the model raises at sizes that it does not take
+            continue
+        yield case, ran
+        return
+
+
+def _told(blocks: Sequence[str], results: Sequence[CaseResult], graph: CutGraph) -> str:
+    """Which blocks were compared, in a sentence that claims no more."""
+    missing = [block for block in blocks if any(r.outcome == "refused" and _is_of(r, block) for r in results)]
+    if not blocks:
+        return "the model has no repeated blocks that are called once each: it was compared in one part"
+    done = len(blocks) - len(missing)
+    text = f"{done} blocks and what is before and after them checked, block by block; the whole was not run at once"
+    if missing:
+        text += f"; not checked: {', '.join(missing)}"
+    left = graph.count - len(graph.covered)
+    return f"{text}; {left} nodes are in no part" if left else text
+
+
+def _unchosen(blocks: Sequence[str], runs: Sequence[Ran]) -> str:
+    """Experts that no token went to: their weights were multiplied by nothing."""
+    lines = []
+    for block in blocks:
+        choices = zip(*(run.blocks[block].chose for run in runs), strict=False)
+        for taken in choices:
+            count = taken[0].scores.shape[-1]
+            left = count - len({int(expert) for choice in taken for expert in choice.ids.reshape(-1)})
+            if left:
+                lines.append(f"{left} of {count} in {block}")
+    return f"; experts that no token chose: {', '.join(lines)}" if lines else ""
+
+
+def _is_of(result: CaseResult, block: str) -> bool:
+    return result.label.split(",", 1)[0] == block
+
+
+@dataclass
+class _State:
+    """One case on its way through the graph.
+
+    Attributes:
+        values: What is known of the graph's values: PyTorch's where they could be matched.
+        outputs: Of the graph, as its own parts gave them.
+    """
+
+    case: Case
+    ran: Ran
+    values: dict[str, Array]
+    outputs: dict[str, Array] = field(default_factory=dict)
+
+
+def _list_of(block: str) -> str:
+    """The path of the list that a block is a member of."""
+    return block.rpartition(".")[0]
+
+
+class _Walk:
+    """Runs the parts of a graph on what PyTorch gave."""
+
+    def __init__(self, graph: CutGraph, tolerance: Tolerance, states: Sequence[_State]) -> None:
+        self._graph, self._tolerance, self._states = graph, tolerance, states
+        self._number = 0
+        self._stopped = ""
+
+    def run(self, part: Part) -> list[CaseResult]:
+        """Run one part on every case; a result for each."""
+        self._number += 1
+        if self._stopped or not part.nodes:
+            reason = self._stopped or "no node of the graph says that it is of it"
+            return [self._result(state, part, "refused", reason) for state in self._states]
+        runner = PartRunner(self._graph, part)
+        results = []
+        for state in self._states:
+            seen = state.ran.blocks.get(part.block, Seen())
+            try:
+                got, own = runner.run(state.values, seen.chose if part.name == part.block else ())
+            except MoeExportError as error:
+                self._stopped = f"{part.name or HEAD} could not be run"
+                results.append(self._result(state, part, "failed", one_line(error)))
+                continue
+            state.outputs |= {name: got[name] for name in self._graph.outputs if name in got}
+            results.append(self._judged(state, part, seen, got, own))
+        return results
+
+    def _judged(
+        self, state: _State, part: Part, seen: Seen, got: Mapping[str, Array], own: tuple[Choice, ...]
+    ) -> CaseResult:
+        """Hold what a part gives against what the block gave, or, before it, took; PyTorch's values go on."""
+        expected = seen.gave if part.name == part.block else seen.took
+        state.values |= got
+        rows: list[Judgement] = []
+        for name, leaf in _matched(got, expected, self._tolerance).items():
+            right = expected[leaf].reshape(got[name].shape)
+            label = (
+                part.name if all(row.output != part.name for row in rows) else f"{part.name} output {leaf}"
+            )
+            rows.append(judge(label, right, got[name], self._tolerance.of(label, right.dtype.name)))
+            state.values[name] = right
+        if own:
+            rows += self._choices(part, seen, own, expected)
+        if not rows and part.block and part.name == part.block:
+            reason = "nothing that leaves it in the graph is an output of the module"
+            return self._result(state, part, "refused", reason)
+        return self._result(state, part, "compared", rows=rows)
+
+    def _choices(
+        self, part: Part, seen: Seen, own: Sequence[Choice], gave: Sequence[Array]
+    ) -> Iterator[Judgement]:
+        """Choices that differ, and scores that do.
+
+        Scores may be float32 and come of float16: they are held to the narrowest type that the block gives. A choice
+        may differ between scores that are no further apart than the graph's and PyTorch's scores are, twice.
+        """
+        types = [leaf.dtype for leaf in gave if is_float(leaf.dtype)]
+        for index, (choice, mine) in enumerate(zip(seen.chose, own, strict=True)):
+            narrow = min([*types, choice.scores.dtype], key=lambda dtype: dtype.itemsize).name
+            label = f"scores {index} of {part.name}"
+            scores = judge(label, choice.scores, mine.scores, self._tolerance.of(label, narrow))
+            if not scores.ok:
+                yield scores
+            off = 2 * scores.max_abs if scores.ok and not math.isnan(scores.max_abs) else 0.0
+            usual = self._tolerance.of("", choice.scores.dtype.name)
+            margin = replace(usual, atol=max(usual.atol, off))
+            tolerance = replace(self._tolerance, outputs={"choice 0 scores": margin})
+            for row in judge_choices(Told({}, {}, (choice,), (mine.ids,)), tolerance):
+                yield replace(row, output=f"choice {index} of {part.name}")
+
+    def finish(self) -> list[CaseResult]:
+        """The outputs of the graph, as its own parts gave them, against the model's."""
+        self._number += 1
+        results = []
+        for state in self._states:
+            right = state.ran.outputs
+            rows = [
+                judge(
+                    name,
+                    right[name],
+                    state.outputs.get(name),
+                    self._tolerance.of(name, right[name].dtype.name),
+                )
+                for name in self._graph.outputs
+                if name in right
+            ]
+            part = Part(HEAD, "", (), (), ())
+            results.append(
+                self._result(state, part, "refused", self._stopped)
+                if self._stopped
+                else self._result(state, part, "compared", rows=rows)
+            )
+        return results
+
+    def _result(
+        self,
+        state: _State,
+        part: Part,
+        outcome: Outcome,
+        reason: str | None = None,
+        rows: Sequence[Judgement] = (),
+    ) -> CaseResult:
+        label = f"{part.name or HEAD}, {state.case.label}"
+        case = replace(state.case, label=label, sizes={**state.case.sizes, "part": self._number})
+        return CaseResult.of(case, outcome, reason, tuple(rows))
+
+
+def _matched(got: Mapping[str, Array], expected: Sequence[Array], tolerance: Tolerance) -> dict[str, int]:
+    """Which of a module's tensors each value is: of several that could be one, the nearest, and all that are equal."""
+    found: dict[int, list[tuple[float, str]]] = {}
+    for name, value in got.items():
+        best = nearest(value, expected)
+        if best is not None and (is_float(value.dtype) or best[1] == 0):
+            found.setdefault(best[0], []).append((best[1], name))
+    matched: dict[str, int] = {}
+    for leaf, names in sorted(found.items()):
+        first, *others = sorted(names)
+        matched[first[1]] = leaf
+        for _, name in others:
+            right = expected[leaf].reshape(got[name].shape)
+            if judge(name, right, got[name], tolerance.of(name, right.dtype.name)).ok:
+                matched[name] = leaf
+    return matched

@@ -1,0 +1,66 @@
+"""One part of a graph in onnxruntime, its weights read when it is first run and gone with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from moe_export.export.precision_choices import Choices, find_choices, with_forced_choices
+from moe_export.export.precision_rounding import with_float32_kernels
+from moe_export.large.layerwise_graph import CutGraph, Part
+from moe_export.verify import Array, Choice, OnnxRuntimeRunner
+
+
+class PartRunner:
+    """Runs a part of a graph.
+
+    Args:
+        graph: The graph.
+        part: Of it. Its weights are inputs of the session, so that onnxruntime neither copies nor folds them.
+    """
+
+    def __init__(self, graph: CutGraph, part: Part) -> None:
+        self._graph, self._part = graph, part
+        self._runner: OnnxRuntimeRunner | None = None
+        self._choices = Choices(0)
+        self._weights: dict[str, Array] = {}
+
+    def run(
+        self, values: Mapping[str, Array], chose: Sequence[Choice]
+    ) -> tuple[dict[str, Array], tuple[Choice, ...]]:
+        """Run once.
+
+        Args:
+            values: What the part takes, and more.
+            chose: The choices to be told; if the part makes as many.
+
+        Returns:
+            What it gives, and what it would have chosen itself where it was told, with its scores.
+        """
+        if self._runner is None:
+            self._open(values, len(chose))
+        assert self._runner is not None
+        ranks = {spec.name: len(spec.shape) for spec in self._runner.inputs}
+        feeds = {name: values[name] for name in self._part.takes if name in ranks} | self._weights
+        for name, choice in zip(self._choices.forced, chose, strict=False):
+            ids = choice.ids.reshape(-1, choice.ids.shape[-1]) if ranks[name] == 2 else choice.ids
+            feeds[name] = np.asarray(ids, np.int64)
+        found = self._runner.run(feeds)
+        own = tuple(
+            Choice(found[made].reshape(told.ids.shape), found[scores].reshape(told.scores.shape))
+            for made, scores, told in zip(self._choices.made, self._choices.scores, chose, strict=False)
+        )
+        return {name: found[name] for name in self._part.gives}, own
+
+    def _open(self, values: Mapping[str, Array], choices: int) -> None:
+        proto = onnx.shape_inference.infer_shapes(self._graph.model_of(self._part, values))
+        model = ir.from_proto(proto)
+        if choices and len(find_choices(model)) == choices:
+            self._choices = Choices(choices)
+            model = with_forced_choices(model)
+        content = ir.to_proto(with_float32_kernels(model)).SerializeToString()
+        self._runner = OnnxRuntimeRunner(content, arena=False)
+        self._weights = {name: recipe.array() for name, recipe in self._graph.weights_of(self._part).items()}

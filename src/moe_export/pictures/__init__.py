@@ -1,0 +1,1 @@
+"""A graph to look at: laid out as a picture, beside another, in Netron."""

@@ -1,0 +1,247 @@
+"""What differs between two graphs: how many nodes of each operator, weights, FLOPs, memory, inputs and outputs, names.
+
+Both run at the same sizes, those of the inputs that only one of them leaves free being the other's fixed ones; inputs
+are matched by name, or by position where the names differ. What is counted is that of the graph with its functions
+written out, the nodes in bodies of loops among them, each once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+
+from moe_export.errors import UsageError
+from moe_export.export.engine import read_graph
+from moe_export.export.engine_profiles import complete_ranges, free_dims, input_shapes
+from moe_export.pictures.sketch import Sketch, count_of, shape_text
+from moe_export.running.inputs import inputs_at
+from moe_export.verify.cost import Cost, cost_of
+
+ONLY, DIFFERS = "only here", "differs"
+FIGURES = ("nodes", "parameters", "weight_bytes", "flops", "activation_bytes")
+
+
+@dataclass(frozen=True)
+class Side:
+    """One of two graphs.
+
+    Attributes:
+        name: Of its file.
+        model: Its functions written out.
+        operators: How many nodes of each, `domain::Name` outside ONNX's own.
+        figures: `FIGURES`; None for what could not be counted.
+        sizes: Of its free dimensions, at which it was counted.
+        reason: Why FLOPs and memory are not known, if they are not.
+        uncounted: Operators whose FLOPs are not known.
+    """
+
+    name: str
+    model: ir.Model
+    operators: Counter[str]
+    figures: Mapping[str, int | None]
+    sizes: Mapping[str, int]
+    reason: str = ""
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def opsets(self) -> dict[str, int]:
+        """The versions of operator sets, by domain; `onnx` for ONNX's own."""
+        return {domain or "onnx": version for domain, version in sorted(self.model.opset_imports.items())}
+
+    @property
+    def values(self) -> set[str]:
+        """The names of what its nodes give, but for the graph's outputs."""
+        return {
+            value.name
+            for node in self.model.graph
+            for value in node.outputs
+            if value.name and not value.is_graph_output()
+        }
+
+    @property
+    def ports(self) -> dict[str, str]:
+        """Its inputs and outputs: `input x` → `float [batch × seq]`."""
+        graph = self.model.graph
+        inputs = [value for value in graph.inputs if not value.is_initializer()]
+        named = [*(("input", value) for value in inputs), *(("output", value) for value in graph.outputs)]
+        return {f"{word} {value.name}": _type_text(value) for word, value in named}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Two graphs, and what differs between them."""
+
+    before: Side
+    after: Side
+    operators: Mapping[str, tuple[int, int]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = sorted({*self.before.operators, *self.after.operators})
+        counts = {name: (self.before.operators[name], self.after.operators[name]) for name in names}
+        object.__setattr__(self, "operators", counts)
+
+    @property
+    def ports(self) -> dict[str, tuple[str | None, str | None]]:
+        """Inputs and outputs that differ, by name: before and after, None where there is none."""
+        before, after = self.before.ports, self.after.ports
+        renamed = _renamed(list(before), list(after))
+        told = {f"{old} → {new.partition(' ')[2]}": (before[old], after[new]) for old, new in renamed.items()}
+        rest = dict.fromkeys(
+            name for name in (*before, *after) if name not in renamed and name not in renamed.values()
+        )
+        return told | {n: (before.get(n), after.get(n)) for n in rest if before.get(n) != after.get(n)}
+
+    @property
+    def values(self) -> dict[str, list[str]]:
+        """Names of values that only one has, and how many both have; empty if they share none."""
+        before, after = self.before.values, self.after.values
+        if not before & after:
+            return {}
+        return {
+            "only_before": sorted(before - after),
+            "only_after": sorted(after - before),
+            "both": sorted(before & after),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data."""
+        sides = {"before": self.before, "after": self.after}
+        return {
+            **{
+                word: {"graph": side.name, "sizes": dict(side.sizes), "opset": side.opsets, **side.figures,
+                       "reason": side.reason, "uncounted": side.uncounted}
+                for word, side in sides.items()
+            },
+            "operators": {
+                name: {"before": before, "after": after, "difference": after - before}
+                for name, (before, after) in self.operators.items()
+            },
+            "ports": {name: {"before": old, "after": new} for name, (old, new) in self.ports.items()},
+            "values": {word: names for word, names in self.values.items() if word != "both"}
+            | {"both": len(self.values.get("both", ()))},
+        }  # fmt: skip
+
+
+def difference(before: Path, after: Path, sizes: Mapping[str, int]) -> Difference:
+    """Compare two graphs.
+
+    Args:
+        before: An ONNX file.
+        after: Another.
+        sizes: Of free dimensions of either, by name. Default: 1 for `batch`, else 128.
+
+    Raises:
+        UsageError: A file is no ONNX model; or neither has a dimension of that name.
+    """
+    old, new = read_graph(before)[0], read_graph(after)[0]
+    known = {dim.name for model in (old, new) for dim in free_dims(model)}
+    for name in sizes:
+        if name not in known:
+            hint = (
+                f"theirs are: {', '.join(sorted(known))}" if known else "every size of their inputs is fixed"
+            )
+            raise UsageError(f"no dynamic dimension {name!r} in either graph", hint=hint)
+    return Difference(_side(before, old, _sizes(old, new, sizes)), _side(after, new, _sizes(new, old, sizes)))
+
+
+def _sizes(model: ir.Model, other: ir.Model, asked: Mapping[str, int]) -> dict[str, int]:
+    """The sizes of a graph's free dimensions: as asked, else as the other has them fixed, else as usual."""
+    free = free_dims(model)
+    wanted = {dim.name: asked[dim.name] for dim in free if dim.name in asked}
+    own, others = input_shapes(model), input_shapes(other)
+    by_place = dict(zip(own, others, strict=False))
+    for name, shape in own.items():
+        partner = others.get(name, others.get(by_place.get(name, ""), ()))
+        for size, fixed in zip(shape, partner, strict=False):
+            if isinstance(size, str) and isinstance(fixed, int) and any(size == dim.name for dim in free):
+                wanted.setdefault(size, fixed)
+    return usual_sizes(model, wanted)
+
+
+def usual_sizes(model: ir.Model, wanted: Mapping[str, int] | None = None) -> dict[str, int]:
+    """A size for each free dimension: as wanted, else 1 for `batch` and 128 for another, within what is right."""
+    asked = {name: (size, size, size) for name, size in (wanted or {}).items()}
+    return {name: found.best for name, found in complete_ranges(free_dims(model), asked).items()}
+
+
+def _side(path: Path, model: ir.Model, sizes: Mapping[str, int]) -> Side:
+    nodes = list(model.graph.all_nodes())
+    initializers = list(model.graph.initializers.values())
+    figures: dict[str, int | None] = {
+        "nodes": len(nodes),
+        "parameters": count_of(initializers),
+        "weight_bytes": sum(
+            value.const_value.nbytes for value in initializers if value.const_value is not None
+        ),
+        "flops": None,
+        "activation_bytes": None,
+    }
+    operators = Counter("::".join(filter(None, (node.domain, node.op_type))) for node in nodes)
+    cost, reason = _cost(path, model, sizes)
+    if cost is not None:
+        figures |= {"flops": cost.total.flops, "activation_bytes": cost.total.activation_bytes}
+    return Side(
+        path.name, model, operators, figures, sizes, reason, cost.uncounted if cost is not None else ()
+    )
+
+
+def _cost(path: Path, model: ir.Model, sizes: Mapping[str, int]) -> tuple[Cost | None, str]:
+    try:
+        return cost_of(onnx.load(path), inputs_at(model, sizes)), ""
+    except Exception as error:  # whatever ONNX Runtime says of the graph
+        return None, str(error).strip().splitlines()[0]
+
+
+def _type_text(value: ir.Value) -> str:
+    kind = value.dtype.name.lower() if value.dtype is not None else "?"
+    return f"{kind} [{shape_text(value) or '?'}]"
+
+
+def _renamed(before: Sequence[str], after: Sequence[str]) -> dict[str, str]:
+    """Inputs and outputs that have another name in the other graph, by their place."""
+    if [name.partition(" ")[0] for name in before] != [name.partition(" ")[0] for name in after]:
+        return {}
+    return {
+        old: new for old, new in zip(before, after, strict=True) if old not in after and new not in before
+    }
+
+
+def marks_of(own: Sketch, other: Sketch) -> dict[str, str]:
+    """What a picture says of the parts of one graph beside another: those that it alone has, and those that differ."""
+    theirs = {part.same: part for part in other.parts}
+    marks = {}
+    for part in own.parts:
+        if part.same not in theirs:
+            marks[part.key] = ONLY
+        elif theirs[part.same].operators != part.operators:
+            marks[part.key] = DIFFERS
+    return marks
+
+
+def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
+    """`seq=128` → size by name.
+
+    Raises:
+        UsageError: It is not of that form.
+    """
+    return dict(_parse_size(text) for text in texts)
+
+
+def _parse_size(text: str) -> tuple[str, int]:
+    name, _, size = text.partition("=")
+    if not name.strip() or not size.strip().isdecimal():
+        raise UsageError(f"--size {text!r} is not DIM=SIZE", hint="for example: --size seq=128")
+    return name.strip(), int(size)
+
+
+def listed(names: Iterable[str], most: int = 5) -> str:
+    """The first few of many names, and how many more there are."""
+    names = list(names)
+    rest = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -1,0 +1,248 @@
+"""A graph as an SVG picture: boxes and lines, light or dark as its reader has it; no script, no font of its own.
+
+What a box is shows by its outline and its words, not by its colour alone. Every box and every line has a `<title>`,
+which browsers show when one points at it, and screen readers say.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from xml.sax.saxutils import escape
+
+from moe_export.pictures.layout import Box, Edge, Placed, Point, place
+from moe_export.pictures.sketch import Part, Sketch
+
+_MARGIN, _HEAD, _FOOT = 28.0, 62.0, 40.0
+_TITLE, _LINE, _LABEL = 13.0, 11.0, 10.5
+_LEAST = 340.0
+_NARROW, _WIDE = set("iljtfr.,:;|'!()[]I/ ·"), set("mwMWOQG@%—…→")
+_NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_NAMES = {
+    "input": "input or output",
+    "experts": "experts",
+    "recurrence": "recurrence",
+    "module": "module",
+    "loose": "between modules",
+}
+_WEIGHTS = {"module": "with weights", "loose": "without"}
+STYLE = """
+.graph { --paper: #ffffff; --ink: #1c2430; --soft: #5a6675; --line: #8792a2; --plate: #ffffff;
+  --module: #eef3fb; --module-line: #5b7fb8; --loose: #f6f7f9; --loose-line: #98a2b0; --io: #e7f4ec; --io-line: #3f8f62;
+  --experts: #fdf0dc; --experts-line: #b87514; --recurrence: #f3ebfb; --recurrence-line: #8157b5;
+  --only: #b3261e; --differs: #8a5a00; }
+@media (prefers-color-scheme: dark) { .graph { --paper: #12161c; --ink: #e8ecf2; --soft: #a8b3c2; --line: #6f7c8e;
+  --plate: #12161c; --module: #1b2737; --module-line: #6f9bdc; --loose: #1b2027; --loose-line: #6d7786; --io: #16291f;
+  --io-line: #57b583; --experts: #33260f; --experts-line: #dd9c3a; --recurrence: #281f37; --recurrence-line: #ad86e0;
+  --only: #ff8a80; --differs: #f0c060; } }
+.graph { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", Arial, sans-serif;
+  fill: var(--ink); }
+.graph .paper { fill: var(--paper); }
+.graph .name { font-size: 17px; font-weight: 600; }
+.graph .facts, .graph .key { font-size: 12px; fill: var(--soft); }
+.graph .title { font-size: 13px; font-weight: 600; text-anchor: middle; }
+.graph .more { font-size: 11px; fill: var(--soft); text-anchor: middle; }
+.graph .shape { font-size: 10.5px; fill: var(--soft); text-anchor: middle; }
+.graph .edge { fill: none; stroke: var(--line); stroke-width: 1.4; }
+.graph .sizes { stroke-dasharray: 3 3; opacity: .6; }
+.graph .head { fill: var(--line); stroke: none; }
+.graph .plate { fill: var(--plate); opacity: .92; }
+.graph .box { stroke-width: 1.3; }
+.graph .module .box { fill: var(--module); stroke: var(--module-line); }
+.graph .loose .box { fill: var(--loose); stroke: var(--loose-line); }
+.graph .input .box, .graph .output .box { fill: var(--io); stroke: var(--io-line); }
+.graph .experts .box { fill: var(--experts); stroke: var(--experts-line); stroke-width: 2; }
+.graph .recurrence .box { fill: var(--recurrence); stroke: var(--recurrence-line); stroke-width: 2; }
+.graph .only .box { stroke: var(--only); stroke-width: 2.6; stroke-dasharray: 7 4; }
+.graph .differs .box { stroke: var(--differs); stroke-width: 2.6; }
+.graph .mark { font-size: 10.5px; font-weight: 700; text-anchor: middle; }
+.graph .only .mark { fill: var(--only); }
+.graph .differs .mark { fill: var(--differs); }
+.graph .middle { stroke: var(--line); stroke-width: 1; opacity: .5; }
+"""
+Marks = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class _Column:
+    """One graph of a picture, placed."""
+
+    sketch: Sketch
+    placed: Placed
+    marks: Marks
+    width: float
+
+
+def svg_of(
+    sketches: Sequence[Sketch], marks: Sequence[Marks] = (), ident: str = "graph", head: Sequence[str] = ()
+) -> str:
+    """One picture of one graph, or of several side by side.
+
+    Args:
+        sketches: What to show.
+        marks: For each sketch, what is said of some of its parts, by key: `only here`, or `differs`.
+        ident: Begins the picture's ids, so that several fit into one page.
+        head: Words over each graph, such as `before`.
+
+    Returns:
+        An SVG document without an XML declaration, to be written as UTF-8 or put into a page.
+    """
+    marks = marks or [{}] * len(sketches)
+    columns = [_column(sketch, mark) for sketch, mark in zip(sketches, marks, strict=True)]
+    legend, least = _legend(columns)
+    width = max(sum(column.width for column in columns), least) + 2 * _MARGIN * len(columns)
+    height = max(column.placed.height for column in columns) + _HEAD + _FOOT + 2 * _MARGIN
+    title = " and ".join(sketch.title for sketch in sketches)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="graph" role="img" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" aria-labelledby="{ident}-title {ident}-desc">',
+        f'<title id="{ident}-title">{_text(title)}</title>',
+        f'<desc id="{ident}-desc">{_text(" ".join(_description(column) for column in columns))}</desc>',
+        f"<style>{STYLE}</style>",
+        f'<rect class="paper" width="{width:.0f}" height="{height:.0f}"/>',
+    ]
+    left = 0.0
+    for number, column in enumerate(columns):
+        word = f"{head[number]}: " if number < len(head) else ""
+        if number:
+            parts.append(f'<path class="middle" d="M{left:.1f} {_MARGIN:.0f}V{height - _MARGIN:.1f}"/>')
+        parts += _draw(column, left + _MARGIN, word)
+        left += column.width + 2 * _MARGIN
+    parts += [f'<g transform="translate({_MARGIN:.0f} {height - _MARGIN:.0f})">', *legend, "</g>"]
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _column(sketch: Sketch, marks: Marks) -> _Column:
+    boxes = [
+        Box(part.key, *_size(part, part.key in marks), top=part.kind == "input") for part in sketch.parts
+    ]
+    edges = [
+        Edge(
+            link.source,
+            link.target,
+            text_width(link.label, _LABEL) + 8 if link.label else 0.0,
+            14.0 if link.label else 0.0,
+        )
+        for link in sketch.links
+    ]
+    placed = place(boxes, edges)
+    words = max(text_width(sketch.title, 18) + 70, text_width(sketch.subtitle, 12))
+    return _Column(sketch, placed, marks, max(placed.width, words, _LEAST))
+
+
+def text_width(text: str, size: float) -> float:
+    """About how wide text is, in pixels: no font is at hand, so rather more than less."""
+    ems = sum(
+        0.36 if char in _NARROW else 0.9 if char in _WIDE else 0.7 if char.isupper() else 0.6 for char in text
+    )
+    return ems * size
+
+
+def _size(part: Part, marked: bool) -> tuple[float, float]:
+    widths = [1.1 * text_width(part.title, _TITLE), *(text_width(line, _LINE) for line in part.lines)]
+    height = 28.0 + 15.0 * len(part.lines) + 15.0 * marked
+    return max(46.0, max(widths) + 22.0, 74.0 * marked), height
+
+
+def _description(column: _Column) -> str:
+    inputs = ", ".join(part.title for part in column.sketch.parts if part.kind == "input")
+    outputs = ", ".join(part.title for part in column.sketch.parts if part.kind == "output")
+    marked = "".join(
+        f" {part.title}: {column.marks[part.key]}."
+        for part in column.sketch.parts
+        if part.key in column.marks
+    )
+    return (
+        f"{column.sketch.title}: {column.sketch.subtitle}. From {inputs or 'no input'} to {outputs}.{marked}"
+    )
+
+
+def _draw(column: _Column, left: float, word: str) -> list[str]:
+    sketch, placed = column.sketch, column.placed
+    parts = [
+        f'<text class="name" x="{left:.1f}" y="{_MARGIN + 14:.1f}">{_text(word + sketch.title)}</text>',
+        f'<text class="facts" x="{left:.1f}" y="{_MARGIN + 34:.1f}">{_text(sketch.subtitle)}</text>',
+        f'<g transform="translate({left + (column.width - placed.width) / 2:.1f} {_MARGIN + _HEAD:.1f})">',
+    ]
+    for link, line in zip(sketch.links, placed.lines, strict=True):
+        kind = "edge sizes" if link.sizes else "edge"
+        parts.append(
+            f'<g><title>{_text(link.about)}</title><path class="{kind}" d="{_path(line)}"/>'
+            f'<path class="head" d="{_arrow(line[-1])}"/></g>'
+        )
+    for link, (x, y) in zip(sketch.links, placed.labels, strict=True):
+        if link.label:
+            wide = text_width(link.label, _LABEL)
+            parts.append(
+                f'<rect class="plate" x="{x - wide / 2:.1f}" y="{y - 7:.1f}" width="{wide:.1f}" height="14" rx="3"/>'
+                f'<text class="shape" x="{x:.1f}" y="{y + 3.6:.1f}">{_text(link.label)}</text>'
+            )
+    for part in sketch.parts:
+        parts.append(_box(part, placed.boxes[part.key], column.marks.get(part.key, "")))
+    return [*parts, "</g>"]
+
+
+def _path(line: Sequence[Point]) -> str:
+    """A curve that leaves and enters every point straight down."""
+    (x, y), *rest = line
+    steps = [f"M{x:.1f} {y:.1f}"]
+    for to, below in rest:
+        if abs(to - x) < 0.5:
+            steps.append(f"L{to:.1f} {below:.1f}")
+        else:
+            middle = (y + below) / 2
+            steps.append(f"C{x:.1f} {middle:.1f} {to:.1f} {middle:.1f} {to:.1f} {below:.1f}")
+        x, y = to, below
+    return "".join(steps)
+
+
+def _arrow(tip: Point) -> str:
+    x, y = tip
+    return f"M{x:.1f} {y:.1f}l-3.6 -7h7.2z"
+
+
+def _box(part: Part, centre: Point, mark: str) -> str:
+    x, y = centre
+    width, height = _size(part, bool(mark))
+    kind = f"{part.kind} {_class(mark)}".strip()
+    round_ = height / 2 if part.kind in ("input", "output") else 7
+    about = f"{part.about}\n{mark}" if mark else part.about
+    lines = [
+        f'<g class="{kind}"><title>{_text(about)}</title>'
+        f'<rect class="box" x="{x - width / 2:.1f}" y="{y - height / 2:.1f}" width="{width:.1f}" '
+        f'height="{height:.1f}" rx="{round_:.0f}"/>'
+    ]
+    base = y - height / 2 + 18.5
+    lines.append(f'<text class="title" x="{x:.1f}" y="{base:.1f}">{_text(part.title)}</text>')
+    for line in part.lines:
+        base += 15
+        lines.append(f'<text class="more" x="{x:.1f}" y="{base:.1f}">{_text(line)}</text>')
+    if mark:
+        lines.append(f'<text class="mark" x="{x:.1f}" y="{base + 15:.1f}">{_text(mark)}</text>')
+    return "".join([*lines, "</g>"])
+
+
+def _class(mark: str) -> str:
+    return mark.partition(" ")[0]
+
+
+def _legend(columns: Sequence[_Column]) -> tuple[list[str], float]:
+    """The kinds of boxes that are there, each with its name; and how wide that is."""
+    kinds = [
+        "input" if part.kind == "output" else part.kind for each in columns for part in each.sketch.parts
+    ]
+    names = _NAMES | (_WEIGHTS if all(each.sketch.level == "nodes" for each in columns) else {})
+    parts, x = [], 0.0
+    for kind in [kind for kind in _NAMES if kind in kinds]:
+        parts.append(
+            f'<g class="{kind}"><rect class="box" x="{x:.1f}" y="-11" width="18" height="13" '
+            f'rx="{6.5 if kind == "input" else 3}"/><text class="key" x="{x + 24:.1f}">{_text(names[kind])}</text></g>'
+        )
+        x += 24 + text_width(names[kind], 12) + 14
+    return parts, x - 14
+
+
+def _text(text: str) -> str:
+    """Text as XML takes it: escaped, and without the characters that XML has none for."""
+    return escape(_NO_XML.sub("\ufffd", text))

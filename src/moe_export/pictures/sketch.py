@@ -1,0 +1,309 @@
+"""What a picture of a graph shows, before anything has a place: parts, links between them, and what they say.
+
+A part is a node (`nodes`) or a module (`blocks`) of the graph, an input or an output of it. Weights are no parts: the
+part that reads them says so. A link is all that one part gives to another, and tells the shapes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+import onnx_ir as ir
+
+from moe_export.errors import UsageError
+from moe_export.export.bodies import reads, with_inner
+from moe_export.export.provenance import BLOCK, EINSUM, SOURCE
+from moe_export.pictures.groups import Group, groups_of, knows_modules, sizes_of
+
+Level = Literal["blocks", "nodes"]
+Kind = Literal["input", "output", "module", "experts", "recurrence", "loose"]
+FEW = 60
+"""Nodes up to which each is drawn."""
+MOST = 1500
+_TELLING = (
+    "Einsum", "Scan", "Loop", "If", "MatMul", "Gemm", "Conv", "TopK", "Softmax", "ScatterND", "Gather", "Attention",
+    "LayerNormalization", "RMSNormalization", "MoE", "TRT_MoE",
+)  # fmt: skip
+"""Operators that say what a module does, named first."""
+_LONG = 30
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of the picture.
+
+    Attributes:
+        key: Its own.
+        kind: Decides how it looks.
+        title, lines: What it says.
+        about: More, for a reader who points at it.
+        same: What makes it the same part in another graph.
+        operators: How many nodes of each operator are in it, bodies included.
+    """
+
+    key: str
+    kind: Kind
+    title: str
+    lines: tuple[str, ...]
+    about: str
+    same: str
+    operators: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True)
+class Link:
+    """A line of the picture: from part to part, by key; `label` at most once for what one part gives."""
+
+    source: str
+    target: str
+    label: str
+    about: str
+    sizes: bool = False
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """What a picture shows.
+
+    Attributes:
+        title, subtitle: Of the picture.
+        parts: In an order in which links lead forward.
+        links: Between them.
+        level: Of detail.
+    """
+
+    title: str
+    subtitle: str
+    parts: tuple[Part, ...]
+    links: tuple[Link, ...]
+    level: Level
+
+
+def sketch_of(
+    model: ir.Model, title: str, level: Level | None = None, opened: Collection[tuple[str, ...]] | None = None
+) -> Sketch:
+    """What a picture of a model shows.
+
+    Args:
+        model: Its functions are written out.
+        title: Of the picture.
+        level: Default: nodes for a graph of at most `FEW`, or one that tells no modules; else blocks.
+        opened: Modules whose parts are blocks  [chosen so that the picture is neither empty nor full].
+
+    Raises:
+        UsageError: Too many nodes to draw each.
+    """
+    graph = model.graph
+    nodes = [node for node in graph if node.op_type != "Constant"]
+    if level is None:
+        level = "nodes" if len(nodes) <= FEW or not knows_modules(graph) else "blocks"
+    if level == "nodes" and len(nodes) > MOST:
+        hint = (
+            "--level blocks"
+            if knows_modules(graph)
+            else "its nodes tell no modules that could be drawn instead"
+        )
+        raise UsageError(f"{title}: {len(nodes)} nodes are too many for a picture ({MOST})", hint=hint)
+    groups = [Group("", False, [node]) for node in nodes] if level == "nodes" else groups_of(graph, opened)
+    inputs = [value for value in graph.inputs if not value.is_initializer()]
+    parts = [_input(number, value) for number, value in enumerate(inputs)]
+    named = list(zip(groups, _parts(groups, level), strict=True))
+    outputs = [_output(number, value) for number, value in enumerate(graph.outputs)]
+    every = sum(1 for _ in graph.all_nodes())
+    opset = model.opset_imports.get("", "?")
+    weights = count_of(graph.initializers.values())
+    shown = f"{len(groups)} blocks of {every} nodes" if level == "blocks" else f"{every} nodes"
+    return Sketch(
+        title,
+        f"{shown} · {weights:,} parameters · opset {opset}",
+        (*parts, *(part for _, part in named), *outputs),
+        tuple(_links(graph, named, level)),
+        level,
+    )
+
+
+def count_of(values: Iterable[ir.Value]) -> int:
+    """How many numbers weights hold; constants of a single dimension are sizes, axes, and the like."""
+    return sum(prod(_sizes(value)) for value in values if is_weight(value))
+
+
+def is_weight(value: ir.Value) -> bool:
+    """Whether a value is a trained tensor, by its type: floats, or anything of two dimensions and more."""
+    tensor = value.const_value
+    if tensor is None:
+        return False
+    return len(tensor.shape) > 1 or (tensor.dtype.is_floating_point() and len(tensor.shape) == 1)
+
+
+def _sizes(value: ir.Value) -> tuple[int, ...]:
+    assert value.const_value is not None
+    return tuple(size if isinstance(size, int) else 1 for size in value.const_value.shape)
+
+
+def shape_text(value: ir.Value) -> str:
+    """`batch × seq × 32`; "" where the shape is not known, `scalar` where there is none."""
+    if value.shape is None:
+        return ""
+    sizes = [str(size) if isinstance(size, int) else size.value or "?" for size in value.shape]
+    return " × ".join(sizes) or "scalar"
+
+
+def _typed(value: ir.Value) -> str:
+    kind = value.dtype.name.lower() if value.dtype is not None else ""
+    return ": ".join(filter(None, (str(value.name), " ".join(filter(None, (kind, shape_text(value)))))))
+
+
+def _input(number: int, value: ir.Value) -> Part:
+    return Part(f"in {value.name}", "input", str(value.name), (), f"input {_typed(value)}", f"input {number}")
+
+
+def _output(number: int, value: ir.Value) -> Part:
+    return Part(f"out {number}", "output", str(value.name), (), f"output {_typed(value)}", f"output {number}")
+
+
+def _parts(groups: Sequence[Group], level: Level) -> list[Part]:
+    seen: Counter[str] = Counter()
+    parts = []
+    for number, group in enumerate(groups):
+        operators = Counter(
+            node.op_type for each in (*group.nodes, *group.sizes) for node in with_inner(each)
+        )
+        title = _title(group)
+        same = f"{group.path} {group.whole} {'' if group.whole else title}"
+        same += f" {group.nodes[0].outputs[0].name}" if level == "nodes" and group.nodes[0].outputs else ""
+        seen[same] += 1
+        lines = _node_lines(group.nodes[0]) if level == "nodes" else _block_lines(group, operators)
+        parts.append(
+            Part(
+                f"part {number}",
+                _kind(group, level),
+                _short(title),
+                tuple(line if len(line) <= _LONG + 8 else f"{line[: _LONG + 7]}…" for line in lines),
+                _about(group, operators, title),
+                f"{same} {seen[same]}",
+                tuple(sorted(operators.items())),
+            )
+        )
+    return parts
+
+
+def _title(group: Group) -> str:
+    if group.whole:
+        return group.path
+    kinds = list(dict.fromkeys(node.op_type for node in group.nodes))
+    if len(kinds) <= 3:
+        return ", ".join(kinds)
+    telling = [kind for kind in _TELLING if kind in kinds][:2] or kinds[:2]
+    return f"{', '.join(telling)}, …"
+
+
+def _kind(group: Group, level: Level) -> Kind:
+    found = {node.metadata_props.get(BLOCK, "").partition(":")[0] for node in group.nodes}
+    if "experts" in found:
+        return "experts"
+    if "recurrence" in found:
+        return "recurrence"
+    return "module" if group.whole or (level == "nodes" and _weights(group.nodes)) else "loose"
+
+
+def _block_lines(group: Group, operators: Counter[str]) -> list[str]:
+    total = operators.total()
+    lines = []
+    if group.whole:
+        telling = [(kind, operators[kind]) for kind in _TELLING if kind in operators]
+        telling = telling[:3] or operators.most_common(2)
+        listed = ", ".join(f"{count} {kind}" if count > 1 else kind for kind, count in telling)
+        rest = ", …" if sum(count for _, count in telling) < total else ""
+        lines.append(f"{total} node{'s' * (total > 1)}: {listed}{rest}")
+    else:
+        lines += [f"→ {value.name}" for value in _results(group)[:1]]
+    weights = sum(prod(_sizes(value)) for value in _weights(group.nodes))
+    return [*lines, f"{weights:,} parameters"] if weights else lines
+
+
+def _results(group: Group) -> list[ir.Value]:
+    """What a group gives to others, those with a name of the model's first."""
+    own = {inner for node in group.nodes for inner in with_inner(node)}
+    found = [
+        value
+        for node in group.nodes
+        for value in node.outputs
+        if value.is_graph_output() or any(use.node not in own for use in value.uses())
+    ]
+    return sorted(
+        found, key=lambda value: (str(value.name).startswith(("_", "val_")), not value.is_graph_output())
+    )
+
+
+def _node_lines(node: ir.Node) -> list[str]:
+    lines = [str(node.outputs[0].name or node.name)] if node.outputs else []
+    weights = _weights([node])
+    return [*lines, *map(_weight_line, weights[:2])]
+
+
+def _weight_line(value: ir.Value) -> str:
+    name = str(value.name).rpartition(".")[2]
+    return shape_text(value) if name[:1].isdigit() else f"{name} {shape_text(value)}"
+
+
+def _weights(nodes: Iterable[ir.Node]) -> list[ir.Value]:
+    taken = dict.fromkeys(value for node in nodes for value in reads(node))
+    return [value for value in taken if value.is_initializer() and is_weight(value)]
+
+
+def _about(group: Group, operators: Counter[str], title: str) -> str:
+    lines = [f"{group.path}: {title}" if group.path and not group.whole else title]
+    facts = [node.metadata_props for node in group.nodes]
+    source = next((fact[SOURCE] for fact in facts if SOURCE in fact), "")
+    einsums = dict.fromkeys(fact[EINSUM] for fact in facts if EINSUM in fact)
+    lines += [", ".join(f"{count} {kind}" for kind, count in operators.most_common())]
+    lines += [source] if source else []
+    lines += [f"einsum {equation}" for equation in einsums]
+    return "\n".join(lines)
+
+
+def _short(text: str) -> str:
+    """Not too long for a box: the end of a path tells the most."""
+    return text if len(text) <= _LONG + 8 else f"{text[:8]}…{text[-_LONG:]}"
+
+
+def _links(graph: ir.Graph, named: Sequence[tuple[Group, Part]], level: Level) -> Iterable[Link]:
+    """The links, each pair of parts once."""
+    home = {node: part.key for group, part in named for node in group.nodes}
+    sizes = sizes_of(graph)
+    given: dict[tuple[str, str], list[ir.Value]] = {}
+
+    def add(value: ir.Value, target: str) -> None:
+        maker = value.producer()
+        source = home.get(maker) if maker is not None else None
+        if maker is None and value.is_graph_input() and not value.is_initializer():
+            source = f"in {value.name}"
+        hidden = level == "blocks" and maker in sizes
+        if source is not None and source != target and not hidden:
+            values = given.setdefault((source, target), [])
+            if value not in values:
+                values.append(value)
+
+    for group, part in named:
+        for node in group.nodes:
+            for value in reads(node):
+                add(value, part.key)
+    for number, value in enumerate(graph.outputs):
+        add(value, f"out {number}")
+    told: set[tuple[str, ir.Value]] = set()
+    for (source, target), values in given.items():
+        fresh = [
+            value
+            for value in values
+            if (source, value) not in told and value.producer() not in sizes and shape_text(value)
+        ]
+        told.update((source, value) for value in fresh)
+        label = shape_text(fresh[0]) if fresh else ""
+        if len(fresh) > 1:
+            label += f"  +{len(fresh) - 1}"
+        about = "\n".join(map(_typed, values))
+        yield Link(source, target, _short(label), about, all(value.producer() in sizes for value in values))

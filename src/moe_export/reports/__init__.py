@@ -1,0 +1,1 @@
+"""One export as one page."""

@@ -1,0 +1,1 @@
+"""One side that runs: sessions of onnxruntime, engines on their GPU, inputs, times."""
