@@ -9,25 +9,29 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 
 | file | what it does |
 |---|---|
-| `load`, `script`, `arguments` | find the model in a file: by name, by class, or by its first call |
+| `load`, `script`, `arguments`, `stand_in` | find the model in a file: by name, by class, or by its first call |
 | `subject`, `leaves` | the module with named tensors in and named tensors out |
 | `accept`, `state` | wrappers off, refusals early; buffers that a call changes |
-| `trace`, `dims`, `widen`, `idioms` | `torch.export` with every dimension free; names and ranges of dimensions |
+| `trace`, `dims`, `widen`, `idioms*` | `torch.export` with every dimension free; names and ranges of dimensions |
 | `randomness`, `notes` | what cannot be verified; what the report should say |
-| `routing`, `choice`, `weights`, `region` | recognise gates in the traced graph by what they do |
-| `gate` | cut one out |
-| `emit`, `spelling`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not know |
-| `opset`, `provenance` | exactly the opset asked for; where each node comes from |
+| `emit`, `spelling`, `untranslated`, `reshapes` | ONNX by the exporter; forms that it knows, and what it does not |
+| `opset`, `provenance`, `source` | exactly the opset asked for; where each node comes from, down to the line |
 | `naming`, `functions` | names from modules and variables; modules as functions |
-| `simplify` | onnxsim's proposal, taken if it is smaller and right |
-| `parallel_placement`, `parallel_lower`, `parallel_dispatch` | who has which experts; a rank's part of a block |
-| `parallel_stages`, `parallel_collectives`, `parallel_ranks` | a graph cut where ranks exchange; all ranks of a model |
-| `parallel_manifest`, `parallel_picture` | what the graphs of ranks are, as JSON and as a picture |
+| `bodies`, `evaluate` | graphs inside nodes; what nodes give for arrays that are known now |
+| `simplify`, `write` | onnxsim's proposal, taken if it is smaller and right; whole files or none |
 | `pipeline` | all of it in order |
-| `weights_files`, `weights_stand_in`, `weights_zero`, `weights_values` | weights in files: opened, stood in for |
-| `weights_recipe`, `weights_follow`, `weights_place` | where a weight is stored, and what is done to it |
-| `stream_write`, `write` | weights as a stream, copied or referenced; whole files or none |
-| `source` | lines of the user's code, for errors and metadata |
+
+| room | what it does |
+|---|---|
+| `gates/` | recognise gates in the traced graph by what they do, cut one out, draw where its tokens go |
+| `experts/` | MoE blocks found, understood and lowered ([docs/experts.md](../docs/experts.md)) |
+| `recurrence/` | Python loops over time found in a trace and folded ([docs/recurrence.md](../docs/recurrence.md)) |
+| `scans/` | folded loops as `Scan`s, or as products over chunks |
+| `adapters/` | libraries whose idioms no trace shows |
+| `precision/` | half precision ([docs/precision.md](../docs/precision.md)) |
+| `weights/` | weights that never fill the memory ([docs/weights.md](../docs/weights.md)) |
+| `parallel/` | a graph a rank ([docs/parallel.md](../docs/parallel.md)) |
+| `engines/` | TensorRT engines ([docs/engines.md](../docs/engines.md)) |
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from moe_export.export.reshapes import settle_reshapes
 from moe_export.export.spelling import spell
 from moe_export.export.trace import Traced, quiet, rename
 from moe_export.export.untranslated import untranslated
-from moe_export.export.weights_follow import fold_steps
-from moe_export.export.weights_place import has_recipes, is_streamed, place_recipes, without_weights
+from moe_export.export.weights.follow import fold_steps
+from moe_export.export.weights.place import has_recipes, is_streamed, place_recipes, without_weights
 
 _DATA_SIZE = re.compile(r"u\d+")
 _PROTOBUF_LIMIT = 2**31 - 2**20

@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
-from moe_export.export.adapt_transformers import traceable_experts
+from moe_export.export.adapters.transformers import traceable_experts
 from moe_export.export.source import inside_call, is_user_file
 
 

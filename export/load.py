@@ -26,7 +26,7 @@ from moe_export.export.arguments import parse_init, parse_input
 from moe_export.export.script import Call, run_file
 from moe_export.export.source import last_user_line
 from moe_export.export.subject import Subject, make_subject
-from moe_export.export.weights_stand_in import MEMORY, StandIns, attach_weights
+from moe_export.export.weights.stand_in import MEMORY, StandIns, attach_weights
 
 
 def load_subject(

@@ -79,7 +79,7 @@ def set_opset(model: ir.Model, opset: int) -> None:
         model.opset_imports[""] = LOWEST
         for function in model.functions.values():
             function.opset_imports[""] = (
-                LOWEST  # of the operators that `experts_trt_moe` writes in it, both have one form
+                LOWEST  # of the operators that `experts/trt_moe` writes in it, both have one form
             )
         _require_known(model)
     elif written != opset:

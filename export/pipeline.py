@@ -15,19 +15,19 @@ from moe_export.einsum_rewrite import Site, rewrite_program
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.dims import DimRequest
 from moe_export.export.emit import check, emit
-from moe_export.export.experts_emit import write_experts
-from moe_export.export.experts_place import Placed, place_experts
+from moe_export.export.experts.emit import write_experts
+from moe_export.export.experts.place import Placed, place_experts
 from moe_export.export.functions import described
-from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in
-from moe_export.export.loop_order import loops_first
+from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in
+from moe_export.export.gates.routing import Routing, find_routings, routing_outputs
 from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
-from moe_export.export.precision import lower_precision
-from moe_export.export.recurrence import Mode, fold_recurrences
-from moe_export.export.routing import Routing, find_routings, routing_outputs
-from moe_export.export.scan import Lowering, write_scans
+from moe_export.export.precision.mixed import lower_precision
+from moe_export.export.recurrence.recurrences import Mode, fold_recurrences
+from moe_export.export.recurrence.step import step_of
+from moe_export.export.scans.order import loops_first
+from moe_export.export.scans.write import Lowering, write_scans
 from moe_export.export.simplify import simplify
-from moe_export.export.step import step_of
 from moe_export.export.subject import Subject
 from moe_export.export.trace import Traced, quiet, trace
 
@@ -43,7 +43,7 @@ class Options:
         dims: Which dimensions to leave free, and their names.
         gates: True for every gate, False for none, or the module path of one.
         simplify: Whether to try onnxsim.
-        experts: How loops over experts are lowered: a name of `experts_choose.LOWERINGS`, `auto`, or `keep` for as
+        experts: How loops over experts are lowered: a name of `experts.choose.LOWERINGS`, `auto`, or `keep` for as
             they were written.
         recurrence: `auto` folds loops over a length and notes those that it cannot, `scan` and `chunked` insist,
             `unrolled` leaves them as traced, with their length fixed.
@@ -51,7 +51,7 @@ class Options:
         decode: Whether to write the graph of one step, too, its states as inputs and outputs.
         dtype: `float32`, or what the parts of the graph that can bear it compute in: `float16` or `bfloat16`.
         float32: Paths of modules that stay float32 then.
-        target: The engine that the graph is for: a name of `experts_choose.TARGETS`.
+        target: The engine that the graph is for: a name of `experts.choose.TARGETS`.
     """
 
     opset: int = 17

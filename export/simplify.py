@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
-from moe_export.export.weights_place import has_recipes
+from moe_export.export.weights.place import has_recipes
 
 _LIMIT = 512 * 2**20  # bytes of weights; onnxsim copies a model several times
 

@@ -15,7 +15,7 @@ from types import FrameType, ModuleType
 
 from moe_export.export.source import is_user_file
 
-_FORMS = "moe_export.export.adapt_mamba_kernels"
+_FORMS = "moe_export.export.adapters.mamba_kernels"
 
 # Module → the names that it has. The modules above each one are empty packages.
 _MODULES: Mapping[str, tuple[str, ...]] = {

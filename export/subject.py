@@ -22,8 +22,8 @@ from moe_export.export.accept import check_inputs, check_outputs, plain_module, 
 from moe_export.export.leaves import Leaf, identifier, leaves, unique
 from moe_export.export.source import is_user_file, last_user_line
 from moe_export.export.state import Buffers
-from moe_export.export.weights_stand_in import StandIns
-from moe_export.export.weights_zero import without_weights
+from moe_export.export.weights.stand_in import StandIns
+from moe_export.export.weights.zero import without_weights
 
 
 @dataclass(frozen=True)

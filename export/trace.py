@@ -26,7 +26,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import BATCH, Dim, DimRequest, default_name
-from moe_export.export.experts_trace import every_expert_hit
+from moe_export.export.experts.trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.idioms_numbers import symbolic_numbers
 from moe_export.export.leaves import unique

@@ -20,7 +20,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
-from moe_export.export.stream_write import DATA_SUFFIX, Storage, Streamed, held, stream_weights, taken_along
+from moe_export.export.weights.stream import DATA_SUFFIX, Storage, Streamed, held, stream_weights, taken_along
 
 try:
     import fcntl as _locks

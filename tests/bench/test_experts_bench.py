@@ -23,9 +23,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_export.export.emit import emit
-from moe_export.export.experts_choose import LOWERINGS, choose
-from moe_export.export.experts_emit import write_experts
-from moe_export.export.experts_place import place_experts
+from moe_export.export.experts.choose import LOWERINGS, choose
+from moe_export.export.experts.emit import write_experts
+from moe_export.export.experts.place import place_experts
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 from moe_export.export.trace import trace

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_export.export.dims import DimRequest
-from moe_export.export.engine import build_engines
+from moe_export.export.engines.build import build_engines
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 

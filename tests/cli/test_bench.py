@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 
-from moe_export.export.engine import has_gpu
+from moe_export.export.engines.build import has_gpu
 from moe_export.running.benching import Job, Timing, measure
 
 

@@ -7,8 +7,8 @@ import json
 import onnx
 import pytest
 
-from moe_export.export.engine import has_gpu
-from moe_export.export.engine_module import load_module
+from moe_export.export.engines.build import has_gpu
+from moe_export.export.engines.module import load_module
 
 STATUS = "built, not run" if has_gpu() else "built, not run: no GPU"
 VERSION = load_module().version

@@ -11,7 +11,7 @@ import pytest
 
 from moe_export.comparing.checking import verify_graph
 from moe_export.export import Options, export_subject, load_subject
-from moe_export.export.engine import build_engines
+from moe_export.export.engines.build import build_engines
 from moe_export.export.pipeline import _narrowed
 from moe_export.export.write import write_model
 from moe_export.verify import Tolerance

@@ -8,7 +8,7 @@ import onnx.parser
 import onnx_ir as ir
 import onnxruntime
 
-from moe_export.export.loop_order import loops_first
+from moe_export.export.scans.order import loops_first
 
 GRAPH = """
 <ir_version: 8, opset_import: ["": 17]>

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
-from moe_export.export.engine import build_engines
+from moe_export.export.engines.build import build_engines
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 

@@ -19,17 +19,29 @@ ALLOWED = {
 BELOW = {"models", "einsum_rewrite", "verify", "export", "errors", "external_data", "backends", "wishes"}
 # What puts the rooms together, in order: one imports those before it.
 TOGETHER = ("running", "large", "pictures", "comparing", "reports", "commands")
+# The rooms of `export`, in order: one imports those before it, and files of `export` itself.
+EXPORT = (
+    "adapters",
+    "weights",
+    "gates",
+    "recurrence",
+    "experts",
+    "scans",
+    "precision",
+    "engines",
+    "parallel",
+)
 
 
-def imported(path: Path) -> set[str]:
-    """The parts of `moe_export` that a file imports: `moe_export.verify.judge` counts as `verify`."""
+def imported(path: Path, of: str = "moe_export") -> set[str]:
+    """The parts of a package that a file imports: `moe_export.verify.judge` counts as `verify`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path} imports relatively"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        found |= {name.split(".")[1] for name in names if name.startswith("moe_export.")}
+        found |= {name.removeprefix(f"{of}.").split(".")[0] for name in names if name.startswith(f"{of}.")}
     return found
 
 
@@ -44,6 +56,14 @@ def test_what_puts_the_rooms_together_has_one_direction(room):
     allowed = BELOW | set(TOGETHER[: TOGETHER.index(room) + 1])
     for path in (ROOT / "src" / "moe_export" / room).rglob("*.py"):
         assert imported(path) <= allowed, path
+
+
+def test_the_rooms_of_export_have_one_direction():
+    assert {path.parent.name for path in (ROOT / "export").glob("*/__init__.py")} == set(EXPORT)
+    for place, room in enumerate(EXPORT):
+        for path in (ROOT / "export" / room).rglob("*.py"):
+            others = imported(path, "moe_export.export") & set(EXPORT)
+            assert others <= set(EXPORT[: place + 1]), path
 
 
 def modules_after(code: str) -> set[str]:

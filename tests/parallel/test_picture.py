@@ -9,7 +9,7 @@ import pytest
 from parallel_stack import STACK
 
 from moe_export.cli import run
-from moe_export.export.parallel_picture import draw, flow, lines
+from moe_export.export.parallel.picture import draw, flow, lines
 
 INDICES = np.array([[0, 1], [0, 2], [3, 0], [1, 2]])  # 4 tokens, 2 a row of the batch
 PLACED = (0, 0, 1, 1)

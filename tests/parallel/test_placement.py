@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from moe_export.errors import UsageError
-from moe_export.export.parallel_placement import Layer, Placement, even, place
+from moe_export.export.parallel.placement import Layer, Placement, even, place
 
 LAYERS = (Layer("layers.0", 4, "net.py:10"), Layer("layers.1", 6, "net.py:10"))
 

@@ -10,7 +10,7 @@ import pytest
 from parallel_stack import EXPERTS, LAYERS, ROUTINGS, WIDTH, routed
 from safetensors.numpy import save_file
 
-from moe_export.export.parallel_picture import flow
+from moe_export.export.parallel.picture import flow
 from moe_export.verify.parallel_manifest import read_manifest
 
 WAYS = [("4", "--exchange", "all_to_all")]

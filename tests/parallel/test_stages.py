@@ -9,7 +9,7 @@ import pytest
 from onnx.reference import ReferenceEvaluator
 
 from moe_export.errors import NotExportableError
-from moe_export.export.parallel_stages import cut
+from moe_export.export.parallel.stages import cut
 
 HEAD = '<ir_version: 9, opset_import: ["" : 17, "moe_export" : 1]>\n'
 

@@ -7,8 +7,8 @@ import onnx
 import pytest
 
 from moe_export.errors import MissingBackendError, UsageError
-from moe_export.export.engine import build_engines, has_gpu
-from moe_export.export.engine_module import load_module
+from moe_export.export.engines.build import build_engines, has_gpu
+from moe_export.export.engines.module import load_module
 from moe_export.running.engines import compare_with_graph, graph_of, open_engine, run_status
 from moe_export.verify.tensorrt_runner import TensorRtRunner, engine_version
 

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 
 from moe_export.errors import UsageError
-from moe_export.export import weights_recipe as wr
+from moe_export.export.weights import recipe as wr
 
 
 @pytest.fixture

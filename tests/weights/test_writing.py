@@ -14,8 +14,8 @@ import onnx_ir as ir
 import pytest
 
 from moe_export.errors import UsageError
-from moe_export.export.stream_write import ALIGNMENT, Storage, data_facts, stream_weights
-from moe_export.export.weights_recipe import RecipeTensor, Stored, Turned
+from moe_export.export.weights.recipe import RecipeTensor, Stored, Turned
+from moe_export.export.weights.stream import ALIGNMENT, Storage, data_facts, stream_weights
 from moe_export.export.write import rename_model, staging, write_model
 from moe_export.external_data import check_external_data
 

@@ -10,8 +10,8 @@ from typing import Any
 import onnx
 
 from moe_export.commands.console import Console
-from moe_export.export.engine import read_graph
-from moe_export.export.engine_profiles import complete_ranges, free_dims, parse_range
+from moe_export.export.engines.build import read_graph
+from moe_export.export.engines.profiles import complete_ranges, free_dims, parse_range
 from moe_export.running.benching import Job, Timing, measure
 from moe_export.running.engines import graph_of
 from moe_export.running.inputs import inputs_at

@@ -15,10 +15,10 @@ import moe_export
 from moe_export.commands.console import Console
 from moe_export.commands.rewrite import parse_bytes
 from moe_export.errors import UsageError
-from moe_export.export.engine import Engine, build_engines, read_graph
-from moe_export.export.engine_module import check_capabilities, load_module
-from moe_export.export.engine_profiles import Range, free_dims, parse_range
-from moe_export.export.engine_settings import Settings, check_settings
+from moe_export.export.engines.build import Engine, build_engines, read_graph
+from moe_export.export.engines.module import check_capabilities, load_module
+from moe_export.export.engines.profiles import Range, free_dims, parse_range
+from moe_export.export.engines.settings import Settings, check_settings
 from moe_export.export.write import staging
 from moe_export.running.engines import not_run, run_status
 

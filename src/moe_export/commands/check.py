@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from moe_export.commands.console import Console
-from moe_export.export.engine import read_graph
-from moe_export.export.engine_refusal import Refusal
-from moe_export.export.engine_rules import Findings, find_refusals
+from moe_export.export.engines.build import read_graph
+from moe_export.export.engines.refusal import Refusal
+from moe_export.export.engines.rules import Findings, find_refusals
 
 SCHEMA = "moe-export/check/1"
 NOTHING = "nothing that TensorRT is known to refuse; only a build (moe-export build) shows that it builds"

@@ -25,16 +25,16 @@ from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
 from moe_export.export.bodies import initializers
 from moe_export.export.dims import parse_dynamic
-from moe_export.export.engine_profiles import dim_facts
+from moe_export.export.engines.profiles import dim_facts
 from moe_export.export.functions import as_functions
 from moe_export.export.load import load_subject
-from moe_export.export.parallel_ranks import Parallel
+from moe_export.export.parallel.ranks import Parallel
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
 from moe_export.export.provenance import relative_line, strip_scope
-from moe_export.export.stream_write import Storage, data_facts, stream_weights
 from moe_export.export.subject import Subject
 from moe_export.export.trace import SCOPE
-from moe_export.export.weights_place import without_weights
+from moe_export.export.weights.place import without_weights
+from moe_export.export.weights.stream import Storage, data_facts, stream_weights
 from moe_export.export.write import rename_model, staging, write_model
 from moe_export.large.layerwise import Parts, filled_weights
 from moe_export.running.choices import runner_of

@@ -14,8 +14,8 @@ from moe_export.commands.console import Console
 from moe_export.errors import UsageError
 
 if TYPE_CHECKING:
-    from moe_export.export.dispatch import Dispatch
-    from moe_export.export.parallel_ranks import Parallel
+    from moe_export.export.gates.dispatch import Dispatch
+    from moe_export.export.parallel.ranks import Parallel
     from moe_export.export.pipeline import Graph, Options
     from moe_export.verify import Report, Tolerance
 
@@ -48,7 +48,7 @@ def take_parallel(options: dict[str, Any]) -> Parallel | None:
     Raises:
         UsageError: An option goes with ranks, and there are none; or with another way to exchange.
     """
-    from moe_export.export.parallel_ranks import Parallel
+    from moe_export.export.parallel.ranks import Parallel
 
     ranks, exchange = options.pop("expert_parallel"), options.pop("exchange")
     text, placement, collectives = (
@@ -115,8 +115,8 @@ def write_ranks(
         seed: Of its inputs.
     """
     import moe_export
-    from moe_export.export.parallel_manifest import file_name, manifest
-    from moe_export.export.parallel_ranks import rank_graphs
+    from moe_export.export.parallel.manifest import file_name, manifest
+    from moe_export.export.parallel.ranks import rank_graphs
     from moe_export.export.pipeline import as_numpy
     from moe_export.export.write import write_model
 
@@ -217,7 +217,7 @@ def draw_ranks(dispatches: Sequence[Dispatch], manifest: str, batch: int) -> tup
     Raises:
         UsageError: The manifest cannot be read, or is another model's.
     """
-    from moe_export.export.parallel_picture import draw, flow, lines
+    from moe_export.export.parallel.picture import draw, flow, lines
     from moe_export.verify.parallel_manifest import find_manifest, read_manifest
 
     found = read_manifest(find_manifest(manifest))

@@ -21,10 +21,10 @@ from moe_export.commands.diff import figures_of, operators_of, sketches_of
 from moe_export.commands.export import run_export
 from moe_export.commands.sizes import parse_bytes
 from moe_export.errors import MissingBackendError, UsageError
-from moe_export.export.dispatch import Dispatch, find_dispatches
-from moe_export.export.engine import read_graph
+from moe_export.export.engines.build import read_graph
+from moe_export.export.gates.dispatch import Dispatch, find_dispatches
+from moe_export.export.gates.picture import draw
 from moe_export.export.load import load_subject
-from moe_export.export.routing_picture import draw
 from moe_export.export.subject import Subject
 from moe_export.export.write import staging
 from moe_export.pictures.differing import usual_sizes

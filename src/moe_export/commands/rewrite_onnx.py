@@ -12,7 +12,7 @@ import onnx_ir as ir
 from moe_export.commands.console import Console
 from moe_export.einsum_rewrite.onnx_model import Options, Rewriting, rewrite_in_place
 from moe_export.errors import NotExportableError, UsageError
-from moe_export.export.stream_write import DATA_SUFFIX
+from moe_export.export.weights.stream import DATA_SUFFIX
 from moe_export.export.write import staging, write_model
 from moe_export.external_data import check_external_data
 

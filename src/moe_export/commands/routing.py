@@ -8,9 +8,9 @@ from pathlib import Path
 from moe_export.commands.console import Console
 from moe_export.commands.parallel import draw_ranks
 from moe_export.errors import UsageError
-from moe_export.export.dispatch import Dispatch, find_dispatches
+from moe_export.export.gates.dispatch import Dispatch, find_dispatches
+from moe_export.export.gates.picture import FORMATS, draw
 from moe_export.export.load import load_subject
-from moe_export.export.routing_picture import FORMATS, draw
 from moe_export.export.write import staging
 
 

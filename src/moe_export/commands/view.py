@@ -12,7 +12,7 @@ import onnx
 
 from moe_export.commands.console import Console
 from moe_export.errors import UsageError
-from moe_export.export.engine import read_graph
+from moe_export.export.engines.build import read_graph
 from moe_export.export.write import staging
 from moe_export.pictures.picture import Marks, svg_of
 from moe_export.pictures.sketch import Level, Sketch, sketch_of

@@ -25,7 +25,7 @@ from torch.export.graph_signature import InputKind
 
 from moe_export.export.functions import without_functions
 from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.precision_rounding import with_float32_kernels
+from moe_export.export.precision.rounding import with_float32_kernels
 from moe_export.export.provenance import (
     FX,
     MODULE,

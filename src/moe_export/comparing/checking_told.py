@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.errors import MoeExportError
-from moe_export.export.precision_choices import (
+from moe_export.export.precision.choices import (
     Choices,
     find_choices,
     with_choices_out,

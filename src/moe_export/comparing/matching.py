@@ -14,9 +14,9 @@ from moe_export.comparing.sides import GraphRunner
 from moe_export.comparing.verifying import by_position
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.dims import Dim
-from moe_export.export.gate import INDICES, SCORES, WEIGHTS, gate_subject
+from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject
+from moe_export.export.gates.routing import find_routings, routing_outputs
 from moe_export.export.pipeline import as_numpy
-from moe_export.export.routing import find_routings, routing_outputs
 from moe_export.export.subject import Subject
 from moe_export.export.trace import trace
 from moe_export.verify import Array, DimRange, RoutingPair, TensorRtRunner, TensorSpec

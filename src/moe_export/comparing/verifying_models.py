@@ -19,14 +19,14 @@ from moe_export.comparing.matching import match_graph, reference_of
 from moe_export.comparing.sides import GraphRunner, Side, graph_routing, graph_runner, metadata
 from moe_export.comparing.verifying import Renamed, Request, about_sides, by_position, watchable
 from moe_export.errors import MoeExportError, UsageError
+from moe_export.export.gates.routing import find_routings, routing_outputs
 from moe_export.export.load import load_subject, split_spec
 from moe_export.export.pipeline import as_numpy
-from moe_export.export.routing import find_routings, routing_outputs
 from moe_export.export.script import run_file
 from moe_export.export.source import is_user_file
 from moe_export.export.subject import Subject
 from moe_export.export.trace import Traced, quiet, trace
-from moe_export.export.weights_stand_in import in_memory
+from moe_export.export.weights.stand_in import in_memory
 from moe_export.verify import (
     Array,
     DimRange,

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from moe_export.errors import UsageError
 from moe_export.export.leaves import leaves
 from moe_export.export.subject import Subject
-from moe_export.export.weights_stand_in import StandIns, filled
+from moe_export.export.weights.stand_in import StandIns, filled
 from moe_export.verify import Array, Choice
 from moe_export.verify.torch_modes import ChoiceWatcher
 from moe_export.verify.torch_runner import to_numpy, to_torch

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any
 
-from moe_export.export.parallel_placement import even
+from moe_export.export.parallel.placement import even
 from moe_export.large.planning_count import Counted, ExpertsCount
 
 _MOST_BATCH = 2**20

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from moe_export.errors import MoeExportError, NotExportableError, UsageError
 from moe_export.export.arguments import parse_init, parse_input
-from moe_export.export.experts_trace import every_expert_hit
+from moe_export.export.experts.trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.idioms_numbers import symbolic_numbers
 from moe_export.export.load import split_spec

@@ -17,8 +17,8 @@ import onnx
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
-from moe_export.export.engine import read_graph
-from moe_export.export.engine_profiles import complete_ranges, free_dims, input_shapes
+from moe_export.export.engines.build import read_graph
+from moe_export.export.engines.profiles import complete_ranges, free_dims, input_shapes
 from moe_export.pictures.sketch import Sketch, count_of, shape_text
 from moe_export.running.inputs import inputs_at
 from moe_export.verify.cost import Cost, cost_of

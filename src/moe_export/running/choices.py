@@ -9,13 +9,13 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
-from moe_export.export.precision_choices import (
+from moe_export.export.precision.choices import (
     Choices,
     find_choices,
     with_choices_out,
     with_forced_choices,
 )
-from moe_export.export.precision_rounding import with_float32_kernels
+from moe_export.export.precision.rounding import with_float32_kernels
 from moe_export.export.write import write_model
 from moe_export.verify import Array, OnnxRuntimeRunner
 

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from moe_export.errors import MissingBackendError
-from moe_export.export.engine import read_graph
-from moe_export.export.engine_module import CURRENT, FULL, PORTABLE, RTX, load_module
-from moe_export.export.engine_profiles import input_shapes
+from moe_export.export.engines.build import read_graph
+from moe_export.export.engines.module import CURRENT, FULL, PORTABLE, RTX, load_module
+from moe_export.export.engines.profiles import input_shapes
 from moe_export.verify import (
     DimRange,
     OnnxRuntimeRunner,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from moe_export.export.engine_profiles import complete_ranges, free_dims, input_shapes, shapes_at
+from moe_export.export.engines.profiles import complete_ranges, free_dims, input_shapes, shapes_at
 from moe_export.running.engines import example_input
 from moe_export.verify import TensorSpec
 from moe_export.verify.specs import Array

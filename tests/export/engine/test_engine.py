@@ -10,8 +10,8 @@ import onnx_ir as ir
 import pytest
 
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
-from moe_export.export.engine import build_engines
-from moe_export.export.engine_module import load_module
+from moe_export.export.engines.build import build_engines
+from moe_export.export.engines.module import load_module
 
 
 def test_an_engine_is_built_for_each_capability(linear):
@@ -97,7 +97,7 @@ CODE = """
 import sys
 sys.modules["tensorrt_rtx"] = None  # as if it were not installed: `import` raises
 from moe_export.errors import MissingBackendError
-from moe_export.export.engine import build_engines
+from moe_export.export.engines.build import build_engines
 import onnx
 model = onnx.parser.parse_model('<ir_version: 8, opset_import: ["": 17]> g (float[n] x) => (float[n] y) { y = Abs(x) }')
 try:
@@ -114,6 +114,6 @@ def test_without_the_module_it_says_what_to_install():
 
 
 def test_it_is_imported_when_the_first_engine_is_built():
-    code = "import sys, moe_export.export.engine; print([name for name in sys.modules if 'tensorrt' in name])"
+    code = "import sys, moe_export.export.engines.build; print([name for name in sys.modules if 'tensorrt' in name])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -6,8 +6,8 @@ import pytest
 
 from moe_export.errors import NotExportableError
 from moe_export.export import Options, export_subject, load_subject
-from moe_export.export.engine import build_engines
-from moe_export.export.engine_rules import find_refusals
+from moe_export.export.engines.build import build_engines
+from moe_export.export.engines.rules import find_refusals
 
 NAMES = ["attention", "gshard_moe", "hybrid", "mamba", "mamba2", "moe_gate", "sparse_moe"]
 CAPABILITIES = ["sm75", "sm86", "sm89", "sm120"]

@@ -6,7 +6,7 @@ import onnx_ir as ir
 import pytest
 
 from moe_export.errors import UsageError
-from moe_export.export.engine_profiles import (
+from moe_export.export.engines.profiles import (
     Range,
     complete_ranges,
     dim_facts,

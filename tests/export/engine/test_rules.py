@@ -7,9 +7,9 @@ import onnx_ir as ir
 import pytest
 
 from moe_export.errors import NotExportableError
-from moe_export.export.engine import build_engines
-from moe_export.export.engine_module import load_module
-from moe_export.export.engine_rules import MOST_K, UNKNOWN, find_refusals
+from moe_export.export.engines.build import build_engines
+from moe_export.export.engines.module import load_module
+from moe_export.export.engines.rules import MOST_K, UNKNOWN, find_refusals
 
 LOOP = """g (float[n, 5] x) => (float[m, 5] y) {{
     trips = Constant<value = int64 {{3}}>()

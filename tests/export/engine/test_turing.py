@@ -8,8 +8,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
-from moe_export.export.engine import build_engines
-from moe_export.export.engine_turing import without_float32_products
+from moe_export.export.engines.build import build_engines
+from moe_export.export.engines.turing import without_float32_products
 
 SCAN = """g (float[n, 2, 5] x, float[2, 5] h) => (float[2, 5] y, float[n, 2, 5] z) <float[5, 5] w = {{{w}}}> {{
     y, z = Scan <num_scan_inputs = 1, body = turn (float[2, 5] a, float[2, 5] v) => (float[2, 5] o, float[2, 5] q)

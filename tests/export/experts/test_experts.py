@@ -16,11 +16,11 @@ from torch import nn
 
 from moe_export.errors import NotExportableError
 from moe_export.export.emit import emit
-from moe_export.export.engine import build_engines
-from moe_export.export.experts_choose import LOWERINGS, choose
-from moe_export.export.experts_emit import write_experts
-from moe_export.export.experts_mask import marks_of
-from moe_export.export.experts_place import place_experts
+from moe_export.export.engines.build import build_engines
+from moe_export.export.experts.choose import LOWERINGS, choose
+from moe_export.export.experts.emit import write_experts
+from moe_export.export.experts.mask import marks_of
+from moe_export.export.experts.place import place_experts
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 from moe_export.export.trace import trace

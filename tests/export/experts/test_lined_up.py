@@ -12,8 +12,8 @@ import torch
 from opened import session_of, subject_of
 from torch import nn
 
-from moe_export.export.engine import build_engines
-from moe_export.export.experts_recognise import find_experts
+from moe_export.export.engines.build import build_engines
+from moe_export.export.experts.recognise import find_experts
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
 from moe_export.export.trace import trace

@@ -10,7 +10,7 @@ import onnxruntime
 import pytest
 import torch
 
-from moe_export.export.precision_choices import (
+from moe_export.export.precision.choices import (
     CHOICE,
     FORCED,
     SCORES,

@@ -13,11 +13,11 @@ import pytest
 import torch
 
 from moe_export.errors import NotExportableError
-from moe_export.export import adapt_mamba_kernels as kernels
+from moe_export.export.adapters import mamba_kernels as kernels
 from moe_export.export.dims import DimRequest
-from moe_export.export.lengths import Length
 from moe_export.export.load import load_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.recurrence.lengths import Length
 from moe_export.export.stand_in import stand_ins
 from moe_export.export.subject import Subject
 

@@ -12,7 +12,7 @@ import torch
 import user_scans as ways
 from torch import nn
 
-from moe_export.export.adapt_scans import scan, scans_step_by_step
+from moe_export.export.adapters.scans import scan, scans_step_by_step
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.subject import Subject, make_subject
 

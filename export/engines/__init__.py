@@ -1,0 +1,1 @@
+"""TensorRT engines: built, and refusals told in the words of the model."""

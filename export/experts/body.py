@@ -1,0 +1,379 @@
+"""Take the computation of one expert out of a chain of turns, and make sure that every expert's is the same.
+
+A body is a function of the pairs' tokens and slots, of the expert's number, of values that all experts share, and
+of the expert's own weights: `body(token (R,), slot (R,), expert (1,), *shared, *weights) → (R, H)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moe_export.export.experts.choice import names_experts
+from moe_export.export.experts.find import Chain, Turn
+from moe_export.export.experts.mask import marks_of
+from moe_export.export.gates.region import is_size
+from moe_export.export.source import line_of
+
+_aten = torch.ops.aten
+ZEROS = {_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default}
+_ANYTHING = {_aten.empty_like.default, _aten.empty.memory_format, _aten.new_empty.default}
+
+
+class NotExpertsError(Exception):
+    """Why a chain of turns is left as it was written."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of the expert body: a tensor for each expert, or one stack of all of them.
+
+    Attributes:
+        separate: E nodes, in the order of the experts; empty for a stack.
+        stack: A node (E, ...); None for separate tensors.
+    """
+
+    separate: tuple[fx.Node, ...] = ()
+    stack: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Experts:
+    """An MoE block as it was understood.
+
+    Attributes:
+        indices: (N, k) or (N,): the chosen experts.
+        count: E.
+        body: See the module's docstring.
+        shared: Nodes that every expert reads, in the body's order.
+        weights: In the body's order.
+        start: (N, H), what is added to; None for nothing.
+        overwrites: Nothing is added to `start`: a token that has an expert gets its rows, another keeps its own.
+        wraps: An index from -E to -1 counts from the last expert, as where weights are looked up by `w[idx]`; else it
+            names no expert.
+        result: The node that the block ends in.
+        line: `file:line`.
+    """
+
+    indices: fx.Node
+    count: int
+    body: fx.GraphModule
+    shared: tuple[fx.Node, ...]
+    weights: tuple[Weight, ...]
+    start: fx.Node | None
+    result: fx.Node
+    line: str | None
+    overwrites: bool = False
+    wraps: bool = False
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What is known of a whole graph, once for all of its loops.
+
+    Attributes:
+        sums: Where any loop adds rows; what is behind it belongs to no single expert any more.
+        twins: Each node → the first node that computes the same.
+        fixing: Chosen indices → expert → the nodes that single it out of the marks: `idx == e`, `marks[..., e]`.
+    """
+
+    sums: frozenset[fx.Node]
+    twins: Mapping[fx.Node, fx.Node]
+    fixing: Mapping[fx.Node, Mapping[int, set[fx.Node]]]
+
+    @staticmethod
+    def of(graph: fx.Graph, chains: Sequence[Chain]) -> Surroundings:
+        twins = same_values(graph) if chains else {}
+        sums = frozenset(turn.after for chain in chains for turn in chain.turns)
+        return Surroundings(sums, twins, _fixing_nodes(graph, twins) if chains else {})
+
+
+def understand(chain: Chain, around: Surroundings) -> Experts:
+    """Find out what a chain computes.
+
+    Args:
+        chain: The turns of a loop.
+        around: The graph that it stands in.
+
+    Raises:
+        NotExpertsError: The experts differ in more than their weights, or the chain is incomplete; says why.
+    """
+    ordered = sorted(chain.turns, key=lambda turn: turn.selection.marks.expert or 0)
+    numbers = [turn.selection.marks.expert for turn in ordered]
+    if numbers != list(range(len(numbers))):
+        raise NotExpertsError(f"the loop runs over experts {numbers}, not over 0 to {len(numbers) - 1}")
+    indices = around.twins[chain.indices]
+    if any(around.twins[turn.selection.marks.indices] is not indices for turn in ordered):
+        raise NotExpertsError("the experts are chosen by different indices")
+    if any(turn.through is not chain.through for turn in ordered):
+        raise NotExpertsError("the experts' rows are added to different places")
+    overwrites = any(turn.overwrites for turn in ordered)
+    if overwrites and chain.indices.meta["val"].dim() > 1:
+        raise NotExpertsError("rows are overwritten, not added to, and a token may have several experts")
+    fixing = around.fixing.get(indices, {})
+    walks = [_Walk(turn, fixing.get(number, set()), around) for number, turn in enumerate(ordered)]
+    shared, weights, kinds = _sort_leaves(walks, around.twins)
+    before = chain.turns[0].before
+    # Every row is written once, or holds nothing yet.
+    settled = overwrites and (names_experts(indices, len(ordered)) or before.target in _ANYTHING)
+    return Experts(
+        indices=indices,
+        count=len(ordered),
+        body=walks[0].module(kinds),
+        shared=shared,
+        weights=weights,
+        start=None if settled else before,
+        result=chain.turns[-1].after,
+        line=chain.line,
+        overwrites=overwrites and not settled and before.target not in ZEROS,
+    )
+
+
+def same_values(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Each node → the first node that computes the same; loops compute the same thing in every turn."""
+    first: dict[str, fx.Node] = {}
+    twins: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        twins[node] = node
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(
+            node.target, "tags", ()
+        ):
+            key = repr((str(node.target), fx.map_arg((node.args, node.kwargs), lambda arg: twins[arg])))
+            twins[node] = first.setdefault(key, node)
+    return twins
+
+
+def _fixing_nodes(
+    graph: fx.Graph, twins: Mapping[fx.Node, fx.Node]
+) -> dict[fx.Node, dict[int, set[fx.Node]]]:
+    found: dict[fx.Node, dict[int, set[fx.Node]]] = {}
+    for node in graph.nodes:
+        marks = marks_of(node) if node.target in (_aten.eq.Scalar, _aten.select.int) else None
+        if marks is None or marks.expert is None:
+            continue
+        before = marks_of(node.args[0])
+        if before is None or before.expert is None:
+            found.setdefault(twins[marks.indices], {}).setdefault(marks.expert, set()).add(node)
+    return found
+
+
+class _Walk:
+    """The nodes of one turn in a fixed order, with what they take from outside.
+
+    Attributes:
+        steps: Each node's target and arguments, with references by position, so that turns can be compared.
+        leaves: Nodes from outside, in the order of their first use.
+    """
+
+    def __init__(self, turn: Turn, fixing: set[fx.Node], around: Surroundings) -> None:
+        self._rows = turn.selection
+        self._fixing = fixing
+        self._twins = around.twins
+        self._dependent = _dependents(turn, fixing, around.sums)
+        self._value = turn.value
+        self.nodes: list[fx.Node] = []
+        self.leaves: list[fx.Node] = []
+        self._positions: dict[fx.Node, tuple[str, int]] = {}
+        self._of_weights: dict[fx.Node, bool] = {}
+        self._visit(turn.value)
+        self.steps = [self._step(node) for node in self.nodes]
+
+    def _visit(self, root: fx.Node) -> None:
+        stack = [(root, False)]
+        while stack:
+            node, done = stack.pop()
+            node = self._twin(node)
+            if node in self._positions:
+                continue
+            if node not in self._dependent and not self._is_of_weights(node):
+                self._positions[node] = ("leaf", len(self.leaves))
+                self.leaves.append(node)
+            elif done:
+                self._positions[node] = ("node", len(self.nodes))
+                self.nodes.append(node)
+            else:
+                stack.append((node, True))
+                stack += [(source, False) for source in reversed(self._sources(node))]
+
+    def _is_of_weights(self, node: fx.Node) -> bool:
+        """Whether a node only rearranges weights: `w.t()`, `w[e].t()`; the weights are the leaves then."""
+        if node not in self._of_weights:
+            inputs = node.all_input_nodes
+            own = node.target is _aten.select.int and node.args[1:] == (0, self._rows.marks.expert)
+            self._of_weights[node] = (
+                node.op == "call_function"
+                and not own
+                and bool(inputs)
+                and not is_size(node)
+                and all(self._is_weight(source) or self._is_of_weights(source) for source in inputs)
+            )
+        return self._of_weights[node]
+
+    def _is_weight(self, node: fx.Node) -> bool:
+        if node.target is _aten.select.int and node.args[1:] == (0, self._rows.marks.expert):
+            source = node.args[0]
+            return isinstance(source, fx.Node) and (self._is_weight(source) or self._is_of_weights(source))
+        return node.op == "placeholder" and node.name.startswith(("p_", "b_", "c_"))
+
+    def _twin(self, node: fx.Node) -> fx.Node:
+        return node if node in self._dependent else self._twins[node]
+
+    def _sources(self, node: fx.Node) -> list[fx.Node]:
+        """What a node takes, but for the rows, which the body is given."""
+        return [source for source in node.all_input_nodes if self._row_kind(source, node) is None]
+
+    def _row_kind(self, node: fx.Node, user: fx.Node | None) -> str | None:
+        """Whether a node stands for the rows' tokens or slots where `user` takes it."""
+        if node is self._rows.token:
+            return "token"
+        if node is self._rows.slot:
+            return "slot"
+        by_mask = user is not None and user.target is _aten.index.Tensor and list(user.args[1]) == [node]  # type: ignore[arg-type]
+        mask = self._rows.mask
+        return "token" if by_mask and mask is not None and self._twins[node] is self._twins[mask] else None
+
+    def _step(self, node: fx.Node) -> tuple[Any, ...]:
+        args = node.args
+        if node in self._fixing:  # the one number in which the turns differ
+            args = tuple("expert" if arg == self._rows.marks.expert else arg for arg in args)
+
+        def refer(source: fx.Node) -> Any:
+            kind = self._row_kind(source, node)
+            return (kind, 0) if kind is not None else self._positions[self._twin(source)]
+
+        return (node.target, repr(fx.map_arg((args, node.kwargs), refer)))
+
+    def module(self, kinds: list[str]) -> fx.GraphModule:
+        """The body. `kinds` says of each leaf whether it is shared or a weight; the shared ones come first."""
+        graph = fx.Graph()
+        rows = {name: graph.placeholder(name) for name in ("token", "slot", "expert")}
+        copies: dict[fx.Node, fx.Node] = {}
+        for wanted in ("shared", "weight"):
+            for leaf, kind in zip(self.leaves, kinds, strict=True):
+                if kind == wanted:
+                    copies[leaf] = graph.placeholder(f"{wanted}_{len(copies)}")
+                    copies[leaf].meta = dict(leaf.meta)
+
+        def copied(source: fx.Node, user: fx.Node | None) -> fx.Node:
+            kind = self._row_kind(source, user)
+            return rows[kind] if kind else copies[self._twin(source)]
+
+        for node in self.nodes:
+            if node in self._fixing:
+                copies[node] = _for_any_expert(graph, node, copied(node.args[0], node), rows["expert"])  # type: ignore[arg-type]
+            else:
+                copies[node] = graph.node_copy(node, partial(copied, user=node))
+        graph.output(copied(self._value, None))
+        graph.lint()
+        return fx.GraphModule(nn.Module(), graph)
+
+
+def _for_any_expert(graph: fx.Graph, node: fx.Node, source: fx.Node, expert: fx.Node) -> fx.Node:
+    """A node that singles out expert e, for an expert (1,) that is only known at run time."""
+    if node.target is _aten.eq.Scalar:
+        return graph.call_function(_aten.eq.Tensor, (source, expert))
+    axis = node.args[1]
+    one = graph.call_function(_aten.index_select.default, (source, axis, expert))
+    return graph.call_function(_aten.squeeze.dim, (one, axis))
+
+
+def _dependents(turn: Turn, fixing: set[fx.Node], sums: Collection[fx.Node]) -> set[fx.Node]:
+    """Every node that depends on the pairs or the number of one expert, up to the addition."""
+    stack: list[fx.Node] = [*turn.selection.rows, *fixing]
+    seen = set(stack)
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen and user is not turn.after and user not in sums:
+                seen.add(user)
+                stack.append(user)
+    return seen
+
+
+def _sort_leaves(
+    walks: list[_Walk], twins: Mapping[fx.Node, fx.Node]
+) -> tuple[tuple[fx.Node, ...], tuple[Weight, ...], list[str]]:
+    """Compare the turns, and tell what all share from what each has of its own."""
+    first = walks[0]
+    for number, walk in enumerate(walks):
+        if len(walk.steps) != len(first.steps) or len(walk.leaves) != len(first.leaves):
+            raise NotExpertsError(f"expert {number} computes something else than expert 0")
+        for index, (mine, other) in enumerate(zip(walk.steps, first.steps, strict=True)):
+            if mine != other:
+                line = line_of(walk.nodes[index].meta.get("stack_trace"))
+                raise NotExpertsError(f"expert {number} computes something else than expert 0, at {line}")
+    shared: list[fx.Node] = []
+    weights: list[Weight] = []
+    kinds: list[str] = []
+    for column in zip(*(walk.leaves for walk in walks), strict=True):
+        if is_size(column[0]):
+            raise NotExpertsError(f"the experts use a size of something outside them ({column[0].name})")
+        if all(leaf is column[0] for leaf in column):
+            shared.append(column[0])
+            kinds.append("shared")
+        else:
+            weights.append(_weight(column, twins))
+            kinds.append("weight")
+    return tuple(shared), tuple(weights), kinds
+
+
+def _weight(column: tuple[fx.Node, ...], twins: Mapping[fx.Node, fx.Node]) -> Weight:
+    if all(leaf.op == "placeholder" for leaf in column):
+        _require_same_shapes(column)
+        return Weight(separate=column)
+    bases = {
+        twins[leaf.all_input_nodes[0]]
+        for leaf in column
+        if leaf.target is _aten.select.int and leaf.args[1] == 0
+    }
+    numbers = [leaf.args[2] for leaf in column if leaf.target is _aten.select.int]
+    if len(bases) == 1 and numbers == list(range(len(column))):
+        (stack,) = bases
+        assert isinstance(stack, fx.Node)
+        size = stack.meta["val"].shape[0]
+        if str(size) != str(len(column)):
+            raise NotExpertsError(
+                f"{stack.name} holds the weights of {size} experts, and {len(column)} are used"
+            )
+        return Weight(stack=stack)
+    raise NotExpertsError(f"{column[0].name} differs from expert to expert, and is no weight of one")
+
+
+def _require_same_shapes(column: tuple[fx.Node, ...]) -> None:
+    shapes: Mapping[tuple[int, ...], fx.Node] = {tuple(leaf.meta["val"].shape): leaf for leaf in column}
+    if len(shapes) > 1:
+        raise NotExpertsError(f"the experts' weights differ in shape: {', '.join(map(str, shapes))}")
+
+
+def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None:
+    """Make sure that each row of the body depends on its own pair only: together and one by one give the same.
+
+    Args:
+        experts: The block.
+        values: What its nodes are on the example inputs.
+
+    Raises:
+        NotExpertsError: The body mixes rows.
+    """
+    indices = values[experts.indices]
+    slots = indices.shape[1] if indices.dim() == 2 else 1
+    generator = torch.Generator().manual_seed(0)
+    token = torch.randint(0, max(1, indices.shape[0]), (5,), generator=generator)
+    slot = torch.randint(0, slots, (5,), generator=generator)
+    first = [
+        values[weight.separate[0]] if weight.stack is None else values[weight.stack][0]
+        for weight in experts.weights
+    ]
+    rest = [torch.zeros(1, dtype=torch.int64), *(values[node] for node in experts.shared), *first]
+    try:
+        with torch.no_grad():
+            together = experts.body(token, slot, *rest)
+            alone = [experts.body(token[row : row + 1], slot[row : row + 1], *rest) for row in range(5)]
+    except Exception as error:
+        raise NotExpertsError(f"the expert cannot be run on other rows: {error}") from error
+    if not torch.allclose(together, torch.cat(alone), rtol=1e-4, atol=1e-5, equal_nan=True):
+        raise NotExpertsError("the expert mixes rows: what it gives for a token depends on the other tokens")

@@ -1,0 +1,386 @@
+"""MoE blocks that hand tokens to experts through masks with a capacity: GShard's dispatch and combine.
+
+    dispatched = einsum("sec,sm->ecm", dispatch, x)        every expert has C slots, filled with rows of tokens
+    out        = einsum("sec,ecm->sm", combine, experts(dispatched))
+
+As products these cost N * E * C * M, quadratic in N. Where the masks are proved to be sparse (`capacity_terms`: a
+token has at most k slots, and no two tokens share one), what the slots of an expert hold are rows of x, and
+
+    out[n] = sum over the choices j of combine[n, e_j, slot_j] * expert e_j(dispatch[n, e_j, slot_j] * x[n])
+
+which is the usual block, with weights and indices (N, k). A token that found its expert full has the index -1, which
+no expert takes, and so has one whose weight is 0. Not the same where a row of x is not finite: in a product, 0 times
+that row reaches all slots. Masks that are not sparse (Soft MoE) and masks of which it cannot be proved stay.
+
+Letters: N tokens (s), E experts (e), C slots (c), M features (m), k choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moe_export.export.experts.body import Experts, NotExpertsError, same_values
+from moe_export.export.experts.capacity_check import check_core
+from moe_export.export.experts.capacity_experts import Core, core_of, write_core
+from moe_export.export.experts.capacity_facts import Facts
+from moe_export.export.experts.capacity_pairs import PairWriter
+from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Term, proved, terms_of
+from moe_export.export.experts.capacity_views import Axis, Labels, View
+from moe_export.export.experts.rows import arguments, rank_of, shape_of
+from moe_export.export.source import line_of
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.matmul.default, _aten.bmm.default, _aten.mm.default}
+
+
+@dataclass(frozen=True)
+class _Contraction:
+    """A product of two operands, summed over letters, as an einsum writes it."""
+
+    node: fx.Node
+    operands: tuple[fx.Node, fx.Node]
+    letters: tuple[str, str]
+    out: str
+
+    @property
+    def turned(self) -> _Contraction:
+        return _Contraction(self.node, self.operands[::-1], self.letters[::-1], self.out)
+
+    def shared(self, *, kept: bool) -> list[str]:
+        """Letters of both operands that the result has, or has not."""
+        return [a for a in self.letters[0] if a in self.letters[1] and (a in self.out) is kept]
+
+    def only(self, place: int) -> list[str]:
+        """Letters of one operand that the result has and the other operand has not."""
+        return [a for a in self.letters[place] if a not in self.letters[1 - place] and a in self.out]
+
+
+@dataclass(frozen=True)
+class _Masks:
+    """A combination whose mask was taken apart.
+
+    Attributes:
+        end: The contraction; its first operand is the mask.
+        terms: Of the mask.
+        outputs: What the experts give, (e, g, c, h) in any order.
+        labels: Of the block.
+    """
+
+    end: _Contraction
+    terms: list[Term]
+    outputs: View
+    labels: Labels
+
+
+def find_capacity(graph: fx.Graph, refused: list[str]) -> Iterator[Experts]:
+    """Every block that dispatches through masks.
+
+    Args:
+        graph: The traced program; values of pairs are written into it.
+        refused: Gets a line for each block that stays as it was written.
+    """
+    twins: Mapping[fx.Node, fx.Node] | None = None
+    for node in list(graph.nodes):
+        for end in _contractions(node):
+            if len(end.only(0)) != 1 or len(end.only(1)) != 1 or not 1 <= len(end.shared(kept=False)) <= 2:
+                continue
+            twins = twins or same_values(graph)
+            why: Exception | None = None
+            for masks in _masks(end, twins):
+                try:
+                    yield _understood(masks)
+                except (NotSparseError, NotExpertsError) as error:
+                    why = error
+                else:
+                    break
+            else:
+                if why is not None:
+                    line = line_of(node.meta.get("stack_trace"))
+                    refused.append(
+                        f"the masks of the experts at {line} stay products, as they were written: {why}"
+                    )
+
+
+def _contractions(node: fx.Node) -> Iterator[_Contraction]:
+    """A product, either operand first."""
+    args = arguments(node)
+    if node.target is _aten.einsum.default:
+        equation, operands = str(args[0]).replace(" ", ""), args[1]
+        terms, arrow, out = equation.partition("->")
+        letters = terms.split(",")
+        plain = all(len(set(term)) == len(term) for term in (*letters, out)) and "." not in equation
+        if not arrow or len(operands) != 2 or not plain:
+            return
+        found = _Contraction(node, tuple(operands), (letters[0], letters[1]), out)
+    elif (
+        node.target in _PRODUCTS and rank_of(args[1]) in (2, rank_of(args[0])) and rank_of(args[0]) in (2, 3)
+    ):
+        batch = "b" * (rank_of(args[0]) - 2)
+        other = batch if rank_of(args[1]) == rank_of(args[0]) else ""
+        found = _Contraction(node, (args[0], args[1]), (f"{batch}ij", f"{other}jk"), f"{batch}ik")
+    else:
+        return
+    yield found
+    yield found.turned
+
+
+def _masks(end: _Contraction, twins: Mapping[fx.Node, fx.Node]) -> Iterator[_Masks]:
+    """The mask of a combination, in each way to read its axes; none if the first operand is none."""
+    groups = {letter: f"g{place}" for place, letter in enumerate(end.shared(kept=True))}
+    for names, merged in _readings(end, end.operands[0]):
+        sizes = dict(merged)
+        named: dict[str, Axis] = {letter: (label,) for letter, label in groups.items()}
+        named |= names
+        named |= {end.only(0)[0]: ("s",), end.only(1)[0]: ("h",)}
+        views = [
+            View(node, tuple(named[letter] for letter in letters))
+            for node, letters in zip(end.operands, end.letters, strict=True)
+        ]
+        for view in views:
+            sizes |= {
+                axis[0]: size
+                for axis, size in zip(view.axes, shape_of(view.node), strict=True)
+                if len(axis) == 1
+            }
+        labels = Labels(sizes, twins)
+        if not (str(sizes["e"]).isdigit() and str(sizes["h"]).isdigit()):
+            continue
+        try:
+            terms = terms_of(views[0], labels)
+        except NotSparseError:
+            continue
+        yield _Masks(end, terms, views[1], labels)
+
+
+def _readings(end: _Contraction, mask: fx.Node) -> Iterator[tuple[dict[str, Axis], dict[str, Any]]]:
+    """Which of the summed letters may be experts and slots; or both, where a reshape merged them."""
+    letters = end.shared(kept=False)
+    if len(letters) == 2:
+        for one, other in permutations(letters):
+            yield {one: ("e",), other: ("c",)}, {}
+        return
+    place = end.letters[0].index(letters[0])
+    merged = shape_of(mask)[place]
+    source = arguments(mask)[0] if mask.args else None
+    while isinstance(source, fx.Node):
+        sizes: tuple[Any, ...] = shape_of(source)
+        for axis in range(len(sizes) - 1):
+            if str(sizes[axis] * sizes[axis + 1]) == str(merged) and "1" not in map(
+                str, sizes[axis : axis + 2]
+            ):
+                yield {letters[0]: ("e", "c")}, {"e": sizes[axis], "c": sizes[axis + 1]}
+                yield {letters[0]: ("c", "e")}, {"c": sizes[axis], "e": sizes[axis + 1]}
+                return
+        source = arguments(source)[0] if source.args and source.target in _MOVES else None
+
+
+_MOVES = {
+    _aten.view.default, _aten.reshape.default, _aten._to_copy.default, _aten.type_as.default,
+    _aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.clone.default,
+}  # fmt: skip
+
+
+def _understood(masks: _Masks) -> Experts:
+    labels, end = masks.labels, masks.end.node
+    facts = Facts(labels)
+    pairs = proved(masks.terms, facts)
+    slots, tokens, given = _dispatch(masks, facts, pairs)
+    core = core_of(slots, masks.outputs, labels)
+    check_core(core, slots, masks.outputs, labels)
+    writer = PairWriter(end, labels)
+    widths = [int(writer.indices(pair).meta["val"].shape[-1]) for pair in pairs]
+    weights = writer.flat([_spread(writer, pair) for pair in pairs])
+    chosen = writer.flat([writer.indices(pair) for pair in pairs])
+    is_set = writer.call(_aten.ne.Scalar, weights, 0)
+    nobody = writer.call(_aten.full_like.default, chosen, -1)
+    indices = writer.call(_aten.where.self, is_set, chosen, nobody)
+    shared = [writer.tokens(tokens), weights]
+    if given is not None:
+        shared.append(writer.flat([_spread(writer, pair) for pair in given]))
+    assert sum(widths) == int(weights.meta["val"].shape[-1])
+    return Experts(
+        indices=indices,
+        count=int(str(labels.sizes["e"])),
+        body=_body(core, shared, labels),
+        shared=(*shared, *core.shared),
+        weights=tuple(core.weights.values()),
+        start=None,
+        result=_result(masks, tokens),
+        line=line_of(end.meta.get("stack_trace")),
+    )
+
+
+def _spread(writer: PairWriter, pair: Proved) -> fx.Node:
+    """(g, s, k): the value of each pair, in full size."""
+    value, indices = writer.value(pair), writer.indices(pair)
+    if str(value.meta["val"].shape) == str(indices.meta["val"].shape):
+        return value
+    ones = writer.call(_aten.ones_like.default, indices, dtype=writer.dtype)
+    return writer.call(_aten.mul.Tensor, value, ones)
+
+
+def _dispatch(
+    masks: _Masks, facts: Facts, pairs: Sequence[Proved]
+) -> tuple[View, View, tuple[Proved, ...] | None]:
+    """Where the tokens are handed to the experts.
+
+    Returns:
+        The rows in their slots; the tokens (g, s, m); what the mask holds for each pair, None where that is 1 for all
+        that the combination takes.
+    """
+    why = "it was not found where the tokens are handed to the experts"
+    stack, seen = [masks.outputs.node], {masks.outputs.node}
+    while stack:
+        node = stack.pop(0)
+        for given in _contractions(node):
+            if len(given.shared(kept=False)) == 1 and len(given.only(1)) == 1:
+                for slots, tokens, mask in _dispatched(masks, given):
+                    try:
+                        terms = terms_of(mask, masks.labels)
+                    except NotSparseError:
+                        continue
+                    try:
+                        values = _lined_up(proved(terms, facts), pairs)
+                    except NotSparseError as error:
+                        why = str(error)
+                        continue
+                    masks.labels.note("m", shape_of(tokens.node)[tokens.axes.index(("m",))])
+                    return slots, tokens, None if _is_one(values, pairs, facts) else values
+        for source in node.all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    raise NotSparseError(why)
+
+
+def _dispatched(masks: _Masks, given: _Contraction) -> Iterator[tuple[View, View, View]]:
+    """A product read as a dispatch: its result, the tokens, and the mask."""
+    sizes = masks.labels.sizes
+    letters = given.only(0)
+    groups = sorted(label for label in sizes if label.startswith("g"))
+    known = given.shared(kept=True)
+    readings: list[dict[str, Axis]] = []
+    if len(letters) == 1:
+        readings = [{letters[0]: ("e", "c")}, {letters[0]: ("c", "e")}]
+    elif len(letters) == 2:
+        readings = [{a: ("e",), b: ("c",)} for a, b in permutations(letters)]
+    if len(known) != len(groups):
+        return
+    for order in permutations(groups):
+        for reading in readings:
+            named: dict[str, Axis] = {letter: (label,) for letter, label in zip(known, order, strict=True)}
+            named |= reading | {given.shared(kept=False)[0]: ("s",), given.only(1)[0]: ("m",)}
+            views = [
+                View(node, tuple(named[letter] for letter in text))
+                for node, text in zip(
+                    (given.node, given.operands[1], given.operands[0]),
+                    (given.out, given.letters[1], given.letters[0]),
+                    strict=True,
+                )
+            ]
+            if all(_fits(view, sizes) for view in views):
+                yield views[0], views[1], views[2]
+
+
+def _fits(view: View, sizes: Mapping[str, Any]) -> bool:
+    for axis, size in zip(view.axes, shape_of(view.node), strict=True):
+        product: Any = 1
+        for label in axis:
+            product = product * sizes.get(label, size)
+        if str(product) != str(size):
+            return False
+    return True
+
+
+def _lined_up(given: Sequence[Proved], pairs: Sequence[Proved]) -> tuple[Proved, ...]:
+    """The terms of the dispatch in the order of those of the combination."""
+    by_slot = {(term.choice, term.number): term for term in given}
+    wanted = [(pair.choice, pair.number) for pair in pairs]
+    if len(given) != len(pairs) or set(by_slot) != set(wanted):
+        raise NotSparseError("tokens are handed to other slots than they are taken from")
+    return tuple(by_slot[key] for key in wanted)
+
+
+def _is_one(given: Sequence[Proved], pairs: Sequence[Proved], facts: Facts) -> bool:
+    """Whether the dispatch holds 1 wherever the combination holds anything but 0."""
+    for one, pair in zip(given, pairs, strict=True):
+        last = one.term.steps[-1:] and one.term.steps[-1].view.node
+        marks = (
+            one.term.steps[:-1] == pair.term.steps
+            and one.term.steps[-1].what == "then"
+            and isinstance(last, fx.Node)
+            and last.meta["val"].dtype is torch.bool
+            and last.target is not _aten.gt.Scalar
+        )
+        steps = one.term.steps
+        masks = all(
+            step.what == "times" and facts.is_mask(step.view) and facts.labels.peeled(step.view) in pair.facts
+            for step in steps
+        )
+        if not marks and not masks:
+            return False
+    return True
+
+
+def _body(core: Core, shared: Sequence[fx.Node], labels: Labels) -> fx.GraphModule:
+    """`(token, slot, expert, tokens, weights, [given], *shared, *weights) → (R, H)`."""
+    graph = fx.Graph()
+    token, slot, _ = (graph.placeholder(name) for name in ("token", "slot", "expert"))
+    inputs = [graph.placeholder(f"shared_{place}") for place in range(len(shared))]
+    known = {node: graph.placeholder(f"common_{place}") for place, node in enumerate(core.shared)}
+    known |= {node: graph.placeholder(f"weight_{place}") for place, node in enumerate(core.weights)}
+    for made, node in zip((*inputs, *known.values()), (*shared, *known), strict=True):
+        made.meta = dict(node.meta)
+
+    def column(values: fx.Node) -> fx.Node:
+        picked = graph.call_function(_aten.index.Tensor, (values, [token, slot]))
+        return graph.call_function(_aten.unsqueeze.default, (picked, 1))
+
+    rows = graph.call_function(_aten.index.Tensor, (inputs[0], [token]))
+    if len(inputs) > 2:
+        rows = graph.call_function(_aten.mul.Tensor, (rows, column(inputs[2])))
+    found = write_core(graph, core, rows, known, labels)
+    graph.output(graph.call_function(_aten.mul.Tensor, (found, column(inputs[1]))))
+    graph.lint()
+    return fx.GraphModule(nn.Module(), graph)
+
+
+def _result(masks: _Masks, tokens: View) -> fx.Node:
+    """(N, H), where the combination ends; groups of tokens are merged for it and taken apart again behind."""
+    end, node = masks.end, masks.end.node
+    order = [*end.shared(kept=True), end.only(0)[0], end.only(1)[0]]
+    if list(end.out) != order:
+        raise NotSparseError("the combination's result is not in the order of its tokens")
+    if len(order) == 2:
+        return node
+    graph, users, name = node.graph, list(node.users), node.name
+    width = int(masks.labels.sizes["h"])
+    lead = [f"g{place}" for place in range(len(order) - 2)] + ["s"]
+    sizes: list[Any] = []
+    with graph.inserting_after(node):
+        back = graph.call_function(_aten.view.default, (node, []))
+    with graph.inserting_before(back):
+        flat = graph.call_function(_aten.reshape.default, (node, [-1, width]))
+        flat.meta = {**node.meta, "val": node.meta["val"].reshape([-1, width])}
+        for label in lead:
+            size = masks.labels.sizes[label]
+            if isinstance(size, torch.SymInt):
+                sizes.append(
+                    graph.call_function(_aten.sym_size.int, (tokens.node, tokens.axes.index((label,))))
+                )
+                sizes[-1].meta = {**node.meta, "val": size}
+            else:
+                sizes.append(int(size))
+    back.args = (flat, [*sizes, width])
+    back.meta = dict(node.meta)
+    for user in users:
+        user.replace_input_with(node, back)
+    node._rename(f"{name}_grouped")
+    back._rename(name)  # outputs of a program are known by their names
+    return flat

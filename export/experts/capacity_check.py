@@ -1,0 +1,135 @@
+"""Whether the computation of one expert is what the code does for each of them.
+
+Both are run on random rows, and with random weights, expert by expert and at another number of slots. What agrees
+there does not mix experts, and the axes of each weight are what they were taken for. That rows do not mix is tried
+for every block, however it was written (`experts.body.check_rows`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from moe_export.export.experts.body import NotExpertsError
+from moe_export.export.experts.capacity_experts import (
+    Core,
+    Walk,
+    below_of,
+    sizes_of,
+    walk_between,
+    write_core,
+)
+from moe_export.export.experts.capacity_views import Labels, View
+from moe_export.export.experts.rows import shape_of
+from moe_export.export.gates.region import is_size
+
+_ROWS = 3
+"""Slots that code is tried on, where their number is free."""
+
+
+def check_core(core: Core, slots: View, outputs: View, labels: Labels) -> None:
+    """Run the code and one expert's part of it on random rows.
+
+    Args:
+        core: What one expert computes.
+        slots: (e, g, c, m), in any order: the rows that the experts are given.
+        outputs: (e, g, c, h), in any order: what the code makes of them.
+        labels: Of the block.
+
+    Raises:
+        NotExpertsError: They differ.
+    """
+    generator = torch.Generator().manual_seed(0)
+    trial = {
+        label: int(str(size)) if str(size).isdigit() else _ROWS + (label != "c")
+        for label, size in labels.sizes.items()
+    }
+
+    def random(sizes: Sequence[Any], like: fx.Node) -> torch.Tensor:
+        if not all(str(size).isdigit() for size in sizes):
+            raise NotExpertsError(f"the experts read {like.name}, whose size is free")
+        value = torch.randn([int(str(size)) for size in sizes], generator=generator)
+        return value.to(like.meta["val"].dtype)
+
+    sizes = [_product(trial[label] for label in axis) for axis in slots.axes]
+    whole = walk_between(outputs.node, {slots.node: None}, below_of(slots.node), lambda node: False)
+    leaves = {leaf: random(shape_of(leaf), leaf) for leaf in whole.leaves}
+    given = random(sizes, slots.node)
+    with torch.no_grad():
+        try:
+            expected = _run(whole, {**leaves, slots.node: given}, outputs.node, labels, trial)
+            rows, wanted = (
+                _by_expert(value, view, last, labels, trial)
+                for value, view, last in ((given, slots, "m"), (expected, outputs, "h"))
+            )
+            module, inputs = _alone(core, labels)
+            for number in range(trial["e"]):
+                own = [_value(node, core, number, leaves, whole) for node in inputs]
+                found = module(rows[number], *own)
+                loose = 1e-3 if found.dtype in (torch.float32, torch.float64) else 5e-2
+                if not torch.allclose(found, wanted[number], rtol=loose, atol=loose):
+                    raise NotExpertsError("the experts mix their rows, or differ in more than their weights")
+        except (RuntimeError, TypeError, ValueError, IndexError) as error:
+            why = str(error).strip().split("\n", 1)[0]
+            raise NotExpertsError(f"the experts cannot be run on other rows: {why}") from error
+
+
+def _product(sizes: Any) -> int:
+    product = 1
+    for size in sizes:
+        product *= size
+    return product
+
+
+def _run(
+    walk: Walk, values: dict[fx.Node, Any], result: fx.Node, labels: Labels, trial: Mapping[str, int]
+) -> torch.Tensor:
+    free = {key: _product(trial[label] for label in mine) for key, mine in sizes_of(labels).items()}
+
+    def known(node: fx.Node) -> Any:
+        if node in values:
+            return values[node]
+        if is_size(node) and str(node.meta["val"]) in free:
+            return free[str(node.meta["val"])]
+        raise NotExpertsError(f"the experts use a size of something outside them ({node.name})")
+
+    for node in walk.nodes:
+        values[node] = node.target(*fx.map_arg(node.args, known), **fx.map_arg(node.kwargs, known))  # type: ignore[operator]
+    found: torch.Tensor = values[result]
+    return found
+
+
+def _by_expert(
+    value: torch.Tensor, view: View, last: str, labels: Labels, trial: Mapping[str, int]
+) -> torch.Tensor:
+    """(E, R, m), the rows in the order of groups and slots."""
+    flat = [label for axis in view.axes for label in axis]
+    value = value.reshape([trial[label] for label in flat])
+    groups = sorted(label for label in flat if label.startswith("g"))
+    value = value.permute([flat.index(label) for label in ("e", *groups, "c", last)])
+    return value.reshape(trial["e"], -1, value.shape[-1])
+
+
+def _alone(core: Core, labels: Labels) -> tuple[fx.GraphModule, list[fx.Node]]:
+    """The computation of one expert by itself: `(rows, *shared, *weights)`."""
+    graph = fx.Graph()
+    rows = graph.placeholder("rows")
+    inputs = [*core.shared, *core.weights]
+    known = {node: graph.placeholder(f"input_{place}") for place, node in enumerate(inputs)}
+    graph.output(write_core(graph, core, rows, known, labels))
+    return fx.GraphModule(nn.Module(), graph), inputs
+
+
+def _value(
+    node: fx.Node, core: Core, number: int, leaves: Mapping[fx.Node, torch.Tensor], whole: Walk
+) -> torch.Tensor:
+    weight = core.weights.get(node)
+    if weight is None:
+        return leaves[node]
+    if weight.separate:
+        return leaves[weight.separate[number]]
+    assert weight.stack is not None
+    return leaves[weight.stack][number]

@@ -1,0 +1,308 @@
+"""The experts between two masks: from rows in their slots (E, C, M) to what each expert makes of them (E, C, H).
+
+Either a part is taken for each expert (`chunk`, `split`, `[e]`), computed by a module of its own, and put together
+again, or all experts are computed at once with stacked weights. The computation of one expert on R rows is copied
+out of that; `capacity_check` tries whether it does the same.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.body import NotExpertsError, Weight
+from moe_export.export.experts.capacity_views import Axis, Labels, View, pushed
+from moe_export.export.experts.rows import arguments, rank_of, shape_of
+from moe_export.export.gates.region import is_size
+from moe_export.export.source import line_of
+
+_aten = torch.ops.aten
+_SHAPED = {
+    _aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.expand.default,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Core:
+    """What one expert computes.
+
+    Attributes:
+        seed: The node whose place the rows take, and its axes.
+        result: The node that is computed, and its axes; "h" is the last one.
+        nodes: What lies between, in graph order.
+        shared: What it reads that all experts have in common.
+        weights: What each expert has of its own: the leaf that stands for it, and all of them.
+        stacked: Whether seed and result have an axis over experts, of which one expert has one place.
+    """
+
+    seed: View
+    result: View
+    nodes: tuple[fx.Node, ...]
+    shared: tuple[fx.Node, ...]
+    weights: Mapping[fx.Node, Weight]
+    stacked: bool
+
+
+def core_of(slots: View, outputs: View, labels: Labels) -> Core:
+    """Find what one expert computes.
+
+    Args:
+        slots: (e, g, c, m), in any order: the rows that the experts are given.
+        outputs: (e, g, c, h), in any order.
+        labels: Of the block.
+
+    Raises:
+        NotExpertsError: The experts differ in more than their weights.
+    """
+    below = below_of(slots.node)
+    joined = labels.peeled(outputs)
+    if joined.node.target in (_aten.cat.default, _aten.stack.default):
+        core = _of_parts(slots, joined, below, labels)
+    else:
+        core = _stacked(slots, outputs, below, labels)
+    if core.result.axes[-1] != ("h",):
+        raise NotExpertsError("what the experts give does not end in its features")
+    return core
+
+
+def below_of(node: fx.Node) -> set[fx.Node]:
+    stack, seen = [node], {node}
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return seen
+
+
+def _stacked(slots: View, outputs: View, below: set[fx.Node], labels: Labels) -> Core:
+    count = str(labels.sizes["e"])
+    while any(len(axis) > 1 for axis in slots.axes):  # (e * c, m), then a reshape
+        following = [view for user in slots.node.users if (view := pushed(slots, user, labels)) is not None]
+        if len(following) != 1:
+            raise NotExpertsError("slots and experts share an axis")
+        slots = following[0]
+    walk = walk_between(outputs.node, {slots.node: None}, below, lambda node: False)
+    weights, shared = {}, []
+    for leaf in walk.leaves:
+        if rank_of(leaf) > 1 and str(shape_of(leaf)[0]) == count:
+            weights[leaf] = Weight(stack=leaf)
+        else:
+            shared.append(leaf)
+    return Core(slots, outputs, tuple(walk.nodes), tuple(shared), weights, True)
+
+
+def _of_parts(slots: View, joined: View, below: set[fx.Node], labels: Labels) -> Core:
+    count = int(str(labels.sizes["e"]))
+    parts: Sequence[fx.Node] = arguments(joined.node)[0]
+    axis = int((*arguments(joined.node), 0)[1] or 0) % len(joined.axes)
+    if joined.axes[axis] != ("e",) or len(parts) != count:
+        raise NotExpertsError(f"{len(parts)} results are put together, of {count} experts")
+    axes: tuple[Axis, ...] = joined.axes[:axis] + joined.axes[axis + 1 :]
+    if joined.node.target is _aten.cat.default:
+        axes = (*joined.axes[:axis], (), *joined.axes[axis + 1 :])
+    seeds = dict(_seeds(slots, labels))
+    walks = []
+    for number, part in enumerate(parts):
+        mine = {node: None for node, (expert, _) in seeds.items() if expert == number}
+        walks.append(walk_between(part, mine, below, partial(_is_place, number=number, count=count)))
+    first = walks[0]
+    for number, walk in enumerate(walks):
+        if walk.steps != first.steps or len(walk.leaves) != len(first.leaves) or len(walk.seeds) != 1:
+            where = line_of(parts[number].meta.get("stack_trace"))
+            raise NotExpertsError(f"expert {number} computes something else than expert 0, at {where}")
+    shared, weights = [], {}
+    for column in zip(*(walk.leaves for walk in walks), strict=True):
+        if all(leaf is column[0] for leaf in column):
+            shared.append(column[0])
+        else:
+            weights[column[0]] = _own(column)
+    seed = first.seeds[0]
+    return Core(
+        View(seed, seeds[seed][1]), View(parts[0], axes), tuple(first.nodes), tuple(shared), weights, False
+    )
+
+
+def _own(column: tuple[fx.Node, ...]) -> Weight:
+    """The weights of all experts, from what stands in the same place in each one's code."""
+    if all(leaf.op == "placeholder" for leaf in column):
+        if len({tuple(leaf.meta["val"].shape) for leaf in column}) > 1:
+            raise NotExpertsError("the experts' weights differ in shape")
+        return Weight(separate=column)
+    bases = {leaf.all_input_nodes[0] for leaf in column}
+    if len(bases) == 1:
+        return Weight(stack=bases.pop())
+    raise NotExpertsError(f"{column[0].name} differs from expert to expert, and is no weight of one")
+
+
+def _is_place(node: fx.Node, number: int, count: int) -> bool:
+    """Whether a node is one expert's part of stacked weights."""
+    source = arguments(node)[0] if node.args else None
+    if not isinstance(source, fx.Node) or str((*shape_of(source), 0)[0]) != str(count):
+        return False
+    return node.target is _aten.select.int and arguments(node)[1:] == (0, number)
+
+
+def _seeds(slots: View, labels: Labels) -> Sequence[tuple[fx.Node, tuple[int, tuple[Axis, ...]]]]:
+    """Every part of the slots that belongs to one expert, its number and axes."""
+    found: list[tuple[fx.Node, tuple[int, tuple[Axis, ...]]]] = []
+    waiting = [slots]
+    while waiting:
+        view = waiting.pop()
+        for user in view.node.users:
+            moved = pushed(view, user, labels)
+            if moved is not None:
+                waiting.append(moved)
+            else:
+                found += _taken(view, user)
+    return found
+
+
+def _taken(view: View, user: fx.Node) -> Sequence[tuple[fx.Node, tuple[int, tuple[Axis, ...]]]]:
+    if ("e",) not in view.axes:
+        return []
+    place = view.axes.index(("e",))
+    args = arguments(user)
+    splits = user.target in (_aten.split.Tensor, _aten.split_with_sizes.default)
+    dim = int((*args, 0, 0)[2 if splits else 1] or 0)
+    if dim % len(view.axes) != place:
+        return []
+    without = view.axes[:place] + view.axes[place + 1 :]
+    kept = (*view.axes[:place], (), *view.axes[place + 1 :])
+    if user.target is _aten.select.int:
+        return [(user, (args[2], without))]
+    if user.target is _aten.slice.Tensor and len(args) == 4 and args[3] == args[2] + 1:
+        return [(user, (args[2], kept))]
+    ones = user.target is _aten.split.Tensor and args[1] == 1
+    ones = ones or (user.target is _aten.split_with_sizes.default and set(args[1]) == {1})
+    if ones or user.target is _aten.unbind.int:
+        axes = kept if ones else without
+        return [(part, (arguments(part)[1], axes)) for part in user.users if part.target is operator.getitem]
+    return []
+
+
+@dataclass
+class Walk:
+    """The nodes from some seeds to a result, what they read, and both in a form that can be compared."""
+
+    nodes: list[fx.Node]
+    leaves: list[fx.Node]
+    seeds: list[fx.Node]
+    steps: list[Any]
+
+
+def walk_between(
+    result: fx.Node,
+    seeds: Mapping[fx.Node, None],
+    below: set[fx.Node],
+    is_part: Callable[[fx.Node], bool],
+) -> Walk:
+    """The nodes between, each after what it reads; weights that are only rearranged are among them."""
+    walk = Walk([], [], [], [])
+    places: dict[fx.Node, tuple[str, int]] = {}
+    stack = [(result, False)]
+    while stack:
+        node, done = stack.pop()
+        if node in places:
+            continue
+        if node in seeds:
+            places[node] = ("seed", len(walk.seeds))
+            walk.seeds.append(node)
+        elif is_size(node) and node not in below:
+            places[node] = ("size", hash(str(node.meta["val"])))
+        elif node.op == "placeholder" or is_part(node) or (node not in below and not _is_of_weights(node)):
+            places[node] = ("leaf", len(walk.leaves))
+            walk.leaves.append(node)
+        elif done:
+            places[node] = ("node", len(walk.nodes))
+            walk.nodes.append(node)
+            seen = repr(fx.map_arg((node.args, node.kwargs), lambda each: places[each]))
+            walk.steps.append((node.target, seen))
+        else:
+            stack.append((node, True))
+            stack += [(source, False) for source in reversed(node.all_input_nodes)]
+    return walk
+
+
+def _is_of_weights(node: fx.Node) -> bool:
+    if node.op == "placeholder":
+        return node.name.startswith(("p_", "b_", "c_"))
+    return bool(node.all_input_nodes) and all(map(_is_of_weights, node.all_input_nodes))
+
+
+def write_core(
+    graph: fx.Graph, core: Core, rows: fx.Node, known: dict[fx.Node, fx.Node], labels: Labels
+) -> fx.Node:
+    """Write what one expert computes.
+
+    Args:
+        graph: The body.
+        core: The computation.
+        rows: (R, M).
+        known: The body's inputs for what the core reads; weights without an axis over experts.
+        labels: Of the block.
+
+    Returns:
+        (R, H).
+    """
+    widths = {"c": -1, "m": int(labels.sizes["m"])}
+    copies: dict[fx.Node, Any] = dict(known)
+    shape = [widths.get(axis[0], 1) if axis else 1 for axis in core.seed.axes]
+    copies[core.seed.node] = graph.call_function(_aten.reshape.default, (rows, shape))
+    if core.stacked:
+        for leaf in core.weights:
+            copies[leaf] = graph.call_function(_aten.unsqueeze.default, (known[leaf], 0))
+    free = {size: "c" in of for size, of in sizes_of(labels).items()}
+
+    def copied(node: fx.Node) -> Any:
+        size = str(node.meta["val"]) if is_size(node) else ""
+        if node not in copies and size in free:
+            copies[node] = graph.call_function(_aten.sym_size.int, (rows, 0)) if free[size] else 1
+        if node not in copies:
+            raise NotExpertsError(f"the experts use a size of something outside them ({node.name})")
+        return copies[node]
+
+    for node in core.nodes:
+        if is_size(node) and str(node.meta["val"]) in free:
+            continue
+        args: Any = node.args
+        if node.target in _SHAPED:
+            args = (args[0], _for_rows(args[1], core, free, labels))
+        args, kwargs = fx.map_arg(args, copied), fx.map_arg(node.kwargs, copied)
+        copies[node] = graph.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+    return graph.call_function(
+        _aten.reshape.default, (copies[core.result.node], [-1, int(labels.sizes["h"])])
+    )
+
+
+def _for_rows(sizes: Sequence[Any], core: Core, free: Mapping[str, bool], labels: Labels) -> list[Any]:
+    """The sizes of a reshape, with one expert instead of all, and R rows instead of the slots."""
+    found = list(sizes)
+    experts, slots = int(str(labels.sizes["e"])), str(labels.sizes["c"])
+    if core.stacked and experts in found:
+        found[found.index(experts)] = 1
+    for place, size in enumerate(found):
+        written = str(size.meta["val"]) if isinstance(size, fx.Node) else str(size)
+        of_slots = free.get(written, slots.isdigit() and written in (slots, str(experts * int(slots))))
+        if of_slots and -1 not in found:
+            found[place] = -1
+    return found
+
+
+def sizes_of(labels: Labels) -> dict[str, frozenset[str]]:
+    """Sizes that follow from experts, groups and slots, as the tracer writes them; where free."""
+    found: dict[str, frozenset[str]] = {}
+    groups = [label for label in labels.sizes if label.startswith("g")]
+    for mine in (["c"], *([group] for group in groups), [*groups, "c"], ["e", "c"], ["e", *groups, "c"]):
+        size: Any = 1
+        for label in mine:
+            size = size * labels.sizes[label]
+        if not str(size).isdigit():
+            found.setdefault(str(size), frozenset(mine))
+    return found

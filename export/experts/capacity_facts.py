@@ -1,0 +1,361 @@
+"""What is known of the values of a mask: which are 0 or 1, which mark the chosen expert, which number the marks.
+
+A capacity gives every chosen token a slot of its expert: the number of tokens that chose it before. That no two
+tokens share a slot is read off how the number was computed, a running count of marks,
+
+    count(M)[s, e] = how many s' <= s have M[s', e] = 1
+
+whose values at the marked tokens of an expert are 1, 2, 3, ..., plus totals of other marks, which are the same for
+all tokens. Letters and labels: `capacity_views`.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.capacity_views import (
+    CASTS,
+    Labels,
+    View,
+    is_numbering,
+    product_of,
+    summed_over,
+)
+from moe_export.export.experts.rows import arguments, rank_of, shape_of
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default, _aten.__and__.Tensor}
+_SET = {_aten.gt.Scalar, _aten.ne.Scalar, _aten.greater.Scalar}
+_COMPARISONS = {
+    _aten.lt.Scalar, _aten.le.Scalar, _aten.gt.Scalar, _aten.ge.Scalar, _aten.eq.Scalar, _aten.ne.Scalar,
+    _aten.lt.Tensor, _aten.le.Tensor, _aten.gt.Tensor, _aten.ge.Tensor, _aten.eq.Tensor, _aten.ne.Tensor,
+    _aten.logical_not.default, _aten.bitwise_not.default,
+}  # fmt: skip
+_ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
+_SCATTERS = {_aten.scatter.value, _aten.scatter_.value}
+_WHERE = {_aten.where.self, _aten.where.ScalarOther}
+_SUMS = {_aten.sum.dim_IntList, _aten.amax.default, _aten.any.dim}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A value that is 0 but at chosen experts.
+
+    Attributes:
+        indices: The chosen experts, their axes labelled; with an axis "k" where the marks are of several choices.
+        several: Whether a token may have several marks.
+    """
+
+    indices: View
+    several: bool
+
+
+@dataclass(frozen=True)
+class Number:
+    """A whole number, where the facts hold: a constant, plus running counts of marks, plus totals of marks."""
+
+    constant: int = 0
+    counts: tuple[tuple[View, frozenset[str]], ...] = ()
+    totals: tuple[View, ...] = ()
+
+    def plus(self, other: Number, sign: int = 1) -> Number | None:
+        if sign < 0 and (other.counts or other.totals):
+            return None
+        return Number(
+            self.constant + sign * other.constant, self.counts + other.counts, self.totals + other.totals
+        )
+
+    @property
+    def is_constant(self) -> bool:
+        return not self.counts and not self.totals
+
+
+class Facts:
+    """What can be proved of the values of one block's masks.
+
+    Args:
+        labels: Of the block.
+    """
+
+    def __init__(self, labels: Labels) -> None:
+        self.labels = labels
+
+    def set_where(self, view: View) -> frozenset[View]:
+        """What is not 0 wherever this is not 0; itself among it."""
+        view = self.labels.peeled(view)
+        found = {view}
+        for operand in self._kept_by(view):
+            found |= self.set_where(operand)
+        return frozenset(found)
+
+    def closed(self, facts: frozenset[View]) -> frozenset[View]:
+        """Facts with what follows from sums over the experts: one that is not 0 is not 0 at the chosen expert."""
+        found = facts
+        for view in facts:
+            if view.node.target not in _SUMS or view.node.op != "call_function":
+                continue
+            for source in summed_over(view, "e"):
+                marks = self.set_where(source)
+                if any(
+                    (known := self.choice(mark)) is not None and not known.several for mark in marks & facts
+                ):
+                    found |= marks
+        return found if found == facts else self.closed(found)
+
+    def _kept_by(self, view: View) -> list[View]:
+        """The inputs that are not 0 wherever a value is not 0."""
+        node, args = view.node, arguments(view.node)
+        target: Any = node.target
+        if target in _PRODUCTS:
+            return self.labels.operands(view) or []
+        if target is _aten.einsum.default:
+            return product_of(view) or []
+        one = {_aten.eq.Scalar: 1, _aten.ge.Scalar: 1}.get(target)
+        if (target in _SET and args[1] == 0) or (one is not None and args[1] == one):
+            source = View(args[0], view.axes)
+            return [source] if one is None or self.is_mask(source) else []
+        kept: tuple[Any, ...] = ()
+        if target is _aten.div.Tensor or (target is _aten.masked_fill.Scalar and args[2] == 0):
+            kept = args[:1]
+        elif target in _WHERE and _is_zero(args[2]):
+            kept = args[:2]
+        return [self.labels.aligned(each, view) for each in kept if isinstance(each, fx.Node)]
+
+    def is_mask(self, view: View) -> bool:
+        """Whether every value is 0 or 1."""
+        view = self.labels.peeled(view)
+        node = view.node
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype is torch.bool:
+            return True
+        if node.op != "call_function":
+            return False
+        if node.target is _aten.one_hot.default or node.target in _COMPARISONS or self.choice(view):
+            return True
+        if node.target in _PRODUCTS:
+            return all(self.is_mask(each) for each in self.labels.operands(view) or [View(node, ())])
+        if node.target is _aten.einsum.default:
+            parts = product_of(view)
+            return parts is not None and all(self.is_mask(part) for part in parts)
+        return False
+
+    def choice(self, view: View) -> Choice | None:
+        """What a value marks, if it is a one-hot mark of experts, or such marks added up over the choices."""
+        view = self.labels.peeled(view)
+        node, args = view.node, arguments(view.node)
+        if node.op != "call_function":
+            return None
+        if node.target is _aten.one_hot.default and view.axes[-1] == ("e",):
+            return Choice(self.labels.peeled(View(args[0], view.axes[:-1])), False)
+        if node.target is _aten.eq.Tensor:
+            return self._compared(view)
+        if node.target in _SCATTERS and args[3] == 1 and _is_zeros(args[0]):
+            return self._scattered(view)
+        if node.target in _SUMS:
+            return self._several(view)
+        return None
+
+    def _compared(self, view: View) -> Choice | None:
+        """`idx[..., None] == arange(E)`."""
+        for one, other in _both_ways(self.labels.operands(view)):
+            numbers = self.labels.peeled(other)
+            if is_numbering(numbers.node) and numbers.labels == {"e"} and "e" not in one.labels:
+                return Choice(self.labels.peeled(one), False)
+        return None
+
+    def _scattered(self, view: View) -> Choice | None:
+        """`zeros(N, E).scatter(1, idx, 1)`."""
+        axis, index = arguments(view.node)[1:3]
+        axis %= len(view.axes)
+        if view.axes[axis] != ("e",) or not str(shape_of(index)[axis]).isdigit():
+            return None
+        if str(shape_of(index)[axis]) == "1":
+            single = View(index, (*view.axes[:axis], (), *view.axes[axis + 1 :]))
+            return Choice(self.labels.peeled(single), False)
+        chosen = View(index, (*view.axes[:axis], ("k",), *view.axes[axis + 1 :]))
+        return self._distinct(chosen)
+
+    def _several(self, view: View) -> Choice | None:
+        """One-hot marks (N, k, E) added up over the choices."""
+        if "k" in view.labels:
+            return None
+        for source in summed_over(view, "k"):
+            inner = self.choice(source)
+            if inner is not None and not inner.several and "k" in inner.indices.labels:
+                return self._distinct(inner.indices)
+        return None
+
+    def _distinct(self, chosen: View) -> Choice | None:
+        """Marks of several choices of a token: experts that `topk` chose are different ones."""
+        found = self.labels.peeled(chosen)
+        places = [place for place, axis in enumerate(found.axes) if axis == ("k",)]
+        return Choice(found, True) if len(places) == 1 and places[0] == _topk_axis(found.node) else None
+
+    def number(self, view: View, facts: frozenset[View]) -> Number | None:
+        """A whole number at the places where all facts are not 0; None if it is not known there."""
+        view = self.labels.peeled(view)
+        if view in facts and self.is_mask(view):
+            return Number(1)
+        rule = _NUMBERS.get(view.node.target)
+        if rule is not None:
+            return rule(self, view, facts)
+        return self._total(view) or self._at_choice(view, facts)
+
+    def _running(self, view: View, facts: frozenset[View]) -> Number | None:
+        """`cumsum` of marks."""
+        source, axis = arguments(view.node)[:2]
+        over = view.axes[int(axis) % len(view.axes)]
+        marks = self.labels.peeled(View(source, view.axes))
+        return Number(counts=((marks, frozenset(over)),)) if over else None
+
+    def _where(self, view: View, facts: frozenset[View]) -> Number | None:
+        condition, value = (self.labels.aligned(each, view) for each in arguments(view.node)[:2])
+        return self.number(value, facts) if self.labels.peeled(condition) in facts else None
+
+    def _sum(self, view: View, facts: frozenset[View]) -> Number | None:
+        found: list[Number] = []
+        if view.node.kwargs:
+            return None
+        for each in arguments(view.node)[:2]:
+            if isinstance(each, fx.Node) and isinstance(each.meta.get("val"), torch.Tensor):
+                known = self.number(self.labels.aligned(each, view), facts)
+            else:
+                known = Number(int(each)) if isinstance(each, (int, float)) and each == int(each) else None
+            if known is None:
+                return None
+            found.append(known)
+        return found[0].plus(found[1], -1 if view.node.target is _aten.sub.Tensor else 1)
+
+    def _product(self, view: View, facts: frozenset[View]) -> Number | None:
+        """A product of which all factors but one are 1."""
+        is_einsum = view.node.target is _aten.einsum.default
+        parts = product_of(view) if is_einsum else self.labels.operands(view)
+        if parts is None:
+            return self._at_choice(view, facts) if is_einsum else None
+        if not is_einsum and len(parts) != 2:
+            return None
+        known = [self.number(part, facts) for part in parts]
+        rest = [each for each in known if each != Number(1)]
+        return rest[0] if len(rest) == 1 else (Number(1) if not rest else None)
+
+    def _at_least(self, view: View, facts: frozenset[View]) -> Number | None:
+        """`clamp(min=0)` of what is not negative."""
+        args, kwargs = arguments(view.node), view.node.kwargs
+        least = args[1] if len(args) > 1 else kwargs.get("min", 0)
+        if len(args) > 2 or kwargs.get("max") is not None or least not in (0, None):
+            return None
+        known = self.number(View(args[0], view.axes), facts)
+        return known if known is not None and is_not_negative(known) else None
+
+    def _gathered(self, view: View, facts: frozenset[View]) -> Number | None:
+        """`gather(P, 1, idx)`: P at the chosen expert."""
+        source, axis, index = arguments(view.node)[:3]
+        axis %= len(view.axes)
+        chosen = self.labels.peeled(View(index, view.axes))
+        if not any(
+            known is not None and known.indices == chosen and not known.several
+            for known in map(self.choice, facts)
+        ):
+            return None
+        return self.number(View(source, (*view.axes[:axis], ("e",), *view.axes[axis + 1 :])), facts)
+
+    def _before(self, view: View, facts: frozenset[View]) -> Number | None:
+        """`pad(M, (1, 0)).cumsum()[:-1]`: the marks before this one, one less than up to it where it is set."""
+        running, axis = arguments(view.node)[0], int((*arguments(view.node), 0)[1]) % len(view.axes)
+        padded = arguments(running)[0] if running.target is _aten.cumsum.default else None
+        if padded is None or padded.target not in (_aten.constant_pad_nd.default, _aten.pad.default):
+            return None
+        marks, pads, *value = [each for each in arguments(padded) if each != "constant"]
+        wanted = [0, 0] * (len(view.axes) - axis - 1) + [1, 0]
+        begins = (*arguments(view.node), 0, 0)[2] in (0, None) and len(arguments(view.node)) < 5
+        along = int(arguments(running)[1]) % len(view.axes) == axis
+        same = str(shape_of(view.node)[axis]) == str(shape_of(marks)[axis])
+        if list(pads) != wanted or (value and value[0]) or not (begins and along and same):
+            return None
+        over = view.axes[axis]
+        before = self.labels.peeled(View(marks, view.axes))
+        return Number(-1, ((before, frozenset(over)),)) if over else None
+
+    def _total(self, view: View) -> Number | None:
+        """Marks added up over all tokens."""
+        if view.node.target is not _aten.sum.dim_IntList or {"s", "k"} & view.labels:
+            return None
+        for source in summed_over(view, "s"):
+            marks = self.labels.peeled(source)
+            if self.is_mask(marks):
+                return Number(totals=(marks,))
+        return None
+
+    def _at_choice(self, view: View, facts: frozenset[View]) -> Number | None:
+        """Values added up over the experts, of which all but the chosen one's are 0."""
+        if view.node.target is _aten.einsum.default:
+            summed = [product_of(view, over="e") or []]
+        elif view.node.target in (_aten.sum.dim_IntList, _aten.amax.default):
+            summed = [[each] for each in summed_over(view, "e")]
+        else:
+            return None
+        for parts in summed:
+            marks = frozenset().union(*(self.set_where(part) for part in parts))
+            single = any(
+                (known := self.choice(mark)) is not None and not known.several for mark in marks & facts
+            )
+            if not parts or not single:
+                continue
+            known_parts = [self.number(part, facts) for part in parts]
+            rest = [each for each in known_parts if each != Number(1)]
+            found = rest[0] if len(rest) == 1 else None
+            if found is not None and (view.node.target is not _aten.amax.default or is_not_negative(found)):
+                return found
+        return None
+
+
+_NUMBERS: dict[Any, Callable[[Facts, View, frozenset[View]], Number | None]] = {
+    _aten.add.Tensor: Facts._sum,
+    _aten.sub.Tensor: Facts._sum,
+    **dict.fromkeys(_PRODUCTS, Facts._product),
+    _aten.einsum.default: Facts._product,
+    _aten.cumsum.default: Facts._running,
+    **dict.fromkeys(_WHERE, Facts._where),
+    **dict.fromkeys((_aten.clamp.default, _aten.clamp_min.default, _aten.relu.default), Facts._at_least),
+    _aten.gather.default: Facts._gathered,
+    _aten.slice.Tensor: Facts._before,
+}
+
+
+def _topk_axis(node: fx.Node) -> int | None:
+    """The axis of the choices, if a value is the indices that `topk` gave."""
+    source = arguments(node)[0] if node.target is operator.getitem else None
+    if source is None or source.target is not _aten.topk.default or arguments(node)[1] != 1:
+        return None
+    return int((*arguments(source), -1)[2] if len(arguments(source)) > 2 else -1) % rank_of(node)
+
+
+def is_not_negative(number: Number) -> bool:
+    """Whether a number is 0 or more at a marked token: its own mark is counted."""
+    return number.constant + len(number.counts) >= 0
+
+
+def _both_ways(operands: list[View] | None) -> list[tuple[View, View]]:
+    if operands is None or len(operands) != 2:
+        return []
+    return [(operands[0], operands[1]), (operands[1], operands[0])]
+
+
+def _is_zeros(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in _ZEROS
+
+
+def _is_zero(value: Any) -> bool:
+    if isinstance(value, fx.Node):
+        while value.target in CASTS:
+            value = arguments(value)[0]
+        if value.target in (_aten.scalar_tensor.default, _aten.full.default, _aten.full_like.default):
+            return float(arguments(value)[-1 if value.target is not _aten.scalar_tensor.default else 0]) == 0
+        return _is_zeros(value)
+    return bool(value == 0)

@@ -1,0 +1,321 @@
+"""Take a mask over tokens, experts and slots apart: a term a choice of the tokens, proved to be sparse.
+
+    mask[s, e, c] = sum over terms of  factor[s, e] * ... * [place[s, e] == c]
+
+Each term is 0 but at the expert that the token chose, and there but at one slot. Two terms, or two tokens, never
+share a slot of an expert; then the mask does no more than to hand rows to experts and back, and what a slot's
+expert computes belongs to one pair of a token and a choice. Letters and labels: `capacity_views`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.capacity_facts import Choice, Facts, Number
+from moe_export.export.experts.capacity_views import (
+    CASTS,
+    Labels,
+    View,
+    is_numbering,
+    product_of,
+    summed_over,
+)
+from moe_export.export.experts.rows import arguments, shape_of
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default}
+_SUMS = {_aten.add.Tensor, _aten.bitwise_or.Tensor, _aten.logical_or.default}
+_KEEP_ZERO = {_aten.ne.Scalar, _aten.gt.Scalar, _aten.greater.Scalar, _aten.neg.default}
+
+
+class NotSparseError(Exception):
+    """Why a mask is left as it was written."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What is done next to a term, of which the first value is 1: a product, a quotient, or one operator.
+
+    Attributes:
+        what: "times", "divided by" or "then".
+        view: The other factor, without an axis over slots; for "then" the operator's result.
+    """
+
+    what: str
+    view: View
+
+
+@dataclass(frozen=True)
+class Term:
+    """One choice of every token.
+
+    Attributes:
+        steps: How its value is computed; from 0 they lead to 0.
+        place: The slot, a value without an axis over slots.
+        slots: C: a number, or the node that computes it.
+    """
+
+    steps: tuple[Step, ...]
+    place: View
+    slots: Any
+
+    @property
+    def factors(self) -> tuple[View, ...]:
+        """What is not 0 where the term is not 0."""
+        return tuple(step.view for step in self.steps if step.what == "times")
+
+
+@dataclass(frozen=True)
+class Proved:
+    """A term, and what was proved of it.
+
+    Attributes:
+        facts: What is not 0 where the term is not 0.
+        choice: The expert that was chosen.
+        number: Its slot.
+        bounded: Whether its slot is known to exist.
+    """
+
+    term: Term
+    facts: frozenset[View]
+    choice: Choice
+    number: Number
+    bounded: bool
+
+
+def terms_of(view: View, labels: Labels) -> list[Term]:
+    """The terms of a mask.
+
+    Args:
+        view: (..., s, ..., e, ..., c, ...), in any order.
+        labels: Of the block; gets the size of the axis over choices where there is one.
+
+    Raises:
+        NotSparseError: It has another form.
+    """
+    view = labels.peeled(view, values=True)
+    node, args = view.node, arguments(view.node)
+    if node.op == "call_function":
+        place = _place(view, labels)
+        if place is not None:
+            return [Term((), *place)]
+        if node.target in _SUMS and not node.kwargs and _adds_masks(args):
+            return [term for each in labels.operands(view) or [] for term in terms_of(each, labels)]
+        if _keeps_zero(node):
+            then = Step("then", View(node, ()))
+            inner = terms_of(View(args[0], view.axes), labels)
+            return [dataclasses.replace(term, steps=(*term.steps, then)) for term in inner]
+        for factors in _factors(view, labels):
+            return _times(factors, labels)
+    raise NotSparseError(f"{node.name} is no sum of slots that tokens were given")
+
+
+def _adds_masks(args: Sequence[Any]) -> bool:
+    """Whether all that is added is a mask; 0, with which a loop begins, adds nothing."""
+    return len(args) == 2 and all(isinstance(each, fx.Node) or each == 0 for each in args)
+
+
+def _keeps_zero(node: fx.Node) -> bool:
+    """Whether an operator gives 0 for 0, element by element.
+
+    Of a sum in which at most one term is not 0 it gives the sum of the same of each term.
+    """
+    if node.target in CASTS:
+        return node.meta["val"].dtype is torch.bool
+    return node.target in _KEEP_ZERO and (len(arguments(node)) < 2 or arguments(node)[1] == 0)
+
+
+def _factors(view: View, labels: Labels) -> Iterator[list[Step]]:
+    """A value as a product, or a sum of products over the choices."""
+    node, args = view.node, arguments(view.node)
+    if node.target in _PRODUCTS:
+        yield [Step("times", each) for each in labels.operands(view) or []]
+    elif node.target is _aten.div.Tensor and isinstance(args[1], fx.Node):
+        one, other = (labels.aligned(each, view) for each in args)
+        yield [Step("times", one), Step("divided by", other)]
+    elif node.target is _aten.einsum.default:
+        for over in ("", "k"):
+            parts = product_of(view, over)
+            if parts is not None:
+                _note_choices(parts, labels)
+                yield [Step("times", part) for part in parts]
+    elif node.target in (_aten.bmm.default, _aten.matmul.default) and _is_outer(args):
+        yield [
+            Step("times", View(args[0], (*view.axes[:-1], ()))),
+            Step("times", View(args[1], (*view.axes[:-2], (), view.axes[-1]))),
+        ]
+    elif node.target is _aten.sum.dim_IntList and "k" not in view.labels:
+        for each in summed_over(view, "k"):
+            _note_choices([each], labels)
+            yield [Step("times", each)]
+    elif node.target is _aten.where.self and _is_zero_tensor(args[2]):
+        yield [Step("times", labels.aligned(each, view)) for each in args[:2]]
+
+
+def _is_outer(args: Sequence[Any]) -> bool:
+    """Whether a product of (..., a, 1) and (..., 1, b) sums up nothing."""
+    one, other = shape_of(args[0]), shape_of(args[1])
+    return len(one) == len(other) > 2 and str(one[-1]) == "1" and str(one[:-2]) == str(other[:-2])
+
+
+def _note_choices(parts: Sequence[View], labels: Labels) -> None:
+    for part in parts:
+        for axis, size in zip(part.axes, shape_of(part.node), strict=True):
+            if axis == ("k",):
+                labels.note("k", size)
+
+
+def _is_zero_tensor(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.target in (_aten.zeros_like.default, _aten.zeros.default)
+
+
+def _times(steps: list[Step], labels: Labels) -> list[Term]:
+    """The terms of the one factor with slots, times the others."""
+    with_slots = [step for step in steps if "c" in labels.peeled(step.view).labels]
+    if len(with_slots) != 1 or with_slots[0].what != "times":
+        raise NotSparseError("a product of masks of which not one alone has slots")
+    others = tuple(step for step in steps if step is not with_slots[0])
+    found = terms_of(with_slots[0].view, labels)
+    return [dataclasses.replace(term, steps=(*term.steps, *others)) for term in found]
+
+
+def _place(view: View, labels: Labels) -> tuple[View, Any] | None:
+    """In `place[..., None] == arange(C)` and `one_hot(place, C)`: place and C."""
+    node, args = view.node, arguments(view.node)
+    if node.target is _aten.one_hot.default and view.axes[-1:] == (("c",),):
+        return labels.peeled(View(args[0], view.axes[:-1])), args[1]
+    if node.target in (_aten.scatter.value, _aten.scatter_.value) and args[3] == 1:
+        return _scattered(view, labels)
+    if node.target is not _aten.eq.Tensor:
+        return None
+    operands = labels.operands(view) or []
+    for one, other in (operands, operands[::-1]) if len(operands) == 2 else ():
+        numbers, place = labels.peeled(other), labels.peeled(one)
+        if is_numbering(numbers.node) and numbers.labels == {"c"} and "c" not in place.labels:
+            ends = arguments(numbers.node)
+            return place, ends[0] if numbers.node.target is _aten.arange.default else ends[1]
+    return None
+
+
+def _scattered(view: View, labels: Labels) -> tuple[View, Any] | None:
+    """`zeros(..., C).scatter(-1, place[..., None], 1)`: place and C."""
+    zeros, axis, index, _ = arguments(view.node)
+    axis %= len(view.axes)
+    sizes = {_aten.zeros.default: 0, _aten.new_zeros.default: 1}.get(zeros.target)
+    if sizes is None or view.axes[axis] != ("c",) or str(shape_of(index)[axis]) != "1":
+        return None
+    place = View(index, (*view.axes[:axis], (), *view.axes[axis + 1 :]))
+    return labels.peeled(place), arguments(zeros)[sizes][axis]
+
+
+def proved(terms: Sequence[Term], facts: Facts) -> tuple[Proved, ...]:
+    """Prove that no two tokens and no two terms share a slot.
+
+    Raises:
+        NotSparseError: It cannot be proved; says of what.
+    """
+    found = tuple(_proved(term, facts) for term in terms)
+    for place, one in enumerate(found):
+        for other in found[:place]:
+            if not (_below(one, other, facts) or _below(other, one, facts)):
+                raise NotSparseError("two choices may share a slot")
+    return found
+
+
+def _proved(term: Term, facts: Facts) -> Proved:
+    set_there: frozenset[View] = frozenset()
+    for view in term.factors:
+        set_there |= facts.set_where(view)
+    set_there = facts.closed(set_there)
+    choices = [known for mark in set_there if (known := facts.choice(mark)) is not None]
+    several = _pairs_of(term)
+    for choice in choices:
+        number = facts.number(term.place, set_there)
+        if number is None or len(number.counts) != 1:
+            continue
+        ((marks, over),) = number.counts
+        if marks not in set_there or not facts.is_mask(marks) or not several <= over:
+            raise NotSparseError(
+                "tokens may share a slot: it does not count the tokens that chose the expert"
+            )
+        if number.constant < -1:
+            raise NotSparseError("a slot may be negative")
+        return Proved(term, set_there, choice, number, _bounded(number, set_there, facts))
+    where = (
+        "the slot is no count of the tokens before"
+        if choices
+        else "it is not known which experts were chosen"
+    )
+    raise NotSparseError(where)
+
+
+def _pairs_of(term: Term) -> frozenset[str]:
+    """What a term's pairs run over: tokens, and choices where they have an axis."""
+    labels = set(term.place.labels).union(*(view.labels for view in term.factors))
+    return frozenset({"s"} | (labels & {"k"}))
+
+
+def _bounded(number: Number, set_there: frozenset[View], facts: Facts) -> bool:
+    """Whether one of the facts compares the slot with the number of slots."""
+    return any(
+        str(limit) == str(facts.labels.sizes["c"]) for limit in _limits(number, set_there, set_there, facts)
+    )
+
+
+def _limits(
+    number: Number, compared: Iterable[View], set_there: frozenset[View], facts: Facts
+) -> Iterator[Any]:
+    """What comparisons say that a number is less than, where the facts hold; the same for all tokens."""
+    for view in compared:
+        args = arguments(view.node)
+        if view.node.target not in (_aten.lt.Scalar, _aten.le.Scalar):
+            continue
+        limit: Any = args[1].meta.get("val") if isinstance(args[1], fx.Node) else args[1]
+        known = facts.number(facts.labels.aligned(args[0], view), set_there)
+        if known is not None and (known.counts, known.totals) == (number.counts, number.totals):
+            yield limit + number.constant - known.constant + (view.node.target is _aten.le.Scalar)
+
+
+def _below(one: Proved, other: Proved, facts: Facts) -> bool:
+    """Whether every slot of `one` is below every slot of `other` at the same expert.
+
+    With the constant aside, a slot of `one` is at most its totals and the number of its marks; one of `other` is
+    more than its totals.
+    """
+    if one.number.constant != other.number.constant:
+        return False
+    more = Counter(other.number.totals) - Counter(one.number.totals)
+    if Counter(one.number.totals) - Counter(other.number.totals):
+        return False
+    return any(_counts_at_most(one, total, facts) for total in more)
+
+
+def _counts_at_most(one: Proved, total: View, facts: Facts) -> bool:
+    """Whether a total of marks is at least what any mark of `one` is counted as.
+
+    It is if the marks are all of those counted, or those of them that the slots of the expert have room for: the
+    first ones then.
+    """
+    ((marks, _),) = one.number.counts
+    if total not in one.facts:
+        return False
+    if total == marks:
+        return True
+    if total.node.target not in _PRODUCTS:
+        return False
+    operands = [facts.labels.peeled(each) for each in facts.labels.operands(total) or []]
+    rest = [each for each in operands if each != marks]
+    return len(operands) == 2 and len(rest) == 1 and _is_first(one, rest[0], facts)
+
+
+def _is_first(one: Proved, compared: View, facts: Facts) -> bool:
+    """Whether a comparison holds for the first marks of each expert: those whose slot is below a limit."""
+    marks = one.number.counts[0][0]
+    return any(True for _ in _limits(one.number, [compared], frozenset({compared, marks}), facts))

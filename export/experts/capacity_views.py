@@ -1,0 +1,282 @@
+"""What each axis of a value in a mask computation runs over, followed from a result to what it was computed from.
+
+GShard's masks (N, E, C) are built from values over tokens, experts and slots in any order of axes. The einsum that
+uses a mask says what its axes are; every operator above it hands that on to its inputs.
+
+Labels: "s" token, "g0", "g1" groups of tokens, "e" expert, "c" slot of an expert, "k" choice of a token. An axis has
+several labels where a reshape merged axes, and none where its size is 1.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.rows import arguments, rank_of, shape_of
+
+_aten = torch.ops.aten
+Axis = tuple[str, ...]
+
+CASTS = {
+    _aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten.clone.default,
+    _aten.alias.default, _aten.detach.default, _aten.contiguous.default, _aten.type_as.default,
+}  # fmt: skip
+_VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.flatten.using_ints}
+FIXED = "#"
+"""Begins the label of an axis of which one place is taken: "#1"."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A value, and what its axes run over."""
+
+    node: fx.Node
+    axes: tuple[Axis, ...]
+
+    @property
+    def labels(self) -> frozenset[str]:
+        return frozenset(label for axis in self.axes for label in axis)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels of one block.
+
+    Attributes:
+        sizes: Of each label.
+        twins: Each node → the first node that computes the same.
+    """
+
+    sizes: dict[str, Any]
+    twins: Mapping[fx.Node, fx.Node]
+
+    def note(self, label: str, size: Any) -> None:
+        """Say how long an axis is that was found on the way."""
+        self.sizes.setdefault(label, size)
+
+    def peeled(self, view: View, *, values: bool = False) -> View:
+        """The value behind everything that only moves or casts it.
+
+        Args:
+            view: Any value.
+            values: Stop at a cast that changes fractions: to whole numbers, to true and false.
+        """
+        while True:
+            inner = self._inner(view)
+            if inner is None or (values and _rounds(view.node)):
+                return View(self.twins.get(view.node, view.node), view.axes)
+            view = inner
+
+    def operands(self, view: View) -> list[View] | None:
+        """The inputs of an elementwise operator that are tensors, lined up with its result from the right."""
+        found = []
+        for node in view.node.all_input_nodes:
+            if isinstance(node.meta.get("val"), torch.Tensor):
+                if rank_of(node) > len(view.axes):
+                    return None
+                found.append(self.aligned(node, view))
+        return found
+
+    def aligned(self, node: fx.Node, view: View) -> View:
+        """An operand of an elementwise operator."""
+        sizes = shape_of(node)
+        axes = view.axes[len(view.axes) - len(sizes) :]
+        outer = shape_of(view.node)[len(view.axes) - len(sizes) :]
+        spread = [str(size) == "1" != str(out) for size, out in zip(sizes, outer, strict=True)]
+        return View(node, tuple(() if is_one else axis for axis, is_one in zip(axes, spread, strict=True)))
+
+    def _inner(self, view: View) -> View | None:
+        node = view.node
+        source = arguments(node)[0] if node.args else None
+        if node.op != "call_function" or not isinstance(source, fx.Node):
+            return None
+        rule = _RULES.get(node.target)
+        whole = node.target is _aten.slice.Tensor and str(shape_of(node)) == str(shape_of(source))
+        if node.target in CASTS or whole:
+            return View(source, view.axes)
+        if node.target is operator.getitem and source.target is _aten.unbind.int:
+            return _of_unbind(view, source)
+        if node.target in _VIEWS:
+            axes = self.reshaped(view.axes, shape_of(source))
+            return None if axes is None else View(source, axes)
+        return rule(view, source) if rule is not None else None
+
+    def reshaped(self, axes: Sequence[Axis], sizes: Sequence[object]) -> tuple[Axis, ...] | None:
+        """The axes before a reshape: labels in their order, put together again to axes of the given sizes."""
+        labels = [label for axis in axes for label in axis]
+        if any(label not in self.sizes for label in labels):
+            return None
+        found: list[Axis] = []
+        for size in sizes:
+            group: list[str] = []
+            product: Any = 1
+            while str(product) != str(size):
+                if not labels:
+                    return None
+                group.append(labels.pop(0))
+                product = product * self.sizes[group[-1]]
+            found.append(tuple(group))
+        while labels and str(self.sizes[labels[0]]) == "1" and labels:
+            labels.pop(0)
+        return None if labels else tuple(found)
+
+
+def _rounds(node: fx.Node) -> bool:
+    """Whether a cast loses more than precision."""
+    before, after = arguments(node)[0].meta["val"], node.meta["val"]
+    return (
+        node.target in CASTS
+        and before.dtype is not torch.bool
+        and after.dtype is not before.dtype
+        and not after.dtype.is_floating_point
+    )
+
+
+def _unsqueezed(view: View, source: fx.Node) -> View:
+    axis = int(arguments(view.node)[1]) % len(view.axes)
+    return View(source, view.axes[:axis] + view.axes[axis + 1 :])
+
+
+def _squeezed(view: View, source: fx.Node) -> View | None:
+    if rank_of(source) == len(view.axes):
+        return View(source, view.axes)
+    axis: Any = arguments(view.node)[1]
+    if isinstance(axis, (list, tuple)):
+        if len(axis) != 1:
+            return None
+        axis = axis[0]
+    axis %= rank_of(source)
+    return View(source, (*view.axes[:axis], (), *view.axes[axis:]))
+
+
+def _permuted(view: View, source: fx.Node) -> View:
+    axes: list[Axis] = [()] * len(view.axes)
+    for place, axis in enumerate(arguments(view.node)[1]):
+        axes[axis] = view.axes[place]
+    return View(source, tuple(axes))
+
+
+def _transposed(view: View, source: fx.Node) -> View:
+    one, other = [int(axis) % len(view.axes) for axis in (arguments(view.node)[1:3] or (-2, -1))]
+    axes = list(view.axes)
+    axes[one], axes[other] = axes[other], axes[one]
+    return View(source, tuple(axes))
+
+
+def _turned(view: View, source: fx.Node) -> View:
+    return View(source, view.axes[::-1] if view.node.target is _aten.t.default else _last_two(view.axes))
+
+
+def _last_two(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
+    return (*axes[:-2], axes[-1], axes[-2])
+
+
+def _expanded(view: View, source: fx.Node) -> View:
+    sizes, outer = shape_of(source), shape_of(view.node)[len(view.axes) - rank_of(source) :]
+    axes = view.axes[len(view.axes) - rank_of(source) :]
+    same = [str(size) == str(out) for size, out in zip(sizes, outer, strict=True)]
+    return View(source, tuple(axis if is_same else () for axis, is_same in zip(axes, same, strict=True)))
+
+
+def _selected(view: View, source: fx.Node) -> View | None:
+    axis, index = arguments(view.node)[1:3]
+    if not isinstance(index, int):
+        return None
+    axis %= rank_of(source)
+    return View(source, (*view.axes[:axis], (f"{FIXED}{index}",), *view.axes[axis:]))
+
+
+def _of_unbind(view: View, unbind: fx.Node) -> View:
+    source, *rest = arguments(unbind)
+    axis = int(rest[0] if rest else 0) % rank_of(source)
+    label = f"{FIXED}{arguments(view.node)[1]}"
+    return View(source, (*view.axes[:axis], (label,), *view.axes[axis:]))
+
+
+_RULES: dict[Any, Any] = {
+    _aten.unsqueeze.default: _unsqueezed,
+    _aten.squeeze.dim: _squeezed,
+    _aten.squeeze.dims: _squeezed,
+    _aten.permute.default: _permuted,
+    _aten.transpose.int: _transposed,
+    _aten.t.default: _turned,
+    _aten.mT.default: _turned,
+    _aten.numpy_T.default: _turned,
+    _aten.expand.default: _expanded,
+    _aten.select.int: _selected,
+}
+
+
+def pushed(view: View, user: fx.Node, labels: Labels) -> View | None:
+    """A value after one more operator, if that only moves or casts it."""
+    args, axes = arguments(user), list(view.axes)
+    if not args or args[0] is not view.node:
+        return None
+    if user.target in CASTS:
+        return View(user, view.axes)
+    if user.target in _VIEWS:
+        found = labels.reshaped(view.axes, shape_of(user))
+        return None if found is None else View(user, found)
+    if user.target is _aten.permute.default:
+        return View(user, tuple(axes[axis] for axis in args[1]))
+    if user.target in (_aten.transpose.int, _aten.t.default, _aten.mT.default):
+        return View(user, _RULES[user.target](View(user, view.axes), view.node).axes)
+    if user.target is _aten.unsqueeze.default:
+        place = int(args[1]) % (len(axes) + 1)
+        return View(user, (*axes[:place], (), *axes[place:]))
+    if user.target is _aten.squeeze.dim:
+        place = int(args[1]) % len(axes)
+        return View(user, view.axes if axes[place] else tuple(axes[:place] + axes[place + 1 :]))
+    return None
+
+
+def is_numbering(node: fx.Node) -> bool:
+    """Whether a value is 0, 1, 2, ..."""
+    if node.target is _aten.arange.default:
+        return True
+    args = arguments(node)
+    if node.target is _aten.arange.start:
+        return bool(args[0] == 0)
+    return node.target is _aten.arange.start_step and args[0] == 0 and (*args, 1)[2] == 1
+
+
+def product_of(view: View, over: str = "") -> list[View] | None:
+    """The factors of an einsum that only multiplies, or also sums over one letter, to which a label is given."""
+    equation, operands = str(arguments(view.node)[0]).replace(" ", ""), list(arguments(view.node)[1])
+    terms, arrow, out = equation.partition("->")
+    if not arrow or "." in equation or len(set(out)) < len(out) or len(out) != len(view.axes):
+        return None
+    axes: dict[str, Axis] = dict(zip(out, view.axes, strict=True))
+    letters = terms.split(",")
+    summed = sorted({letter for term in letters for letter in term} - set(out))
+    if len(summed) != bool(over) or any(len(set(term)) < len(term) for term in letters):
+        return None
+    axes.update((letter, (over,)) for letter in summed)
+    return [
+        View(node, tuple(axes[letter] for letter in term))
+        for node, term in zip(operands, letters, strict=True)
+    ]
+
+
+def summed_over(view: View, label: str) -> Iterator[View]:
+    """In a sum over one axis: what is added up, with a label for that axis."""
+    args = arguments(view.node)
+    dims = _dims(view.node)
+    if len(dims) != 1 or len(args) < 2:
+        return
+    keeps = (*args, False, False)[2] if len(args) > 2 else view.node.kwargs.get("keepdim", False)
+    axes = list(view.axes)
+    axis = dims[0] % rank_of(args[0])
+    if keeps:
+        axes.pop(axis)
+    yield View(args[0], (*axes[:axis], (label,), *axes[axis:]))
+
+
+def _dims(node: fx.Node) -> list[int]:
+    dims = (*arguments(node), None, None)[1]
+    return [int(dim) for dim in (dims if isinstance(dims, (list, tuple)) else [dims]) if dim is not None]

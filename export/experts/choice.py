@@ -1,0 +1,50 @@
+"""The gate behind the indices of a block: from how many experts it chooses, and whether they can name none of them.
+
+What chooses among E scores by `topk` or `argmax` names one of E. Indices that come from elsewhere, or that were
+changed after the choice, may be -1 or E, for a token that is dropped or for padding.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from moe_export.export.gates.choice import CARRIERS, Choice, as_choice, is_part
+
+_aten = torch.ops.aten
+
+# What hands on all that it was given, from several sources or in several parts.
+_JOINS = {_aten.cat.default, _aten.stack.default, _aten.unbind.int, _aten.split.Tensor}
+
+
+def choices_of(indices: fx.Node) -> tuple[Choice, ...]:
+    """Every choice that indices come from; none where they are, or may be, anything else."""
+    found: list[Choice] = []
+    stack, seen = [indices], set()
+    while stack:
+        node = stack.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        operator = node.args[0] if is_part(node) else node
+        choice = as_choice(operator) if isinstance(operator, fx.Node) else None
+        if choice is not None and choice.indices is node:
+            found.append(choice)
+        elif choice is None and (node.target in CARRIERS | _JOINS or is_part(node)):
+            stack += node.all_input_nodes
+        else:
+            return ()
+    return tuple(found)
+
+
+def experts_of(indices: fx.Node | None) -> int | None:
+    """How many experts there are to choose from, by the choices that indices come from; None if that is not seen."""
+    return (
+        max((choice.experts for choice in choices_of(indices)), default=None) if indices is not None else None
+    )
+
+
+def names_experts(indices: fx.Node, count: int) -> bool:
+    """Whether every index is known to be one of 0 to `count` - 1."""
+    experts = experts_of(indices)
+    return experts is not None and experts <= count

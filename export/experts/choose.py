@@ -1,0 +1,50 @@
+"""Which lowering writes out a block, by what the user asked for, the engine that the graph is for, and the experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import onnx_ir as ir
+
+from moe_export.export.experts.batched import blocks, dense, gather
+from moe_export.export.experts.contrib import contrib
+from moe_export.export.experts.lower import Opaque, loop, slices
+from moe_export.export.experts.trt_moe import trt_moe
+from moe_export.export.experts.writer import Writer
+
+Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-sm100"]
+TARGETS: tuple[str, ...] = get_args(Target)
+
+LOWERINGS: dict[str, Callable[[Writer, Opaque], ir.Value]] = {
+    "dense": dense,
+    "slices": slices,
+    "blocks": blocks,
+    "gather": gather,
+    "loop": loop,
+    "contrib": contrib,
+    "trt_moe": trt_moe,
+}
+
+SLICES_UP_TO = 64
+"""Experts; above, a graph that grows with them is no longer worth its speed."""
+
+
+def choose(choice: str, count: int, target: str) -> str:
+    """The lowering that `auto` stands for.
+
+    Args:
+        choice: What the user asked for.
+        count: E.
+        target: The engine. On a GPU no shape may depend on the data: the host would wait for the device.
+    """
+    if choice != "auto":
+        return choice
+    if target != "onnxruntime-cpu":
+        return "trt_moe" if target == "tensorrt-sm100" else "blocks"
+    return "slices" if count <= SLICES_UP_TO else "loop"
+
+
+def instead(name: str, count: int) -> str:
+    """The lowering that `auto` falls back to where one cannot write a block."""
+    return "blocks" if name == "trt_moe" else choose("auto", count, "onnxruntime-cpu")

@@ -1,0 +1,128 @@
+"""Where the rows of a token's k slots are added up: the end of an MoE block that computes all pairs at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.pair_body import PairBody
+from moe_export.export.experts.row_products import einsum_letters, write_einsum
+from moe_export.export.experts.rows import Make, Region, Rows, arguments, rank_of, shape_of
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Combination:
+    """The end of a block.
+
+    Attributes:
+        result: (N, ...), the sums.
+        start: What they are added to; None for nothing.
+        make: Writes the rows (R, ...) that are added.
+    """
+
+    result: fx.Node
+    start: fx.Node | None
+    make: Make
+
+
+def combination(region: Region, node: fx.Node) -> Combination | None:
+    """What a node adds up, if it adds up the rows of experts over the slots of each token."""
+    if node.target is _aten.sum.dim_IntList:
+        return _sum(region, node)
+    if node.target is _aten.einsum.default:
+        return _einsum(region, node)
+    if node.target in (_aten.bmm.default, _aten.matmul.default):
+        return _product(region, node)
+    if node.target in _SCATTERS:
+        return _scatter(region, node)
+    return None
+
+
+def _is_grid(rows: Rows | None) -> bool:
+    return rows is not None and rows.where == (2, None) and rows.weighs and not rows.constant
+
+
+def _sum(region: Region, node: fx.Node) -> Combination | None:
+    source, axes = arguments(node)[:2]
+    keeps = arguments(node)[2] if len(arguments(node)) > 2 else node.kwargs.get("keepdim", False)
+    if not isinstance(source, fx.Node) or not _is_grid(region.rows.get(source)) or keeps:
+        return None
+    if [int(axis) % rank_of(source) for axis in axes] != [1]:
+        return None
+
+    def make(body: PairBody) -> fx.Node:
+        rows = body.call(_aten.squeeze.dim, body.value(source), 1)
+        cast = node.kwargs.get("dtype")
+        return rows if cast is None else body.call(_aten._to_copy.default, rows, dtype=cast)
+
+    return Combination(node, None, make)
+
+
+def _einsum(region: Region, node: fx.Node) -> Combination | None:
+    """`nk,nkh->nh`: the letter of the slots is summed away."""
+    equation, operands = str(arguments(node)[0]), list(arguments(node)[1])
+    split = einsum_letters(region, equation, operands)
+    if split is None:
+        return None
+    rows, begin, terms, out = split
+    if not _is_grid(rows) or begin[1] in out or not out.startswith(begin[0]):
+        return None
+
+    def make(body: PairBody) -> fx.Node:
+        found = write_einsum(body, rows, begin, terms, begin + out[1:], operands)
+        return body.call(_aten.squeeze.dim, found, 1)
+
+    return Combination(node, None, make)
+
+
+def _product(region: Region, node: fx.Node) -> Combination | None:
+    """Weights (N, 1, k) times rows (N, k, H) → (N, 1, H)."""
+    weights, source = arguments(node)
+    if not isinstance(source, fx.Node) or not isinstance(weights, fx.Node) or weights in region.rows:
+        return None
+    shape = [str(size) for size in shape_of(weights)]
+    if not _is_grid(region.rows.get(source)) or rank_of(source) != 3:
+        return None
+    if shape != [region.tokens, "1", str(region.slots)]:
+        return None
+
+    def make(body: PairBody) -> fx.Node:
+        mine = body.call(_aten.squeeze.dim, body.share(weights), 1)
+        mine = body.call(_aten.index.Tensor, mine, [body.token, body.slot])
+        mine = body.call(_aten.reshape.default, mine, [-1, 1, 1])
+        return body.call(_aten.mul.Tensor, mine, body.value(source))
+
+    return Combination(node, None, make)
+
+
+_SCATTERS = {
+    _aten.index_add.default, _aten.index_put.default, _aten.scatter_add.default, _aten.scatter_reduce.two,
+}  # fmt: skip
+
+
+def _scatter(region: Region, node: fx.Node) -> Combination | None:
+    """Rows added to the rows of their tokens."""
+    args = arguments(node)
+    if node.target is _aten.index_put.default:
+        start, index, source = args[0], args[1][0], args[2]
+        adds = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
+        if not adds or len(args[1]) != 1:
+            return None
+    else:
+        start, axis, index, source = args[:4]
+        reduce = args[4] if len(args) > 4 else "sum"
+        if axis != 0 or reduce != "sum" or node.kwargs:
+            return None
+    tokens, rows = region.rows.get(index), region.rows.get(source)
+    if tokens is None or rows is None or tokens.number != "token" or tokens.where != rows.where:
+        return None
+    if not rows.weighs or rows.lead != 1 or str(shape_of(start)[0]) != region.tokens:
+        return None
+    if rank_of(index) > 1 and shape_of(index) != shape_of(source):
+        return None
+    assert isinstance(source, fx.Node)
+    return Combination(node, start, lambda body: body.value(source))

@@ -1,0 +1,224 @@
+"""MoE blocks in which every expert computes every token, and weights that are 0 drop what was not chosen.
+
+All E experts run on all N tokens, lined up as (E, N, ...) or (E*N, ...), by `bmm` with stacked weights; a matrix of
+weights (N, E) multiplies what goes in, or what comes out, and the experts are added up. The weights are 0 for experts
+that were not chosen (the chosen ones scattered into zeros, or into -inf before a sigmoid), so the sum is over the
+chosen ones:
+
+    out[n] = sum over e of body(n, e) = sum over the slots s of body(n, idx[n, s])
+
+if the body is 0 where the weight is 0. That is tried out on random numbers: an expert with a bias behind its weighted
+input is not 0 then, and stays as it was written.
+
+Letters: N tokens, k slots, E experts, R rows of a body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.body import Experts, NotExpertsError
+from moe_export.export.experts.pair_body import PairBody
+from moe_export.export.experts.row_rules import rows_after
+from moe_export.export.experts.rows import Region, Rows, arguments, rank_of, runs_over_pairs, shape_of
+from moe_export.export.source import line_of
+
+_aten = torch.ops.aten
+_ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
+_FULL = {_aten.full_like.default, _aten.full.default, _aten.new_full.default}
+_CASTS = {_aten._to_copy.default, _aten.clone.default, _aten.alias.default, _aten.to.dtype}
+
+
+class _Crowd(Region):
+    """All tokens at all experts: (E, N, ...), or flat."""
+
+    @property
+    def slots(self) -> int:
+        return self.count
+
+    @property
+    def pairs(self) -> str:
+        return str(self.indices.meta["val"].shape[0] * self.count)
+
+    def leads(self, shape: tuple[object, ...], lead: int) -> bool:  # type: ignore[override]
+        begin = [str(size) for size in shape[:lead]]
+        return begin == ([self.pairs] if lead == 1 else [str(self.count), self.tokens])
+
+
+class _CrowdBody(PairBody):
+    """What is the expert's own is a stack; nothing else may have an axis over experts or tokens."""
+
+    def _lined_up(self, node: fx.Node, rows: Rows, rank: int) -> fx.Node:
+        if not runs_over_pairs(node, rows, rank):
+            return self.share(node)
+        sizes = [str(size) for size in shape_of(node)[:2]]
+        if rows.lead == 2 and rank_of(node) == rank and sizes == [str(self.region.count), "1"]:
+            return self.as_rows(self.stack(node))
+        raise NotExpertsError(f"{node.name} is neither a weight of the experts nor a value of the tokens")
+
+
+def find_dense(graph: fx.Graph) -> Iterator[Experts]:
+    """Every block in which all experts compute all tokens."""
+    for node in graph.nodes:
+        chosen = _weights_of_chosen(node)
+        if chosen is not None:
+            block = _understand(node, chosen)
+            if block is not None:
+                yield block
+
+
+def _weights_of_chosen(node: fx.Node) -> fx.Node | None:
+    """The chosen indices (N, k), if a matrix (N, E) is 0 wherever an expert was not chosen."""
+    inner, base = node, "0"
+    if node.target is _aten.sigmoid.default:
+        inner, base = arguments(node)[0], "-inf"
+    while inner.target in _CASTS:
+        inner = arguments(inner)[0]
+    if inner.target is not _aten.scatter.src or rank_of(inner) != 2 or arguments(inner)[1] not in (1, -1):
+        return None
+    start, index = arguments(inner)[0], arguments(inner)[2]
+    if not str(shape_of(inner)[1]).isdigit() or rank_of(index) != 2:
+        return None
+    value = "0" if start.target in _ZEROS else None
+    if start.target in _FULL:
+        value = str(float(arguments(start)[1])).removesuffix(".0")
+    found: fx.Node = index
+    return found if value == base else None
+
+
+def _understand(weights: fx.Node, indices: fx.Node) -> Experts | None:
+    crowd = _Crowd(indices, int(str(shape_of(weights)[1])), {})
+    for node in weights.graph.nodes:
+        if node.op != "call_function":
+            continue
+        result = _added_up(crowd, node)
+        if result is not None and _reads(result, weights):
+            return _block(crowd, weights, node, result)
+        known = _seed(crowd, node, weights) or _product(crowd, node)
+        if known is None and not crowd.rows.keys().isdisjoint(node.all_input_nodes):
+            known = rows_after(crowd, node)
+        if known is not None:
+            crowd.rows[node] = known
+    return None
+
+
+def _reads(result: fx.Node, weights: fx.Node) -> bool:
+    stack, seen = [result], {result}
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source is weights:
+                return True
+            if source not in seen:
+                seen.add(source)
+                stack.append(source)
+    return False
+
+
+def _seed(crowd: _Crowd, node: fx.Node, weights: fx.Node) -> Rows | None:
+    """Tokens repeated for every expert, and the weights turned to (E, N)."""
+    source = arguments(node)[0] if node.args else None
+    if not isinstance(source, fx.Node):
+        return None
+    if node.target in (_aten.transpose.int, _aten.permute.default, _aten.t.default) and source is weights:
+        return Rows(2, None, lambda body: _own_weight(body, weights))
+    if source in crowd.rows or str((*shape_of(source), 0)[0]) != crowd.tokens:
+        source = _unsqueezed(source)
+    if source is None or str((*shape_of(source), 0)[0]) != crowd.tokens:
+        return None
+    rest = rank_of(source) - 1
+    if node.target is _aten.repeat.default and arguments(node)[1] == [crowd.count, *[1] * rest]:
+        return Rows(1, None, lambda body: body.call(_aten.index.Tensor, body.share(source), [body.token]))
+    if node.target is _aten.expand.default and rank_of(node) == rest + 2 and crowd.leads(shape_of(node), 2):
+        return Rows(2, None, lambda body: _spread(body, source))
+    return None
+
+
+def _unsqueezed(node: fx.Node) -> fx.Node | None:
+    """In `x.unsqueeze(0)` and `x[None]`: x."""
+    return arguments(node)[0] if node.target is _aten.unsqueeze.default and arguments(node)[1] == 0 else None
+
+
+def _own_weight(body: PairBody, weights: fx.Node) -> fx.Node:
+    one = body.call(_aten.index.Tensor, body.share(weights), [body.token, body.expert])
+    return body.call(_aten.unsqueeze.default, one, 1)
+
+
+def _spread(body: PairBody, source: fx.Node) -> fx.Node:
+    rows = body.call(_aten.index.Tensor, body.share(source), [body.token])
+    return body.call(_aten.unsqueeze.default, rows, 1)
+
+
+def _product(crowd: _Crowd, node: fx.Node) -> Rows | None:
+    """(E, N, a) times the stack (E, a, b)."""
+    if node.target not in (_aten.bmm.default, _aten.matmul.default):
+        return None
+    source, stack = arguments(node)
+    rows = crowd.rows.get(source)
+    if rows is None or rows.where != (2, None) or stack in crowd.rows:
+        return None
+    if rank_of(source) != 3 or rank_of(stack) != 3 or str(shape_of(stack)[0]) != str(crowd.count):
+        return None
+    return Rows(
+        2,
+        None,
+        lambda body: body.call(_aten.matmul.default, body.value(source), body.stack(stack)),
+        weighs=True,
+    )
+
+
+def _added_up(crowd: _Crowd, node: fx.Node) -> fx.Node | None:
+    """The rows (E, N, ...) that a node adds up over the experts."""
+    if (
+        node.target is not _aten.sum.dim_IntList
+        or list(arguments(node)[1] or []) != [0]
+        or len(arguments(node)) > 2
+    ):
+        return None
+    source = arguments(node)[0]
+    rows = crowd.rows.get(source)
+    return source if rows is not None and rows.where == (2, None) and rows.weighs else None
+
+
+def _block(crowd: _Crowd, weights: fx.Node, result: fx.Node, rows: fx.Node) -> Experts | None:
+    body = _CrowdBody(crowd)
+    value = body.call(_aten.squeeze.dim, body.value(rows), 1)
+    module = body.module(value)
+    if weights not in body.shared or not _drops(module, body, weights):
+        return None
+    return Experts(
+        indices=crowd.indices,
+        count=crowd.count,
+        body=module,
+        shared=tuple(body.shared),
+        weights=tuple(body.weights),
+        start=None,
+        result=result,
+        line=line_of(result.meta.get("stack_trace")),
+    )
+
+
+def _drops(module: fx.GraphModule, body: PairBody, weights: fx.Node) -> bool:
+    """Whether an expert with weight 0 gives 0, whatever else it reads."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(node: fx.Node, sizes: list[int]) -> torch.Tensor:
+        value = torch.randn(sizes, generator=generator).to(node.meta["val"].dtype)
+        return torch.zeros_like(value) if node is weights else value
+
+    inputs = [random(node, [_size(size) for size in shape_of(node)]) for node in body.shared]
+    for weight in body.weights:
+        if weight.stack is None:
+            return False
+        inputs.append(random(weight.stack, [_size(size) for size in shape_of(weight.stack)[1:]]))
+    rows = torch.arange(3)
+    with torch.no_grad():
+        found = module(rows, torch.zeros_like(rows), torch.zeros(1, dtype=torch.int64), *inputs)
+    return bool((found == 0).all())
+
+
+def _size(size: object) -> int:
+    """A size to try out: those that are free are three."""
+    return int(str(size)) if str(size).isdigit() else 3

@@ -1,0 +1,204 @@
+"""Replace the opaque MoE nodes of an ONNX model by the lowering that was chosen."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+
+import onnx_ir as ir
+import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+from onnxscript import optimizer
+from torch.export import ExportedProgram
+
+from moe_export.einsum_rewrite import rewrite_program
+from moe_export.errors import NotExportableError
+from moe_export.export.experts import contrib
+from moe_export.export.experts.batch import trace_batched
+from moe_export.export.experts.choice import names_experts
+from moe_export.export.experts.choose import LOWERINGS, choose, instead
+from moe_export.export.experts.lower import Opaque, guarded
+from moe_export.export.experts.parts import Parts, take_apart
+from moe_export.export.experts.place import DOMAIN, NUMBER, OPERATOR, Block
+from moe_export.export.experts.trt_moe import add_meaning
+from moe_export.export.experts.weights import Weight
+from moe_export.export.experts.writer import Writer
+from moe_export.export.gates.region import scope_of
+from moe_export.export.provenance import mark_block
+from moe_export.export.reshapes import settle_reshapes
+from moe_export.export.trace import quiet
+
+Write = Callable[[Writer, str, Opaque], ir.Value]
+"""Writes a block in the form of a name; the result."""
+
+
+def write_experts(
+    model: ir.Model,
+    blocks: Sequence[Block],
+    choice: str,
+    target: str = "onnxruntime-cpu",
+    write: Write | None = None,
+) -> list[str]:
+    """Write out every opaque node of a model, in place.
+
+    Args:
+        model: As torch's exporter made it.
+        blocks: What the nodes mean, by their number.
+        choice: The lowering, or `auto`.
+        target: The engine that the graph is for, by which `auto` chooses.
+        write: Writes a block; the whole of it by default.
+
+    Returns:
+        A line for each block, for the report.
+
+    Raises:
+        NotExportableError: A body has no ONNX form.
+    """
+    notes = []
+    bodies = _Bodies()
+    for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]:
+        number = node.attributes[NUMBER].as_int()
+        block = blocks[number]
+        name, reason = choose(choice, block.experts.count, target), ""
+        opaque = _opaque(node, block, model, bodies)
+        writer, form = Writer(model.graph, f"experts_{number}"), write or _write
+        try:
+            result = form(writer, name, opaque)
+        except NotExportableError as error:
+            if choice != "auto":
+                raise
+            writer, result, name, reason = _simpler(model, number, opaque, name, error, form)
+        for made in writer.nodes:
+            made.metadata_props.update(node.metadata_props)
+            mark_block(made, "experts", module_of(block))
+        result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
+        ir.convenience.replace_nodes_and_values(
+            model.graph, node, [node], writer.nodes, node.outputs, [result]
+        )
+        notes.append(f"{block.experts.count} experts at {block.experts.line}: lowered as {name!r}{reason}")
+    if notes:
+        model.opset_imports.pop(DOMAIN, None)
+        if any(node.domain == contrib.DOMAIN for node in model.graph):
+            model.opset_imports[contrib.DOMAIN] = 1
+        add_meaning(model)
+        with quiet():
+            optimizer.fold_constants(model)
+            RemoveUnusedNodesPass()(model)
+    return notes
+
+
+def _simpler(
+    model: ir.Model, number: int, block: Opaque, name: str, error: NotExportableError, write: Write
+) -> tuple[Writer, ir.Value, str, str]:
+    """A block in the next simpler form that can write it: its nodes, result, form, and why no other."""
+    reason = ""
+    while True:
+        reason += f", not {name!r}: {error.what}"
+        simpler = instead(name, block.count)
+        if simpler == name:
+            raise error
+        writer, name = Writer(model.graph, f"experts_{number}"), simpler
+        try:
+            return writer, write(writer, name, block), name, reason
+        except NotExportableError as another:
+            error = another
+
+
+def module_of(block: Block) -> str:
+    """The innermost module that the choice and the result of a block both run in."""
+    chosen, result = (scope_of(node) for node in (block.experts.indices, block.experts.result))
+    both = [one for one, other in zip(chosen, result, strict=False) if one == other]
+    return both[-1] if both else ""
+
+
+def _write(writer: Writer, name: str, block: Opaque) -> ir.Value:
+    if not names_experts(block.meaning.indices, block.count):
+        block = guarded(writer, block)
+    return LOWERINGS[name](writer, block)
+
+
+def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
+    """A body in ONNX, taken apart."""
+    program, _ = rewrite_program(program)
+    try:
+        with quiet(), torch.no_grad():
+            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+    except Exception as error:
+        raise NotExportableError(
+            "an expert could not be translated to ONNX",
+            where=block.experts.line,
+            hint=str(error).split("\n", 1)[0],
+        ) from error
+    assert exported is not None
+    settle_reshapes(exported.model.graph)
+    return take_apart(exported.model.graph, len(block.experts.shared))
+
+
+class _Bodies:
+    """Bodies in ONNX: layers that are alike have the same, which is made once."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[str, int], Parts] = {}
+
+    def of(self, block: Block, opset: int) -> Parts:
+        """The body of a block."""
+        key = (_written(block.program), len(block.experts.shared))
+        if block.program.state_dict or block.program.constants:  # what they hold is not in the text
+            return _body(block.program, block, opset)
+        if key not in self._made:
+            self._made[key] = _body(block.program, block, opset)
+        return self._made[key]
+
+
+def _written(program: ExportedProgram) -> str:
+    """A program as text: its operators, and shapes and types of its values, sizes counted as they come."""
+    sizes: dict[str, str] = {}
+    types = []
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor):
+            shape = [
+                str(size) if isinstance(size, int) else sizes.setdefault(str(size), f"n{len(sizes)}")
+                for size in value.shape
+            ]
+            types.append(f"{value.dtype}{shape}")
+    return "\n".join([str(program.graph_module.code), *types])
+
+
+def _batched(block: Block) -> ExportedProgram:
+    experts = block.experts
+    try:
+        return trace_batched(experts.body, block.example, len(experts.shared))
+    except Exception as error:
+        raise NotExportableError(
+            f"an expert cannot be computed for several experts at once: {str(error).strip().splitlines()[0]}",
+            where=experts.line,
+            hint="--experts slices and --experts loop take one expert at a time",
+        ) from error
+
+
+def _opaque(node: ir.Node, block: Block, model: ir.Model, bodies: _Bodies) -> Opaque:
+    opset = model.opset_imports[""]
+    values = [value for value in node.inputs if value is not None]
+    experts = block.experts
+    shared, rest = values[1 : 1 + len(experts.shared)], values[1 + len(experts.shared) :]
+    weights: list[Weight] = []
+    for weight in experts.weights:
+        size = experts.count if weight.stack is None else 1
+        weights.append(rest[:size] if weight.stack is None else rest[0])
+        rest = rest[size:]
+    indices = experts.indices.meta["val"]
+    result = experts.result.meta["val"]
+    return Opaque(
+        indices=values[0],
+        shared=shared,
+        weights=weights,
+        parts=bodies.of(block, opset),
+        batched=lambda: _body(_batched(block), block, opset),
+        count=experts.count,
+        slots=int(indices.shape[1]) if indices.dim() == 2 else 1,
+        hidden=[int(size) for size in result.shape[1:]],
+        opset=opset,
+        meaning=experts,
+        metadata=copy.copy(node.metadata_props),
+    )

@@ -1,0 +1,228 @@
+"""Find MoE blocks in a traced program: chains of additions to chosen rows, one an expert.
+
+See docs/experts.md for what is recognised and what is checked. Letters: N tokens, k slots, E experts, R pairs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.kept import indices_of
+from moe_export.export.experts.mask import Marks, marks_of
+from moe_export.export.source import line_of
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The pairs that chose one expert, as row numbers or as a boolean mask.
+
+    Attributes:
+        marks: Which expert, of which indices.
+        token, slot: Nodes (R,) with the pairs' tokens and slots; None where the code has no such node.
+        mask: A boolean node (N,) that is used as an index itself.
+    """
+
+    marks: Marks
+    token: fx.Node | None
+    slot: fx.Node | None
+    mask: fx.Node | None
+
+    @property
+    def rows(self) -> tuple[fx.Node, ...]:
+        return tuple(node for node in (self.token, self.slot, self.mask) if node is not None)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One expert's part: the rows that it computes and the node that adds them.
+
+    Attributes:
+        selection: Its pairs.
+        value: (R, H), what is added; row r belongs to pair r.
+        before, after: The accumulated value (N, H) before and after.
+        overwrites: Whether the rows are put in place of the old ones instead of being added.
+        through: (S,), where the row of each pair is added, if not to the row that the pair was read from.
+    """
+
+    selection: Selection
+    value: fx.Node
+    before: fx.Node
+    after: fx.Node
+    overwrites: bool = False
+    through: fx.Node | None = None
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The turns of one block, in trace order: one an expert."""
+
+    turns: tuple[Turn, ...]
+
+    @property
+    def indices(self) -> fx.Node:
+        return self.turns[0].selection.marks.indices
+
+    @property
+    def through(self) -> fx.Node | None:
+        """Where the turns add their rows; see `Turn`."""
+        return self.turns[0].through
+
+    @property
+    def line(self) -> str | None:
+        """`file:line` of the addition."""
+        return line_of(self.turns[0].after.meta.get("stack_trace"))
+
+
+def find_chains(graph: fx.Graph) -> tuple[Chain, ...]:
+    """Every chain of additions by experts 0, 1, ... in the graph; each expert adds once."""
+    turns = [turn for selection in _selections(graph) for turn in _turns(selection)]
+    by_before = {turn.before: turn for turn in turns}
+    afters = {turn.after for turn in turns}
+    chains = []
+    for turn in turns:
+        if turn.before in afters:
+            continue
+        chain = [turn]
+        while chain[-1].after in by_before:
+            chain.append(by_before[chain[-1].after])
+        if len(chain) > 1:
+            chains.append(Chain(tuple(chain)))
+    return tuple(chains)
+
+
+def _selections(graph: fx.Graph) -> Iterator[Selection]:
+    indices: dict[fx.Node, fx.Node] = {}
+    for node in list(graph.nodes):
+        marks = marks_of(node)
+        if marks is None or marks.expert is None or "expert" in marks.axes:
+            continue
+        token, slot = _row_numbers(node, marks)
+        is_index = marks.axes == ("token",) and any(_indexes_by(user, node) for user in node.users)
+        if token is None and not is_index:
+            continue
+        if not marks.exact:
+            if marks.kept is None:
+                continue
+            if marks.kept not in indices:
+                indices[marks.kept] = indices_of(marks.kept)
+            marks = Marks(indices[marks.kept], marks.axes, marks.expert)
+        yield Selection(marks, token, slot, node if is_index else None)
+
+
+def _row_numbers(mask: fx.Node, marks: Marks) -> tuple[fx.Node | None, fx.Node | None]:
+    """The nodes with the token and the slot of each pair, where the mask goes through `nonzero` or `where`."""
+    found: dict[str, fx.Node] = {}
+    for user in mask.users:
+        for part in user.users:
+            axis = _part_axis(user, part, len(marks.axes))
+            if axis is not None:
+                found[marks.axes[axis]] = part
+    return found.get("token"), found.get("slot")
+
+
+def _part_axis(numbers: fx.Node, part: fx.Node, rank: int) -> int | None:
+    """Which axis of a mask the row numbers in `part` count along; None if it is no such part."""
+    if numbers.target in (_aten.nonzero_numpy.default, _aten.where.default):
+        return int(part.args[1])  # type: ignore[arg-type]
+    if numbers.target is not _aten.nonzero.default:
+        return None
+    if part.target is _aten.select.int and part.args[1] in (1, -1):
+        return int(part.args[2])  # type: ignore[arg-type]
+    flat = {_aten.squeeze.dim, _aten.view.default, _aten.reshape.default}
+    return 0 if rank == 1 and part.target in flat else None
+
+
+def _indexes_by(user: fx.Node, mask: fx.Node) -> bool:
+    value = mask.meta["val"]
+    return (
+        user.target in (_aten.index.Tensor, _aten.index_put.default)
+        and value.dtype is torch.bool
+        and list(user.args[1])[:1] == [mask]  # type: ignore[arg-type]
+    )
+
+
+def _turns(selection: Selection) -> Iterator[Turn]:
+    """The additions to the rows of a selection, or to rows that a table of the pairs gives for them."""
+    for rows in selection.rows:
+        yield from _turns_at(rows, selection)
+        for user in rows.users:
+            if user.target is _aten.index.Tensor and list(user.args[1]) == [rows]:  # type: ignore[arg-type]
+                table = user.args[0]
+                if isinstance(table, fx.Node) and _is_numbers(table):
+                    for turn in _turns_at(user, selection):
+                        yield dataclasses.replace(turn, through=table)
+
+
+def _turns_at(rows: fx.Node, selection: Selection) -> Iterator[Turn]:
+    for place in _spread(rows):
+        for user in place.users:
+            turn = _as_turn(user, place, selection)
+            if turn is not None:
+                yield turn
+
+
+def _is_numbers(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype is torch.int64 and value.dim() == 1
+
+
+def _spread(rows: fx.Node) -> Iterator[fx.Node]:
+    """Row numbers, also repeated along the axes of a row, as `scatter_add` wants them."""
+    yield rows
+    for user in rows.users:
+        if (user.target in _SPREADS and user.args[0] is rows and user.meta["val"].dim() > 1) or (
+            user.target in _SPREADS and rows.meta["val"].dim() > 1
+        ):
+            yield from _spread(user)
+
+
+_SPREADS = {
+    _aten.view.default, _aten.reshape.default, _aten.unsqueeze.default, _aten.expand.default, _aten.repeat.default,
+}  # fmt: skip
+_SCATTERS = {_aten.scatter_add.default, _aten.scatter_reduce.two}
+
+
+def _as_turn(node: fx.Node, rows: fx.Node, selection: Selection) -> Turn | None:
+    args = node.args
+    if node.target in _SCATTERS and args[1] == 0 and args[2] is rows and not node.kwargs:
+        adds = len(args) < 5 or args[4] == "sum"
+        value = args[3]
+        assert isinstance(value, fx.Node)
+        if adds and rows.meta["val"].dim() == value.meta["val"].dim():
+            return Turn(selection, value, args[0], node)  # type: ignore[arg-type]
+        return None
+    if node.target is _aten.index_add.default and args[1] == 0 and args[2] is rows and not node.kwargs:
+        return Turn(selection, args[3], args[0], node)  # type: ignore[arg-type]
+    if node.target is not _aten.index_put.default or list(args[1]) != [rows]:  # type: ignore[arg-type]
+        return None
+    before, value = args[0], args[2]
+    assert isinstance(before, fx.Node)
+    assert isinstance(value, fx.Node)
+    accumulate = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
+    if accumulate:
+        return Turn(selection, value, before, node)
+    added = _added(value, before, rows)
+    if added is None:
+        return Turn(selection, value, before, node, overwrites=True)
+    return Turn(selection, added, before, node)
+
+
+def _added(value: fx.Node, before: fx.Node, rows: fx.Node) -> fx.Node | None:
+    """In `before[rows] = before[rows] + added`: what is added."""
+    if value.target is not _aten.add.Tensor or value.kwargs:
+        return None
+    parts = [part for part in value.args if isinstance(part, fx.Node)]
+    old = [
+        part
+        for part in parts
+        if part.target is _aten.index.Tensor and part.args[0] is before and list(part.args[1]) == [rows]  # type: ignore[arg-type]
+    ]
+    rest = [part for part in parts if part not in old]
+    return rest[0] if len(old) == 1 and len(rest) == 1 else None

@@ -1,0 +1,215 @@
+"""Write out what an opaque MoE node means, an expert at a time: `slices` and `loop`.
+
+See docs/experts.md for the forms and when each is chosen; `experts/batched` has the others.
+Letters as in `experts/writer`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from moe_export.export.experts.body import Experts
+from moe_export.export.experts.parts import Parts, PartsWriter
+from moe_export.export.experts.weights import ExpertWeights, Weight
+from moe_export.export.experts.writer import INT64, Sorted, Writer, apart, combine, every_pair, sort_by_expert
+
+
+@dataclass(frozen=True)
+class Opaque:
+    """An opaque node, taken apart.
+
+    Attributes:
+        indices: (N, k) or (N,).
+        shared: Values that every expert reads.
+        weights: For each weight of the body its E tensors, or one stack (E, ...) of them.
+        parts: ONNX of one expert.
+        batched: Makes ONNX of several experts at once: pairs (B, R), weights (B, ...) → rows (B, R, H).
+        count: E.
+        slots: k.
+        hidden: The sizes behind the rows of the result.
+        opset: Of the graph.
+        meaning: What was recognised.
+        valid: Of the shape of the indices: the pairs that count; None for all.
+    """
+
+    indices: ir.Value
+    shared: Sequence[ir.Value]
+    weights: Sequence[Weight]
+    parts: Parts
+    batched: Callable[[], Parts]
+    count: int
+    slots: int
+    hidden: Sequence[int]
+    opset: int
+    meaning: Experts
+    metadata: Mapping[str, str]
+    valid: ir.Value | None = None
+
+
+def guarded(w: Writer, block: Opaque) -> Opaque:
+    """The block with indices that are all in range, and a mark for the pairs that count.
+
+    A pair of no expert adds nothing, as in a loop over experts that none of them takes.
+    """
+    indices = block.indices
+    zero, count = (w.op("CastLike", w.scalar(number), indices) for number in (0, block.count))
+    if block.meaning.wraps:
+        indices = w.op(
+            "Where", w.op("Less", indices, zero), w.op("Add", indices, count), indices, name="wrapped"
+        )
+    valid = w.op("And", w.op("GreaterOrEqual", indices, zero), w.op("Less", indices, count), name="valid")
+    safe = w.op("Where", valid, indices, zero)
+    safe.shape, safe.type = block.indices.shape, block.indices.type
+    return dataclasses.replace(block, indices=safe, valid=valid)
+
+
+Lowering = Callable[[Writer, Opaque], ir.Value]
+
+
+def slices(w: Writer, block: Opaque) -> ir.Value:
+    """One part of the sorted pairs an expert; each with weights of its own, that are copied nowhere."""
+    pairs = sort_by_expert(w, block.indices, block.count, block.slots)
+    writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
+    rows = slices_of(w, block, writer, writer.before(w, pairs.token, pairs.slot), pairs)
+    return finish(w, block, writer, rows, pairs.positions)
+
+
+def slices_of(
+    w: Writer,
+    block: Opaque,
+    writer: PartsWriter,
+    entering: Sequence[ir.Value],
+    pairs: Sorted,
+    numbers: Sequence[int] | None = None,
+) -> list[ir.Value]:
+    """What the experts make of rows (P, ...) that are sorted by expert, a part an expert.
+
+    Args:
+        w: Where to write.
+        block: Of these experts.
+        writer: Of its parts.
+        entering: The rows that enter the core.
+        pairs: How they are sorted.
+        numbers: What the experts call themselves; 0, 1, ... by default.
+    """
+    parts = [w.many("Split", value, pairs.counts, outputs=block.count, axis=0) for value in entering]
+    ready = ExpertWeights(w, block.weights, block.count, block.opset).apart(block.parts, writer)
+    leaving = []
+    for expert, number in enumerate(range(block.count) if numbers is None else numbers):
+        inner = w.inner(str(expert))
+        mine = [column[expert] for column in parts]
+        leaving.append(writer.core(inner, mine, w.ints(number), ready[expert]))
+        w.take(inner)
+    return [w.op("Concat", *column, axis=0) for column in zip(*leaving, strict=True)]
+
+
+def finish(
+    w: Writer,
+    block: Opaque,
+    writer: PartsWriter,
+    rows: Sequence[ir.Value],
+    positions: ir.Value,
+    lead: Sequence[int] = (-1,),
+) -> ir.Value:
+    """The result (N, H), from what the experts gave.
+
+    Args:
+        w: Where to write.
+        block: What is written.
+        writer: Of its parts.
+        rows: What the core gave, pair by pair in the experts' order.
+        positions: (S,) where each pair's rows stand.
+        lead: The axes that the body has for its pairs: (-1,), or (1, -1) for a body with a batch axis.
+    """
+    back = [w.op("Gather", value, positions, axis=0) for value in rows]
+    pairs = every_pair(w, positions, "every_pair")
+    if len(lead) > 1:
+        back = [w.op("Unsqueeze", value, w.ints(0)) for value in back]
+        pairs = w.op("Unsqueeze", pairs, w.ints(0))
+    token, slot = apart(w, pairs, block.slots)
+    return combine(w, writer.after(w, back, token, slot, lead), block.slots, block.hidden, block.valid)
+
+
+def loop(w: Writer, block: Opaque) -> ir.Value:
+    """A `Loop` over the experts that were hit; each turn takes its weights from the stack."""
+    pairs = sort_by_expert(w, block.indices, block.count, block.slots)
+    writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
+    rows = loop_of(w, block, writer, writer.before(w, pairs.token, pairs.slot), pairs)
+    return finish(w, block, writer, rows, pairs.positions)
+
+
+def loop_of(
+    w: Writer,
+    block: Opaque,
+    writer: PartsWriter,
+    entering: Sequence[ir.Value],
+    pairs: Sorted,
+    numbers: Sequence[int] | None = None,
+) -> list[ir.Value]:
+    """The same as `slices_of`, a turn an expert that has rows."""
+    weights = ExpertWeights(w, block.weights, block.count, block.opset)
+    stacks = weights.stacked(block.parts)
+    called = None if numbers is None else w.constant(np.array(numbers, dtype=np.int64), f"{w.prefix}.numbers")
+    hits = w.op("Squeeze", w.op("NonZero", pairs.counts), w.ints(0), name="hits")
+    turn = Turn(w.inner("turn"), block.parts.leaving)
+    inner = turn.writer
+    expert = inner.op("Gather", hits, turn.number, axis=0, name="expert")
+    bounds = [
+        inner.op("Unsqueeze", inner.op("Gather", value, expert), w.ints(0))
+        for value in (pairs.starts, pairs.ends)
+    ]
+    mine = [inner.op("Slice", value, *bounds, w.ints(0)) for value in entering]
+    ready = [inner.op("Gather", stack, expert, axis=0) for stack in stacks]
+    ready = ready if weights.known else writer.prepared(inner, ready)
+    number = expert if called is None else inner.op("Gather", called, expert)
+    body = turn.graph(writer.core(inner, mine, inner.op("Unsqueeze", number, w.ints(0)), ready))
+    always = w.constant(np.array(True), f"{w.prefix}.true")
+    starts = [no_rows(w, value, pairs.token) for value in block.parts.leaving]
+    parts = w.many("Loop", w.op("Size", hits), always, *starts, outputs=len(starts), body=body)
+    return [w.op("ConcatFromSequence", value, axis=0) for value in parts]
+
+
+def no_rows(w: Writer, value: ir.Value, pairs: ir.Value) -> ir.Value:
+    """A sequence that starts with no rows: there may be no token at all.
+
+    The rows are cut out of a value (S,) that is only known at run time: what is constant would be folded, and
+    constant folders have no sequences.
+    """
+    assert value.shape is not None
+    assert value.dtype is not None
+    none = w.op("Cast", w.op("Slice", pairs, w.ints(0), w.ints(0), w.ints(0)), to=value.dtype)
+    sizes = [int(size) for size in value.shape[1:]]  # type: ignore[arg-type]
+    empty = w.op("SequenceConstruct", w.op("Reshape", none, w.ints(0, *sizes), allowzero=1))
+    empty.type = ir.SequenceType(ir.TensorType(value.dtype))
+    return empty
+
+
+class Turn:
+    """The body of a `Loop` that puts the rows of one expert behind those of the experts before it."""
+
+    def __init__(self, writer: Writer, leaving: Sequence[ir.Value]) -> None:
+        name = writer.prefix
+        self.writer = writer
+        self.number = ir.Value(name=f"{name}.number", type=ir.TensorType(INT64), shape=ir.Shape(()))
+        self._going = ir.Value(name=f"{name}.going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(()))
+        self._sequences = []
+        for index, value in enumerate(leaving):
+            assert value.dtype is not None
+            rows_type = ir.SequenceType(ir.TensorType(value.dtype))
+            self._sequences.append(ir.Value(name=f"{name}.before_{index}", type=rows_type))
+
+    def graph(self, rows: Sequence[ir.Value]) -> ir.Graph:
+        """The finished body; `rows` are those of this turn."""
+        longer = []
+        for sequence, value in zip(self._sequences, rows, strict=True):
+            longer.append(self.writer.op("SequenceInsert", sequence, value))
+            longer[-1].type = sequence.type
+        going = self.writer.op("Identity", self._going)
+        going.type = self._going.type
+        inputs = [self.number, self._going, *self._sequences]
+        return ir.Graph(inputs, [going, *longer], nodes=self.writer.nodes, name="expert")

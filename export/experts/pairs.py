@@ -1,0 +1,270 @@
+"""Find MoE blocks that compute all token-expert pairs at once, and take the computation of one expert out of them.
+
+Weights are looked up by the chosen experts (`w[idx]`, then `bmm` or an einsum), or multiplied with rows that are
+sorted by expert (`grouped_mm`); a block ends where the rows of a token's k slots are added up. See `experts/rows`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import operator
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.body import Experts, NotExpertsError
+from moe_export.export.experts.combine import Combination, combination
+from moe_export.export.experts.inline import inlined
+from moe_export.export.experts.pair_body import PairBody
+from moe_export.export.experts.row_rules import rows_after
+from moe_export.export.experts.rows import Region, Rows, rank_of, shape_of
+from moe_export.export.gates.region import ancestors
+from moe_export.export.source import line_of
+
+_aten = torch.ops.aten
+
+_LOOKUPS = {_aten.index.Tensor, _aten.index_select.default}
+_FIRST_RANK = 3  # weights are matrices: (E, a, b); what has less may be a bias, or a vocabulary
+
+
+@dataclass(frozen=True)
+class Root:
+    """Integers that weights of experts are used by.
+
+    Attributes:
+        index: Those integers.
+        choices: What may be the choice of experts that they come from, (N, k) or (N,), in graph order.
+        count: E.
+        wraps: Whether -1 is the last expert to that use.
+        line: `file:line` of that use.
+    """
+
+    index: fx.Node
+    choices: tuple[fx.Node, ...]
+    count: int
+    wraps: bool
+    line: str | None
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop over experts that was understood by itself.
+
+    Attributes:
+        experts: What it computes; its "tokens" may be lined-up pairs.
+        through: (S,), where the rows of lined-up pairs are added; None for the places that they were read from.
+    """
+
+    experts: Experts
+    through: fx.Node | None
+
+
+@dataclass(frozen=True)
+class Found:
+    """A block, and the values that follow from its choice."""
+
+    block: Experts
+    values: frozenset[fx.Node]
+
+
+def find_roots(graph: fx.Graph, loops: Mapping[fx.Node, Loop]) -> tuple[Root, ...]:
+    """Every use of weights by integers that are computed, in graph order.
+
+    Args:
+        graph: The traced program.
+        loops: Loops over experts that were understood, by the node that each ends in.
+    """
+    found: dict[fx.Node, Root] = {}
+    for node in graph.nodes:
+        for index, count in _lookups(node, loops):
+            if index not in found:
+                choices = _choices(index)
+                if node in loops:  # by itself it is understood already
+                    choices = tuple(choice for choice in choices if choice is not index)
+                wraps = node.target is _aten.index.Tensor
+                found[index] = Root(index, choices, count, wraps, line_of(node.meta.get("stack_trace")))
+    return tuple(root for root in found.values() if root.choices)
+
+
+def _lookups(node: fx.Node, loops: Mapping[fx.Node, Loop]) -> Iterator[tuple[fx.Node, int]]:
+    """The integers that weights of experts are used by, and E."""
+    if node in loops:
+        yield loops[node].experts.indices, loops[node].experts.count
+        return
+    stack: object = None
+    index: object = None
+    if node.target is _aten.index.Tensor and len(node.args[1]) == 1:  # type: ignore[arg-type]
+        stack, index = node.args[0], node.args[1][0]  # type: ignore[index]
+    elif node.target is _aten.index_select.default and node.args[1] == 0:
+        stack, index = node.args[0], node.args[2]
+    if isinstance(stack, fx.Node) and isinstance(index, fx.Node) and rank_of(stack) >= _FIRST_RANK:
+        size = str(shape_of(stack)[0])
+        if size.isdigit():
+            yield index, int(size)
+
+
+def _choices(index: fx.Node) -> tuple[fx.Node, ...]:
+    """What integers come from by arithmetic on integers, the earliest first."""
+    stack, seen = [index], {index}
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen and _is_integers(source):
+                seen.add(source)
+                stack.append(source)
+    fits = {node for node in seen if rank_of(node) in (1, 2) and node.target not in _COUNTING}
+    return tuple(node for node in index.graph.nodes if node in fits)
+
+
+_COUNTING = {_aten.arange.default, _aten.arange.start, _aten.arange.start_step}
+
+
+def _is_integers(node: fx.Node) -> bool:
+    """Whether a node is a tensor of integers, or a sort of one."""
+    value = node.meta.get("val")
+    if isinstance(value, (tuple, list)):
+        return node.target is not _aten.topk.default and all(
+            isinstance(each, torch.Tensor) and not each.dtype.is_floating_point for each in value
+        )
+    counted = node.target in (
+        _aten._to_copy.default,
+        _aten.histc.default,
+        _aten.cumsum.default,
+        _aten.scatter.value,
+    )
+    return (
+        isinstance(value, torch.Tensor) and value.dim() > 0 and (counted or not value.dtype.is_floating_point)
+    )
+
+
+def understand_pairs(root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
+    """The block in which weights are used; None if there is none.
+
+    Raises:
+        NotExpertsError: It uses the choice in a way that has no body; says why.
+    """
+    why: NotExpertsError | None = None
+    for indices in root.choices:
+        if rank_of(indices) == 2 and not str(shape_of(indices)[1]).isdigit():
+            continue
+        try:
+            found = _understand(indices, root, loops)
+        except NotExpertsError as error:  # a token's number, say, of which its expert's is computed
+            why = why or error
+            continue
+        if found is not None:
+            return found
+    if why is not None:
+        raise why
+    return None
+
+
+def _understand(indices: fx.Node, root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
+    region = Region(indices, root.count, {})
+    region.rows[indices] = Rows(
+        rank_of(indices), None, lambda body: _number(body, rank_of(indices)), "expert", constant=True
+    )
+    end = _follow(region, loops) or _single(region)
+    if end is None:
+        return None
+    body = PairBody(region)
+    value = end.make(body)
+    block = Experts(
+        indices=indices,
+        count=root.count,
+        body=body.module(value),
+        shared=tuple(body.shared),
+        weights=tuple(body.weights),
+        start=end.start,
+        result=end.result,
+        line=root.line,
+        wraps=root.wraps,
+    )
+    _refuse_mixed(region, block)
+    return Found(block, frozenset(region.rows))
+
+
+def _refuse_mixed(region: Region, block: Experts) -> None:
+    """Refuse a block whose experts read what was computed from rows of several pairs."""
+    behind = ancestors(block.shared)
+    mixed = [
+        node for node, rows in region.rows.items() if rows.weighs and not rows.constant and node in behind
+    ]
+    if mixed:
+        where = line_of(mixed[-1].meta.get("stack_trace"))
+        raise NotExpertsError(f"the experts mix rows: what pairs get depends on other pairs, after {where}")
+
+
+def _number(body: PairBody, lead: int) -> fx.Node:
+    """The expert's number, (1,) or (1, 1)."""
+    return body.expert if lead == 1 else body.as_rows(body.expert)
+
+
+def _follow(region: Region, loops: Mapping[fx.Node, Loop]) -> Combination | None:
+    """Follow the choice through the graph, up to where the slots of a token are added up."""
+    places = _Places(region.indices.graph)
+    ends: dict[fx.Node, list[fx.Node]] = {}
+    for node, loop in loops.items():
+        ends.setdefault(loop.experts.indices, []).append(node)
+    waiting = places.after([*region.indices.users, *ends.get(region.indices, ())])
+    while waiting:
+        node = heapq.heappop(waiting)[1]
+        if node in region.rows or node.op != "call_function":
+            continue
+        end = _loop(region, node, loops[node]) if node in loops else combination(region, node)
+        if end is not None:
+            return end
+        known = rows_after(region, node) if node not in loops else region.rows.get(node)
+        if known is not None:
+            region.rows[node] = known
+            for following in places.after([*node.users, *ends.get(node, ())]):
+                heapq.heappush(waiting, following)
+    return None
+
+
+class _Places:
+    """The nodes of a graph by their order."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self._order = {node: place for place, node in enumerate(graph.nodes)}
+
+    def after(self, nodes: Iterable[fx.Node]) -> list[tuple[int, fx.Node]]:
+        """Nodes with their places, each once, the first one first."""
+        return sorted((self._order[node], node) for node in set(nodes))
+
+
+def _loop(region: Region, node: fx.Node, loop: Loop) -> Combination | None:
+    """Take a loop in; one that adds its rows to those of their tokens is the end."""
+    rows = inlined(region, loop.experts, adds=loop.through is not None)
+    if rows is None:
+        return None
+    region.rows[node] = rows
+    if loop.through is None:
+        return None
+    tokens = region.rows.get(loop.through)
+    if tokens is None or tokens.number != "token" or tokens.where != rows.where:
+        del region.rows[node]
+        return None
+    return Combination(node, loop.experts.start, rows.make)
+
+
+def _single(region: Region) -> Combination | None:
+    """With one slot a token nothing is added up: a block ends in the one value that others use."""
+    if region.slots != 1:
+        return None
+    ends = [
+        node
+        for node, rows in region.rows.items()
+        if rows.weighs
+        and not rows.constant
+        and rows.where == (1, None)
+        and rank_of(node) > 1
+        and node.target is not operator.getitem
+        and any(user not in region.rows for user in node.users)
+    ]
+    if not ends:
+        return None
+    if len(ends) > 1:
+        raise NotExpertsError("several values of the experts are used behind them")
+    return Combination(ends[0], None, lambda body: body.value(ends[0]))

@@ -1,0 +1,288 @@
+"""Take an expert's body apart: what every pair needs before, what only the expert can do, what is done with its rows.
+
+    token, slot, shared ─▶ before ─▶ core ─▶ after ─▶ rows
+                                      ▲
+                          weights ─▶ prepared
+
+The body works row by row, so `before` and `after` may run on all S pairs at once, in whatever order they stand, and
+only `core` is written once an expert. `prepared` reads nothing but weights (a transpose, most of the time) and is
+done on the weights of all experts, offline where they are constants.
+
+A value goes from one part to the next only if its leading axes are the rows; what holds a number of rows as its
+content (a `Shape`) is computed where it is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from moe_export.export.experts.writer import Writer, write_nodes
+
+TOKEN, SLOT, EXPERT = 0, 1, 2
+"""Positions of a body's inputs; shared values and weights come behind."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A body taken apart. Nodes and values are those of the body's own graph; nodes are in its order.
+
+    Attributes:
+        body: `(token, slot, expert, *shared, *weights) → rows`; the row axes stand first.
+        shared: The inputs that every expert reads.
+        weights: The inputs that belong to one expert.
+        prepared: Nodes that read weights only.
+        common: Nodes that read neither pairs nor anything of an expert's own.
+        before, core, after: See above.
+        entering: Row values that `core` takes from `before`; token and slot among them where it reads these.
+        leaving: Row values that `core` gives, for `after` or as the result.
+        ready: Weights as `core` takes them: inputs of the body, or results of `prepared`.
+    """
+
+    body: ir.Graph
+    shared: tuple[ir.Value, ...]
+    weights: tuple[ir.Value, ...]
+    prepared: tuple[ir.Node, ...]
+    common: tuple[ir.Node, ...]
+    before: tuple[ir.Node, ...]
+    core: tuple[ir.Node, ...]
+    after: tuple[ir.Node, ...]
+    entering: tuple[ir.Value, ...]
+    leaving: tuple[ir.Value, ...]
+    ready: tuple[ir.Value, ...]
+
+
+def take_apart(body: ir.Graph, shared: int) -> Parts:
+    """Take a body apart.
+
+    Args:
+        body: `(token, slot, expert, *shared, *weights) → rows`.
+        shared: How many of its inputs are shared values.
+    """
+    _gather_rows(body)
+    inputs, nodes = tuple(body.inputs), list(body)
+    weights = inputs[3 + shared :]
+    prepared = _only_of(nodes, weights, {*inputs[: 3 + shared]})
+    ready = {*weights, *_given(prepared)}
+    nodes = _without(nodes, prepared)
+    pairs = _below(nodes, {inputs[TOKEN], inputs[SLOT]})
+    core = _core(nodes, {*ready, inputs[EXPERT]}, {*_given(pairs)}, inputs[TOKEN])
+    after = _without(_below(nodes, _given(core)), core)
+    before = _without([node for node in nodes if node in set(pairs)], [*core, *after])
+    taken, used = _taken(core), {*_taken(after), *body.outputs}
+    reachable = {inputs[TOKEN], inputs[SLOT], *_given(before)}
+    return Parts(
+        body=body,
+        shared=inputs[3 : 3 + shared],
+        weights=weights,
+        prepared=tuple(prepared),
+        common=tuple(_without(nodes, [*before, *core, *after])),
+        before=tuple(before),
+        core=tuple(core),
+        after=tuple(after),
+        entering=tuple(value for value in taken if value in reachable),
+        leaving=tuple(value for value in _given(core) if value in used),
+        ready=tuple(value for value in taken if value in ready),
+    )
+
+
+def _gather_rows(body: ir.Graph) -> None:
+    """`x[token]` as a plain Gather: torch's exporter writes GatherND with one index."""
+    for node in list(body):
+        if node.op_type == "GatherND" and not node.attributes.get_int("batch_dims", 0):
+            index = _unsqueezed(node.inputs[1])
+            if index is not None:
+                plain = ir.node("Gather", [node.inputs[0], index], {"axis": 0})
+                plain.outputs[0].shape, plain.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
+                ir.convenience.replace_nodes_and_values(
+                    body, node, [node], [plain], node.outputs, plain.outputs
+                )
+
+
+def _unsqueezed(value: ir.Value | None) -> ir.Value | None:
+    """What a value was before a last axis of size 1 was put behind it."""
+    node = value.producer() if value is not None else None
+    if node is None or node.op_type != "Unsqueeze" or value is None or value.shape is None:
+        return None
+    axes = node.inputs[1].const_value if node.inputs[1] is not None else None
+    last = axes is not None and axes.numpy().tolist() in ([-1], [len(value.shape) - 1])
+    return node.inputs[0] if last else None
+
+
+def _core(
+    nodes: Sequence[ir.Node], own: set[ir.Value], of_pairs: set[ir.Value], token: ir.Value
+) -> list[ir.Node]:
+    """The nodes that take something of the expert's own, those between them, and those that hand on no rows."""
+    core = {node for node in nodes if any(value in own for value in node.inputs)}
+    while True:
+        before = len(core)
+        below, above = set(_below(nodes, _given(core))), set(_above(nodes, _taken(core)))
+        core |= below & above
+        wanted, given = set(_taken(core)), set(_given(core))
+        for node in nodes:
+            enters = any(value in wanted and not _is_led(value, token) for value in node.outputs)
+            if enters and node not in below and any(value in of_pairs for value in node.outputs):
+                core.add(node)
+            if node in below and any(value in given and not _is_led(value, token) for value in node.inputs):
+                core.add(node)
+        if len(core) == before:
+            return [node for node in nodes if node in core]
+
+
+def _is_led(value: ir.Value | None, token: ir.Value) -> bool:
+    """Whether a value's leading axes are the rows, as token's are."""
+    assert token.shape is not None
+    if value is None or value.shape is None or len(value.shape) < len(token.shape):
+        return False
+    return tuple(value.shape)[: len(token.shape)] == tuple(token.shape)
+
+
+def _only_of(nodes: Iterable[ir.Node], weights: Iterable[ir.Value], others: set[ir.Value]) -> list[ir.Node]:
+    """The nodes that read weights and constants, and nothing else."""
+    own, found = set(weights), []
+    for node in nodes:
+        if any(value in others for value in node.inputs):
+            others.update(node.outputs)
+        elif any(value in own for value in node.inputs):
+            own.update(node.outputs)
+            found.append(node)
+    return found
+
+
+def _below(nodes: Iterable[ir.Node], values: Iterable[ir.Value]) -> list[ir.Node]:
+    """The nodes that depend on any of the values."""
+    seen, found = set(values), []
+    for node in nodes:
+        if any(value in seen for value in node.inputs):
+            seen.update(node.outputs)
+            found.append(node)
+    return found
+
+
+def _above(nodes: Sequence[ir.Node], values: Iterable[ir.Value]) -> list[ir.Node]:
+    """The nodes that any of the values depends on."""
+    wanted, found = set(values), []
+    for node in reversed(nodes):
+        if any(value in wanted for value in node.outputs):
+            wanted.update(value for value in node.inputs if value is not None)
+            found.append(node)
+    return found
+
+
+def _without(nodes: Iterable[ir.Node], others: Iterable[ir.Node]) -> list[ir.Node]:
+    left_out = set(others)
+    return [node for node in nodes if node not in left_out]
+
+
+def _taken(nodes: Iterable[ir.Node]) -> list[ir.Value]:
+    return list(dict.fromkeys(value for node in nodes for value in node.inputs if value is not None))
+
+
+def _given(nodes: Iterable[ir.Node]) -> list[ir.Value]:
+    return [value for node in nodes for value in node.outputs]
+
+
+class PartsWriter:
+    """Writes the parts of a body into a graph; each method may be called often, on other rows.
+
+    Args:
+        w: Where what all pairs have in common goes.
+        parts: The body.
+        indices: (N, k) or (N,): the chosen experts.
+        shared: The graph's values for the body's shared inputs.
+        metadata: For the nodes that are written.
+    """
+
+    def __init__(
+        self,
+        w: Writer,
+        parts: Parts,
+        indices: ir.Value,
+        shared: Sequence[ir.Value],
+        metadata: Mapping[str, str],
+    ) -> None:
+        self._parts = parts
+        self._indices = indices
+        self._metadata = metadata
+        self._known = dict(zip(parts.shared, shared, strict=True))
+        for value in parts.body.initializers.values():
+            self._known[value] = w.copied(value)
+        self._write(w, parts.common, self._known)
+
+    def prepared(self, w: Writer, weights: Sequence[ir.Value]) -> list[ir.Value]:
+        """Weights of the body, or stacks of them for a body with a batch axis → as the core takes them."""
+        known = {**self._known, **dict(zip(self._parts.weights, weights, strict=True))}
+        self._write(w, self._parts.prepared, known)
+        return [known[value] for value in self._parts.ready]
+
+    def before(self, w: Writer, token: ir.Value, slot: ir.Value) -> list[ir.Value]:
+        """The row values that the core takes, for the given pairs."""
+        known = self._with_rows(token, slot)
+        self._write(w, _needed(self._parts.before, self._parts.entering), known)
+        return [known[value] for value in self._parts.entering]
+
+    def core(
+        self, w: Writer, entering: Sequence[ir.Value], expert: ir.Value, ready: Sequence[ir.Value]
+    ) -> list[ir.Value]:
+        """What the expert makes of the row values."""
+        known = dict(self._known)
+        known.update(zip(self._parts.entering, entering, strict=True))
+        known.update(zip(self._parts.ready, ready, strict=True))
+        known[self._parts.body.inputs[EXPERT]] = expert
+        self._write(w, self._parts.core, known)
+        return [known[value] for value in self._parts.leaving]
+
+    def after(
+        self,
+        w: Writer,
+        leaving: Sequence[ir.Value],
+        token: ir.Value,
+        slot: ir.Value,
+        lead: Sequence[int] | None = None,
+    ) -> ir.Value:
+        """The rows of the result, from what the core gave for the same pairs.
+
+        Args:
+            w: Where to write.
+            leaving: What the core gave.
+            token: Of each pair.
+            slot: Of each pair.
+            lead: If these are all pairs, token by token: their shape, with -1 for S. A value (N, k, ...) is then
+                only reshaped where the body picks its entries by token and slot.
+        """
+        known = self._with_rows(token, slot)
+        known.update(zip(self._parts.leaving, leaving, strict=True))
+        wanted = [*_taken(self._parts.after), self._parts.body.outputs[0]]
+        needed = _needed(self._parts.before, wanted)
+        for node in needed if lead is not None else ():
+            source = known.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
+            if source is not None and source.shape is not None and self._picks_by_pair(node, source):
+                rest = [int(size) for size in source.shape[2:]]  # type: ignore[arg-type]
+                known[node.outputs[0]] = w.op("Reshape", source, w.ints(*(lead or ()), *rest))
+        self._write(w, [node for node in needed if node.outputs[0] not in known], known)
+        self._write(w, self._parts.after, known)
+        return known[self._parts.body.outputs[0]]
+
+    def _picks_by_pair(self, node: ir.Node, source: ir.Value) -> bool:
+        """Whether a node is `source[token, slot]`, and `source` has an entry for each pair and no more."""
+        sizes, pairs = source.shape, self._indices.shape
+        if node.op_type != "GatherND" or sizes is None or pairs is None or len(pairs) != 2:
+            return False
+        index = node.inputs[1].producer() if node.inputs[1] is not None else None
+        if index is None or index.op_type != "Concat" or tuple(sizes[:2]) != tuple(pairs):
+            return False
+        inputs = self._parts.body.inputs
+        return [_unsqueezed(value) for value in index.inputs] == [inputs[TOKEN], inputs[SLOT]]
+
+    def _with_rows(self, token: ir.Value, slot: ir.Value) -> dict[ir.Value, ir.Value]:
+        inputs = self._parts.body.inputs
+        return {**self._known, inputs[TOKEN]: token, inputs[SLOT]: slot}
+
+    def _write(self, w: Writer, nodes: Iterable[ir.Node], known: dict[ir.Value, ir.Value]) -> None:
+        write_nodes(w, nodes, known, self._metadata)
+
+
+def _needed(nodes: Sequence[ir.Node], values: Iterable[ir.Value]) -> list[ir.Node]:
+    return list(reversed(_above(nodes, values)))

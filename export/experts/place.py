@@ -1,0 +1,189 @@
+"""Put one opaque node in the place of each MoE block that was understood; what it means is written out at emission.
+
+The node is `moe_export::Experts(indices, *shared, *weights)` with the block's number as its attribute. torch's
+exporter carries it into ONNX as it is, and `experts/lower` replaces it there.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from onnx_ir import tensor_adapters
+from torch import fx
+from torch.export import ExportedProgram
+from torch.onnx.ops import _symbolic_impl
+
+from moe_export.export.experts.batch import trace_body
+from moe_export.export.experts.body import ZEROS, Experts, NotExpertsError, check_rows
+from moe_export.export.experts.recognise import find_experts
+from moe_export.export.gates.gate import values_of
+from moe_export.export.trace import Traced, quiet
+
+DOMAIN, OPERATOR, NUMBER = "moe_export", "Experts", "block"
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Block:
+    """An MoE block that was replaced by an opaque node.
+
+    Attributes:
+        experts: What it means.
+        program: Its body, with a dynamic number of rows.
+        example: What the body was traced with.
+    """
+
+    experts: Experts
+    program: ExportedProgram
+    example: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A traced model with its MoE blocks made opaque.
+
+    Attributes:
+        traced: The model; its program can be emitted, not run.
+        blocks: By the number that their node carries.
+        refused: Why other loops over experts stay as they were written, with their lines.
+    """
+
+    traced: Traced
+    blocks: tuple[Block, ...]
+    refused: tuple[str, ...]
+
+
+def place_experts(traced: Traced) -> Placed:
+    """Find the MoE blocks of a model and replace each by one opaque node; refuse with a reason what is not one."""
+    blocks: list[Block] = []
+    found, reasons = find_experts(traced.program.graph)
+    refused = list(reasons)
+    # The model runs once for all blocks: a run a block would take as many runs as there are layers.
+    nodes = tuple(dict.fromkeys(node for experts in found for node in _examples(experts)))
+    values = dict(zip(nodes, values_of(traced, nodes), strict=True)) if nodes else {}
+    for experts in found:
+        try:
+            blocks.append(_block(experts, values))
+        except NotExpertsError as error:
+            refused.append(f"the loop over experts at {experts.line} stays as it was written: {error}")
+    if not blocks:
+        return Placed(traced, (), tuple(refused))
+    program = _with_nodes(traced.program, [block.experts for block in blocks])
+    return Placed(dataclasses.replace(traced, program=program), tuple(blocks), tuple(refused))
+
+
+def _examples(experts: Experts) -> tuple[fx.Node, ...]:
+    """What a block's body is tried on: indices, shared values, and of each weight the first expert's, or the stack."""
+    first = [weight.separate[0] if weight.separate else weight.stack for weight in experts.weights]
+    return (experts.indices, *experts.shared, *(node for node in first if node is not None))
+
+
+def _block(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> Block:
+    """Check that the body works row by row, and trace it with a free number of rows."""
+    check_rows(experts, values)
+    first = _examples(experts)[1 + len(experts.shared) :]
+    weights = [
+        values[node] if weight.stack is None else values[node][0]
+        for node, weight in zip(first, experts.weights, strict=True)
+    ]
+    rows = torch.arange(3) % max(1, values[experts.indices].shape[0])
+    expert = torch.zeros(1, dtype=torch.int64)
+    shared = [values[node] for node in experts.shared]
+    arguments = (rows, torch.zeros_like(rows), expert, *shared, *weights)
+    free = {0, 1, *range(3, 3 + len(shared))}
+    spec = [[index in free] * value.dim() for index, value in enumerate(arguments)]
+    try:
+        program = trace_body(experts.body, arguments, spec)
+    except Exception as error:
+        raise NotExpertsError(f"the expert cannot be traced for any number of tokens: {error}") from error
+    return Block(experts, program, arguments)
+
+
+def _with_nodes(program: ExportedProgram, blocks: Sequence[Experts]) -> ExportedProgram:
+    """A copy of the program in which each block is one node."""
+    with quiet():
+        module = copy.deepcopy(program.graph_module)
+    twins = dict(zip(program.graph.nodes, module.graph.nodes, strict=True))
+    for number, experts in enumerate(blocks):
+        _replace(module.graph, experts, number, twins)
+    signature = copy.deepcopy(program.graph_signature)
+    outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    for spec, node in zip(signature.output_specs, outputs, strict=True):
+        spec.arg = dataclasses.replace(spec.arg, name=node.name)
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    module.graph.lint()
+    module.recompile()
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
+
+
+def _replace(graph: fx.Graph, experts: Experts, number: int, twins: dict[fx.Node, fx.Node]) -> None:
+    result = twins[experts.result]
+    start = twins[experts.start] if experts.start is not None else twins[experts.indices]
+    inputs = [twins[node] for node in (experts.indices, *experts.shared)]
+    for weight in experts.weights:
+        inputs += [twins[node] for node in weight.separate] if weight.stack is None else [twins[weight.stack]]
+    value = result.meta["val"]
+    with graph.inserting_before(result):
+        shape: list[Any] = []
+        for axis, size in enumerate(value.shape):
+            if isinstance(size, torch.SymInt):
+                node = graph.call_function(_aten.sym_size.int, (start, axis))
+                node.meta["val"] = size
+                shape.append(node)
+            else:
+                shape.append(size)
+        encoded = _symbolic_impl.EncodedAttrs.from_dict({NUMBER: number})
+        opaque = graph.call_function(
+            torch.ops.onnx_symbolic._symbolic.default,
+            (inputs, OPERATOR, int(tensor_adapters.from_torch_dtype(value.dtype))),
+            {
+                "shape": shape,
+                "domain": DOMAIN,
+                "version": 1,
+                "metadata_props_keys": [],
+                "metadata_props_values": [],
+                **dataclasses.asdict(encoded),
+            },
+        )
+        opaque.meta = dict(result.meta)
+        replacement = opaque
+        if experts.overwrites:
+            replacement = _where_chosen(graph, twins[experts.indices], experts.count, opaque, start)
+        elif experts.start is not None and start.target not in ZEROS:
+            replacement = graph.call_function(_aten.add.Tensor, (start, opaque))
+        if replacement is not opaque:
+            replacement.meta = dict(result.meta)
+    result.replace_all_uses_with(replacement)
+    twins[experts.result] = replacement
+
+
+def _where_chosen(graph: fx.Graph, indices: fx.Node, count: int, rows: fx.Node, others: fx.Node) -> fx.Node:
+    """The rows of the tokens whose index (N,) names one of `count` experts; of the other tokens those of `others`."""
+
+    def call(operator: Any, *args: Any) -> fx.Node:
+        node = graph.call_function(operator, args)
+        node.meta["val"] = operator(*fx.map_arg(args, lambda arg: arg.meta["val"]))
+        return node
+
+    chosen = call(
+        _aten.logical_and.default, call(_aten.ge.Scalar, indices, 0), call(_aten.lt.Scalar, indices, count)
+    )
+    for axis in range(1, rows.meta["val"].dim()):
+        chosen = call(_aten.unsqueeze.default, chosen, axis)
+    return call(_aten.where.self, chosen, rows, others)

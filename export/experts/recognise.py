@@ -1,0 +1,84 @@
+"""Every MoE block of a traced program, in whatever shape it was written. See docs/experts.md for the shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import fx
+
+from moe_export.export.experts.body import Experts, NotExpertsError, Surroundings, understand
+from moe_export.export.experts.capacity import find_capacity
+from moe_export.export.experts.choice import experts_of
+from moe_export.export.experts.dense import find_dense
+from moe_export.export.experts.find import find_chains
+from moe_export.export.experts.pairs import Loop, find_roots, understand_pairs
+
+
+def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]:
+    """Find the MoE blocks of a traced program.
+
+    Returns:
+        What was understood, and why other code that looks like experts stays as it was written, a line each.
+    """
+    refused: list[str] = []
+    loops = _loops(graph, refused)
+    blocks, within = _pairs(graph, loops, refused)
+    blocks += find_dense(graph)
+    blocks += find_capacity(graph, refused)
+    for result, loop in loops.items():
+        if result in within:
+            continue
+        if loop.through is None:
+            blocks.append(loop.experts)
+        else:
+            where = loop.experts.line
+            refused.append(_stays("loop over", where, "its rows are sorted, and it is not known by what"))
+    for block in blocks:
+        if _chosen_from(block) > block.count:
+            why = f"the gate chooses from {_chosen_from(block)} experts, and {block.count} have weights"
+            refused.append(_stays("code of the", block.line, why))
+    return tuple(block for block in blocks if _chosen_from(block) <= block.count), tuple(refused)
+
+
+def _loops(graph: fx.Graph, refused: list[str]) -> dict[fx.Node, Loop]:
+    """Every loop over experts that is understood by itself, by the node that it ends in."""
+    loops: dict[fx.Node, Loop] = {}
+    chains = find_chains(graph)
+    around = Surroundings.of(graph, chains)
+    for chain in chains:
+        try:
+            loops[chain.turns[-1].after] = Loop(understand(chain, around), chain.through)
+        except NotExpertsError as error:
+            refused.append(_stays("loop over", chain.line, str(error)))
+    return loops
+
+
+def _pairs(
+    graph: fx.Graph, loops: Mapping[fx.Node, Loop], refused: list[str]
+) -> tuple[list[Experts], set[fx.Node]]:
+    """Every block that computes all pairs at once, and the values that belong to these blocks."""
+    blocks: list[Experts] = []
+    within: set[fx.Node] = set()
+    failed: set[fx.Node] = set()
+    for root in find_roots(graph, loops):
+        if root.index in within or root.choices[0] in failed:
+            continue
+        try:
+            found = understand_pairs(root, loops)
+        except NotExpertsError as error:
+            refused.append(_stays("code of the", root.line, str(error)))
+            failed.add(root.choices[0])
+            continue
+        if found is not None:
+            blocks.append(found.block)
+            within |= found.values
+    return blocks, within
+
+
+def _stays(what: str, line: str | None, why: str) -> str:
+    return f"the {what} experts at {line} stays as it was written: {why}"
+
+
+def _chosen_from(block: Experts) -> int:
+    """How many experts the gate chooses from, as far as its choice is seen."""
+    return experts_of(block.indices) or block.count

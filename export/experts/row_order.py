@@ -1,0 +1,258 @@
+"""Look-ups, sorting and counting in code that computes all pairs at once: rules of `experts/rows`.
+
+Sorting the pairs by expert, reading rows in that order and putting them back moves rows and changes none; counts and
+running counts say where each expert's rows lie.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.body import NotExpertsError
+from moe_export.export.experts.mask import marks_of
+from moe_export.export.experts.pair_body import PairBody
+from moe_export.export.experts.row_shapes import over, pointwise
+from moe_export.export.experts.rows import Region, Rows, arguments, rank_of, shape_of
+
+_aten = torch.ops.aten
+
+
+def index(region: Region, node: fx.Node) -> Rows | None:
+    """Read from a table by integers of the pairs."""
+    source, indices = arguments(node)
+    if not isinstance(source, fx.Node) or not isinstance(indices, (list, tuple)):
+        return None
+    return _looked_up(region, source, list(indices))
+
+
+def index_select(region: Region, node: fx.Node) -> Rows | None:
+    source, axis, index = arguments(node)
+    if axis != 0 or not isinstance(source, fx.Node) or not isinstance(index, fx.Node):
+        return None
+    return _looked_up(region, source, [index])
+
+
+def embedding(region: Region, node: fx.Node) -> Rows | None:
+    table, index = arguments(node)[:2]
+    if not isinstance(table, fx.Node) or not isinstance(index, fx.Node):
+        return None
+    return _looked_up(region, table, [index])
+
+
+def _looked_up(region: Region, source: fx.Node, indices: list[Any]) -> Rows | None:
+    if any(not isinstance(index, fx.Node) for index in indices):
+        return None
+    rows = region.common(indices)
+    if rows is None or any(rank_of(index) != rows.lead for index in indices):
+        return None
+    first = region.rows.get(indices[0])
+    if source in region.rows:
+        return _moved(region, region.rows[source], source, first) if len(indices) == 1 and first else None
+    if len(indices) == 1 and first is not None and first.number == "expert":
+        size = str(shape_of(source)[0])
+        if size != str(region.count):
+            raise NotExpertsError(
+                f"{source.name} holds the weights of {size} experts, and {region.count} are used"
+            )
+        lead = rows.lead
+        return Rows(
+            *rows.where,
+            lambda body: body.as_rows(body.stack(source), lead),
+            constant=True,
+            weighs=rank_of(source) > 1,
+        )
+
+    def make(body: PairBody) -> fx.Node:
+        if len(indices) == 1 and first is not None and first.number == "pair":
+            return body.flat(source)
+        found = [body.operand(index, rows, rows.lead) for index in indices]
+        return body.call(_aten.index.Tensor, body.share(source), found)
+
+    return Rows(*rows.where, make, "", weighs=rows.weighs)
+
+
+def _moved(region: Region, rows: Rows, source: fx.Node, index: Rows | None) -> Rows | None:
+    """Rows read in another order: sorted, or back in the order of the pairs."""
+    if index is None or rows.lead != 1 or index.lead != 1:
+        return None
+    sorts = index.number == "pair" and rows.order is None
+    unsorts = index.number == "place" and index.order is None and rows.order is not None
+    if unsorts and index.unsorts is not rows.order:
+        return None
+    if not sorts and not unsorts:
+        return None
+    return Rows(1, index.order, lambda body: body.value(source), rows.number, rows.constant, rows.weighs)
+
+
+def sort(region: Region, node: fx.Node) -> Rows | None:
+    """Sorting the pairs' experts gives an order; sorting an order gives each pair's place in it."""
+    source = arguments(node)[0]
+    assert isinstance(source, fx.Node)
+    rows = region.rows[source]
+    if rows.lead != 1 or rank_of(source) != 1 or _descends(node):
+        return None
+    whole = node.target in (_aten.sort.default, _aten.sort.stable)
+    if rows.number == "expert" and rows.order is None:
+        if whole:
+            return Rows(1, node, lambda body: body.token, "sort")
+        return Rows(1, node, lambda body: body.pair(), "pair")
+    if rows.number == "pair" and rows.order is not None and not whole:
+        return Rows(1, None, lambda body: body.token, "place", unsorts=rows.order)
+    return None
+
+
+def _descends(node: fx.Node) -> bool:
+    flags = [arg for arg in arguments(node)[1:] if isinstance(arg, bool)]
+    stable = node.target in (_aten.sort.stable, _aten.argsort.stable)
+    return bool(node.kwargs.get("descending", False)) or (
+        any(flags[1:]) if stable and len(flags) > 1 else any(flags)
+    )
+
+
+def divided(region: Region, node: fx.Node) -> Rows | None:
+    """The flat number of a pair, divided by k: its token."""
+    source, by = arguments(node)[:2]
+    rows = region.rows.get(source)
+    whole = node.target is _aten.floor_divide.default or node.kwargs.get("rounding_mode") in (
+        "floor",
+        "trunc",
+    )
+    if rows is not None and rows.number == "pair" and by == region.slots and whole:
+        return Rows(*rows.where, lambda body: body.token, "token")
+    return pointwise(region, node)
+
+
+def remainder(region: Region, node: fx.Node) -> Rows | None:
+    source, by = arguments(node)[:2]
+    rows = region.rows.get(source)
+    if rows is not None and rows.number == "pair" and by == region.slots:
+        return Rows(*rows.where, lambda body: body.slot, "slot")
+    return pointwise(region, node)
+
+
+def put(region: Region, node: fx.Node) -> Rows | None:
+    """Sorted rows put where their pairs belong, all of them: back in the order of the pairs."""
+    if node.target is _aten.index_put.default:
+        base, (index, *more), values = arguments(node)[0], arguments(node)[1], arguments(node)[2]
+        if more or (arguments(node)[3] if len(arguments(node)) > 3 else node.kwargs.get("accumulate", False)):
+            return None
+    else:
+        base, axis, index, values = arguments(node)[:4]
+        if axis != 0 or rank_of(index) != 1:
+            return None
+    order = region.rows.get(index)
+    if (
+        order is None
+        or order.number != "pair"
+        or order.order is None
+        or shape_of(base)[:1] != shape_of(index)[:1]
+    ):
+        return None
+    assert isinstance(values, fx.Node)
+    if values in region.rows:
+        rows = region.rows[values]
+        if rows.where != order.where or rank_of(values) != rank_of(node):
+            return None
+        return Rows(1, None, lambda body: body.value(values), rows.number, rows.constant, rows.weighs)
+    counting = values.target in (_aten.arange.default, _aten.arange.start) and (
+        values.target is _aten.arange.default or arguments(values)[0] == 0
+    )
+    if counting and str(shape_of(values)[0]) == region.pairs:
+        return Rows(1, None, lambda body: body.token, "place", unsorts=order.order)
+    return None
+
+
+def counts(region: Region, node: fx.Node) -> Rows | None:
+    """How many pairs each expert has: `histc` and `bincount` of the experts."""
+    source = arguments(node)[0]
+    assert isinstance(source, fx.Node)
+    rows = region.rows[source]
+    if rows.number != "expert" or rank_of(node) != 1 or str(shape_of(node)[0]) != str(region.count):
+        return None
+    if node.target is _aten.histc.default and list(arguments(node)[2:4]) != [0, region.count - 1]:
+        return None
+    return Rows(0, None, lambda body: body.expert, "counts")
+
+
+def marks(region: Region, node: fx.Node) -> Rows | None:
+    """`one_hot` of the experts: (N, k, E) or (S, E)."""
+    source = arguments(node)[0]
+    assert isinstance(source, fx.Node)
+    rows = region.rows[source]
+    if rows.number != "expert" or str(shape_of(node)[-1]) != str(region.count):
+        return None
+
+    def make(body: PairBody) -> fx.Node:
+        return body.call(_aten.one_hot.default, body.value(source), region.count)
+
+    return Rows(*rows.where, make, "marks", rows.constant)
+
+
+def running(region: Region, node: fx.Node) -> Rows | None:
+    """The running sum of the counts: where each expert's rows end."""
+    source = arguments(node)[0]
+    assert isinstance(source, fx.Node)
+    if region.rows[source].number == "counts":
+        return Rows(0, None, lambda body: body.expert, "ends")
+    return over(1)(region, node)
+
+
+def counted(region: Region, node: fx.Node) -> Rows | None:
+    """The sum of the pairs' marks over all pairs, or of the tokens' marks over all tokens."""
+    source, axes = arguments(node)[0], arguments(node)[1] if len(arguments(node)) > 1 else []
+    rows = region.rows[source]
+    over_all = {"marks": list(range(rows.lead)), "token marks": [0]}.get(rows.number)
+    if over_all is None or sorted(axes) != over_all or rank_of(node) != 1:
+        return None
+    return Rows(0, None, lambda body: body.expert, "counts")
+
+
+def token_marks(region: Region, node: fx.Node) -> Rows | None:
+    """`zeros(N, E).scatter(1, idx, 1)`: which experts each token chose."""
+    marks = marks_of(node)
+    if (
+        marks is None
+        or region.rows[marks.indices].number != "expert"
+        or region.rows[marks.indices].where != (2, None)
+    ):
+        return None
+    if str(shape_of(node)[-1]) != str(region.count):
+        return None
+    return Rows(0, None, lambda body: body.expert, "token marks")
+
+
+def behind(region: Region, node: fx.Node) -> Rows | None:
+    """`row >= ends` for the numbers of all rows (S, 1): whether a row lies behind those of an expert, (S, E)."""
+    numbers, ends = arguments(node)
+    known = region.rows.get(ends)
+    if known is None or known.number != "ends" or numbers in region.rows:
+        return pointwise(region, node)
+    if numbers.target is not _aten.unsqueeze.default or not _counts_up(arguments(numbers)[0]):
+        return None
+    if [str(size) for size in shape_of(node)] != [region.pairs, str(region.count)]:
+        return None
+    return Rows(0, None, lambda body: body.expert, "behind")
+
+
+def _counts_up(node: fx.Node) -> bool:
+    """Whether a value is 0, 1, 2, ..."""
+    if node.target is _aten.arange.default:
+        return True
+    return node.target is _aten.arange.start and arguments(node)[0] == 0
+
+
+def segment(region: Region, node: fx.Node) -> Rows | None:
+    """How many experts end before each row: the expert of the row, where rows are sorted by expert.
+
+    All orders by expert have the same experts in the same rows; the one that is meant is the one that is there.
+    """
+    source, axes = arguments(node)[0], arguments(node)[1] if len(arguments(node)) > 1 else []
+    if region.rows[source].number != "behind" or [axis % 2 for axis in axes] != [1]:
+        return None
+    orders = {rows.order for rows in region.rows.values() if rows.order is not None}
+    if len(orders) != 1:
+        return None
+    return Rows(1, orders.pop(), lambda body: body.expert, "expert", constant=True)

@@ -1,0 +1,110 @@
+"""The rules of `experts/rows`: for each operator, what its result's axes run over, and how a body computes it.
+
+A rule gives None where the operator mixes rows or moves their axes in a way that is not known; what follows from its
+result is then no part of the region.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.row_order import (
+    behind,
+    counted,
+    counts,
+    divided,
+    embedding,
+    index,
+    index_select,
+    marks,
+    put,
+    remainder,
+    running,
+    segment,
+    sort,
+    token_marks,
+)  # fmt: skip
+from moe_export.export.experts.row_products import einsum, linear, matmul
+from moe_export.export.experts.row_shapes import (
+    Rule,
+    expand,
+    norm,
+    over,
+    part,
+    permute,
+    pointwise,
+    reshaped,
+    same,
+    sliced,
+    split,
+)
+from moe_export.export.experts.rows import Region, Rows
+
+_aten = torch.ops.aten
+
+
+def rows_after(region: Region, node: fx.Node) -> Rows | None:
+    """What the axes of one more value run over; None if that is not known."""
+    rule = _RULES.get(node.target)
+    if rule is not None:
+        return rule(region, node)
+    if torch.Tag.pointwise in getattr(node.target, "tags", ()):
+        return pointwise(region, node)
+    return None
+
+
+def _summed(region: Region, node: fx.Node) -> Rows | None:
+    """A sum over pairs of their marks counts them; a sum over experts of those that end before says which is next."""
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return segment(region, node) or counted(region, node) or over(1)(region, node)
+
+
+_RULES: Mapping[Any, Rule] = {
+    **dict.fromkeys(
+        (
+            _aten._to_copy.default, _aten.to.dtype, _aten.clone.default, _aten.alias.default, _aten.detach.default,
+            _aten.contiguous.default, _aten.dropout.default,
+        ),
+        same,
+    ),
+    **dict.fromkeys((_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default), reshaped),
+    **dict.fromkeys((_aten.linear.default, _aten.mm.default, _aten.addmm.default), linear),
+    **dict.fromkeys((_aten.bmm.default, _aten.matmul.default), matmul),
+    **dict.fromkeys((_aten.layer_norm.default, _aten.native_layer_norm.default, _aten.rms_norm.default), norm),
+    **dict.fromkeys((_aten.sort.default, _aten.sort.stable, _aten.argsort.default, _aten.argsort.stable), sort),
+    **dict.fromkeys((_aten.floor_divide.default, _aten.div.Tensor_mode), divided),
+    **dict.fromkeys((_aten.index_put.default, _aten.scatter.src), put),
+    **dict.fromkeys((_aten.histc.default, _aten.bincount.default), counts),
+    **dict.fromkeys(
+        (
+            _aten.softmax.int, _aten._softmax.default, _aten.log_softmax.int, _aten.select.int, _aten.mean.dim,
+            _aten.amax.default, _aten.amin.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.any.dim,
+            _aten.linalg_vector_norm.default, _aten.var.correction,
+        ),
+        over(1),
+    ),
+    **dict.fromkeys((_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default), split),
+    **dict.fromkeys((_aten.cat.default, _aten.concat.default, _aten.stack.default), over(1, default=0)),
+    _aten.slice.Tensor: sliced,
+    _aten.transpose.int: over(1, 2),
+    _aten.glu.default: over(1, default=-1),
+    _aten.permute.default: permute,
+    _aten.expand.default: expand,
+    _aten.sum.dim_IntList: _summed,
+    _aten.cumsum.default: running,
+    _aten.one_hot.default: marks,
+    _aten.index.Tensor: index,
+    _aten.index_select.default: index_select,
+    _aten.embedding.default: embedding,
+    _aten.remainder.Scalar: remainder,
+    _aten.einsum.default: einsum,
+    _aten.ge.Tensor: behind,
+    _aten.scatter.value: token_marks,
+    operator.getitem: part,
+}  # fmt: skip

@@ -1,0 +1,215 @@
+"""Element-wise operators, and those along the axes of one row: rules of `experts/rows`."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.pair_body import PairBody
+from moe_export.export.experts.rows import Region, Rows, arguments, rank_of, rest_of, shape_of
+
+_aten = torch.ops.aten
+
+Rule = Callable[[Region, fx.Node], "Rows | None"]
+
+
+def same(region: Region, node: fx.Node) -> Rows | None:
+    """Copies and casts: the same value, integers keep what they mean."""
+    source = arguments(node)[0]
+    assert isinstance(source, fx.Node)
+    rows = region.rows[source]
+
+    def make(body: PairBody) -> fx.Node:
+        return body.call(node.target, body.value(source), *arguments(node)[1:], **node.kwargs)
+
+    return Rows(*rows.where, make, rows.number, rows.constant, rows.weighs)
+
+
+def pointwise(region: Region, node: fx.Node) -> Rows | None:
+    """Element by element: operands are lined up from the right."""
+    rank = rank_of(node)
+    rows = region.common(node.all_input_nodes, rank)
+    own = [source for source in node.all_input_nodes if source in region.rows]
+    if rows is None or any(rank_of(source) != rank for source in own):
+        return None
+
+    def make(body: PairBody) -> fx.Node:
+        args = fx.map_arg(arguments(node), lambda arg: body.operand(arg, rows, rank))
+        kwargs = fx.map_arg(node.kwargs, lambda arg: body.operand(arg, rows, rank))
+        return body.call(node.target, *args, **kwargs)
+
+    return Rows(*rows.where, make, "", rows.constant, rows.weighs)
+
+
+def over(*positions: int, default: Any = None) -> Rule:
+    """An operator on the axes in some of its arguments, none of which runs over pairs."""
+
+    def rule(region: Region, node: fx.Node) -> Rows | None:
+        source = arguments(node)[0]
+        sources = list(source) if isinstance(source, (list, tuple)) else [source]
+        rank = rank_of(sources[0])
+        rows = region.common(sources, rank)
+        found = [arguments(node)[at] for at in positions if at < len(arguments(node))] or [
+            node.kwargs.get("dim", default)
+        ]
+        axes = [axis for value in found for axis in (value if isinstance(value, (list, tuple)) else [value])]
+        if rows is None or not axes or any(not isinstance(axis, int) for axis in axes):
+            return None
+        extra = 1 if node.target in (_aten.unsqueeze.default, _aten.stack.default) else 0
+        if any(axis % (rank + extra) < rows.lead for axis in axes):
+            return None
+        if any(rank_of(each) != rank for each in sources) or _sizes_outside(node):
+            return None
+
+        def make(body: PairBody) -> fx.Node:
+            mine = [_expanded(body, region, each, rows, rank, alone=len(sources) == 1) for each in sources]
+            first = mine if isinstance(source, (list, tuple)) else mine[0]
+            return body.call(node.target, first, *arguments(node)[1:], **node.kwargs)
+
+        number = region.rows[source].number if node.target is _aten.unsqueeze.default else ""
+        return Rows(*rows.where, make, number, rows.constant, rows.weighs)
+
+    return rule
+
+
+def _expanded(
+    body: PairBody, region: Region, node: fx.Node, rows: Rows, rank: int, *, alone: bool
+) -> fx.Node:
+    """An operand that has all R rows, where others beside it do."""
+    made: fx.Node = body.operand(node, rows, rank)
+    if alone or (node in region.rows and (rows.constant or not region.rows[node].constant)):
+        return made
+    count = body.call(_aten.sym_size.int, body.token, 0)
+    return body.call(_aten.expand.default, made, [count, *([-1] * (rank - 1))])
+
+
+def _sizes_outside(node: fx.Node) -> bool:
+    """Whether an operator takes a size that is computed."""
+    return any(isinstance(source.meta.get("val"), (int, torch.SymInt)) for source in node.all_input_nodes)
+
+
+def split(region: Region, node: fx.Node) -> Rows | None:
+    """`split` in equal parts, written with the sizes of the parts."""
+    rows = over(2, default=0)(region, node)
+    if rows is None:
+        return None
+    axis = arguments(node)[2] if len(arguments(node)) > 2 else node.kwargs.get("dim", 0)
+    sizes = [int(part.shape[axis]) for part in node.meta["val"]]
+
+    def make(body: PairBody) -> fx.Node:
+        return body.call(_aten.split_with_sizes.default, body.value(arguments(node)[0]), sizes, axis)
+
+    return dataclasses.replace(rows, make=make)
+
+
+def part(region: Region, node: fx.Node) -> Rows | None:
+    source, index = arguments(node)
+    assert isinstance(source, fx.Node)
+    rows = region.rows[source]
+    if rows.number == "sort":
+        order = rows.order
+        assert order is not None
+        if index == 0:
+            return Rows(1, order, lambda body: body.expert, "expert", constant=True)
+        return Rows(1, order, lambda body: body.pair(), "pair")
+
+    def make(body: PairBody) -> fx.Node:
+        return body.call(operator.getitem, body.value(source), index)
+
+    return Rows(*rows.where, make, "", rows.constant, rows.weighs)
+
+
+def reshaped(region: Region, node: fx.Node) -> Rows | None:
+    """`view` within a row, or between a grid and the flat pairs."""
+    source = arguments(node)[0]
+    assert isinstance(source, fx.Node)
+    rows = region.rows[source]
+    if rows.lead == 0:
+        return None
+    grids = rank_of(node) > 1 and region.leads(shape_of(node), 2)
+    stays = (
+        rows.lead == 1
+        and shape_of(node)[1:2] == shape_of(source)[1:2]
+        and not _regroups(region, node, source)
+    )
+    if rows.order is None and grids and not (region.slots == 1 and stays):
+        lead = 2
+    elif rank_of(node) > 0 and region.leads(shape_of(node), 1):
+        lead = 1
+    else:
+        return None
+    rest = rest_of(node, lead)
+    if rest is None:
+        return None
+
+    def make(body: PairBody) -> fx.Node:
+        begin = [1] * lead if rows.constant else [-1] + [1] * (lead - 1)
+        return body.call(_aten.reshape.default, body.value(source), [*begin, *rest])
+
+    return Rows(lead, rows.order, make, rows.number if set(rest) <= {1} else "", rows.constant, rows.weighs)
+
+
+def _regroups(region: Region, node: fx.Node, source: fx.Node) -> bool:
+    """Whether (S, H) becomes (N, k, H)."""
+    return rank_of(node) == rank_of(source) + 1 and str(shape_of(node)[1]) == str(region.slots)
+
+
+def expand(region: Region, node: fx.Node) -> Rows | None:
+    source = arguments(node)[0]
+    assert isinstance(source, fx.Node)
+    rows = region.rows[source]
+    rest = rest_of(node, rows.lead)
+    if rest is None or rank_of(source) != rank_of(node) or rows.lead == 0:
+        return None
+    if [str(size) for size in shape_of(node)[: rows.lead]] != [
+        str(size) for size in shape_of(source)[: rows.lead]
+    ]:
+        return None
+
+    def make(body: PairBody) -> fx.Node:
+        return body.call(_aten.expand.default, body.value(source), [*([-1] * rows.lead), *rest])
+
+    return Rows(*rows.where, make, rows.number, rows.constant, rows.weighs)
+
+
+def permute(region: Region, node: fx.Node) -> Rows | None:
+    source, axes = arguments(node)[:2]
+    assert isinstance(source, fx.Node)
+    rows = region.rows[source]
+    begin = [int(axis) % rank_of(source) for axis in axes][: rows.lead]
+    return same(region, node) if begin == list(range(rows.lead)) else None
+
+
+def norm(region: Region, node: fx.Node) -> Rows | None:
+    """Layer and RMS norms over axes behind those of the pairs."""
+    source, shape = arguments(node)[:2]
+    rows = region.rows.get(source)
+    shared = [each for each in node.all_input_nodes if each is not source]
+    if rows is None or not rows.lead or any(each in region.rows for each in shared):
+        return None
+    if not isinstance(shape, (list, tuple)) or len(shape) > rank_of(source) - rows.lead:
+        return None
+
+    def make(body: PairBody) -> fx.Node:
+        args = fx.map_arg(arguments(node), lambda arg: body.value(arg) if arg is source else body.share(arg))
+        return body.call(node.target, *args, **node.kwargs)
+
+    return Rows(*rows.where, make, "", rows.constant, rows.weighs)
+
+
+def sliced(region: Region, node: fx.Node) -> Rows | None:
+    """A slice of a row; or `x[:]`, all rows."""
+    given = [*arguments(node)[1:], 0, 0, None, 1]
+    axis, start, stop, step = given[: len(arguments(node)) - 1] + given[2 * len(arguments(node)) - 2 :]
+    if axis == 0 and not start and (stop is None or stop == _ALL) and step == 1:
+        source = arguments(node)[0]
+        return dataclasses.replace(region.rows[source], make=lambda body: body.value(source))
+    return over(1, default=0)(region, node)
+
+
+_ALL = 2**63 - 1  # what torch writes for an open end

@@ -1,0 +1,319 @@
+"""Trace loops over experts that ask which experts were hit: every expert is traced as if it had been.
+
+An expert without tokens adds nothing, so skipping it saves time and changes no result; but a trace cannot branch
+on the data. Three questions are answered by what they ask about, never by where they stand:
+
+- `if mask.any():`, `if rows.numel() == 0: continue`, `if counts[e] > 0:` — the expert has tokens;
+- `for e in hit.nonzero():`, `.tolist()` of it — all experts are hit; `counts.tolist()` — each has some;
+- a number of rows that only the data knows — it is neither 0 nor 1.
+
+What an answer was given for is listed, and the graph is compared with the model at sizes where experts go
+without tokens, so an answer that changes a result is found.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import fx
+from torch.fx.experimental import proxy_tensor, symbolic_shapes
+from torch.overrides import TorchFunctionMode
+
+from moe_export.export.experts.choice import experts_of
+from moe_export.export.experts.mask import marks_of
+from moe_export.export.experts.slices import Count, Counts, counts_of, joined, sliced, split
+
+_aten = torch.ops.aten
+_LENGTH = 4093  # `len` of such rows must be a number: another prime, so that no shape is taken to fit it
+_MANY = 4099  # stands for a number of rows that only the data knows: a prime that no size of a model is
+
+_AS_ITS_SOURCE = {
+    _aten._to_copy.default, _aten.to.dtype_layout, _aten.to.dtype, _aten.to.device, _aten.to.other,
+    _aten.clone.default, _aten.select.int, _aten.view.default, _aten.alias.default,
+    _aten.flatten.using_ints, _aten.reshape.default,
+    _aten.squeeze.default, _aten.squeeze.dim, _aten.detach.default, _aten.index.Tensor, _aten.lift_fresh_copy.default,
+    _aten.unbind.int, _aten.item.default, _aten.slice.Tensor, _aten.unsqueeze.default, _aten.permute.default,
+}  # fmt: skip
+_ABOVE = {_aten.gt.Scalar, _aten.ne.Scalar, _aten.greater.Scalar, _aten.not_equal.Scalar}
+_COUNTS = {_aten.sum.default, _aten.sum.dim_IntList, _aten.bincount.default, _aten.count_nonzero.default}
+_SOME = {_aten.any.default, _aten.any.dim, *_COUNTS}
+
+
+SOME = Count(None, 0, 1)  # how many rows an expert has, for code that asks whether it has any
+
+
+class ExpertNumber(int):
+    """The number of an expert, for code that takes it for an element, or for a row (1,), of a tensor."""
+
+    is_row = False
+
+    def __getitem__(self, index: Any) -> ExpertNumber:
+        return ExpertNumber(self)
+
+    def item(self) -> int:
+        return int(self)
+
+    def squeeze(self, *args: Any) -> ExpertNumber:
+        return ExpertNumber(self)
+
+    def tolist(self) -> int:
+        return int(self)
+
+
+class ExpertRow(ExpertNumber):
+    """The number of an expert as a row (1,): what is looked up by it keeps an axis."""
+
+    is_row = True
+
+
+class _AllHit(TorchFunctionMode):
+    """Answers what a model asks its tensors about hit experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._segments: dict[fx.Node, Counts] = {}
+        self._lists: dict[
+            fx.Node, torch.Tensor
+        ] = {}  # integers that were computed, to find them by their nodes
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        rule = _ANSWERS.get(func)
+        answer = rule(self, func, args, kwargs) if rule is not None else None
+        if answer is not None:
+            return answer
+        result = func(*args, **kwargs)
+        if isinstance(result, torch.Tensor) and result.dim() == 1 and result.dtype is torch.int64:
+            node = _node_of(result)
+            if node is not None:
+                self._lists[node] = result
+        return result
+
+    def truth(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _truth(_node_of(args[0]))
+
+    def length(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return _LENGTH if _is_unknown(args[0].shape[:1]) else None
+
+    def bincount(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        least = kwargs.get("minlength", args[2] if len(args) > 2 else 0) or experts_of(_node_of(args[0]))
+        if not least or len(args) != 1:
+            return None
+        # Numbers of experts: none is above `minlength`.
+        return torch.nn.functional.one_hot(args[0], least).sum(0)
+
+    def numbers(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Values as Python integers: the experts that were hit, or how many rows each has."""
+        node = _node_of(args[0])
+        count = _hit_experts(node)
+        if count is not None:
+            kind = ExpertRow if args[0].dim() > 1 else ExpertNumber
+            found = [kind(expert) for expert in range(count)]
+            return iter(found) if func is torch.Tensor.__iter__ else found
+        counts = self._counts(node, args[0])
+        if counts is None or func in (torch.Tensor.unbind, torch.unbind):
+            return None
+        return iter(counts) if func is torch.Tensor.__iter__ else counts
+
+    def number(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """One element of the counts."""
+        node = _node_of(args[0])
+        if node is None or not _is_count(node):
+            return None
+        while node.target in _AS_ITS_SOURCE - {_aten.select.int, _aten.unbind.int}:
+            node = node.args[0]  # type: ignore[assignment]
+        place: Any = node.args[2] if node.target is _aten.select.int else node.args[1:]
+        source = node.args[0]
+        if (
+            node.target is operator.getitem
+            and isinstance(source, fx.Node)
+            and source.target is _aten.unbind.int
+        ):
+            place, source = node.args[1], source.args[0]
+        if isinstance(source, fx.Node) and isinstance(place, int):
+            counts = self._counts(source, self._lists.get(source))
+            if counts is not None:
+                return counts[place]
+        return SOME
+
+    def _counts(self, node: fx.Node | None, tensor: torch.Tensor | None) -> Counts | None:
+        """The Python integers of a tensor (E,) of counts, or of its running sum."""
+        if node in self._segments:
+            return self._segments[node]
+        if node is None or tensor is None or tensor.dim() != 1 or not str(tensor.shape[0]).isdigit():
+            return None
+        source, running = node, False
+        while source.target in _AS_ITS_SOURCE | {_aten.cumsum.default} and isinstance(
+            source.args[0], fx.Node
+        ):
+            running = running or source.target is _aten.cumsum.default
+            source = source.args[0]
+        if source.target not in _COUNTS or not _is_amount(source):
+            return None
+        self._segments[node] = counts_of(tensor, running=running)
+        return self._segments[node]
+
+    def item(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(args[1], ExpertRow):
+            return args[0][int(args[1])].unsqueeze(0)
+        return sliced(*args)
+
+    def split(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
+        return split(args[0], sizes, kwargs.get("dim", args[2] if len(args) > 2 else 0))
+
+    def cat(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        parts = args[0] if args else kwargs["tensors"]
+        axis = kwargs.get("dim", args[1] if len(args) > 1 else 0)
+        known = [counts[0].segments for counts in self._segments.values() if counts]
+        return joined(parts, known) if axis == 0 else None
+
+
+_ANSWERS: dict[Any, Callable[..., Any]] = {
+    torch.Tensor.__bool__: _AllHit.truth,
+    torch.Tensor.__len__: _AllHit.length,
+    torch.bincount: _AllHit.bincount,
+    torch.Tensor.bincount: _AllHit.bincount,
+    torch.Tensor.__iter__: _AllHit.numbers,
+    torch.Tensor.tolist: _AllHit.numbers,
+    torch.Tensor.numpy: _AllHit.numbers,
+    torch.Tensor.unbind: _AllHit.numbers,
+    torch.unbind: _AllHit.numbers,
+    torch.Tensor.item: _AllHit.number,
+    torch.Tensor.__getitem__: _AllHit.item,
+    torch.Tensor.split: _AllHit.split,
+    torch.split: _AllHit.split,
+    torch.cat: _AllHit.cat,
+    torch.concat: _AllHit.cat,
+}
+
+
+def _is_unknown(sizes: Any) -> bool:
+    return any(
+        symbolic_shapes.free_unbacked_symbols(size) for size in sizes if isinstance(size, torch.SymInt)
+    )
+
+
+def _node_of(tensor: Any) -> fx.Node | None:
+    """The node of the trace under way that makes a tensor."""
+    mode = proxy_tensor.get_proxy_mode()
+    if mode is None or not isinstance(tensor, torch.Tensor):
+        return None
+    slot = proxy_tensor.get_proxy_slot(tensor, mode.tracer, None)
+    return slot.proxy.node if slot is not None else None
+
+
+def _truth(node: fx.Node | None) -> bool | None:
+    """Whether a condition holds for an expert that has tokens; None if it is no question about that."""
+    if node is None:
+        return None
+    target, args = node.target, node.args
+    if target is _aten.logical_not.default or target is _aten.bitwise_not.default:
+        inner = _truth(args[0])  # type: ignore[arg-type]
+        return None if inner is None else not inner
+    if target in _ABOVE and args[1] == 0:
+        return True if _is_amount(args[0]) else None
+    if target is _aten.ge.Scalar and args[1] == 1:
+        return True if _is_amount(args[0]) else None
+    if target is _aten.eq.Scalar and args[1] == 0:
+        return False if _is_amount(args[0]) else None
+    if _is_amount(node):
+        return True
+    return _truth(args[0]) if target in _AS_ITS_SOURCE and isinstance(args[0], fx.Node) else None
+
+
+def _is_amount(node: Any) -> bool:
+    """Whether a value says how many, or whether any, pairs chose an expert."""
+    while isinstance(node, fx.Node):
+        if node.target in _SOME:
+            source = node.args[0]
+            return isinstance(source, fx.Node) and (_is_mark(source) or _is_amount(source))
+        if node.target not in _AS_ITS_SOURCE:
+            return False
+        node = node.args[0]
+    return False
+
+
+def _is_mark(node: fx.Node) -> bool:
+    return marks_of(node) is not None
+
+
+def _is_count(node: fx.Node | None) -> bool:
+    """Whether a value is the number of rows of one expert, an element of what counts them."""
+    while node is not None and node.target in _AS_ITS_SOURCE | {operator.getitem}:
+        node = node.args[0] if isinstance(node.args[0], fx.Node) else None
+    return node is not None and node.target in _COUNTS and _is_amount(node)
+
+
+def _hit_experts(node: fx.Node | None) -> int | None:
+    """E, if a value lists the experts that were hit: `nonzero` of a count or a mark over experts."""
+    while node is not None and node.target in _AS_ITS_SOURCE - {_aten.index.Tensor}:
+        node = node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if node is None or node.target is not _aten.nonzero.default:
+        return None
+    counted = node.args[0]
+    assert isinstance(counted, fx.Node)
+    value = counted.meta.get("val")
+    source: Any = counted
+    while isinstance(source, fx.Node) and source.target in _ABOVE | {_aten.ge.Scalar}:
+        source = source.args[0]
+    if not _is_amount(source) or not isinstance(value, torch.Tensor) or value.dim() != 1:
+        return None
+    if not str(value.shape[0]).isdigit():
+        return None
+    # A mask may have a class more than there are experts, which is never hit.
+    return min(int(value.shape[0]), experts_of(_indices_of(source)) or int(value.shape[0]))
+
+
+def _indices_of(node: fx.Node | None) -> fx.Node | None:
+    """The chosen experts that an amount was counted from."""
+    while node is not None:
+        marks = marks_of(node)
+        if marks is not None:
+            return marks.indices
+        node = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
+    return None
+
+
+@contextmanager
+def every_expert_hit() -> Iterator[list[str]]:
+    """While it runs, a trace takes every expert for hit.
+
+    Yields:
+        The conditions on numbers of rows that were answered, as the tracer writes them.
+    """
+    answered: list[str] = []
+    original = symbolic_shapes.ShapeEnv.evaluate_expr
+
+    def evaluate(self: Any, expression: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, expression, *args, **kwargs)
+        except symbolic_shapes.GuardOnDataDependentSymNode:
+            value = _for_many_rows(self, expression)
+            if value is None:
+                raise
+            answered.append(str(expression))
+            return value
+
+    with _AllHit(), mock.patch.object(symbolic_shapes.ShapeEnv, "evaluate_expr", evaluate):
+        yield answered
+
+
+def _for_many_rows(env: Any, expression: Any) -> Any:
+    """What a condition on numbers of rows says where there are many; None if it is about something else."""
+    import sympy
+
+    symbols = [symbol for symbol in expression.free_symbols if symbolic_shapes.free_unbacked_symbols(symbol)]
+    ranges = [env.var_to_range[symbol] for symbol in symbols]
+    # A number of rows is not negative, and not at most 1: that is the truth of a condition on the data.
+    if not ranges or any(found.lower < 0 or found.upper <= 1 for found in ranges):
+        return None
+    value = expression.xreplace(dict.fromkeys(symbols, sympy.Integer(_MANY)))
+    return bool(value) if value in (sympy.true, sympy.false) else None

@@ -1,0 +1,177 @@
+"""The weights of the experts as a lowering takes them: apart or stacked, prepared offline where they are known.
+
+A body may transpose or cast a weight before it uses it (`experts/parts`: `prepared`). Where the weight is a constant,
+or is computed from constants alone, that is done here, once, and the graph holds the result. Of weights that are not in
+memory it is done when they are written (`weights/follow`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from moe_export.errors import NotExportableError
+from moe_export.export.experts.parts import Parts, PartsWriter
+from moe_export.export.experts.writer import Writer
+from moe_export.export.weights.follow import Known, follow, known_tensor, realised, row_of, stacked
+from moe_export.export.weights.recipe import Recipe
+
+Weight = Sequence[ir.Value] | ir.Value
+"""E tensors, or one stack (E, ...) of them."""
+
+_MOST = 2**28
+"""Bytes of weights that are read from files for a form that computes with them offline."""
+
+
+class ExpertWeights:
+    """The weights of one block, for a body of one expert.
+
+    Args:
+        w: Where constants and preparing nodes go.
+        weights: In the order of the body.
+        count: E.
+        opset: Of the graph.
+    """
+
+    def __init__(self, w: Writer, weights: Sequence[Weight], count: int, opset: int) -> None:
+        self._w = w
+        self._weights = weights
+        self._count = count
+        self._opset = opset
+        self._arrays = [_arrays(weight, opset) for weight in weights]
+        self.known = all(array is not None for array in self._arrays)
+
+    def stacks(self) -> list[np.ndarray]:
+        """The weights as arrays (E, ...).
+
+        Raises:
+            NotExportableError: A weight is only known at run time, or they are in files and many.
+        """
+        if not self.known:
+            raise NotExportableError("the weights of the experts are computed at run time")
+        stacks = self._stacks()
+        if sum(stack.nbytes for stack in stacks if isinstance(stack, Recipe)) > _MOST:
+            raise NotExportableError(
+                "this form computes with the experts' weights, and they are not in memory"
+            )
+        return [realised(stack) for stack in stacks]
+
+    def _stacks(self) -> list[Known]:
+        return [stacked(array) if isinstance(array, list) else array for array in self._arrays]  # type: ignore[misc]
+
+    def apart(self, parts: Parts, writer: PartsWriter) -> list[list[ir.Value]]:
+        """For each expert its weights, as the core takes them."""
+        if not self.known:
+            return [
+                writer.prepared(self._w, [self._one(weight, expert) for weight in self._weights])
+                for expert in range(self._count)
+            ]
+        return [self._constants_of(parts, expert) for expert in range(self._count)]
+
+    def _constants_of(self, parts: Parts, expert: int) -> list[ir.Value]:
+        found = []
+        for value, array in zip(parts.ready, self._prepared(parts, expert), strict=True):
+            weight = self._weights[parts.weights.index(value)] if value in parts.weights else None
+            if (
+                weight is not None
+                and not isinstance(weight, ir.Value)
+                and weight[expert].const_value is not None
+            ):
+                found.append(weight[expert])  # the model's own, under its own name
+            else:
+                found.append(self._w.constant(array, f"{self._w.prefix}.{expert}.{value.name}"))
+        return found
+
+    def stacked(self, parts: Parts) -> list[ir.Value]:
+        """One (E, ...) for each weight, as the core of one expert takes it (but for the first axis).
+
+        Weights that are not known yet come as they are: the body must prepare what it takes from the stack, by
+        `PartsWriter.prepared`.
+        """
+        if not self.known:
+            return [self._stack(weight) for weight in self._weights]
+        columns = zip(*(self._prepared(parts, expert) for expert in range(self._count)), strict=True)
+        return [
+            self._w.constant(stacked(column), f"{self._w.prefix}.{value.name}")
+            for value, column in zip(parts.ready, columns, strict=True)
+        ]
+
+    def batched(self, parts: Parts, writer: PartsWriter) -> list[ir.Value]:
+        """One (E, ...) for each weight, as the core of a body for several experts takes it."""
+        if not self.known:
+            return writer.prepared(self._w, [self._stack(weight) for weight in self._weights])
+        values = dict(zip(parts.weights, self._stacks(), strict=True))
+        found = follow(parts.prepared, {**_constants(parts.body), **values}, parts.ready, self._opset)
+        return [
+            self._w.constant(array, f"{self._w.prefix}.{value.name}")
+            for value, array in zip(parts.ready, found, strict=True)
+        ]
+
+    def _prepared(self, parts: Parts, expert: int) -> list[Known]:
+        own: dict[ir.Value, Known] = {
+            value: array[expert] if isinstance(array, list) else row_of(array, expert)
+            for value, array in zip(parts.weights, self._arrays, strict=True)
+            if array is not None
+        }
+        return follow(parts.prepared, {**_constants(parts.body), **own}, parts.ready, self._opset)
+
+    def _one(self, weight: Weight, expert: int) -> ir.Value:
+        if not isinstance(weight, ir.Value):
+            return weight[expert]
+        w = self._w
+        return w.op(
+            "Squeeze", w.op("Slice", weight, w.ints(expert), w.ints(expert + 1), w.ints(0)), w.ints(0)
+        )
+
+    def _stack(self, weight: Weight) -> ir.Value:
+        if isinstance(weight, ir.Value):
+            return weight
+        w = self._w
+        return w.op("Concat", *(w.op("Unsqueeze", value, w.ints(0)) for value in weight), axis=0)
+
+
+def _constants(body: ir.Graph) -> dict[ir.Value, Known]:
+    return {
+        value: value.const_value.numpy()
+        for value in body.initializers.values()
+        if value.const_value is not None
+    }
+
+
+def _arrays(weight: Weight, opset: int) -> list[Known] | Known | None:
+    if isinstance(weight, ir.Value):
+        return known_array(weight, opset)
+    arrays = [known_array(value, opset) for value in weight]
+    found = [array for array in arrays if array is not None]
+    return found if len(found) == len(arrays) else None
+
+
+def known_array(value: ir.Value, opset: int) -> Known | None:
+    """What a value is, if it is a constant or is computed from constants alone; None else."""
+    needed: list[ir.Node] = []
+    arrays: dict[ir.Value, Known] = {}
+    stack, seen = [value], set()
+    while stack:
+        current = stack.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        producer = current.producer()
+        if current.const_value is not None:
+            arrays[current] = known_tensor(current.const_value)
+        elif producer is None or producer.graph is None or producer.domain or _has_graph(producer):
+            return None
+        else:
+            needed.append(producer)
+            stack += [taken for taken in producer.inputs if taken is not None]
+    if not needed:
+        return arrays[value]
+    order = {node: position for position, node in enumerate(needed[0].graph or ())}
+    in_order = sorted(dict.fromkeys(needed), key=lambda node: order[node])
+    return follow(in_order, arrays, [value], opset)[0]
+
+
+def _has_graph(node: ir.Node) -> bool:
+    return any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values())

@@ -1,0 +1,1 @@
+"""Gates: which experts a token goes to, recognised, cut out, counted and drawn."""

@@ -1,0 +1,75 @@
+"""One operator that chooses among experts: `topk`, `argmax` or `max` along the last dimension.
+
+Letters: e experts, k choices a token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+
+CARRIERS = {
+    _aten.view.default, _aten.reshape.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.squeeze.default,
+    _aten.flatten.using_ints, _aten._to_copy.default, _aten.to.dtype, _aten.clone.default, _aten.expand.default,
+    _aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.contiguous.default, _aten.detach.default,
+    _aten.alias.default, _aten.slice.Tensor, _aten.select.int,
+}  # fmt: skip
+"""What rearranges the chosen indices, or marks made of them, and hands them on."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One operator that chooses: `topk`, `argmax` or `max` along the experts.
+
+    Attributes:
+        scores: (..., e), what it chooses by.
+        indices: (..., k) from `topk`, (...) from `argmax` and `max`.
+        values: The chosen scores, where the operator returns them.
+        experts: e.
+        tokens: The axis of the tokens, where experts choose their tokens (`gates/tokens`); None where tokens choose.
+    """
+
+    operator: fx.Node
+    scores: fx.Node
+    indices: fx.Node
+    values: fx.Node | None
+    experts: int
+    tokens: int | None = None
+
+    @property
+    def slots(self) -> int:
+        """K of `topk`, 1 of the others."""
+        if self.operator.target is not _aten.topk.default:
+            return 1
+        return int(self.indices.meta["val"].shape[-1])
+
+
+def as_choice(node: fx.Node) -> Choice | None:
+    if node.op != "call_function" or node.target not in (
+        _aten.topk.default, _aten.argmax.default, _aten.max.dim,
+    ):  # fmt: skip
+        return None
+    scores = node.args[0]
+    assert isinstance(scores, fx.Node)
+    value = scores.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not value.dtype.is_floating_point or value.dim() < 2:
+        return None
+    argument = 2 if node.target is _aten.topk.default else 1
+    axis = node.args[argument] if len(node.args) > argument else node.kwargs.get("dim", -1)
+    experts = str(value.shape[-1])
+    if not isinstance(axis, int) or axis % value.dim() != value.dim() - 1 or not experts.isdigit():
+        return None
+    parts = {
+        user.args[1]: user for user in node.users if user.target is not _aten.argmax.default and is_part(user)
+    }
+    if node.target is _aten.argmax.default:
+        return Choice(node, scores, node, None, int(experts))
+    return Choice(node, scores, parts[1], parts.get(0), int(experts)) if 1 in parts else None
+
+
+def is_part(node: fx.Node) -> bool:
+    return getattr(node.target, "__name__", "") == "getitem"

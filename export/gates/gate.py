@@ -1,0 +1,201 @@
+"""Cut a gate out of a traced model: a module from what enters the gate to its indices and weights.
+
+The cut is a `Subject` like any other and takes the same way: trace, rewrite, emit, verify. Its reference is the
+cut itself, run by PyTorch as the model was traced, before anything was rewritten.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from moe_export.errors import NotExportableError
+from moe_export.export.gates.region import is_size, size_source
+from moe_export.export.gates.routing import Routing
+from moe_export.export.gates.values import stand_in_values
+from moe_export.export.leaves import identifier, unique
+from moe_export.export.subject import Subject, make_subject
+from moe_export.export.trace import Traced, quiet
+from moe_export.export.weights.stand_in import absent_among
+
+INDICES, WEIGHTS, SCORES = "topk_idx", "topk_weight", "scores"
+
+
+class _Gate(nn.Module):
+    """The nodes of a gate, run one by one, so that each keeps the source line that it was traced from."""
+
+    def __init__(self, graph_module: fx.GraphModule, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.gate = graph_module
+        self._names = names
+
+    def forward(self, *inputs: torch.Tensor) -> dict[str, torch.Tensor]:
+        with fx.traceback.preserve_node_meta():
+            values = fx.Interpreter(self.gate).run(*inputs)
+        return dict(zip(self._names, values, strict=True))
+
+
+def gate_subject(traced: Traced, routing: Routing, subject: Subject, *, with_scores: bool = False) -> Subject:
+    """Cut one gate out.
+
+    Args:
+        traced: The whole model.
+        routing: The gate in it.
+        subject: Where the model came from; gives the names of the gate's inputs and the source.
+        with_scores: Also return the scores (tokens, e) that the choice was made by, for judging ties.
+
+    Returns:
+        A subject with outputs `topk_idx` (..., k) and `topk_weight` (..., k), where there are weights.
+    """
+    examples = values_of(traced, routing.inputs)
+    graph_module, names = _cut(traced, routing, with_scores)
+    gate = _Gate(graph_module, names)
+    made = make_subject(
+        gate, examples, {}, source=subject.source, how=f"the gate of {routing.path}, cut out of the model"
+    )
+    inputs = dict(zip(_input_names(routing, traced, subject), made.inputs.values(), strict=True))
+    return dataclasses.replace(made, inputs=inputs)
+
+
+def numbers_in(cut: Subject) -> set[int]:
+    """The integers that stand in a cut as constants, as they are or as `1 / n`."""
+    graph = cut.module.get_submodule("gate").graph
+    assert isinstance(graph, fx.Graph)
+    constants = [
+        float(value)
+        for node in graph.nodes
+        for value in pytree.tree_leaves((node.args[1:], node.kwargs))
+        if isinstance(value, (int, float)) and value and math.isfinite(value)
+    ]
+    values = constants + [round(1 / value, 6) for value in constants]
+    return {int(value) for value in values if value.is_integer()}
+
+
+def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
+    """The values that some nodes have on the example inputs.
+
+    Where weights are not in memory, values of the same shapes: random floats, zeros for integers. What is asked of
+    them then is whether a computation runs, and which of its rows depend on which.
+    """
+    if absent_among([*traced.program.state_dict.values(), *traced.program.constants.values()]):
+        return stand_in_values(traced, nodes)
+    wanted = {node.name for node in nodes}
+    found: dict[str, torch.Tensor] = {}
+    program = traced.program
+
+    class Tap(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            result = super().run_node(n)
+            if n.name in wanted:
+                found[n.name] = result
+            return result
+
+    arguments = program._graph_module_flat_inputs(tuple(traced.example.values()), {})
+    with torch.no_grad(), quiet():
+        Tap(program.graph_module).run(*arguments)
+    return [found[node.name] for node in nodes]
+
+
+def _cut(traced: Traced, routing: Routing, with_scores: bool) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """Copy what the gate's outputs depend on into a graph of its own, behind its inputs."""
+    constants = _constants(traced)
+    root = nn.Module()
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for node in routing.inputs:
+        copies[node] = graph.placeholder(identifier(node.name))
+        copies[node].meta = dict(node.meta)
+    scores = tuple(choice.scores for choice in routing.choices) if with_scores else ()
+    for node in _needed((*routing.outputs, *scores), set(routing.inputs)):
+        size = size_source(node, routing.inputs) if is_size(node) else None
+        if node.op == "placeholder":
+            copies[node] = _constant(graph, root, node, constants)
+        elif size is not None:
+            copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[size[0]], size[1]))
+        else:
+            copies[node] = graph.node_copy(node, lambda source: copies[source])
+    outputs = {INDICES: [copies[choice.indices] for choice in routing.choices]}
+    if routing.weights:
+        outputs[WEIGHTS] = [copies[node] for node in routing.weights]
+    if with_scores:
+        outputs[SCORES] = [copies[scores[0]]]
+    graph.output(tuple(_joined(graph, nodes, name, routing) for name, nodes in outputs.items()))
+    graph.lint()
+    return fx.GraphModule(root, graph), tuple(outputs)
+
+
+def _joined(graph: fx.Graph, nodes: list[fx.Node], name: str, routing: Routing) -> fx.Node:
+    """(..., k) of one `topk`, or of k choices of one expert each, stacked behind each other."""
+    choice = routing.choices[0]
+    if choice.tokens is not None:  # an expert's tokens stand last, as a token's experts do
+        return graph.call_function(torch.ops.aten.transpose.int, (nodes[0], choice.tokens, -1))
+    if name == SCORES or choice.operator.target is torch.ops.aten.topk.default:
+        return nodes[0]
+    return graph.call_function(torch.ops.aten.stack.default, (nodes, -1))
+
+
+def _needed(outputs: tuple[fx.Node, ...], inputs: set[fx.Node]) -> list[fx.Node]:
+    """What outputs depend on, stopping at inputs and at sizes that can be read off the inputs; in graph order."""
+    stack, seen = list(outputs), set(outputs) - inputs
+    while stack:
+        node = stack.pop()
+        if is_size(node) and size_source(node, inputs) is not None:
+            continue
+        for source in node.all_input_nodes:
+            if source not in seen and source not in inputs:
+                seen.add(source)
+                stack.append(source)
+    return [node for node in outputs[0].graph.nodes if node in seen]
+
+
+def _constants(traced: Traced) -> Mapping[str, torch.Tensor]:
+    """Parameters, buffers and constants by the name of their placeholder."""
+    program = traced.program
+    signature = program.graph_signature
+    targets = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    tensors = {**program.constants, **program.state_dict}
+    return {name: tensors[target] for name, target in targets.items()}
+
+
+def _constant(
+    graph: fx.Graph, root: nn.Module, node: fx.Node, constants: Mapping[str, torch.Tensor]
+) -> fx.Node:
+    if node.name not in constants:
+        raise NotExportableError(
+            f"the gate depends on the model's input {node.name} besides what enters its module"
+        )
+    root.register_buffer(node.name, constants[node.name].detach())
+    return graph.get_attr(node.name)
+
+
+def _input_names(routing: Routing, traced: Traced, subject: Subject) -> list[str]:
+    """Names as the user knows them: the model's input, else forward's parameter of the gate's module."""
+    user_inputs = [
+        node
+        for node in traced.program.graph.nodes
+        if node.op == "placeholder" and node.name in traced.program.graph_signature.user_inputs
+    ]
+    known = dict(zip(user_inputs, subject.inputs, strict=True))
+    parameters = _forward_parameters(routing.path, subject)
+    spare = iter(parameters if len(routing.inputs) == 1 else [])
+    names = [known.get(node) or next(spare, None) or identifier(node.name) for node in routing.inputs]
+    return unique(names, {INDICES, WEIGHTS, SCORES})
+
+
+def _forward_parameters(path: str, subject: Subject) -> list[str]:
+    try:
+        module = subject.module.get_submodule(path.partition("@")[0])
+    except AttributeError:
+        module = subject.module
+    return list(inspect.signature(module.forward).parameters)

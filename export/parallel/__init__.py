@@ -1,0 +1,1 @@
+"""A graph a rank: experts placed, rows exchanged, graphs cut where ranks exchange; manifest and picture."""

@@ -1,0 +1,199 @@
+"""The graphs of all ranks, from one trace: the model is translated once, and its experts are written once a rank."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import onnx_ir as ir
+
+from moe_export.einsum_rewrite import rewrite_program
+from moe_export.errors import NotExportableError, UsageError
+from moe_export.export.emit import check, finish, translate
+from moe_export.export.experts.choose import choose
+from moe_export.export.experts.emit import module_of, write_experts
+from moe_export.export.experts.lower import Opaque
+from moe_export.export.experts.place import DOMAIN, NUMBER, OPERATOR, Placed
+from moe_export.export.experts.writer import Writer
+from moe_export.export.parallel.collectives import Collectives, write_collectives
+from moe_export.export.parallel.dispatch import ThereAndBack, there_and_back
+from moe_export.export.parallel.lower import partial_sum
+from moe_export.export.parallel.placement import Layer, Placement, place
+from moe_export.export.parallel.stages import ALL_REDUCE, LAYER, Staged, cut, exchanges_of
+from moe_export.export.pipeline import Graph, Options
+from moe_export.export.provenance import strip_scope
+from moe_export.export.scans.write import Lowering, write_scans
+from moe_export.export.trace import Traced, quiet
+
+Exchanging = Literal["all_reduce", "all_to_all"]
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """What the user may choose of the ranks.
+
+    Attributes:
+        ranks: How many.
+        exchange: What the ranks tell each other (see docs/parallel.md).
+        capacity: Of an `all_to_all`: rows that a rank sends to another at most; None for as many as there are.
+        placement: A file that says which expert is where; None for evenly.
+        collectives: Who exchanges: whoever runs the graphs, or nodes in the graphs.
+    """
+
+    ranks: int
+    exchange: Exchanging = "all_reduce"
+    capacity: int | None = None
+    placement: str | None = None
+    collectives: Collectives = "runner"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The graphs of all ranks.
+
+    Attributes:
+        parallel: What was asked for.
+        layers: The blocks of experts, in the order of the graph.
+        slots: k, choices of a token, of each layer.
+        placement: Where each expert is.
+        staged: For each rank its graph in stages.
+        notes: What a reader should know.
+    """
+
+    parallel: Parallel
+    layers: tuple[Layer, ...]
+    slots: tuple[int, ...]
+    placement: Placement
+    staged: tuple[Staged, ...]
+    notes: tuple[str, ...]
+
+
+def rank_graphs(graph: Graph, options: Options, parallel: Parallel) -> Ranks:
+    """Make the graphs of all ranks of a model.
+
+    Args:
+        graph: The whole model's.
+        options: What it was made with.
+        parallel: How to split it.
+
+    Raises:
+        NotExportableError: There are no experts that could be spread, or not in the form that was asked for.
+        UsageError: The placement does not fit.
+    """
+    placed = graph.placed
+    assert placed is not None
+    if not placed.blocks:
+        raise _no_experts(placed, options)
+    _check(parallel)
+    with quiet():
+        program, _ = rewrite_program(placed.traced.program)
+    traced = dataclasses.replace(placed.traced, program=program)
+    translated = translate(traced, options.opset)
+    order = _order(translated)
+    layers = tuple(
+        Layer(
+            strip_scope(module_of(placed.blocks[number]), traced.scope),
+            placed.blocks[number].experts.count,
+            placed.blocks[number].experts.line,
+        )
+        for number in order
+    )
+    placement = place(layers, parallel.ranks, parallel.placement)
+    maker = _Maker(placed, traced, options, parallel, placement, order, graph.reference.source.parent)
+    staged = tuple(maker.make(translated.clone(), rank) for rank in range(parallel.ranks))
+    slots = tuple(_slots(placed, number) for number in order)
+    return Ranks(parallel, layers, slots, placement, staged, (*maker.notes, *placed.refused))
+
+
+def _check(parallel: Parallel) -> None:
+    if parallel.capacity is not None and parallel.exchange != "all_to_all":
+        raise UsageError("--capacity is of --exchange all_to_all: an all_reduce sends no rows")
+    if parallel.collectives != "runner" and parallel.exchange == "all_to_all" and parallel.capacity is None:
+        raise UsageError(
+            "--collectives graph needs --capacity with --exchange all_to_all",
+            hint="collectives of engines send parts of equal size: --capacity says how many rows",
+        )
+
+
+def _no_experts(placed: Placed, options: Options) -> NotExportableError:
+    if options.experts == "keep":
+        return NotExportableError(
+            "--experts keep leaves the experts as they were written, and these cannot be spread over ranks",
+            hint="leave --experts keep away",
+        )
+    why = f": {placed.refused[0]}" if placed.refused else ""
+    return NotExportableError(
+        f"no block of experts was recognised that could be spread over ranks{why}",
+        hint="docs/experts.md says what is recognised",
+    )
+
+
+def _order(model: ir.Model) -> tuple[int, ...]:
+    """The numbers of the blocks in the order of the graph."""
+    found = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
+    return tuple(node.attributes[NUMBER].as_int() for node in found)
+
+
+def _slots(placed: Placed, number: int) -> int:
+    indices = placed.blocks[number].experts.indices.meta["val"]
+    return int(indices.shape[1]) if indices.dim() == 2 else 1
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Makes the graph of one rank."""
+
+    placed: Placed
+    traced: Traced
+    options: Options
+    parallel: Parallel
+    placement: Placement
+    order: Sequence[int]
+    folder: Path
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is left out of the graphs of ranks."""
+        return ("the ranks' graphs are not offered to onnxsim",) if self.options.simplify else ()
+
+    def make(self, model: ir.Model, rank: int) -> Staged:
+        """The graph of a rank in stages.
+
+        Args:
+            model: As translated; it is used up.
+            rank: Which.
+        """
+
+        def write(w: Writer, form: str, block: Opaque) -> ir.Value:
+            layer = self._layer_of(block)
+            own = self.placement.experts_of(layer, rank)
+            if self.options.experts == "auto":
+                form = choose("auto", len(own), self.options.target)
+            if self.parallel.exchange == "all_to_all":
+                way = ThereAndBack(self.placement, layer, rank, self.parallel.capacity)
+                return there_and_back(w, form, block, way)
+            given = partial_sum(w, form, block, own)
+            return w.op(ALL_REDUCE, given, domain=DOMAIN, name="all_reduced", **{LAYER: layer})
+
+        write_experts(model, self.placed.blocks, self.options.experts, self.options.target, write)
+        model.opset_imports[DOMAIN] = 1
+        write_scans(model, Lowering(self.options.recurrence, self.options.unroll))
+        finish(model, self.traced, self.options.opset, self.folder)
+        if self.parallel.collectives == "graph":
+            described = exchanges_of(model)
+            write_collectives(model, self.parallel.ranks, self.options.target)
+            return dataclasses.replace(described, stages=(model,))
+        staged = cut(model)
+        for stage in staged.stages:
+            check(stage)
+        return staged
+
+    def _layer_of(self, block: Opaque) -> int:
+        """Which layer a block is. What it means is told by its body: a rank's own block is another object."""
+        for layer, number in enumerate(self.order):
+            if self.placed.blocks[number].experts is block.meaning:
+                return layer
+        raise AssertionError("a block that was not placed")

@@ -1,0 +1,1 @@
+"""Python loops over time: found in traces at several lengths, and folded to one turn, for any length."""

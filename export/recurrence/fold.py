@@ -1,0 +1,282 @@
+"""`folded_module`: a skeleton becomes a module again, each loop one call, the length read off an input.
+
+    before   select(a, 1, 0) mul add … select(a, 1, 9) mul add  stack
+    after    loop_0([h0], [a, b], [A], L) → [h, ys]
+
+The module runs in PyTorch at every length, so that the fold can be held against the original before any ONNX is made.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+from moe_export.export.recurrence.fold_body import BodyWriter, kept_meta, view_call
+from moe_export.export.recurrence.fold_results import outputs_of
+from moe_export.export.recurrence.form import Form
+from moe_export.export.recurrence.loop import Loop, Made
+from moe_export.export.recurrence.loop_body import LoopBody
+from moe_export.export.recurrence.operand import PART, View
+from moe_export.export.recurrence.skeleton import (
+    Call,
+    Folded,
+    Place,
+    Row,
+    Scaled,
+    Size,
+    Skeleton,
+    Value,
+    Whole,
+)
+
+aten = torch.ops.aten
+
+
+class FoldedModule(nn.Module):
+    """A graph with the weights of the traced model under their own names, less the given prefix.
+
+    Args:
+        program: The traced model.
+        prefix: What the paths of its weights begin with.
+        same: Inputs by place, and an axis of each, that have one length.
+    """
+
+    def __init__(self, program: ExportedProgram, prefix: str, same: Sequence[tuple[int, int]]) -> None:
+        super().__init__()
+        self._same = tuple(same)
+        self.graph = fx.Graph()
+        self.targets = dict(_weights(program))
+        for target, tensor in self.targets.values():
+            _attach(self, target.removeprefix(prefix), tensor)
+
+    def forward(self, *inputs: torch.Tensor) -> Any:
+        """Run the graph node by node, so that each keeps the line of the model that it was traced from."""
+        sizes = [inputs[place].shape[axis] for place, axis in self._same]
+        for size in sizes[1:]:
+            torch._check(size == sizes[0])  # type: ignore[no-untyped-call]  # so that a tracer knows
+        with fx.traceback.preserve_node_meta():
+            return fx.Interpreter(self, graph=self.graph).run(*inputs)
+
+
+def _weights(program: ExportedProgram) -> Mapping[str, tuple[str, torch.Tensor]]:
+    """Placeholder → its path in the module, and the tensor."""
+    signature = program.graph_signature
+    targets = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
+    tensors = {**program.constants, **program.state_dict}
+    return {name: (target, tensors[target]) for name, target in targets.items()}
+
+
+def _attach(root: nn.Module, target: str, tensor: torch.Tensor) -> None:
+    *path, name = target.split(".")
+    for part in path:
+        if not hasattr(root, part):
+            root.add_module(part, nn.Module())
+        root = getattr(root, part)
+    if isinstance(tensor, nn.Parameter):
+        root.register_parameter(name, tensor)
+    else:
+        root.register_buffer(name, tensor.detach())
+
+
+def folded_module(
+    skeleton: Skeleton, program: ExportedProgram, lengths: Sequence[tuple[str, int]], prefix: str
+) -> FoldedModule:
+    """Build the module.
+
+    Args:
+        skeleton: With integers as forms of the length.
+        program: Whose weights and inputs it has; one of those that the skeleton was made from.
+        lengths: Placeholders, and the axis of each, that have the length; it is read off the first.
+        prefix: What the paths of the weights begin with in the program and not in the module.
+
+    Raises:
+        LengthError: A loop reads or writes in a way that has no folded form.
+    """
+    inputs = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
+    module = FoldedModule(program, prefix, [(inputs.index(name), axis) for name, axis in lengths])
+    _Builder(skeleton, program, module, lengths[0], prefix).build()
+    module.graph.lint()
+    return module
+
+
+class _Builder:
+    def __init__(
+        self,
+        skeleton: Skeleton,
+        program: ExportedProgram,
+        module: FoldedModule,
+        length: tuple[str, int],
+        prefix: str,
+    ) -> None:
+        self._skeleton, self._program, self._module = skeleton, program, module
+        self._length_at, self._prefix = length, prefix
+        self.graph = module.graph
+        self._places: dict[str | int, fx.Node] = {}
+        self._numbers: dict[Form, Any] = {}
+        self._products: dict[Scaled, fx.Node] = {}
+        self._sizes: dict[fx.Node, fx.Node] = {}
+        self._views: dict[Any, fx.Node] = {}
+        self._loops = {item.number: item.loop for item in skeleton.items if isinstance(item, Folded)}
+        self._wanted = outputs_of(skeleton)
+        self._results: dict[int, fx.Node] = {}
+        self._meta: dict[str, Any] = {}
+
+    def build(self) -> None:
+        for node in self._program.graph.nodes:
+            if node.op != "placeholder":
+                continue
+            weight = self._module.targets.get(node.name)
+            if weight is None:
+                self._places[node.name] = self.graph.placeholder(node.name)
+        for name, (target, _) in self._module.targets.items():
+            self._places[name] = self.graph.get_attr(target.removeprefix(self._prefix))
+        for index, item in enumerate(self._skeleton.items):
+            if isinstance(item, Folded):
+                self._meta = kept_meta(item.loop.first)
+                self._results[item.number] = self._loop(item)
+            else:
+                self._meta = kept_meta(item.node)
+                self._places[index] = self._call(item)
+        self.graph.output(self.argument(self._skeleton.outputs))
+        self.graph.eliminate_dead_code()
+
+    # Numbers and values
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        """Write a node that carries the metadata of the item at hand."""
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = dict(self._meta)
+        return node
+
+    def number(self, number: Any) -> Any:
+        """A number, or the node that computes it from the length."""
+        if isinstance(number, Value):
+            return self.value(number)
+        if isinstance(number, Size):
+            return self._size(number.node)
+        if isinstance(number, Scaled):
+            return self._scaled(number)
+        if not isinstance(number, Form):
+            return number
+        if number not in self._numbers:
+            length = self._numbers.get(Form(1, 0))
+            if length is None:
+                name, axis = self._length_at
+                length = self._numbers[Form(1, 0)] = self.call(aten.sym_size.int, self._places[name], axis)
+            total: Any = length
+            if number.slope != 1:
+                total = self.call(operator.mul, total, number.slope)
+            if number.offset:
+                total = self.call(operator.add, total, number.offset)
+            if number.divisor != 1:
+                total = self.call(operator.floordiv, total, number.divisor)
+            if number.factor != 1:
+                total = self.call(operator.mul, total, number.factor)
+            if number.shift:
+                total = self.call(operator.add, total, number.shift)
+            self._numbers[number] = total
+        return self._numbers[number]
+
+    def _size(self, node: Any) -> Any:
+        """Compute a size of the inputs as the trace does."""
+        if not isinstance(node, fx.Node):
+            return node
+        if node.op == "placeholder":
+            return self._places[node.name]
+        if node not in self._sizes:
+            assert callable(node.target)
+            self._sizes[node] = self.call(node.target, *(self._size(argument) for argument in node.args))
+        return self._sizes[node]
+
+    def _scaled(self, scaled: Scaled) -> fx.Node:
+        if scaled not in self._products:
+            total = self.number(scaled.number)
+            for size in scaled.sizes:
+                total = self.call(operator.mul, total, self._size(size.node))
+            self._products[scaled] = total
+        return self._products[scaled]
+
+    def value(self, value: Any) -> fx.Node:
+        """The node of a value."""
+        return self.viewed(self._base(value), value.path)
+
+    def viewed(self, node: fx.Node, path: tuple[View, ...]) -> fx.Node:
+        """A node behind views."""
+        for view in path:
+            key = (node, view)
+            if key not in self._views:
+                self._views[key] = view_call(self.call, node, view, [self.number(n) for n in view.numbers])
+            node = self._views[key]
+        return node
+
+    def _base(self, value: Value) -> fx.Node:
+        base: Any = value.base
+        if isinstance(base, Place):
+            return self._places[base.key]
+        if isinstance(base, Whole):
+            return self._wanted[base.loop].buffer(self, base.position)
+        assert isinstance(base, Made)
+        return self._wanted[base.loop].made(self, base)
+
+    def result(self, loop: int, index: int) -> fx.Node:
+        """One of the results of a loop's call."""
+        return self.viewed(self._results[loop], (View(PART, (index,)),))
+
+    def loop(self, number: int) -> Loop:
+        """The loop with this number."""
+        return self._loops[number]
+
+    def item(self, place: Place) -> Any:
+        """The item at a place; None for an input."""
+        return self._skeleton.items[place.key] if isinstance(place.key, int) else None
+
+    # Items
+
+    def argument(self, argument: Any) -> Any:
+        """Arguments of a call outside loops, with nodes for values and numbers for forms."""
+        if isinstance(argument, dict):
+            return {key: self.argument(value) for key, value in argument.items()}
+        if isinstance(argument, tuple):
+            return tuple(self.argument(value) for value in argument)
+        if isinstance(argument, Value):
+            return self.value(argument)
+        return self.number(argument)
+
+    def _call(self, item: Call) -> fx.Node:
+        if item.args and isinstance(item.args[0], tuple) and any(isinstance(v, Row) for v in item.args[0]):
+            return self._collecting(item)
+        return self.call(item.target, *self.argument(item.args), **self.argument(item.kwargs))
+
+    def _collecting(self, item: Call) -> fx.Node:
+        """`stack` or `cat` of what loops made, and perhaps of other values before and behind it."""
+        axis = item.args[1] if len(item.args) > 1 else item.kwargs.get("dim", 0)
+        stacking = item.target is aten.stack.default
+        parts = []
+        for leaf in item.args[0]:
+            if isinstance(leaf, Row):
+                parts.append(self._wanted[leaf.loop].row(self, leaf, item))
+            else:
+                node = self.value(leaf)
+                parts.append(self.call(aten.unsqueeze.default, node, axis) if stacking else node)
+        return parts[0] if len(parts) == 1 else self.call(aten.cat.default, parts, axis)
+
+    def _loop(self, item: Folded) -> fx.Node:
+        writer = BodyWriter(self, item.loop)
+        collected = self._wanted[item.number]
+        turns = item.loop.turns
+        least = turns.at(1) if isinstance(turns, Form) else int(turns)
+        graph = writer.write(collected.operands())
+        body = LoopBody(item.number, graph, len(writer.initial), writer.alongs, collected.alongs(), least)
+        collected.states = writer.states
+        return self.call(
+            body, writer.initial, writer.sequences, writer.captured, self.number(item.loop.turns)
+        )

@@ -1,0 +1,244 @@
+"""The body of a folded loop: the graph of one turn, and the sequences that it runs over."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from moe_export.export.recurrence.form import Form, moved, scaled
+from moe_export.export.recurrence.loop import Carried, Local, Loop, Made, Outside, Turning
+from moe_export.export.recurrence.loop_body import Along
+from moe_export.export.recurrence.operand import PART, SELECT, SLICE, View
+from moe_export.export.recurrence.skeleton import (
+    Call,
+    LengthError,
+    Place,
+    Scaled,
+    Size,
+    Value,
+)
+
+aten = torch.ops.aten
+
+_WIDEST_WINDOW = 64
+_KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
+
+
+class Outer(Protocol):
+    """What the parts of a loop need of the graph around it."""
+
+    graph: fx.Graph
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node: ...
+    def number(self, number: Any) -> Any: ...
+    def value(self, value: Any) -> fx.Node: ...
+    def viewed(self, node: fx.Node, path: tuple[View, ...]) -> fx.Node: ...
+    def result(self, loop: int, index: int) -> fx.Node: ...
+    def loop(self, number: int) -> Loop: ...
+    def item(self, place: Place) -> Any: ...
+
+
+def kept_meta(node: fx.Node | None) -> dict[str, Any]:
+    """Where a node comes from, for the node that stands for it."""
+    return {key: node.meta[key] for key in _KEPT_META if key in node.meta} if node is not None else {}
+
+
+def view_call(call: Callable[..., fx.Node], node: fx.Node, view: View, numbers: list[Any]) -> fx.Node:
+    """Write one view."""
+    if view.kind == PART:
+        return call(operator.getitem, node, *numbers)
+    return call(aten.select.int if view.kind == SELECT else aten.slice.Tensor, node, *numbers)
+
+
+class BodyWriter:
+    """Writes one turn as a graph: states, elements and captured values in, next states and collected values out.
+
+    Attributes:
+        initial: Nodes outside that the states start from.
+        sequences: Nodes outside that the loop runs over, with the axis of each in `alongs`.
+        captured: Nodes outside that are the same in every turn.
+        states: The index of each carried value.
+    """
+
+    def __init__(self, outer: Outer, loop: Loop) -> None:
+        self._outer, self._loop = outer, loop
+        self.graph = fx.Graph()
+        self.initial: list[Any] = []
+        self.sequences: list[fx.Node] = []
+        self.alongs: list[Along] = []
+        self.captured: list[Any] = []
+        self.states: dict[Carried, int] = {}
+        self._inputs: dict[tuple[str, Any], fx.Node] = {}
+        self._order: dict[str, list[fx.Node]] = {"state": [], "element": [], "captured": []}
+        self._steps: dict[int, fx.Node] = {}
+        self._meta: dict[str, Any] = {}
+
+    def write(self, collected: list[Any]) -> fx.Graph:
+        """Write the graph; `collected` are operands to hand out besides the next states."""
+        chains = [start for start in self._loop.starts if start.carried.position not in self._loop.written]
+        chains.sort(key=lambda start: start.carried.distance)
+        links: list[Any] = []  # what each state becomes: a Carried, or the state of that index
+        for start in chains:
+            for back in range(start.carried.distance):
+                carried = dataclasses.replace(start.carried, distance=back + 1)
+                if carried not in self.states:
+                    self.states[carried] = len(self.initial)
+                    self.initial.append(self._outer.value(start.values[start.carried.distance - 1 - back]))
+                    links.append(carried)
+        for index in range(len(self.initial)):
+            self._input("state", index)
+        for position, step in enumerate(self._loop.body):
+            if position not in self._loop.written:
+                self._meta = kept_meta(self._loop.nodes[0][position])
+                args, kwargs = self._argument(step.args), self._argument(step.kwargs)
+                self._steps[position] = self._call(step.target, *args, **kwargs)
+        following = [self._next(carried) for carried in links]
+        self.graph.output((*following, *(self._operand(operand) for operand in collected)))
+        self._sort_inputs()
+        return self.graph
+
+    def _sort_inputs(self) -> None:
+        """States, then elements, then captured values, whatever the order in which they were met."""
+        body = next(node for node in self.graph.nodes if node.op != "placeholder")
+        for kind in ("state", "element", "captured"):
+            for node in self._order[kind]:
+                body.prepend(node)
+
+    def _next(self, carried: Carried) -> fx.Node:
+        if carried.distance > 1:
+            return self._input(
+                "state", self.states[dataclasses.replace(carried, distance=carried.distance - 1)]
+            )
+        node: fx.Node = self._operand(Local(carried.position, carried.path))
+        return node
+
+    def _call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta = dict(self._meta)
+        return node
+
+    def _input(self, kind: str, key: Any) -> fx.Node:
+        if (kind, key) not in self._inputs:
+            with self.graph.inserting_before(next(iter(self.graph.nodes), None)):
+                node = self.graph.placeholder(f"{kind}_{len(self._order[kind])}")
+            self._inputs[kind, key] = node
+            self._order[kind].append(node)
+        return self._inputs[kind, key]
+
+    def _argument(self, argument: Any) -> Any:
+        if isinstance(argument, Mapping):
+            return {key: self._argument(value) for key, value in argument.items()}
+        if isinstance(argument, tuple):
+            return tuple(self._argument(value) for value in argument)
+        return self._operand(argument)
+
+    def _operand(self, operand: Any) -> Any:
+        if isinstance(operand, Local):
+            return self._viewed(self._steps[operand.position], operand.path)
+        if isinstance(operand, Carried):
+            return self._input("state", self.states[operand])
+        if isinstance(operand, Outside):
+            return self._outside(operand)
+        if isinstance(operand, (Form, Scaled, Size, Value)):
+            return self._capture(operand, lambda: self._outer.number(operand))
+        return operand
+
+    def _viewed(self, node: fx.Node, path: tuple[View, ...]) -> fx.Node:
+        for view in path:
+            node = view_call(self._call, node, view, [self._operand(number) for number in view.numbers])
+        return node
+
+    def _capture(self, key: Any, made: Any) -> fx.Node:
+        known = ("captured", key) in self._inputs
+        node = self._input("captured", key)
+        if not known:
+            self.captured.append(made())
+        return node
+
+    # Values from outside
+
+    def _outside(self, operand: Outside) -> fx.Node:
+        turning = [
+            depth
+            for depth, view in enumerate(operand.path)
+            if any(isinstance(number, Turning) for number in view.numbers)
+        ]
+        base: Any = operand.base
+        if isinstance(base, Made) and isinstance(base.turn, Turning):
+            if turning:
+                raise LengthError("an index moves with the steps of two loops", self._loop.line)
+            column = self._outer_column(base)
+            view = View(SELECT, (0, base.turn), self._outer.loop(base.loop).turns)
+            return self._viewed(self._element(column, view), operand.path)
+        if not turning:
+            return self._capture(operand, lambda: self._outer.value(operand))
+        if len(turning) > 1:
+            raise LengthError("two indices of one value move from step to step", self._loop.line)
+        depth = turning[0]
+        view, rest = operand.path[depth], operand.path[depth + 1 :]
+        value = Value(base, operand.path[:depth])
+        if view.kind == PART:
+            value, view = self._part(base, view)
+        source = self._outer.value(value)
+        node = self._element(source, view) if view.kind == SELECT else self._window(source, view)
+        return self._viewed(node, rest)
+
+    def _outer_column(self, base: Made) -> fx.Node:
+        whole = dataclasses.replace(base, turn=None)
+        return self._outer.value(Value(whole))
+
+    def _part(self, base: Any, view: View) -> tuple[Value, View]:
+        """A part of an even `split` that moves with the turns → a window that does."""
+        turning = view.numbers[0]
+        item = self._outer.item(base) if isinstance(base, Place) else None
+        if isinstance(item, Call) and item.target is aten.split.Tensor:
+            source, width, axis = (*item.args, 0)[:3]
+            value = item.node.args[0].meta["val"]  # type: ignore[union-attr]
+            if isinstance(source, Value) and isinstance(width, int):
+                start = Turning(scaled(turning.first, width), turning.step * width)
+                end = Turning(moved(start.first, width), start.step)
+                return source, View(SLICE, (int(axis) % value.dim(), start, end, 1))
+        raise LengthError("the loop runs over parts that are not even", self._loop.line)
+
+    def _element(self, source: fx.Node, view: View) -> fx.Node:
+        """One index a turn."""
+        axis, index = view.numbers
+        key = (source, axis, index)
+        known = ("element", key) in self._inputs
+        node = self._input("element", key)
+        if not known:
+            self.sequences.append(self._sequence(source, axis, index, view.size))
+            self.alongs.append(Along(axis, index.step < 0))
+        return node
+
+    def _sequence(self, source: fx.Node, axis: int, index: Turning, size: Any) -> fx.Node:
+        """The part of a tensor that the turns read, in ascending order."""
+        turns, step = self._loop.turns, abs(index.step)
+        low = index.first
+        if index.step < 0:
+            low = moved(low, scaled(moved(turns, -1), index.step))
+        if low == 0 and step == 1 and size == turns:
+            return source
+        end = moved(moved(low, scaled(moved(turns, -1), step)), 1)
+        return self._outer.viewed(source, (View(SLICE, (axis, low, end, step)),))
+
+    def _window(self, source: fx.Node, view: View) -> fx.Node:
+        """Several indices a turn: `x[:, t * 4 : t * 4 + 4]`, or a window that moves."""
+        axis, start, end, step = view.numbers
+        if not (isinstance(start, Turning) and isinstance(end, Turning) and start.step == end.step):
+            raise LengthError("the loop reads a part that grows from step to step", self._loop.line)
+        width = moved(end.first, scaled(start.first, -1))
+        if not isinstance(width, int) or step != 1 or width > _WIDEST_WINDOW:
+            raise LengthError(f"the loop reads {width} places a step", self._loop.line)
+        places = [
+            self._element(source, View(SELECT, (axis, Turning(moved(start.first, k), start.step)), view.size))
+            for k in range(width)
+        ]
+        if width == 1:
+            return self._call(aten.unsqueeze.default, places[0], axis)
+        return self._call(aten.stack.default, places, axis)

@@ -1,0 +1,133 @@
+"""`Loop`: a Python loop as it was found in a traced graph, as plain data.
+
+h = h0                                     turn t
+for t in range(T):          Step  mul      a[:, t] (Outside, sliced), Carried(add)
+    h = a[:, t] * h + b[:, t]     add      Local(mul), b[:, t]
+    ys.append(h)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import fx
+
+from moe_export.export.recurrence.operand import PART, View
+
+WRITE, APPEND = "write", "append"
+
+
+@dataclass(frozen=True)
+class Turning:
+    """An integer that changes from turn to turn: `first + turn * step`."""
+
+    first: Any
+    step: Any
+
+
+@dataclass(frozen=True)
+class Local:
+    """A value of the same turn: the step at `position`, behind a path."""
+
+    position: int
+    path: tuple[View, ...] = ()
+
+
+@dataclass(frozen=True)
+class Carried:
+    """A value of an earlier turn, `distance` turns before."""
+
+    position: int
+    path: tuple[View, ...]
+    distance: int
+
+
+@dataclass(frozen=True)
+class Made:
+    """The value that the step at `position` of a loop has in its turn `turn`; a part of it, if that is a tuple."""
+
+    loop: int
+    position: int
+    turn: Any
+    part: tuple[View, ...] = ()
+
+
+def split_part(made: Made, path: tuple[View, ...]) -> tuple[Made, tuple[View, ...]]:
+    """Move the first step of a path into what a loop made, where it takes a part of a tuple."""
+    if path and path[0].kind == PART:
+        return replace(made, part=path[:1]), path[1:]
+    return made, path
+
+
+@dataclass(frozen=True)
+class Outside:
+    """A value from outside the loop, the same in each turn but for the numbers of its path.
+
+    Attributes:
+        base: A node, or what an earlier loop made.
+    """
+
+    base: fx.Node | Made
+    path: tuple[View, ...] = ()
+
+
+@dataclass(frozen=True)
+class Start:
+    """The value that a carried value has before the first turn; one for each turn of distance, first turn first."""
+
+    carried: Carried
+    values: tuple[Outside, ...]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One operator of the body; the leaves of its arguments are operands, numbers and constants."""
+
+    target: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A step that computes nothing, but writes into a carried buffer (`y[:, t] = v`) or appends to it.
+
+    Attributes:
+        size: Of the buffer before the loop, along the axis that is written; None if symbolic.
+    """
+
+    kind: str
+    size: Any
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A loop.
+
+    Attributes:
+        body: The operators of a turn, in order.
+        starts: The carried values with what they start from.
+        turns: How many.
+        written: Positions that write into a carried buffer, or append to it.
+        line: `file:line` of the first operator.
+        nodes: The traced nodes, a row a turn; None where the last turn's value is used by nobody.
+    """
+
+    body: tuple[Step, ...]
+    starts: tuple[Start, ...]
+    turns: int
+    written: dict[int, Written]
+    line: str | None = field(compare=False)
+    nodes: tuple[tuple[fx.Node | None, ...], ...] = field(compare=False, repr=False)
+
+    @property
+    def first(self) -> fx.Node:
+        """The first operator of the first turn."""
+        node = self.nodes[0][0]
+        assert node is not None
+        return node
+
+    def __str__(self) -> str:
+        names = " ".join(str(getattr(step.target, "__name__", step.target)) for step in self.body)
+        return f"{self.turns} turns of {len(self.body)} operators ({names}) at {self.line or '?'}"

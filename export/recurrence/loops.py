@@ -1,0 +1,130 @@
+"""`find_loops`: the loops of one model over one length, seen in its traces at several lengths.
+
+A loop over layers or heads repeats as well; a loop over the length is one whose number of turns is another in each
+trace.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from torch import fx
+
+from moe_export.export.recurrence.grow import Refusal, grow
+from moe_export.export.recurrence.loop import Loop, Made
+from moe_export.export.recurrence.period import LEAST_TURNS, Run, runs, sequence, signature, tokens
+
+
+@dataclass
+class Repeats:
+    """A straightened trace and what was found in it.
+
+    Attributes:
+        nodes: The computations, in trace order.
+        loops: The loops, in the order in which they were found.
+        refusals: Nodes that repeat and are no loop.
+    """
+
+    graph: fx.Graph
+    nodes: list[fx.Node] = field(init=False)
+    loops: list[Loop] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.nodes = sequence(self.graph)
+        self.marks = tokens(self.nodes)
+        self._made: dict[fx.Node, Made] = {}
+
+    def locate(self, node: fx.Node) -> Made | None:
+        """What a loop made, for a node in it."""
+        return self._made.get(node)
+
+    def take(self, loop: Loop) -> None:
+        """Accept a loop; its nodes repeat nothing else."""
+        number = len(self.loops)
+        self.loops.append(loop)
+        taken = set()
+        for turn, row in enumerate(loop.nodes):
+            for position, node in enumerate(row):
+                if node is not None:
+                    self._made[node] = Made(number, position, turn)
+                    taken.add(node)
+        self.marks = np.where([node in taken for node in self.nodes], -1, self.marks)
+
+
+def find_loops(traces: Sequence[Repeats]) -> None:
+    """Find the loops that all traces have, with more turns at greater lengths, and take them.
+
+    Args:
+        traces: One for each length, shortest first; the k-th loop of each is the same loop of the model.
+    """
+    # Again after each find: a loop may read, turn by turn, what another one made.
+    while _find_more(traces):
+        pass
+
+
+def _find_more(traces: Sequence[Repeats]) -> bool:
+    # Short periods first: a whole loop over layers has a longer period than the loop inside a layer.
+    any_found = False
+    for period in range(1, len(traces[0].nodes) // LEAST_TURNS + 1):
+        found = [_candidates(trace, period) for trace in traces]
+        chosen: list[tuple[Loop, ...]] = []
+        for key, first in found[0].items():
+            rows = [candidates.get(key, []) for candidates in found]
+            if all(len(row) == len(first) for row in rows):
+                chosen += [
+                    loops for loops in zip(*rows, strict=True) if _grows([loop.turns for loop in loops])
+                ]
+        any_found = any_found or bool(chosen)
+        order = {node: place for place, node in enumerate(traces[0].nodes)}
+        for loops in sorted(chosen, key=lambda loops: order[loops[0].first]):
+            for trace, loop in zip(traces, loops, strict=True):
+                trace.take(loop)
+    return any_found
+
+
+def _grows(turns: Sequence[int]) -> bool:
+    return all(fewer < more for fewer, more in itertools.pairwise(turns))
+
+
+def _candidates(trace: Repeats, period: int) -> dict[Any, list[Loop]]:
+    """Loops of this period by the operators of their body, in trace order."""
+    found: dict[Any, list[Loop]] = defaultdict(list)
+    for run in runs(trace.marks, period):
+        start = run.start
+        while (loop := _best(trace, Run(start, run.stop, period))) is not None:
+            found[signature([node for node in loop.nodes[0] if node is not None])].append(loop)
+            last = next(node for row in reversed(loop.nodes) for node in reversed(row) if node is not None)
+            start = trace.nodes.index(last, start) + 1
+    return found
+
+
+def _best(trace: Repeats, run: Run) -> Loop | None:
+    """The best of the loops that begin within the first turns of a run: most turns, fewest values in and out."""
+    best: Loop | None = None
+    for start in range(run.start, min(run.start + 2 * run.period, run.stop - 3 * run.period + 1)):
+        grown = grow(trace.nodes, start, run.period, run.stop, trace.locate)
+        if isinstance(grown, Refusal):
+            trace.refusals.append(replace(grown, nodes=run.stop - start))
+        elif best is None or _rank(grown) > _rank(best):
+            best = grown
+    return best
+
+
+def _rank(loop: Loop) -> tuple[int, int, int]:
+    return loop.turns, -len(loop.starts), -len(_used_outside(loop))
+
+
+def _used_outside(loop: Loop) -> set[int]:
+    inside = {node for row in loop.nodes for node in row if node is not None}
+    return {
+        position
+        for row in loop.nodes
+        for position, node in enumerate(row)
+        if node is not None and any(user not in inside for user in node.users)
+    }

@@ -1,0 +1,67 @@
+"""Where a traced graph repeats itself: runs of nodes that are equal at a distance, in trace order.
+
+Equal means: same operator, same nesting of arguments, same shape and dtype. Whether such a run is a loop is seen in
+what its nodes read (`grow`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from moe_export.export.recurrence.operand import is_size, is_view, layout
+
+LEAST_TURNS = 3  # two turns suggest a rule, the third confirms it
+
+
+@dataclass(frozen=True)
+class Run:
+    """Nodes `start` to `stop` (exclusive) repeat after `period` nodes."""
+
+    start: int
+    stop: int
+    period: int
+
+
+def sequence(graph: fx.Graph) -> list[fx.Node]:
+    """The computations of a graph in trace order: no inputs, views or sizes."""
+    return [
+        node for node in graph.nodes if node.op == "call_function" and not is_view(node) and not is_size(node)
+    ]
+
+
+def tokens(nodes: Sequence[fx.Node]) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """One number a node; equal numbers for nodes that could be the same step of two turns."""
+    numbers: dict[Any, int] = {}
+    return np.array([numbers.setdefault(_token(node), len(numbers)) for node in nodes], dtype=np.int64)
+
+
+def signature(nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
+    """What tells one body from another, in any trace of the same model: operators and nesting, no sizes."""
+    return tuple((node.target, layout(node.args), layout(node.kwargs)) for node in nodes)
+
+
+def _token(node: fx.Node) -> Any:
+    shape: Any = None
+    value = node.meta.get("val")
+    if isinstance(value, torch.Tensor):
+        # A list that grows by `cat` has another size in every turn.
+        growing = node.target is torch.ops.aten.cat.default
+        shape = (None if growing else tuple(str(size) for size in value.shape), value.dtype)
+    return node.target, layout(node.args), layout(node.kwargs), shape
+
+
+def runs(marks: np.ndarray[Any, np.dtype[np.int64]], period: int) -> Iterator[Run]:
+    """The maximal runs of this period that are at least three turns long. A negative mark equals nothing."""
+    if len(marks) < LEAST_TURNS * period:
+        return
+    equal = (marks[period:] == marks[:-period]) & (marks[period:] >= 0)
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], equal, [False])).astype(np.int8)))
+    for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
+        if stop - start >= (LEAST_TURNS - 1) * period:
+            yield Run(start, stop + period, period)

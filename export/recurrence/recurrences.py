@@ -1,0 +1,242 @@
+"""`fold_recurrences`: a model that loops over a length in Python becomes one that does not, for any length.
+
+subject ─▶ lengths ─▶ trace at three lengths ─▶ straighten ─▶ loops ─▶ skeletons ─▶ folded module ─▶ subject
+           (run it)                                                        │             │
+                                                     integers as forms of the length     held against the model
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from moe_export.errors import NotExportableError
+from moe_export.export.adapters.delta_rule import delta_rules_step_by_step
+from moe_export.export.adapters.scans import scans_step_by_step
+from moe_export.export.dims import DimRequest
+from moe_export.export.recurrence.fold import folded_module
+from moe_export.export.recurrence.lengths import Length, looped_lengths, operators
+from moe_export.export.recurrence.loops import Repeats, find_loops
+from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton, generalised, skeleton
+from moe_export.export.recurrence.straighten import straighten
+from moe_export.export.source import line_of
+from moe_export.export.subject import Subject, make_subject
+from moe_export.export.trace import SCOPE, Traced, quiet, trace
+from moe_export.export.widen import widened
+
+Mode = Literal["auto", "scan", "chunked", "unrolled"]
+
+# Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
+# loop with a stride.
+_TRACED = ((8, 9, 11), (15, 16, 18, 21), (64, 128, 192, 256))
+_LONG = 20  # a trace at lengths above is only made of a model that takes no shorter ones
+_PROVED = (1, 2, 3, 5, 13)
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """What came of it.
+
+    Attributes:
+        subject: The folded model, or the given one.
+        unrolled: The trace of the model at a short length, if it was folded.
+        notes: For the report.
+        length: What was folded over, if anything was.
+    """
+
+    subject: Subject
+    unrolled: Traced | None = None
+    notes: tuple[str, ...] = ()
+    length: Length | None = None
+
+
+def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto") -> Recurrent:
+    """Fold every loop over a length.
+
+    Args:
+        subject: The model.
+        request: Which dimensions are to be free; a length that is not stays unrolled.
+        mode: `unrolled` leaves the model as it is; `auto` too, with a note, where a loop cannot be folded.
+
+    Raises:
+        NotExportableError: A loop cannot be folded, and the mode is `scan` or `chunked`, or its length was asked
+            for by name.
+    """
+    if mode == "unrolled":
+        return Recurrent(subject)
+    with delta_rules_step_by_step(), scans_step_by_step():
+        return _folded_if_it_can(subject, request, mode)
+
+
+def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recurrent:
+    with quiet():
+        lengths = looped_lengths(subject, request)
+    if not lengths:
+        return Recurrent(subject)
+    try:
+        if subject.weights is not None and subject.weights.absent:
+            raise LengthError("that is proved by running the model, and its weights are not in memory", None)
+        return _folded(subject, request, lengths[0])
+    except LengthError as error:
+        message = f"the loop over {_named(lengths[0])} cannot be folded: {error.reason}"
+        if mode in ("scan", "chunked") or any(place in request.picked for place in lengths[0].axes):
+            raise NotExportableError(
+                message,
+                where=error.where or str(subject.source),
+                hint="rewrite the loop so that each step does the same, or fix the length: --recurrence unrolled",
+            ) from error
+        return Recurrent(subject, notes=(f"{message}{f' ({error.where})' if error.where else ''}",))
+
+
+def _named(length: Length) -> str:
+    return " and ".join(f"{name}:{axis}" for name, axis in length.axes)
+
+
+def _folded(subject: Subject, request: DimRequest, length: Length) -> Recurrent:
+    refusal: LengthError | None = None
+    for sizes in _TRACED:
+        with quiet():
+            examples = {size: length.resized(subject.inputs, size) for size in sizes}
+            if any(operators(subject, example) is None for example in examples.values()):
+                continue
+        try:
+            return _folded_at(subject, request, length, examples)
+        except NoLoopError as error:
+            refusal = refusal or error  # there may be too few turns of it at such lengths
+            if max(sizes) > _LONG:
+                break
+    raise refusal or LengthError("the model takes none of the lengths that would be traced", None)
+
+
+def _folded_at(
+    subject: Subject, request: DimRequest, length: Length, examples: Mapping[int, Mapping[str, torch.Tensor]]
+) -> Recurrent:
+    unpicked = replace(request, picked={})
+    if request.static:
+        unpicked = replace(
+            request,
+            picked={place: name for place, name in request.picked.items() if place not in length.axes},
+        )
+    first, *others = (
+        replace(subject, inputs=example) for example in _same_elsewhere(subject, examples, unpicked)
+    )
+    traced = trace(first, unpicked)
+    fixed = [(name, axis) for name, axis in length.axes if str(traced.inputs[name][axis]).isdigit()]
+    if not fixed:
+        return Recurrent(subject)  # the tracer keeps this length free: no loop over it is unrolled
+    whole = _in_common(traced, others, tuple(examples), unpicked)
+    placeholders = dict(zip(traced.inputs, _placeholders(traced), strict=True))
+    places = [(placeholders[name], axis) for name, axis in fixed]
+    with quiet():
+        module = folded_module(whole, traced.program, places, f"{SCOPE}.")
+        made = make_subject(
+            module, tuple(traced.example.values()), {}, source=subject.source, how=subject.how
+        )
+    folded = replace(
+        made,
+        inputs=dict(zip(subject.inputs, made.inputs.values(), strict=True)),
+        constants=subject.constants,
+        outputs=subject.outputs,
+        dropped=subject.dropped,
+    )
+    _prove(subject, folded, length, tuple(examples))
+    return Recurrent(folded, traced, tuple(_notes(whole, length, subject)), length)
+
+
+def _same_elsewhere(
+    subject: Subject, examples: Mapping[int, Mapping[str, torch.Tensor]], request: DimRequest
+) -> list[Mapping[str, torch.Tensor]]:
+    """The examples with other dimensions widened as the tracer widens them, so that all have the same."""
+    with quiet():
+        return [widened(replace(subject, inputs=example), request) for example in examples.values()]
+
+
+def _in_common(
+    first: Traced, others: Sequence[Subject], sizes: Sequence[int], request: DimRequest
+) -> Skeleton:
+    """What the traces at all lengths have in common.
+
+    Only the first trace has its other dimensions free, which takes the tracer ten times as long. Where the others
+    then are too different, they are traced in the same way.
+    """
+    static = replace(request, static=True, picked={})
+    try:
+        return _common(sizes, [first, *(trace(other, static) for other in others)])
+    except NoLoopError:
+        raise
+    except LengthError:
+        if request == static:
+            raise
+    return _common(sizes, [first, *(trace(other, request) for other in others)])
+
+
+def _placeholders(traced: Traced) -> list[str]:
+    inputs = set(traced.program.graph_signature.user_inputs)
+    return [
+        node.name for node in traced.program.graph.nodes if node.op == "placeholder" and node.name in inputs
+    ]
+
+
+def _common(sizes: Sequence[int], traces: Sequence[Traced]) -> Skeleton:
+    """What the traces have in common."""
+    if any(traced.program.graph_signature.buffers_to_mutate for traced in traces):
+        raise LengthError("the model changes a buffer while it runs", None)
+    repeats = [Repeats(straighten(traced.program)) for traced in traces]
+    find_loops(repeats)
+    if not repeats[0].loops:
+        raise _no_loop(repeats)
+    return generalised({size: skeleton(each) for size, each in zip(sizes, repeats, strict=True)})
+
+
+class NoLoopError(LengthError):
+    """Nothing in the traces repeats itself as a loop does."""
+
+
+def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
+    """The reason of the repetition that came closest to a loop."""
+    refusals = repeats[-1].refusals
+    if not refusals:
+        return NoLoopError("its steps are not alike", None)
+    nearest = max(refusals, key=lambda refusal: refusal.nodes)
+    return NoLoopError(nearest.reason, line_of(nearest.node.meta.get("stack_trace")))
+
+
+def _prove(subject: Subject, folded: Subject, length: Length, traced: Sequence[int]) -> None:
+    """Hold the folded model against the model, in PyTorch, at lengths that were not traced too."""
+    for size in (*_PROVED, *traced, max(traced) + 9):
+        example = length.resized(subject.inputs, size)
+        with quiet(), torch.no_grad():
+            try:
+                wanted = subject.call_named({name: tensor.clone() for name, tensor in example.items()})
+            except Exception:
+                continue
+            try:
+                found = folded.call_named(example)
+            except Exception as error:
+                raise LengthError(f"without the loop it fails at length {size}: {error}", None) from error
+        if not all(_close(a, b) for a, b in zip(wanted, found, strict=True)):
+            raise LengthError(f"what it computes depends on the length in another way at length {size}", None)
+
+
+def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+def _notes(whole: Skeleton, length: Length, subject: Subject) -> list[str]:
+    return [
+        f"loop at {_near(item.loop.line, subject)}: {len(item.loop.body)} operators a step, "
+        f"{item.loop.turns} steps for L = {_named(length)}, folded into one Scan"
+        for item in whole.items
+        if isinstance(item, Folded)
+    ]
+
+
+def _near(line: str | None, subject: Subject) -> str:
+    """A line as seen from the model's folder."""
+    return os.path.relpath(line, subject.source.parent) if line else "?"

@@ -1,0 +1,181 @@
+"""`straighten`: a traced graph whose Python loops are plain to see, computing the same.
+
+    before   slice(x, 0, 0, max) → select(·, 1, t);  copy(select(y, 1, t), v) → select_scatter(y, ·, 1, t)
+    after    select(x, 1, t);                        select_scatter(y, v, 1, t)
+
+Sizes are read off the inputs in front of everything else; slices of everything, aliases and assertions go; a read
+of what was just written is the value that was written. Every rule holds at the traced sizes, whatever they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from moe_export.export.recurrence.operand import SIZE, known
+
+aten = torch.ops.aten
+
+_ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
+_SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default}
+
+
+def straighten(program: ExportedProgram) -> fx.Graph:
+    """The program's graph in normal form: same placeholders, same outputs, every node with its metadata."""
+    return _Straightened(program).graph
+
+
+class _Straightened:
+    """Copies nodes in order; a node that a rule takes away is known by the value that stands for it."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        self.graph = fx.Graph()
+        self._values: dict[fx.Node, Any] = {}
+        self._sizes: dict[str, Any] = {}  # expression → node
+        nodes = list(program.graph.nodes)
+        for node in nodes:
+            if node.op == "placeholder":
+                self._values[node] = self._copied(node)
+        self._read_sizes(program, nodes)
+        for node in nodes:
+            if node not in self._values and not _is_assertion(node):
+                self._values[node] = self._size(node) or self._simplified(node) or self._copied(node)
+        self.graph.eliminate_dead_code()
+
+    def _copied(self, node: fx.Node) -> fx.Node:
+        new = self.graph.node_copy(node, lambda source: self._values[source])
+        new.meta = copy.copy(node.meta)
+        return new
+
+    def _read_sizes(self, program: ExportedProgram, nodes: list[fx.Node]) -> None:
+        """One node for each symbol that is a size of an input."""
+        inputs = set(program.graph_signature.user_inputs)
+        for node in nodes:
+            if node.op != "placeholder" or node.name not in inputs:
+                continue
+            for axis, size in enumerate(node.meta["val"].shape):
+                if known(size) is None and str(size) not in self._sizes:
+                    call = self.graph.call_function(aten.sym_size.int, (self._values[node], axis))
+                    self._sizes[str(size)] = _marked(call, size)
+
+    def _size(self, node: fx.Node) -> fx.Node | None:
+        """The one node for this integer of the shape arithmetic."""
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, torch.SymInt):
+            return None
+        found = self._expressed(value.node.expr)
+        return _marked(found, value) if isinstance(found, fx.Node) else None
+
+    def _expressed(self, expression: Any) -> Any:
+        """Sums and products of sizes of inputs; None for anything else."""
+        if expression.is_Integer:
+            return int(expression)
+        text = str(expression)
+        if text not in self._sizes and expression.func in (sympy.Add, sympy.Mul):
+            parts = [self._expressed(part) for part in expression.args]
+            if any(part is None for part in parts):
+                return None
+            call = operator.add if expression.func is sympy.Add else operator.mul
+            total = parts[0]
+            for part in parts[1:]:
+                total = self.graph.call_function(call, (total, part))
+                total.meta[SIZE] = True
+            self._sizes[text] = total
+        return self._sizes.get(text)
+
+    def _simplified(self, node: fx.Node) -> fx.Node | None:
+        """The existing node that stands for this one, if a rule knows it."""
+        if node.op != "call_function":
+            return None
+        args: Any = fx.map_arg(node.args, lambda source: self._values[source])
+        if node.target in _SAME or (node.target is aten.slice.Tensor and _takes_all(args)):
+            return _node(args[0])
+        if node.target is aten.slice_scatter.default and _takes_all((args[0], *args[2:])):
+            return _node(args[1]) if _alike(args[0], args[1]) else None
+        if node.target is aten.copy.default:
+            return _node(args[1]) if _alike(args[0], args[1]) else None
+        if node.target is operator.getitem and args[0].target is aten.unbind.int:
+            source, axis = (*args[0].args, 0)[:2]
+            return self._read(node, (source, axis, args[1])) or self._select(node, source, axis, args[1])
+        if node.target is aten.select.int:
+            return self._read(node, args)
+        if node.target is aten.select_scatter.default:
+            return self._written_again(node, args)
+        return None
+
+    def _written_again(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
+        """A write over a write at the same place: only the second one is left. Negative indices are resolved."""
+        before, value, axis, index = args
+        size = known(before.meta["val"].shape[axis])
+        if isinstance(index, int) and size is not None:
+            index %= size
+        while before.target is aten.select_scatter.default and before.args[2:] == (axis, index):
+            before = before.args[0]
+        if (before, index) == (args[0], args[3]):
+            return None
+        call = self.graph.call_function(aten.select_scatter.default, (before, value, axis, index))
+        call.meta = copy.copy(node.meta)
+        return call
+
+    def _select(self, node: fx.Node, source: fx.Node, axis: int, index: Any) -> fx.Node:
+        call = self.graph.call_function(aten.select.int, (source, axis, index))
+        call.meta = copy.copy(node.meta)
+        return call
+
+    def _read(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
+        """A read behind writes: what was written there, else a read of what was before them."""
+        source, axis, index = args
+        while isinstance(index, int) and source.target is aten.select_scatter.default:
+            before, written, at_axis, at = source.args
+            rank = len(before.meta["val"].shape)
+            size = known(before.meta["val"].shape[axis])
+            if not isinstance(at, int) or at_axis % rank != axis % rank or size is None:
+                break
+            if at % size == index % size:
+                return _node(written) if _alike(node, written) else None
+            source = before
+        if source is args[0]:
+            return None
+        return self._select(node, source, axis, index)
+
+
+def _marked(node: fx.Node, value: Any) -> fx.Node:
+    node.meta[SIZE] = True
+    node.meta.setdefault("val", value)
+    return node
+
+
+def _node(value: Any) -> fx.Node | None:
+    return value if isinstance(value, fx.Node) else None
+
+
+def _is_assertion(node: fx.Node) -> bool:
+    return node.op == "call_function" and any(name in str(node.target) for name in _ASSERTIONS)
+
+
+def _alike(left: fx.Node, right: Any) -> bool:
+    """Whether two values have the same shape and dtype, so that one can stand for the other."""
+    a, b = (_facts(node.meta) if isinstance(node, fx.Node) else None for node in (left, right))
+    return a is not None and a == b
+
+
+def _facts(meta: Mapping[str, Any]) -> tuple[tuple[str, ...], torch.dtype] | None:
+    value = meta.get("val")
+    if not isinstance(value, torch.Tensor):
+        return None
+    return tuple(str(size) for size in value.shape), value.dtype
+
+
+def _takes_all(args: tuple[Any, ...]) -> bool:
+    """Whether slice arguments (tensor, axis, start, end, step) leave nothing out."""
+    tensor, axis, start, end, step = (*args, *(None,) * 5)[:5]
+    size = known(tensor.meta["val"].shape[axis or 0])
+    whole = end is None or (isinstance(end, int) and end >= (2**62 if size is None else size))
+    return start in (None, 0) and whole and step in (None, 1)

@@ -1,0 +1,342 @@
+"""`write_chunked`: a linear recurrence with a decay a head, as matrix products over chunks of its steps.
+
+    h(t) = a(t) h(t-1) + B(t) u(t)        within a chunk of T steps, from its state h at the start:
+    y(t) = C(t) h(t)                      y = (D * C B^T) u + (d * C) h         D(t, s) = a(s+1) … a(t), 0 for s > t
+                                          h' = d(T) h + (e * B)^T u             d(t) = a(1) … a(t), e(s) = D(T, s)
+
+Everything but the last line is computed for all chunks at once; a `Scan` over the chunks passes the states on. Any
+length: the last chunk is filled with steps that keep the state.
+
+The decays are kept as logarithms. D is the exponential of the sums of the segments s+1 … t, each summed by itself, as
+one product with a matrix of ones and zeros: all terms have one sign, so no digit is lost however strong the decay is,
+and the exponential of a sum <= 0 never overflows. (The usual difference of two cumulative sums is wrong by 1e-3.)
+
+Source of the form: state space duality, arXiv:2405.21060, section 6.
+
+Letters: c chunks, t, s steps of a chunk, g batch axes of the state, n axes read over, p the other axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from moe_export.export.scans.linear import Factor, Linear, LinearState, Reading, read_linear
+from moe_export.export.scans.log import logarithm
+from moe_export.export.scans.marked import Marked, integer
+from moe_export.export.scans.nodes import Nodes
+from moe_export.export.scans.segments import STEPS, Segments
+from moe_export.export.scans.time import CannotError, OverTime, Timed, moved
+
+_LEAST = -1e30  # the logarithm of a decay of 0: -inf times the 0 of another segment would be no number
+_DTYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
+
+
+def pays(linear: Linear) -> bool:
+    """Whether the chunks compute less than the steps: a decay for at least as many entries as a chunk has steps."""
+    return all(state.size((*state.over, *state.only)) >= STEPS for state in linear.states)
+
+
+def write_chunked(graph: ir.Graph, loop: Marked, only_if_it_pays: bool = False) -> None:
+    """Replace a marked loop by products over chunks.
+
+    Raises:
+        CannotError: It is no such recurrence; the graph then computes what it did.
+    """
+    linear = read_linear(loop)
+    if only_if_it_pays and not pays(linear):
+        raise CannotError("it has as many decays as entries of the state, or nearly")
+    _Writer(graph, loop, linear).write()
+
+
+class _Writer:
+    def __init__(self, graph: ir.Graph, loop: Marked, linear: Linear) -> None:
+        self._loop, self._linear = loop, linear
+        self.nodes = nodes = Nodes(graph, loop.end, f"chunks_{loop.number}")
+        sources = {mark.outputs[0]: _source(nodes, mark) for mark in loop.elements}
+        if not sources or all(state.outputs[0].dtype not in _DTYPES for state in loop.states):
+            raise CannotError("nothing to multiply, or in a type that is not exact enough")
+        body = {value for node in loop.body for value in node.outputs}
+        self.over = OverTime(nodes, sources, body)
+        first = next(iter(sources.values()))
+        assert first.axis is not None
+        self.length = nodes("Shape", first.value, start=first.axis, end=first.axis + 1)
+        self.length.type = ir.TensorType(ir.DataType.INT64)
+        self.filling = nodes("Mod", nodes("Neg", self.length), nodes.ints(STEPS))
+        self._axis = loop.axes[0] if loop.axes else 0
+
+    def write(self) -> None:
+        last = [self._state(number) for number in range(len(self._linear.states))]
+        results = []
+        for value, axis, backwards in zip(
+            self._loop.collected, self._loop.axes, self._loop.backwards, strict=True
+        ):
+            timed = self.over.of(value)
+            if timed.axis is None:
+                raise CannotError("what is handed out is the same in each step")
+            result = moved(self.nodes, timed, axis).value
+            results.append(self.nodes.flipped(result, axis) if backwards else result)
+        for old, new in zip(self._loop.end.outputs, [*last, *results], strict=True):
+            new.shape, new.type = old.shape, old.type
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+    def _state(self, number: int) -> ir.Value:
+        """Write what is read from one state; its last value."""
+        state, mark, nodes = self._linear.states[number], self._loop.states[number], self.nodes
+        dtype = mark.outputs[0].dtype
+        assert dtype is not None
+        segments = Segments(nodes, self._decay(state), dtype, len(state.batch) + 2)
+        readings = [reading for reading in self._linear.readings if reading.state == number]
+        for reading in readings:
+            segments.within(reading.new)
+        rows = self._chunks(self._product(state.row, state), state, state.over)  # (c, g, s, n)
+        column = self._chunks(self._product(state.column, state), state, state.only)  # (c, g, s, p)
+        starts, last = self._pass_on(state, mark, rows, column, segments)
+        for reading in readings:
+            self._read(reading, state, (rows, column, starts), segments)
+        return last
+
+    @staticmethod
+    def _rank(state: LinearState) -> int:
+        return len(state.batch) + 3
+
+    # The chunks of a factor
+
+    def _product(self, factors: Sequence[Factor], state: LinearState) -> tuple[Timed, list[int]]:
+        """The product of factors over time, and the state's axes that it has, in ascending order."""
+        axes = sorted({axis for factor in factors for axis in factor.axes})
+        parts = [self._spread(factor.labels, self.over.of(factor.value), axes) for factor in factors]
+        if not parts:
+            dtype = self._loop.states[0].outputs[0].dtype
+            assert dtype is not None
+            return Timed(self.nodes.constant(np.ones((), dtype.numpy())), None, 0), []
+        return self._joined("Mul", parts), axes
+
+    def _joined(self, op: str, parts: Sequence[Timed]) -> Timed:
+        """The sum or product of values of one rank; those that are the same in each step first."""
+        parts = sorted(parts, key=lambda part: part.axis is not None)
+        total = parts[0]
+        for part in parts[1:]:
+            if total.axis is None and part.axis is not None:
+                value = self.nodes.unsqueezed(total.value, [part.axis])
+                total = Timed(self.nodes(op, part.value, value), part.axis, part.rank)
+            else:
+                other = part if total.axis is None else moved(self.nodes, part, total.axis)
+                total = Timed(self.nodes(op, total.value, other.value), total.axis, total.rank)
+        return total
+
+    def _spread(self, labels: Sequence[int | None], timed: Timed, axes: Sequence[int]) -> Timed:
+        """A factor with exactly these axes of the state, in this order."""
+        nodes = self.nodes
+        kept = [place for place, label in enumerate(labels) if label is not None]
+        names = [label for label in labels if label is not None]
+        if len(kept) < timed.rank:
+            timed = moved(nodes, timed, 0)
+            gone = [place + (timed.axis is not None) for place in range(timed.rank) if place not in kept]
+            timed = Timed(nodes("Squeeze", timed.value, nodes.ints(*gone)), timed.axis, len(kept))
+        if names != sorted(names):
+            timed = moved(nodes, timed, 0)
+            front = [] if timed.axis is None else [0]
+            order = [names.index(name) + len(front) for name in sorted(names)]
+            timed = Timed(nodes.transposed(timed.value, [*front, *order]), timed.axis, timed.rank)
+            names = sorted(names)
+        missing = [place for place, axis in enumerate(axes) if axis not in names]
+        if not missing:
+            return timed
+        if timed.axis is None:
+            return Timed(nodes.unsqueezed(timed.value, missing), None, len(axes))
+        at = list(axes).index(names[timed.axis - 1]) + 1 if timed.axis else 0
+        places = [place + (place >= at) for place in missing]
+        return Timed(nodes.unsqueezed(timed.value, places), at, len(axes))
+
+    def _decay(self, state: LinearState) -> ir.Value | None:
+        """The logarithms of the decay, (c, g, t); None for no decay."""
+        if not state.decay:
+            return None
+        axes = sorted({axis for factor in state.decay for axis in factor.axes})
+        parts = [
+            self._spread(factor.labels, logarithm(self.nodes, self.over, factor.value, self._loop), axes)
+            for factor in state.decay
+        ]
+        total = self._joined("Add", parts)
+        dtype = self._loop.states[0].outputs[0].dtype
+        assert dtype is not None
+        least = self.nodes.constant(np.array(_LEAST, dtype.numpy()))
+        total = Timed(self.nodes("Max", total.value, least), total.axis, total.rank)
+        return self._chunks((total, axes), state, None)
+
+    def _chunks(
+        self,
+        part: tuple[Timed, list[int]],
+        state: LinearState,
+        inner: tuple[int, ...] | None,
+    ) -> ir.Value:
+        """(c, g, t, inner) of a value over time: batch axes that it lacks have size 1, inner axes are joined."""
+        timed, axes = part
+        nodes = self.nodes
+        if timed.axis is None:  # the same in each step
+            shape = (
+                nodes("Concat", self.length, nodes.ints(*[1] * timed.rank), axis=0)
+                if timed.rank
+                else self.length
+            )
+            timed = Timed(nodes("Expand", nodes.unsqueezed(timed.value, [0]), shape), 0, timed.rank)
+        assert timed.axis is not None
+        free = [axis for axis in axes if not isinstance(state.shape[axis], int)]
+        ahead = [axis for place, axis in enumerate(axes) if place < timed.axis]
+        if not set(free) <= set(ahead):
+            order = [*free, None, *(axis for axis in axes if axis not in free)]
+            now: list[int | None] = [*axes]
+            now.insert(timed.axis, None)
+            timed = Timed(
+                nodes.transposed(timed.value, [now.index(axis) for axis in order]), len(free), timed.rank
+            )
+            axes = [axis for axis in order if axis is not None]
+        at = timed.axis
+        assert at is not None
+        value = nodes.filled(timed.value, at, timed.rank + 1, self.filling)
+        behind = state.sizes(axes[at:])
+        value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, STEPS, *behind))
+        places: dict[Any, int] = {axis: place + 2 * (place >= at) for place, axis in enumerate(axes)}
+        if inner and not set(inner) <= set(places):
+            raise CannotError("a factor lacks some of the axes that the others have")
+        batch = [places[axis] for axis in state.batch if axis in places]
+        last = [places[axis] for axis in inner or ()]
+        value = nodes.transposed(value, [at, *batch, at + 1, *last])
+        lacking = [place for place, axis in enumerate(state.batch, 1) if axis not in places]
+        value = nodes.unsqueezed(value, [*lacking, *([len(state.batch) + 2] if inner == () else [])])
+        if inner is not None and len(inner) > 1:
+            kept = [0] * (len(state.batch) + 1)
+            value = nodes("Reshape", value, nodes.ints(*kept, STEPS, state.size(inner)))
+        return value
+
+    def _steps_last(self, value: ir.Value, state: LinearState) -> ir.Value:
+        """(…, s, n) → (…, n, s), right before a product: runtimes take both as one."""
+        behind = self._rank(state) - 1
+        return self.nodes.transposed(value, [*range(behind - 1), behind, behind - 1])
+
+    # States from chunk to chunk
+
+    def _pass_on(
+        self, state: LinearState, mark: ir.Node, rows: ir.Value, column: ir.Value, segments: Segments
+    ) -> tuple[ir.Value, ir.Value]:
+        """The state at the start of each chunk, (c, g, n, p), and the one behind the last."""
+        nodes, size = self.nodes, state.size
+        if segments.has_decay:
+            if size(state.over) <= size(state.only):
+                rows = nodes("Mul", rows, nodes.unsqueezed(segments.to_end(), [self._rank(state) - 1]))
+            else:
+                column = nodes("Mul", column, nodes.unsqueezed(segments.to_end(), [self._rank(state) - 1]))
+        added = nodes("MatMul", self._steps_last(rows, state), column)
+        order = [*state.batch, *state.over, *state.only]
+        shape = [state.shape[axis] for axis in state.batch]
+        first = nodes.transposed(mark.inputs[0], order) if mark.inputs[0] is not None else None
+        assert first is not None
+        inner = (len(state.over), len(state.only))
+        if inner != (1, 1):
+            first = nodes("Reshape", first, nodes.ints(*_kept(shape), size(state.over), size(state.only)))
+        decay = segments.whole() if segments.has_decay else None
+        last, starts = _scan(nodes, first, decay, added, [*shape, size(state.over), size(state.only)])
+        if inner != (1, 1):
+            sizes = state.sizes((*state.over, *state.only))
+            last = nodes("Reshape", last, nodes.ints(*_kept(shape), *sizes))
+        return starts, nodes.transposed(last, [order.index(axis) for axis in range(len(order))])
+
+    # What is read
+
+    def _read(
+        self,
+        reading: Reading,
+        state: LinearState,
+        parts: tuple[ir.Value, ir.Value, ir.Value],
+        segments: Segments,
+    ) -> None:
+        nodes = self.nodes
+        rows, column, starts = parts
+        read = self._chunks(self._product(reading.factors, state), state, state.over)  # (c, g, t, n)
+        products = nodes("MatMul", read, self._steps_last(rows, state))
+        inside = nodes("MatMul", nodes("Mul", segments.within(reading.new), products), column)
+        if segments.has_decay:
+            since = nodes.unsqueezed(segments.since(reading.new), [self._rank(state) - 1])
+            if state.size(state.over) <= state.size(state.only):
+                before = nodes("MatMul", nodes("Mul", read, since), starts)
+            else:
+                before = nodes("Mul", nodes("MatMul", read, starts), since)
+        else:
+            before = nodes("MatMul", read, starts)
+        total = nodes("Add", inside, before)  # (c, g, t, p)
+        self.over.know(reading.value, self._unchunked(total, reading, state))
+
+    def _unchunked(self, value: ir.Value, reading: Reading, state: LinearState) -> Timed:
+        """(c, g, t, p) as a value over time with the axes that the step gives it."""
+        nodes = self.nodes
+        if len(state.only) > 1:
+            sizes = state.sizes(state.only)
+            value = nodes("Reshape", value, nodes.ints(*[0] * (len(state.batch) + 2), *sizes))
+        place: dict[int, int] = {axis: 1 + at for at, axis in enumerate(state.batch)}
+        place |= {axis: len(state.batch) + 2 + at for at, axis in enumerate(state.only)}
+        if {axis for joined in reading.axes for axis in joined} != set(place):
+            raise CannotError("what is read lacks an axis of the state")
+        front = 0  # axes in front of time: as many as the step's result has there, and all that nobody knows
+        for at, joined in enumerate(reading.axes):
+            sizes_known = all(isinstance(state.shape[axis], int) for axis in joined)
+            if len(joined) == 1 and at == front and (at < self._axis or not sizes_known):
+                front += 1
+            elif not sizes_known:
+                raise CannotError("an axis of unknown size stands behind others")
+        order = [place[joined[0]] for joined in reading.axes[:front]]
+        behind = [axis for joined in reading.axes[front:] for axis in joined]
+        order += [0, len(state.batch) + 1, *(place[axis] for axis in behind)]
+        extra = [len(state.batch) + 2] if not state.only else []
+        value = nodes.transposed(value, [*order, *extra])
+        sizes = [state.size(joined) for joined in reading.axes[front:]]
+        value = nodes("Reshape", value, nodes.ints(*[0] * front, -1, *sizes))
+        value = nodes("Slice", value, nodes.ints(0), self.length, nodes.ints(front))
+        return Timed(value, front, len(reading.axes))
+
+
+def _kept(shape: Sequence[int | ir.SymbolicDim]) -> list[int]:
+    return [0] * len(shape)
+
+
+def _source(nodes: Nodes, mark: ir.Node) -> Timed:
+    """The sequence that an element is taken from, first step first."""
+    value, axis = mark.inputs[0], integer(mark, "axis")
+    if value is None or mark.outputs[0].shape is None:
+        raise CannotError("a sequence of unknown shape")
+    if integer(mark, "backwards"):
+        value = nodes.flipped(value, axis)
+    return Timed(value, axis, len(mark.outputs[0].shape))
+
+
+def _scan(
+    nodes: Nodes,
+    first: ir.Value,
+    decay: ir.Value | None,
+    added: ir.Value,
+    shape: Sequence[int | ir.SymbolicDim],
+) -> tuple[ir.Value, ir.Value]:
+    """`h' = decay * h + added` chunk by chunk: the last h', and every h."""
+    kind = first.type
+    state = ir.Value(name=f"{nodes.prefix}_state", shape=ir.Shape(shape), type=kind)
+    inputs, sequences = [state], [added]
+    step = ir.Value(name=f"{nodes.prefix}_added", type=kind)
+    body: list[ir.Node] = []
+    product = state
+    if decay is not None:
+        factor = ir.Value(name=f"{nodes.prefix}_decay", type=kind)
+        body.append(ir.node("Mul", [state, factor]))
+        product, inputs, sequences = body[0].outputs[0], [state, factor], [decay, added]
+    body += [ir.node("Add", [product, step]), ir.node("Identity", [state])]
+    for place, node in enumerate(body):
+        node.outputs[0].name, node.outputs[0].type = f"{nodes.prefix}_passed_{place}", kind
+    outputs = [node.outputs[0] for node in body[-2:]]
+    for value in outputs:
+        value.shape = ir.Shape(shape)
+    graph = ir.Graph([*inputs, step], outputs, nodes=body, name=f"{nodes.prefix}_chunk")
+    last, starts = nodes.parts("Scan", 2, first, *sequences, body=graph, num_scan_inputs=len(sequences))
+    last.shape = ir.Shape(shape)
+    return last, starts

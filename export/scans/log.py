@@ -1,0 +1,67 @@
+"""`logarithm`: the logarithm of a decay that the model computes as an exponential, without computing both.
+
+    exp(dt * A)   → dt * A
+    sigmoid(f)    → -softplus(-f)
+    0.97          → log(0.97)
+
+Anything else may be 0 or negative, and has none.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from moe_export.export.scans.marked import Marked
+from moe_export.export.scans.nodes import Nodes
+from moe_export.export.scans.time import CannotError, OverTime, Timed
+
+_VIEWS = {"Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
+
+
+def logarithm(nodes: Nodes, over: OverTime, value: ir.Value, loop: Marked) -> Timed:
+    """The logarithm of a value of a step, over time.
+
+    Raises:
+        CannotError: The value is not known to be positive.
+    """
+    mark = next((mark for mark in loop.elements if mark.outputs[0] is value), None)
+    if mark is not None:
+        source = over.of(value)
+        return Timed(_outside(nodes, source.value), source.axis, source.rank)
+    if value not in {output for node in loop.body for output in node.outputs}:
+        same = over.of(value)
+        return Timed(_outside(nodes, value), None, same.rank)
+    node = value.producer()
+    assert node is not None
+    if node.op_type == "Exp" and node.inputs[0] is not None:
+        return over.of(node.inputs[0])
+    if node.op_type == "Sigmoid" and node.inputs[0] is not None:
+        inner = over.of(node.inputs[0])
+        return Timed(_log_sigmoid(nodes, inner.value), inner.axis, inner.rank)
+    raise CannotError(f"its decay, a {node.op_type}, is not known to be positive")
+
+
+def _outside(nodes: Nodes, value: ir.Value) -> ir.Value:
+    """The logarithm of a value outside the loop."""
+    tensor, node = value.const_value, value.producer()
+    if tensor is not None:
+        array = tensor.numpy()
+        if not (array > 0).all():
+            raise CannotError("its decay is not positive")
+        return nodes.constant(np.log(array.astype(np.float64)).astype(array.dtype))
+    if node is None or node.inputs[0] is None:
+        raise CannotError("its decay is not known to be positive")
+    if node.op_type == "Exp":
+        return node.inputs[0]
+    if node.op_type == "Sigmoid":
+        return _log_sigmoid(nodes, node.inputs[0])
+    if node.op_type in _VIEWS:
+        (result,) = nodes.copy(node, [_outside(nodes, node.inputs[0]), *node.inputs[1:]])
+        result.shape = value.shape
+        return result
+    raise CannotError(f"its decay, a {node.op_type}, is not known to be positive")
+
+
+def _log_sigmoid(nodes: Nodes, value: ir.Value) -> ir.Value:
+    return nodes("Neg", nodes("Softplus", nodes("Neg", value)))

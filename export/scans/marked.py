@@ -1,0 +1,131 @@
+"""`Marked`: a loop between its marks in a translated graph, as plain data; what its steps depend on.
+
+h = State(h0)   x = Element(xs)   …body…   last, ys = End(h, x, h', y)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from moe_export.export.bodies import reads
+from moe_export.export.recurrence.loop_body import DOMAIN, ELEMENT, STATE
+
+
+@dataclass(frozen=True)
+class Marked:
+    """A marked loop.
+
+    Attributes:
+        end: The node that closes it; its outputs are the last states, then what was collected.
+        states: Marks of the states.
+        elements: Marks of the sequences, one element of which a step reads.
+        body: The nodes that depend on a mark and that the end depends on, in graph order.
+        following: The next states.
+        collected: What each step hands out; `axes` and `backwards` say where its time goes.
+    """
+
+    end: ir.Node
+    states: tuple[ir.Node, ...]
+    elements: tuple[ir.Node, ...]
+    body: tuple[ir.Node, ...]
+    following: tuple[ir.Value, ...]
+    collected: tuple[ir.Value, ...]
+    axes: tuple[int, ...]
+    backwards: tuple[bool, ...]
+
+    @property
+    def number(self) -> int:
+        """Tells the loops of a model apart."""
+        return integer(self.end, "loop")
+
+    def dependent(self) -> set[ir.Value]:
+        """The values that depend on a state."""
+        return _dependent([mark.outputs[0] for mark in self.states], self.body)
+
+
+def integer(node: ir.Node, name: str) -> int:
+    """An attribute of a mark."""
+    return int(node.attributes[name].as_int())
+
+
+def read_marked(graph: ir.Graph, end: ir.Node) -> Marked:
+    """Read a marked loop off the graph."""
+    states, elements = integer(end, "states"), integer(end, "elements")
+    marks = [_mark(value) for value in end.inputs[: states + elements]]
+    results = [value for value in end.inputs[states + elements :] if value is not None]
+    count = len(results) - states
+    return Marked(
+        end,
+        tuple(marks[:states]),
+        tuple(marks[states:]),
+        tuple(_between(graph, marks, end)),
+        tuple(results[:states]),
+        tuple(results[states:]),
+        tuple(int(axis) for axis in end.attributes["axes"].as_ints())[:count],
+        tuple(bool(flag) for flag in end.attributes["backwards"].as_ints())[:count],
+    )
+
+
+def new_element(
+    graph: ir.Graph, before: ir.Node, value: ir.Value, axis: int, *, loop: int, place: int, backwards: int
+) -> ir.Node:
+    """A mark of a sequence, one element of which a step reads; written in front of a node.
+
+    Args:
+        graph: Where.
+        before: The node.
+        value: The sequence.
+        axis: Of time in it.
+        loop: The loop's number.
+        place: The element's.
+        backwards: 1 if the last is read first.
+    """
+    numbers = {"loop": loop, "place": place, "axis": axis, "backwards": backwards}
+    mark = ir.node(ELEMENT, [value], attributes=numbers, domain=DOMAIN)
+    element = mark.outputs[0]
+    element.shape = ir.Shape([size for at, size in enumerate(value.shape or ()) if at != axis])
+    element.type, element.name = value.type, f"{value.name}_element_{loop}_{axis}"
+    graph.insert_before(before, mark)
+    return mark
+
+
+def with_elements(end: ir.Node, elements: Sequence[ir.Value]) -> None:
+    """Give the end of a loop other elements; its states and results stay."""
+    states, count = integer(end, "states"), integer(end, "elements")
+    inputs = [*end.inputs[:states], *elements, *end.inputs[states + count :]]
+    end.resize_inputs(len(inputs))
+    for place, value in enumerate(inputs):
+        end.replace_input_with(place, value)
+    end.attributes["elements"] = ir.AttrInt64("elements", len(elements))
+
+
+def _mark(value: ir.Value | None) -> ir.Node:
+    node = value.producer() if value is not None else None
+    assert node is not None
+    assert node.domain == DOMAIN
+    assert node.op_type in (STATE, ELEMENT)
+    return node
+
+
+def _between(graph: ir.Graph, marks: Sequence[ir.Node], end: ir.Node) -> list[ir.Node]:
+    """The nodes that depend on a mark and that the end depends on, in graph order."""
+    needed: set[ir.Node] = set()
+    stack = [value.producer() for value in end.inputs if value is not None]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in needed and node not in marks:
+            needed.add(node)
+            stack += [value.producer() for value in reads(node)]
+    dependent = _dependent([mark.outputs[0] for mark in marks], (node for node in graph if node in needed))
+    return [node for node in graph if node in needed and node.outputs[0] in dependent]
+
+
+def _dependent(values: Iterable[ir.Value], nodes: Iterable[ir.Node]) -> set[ir.Value]:
+    found = set(values)
+    for node in nodes:
+        if any(value in found for value in reads(node)):
+            found.update(node.outputs)
+    return found

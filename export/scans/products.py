@@ -1,0 +1,92 @@
+"""`small_products_first`: a product of several factors that are broadcast, in the order that computes least.
+
+    before   (delta[d, 1] * B[1, n]) * u[d, 1]     2 d n products a step
+    after    (delta[d, 1] * u[d, 1]) * B[1, n]     d n + d
+
+Only products of the step itself, none that a state is part of.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+from moe_export.export.scans.marked import Marked
+from moe_export.export.scans.nodes import Nodes
+from moe_export.export.scans.time import size_of
+
+_Shape = tuple[int | ir.SymbolicDim, ...]
+
+
+def small_products_first(graph: ir.Graph, loop: Marked) -> None:
+    """Write each product of three or more factors again where another order computes less, in place."""
+    dependent = loop.dependent()
+    inside = {node for node in loop.body if _is_product(node) and node.outputs[0] not in dependent}
+    for node in loop.body:
+        if node not in inside or any(user in inside for user, _ in node.outputs[0].uses()):
+            continue
+        factors = _factors(node, inside)
+        if len(factors) > 2 and all(factor.shape is not None for factor in factors):
+            _write(Nodes(graph, node, f"product_{loop.number}_{node.outputs[0].name}"), node, factors, inside)
+
+
+def _is_product(node: ir.Node) -> bool:
+    return node.op_type == "Mul" and node.domain in ("", "ai.onnx")
+
+
+def _factors(node: ir.Node, inside: set[ir.Node]) -> list[ir.Value]:
+    found: list[ir.Value] = []
+    for value in node.inputs:
+        assert value is not None
+        producer = value.producer()
+        if producer is not None and producer in inside and len(value.uses()) == 1:
+            found += _factors(producer, inside)
+        else:
+            found.append(value)
+    return found
+
+
+def _write(nodes: Nodes, node: ir.Node, factors: Sequence[ir.Value], inside: set[ir.Node]) -> None:
+    parts: list[tuple[ir.Value | tuple[int, int], _Shape]] = []
+    parts = [(factor, tuple(factor.shape or ())) for factor in factors]
+    order: list[tuple[int, int]] = []
+    cost = 0
+    left = list(range(len(parts)))
+    while len(left) > 1:
+        first, second = min(
+            itertools.combinations(left, 2),
+            key=lambda pair: size_of(_broadcast(parts[pair[0]][1], parts[pair[1]][1])),
+        )
+        shape = _broadcast(parts[first][1], parts[second][1])
+        cost += size_of(shape)
+        order.append((first, second))
+        parts.append(((first, second), shape))
+        left = [place for place in left if place not in (first, second)] + [len(parts) - 1]
+    if cost >= _cost(node, inside):
+        return
+    values = list(factors)
+    for (first, second), (_, shape) in zip(order, parts[len(factors) :], strict=True):
+        value = nodes("Mul", values[first], values[second])
+        value.shape = ir.Shape(shape)
+        values.append(value)
+    values[-1].shape, values[-1].type = node.outputs[0].shape, node.outputs[0].type
+    node.outputs[0].replace_all_uses_with(values[-1])
+
+
+def _cost(node: ir.Node, inside: set[ir.Node]) -> int:
+    """Products that a tree computes as it is."""
+    total = size_of(tuple(node.outputs[0].shape or ()))
+    for value in node.inputs:
+        producer = value.producer() if value is not None else None
+        if value is not None and producer is not None and producer in inside and len(value.uses()) == 1:
+            total += _cost(producer, inside)
+    return total
+
+
+def _broadcast(left: _Shape, right: _Shape) -> _Shape:
+    sizes = []
+    for a, b in itertools.zip_longest(reversed(left), reversed(right), fillvalue=1):
+        sizes.append(b if a == 1 else a)
+    return tuple(reversed(sizes))

@@ -1,0 +1,86 @@
+"""`Segments`: the decays between any two steps of a chunk, from their logarithms, without losing digits.
+
+The decay from step s to step t is the exponential of the sum of the segment s+1 … t. Each segment is summed by itself,
+all of them as one product with a matrix of ones and zeros: all terms have one sign, so no digit is lost however strong
+the decay is, and the exponential of a sum <= 0 never overflows. The difference of two cumulative sums, as it is usually
+written, is wrong by up to 1e-3 where the decay is strong.
+
+Letters: c chunks, g batch axes of the state, t, s steps of a chunk.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from moe_export.export.scans.nodes import Nodes
+
+STEPS = 32  # of a chunk: the segments cost T^2 a step, the scan over chunks 1 / T
+
+
+class Segments:
+    """The decays of a chunk, each asked for written once. Logarithms: (c, g, t)."""
+
+    def __init__(self, nodes: Nodes, logarithms: ir.Value | None, dtype: ir.DataType, rank: int) -> None:
+        self._nodes, self._logs, self._dtype, self._rank = nodes, logarithms, dtype, rank
+        self._made: dict[Any, ir.Value] = {}
+
+    @property
+    def has_decay(self) -> bool:
+        return self._logs is not None
+
+    def within(self, new: bool) -> ir.Value:
+        """D: from step s to step t, or to the one before t; (c, g, t, s)."""
+        key = ("within", new)
+        if key not in self._made:
+            self._made[key] = self._within(new)
+        return self._made[key]
+
+    def _within(self, new: bool) -> ir.Value:
+        place = np.arange(STEPS)
+        seen = place[:, None] >= place[None, :] + (not new)  # (t, s)
+        if self._logs is None:
+            return self._constant(seen)
+        nodes = self._nodes
+        r, t, s = np.ix_(place, place, place)
+        inside = ((r > s) & (r <= t - (not new)) & seen[None]).reshape(STEPS, STEPS * STEPS)
+        unseen = np.where(seen, 0, -np.inf).reshape(1, -1)
+        flat = nodes("Reshape", self._logs, nodes.ints(-1, STEPS))
+        sums = nodes("Gemm", flat, self._constant(inside), self._constant(unseen))
+        shape = nodes("Shape", self._logs)
+        shape.type = ir.TensorType(ir.DataType.INT64)
+        return nodes("Reshape", nodes("Exp", sums), nodes("Concat", shape, nodes.ints(STEPS), axis=0))
+
+    def since(self, new: bool) -> ir.Value:
+        """From the start of the chunk to step t, or to the one before; (c, g, t)."""
+        return self._exponential("since", np.triu(np.ones((STEPS, STEPS)), 0 if new else 1))
+
+    def to_end(self) -> ir.Value:
+        """From step s to the end of the chunk; (c, g, s)."""
+        if ("within", True) in self._made:  # the last row
+            if "to end" not in self._made:
+                row = self._nodes.scalar(STEPS - 1)
+                self._made["to end"] = self._nodes("Gather", self.within(True), row, axis=self._rank - 1)
+            return self._made["to end"]
+        return self._exponential("to end", np.tril(np.ones((STEPS, STEPS)), -1))
+
+    def whole(self) -> ir.Value:
+        """From the start to the end; (c, g, 1, 1)."""
+        if "whole" not in self._made:
+            product = self._nodes(
+                "Gather", self.since(True), self._nodes.ints(STEPS - 1), axis=self._rank - 1
+            )
+            self._made["whole"] = self._nodes.unsqueezed(product, [self._rank])
+        return self._made["whole"]
+
+    def _exponential(self, name: str, ones: np.ndarray[Any, Any]) -> ir.Value:
+        key = (name, ones.tobytes())
+        if key not in self._made:
+            assert self._logs is not None
+            self._made[key] = self._nodes("Exp", self._nodes("MatMul", self._logs, self._constant(ones)))
+        return self._made[key]
+
+    def _constant(self, array: np.ndarray[Any, Any]) -> ir.Value:
+        return self._nodes.constant(array.astype(self._dtype.numpy()))

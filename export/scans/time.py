@@ -1,0 +1,326 @@
+"""`OverTime`: what a step computes from what it reads, computed for many steps at once.
+
+    step     Unsqueeze(dt[h]) ─▶ * x[h, p]                of one step
+    many     Unsqueeze(dt[l, h]) ─▶ * x[l, h, p]          of l steps: a batch dimension, wherever it stands
+
+Time is one more axis of every value that depends on a step; values that do not, stay as they are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from moe_export.export.scans.nodes import Nodes
+
+POINTWISE = {
+    "Abs", "Add", "And", "Cast", "Ceil", "Cos", "Div", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater",
+    "GreaterOrEqual", "HardSigmoid", "HardSwish", "Identity", "LeakyRelu", "Less", "LessOrEqual", "Log", "Max", "Min",
+    "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign",
+    "Sqrt", "Sub", "Tanh", "Where",
+}  # fmt: skip
+REDUCTIONS = {"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"}
+
+
+_SYMBOLIC = 64  # a size that nobody knows, for comparing amounts
+
+
+class CannotError(Exception):
+    """A step that has no form over many steps, and why."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """A value of every step.
+
+    Attributes:
+        value: Of all steps, or of each step alike.
+        axis: Where time is in it; None if it is the same in each step.
+        rank: Of the value of one step.
+    """
+
+    value: ir.Value
+    axis: int | None
+    rank: int
+
+    @property
+    def behind(self) -> int:
+        """How many axes of a step stand behind the time."""
+        return self.rank - (self.axis or 0)
+
+
+class OverTime:
+    """Computes values of many steps, as they are asked for.
+
+    Args:
+        nodes: Where nodes are written.
+        known: Values of a step whose values of many steps exist.
+        body: The values that a step makes.
+        outside: What everything else is; default: the same in each step.
+    """
+
+    def __init__(
+        self,
+        nodes: Nodes,
+        known: Mapping[ir.Value, Timed],
+        body: set[ir.Value],
+        outside: Callable[[ir.Value], Timed] | None = None,
+    ) -> None:
+        self._nodes, self._known, self._body = nodes, dict(known), body
+        self._outside = outside or _same
+
+    def of(self, value: ir.Value) -> Timed:
+        """The value of many steps.
+
+        Raises:
+            CannotError: An operator on the way has no form over time.
+        """
+        if value not in self._known:
+            if value not in self._body:
+                return self._outside(value)
+            node = value.producer()
+            assert node is not None
+            for output, timed in zip(node.outputs, self.step(node), strict=True):
+                self._known[output] = timed
+        return self._known[value]
+
+    def know(self, value: ir.Value, timed: Timed) -> None:
+        """Tell what a value of a step is over time."""
+        self._known[value] = timed
+
+    def step(self, node: ir.Node) -> Sequence[Timed]:
+        """One operator over time."""
+        operands = [self.of(value) for value in node.inputs if value is not None]
+        rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
+        if rule is None or len(operands) != len(node.inputs):
+            raise CannotError(f"{node.op_type} has no form over time here")
+        return rule(self._nodes, node, operands)
+
+
+def can(node: ir.Node) -> bool:
+    """Whether an operator may have a form over time."""
+    return node.op_type in _RULES and node.domain in ("", "ai.onnx")
+
+
+def moved(nodes: Nodes, timed: Timed, axis: int) -> Timed:
+    """The same with its time at another axis."""
+    if timed.axis is None or timed.axis == axis:
+        return timed
+    order = [place for place in range(timed.rank + 1) if place != timed.axis]
+    order.insert(axis, timed.axis)
+    return Timed(nodes.transposed(timed.value, order), axis, timed.rank)
+
+
+def rank_of(value: ir.Value) -> int:
+    """How many axes a value has.
+
+    Raises:
+        CannotError: Nobody knows.
+    """
+    if value.shape is None:
+        raise CannotError(f"nobody knows the shape of {value.name}")
+    return len(value.shape)
+
+
+def size_of(sizes: Sequence[int | ir.SymbolicDim]) -> int:
+    """How many numbers a shape holds; what nobody knows counts as a few."""
+    return math.prod(size if isinstance(size, int) else _SYMBOLIC for size in sizes)
+
+
+def amount_of(value: ir.Value, axis: int) -> int:
+    """How many numbers of a value a step reads, where `axis` is time."""
+    return size_of([size for place, size in enumerate(value.shape or ()) if place != axis])
+
+
+def _same(value: ir.Value) -> Timed:
+    return Timed(value, None, rank_of(value))
+
+
+def _aligned(nodes: Nodes, timed: Timed, behind: int) -> ir.Value:
+    """A value whose time, if it has one, has `behind` axes behind it; ready to be broadcast against such."""
+    if timed.axis is None:
+        return nodes.unsqueezed(timed.value, [timed.rank - behind]) if timed.rank > behind else timed.value
+    if timed.rank >= behind:
+        return moved(nodes, timed, timed.rank - behind).value
+    value = moved(nodes, timed, 0).value
+    return nodes.unsqueezed(value, range(1, 1 + behind - timed.rank))
+
+
+def _behind(operands: Sequence[Timed], least: int = 0) -> int:
+    """How many axes shall stand behind the time: as the largest operand has it."""
+    largest = max((one for one in operands if one.axis is not None), key=lambda one: one.rank)
+    return max(least, largest.behind)
+
+
+Rule = Callable[[Nodes, ir.Node, Sequence[Timed]], Sequence[Timed]]
+
+
+def _pointwise(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+    rank = max(one.rank for one in operands)
+    behind = _behind(operands)
+    (result,) = nodes.copy(node, [_aligned(nodes, one, behind) for one in operands])
+    return [Timed(result, rank - behind, rank)]
+
+
+def _matmul(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+    left, right = operands
+    if min(left.rank, right.rank) < 2:
+        raise CannotError("a product with a vector")
+    rank = max(left.rank, right.rank)
+    if right.axis is None and right.rank == 2 and left.behind >= 1:
+        (result,) = nodes.copy(node, [left.value, right.value])
+        return [Timed(result, left.axis, rank)]
+    behind = _behind(operands, 2)
+    (result,) = nodes.copy(node, [_aligned(nodes, one, behind) for one in operands])
+    return [Timed(result, rank - behind, rank)]
+
+
+def _gemm(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+    """`Gemm` of a value over time and a weight → `MatMul` and `Add`."""
+    left, right, *bias = operands
+    numbers = {key: node.attributes[key].value for key in node.attributes}
+    if right.axis is not None or numbers.get("transA", 0):
+        raise CannotError("a Gemm whose second factor changes")
+    if (
+        numbers.get("alpha", 1.0) != 1.0
+        or numbers.get("beta", 1.0) != 1.0
+        or any(b.axis is not None for b in bias)
+    ):
+        raise CannotError("a Gemm that is scaled")
+    weight = nodes("Transpose", right.value, perm=[1, 0]) if numbers.get("transB", 0) else right.value
+    value = nodes("MatMul", moved(nodes, left, 0).value, weight)
+    if bias:
+        value = nodes("Add", value, bias[0].value)
+    return [Timed(value, 0, 2)]
+
+
+def axes_of(value: ir.Value | None) -> list[int]:
+    tensor = value.const_value if value is not None else None
+    if tensor is None:
+        raise CannotError("axes that are computed")
+    return [int(axis) for axis in tensor.numpy().reshape(-1)]
+
+
+def _shifted(axes: Sequence[int], rank: int, at: int) -> list[int]:
+    """Axes of a step as axes of many, where time is before the step's axis `at`."""
+    return [axis % rank + (axis % rank >= at) for axis in axes]
+
+
+def _unsqueeze(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+    one = operands[0]
+    assert one.axis is not None
+    axes = axes_of(node.inputs[1])
+    rank = one.rank + len(axes)
+    added = {axis % rank for axis in axes}
+    old = [place for place in range(rank) if place not in added]  # where the step's axes go
+    at = old[one.axis - 1] + 1 if one.axis else 0
+    return [Timed(nodes.unsqueezed(one.value, sorted(_shifted(axes, rank, at))), at, rank)]
+
+
+def _squeeze(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+    one = operands[0]
+    assert one.axis is not None
+    if len(node.inputs) < 2:
+        raise CannotError("a Squeeze of whatever is 1")
+    gone = {axis % one.rank for axis in axes_of(node.inputs[1])}
+    at = one.axis - sum(axis < one.axis for axis in gone)
+    axes = sorted(_shifted(sorted(gone), one.rank, one.axis))
+    return [Timed(nodes("Squeeze", one.value, nodes.ints(*axes)), at, one.rank - len(gone))]
+
+
+def _reduction(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+    one = operands[0]
+    assert one.axis is not None
+    if len(node.inputs) < 2:
+        raise CannotError("a reduction over everything")
+    axes = sorted({axis % one.rank for axis in axes_of(node.inputs[1])})
+    kept = number_of(node, "keepdims", 1)
+    at = one.axis if kept else one.axis - sum(axis < one.axis for axis in axes)
+    (result,) = nodes.copy(node, [one.value, nodes.ints(*_shifted(axes, one.rank, one.axis))])
+    return [Timed(result, at, one.rank if kept else one.rank - len(axes))]
+
+
+def number_of(node: ir.Node, name: str, default: int) -> int:
+    return int(node.attributes[name].as_int()) if name in node.attributes else default
+
+
+def _transpose(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+    one = moved(nodes, operands[0], 0)
+    order = [axis + 1 for axis in node.attributes["perm"].as_ints()]
+    return [Timed(nodes.transposed(one.value, [0, *order]), 0, one.rank)]
+
+
+def _along(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+    """Operators along one axis of one operand: `Softmax`, `Split`, `Gather` and `Slice` by constants."""
+    one, *others = operands
+    if one.axis is None or any(other.axis is not None for other in others):
+        raise CannotError(f"{node.op_type} by numbers that change")
+    rank = one.rank
+    (axis,) = _shifted([number_of(node, "axis", -1 if "oftmax" in node.op_type else 0)], rank, one.axis)
+    results = nodes.copy(node, [one.value, *(other.value for other in others)])
+    producer = results[0].producer()
+    assert producer is not None
+    producer.attributes["axis"] = ir.AttrInt64("axis", axis)
+    if node.op_type == "Gather" and others[0].rank != 1:
+        if others[0].rank:
+            raise CannotError("a Gather by a matrix")
+        return [Timed(results[0], one.axis - (axis < one.axis), rank - 1)]
+    return [Timed(result, one.axis, rank) for result in results]
+
+
+def _slice(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+    one, *others = operands
+    if one.axis is None or len(others) < 3 or any(other.axis is not None for other in others):
+        raise CannotError("a Slice by numbers that change")
+    axes = nodes.ints(*_shifted(axes_of(node.inputs[3]), one.rank, one.axis))
+    values = [other.value for other in others]
+    (result,) = nodes.copy(node, [one.value, *values[:2], axes, *values[3:]])
+    return [Timed(result, one.axis, one.rank)]
+
+
+def _concat(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+    if any(one.axis is None for one in operands):
+        raise CannotError("a Concat with what is the same in each step")
+    behind, rank = _behind(operands), operands[0].rank
+    (result,) = nodes.copy(node, [_aligned(nodes, one, behind) for one in operands])
+    producer = result.producer()
+    assert producer is not None
+    (axis,) = _shifted([number_of(node, "axis", 0)], rank, rank - behind)
+    producer.attributes["axis"] = ir.AttrInt64("axis", axis)
+    return [Timed(result, rank - behind, rank)]
+
+
+def _reshape(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+    """Time stays where the axes in front of it do, else goes to the front; other sizes are numbers, or stay."""
+    old, new = (value.shape if value is not None else None for value in (node.inputs[0], node.outputs[0]))
+    if old is None or new is None:
+        raise CannotError("a Reshape of an unknown shape")
+    same = [str(left) == str(right) for left, right in zip(old, new, strict=False)]
+    at = operands[0].axis or 0
+    if not all(same[:at]) or len(same) < at:
+        at = 0
+    target = [0] * (at + 1)
+    for place, size in enumerate(new):
+        if place >= at and not isinstance(size, int) and not (place < len(same) and same[place]):
+            raise CannotError("a Reshape to sizes that are computed")
+        target += [size if isinstance(size, int) else 0] if place >= at else []
+    value = moved(nodes, operands[0], at).value
+    return [Timed(nodes("Reshape", value, nodes.ints(*target)), at, len(new))]
+
+
+_RULES: dict[str, Rule] = {
+    **dict.fromkeys(POINTWISE, _pointwise),
+    **dict.fromkeys(REDUCTIONS, _reduction),
+    **dict.fromkeys(("Softmax", "LogSoftmax", "Split", "Gather"), _along),
+    "MatMul": _matmul,
+    "Gemm": _gemm,
+    "Unsqueeze": _unsqueeze,
+    "Squeeze": _squeeze,
+    "Transpose": _transpose,
+    "Slice": _slice,
+    "Concat": _concat,
+    "Reshape": _reshape,
+}

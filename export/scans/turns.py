@@ -1,0 +1,248 @@
+"""`several_steps`: a marked loop whose turns take several steps each, so that a runtime starts a turn less often.
+
+    before   Element(x)[d] ─▶ a = f(x) ─▶ h' = a * h ─▶ y = g(h')                     a turn is a step
+    after    Element(x)[u, d] ─▶ a[u] = f(x) ─▶ h1 = a[0] * h, h2 = a[1] * h1, … ─▶ y[u] = g(h1, h2, …)
+
+What does not depend on a state, and what only depends on it, is computed for all steps of a turn at once; only the way
+from state to state is written step by step. Any length: the last turn is filled up, what it hands out too much is cut
+off, and the last states are those after the last step that there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import onnx_ir as ir
+
+from moe_export.export.recurrence.loop_body import DOMAIN, ELEMENT, END, STATE
+from moe_export.export.scans.marked import Marked, integer
+from moe_export.export.scans.nodes import Nodes
+from moe_export.export.scans.time import CannotError, OverTime, Timed, can, moved
+
+
+def several_steps(graph: ir.Graph, loop: Marked, steps: int) -> ir.Node:
+    """Write the loop again with several steps a turn.
+
+    Returns:
+        The end of the new loop. The old one is left without users.
+
+    Raises:
+        CannotError: An operator of the step has no form over time; the graph then computes what it did.
+    """
+    return _Writer(graph, loop, steps).write()
+
+
+def _way(loop: Marked) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
+    """The body's nodes: on the way from state to state, before it, behind it. In graph order."""
+    dependent = loop.dependent()
+    wanted: set[ir.Value] = set(loop.following)
+    way: list[ir.Node] = []
+    for node in reversed(loop.body):
+        if any(output in wanted for output in node.outputs) and node.outputs[0] in dependent:
+            way.append(node)
+            wanted.update(value for value in node.inputs if value is not None)
+    way.reverse()
+    ahead = [node for node in loop.body if node.outputs[0] not in dependent]
+    behind = [node for node in loop.body if node.outputs[0] in dependent and node not in way]
+    return way, ahead, behind
+
+
+class _Writer:
+    def __init__(self, graph: ir.Graph, loop: Marked, steps: int) -> None:
+        if not loop.elements or not loop.states:
+            raise CannotError("a loop without sequences or states")
+        self._loop, self._steps = loop, steps
+        self._graph = graph
+        self._nodes = Nodes(graph, loop.end, f"turns_{loop.number}")
+        way, ahead, behind = _way(loop)
+        if not all(can(node) for node in loop.body):
+            raise CannotError("an operator has no form over time")
+        self._way = [value for node in way for value in node.outputs]
+        self._ahead = {value for node in ahead for value in node.outputs}
+        self._behind = {value for node in behind for value in node.outputs}
+        self._parts: dict[ir.Value, Sequence[ir.Value]] = {}
+        self._joined: dict[ir.Value, ir.Value] = {}
+        self._marks: list[ir.Node] = []
+        self._there: ir.Value | None = None
+
+    def write(self) -> ir.Node:
+        """The end of the new loop."""
+        nodes, loop = self._nodes, self._loop
+        first = loop.elements[0]
+        axis = integer(first, "axis")
+        self._length = nodes("Shape", first.inputs[0], start=axis, end=axis + 1)
+        self._length.type = ir.TensorType(ir.DataType.INT64)
+        self._filling = nodes("Mod", nodes("Neg", self._length), nodes.ints(self._steps))
+        elements = {mark.outputs[0]: self._element(mark) for mark in loop.elements}
+        at = min(one.axis or 0 for one in elements.values())
+        states = [self._state(mark, at) for mark in loop.states]
+        over = OverTime(nodes, elements, self._ahead)
+        columns, following = self._written_out(states, over)
+
+        def whole(value: ir.Value) -> Timed:
+            return self._column(columns[value]) if value in columns else over.of(value)
+
+        behind = OverTime(nodes, {}, self._behind, whole)
+        last = [
+            self._last(column) if _is_used(loop.end, place) else column[-1]
+            for place, column in enumerate(following)
+        ]
+        collected = [self._collected(behind.of(value), place) for place, value in enumerate(loop.collected)]
+        return self._end(states, last, collected)
+
+    # Into the turn
+
+    def _element(self, mark: ir.Node) -> Timed:
+        """The steps of a turn: (…, u, …); what is of unknown size stands in front of them."""
+        nodes, source = self._nodes, mark.inputs[0]
+        shape = mark.outputs[0].shape
+        if source is None or shape is None:
+            raise CannotError("a sequence of unknown shape")
+        axis = integer(mark, "axis")
+        if integer(mark, "backwards"):
+            source = nodes.flipped(source, axis)
+        free = [place for place, size in enumerate(shape) if not isinstance(size, int)]
+        at = max(axis, 1 + max(free, default=-1))
+        timed = moved(nodes, Timed(source, axis, len(shape)), at)
+        value = nodes.filled(timed.value, at, len(shape) + 1, self._filling)
+        sizes = [int(size) for size in shape[at:]]  # type: ignore[arg-type]
+        value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, self._steps, *sizes))
+        value = nodes.transposed(value, [at, *range(at), *range(at + 1, len(shape) + 2)])
+        size: list[Any] = [*shape[:at], self._steps, *shape[at:]]
+        return Timed(self._mark(ELEMENT, value, size, source.type), at, len(shape))
+
+    def _mark(self, kind: str, value: ir.Value, shape: Sequence[Any], dtype: Any) -> ir.Value:
+        numbers = {"loop": self._loop.number, "place": len(self._marks), "axis": 0, "backwards": 0}
+        node = ir.node(kind, [value], attributes=numbers, domain=DOMAIN)
+        output = node.outputs[0]
+        output.name = f"{self._nodes.prefix}_{kind.lower()}_{len(self._marks)}"
+        output.shape, output.type = ir.Shape(shape), dtype
+        self._graph.insert_before(self._loop.end, node)
+        self._marks.append(node)
+        return output
+
+    def _state(self, mark: ir.Node, at: int) -> Timed:
+        """A state with a place for time, so that no step has to add or take one."""
+        shape, value = mark.outputs[0].shape, mark.inputs[0]
+        if shape is None or value is None:
+            raise CannotError("a state of unknown shape")
+        place = min(at, len(shape))
+        size: list[Any] = [*shape[:place], 1, *shape[place:]]
+        value = self._nodes.unsqueezed(value, [place])
+        return Timed(self._mark(STATE, value, size, mark.outputs[0].type), place, len(shape))
+
+    # From state to state
+
+    def _written_out(
+        self, states: Sequence[Timed], over: OverTime
+    ) -> tuple[dict[ir.Value, list[Timed]], list[list[Timed]]]:
+        """The way from state to state, step by step: each value of it in each step, and the next states."""
+        marks = [mark.outputs[0] for mark in self._loop.states]
+        columns: dict[ir.Value, list[Timed]] = {value: [] for value in (*marks, *self._way)}
+        following: list[list[Timed]] = [[] for _ in marks]
+        now = list(states)
+        for step in range(self._steps):
+            known = dict(zip(marks, now, strict=True))
+            inside = OverTime(self._nodes, known, set(self._way), partial(self._part, over, step))
+            for value, column in columns.items():
+                column.append(inside.of(value))
+            reached = [inside.of(value) for value in self._loop.following]
+            if any(new.axis is None for new in reached):
+                raise CannotError("a state that is the same after each step")
+            now = [moved(self._nodes, new, old.axis or 0) for new, old in zip(reached, states, strict=True)]
+            for column, new in zip(following, now, strict=True):
+                column.append(new)
+        return columns, following
+
+    def _part(self, over: OverTime, step: int, value: ir.Value) -> Timed:
+        """What one step reads of a value of all steps of the turn."""
+        timed = over.of(value)
+        if timed.axis is None:
+            return timed
+        if timed.value not in self._parts:
+            sizes = self._nodes.ints(*[1] * self._steps)
+            parts = self._nodes.parts("Split", self._steps, timed.value, sizes, axis=timed.axis)
+            self._parts[timed.value] = parts
+        return Timed(self._parts[timed.value][step], timed.axis, timed.rank)
+
+    def _column(self, column: Sequence[Timed]) -> Timed:
+        """A value of each step, joined."""
+        key = column[0].value
+        if column[0].axis is None:
+            raise CannotError("a value on the way that is the same in each step")
+        if key not in self._joined:
+            values = [one.value for one in column]
+            self._joined[key] = self._nodes("Concat", *values, axis=column[0].axis)
+        return Timed(self._joined[key], column[0].axis, column[0].rank)
+
+    def _last(self, column: Sequence[Timed]) -> Timed:
+        """The state after the last step that there is: the last turn may have fewer."""
+        nodes = self._nodes
+        if self._there is None:
+            steps = nodes.scalar(self._steps)
+            starts = nodes("Range", nodes.scalar(0), nodes("Squeeze", self._length, nodes.ints(0)), steps)
+            here = nodes("Min", nodes("Sub", self._length, starts), steps)
+            places = nodes("Unsqueeze", nodes("Sub", here, nodes.scalar(1)), nodes.ints(1))
+            for value in (starts, here, places):
+                value.type = ir.TensorType(ir.DataType.INT64)
+            self._there = self._mark(ELEMENT, places, [1], places.type)
+        joined = self._column(column)
+        return Timed(nodes("Gather", joined.value, self._there, axis=joined.axis), joined.axis, joined.rank)
+
+    # Out of the turn
+
+    def _collected(self, timed: Timed, place: int) -> tuple[ir.Value, int]:
+        """What a turn hands out, and where the steps are in it: behind what is of unknown size."""
+        shape = self._loop.collected[place].shape
+        if timed.axis is None or shape is None:
+            raise CannotError("what is handed out is the same in each step")
+        free = [at for at, size in enumerate(shape) if not isinstance(size, int)]
+        at = max(self._loop.axes[place], 1 + max(free, default=-1))
+        return moved(self._nodes, timed, at).value, at
+
+    def _end(
+        self, states: Sequence[Timed], last: Sequence[Timed], collected: Sequence[tuple[ir.Value, int]]
+    ) -> ir.Node:
+        loop, nodes = self._loop, self._nodes
+        marks = [node for node in self._marks if node.op_type == STATE]
+        elements = [node for node in self._marks if node.op_type == ELEMENT]
+        inputs = [node.outputs[0] for node in (*marks, *elements)]
+        numbers: dict[str, Any] = {
+            "states": len(marks), "elements": len(elements), "loop": loop.number,
+            "axes": [0] * max(1, len(collected)), "backwards": [0] * max(1, len(collected)),
+        }  # fmt: skip
+        results = [*(one.value for one in last), *(value for value, _ in collected)]
+        end = ir.node(END, [*inputs, *results], attributes=numbers, domain=DOMAIN, num_outputs=len(results))
+        end.metadata_props.update(loop.end.metadata_props)
+        self._graph.insert_before(loop.end, end)
+        for number, (old, new) in enumerate(zip(loop.end.outputs, end.outputs, strict=True)):
+            new.name, new.type = f"{nodes.prefix}_result_{number}", old.type
+            if number < len(states):
+                new.shape = marks[number].outputs[0].shape
+                result = nodes("Squeeze", new, nodes.ints(states[number].axis or 0))
+            else:
+                result = self._unrolled(new, number - len(states), collected[number - len(states)][1])
+            result.shape, result.type = old.shape, old.type
+            old.replace_all_uses_with(result, replace_graph_outputs=True)
+        return end
+
+    def _unrolled(self, value: ir.Value, place: int, at: int) -> ir.Value:
+        """What all turns hand out, step by step: (turn, …, u, …) → (…, l, …)."""
+        nodes, loop = self._nodes, self._loop
+        shape = loop.collected[place].shape
+        assert shape is not None
+        rank = len(shape)
+        value = nodes.transposed(value, [*range(1, at + 1), 0, *range(at + 1, rank + 2)])
+        sizes = [int(size) for size in shape[at:]]  # type: ignore[arg-type]
+        value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, *sizes))
+        value = nodes("Slice", value, nodes.ints(0), self._length, nodes.ints(at))
+        axis = loop.axes[place]
+        value = moved(nodes, Timed(value, at, rank), axis).value
+        return nodes.flipped(value, axis) if loop.backwards[place] else value
+
+
+def _is_used(end: ir.Node, place: int) -> bool:
+    output = end.outputs[place]
+    return bool(output.uses()) or output.is_graph_output()

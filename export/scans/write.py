@@ -1,0 +1,177 @@
+"""`write_scans`: the marked loops of a translated model become ONNX `Scan` nodes, in place.
+
+    before   h = State(h0)   x = Element(xs)   …body…   last, ys = End(h, x, h', y)
+    after    last, ys = Scan(h0, xs) { (h, x) => (h', y): …body… }
+
+What in the body does not depend on a state or an element stays outside and is computed once; the body reads it, and
+the weights, from the graph around it.
+
+Source: https://onnx.ai/onnx/operators/onnx__Scan.html (since opset 16 without sequence lengths)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from moe_export.errors import NotExportableError
+from moe_export.export.provenance import mark_block, place_of
+from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
+from moe_export.export.scans.chunked import write_chunked
+from moe_export.export.scans.inputs import move_inwards
+from moe_export.export.scans.layout import widest_last
+from moe_export.export.scans.marked import Marked, integer, read_marked
+from moe_export.export.scans.products import small_products_first
+from moe_export.export.scans.results import results_inwards
+from moe_export.export.scans.segments import STEPS
+from moe_export.export.scans.time import CannotError
+from moe_export.export.scans.turns import several_steps
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How loops are written.
+
+    Attributes:
+        form: `scan`, step by step; `chunked`, as products over chunks, where that is exact; `auto`, chunked where
+            it is exact and computes less.
+        unroll: Steps that a turn of a `Scan` takes. More than one was not faster (docs/recurrence.md).
+    """
+
+    form: str = "auto"
+    unroll: int = 1
+
+
+def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
+    """Replace every marked loop, in the order of the graph.
+
+    Returns:
+        Notes for the report: which form, and why.
+
+    Raises:
+        NotExportableError: The chunked form was asked for, and no loop has one.
+    """
+    lowering = lowering or Lowering()
+    notes, refused = [], []
+    for node in list(model.graph):
+        if node.domain == DOMAIN and node.op_type == END:
+            mark_block(node, "recurrence")
+            results_inwards(model.graph, node)
+            move_inwards(model.graph, node)
+            small_products_first(model.graph, read_marked(model.graph, node))
+            loop = read_marked(model.graph, node)
+            try:
+                notes.append(_chunked(model.graph, loop, lowering))
+            except CannotError as reason:
+                refused.append((place_of(node), str(reason)))
+                loop = _laid_out(model.graph, loop)
+                _write(model.graph, _with_turns(model.graph, loop, lowering))
+    if lowering.form == "chunked" and refused and not notes:
+        where, why = refused[0]
+        raise NotExportableError(
+            f"the loop has no chunked form: {why}", where=where, hint="use --recurrence auto, or scan"
+        )
+    RemoveUnusedNodesPass()(model)
+    model.opset_imports.pop(DOMAIN, None)
+    return notes
+
+
+def _chunked(graph: ir.Graph, loop: Marked, lowering: Lowering) -> str:
+    if lowering.form == "scan":
+        raise CannotError("a scan was asked for")
+    write_chunked(graph, loop, only_if_it_pays=lowering.form == "auto")
+    return f"loop {loop.number}: a decay for many entries of the state; products over chunks of {STEPS} steps"
+
+
+def _laid_out(graph: ir.Graph, loop: Marked) -> Marked:
+    """The loop with the longest axes of its states last, where that can be."""
+    try:
+        return read_marked(graph, widest_last(graph, loop))
+    except CannotError:
+        return loop
+
+
+def _with_turns(graph: ir.Graph, loop: Marked, lowering: Lowering) -> Marked:
+    """The loop with as many steps a turn as were asked for."""
+    if lowering.unroll == 1:
+        return loop
+    try:
+        return read_marked(graph, several_steps(graph, loop, lowering.unroll))
+    except CannotError as reason:
+        raise NotExportableError(
+            f"the loop cannot take {lowering.unroll} steps a turn: {reason}",
+            where=place_of(loop.end),
+            hint="leave --unroll away",
+        ) from reason
+
+
+def _write(graph: ir.Graph, loop: Marked) -> None:
+    end, marks = loop.end, (*loop.states, *loop.elements)
+    inputs = [_body_input(mark, place) for place, mark in enumerate(marks)]
+    for mark, value in zip(marks, inputs, strict=True):
+        mark.outputs[0].replace_all_uses_with(value)
+    nodes = list(loop.body)
+    graph.remove(nodes)
+    outputs = _body_outputs(end.inputs[len(marks) :], nodes)
+    body = ir.Graph(inputs, outputs, nodes=nodes, name=f"loop_{loop.number}")
+    scan = _scan(end, marks, len(loop.states), body)
+    graph.insert_before(end, scan)
+    for old, new in zip(end.outputs, scan.outputs, strict=True):
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+    graph.remove([end, *marks], safe=False)
+
+
+def _body_input(mark: ir.Node, place: int) -> ir.Value:
+    old = mark.outputs[0]
+    kind = "state" if mark.op_type == STATE else "element"
+    return ir.Value(name=f"{kind}_{integer(mark, 'loop')}_{place}", shape=old.shape, type=old.type)
+
+
+def _body_outputs(results: Sequence[ir.Value | None], nodes: list[ir.Node]) -> list[ir.Value]:
+    """A value of its own for every output: inputs, outer values and values given out twice are copied."""
+    made = {value for node in nodes for value in node.outputs}
+    outputs: list[ir.Value] = []
+    for result in results:
+        assert result is not None
+        value = result
+        if value not in made or value in outputs:
+            copy = ir.node("Identity", [value])
+            copy.outputs[0].shape, copy.outputs[0].type = value.shape, value.type
+            nodes.append(copy)
+            value = copy.outputs[0]
+        outputs.append(value)
+    return outputs
+
+
+def _scan(end: ir.Node, marks: Sequence[ir.Node], states: int, body: ir.Graph) -> ir.Node:
+    elements = marks[states:]
+    collected = len(end.outputs) - states
+    axes = list(end.attributes["axes"].as_ints())[:collected]
+    backwards = list(end.attributes["backwards"].as_ints())[:collected]
+    attributes: dict[str, Any] = {
+        "body": body,
+        "num_scan_inputs": len(elements),
+        "scan_input_axes": [integer(mark, "axis") for mark in elements],
+        "scan_input_directions": [integer(mark, "backwards") for mark in elements],
+    }
+    if collected:
+        attributes |= {"scan_output_axes": axes, "scan_output_directions": backwards}
+    scan = ir.node(
+        "Scan",
+        [mark.inputs[0] for mark in marks],
+        attributes={key: value for key, value in attributes.items() if not _is_default(key, value)},
+        num_outputs=len(end.outputs),
+    )
+    for old, new in zip(end.outputs, scan.outputs, strict=True):
+        new.name, new.shape, new.type = old.name, old.shape, old.type
+    scan.metadata_props.update(end.metadata_props)
+    return scan
+
+
+def _is_default(key: str, value: object) -> bool:
+    """Axes and directions that are all 0 say nothing."""
+    return key.startswith("scan_") and isinstance(value, list) and not any(value)

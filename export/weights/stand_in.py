@@ -1,0 +1,236 @@
+"""`StandIns`: the weights of a model, in its module, without their bytes.
+
+A module on the meta device cannot be run, and much of the export asks what a model does by running it. So each large
+weight gets a tensor over memory that was never written: reading it gives zeros and takes no room. Its values can be
+read into that memory (`fill`), for all who hold the tensor or a view of it, and given back (`free`). What is asked of
+zeros is only what does not depend on values: shapes, types, which sizes a model takes. Weights of up to `SMALL` bytes
+are read at once, since graphs compute with them offline.
+"""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from onnx_ir import tensor_adapters
+from torch import nn
+
+from moe_export.errors import UsageError
+from moe_export.export.weights.files import open_weights
+from moe_export.export.weights.recipe import Converted, Recipe
+
+SMALL = 64 * 2**10
+"""Bytes up to which a weight is simply read; constant folders look at no larger ones."""
+MEMORY = 2**30
+"""Bytes of weights that a model may have to be read as a whole, where the user names no other bound."""
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
+
+
+@dataclass(eq=False)
+class StandIn:
+    """One weight: memory of its size, empty or filled.
+
+    Attributes:
+        name: The parameter's path.
+        recipe: Where its values are.
+        tensor: Of the module's shape and dtype, over the memory.
+        full: Whether the values are in it.
+    """
+
+    name: str
+    recipe: Recipe
+    tensor: torch.Tensor = field(repr=False)
+    memory: mmap.mmap = field(repr=False)
+    full: bool = False
+
+    def fill(self) -> None:
+        """Read the values."""
+        if self.full:
+            return
+        self.full = True
+        at = 0
+        target = np.frombuffer(self.memory, np.uint8)
+        for piece in self.recipe.pieces():
+            raw = piece.reshape(-1).view(np.uint8)
+            target[at : at + raw.size] = raw
+            at += raw.size
+
+    def free(self) -> None:
+        """Give the memory back; it reads as zeros again."""
+        if self.full:
+            self.full = False
+            self.memory.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(eq=False)
+class StandIns:
+    """The weights of one module.
+
+    Attributes:
+        files: What they are read from.
+        items: By the parameter's first path.
+        names: Every path, those of tied parameters too.
+    """
+
+    files: tuple[Path, ...]
+    items: Mapping[str, StandIn]
+    names: Mapping[str, StandIn]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights that are stood in for."""
+        return sum(item.recipe.nbytes for item in self.items.values())
+
+    @property
+    def absent(self) -> bool:
+        """Whether a weight is not in memory."""
+        return any(not item.full for item in self.items.values())
+
+    def under(self, path: str) -> list[StandIn]:
+        """The weights of a module and of those inside it."""
+        return list(
+            dict.fromkeys(
+                item for name, item in self.names.items() if not path or name.startswith(f"{path}.")
+            )
+        )
+
+
+_known: weakref.WeakValueDictionary[int, StandIn] = weakref.WeakValueDictionary()
+
+
+def stand_in_of(tensor: Any) -> StandIn | None:
+    """What stands in for a weight, told from a tensor that is all of it, under whatever name and wrapper."""
+    if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
+        return None
+    try:
+        found = _known.get(tensor.untyped_storage().data_ptr())
+    except (RuntimeError, NotImplementedError):  # a tensor without memory
+        return None
+    return found
+
+
+def is_whole(tensor: torch.Tensor, item: StandIn) -> bool:
+    """Whether a tensor is the weight itself, not a view of another shape."""
+    own = item.tensor
+    return (tensor.shape, tensor.stride(), tensor.dtype) == (own.shape, own.stride(), own.dtype)
+
+
+def absent_among(tensors: Iterable[Any]) -> bool:
+    """Whether one of these tensors is a weight that is not in memory."""
+    return any(item is not None and not item.full for item in map(stand_in_of, tensors))
+
+
+@contextmanager
+def filled(tensors: Iterable[Any]) -> Iterator[None]:
+    """Have the values of these tensors in memory for a while."""
+    items = [item for item in map(stand_in_of, tensors) if item is not None and not item.full]
+    try:
+        for item in items:
+            item.fill()
+        yield
+    finally:
+        for item in items:
+            item.free()
+
+
+def in_memory(module: nn.Module) -> AbstractContextManager[None]:
+    """Have the weights of a module in memory for a while: all of them, so it should be a gate, or fit."""
+    return filled([*module.parameters(), *module.buffers()])
+
+
+def attach_weights(module: nn.Module, path: Path, memory: int, source: Path) -> StandIns:
+    """Give a module on the meta device its weights, from files.
+
+    Args:
+        module: Changed in place: no parameter or buffer is on the meta device after it.
+        path: The weights.
+        memory: Up to this many bytes in all are read at once; of more, only the small tensors.
+        source: The model's file, for errors.
+
+    Raises:
+        UsageError: The file cannot be read; a weight is not in it, or has another shape there.
+    """
+    stored = open_weights(path)
+    wanted = [(name, *entry) for name, entry in _owners(module) if entry[2].is_meta]
+    missing = [name for name, *_ in wanted if name not in stored]
+    tied = {id(tensor): name for name, _, _, tensor in wanted if name in stored}
+    lost = [name for name, _, _, tensor in wanted if name not in stored and id(tensor) not in tied]
+    if lost:
+        others = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise UsageError(
+            f"{path.name} has no {lost[0]}{others}, and the model has it on the meta device",
+            where=str(source),
+            hint="a buffer that no file holds must be made on the CPU: register_buffer(name, "
+            "torch.empty(..., device='cpu')) with its values"
+            if len(missing) < len(wanted)
+            else f"the file has: {', '.join(list(stored)[:4])}",
+        )
+    large: dict[str, StandIn] = {}
+    names: dict[str, StandIn] = {}
+    made: dict[int, tuple[torch.Tensor, StandIn | None]] = {}
+    for name, owner, key, tensor in wanted:
+        if id(tensor) not in made:
+            first = tied[id(tensor)]
+            made[id(tensor)] = _made(first, tensor, stored[first], path, source)
+            item = made[id(tensor)][1]
+            if item is not None:
+                large[first] = item
+        value, item = made[id(tensor)]
+        if item is not None:
+            names[name] = item
+        _put(owner, key, value)
+    files = tuple(sorted({place.file for item in stored.values() if (place := item.place()) is not None}))
+    found = StandIns(files or (path,), large, names)
+    if found.nbytes <= memory:
+        for item in found.items.values():
+            item.fill()
+    return found
+
+
+def _owners(module: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, torch.Tensor]]]:
+    """Every parameter and buffer, tied ones under each of their paths."""
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        for table in (owner._parameters, owner._buffers):
+            for key, tensor in table.items():
+                if tensor is not None:
+                    yield (f"{prefix}.{key}" if prefix else key), (owner, key, tensor)
+
+
+def _put(owner: nn.Module, key: str, value: torch.Tensor) -> None:
+    table = owner._parameters if key in owner._parameters else owner._buffers
+    table[key] = value  # type: ignore[assignment]
+
+
+def _made(
+    name: str, meta: torch.Tensor, recipe: Recipe, path: Path, source: Path
+) -> tuple[torch.Tensor, StandIn | None]:
+    if tuple(meta.shape) != recipe.shape:
+        raise UsageError(
+            f"{name} is {list(recipe.shape)} in {path.name}, and {list(meta.shape)} in the model",
+            where=str(source),
+        )
+    dtype = tensor_adapters.from_torch_dtype(meta.dtype)
+    recipe = recipe if recipe.dtype == dtype else Converted(recipe, dtype)
+    item = None
+    if recipe.nbytes <= SMALL:
+        raw = np.frombuffer(bytearray(np.ascontiguousarray(recipe.array()).tobytes()), np.uint8)
+        tensor = (
+            torch.from_numpy(raw).view(meta.dtype).reshape(meta.shape)
+            if raw.size
+            else torch.empty(meta.shape)
+        )
+    else:
+        memory = mmap.mmap(-1, recipe.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+        tensor = torch.frombuffer(memory, dtype=meta.dtype).reshape(meta.shape)
+        item = StandIn(name, recipe, tensor, memory)
+        _known[tensor.untyped_storage().data_ptr()] = item
+    if isinstance(meta, nn.Parameter):
+        return nn.Parameter(tensor, requires_grad=False), item
+    return tensor, item
