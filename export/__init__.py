@@ -15,6 +15,7 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 | `trace`, `dims`, `widen`, `idioms*` | `torch.export` with every dimension free; names and ranges of dimensions |
 | `randomness`, `notes` | what cannot be verified; what the report should say |
 | `emit`, `spelling`, `untranslated`, `reshapes` | ONNX by the exporter; forms that it knows, and what it does not |
+| `made_once` | what PyTorch computes anew at every trace and translation |
 | `opset`, `provenance`, `source` | exactly the opset asked for; where each node comes from, down to the line |
 | `naming`, `functions` | names from modules and variables; modules as functions |
 | `bodies`, `evaluate` | graphs inside nodes; what nodes give for arrays that are known now |

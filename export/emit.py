@@ -15,6 +15,7 @@ import torch
 
 from moe_export.errors import MoeExportError, NotExportableError
 from moe_export.export.leaves import unique
+from moe_export.export.made_once import made_once
 from moe_export.export.naming import name_nodes, statements
 from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata
@@ -60,7 +61,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
         NotExportableError: An operator has no ONNX form; names the model's line.
     """
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), made_once():
             spell(traced.program.graph)
             lowest = max(opset, EXPORTER_LOWEST)
             streamed = is_streamed(traced.program)

@@ -30,6 +30,7 @@ from moe_export.export.experts.trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.idioms_numbers import symbolic_numbers
 from moe_export.export.leaves import unique
+from moe_export.export.made_once import made_once
 from moe_export.export.randomness import refuse_random
 from moe_export.export.source import last_model_line
 from moe_export.export.state import Buffers
@@ -186,6 +187,7 @@ def _export(
             # chosen later, by the einsum rewriting.
             with (
                 torch.no_grad(),
+                made_once(),
                 torch.backends.opt_einsum.flags(enabled=False),
                 dynamo_config.patch(fake_tensor_cache_enabled=False),
                 traceable_idioms(),

@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
+from moe_export.export.made_once import made_once
 from moe_export.export.trace import quiet
 
 _aten = torch.ops.aten
@@ -55,7 +56,7 @@ def trace_batched(body: fx.GraphModule, example: Sequence[torch.Tensor], shared:
 
 
 def _export(module: nn.Module, inputs: tuple[Any, ...], spec: tuple[Any, ...]) -> ExportedProgram:
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), made_once():
         program = torch.export.export(module, inputs, dynamic_shapes=spec, strict=False)
         functional: ExportedProgram = program.run_decompositions({})
         return functional

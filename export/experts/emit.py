@@ -24,6 +24,7 @@ from moe_export.export.experts.trt_moe import add_meaning
 from moe_export.export.experts.weights import Weight
 from moe_export.export.experts.writer import Writer
 from moe_export.export.gates.region import scope_of
+from moe_export.export.made_once import made_once
 from moe_export.export.provenance import mark_block
 from moe_export.export.reshapes import settle_reshapes
 from moe_export.export.trace import quiet
@@ -121,7 +122,7 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
     """A body in ONNX, taken apart."""
     program, _ = rewrite_program(program)
     try:
-        with quiet(), torch.no_grad():
+        with quiet(), torch.no_grad(), made_once():
             exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:
         raise NotExportableError(

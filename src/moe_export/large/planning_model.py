@@ -20,6 +20,7 @@ from moe_export.export.experts.trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.idioms_numbers import symbolic_numbers
 from moe_export.export.load import split_spec
+from moe_export.export.made_once import made_once
 from moe_export.export.script import run_file
 from moe_export.export.source import last_model_line, last_user_line
 from moe_export.export.trace import quiet
@@ -154,6 +155,7 @@ def trace_weightless(model: Weightless) -> ExportedProgram:
             with (
                 quiet(),
                 torch.no_grad(),
+                made_once(),
                 torch.backends.opt_einsum.flags(enabled=False),
                 traceable_idioms(),
                 symbolic_numbers(model.module),

@@ -1,0 +1,126 @@
+"""What PyTorch computes anew at every trace and every translation, although it comes out the same: computed once.
+
+Of a small graph this was more than half of the time:
+
+- the table of ONNX functions, once a translation: it depends on the opset and on the libraries that are loaded;
+- all operators that stand for others, as attributes, dozens of times a decomposition: there are more of them only when
+  a library registers some;
+- the types in the signatures of operators' kernels, 11,000 times a decomposition: nobody reads them; `typing` keeps
+  what it was asked for, `collections.abc` does not.
+
+None of it is public. Where PyTorch has it no more, or has it otherwise, its own way is taken.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
+
+import torch
+
+_REGISTRIES: dict[tuple[int, bool], Any] = {}
+_MATERIALIZED: list[list[str]] = []
+_KEY = "CompositeImplicitAutograd"
+
+
+@contextmanager
+def made_once() -> Iterator[None]:
+    """Inside, `torch.export` and `torch.onnx.export` compute what they compute, faster."""
+    with ExitStack() as stack:
+        for instead in (_registry, _stand_ins, _types):
+            stack.enter_context(instead())
+        yield
+
+
+@contextmanager
+def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
+    """An attribute has another value for a while."""
+    before = owner.__dict__[name]
+    setattr(owner, name, new)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
+
+
+@contextmanager
+def _registry() -> Iterator[None]:
+    """`ONNXRegistry.from_torchlib` makes a registry of an opset once, then copies it."""
+    try:
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        theirs = ONNXRegistry.__dict__["from_torchlib"]
+    except (ImportError, KeyError):
+        theirs = None
+    if not isinstance(theirs, classmethod):  # inside another `made_once`, or another PyTorch
+        yield
+        return
+    make: Callable[..., Any] = theirs.__func__
+
+    def from_torchlib(opset_version: int | None = None) -> Any:
+        if opset_version is None:
+            return make(ONNXRegistry)
+        key = (opset_version, "torchvision" in sys.modules)  # whose operators exist when it is loaded
+        if key not in _REGISTRIES:
+            with _domains_only():
+                _REGISTRIES[key] = make(ONNXRegistry, opset_version)
+        ready, copy = _REGISTRIES[key], ONNXRegistry()
+        copy.__dict__.update(ready.__dict__)
+        copy.functions = {target: list(functions) for target, functions in ready.functions.items()}
+        return copy
+
+    with replaced(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib)):
+        yield
+
+
+@contextmanager
+def _domains_only() -> Iterator[None]:
+    """The source of 500 functions is parsed for the domain of each, which its opset knows."""
+    with ExitStack() as stack:
+        with suppress(ImportError, KeyError, AttributeError):
+            from onnxscript._internal.values import TracedOnnxFunction
+
+            if isinstance(TracedOnnxFunction.__dict__["function_ir"], property):
+                opset = property(lambda function: function.opset)
+                stack.enter_context(replaced(TracedOnnxFunction, "function_ir", opset))
+        yield
+
+
+@contextmanager
+def _stand_ins() -> Iterator[None]:
+    """`_materialize_cpp_cia_ops` looks every operator up only if there are others than the last time."""
+    try:
+        from torch._export import utils
+
+        materialize: Callable[[], None] = utils.__dict__["_materialize_cpp_cia_ops"]
+        registered: Callable[[str], list[str]] = torch._C.__dict__[
+            "_dispatch_get_registrations_for_dispatch_key"
+        ]
+    except (ImportError, KeyError):
+        yield
+        return
+
+    def if_new() -> None:
+        now = registered(_KEY)
+        if now not in _MATERIALIZED:
+            materialize()
+            _MATERIALIZED[:] = [now]
+
+    with replaced(utils, "_materialize_cpp_cia_ops", if_new):
+        yield
+
+
+@contextmanager
+def _types() -> Iterator[None]:
+    """`torch._ops` writes types with `typing.Callable`, which remembers what it was asked for."""
+    import torch._ops as ops
+
+    if ops.__dict__.get("Callable") is collections.abc.Callable:
+        with replaced(ops, "Callable", typing.Callable):
+            yield
+    else:
+        yield
