@@ -11,27 +11,23 @@ recipe that is used as stored ─▶ (model.safetensors, offset, length)  refere
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
 from moe_export.export.bodies import initializers
+from moe_export.export.weights.data_file import ALIGNMENT, DataFile
 from moe_export.export.weights.recipe import Held, Place, Recipe, RecipeTensor, Stored, recipe_of
 from moe_export.external_data import FACT, fingerprint, remember
 
 DATA_SUFFIX = ".data"
-ALIGNMENT = 4096
-"""Bytes: a page, so that a tensor can be mapped by itself."""
 SHARD = 4 * 10**9
 
 
@@ -155,7 +151,7 @@ def _copy(weights: list[tuple[ir.Value, Recipe]], path: Path, shard: int) -> tup
     names: list[str] = []
     for number, group in enumerate(_shards(weights, shard)):
         file = path.with_name(f"{path.name}.part")
-        with _Shard(file) as writer:
+        with DataFile(file) as writer:
             places = _write(group, writer)
         name = f"{path.name}.{writer.digest[:12]}.{number}{DATA_SUFFIX}"
         os.replace(file, file.with_name(name))
@@ -180,7 +176,7 @@ def _shards(weights: list[tuple[ir.Value, Recipe]], shard: int) -> Iterator[list
     yield group
 
 
-def _write(group: list[tuple[ir.Value, Recipe]], writer: _Shard) -> list[int]:
+def _write(group: list[tuple[ir.Value, Recipe]], writer: DataFile) -> list[int]:
     """Write the weights of one file; where each begins. What is stored once is written once."""
     places: list[int] = []
     seen: dict[Place, int] = {}
@@ -192,45 +188,11 @@ def _write(group: list[tuple[ir.Value, Recipe]], writer: _Shard) -> list[int]:
         places.append(writer.align())
         if place is not None:
             seen[place] = places[-1]
+            writer.write_from(place.file, place.offset, place.length)
+            continue
         for piece in recipe.pieces():
             writer.write(piece.reshape(-1).view("uint8").data if piece.size else b"")
     return places
-
-
-class _Shard(AbstractContextManager["_Shard"]):
-    """A file that is hashed while it is written."""
-
-    def __init__(self, path: Path) -> None:
-        self._file: IO[bytes] = path.open("wb", buffering=0)
-        self._hash = hashlib.sha256()
-        self._thread = ThreadPoolExecutor(1)
-        self._pending: Future[None] | None = None
-        self._at = 0
-        self.digest = ""
-
-    def align(self) -> int:
-        """Go on at a page."""
-        self.write(b"\0" * (-self._at % ALIGNMENT))
-        return self._at
-
-    def write(self, data: Any) -> None:
-        """Write some bytes; they must not change any more."""
-        if self._pending is not None:
-            self._pending.result()
-        self._pending = self._thread.submit(self._hash.update, data)
-        view = memoryview(data)
-        while view.nbytes:
-            count = self._file.write(view)
-            view, self._at = view[count:], self._at + count
-
-    def __exit__(self, *exception: object) -> None:
-        try:
-            if self._pending is not None:
-                self._pending.result()
-            self.digest = self._hash.hexdigest()
-        finally:
-            self._thread.shutdown()
-            self._file.close()
 
 
 def data_facts(model: ir.Model) -> dict[str, str]:

@@ -200,7 +200,7 @@ sys.path.insert(0, {here!r})
 from test_writing import *
 folder = Path({folder!r})
 number = int(sys.argv[1])
-stored = {{name: Stored(folder / f"source{{number}}.bin", 0, ir.DataType.FLOAT, (1000, 1000)) for name in "ab"}}
+stored = {{name: Stored(folder / f"source{{number}}.bin", 0, ir.DataType.FLOAT, (2000, 2000)) for name in "ab"}}
 recipes = {{"a": stored["a"], "b": Turned(stored["b"], (1, 0))}}
 if len(sys.argv) > 2:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
@@ -215,7 +215,7 @@ def writer(tmp_path):
     folder = tmp_path / "out"
     folder.mkdir()
     for number in (1, 2):
-        (folder / f"source{number}.bin").write_bytes(np.full(10**6, number, np.float32).tobytes())
+        (folder / f"source{number}.bin").write_bytes(np.full(4 * 10**6, number, np.float32).tobytes())
     script = tmp_path / "writer.py"
     script.write_text(WRITER.format(here=str(Path(__file__).parent), folder=str(folder)))
     return script, folder
@@ -270,7 +270,7 @@ def test_a_disk_that_is_full_on_the_way(writer):
     script, folder = writer
     subprocess.run([sys.executable, script, "1"], check=True)
     done = subprocess.run(
-        [sys.executable, script, "2", str(5 * 10**6)], capture_output=True, text=True, check=False
+        [sys.executable, script, "2", str(25 * 10**6)], capture_output=True, text=True, check=False
     )
     assert "cannot write to" in done.stderr
     assert "File too large" in done.stderr
