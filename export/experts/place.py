@@ -67,9 +67,10 @@ def place_experts(traced: Traced) -> Placed:
     # The model runs once for all blocks: a run a block would take as many runs as there are layers.
     nodes = tuple(dict.fromkeys(node for experts in found for node in _examples(experts)))
     values = dict(zip(nodes, values_of(traced, nodes), strict=True)) if nodes else {}
+    programs: dict[str, ExportedProgram] = {}
     for experts in found:
         try:
-            blocks.append(_block(experts, values))
+            blocks.append(_block(experts, values, programs))
         except NotExpertsError as error:
             refused.append(f"the loop over experts at {experts.line} stays as it was written: {error}")
     if not blocks:
@@ -84,8 +85,14 @@ def _examples(experts: Experts) -> tuple[fx.Node, ...]:
     return (experts.indices, *experts.shared, *(node for node in first if node is not None))
 
 
-def _block(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> Block:
-    """Check that the body works row by row, and trace it with a free number of rows."""
+def _block(
+    experts: Experts, values: Mapping[fx.Node, torch.Tensor], programs: dict[str, ExportedProgram]
+) -> Block:
+    """Check that the body works row by row, and trace it with a free number of rows.
+
+    Layers that are alike have one program, kept in `programs`: the body's text and the types of its arguments are all
+    that a trace depends on.
+    """
     check_rows(experts, values)
     first = _examples(experts)[1 + len(experts.shared) :]
     weights = [
@@ -98,11 +105,25 @@ def _block(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> Block:
     arguments = (rows, torch.zeros_like(rows), expert, *shared, *weights)
     free = {0, 1, *range(3, 3 + len(shared))}
     spec = [[index in free] * value.dim() for index, value in enumerate(arguments)]
+    key = _written(experts.body, arguments, spec)
     try:
-        program = trace_body(experts.body, arguments, spec)
+        if key not in programs:
+            programs[key] = trace_body(experts.body, arguments, spec)
     except Exception as error:
         raise NotExpertsError(f"the expert cannot be traced for any number of tokens: {error}") from error
-    return Block(experts, program, arguments)
+    return Block(experts, programs[key], arguments)
+
+
+def _written(body: fx.GraphModule, arguments: Sequence[torch.Tensor], spec: list[list[bool]]) -> str:
+    """A body as text, with what it is traced on; one that holds tensors or modules of its own is like no other."""
+    own = id(body) if any(node.op in ("get_attr", "call_module") for node in body.graph.nodes) else 0
+    names = {node: f"%{index}" for index, node in enumerate(body.graph.nodes)}
+    lines = [
+        str((node.op == "placeholder" or str(node.target), fx.map_arg((node.args, node.kwargs), names.get)))
+        for node in body.graph.nodes
+    ]
+    types = [(str(value.dtype), tuple(value.shape), value.stride()) for value in arguments]
+    return f"{lines}\n{types}\n{spec}\n{own}"
 
 
 def _with_nodes(program: ExportedProgram, blocks: Sequence[Experts]) -> ExportedProgram:

@@ -1,0 +1,49 @@
+"""Layers that are alike are traced once; those that are not, each by itself."""
+
+from __future__ import annotations
+
+import experts_idioms as idioms
+import numpy as np
+import torch
+from opened import session_of, subject_of
+from torch import nn
+from torch.nn import functional as F
+
+from moe_export.export.experts.place import place_experts
+from moe_export.export.pipeline import Options, export_subject
+from moe_export.export.trace import trace
+
+
+class Limited(nn.Module):
+    """An expert with a number of its own."""
+
+    def __init__(self, d, limit):
+        super().__init__()
+        self.up, self.down = nn.Linear(d, 24), nn.Linear(24, d)
+        self.limit = limit
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)).clamp(-self.limit, self.limit))
+
+
+def layer(seed, limit):
+    block = idioms.OverHitNumbers()
+    torch.manual_seed(seed)
+    block.experts = nn.ModuleList(Limited(16, limit) for _ in range(block.num_experts))
+    block.gate = nn.Linear(16, block.num_experts, bias=False)
+    return block
+
+
+def test_a_body_is_traced_once_however_many_layers_have_it():
+    model = nn.Sequential(layer(1, 0.3), layer(2, 0.3), layer(3, 0.1), layer(4, 0.3)).eval()
+    subject = subject_of(model)
+    one, two, three, four = place_experts(trace(subject)).blocks
+    assert one.program is two.program is four.program
+    assert three.program is not one.program
+    assert one.experts is not two.experts
+
+    graph = export_subject(subject, Options(gates=False, simplify=False))[0].model
+    x = torch.randn(3, 7, 16)
+    (found,) = session_of(graph).run(None, {"input": x.numpy()})
+    with torch.no_grad():
+        np.testing.assert_allclose(found, model(x).numpy(), rtol=1e-5, atol=1e-5)
