@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -118,11 +118,25 @@ def _reference(recipe: Recipe, folder: Path, storage: Storage) -> tuple[Place | 
         return None, "as asked"
     if place is None:
         return None, " and ".join(dict.fromkeys(recipe.steps())) or "stored in parts"
-    if place.file.is_symlink():
-        return None, "behind a link, which onnxruntime does not follow"
-    if not place.file.resolve().is_relative_to(folder):
-        return None, "outside the output folder, where no engine reads"
-    return place, ""
+    refused = _unreadable(place.file, folder)
+    return (None, refused) if refused else (place, "")
+
+
+def _unreadable(file: Path, folder: Path) -> str:
+    """Why a graph in a folder may not point to a file; empty if it may."""
+    if file.is_symlink():
+        return "behind a link, which onnxruntime does not follow"
+    if not file.resolve().is_relative_to(folder):
+        return "outside the output folder, where no engine reads"
+    return ""
+
+
+def referable(files: Iterable[Path], storage: Storage) -> list[Path]:
+    """Of files of weights, those that a graph will point to if it uses their tensors as they are stored."""
+    if storage.mode == "copy" or storage.folder is None:
+        return []
+    folder = storage.folder.resolve()
+    return [file for file in files if not _unreadable(file, folder)]
 
 
 def _outside(

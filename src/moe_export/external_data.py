@@ -12,6 +12,8 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ FACT = "moe_export.data"
 _BLOCK = 4 * 2**20
 _MARK = b"\n\x08location"  # how protobuf writes the key of an external tensor's file
 _seen: dict[tuple[str, int, int, int], str] = {}
+_ahead: dict[tuple[str, int, int, int], Future[str]] = {}
 _lock = threading.Lock()
 
 
@@ -42,17 +45,52 @@ def _key(path: Path, state: os.stat_result) -> tuple[str, int, int, int]:
 
 
 def _digest(path: Path, state: os.stat_result) -> str:
+    key = _key(path, state)
     with _lock:
-        known = _seen.get(_key(path, state))
+        known, coming = _seen.get(key), _ahead.get(key)
     if known is not None:
         return known
+    found = _read(path, threading.Event()) if coming is None else coming.result()
+    with _lock:
+        _seen[key] = found
+    return found
+
+
+def _read(path: Path, stop: threading.Event) -> str:
     found = hashlib.sha256()
     buffer = bytearray(_BLOCK)
     with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads further ahead
+        while (count := file.readinto(buffer)) and not stop.is_set():
             found.update(memoryview(buffer)[:count])
-    remember(path, found.hexdigest())
     return found.hexdigest()
+
+
+class ReadAhead(AbstractContextManager["ReadAhead"]):
+    """Has files read for their SHA-256 beside other work, on one thread; ends with the reading at the end."""
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1, "read-ahead")
+        self._stop = threading.Event()
+        self._keys: list[tuple[str, int, int, int]] = []
+
+    def read(self, paths: Iterable[Path]) -> None:
+        """Begin; who asks for the fingerprint of one of these files waits until it was read."""
+        for path in paths:
+            key = _key(path, path.stat())
+            with _lock:
+                if key in _seen or key in _ahead:
+                    continue
+                _ahead[key] = self._pool.submit(_read, path, self._stop)
+            self._keys.append(key)
+
+    def __exit__(self, *exception: object) -> None:
+        self._stop.set()
+        self._pool.shutdown(cancel_futures=True)
+        with _lock:
+            for key in self._keys:
+                del _ahead[key]
 
 
 def check_external_data(path: str | Path) -> None:

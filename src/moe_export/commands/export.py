@@ -34,8 +34,9 @@ from moe_export.export.provenance import relative_line, strip_scope
 from moe_export.export.subject import Subject
 from moe_export.export.trace import SCOPE
 from moe_export.export.weights.place import without_weights
-from moe_export.export.weights.stream import Storage, data_facts, stream_weights
+from moe_export.export.weights.stream import Storage, data_facts, referable, stream_weights
 from moe_export.export.write import rename_model, staging, write_model
+from moe_export.external_data import ReadAhead
 from moe_export.large.layerwise import Parts, filled_weights
 from moe_export.running.choices import runner_of
 from moe_export.verify import Report, Tolerance, show
@@ -89,9 +90,9 @@ def run_export(
     tolerance = parse_tolerance(rtol, atol, tolerances)
     wish = parse_wish(**wishes)
     folder = Path(output)
-    with console.user_code(), staging(folder.absolute()) as temporary:
+    with console.user_code(), staging(folder.absolute()) as temporary, ReadAhead() as ahead:
         with console.step(f"loading {model}"):
-            subject = load_subject(model, init=init, inputs=inputs, memory=parse_bytes(memory, "--memory"))
+            subject = _loaded(model, init, inputs, memory, storage, ahead)
         options = Options(
             opset=opset,
             dims=parse_dynamic(dynamic, static, subject.inputs),
@@ -150,6 +151,21 @@ def run_export(
     if engines is not None and equal:
         return exit_code(engines, built, console)
     return 0 if equal else 1
+
+
+def _loaded(
+    model: str,
+    init: tuple[str, ...],
+    inputs: tuple[str, ...],
+    memory: str,
+    storage: Storage,
+    ahead: ReadAhead,
+) -> Subject:
+    """The model; files that its graphs may point to are read for their checksums from now on."""
+    subject = load_subject(model, init=init, inputs=inputs, memory=parse_bytes(memory, "--memory"))
+    if subject.weights is not None and subject.weights.absent:
+        ahead.read(referable(subject.weights.files, storage))
+    return subject
 
 
 def _write(
