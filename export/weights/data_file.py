@@ -1,13 +1,12 @@
 """`DataFile`: a file that is hashed while it is written, as fast as the disk takes it.
 
 ```
-                          ┌─▶ a thread: SHA-256 ─┐
-bytes ─▶ block of 8 MiB ──┤                      ├─▶ the block is used again
-                          └─▶ a thread: the file ┘
+                                                      ┌─▶ a thread: SHA-256 ─┐
+bytes, or files read by threads ─▶ block of 8 MiB ────┤                      ├─▶ the block is used again
+                                                      └─▶ a thread: the file ┘
 ```
-What is copied byte for byte is read straight into a block. A whole block goes to the disk without another copy in the
-system's page cache (`O_DIRECT`): of files that are larger than the memory, that copy costs more than the disk. A file
-system that has no such way, and the last block of a file, are written in the ordinary way.
+A whole block goes to the disk without another copy in the system's memory (`disk`): of files that are larger than the
+memory, that copy costs more than the disk. The last block of a file is written in the ordinary way.
 """
 
 from __future__ import annotations
@@ -21,12 +20,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from moe_export.disk import AT_ONCE, BLOCK, PAGE, read_into, set_direct
 from moe_export.errors import UsageError
 
-ALIGNMENT = 4096
-"""Bytes: a page, so that a tensor can be mapped by itself; and what a disk wants a block to begin at."""
-BLOCK = 8 * 2**20
-_BLOCKS = 4
+_BLOCKS = AT_ONCE + 3
 
 
 class DataFile(AbstractContextManager["DataFile"]):
@@ -36,21 +33,23 @@ class DataFile(AbstractContextManager["DataFile"]):
         digest: SHA-256 of the whole, once it is closed.
 
     Raises:
-        OSError: The disk refuses; told by a later write, or when the file is closed.
+        OSError: The disk refuses; told by a later call, or when the file is closed.
+        UsageError: A file that is copied from ends early; told in the same way.
     """
 
     def __init__(self, path: Path) -> None:
         self.digest = ""
         self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._direct = _set_direct(self._file, True)
+        self._direct = set_direct(self._file, True)
         self._hash = hashlib.sha256()
+        self._readers = ThreadPoolExecutor(AT_ONCE)
         self._hasher, self._writer = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self._blocks = [memoryview(mmap.mmap(-1, BLOCK)) for _ in range(_BLOCKS)]
         self._pending: list[list[Future[None]]] = [[] for _ in range(_BLOCKS)]
         self._turn = 0  # the block that is filled
         self._filled = 0
+        self._coming: list[Future[None]] = []  # what is being read into it
         self._before = 0  # bytes in the blocks before it
-        self._sources = _Sources()
 
     @property
     def size(self) -> int:
@@ -59,7 +58,7 @@ class DataFile(AbstractContextManager["DataFile"]):
 
     def align(self) -> int:
         """Go on at a page; where that is."""
-        self.write(b"\0" * (-self.size % ALIGNMENT))
+        self.write(b"\0" * (-self.size % PAGE))
         return self.size
 
     def write(self, data: Any) -> None:
@@ -72,16 +71,12 @@ class DataFile(AbstractContextManager["DataFile"]):
             self._take(room.nbytes)
 
     def write_from(self, path: Path, offset: int, length: int) -> None:
-        """Write what stands in another file.
-
-        Raises:
-            UsageError: That file ends early.
-        """
+        """Write what stands in another file, which must not change before this one is closed."""
         while length:
             room = self._room(length)
-            count = self._sources.read(path, room, offset)
-            offset, length = offset + count, length - count
-            self._take(count)
+            self._coming.append(self._readers.submit(_fill, room, path, offset))
+            offset, length = offset + room.nbytes, length - room.nbytes
+            self._take(room.nbytes)
 
     def _room(self, most: int) -> memoryview:
         """The free part of the block."""
@@ -98,24 +93,31 @@ class DataFile(AbstractContextManager["DataFile"]):
 
     def _send(self) -> None:
         """Hand the block over, and go on with the next."""
-        block, at = self._blocks[self._turn][: self._filled], self._before
+        block, at, coming = self._blocks[self._turn][: self._filled], self._before, self._coming
         self._pending[self._turn] = [
-            self._hasher.submit(self._hash.update, block),
-            self._writer.submit(self._put, block, at),
+            self._hasher.submit(self._add, block, coming),
+            self._writer.submit(self._put, block, at, coming),
         ]
-        self._before, self._filled = at + self._filled, 0
+        self._before, self._filled, self._coming = at + self._filled, 0, []
         self._turn = (self._turn + 1) % _BLOCKS
 
-    def _put(self, block: memoryview, at: int) -> None:
+    def _add(self, block: memoryview, coming: list[Future[None]]) -> None:
+        for done in coming:
+            done.result()
+        self._hash.update(block)
+
+    def _put(self, block: memoryview, at: int, coming: list[Future[None]]) -> None:
+        for done in coming:
+            done.result()
         while block.nbytes:
-            if self._direct and block.nbytes % ALIGNMENT:
-                self._direct = _set_direct(self._file, False)
+            if self._direct and block.nbytes % PAGE:
+                self._direct = set_direct(self._file, False)
             try:
                 count = os.pwrite(self._file, block, at)
             except OSError as error:
                 if not self._direct or error.errno != errno.EINVAL:
                     raise
-                self._direct = _set_direct(self._file, False)  # it took the flag and does not do it
+                self._direct = set_direct(self._file, False)  # it took the flag and does not do it
                 continue
             block, at = block[count:], at + count
 
@@ -123,53 +125,19 @@ class DataFile(AbstractContextManager["DataFile"]):
         try:
             if kind is None and self._filled:
                 self._send()
-            self._hasher.shutdown(cancel_futures=kind is not None)
-            self._writer.shutdown(cancel_futures=kind is not None)
+            for pool in (self._readers, self._hasher, self._writer):
+                pool.shutdown(cancel_futures=kind is not None)
             if kind is None:
                 for future in (future for done in self._pending for future in done):
                     future.result()
                 self.digest = self._hash.hexdigest()
         finally:
-            self._sources.close()
             os.close(self._file)
 
 
-class _Sources:
-    """Files that are copied from, kept open one at a time: weights stand in few files, one behind another."""
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._file = -1
-
-    def read(self, path: Path, target: memoryview, offset: int) -> int:
-        if path != self._path:
-            self.close()
-            self._file, self._path = os.open(path, os.O_RDONLY), path
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(self._file, 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads further ahead
-        count = os.preadv(self._file, [target], offset)
-        if not count:
-            raise UsageError(
-                f"{path} ends before byte {offset + target.nbytes}", hint="is it still being written?"
-            )
-        return count
-
-    def close(self) -> None:
-        if self._path is not None:
-            os.close(self._file)
-            self._path = None
-
-
-def _set_direct(file: int, on: bool) -> bool:
-    """Write past the page cache from now on, or no longer; whether it is so."""
-    flag = getattr(os, "O_DIRECT", 0)
-    if not flag:
-        return False
-    import fcntl
-
-    now = fcntl.fcntl(file, fcntl.F_GETFL)
-    try:
-        fcntl.fcntl(file, fcntl.F_SETFL, now | flag if on else now & ~flag)
-    except OSError:  # the file system has no such way
-        return False
-    return on
+def _fill(target: memoryview, path: Path, offset: int) -> None:
+    count = read_into(path, target, offset)
+    if count < target.nbytes:
+        raise UsageError(
+            f"{path} ends before byte {offset + target.nbytes}", hint="is it still being written?"
+        )

@@ -21,9 +21,10 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
+from moe_export.disk import PAGE
 from moe_export.errors import UsageError
 from moe_export.export.bodies import initializers
-from moe_export.export.weights.data_file import ALIGNMENT, DataFile
+from moe_export.export.weights.data_file import DataFile
 from moe_export.export.weights.recipe import Held, Place, Recipe, RecipeTensor, Stored, recipe_of
 from moe_export.external_data import FACT, fingerprint, remember
 
@@ -154,7 +155,7 @@ def _outside(
 
 
 def _copy(weights: list[tuple[ir.Value, Recipe]], path: Path, shard: int) -> tuple[str, ...]:
-    total = sum(recipe.nbytes + ALIGNMENT for _, recipe in weights)
+    total = sum(recipe.nbytes + PAGE for _, recipe in weights)
     free = shutil.disk_usage(path.parent).free
     if total > free:
         raise UsageError(
@@ -181,7 +182,7 @@ def _shards(weights: list[tuple[ir.Value, Recipe]], shard: int) -> Iterator[list
     group: list[tuple[ir.Value, Recipe]] = []
     size = 0
     for item in weights:
-        taken = -(-item[1].nbytes // ALIGNMENT) * ALIGNMENT
+        taken = -(-item[1].nbytes // PAGE) * PAGE
         if group and size + taken > shard:
             yield group
             group, size = [], 0

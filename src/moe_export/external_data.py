@@ -17,10 +17,10 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+from moe_export.disk import blocks
 from moe_export.errors import UsageError
 
 FACT = "moe_export.data"
-_BLOCK = 4 * 2**20
 _MARK = b"\n\x08location"  # how protobuf writes the key of an external tensor's file
 _seen: dict[tuple[str, int, int, int], str] = {}
 _ahead: dict[tuple[str, int, int, int], Future[str]] = {}
@@ -58,12 +58,10 @@ def _digest(path: Path, state: os.stat_result) -> str:
 
 def _read(path: Path, stop: threading.Event) -> str:
     found = hashlib.sha256()
-    buffer = bytearray(_BLOCK)
-    with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # reads further ahead
-        while (count := file.readinto(buffer)) and not stop.is_set():
-            found.update(memoryview(buffer)[:count])
+    for block in blocks(path):
+        if stop.is_set():
+            break
+        found.update(block)
     return found.hexdigest()
 
 

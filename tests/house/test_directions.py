@@ -13,10 +13,21 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "models": set(),
     "einsum_rewrite": {"errors"},
-    "verify": {"errors", "external_data"},
-    "export": {"errors", "external_data", "einsum_rewrite"},
+    "verify": {"errors", "external_data", "float64"},
+    "export": {"errors", "disk", "external_data", "float64", "einsum_rewrite"},
 }
-BELOW = {"models", "einsum_rewrite", "verify", "export", "errors", "external_data", "backends", "wishes"}
+BELOW = {
+    "models",
+    "einsum_rewrite",
+    "verify",
+    "export",
+    "errors",
+    "disk",
+    "external_data",
+    "float64",
+    "backends",
+    "wishes",
+}
 # What puts the rooms together, in order: one imports those before it.
 TOGETHER = ("running", "large", "pictures", "comparing", "reports", "commands")
 # The rooms of `export`, in order: one imports those before it, and files of `export` itself.

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moe_export.disk import BLOCK, PAGE
 from moe_export.errors import UsageError
-from moe_export.export.weights.data_file import ALIGNMENT, BLOCK, DataFile
+from moe_export.export.weights.data_file import DataFile
 
 FOLDERS = ["disk", *(["memory"] if os.access("/dev/shm", os.W_OK) else [])]
 
@@ -33,7 +34,7 @@ def bytes_of(count, seed=0):
     return np.random.default_rng(seed).integers(0, 256, count, np.uint8).tobytes()
 
 
-@pytest.mark.parametrize("size", [0, 1, ALIGNMENT, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 4097])
+@pytest.mark.parametrize("size", [0, 1, PAGE, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 4097])
 def test_bytes_and_checksum(folder, size):
     content = bytes_of(size)
     with DataFile(folder / "f") as file:
@@ -49,7 +50,7 @@ def test_pieces_and_parts_of_files_behind_each_other(folder):
     with DataFile(folder / "f") as file:
         for number, size in enumerate((5, BLOCK - 7, 2 * BLOCK + 3, 100)):
             at = file.align()
-            assert at % ALIGNMENT == 0
+            assert at % PAGE == 0
             expected += b"\0" * (at - len(expected))
             piece = bytes_of(size, number)
             file.write(piece)

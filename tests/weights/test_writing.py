@@ -13,9 +13,10 @@ import onnx
 import onnx_ir as ir
 import pytest
 
+from moe_export.disk import PAGE
 from moe_export.errors import UsageError
 from moe_export.export.weights.recipe import RecipeTensor, Stored, Turned
-from moe_export.export.weights.stream import ALIGNMENT, Storage, data_facts, stream_weights
+from moe_export.export.weights.stream import Storage, data_facts, stream_weights
 from moe_export.export.write import rename_model, staging, write_model
 from moe_export.external_data import check_external_data
 
@@ -81,7 +82,7 @@ def test_copied(weights):
     found = write(folder, recipes)
     assert found.copied == (3, 240000)
     assert all(np.array_equal(array, arrays[name]) for name, array in loaded(folder).items())
-    assert all(int(place["offset"]) % ALIGNMENT == 0 for place in places(folder).values())
+    assert all(int(place["offset"]) % PAGE == 0 for place in places(folder).values())
 
 
 def test_referenced_where_used_as_stored(weights):
