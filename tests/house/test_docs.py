@@ -2,37 +2,46 @@
 
 from __future__ import annotations
 
+import os
 import re
 
 import pytest
+import warm_python
 from pages import PAGES, ROOT, fences, follow, name_of, prepare, steps
 
-TAKES_LONG = {
-    "docs/guilty": "mutants of a whole graph, and the guilty node of a Scan",
-    "docs/seeing": "exports and a report of the largest model",
-    "docs/verify": "a pytest of its own, an export by PyTorch",
-}
 NOTHING_TO_RUN = {
     "docs/parallel": "its commands need several processes; their tests have them",
     "docs/weights": "its commands need weights of many gigabytes; their tests have smaller ones",
 }
-RUN = [
-    pytest.param(page, id=name_of(page), marks=[pytest.mark.slow] if name_of(page) in TAKES_LONG else [])
-    for page in PAGES
-]
 OF_A_TERMINAL = re.compile(r"^(\$ |> )?(moe-export|make|pip|python3?|git|pre-commit|pytest) ", re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_a_page_runs_from_top_to_bottom(page, tmp_path):
     folder = prepare(tmp_path)
     for step in steps(page):
         follow(step, folder)
 
 
-@pytest.mark.parametrize("name", TAKES_LONG)
-def test_a_long_page_begins_well(name, tmp_path):
-    follow(next(steps(ROOT / f"{name}.md")), prepare(tmp_path))
+def test_a_program_of_a_page_is_a_process_of_its_own(tmp_path):
+    told = "print(sys.argv[1:], __name__, os.getcwd() == sys.path[0], os.environ['WHOSE'], 'moe_export' in sys.modules)"
+    (tmp_path / "told.py").write_text(f"import os, sys\n{told}\nsys.exit(3)\n")
+    env = {"PATH": os.environ["PATH"], "WHOSE": "the page's"}
+    said = "['--a', 'b'] __main__ True the page's False\n"
+    assert warm_python.run(["told.py", "--a", "b"], tmp_path, env) == (3, said, "")
+    assert warm_python.run(["-m", "told", "--a", "b"], tmp_path, env) == (3, said, "")
+    code, out, err = warm_python.run(["-c", "import torch\nprint(torch.ones(2).sum())\n1 / 0"], tmp_path, env)
+    assert (code, out) == (1, "tensor(2.)\n")
+    assert 'File "<string>", line 3' in err
+    assert "ZeroDivisionError" in err
+    warns = "import warnings; warnings.warn('seen', stacklevel=1)"
+    assert "UserWarning: seen" in warm_python.run(["-c", warns], tmp_path, env)[2]
+    assert warm_python.run(["-W", "ignore", "-c", warns], tmp_path, env) == (0, "", "")
+    assert (
+        warm_python.run(["-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"], tmp_path, env)[0]
+        == -9
+    )
+    assert warm_python.run(["-c", "raise SystemExit('no')"], tmp_path, env) == (1, "", "no\n")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)

@@ -5,9 +5,10 @@ A block of `python` is run as a script of its own, and prints what stands behind
 line is a file's name, `# my_moe.py`, it is that file. All blocks of a page run in order, in one folder that holds the
 repository's models.
 
-`moe-export ...` runs in this process where a shell adds no more than an `echo`, which saves importing PyTorch;
-anything else is a process of its own. Of `make` only the recipe's last line is run, since the steps before it install,
-and of what tests and checks the repository itself it is only seen that `make` knows it: it would run this very test.
+`moe-export ...` runs in this process where a shell adds no more than an `echo`, and Python in a fork of one that has
+imported PyTorch, which saves importing it; anything else is a process of its own. Of `make` only the recipe's last
+line is run, since the steps before it install, and of what tests and checks the repository itself it is only seen that
+`make` knows it: it would run this very test.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+
+import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
@@ -106,7 +109,7 @@ def follow(step: Step, folder: Path) -> None:
         path.write_text(step.text, encoding="utf-8")
         return
     if step.kind == "script":
-        done = _process([sys.executable, "-W", "ignore", "-c", step.text], folder)
+        done = _python(["-W", "ignore", "-c", step.text], folder)
         assert (done[0], done[1].strip()) == (0, step.expected), f"{step.text}\n{done[1]}{done[2]}"
         return
     line = step.text.replace(".venv/bin/", "")  # where `make` installs
@@ -120,6 +123,8 @@ def follow(step: Step, folder: Path) -> None:
         done = _with_echo(echo, folder)
     elif _is_ours(line):
         done = _here(line, folder)
+    elif line.startswith("python ") and not _SHELL.search(line):
+        done = _python(shlex.split(line)[1:], folder)
     else:
         done = _process(["bash", "-c", line], folder)
     assert done[0] == 0, f"{line}\n{done[1]}{done[2]}"
@@ -159,16 +164,24 @@ def _inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
+def _python(arguments: list[str], folder: Path) -> tuple[int, str, str]:
+    return warm_python.run(arguments, folder, _environment(folder))
+
+
 def _process(command: list[str], folder: Path) -> tuple[int, str, str]:
-    env = {
+    env = _environment(folder)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=False)
+    return done.returncode, done.stdout, done.stderr
+
+
+def _environment(folder: Path) -> dict[str, str]:
+    return {
         "PATH": f"{BIN}:/usr/bin:/bin",
         "HOME": str(folder),
         "OMP_NUM_THREADS": "1",
         "LANG": os.environ.get("LANG", "C.UTF-8"),
         **{name: os.environ[name] for name in ("PYTHONPATH",) if name in os.environ},
     }
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, env=env, check=False)
-    return done.returncode, done.stdout, done.stderr
 
 
 def _recipe(target: str) -> str:
