@@ -83,11 +83,9 @@ def rank_graphs(graph: Graph, options: Options, parallel: Parallel) -> Ranks:
         NotExportableError: There are no experts that could be spread, or not in the form that was asked for.
         UsageError: The placement does not fit.
     """
+    check_experts(graph, options, parallel)
     placed = graph.placed
     assert placed is not None
-    if not placed.blocks:
-        raise _no_experts(placed, options)
-    _check(parallel)
     with quiet():
         program, _ = rewrite_program(placed.traced.program)
     traced = dataclasses.replace(placed.traced, program=program)
@@ -108,7 +106,37 @@ def rank_graphs(graph: Graph, options: Options, parallel: Parallel) -> Ranks:
     return Ranks(parallel, layers, slots, placement, staged, (*maker.notes, *placed.refused))
 
 
-def _check(parallel: Parallel) -> None:
+def check_experts(graph: Graph, options: Options, parallel: Parallel) -> None:
+    """Refuse what cannot be split over so many ranks, before a graph of a rank is made.
+
+    With `all_to_all` a rank without experts still has tokens of its own, and a placement says where experts are; a rank
+    that gets no expert of any layer by itself, and sees the tokens that all see, would compute what all others do.
+
+    Raises:
+        NotExportableError: There are no experts that could be spread.
+        UsageError: There are more ranks than experts.
+    """
+    placed = graph.placed
+    assert placed is not None
+    if not placed.blocks:
+        raise _no_experts(placed, options)
+    most = max((block.experts for block in placed.blocks), key=lambda experts: experts.count)
+    if parallel.ranks > most.count and parallel.exchange == "all_reduce" and parallel.placement is None:
+        raise UsageError(
+            f"--expert-parallel {parallel.ranks}: no layer has more than {most.count} experts, so that"
+            f" {parallel.ranks - most.count} ranks would have none",
+            where=most.line,
+            hint=f"--expert-parallel {most.count} or fewer; --exchange all_to_all if these ranks have tokens of their"
+            " own; --placement to leave ranks without experts on purpose",
+        )
+
+
+def check_parallel(parallel: Parallel) -> None:
+    """Refuse what does not go together, whatever the model is.
+
+    Raises:
+        UsageError: Says which option, and what it goes with.
+    """
     if parallel.capacity is not None and parallel.exchange != "all_to_all":
         raise UsageError("--capacity is of --exchange all_to_all: an all_reduce sends no rows")
     if parallel.collectives != "runner" and parallel.exchange == "all_to_all" and parallel.capacity is None:

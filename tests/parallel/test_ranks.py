@@ -95,9 +95,19 @@ def test_more_ranks_than_experts_and_a_placement_with_an_idle_rank(tmp_path):
             ((), (0, 2, 4)), ((3, 4, 5), (1, 3, 5)), ((), ()), ((0, 1, 2), ()),
         ]  # fmt: skip
         assert_same(path)
-        folder = tmp_path / f"{exchange} many"
-        folder.mkdir()
-        assert_same(export(folder, "--expert-parallel", EXPERTS + 2, "--exchange", exchange), ["balanced"])
+    options = ["--exchange", "all_to_all"]  # ranks without experts have tokens of their own
+    assert_same(export(tmp_path, "--expert-parallel", EXPERTS + 2, *options), ["balanced"])
+
+
+def test_more_ranks_than_experts_are_refused(tmp_path, capsys):
+    source = tmp_path / "stack.py"
+    source.write_text(STACK)
+    assert run([str(source), "-o", str(tmp_path / "out"), "-q", "--expert-parallel", "99"]) == 2
+    told = capsys.readouterr().err
+    assert f"no layer has more than {EXPERTS} experts, so that {99 - EXPERTS} ranks would have none" in told
+    assert "stack.py:" in told
+    assert f"--expert-parallel {EXPERTS} or fewer" in told
+    assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from moe_export.export.dims import parse_dynamic
 from moe_export.export.engines.profiles import dim_facts
 from moe_export.export.functions import as_functions
 from moe_export.export.load import load_subject
-from moe_export.export.parallel.ranks import Parallel
+from moe_export.export.parallel.ranks import Parallel, check_experts
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
 from moe_export.export.provenance import relative_line, strip_scope
 from moe_export.export.subject import Subject
@@ -106,7 +106,7 @@ def run_export(
             unroll=unroll,
             decode=decode,
         )
-        graphs = export_subject(subject, options, console.step)
+        graphs = _exported(subject, options, parallel, console)
         if engines is not None:
             check_names(engines, (dim.name for graph in graphs for dim in graph.traced.dims))
         names = file_names(subject.source.stem, graphs)
@@ -166,6 +166,16 @@ def _loaded(
     if subject.weights is not None and subject.weights.absent:
         ahead.read(referable(subject.weights.files, storage))
     return subject
+
+
+def _exported(
+    subject: Subject, options: Options, parallel: Parallel | None, console: Console
+) -> tuple[Graph, ...]:
+    """The graphs; that they cannot be split over ranks is said before anything is written or run."""
+    graphs = export_subject(subject, options, console.step)
+    if parallel is not None:
+        check_experts(graphs[0], options, parallel)
+    return graphs
 
 
 def _write(

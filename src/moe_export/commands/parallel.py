@@ -48,7 +48,7 @@ def take_parallel(options: dict[str, Any]) -> Parallel | None:
     Raises:
         UsageError: An option goes with ranks, and there are none; or with another way to exchange.
     """
-    from moe_export.export.parallel.ranks import Parallel
+    from moe_export.export.parallel.ranks import Parallel, check_parallel
 
     ranks, exchange = options.pop("expert_parallel"), options.pop("exchange")
     text, placement, collectives = (
@@ -74,7 +74,9 @@ def take_parallel(options: dict[str, Any]) -> Parallel | None:
                 f"--capacity is a number of rows, or {_DYNAMIC}, not {text!r}", hint="--capacity 64"
             )
         capacity = int(text)
-    return Parallel(ranks, exchange, capacity, placement, collectives)
+    parallel = Parallel(ranks, exchange, capacity, placement, collectives)
+    check_parallel(parallel)
+    return parallel
 
 
 @dataclass(frozen=True)
