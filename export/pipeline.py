@@ -131,7 +131,8 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     if options.decode:
         with step("finding the states of a step"):
             stepped = step_of(subject, recurrent)
-            placed = Placed(trace(stepped.subject, stepped.dims(options.dims)), (), ())
+            traced = trace(stepped.subject, stepped.dims(options.dims))
+            placed = place_experts(traced) if options.experts != "keep" else Placed(traced, (), ())
         graphs.append(_graph("step", "model", stepped.subject, placed, options, step))
     return tuple(graphs)
 

@@ -71,7 +71,7 @@ class TorchRunner:
     def _mode(self) -> AbstractContextManager[None]:
         if self._dtype != "float64":
             return nullcontext()
-        from moe_export.verify.torch_modes import in_float64
+        from moe_export.float64 import in_float64
 
         return in_float64()
 

@@ -5,7 +5,8 @@
 
 What a step needs of the steps before is what a loop carries, and what is padded in front of a time axis: the window
 of a causal convolution, or the token before. Both become `past_*` inputs and `present_*` outputs. Everything else is
-taken to be computed step by step; whether that is so is proved by running it: N steps against one run of N.
+taken to be computed step by step; whether that is so is proved by running it: N steps against one run of N. A model
+that keeps a cache of its own takes another way (`step_cache`).
 
 Letters: l length, w places of a window.
 """
@@ -13,18 +14,20 @@ Letters: l length, w places of a window.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
 from moe_export.errors import NotExportableError
-from moe_export.export.dims import DimRequest
+from moe_export.export.adapters.transformers_cache import find_cached_model
 from moe_export.export.recurrence.fold import FoldedModule
 from moe_export.export.recurrence.lengths import Length
 from moe_export.export.recurrence.loop_body import LoopBody
 from moe_export.export.recurrence.recurrences import Recurrent
+from moe_export.export.recurrence.step_cache import step_with_cache
+from moe_export.export.recurrence.step_model import StepModel, prove_steps
 from moe_export.export.source import line_of
 from moe_export.export.subject import Subject, make_subject
 from moe_export.export.trace import quiet
@@ -32,30 +35,8 @@ from moe_export.export.trace import quiet
 aten = torch.ops.aten
 
 _PROBES = (6, 9)  # lengths at which the time axis of each value is seen
-_PROVED = 7
 _CONVOLUTIONS = (aten.conv1d.default, aten.convolution.default)
 _MAKERS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
-
-
-@dataclass(frozen=True)
-class StepModel:
-    """The model of a step.
-
-    Attributes:
-        subject: Its inputs are those of the model, one step long, then `past_*`; its outputs end in `present_*`.
-        pasts: The names of the states, in order.
-        batch: The axes of inputs and states that are the batch.
-    """
-
-    subject: Subject
-    pasts: tuple[str, ...]
-    batch: tuple[tuple[str, int], ...]
-
-    def dims(self, request: DimRequest) -> DimRequest:
-        """The batch free, if it is to be; everything else is as long as a step."""
-        free = dict.fromkeys(self.batch, "batch")
-        wanted = all(request.wants(*place) for place in self.batch if place[0] not in self.pasts)
-        return DimRequest(True, free if wanted else {})
 
 
 def step_of(subject: Subject, recurrent: Recurrent) -> StepModel:
@@ -68,6 +49,9 @@ def step_of(subject: Subject, recurrent: Recurrent) -> StepModel:
     Raises:
         NotExportableError: It reads other steps than through a loop or a window in front; names the line.
     """
+    cached = find_cached_model(subject.module)
+    if cached is not None:
+        return step_with_cache(subject, cached)
     folded, length = recurrent.subject, recurrent.length
     module = folded.module
     if length is None or not isinstance(module, FoldedModule):
@@ -88,7 +72,7 @@ def step_of(subject: Subject, recurrent: Recurrent) -> StepModel:
         )
         names = [*one, *stepping.names]
         made = replace(made, inputs=dict(zip(names, made.inputs.values(), strict=True)))
-        _prove(subject, made, stepping, length)
+        prove_steps(subject, made, dict(zip(stepping.names, stepping.firsts, strict=True)), length)
         batch = _batch(module, folded, stepping, length)
     return StepModel(made, tuple(stepping.names), batch)
 
@@ -294,28 +278,3 @@ class _OneTurn:
 
 def _part(values: Sequence[Tensor], place: int) -> Tensor:
     return values[place]
-
-
-def _prove(subject: Subject, step: Subject, stepping: _Stepping, length: Length) -> None:
-    """Run the steps one by one, against the model on all of them."""
-    example = length.resized(subject.inputs, _PROVED)
-    wanted = dict(zip(subject.outputs, subject.call_named(example), strict=True))
-    pasts = dict(zip(stepping.names, (past.clone() for past in stepping.firsts), strict=True))
-    rows: list[dict[str, Tensor]] = []
-    for place in range(_PROVED):
-        now = dict(example)
-        for name, axis in length.axes:
-            now[name] = example[name].narrow(axis, place, 1)
-        found = dict(zip(step.outputs, step.call_named({**now, **pasts}), strict=True))
-        pasts = {past: found[past.replace("past_", "present_", 1)] for past in pasts}
-        rows.append(found)
-    for name, whole in wanted.items():
-        last = rows[-1][name]
-        axes = [axis for axis in range(whole.dim()) if whole.shape[axis] == _PROVED != last.shape[axis]]
-        steps = torch.cat([row[name] for row in rows], axes[0]) if axes else last
-        if steps.shape != whole.shape or not torch.allclose(steps, whole, rtol=1e-4, atol=1e-5):
-            raise NotExportableError(
-                f"{name} has no model of a step: {_PROVED} steps one by one give something else than all at once",
-                where=str(subject.source),
-                hint="it reads other steps than through a loop or a causal convolution, such as attention does",
-            )

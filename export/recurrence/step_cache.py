@@ -1,0 +1,128 @@
+"""`step_with_cache`: the model of one token for a model that keeps a cache, the cache's tensors in and out.
+
+    subject   logits[l] = model(ids[l])
+    step      logits[1], presents = model(ids[1], a cache of pasts)
+
+What the step computes is the library's own path of one token (`adapters/transformers_cache`); that it gives what the
+model gives for all tokens at once is proved by running both.
+
+Letters: l length, p tokens before.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from moe_export.errors import NotExportableError
+from moe_export.export.adapters.transformers import traceable_experts
+from moe_export.export.adapters.transformers_cache import CachedModel, empty, find_cached_model
+from moe_export.export.recurrence.lengths import Length
+from moe_export.export.recurrence.step_model import PROVED, StepModel, prove_steps
+from moe_export.export.subject import Subject, make_subject
+from moe_export.export.trace import quiet
+from moe_export.float64 import in_float64
+
+_ROOM = 2**31  # bytes of weights that may be held a second time, as float64
+_BEFORE = (5, 7)  # tokens before the example of the step; the second if the batch is as large as the first
+
+
+def step_with_cache(subject: Subject, cached: CachedModel) -> StepModel:
+    """Make the model of a step.
+
+    Args:
+        subject: The model; axis 1 of its inputs is the length.
+        cached: Its part that keeps the cache.
+
+    Raises:
+        NotExportableError: It cannot be called with a cache, or one token at a time gives something else.
+    """
+    length = Length(tuple((name, 1) for name, tensor in subject.inputs.items() if tensor.dim() > 1))
+    if not length.axes:
+        raise NotExportableError(
+            "no input has a length, so there is no step of it", where=str(subject.source),
+            hint="leave --step away",
+        )  # fmt: skip
+    with quiet(), torch.no_grad():
+        _prove(subject, length, max(PROVED, _window(cached) + 3))
+        made, firsts = _step(subject, cached, length)
+    places = [(name, 0) for name, tensor in made.inputs.items() if tensor.dim()]
+    grows = [(name, kept.grows) for name, kept in zip(firsts, cached.kept, strict=True)]
+    past = tuple((name, axis) for name, axis in grows if axis is not None)
+    return StepModel(made, tuple(firsts), tuple(places), past)
+
+
+def _step(subject: Subject, cached: CachedModel, length: Length) -> tuple[Subject, dict[str, Tensor]]:
+    """The step as a model, and what its states are before the first one."""
+    batch = next(tensor.shape[0] for tensor in subject.inputs.values() if tensor.dim() > 1)
+    cache = _filled(subject, cached, length, _BEFORE[batch == _BEFORE[0]])
+    pasts = {f"past_{kept.name}": kept.of(cache).clone() for kept in cached.kept}
+    one = length.resized(subject.inputs, 1)
+    outputs = [*subject.outputs, *(f"present_{kept.name}" for kept in cached.kept)]
+    module = CachedStep(subject, cached, outputs)
+    made = make_subject(module, (*one.values(), *pasts.values()), {}, source=subject.source, how=subject.how)
+    made = replace(made, inputs=dict(zip([*one, *pasts], made.inputs.values(), strict=True)))
+    firsts = zip(pasts.items(), cached.kept, strict=True)
+    return made, {name: empty(kept, past) for (name, past), kept in firsts}
+
+
+def _prove(subject: Subject, length: Length, count: int) -> None:
+    """In float64 where there is room: a deep model makes much of the last digit of float32."""
+    size = sum(parameter.nbytes for parameter in subject.module.parameters())
+    if size > _ROOM:
+        _prove_as_it_is(subject, length, count)
+        return
+    inputs = {
+        name: tensor.double() if tensor.is_floating_point() else tensor
+        for name, tensor in subject.inputs.items()
+    }
+    wide = replace(subject, module=copy.deepcopy(subject.module).double(), inputs=inputs)
+    with in_float64(), traceable_experts():
+        _prove_as_it_is(wide, length, count)
+
+
+def _prove_as_it_is(subject: Subject, length: Length, count: int) -> None:
+    cached = find_cached_model(subject.module)
+    assert cached is not None
+    made, firsts = _step(subject, cached, length)
+    prove_steps(subject, made, firsts, length, count)
+
+
+def _filled(subject: Subject, cached: CachedModel, length: Length, size: int) -> object:
+    example = length.resized(subject.inputs, size)
+    try:
+        return cached.fill(lambda: subject.call_named(example))
+    except Exception as error:
+        raise NotExportableError(
+            f"{type(cached.model).__name__} cannot be called with a cache: {error}",
+            where=str(subject.source),
+            hint="leave masks out of the inputs, or leave --step away",
+        ) from error
+
+
+def _window(cached: CachedModel) -> int:
+    """The window of attention, where it is short enough to be tried."""
+    window = getattr(cached.model.config, "sliding_window", None) or 0
+    return window if isinstance(window, int) and window <= 64 else 0
+
+
+class CachedStep(nn.Module):
+    """The model called with one token and the tensors of a cache; its outputs and the cache behind it, by name."""
+
+    def __init__(self, subject: Subject, cached: CachedModel, outputs: Sequence[str]) -> None:
+        super().__init__()
+        self.model = subject.module
+        self._subject, self._cached, self._outputs = subject, cached, tuple(outputs)
+
+    def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
+        """One step."""
+        count = len(self._subject.inputs)
+        cache = self._cached.cache_of(tensors[count:])
+        with self._cached.given(cache):
+            results = [leaf.value for leaf in self._subject.call_leaves(tensors[:count]) if leaf.is_tensor]
+        found = [*results, *(kept.of(cache) for kept in self._cached.kept)]
+        return dict(zip(self._outputs, found, strict=True))
