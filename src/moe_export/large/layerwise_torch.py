@@ -16,6 +16,7 @@ from moe_export.errors import UsageError
 from moe_export.export.leaves import leaves
 from moe_export.export.subject import Subject
 from moe_export.export.weights.stand_in import StandIns, filled
+from moe_export.large.layerwise_products import WideProducts
 from moe_export.verify import Array, Choice
 from moe_export.verify.torch_modes import ChoiceWatcher
 from moe_export.verify.torch_runner import to_numpy, to_torch
@@ -119,6 +120,7 @@ def _run(
         for path in blocks:
             for handle in _hooks(subject.module.get_submodule(path), path, seen, watcher, weights):
                 stack.callback(handle.remove)
+        stack.enter_context(WideProducts())
         with torch.no_grad():
             found = subject.call([inputs[name].clone() for name in subject.inputs])
     return Ran(seen, {name: to_numpy(out) for name, out in zip(subject.outputs, found, strict=True)})
