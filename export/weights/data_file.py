@@ -20,8 +20,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from moe_export.disk import AT_ONCE, BLOCK, PAGE, read_into, set_direct
-from moe_export.errors import UsageError
+from moe_export.disk import AT_ONCE, BLOCK, PAGE, read_exactly, set_direct
 
 _BLOCKS = AT_ONCE + 3
 
@@ -74,7 +73,7 @@ class DataFile(AbstractContextManager["DataFile"]):
         """Write what stands in another file, which must not change before this one is closed."""
         while length:
             room = self._room(length)
-            self._coming.append(self._readers.submit(_fill, room, path, offset))
+            self._coming.append(self._readers.submit(read_exactly, path, room, offset))
             offset, length = offset + room.nbytes, length - room.nbytes
             self._take(room.nbytes)
 
@@ -133,11 +132,3 @@ class DataFile(AbstractContextManager["DataFile"]):
                 self.digest = self._hash.hexdigest()
         finally:
             os.close(self._file)
-
-
-def _fill(target: memoryview, path: Path, offset: int) -> None:
-    count = read_into(path, target, offset)
-    if count < target.nbytes:
-        raise UsageError(
-            f"{path} ends before byte {offset + target.nbytes}", hint="is it still being written?"
-        )

@@ -23,11 +23,14 @@ import numpy as np
 import onnx_ir as ir
 from onnx_ir._core import TensorBase
 
+from moe_export.disk import read_exactly
 from moe_export.errors import UsageError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 PIECE = 16 * 2**20
 """Bytes that are read at a time, where a row of the first axis is no larger."""
+_LARGE = 2**20
+"""Bytes from which on a stretch of a file is read past the system's memory; smaller ones may be read again soon."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,9 @@ class Stored(Recipe):
         inner = math.prod(self.shape[axis + 1 :]) * kind.itemsize
         size = self.shape[axis] if self.shape else 1
         raw = found.reshape(-1).view(np.uint8).reshape(outer, -1) if found.size else found
+        if outer == 1 and found.nbytes >= _LARGE:
+            read_exactly(self.file, memoryview(raw[0]), self.offset + start * inner)
+            return found
         with self.file.open("rb", buffering=0) as file:
             for index in range(outer if found.size else 0):
                 _read_into(file.fileno(), raw[index], self.offset + (index * size + start) * inner, self.file)

@@ -22,6 +22,7 @@ import torch
 from onnx_ir import tensor_adapters
 from torch import nn
 
+from moe_export.disk import read_exactly
 from moe_export.errors import UsageError
 from moe_export.export.weights.files import open_weights
 from moe_export.export.weights.recipe import Converted, Recipe
@@ -55,6 +56,10 @@ class StandIn:
         if self.full:
             return
         self.full = True
+        place = self.recipe.place()
+        if place is not None:
+            read_exactly(place.file, memoryview(self.memory)[: place.length], place.offset)
+            return
         at = 0
         target = np.frombuffer(self.memory, np.uint8)
         for piece in self.recipe.pieces():

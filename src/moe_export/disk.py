@@ -16,6 +16,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+from moe_export.errors import UsageError
+
 PAGE = 4096
 """Bytes: what begins and ends at a multiple of it can be mapped, and moved past the system's memory."""
 BLOCK = 8 * 2**20
@@ -60,6 +62,28 @@ def read_into(path: Path, target: memoryview, offset: int) -> int:
         return done
     finally:
         os.close(file)
+
+
+def read_exactly(path: Path, target: memoryview, offset: int) -> None:
+    """Fill a buffer of any size with what a file has from `offset` on, several blocks at once.
+
+    Raises:
+        UsageError: The file ends early.
+    """
+    starts = range(0, target.nbytes, BLOCK)
+
+    def read(start: int) -> int:
+        return read_into(path, target[start : start + BLOCK], offset + start)
+
+    if len(starts) <= 1:
+        count = sum(map(read, starts))
+    else:
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            count = sum(pool.map(read, starts))
+    if count < target.nbytes:
+        raise UsageError(
+            f"{path} ends before byte {offset + target.nbytes}", hint="is it still being written?"
+        )
 
 
 def _in_memory(file: int, target: memoryview, offset: int) -> int:
