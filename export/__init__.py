@@ -33,17 +33,52 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 | `weights/` | weights that never fill the memory ([docs/weights.md](../docs/weights.md)) |
 | `parallel/` | a graph a rank ([docs/parallel.md](../docs/parallel.md)) |
 | `engines/` | TensorRT engines ([docs/engines.md](../docs/engines.md)) |
+
+Importing a file here imports no other: what only knows ONNX needs no PyTorch.
 """
 
 from __future__ import annotations
 
-try:
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
     from moe_export.export.load import load_subject
     from moe_export.export.pipeline import Graph, Options, export_subject
     from moe_export.export.subject import Subject
     from moe_export.export.trace import Traced, trace
-except ModuleNotFoundError as error:  # its files that only know ONNX are used where PyTorch is not installed
-    if error.name != "torch":
-        raise
 
 __all__ = ["Graph", "Options", "Subject", "Traced", "export_subject", "load_subject", "trace"]
+
+# name → the file that defines it; looked up on first use (PEP 562).
+_LAZY = {
+    "Graph": "pipeline",
+    "Options": "pipeline",
+    "Subject": "subject",
+    "Traced": "trace",
+    "export_subject": "pipeline",
+    "load_subject": "load",
+    "trace": "trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
+class _Room(ModuleType):
+    """Importing the file `trace` would put it in the place of the function `trace`."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value.trace if name == "trace" and isinstance(value, ModuleType) else value)
+
+
+sys.modules[__name__].__class__ = _Room

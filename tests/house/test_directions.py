@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
 
+import onnx
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -113,3 +115,41 @@ def test_help_imports_nothing_heavy():
     loaded = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "click" in loaded  # the list is really there
     assert loaded & HEAVY == set()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "check ONNX --target tensorrt",
+        "diff ONNX ONNX",
+        "rewrite ONNX -o rewritten.onnx",
+        "verify ONNX --against ONNX",
+        "view ONNX --svg graph.svg",
+    ],
+)
+def test_what_knows_only_onnx_imports_no_pytorch(command, tmp_path):
+    x, y = (onnx.helper.make_tensor_value_info(name, 1, ["n", 2]) for name in "xy")
+    graph = onnx.helper.make_graph([onnx.helper.make_node("Exp", ["x"], ["y"])], "exp", [x], [y])
+    path = tmp_path / "exp.onnx"
+    onnx.save(
+        onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 17)], ir_version=8), path
+    )
+    words = command.replace("ONNX", path.as_posix()).replace("-o r", f"-o {tmp_path.as_posix()}/r")
+    words = words.replace("--svg g", f"--svg {tmp_path.as_posix()}/g")
+    loaded = modules_after(f"from moe_export.cli import run; assert run({words.split()!r}) == 0")
+    assert "onnx" in loaded
+    assert "torch" not in loaded
+
+
+def test_a_name_of_the_export_room_is_the_same_whatever_was_imported_before():
+    import moe_export.export as room
+
+    assert modules_after("import moe_export.export") & HEAVY == set()
+    assert room.trace.__module__ == "moe_export.export.trace"
+    importlib.import_module("moe_export.export.trace")  # the file of the same name
+    assert callable(room.trace)
+    assert sorted(room.__all__) == dir(room)
+    for name in room.__all__:
+        assert getattr(room, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'tracing'"):
+        room.tracing  # noqa: B018
