@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 
 from moe_export.errors import MoeExportError, NotExportableError
+from moe_export.export.exact_rules import exact_constants
 from moe_export.export.leaves import unique
 from moe_export.export.made_once import made_once
 from moe_export.export.naming import name_nodes, statements
@@ -61,7 +62,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
         NotExportableError: An operator has no ONNX form; names the model's line.
     """
     try:
-        with quiet(), torch.no_grad(), made_once():
+        with quiet(), torch.no_grad(), made_once(), exact_constants():
             spell(traced.program.graph)
             lowest = max(opset, EXPORTER_LOWEST)
             streamed = is_streamed(traced.program)

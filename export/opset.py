@@ -9,11 +9,12 @@ Source: https://github.com/onnx/onnx/blob/main/docs/Changelog.md (versions 17 an
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+from onnx_ir.passes.common import ShapeInferencePass
 
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.provenance import place_of
@@ -73,7 +74,10 @@ def set_opset(model: ir.Model, opset: int) -> None:
     """
     written = model.opset_imports.get("", 0)
     if opset == LOWEST and written == EXPORTER_LOWEST:
-        for node in list(model.graph.all_nodes()):
+        nodes = list(model.graph.all_nodes())
+        if any(_lacks_sizes(node) for node in nodes):
+            _infer_sizes(model, nodes)
+        for node in nodes:
             if node.domain in ("", "ai.onnx"):
                 _lower(node)
         model.opset_imports[""] = LOWEST
@@ -88,6 +92,25 @@ def set_opset(model: ir.Model, opset: int) -> None:
             hint=f"try --opset {written}, or 17",
         )
     model.ir_version = ir_version_for(opset)
+
+
+def _lacks_sizes(node: ir.Node) -> bool:
+    """Whether a rule needs the shape of an operand, and nobody noted it, as in rewritten blocks."""
+    value = node.inputs[0] if node.op_type in ("Split", "Pad") else None
+    if value is None:
+        return False
+    return value.shape is None or any(
+        not isinstance(size, int) and size.value is None for size in value.shape
+    )
+
+
+def _infer_sizes(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
+    """Note the shapes that such nodes lack. Of a copy: in place, the pass takes a sequence for a tensor."""
+    inferred = ShapeInferencePass()(model.clone()).model
+    for node, twin in zip(nodes, inferred.graph.all_nodes(), strict=True):
+        value, known = node.inputs[0] if node.inputs else None, twin.inputs[0] if twin.inputs else None
+        if value is not None and known is not None and _lacks_sizes(node):
+            value.shape = known.shape.copy() if known.shape is not None else None
 
 
 def _lower(node: ir.Node) -> None:

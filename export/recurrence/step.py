@@ -72,7 +72,8 @@ def step_of(subject: Subject, recurrent: Recurrent) -> StepModel:
         )
         names = [*one, *stepping.names]
         made = replace(made, inputs=dict(zip(names, made.inputs.values(), strict=True)))
-        prove_steps(subject, made, dict(zip(stepping.names, stepping.firsts, strict=True)), length)
+        widened = replace(subject, inputs=folded.inputs)  # as large as the states were seen
+        prove_steps(widened, made, dict(zip(stepping.names, stepping.firsts, strict=True)), length)
         batch = _batch(module, folded, stepping, length)
     return StepModel(made, tuple(stepping.names), batch)
 

@@ -69,9 +69,9 @@ class Backwards(nn.Module):
         return torch.stack(ys, dim=1)
 
 
-def made(module: nn.Module) -> Subject:
+def made(module: nn.Module, batch: int = 2) -> Subject:
     torch.manual_seed(0)
-    return make_subject(module, (torch.randn(2, 10, 4),), {}, source=Path(__file__), how="a test")
+    return make_subject(module, (torch.randn(batch, 10, 4),), {}, source=Path(__file__), how="a test")
 
 
 def session(graph: Graph) -> onnxruntime.InferenceSession:
@@ -87,9 +87,11 @@ def exported(subject: Subject) -> Graph:
     return graph
 
 
-@pytest.mark.parametrize("name", ["mamba", "token_shift"])
+@pytest.mark.parametrize("name", ["mamba", "token_shift", "one_sequence"])
 def test_steps_one_by_one_are_the_whole(name: str) -> None:
-    subject = load_subject(str(MODELS / "mamba.py")) if name == "mamba" else made(TokenShift())
+    """The last is `TokenShift` with an example of batch 1."""
+    sequences = 1 if name == "one_sequence" else 2
+    subject = load_subject(str(MODELS / "mamba.py")) if name == "mamba" else made(TokenShift(), sequences)
     step = exported(subject)
     runtime = session(step)
     names = [value.name for value in runtime.get_inputs()]
