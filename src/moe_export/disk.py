@@ -7,6 +7,7 @@ such way, files are read in the ordinary one.
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import threading
@@ -104,7 +105,10 @@ def _in_memory(file: int, target: memoryview, offset: int) -> int:
 
 
 def _direct(file: int, target: memoryview, offset: int) -> int:
-    """Read whole pages past the system's memory, and copy what is wanted of them."""
+    """Read whole pages past the system's memory: to where they are wanted, or copied if that is not at a page."""
+    whole = target.nbytes // PAGE * PAGE
+    if not offset % PAGE and whole and not ctypes.addressof(ctypes.c_char.from_buffer(target)) % PAGE:
+        return os.preadv(file, [target[:whole]], offset)
     if not hasattr(_own, "pages"):
         _own.pages = memoryview(mmap.mmap(-1, BLOCK + 2 * PAGE))
     before = offset % PAGE

@@ -38,18 +38,23 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """The model in files, and the seconds that a plain copy of its files takes."""
+    """The model in files."""
     folder = tmp_path_factory.mktemp("large")
     if shutil.disk_usage(folder).free < ROOM:
         pytest.skip(f"it needs {ROOM / 2**30:.0f} GiB of disk at {folder}")
     assert streamed_moe.write_files(folder, SIZES) > 12 * GB
+    yield folder
+    shutil.rmtree(folder)
+
+
+def copied(folder):
+    """The seconds that a plain copy of the weights takes."""
     start = time.perf_counter()
     shutil.copytree(folder / "weights", folder / "again")
     seconds = time.perf_counter() - start
     shutil.rmtree(folder / "again")
     print(f"plain copy: {seconds:.1f} s")
-    yield folder, seconds
-    shutil.rmtree(folder)
+    return seconds
 
 
 def measured(*arguments):
@@ -64,22 +69,26 @@ def measured(*arguments):
 
 
 def test_exported_and_verified(place):
-    folder, copying = place
+    folder = place
     model = folder / "model.py"
     common = ("export", model, "--gate", "none", "--no-verify", "-q", "-o")
-    code, peak, seconds, _ = measured(*common, folder, "--weights", "reference")
+    copying = [copied(folder)]
+    code, peak, referring, _ = measured(*common, folder, "--weights", "reference")
     assert code == 0
     assert peak < 2 * GB
-    assert seconds < 1.5 * copying
+    copying.append(copied(folder))
     notes = " ".join(json.loads((folder / "model.report.json").read_text())["graphs"][0]["notes"])
-    assert "1537 tensors" in notes  # 3 * 64 * 8, and the embedding
+    assert "1545 tensors" in notes  # 3 * 64 * 8, the gates and the embedding
 
     code, peak, seconds, _ = measured(*common, folder / "copied")
     assert code == 0
     assert peak < 3 * GB
-    assert seconds < 1.5 * copying
     assert len(list((folder / "copied").glob("*.data"))) == 4  # of 4 GB at most
     shutil.rmtree(folder / "copied")
+    copying.append(copied(folder))
+    # A disk and its machine are busy now and then: each is held to the copies before and after it.
+    assert referring < 1.5 * sum(copying[:2]) / 2
+    assert seconds < 1.5 * sum(copying[1:]) / 2
 
     verify = ("verify", folder / "model.onnx", "--against", model, "--json", "-q")
     code, peak, _, output = measured(*verify)
