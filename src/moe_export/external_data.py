@@ -12,7 +12,7 @@ import mmap
 import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ def _read(path: Path, stop: threading.Event) -> str:
     found = hashlib.sha256()
     for block in blocks(path):
         if stop.is_set():
-            break
+            raise CancelledError
         found.update(block)
     return found.hexdigest()
 

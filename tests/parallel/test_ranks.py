@@ -110,6 +110,13 @@ def test_more_ranks_than_experts_are_refused(tmp_path, capsys):
     assert not (tmp_path / "out").exists() or not list((tmp_path / "out").iterdir())
 
 
+def test_half_precision_is_refused_with_its_reason_before_anything_is_loaded(tmp_path, capsys):
+    assert run([str(tmp_path / "none.py"), "--expert-parallel", "2", "--dtype", "bfloat16"]) == 2
+    told = capsys.readouterr().err
+    assert "nearly equal may go to another expert on ranks" in told
+    assert "leave --dtype bfloat16 away" in told
+
+
 @pytest.mark.slow
 def test_pairs_beyond_a_capacity_add_nothing(exports):
     """Every token to experts 0 and 1, on rank 0: of each rank's pairs the first C are computed."""

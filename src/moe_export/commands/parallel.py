@@ -65,7 +65,9 @@ def take_parallel(options: dict[str, Any]) -> Parallel | None:
         return None
     if options["dtype"] != "float32":
         raise UsageError(
-            "--expert-parallel writes float32 graphs only", hint=f"leave --dtype {options['dtype']} away"
+            "--expert-parallel writes float32 graphs only: in half precision a token whose scores are nearly equal may"
+            " go to another expert on ranks than in the whole graph, which their comparison takes for a fault",
+            hint=f"leave --dtype {options['dtype']} away",
         )
     capacity = None
     if text != _DYNAMIC:
