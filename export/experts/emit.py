@@ -39,6 +39,7 @@ def write_experts(
     choice: str,
     target: str = "onnxruntime-cpu",
     write: Write | None = None,
+    bodies: Bodies | None = None,
 ) -> list[str]:
     """Write out every opaque node of a model, in place.
 
@@ -48,6 +49,7 @@ def write_experts(
         choice: The lowering, or `auto`.
         target: The engine that the graph is for, by which `auto` chooses.
         write: Writes a block; the whole of it by default.
+        bodies: Those of the blocks that are translated already, where several graphs are made of one trace.
 
     Returns:
         A line for each block, for the report.
@@ -56,7 +58,7 @@ def write_experts(
         NotExportableError: A body has no ONNX form.
     """
     notes = []
-    bodies = _Bodies()
+    bodies = bodies or Bodies()
     for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]:
         number = node.attributes[NUMBER].as_int()
         block = blocks[number]
@@ -135,20 +137,28 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
     return take_apart(exported.model.graph, len(block.experts.shared))
 
 
-class _Bodies:
+class Bodies:
     """Bodies in ONNX: layers that are alike have the same, which is made once."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, int], Parts] = {}
+        self._made: dict[tuple[str, int, int], Parts] = {}
+        self._batched: dict[tuple[int, int], tuple[Block, Parts]] = {}
 
     def of(self, block: Block, opset: int) -> Parts:
         """The body of a block."""
-        key = (_written(block.program), len(block.experts.shared))
+        key = (_written(block.program), len(block.experts.shared), opset)
         if block.program.state_dict or block.program.constants:  # what they hold is not in the text
             return _body(block.program, block, opset)
         if key not in self._made:
             self._made[key] = _body(block.program, block, opset)
         return self._made[key]
+
+    def batched(self, block: Block, opset: int) -> Parts:
+        """The body of a block for several experts at once."""
+        key = (id(block), opset)
+        if key not in self._batched:
+            self._batched[key] = (block, _body(_batched(block), block, opset))
+        return self._batched[key][1]
 
 
 def _written(program: ExportedProgram) -> str:
@@ -178,7 +188,7 @@ def _batched(block: Block) -> ExportedProgram:
         ) from error
 
 
-def _opaque(node: ir.Node, block: Block, model: ir.Model, bodies: _Bodies) -> Opaque:
+def _opaque(node: ir.Node, block: Block, model: ir.Model, bodies: Bodies) -> Opaque:
     opset = model.opset_imports[""]
     values = [value for value in node.inputs if value is not None]
     experts = block.experts
@@ -195,7 +205,7 @@ def _opaque(node: ir.Node, block: Block, model: ir.Model, bodies: _Bodies) -> Op
         shared=shared,
         weights=weights,
         parts=bodies.of(block, opset),
-        batched=lambda: _body(_batched(block), block, opset),
+        batched=lambda: bodies.batched(block, opset),
         count=experts.count,
         slots=int(indices.shape[1]) if indices.dim() == 2 else 1,
         hidden=[int(size) for size in result.shape[1:]],

@@ -14,7 +14,7 @@ from moe_export.einsum_rewrite import rewrite_program
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.emit import check, finish, translate
 from moe_export.export.experts.choose import choose
-from moe_export.export.experts.emit import module_of, write_experts
+from moe_export.export.experts.emit import Bodies, module_of, write_experts
 from moe_export.export.experts.lower import Opaque
 from moe_export.export.experts.place import DOMAIN, NUMBER, OPERATOR, Placed
 from moe_export.export.experts.writer import Writer
@@ -181,6 +181,7 @@ class _Maker:
     placement: Placement
     order: Sequence[int]
     folder: Path
+    bodies: Bodies = dataclasses.field(default_factory=Bodies)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -206,7 +207,8 @@ class _Maker:
             given = partial_sum(w, form, block, own)
             return w.op(ALL_REDUCE, given, domain=DOMAIN, name="all_reduced", **{LAYER: layer})
 
-        write_experts(model, self.placed.blocks, self.options.experts, self.options.target, write)
+        options = self.options
+        write_experts(model, self.placed.blocks, options.experts, options.target, write, self.bodies)
         model.opset_imports[DOMAIN] = 1
         write_scans(model, Lowering(self.options.recurrence, self.options.unroll))
         finish(model, self.traced, self.options.opset, self.folder)
