@@ -111,6 +111,7 @@ def _infer_sizes(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
         value, known = node.inputs[0] if node.inputs else None, twin.inputs[0] if twin.inputs else None
         if value is not None and known is not None and _lacks_sizes(node):
             value.shape = known.shape.copy() if known.shape is not None else None
+            value.type = value.type or known.type
 
 
 def _lower(node: ir.Node) -> None:
