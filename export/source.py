@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sysconfig
@@ -89,6 +90,7 @@ def model_frame(stack_trace: str | None) -> tuple[str, int] | None:
     return None
 
 
+@functools.lru_cache(maxsize=4096)  # asked of each loop that is tried
 def line_of(stack_trace: str | None) -> str | None:
     """`file:line` of the innermost user frame of a traced node's stack trace.
 

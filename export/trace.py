@@ -137,6 +137,10 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
+_NUMBER = re.compile(r"(.*size\(\).*) == \d+")
+_SIZE = re.compile(r"L\['inputs'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+
+
 def trace(subject: Subject, request: DimRequest | None = None) -> Traced:
     """Trace the subject with every wanted dimension free.
 
@@ -170,13 +174,20 @@ def _export(
         were asked for.
     """
     first: Exception | None = None
-    for limit in (None, 2, 1, 0):
+    stuck = set[tuple[int, int]]()
+    limits: list[int | None] = [0, 1, 2, None]
+    while limits:
+        limit = limits.pop()
         spec = tuple(
             tuple(
-                TorchDim.AUTO if request.wants(name, axis) and (limit is None or axis < limit) else None
+                TorchDim.AUTO
+                if request.wants(name, axis)
+                and (limit is None or axis < limit)
+                and (place, axis) not in stuck
+                else None
                 for axis in range(tensor.dim())
             )
-            for name, tensor in example.items()
+            for place, (name, tensor) in enumerate(example.items())
         )
         numbers: list[frozenset[int]] = []
         flat = _Flat(subject, numbers).eval()
@@ -195,12 +206,18 @@ def _export(
                 every_expert_hit(),
                 user_lines(),
             ):
-                program = torch.export.export(
+                exported = torch.export.export(
                     flat,
                     tuple(tensor.clone() for tensor in example.values()),
                     dynamic_shapes={"inputs": spec},
                     strict=False,
-                ).run_decompositions({})  # in-place operators become functional ones; nothing else changes
+                )
+                found = _only_at_a_number(exported) - stuck
+                if found:  # it is right at these sizes alone, and only looks free
+                    stuck |= found
+                    limits.append(limit)
+                    continue
+                program = exported.run_decompositions({})  # in-place operators become functional ones
         except Exception as error:
             first = first or error
             continue
@@ -215,6 +232,20 @@ def _export(
         where=last_model_line(first) or str(subject.source),
         hint=_hint(first),
     ) from first
+
+
+def _only_at_a_number(program: ExportedProgram) -> set[tuple[int, int]]:
+    """Inputs and axes whose sizes the trace takes for a number together: a loop over `(height // 4) * (width // 4)`.
+
+    A single size that became a number is fixed by the tracer itself; of several, it only notes the condition.
+    """
+    found = set()
+    for guard in getattr(program, "_guards_code", None) or ():
+        condition = _NUMBER.fullmatch(guard)
+        if condition is not None and "%" not in guard:  # that something can be divided is no size
+            places = {(int(place), int(axis)) for place, axis in _SIZE.findall(condition[1])}
+            found |= places if len(places) > 1 else set()
+    return found
 
 
 def _hint(error: Exception) -> str:

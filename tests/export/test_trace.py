@@ -32,6 +32,17 @@ class Unrolled(nn.Module):
         return state
 
 
+class Patches(nn.Module):
+    """A loop whose length is a product of two sizes."""
+
+    def forward(self, image):
+        tokens = image[..., ::4, ::4].flatten(2)
+        state = tokens[..., 0]
+        for place in range(tokens.shape[2]):
+            state = torch.sin(state) if place % 2 else state * tokens[..., place]
+        return state
+
+
 class Branches(nn.Module):
     def forward(self, x):
         if x.sum() > 0:
@@ -175,3 +186,11 @@ def test_first_dimensions_of_one_size_are_one_batch_unless_the_user_names_them(t
     assert [shape[0] for shape in named.inputs.values()] == ["batch", "other"]
     unequal = trace(tools.subject(module, torch.ones(2, 3), torch.ones(4, 5)))
     assert [shape[0] for shape in unequal.inputs.values()] == ["batch", "flags_batch"]
+
+
+def test_sizes_that_are_right_only_together_are_fixed(tools):
+    """The tracer leaves both free, and notes that their product is 8."""
+    traced = trace(tools.subject(Patches(), torch.randn(2, 3, 8, 16)))
+    assert traced.inputs["image"] == ("batch", "image_dim1", 8, 16)
+    assert {(fixed.input, fixed.axis) for fixed in traced.fixed} == {("image", 2), ("image", 3)}
+    assert all(fixed.model_takes_others for fixed in traced.fixed)
