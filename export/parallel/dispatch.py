@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
 from moe_export.export.experts.lower import Opaque, finish
-from moe_export.export.experts.parts import EXPERT, PartsWriter
+from moe_export.export.experts.parts import EXPERT, Parts, PartsWriter
 from moe_export.export.experts.weights import ExpertWeights
 from moe_export.export.experts.writer import Sorted, Writer, sort_by_expert
 from moe_export.export.parallel.lower import (
@@ -292,21 +292,28 @@ def _dense(w: Writer, own: Own, entering: Sequence[ir.Value], bins: ir.Value) ->
     """Every expert here computes every row, and a mask picks: no shape depends on the data."""
     block = own.block
     parts = block.batched()
-    for one, other in ((parts.entering, block.parts.entering), (parts.leaving, block.parts.leaving)):
-        if [_of_row(value, 2) for value in one] != [_of_row(value, 1) for value in other]:
-            raise NotExportableError(
-                "the experts take other rows where several are computed at once",
-                where=block.meaning.line,
-                hint="--experts slices and --experts loop take one expert at a time",
-            )
+    matched = _matched(parts, block.parts)
+    if matched is None:
+        raise NotExportableError(
+            "the experts take other rows where several are computed at once",
+            where=block.meaning.line,
+            hint="--experts slices and --experts loop take one expert at a time",
+        )
     writer = PartsWriter(w, parts, block.indices, block.shared, block.metadata)
     ready = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, writer)
     every_expert = w.constant(np.arange(block.count)[:, None], f"{w.prefix}.experts_here")  # (E, 1)
     rows = w.op("Shape", bins)
     shape = w.op("Concat", w.ints(block.count), rows, axis=0)
-    wide = [
-        w.op("Expand", w.op("Unsqueeze", value, w.ints(0)), _behind(w, shape, value)) for value in entering
-    ]
+    wide = []
+    for value, number in zip(parts.entering, matched, strict=True):
+        if number is None:  # only its sizes are looked at
+            wide.append(w.op("Expand", w.scalar(0), w.op("Concat", shape, w.ints(*_sizes(value, 2)), axis=0)))
+            continue
+        given, sizes = entering[number], _sizes(value, 2)
+        spread = w.op("Expand", w.op("Unsqueeze", given, w.ints(0)), _behind(w, shape, given))
+        if sizes != _sizes(block.parts.entering[number], 1):  # other axes of size 1
+            spread = w.op("Reshape", spread, w.op("Concat", shape, w.ints(*sizes), axis=0))
+        wide.append(spread)
     made = writer.core(w, wide, every_expert, ready)
     mask = w.op("Equal", w.op("Unsqueeze", bins, w.ints(0)), every_expert)  # (E, P)
     found = []
@@ -318,6 +325,52 @@ def _dense(w: Writer, own: Own, entering: Sequence[ir.Value], bins: ir.Value) ->
         )
         found.append(w.op("ReduceSum", masked, w.ints(0), keepdims=0))
     return found
+
+
+def _matched(several: Parts, one: Parts) -> list[int | None] | None:
+    """Which of the rows that one expert's core takes are those that several experts' core takes, in order.
+
+    Sizes may differ by axes of 1: the body was written anew with an axis of experts. None in the list is a value of
+    which only the sizes are looked at; None for the list, that the two do not take, or give, the same.
+    """
+    if [_of_row(value, 2) for value in several.leaving] != [_of_row(value, 1) for value in one.leaving]:
+        return None
+    left = [number for number, value in enumerate(one.entering) if not _is_measured(value, one)]
+    found: list[int | None] = []
+    for value in several.entering:
+        if _is_measured(value, several):
+            if value.dtype is not ir.DataType.INT64 or not _has_sizes(value, 2):
+                return None
+            found.append(None)
+            continue
+        if not left:
+            return None
+        other = one.entering[left[0]]
+        known = _has_sizes(value, 2) and _has_sizes(other, 1)
+        alike = known and _without_ones(value, 2) == _without_ones(other, 1)
+        if not alike and _of_row(value, 2) != _of_row(other, 1):
+            return None
+        found.append(left.pop(0))
+    return None if left else found
+
+
+def _is_measured(value: ir.Value, parts: Parts) -> bool:
+    """Whether the core looks at the sizes of a value, and at nothing else of it."""
+    core = set(parts.core)
+    return all(node.op_type == "Shape" for node, _ in value.uses() if node in core)
+
+
+def _sizes(value: ir.Value, lead: int) -> list[int]:
+    """The sizes of a row value behind the rows, if they are numbers; -1 for those that are not."""
+    return [size if isinstance(size, int) else -1 for size in (value.shape or ())[lead:]]
+
+
+def _has_sizes(value: ir.Value, lead: int) -> bool:
+    return value.shape is not None and -1 not in _sizes(value, lead)
+
+
+def _without_ones(value: ir.Value, lead: int) -> tuple[object, ...]:
+    return value.dtype, *(size for size in _sizes(value, lead) if size != 1)
 
 
 def _of_row(value: ir.Value, lead: int) -> tuple[object, ...]:
