@@ -312,7 +312,8 @@ def test_a_package_with_relative_imports(write):
 
 
 @pytest.mark.parametrize("name", ["torch.py", "onnx.py", "torch_model.py", "json.py", "my-model.v2.py"])
-def test_a_file_named_like_a_library(write, name):
+def test_a_file_named_like_a_library(write, name, monkeypatch):
+    monkeypatch.setattr(sys, "path", [*sys.path])  # a process that a later test starts would import the file
     before = {key: sys.modules.get(key) for key in ("torch", "onnx", "json")}
     path = write("import json\nmodel = nn.Linear(4, 4)\nexample_inputs = (torch.ones(2, 4),)\n", name)
     assert load_subject(str(path)).inputs["input"].shape == (2, 4)
