@@ -76,5 +76,6 @@ def prove_steps(
             raise NotExportableError(
                 f"{name} has no model of a step: {count} steps one by one give something else than all at once",
                 where=str(subject.source),
-                hint="it reads other steps than through a loop, a causal convolution or a cache",
+                hint="it reads other steps than through a loop, a causal convolution or a cache, "
+                "or takes a mask of all tokens, which is no input of one: leave that out",
             )
