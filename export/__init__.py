@@ -12,7 +12,7 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 | `load`, `script`, `arguments`, `stand_in` | find the model in a file: by name, by class, or by its first call |
 | `subject`, `leaves` | the module with named tensors in and named tensors out |
 | `accept`, `state` | wrappers off, refusals early; buffers that a call changes |
-| `trace`, `dims`, `widen`, `idioms*` | `torch.export` with every dimension free; names and ranges of dimensions |
+| `tracing`, `dims`, `widen`, `idioms*` | `torch.export` with every dimension free; names and ranges of dimensions |
 | `randomness`, `notes` | what cannot be verified; what the report should say |
 | `emit`, `spelling`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
 | `exact_rules`, `reshapes` | what the exporter does that is not exact, or not for empty tensors |
@@ -40,16 +40,14 @@ Importing a file here imports no other: what only knows ONNX needs no PyTorch.
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_export.export.load import load_subject
     from moe_export.export.pipeline import Graph, Options, export_subject
     from moe_export.export.subject import Subject
-    from moe_export.export.trace import Traced, trace
+    from moe_export.export.tracing import Traced, trace
 
 __all__ = ["Graph", "Options", "Subject", "Traced", "export_subject", "load_subject", "trace"]
 
@@ -58,10 +56,10 @@ _LAZY = {
     "Graph": "pipeline",
     "Options": "pipeline",
     "Subject": "subject",
-    "Traced": "trace",
+    "Traced": "tracing",
     "export_subject": "pipeline",
     "load_subject": "load",
-    "trace": "trace",
+    "trace": "tracing",
 }
 
 
@@ -73,13 +71,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Room(ModuleType):
-    """Importing the file `trace` would put it in the place of the function `trace`."""
-
-    def __setattr__(self, name: str, value: object) -> None:
-        super().__setattr__(name, value.trace if name == "trace" and isinstance(value, ModuleType) else value)
-
-
-sys.modules[__name__].__class__ = _Room

@@ -22,7 +22,7 @@ from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata
 from moe_export.export.reshapes import settle_reshapes
 from moe_export.export.spelling import spell
-from moe_export.export.trace import Traced, quiet, rename
+from moe_export.export.tracing import Traced, quiet, rename
 from moe_export.export.untranslated import untranslated
 from moe_export.export.weights.follow import fold_steps
 from moe_export.export.weights.place import has_recipes, is_streamed, place_recipes, without_weights

@@ -19,6 +19,7 @@ import typing
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -34,17 +35,6 @@ def made_once() -> Iterator[None]:
         for instead in (_registry, _stand_ins, _types):
             stack.enter_context(instead())
         yield
-
-
-@contextmanager
-def replaced(owner: Any, name: str, new: Any) -> Iterator[None]:
-    """An attribute has another value for a while."""
-    before = owner.__dict__[name]
-    setattr(owner, name, new)
-    try:
-        yield
-    finally:
-        setattr(owner, name, before)
 
 
 @contextmanager
@@ -73,7 +63,7 @@ def _registry() -> Iterator[None]:
         copy.functions = {target: list(functions) for target, functions in ready.functions.items()}
         return copy
 
-    with replaced(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib)):
+    with mock.patch.object(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib)):
         yield
 
 
@@ -86,7 +76,7 @@ def _domains_only() -> Iterator[None]:
 
             if isinstance(TracedOnnxFunction.__dict__["function_ir"], property):
                 opset = property(lambda function: function.opset)
-                stack.enter_context(replaced(TracedOnnxFunction, "function_ir", opset))
+                stack.enter_context(mock.patch.object(TracedOnnxFunction, "function_ir", opset))
         yield
 
 
@@ -110,7 +100,7 @@ def _stand_ins() -> Iterator[None]:
             materialize()
             _MATERIALIZED[:] = [now]
 
-    with replaced(utils, "_materialize_cpp_cia_ops", if_new):
+    with mock.patch.object(utils, "_materialize_cpp_cia_ops", if_new):
         yield
 
 
@@ -120,7 +110,7 @@ def _types() -> Iterator[None]:
     import torch._ops as ops
 
     if ops.__dict__.get("Callable") is collections.abc.Callable:
-        with replaced(ops, "Callable", typing.Callable):
+        with mock.patch.object(ops, "Callable", typing.Callable):
             yield
     else:
         yield

@@ -29,7 +29,7 @@ from moe_export.export.scans.order import loops_first
 from moe_export.export.scans.write import Lowering, write_scans
 from moe_export.export.simplify import simplify
 from moe_export.export.subject import Subject
-from moe_export.export.trace import Traced, quiet, trace
+from moe_export.export.tracing import Traced, quiet, trace
 
 Step = Callable[[str], AbstractContextManager[Any]]
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from moe_export.export.made_once import made_once
-from moe_export.export.trace import quiet
+from moe_export.export.tracing import quiet
 
 _aten = torch.ops.aten
 

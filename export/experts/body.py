@@ -71,6 +71,12 @@ class Experts:
     overwrites: bool = False
     wraps: bool = False
 
+    @property
+    def slots(self) -> int:
+        """k: choices of a token."""
+        shape = self.indices.meta["val"].shape
+        return int(shape[1]) if len(shape) == 2 else 1
+
 
 @dataclass(frozen=True)
 class Surroundings:
@@ -360,10 +366,9 @@ def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None
         NotExpertsError: The body mixes rows.
     """
     indices = values[experts.indices]
-    slots = indices.shape[1] if indices.dim() == 2 else 1
     generator = torch.Generator().manual_seed(0)
     token = torch.randint(0, max(1, indices.shape[0]), (5,), generator=generator)
-    slot = torch.randint(0, slots, (5,), generator=generator)
+    slot = torch.randint(0, experts.slots, (5,), generator=generator)
     first = [
         values[weight.separate[0]] if weight.stack is None else values[weight.stack][0]
         for weight in experts.weights

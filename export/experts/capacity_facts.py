@@ -71,10 +71,6 @@ class Number:
             self.constant + sign * other.constant, self.counts + other.counts, self.totals + other.totals
         )
 
-    @property
-    def is_constant(self) -> bool:
-        return not self.counts and not self.totals
-
 
 class Facts:
     """What can be proved of the values of one block's masks.

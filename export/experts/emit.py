@@ -27,7 +27,7 @@ from moe_export.export.gates.region import scope_of
 from moe_export.export.made_once import made_once
 from moe_export.export.provenance import mark_block
 from moe_export.export.reshapes import settle_reshapes
-from moe_export.export.trace import quiet
+from moe_export.export.tracing import quiet
 
 Write = Callable[[Writer, str, Opaque], ir.Value]
 """Writes a block in the form of a name; the result."""
@@ -138,20 +138,18 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
 
 
 class Bodies:
-    """Bodies in ONNX: layers that are alike have the same, which is made once."""
+    """Bodies in ONNX: layers that are alike have one program (see `place_experts`), which is translated once."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, int, int], Parts] = {}
+        self._made: dict[tuple[int, int], tuple[ExportedProgram, Parts]] = {}
         self._batched: dict[tuple[int, int], tuple[Block, Parts]] = {}
 
     def of(self, block: Block, opset: int) -> Parts:
         """The body of a block."""
-        key = (_written(block.program), len(block.experts.shared), opset)
-        if block.program.state_dict or block.program.constants:  # what they hold is not in the text
-            return _body(block.program, block, opset)
+        key = (id(block.program), opset)
         if key not in self._made:
-            self._made[key] = _body(block.program, block, opset)
-        return self._made[key]
+            self._made[key] = (block.program, _body(block.program, block, opset))
+        return self._made[key][1]
 
     def batched(self, block: Block, opset: int) -> Parts:
         """The body of a block for several experts at once."""
@@ -159,21 +157,6 @@ class Bodies:
         if key not in self._batched:
             self._batched[key] = (block, _body(_batched(block), block, opset))
         return self._batched[key][1]
-
-
-def _written(program: ExportedProgram) -> str:
-    """A program as text: its operators, and shapes and types of its values, sizes counted as they come."""
-    sizes: dict[str, str] = {}
-    types = []
-    for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            shape = [
-                str(size) if isinstance(size, int) else sizes.setdefault(str(size), f"n{len(sizes)}")
-                for size in value.shape
-            ]
-            types.append(f"{value.dtype}{shape}")
-    return "\n".join([str(program.graph_module.code), *types])
 
 
 def _batched(block: Block) -> ExportedProgram:
@@ -198,7 +181,6 @@ def _opaque(node: ir.Node, block: Block, model: ir.Model, bodies: Bodies) -> Opa
         size = experts.count if weight.stack is None else 1
         weights.append(rest[:size] if weight.stack is None else rest[0])
         rest = rest[size:]
-    indices = experts.indices.meta["val"]
     result = experts.result.meta["val"]
     return Opaque(
         indices=values[0],
@@ -207,7 +189,7 @@ def _opaque(node: ir.Node, block: Block, model: ir.Model, bodies: Bodies) -> Opa
         parts=bodies.of(block, opset),
         batched=lambda: bodies.batched(block, opset),
         count=experts.count,
-        slots=int(indices.shape[1]) if indices.dim() == 2 else 1,
+        slots=experts.slots,
         hidden=[int(size) for size in result.shape[1:]],
         opset=opset,
         meaning=experts,

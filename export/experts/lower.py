@@ -73,9 +73,14 @@ Lowering = Callable[[Writer, Opaque], ir.Value]
 
 def slices(w: Writer, block: Opaque) -> ir.Value:
     """One part of the sorted pairs an expert; each with weights of its own, that are copied nowhere."""
+    return _sorted(w, block, slices_of)
+
+
+def _sorted(w: Writer, block: Opaque, way: Callable[..., list[ir.Value]]) -> ir.Value:
+    """The pairs sorted by expert, what `slices_of` or `loop_of` makes of them, put back in their places."""
     pairs = sort_by_expert(w, block.indices, block.count, block.slots)
     writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
-    rows = slices_of(w, block, writer, writer.before(w, pairs.token, pairs.slot), pairs)
+    rows = way(w, block, writer, writer.before(w, pairs.token, pairs.slot), pairs)
     return finish(w, block, writer, rows, pairs.positions)
 
 
@@ -137,10 +142,7 @@ def finish(
 
 def loop(w: Writer, block: Opaque) -> ir.Value:
     """A `Loop` over the experts that were hit; each turn takes its weights from the stack."""
-    pairs = sort_by_expert(w, block.indices, block.count, block.slots)
-    writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
-    rows = loop_of(w, block, writer, writer.before(w, pairs.token, pairs.slot), pairs)
-    return finish(w, block, writer, rows, pairs.positions)
+    return _sorted(w, block, loop_of)
 
 
 def loop_of(

@@ -22,7 +22,7 @@ from moe_export.export.experts.batch import trace_body
 from moe_export.export.experts.body import ZEROS, Experts, NotExpertsError, check_rows
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.gates.gate import values_of
-from moe_export.export.trace import Traced, quiet
+from moe_export.export.tracing import Traced, quiet
 
 DOMAIN, OPERATOR, NUMBER = "moe_export", "Experts", "block"
 

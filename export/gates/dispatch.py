@@ -12,7 +12,7 @@ import numpy as np
 from moe_export.export.gates.gate import values_of
 from moe_export.export.gates.routing import Routing, find_routings
 from moe_export.export.subject import Subject
-from moe_export.export.trace import Traced, trace
+from moe_export.export.tracing import Traced, trace
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from moe_export.export.gates.routing import Routing
 from moe_export.export.gates.values import stand_in_values
 from moe_export.export.leaves import identifier, unique
 from moe_export.export.subject import Subject, make_subject
-from moe_export.export.trace import Traced, quiet
+from moe_export.export.tracing import Traced, quiet
 from moe_export.export.weights.stand_in import absent_among
 
 INDICES, WEIGHTS, SCORES = "topk_idx", "topk_weight", "scores"

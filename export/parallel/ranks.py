@@ -26,7 +26,7 @@ from moe_export.export.parallel.stages import ALL_REDUCE, LAYER, Staged, cut, ex
 from moe_export.export.pipeline import Graph, Options
 from moe_export.export.provenance import strip_scope
 from moe_export.export.scans.write import Lowering, write_scans
-from moe_export.export.trace import Traced, quiet
+from moe_export.export.tracing import Traced, quiet
 
 Exchanging = Literal["all_reduce", "all_to_all"]
 
@@ -102,7 +102,7 @@ def rank_graphs(graph: Graph, options: Options, parallel: Parallel) -> Ranks:
     placement = place(layers, parallel.ranks, parallel.placement)
     maker = _Maker(placed, traced, options, parallel, placement, order, graph.reference.source.parent)
     staged = tuple(maker.make(translated.clone(), rank) for rank in range(parallel.ranks))
-    slots = tuple(_slots(placed, number) for number in order)
+    slots = tuple(placed.blocks[number].experts.slots for number in order)
     return Ranks(parallel, layers, slots, placement, staged, (*maker.notes, *placed.refused))
 
 
@@ -163,11 +163,6 @@ def _order(model: ir.Model) -> tuple[int, ...]:
     """The numbers of the blocks in the order of the graph."""
     found = [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
     return tuple(node.attributes[NUMBER].as_int() for node in found)
-
-
-def _slots(placed: Placed, number: int) -> int:
-    indices = placed.blocks[number].experts.indices.meta["val"]
-    return int(indices.shape[1]) if indices.dim() == 2 else 1
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton,
 from moe_export.export.recurrence.straighten import straighten
 from moe_export.export.source import line_of
 from moe_export.export.subject import Subject, make_subject
-from moe_export.export.trace import SCOPE, Traced, quiet, trace
+from moe_export.export.tracing import SCOPE, Traced, quiet, trace
 from moe_export.export.widen import widened
 
 Mode = Literal["auto", "scan", "chunked", "unrolled"]

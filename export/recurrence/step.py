@@ -30,7 +30,7 @@ from moe_export.export.recurrence.step_cache import step_with_cache
 from moe_export.export.recurrence.step_model import StepModel, prove_steps
 from moe_export.export.source import line_of
 from moe_export.export.subject import Subject, make_subject
-from moe_export.export.trace import quiet
+from moe_export.export.tracing import quiet
 
 aten = torch.ops.aten
 

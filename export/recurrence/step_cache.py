@@ -24,7 +24,7 @@ from moe_export.export.adapters.transformers_cache import CachedModel, empty, fi
 from moe_export.export.recurrence.lengths import Length
 from moe_export.export.recurrence.step_model import PROVED, StepModel, prove_steps
 from moe_export.export.subject import Subject, make_subject
-from moe_export.export.trace import quiet
+from moe_export.export.tracing import quiet
 from moe_export.float64 import in_float64
 
 _ROOM = 2**31  # bytes of weights that may be held a second time, as float64

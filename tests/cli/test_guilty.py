@@ -12,7 +12,7 @@ import torch
 from onnx import numpy_helper
 
 from moe_export.export.load import load_subject
-from moe_export.export.trace import quiet
+from moe_export.export.tracing import quiet
 
 
 @pytest.fixture

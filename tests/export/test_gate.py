@@ -10,7 +10,7 @@ from moe_export.errors import UsageError
 from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.gates.routing import find_routings
 from moe_export.export.pipeline import is_only_a_gate
-from moe_export.export.trace import trace
+from moe_export.export.tracing import trace
 
 
 def load(tools, name):

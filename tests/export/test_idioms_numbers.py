@@ -11,7 +11,7 @@ import torch
 from moe_export.export.dims import DimRequest
 from moe_export.export.idioms_numbers import symbolic_numbers
 from moe_export.export.load import load_subject
-from moe_export.export.trace import trace
+from moe_export.export.tracing import trace
 
 HEADER = """
 import torch

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moe_export.export.notes import notes_on
-from moe_export.export.trace import trace
+from moe_export.export.tracing import trace
 
 
 class Odd(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 from moe_export.export.dims import DimRequest
 from moe_export.export.pipeline import Graph, as_numpy, describe, gate_dims, is_only_a_gate
-from moe_export.export.trace import Fixed, trace
+from moe_export.export.tracing import Fixed, trace
 
 
 def test_the_facts_in_a_graph(tools):

@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import DimRequest
-from moe_export.export.trace import quiet, rename, trace
+from moe_export.export.tracing import quiet, rename, trace
 
 
 class Linear(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from moe_export.export.dims import DimRequest
-from moe_export.export.trace import trace
+from moe_export.export.tracing import trace
 from moe_export.export.widen import widened
 
 

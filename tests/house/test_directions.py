@@ -145,11 +145,11 @@ def test_a_name_of_the_export_room_is_the_same_whatever_was_imported_before():
     import moe_export.export as room
 
     assert modules_after("import moe_export.export") & HEAVY == set()
-    assert room.trace.__module__ == "moe_export.export.trace"
-    importlib.import_module("moe_export.export.trace")  # the file of the same name
+    assert room.trace.__module__ == "moe_export.export.tracing"
+    importlib.import_module("moe_export.export.tracing")
     assert callable(room.trace)
     assert sorted(room.__all__) == dir(room)
     for name in room.__all__:
         assert getattr(room, name).__name__ == name
-    with pytest.raises(AttributeError, match="no attribute 'tracing'"):
-        room.tracing  # noqa: B018
+    with pytest.raises(AttributeError, match="no attribute 'unknown'"):
+        room.unknown  # noqa: B018

@@ -32,7 +32,7 @@ from moe_export.export.parallel.ranks import Parallel, check_experts
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
 from moe_export.export.provenance import relative_line, strip_scope
 from moe_export.export.subject import Subject
-from moe_export.export.trace import SCOPE
+from moe_export.export.tracing import SCOPE
 from moe_export.export.weights.place import without_weights
 from moe_export.export.weights.stream import Storage, data_facts, referable, stream_weights
 from moe_export.export.write import rename_model, staging, write_model

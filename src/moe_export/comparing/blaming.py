@@ -37,7 +37,7 @@ from moe_export.export.provenance import (
 )
 from moe_export.export.source import line_of
 from moe_export.export.subject import Subject
-from moe_export.export.trace import SCOPE, Traced, quiet, trace
+from moe_export.export.tracing import SCOPE, Traced, quiet, trace
 from moe_export.verify.bodies import bodies
 from moe_export.verify.guilty import Guilt, NodeError, find_guilty
 from moe_export.verify.guilty_difference import constant_difference

@@ -14,7 +14,7 @@ from moe_export.comparing.sides import GraphRunner
 from moe_export.export.dims import Dim
 from moe_export.export.pipeline import Graph, as_numpy
 from moe_export.export.subject import Subject
-from moe_export.export.trace import quiet
+from moe_export.export.tracing import quiet
 from moe_export.running.choices import runner_of, told_and_chooser
 from moe_export.verify import (
     DimRange,

@@ -18,7 +18,7 @@ from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject
 from moe_export.export.gates.routing import find_routings, routing_outputs
 from moe_export.export.pipeline import as_numpy
 from moe_export.export.subject import Subject
-from moe_export.export.trace import trace
+from moe_export.export.tracing import trace
 from moe_export.verify import Array, DimRange, RoutingPair, TensorRtRunner, TensorSpec
 
 

@@ -23,7 +23,7 @@ from moe_export.comparing.sides import metadata
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
 from moe_export.export.load import load_subject
 from moe_export.export.subject import Subject
-from moe_export.export.trace import trace
+from moe_export.export.tracing import trace
 from moe_export.running.choices import runner_of
 from moe_export.verify import (
     Array,

@@ -25,7 +25,7 @@ from moe_export.export.pipeline import as_numpy
 from moe_export.export.script import run_file
 from moe_export.export.source import is_user_file
 from moe_export.export.subject import Subject
-from moe_export.export.trace import Traced, quiet, trace
+from moe_export.export.tracing import Traced, quiet, trace
 from moe_export.export.weights.stand_in import in_memory
 from moe_export.verify import (
     Array,

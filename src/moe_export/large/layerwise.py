@@ -24,7 +24,7 @@ from moe_export.errors import MoeExportError
 from moe_export.export.dims import Dim
 from moe_export.export.pipeline import Graph, as_numpy
 from moe_export.export.subject import Subject
-from moe_export.export.trace import quiet
+from moe_export.export.tracing import quiet
 from moe_export.export.weights.stand_in import in_memory
 from moe_export.export.weights.stream import Storage
 from moe_export.export.write import link_weights

@@ -282,10 +282,6 @@ def _hint(size: Any) -> int:
     return 1 if hint is None else int(hint)
 
 
-def _symbols(size: Any) -> set[Any]:
-    return set(size.node.expr.free_symbols) if isinstance(size, torch.SymInt) else set()
-
-
 def size_at(size: Any, sizes: Sizes) -> int:
     """A size of the trace where its dimensions have other ones."""
     if not isinstance(size, torch.SymInt):

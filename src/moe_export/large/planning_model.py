@@ -23,7 +23,7 @@ from moe_export.export.load import split_spec
 from moe_export.export.made_once import made_once
 from moe_export.export.script import run_file
 from moe_export.export.source import last_model_line, last_user_line
-from moe_export.export.trace import quiet
+from moe_export.export.tracing import quiet
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from moe_export.export.dims import parse_dynamic
 from moe_export.export.emit import emit
 from moe_export.export.subject import Subject
-from moe_export.export.trace import trace
+from moe_export.export.tracing import trace
 from moe_export.export.write import write_model
 from moe_export.pictures.differing import Difference, difference
 

@@ -30,11 +30,6 @@ NO_GPU = "built, not run: no GPU"
 _ENGINE = re.compile(r"(?P<stem>.+?)(\.(sm\d+|portable|current))?\.engine")
 
 
-def is_engine(path: Path) -> bool:
-    """Whether a file is a serialized engine, by its name."""
-    return path.suffix == ".engine"
-
-
 def graph_of(engine: Path) -> Path | None:
     """The graph that an engine was built from: `model.onnx` beside `model.sm89.engine`, if it is there."""
     match = _ENGINE.fullmatch(engine.name)

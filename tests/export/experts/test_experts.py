@@ -23,7 +23,7 @@ from moe_export.export.experts.mask import marks_of
 from moe_export.export.experts.place import place_experts
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
-from moe_export.export.trace import trace
+from moe_export.export.tracing import trace
 
 STANDARD = [name for name in LOWERINGS if name not in ("contrib", "trt_moe")]
 CAPABILITIES = ("sm75", "sm86", "sm89", "sm120")
