@@ -10,6 +10,7 @@ import linecache
 import traceback
 from collections.abc import Iterator
 
+import torch
 from torch import fx
 
 from moe_export.errors import NotExportableError
@@ -27,6 +28,13 @@ def untranslated(error: Exception) -> NotExportableError:
         return NotExportableError(
             f"the model could not be translated to ONNX: {last or type(chain[-1]).__name__}",
             hint="run with --debug for the exporter's own words",
+        )
+    if any(map(_is_complex, (node, *node.all_input_nodes))):
+        first = next(other for other in node.graph.nodes if _is_complex(other))
+        return NotExportableError(
+            "complex numbers have no ONNX form",
+            where=_place(first) or _place(node),
+            hint="compute with the real and the imaginary part as tensors of their own",
         )
     name, where = _operator(node), _place(node)
     if any(_UNKNOWN in str(cause) for cause in chain):
@@ -57,6 +65,11 @@ def _node_in(error: BaseException) -> fx.Node | None:
         if isinstance(node, fx.Node) and node.op == "call_function":
             found = node
     return found
+
+
+def _is_complex(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.is_complex()
 
 
 def _operator(node: fx.Node) -> str:
