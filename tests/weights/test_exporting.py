@@ -245,17 +245,22 @@ for arguments in [line.split("|") for line in sys.argv[1:]]:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 def test_memory_does_not_grow_with_the_weights(tmp_path):
-    """100 MB of weights take no more memory than 2 MB of them; verified, two thirds of them are one block."""
+    """Three more layers of 50 MB each are never in memory at once: not exported, and not verified, layer by layer.
+
+    The first of two runs fills what a process keeps (libraries, tables of the exporter). What stays is when the 32 MB
+    that files are read ahead through are in use: beside the export of large files, before that of small ones.
+    """
     small, large = tmp_path / "small", tmp_path / "large"
-    streamed_moe.write_files(small, (16, 64, 64, 2, 1000))
-    total = streamed_moe.write_files(large, (16, 512, 1024, 2, 1000))
-    assert total > 100e6
+    added = -streamed_moe.write_files(small, (16, 512, 1024, 1, 1000))
+    added += streamed_moe.write_files(large, (16, 512, 1024, 4, 1000))
+    assert added > 150e6
 
     def export(folder, *options):
         common = ["export", str(folder / "model.py"), "-o", str(folder), "-q", "--gate", "none"]
         return "|".join([*common, "--memory", "1MB", *options])
 
     commands = [
+        export(small),
         export(small),
         export(large, "--weights", "reference", "--no-verify"),
         export(large),
@@ -265,11 +270,11 @@ def test_memory_does_not_grow_with_the_weights(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     found = [tuple(map(int, line.split())) for line in done.stdout.splitlines()]
-    assert [code for code, _ in found] == [0, 0, 0]
-    (_, base), (_, exported), (_, verified) = found
-    block = 16 * 3 * 512 * 1024 * 2 // 2**20
-    assert exported < base + 30, found
-    assert verified < base + 2 * block, found  # PyTorch and onnxruntime would take twice all of them, else
+    assert [code for code, _ in found] == [0, 0, 0, 0]
+    _, (_, base), (_, exported), (_, verified) = found
+    room = added // 2**20 // 2  # PyTorch and onnxruntime would take all of it, or twice
+    assert exported < base + room, found
+    assert verified < base + room, found
 
 
 def test_experts_that_were_written_as_one_are_no_blocks(tmp_path, capsys):
