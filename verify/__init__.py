@@ -12,6 +12,7 @@
 | `specs` | what crosses the border: arrays, `TensorSpec`, `DimRange`, `RoutingPair` |
 | `runner` | the protocol of an engine |
 | `torch_runner`, `onnxruntime_runner`, `tensorrt_runner` | the engines; libraries are imported when used |
+| `engine_header` | what an engine says of itself: version, GPUs, size |
 | `onnx_reference_runner` | the evaluator of the ONNX project |
 | `sizes`, `inputs`, `regimes` | which sizes, which values, which kinds of values |
 | `tolerance`, `judge`, `routing`, `sketch` | when two outputs are the same; what is kept of their differences |

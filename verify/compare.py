@@ -11,7 +11,7 @@ from moe_export.verify.choices import UNTOLD, Teller, Told, has_ties, judge_choi
 from moe_export.verify.inputs import Case
 from moe_export.verify.judge import Judgement, form_mismatch, judge
 from moe_export.verify.regimes import STRESS, TIES
-from moe_export.verify.report import CaseResult, Report
+from moe_export.verify.report import LEFT_TO_CPU, CaseResult, Report
 from moe_export.verify.routing import judge_routing
 from moe_export.verify.runner import Runner, one_line
 from moe_export.verify.specs import Array, RoutingPair
@@ -76,7 +76,10 @@ def compare(  # noqa: PLR0913  each has a name and a default
         results.append(_run_case(reference, candidate, case, judges, first=not results))
         if progress is not None:
             progress(results[-1])
-    return Report(reference.name, candidate.name, tuple(results), wanted, budget, dict(about or {}))
+    facts = dict(about or {})
+    if left := getattr(candidate, "elsewhere", ""):
+        facts[LEFT_TO_CPU] = left
+    return Report(reference.name, candidate.name, tuple(results), wanted, budget, facts)
 
 
 @dataclass(frozen=True)

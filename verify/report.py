@@ -15,6 +15,8 @@ from moe_export.verify.regimes import NORMAL, STRESS, TIES
 from moe_export.verify.tolerance import FlipBudget
 
 SCHEMA = "moe-export/verify-report/2"
+LEFT_TO_CPU = "left to the CPU"
+"""The fact, in `Report.about`, of nodes that did not run where the rest did."""
 
 Outcome = Literal["compared", "refused", "failed"]
 Verdict = Literal["equal", "not equal", "not proven"]
@@ -167,8 +169,9 @@ class Report:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What weakens the verdict: outputs of which some case could check nothing, because they are NaN."""
-        found = []
+        """What weakens the verdict: outputs that some case could not check; nodes that ran on another device."""
+        left = self.about.get(LEFT_TO_CPU)
+        found = [f"{self.candidate} left {left} to the CPU"] if left else []
         for name in self._blind():
             labels = [
                 c.label for c in self.compared if any(j.output == name and _all_nan(j) for j in c.judgements)

@@ -14,11 +14,11 @@ from typing import Any, Protocol
 import numpy as np
 
 from moe_export.errors import MissingBackendError, UsageError
+from moe_export.verify.engine_header import read_header
 from moe_export.verify.runner import RunFailedError, shorten
 from moe_export.verify.specs import Array, DimRange, TensorSpec, describe, numpy_dtype
 
-_MAGIC = b"vtrt"  # an engine of TensorRT-RTX
-_VERSION_AT = 24  # four bytes: 1.7.1.116
+RTX = "tensorrt_rtx"
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -54,13 +54,6 @@ class Backend(Protocol):
         ...
 
 
-def engine_version(plan: bytes) -> str | None:
-    """The version of TensorRT-RTX that built an engine; None if the bytes do not say."""
-    if plan[:4] != _MAGIC or len(plan) < _VERSION_AT + 4:
-        return None
-    return ".".join(map(str, plan[_VERSION_AT : _VERSION_AT + 4]))
-
-
 class TensorRtRunner:
     """Run a serialized engine.
 
@@ -91,13 +84,18 @@ class TensorRtRunner:
     ) -> None:
         self.name = backend.name
         self._where = str(engine)
-        plan = _read(Path(engine), backend)
-        _need_gpu(self._where)
+        gpu = present_gpu()
+        plan = read_engine(Path(engine), backend, gpu)
+        if gpu is None:
+            raise MissingBackendError(
+                f"built, not run: no GPU that PyTorch can use ({self._where})",
+                hint="run it where an NVIDIA GPU, its driver and PyTorch for CUDA are",
+            )
         self._log = backend.log()
         self._runtime = backend.trt.Runtime(self._log)
         self._engine = self._runtime.deserialize_cuda_engine(plan)
         if self._engine is None:
-            raise _not_loaded(self._log, self._where, backend)
+            raise _not_loaded(self._log, self._where, backend, gpu)
         self._context = self._engine.create_execution_context()
         self._stream = _torch().cuda.Stream()
         self._context.set_optimization_profile_async(profile, self._stream.cuda_stream)
@@ -198,39 +196,62 @@ def _torch() -> Any:
     return torch
 
 
-def _read(path: Path, backend: Backend) -> bytes:
+def read_engine(path: Path, backend: Backend, gpu: str | None) -> bytes:
+    """The bytes of an engine that this TensorRT may load, as far as the engine itself tells.
+
+    Args:
+        path: The engine.
+        backend: What shall run it.
+        gpu: What shall run it, `sm89`; None where there is none.
+
+    Raises:
+        UsageError: No such file; no engine; cut off; of another version; for other GPUs.
+    """
     if not path.is_file():
         raise UsageError(
             f"no such file: {path}", hint="moe-export build model.onnx --engine sm89 makes engines"
         )
     plan = path.read_bytes()
-    version = engine_version(plan)
-    if backend.name == "tensorrt_rtx" and version is None:
+    header = read_header(plan)
+    if backend.name != RTX:
+        if header is not None:
+            raise UsageError(
+                f"{path} is an engine of TensorRT-RTX, which {backend.name} cannot load",
+                hint=f"--backend tensorrt-rtx, or build it with --builder {backend.name}",
+            )
+        return plan
+    if header is None:
         raise UsageError(
             f"{path} is no engine of TensorRT-RTX", hint="moe-export build model.onnx --engine sm89"
         )
-    if version is not None and backend.name == "tensorrt_rtx" and version != backend.version:
+    if header.version != backend.version:
         raise UsageError(
-            f"{path} was built by {backend.name} {version}, and this is {backend.version}: an engine runs with "
-            "the version that built it",
-            hint=f"build it again here, or install {backend.name} {version}",
+            f"{path} was built by {backend.name} {header.version}, and this is {backend.version}: an engine runs "
+            "with the version that built it",
+            hint=f"build it again here, or install {backend.name} {header.version}",
+        )
+    if len(plan) != header.size:
+        raise UsageError(
+            f"{path} is damaged: it has {len(plan)} bytes of {header.size}", hint="copy it or build it again"
+        )
+    if gpu is not None and not header.runs_on(gpu):
+        raise UsageError(
+            f"{path} was built for {', '.join(header.gpus)}, and this GPU is {gpu}",
+            hint=f"build it for this GPU: --engine {gpu}",
         )
     return plan
 
 
-def _need_gpu(where: str) -> None:
-    if not _torch().cuda.is_available():
-        raise MissingBackendError(
-            f"built, not run: no GPU that PyTorch can use ({where})",
-            hint="run it where an NVIDIA GPU, its driver and PyTorch for CUDA are",
-        )
+def present_gpu() -> str | None:
+    """The GPU that PyTorch would use, `sm89`; None if there is none."""
+    cuda = _torch().cuda
+    return "sm{}{}".format(*cuda.get_device_capability()) if cuda.is_available() else None
 
 
-def _not_loaded(log: Any, where: str, backend: Backend) -> UsageError:
-    major, minor = _torch().cuda.get_device_capability()
+def _not_loaded(log: Any, where: str, backend: Backend, gpu: str) -> UsageError:
     return UsageError(
-        f"{backend.name} {backend.version} cannot load {where} on this GPU (sm{major}{minor}): {_errors(log)}",
-        hint=f"build it for this GPU: --engine sm{major}{minor}, or --engine current",
+        f"{backend.name} {backend.version} cannot load {where} on this GPU ({gpu}): {_errors(log)}",
+        hint=f"build it for this GPU: --engine {gpu}, or --engine current",
     )
 
 

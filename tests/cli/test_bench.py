@@ -24,7 +24,7 @@ def test_backends_are_measured_or_named(command, finished, tmp_path):
     assert document["sizes"] == {"batch": 1, "seq": 16}
     found = {entry["name"]: entry for entry in document["backends"]}
     assert set(found) == {
-        "torch", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "block.sm75.engine",
+        "torch", "torch-cuda", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "block.sm75.engine",
     }  # fmt: skip
     for name in ("torch", "onnxruntime-cpu"):
         entry = found[name]
@@ -38,6 +38,7 @@ def test_backends_are_measured_or_named(command, finished, tmp_path):
     assert cost["activation_bytes"] > 0
     if not has_gpu():
         assert "no GPU" in found["block.sm75.engine"]["reason"]
+        assert found["torch-cuda"]["reason"] == "no GPU that PyTorch can use"
         assert "cannot use cuda here" in found["onnxruntime-cuda"]["reason"]
 
 
@@ -67,3 +68,17 @@ def test_a_crash_ends_one_measurement_only():
 
 def test_what_cannot_be_opened_says_why():
     assert measure(Job("onnxruntime-cpu", "nowhere.onnx", {})).reason == "no such file: nowhere.onnx"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="measuring a GPU needs one")
+def test_a_gpu_is_measured(command, finished):
+    done = command(
+        "bench", finished / "block.onnx", "--against", finished / "block.py", "--compile", "--json"
+    )
+    found = {entry["name"]: entry for entry in json.loads(done.out)["backends"]}
+    for name in ("torch-cuda", "torch.compile-cuda", "onnxruntime-cuda"):
+        entry = found[name]
+        assert 0 < entry["p10_ms"] <= entry["median_ms"] <= entry["p90_ms"], entry
+        assert entry["memory"] > 0
+        assert entry["bound_ms"] > 0

@@ -4,7 +4,10 @@ import onnxruntime
 import pytest
 
 from moe_export.errors import MissingBackendError, UsageError
-from moe_export.verify import OnnxRuntimeRunner, RunFailedError, TensorSpec
+from moe_export.export.engines.build import has_gpu
+from moe_export.verify import Case, OnnxRuntimeRunner, RunFailedError, TensorSpec, compare
+from moe_export.verify.onnxruntime_runner import left_to_the_cpu, record_placement
+from moe_export.verify.reading import read_report
 
 ADD = "g (float[batch,4] x, int64[4] i) => (float[batch,4] y, int64[4] j) { y = Add(x, x) j = Neg(i) }"
 X = np.arange(8, dtype=np.float32).reshape(2, 4)
@@ -177,3 +180,29 @@ def test_asked_for_tensorrt_it_runs_there_or_says_quietly_that_it_cannot(graph_b
     assert outcome in (4, (X + X).tolist())
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+def test_what_the_cpu_was_left_with_is_counted(graph_bytes):
+    options = onnxruntime.SessionOptions()
+    record_placement(options)
+    session = onnxruntime.InferenceSession(graph_bytes(ADD), options, providers=["CPUExecutionProvider"])
+    assert left_to_the_cpu(session) == "2 of 2 nodes: Add, Neg"
+    assert OnnxRuntimeRunner(graph_bytes(ADD)).elsewhere == ""  # it was asked for the CPU
+
+
+def test_a_report_says_what_the_cpu_was_left_with(graph_bytes):
+    candidate = OnnxRuntimeRunner(graph_bytes(ADD))
+    candidate.elsewhere = "1 of 1 nodes: Add"  # as a GPU's provider would say
+    case = Case("x", 0, {"batch": 2}, {"x": X, "i": IDS})
+    report = compare(OnnxRuntimeRunner(graph_bytes(ADD)), candidate, [case])
+    assert report.warnings == ("onnxruntime-cpu left 1 of 1 nodes: Add to the CPU",)
+    assert "warning: onnxruntime-cpu left 1 of 1 nodes: Add to the CPU" in str(report)
+    assert read_report(report.to_json()).warnings == report.warnings
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="the CUDA provider needs a GPU")
+def test_the_cuda_provider_runs_on_the_gpu(graph_bytes):
+    runner = OnnxRuntimeRunner(graph_bytes(ADD), provider="cuda")
+    np.testing.assert_array_equal(runner.run({"x": X, "i": IDS})["y"], X + X)
+    assert runner.elsewhere == ""

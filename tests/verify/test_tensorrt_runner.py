@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import pytest
@@ -10,7 +12,8 @@ from moe_export.errors import MissingBackendError, UsageError
 from moe_export.export.engines.build import build_engines, has_gpu
 from moe_export.export.engines.module import load_module
 from moe_export.running.engines import compare_with_graph, graph_of, open_engine, run_status
-from moe_export.verify.tensorrt_runner import TensorRtRunner, engine_version
+from moe_export.verify.engine_header import read_header
+from moe_export.verify.tensorrt_runner import TensorRtRunner, read_engine
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>\n'
 GRAPH = """linear (float[rows, 4] x, int64[rows, 1] shift) => (float[rows, 4] y, int64[rows, 1] z)
@@ -33,10 +36,42 @@ def built(tmp_path):
     return built
 
 
-def test_an_engine_says_which_version_built_it(built):
-    assert engine_version(built("sm89").read_bytes()) == load_module().version
-    assert engine_version(b"no engine at all, but long enough to have a version") is None
-    assert engine_version(b"vtrt") is None
+def test_an_engine_says_who_built_it_and_for_which_gpus(built):
+    for capability in ("sm75", "sm86", "sm89", "sm120"):
+        plan = built(capability).read_bytes()
+        header = read_header(plan[:64])
+        assert (header.version, header.size, header.gpus) == (load_module().version, len(plan), (capability,))
+        assert header.runs_on(capability)
+        assert not header.runs_on("sm80")
+        assert header.runs_on("sm999")  # not known here: TensorRT is asked
+    portable = read_header(built("portable").read_bytes())
+    assert portable.gpus == ("sm80", "sm86", "sm89", "sm120", "sm121")
+    assert read_header(b"no engine at all, but long enough to have a version" * 2) is None
+    assert read_header(b"vtrt") is None
+
+
+def test_an_engine_for_other_gpus_is_refused_before_it_is_loaded(built):
+    path = built("sm89")
+    assert read_engine(path, load_module(), "sm89") == path.read_bytes()
+    with pytest.raises(
+        UsageError, match=r"linear\.sm89\.engine was built for sm89, and this GPU is sm120"
+    ) as error:
+        read_engine(path, load_module(), "sm120")
+    assert error.value.hint == "build it for this GPU: --engine sm120"
+
+
+def test_an_engine_of_the_other_tensorrt_is_refused(built):
+    with pytest.raises(UsageError, match="is an engine of TensorRT-RTX, which tensorrt cannot load") as error:
+        read_engine(built("sm89"), replace(load_module(), name="tensorrt"), None)
+    assert "--backend tensorrt-rtx" in error.value.hint
+
+
+def test_an_engine_that_was_cut_off_is_refused(built):
+    path = built("sm89")
+    plan = path.read_bytes()
+    path.write_bytes(plan[:-7])
+    with pytest.raises(UsageError, match=f"is damaged: it has {len(plan) - 7} bytes of {len(plan)}"):
+        open_engine(path)
 
 
 def test_an_engine_of_another_version_is_refused(built):
@@ -103,6 +138,6 @@ def test_an_engine_for_other_gpus_is_refused(built):
     other = next(name for name in ("sm75", "sm120") if name != here)
     path = built(other)
     assert run_status(path, graph_of(path), other, "tensorrt_rtx")[0] == f"built, not run: this GPU is {here}"
-    with pytest.raises(UsageError, match=f"on this GPU \\({here}\\)") as error:
+    with pytest.raises(UsageError, match=f"this GPU (is |\\()?{here}") as error:
         open_engine(path)
     assert f"--engine {here}" in error.value.hint

@@ -49,7 +49,8 @@ def run_bench(
     engines = sorted(path.parent.glob("*.engine"))
     jobs += [Job("engine", str(found), **common) for found in engines if graph_of(found) == path]
     if against is not None:
-        kinds = ["torch", "torch.compile"] if compiled else ["torch"]
+        kinds = ["torch", "torch-cuda"]
+        kinds += ["torch.compile", "torch.compile-cuda"] if compiled else []
         jobs = [Job(kind, against, init=init, shapes=inputs, **common) for kind in kinds] + jobs
     timings = []
     for job in jobs:
@@ -95,6 +96,8 @@ def _show(sizes: Any, timings: list[Timing], path: Path) -> None:
     rich = Rich(file=sys.stdout, width=None if sys.stdout.isatty() else 100)
     rich.print(table)
     for timing in timings:
+        if timing.note:
+            rich.print(f"{timing.name} {timing.note}", markup=False, highlight=False)
         if timing.reason:
             rich.print(f"not run: {timing.name}: {timing.reason}", markup=False, highlight=False)
 

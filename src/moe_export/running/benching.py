@@ -8,14 +8,14 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from moe_export.errors import MoeExportError
+from moe_export.errors import MissingBackendError, MoeExportError
 from moe_export.verify.specs import Array
 
 Run = Callable[[Mapping[str, Array]], Any]
@@ -26,7 +26,8 @@ class Job:
     """What to measure.
 
     Attributes:
-        backend: `torch`, `torch.compile`, `onnxruntime-cpu`, `onnxruntime-cuda`, `onnxruntime-tensorrt` or `engine`.
+        backend: `torch`, `torch.compile`, either with `-cuda` behind it, `onnxruntime-cpu`, `onnxruntime-cuda`,
+            `onnxruntime-tensorrt` or `engine`.
         path: The graph, the engine, or the model's file.
         inputs: What it is run on, by name.
         dtype: The narrowest type that a graph computes in.
@@ -47,6 +48,11 @@ class Job:
     flops: int = 0
     bytes_moved: int = 0
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether it is to run on a GPU."""
+        return self.backend == "engine" or self.backend.endswith(("-cuda", "-tensorrt"))
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -55,10 +61,12 @@ class Timing:
     Attributes:
         name: What was run.
         milliseconds: Each run's latency, copies to and from a device included; empty if it did not run.
-        memory: Growth of the process's peak memory in bytes, weights included; on the device for a GPU.
+        memory: Bytes, weights included: growth of the process's peak memory; on a GPU what is taken of its memory
+            after the runs and was not before, the context of CUDA not counted.
         reason: Why it did not run.
         bound: The least milliseconds that the machine, as fast as it was just then, needs for the graph's FLOPs, or to
             read its weights once; 0 if that is not known.
+        note: What a reader of its figures should know.
     """
 
     name: str
@@ -66,6 +74,7 @@ class Timing:
     memory: int = 0
     reason: str = ""
     bound: float = 0.0
+    note: str = ""
 
     def quantile(self, share: float) -> float:
         """The latency in ms that this share of the runs stays below."""
@@ -84,6 +93,7 @@ class Timing:
             "calls_per_second": 1000 / median,
             "memory": self.memory,
             "bound_ms": self.bound,
+            "note": self.note,
         }
 
 
@@ -92,7 +102,7 @@ def measure(job: Job) -> Timing:
     name = Path(job.path).name if job.backend == "engine" else job.backend
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
-            milliseconds, memory, bound = pool.submit(_measure, job).result()
+            return replace(pool.submit(_measure, job).result(), name=name)
         except MoeExportError as error:
             return Timing(name, reason=error.what)
         except BrokenProcessPool:
@@ -101,14 +111,14 @@ def measure(job: Job) -> Timing:
             return Timing(
                 name, reason=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             )
-    return Timing(name, tuple(milliseconds), memory, bound=bound)
 
 
-def _measure(job: Job) -> tuple[list[float], int, float]:
-    import torch  # noqa: F401 (in every process, so in nobody's memory)
+def _measure(job: Job) -> Timing:
+    import torch  # in every process, so in nobody's memory
 
-    before = _peak()
-    run = _open(job)
+    used = _device_memory if job.on_gpu and torch.cuda.is_available() else _peak
+    before = used()
+    run, note = _open(job)
     for _ in range(job.warmup):
         run(job.inputs)
     milliseconds = []
@@ -116,8 +126,10 @@ def _measure(job: Job) -> tuple[list[float], int, float]:
         start = time.perf_counter()
         run(job.inputs)
         milliseconds.append(1000 * (time.perf_counter() - start))
-    memory = _device_peak() or _peak() - before
-    return milliseconds, memory, _bound(job) if job.flops else 0.0
+    memory = used() - before
+    return Timing(
+        job.backend, tuple(milliseconds), memory, bound=_bound(job) if job.flops else 0.0, note=note
+    )
 
 
 def _bound(job: Job) -> float:
@@ -127,8 +139,7 @@ def _bound(job: Job) -> float:
     """
     import torch
 
-    on_gpu = job.backend == "engine" or job.backend.endswith(("-cuda", "-tensorrt"))
-    device = "cuda" if on_gpu and torch.cuda.is_available() else "cpu"
+    device = "cuda" if job.on_gpu and torch.cuda.is_available() else "cpu"
     size = 8192 if device == "cuda" else 1024
     dtype = getattr(torch, job.dtype) if device == "cuda" else torch.float32
     matrix = torch.ones(size, size, dtype=dtype, device=device)
@@ -150,16 +161,18 @@ def _bound(job: Job) -> float:
     return 1000 * max(job.flops / flops_rate, job.bytes_moved / bytes_rate)
 
 
-def _open(job: Job) -> Run:
+def _open(job: Job) -> tuple[Run, str]:
+    """What runs it, and what is to be said of that."""
     if job.backend.startswith("torch"):
-        return _torch(job)
+        return _torch(job), ""
     if job.backend == "engine":
         from moe_export.running.engines import open_engine
 
-        return open_engine(Path(job.path)).run
+        return open_engine(Path(job.path)).run, ""
     from moe_export.running.choices import runner_of
 
-    return runner_of(Path(job.path), job.backend.removeprefix("onnxruntime-"), job.dtype).run
+    runner = runner_of(Path(job.path), job.backend.removeprefix("onnxruntime-"), job.dtype)
+    return runner.run, f"left {runner.elsewhere} to the CPU" if runner.elsewhere else ""
 
 
 def _torch(job: Job) -> Run:
@@ -170,11 +183,15 @@ def _torch(job: Job) -> Run:
     from moe_export.export.load import load_subject
     from moe_export.verify import TorchRunner
 
+    kind, _, device = job.backend.partition("-")
+    if device and not torch.cuda.is_available():
+        raise MissingBackendError("no GPU that PyTorch can use", hint="install PyTorch for CUDA")
     subject = load_subject(job.path, init=job.init, inputs=job.shapes)
-    if job.backend == "torch.compile":
-        compiled: Any = torch.compile(subject.module, dynamic=False)
-        subject = dataclasses.replace(subject, module=compiled)
-    return TorchRunner(subject.call_named, subject.outputs).run
+    module: Any = subject.module.to(device or "cpu")
+    if kind == "torch.compile":
+        module = torch.compile(module, dynamic=False)
+    subject = dataclasses.replace(subject, module=module)
+    return TorchRunner(subject.call_named, subject.outputs, device=device or "cpu").run
 
 
 def _peak() -> int:
@@ -189,8 +206,9 @@ def _peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def _device_peak() -> int:
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_available():
-        return 0
-    return int(torch.cuda.max_memory_allocated())
+def _device_memory() -> int:
+    """Bytes of the GPU's memory that are taken, by whomever."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    return int(total - free)

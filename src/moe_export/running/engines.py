@@ -23,8 +23,9 @@ from moe_export.verify import (
     cases,
     compare,
 )
+from moe_export.verify.engine_header import LENGTH, EngineHeader, read_header
 from moe_export.verify.specs import Array, numpy_dtype
-from moe_export.verify.tensorrt_runner import engine_version
+from moe_export.verify.tensorrt_runner import present_gpu
 
 NO_GPU = "built, not run: no GPU"
 _ENGINE = re.compile(r"(?P<stem>.+?)(\.(sm\d+|portable|current))?\.engine")
@@ -45,10 +46,16 @@ def open_engine(path: Path, module: str | None = None) -> TensorRtRunner:
         MissingBackendError: No TensorRT, or no GPU.
     """
     if module is None:
-        module = RTX if not path.is_file() or engine_version(path.read_bytes()[:64]) else FULL
+        module = FULL if path.is_file() and header_of(path) is None else RTX
     graph = graph_of(path)
     shapes = input_shapes(read_graph(graph)[0]) if graph is not None else None
     return TensorRtRunner(path, load_module(module), shapes=shapes)
+
+
+def header_of(engine: Path) -> EngineHeader | None:
+    """What the first bytes of an engine say of it; None of one that TensorRT-RTX did not build."""
+    with engine.open("rb") as file:
+        return read_header(file.read(LENGTH))
 
 
 def run_status(engine: Path, graph: Path, capability: str, module: str) -> tuple[str, Report | None]:
@@ -57,11 +64,9 @@ def run_status(engine: Path, graph: Path, capability: str, module: str) -> tuple
     Returns:
         What happened, in words, and the report if it ran: `built, not run: no GPU` on a machine without one.
     """
-    import torch
-
-    if not torch.cuda.is_available():
+    here = present_gpu()
+    if here is None:
         return NO_GPU, None
-    here = "sm{}{}".format(*torch.cuda.get_device_capability())
     if capability not in {here, CURRENT, PORTABLE}:
         return f"built, not run: this GPU is {here}", None
     candidate = TensorRtRunner(engine, load_module(module), shapes=input_shapes(read_graph(graph)[0]))
