@@ -21,6 +21,7 @@ from moe_export.export.naming import name_nodes, statements
 from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata
 from moe_export.export.reshapes import settle_reshapes
+from moe_export.export.size_numbers import exact_sizes
 from moe_export.export.spelling import spell
 from moe_export.export.tracing import Traced, quiet, rename
 from moe_export.export.untranslated import untranslated
@@ -67,13 +68,14 @@ def translate(traced: Traced, opset: int) -> ir.Model:
             lowest = max(opset, EXPORTER_LOWEST)
             streamed = is_streamed(traced.program)
             result = torch.onnx.export(
-                traced.program, dynamo=True, opset_version=lowest, verbose=False, optimize=not streamed
+                traced.program, dynamo=True, opset_version=lowest, verbose=False, optimize=False
             )
             assert result is not None
+            exact_sizes(result.model.graph)
             if streamed:  # before anything computes with weights
                 place_recipes(result.model)
                 fold_steps(result.model.graph)
-                result.optimize()
+            result.optimize()
     except MoeExportError:
         raise
     except Exception as error:

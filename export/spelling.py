@@ -7,12 +7,14 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from moe_export.export.spelling_numbers import NUMBER_RULES
+
 _aten = torch.ops.aten
 
 
 def spell(graph: fx.Graph) -> None:
     """Respell the nodes of a traced graph, in place."""
-    for node in graph.nodes:
+    for node in list(graph.nodes):
         rule = _RULES.get(node.target)
         if rule is not None:
             rule(node)
@@ -35,9 +37,27 @@ def _stable_sort(node: fx.Node) -> None:
     node.kwargs = {}
 
 
+def _squeeze(node: fx.Node) -> None:
+    """`x.squeeze(1)` of an axis that is not of size 1 → x: the exporter leaves the axis out whatever its size is."""
+    value = node.args[0]
+    axes = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
+    if isinstance(value, fx.Node) and "val" in node.meta:
+        before, after = value.meta["val"], node.meta["val"]
+        gone = [axis for axis in axes if isinstance(axis, int) and _is_one(before.shape[axis])] if before.dim() else []
+        if before.dim() - after.dim() == len(gone) < len(axes):
+            node.target, node.args = _aten.squeeze.dims, (value, gone)
+
+
+def _is_one(size: object) -> bool:
+    return isinstance(size, int) and size == 1
+
+
 _RULES: dict[object, Callable[[fx.Node], None]] = {
+    **NUMBER_RULES,
     _aten.amax.default: _all_axes,
     _aten.amin.default: _all_axes,
     _aten.sort.stable: _stable_sort,
     _aten.argsort.stable: _stable_sort,
+    _aten.squeeze.dim: _squeeze,
+    _aten.squeeze.dims: _squeeze,
 }

@@ -8,6 +8,7 @@ from moe_export.errors import NotExportableError
 from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.engines.build import build_engines
 from moe_export.export.engines.rules import find_refusals
+from moe_export.export.precision.mixed import lower_precision
 
 NAMES = ["attention", "gshard_moe", "hybrid", "mamba", "mamba2", "moe_gate", "sparse_moe"]
 CAPABILITIES = ["sm75", "sm86", "sm89", "sm120"]
@@ -19,16 +20,21 @@ def test_every_model_is_named(tools):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_model_and_its_gates_build_for_every_gpu(exported, name):
+    """In float32, and in float16 but for gates, which stay float32."""
     for graph in exported(name):
         assert graph.traced.dims, "no size is free"
         assert find_refusals(graph.model).refused == ()
+        half = lower_precision(graph.model.clone(), "float16")
+        assert bool(half.narrow) == (graph.kind == "model" and name != "moe_gate")
         ranges = {dim.name: (1, 2, 8) if dim.name == "batch" else (16, 64, 256) for dim in graph.traced.dims}
-        engines = build_engines(graph.model, CAPABILITIES, ranges)
-        assert [engine.capability for engine in engines] == CAPABILITIES
-        for engine in engines:
-            assert engine.size > 10_000
-            assert engine.memory["activations"] >= 0
-            assert {name: (r.minimum, r.best, r.maximum) for name, r in engine.profiles[0].items()} == ranges
+        for model in [graph.model, half.model] if half.narrow else [graph.model]:
+            engines = build_engines(model, CAPABILITIES, ranges)
+            assert [engine.capability for engine in engines] == CAPABILITIES
+            for engine in engines:
+                assert engine.size > 10_000
+                assert engine.memory["activations"] >= 0
+                profile = engine.profiles[0].items()
+                assert {name: (r.minimum, r.best, r.maximum) for name, r in profile} == ranges
 
 
 def test_kernels_know_the_nodes_that_they_compute(exported):
