@@ -14,8 +14,8 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 | `accept`, `state` | wrappers off, refusals early; buffers that a call changes |
 | `tracing`, `dims`, `widen`, `idioms*` | `torch.export` with every dimension free; names and ranges of dimensions |
 | `randomness`, `notes` | what cannot be verified; what the report should say |
-| `emit`, `spelling`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
-| `exact_rules`, `reshapes` | what the exporter does that is not exact, or not for empty tensors |
+| `emit`, `spelling*`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
+| `exact_rules`, `size_numbers`, `reshapes` | what the exporter does that is not exact, or not for empty tensors |
 | `made_once` | what PyTorch computes anew at every trace and translation |
 | `opset`, `provenance`, `source` | exactly the opset asked for; where each node comes from, down to the line |
 | `naming`, `functions` | names from modules and variables; modules as functions |

@@ -20,7 +20,7 @@ from moe_export.export.made_once import made_once
 from moe_export.export.naming import name_nodes, statements
 from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata
-from moe_export.export.reshapes import settle_reshapes
+from moe_export.export.reshapes import settle_axes, settle_reshapes
 from moe_export.export.size_numbers import exact_sizes
 from moe_export.export.spelling import spell
 from moe_export.export.tracing import Traced, quiet, rename
@@ -81,6 +81,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
     except Exception as error:
         raise untranslated(error) from error
     settle_reshapes(result.model.graph)
+    settle_axes(result.model.graph)
     return result.model
 
 

@@ -1,8 +1,11 @@
-"""Reshapes that hold for empty tensors too.
+"""Reshapes and reductions that hold for empty tensors too.
 
 torch's exporter writes `Reshape(x, [0, groups, -1])`: copy the first size, work out the last. For an expert without
 tokens the first size is 0, nothing can be worked out from an empty tensor, and ONNX Runtime fails. Where the other
 sizes are known, so is the -1.
+
+Of an empty tensor, ONNX Runtime 1.31 takes no notice of a negative axis: the sum of (0, 2) over the axis -1 is (0, 2).
+Counted from the front, it is (0, 1).
 """
 
 from __future__ import annotations
@@ -20,15 +23,7 @@ def settle_reshapes(graph: ir.Graph) -> None:
             continue
         sizes = _settled(node)
         if sizes is not None:
-            name = f"{node.outputs[0].name}_shape"
-            value = ir.Value(
-                name=name,
-                shape=ir.Shape([len(sizes)]),
-                type=ir.TensorType(ir.DataType.INT64),
-                const_value=ir.tensor(np.array(sizes, dtype=np.int64), name=name),
-            )
-            graph.register_initializer(value)
-            node.replace_input_with(1, value)
+            _give(graph, node, sizes, "shape")
 
 
 def _settled(node: ir.Node) -> list[int] | None:
@@ -47,3 +42,40 @@ def _settled(node: ir.Node) -> list[int] | None:
     if given == 0 or total % given or total == 0:
         return None
     return [total // given if size == -1 else size for size in wanted]
+
+
+_OVER_AXES = {
+    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin",
+    "ReduceProd", "ReduceSum", "ReduceSumSquare",
+}  # fmt: skip
+_OVER_AXIS = {"ArgMax", "ArgMin"}
+
+
+def settle_axes(graph: ir.Graph) -> None:
+    """Count the axes of reductions from the front, where the rank is known; in place."""
+    for node in graph.all_nodes():
+        data = node.inputs[0] if node.inputs else None
+        if node.domain or data is None or data.shape is None:
+            continue
+        rank = len(data.shape)
+        if node.op_type in _OVER_AXIS and node.attributes.get_int("axis", 0) < 0:
+            node.attributes["axis"] = ir.AttrInt64("axis", node.attributes.get_int("axis", 0) + rank)
+        if node.op_type in _OVER_AXES and len(node.inputs) > 1:
+            given = node.inputs[1]
+            tensor = ir.convenience.get_const_tensor(given) if given is not None else None
+            axes = [] if tensor is None else tensor.numpy().reshape(-1).tolist()
+            if any(axis < 0 for axis in axes):
+                _give(graph, node, [axis % rank for axis in axes], "axes")
+
+
+def _give(graph: ir.Graph, node: ir.Node, numbers: list[int], kind: str) -> None:
+    """Numbers as the second input of a node."""
+    name = f"{node.outputs[0].name}_{kind}"
+    value = ir.Value(
+        name=name,
+        shape=ir.Shape([len(numbers)]),
+        type=ir.TensorType(ir.DataType.INT64),
+        const_value=ir.tensor(np.array(numbers, dtype=np.int64), name=name),
+    )
+    graph.register_initializer(value)
+    node.replace_input_with(1, value)

@@ -43,13 +43,28 @@ def _squeeze(node: fx.Node) -> None:
     axes = node.args[1] if isinstance(node.args[1], list | tuple) else [node.args[1]]
     if isinstance(value, fx.Node) and "val" in node.meta:
         before, after = value.meta["val"], node.meta["val"]
-        gone = [axis for axis in axes if isinstance(axis, int) and _is_one(before.shape[axis])] if before.dim() else []
+        gone = (
+            [axis for axis in axes if isinstance(axis, int) and _is_one(before.shape[axis])]
+            if before.dim()
+            else []
+        )
         if before.dim() - after.dim() == len(gone) < len(axes):
-            node.target, node.args = _aten.squeeze.dims, (value, gone)
+            node.target, node.args = (
+                (_aten.squeeze.dims, (value, gone)) if gone else (_aten.alias.default, (value,))
+            )
 
 
 def _is_one(size: object) -> bool:
     return isinstance(size, int) and size == 1
+
+
+def _masked_select(node: fx.Node) -> None:
+    """`x.masked_select(mask)` → `x[mask]`, both of one shape."""
+    pair = [each for each in node.args if isinstance(each, fx.Node)]
+    if len(pair) == 2 and all("val" in each.meta for each in pair):
+        value, mask = (each.meta["val"] for each in pair)
+        if tuple(value.shape) == tuple(mask.shape):
+            node.target, node.args = _aten.index.Tensor, (pair[0], [pair[1]])
 
 
 _RULES: dict[object, Callable[[fx.Node], None]] = {
@@ -60,4 +75,5 @@ _RULES: dict[object, Callable[[fx.Node], None]] = {
     _aten.argsort.stable: _stable_sort,
     _aten.squeeze.dim: _squeeze,
     _aten.squeeze.dims: _squeeze,
+    _aten.masked_select.default: _masked_select,
 }

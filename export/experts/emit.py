@@ -26,7 +26,8 @@ from moe_export.export.experts.writer import Writer
 from moe_export.export.gates.region import scope_of
 from moe_export.export.made_once import made_once
 from moe_export.export.provenance import mark_block
-from moe_export.export.reshapes import settle_reshapes
+from moe_export.export.reshapes import settle_axes, settle_reshapes
+from moe_export.export.spelling import spell
 from moe_export.export.tracing import quiet
 
 Write = Callable[[Writer, str, Opaque], ir.Value]
@@ -123,6 +124,7 @@ def _write(writer: Writer, name: str, block: Opaque) -> ir.Value:
 def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
     """A body in ONNX, taken apart."""
     program, _ = rewrite_program(program)
+    spell(program.graph)
     try:
         with quiet(), torch.no_grad(), made_once():
             exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
@@ -134,6 +136,7 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
         ) from error
     assert exported is not None
     settle_reshapes(exported.model.graph)
+    settle_axes(exported.model.graph)
     return take_apart(exported.model.graph, len(block.experts.shared))
 
 

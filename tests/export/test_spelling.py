@@ -25,8 +25,19 @@ class Calls(nn.Module):
         lambda x: torch.sort(x, stable=True),
         lambda x: x.argsort(dim=1, stable=True),
         lambda x: torch.argsort(x, dim=-1, descending=True, stable=True),
+        lambda x: (x.squeeze(2) + 1, x[:, :1].squeeze((1, 2)), x[..., :1].squeeze(-1)),
+        lambda x: x.masked_select(x > 0).view(-1, 1) * 2,
     ],
-    ids=["amax", "amax of axes", "sort", "torch.sort", "argsort", "torch.argsort"],
+    ids=[
+        "amax",
+        "amax of axes",
+        "sort",
+        "torch.sort",
+        "argsort",
+        "torch.argsort",
+        "squeeze",
+        "masked_select",
+    ],
 )
 def test_respelled_operators(tools, function):
     tools.equal(tools.graph(Calls(function), torch.randn(2, 3, 4)), torch.randn(4, 6, 5))
