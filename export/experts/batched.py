@@ -12,7 +12,7 @@ import onnx_ir as ir
 from moe_export.export.experts.lower import Opaque, finish
 from moe_export.export.experts.parts import SLOT, PartsWriter
 from moe_export.export.experts.weights import ExpertWeights
-from moe_export.export.experts.writer import Writer, apart, combine, count_by_expert, every_pair
+from moe_export.export.experts.writer import Writer, apart, combine, count_by_expert, every_pair, with_lead
 
 ROWS = 8
 """The fewest rows of a block: fewer would gather more weights than a small batch of tokens can pay for."""
@@ -126,4 +126,4 @@ def _expert_of_block(w: Writer, number: ir.Value, ends: ir.Value, count: int) ->
 def _joined(w: Writer, value: ir.Value, inner: ir.Value) -> ir.Value:
     """(B, R, ...) → (B * R, ...)."""
     assert inner.shape is not None
-    return w.op("Reshape", value, w.ints(-1, *(int(size) for size in inner.shape[2:])))  # type: ignore[arg-type]
+    return with_lead(w, value, (-1,), [size if isinstance(size, int) else None for size in inner.shape[2:]])

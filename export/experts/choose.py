@@ -47,4 +47,5 @@ def choose(choice: str, count: int, target: str) -> str:
 
 def instead(name: str, count: int) -> str:
     """The lowering that `auto` falls back to where one cannot write a block."""
-    return "blocks" if name == "trt_moe" else choose("auto", count, "onnxruntime-cpu")
+    simpler = {"trt_moe": "blocks", "loop": "slices"}
+    return simpler.get(name) or choose("auto", count, "onnxruntime-cpu")

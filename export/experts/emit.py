@@ -70,7 +70,9 @@ def write_experts(
             result = form(writer, name, opaque)
         except NotExportableError as error:
             if choice != "auto":
-                raise
+                raise NotExportableError(
+                    error.what, where=error.where or block.experts.line, hint=error.hint
+                ) from error
             writer, result, name, reason = _simpler(model, number, opaque, name, error, form)
         for made in writer.nodes:
             made.metadata_props.update(node.metadata_props)
@@ -167,8 +169,11 @@ def _batched(block: Block) -> ExportedProgram:
     try:
         return trace_batched(experts.body, block.example, len(experts.shared))
     except Exception as error:
+        why = str(error).strip().splitlines()[0]
+        if why.startswith("Constraints violated"):
+            why = "one of its operators takes a fixed number of them, as a convolution does"
         raise NotExportableError(
-            f"an expert cannot be computed for several experts at once: {str(error).strip().splitlines()[0]}",
+            f"an expert cannot be computed for several experts at once: {why}",
             where=experts.line,
             hint="--experts slices and --experts loop take one expert at a time",
         ) from error
@@ -193,7 +198,7 @@ def _opaque(node: ir.Node, block: Block, model: ir.Model, bodies: Bodies) -> Opa
         batched=lambda: bodies.batched(block, opset),
         count=experts.count,
         slots=experts.slots,
-        hidden=[int(size) for size in result.shape[1:]],
+        hidden=[size if isinstance(size, int) else None for size in result.shape[1:]],
         opset=opset,
         meaning=experts,
         metadata=copy.copy(node.metadata_props),

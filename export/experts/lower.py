@@ -16,7 +16,16 @@ import onnx_ir as ir
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.parts import Parts, PartsWriter
 from moe_export.export.experts.weights import ExpertWeights, Weight
-from moe_export.export.experts.writer import INT64, Sorted, Writer, apart, combine, every_pair, sort_by_expert
+from moe_export.export.experts.writer import (
+    INT64,
+    Sorted,
+    Writer,
+    apart,
+    combine,
+    every_pair,
+    known_sizes,
+    sort_by_expert,
+)
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class Opaque:
         batched: Makes ONNX of several experts at once: pairs (B, R), weights (B, ...) → rows (B, R, H).
         count: E.
         slots: k.
-        hidden: The sizes behind the rows of the result.
+        hidden: The sizes behind the rows of the result; None where one is free.
         opset: Of the graph.
         meaning: What was recognised.
         valid: Of the shape of the indices: the pairs that count; None for all.
@@ -44,7 +53,7 @@ class Opaque:
     batched: Callable[[], Parts]
     count: int
     slots: int
-    hidden: Sequence[int]
+    hidden: Sequence[int | None]
     opset: int
     meaning: Experts
     metadata: Mapping[str, str]
@@ -185,7 +194,7 @@ def no_rows(w: Writer, value: ir.Value, pairs: ir.Value) -> ir.Value:
     assert value.shape is not None
     assert value.dtype is not None
     none = w.op("Cast", w.op("Slice", pairs, w.ints(0), w.ints(0), w.ints(0)), to=value.dtype)
-    sizes = [int(size) for size in value.shape[1:]]  # type: ignore[arg-type]
+    sizes = known_sizes(value.shape[1:])
     empty = w.op("SequenceConstruct", w.op("Reshape", none, w.ints(0, *sizes), allowzero=1))
     empty.type = ir.SequenceType(ir.TensorType(value.dtype))
     return empty

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moe_export.export.experts.writer import Writer, write_nodes
+from moe_export.export.experts.writer import Writer, with_lead, write_nodes
 
 TOKEN, SLOT, EXPERT = 0, 1, 2
 """Positions of a body's inputs; shared values and weights come behind."""
@@ -259,8 +259,8 @@ class PartsWriter:
         for node in needed if lead is not None else ():
             source = known.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
             if source is not None and source.shape is not None and self._picks_by_pair(node, source):
-                rest = [int(size) for size in source.shape[2:]]  # type: ignore[arg-type]
-                known[node.outputs[0]] = w.op("Reshape", source, w.ints(*(lead or ()), *rest))
+                rest = [size if isinstance(size, int) else None for size in source.shape[2:]]
+                known[node.outputs[0]] = with_lead(w, source, lead or (), rest)
         self._write(w, [node for node in needed if node.outputs[0] not in known], known)
         self._write(w, self._parts.after, known)
         return known[self._parts.body.outputs[0]]

@@ -194,8 +194,39 @@ def apart(w: Writer, pairs: ir.Value, slots: int) -> tuple[ir.Value, ir.Value]:
     return w.op("Div", pairs, w.ints(slots), name="token"), w.op("Mod", pairs, w.ints(slots), name="slot")
 
 
+def known_sizes(sizes: Iterable[object]) -> list[int]:
+    """The sizes of a row, where a form has to know them.
+
+    Raises:
+        NotExportableError: One of them is free: the height of an image.
+    """
+    found = list(sizes)
+    if not all(isinstance(size, int) for size in found):
+        raise NotExportableError(
+            "this form of the experts needs rows of fixed sizes, and theirs are free",
+            hint="choose --experts slices, or fix the sizes with --static",
+        )
+    return [size for size in found if isinstance(size, int)]
+
+
+def with_lead(w: Writer, value: ir.Value, lead: Sequence[int], sizes: Sequence[int | None]) -> ir.Value:
+    """A value (..., *sizes) with other axes in front.
+
+    Args:
+        w: Where to write.
+        value: Any leading axes, then a row.
+        lead: The axes in front of the result; one of them may be -1.
+        sizes: Of a row; None where one is free.
+    """
+    known = [size for size in sizes if size is not None]
+    if len(known) == len(sizes):
+        return w.op("Reshape", value, w.ints(*lead, *known))
+    shape = w.op("Concat", w.ints(*lead), w.op("Shape", value, start=-len(sizes)), axis=0)
+    return w.op("Reshape", value, shape)
+
+
 def combine(
-    w: Writer, rows: ir.Value, slots: int, hidden: Sequence[int], valid: ir.Value | None = None
+    w: Writer, rows: ir.Value, slots: int, hidden: Sequence[int | None], valid: ir.Value | None = None
 ) -> ir.Value:
     """Rows of all S pairs, token by token → their sums (N, H) over the slots of each token.
 
@@ -203,10 +234,10 @@ def combine(
         w: Where to write.
         rows: S rows of H, in any shape.
         slots: k.
-        hidden: H.
+        hidden: H; None where a size is free.
         valid: (N, k) or (N,), the pairs that count; None for all.
     """
-    by_token = w.op("Reshape", rows, w.ints(-1, slots, *hidden) if slots > 1 else w.ints(-1, *hidden))
+    by_token = with_lead(w, rows, (-1, slots) if slots > 1 else (-1,), hidden)
     if valid is not None:
         columns = w.op("Reshape", valid, w.ints(-1, *[slots] * (slots > 1), *[1] * len(hidden)))
         by_token = w.op("Where", columns, by_token, w.op("CastLike", w.scalar(0), by_token))

@@ -24,7 +24,7 @@ from moe_export.errors import NotExportableError
 from moe_export.export.experts.lower import Opaque, finish
 from moe_export.export.experts.parts import EXPERT, Parts, PartsWriter
 from moe_export.export.experts.weights import ExpertWeights
-from moe_export.export.experts.writer import Sorted, Writer, sort_by_expert
+from moe_export.export.experts.writer import Sorted, Writer, known_sizes, sort_by_expert
 from moe_export.export.parallel.lower import (
     DOMAIN,
     Own,
@@ -282,7 +282,7 @@ def _no_result(w: Writer, leaving: ir.Value, rows: ir.Value) -> ir.Value:
     """(P, ...) of zeros: a rank without experts gets no rows, or rows of nobody."""
     assert leaving.shape is not None
     assert leaving.dtype is not None
-    sizes = [int(size) for size in leaving.shape[1:]]  # type: ignore[arg-type]
+    sizes = known_sizes(leaving.shape[1:])
     shape = w.op("Concat", w.op("Shape", rows), w.ints(*sizes), axis=0)
     zero = ir.tensor(np.zeros(1, leaving.dtype.numpy()), name="zero")
     return w.op("ConstantOfShape", shape, value=zero)

@@ -21,7 +21,7 @@ from moe_export.export.experts.choose import LOWERINGS
 from moe_export.export.experts.lower import Opaque, finish, guarded, loop_of, slices_of
 from moe_export.export.experts.parts import EXPERT, PartsWriter
 from moe_export.export.experts.weights import Weight, known_array
-from moe_export.export.experts.writer import Sorted, Writer, sort_by_expert
+from moe_export.export.experts.writer import Sorted, Writer, known_sizes, sort_by_expert
 from moe_export.export.weights.follow import row_of, stacked
 
 DOMAIN = "moe_export"
@@ -127,7 +127,9 @@ def _nothing(w: Writer, block: Opaque) -> ir.Value:
     rows = w.op("Shape", block.indices, start=0, end=1)
     dtype = block.parts.body.outputs[0].dtype or ir.DataType.FLOAT
     zero = ir.tensor(np.zeros(1, dtype.numpy()), name="zero")
-    return w.op("ConstantOfShape", w.op("Concat", rows, w.ints(*block.hidden), axis=0), value=zero)
+    return w.op(
+        "ConstantOfShape", w.op("Concat", rows, w.ints(*known_sizes(block.hidden)), axis=0), value=zero
+    )
 
 
 def own_pairs(w: Writer, pairs: Sorted, count: int) -> tuple[Sorted, ir.Value]:
@@ -165,7 +167,7 @@ def with_zero_row(w: Writer, block: Opaque, rows: Sequence[ir.Value]) -> list[ir
     for number, (value, inner) in enumerate(zip(rows, block.parts.leaving, strict=True)):
         assert inner.shape is not None
         assert inner.dtype is not None
-        sizes = [int(size) for size in inner.shape[1:]]  # type: ignore[arg-type]
+        sizes = known_sizes(inner.shape[1:])
         zero = w.constant(np.zeros((1, *sizes), inner.dtype.numpy()), f"{w.prefix}.zero_row_{number}")
         found.append(w.op("Concat", value, zero, axis=0))
     return found

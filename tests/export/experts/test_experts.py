@@ -164,6 +164,42 @@ def test_experts_without_a_row_that_reshape_their_rows(lowering, target):
         np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5)
 
 
+class OfImages(nn.Module):
+    """Images go to convolutions: a row is an image, of any height and width."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(3, 3)
+        self.experts = nn.ModuleList([nn.Conv2d(3, 4, 3, padding=1) for _ in range(3)])
+
+    def forward(self, x):
+        weights, indices = self.gate(x.mean((2, 3))).softmax(-1).topk(2, dim=-1)
+        out = x.new_zeros(x.shape[0], 4, *x.shape[2:])
+        for number, expert in enumerate(self.experts):
+            image, slot = torch.where(indices == number)
+            out = out.index_add(0, image, expert(x[image]) * weights[image, slot, None, None, None])
+        return out
+
+
+def test_rows_of_free_sizes():
+    module = OfImages().eval()
+    subject = make_subject(module, (torch.randn(2, 3, 8, 8),), {}, source=Path(__file__), how="test")
+    for target, note in (
+        ("onnxruntime-cpu", "'slices'"),
+        ("tensorrt", "takes a fixed number of them, as a conv"),
+    ):
+        graph = export_subject(subject, Options(target=target, gates=False, simplify=False))[0]
+        assert any(note in each for each in graph.notes)
+    session = session_of(graph.model)
+    for sizes in ((2, 8, 8), (3, 5, 9), (1, 1, 1)):
+        x = torch.randn(sizes[0], 3, *sizes[1:])
+        with torch.no_grad():
+            expected = module(x).numpy()
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(NotExportableError, match=r"rows of fixed sizes.*\n.*test_experts.py:[0-9]+"):
+        export_subject(subject, Options(experts="loop", gates=False))
+
+
 class Dropping(idioms.Block):
     """Tokens far from the origin are dropped: -1 and the number of experts stand for no expert."""
 
