@@ -30,8 +30,8 @@ from moe_export.export.experts.capacity_views import (
 from moe_export.export.experts.rows import arguments, shape_of
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default}
-_SUMS = {_aten.add.Tensor, _aten.bitwise_or.Tensor, _aten.logical_or.default}
+_PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default, _aten.__and__.Tensor}
+_SUMS = {_aten.add.Tensor, _aten.bitwise_or.Tensor, _aten.logical_or.default, _aten.__or__.Tensor}
 _KEEP_ZERO = {_aten.ne.Scalar, _aten.gt.Scalar, _aten.greater.Scalar, _aten.neg.default}
 
 

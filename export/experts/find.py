@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moe_export.export.experts.kept import indices_of
+from moe_export.export.experts.kept import indices_among, indices_of
 from moe_export.export.experts.mask import Marks, marks_of
 from moe_export.export.source import line_of
 
@@ -98,7 +98,7 @@ def find_chains(graph: fx.Graph) -> tuple[Chain, ...]:
 
 
 def _selections(graph: fx.Graph) -> Iterator[Selection]:
-    indices: dict[fx.Node, fx.Node] = {}
+    indices: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     for node in list(graph.nodes):
         marks = marks_of(node)
         if marks is None or marks.expert is None or "expert" in marks.axes:
@@ -108,11 +108,13 @@ def _selections(graph: fx.Graph) -> Iterator[Selection]:
         if token is None and not is_index:
             continue
         if not marks.exact:
-            if marks.kept is None:
+            left = marks.kept or marks.among
+            if left is None:
                 continue
-            if marks.kept not in indices:
-                indices[marks.kept] = indices_of(marks.kept)
-            marks = Marks(indices[marks.kept], marks.axes, marks.expert)
+            key = (marks.indices, left)
+            if key not in indices:
+                indices[key] = indices_of(left) if left is marks.kept else indices_among(marks.indices, left)
+            marks = Marks(indices[key], marks.axes, marks.expert)
         yield Selection(marks, token, slot, node if is_index else None)
 
 

@@ -37,6 +37,16 @@ def indices_of(marks: fx.Node) -> fx.Node:
         return _call(graph, marks, _aten.where.self, (is_set, first, nobody))
 
 
+def indices_among(indices: fx.Node, kept: fx.Node) -> fx.Node:
+    """Write the indices of the pairs that are kept, (N, k) or (N,), and -1 for the others."""
+    graph = indices.graph
+    last = next(node for node in reversed(graph.nodes) if node in (indices, kept))
+    with graph.inserting_after(last):
+        nobody = _call(graph, indices, _aten.full_like.default, (indices, -1))
+    with graph.inserting_after(nobody):
+        return _call(graph, indices, _aten.where.self, (kept, indices, nobody))
+
+
 def _call(graph: fx.Graph, like: fx.Node, target: Any, args: tuple[Any, ...], **kwargs: Any) -> fx.Node:
     node = graph.call_function(target, args, kwargs)
     values = fx.map_arg(args, lambda each: each.meta["val"])

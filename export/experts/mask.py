@@ -26,7 +26,7 @@ _MOVES = {
     _aten.select.int, _aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default, _aten.unsqueeze.default,
     _aten.squeeze.dim,
 }  # fmt: skip
-_PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default}
+_PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.__and__.Tensor, _aten.logical_and.default}
 _SCATTERS = {_aten.scatter.value, _aten.scatter_.value}
 _NONZERO = {_aten.ne.Scalar, _aten.gt.Scalar, _aten.greater.Scalar}
 
@@ -41,6 +41,7 @@ class Marks:
         expert: The one expert that is marked, once no axis runs over experts any more.
         exact: Every pair is marked; False where some are left out, or the axes were merged.
         kept: Where it is not exact: the marks that are left, (N, k, E) or (N, E).
+        among: Where it is not exact: the pairs that count, as bool of the shape of the indices.
     """
 
     indices: fx.Node
@@ -48,6 +49,7 @@ class Marks:
     expert: int | None = None
     exact: bool = True
     kept: fx.Node | None = None
+    among: fx.Node | None = None
 
 
 def marks_of(node: fx.Node) -> Marks | None:
@@ -92,9 +94,27 @@ def _masked(node: fx.Node) -> Marks | None:
     for source in node.all_input_nodes:
         inner = marks_of(source)
         if inner is not None and str(source.meta["val"].shape) == str(node.meta["val"].shape):
+            among = _among(node, source, inner)
+            if among is not None:
+                return dataclasses.replace(inner, exact=False, among=among)
             canonical = inner.axes in (("token", "slot", "expert"), ("token", "expert"))
             return dataclasses.replace(inner, exact=False, kept=node if canonical else None)
     return None
+
+
+def _among(node: fx.Node, source: fx.Node, inner: Marks) -> fx.Node | None:
+    """In `(indices == e) & kept`: what the marks of one expert are taken from, the same for each of them."""
+    others = [each for each in node.all_input_nodes if each is not source]
+    if (
+        not inner.exact
+        or inner.expert is None
+        or inner.axes != _index_axes(inner.indices)
+        or len(others) != 1
+    ):
+        return None
+    value = others[0].meta.get("val")
+    same = isinstance(value, torch.Tensor) and str(value.shape) == str(node.meta["val"].shape)
+    return others[0] if same and value.dtype is torch.bool and marks_of(others[0]) is None else None
 
 
 def _merged(node: fx.Node, inner: Marks) -> Marks | None:

@@ -33,11 +33,13 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
         else:
             where = loop.experts.line
             refused.append(_stays("loop over", where, "its rows are sorted, and it is not known by what"))
-    for block in blocks:
-        if _chosen_from(block) > block.count:
-            why = f"the gate chooses from {_chosen_from(block)} experts, and {block.count} have weights"
-            refused.append(_stays("code of the", block.line, why))
-    return tuple(block for block in blocks if _chosen_from(block) <= block.count), tuple(refused)
+    # A loop takes no notice of experts that it does not run over: null experts do nothing. A lookup has no such row.
+    looped = [loop.experts for loop in loops.values()]
+    unknown = [block for block in blocks if block not in looped and _chosen_from(block) > block.count]
+    for block in unknown:
+        why = f"the gate chooses from {_chosen_from(block)} experts, and {block.count} have weights"
+        refused.append(_stays("code of the", block.line, why))
+    return tuple(block for block in blocks if block not in unknown), tuple(refused)
 
 
 def _loops(graph: fx.Graph, refused: list[str]) -> dict[fx.Node, Loop]:

@@ -253,7 +253,33 @@ class FromTheEnd(idioms.Block):
         return (rows * weights.unsqueeze(-1)).sum(1)
 
 
-@pytest.mark.parametrize("block", [Passing, FromTheEnd])
+class Kept(idioms.Block):
+    """Tokens that an expert has no room for, or that are far, are left out of its mask: `(indices == e) & kept`."""
+
+    def moe(self, x, weights, indices):
+        marks = nn.functional.one_hot(indices[:, 0], self.num_experts)
+        place = ((marks.cumsum(0) - 1) * marks).sum(-1)
+        kept = (place < 2)[:, None] & (x.norm(dim=-1, keepdim=True) < 5)
+        kept = kept & (weights > 0)
+        out = x.clone()
+        for expert in range(self.num_experts):
+            token, slot = ((indices == expert) & kept).nonzero(as_tuple=True)
+            out.index_add_(0, token, self.experts[expert](x[token]) * weights[token, slot, None])
+        return out
+
+
+class NullExperts(idioms.Block):
+    """The gate has more experts than weights: the last two do nothing."""
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for expert in range(self.num_experts - 2):
+            token, slot = torch.where(indices == expert)
+            out.index_add_(0, token, self.experts[expert](x[token]) * weights[token, slot, None])
+        return out
+
+
+@pytest.mark.parametrize("block", [Passing, FromTheEnd, Kept, NullExperts])
 def test_rare_routings_outside_the_experts_mean_what_they_mean_in_torch(block):
     torch.manual_seed(2)
     module = block().eval()
