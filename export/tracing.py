@@ -16,13 +16,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from typing import Any
 
+import sympy
 import torch
 import torch._dynamo.config as dynamo_config
 from torch import nn
 from torch.export import Dim as TorchDim
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
+from torch.utils._sympy.functions import Mod, PythonMod
 
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import BATCH, Dim, DimRequest, default_name
@@ -137,10 +140,6 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-_NUMBER = re.compile(r"(.*size\(\).*) == \d+")
-_SIZE = re.compile(r"L\['inputs'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
-
-
 def trace(subject: Subject, request: DimRequest | None = None) -> Traced:
     """Trace the subject with every wanted dimension free.
 
@@ -190,17 +189,19 @@ def _export(
             for place, (name, tensor) in enumerate(example.items())
         )
         numbers: list[frozenset[int]] = []
+        free = any(dimension is not None for axes in spec for dimension in axes)
         flat = _Flat(subject, numbers).eval()
         before = Buffers.of(subject.module)
         try:
             # The cache of fake results is slower than none where sizes are symbols: twice, with loops over experts.
+            # Where all are numbers it saves a third.
             # With opt_einsum, torch.einsum compares sizes to choose a path, which would fix them; the path is
             # chosen later, by the einsum rewriting.
             with (
                 torch.no_grad(),
                 made_once(),
                 torch.backends.opt_einsum.flags(enabled=False),
-                dynamo_config.patch(fake_tensor_cache_enabled=False),
+                dynamo_config.patch(fake_tensor_cache_enabled=not free),
                 traceable_idioms(),
                 symbolic_numbers(subject.module),
                 every_expert_hit(),
@@ -212,7 +213,7 @@ def _export(
                     dynamic_shapes={"inputs": spec},
                     strict=False,
                 )
-                found = _only_at_a_number(exported) - stuck
+                found = _only_at_a_number(exported, example, request) - stuck
                 if found:  # it is right at these sizes alone, and only looks free
                     stuck |= found
                     limits.append(limit)
@@ -234,18 +235,48 @@ def _export(
     ) from first
 
 
-def _only_at_a_number(program: ExportedProgram) -> set[tuple[int, int]]:
+def _only_at_a_number(
+    program: ExportedProgram, example: Mapping[str, torch.Tensor], request: DimRequest
+) -> set[tuple[int, int]]:
     """Inputs and axes whose sizes the trace takes for a number together: a loop over `(height // 4) * (width // 4)`.
 
-    A single size that became a number is fixed by the tracer itself; of several, it only notes the condition.
+    A single size that became a number is fixed by the tracer itself; of several, it only notes the condition. Such a
+    condition fixes a dimension that breaks it at other sizes: one batch of two inputs does not, in
+    `8 * batch // batch == 8`.
     """
-    found = set()
-    for guard in getattr(program, "_guards_code", None) or ():
-        condition = _NUMBER.fullmatch(guard)
-        if condition is not None and "%" not in guard:  # that something can be divided is no size
-            places = {(int(place), int(axis)) for place, axis in _SIZE.findall(condition[1])}
-            found |= places if len(places) > 1 else set()
-    return found
+    dims, inputs = _read_dims(program, example, request)
+    of_symbol = {symbol: dim for dim in dims for symbol in (dim.symbol, *dim.also)}
+    broken = set[str]()
+    for condition in _numbers(program):
+        within = [symbol for symbol in condition.free_symbols if str(symbol) in of_symbol]
+        sizes = {symbol: of_symbol[str(symbol)].traced for symbol in within}
+        for dim in {of_symbol[str(symbol)] for symbol in within}:
+            own = [symbol for symbol in within if of_symbol[str(symbol)] is dim]
+            others = (dim.traced + 1, 2 * dim.traced + 3)
+            if any(condition.subs(sizes | dict.fromkeys(own, other)) != sympy.true for other in others):
+                broken.add(dim.name)
+    return {
+        (place, axis)
+        for place, shape in enumerate(inputs.values())
+        for axis, size in enumerate(shape)
+        if isinstance(size, str) and broken & set(re.findall(r"[A-Za-z_]\w*", size))
+    }
+
+
+def _numbers(program: ExportedProgram) -> Iterator[sympy.Basic]:
+    """The conditions that something computed from several sizes is a number; that it can be divided is none."""
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
+    sizes: list[Any] = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    free = [size for size in sizes if isinstance(size, torch.SymInt)]
+    if not free:
+        return
+    known = free[0].node.shape_env
+    for guard in known.guards:
+        condition = known.replace(guard.expr)
+        if not isinstance(condition, sympy.Eq) or not condition.rhs.is_Integer:
+            continue
+        if len(condition.free_symbols) > 1 and not condition.lhs.has(Mod, PythonMod):
+            yield condition
 
 
 def _hint(error: Exception) -> str:

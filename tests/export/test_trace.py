@@ -43,6 +43,14 @@ class Patches(nn.Module):
         return state
 
 
+class Heads(nn.Module):
+    """Heads are folded into the batch of one input, and taken out by that of the other, as in attention with a mask."""
+
+    def forward(self, x, mask):
+        folded = (x[..., None] * torch.ones(8)).transpose(1, 2).reshape(x.shape[0] * 8, -1)
+        return folded.view(mask.shape[0], 8, -1).sum(1) * mask
+
+
 class Branches(nn.Module):
     def forward(self, x):
         if x.sum() > 0:
@@ -194,3 +202,9 @@ def test_sizes_that_are_right_only_together_are_fixed(tools):
     assert traced.inputs["image"] == ("batch", "image_dim1", 8, 16)
     assert {(fixed.input, fixed.axis) for fixed in traced.fixed} == {("image", 2), ("image", 3)}
     assert all(fixed.model_takes_others for fixed in traced.fixed)
+
+
+def test_sizes_that_must_be_one_size_stay_free(tools):
+    traced = trace(tools.subject(Heads(), torch.randn(2, 5), torch.ones(2, 5)))
+    assert traced.inputs == {"x": ("batch", "x_dim1"), "mask": ("batch", "x_dim1")}
+    assert traced.fixed == ()
