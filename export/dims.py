@@ -11,6 +11,7 @@ import torch
 from moe_export.errors import UsageError
 
 BATCH = "batch"
+SEQ = "seq"
 _REQUEST = re.compile(r"(?P<input>\w+):(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?$", re.ASCII)
 
 
@@ -66,7 +67,8 @@ class Dim:
         symbol: The tracer's name for it, `s77`.
         traced: Its size in the trace.
         minimum, maximum: The sizes that the trace is valid for; None is no limit.
-        also: Further symbols for the same dimension: the batch of other inputs, of the same example size.
+        also: Further symbols for the same dimension: the batch of other inputs, the length of a mask, of the same
+            example size.
     """
 
     name: str
@@ -90,5 +92,37 @@ def default_name(tensor: torch.Tensor, axis: int, input_name: str) -> str:
     if rank == 4 and axis >= 2:
         return ("height", "width")[axis - 2]
     if axis == 1 and (rank == 3 or (rank == 2 and not tensor.is_floating_point())):
-        return "seq"
+        return SEQ
     return f"{input_name}_dim{axis}"
+
+
+def is_mask(tensor: torch.Tensor) -> bool:
+    """Whether an input says which tokens count: (batch, seq) of bool, or of integers that are 0 or 1."""
+    if tensor.dim() != 2 or tensor.is_floating_point() or tensor.is_complex():
+        return False
+    return tensor.dtype is torch.bool or bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def twin_of(
+    name: str,
+    label: str,
+    traced: int,
+    found: dict[str, tuple[str, int]],
+    where: Mapping[str, str],
+    example: Mapping[str, torch.Tensor],
+) -> str | None:
+    """The symbol that a dimension of an input is meant to equal: the batch, or the length of what a mask is for."""
+    if label == BATCH:
+        return next((symbol for symbol, known in found.items() if known == (BATCH, traced)), None)
+    if label != SEQ:
+        return None
+    return next(
+        (
+            symbol
+            for symbol, (other, size) in reversed(found.items())
+            if size == traced
+            and other in (SEQ, f"{where[symbol]}_{SEQ}")
+            and (is_mask(example[name]) or is_mask(example[where[symbol]]))
+        ),
+        None,
+    )

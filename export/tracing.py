@@ -28,7 +28,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils._sympy.functions import Mod, PythonMod
 
 from moe_export.errors import NotExportableError
-from moe_export.export.dims import BATCH, Dim, DimRequest, default_name
+from moe_export.export.dims import Dim, DimRequest, default_name, twin_of
 from moe_export.export.experts.trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.idioms_numbers import symbolic_numbers
@@ -304,7 +304,8 @@ def _read_dims(
     nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in user_inputs]
     shapes = {name: node.meta["val"].shape for name, node in zip(example, nodes, strict=True)}
     found: dict[str, tuple[str, int]] = {}  # symbol → its name, its traced size
-    same: dict[str, str] = {}  # symbol of a further batch → symbol of the first
+    same: dict[str, str] = {}  # symbol of a further batch, or of a mask's length → symbol of the first
+    where: dict[str, str] = {}  # symbol → the input that has it
     for name, shape in shapes.items():
         for axis, size in enumerate(shape):
             symbol = str(size)
@@ -313,13 +314,13 @@ def _read_dims(
                 if (symbol not in found and symbol not in same) or wanted is not None:
                     label = wanted or default_name(example[name], axis, name)
                     traced = example[name].shape[axis]
-                    twin = next((key for key, value in found.items() if value == (BATCH, traced)), None)
-                    if wanted is None and label == BATCH and twin is not None:
+                    twin = twin_of(name, label, traced, found, where, example)
+                    if wanted is None and twin is not None:
                         same[symbol] = twin  # the model does not say so, and still means one batch
                         continue
                     if wanted is None and any(label == other for other, _ in found.values()):
                         label = f"{name}_{label}" if not label.startswith(name) else label
-                    found[symbol] = (label, traced)
+                    found[symbol], where[symbol] = (label, traced), name
     names = dict(zip(found, unique([label for label, _ in found.values()]), strict=True))
     names |= {symbol: names[twin] for symbol, twin in same.items()}
     limits = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}

@@ -113,8 +113,10 @@ def _among(node: fx.Node, source: fx.Node, inner: Marks) -> fx.Node | None:
     ):
         return None
     value = others[0].meta.get("val")
-    same = isinstance(value, torch.Tensor) and str(value.shape) == str(node.meta["val"].shape)
-    return others[0] if same and value.dtype is torch.bool and marks_of(others[0]) is None else None
+    if not isinstance(value, torch.Tensor) or value.dtype is not torch.bool:
+        return None
+    same = str(value.shape) == str(node.meta["val"].shape)
+    return others[0] if same and marks_of(others[0]) is None else None
 
 
 def _merged(node: fx.Node, inner: Marks) -> Marks | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from moe_export.errors import UsageError
+from moe_export.export import trace
 from moe_export.export.dims import DimRequest, default_name, parse_dynamic
+from moe_export.export.subject import make_subject
 
 INPUTS = {"x": torch.ones(2, 3, 4), "ids": torch.ones(2, 3, dtype=torch.int64)}
 
@@ -48,3 +52,20 @@ def test_requests_that_make_no_sense(text, said):
 def test_default_names(shape, dtype, names):
     tensor = torch.ones(shape, dtype=dtype)
     assert [default_name(tensor, axis, "x") for axis in range(len(shape))] == names
+
+
+def test_a_mask_is_as_long_as_what_it_is_for():
+    """Nothing in the code ties them: where a mask is all ones, transformers' models do not look at it."""
+
+    class Counts(torch.nn.Module):
+        def forward(self, input_ids, mask, other):
+            return input_ids.sum(1) + mask.sum(1) + other.sum(1)
+
+    example = {
+        "input_ids": torch.full((2, 5), 3),
+        "mask": torch.ones(2, 5, dtype=torch.int64),
+        "other": torch.full((2, 5), 4),
+    }
+    traced = trace(make_subject(Counts(), (), example, source=Path(__file__), how="test"))
+    assert traced.inputs["mask"] == traced.inputs["input_ids"] == ("batch", "seq")
+    assert traced.inputs["other"] == ("batch", "other_seq")
