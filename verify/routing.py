@@ -103,9 +103,11 @@ def _not_ids(ids: Array, scores: Array | None) -> str | None:
 
 
 def _malformed(match: _Match) -> str | None:
+    # A second choice among scores that are all 0 may be the first once more: right where both sides say so.
+    agree = (np.sort(match.ids, -1) == np.sort(match.ours, -1)).all(-1)
     for side, ids in (("", match.ours), ("the reference: ", match.ids)):
         ordered = np.sort(ids, -1)
-        twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+        twice = (ordered[:, 1:] == ordered[:, :-1]).any(-1) & ~agree
         if twice.any():
             token = int(np.argmax(twice))
             named = f"token {token} goes to {ids[token].tolist()}"

@@ -131,6 +131,16 @@ def test_an_expert_named_twice_is_an_error_even_where_all_scores_tie():
     assert ids.reason.startswith("the reference: an expert is named twice")
 
 
+def test_a_second_choice_that_is_the_first_once_more_on_both_sides_is_equal():
+    """The other scores of a token have underflown to 0, and so has that of its first choice, taken away."""
+    reference = gate()
+    reference["idx"][4] = [5, 2, 5]
+    candidate = copied(reference)
+    assert [each.ok for each in judged(reference, candidate)] == [True, True]
+    candidate["weight"][4, 2] += 0.1
+    assert [each.ok for each in judged(reference, candidate)] == [True, False]
+
+
 @pytest.mark.parametrize("outside", [-1, E])
 def test_an_id_that_is_no_expert_is_an_error(outside):
     reference = gate()
