@@ -35,6 +35,7 @@ from moe_export.export.source import line_of
 aten = torch.ops.aten
 
 _LEAVES = "leaves"
+_WRITING = (aten.select_scatter.default, aten.slice_scatter.default, aten.cat.default)
 Locate = Callable[[fx.Node], Made | None]
 
 
@@ -326,6 +327,8 @@ def _view_in_range(view: View) -> bool:
 def _writes(body: tuple[Step, ...], position: int) -> str | None:
     """Whether a step only writes the turn's value into a buffer that nothing in the loop reads."""
     step = body[position]
+    if step.target not in _WRITING:
+        return None
     own = Carried(position, (), 1)
     readers = [
         (at, part)

@@ -122,9 +122,12 @@ def atoms(argument: Any) -> list[Any]:
 
 
 def layout(argument: Any) -> Any:
-    """The nesting of arguments, with a mark for each leaf; nodes are alike, and so are numbers."""
+    """The nesting of arguments, with a mark for each leaf; nodes are alike, and so are numbers.
+
+    A size of the inputs is a number: where it is not free, the trace has a number in its place.
+    """
     if isinstance(argument, fx.Node):
-        return "node"
+        return "int" if SIZE in argument.meta else "node"
     if isinstance(argument, Mapping):
         return tuple((key, layout(value)) for key, value in argument.items())
     if isinstance(argument, (tuple, list)):
