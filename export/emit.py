@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import torch
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import MoeExportError, NotExportableError
 from moe_export.export.exact_rules import exact_constants
@@ -20,7 +21,7 @@ from moe_export.export.made_once import made_once
 from moe_export.export.naming import name_nodes, statements
 from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata
-from moe_export.export.reshapes import settle_axes, settle_reshapes
+from moe_export.export.reshapes import plain_transposes, settle_axes, settle_reshapes
 from moe_export.export.size_numbers import exact_sizes
 from moe_export.export.spelling import spell
 from moe_export.export.tracing import Traced, quiet, rename
@@ -82,6 +83,8 @@ def translate(traced: Traced, opset: int) -> ir.Model:
         raise untranslated(error) from error
     settle_reshapes(result.model.graph)
     settle_axes(result.model.graph)
+    plain_transposes(result.model.graph)
+    RemoveUnusedNodesPass()(result.model)
     return result.model
 
 

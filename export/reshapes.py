@@ -68,6 +68,47 @@ def settle_axes(graph: ir.Graph) -> None:
                 _give(graph, node, [axis % rank for axis in axes], "axes")
 
 
+_SOURCE = "pkg.torch.onnx.fx_node"
+
+
+def plain_transposes(graph: ir.Graph) -> None:
+    """Of attention: the keys' last axes are changed over as they are, not as three axes and back; in place.
+
+    The exporter writes eight nodes more, and of no keys at all nothing can be worked out.
+    """
+    for node in graph.all_nodes():
+        if node.op_type != "Reshape" or "scaled_dot_product_attention" not in node.metadata_props.get(
+            _SOURCE, ""
+        ):
+            continue
+        turned = node.inputs[0].producer() if node.inputs[0] is not None else None
+        if turned is None or turned.op_type != "Transpose":
+            continue
+        merged = turned.inputs[0].producer() if turned.inputs[0] is not None else None
+        if (
+            merged is None
+            or merged.op_type != "Reshape"
+            or tuple(turned.attributes["perm"].as_ints()) != (0, 2, 1)
+        ):
+            continue
+        keys = merged.inputs[0]
+        if (
+            keys is None
+            or keys.shape is None
+            or merged.metadata_props.get(_SOURCE) != node.metadata_props[_SOURCE]
+        ):
+            continue
+        rank = len(keys.shape)
+        plain = ir.node("Transpose", [keys], {"perm": [*range(rank - 2), rank - 1, rank - 2]})
+        result = plain.outputs[0]
+        result.name, result.type = node.outputs[0].name, keys.type
+        result.shape = ir.Shape([*keys.shape[:-2], keys.shape[-1], keys.shape[-2]])
+        plain.metadata_props.update(node.metadata_props)
+        owner = node.graph
+        assert owner is not None
+        ir.convenience.replace_nodes_and_values(owner, node, [node], [plain], node.outputs, [result])
+
+
 def _give(graph: ir.Graph, node: ir.Node, numbers: list[int], kind: str) -> None:
     """Numbers as the second input of a node."""
     name = f"{node.outputs[0].name}_{kind}"

@@ -7,6 +7,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+import torch
 
 from moe_export.export.reshapes import settle_axes, settle_reshapes
 
@@ -35,3 +36,16 @@ def test_no_rows(operator, shape):
     for rows in (0, 3):
         (y,) = session.run(None, {"x": np.zeros((rows, 4), np.float32)})
         assert y.shape == (rows, *shape[1:])
+
+
+def test_attention_to_no_keys(tools):
+    class Attends(torch.nn.Module):
+        def forward(self, x):
+            return torch.nn.functional.scaled_dot_product_attention(x, x * 2, x + 1)
+
+    graph = tools.graph(Attends(), torch.randn(2, 3, 5, 4))
+    kinds = [node.op_type for node in graph.model.graph]
+    assert kinds.count("Transpose") == 1
+    assert not {"Reshape", "Shape", "Slice"} & {*kinds}
+    for length in (0, 1, 6):
+        tools.equal(graph, torch.randn(1, 3, length, 4))
