@@ -16,18 +16,16 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
-from typing import Any
 
-import sympy
 import torch
 import torch._dynamo.config as dynamo_config
 from torch import nn
 from torch.export import Dim as TorchDim
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
-from torch.utils._sympy.functions import Mod, PythonMod
 
 from moe_export.errors import NotExportableError
+from moe_export.export.conditions import only_there
 from moe_export.export.dims import Dim, DimRequest, default_name, twin_of
 from moe_export.export.experts.trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
@@ -213,7 +211,7 @@ def _export(
                     dynamic_shapes={"inputs": spec},
                     strict=False,
                 )
-                found = _only_at_a_number(exported, example, request) - stuck
+                found = _only_there(exported, subject, example, request) - stuck
                 if found:  # it is right at these sizes alone, and only looks free
                     stuck |= found
                     limits.append(limit)
@@ -235,48 +233,17 @@ def _export(
     ) from first
 
 
-def _only_at_a_number(
-    program: ExportedProgram, example: Mapping[str, torch.Tensor], request: DimRequest
+def _only_there(
+    program: ExportedProgram, subject: Subject, example: Mapping[str, torch.Tensor], request: DimRequest
 ) -> set[tuple[int, int]]:
-    """Inputs and axes whose sizes the trace takes for a number together: a loop over `(height // 4) * (width // 4)`.
-
-    A single size that became a number is fixed by the tracer itself; of several, it only notes the condition. Such a
-    condition fixes a dimension that breaks it at other sizes: one batch of two inputs does not, in
-    `8 * batch // batch == 8`.
-    """
+    """Inputs and axes that only look free, with the model at hand to be asked for other sizes."""
     dims, inputs = _read_dims(program, example, request)
-    of_symbol = {symbol: dim for dim in dims for symbol in (dim.symbol, *dim.also)}
-    broken = set[str]()
-    for condition in _numbers(program):
-        within = [symbol for symbol in condition.free_symbols if str(symbol) in of_symbol]
-        sizes = {symbol: of_symbol[str(symbol)].traced for symbol in within}
-        for dim in {of_symbol[str(symbol)] for symbol in within}:
-            own = [symbol for symbol in within if of_symbol[str(symbol)] is dim]
-            others = (dim.traced + 1, 2 * dim.traced + 3)
-            if any(condition.subs(sizes | dict.fromkeys(own, other)) != sympy.true for other in others):
-                broken.add(dim.name)
-    return {
-        (place, axis)
-        for place, shape in enumerate(inputs.values())
-        for axis, size in enumerate(shape)
-        if isinstance(size, str) and broken & set(re.findall(r"[A-Za-z_]\w*", size))
-    }
 
+    def takes(sizes: Mapping[tuple[int, int], int]) -> bool:
+        named = {(list(example)[place], axis): size for (place, axis), size in sizes.items()}
+        return accepts(subject, _resized(example, named))
 
-def _numbers(program: ExportedProgram) -> Iterator[sympy.Basic]:
-    """The conditions that something computed from several sizes is a number; that it can be divided is none."""
-    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
-    sizes: list[Any] = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
-    free = [size for size in sizes if isinstance(size, torch.SymInt)]
-    if not free:
-        return
-    known = free[0].node.shape_env
-    for guard in known.guards:
-        condition = known.replace(guard.expr)
-        if not isinstance(condition, sympy.Eq) or not condition.rhs.is_Integer:
-            continue
-        if len(condition.free_symbols) > 1 and not condition.lhs.has(Mod, PythonMod):
-            yield condition
+    return only_there(program, dims, tuple(inputs.values()), takes)
 
 
 def _hint(error: Exception) -> str:
@@ -370,18 +337,30 @@ def _fixed(
 
 
 def _takes_other_size(subject: Subject, example: Mapping[str, torch.Tensor], name: str, axis: int) -> bool:
-    """Whether the model runs with one more along this axis, in this input alone or in all that share the size."""
+    """Whether the model runs with one more along this axis, or with twice as many, where it takes whole chunks.
+
+    In this input alone, or in all that share the size.
+    """
     size = example[name].shape[axis]
-    for names in ([name], list(example)):
-        trial = {
-            key: torch.cat([tensor, tensor.narrow(axis, 0, 1)], dim=axis)
-            if key in names and tensor.dim() > axis and tensor.shape[axis] == size and size
-            else tensor
-            for key, tensor in example.items()
-        }
-        if accepts(subject, trial):
-            return True
+    for other in (size + 1, 2 * size):
+        for names in ([name], list(example)):
+            alike = [key for key in names if example[key].dim() > axis and example[key].shape[axis] == size]
+            if size and accepts(
+                subject, _resized(example, dict.fromkeys(((key, axis) for key in alike), other))
+            ):
+                return True
     return False
+
+
+def _resized(
+    example: Mapping[str, torch.Tensor], sizes: Mapping[tuple[str, int], int]
+) -> dict[str, torch.Tensor]:
+    """The example with other sizes: cut off, or repeated from the start."""
+    result = dict(example)
+    for (name, axis), size in sizes.items():
+        index = torch.arange(size, device=result[name].device) % result[name].shape[axis]
+        result[name] = result[name].index_select(axis, index)
+    return result
 
 
 def _require_picked(traced: Traced, request: DimRequest, reason: str | None) -> None:

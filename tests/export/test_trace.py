@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import DimRequest
@@ -49,6 +50,35 @@ class Heads(nn.Module):
     def forward(self, x, mask):
         folded = (x[..., None] * torch.ones(8)).transpose(1, 2).reshape(x.shape[0] * 8, -1)
         return folded.view(mask.shape[0], 8, -1).sum(1) * mask
+
+
+class Chunks(nn.Module):
+    """A loop over the chunks of a padded length."""
+
+    def forward(self, x):
+        padded = F.pad(x, (0, (4 - x.shape[1] % 4) % 4))
+        state = x[:, :4] * 0
+        for chunk in range(padded.shape[1] // 4):
+            state = state * 0.5 + padded[:, 4 * chunk : 4 * chunk + 4]
+        return state
+
+
+class Doubling(nn.Module):
+    """Spans of doubled length: five passes from 17 to 32."""
+
+    def forward(self, x):
+        span = 1
+        while span < x.shape[1]:
+            x = torch.cat([x[:, :span], x[:, span:] + x[:, :-span]], 1)
+            span *= 2
+        return x
+
+
+class Table(nn.Module):
+    """Positions for 24 tokens, and a window of 3."""
+
+    def forward(self, x):
+        return (x + torch.arange(24.0)[: x.shape[1]]).unfold(1, 3, 1).sum(-1)
 
 
 class Branches(nn.Module):
@@ -208,3 +238,24 @@ def test_sizes_that_must_be_one_size_stay_free(tools):
     traced = trace(tools.subject(Heads(), torch.randn(2, 5), torch.ones(2, 5)))
     assert traced.inputs == {"x": ("batch", "x_dim1"), "mask": ("batch", "x_dim1")}
     assert traced.fixed == ()
+
+
+@pytest.mark.parametrize(("module", "size"), [(Chunks(), 10), (Doubling(), 20)])
+def test_a_size_that_is_right_only_within_a_range_is_fixed(tools, module, size):
+    traced = trace(tools.subject(module, torch.randn(2, size)))
+    assert traced.inputs["x"] == ("batch", size)
+    assert [fixed.model_takes_others for fixed in traced.fixed] == [True]
+
+
+def test_a_size_that_the_model_takes_only_within_a_range_stays_free(tools):
+    (batch, length) = trace(tools.subject(Table(), torch.randn(2, 12))).dims
+    assert (batch.maximum, length.minimum, length.maximum) == (None, 3, 24)
+
+
+def test_a_model_that_takes_whole_chunks_takes_other_sizes(tools):
+    class Whole(nn.Module):
+        def forward(self, x):
+            return torch.stack([part.sum(-1) for part in x.view(x.shape[0], -1, 4).unbind(1)])
+
+    (fixed,) = trace(tools.subject(Whole(), torch.randn(2, 12))).fixed
+    assert (fixed.axis, fixed.model_takes_others) == (1, True)
