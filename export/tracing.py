@@ -339,10 +339,12 @@ def _fixed(
 def _takes_other_size(subject: Subject, example: Mapping[str, torch.Tensor], name: str, axis: int) -> bool:
     """Whether the model runs with one more along this axis, or with twice as many, where it takes whole chunks.
 
-    In this input alone, or in all that share the size.
+    In this input alone, or in all that share the size. Twice the width of a row says nothing: `x.view(-1, 32)` makes
+    two rows of it.
     """
     size = example[name].shape[axis]
-    for other in (size + 1, 2 * size):
+    is_width = axis >= 2 and default_name(example[name], axis, name) == f"{name}_dim{axis}"
+    for other in (size + 1,) if is_width else (size + 1, 2 * size):
         for names in ([name], list(example)):
             alike = [key for key in names if example[key].dim() > axis and example[key].shape[axis] == size]
             if size and accepts(

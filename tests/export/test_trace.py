@@ -259,3 +259,14 @@ def test_a_model_that_takes_whole_chunks_takes_other_sizes(tools):
 
     (fixed,) = trace(tools.subject(Whole(), torch.randn(2, 12))).fixed
     assert (fixed.axis, fixed.model_takes_others) == (1, True)
+
+
+def test_the_width_of_a_row_is_not_said_to_be_fixed_by_the_trace(tools):
+    """`x.view(-1, 4)` runs on rows of twice the width, and makes two of each."""
+
+    class Rows(nn.Module):
+        def forward(self, x):
+            return torch.relu(x.view(-1, 4)).view(x.shape)
+
+    traced = trace(tools.subject(Rows(), torch.randn(2, 3, 4)))
+    assert not any(fixed.model_takes_others for fixed in traced.fixed)
