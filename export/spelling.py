@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from moe_export.export.spelling_logs import LOG_RULES
 from moe_export.export.spelling_numbers import NUMBER_RULES
 
 _aten = torch.ops.aten
@@ -69,6 +70,7 @@ def _masked_select(node: fx.Node) -> None:
 
 _RULES: dict[object, Callable[[fx.Node], None]] = {
     **NUMBER_RULES,
+    **LOG_RULES,
     _aten.amax.default: _all_axes,
     _aten.amin.default: _all_axes,
     _aten.sort.stable: _stable_sort,

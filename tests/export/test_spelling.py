@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class Calls(nn.Module):
@@ -51,3 +52,19 @@ def test_a_stable_sort_is_stable(tools, descending):
         torch.zeros(2, 3, dtype=torch.int64),
     )
     tools.equal(graph, torch.randint(0, 3, (4, 200)))
+
+
+class Logarithms(nn.Module):
+    def forward(self, x, y):
+        small = torch.expm1(x * 1e-7) * 1e7
+        return F.logsigmoid(x), torch.logaddexp(x, y), torch.logaddexp(x[0], y), small, torch.expm1(x / 200)
+
+
+def test_logarithms_of_what_no_float_holds(tools):
+    x = torch.tensor([[-1e4, -90, -17, -1e-3, 0], [1e-3, 20, 90, 1e4, -torch.inf]])
+    y = torch.tensor([[-1e4, 80, -3, 2e-3, 0], [-1e3, 20, 91, 1e4, -torch.inf]])
+    graph = tools.graph(Logarithms(), x, y)
+    wanted = [each.double() for each in Logarithms()(x.double(), y.double())]
+    found = tools.run(graph.model, x=x, y=y)
+    for one, other in zip(wanted, found.values(), strict=True):
+        torch.testing.assert_close(torch.as_tensor(other).double(), one, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,80 @@
+"""Logarithms and exponentials whose forms in the exporter give infinity, or lose all digits, where PyTorch does not.
+
+    logsigmoid(x)     log(sigmoid(x)), -inf below -88      → -softplus(-x)
+    logaddexp(a, b)   log(exp(a) + exp(b)), inf above 88   → logsumexp of both
+    expm1(x)          exp(x) - 1, 0 below 6e-8             → 2 t / (1 - t) of t = tanh(x / 2), near 0
+
+A gate that is closed far enough (`exp(logsigmoid(x) / 16)`) would be shut for good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+_aten = torch.ops.aten
+
+_NEAR = 0.5
+
+
+def _log_sigmoid(node: fx.Node) -> None:
+    value = node.args[0]
+    before = _Before(node)
+    positive = before(_aten.softplus.default, before(_aten.neg.default, value))
+    node.target, node.args, node.kwargs = _aten.neg.default, (positive,), {}
+
+
+def _log_add_exp(node: fx.Node) -> None:
+    first, second = node.args
+    before = _Before(node)
+    if _shape(first) != _shape(second):  # a zero of the other's shape: infinities stay what they are
+        first, second = (
+            before(_aten.add.Tensor, value, before(_aten.zeros_like.default, other))
+            for value, other in ((first, second), (second, first))
+        )
+    both = before(_aten.stack.default, [first, second])
+    node.target, node.args, node.kwargs = _aten.logsumexp.default, (both, [0]), {}
+
+
+def _exp_minus_one(node: fx.Node) -> None:
+    value = node.args[0]
+    before = _Before(node)
+    half = before(_aten.tanh.default, before(_aten.mul.Scalar, value, 0.5))
+    near = before(
+        _aten.div.Tensor,
+        before(_aten.mul.Scalar, half, 2.0),
+        before(_aten.rsub.Scalar, half, 1.0),
+    )
+    far = before(_aten.sub.Scalar, before(_aten.exp.default, value), 1.0)
+    is_near = before(_aten.lt.Scalar, before(_aten.abs.default, value), _NEAR)
+    node.target, node.args, node.kwargs = _aten.where.self, (is_near, near, far), {}
+
+
+class _Before:
+    """Writes nodes in front of one, of the same line, with the value that each has in the trace."""
+
+    def __init__(self, node: fx.Node) -> None:
+        self._node = node
+
+    def __call__(self, target: Callable[..., Any], *args: Any) -> fx.Node:
+        node = self._node
+        with node.graph.inserting_before(node):
+            made = node.graph.call_function(target, args)
+        made.meta.update(node.meta)
+        values = fx.map_arg(args, lambda argument: argument.meta["val"])
+        made.meta["val"] = target(*values)
+        return made
+
+
+def _shape(value: Any) -> list[str]:
+    return [str(size) for size in value.meta["val"].shape]
+
+
+LOG_RULES: dict[object, Callable[[fx.Node], None]] = {
+    _aten.log_sigmoid.default: _log_sigmoid,
+    _aten.logaddexp.default: _log_add_exp,
+    _aten.expm1.default: _exp_minus_one,
+}
