@@ -34,6 +34,7 @@ Mode = Literal["auto", "scan", "chunked", "unrolled"]
 # loop with a stride.
 _TRACED = ((8, 9, 11), (15, 16, 18, 21), (64, 128, 192, 256))
 _LONG = 20  # a trace at lengths above is only made of a model that takes no shorter ones
+_MOST_AGAIN = 4000  # operators of a trace at further lengths, where shorter ones showed no loop: a minute
 _PROVED = (1, 2, 3, 5, 13)
 
 
@@ -101,8 +102,11 @@ def _folded(subject: Subject, request: DimRequest, length: Length) -> Recurrent:
     for sizes in _TRACED:
         with quiet():
             examples = {size: length.resized(subject.inputs, size) for size in sizes}
-            if any(operators(subject, example) is None for example in examples.values()):
+            counts = [operators(subject, example) for example in examples.values()]
+            if None in counts:
                 continue
+            if refusal is not None and max(count or 0 for count in counts) > _MOST_AGAIN:
+                break
         try:
             return _folded_at(subject, request, length, examples)
         except NoLoopError as error:
