@@ -122,11 +122,10 @@ def _check_output(text: str, left: Sequence[Sequence[Token]], right: Sequence[To
     for token in right:
         where = pointed(text, token.column)
         if token.label not in known:
-            names = ", ".join(sorted(known - {ELLIPSIS})) or "none"
             raise EquationError(
                 f"label {token.label!r} is in the output, and no operand has it",
                 where=where,
-                hint=f"the operands' labels are: {names}",
+                hint=_known_labels(text, token.label, known - {ELLIPSIS}),
             )
         if token.label in seen:
             raise EquationError(
@@ -135,6 +134,15 @@ def _check_output(text: str, left: Sequence[Sequence[Token]], right: Sequence[To
                 hint="name each axis of the result once; a diagonal can be read, not written",
             )
         seen.add(token.label)
+
+
+def _known_labels(text: str, label: str, known: set[str]) -> str:
+    hint = f"the operands' labels are: {', '.join(sorted(known)) or 'none'}"
+    if label.swapcase() in known:
+        hint += "; capitals and small letters are different labels"
+    elif " " not in text and any("_" in each for each in known):
+        hint += "; with such names a word is one label, as in einops"
+    return hint
 
 
 def _spell(sublist: Sequence[object]) -> str:

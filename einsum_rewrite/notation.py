@@ -64,7 +64,7 @@ def deduce(text: str, ranks: Sequence[int] | None = None) -> Notation:
     if as_torch == as_einops:
         return "torch"
     if ranks is not None and _fits(as_torch, ranks) != _fits(as_einops, ranks):
-        return "torch" if _fits(as_torch, ranks) else "einops"
+        return "torch" if _fits(as_torch, ranks) or not _knows_its_output(text) else "einops"
     words = [term.split() for term in re.split(r",|->", text)]
     spaced = any(len(term) > 1 for term in words)
     long = any(word != ELLIPSIS and len(word) > 1 for term in words for word in term)
@@ -82,6 +82,12 @@ def _try(text: str, notation: Notation) -> list[list[str]] | None:
     except EquationError:
         return None
     return [[token.label for token in term] for term in left]
+
+
+def _knows_its_output(text: str) -> bool:
+    """Whether every word behind the arrow stands before it, too."""
+    left, right = tokenize(text, "einops")
+    return {token.label for token in right or []} <= {token.label for term in left for token in term}
 
 
 def _fits(terms: list[list[str]], ranks: Sequence[int]) -> bool:
@@ -128,12 +134,27 @@ def _words(text: str, start: int, stop: int) -> list[Token]:
 
 def _stray(text: str, column: int, rule: str) -> EquationError:
     char = text[column]
-    if char == ".":
+    if "einsum(" in text:
+        rule = "give the equation alone, without the call around it"
+    elif char == ".":
         rule = "an ellipsis is three dots in a row: '...'"
-    elif char in "->":
-        rule = "there is one '->', between the operands and the output"
-    elif char in "()":
-        rule = "einsum has no axes in parentheses: reshape (or einops.rearrange) the operand first"
+    elif char in _MEANT:
+        rule = _MEANT[char]
+    elif char == "1" and text[column - 1 : column + 2].strip() == "1":
+        rule = "an axis is a name such as `b` or `d_in`; one of size 1 needs a name, too, or is squeezed first"
     elif rule.startswith("a label") and (char.isdigit() or char == "_"):
         rule += "; names such as `d_in` are einops notation, where the pattern comes last"
     return EquationError(f"{char!r} has no meaning here", where=pointed(text, column), hint=rule)
+
+
+_MEANT = {
+    **dict.fromkeys("->", "there is one '->', between the operands and the output"),
+    **dict.fromkeys(
+        "()", "einsum has no axes in parentheses: reshape (or einops.rearrange) the operand first"
+    ),
+    **dict.fromkeys("→⇒=", "the result's labels follow '->'"),
+    **dict.fromkeys(";|*@", "the operands' labels are separated by ','"),
+    **dict.fromkeys("'\"`", "give the equation alone, without quotes"),
+    "…": "an ellipsis is three dots in a row: '...'",
+}
+"""What a sign that has no place in an equation is likely to be meant for."""

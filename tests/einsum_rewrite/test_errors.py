@@ -141,7 +141,7 @@ an einops pattern must contain '->'
 '1' has no meaning here
   where: a 1 -> a
            ^
-  hint: an axis is a name such as `b` or `d_in`""",
+  hint: an axis is a name such as `b` or `d_in`; one of size 1 needs a name, too, or is squeezed first""",
     ),
     (
         lambda: einsum(_zeros(2, 3), "batch dim -> heads"),
@@ -230,3 +230,41 @@ def test_torch_refuses_the_same(text: str, shapes: list[tuple[int, ...]]) -> Non
         einsum(text, *operands)
     with pytest.raises(RuntimeError):
         torch.einsum(text, *operands)
+
+
+@pytest.mark.parametrize(
+    ("equation", "column", "hint"),
+    [
+        ("ij;jk->ik", 2, "the operands' labels are separated by ','"),
+        ("ij,jk\u2192ik", 5, "the result's labels follow '->'"),
+        ("b \u2026 d, d n -> b n", 2, "an ellipsis is three dots in a row: '...'"),
+        ("torch.einsum('ij,jk->ik', a, b)", 5, "give the equation alone, without the call around it"),
+        ("'ij,jk->ik'", 0, "give the equation alone, without quotes"),
+        (
+            "b 1 d, d n -> b n",
+            2,
+            "an axis is a name such as `b` or `d_in`; one of size 1 needs a name, too, or is squeezed first",
+        ),
+        (
+            "bk,kd->bK",
+            8,
+            "the operands' labels are: b, d, k; capitals and small letters are different labels",
+        ),
+        (
+            "i_j,jk->ik",
+            8,
+            "the operands' labels are: i_j, jk; with such names a word is one label, as in einops",
+        ),
+    ],
+)
+def test_what_was_meant(equation: str, column: int, hint: str) -> None:
+    with pytest.raises(EquationError) as caught:
+        plan_einsum(equation)
+    assert caught.value.where == f"{equation}\n{' ' * (len('where: ') + column)}^"
+    assert caught.value.hint == hint
+
+
+def test_ranks_that_fit_no_reading_are_said_of_the_usual_one() -> None:
+    """One axis an operand would be words, `ij` and `jk`, but then nobody has an `ik`."""
+    with pytest.raises(EquationError, match="operand 0 has 1 dimension but its subscript names 2"):
+        plan_einsum("ij,jk->ik", (2,), (3,))
