@@ -238,6 +238,14 @@ class GrowingCat(nn.Module):
         return ys
 
 
+class LogSpace(nn.Module):
+    """minGRU's scan: h(t) = a(t) h(t - 1) + b(t) by sums of logarithms."""
+
+    def forward(self, x: Tensor, gate: Tensor) -> Tensor:
+        decay = torch.cumsum(-F.softplus(4 * gate), dim=1)
+        return torch.exp(decay + torch.logcumsumexp(x - F.softplus(-4 * gate) - decay, dim=1))
+
+
 class TimeFirst(nn.Module):
     """(l, b, d), a row of weights a step from a table of 300, and the last state alone."""
 
@@ -334,6 +342,7 @@ LOOPS: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "in_place": (InPlace(), (x, randn(B, L, D) + 1)),
     "kept_buffer": (KeptBuffer(), (x,)),
     "accumulated": (Accumulated(), (x,)),
+    "log_space": (LogSpace(), (x, randn(B, L, D))),
     "backwards": (Backwards(), (x,)),
     "both_ways": (BothWays(), (x,)),
     "strided": (Strided(), (x,)),
