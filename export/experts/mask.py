@@ -60,10 +60,10 @@ def marks_of(node: fx.Node) -> Marks | None:
     if not isinstance(source, fx.Node):
         return None
     if target is _aten.one_hot.default:
-        axes = _index_axes(source)
+        axes = index_axes(source)
         return Marks(source, (*axes, "expert")) if axes else None
     if target is _aten.eq.Scalar and isinstance(node.args[1], int):
-        axes = _index_axes(source)
+        axes = index_axes(source)
         if axes:
             return Marks(source, axes, node.args[1])
     if target in _SCATTERS and node.args[1:] in ((1, node.args[2], 1), (-1, node.args[2], 1)):
@@ -81,7 +81,7 @@ def _scattered(node: fx.Node) -> Marks | None:
     base, indices = node.args[0], node.args[2]
     assert isinstance(base, fx.Node)
     assert isinstance(indices, fx.Node)
-    if base.target not in _ZEROS or _index_axes(indices) != ("token", "slot"):
+    if base.target not in _ZEROS or index_axes(indices) != ("token", "slot"):
         return None
     return Marks(indices, ("token", "expert"))
 
@@ -105,12 +105,7 @@ def _masked(node: fx.Node) -> Marks | None:
 def _among(node: fx.Node, source: fx.Node, inner: Marks) -> fx.Node | None:
     """In `(indices == e) & kept`: what the marks of one expert are taken from, the same for each of them."""
     others = [each for each in node.all_input_nodes if each is not source]
-    if (
-        not inner.exact
-        or inner.expert is None
-        or inner.axes != _index_axes(inner.indices)
-        or len(others) != 1
-    ):
+    if not inner.exact or inner.expert is None or inner.axes != index_axes(inner.indices) or len(others) != 1:
         return None
     value = others[0].meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dtype is not torch.bool:
@@ -185,8 +180,15 @@ def _reduced(node: fx.Node, inner: Marks) -> Marks | None:
     return dataclasses.replace(inner, axes=left)
 
 
-def _index_axes(node: fx.Node) -> tuple[str, ...]:
+def index_axes(node: fx.Node) -> tuple[str, ...]:
+    """What the axes of chosen experts run over: slots, where the last size is a number, and tokens, along several axes
+    perhaps; nothing for what is no integers.
+    """
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dtype.is_floating_point or value.dtype is torch.bool:
         return ()
-    return {1: ("token",), 2: ("token", "slot")}.get(value.dim(), ())
+    if not value.dim():
+        return ()
+    slots = value.dim() > 1 and str(value.shape[-1]).isdigit()
+    tokens = value.dim() - slots
+    return ("token",) * tokens + ("slot",) * slots

@@ -20,6 +20,7 @@ from torch.onnx.ops import _symbolic_impl
 
 from moe_export.export.experts.batch import trace_body
 from moe_export.export.experts.body import ZEROS, Experts, NotExpertsError, check_rows
+from moe_export.export.experts.flat_tokens import with_flat_tokens
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.gates.gate import values_of
 from moe_export.export.tracing import Traced, quiet
@@ -62,7 +63,7 @@ class Placed:
 def place_experts(traced: Traced) -> Placed:
     """Find the MoE blocks of a model and replace each by one opaque node; refuse with a reason what is not one."""
     blocks: list[Block] = []
-    found, reasons = find_experts(traced.program.graph)
+    traced, found, reasons = _found(traced)
     refused = list(reasons)
     # The model runs once for all blocks: a run a block would take as many runs as there are layers.
     nodes = tuple(dict.fromkeys(node for experts in found for node in _examples(experts)))
@@ -77,6 +78,20 @@ def place_experts(traced: Traced) -> Placed:
         return Placed(traced, (), tuple(refused))
     program = _with_nodes(traced.program, [block.experts for block in blocks])
     return Placed(dataclasses.replace(traced, program=program), tuple(blocks), tuple(refused))
+
+
+def _found(traced: Traced) -> tuple[Traced, tuple[Experts, ...], tuple[str, ...]]:
+    """The blocks of a model, and why others are none; the model has flat tokens where that shows more of them."""
+    found, refused = find_experts(traced.program.graph)
+    module = with_flat_tokens(traced.program)
+    if module is not None:
+        program = _with_module(traced.program, module)
+        more, others = find_experts(program.graph)
+        if len(more) > len(found):
+            return dataclasses.replace(traced, program=program), more, others
+        if not found and not refused:
+            return traced, (), others
+    return traced, found, refused
 
 
 def _examples(experts: Experts) -> tuple[fx.Node, ...]:
@@ -133,6 +148,11 @@ def _with_nodes(program: ExportedProgram, blocks: Sequence[Experts]) -> Exported
     twins = dict(zip(program.graph.nodes, module.graph.nodes, strict=True))
     for number, experts in enumerate(blocks):
         _replace(module.graph, experts, number, twins)
+    return _with_module(program, module)
+
+
+def _with_module(program: ExportedProgram, module: fx.GraphModule) -> ExportedProgram:
+    """The program with a changed copy of its module, in which nothing is left that nobody uses."""
     signature = copy.deepcopy(program.graph_signature)
     outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
     for spec, node in zip(signature.output_specs, outputs, strict=True):
