@@ -43,6 +43,13 @@ def untranslated(error: Exception) -> NotExportableError:
             where=where,
             hint="write that line with other PyTorch operators",
         )
+    numbers = _sizes_for_numbers(node) if "attribute type" in last else []
+    if numbers:
+        return NotExportableError(
+            f"operator {name} takes {' and '.join(numbers)} as a number, and here a size that may change decides it",
+            where=where,
+            hint="fix that size: --static, or --static with --dynamic for those that stay free",
+        )
     return NotExportableError(
         f"operator {name} could not be translated to ONNX: {last.partition(' Signature:')[0][:300]}",
         where=where,
@@ -70,6 +77,19 @@ def _node_in(error: BaseException) -> fx.Node | None:
 def _is_complex(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.is_complex()
+
+
+def _sizes_for_numbers(node: fx.Node) -> list[str]:
+    """The arguments of an operator that are computed from sizes, by their names."""
+    schema = getattr(node.target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    symbols = (torch.SymInt, torch.SymFloat)
+    return [
+        f"'{name}'"
+        for name, value in given.items()
+        if isinstance(value, fx.Node) and isinstance(value.meta.get("val"), symbols)
+    ]
 
 
 def _operator(node: fx.Node) -> str:

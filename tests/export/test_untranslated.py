@@ -85,3 +85,19 @@ def test_complex_numbers_are_named_and_not_what_stands_for_a_loop(tools):
     with pytest.raises(NotExportableError, match="complex numbers have no ONNX form") as caught:
         tools.graph(Turning(), torch.randn(2, 6, 4))
     assert "test_untranslated.py:" in str(caught.value.where)
+
+
+def test_a_number_that_a_free_size_decides(tools):
+    class OwnKernels(nn.Module):
+        def forward(self, x):
+            kernels = x.mean((2, 3), keepdim=True)
+            return nn.functional.conv2d(
+                x.flatten(0, 1)[None], kernels.flatten(0, 1)[:, None], groups=x.shape[0] * 2
+            )
+
+    with pytest.raises(
+        NotExportableError, match=r"conv2d takes 'groups' as a number, and .* may change"
+    ) as caught:
+        tools.graph(OwnKernels(), torch.randn(3, 2, 4, 4))
+    assert "conv2d(" in caught.value.where
+    assert "--static" in caught.value.hint
