@@ -6,12 +6,13 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from moe_export.export.experts.body import Experts, NotExpertsError, Surroundings, understand
+from moe_export.export.experts.body import Experts, NotExpertsError, Surroundings
 from moe_export.export.experts.capacity import find_capacity
 from moe_export.export.experts.choice import experts_of
 from moe_export.export.experts.dense import find_dense
 from moe_export.export.experts.find import find_chains
 from moe_export.export.experts.pairs import Loop, find_roots, understand_pairs
+from moe_export.export.experts.slot_loops import understand_loops
 
 
 def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]:
@@ -49,7 +50,8 @@ def _loops(graph: fx.Graph, refused: list[str]) -> dict[fx.Node, Loop]:
     around = Surroundings.of(graph, chains)
     for chain in chains:
         try:
-            loops[chain.turns[-1].after] = Loop(understand(chain, around), chain.through)
+            for part, experts in understand_loops(chain, around):
+                loops[part.turns[-1].after] = Loop(experts, part.through)
         except NotExpertsError as error:
             refused.append(_stays("loop over", chain.line, str(error)))
     return loops

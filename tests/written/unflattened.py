@@ -116,4 +116,51 @@ class LookedMatmul(Looked):
         return rows.squeeze(-2).relu() * weight.unsqueeze(-1)
 
 
-LINES = (BooleanMask, Places, Tuple, Top1, Looked, LookedMatmul)
+class SlotsOutside(Kept):
+    """First all experts for the first choice, then for the second."""
+
+    def forward(self, x):
+        weights, indices = self.chosen(x)
+        out = torch.zeros_like(x)
+        for slot in range(self.slots):
+            for number, expert in enumerate(self.experts):
+                mask = indices[..., slot] == number
+                if mask.any():
+                    out[mask] += weights[..., slot][mask].unsqueeze(-1) * expert(x[mask])
+        return out
+
+
+class SlotsInside(Kept):
+    """An expert's rows, choice by choice, on flat tokens; weights with an axis of their own, and in another type."""
+
+    def forward(self, x):
+        flat = x.reshape(-1, x.shape[-1])
+        weights, indices = self.chosen(flat)
+        out = torch.zeros_like(flat)
+        for number, expert in enumerate(self.experts):
+            for slot in range(self.slots):
+                mask = indices[:, slot] == number
+                if mask.sum() > 0:
+                    out[mask] += weights[:, slot].double()[:, None].float()[mask] * expert(flat[mask])
+        return out.view(x.shape)
+
+
+class TwoGates(Kept):
+    """A choice of each of two gates, the second one's half as much."""
+
+    def __init__(self, slots: int = 2, second: float = 1.0) -> None:
+        super().__init__(slots)
+        self.other, self.second = nn.Linear(FEATURES, EXPERTS), second
+
+    def forward(self, x):
+        out = torch.zeros_like(x)
+        for gate, scale in ((self.gate, 1.0), (self.other, self.second)):
+            weight, index = gate(x).softmax(-1).max(-1)
+            for number, expert in enumerate(self.experts):
+                mask = index == number
+                if mask.any():
+                    out[mask] += weight[mask].unsqueeze(-1) * (expert(x[mask]) * scale)
+        return out
+
+
+LINES = (BooleanMask, Places, Tuple, Top1, Looked, LookedMatmul, SlotsOutside, SlotsInside, TwoGates)

@@ -51,3 +51,16 @@ def test_what_is_no_part_of_the_experts_keeps_its_axes(tools, tmp_path):
     (found, found_load) = runner.run({runner.inputs[0].name: x.numpy()}).values()
     np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(found_load, load.numpy(), rtol=1e-6)
+
+
+def test_slots_that_compute_something_else_are_blocks_of_their_own(tools, tmp_path):
+    """The second gate's rows count half."""
+    module = unflattened.TwoGates(second=0.5).eval()
+    graph, runner = exported(tools, tmp_path, module, torch.randn(2, 5, unflattened.FEATURES))
+    assert len([note for note in graph.notes if "4 experts at" in note and "lowered as" in note]) == 2
+    assert not any("stays as it was written" in note for note in graph.notes)
+    x = torch.randn(3, 4, unflattened.FEATURES)
+    with torch.no_grad():
+        wanted = module(x).numpy()
+    (found,) = runner.run({graph_input(runner): x.numpy()}).values()
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)

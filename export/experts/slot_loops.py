@@ -1,0 +1,152 @@
+"""Loops over slots and experts, in either order: `for j in range(k): for e in ...: out[idx[:, j] == e] += ...`.
+
+```
+turns ─▶ those of one slot, idx[:, j] ─▶ `understand` ─▶ one block a slot, all alike ─▶ one block, indices (N, k)
+```
+Each slot's turns are a loop over experts with indices (N,). They are one block if the slots use the same weights and
+compute the same; what they read for themselves, `w[:, j]`, becomes a value (N, k, ...) of which a pair reads its own.
+
+Letters: N tokens, k slots, E experts.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.body import Experts, NotExpertsError, Surroundings, understand
+from moe_export.export.experts.find import Chain, Turn
+from moe_export.export.experts.rows import arguments, rank_of, shape_of
+from moe_export.export.source import line_of
+
+_aten = torch.ops.aten
+_ALL = 2**63 - 1
+_ROWS = 3  # of a body's arguments: token, slot, expert
+
+
+def understand_loops(chain: Chain, around: Surroundings) -> list[tuple[Chain, Experts]]:
+    """Find out what a chain computes; see `understand`.
+
+    Returns:
+        One block, and its turns; one after the other where slots that follow each other are not alike.
+
+    Raises:
+        NotExpertsError: The experts, or the slots, differ in more than they may; says why.
+    """
+    slots: dict[fx.Node, list[Turn]] = {}
+    for turn in chain.turns:
+        slots.setdefault(around.twins[turn.selection.marks.indices], []).append(turn)
+    if len(slots) == 1 or any(rank_of(indices) != 1 for indices in slots):
+        return [(chain, understand(chain, around))]
+    if any(turn.through is not None for turn in chain.turns):
+        raise NotExpertsError("the experts are chosen by different indices, and their rows are lined up")
+    if any(turn.overwrites for turn in chain.turns):
+        raise NotExpertsError("rows are overwritten, not added to, and a token may have several experts")
+    parts = [Chain(tuple(turns)) for turns in slots.values()]
+    blocks = [understand(part, around) for part in parts]
+    try:
+        return [(chain, _joined(blocks, chain, around.twins))]
+    except NotExpertsError:
+        if [turn for part in parts for turn in part.turns] != list(chain.turns):
+            raise
+        return list(zip(parts, blocks, strict=True))
+
+
+def _joined(blocks: Sequence[Experts], chain: Chain, twins: Mapping[fx.Node, fx.Node]) -> Experts:
+    """One block of those of all slots."""
+    first = blocks[0]
+    for slot, block in enumerate(blocks):
+        if (block.count, block.weights) != (first.count, first.weights):
+            raise NotExpertsError(f"slot {slot} uses other experts than slot 0")
+        if _text(block.body) != _text(first.body):
+            raise NotExpertsError(f"slot {slot} computes something else than slot 0, at {block.line}")
+    columns = [tuple(column) for column in zip(*(block.shared for block in blocks), strict=True)]
+    own = [place for place, column in enumerate(columns) if len(set(column)) > 1]
+    body = _for_pairs(first.body, own)
+    shared = [
+        _over_slots(column, twins) if place in own else column[0] for place, column in enumerate(columns)
+    ]
+    return dataclasses.replace(
+        first,
+        indices=_over_slots([block.indices for block in blocks], twins),
+        body=body,
+        shared=tuple(shared),
+        start=chain.turns[0].before,
+        result=chain.turns[-1].after,
+        line=chain.line,
+    )
+
+
+def _text(body: fx.GraphModule) -> list[str]:
+    """A body as text, whatever its nodes are called."""
+    names = {node: f"%{place}" for place, node in enumerate(body.graph.nodes)}
+    return [str((str(node.target), fx.map_arg((node.args, node.kwargs), names.get))) for node in names
+            if node.op != "placeholder"]  # fmt: skip
+
+
+def _for_pairs(body: fx.GraphModule, own: Sequence[int]) -> fx.GraphModule:
+    """A body whose shared values at these places have an axis of slots behind that of the tokens."""
+    body = copy.deepcopy(body)
+    placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+    token, slot = placeholders[:2]
+    for place in own:
+        value = placeholders[_ROWS + place]
+        for user in list(value.users):
+            if user.target is not _aten.index.Tensor or list(arguments(user)[1]) != [token]:
+                where = line_of(user.meta.get("stack_trace"))
+                raise NotExpertsError(f"a slot reads more than its own tokens' rows of a value, at {where}")
+            user.args = (value, [token, slot])
+    body.recompile()
+    return body
+
+
+def _over_slots(column: Sequence[fx.Node], twins: Mapping[fx.Node, fx.Node]) -> fx.Node:
+    """The values of each slot, (N, ...), as one (N, k, ...): where it was taken apart, or put together."""
+    first = column[0]
+    whole = _taken_apart(column, twins)
+    if whole is not None:
+        return whole
+    targets = {(node.target, repr((arguments(node)[1:], node.kwargs))) for node in column}
+    if len(targets) == 1 and first.target in (_aten.unsqueeze.default, _aten._to_copy.default):
+        sources = [arguments(node)[0] for node in column]
+        shift = first.target is _aten.unsqueeze.default
+        axes = arguments(first)[1:]
+        if not shift or axes[0] % (rank_of(first)) > 0:
+            moved = (axes[0] % rank_of(first) + 1,) if shift else axes
+            return _call(column, first.target, (_over_slots(sources, twins), *moved), first.kwargs)
+    return _call(column, _aten.stack.default, (list(column), 1), {})
+
+
+def _taken_apart(column: Sequence[fx.Node], twins: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+    """(N, k, ...) where each of the values is `whole[:, slot]`."""
+    whole = set()
+    for slot, node in enumerate(column):
+        if node.target is not _aten.select.int or arguments(node)[2] != slot:
+            return None
+        source, axis = arguments(node)[:2]
+        if axis % rank_of(source) != 1 or str(shape_of(source)[1]) != str(len(column)):
+            return None
+        while source.target is _aten.slice.Tensor and arguments(source)[1:] == (0, 0, _ALL):
+            source = arguments(source)[0]
+        whole.add(twins[source])
+    return whole.pop() if len(whole) == 1 else None
+
+
+def _call(
+    column: Sequence[fx.Node], target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> fx.Node:
+    """A node behind those that it takes."""
+    graph, like = column[0].graph, column[0]
+    taken: set[fx.Node] = set()
+    fx.map_arg(args, taken.add)
+    last = next(node for node in reversed(graph.nodes) if node in taken)
+    with graph.inserting_after(last):
+        made = graph.call_function(target, args, dict(kwargs))
+    values = fx.map_arg(args, lambda each: each.meta["val"])
+    made.meta = {**like.meta, "val": target(*values, **kwargs)}
+    return made
