@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moe_export.export.gates.choice import CARRIERS, Choice, as_choice
+from moe_export.export.gates.choice import CARRIERS, Choice, as_choice, is_part
 from moe_export.export.gates.region import ancestors, frontier, inside, scope_of, shape_of
 from moe_export.export.gates.tokens import as_token_choice
 from moe_export.export.gates.weights import weights_of
@@ -37,6 +37,8 @@ _DISPATCHERS = {
     _aten.index_select.default, _aten.index_put.default,
     _aten.searchsorted.Tensor, _aten.where.default, _aten.nonzero.default,
 }  # fmt: skip
+# What takes the choices of a token apart: first choices, second choices.
+_TAKES_APART = {_aten.chunk.default, _aten.split.Tensor, _aten.unbind.int}
 _COMPARISONS = {_aten.eq.Scalar, _aten.ne.Scalar}
 _LOOKUPS = {_aten.index.Tensor, _aten.index_select.default}
 # A model with one of these before its choice is more than a gate: a classifier, a language model.
@@ -89,8 +91,10 @@ def _carried(start: fx.Node) -> list[fx.Node]:
     """A value and everything that only rearranges it."""
     stack, seen = [start], {start: None}
     while stack:
-        for user in stack.pop().users:
-            if user.target in CARRIERS and user not in seen:
+        value = stack.pop()
+        apart = value.target in _TAKES_APART
+        for user in value.users:
+            if (user.target in CARRIERS | _TAKES_APART or (apart and is_part(user))) and user not in seen:
                 seen[user] = None
                 stack.append(user)
     return list(seen)
@@ -101,6 +105,8 @@ def _dispatches(choice: Choice) -> bool:
     uses = [(user, node) for node in _carried(choice.indices) for user in node.users]
     if any(user.target in _DISPATCHERS - _COMPARISONS and _sends(user, node) for user, node in uses):
         return True
+    if any(_picks_results(user, node, choice) for user, node in uses):
+        return True
     # A loop over experts compares with each of them; one comparison only asks for a certain index.
     compared = {user.args[1] for user, _ in uses if user.target in _COMPARISONS}
     return len(compared) > 1 or choice.experts == 1 == len(compared)
@@ -110,6 +116,16 @@ def _sends(user: fx.Node, indices: fx.Node) -> bool:
     """Experts are looked up in stacked weights, (e, d, f); a table of vectors, (e, d), is a vocabulary."""
     source = user.args[0]
     return user.target not in _LOOKUPS or source is indices or len(shape_of(source)) > 2
+
+
+def _picks_results(user: fx.Node, indices: fx.Node, choice: Choice) -> bool:
+    """`results.gather(1, indices)`: every expert computed every token, and rows are picked, (..., e, d)."""
+    if user.target is not _aten.gather.default or user.args[2] is not indices:
+        return False
+    sizes, axis = shape_of(user.args[0]), user.args[1]
+    assert isinstance(axis, int)
+    behind = axis % len(sizes) < len(sizes) - 1
+    return behind and len(sizes) > len(shape_of(choice.scores)) and sizes[axis] == str(choice.experts)
 
 
 def _is_returned_by_a_gate(choice: Choice) -> bool:

@@ -163,6 +163,31 @@ class Chooser(nn.Module):
         return indices, weights / weights.sum(-1, keepdim=True)
 
 
+class PicksResults(Softmax):
+    """All experts compute all tokens, and the results of those that were chosen are picked."""
+
+    def forward(self, x):
+        indices, weights = self.route(x)
+        results = torch.stack([expert(x) for expert in self.experts.experts], 1)  # (tokens, experts, width)
+        picked = results.gather(1, indices.unsqueeze(-1).expand(-1, -1, results.shape[-1]))
+        return (picked * weights.unsqueeze(-1)).sum(1)
+
+
+class ChoicesApart(Softmax):
+    """First and second choices are taken apart, as where each finds its slot."""
+
+    def forward(self, x):
+        scores = self.gate(x).softmax(-1)
+        parts = scores.topk(2, dim=-1).indices.chunk(2, dim=-1)
+        marks = [F.one_hot(part.view(-1), 4) for part in parts]
+        weights = [(scores * mark).sum(-1, keepdim=True) for mark in marks]
+        out = torch.zeros_like(x)
+        for mark, weight in zip(marks, weights, strict=True):
+            results = torch.stack([expert(x) for expert in self.experts.experts], -1)
+            out = out + (results * mark.unsqueeze(1)).sum(-1) * weight
+        return out
+
+
 class LogitsOutside(nn.Module):
     """The module that chooses is given the logits: the gate begins where they are computed."""
 
@@ -208,6 +233,7 @@ CASES = [
     ("groups, v2", InSubmodule(GroupLimited()), "gate", lambda m: m.gate, 8),
     ("switch", Switch(), "model", lambda m: single(m.route), 4),
     ("gshard", GShard(), "gate", lambda m: stacked(m.gate.choose), 4),
+    ("results picked", PicksResults(), "model", lambda m: m.route, 4),
     ("logits outside", Behind(LogitsOutside()), "moe", lambda m: lambda x: m.moe.chooser(m.moe.wg(x)), 4),
 ]
 
@@ -223,6 +249,12 @@ def test_the_gate_is_found_and_right_at_other_token_counts(tools, module, path, 
     assert len(gate.traced.inputs) == 1
     for tokens in TOKENS:
         tools.gate_equal(gate, eager(module), torch.randn(tokens, 8))
+
+
+def test_choices_that_are_taken_apart_are_of_one_gate(tools):
+    (gate,) = tools.gates(ChoicesApart().eval(), torch.randn(6, 8))
+    assert gate.path == "model"
+    assert gate.model.graph.outputs[0].name == "topk_idx"
 
 
 def test_its_line_and_its_number_of_experts(tools):
