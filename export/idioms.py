@@ -76,6 +76,25 @@ def _grouped_mm(rows: torch.Tensor, stack: torch.Tensor, *args: Any, **kwargs: A
     return torch.bmm(rows.unsqueeze(1), own).squeeze(1).to(kwargs.get("out_dtype") or rows.dtype)
 
 
+def _embedding_bag(
+    input: torch.Tensor, weight: torch.Tensor, offsets: Any = None, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """`embedding_bag` of bags of one size (B, k) → the rows looked up, weighted, and added up.
+
+    The exporter writes a loop over the bags, with sequences. A memory of product keys is read so.
+    """
+    names = ("max_norm", "norm_type", "scale_grad_by_freq", "mode", "sparse", "per_sample_weights")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    mode, weights = given.get("mode", "mean"), given.get("per_sample_weights")
+    plain = offsets is None and given.get("max_norm") is None and given.get("padding_idx") is None
+    if not plain or len(args) > len(names) or input.dim() != 2 or mode not in ("sum", "mean", "max"):
+        return torch.nn.functional.embedding_bag(input, weight, offsets, *args, **kwargs)
+    rows = torch.nn.functional.embedding(input, weight)  # (B, k, d)
+    if weights is not None:
+        rows = rows * weights.unsqueeze(-1)
+    return rows.sum(1) if mode == "sum" else rows.mean(1) if mode == "mean" else rows.amax(1)
+
+
 def _unsqueeze(tensor: torch.Tensor, dim: int) -> torch.Tensor:
     """`unsqueeze` of complex numbers, as rotary embeddings have them, → of pairs of real ones.
 
@@ -119,6 +138,7 @@ _IDIOMS: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.scaled_dot_product_attention: _attention,
     torch.nn.functional.grouped_mm: _grouped_mm,
     torch._grouped_mm: _grouped_mm,
+    torch.nn.functional.embedding_bag: _embedding_bag,
     torch.unsqueeze: _unsqueeze,
     torch.Tensor.unsqueeze: _unsqueeze,
     torch.Tensor.__getitem__: _item,

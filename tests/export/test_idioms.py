@@ -48,6 +48,20 @@ def test_experts_of_transformers_take_the_way_that_traces_and_are_put_back():
     assert moe.ExpertsInterface.get_interface is before
 
 
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_bags_of_one_size_are_rows_added_up(mode):
+    bags = nn.EmbeddingBag(9, 4, mode=mode)
+    indices, weights = torch.randint(0, 9, (3, 5)), torch.rand(3, 5) if mode == "sum" else None
+    expected = bags(indices, per_sample_weights=weights)
+    with traceable_idioms():
+        program = torch.export.export(
+            bags, (indices,), {"per_sample_weights": weights} if mode == "sum" else {}, strict=False
+        )
+    assert not any("embedding_bag" in str(node.target) for node in program.graph.nodes)
+    found = program.module()(indices, **({"per_sample_weights": weights} if mode == "sum" else {}))
+    torch.testing.assert_close(found, expected)
+
+
 def test_grouped_mm_is_each_row_times_its_own_matrix():
     rows, stack = torch.randn(7, 4), torch.randn(3, 4, 5)
     ends = torch.tensor([2, 2, 7], dtype=torch.int32)
