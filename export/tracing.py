@@ -226,6 +226,8 @@ def _export(
         computed = frozenset(names[index] for index in numbers[-1] if index < len(names))
         return program, computed, _first_line(first) if first else None
     assert first is not None
+    if isinstance(first, NotExportableError):
+        raise first
     raise NotExportableError(
         f"torch.export cannot trace {type(subject.module).__name__}: {_first_line(first)}",
         where=last_model_line(first) or str(subject.source),

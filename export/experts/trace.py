@@ -3,7 +3,8 @@
 An expert without tokens adds nothing, so skipping it saves time and changes no result; but a trace cannot branch
 on the data. Three questions are answered by what they ask about, never by where they stand:
 
-- `if mask.any():`, `if rows.numel() == 0: continue`, `if counts[e] > 0:` — the expert has tokens;
+- `if mask.any():`, `if rows.numel() == 0: continue`, `if counts[e] > 0:` — the expert has tokens; a mask of rows that
+  comes from no choice, `scores[:, e] > 0`, has some, too, if rows are then written by it (`rows_written`);
 - `for e in hit.nonzero():`, `.tolist()` of it — all experts are hit; `counts.tolist()` — each has some;
 - a number of rows that only the data knows — it is neither 0 nor 1.
 
@@ -26,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_export.export.experts.choice import experts_of
 from moe_export.export.experts.mask import marks_of
+from moe_export.export.experts.row_masks import is_mask_of_rows, rows_written
 from moe_export.export.experts.slices import Count, Counts, counts_of, joined, sliced, split
 
 _aten = torch.ops.aten
@@ -76,6 +78,7 @@ class _AllHit(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
+        self.asked: list[fx.Node] = []  # conditions on masks of rows, which were taken for true
         self._segments: dict[fx.Node, Counts] = {}
         self._lists: dict[
             fx.Node, torch.Tensor
@@ -97,7 +100,13 @@ class _AllHit(TorchFunctionMode):
         return result
 
     def truth(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _truth(_node_of(args[0]))
+        node = _node_of(args[0])
+        answer = _truth(node)
+        if answer is None and node is not None:
+            answer = _truth(node, is_mask_of_rows)
+            if answer is not None:
+                self.asked.append(node)
+        return answer
 
     def length(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return _LENGTH if _is_unknown(args[0].shape[:1]) else None
@@ -210,31 +219,32 @@ def _node_of(tensor: Any) -> fx.Node | None:
     return slot.proxy.node if slot is not None else None
 
 
-def _truth(node: fx.Node | None) -> bool | None:
+def _truth(node: fx.Node | None, is_mark: Callable[[fx.Node], bool] | None = None) -> bool | None:
     """Whether a condition holds for an expert that has tokens; None if it is no question about that."""
     if node is None:
         return None
     target, args = node.target, node.args
     if target is _aten.logical_not.default or target is _aten.bitwise_not.default:
-        inner = _truth(args[0])  # type: ignore[arg-type]
+        inner = _truth(args[0], is_mark)  # type: ignore[arg-type]
         return None if inner is None else not inner
     if target in _ABOVE and args[1] == 0:
-        return True if _is_amount(args[0]) else None
+        return True if _is_amount(args[0], is_mark) else None
     if target is _aten.ge.Scalar and args[1] == 1:
-        return True if _is_amount(args[0]) else None
+        return True if _is_amount(args[0], is_mark) else None
     if target is _aten.eq.Scalar and args[1] == 0:
-        return False if _is_amount(args[0]) else None
-    if _is_amount(node):
+        return False if _is_amount(args[0], is_mark) else None
+    if _is_amount(node, is_mark):
         return True
-    return _truth(args[0]) if target in _AS_ITS_SOURCE and isinstance(args[0], fx.Node) else None
+    return _truth(args[0], is_mark) if target in _AS_ITS_SOURCE and isinstance(args[0], fx.Node) else None
 
 
-def _is_amount(node: Any) -> bool:
+def _is_amount(node: Any, is_mark: Callable[[fx.Node], bool] | None = None) -> bool:
     """Whether a value says how many, or whether any, pairs chose an expert."""
+    is_mark = is_mark or _is_mark
     while isinstance(node, fx.Node):
         if node.target in _SOME:
             source = node.args[0]
-            return isinstance(source, fx.Node) and (_is_mark(source) or _is_amount(source))
+            return isinstance(source, fx.Node) and (is_mark(source) or _is_amount(source, is_mark))
         if node.target not in _AS_ITS_SOURCE:
             return False
         node = node.args[0]
@@ -302,8 +312,9 @@ def every_expert_hit() -> Iterator[list[str]]:
             answered.append(str(expression))
             return value
 
-    with _AllHit(), mock.patch.object(symbolic_shapes.ShapeEnv, "evaluate_expr", evaluate):
+    with _AllHit() as questions, mock.patch.object(symbolic_shapes.ShapeEnv, "evaluate_expr", evaluate):
         yield answered
+    rows_written(questions.asked)
 
 
 def _for_many_rows(env: Any, expression: Any) -> Any:
