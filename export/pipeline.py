@@ -114,7 +114,7 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
         folded = trace(recurrent.subject, options.dims)
         traced = recurrent.unrolled or folded  # gates are cut out of what has no marks of loops
         routings = find_routings(traced)
-    chosen = _choose(routings, options.gates)
+    chosen = choose(routings, options.gates, folded=recurrent.unrolled is not None)
     placed = place_experts(folded) if options.experts != "keep" else Placed(folded, (), ())
     whole = _graph("model", "model", subject, placed, options, step)
     whole = dataclasses.replace(whole, notes=(*recurrent.notes, *whole.notes))
@@ -137,8 +137,12 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     return tuple(graphs)
 
 
-def _choose(routings: tuple[Routing, ...], gates: bool | str) -> tuple[Routing, ...]:
+def choose(routings: tuple[Routing, ...], gates: bool | str, *, folded: bool) -> tuple[Routing, ...]:
+    """The gates to cut out: all, none, or one; of a gate in a loop that was folded, not every turn's."""
     if isinstance(gates, bool):
+        if folded:  # the trace has it once a turn: `cell`, `cell@1`, ...
+            first = {routing.path.partition("@")[0]: routing for routing in reversed(routings)}
+            routings = tuple(first.values())[::-1]
         return routings if gates else ()
     found = tuple(routing for routing in routings if routing.path == gates)
     if not found:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,8 +11,17 @@ import torch
 from torch import nn
 
 from moe_export.export.dims import DimRequest
-from moe_export.export.pipeline import Graph, as_numpy, describe, gate_dims, is_only_a_gate
+from moe_export.export.pipeline import Graph, as_numpy, choose, describe, gate_dims, is_only_a_gate
 from moe_export.export.tracing import Fixed, trace
+
+
+def test_a_gate_in_a_loop_is_cut_out_once():
+    paths = ["first", "cell", "cell@1", "cell@2", "last"]
+    routings = tuple(SimpleNamespace(path=path) for path in paths)
+    assert [routing.path for routing in choose(routings, True, folded=True)] == ["first", "cell", "last"]
+    assert [routing.path for routing in choose(routings, True, folded=False)] == paths
+    assert [routing.path for routing in choose(routings, "cell@2", folded=True)] == ["cell@2"]
+    assert choose(routings, False, folded=True) == ()
 
 
 def test_the_facts_in_a_graph(tools):
