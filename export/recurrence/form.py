@@ -35,7 +35,7 @@ class Form:
         moved = scaled + (f" {'-' if self.offset < 0 else '+'} {abs(self.offset)}" if self.offset else "")
         if self.divisor == 1:
             return moved
-        rounded = f"({moved}) // {self.divisor}"
+        rounded = f"({moved}) // {self.divisor}" if self.offset else f"{moved} // {self.divisor}"
         scaled = rounded if self.factor == 1 else f"{self.factor} * ({rounded})"
         return scaled + (f" {'-' if self.shift < 0 else '+'} {abs(self.shift)}" if self.shift else "")
 
@@ -46,6 +46,12 @@ def form_of(values: Mapping[int, int]) -> Form | None:
     Args:
         values: Length → value; at least three, so that the form is confirmed, not only drawn.
     """
+    (first, value), (last, other) = min(values.items()), max(values.items())
+    slope, rest = divmod(other - value, last - first)
+    if slope and not rest:
+        line = Form(slope, value - slope * first)
+        if all(line.at(length) == each for length, each in values.items()):
+            return line
     for divisor in range(1, _LARGEST_DIVISOR + 1):
         for slope in range(-_LARGEST_DIVISOR, _LARGEST_DIVISOR + 1):
             # value <= (slope * L + offset) / divisor < value + 1 bounds the offset at each length.

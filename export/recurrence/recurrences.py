@@ -33,9 +33,9 @@ Mode = Literal["auto", "scan", "chunked", "unrolled"]
 
 # Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
 # loop with a stride.
-_TRACED = ((8, 9, 11), (15, 16, 18, 21), (64, 128, 192, 256))
-_LONG = 20  # a trace at lengths above is only made of a model that takes no shorter ones
-_MOST_AGAIN = 4000  # operators of a trace at further lengths, where shorter ones showed no loop: a minute
+_TRACED = ((6, 7, 9), (8, 9, 11), (15, 16, 18, 21), (24, 32, 48), (64, 128, 192, 256))
+_LONG = 22  # a trace at lengths above is only made of a model that takes no shorter ones
+_MOST_AGAIN = 1500  # operators of a trace at further lengths, where shorter ones showed no loop: 20 s
 _PROVED = (1, 2, 3, 5, 13)
 
 
@@ -82,7 +82,8 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
     try:
         if subject.weights is not None and subject.weights.absent:
             raise LengthError("that is proved by running the model, and its weights are not in memory", None)
-        return _folded(subject, request, lengths[0])
+        done = _folded(subject, request, lengths[0])
+        return replace(done, notes=(*done.notes, *_staying(done, lengths[1:])))
     except LengthError as error:
         message = f"the loop over {_named(lengths[0])} cannot be folded: {error.reason}"
         if mode in ("scan", "chunked") or any(place in request.picked for place in lengths[0].axes):
@@ -92,6 +93,20 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
                 hint="rewrite the loop so that each step does the same, or fix the length: --recurrence unrolled",
             ) from error
         return Recurrent(subject, notes=(f"{message}{f' ({error.where})' if error.where else ''}",))
+
+
+def _staying(done: Recurrent, others: Sequence[Length]) -> list[str]:
+    """Notes on further lengths that are looped over, as the width of an image whose rows follow each other."""
+    if done.unrolled is None:
+        return []
+    shapes = done.unrolled.inputs
+    return [
+        f"{name}: length {shapes[name][axis]} is fixed (dimension {axis}): the loop runs over it, too, "
+        "and is folded over one length"
+        for other in others
+        for name, axis in other.axes
+        if isinstance(shapes[name][axis], int)
+    ]
 
 
 def _named(length: Length) -> str:
@@ -109,8 +124,10 @@ def _folded(subject: Subject, request: DimRequest, length: Length) -> Recurrent:
             if refusal is not None and max(count or 0 for count in counts) > _MOST_AGAIN:
                 break
         try:
-            return _folded_at(subject, request, length, examples)
-        except NoLoopError as error:
+            return _folded_at(subject, request, length, examples, again=refusal is not None)
+        except LengthError as error:
+            if not isinstance(error, NoLoopError) and sizes != _TRACED[0]:
+                raise
             refusal = refusal or error  # there may be too few turns of it at such lengths
             if max(sizes) > _LONG:
                 break
@@ -118,7 +135,12 @@ def _folded(subject: Subject, request: DimRequest, length: Length) -> Recurrent:
 
 
 def _folded_at(
-    subject: Subject, request: DimRequest, length: Length, examples: Mapping[int, Mapping[str, torch.Tensor]]
+    subject: Subject,
+    request: DimRequest,
+    length: Length,
+    examples: Mapping[int, Mapping[str, torch.Tensor]],
+    *,
+    again: bool,
 ) -> Recurrent:
     unpicked = replace(request, picked={})
     if request.static:
@@ -129,6 +151,12 @@ def _folded_at(
     first, *others = (
         replace(subject, inputs=example) for example in _same_elsewhere(subject, examples, unpicked)
     )
+    if again:  # a trace with free sizes takes longest
+        static = replace(unpicked, static=True, picked={})
+        repeats = [Repeats(straighten(trace(other, static).program)) for other in others[:2]]
+        find_loops(repeats)
+        if not repeats[0].loops:
+            raise _no_loop(repeats)
     traced = trace(first, unpicked)
     fixed = [(name, axis) for name, axis in length.axes if str(traced.inputs[name][axis]).isdigit()]
     if not fixed:

@@ -20,6 +20,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from moe_export.export.recurrence.operand import SIZE, known
+from moe_export.export.recurrence.repeated import indexed_anew
 
 aten = torch.ops.aten
 
@@ -39,20 +40,35 @@ class _Straightened:
         self.graph = fx.Graph()
         self._values: dict[fx.Node, Any] = {}
         self._sizes: dict[str, Any] = {}  # expression → node
+        self._made_once: dict[int, fx.Node] = {}
         nodes = list(program.graph.nodes)
+        self._anew = indexed_anew(nodes)
         for node in nodes:
             if node.op == "placeholder":
                 self._values[node] = self._copied(node)
         self._read_sizes(program, nodes)
         for node in nodes:
             if node not in self._values and not _is_assertion(node):
-                self._values[node] = self._size(node) or self._simplified(node) or self._copied(node)
+                self._values[node] = self._size(node) or self._simplified(node) or self._once(node)
         self.graph.eliminate_dead_code()
 
     def _copied(self, node: fx.Node) -> fx.Node:
         new = self.graph.node_copy(node, lambda source: self._values[source])
         new.meta = copy.copy(node.meta)
         return new
+
+    def _once(self, node: fx.Node) -> fx.Node:
+        """A copy; of what every turn computes anew, one behind what it is computed from, in front of the loop."""
+        value = self._anew.get(node)
+        if value is None:
+            return self._copied(node)
+        if value not in self._made_once:
+            last = max(self._values[source] for source in node.all_input_nodes)
+            if last.op == "placeholder":
+                last = [other for other in self.graph.nodes if other.op == "placeholder"][-1]
+            with self.graph.inserting_after(last):
+                self._made_once[value] = self._copied(node)
+        return self._made_once[value]
 
     def _read_sizes(self, program: ExportedProgram, nodes: list[fx.Node]) -> None:
         """One node for each symbol that is a size of an input."""

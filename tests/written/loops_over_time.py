@@ -246,6 +246,32 @@ class LogSpace(nn.Module):
         return torch.exp(decay + torch.logcumsumexp(x - F.softplus(-4 * gate) - decay, dim=1))
 
 
+class IndexedAnew(nn.Module):
+    """An axis is put in for every step anew, and the step is picked behind it."""
+
+    def forward(self, x: Tensor, k: Tensor) -> Tensor:
+        h = x.new_zeros(x.shape[0], D, D)
+        ys = []
+        for t in range(x.shape[1]):
+            h = 0.5 * h + x[:, t, None] * k.mT[:, :, None, t]
+            ys.append(h.sum(1))
+        return torch.stack(ys, dim=1)
+
+
+class Rows(nn.Module):
+    """Rows of an image after each other: the loop runs over height * width."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        batch, _, height, width = image.shape
+        x = image.flatten(2).mT
+        h = torch.zeros_like(x[:, 0])
+        ys = []
+        for t in range(height * width):
+            h = torch.tanh(0.5 * h + x[:, t])
+            ys.append(h)
+        return torch.stack(ys, 2).view(batch, -1, height, width)
+
+
 class TimeFirst(nn.Module):
     """(l, b, d), a row of weights a step from a table of 300, and the last state alone."""
 
@@ -343,6 +369,7 @@ LOOPS: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "kept_buffer": (KeptBuffer(), (x,)),
     "accumulated": (Accumulated(), (x,)),
     "log_space": (LogSpace(), (x, randn(B, L, D))),
+    "indexed_anew": (IndexedAnew(), (x, randn(B, L, D))),
     "backwards": (Backwards(), (x,)),
     "both_ways": (BothWays(), (x,)),
     "strided": (Strided(), (x,)),

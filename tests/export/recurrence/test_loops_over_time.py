@@ -111,6 +111,18 @@ def test_the_graph_does_not_depend_on_the_length_of_the_example(name: str) -> No
     assert len(sizes) == 1
 
 
+def test_a_loop_over_rows_of_an_image_holds_for_any_height_and_says_that_the_width_stays() -> None:
+    subject = subject_of(ways.Rows(), (ways.randn(ways.B, 2, 5, 3),))
+    graph = exported(subject)
+    assert graph.traced.inputs["image"] == ("batch", "image_dim1", "height", 3)
+    assert sum("image: length 3 is fixed" in note for note in graph.notes) == 1
+    assert sum("3 * L steps" in note for note in graph.notes) == 1
+    for batch, channels, height in ((1, 1, 1), (3, 2, 12)):
+        image = torch.randn(batch, channels, height, 3)
+        found = session(graph).run(None, {"image": image.numpy()})[0]
+        assert np.allclose(found, ways.Rows()(image).numpy(), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", list(refused.LOOPS))
 def test_a_loop_that_cannot_be_folded_says_why_and_where(name: str) -> None:
     module, inputs, reason, marker = refused.LOOPS[name]

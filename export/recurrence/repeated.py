@@ -1,0 +1,67 @@
+"""`indexed_anew`: what a loop computes anew in every turn, to read another place of it: it is the same value each time.
+
+for t in range(L):                       x.unsqueeze(2) is one value, made in front of the loop;
+    h = h + x[:, :, None, t]             turn t reads its place t
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_export.export.recurrence.period import LEAST_TURNS
+
+aten = torch.ops.aten
+_PLACES = (aten.select.int, aten.slice.Tensor, aten.unbind.int)
+
+
+def indexed_anew(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, int]:
+    """Nodes that compute the same value as others, of which other places are read; by a number for each value.
+
+    Args:
+        nodes: Of a graph in which nothing is changed in place.
+    """
+    values = _values(nodes)
+    times = Counter(values.values())
+    again = {node for node, value in values.items() if times[value] >= LEAST_TURNS}
+    found = set[fx.Node]()
+    for node in reversed(nodes):
+        if node in again and any(user.target in _PLACES or user in found for user in node.users):
+            found.add(node)
+    wanted = {values[node] for node in found}  # some turns may read it in another way
+    return {node: value for node, value in values.items() if value in wanted}
+
+
+def _values(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """A number for the value of each computation; the same for one operator on the same values."""
+    numbers: dict[Any, int] = {}
+    values: dict[fx.Node, int] = {}
+    for node in nodes:
+        key: Any = node
+        if node.op == "call_function" and node.all_input_nodes and not _is_random(node):
+            key = (node.target, *(_named(argument, values) for argument in (node.args, node.kwargs)))
+        values[node] = numbers.setdefault(key, len(numbers))
+    return {
+        node: value
+        for node, value in values.items()
+        if node.op == "call_function" and node.target not in _PLACES and node.all_input_nodes
+    }
+
+
+def _named(argument: Any, values: Mapping[fx.Node, int]) -> Any:
+    """Nested arguments as text, each node by the number of its value."""
+    if isinstance(argument, fx.Node):
+        return f"%{values[argument]}"
+    if isinstance(argument, Mapping):
+        return tuple((key, _named(value, values)) for key, value in argument.items())
+    if isinstance(argument, (tuple, list)):
+        return tuple(_named(value, values) for value in argument)
+    return repr(argument)
+
+
+def _is_random(node: fx.Node) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
