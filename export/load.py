@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,6 +36,9 @@ def load_subject(
 ) -> Subject:
     """Load the model that `spec` names.
 
+    Random numbers start anew, so that a file which makes its weights, and seeds nothing, makes the same ones when it is
+    loaded again to be verified.
+
     Args:
         spec: `model.py`, or `model.py:ClassName`.
         init: Arguments of the class, `name=value` (a Python literal; anything else is a string).
@@ -43,6 +48,26 @@ def load_subject(
     Raises:
         UsageError: There is no such file, it cannot be run, or no model (or no single one) is in it.
     """
+    with _same_numbers():
+        return _load(spec, init, inputs, memory)
+
+
+@contextmanager
+def _same_numbers() -> Iterator[None]:
+    """Seeds of Python, NumPy and PyTorch that are the same each time, and nobody else's."""
+    python, state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            random.seed(0)
+            np.random.seed(0)
+            torch.manual_seed(0)
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(state)
+
+
+def _load(spec: str, init: Sequence[str], inputs: Sequence[str], memory: int) -> Subject:
     path, name = split_spec(spec)
     source = _read(path)
     if name is not None:

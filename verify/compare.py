@@ -16,7 +16,7 @@ from moe_export.verify.routing import judge_routing
 from moe_export.verify.runner import Runner, one_line
 from moe_export.verify.specs import Array, RoutingPair
 from moe_export.verify.tolerance import FlipBudget, Tolerance
-from moe_export.verify.truth import last_digits, weigh
+from moe_export.verify.truth import judge_rounded, last_digits, weigh
 
 Outputs = Mapping[str, Array]
 
@@ -36,6 +36,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
     teller: Teller | None = None,
     about: Mapping[str, str] | None = None,
     narrow: str = "float32",
+    rounded: Runner | None = None,
 ) -> Report:
     """Compare `candidate` with `reference`.
 
@@ -55,6 +56,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
         teller: Runs a case that differs again under the reference's choices (see `choices`).
         about: Facts for the report.
         narrow: The narrowest type that the candidate computes in: what it may lose at the limits of a type.
+        rounded: The reference with weights of that type: how far they alone move an output (see `truth`).
 
     Returns:
         A report. A case that the reference refuses is recorded and proves nothing; one that only the
@@ -65,7 +67,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
             that the reference does not have.
         MissingBackendError: An engine has lost its device.
     """
-    judges = _Judges(tolerance or Tolerance(), routing, truth, teller, reference, narrow)
+    judges = _Judges(tolerance or Tolerance(), routing, truth, teller, reference, narrow, rounded)
     results: list[CaseResult] = []
     wanted = 1 + other_sizes
     start = time.perf_counter()
@@ -92,6 +94,7 @@ class _Judges:
     teller: Teller | None
     reference: Runner
     narrow: str
+    rounded: Runner | None
 
     def judge(self, case: Case, expected: Outputs, got: Outputs) -> tuple[Judgement, ...]:
         """By the outputs alone; where they differ, under the same choices; where they still do, by float64."""
@@ -106,7 +109,24 @@ class _Judges:
                 judged = (*_judge_all(expected, got, self.tolerance, self.routing), *moved)
         elif told is not None and case.regime in TIES and has_ties(told, self.tolerance):
             judged = tuple(row if row.ok else replace(row, reason=None, undecided=UNTOLD) for row in judged)
-        return self._weighed(case, judged, expected, got)
+        return self._weighed(case, self._with_room(case, judged, expected, got), expected, got)
+
+    def _with_room(
+        self, case: Case, judged: tuple[Judgement, ...], expected: Outputs, got: Outputs
+    ) -> tuple[Judgement, ...]:
+        """Judged with room for what rounding the weights does."""
+        wrong = {row.output for row in judged if not row.ok and row.kind == "float"}
+        if self.rounded is None or not wrong:
+            return judged
+        moved = _run(self.rounded, case, first=False)
+        if isinstance(moved, str):
+            return judged
+        return tuple(
+            judge_rounded(row, expected[row.output], got[row.output], moved.get(row.output), self.narrow)
+            if row.output in wrong
+            else row
+            for row in judged
+        )
 
     def _told(self, case: Case) -> Told | None:
         return None if self.teller is None else self.teller.tell(case.inputs)

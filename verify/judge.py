@@ -53,6 +53,8 @@ class Judgement:
         reference_off: The reference's largest distance from a float64 run; NaN if there was none.
         candidate_off: The candidate's.
         undecided: Why this case can say nothing of the output, either way; None if it can.
+        rounding: How far rounding the reference's weights to the candidate's type moves the output, where the
+            margin has room for it; 0 where it has not.
     """
 
     output: str
@@ -74,6 +76,7 @@ class Judgement:
     reference_off: float = float("nan")
     candidate_off: float = float("nan")
     undecided: str | None = None
+    rounding: float = 0.0
 
     @property
     def ok(self) -> bool:

@@ -64,7 +64,8 @@ _FLOATS = ("max_abs", "max_rel", "reference_off", "candidate_off")
 
 
 def _judgement(found: Mapping[str, Any]) -> Judgement:
-    known = {field.name: found[field.name] for field in fields(Judgement)}
+    known = {field.name: found[field.name] for field in fields(Judgement) if field.name != "rounding"}
+    known["rounding"] = found.get("rounding", 0.0)  # older reports of this version have none
     known |= {name: float(known[name]) for name in _FLOATS}  # NaN and Inf are strings in JSON
     if known["worst"] is not None:
         worst = known["worst"]

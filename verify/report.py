@@ -177,7 +177,7 @@ class Report:
                 c.label for c in self.compared if any(j.output == name and _all_nan(j) for j in c.judgements)
             ]
             found.append(f"output '{name}' of {self.reference} is NaN throughout at {_listed(labels)}")
-        return (*found, *self._undecided(), *self._imprecise())
+        return (*found, *self._undecided(), *self._imprecise(), *self._rounded())
 
     def _undecided(self) -> Iterator[str]:
         """Outputs that some case could not decide, by reason."""
@@ -200,6 +200,22 @@ class Report:
                             f"from a float64 run, {self.candidate} {j.candidate_off:.1e}"
                         )
                         break
+
+    def _rounded(self) -> Iterator[str]:
+        """Outputs whose margin has room for the rounding of weights."""
+        for row in self.rows:
+            found = [
+                (j.rounding, j.margin, case.label)
+                for case in self.compared
+                for j in case.judgements
+                if j.output == row.output and j.rounding and j.margin is not None
+            ]
+            if found:
+                moved, margin, label = max(found, key=lambda each: each[0])
+                yield (
+                    f"output '{row.output}' is judged by {margin} at {label}: rounding the weights alone moves it by "
+                    f"up to {moved:.1e}"
+                )
 
     def _blind(self) -> dict[str, bool]:
         """Outputs that are NaN throughout in some case → whether in all."""

@@ -9,6 +9,17 @@ sides. There the reference is no truth. So both are held against a float64 run o
     where the reference is NaN or Inf, the candidate is so too, or is about right by float64
 
 In ordinary cases nothing is excused: the report only says how far off each side is.
+
+A graph in half precision is held against the float32 model, whose outputs say nothing of what half precision costs:
+logits of 20 behind many layers lose more than a few roundings of 1. So the model runs with its weights rounded, and
+nothing else, and
+
+    s = 1.48 * the median of |reference with rounded weights - reference|, a standard deviation that a token which goes
+        to another expert does not move
+    a candidate is right where |candidate - reference| <= atol + rtol * |reference| + 16 s
+
+unless s itself is more than 2 roundings of the largest value: such a model is too sensitive to tell. 16 s are 4 times
+what the largest of some thousand elements is off: weights are rounded once, and values at each operator.
 """
 
 from __future__ import annotations
@@ -21,12 +32,13 @@ import ml_dtypes
 import numpy as np
 
 from moe_export.verify.inputs import Case
-from moe_export.verify.judge import Judgement
+from moe_export.verify.judge import Judgement, judge
 from moe_export.verify.regimes import largest_of
 from moe_export.verify.specs import Array, is_float, numpy_dtype
 from moe_export.verify.tolerance import Margin
 
 _ROOM = 4.0
+_ROUNDINGS, _DEVIATIONS = 2.0, 16.0
 _ANOTHER_WAY = (
     0.01  # a reference that is off by so much of the largest value took another branch, not another rounding
 )
@@ -70,6 +82,29 @@ def weigh(
     return found if _wrong(ref, ours, true, off, margin, reference.dtype) else _excused(found, None)
 
 
+def judge_rounded(
+    found: Judgement, reference: Array, candidate: Array, rounded: Array | None, narrow: str
+) -> Judgement:
+    """The judgement of an output that differs, with room for what rounding the weights alone does to it.
+
+    Args:
+        found: What was judged without it; not equal.
+        reference: The output, floats.
+        candidate: Likewise.
+        rounded: The reference's output with weights rounded to `narrow`; None if it has none.
+        narrow: The narrowest type that the candidate computes in.
+    """
+    if rounded is None or found.margin is None or rounded.shape != reference.shape:
+        return found
+    ref = reference.astype(np.float64)
+    moved = _deviation(rounded.astype(np.float64) - ref)
+    epsilon = float(ml_dtypes.finfo(numpy_dtype(narrow)).eps)  # type: ignore[no-untyped-call]
+    if moved > _ROUNDINGS * epsilon * _largest(ref):
+        return found
+    margin = Margin(found.margin.rtol, found.margin.atol + _DEVIATIONS * moved)
+    return replace(judge(found.output, reference, candidate, margin), rounding=moved)
+
+
 def last_digits(case: Case, narrow: str = "float32", runs: int = 4) -> Iterator[Case]:
     """The same inputs, each float changed by one rounding of its type, or of `narrow` if that is coarser."""
     for run in range(runs):
@@ -87,6 +122,12 @@ def _rounded_away(array: Array, generator: np.random.Generator, narrow: str) -> 
     factors = 1 + step * generator.choice([-1.0, 1.0], array.shape)
     with np.errstate(over="ignore", invalid="ignore"):
         return np.asarray((array.astype(np.float64) * factors).astype(array.dtype))
+
+
+def _deviation(differences: Array) -> float:
+    """The standard deviation of normal numbers with this median of their sizes."""
+    known = np.abs(differences[np.isfinite(differences)])
+    return 1.4826 * float(np.median(known)) if known.size else 0.0
 
 
 def _distance(values: Array, true: Array) -> float:

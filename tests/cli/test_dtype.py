@@ -115,3 +115,40 @@ def test_a_module_is_kept(command, write, texts, tmp_path):
     assert {value.dtype.name for value in graph.initializers.values() if value.dtype.is_floating_point()} == {
         "FLOAT"
     }
+
+
+LOGITS = """
+import torch
+from torch import nn
+
+
+class Logits(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(64, 48)
+
+    def forward(self, ids):
+        x = self.table(ids)
+        return (x * x.pow(2).mean(-1, keepdim=True).rsqrt()) @ self.table.weight.T
+
+
+torch.manual_seed(0)
+model = Logits()
+example_inputs = (torch.randint(0, 64, (2, 7)),)
+"""
+
+
+def test_large_outputs_are_judged_by_what_rounding_the_weights_does(command, tmp_path):
+    """Logits of 7 on average, some near 0: a few roundings of 1 are too few, and 1 % off is still too much."""
+    (tmp_path / "logits.py").write_text(LOGITS)
+    done = command("logits.py", "-o", "out", "--dtype", "float16", "--json")
+    assert done.code == 0, done.err
+    (graph,) = json.loads(done.out)["graphs"]
+    assert any(
+        "rounding the weights alone moves it by up to" in text for text in graph["verification"]["warnings"]
+    )
+    (tmp_path / "off.py").write_text(
+        LOGITS.replace("x = self.table(ids)", "x = 1.01 * self.table(ids) + 0.02")
+    )
+    wrong = command("verify", "out/logits.onnx", "--against", "off.py")
+    assert wrong.code == 1, wrong.out

@@ -318,3 +318,18 @@ def test_a_file_named_like_a_library(write, name, monkeypatch):
     path = write("import json\nmodel = nn.Linear(4, 4)\nexample_inputs = (torch.ones(2, 4),)\n", name)
     assert load_subject(str(path)).inputs["input"].shape == (2, 4)
     assert {key: sys.modules.get(key) for key in before} == before
+
+
+def test_weights_that_nobody_seeds_are_the_same_each_time(tmp_path):
+    """Else a graph could not be verified against its file later; the random numbers of others go on as they were."""
+    (tmp_path / "model.py").write_text(
+        "import random\n\nimport numpy as np\nimport torch\n\n"
+        "model = torch.nn.Linear(3, 3)\n"
+        "example_inputs = (torch.randn(2, 3) + random.random() + float(np.random.rand()),)\n"
+    )
+    torch.manual_seed(7)
+    before = torch.get_rng_state()
+    first, second = (load_subject(str(tmp_path / "model.py")) for _ in range(2))
+    assert torch.equal(first.module.weight, second.module.weight)
+    assert all(torch.equal(first.inputs[name], second.inputs[name]) for name in first.inputs)
+    assert torch.equal(torch.get_rng_state(), before)

@@ -10,6 +10,7 @@ from hypothesis.extra import numpy as hnp
 from moe_export.errors import UsageError
 from moe_export.verify import DEFAULTS, FlipBudget, Margin, Tolerance, Worst, judge
 from moe_export.verify.tolerance import parse_tolerances
+from moe_export.verify.truth import judge_rounded
 
 MARGIN = Margin(1e-5, 1e-5)
 NAN, INF = float("nan"), float("inf")
@@ -184,3 +185,25 @@ def test_tolerances_and_budgets_as_they_are_written():
     for text in ("", "x", "-1%", "101%", "1.5", "-1"):
         with pytest.raises(UsageError, match="--flips is a share"):
             FlipBudget.parse(text)
+
+
+def test_rounded_weights_give_room_for_what_they_move():
+    generator = np.random.default_rng(0)
+    reference = generator.standard_normal((40, 50)).astype(np.float32) * 8
+    rounded = reference + 1e-3 * generator.standard_normal((40, 50)).astype(np.float32)
+    rounded[3] += 5  # a token that went to another expert says nothing of rounding
+    candidate = reference + 3e-3 * generator.standard_normal((40, 50)).astype(np.float32)
+    found = judge("y", reference, candidate, Margin(1e-3, 1e-3))
+    assert not found.ok
+    room = judge_rounded(found, reference, candidate, rounded, "float16")
+    assert room.ok
+    assert room.rounding == pytest.approx(1e-3, rel=0.1)
+    assert room.margin == Margin(1e-3, 1e-3 + 16 * room.rounding)
+    wrong = candidate.copy()
+    wrong[5, 5] += 0.1
+    assert not judge_rounded(
+        judge("y", reference, wrong, Margin(1e-3, 1e-3)), reference, wrong, rounded, "float16"
+    ).ok
+    wild = reference + 0.2 * generator.standard_normal((40, 50)).astype(np.float32)
+    assert judge_rounded(found, reference, candidate, wild, "float16") is found  # too sensitive to tell
+    assert judge_rounded(found, reference, candidate, None, "float16") is found

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from moe_export.comparing.checking_float64 import Float64Runner
+from moe_export.comparing.checking_rounded import RoundedRunner
 from moe_export.comparing.checking_told import GraphTeller
 from moe_export.comparing.sides import GraphRunner
 from moe_export.export.dims import Dim
@@ -191,4 +192,5 @@ def verify_file(  # noqa: PLR0913  each has a name
             teller=GraphTeller(runner, graph, provider),
             about=about,
             narrow=narrow,
+            rounded=None if narrow == "float32" else RoundedRunner(reference, names, narrow),
         )

@@ -1,0 +1,45 @@
+"""A model whose weights are rounded to a narrower type, and nothing else: what half precision costs it at least."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from moe_export.export.subject import Subject
+from moe_export.verify import Array, TorchRunner
+
+
+class RoundedRunner:
+    """A model with rounded weights; they are copied when it is first asked.
+
+    Args:
+        subject: The model.
+        outputs: Names of its outputs.
+        dtype: What its float weights are rounded to: `float16`, `bfloat16`. It computes in its own types.
+    """
+
+    def __init__(self, subject: Subject, outputs: Sequence[str], dtype: str) -> None:
+        self.name = f"torch, weights rounded to {dtype}"
+        self._subject, self._outputs = subject, outputs
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._runner: TorchRunner | None = None
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once."""
+        if self._runner is None:
+            module = _rounded(copy.deepcopy(self._subject.module), self._dtype)
+            subject = replace(self._subject, module=module)
+            self._runner = TorchRunner(subject.call_named, self._outputs, self.name)
+        return self._runner.run(inputs)
+
+
+def _rounded(module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    with torch.no_grad():
+        for weight in module.parameters():
+            if weight.is_floating_point():
+                weight.copy_(weight.to(dtype).to(weight.dtype))
+    return module
