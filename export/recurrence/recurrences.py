@@ -33,7 +33,7 @@ Mode = Literal["auto", "scan", "chunked", "unrolled"]
 
 # Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
 # loop with a stride.
-_TRACED = ((6, 7, 9), (8, 9, 11), (15, 16, 18, 21), (24, 32, 48), (64, 128, 192, 256))
+_TRACED = ((6, 7, 9), (15, 16, 18, 21), (24, 32, 48), (64, 128, 192, 256))
 _LONG = 22  # a trace at lengths above is only made of a model that takes no shorter ones
 _MOST_AGAIN = 1500  # operators of a trace at further lengths, where shorter ones showed no loop: 20 s
 _PROVED = (1, 2, 3, 5, 13)

@@ -245,15 +245,15 @@ for arguments in [line.split("|") for line in sys.argv[1:]]:
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 def test_memory_does_not_grow_with_the_weights(tmp_path):
-    """Three more layers of 50 MB each are never in memory at once: not exported, and not verified, layer by layer.
+    """Two more layers of 50 MB each are never in memory at once: not exported, and not verified, layer by layer.
 
     The first of two runs fills what a process keeps (libraries, tables of the exporter). What stays is when the 32 MB
     that files are read ahead through are in use: beside the export of large files, before that of small ones.
     """
     small, large = tmp_path / "small", tmp_path / "large"
     added = -streamed_moe.write_files(small, (16, 512, 1024, 1, 1000))
-    added += streamed_moe.write_files(large, (16, 512, 1024, 4, 1000))
-    assert added > 150e6
+    added += streamed_moe.write_files(large, (16, 512, 1024, 3, 1000))
+    assert added > 100e6
 
     def export(folder, *options):
         common = ["export", str(folder / "model.py"), "-o", str(folder), "-q", "--gate", "none"]

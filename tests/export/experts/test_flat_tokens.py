@@ -19,7 +19,14 @@ def exported(tools, tmp_path, module, x):
     return graph, OnnxRuntimeRunner(tmp_path / "model.onnx")
 
 
-@pytest.mark.parametrize("idiom", unflattened.LINES, ids=lambda idiom: idiom.__name__)
+FAST = (unflattened.BooleanMask, unflattened.Places, unflattened.Looked, unflattened.SlotsOutside)
+
+
+@pytest.mark.parametrize(
+    "idiom",
+    [pytest.param(each, marks=() if each in FAST else pytest.mark.slow) for each in unflattened.LINES],
+    ids=lambda idiom: idiom.__name__,
+)
 def test_experts_are_seen_behind_tokens_of_two_axes(tools, tmp_path, idiom):
     module = idiom().eval()
     graph, runner = exported(tools, tmp_path, module, torch.randn(2, 5, unflattened.FEATURES))
