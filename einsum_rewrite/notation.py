@@ -141,7 +141,9 @@ def _stray(text: str, column: int, rule: str) -> EquationError:
     elif char in _MEANT:
         rule = _MEANT[char]
     elif char == "1" and text[column - 1 : column + 2].strip() == "1":
-        rule = "an axis is a name such as `b` or `d_in`; one of size 1 needs a name, too, or is squeezed first"
+        rule = (
+            "an axis is a name such as `b` or `d_in`; one of size 1 needs a name, too, or is squeezed first"
+        )
     elif rule.startswith("a label") and (char.isdigit() or char == "_"):
         rule += "; names such as `d_in` are einops notation, where the pattern comes last"
     return EquationError(f"{char!r} has no meaning here", where=pointed(text, column), hint=rule)
