@@ -17,6 +17,7 @@ import torch
 from moe_export.errors import NotExportableError
 from moe_export.export.adapters.cumulative import cumulative_step_by_step
 from moe_export.export.adapters.delta_rule import delta_rules_step_by_step
+from moe_export.export.adapters.recurrent_layers import recurrent_layers_step_by_step
 from moe_export.export.adapters.scans import scans_step_by_step
 from moe_export.export.dims import DimRequest
 from moe_export.export.recurrence.fold import folded_module
@@ -70,7 +71,12 @@ def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto")
     """
     if mode == "unrolled":
         return Recurrent(subject)
-    with delta_rules_step_by_step(), scans_step_by_step(), cumulative_step_by_step():
+    with (
+        delta_rules_step_by_step(),
+        scans_step_by_step(),
+        cumulative_step_by_step(),
+        recurrent_layers_step_by_step(),
+    ):
         return _folded_if_it_can(subject, request, mode)
 
 
