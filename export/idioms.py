@@ -14,8 +14,8 @@ from unittest import mock
 
 import torch
 from torch import fx, nn
-from torch.overrides import TorchFunctionMode
 
+from moe_export.export.adapters.other_forms import InOtherForms
 from moe_export.export.adapters.transformers import traceable_experts
 from moe_export.export.source import inside_call, is_user_file
 
@@ -147,20 +147,11 @@ _IDIOMS: dict[Any, Callable[..., Any]] = {
 }
 
 
-class _Idioms(TorchFunctionMode):
-    """Every call of an idiom above, from wherever, is made in its other form."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        return _IDIOMS.get(func, func)(*args, **(kwargs or {}))
-
-
 @contextmanager
 def traceable_idioms() -> Iterator[None]:
     """While it runs, calls are traced in their other form."""
     with (
-        _Idioms(),
+        InOtherForms(_IDIOMS),
         traceable_experts(),
         mock.patch.object(builtins, "len", _length),
         mock.patch.object(nn.Module, "to", _to),

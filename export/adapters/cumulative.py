@@ -7,46 +7,39 @@ has no form of `cumprod`. As loops both fold into a Scan that computes what PyTo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
+
+from moe_export.export.adapters.other_forms import InOtherForms
 
 
-@contextmanager
-def cumulative_step_by_step() -> Iterator[None]:
-    """While it runs, cumulative operators run as loops over their axis."""
-    with _StepByStep():
-        yield
+def cumulative_step_by_step() -> InOtherForms:
+    """While it is entered, cumulative operators run as loops over their axis."""
+    return InOtherForms(_FORMS)
 
 
-class _StepByStep(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        step = _STEPS.get(func)
-        if step is not None:
-            given = dict(zip(("input", "dim"), args, strict=False)) | (kwargs or {})
-            if given.keys() == {"input", "dim"} and given["input"].dim() and isinstance(given["dim"], int):
-                return _cumulative(step, given["input"], given["dim"])
-        return func(*args, **(kwargs or {}))
+def _cumulative(step: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Any]:
+    def form(*args: Any, **kwargs: Any) -> Any:
+        given = dict(zip(("input", "dim"), args, strict=False)) | kwargs
+        if given.keys() != {"input", "dim"} or not given["input"].dim() or not isinstance(given["dim"], int):
+            return NotImplemented
+        values, axis = given["input"], given["dim"]
+        state = values.select(axis, 0)
+        states = [state]
+        for place in range(1, values.shape[axis]):
+            state = step(state, values.select(axis, place))
+            states.append(state)
+        return torch.stack(states, axis)
+
+    return form
 
 
-def _cumulative(step: Callable[[Tensor, Tensor], Tensor], values: Tensor, axis: int) -> Tensor:
-    state = values.select(axis, 0)
-    states = [state]
-    for place in range(1, values.shape[axis]):
-        state = step(state, values.select(axis, place))
-        states.append(state)
-    return torch.stack(states, axis)
-
-
-_STEPS: dict[Any, Callable[[Tensor, Tensor], Tensor]] = {
-    torch.logcumsumexp: torch.logaddexp,
-    torch.Tensor.logcumsumexp: torch.logaddexp,
-    torch.cumprod: torch.mul,
-    torch.Tensor.cumprod: torch.mul,
+_FORMS: dict[Any, Callable[..., Any]] = {
+    torch.logcumsumexp: _cumulative(torch.logaddexp),
+    torch.Tensor.logcumsumexp: _cumulative(torch.logaddexp),
+    torch.cumprod: _cumulative(torch.mul),
+    torch.Tensor.cumprod: _cumulative(torch.mul),
 }

@@ -9,39 +9,36 @@ Letters: l steps, b batch, h hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
+
+from moe_export.export.adapters.other_forms import InOtherForms
 
 State: TypeAlias = tuple[Tensor, ...]
 Step = Callable[[Tensor, State, Sequence[Tensor]], State]
 """The gates' inputs of a step (b, n*h), the state, and what it is multiplied with and added → the next state."""
 
 
-@contextmanager
-def recurrent_layers_step_by_step() -> Iterator[None]:
-    """While it runs, recurrent layers run as loops over time."""
-    with _StepByStep():
-        yield
+def recurrent_layers_step_by_step() -> InOtherForms:
+    """While it is entered, recurrent layers run as loops over time."""
+    return InOtherForms(_FORMS)
 
 
-class _StepByStep(TorchFunctionMode):
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        step = _STEPS.get(func)
+def _layers(step: Step) -> Callable[..., Any]:
+    def form(*args: Any, **kwargs: Any) -> Any:
         # Of packed sequences, the second argument is their lengths, and the weights come later.
-        if step is not None and len(args) == 9 and not kwargs and isinstance(args[2], (list, tuple)):
-            return _layers(step, args)
-        return func(*args, **(kwargs or {}))
+        if len(args) != 9 or kwargs or not isinstance(args[2], (list, tuple)):
+            return NotImplemented
+        return _all_layers(step, args)
+
+    return form
 
 
-def _layers(step: Step, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
+def _all_layers(step: Step, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     """What `torch.lstm` and its like return: all outputs, and the last state of each layer and direction."""
     x, first, weights, biases, layers, dropout, training, bidirectional, batch_first = arguments
     states: tuple[Tensor, ...] = tuple(first) if isinstance(first, (list, tuple)) else (first,)
@@ -105,9 +102,9 @@ def _rnn(activation: Callable[[Tensor], Tensor]) -> Step:
     return step
 
 
-_STEPS: dict[Any, Step] = {
-    torch.lstm: _lstm,
-    torch.gru: _gru,
-    torch.rnn_tanh: _rnn(torch.tanh),
-    torch.rnn_relu: _rnn(torch.relu),
+_FORMS: dict[Any, Callable[..., Any]] = {
+    torch.lstm: _layers(_lstm),
+    torch.gru: _layers(_gru),
+    torch.rnn_tanh: _layers(_rnn(torch.tanh)),
+    torch.rnn_relu: _layers(_rnn(torch.relu)),
 }
