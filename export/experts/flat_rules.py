@@ -1,0 +1,271 @@
+"""The rules of `flat_tokens`: for each operator, what it computes for tokens with one axis."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.flat_values import Flattening, sizes_of
+from moe_export.export.experts.rows import arguments, rank_of
+
+_aten = torch.ops.aten
+
+Rule = Callable[[Flattening, fx.Node], bool]
+"""Write what a node computes for flat tokens; whether that is known."""
+
+
+def _like(flattening: Flattening, node: fx.Node) -> bool:
+    """Copies, casts, and what else takes its first operand element by element."""
+    source = arguments(node)[0]
+    if source not in flattening.flat:
+        return False
+    return flattening.known(node, node.target, flattening.flat[source], *arguments(node)[1:], **node.kwargs)
+
+
+def _pointwise(flattening: Flattening, node: fx.Node) -> bool:
+    rank = rank_of(node)
+    sources = {
+        source: flattening.expanded(source, node, rank) for source in node.all_input_nodes if rank_of(source)
+    }
+    if sizes_of(node)[: flattening.axes] != flattening.lead or None in sources.values():
+        return False
+
+    def new(argument: fx.Node) -> Any:
+        return sources.get(argument, argument)
+
+    args, kwargs = fx.map_arg(arguments(node), new), fx.map_arg(node.kwargs, new)
+    return flattening.known(node, node.target, *args, **kwargs)
+
+
+def _along(position: int, extra: int = 0) -> Rule:
+    """An operator along axes that are none of the tokens."""
+
+    def rule(flattening: Flattening, node: fx.Node) -> bool:
+        source = arguments(node)[0]
+        if source not in flattening.flat or len(arguments(node)) <= position:
+            return False
+        given = arguments(node)[position]
+        axes = given if isinstance(given, (list, tuple)) else [given]
+        if not axes or not all(isinstance(axis, int) for axis in axes):
+            return False
+        own = [axis % (rank_of(source) + extra) for axis in axes]
+        if min(own) < flattening.axes:
+            return False
+        moved = [axis - flattening.axes + 1 for axis in own]
+        args = list(arguments(node))
+        args[0], args[position] = flattening.flat[source], moved if given is axes else moved[0]
+        kwargs = dict(node.kwargs)
+        if any(isinstance(arg, fx.Node) and rank_of(arg) for arg in args[1:]):
+            return False
+        return flattening.known(node, node.target, *args, **kwargs)
+
+    return rule
+
+
+def _gathered(flattening: Flattening, node: fx.Node) -> bool:
+    """`gather` and `scatter` along an axis behind those of the tokens."""
+    operands: Any = (arguments(node)[0], *arguments(node)[2:])
+    axis = arguments(node)[1]
+    if not isinstance(axis, int) or axis % rank_of(node) < flattening.axes:
+        return False
+    made = [flattening.rows(each, node) if isinstance(each, fx.Node) else each for each in operands]
+    if None in made:
+        return False
+    axis = axis % rank_of(node) - flattening.axes + 1
+    return flattening.known(node, node.target, made[0], axis, *made[1:], **node.kwargs)
+
+
+def _index(flattening: Flattening, node: fx.Node) -> bool:
+    source = arguments(node)[0]
+    indices = arguments(node)[1]
+    picked = flattening.picks(indices)
+    if picked is not None:
+        rows = flattening.rows(source, node)
+        if rows is None or picked[1] > rank_of(source):
+            return False
+        return flattening.same(node, node.target, rows, picked[0])
+    chosen = indices[0]
+    if len(indices) != 1 or chosen not in flattening.flat or chosen.meta["val"].dtype is torch.bool:
+        return False
+    if source in flattening.flat:
+        return False
+    return flattening.known(node, node.target, source, [flattening.flat[chosen]])
+
+
+def _put(flattening: Flattening, node: fx.Node) -> bool:
+    source = arguments(node)[0]
+    indices = arguments(node)[1]
+    picked, rows = flattening.picks(indices), flattening.rows(source, node)
+    if picked is None or rows is None or arguments(node)[2] in flattening.flat:
+        return False
+    return flattening.known(node, node.target, rows, picked[0], *arguments(node)[2:])
+
+
+def _where_set(flattening: Flattening, node: fx.Node) -> bool:
+    """The places of a mask's rows, a list with a value an axis."""
+    source = arguments(node)[0]
+    if source not in flattening.flat:
+        return False
+    target: Any = node.target
+    with flattening.graph.inserting_before(node):
+        found = flattening.graph.call_function(target, (flattening.flat[source],))
+    found.meta = {**node.meta, "val": list(node.meta["val"][flattening.axes - 1 :])}
+    flattening.masks[node] = found
+    return True
+
+
+def _part(flattening: Flattening, node: fx.Node) -> bool:
+    source = arguments(node)[0]
+    found = flattening.masks.get(source)
+    if found is None:
+        return False
+    axis = arguments(node)[1]
+    if axis >= flattening.axes:
+        return flattening.same(node, operator.getitem, found, axis - flattening.axes + 1)
+    places = next((each for each in found.users if each.args == (found, 0)), None)
+    if places is None:
+        with flattening.graph.inserting_after(found):
+            places = flattening.graph.call_function(operator.getitem, (found, 0))
+        places.meta = dict(node.meta)
+    flattening.places[node] = (places, axis)
+    return True
+
+
+def _reshaped(flattening: Flattening, node: fx.Node) -> bool:
+    """Of the same elements in the same order."""
+    source = arguments(node)[0]
+    shape = arguments(node)[1]
+    if source not in flattening.flat:
+        return False
+    rest = list(shape[flattening.axes :])
+    if sizes_of(node)[: flattening.axes] != flattening.lead or -1 in rest:
+        return flattening.same(node, _aten.reshape.default, flattening.flat[source], shape)
+    return flattening.known(node, _aten.reshape.default, flattening.flat[source], [-1, *rest])
+
+
+def _own_size(flattening: Flattening, node: fx.Node) -> bool:
+    """How many rows were picked, or a size behind those of the tokens."""
+    source = arguments(node)[0]
+    axis = arguments(node)[1]
+    if source in flattening.places:
+        return flattening.same(node, node.target, flattening.places[source][0], 0)
+    if source not in flattening.flat or axis < flattening.axes:
+        return False
+    return flattening.same(node, node.target, flattening.flat[source], axis - flattening.axes + 1)
+
+
+def _expand(flattening: Flattening, node: fx.Node) -> bool:
+    source = arguments(node)[0]
+    shape = arguments(node)[1]
+    if source not in flattening.flat or rank_of(source) != rank_of(node):
+        return False
+    flat = flattening.flat[source]
+    return flattening.known(node, node.target, flat, [-1, *shape[flattening.axes :]])
+
+
+def _permute(flattening: Flattening, node: fx.Node) -> bool:
+    source = arguments(node)[0]
+    order = [axis % rank_of(node) for axis in arguments(node)[1]]
+    lead = flattening.axes
+    if source not in flattening.flat or order[:lead] != list(range(lead)):
+        return False
+    moved = [0, *(axis - lead + 1 for axis in order[lead:])]
+    return flattening.known(node, node.target, flattening.flat[source], moved)
+
+
+def _transpose(flattening: Flattening, node: fx.Node) -> bool:
+    source = arguments(node)[0]
+    axes = [int(axis) % rank_of(node) for axis in arguments(node)[1:3]]
+    if source not in flattening.flat or min(axes) < flattening.axes:
+        return False
+    moved = [axis - flattening.axes + 1 for axis in axes]
+    return flattening.known(node, node.target, flattening.flat[source], *moved)
+
+
+def _linear(flattening: Flattening, node: fx.Node) -> bool:
+    return _like(flattening, node) if not set(node.all_input_nodes[1:]) & flattening.flat.keys() else False
+
+
+def _matmul(flattening: Flattening, node: fx.Node) -> bool:
+    """Operands that begin with the axes of tokens, or are one matrix for all."""
+    if sizes_of(node)[: flattening.axes] != flattening.lead:
+        return False
+    made = []
+    for source in arguments(node):
+        assert isinstance(source, fx.Node)
+        one = rank_of(source) <= 2 and source not in flattening.flat
+        rows = source if one else flattening.rows(source, node)
+        if rows is None or (not one and rank_of(source) != rank_of(node)):
+            return False
+        made.append(rows)
+    return flattening.known(node, node.target, *made)
+
+
+def _einsum(flattening: Flattening, node: fx.Node) -> bool:
+    """An equation whose operands begin with the letters of the tokens, or have none of them."""
+    equation, operands = str(arguments(node)[0]).replace(" ", ""), arguments(node)[1]
+    assert isinstance(operands, (list, tuple))
+    terms, arrow, out = equation.partition("->")
+    parts = terms.split(",")
+    known = [part for part, each in zip(parts, operands, strict=True) if each in flattening.flat]
+    lead = known[0][: flattening.axes]
+    if not arrow or "." in equation or not out.startswith(lead) or len(set(lead)) < flattening.axes:
+        return False
+    made, short = [], []
+    for part, each in zip(parts, operands, strict=True):
+        assert isinstance(each, fx.Node)
+        rows = each if not set(part) & set(lead) else None
+        if part.startswith(lead) and not set(part[len(lead) :]) & set(lead):
+            rows, part = flattening.rows(each, node), lead[0] + part[len(lead) :]  # noqa: PLW2901
+        if rows is None:
+            return False
+        made.append(rows)
+        short.append(part)
+    equation = f"{','.join(short)}->{lead[0]}{out[len(lead) :]}"
+    return flattening.known(node, node.target, equation, made)
+
+
+_RULES: Mapping[Any, Rule] = {
+    **dict.fromkeys(
+        (
+            _aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten.clone.default,
+            _aten.alias.default, _aten.detach.default, _aten.contiguous.default, _aten.dropout.default,
+            _aten.zeros_like.default, _aten.ones_like.default, _aten.one_hot.default,
+        ),
+        _like,
+    ),
+    **dict.fromkeys(
+        (
+            _aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default, _aten.amin.default, _aten.mean.dim,
+            _aten.softmax.int, _aten._softmax.default, _aten.select.int, _aten.slice.Tensor, _aten.squeeze.dim,
+            _aten.argmax.default, _aten.cumsum.default,
+        ),
+        _along(1),
+    ),
+    **dict.fromkeys((_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default), _reshaped),
+    **dict.fromkeys((_aten.gather.default, _aten.scatter.value, _aten.scatter.src), _gathered),
+    **dict.fromkeys((_aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar), _pointwise),
+    **dict.fromkeys((_aten.where.default, _aten.nonzero_numpy.default), _where_set),
+    **dict.fromkeys((_aten.matmul.default, _aten.bmm.default), _matmul),
+    _aten.unsqueeze.default: _along(1, extra=1),
+    _aten.index.Tensor: _index,
+    _aten.index_put.default: _put,
+    _aten.sym_size.int: _own_size,
+    _aten.expand.default: _expand,
+    _aten.permute.default: _permute,
+    _aten.transpose.int: _transpose,
+    _aten.linear.default: _linear,
+    _aten.einsum.default: _einsum,
+    operator.getitem: _part,
+}  # fmt: skip
+
+
+def rule_of(node: fx.Node) -> Rule | None:
+    """The rule for a node's operator; None if there is none."""
+    if node.target in _RULES:
+        return _RULES[node.target]
+    return _pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None
