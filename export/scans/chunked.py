@@ -24,12 +24,12 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.scans.linear import Factor, Linear, LinearState, Reading, read_linear
-from moe_export.export.scans.log import logarithm
-from moe_export.export.scans.marked import Marked, integer
+from moe_export.export.scans.all_steps import AllSteps, Part
+from moe_export.export.scans.linear import Linear, LinearState, Reading, read_linear
+from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.nodes import Nodes
 from moe_export.export.scans.segments import STEPS, Segments
-from moe_export.export.scans.time import CannotError, OverTime, Timed, moved
+from moe_export.export.scans.time import CannotError, Timed
 
 _LEAST = -1e30  # the logarithm of a decay of 0: -inf times the 0 of another segment would be no number
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
@@ -54,34 +54,16 @@ def write_chunked(graph: ir.Graph, loop: Marked, only_if_it_pays: bool = False) 
 
 class _Writer:
     def __init__(self, graph: ir.Graph, loop: Marked, linear: Linear) -> None:
+        if all(state.outputs[0].dtype not in _DTYPES for state in loop.states):
+            raise CannotError("states of a type that is not exact enough")
         self._loop, self._linear = loop, linear
-        self.nodes = nodes = Nodes(graph, loop.end, f"chunks_{loop.number}")
-        sources = {mark.outputs[0]: _source(nodes, mark) for mark in loop.elements}
-        if not sources or all(state.outputs[0].dtype not in _DTYPES for state in loop.states):
-            raise CannotError("nothing to multiply, or in a type that is not exact enough")
-        body = {value for node in loop.body for value in node.outputs}
-        self.over = OverTime(nodes, sources, body)
-        first = next(iter(sources.values()))
-        assert first.axis is not None
-        self.length = nodes("Shape", first.value, start=first.axis, end=first.axis + 1)
-        self.length.type = ir.TensorType(ir.DataType.INT64)
-        self.filling = nodes("Mod", nodes("Neg", self.length), nodes.ints(STEPS))
+        self.steps = AllSteps(graph, loop, "chunks")
+        self.nodes, self.over = self.steps.nodes, self.steps.over
+        self.filling = self.nodes("Mod", self.nodes("Neg", self.steps.length), self.nodes.ints(STEPS))
         self._axis = loop.axes[0] if loop.axes else 0
 
     def write(self) -> None:
-        last = [self._state(number) for number in range(len(self._linear.states))]
-        results = []
-        for value, axis, backwards in zip(
-            self._loop.collected, self._loop.axes, self._loop.backwards, strict=True
-        ):
-            timed = self.over.of(value)
-            if timed.axis is None:
-                raise CannotError("what is handed out is the same in each step")
-            result = moved(self.nodes, timed, axis).value
-            results.append(self.nodes.flipped(result, axis) if backwards else result)
-        for old, new in zip(self._loop.end.outputs, [*last, *results], strict=True):
-            new.shape, new.type = old.shape, old.type
-            old.replace_all_uses_with(new, replace_graph_outputs=True)
+        self.steps.replace([self._state(number) for number in range(len(self._linear.states))])
 
     def _state(self, number: int) -> ir.Value:
         """Write what is read from one state; its last value."""
@@ -92,8 +74,8 @@ class _Writer:
         readings = [reading for reading in self._linear.readings if reading.state == number]
         for reading in readings:
             segments.within(reading.new)
-        rows = self._chunks(self._product(state.row, state), state, state.over)  # (c, g, s, n)
-        column = self._chunks(self._product(state.column, state), state, state.only)  # (c, g, s, p)
+        rows = self._chunks(self.steps.product(state.row), state, state.over)  # (c, g, s, n)
+        column = self._chunks(self.steps.product(state.column), state, state.only)  # (c, g, s, p)
         starts, last = self._pass_on(state, mark, rows, column, segments)
         for reading in readings:
             self._read(reading, state, (rows, column, starts), segments)
@@ -105,85 +87,25 @@ class _Writer:
 
     # The chunks of a factor
 
-    def _product(self, factors: Sequence[Factor], state: LinearState) -> tuple[Timed, list[int]]:
-        """The product of factors over time, and the state's axes that it has, in ascending order."""
-        axes = sorted({axis for factor in factors for axis in factor.axes})
-        parts = [self._spread(factor.labels, self.over.of(factor.value), axes) for factor in factors]
-        if not parts:
-            dtype = self._loop.states[0].outputs[0].dtype
-            assert dtype is not None
-            return Timed(self.nodes.constant(np.ones((), dtype.numpy())), None, 0), []
-        return self._joined("Mul", parts), axes
-
-    def _joined(self, op: str, parts: Sequence[Timed]) -> Timed:
-        """The sum or product of values of one rank; those that are the same in each step first."""
-        parts = sorted(parts, key=lambda part: part.axis is not None)
-        total = parts[0]
-        for part in parts[1:]:
-            if total.axis is None and part.axis is not None:
-                value = self.nodes.unsqueezed(total.value, [part.axis])
-                total = Timed(self.nodes(op, part.value, value), part.axis, part.rank)
-            else:
-                other = part if total.axis is None else moved(self.nodes, part, total.axis)
-                total = Timed(self.nodes(op, total.value, other.value), total.axis, total.rank)
-        return total
-
-    def _spread(self, labels: Sequence[int | None], timed: Timed, axes: Sequence[int]) -> Timed:
-        """A factor with exactly these axes of the state, in this order."""
-        nodes = self.nodes
-        kept = [place for place, label in enumerate(labels) if label is not None]
-        names = [label for label in labels if label is not None]
-        if len(kept) < timed.rank:
-            timed = moved(nodes, timed, 0)
-            gone = [place + (timed.axis is not None) for place in range(timed.rank) if place not in kept]
-            timed = Timed(nodes("Squeeze", timed.value, nodes.ints(*gone)), timed.axis, len(kept))
-        if names != sorted(names):
-            timed = moved(nodes, timed, 0)
-            front = [] if timed.axis is None else [0]
-            order = [names.index(name) + len(front) for name in sorted(names)]
-            timed = Timed(nodes.transposed(timed.value, [*front, *order]), timed.axis, timed.rank)
-            names = sorted(names)
-        missing = [place for place, axis in enumerate(axes) if axis not in names]
-        if not missing:
-            return timed
-        if timed.axis is None:
-            return Timed(nodes.unsqueezed(timed.value, missing), None, len(axes))
-        at = list(axes).index(names[timed.axis - 1]) + 1 if timed.axis else 0
-        places = [place + (place >= at) for place in missing]
-        return Timed(nodes.unsqueezed(timed.value, places), at, len(axes))
-
     def _decay(self, state: LinearState) -> ir.Value | None:
         """The logarithms of the decay, (c, g, t); None for no decay."""
         if not state.decay:
             return None
-        axes = sorted({axis for factor in state.decay for axis in factor.axes})
-        parts = [
-            self._spread(factor.labels, logarithm(self.nodes, self.over, factor.value, self._loop), axes)
-            for factor in state.decay
-        ]
-        total = self._joined("Add", parts)
-        dtype = self._loop.states[0].outputs[0].dtype
-        assert dtype is not None
-        least = self.nodes.constant(np.array(_LEAST, dtype.numpy()))
+        total, axes = self.steps.logarithms(state.decay)
+        least = self.nodes.constant(np.array(_LEAST, self.steps.dtype.numpy()))
         total = Timed(self.nodes("Max", total.value, least), total.axis, total.rank)
         return self._chunks((total, axes), state, None)
 
     def _chunks(
         self,
-        part: tuple[Timed, list[int]],
+        part: Part,
         state: LinearState,
         inner: tuple[int, ...] | None,
     ) -> ir.Value:
         """(c, g, t, inner) of a value over time: batch axes that it lacks have size 1, inner axes are joined."""
         timed, axes = part
         nodes = self.nodes
-        if timed.axis is None:  # the same in each step
-            shape = (
-                nodes("Concat", self.length, nodes.ints(*[1] * timed.rank), axis=0)
-                if timed.rank
-                else self.length
-            )
-            timed = Timed(nodes("Expand", nodes.unsqueezed(timed.value, [0]), shape), 0, timed.rank)
+        timed = self.steps.in_every_step(timed)
         assert timed.axis is not None
         free = [axis for axis in axes if not isinstance(state.shape[axis], int)]
         ahead = [axis for place, axis in enumerate(axes) if place < timed.axis]
@@ -256,7 +178,7 @@ class _Writer:
     ) -> None:
         nodes = self.nodes
         rows, column, starts = parts
-        read = self._chunks(self._product(reading.factors, state), state, state.over)  # (c, g, t, n)
+        read = self._chunks(self.steps.product(reading.factors), state, state.over)  # (c, g, t, n)
         products = nodes("MatMul", read, self._steps_last(rows, state))
         inside = nodes("MatMul", nodes("Mul", segments.within(reading.new), products), column)
         if segments.has_decay:
@@ -294,22 +216,12 @@ class _Writer:
         value = nodes.transposed(value, [*order, *extra])
         sizes = [state.size(joined) for joined in reading.axes[front:]]
         value = nodes("Reshape", value, nodes.ints(*[0] * front, -1, *sizes))
-        value = nodes("Slice", value, nodes.ints(0), self.length, nodes.ints(front))
+        value = nodes("Slice", value, nodes.ints(0), self.steps.length, nodes.ints(front))
         return Timed(value, front, len(reading.axes))
 
 
 def _kept(shape: Sequence[int | ir.SymbolicDim]) -> list[int]:
     return [0] * len(shape)
-
-
-def _source(nodes: Nodes, mark: ir.Node) -> Timed:
-    """The sequence that an element is taken from, first step first."""
-    value, axis = mark.inputs[0], integer(mark, "axis")
-    if value is None or mark.outputs[0].shape is None:
-        raise CannotError("a sequence of unknown shape")
-    if integer(mark, "backwards"):
-        value = nodes.flipped(value, axis)
-    return Timed(value, axis, len(mark.outputs[0].shape))
 
 
 def _scan(

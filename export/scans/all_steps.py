@@ -1,0 +1,155 @@
+"""`AllSteps`: a marked loop without its order: what its steps compute apart from the states, for all of them at once.
+
+    product     of factors that have some of the state's axes        B[l, n] * dt[l, h]   →   (l, h, n)
+    logarithms  the same of a decay, as a sum                        exp(dt[l, h] * A[h]) →   (l, h)
+    replace     the loop's last states and its results               last, ys = End(…)    →   what was computed
+
+The forms that need no step by step (`chunked`, `linear_attention`) compute their states from these.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import onnx_ir as ir
+
+from moe_export.export.scans.linear import Factor
+from moe_export.export.scans.log import logarithm
+from moe_export.export.scans.marked import Marked, integer
+from moe_export.export.scans.nodes import Nodes
+from moe_export.export.scans.time import CannotError, OverTime, Timed, moved
+
+Part = tuple[Timed, list[int]]
+"""A value over time, and which axes of the state it has, in ascending order."""
+
+
+class AllSteps:
+    """The steps of a loop, over time.
+
+    Attributes:
+        nodes: Where nodes are written.
+        over: The values of a step, over time.
+        length: How many steps there are; int64, (1,).
+        dtype: Of the states.
+
+    Args:
+        graph: The loop's.
+        loop: The loop.
+        prefix: Of the names of what is written.
+
+    Raises:
+        CannotError: No step reads an element of a sequence.
+    """
+
+    def __init__(self, graph: ir.Graph, loop: Marked, prefix: str) -> None:
+        self._loop = loop
+        self.nodes = nodes = Nodes(graph, loop.end, f"{prefix}_{loop.number}")
+        sources = {mark.outputs[0]: _source(nodes, mark) for mark in loop.elements}
+        if not sources:
+            raise CannotError("its steps read nothing of their own")
+        self.over = OverTime(nodes, sources, {value for node in loop.body for value in node.outputs})
+        first = next(iter(sources.values()))
+        assert first.axis is not None
+        self.length = nodes("Shape", first.value, start=first.axis, end=first.axis + 1)
+        self.length.type = ir.TensorType(ir.DataType.INT64)
+        dtype = loop.states[0].outputs[0].dtype
+        assert dtype is not None
+        self.dtype = dtype
+
+    def product(self, factors: Sequence[Factor]) -> Part:
+        """The product of factors; 1 if there are none."""
+        axes = sorted({axis for factor in factors for axis in factor.axes})
+        parts = [self._spread(factor.labels, self.over.of(factor.value), axes) for factor in factors]
+        if not parts:
+            return Timed(self.nodes.constant(np.ones((), self.dtype.numpy())), None, 0), []
+        return self._joined("Mul", parts), axes
+
+    def logarithms(self, factors: Sequence[Factor]) -> Part:
+        """The logarithm of a product of decays, each of which is known to be positive.
+
+        Raises:
+            CannotError: One is not.
+        """
+        axes = sorted({axis for factor in factors for axis in factor.axes})
+        parts = [
+            self._spread(factor.labels, logarithm(self.nodes, self.over, factor.value, self._loop), axes)
+            for factor in factors
+        ]
+        return self._joined("Add", parts), axes
+
+    def replace(self, last: Sequence[ir.Value]) -> None:
+        """Put the last states, and what each step hands out, in the place of the loop's outputs.
+
+        Raises:
+            CannotError: Each step hands out the same.
+        """
+        results = []
+        for value, axis, backwards in zip(
+            self._loop.collected, self._loop.axes, self._loop.backwards, strict=True
+        ):
+            timed = self.over.of(value)
+            if timed.axis is None:
+                raise CannotError("what is handed out is the same in each step")
+            result = moved(self.nodes, timed, axis).value
+            results.append(self.nodes.flipped(result, axis) if backwards else result)
+        for old, new in zip(self._loop.end.outputs, [*last, *results], strict=True):
+            new.shape, new.type = old.shape, old.type
+            old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+    def in_every_step(self, timed: Timed) -> Timed:
+        """With time, in front, if it had none: the same in each step."""
+        if timed.axis is not None:
+            return timed
+        nodes = self.nodes
+        shape = (
+            nodes("Concat", self.length, nodes.ints(*[1] * timed.rank), axis=0) if timed.rank else self.length
+        )
+        return Timed(nodes("Expand", nodes.unsqueezed(timed.value, [0]), shape), 0, timed.rank)
+
+    def _joined(self, op: str, parts: Sequence[Timed]) -> Timed:
+        """The sum or product of values of one rank; those that are the same in each step first."""
+        parts = sorted(parts, key=lambda part: part.axis is not None)
+        total = parts[0]
+        for part in parts[1:]:
+            if total.axis is None and part.axis is not None:
+                value = self.nodes.unsqueezed(total.value, [part.axis])
+                total = Timed(self.nodes(op, part.value, value), part.axis, part.rank)
+            else:
+                other = part if total.axis is None else moved(self.nodes, part, total.axis)
+                total = Timed(self.nodes(op, total.value, other.value), total.axis, total.rank)
+        return total
+
+    def _spread(self, labels: Sequence[int | None], timed: Timed, axes: Sequence[int]) -> Timed:
+        """A factor with exactly these axes of the state, in this order."""
+        nodes = self.nodes
+        kept = [place for place, label in enumerate(labels) if label is not None]
+        names = [label for label in labels if label is not None]
+        if len(kept) < timed.rank:
+            timed = moved(nodes, timed, 0)
+            gone = [place + (timed.axis is not None) for place in range(timed.rank) if place not in kept]
+            timed = Timed(nodes("Squeeze", timed.value, nodes.ints(*gone)), timed.axis, len(kept))
+        if names != sorted(names):
+            timed = moved(nodes, timed, 0)
+            front = [] if timed.axis is None else [0]
+            order = [names.index(name) + len(front) for name in sorted(names)]
+            timed = Timed(nodes.transposed(timed.value, [*front, *order]), timed.axis, timed.rank)
+            names = sorted(names)
+        missing = [place for place, axis in enumerate(axes) if axis not in names]
+        if not missing:
+            return timed
+        if timed.axis is None:
+            return Timed(nodes.unsqueezed(timed.value, missing), None, len(axes))
+        at = list(axes).index(names[timed.axis - 1]) + 1 if timed.axis else 0
+        places = [place + (place >= at) for place in missing]
+        return Timed(nodes.unsqueezed(timed.value, places), at, len(axes))
+
+
+def _source(nodes: Nodes, mark: ir.Node) -> Timed:
+    """The sequence that an element is taken from, first step first."""
+    value, axis = mark.inputs[0], integer(mark, "axis")
+    if value is None or mark.outputs[0].shape is None:
+        raise CannotError("a sequence of unknown shape")
+    if integer(mark, "backwards"):
+        value = nodes.flipped(value, axis)
+    return Timed(value, axis, len(mark.outputs[0].shape))
