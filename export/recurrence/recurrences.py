@@ -30,7 +30,7 @@ from moe_export.export.subject import Subject, make_subject
 from moe_export.export.tracing import SCOPE, Traced, quiet, trace
 from moe_export.export.widen import widened
 
-Mode = Literal["auto", "scan", "chunked", "unrolled"]
+Mode = Literal["auto", "scan", "chunked", "contrib", "unrolled"]
 
 # Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
 # loop with a stride.
@@ -66,8 +66,8 @@ def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto")
         mode: `unrolled` leaves the model as it is; `auto` too, with a note, where a loop cannot be folded.
 
     Raises:
-        NotExportableError: A loop cannot be folded, and the mode is `scan` or `chunked`, or its length was asked
-            for by name.
+        NotExportableError: A loop cannot be folded, and the mode is `scan`, `chunked` or `contrib`, or its length
+            was asked for by name.
     """
     if mode == "unrolled":
         return Recurrent(subject)
@@ -92,7 +92,9 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
         return replace(done, notes=(*done.notes, *_staying(done, lengths[1:])))
     except LengthError as error:
         message = f"the loop over {_named(lengths[0])} cannot be folded: {error.reason}"
-        if mode in ("scan", "chunked") or any(place in request.picked for place in lengths[0].axes):
+        if mode in ("scan", "chunked", "contrib") or any(
+            place in request.picked for place in lengths[0].axes
+        ):
             raise NotExportableError(
                 message,
                 where=error.where or str(subject.source),

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.scans.linear import Factor
 from moe_export.export.scans.log import logarithm
 from moe_export.export.scans.marked import Marked, integer
 from moe_export.export.scans.nodes import Nodes
+from moe_export.export.scans.terms import Factor, Reading, axes_of
 from moe_export.export.scans.time import CannotError, OverTime, Timed, moved
 
 Part = tuple[Timed, list[int]]
@@ -59,7 +59,7 @@ class AllSteps:
 
     def product(self, factors: Sequence[Factor]) -> Part:
         """The product of factors; 1 if there are none."""
-        axes = sorted({axis for factor in factors for axis in factor.axes})
+        axes = sorted(axes_of(factors))
         parts = [self._spread(factor.labels, self.over.of(factor.value), axes) for factor in factors]
         if not parts:
             return Timed(self.nodes.constant(np.ones((), self.dtype.numpy())), None, 0), []
@@ -71,7 +71,7 @@ class AllSteps:
         Raises:
             CannotError: One is not.
         """
-        axes = sorted({axis for factor in factors for axis in factor.axes})
+        axes = sorted(axes_of(factors))
         parts = [
             self._spread(factor.labels, logarithm(self.nodes, self.over, factor.value, self._loop), axes)
             for factor in factors
@@ -96,6 +96,40 @@ class AllSteps:
         for old, new in zip(self._loop.end.outputs, [*last, *results], strict=True):
             new.shape, new.type = old.shape, old.type
             old.replace_all_uses_with(new, replace_graph_outputs=True)
+
+    def know(self, reading: Reading, timed: Timed) -> None:
+        """Tell what is read from a state, the state before products are added to it, with the axes of the reading."""
+        for term in reading.terms:
+            other = self._summed(term, reading)
+            axis = timed.axis
+            assert axis is not None
+            timed = Timed(
+                self.nodes("Add", timed.value, moved(self.nodes, other, axis).value), axis, timed.rank
+            )
+        self.over.know(reading.value, timed)
+
+    def _summed(self, term: Sequence[Factor], reading: Reading) -> Timed:
+        """The sum of a product over the axes that a state is read over, with the axes of the reading.
+
+        What lacks these axes is multiplied by the sum, rather than the sum taken of something larger.
+        """
+        over = sorted(reading.over)
+        if any(len(joined) > 1 for joined in reading.axes) or not reading.over <= axes_of(term):
+            raise CannotError("what is read is more than a product with a state")
+        timed, axes = self.product([factor for factor in term if factor.axes & reading.over])
+        timed = moved(self.nodes, self.in_every_step(timed), 0)
+        gone = self.nodes.ints(*(1 + axes.index(axis) for axis in over))
+        left = [axis for axis in axes if axis not in reading.over]
+        total = Timed(self.nodes("ReduceSum", timed.value, gone, keepdims=0), 0, len(left))
+        others, more = self.product([factor for factor in term if not factor.axes & reading.over])
+        both = sorted({*left, *more})
+        parts = [self._spread(left, total, both), self._spread(more, others, both)]
+        labels = [axis for joined in reading.axes for axis in joined]
+        order = [axis for axis in labels if axis in both]
+        result = moved(self.nodes, self._joined("Mul", parts), 0)
+        value = self.nodes.transposed(result.value, [0, *(1 + both.index(axis) for axis in order)])
+        lacking = [1 + place for place, joined in enumerate(reading.axes) if not set(joined) & set(both)]
+        return Timed(self.nodes.unsqueezed(value, lacking), 0, len(reading.axes))
 
     def in_every_step(self, timed: Timed) -> Timed:
         """With time, in front, if it had none: the same in each step."""

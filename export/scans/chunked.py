@@ -25,10 +25,11 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.export.scans.all_steps import AllSteps, Part
-from moe_export.export.scans.linear import Linear, LinearState, Reading, read_linear
+from moe_export.export.scans.linear import Linear, LinearState, read_linear
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.nodes import Nodes
 from moe_export.export.scans.segments import STEPS, Segments
+from moe_export.export.scans.terms import Reading
 from moe_export.export.scans.time import CannotError, Timed
 
 _LEAST = -1e30  # the logarithm of a decay of 0: -inf times the 0 of another segment would be no number
@@ -47,6 +48,8 @@ def write_chunked(graph: ir.Graph, loop: Marked, only_if_it_pays: bool = False) 
         CannotError: It is no such recurrence; the graph then computes what it did.
     """
     linear = read_linear(loop)
+    if any(state.decays_over for state in linear.states):
+        raise CannotError("its decay differs along the axes that are read over")
     if only_if_it_pays and not pays(linear):
         raise CannotError("it has as many decays as entries of the state, or nearly")
     _Writer(graph, loop, linear).write()
@@ -190,7 +193,7 @@ class _Writer:
         else:
             before = nodes("MatMul", read, starts)
         total = nodes("Add", inside, before)  # (c, g, t, p)
-        self.over.know(reading.value, self._unchunked(total, reading, state))
+        self.steps.know(reading, self._unchunked(total, reading, state))
 
     def _unchunked(self, value: ir.Value, reading: Reading, state: LinearState) -> Timed:
         """(c, g, t, p) as a value over time with the axes that the step gives it."""

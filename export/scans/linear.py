@@ -19,47 +19,19 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from moe_export.export.scans.marked import Marked
+from moe_export.export.scans.terms import (
+    Axes,
+    Factor,
+    Reading,
+    Seen,
+    axes_of,
+    broadcast,
+    constant,
+    outer,
+    plain,
+    regrouped,
+)
 from moe_export.export.scans.time import CannotError
-
-Axes = tuple[
-    tuple[int, ...], ...
-]  # for each axis of a value the axes of the state that it stands for; () has size 1
-
-
-@dataclass(frozen=True)
-class Factor:
-    """A value of the step, and which axis of the state each of its axes is; None for one of size 1."""
-
-    value: ir.Value
-    labels: tuple[int | None, ...]
-
-    @property
-    def axes(self) -> set[int]:
-        """The state's axes that it has."""
-        return {label for label in self.labels if label is not None}
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """A value of the body in terms of a state: `view of (product of scale) * h + sum of products`."""
-
-    state: int
-    new: bool
-    axes: Axes
-    scale: tuple[Factor, ...] = ()
-    terms: tuple[tuple[Factor, ...], ...] = ()
-
-
-@dataclass(frozen=True)
-class Reading:
-    """`value[axes] = sum over `over` of factors * h`; of the step's new state, or of the one before."""
-
-    value: ir.Value
-    state: int
-    new: bool
-    factors: tuple[Factor, ...]
-    over: frozenset[int]
-    axes: Axes
 
 
 @dataclass(frozen=True)
@@ -72,6 +44,7 @@ class LinearState:
         row: B: factors with axes that are read over.
         column: u: the other factors.
         batch, over, only: The axes g, n and p.
+        rate: Of a delta rule (`delta`), `h' = decay * h + rate * row * (column - row decay h)`; else None.
     """
 
     shape: tuple[int | ir.SymbolicDim, ...]
@@ -81,6 +54,7 @@ class LinearState:
     batch: tuple[int, ...]
     over: tuple[int, ...]
     only: tuple[int, ...]
+    rate: tuple[Factor, ...] | None = None
 
     def size(self, axes: Sequence[int]) -> int:
         """The product of the sizes of axes."""
@@ -89,6 +63,11 @@ class LinearState:
     def sizes(self, axes: Sequence[int]) -> list[int]:
         """The sizes of axes, as far as they are numbers."""
         return [size for axis in axes if isinstance(size := self.shape[axis], int)]
+
+    @property
+    def decays_over(self) -> bool:
+        """Whether the decay differs along the axes that are read over."""
+        return any(factor.axes & set(self.over) for factor in self.decay)
 
 
 @dataclass(frozen=True)
@@ -105,47 +84,53 @@ def read_linear(loop: Marked) -> Linear:
     Raises:
         CannotError: It is none; says why.
     """
-    return _Reader(loop).read()
+    return Reader(loop).read()
 
 
-class _Reader:
+class Reader:
+    """Reads a body node by node: what is a state, what is read from one, and what is computed from that (`done`)."""
+
     def __init__(self, loop: Marked) -> None:
-        self._loop = loop
-        self._dependent = loop.dependent()
+        self.loop = loop
+        self.dependent = loop.dependent()
         self._body = {value for node in loop.body for value in node.outputs}
-        self._seen: dict[ir.Value, _Seen] = {}
-        self._readings: list[Reading] = []
-        self._next: dict[int, _Seen] = {}
+        self._seen: dict[ir.Value, Seen] = {}
+        self.readings: list[Reading] = []
+        self.next: dict[int, Seen] = {}
 
     def read(self) -> Linear:
         shapes = []
-        for number, mark in enumerate(self._loop.states):
+        for number, mark in enumerate(self.loop.states):
             shape = mark.outputs[0].shape
             if shape is None:
                 raise CannotError("a state of unknown shape")
             shapes.append(tuple(shape))
-            self._seen[mark.outputs[0]] = _Seen(number, False, tuple((axis,) for axis in range(len(shape))))
-        following = {value: number for number, value in enumerate(self._loop.following)}
+            self._seen[mark.outputs[0]] = Seen(number, False, tuple((axis,) for axis in range(len(shape))))
+        following = {value: number for number, value in enumerate(self.loop.following)}
         done: set[ir.Value] = set()  # readings, and what is computed from them
-        for node in self._loop.body:
-            if not any(value in self._dependent for value in node.inputs if value is not None):
+        for node in self.loop.body:
+            if not any(value in self.dependent for value in node.inputs if value is not None):
                 continue
             held = [value for value in node.inputs if value in self._seen]
             if held and any(value in done for value in node.inputs):
-                raise CannotError(f"{node.op_type} mixes a state with what was read from one")
-            if not held:
+                self._take(node.outputs[0], self.mixed(node), following)
+            elif not held:
                 done.update(node.outputs)
-                continue
-            self._state_step(node, following, done)
+            else:
+                self._state_step(node, following, done)
         self._check(done)
-        states = [self._state(number, shape) for number, shape in enumerate(shapes)]
-        return Linear(tuple(states), tuple(self._readings))
+        states = [self.state(number, shape) for number, shape in enumerate(shapes)]
+        return Linear(tuple(states), tuple(self.readings))
+
+    def mixed(self, node: ir.Node) -> Seen:
+        """A state together with what was read from one."""
+        raise CannotError(f"{node.op_type} mixes a state with what was read from one")
 
     def _check(self, done: set[ir.Value]) -> None:
-        for value in self._loop.following:
+        for value in self.loop.following:
             if value in done:
                 raise CannotError("a state is computed from what was read from one")
-        for value in self._loop.collected:
+        for value in self.loop.collected:
             if value in self._seen:
                 raise CannotError("whole states are handed out")
 
@@ -156,49 +141,66 @@ class _Reader:
             raise CannotError(f"{node.op_type} of a state is not linear")
         found = rule(self, node)
         if isinstance(found, Reading):
-            self._readings.append(found)
+            self.readings.append(found)
             done.add(value)
-            return
+        else:
+            self._take(value, found, following)
+
+    def _take(self, value: ir.Value, found: Seen, following: dict[ir.Value, int]) -> None:
+        """Remember a value that is a state."""
         self._seen[value] = found
         if value in following:
             number = following[value]
-            if found.new or found.state != number or found.axes != _plain(found.axes):
+            if found.new or found.state != number or found.axes != plain(found.axes):
                 raise CannotError("a state follows from another one")
-            self._next[number] = found
-            self._seen[value] = _Seen(number, True, found.axes)
+            self.next[number] = found
+            self._seen[value] = Seen(number, True, found.axes)
 
-    def _state(self, number: int, shape: tuple[int | ir.SymbolicDim, ...]) -> LinearState:
-        found = self._next.get(number)
+    def state(self, number: int, shape: tuple[int | ir.SymbolicDim, ...]) -> LinearState:
+        """A state whose step adds one product to it."""
+        found = self.next.get(number)
         if found is None or len(found.terms) != 1:
             raise CannotError("a step does not add one product to its state")
-        readings = [reading for reading in self._readings if reading.state == number]
-        if not readings:
-            raise CannotError("nobody reads a state in the loop")
-        over = readings[0].over
-        if any(reading.over != over for reading in readings):
-            raise CannotError("a state is read over different axes")
+        over = self.over(number)
         row = tuple(factor for factor in found.terms[0] if factor.axes & over)
         column = tuple(factor for factor in found.terms[0] if not factor.axes & over)
-        decays = {axis for factor in found.scale for axis in factor.axes}
-        reads = {axis for reading in readings for factor in reading.factors for axis in factor.axes}
-        rows = {axis for factor in row for axis in factor.axes}
-        if decays & over:
-            raise CannotError("its decay differs along the axes that are read over")
-        batch = (decays | reads | rows) - over
+        return self.made(number, shape, found.scale, row, column)
+
+    def over(self, number: int) -> frozenset[int]:
+        """The axes that a state is read over."""
+        overs = {reading.over for reading in self.readings if reading.state == number}
+        if len(overs) != 1:
+            raise CannotError(
+                "a state is read over different axes" if overs else "nobody reads a state in the loop"
+            )
+        return overs.pop()
+
+    def made(
+        self,
+        number: int,
+        shape: tuple[int | ir.SymbolicDim, ...],
+        decay: tuple[Factor, ...],
+        row: tuple[Factor, ...],
+        column: tuple[Factor, ...],
+        rate: tuple[Factor, ...] | None = None,
+    ) -> LinearState:
+        """A state of these factors, its axes told apart."""
+        over = self.over(number)
+        reads = [factor for reading in self.readings if reading.state == number for factor in reading.factors]
+        batch = axes_of((*decay, *reads, *row, *(rate or ()))) - over
         only = set(range(len(shape))) - batch - over
-        if not only <= {axis for factor in column for axis in factor.axes}:
+        if not only <= axes_of(column):
             batch |= only  # an axis that nothing has: broadcast
             only = set()
         for axis in (*over, *only):
             if not isinstance(shape[axis], int):
                 raise CannotError("a size of the state is not known")
-        return LinearState(
-            shape, found.scale, row, column, tuple(sorted(batch)), tuple(sorted(over)), tuple(sorted(only))
-        )
+        g, n, p = (tuple(sorted(some)) for some in (batch, over, only))
+        return LinearState(shape, decay, row, column, g, n, p, rate)
 
     # Steps on a state
 
-    def seen(self, node: ir.Node) -> tuple[_Seen, ir.Value | None, int]:
+    def seen(self, node: ir.Node) -> tuple[Seen, ir.Value | None, int]:
         """The operand that is a state, the other operand, and the place of the first."""
         places = [place for place, value in enumerate(node.inputs) if value in self._seen]
         if len(places) > 1:
@@ -222,65 +224,42 @@ class _Reader:
                 labels.append(axis[0])
             else:
                 raise CannotError("a factor along several axes of the state that were joined")
-        return self._split(Factor(value, tuple(labels)))
+        return self.split(Factor(value, tuple(labels)))
 
-    def _split(self, factor: Factor) -> tuple[Factor, ...]:
+    def whole(self, value: ir.Value) -> bool:
+        """Whether a value is one factor, whatever it is computed from."""
+        return value in self.dependent
+
+    def split(self, factor: Factor) -> tuple[Factor, ...]:
         """Through products and views."""
         value, labels = factor.value, factor.labels
         node = value.producer()
-        if node is None or value not in self._body or value in self._dependent:
+        if node is None or value not in self._body or self.whole(value):
             return (factor,)
         first = node.inputs[0] if node.inputs else None
         if node.op_type == "Mul":
-            return tuple(part for operand in node.inputs for part in self._split(_broadcast(operand, labels)))
-        if node.op_type == "MatMul" and (pair := _outer(node, labels)) is not None:
-            return tuple(part for operand in pair for part in self._split(operand))
+            return tuple(part for operand in node.inputs for part in self.split(broadcast(operand, labels)))
+        if node.op_type == "MatMul" and (pair := outer(node, labels)) is not None:
+            return tuple(part for operand in pair for part in self.split(operand))
         if node.op_type == "Identity" and first is not None:
-            return self._split(Factor(first, labels))
+            return self.split(Factor(first, labels))
         if node.op_type == "Unsqueeze" and first is not None:
-            axes = _constant(node.inputs[1], len(labels))
-            return self._split(
+            axes = constant(node.inputs[1], len(labels))
+            return self.split(
                 Factor(first, tuple(label for place, label in enumerate(labels) if place not in axes))
             )
+        if node.op_type == "Squeeze" and first is not None and len(node.inputs) > 1:
+            left: list[int | None] = list(labels)
+            for place in sorted(constant(node.inputs[1], len(first.shape or ()))):
+                left.insert(place, None)
+            return self.split(Factor(first, tuple(left)))
         if node.op_type == "Transpose" and first is not None:
             order = list(node.attributes["perm"].as_ints())
-            return self._split(
-                Factor(first, tuple(labels[order.index(place)] for place in range(len(order))))
-            )
+            return self.split(Factor(first, tuple(labels[order.index(place)] for place in range(len(order)))))
         return (factor,)
 
 
-def _plain(axes: Axes) -> Axes:
-    return tuple((place,) for place in range(len(axes)))
-
-
-def _broadcast(value: ir.Value | None, labels: Sequence[int | None]) -> Factor:
-    if value is None or value.shape is None:
-        raise CannotError("a factor of unknown shape")
-    kept = labels[len(labels) - len(value.shape) :]
-    return Factor(
-        value, tuple(None if size == 1 else label for size, label in zip(value.shape, kept, strict=True))
-    )
-
-
-def _outer(node: ir.Node, labels: tuple[int | None, ...]) -> tuple[Factor, Factor] | None:
-    """A matrix product over an axis of size 1, as a product that is broadcast."""
-    left, right = node.inputs
-    if left is None or right is None or left.shape is None or right.shape is None:
-        return None
-    if min(len(left.shape), len(right.shape)) < 2 or left.shape[-1] != 1:
-        return None
-    return _broadcast(left, (*labels[:-1], None)), _broadcast(right, (*labels[:-2], None, labels[-1]))
-
-
-def _constant(value: ir.Value | None, rank: int) -> list[int]:
-    tensor = value.const_value if value is not None else None
-    if tensor is None:
-        raise CannotError("axes that are computed")
-    return [int(axis) % rank for axis in tensor.numpy().reshape(-1)]
-
-
-def _multiplied(reader: _Reader, node: ir.Node) -> _Seen:
+def _multiplied(reader: Reader, node: ir.Node) -> Seen:
     state, other, place = reader.seen(node)
     if node.op_type == "Div" and place == 0:
         raise CannotError("a state is divided")
@@ -290,76 +269,45 @@ def _multiplied(reader: _Reader, node: ir.Node) -> _Seen:
     return replace(state, scale=(*state.scale, *more), terms=tuple((*term, *more) for term in state.terms))
 
 
-def _added(reader: _Reader, node: ir.Node) -> _Seen:
+def _added(reader: Reader, node: ir.Node) -> Seen:
     state, other, _ = reader.seen(node)
     if other is None or other.shape is None or len(other.shape) > len(state.axes):
         raise CannotError("a sum with something larger than the state")
     return replace(state, terms=(*state.terms, reader.factors(other, state.axes)))
 
 
-def _viewed(reader: _Reader, node: ir.Node) -> _Seen:
+def _viewed(reader: Reader, node: ir.Node) -> Seen:
     state, _, _ = reader.seen(node)
     axes = list(state.axes)
     shape = node.outputs[0].shape
     if node.op_type == "Transpose":
         axes = [axes[place] for place in node.attributes["perm"].as_ints()]
     elif node.op_type == "Unsqueeze":
-        for place in sorted(_constant(node.inputs[1], len(shape or ()))):
+        for place in sorted(constant(node.inputs[1], len(shape or ()))):
             axes.insert(place, ())
     elif node.op_type == "Squeeze":
-        gone = _constant(node.inputs[1] if len(node.inputs) > 1 else None, len(axes))
+        gone = constant(node.inputs[1] if len(node.inputs) > 1 else None, len(axes))
         axes = [axis for place, axis in enumerate(axes) if place not in gone]
     elif node.op_type == "Reshape":
-        axes = _regrouped(axes, node)
+        axes = regrouped(axes, node)
     return replace(state, axes=tuple(axes))
 
 
-def _regrouped(axes: Sequence[tuple[int, ...]], node: ir.Node) -> list[tuple[int, ...]]:
-    """The axes after a reshape that only joins some, or adds some of size 1."""
-    old, new = node.inputs[0].shape if node.inputs[0] else None, node.outputs[0].shape
-    if old is None or new is None:
-        raise CannotError("a Reshape of an unknown shape")
-    result: list[tuple[int, ...]] = []
-    place = 0
-    for size in new:
-        if size == 1:
-            result.append(())
-            continue
-        joined: list[int] = []
-        product: object = None
-        while place < len(old) and str(product) != str(size):
-            step = old[place]
-            joined += axes[place]
-            if product is None:
-                product = step
-            elif isinstance(product, int) and isinstance(step, int):
-                product *= step
-            else:
-                raise CannotError("a Reshape of sizes that are not known")
-            place += 1
-        if str(product) != str(size):
-            raise CannotError("a Reshape that takes a state's axis apart")
-        result.append(tuple(joined))
-    return result
-
-
-def _summed(reader: _Reader, node: ir.Node) -> Reading:
+def _summed(reader: Reader, node: ir.Node) -> Reading:
     state, _, _ = reader.seen(node)
-    if state.terms:
-        raise CannotError("what is read is more than a product with a state")
-    gone = _constant(node.inputs[1] if len(node.inputs) > 1 else None, len(state.axes))
+    gone = constant(node.inputs[1] if len(node.inputs) > 1 else None, len(state.axes))
     kept = int(node.attributes["keepdims"].as_int()) if "keepdims" in node.attributes else 1
     axes = [
         () if place in gone else axis for place, axis in enumerate(state.axes) if place not in gone or kept
     ]
     over = frozenset(axis for place in gone for axis in state.axes[place])
-    return Reading(node.outputs[0], state.state, state.new, state.scale, over, tuple(axes))
+    return Reading(node.outputs[0], state.state, state.new, state.scale, over, tuple(axes), state.terms)
 
 
-def _contracted(reader: _Reader, node: ir.Node) -> Reading:
+def _contracted(reader: Reader, node: ir.Node) -> Reading:
     state, other, place = reader.seen(node)
-    if state.terms or other is None or other.shape is None or len(other.shape) > len(state.axes):
-        raise CannotError("what is read is more than a product with a state")
+    if other is None or other.shape is None or len(other.shape) > len(state.axes):
+        raise CannotError("a state is read by something larger")
     shape, axes = other.shape, state.axes
     if place == 0 and len(shape) == 1:
         over, labels, result = axes[-1], axes[-1:], axes[:-1]
@@ -371,11 +319,13 @@ def _contracted(reader: _Reader, node: ir.Node) -> Reading:
         over, labels, result = axes[-2], axes[-2:-1], (*axes[:-2], axes[-1])
     else:
         raise CannotError("a state is read by a matrix")
-    factors = (*state.scale, *reader.factors(other, labels))
-    return Reading(node.outputs[0], state.state, state.new, factors, frozenset(over), result)
+    more = reader.factors(other, labels)
+    terms = tuple((*term, *more) for term in state.terms)
+    factors = (*state.scale, *more)
+    return Reading(node.outputs[0], state.state, state.new, factors, frozenset(over), result, terms)
 
 
-_RULES: dict[str, Callable[[_Reader, ir.Node], _Seen | Reading]] = {
+_RULES: dict[str, Callable[[Reader, ir.Node], Seen | Reading]] = {
     **dict.fromkeys(("Mul", "Div"), _multiplied),
     "Add": _added,
     **dict.fromkeys(("Identity", "Transpose", "Unsqueeze", "Squeeze", "Reshape"), _viewed),

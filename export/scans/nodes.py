@@ -28,9 +28,11 @@ class Nodes:
         """Write a node with one output, whose type is that of its first input."""
         return self.parts(op, 1, *inputs, **attributes)[0]
 
-    def parts(self, op: str, count: int, *inputs: ir.Value | None, **attributes: Any) -> Sequence[ir.Value]:
+    def parts(
+        self, op: str, count: int, *inputs: ir.Value | None, domain: str = "", **attributes: Any
+    ) -> Sequence[ir.Value]:
         """Write a node with several outputs."""
-        node = ir.node(op, inputs, attributes=attributes, num_outputs=count)
+        node = ir.node(op, inputs, attributes=attributes, num_outputs=count, domain=domain)
         node.metadata_props.update(self.anchor.metadata_props)
         first = next((value for value in inputs if value is not None), None)
         for output in node.outputs:

@@ -11,8 +11,9 @@ Source: https://onnx.ai/onnx/operators/onnx__Scan.html (since opset 16 without s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -24,6 +25,8 @@ from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
 from moe_export.export.scans.chunked import write_chunked
 from moe_export.export.scans.inputs import move_inwards
 from moe_export.export.scans.layout import widest_last
+from moe_export.export.scans.linear_attention import DOMAIN as CONTRIB
+from moe_export.export.scans.linear_attention import write_linear_attention
 from moe_export.export.scans.marked import Marked, integer, read_marked
 from moe_export.export.scans.products import small_products_first
 from moe_export.export.scans.results import results_inwards
@@ -38,7 +41,8 @@ class Lowering:
 
     Attributes:
         form: `scan`, step by step; `chunked`, as products over chunks, where that is exact; `auto`, chunked where
-            it is exact and computes less.
+            it is exact and computes less; `contrib`, ONNX Runtime's own operator where it computes the same, else
+            as `auto`.
         unroll: Steps that a turn of a `Scan` takes. More than one was not faster (docs/recurrence.md).
     """
 
@@ -53,38 +57,74 @@ def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
         Notes for the report: which form, and why.
 
     Raises:
-        NotExportableError: The chunked form was asked for, and no loop has one.
+        NotExportableError: The chunked form, or the contrib one, was asked for, and no loop has it.
     """
     lowering = lowering or Lowering()
-    notes, refused = [], []
+    forms = _FORMS[lowering.form]
+    notes, refused, taken = [], [], 0
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == END:
             mark_block(node, "recurrence")
             results_inwards(model.graph, node)
             move_inwards(model.graph, node)
             small_products_first(model.graph, read_marked(model.graph, node))
-            loop = read_marked(model.graph, node)
-            try:
-                notes.append(_chunked(model.graph, loop, lowering))
-            except CannotError as reason:
-                refused.append((place_of(node), str(reason)))
-                loop = _laid_out(model.graph, loop)
-                _write(model.graph, _with_turns(model.graph, loop, lowering))
-    if lowering.form == "chunked" and refused and not notes:
+            place, reasons = _at_once(model.graph, node, forms)
+            refused += [(place_of(node), reason) for reason in reasons[:1]]
+            taken += place == 0
+            if place is not None:
+                notes.append(f"loop {integer(node, 'loop')}: {forms[place].note}{_why(reasons)}")
+                continue
+            if lowering.form == "contrib":
+                notes.append(f"loop {integer(node, 'loop')}: a Scan{_why(reasons[:1])}")
+            loop = _laid_out(model.graph, read_marked(model.graph, node))
+            _write(model.graph, _with_turns(model.graph, loop, lowering))
+    if lowering.form in ("chunked", "contrib") and refused and not taken:
         where, why = refused[0]
         raise NotExportableError(
-            f"the loop has no chunked form: {why}", where=where, hint="use --recurrence auto, or scan"
+            f"the loop has no {lowering.form} form: {why}", where=where, hint="use --recurrence auto, or scan"
         )
     RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
+    if any(node.domain == CONTRIB for node in model.graph):
+        model.opset_imports[CONTRIB] = 1
     return notes
 
 
-def _chunked(graph: ir.Graph, loop: Marked, lowering: Lowering) -> str:
-    if lowering.form == "scan":
-        raise CannotError("a scan was asked for")
-    write_chunked(graph, loop, only_if_it_pays=lowering.form == "auto")
-    return f"loop {loop.number}: a decay for many entries of the state; products over chunks of {STEPS} steps"
+@dataclass(frozen=True)
+class _Form:
+    """A form that takes all steps at once: how it is written, and what the report says of it."""
+
+    write: Callable[[ir.Graph, Marked], None]
+    note: str
+
+
+_CHUNKS = f"products over chunks of {STEPS} steps"
+_WHERE_IT_PAYS = _Form(
+    partial(write_chunked, only_if_it_pays=True), f"a decay for many entries of the state; {_CHUNKS}"
+)
+_FORMS: dict[str, tuple[_Form, ...]] = {
+    "scan": (),
+    "auto": (_WHERE_IT_PAYS,),
+    "chunked": (_Form(write_chunked, _CHUNKS),),
+    "contrib": (_Form(write_linear_attention, f"{CONTRIB}.LinearAttention"), _WHERE_IT_PAYS),
+}
+
+
+def _at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> tuple[int | None, list[str]]:
+    """Write a loop in the first of these forms that it has: which, and why none before."""
+    reasons: list[str] = []
+    for place, form in enumerate(forms):
+        try:
+            form.write(graph, read_marked(graph, end))
+        except CannotError as reason:
+            reasons.append(str(reason))
+        else:
+            return place, reasons
+    return None, reasons
+
+
+def _why(reasons: Sequence[str]) -> str:
+    return f" (not {CONTRIB}.LinearAttention: {reasons[0]})" if reasons else ""
 
 
 def _laid_out(graph: ir.Graph, loop: Marked) -> Marked:

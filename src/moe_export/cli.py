@@ -138,11 +138,11 @@ _memory_option = click.option(
 )
 @click.option(
     "--recurrence",
-    type=click.Choice(["auto", "scan", "chunked", "unrolled"]),
+    type=click.Choice(["auto", "scan", "chunked", "contrib", "unrolled"]),
     default="auto",
     show_default=True,
-    help="Loops over a length: for any length where that can be; always (or an error) as a Scan, or as products over"
-    " chunks; or as traced.",
+    help="Loops over a length: for any length where that can be; always (or an error) as a Scan, as products over"
+    " chunks, or as ONNX Runtime's LinearAttention; or as traced.",
 )
 @click.option(
     "--unroll",

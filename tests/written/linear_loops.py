@@ -107,8 +107,12 @@ class TimeFirst(nn.Module):
 class PerEntry(nn.Module):
     """A decay for each entry: no chunked form."""
 
+    def __init__(self, channels: int = P) -> None:
+        super().__init__()
+        self.channels = channels
+
     def forward(self, x: Tensor, a: Tensor, c: Tensor) -> Tensor:
-        h = x.new_zeros(x.shape[0], P, N)
+        h = x.new_zeros(x.shape[0], self.channels, N)
         ys = []
         for t in range(x.shape[1]):
             h = torch.exp(-a[:, t]) * h + x[:, t, :, None]

@@ -57,7 +57,7 @@ def run_export(
     gate: str | None,
     experts: str,
     target: str,
-    recurrence: Literal["auto", "scan", "chunked", "unrolled"],
+    recurrence: Literal["auto", "scan", "chunked", "contrib", "unrolled"],
     unroll: int,
     decode: bool,
     simplify: bool,

@@ -1,0 +1,156 @@
+"""`read_delta`: a linear recurrence, or a delta rule, whose step first reads what the state holds for its key.
+
+    r  = sum over n of k (a h)                 what the decayed state holds for the key
+    h' = a h + rate * k * (v - r)              the value is stored in its place
+    y  = sum over n of q h'
+
+Such a step is linear in the state, but its state is computed from what was read from it. Recognised as it is written in
+papers' code: with the difference (`h + k * rate * (v - r)`, `h - rate * k * (r - v)`), or multiplied out
+(`h - rate k r + rate k v`).
+
+Source of the rule: arXiv:2406.06484 (delta), arXiv:2412.06464 (gated).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from moe_export.export.scans.linear import Linear, LinearState, Reader
+from moe_export.export.scans.marked import Marked
+from moe_export.export.scans.terms import Factor, Reading, Seen, axes_of, broadcast
+from moe_export.export.scans.time import CannotError
+
+_Product = tuple[Factor, ...]
+_MINUS = Factor(ir.Value(name="minus"), ())
+
+
+def read_delta(loop: Marked) -> Linear:
+    """Read a loop whose states are linear recurrences or delta rules.
+
+    Raises:
+        CannotError: One is neither; says why.
+    """
+    return _DeltaReader(loop).read()
+
+
+class _DeltaReader(Reader):
+    """Reads states that are computed from what was read from them, too."""
+
+    def read(self) -> Linear:
+        linear = super().read()
+        _only_through([reading.value for reading in linear.readings], self.loop)
+        return linear
+
+    def whole(self, value: ir.Value) -> bool:
+        return any(reading.value is value for reading in self.readings)
+
+    def mixed(self, node: ir.Node) -> Seen:
+        """`a h + k * rate * (v - r)`: a product is added that was computed from what was read."""
+        state, other, place = self.seen(node)
+        if node.op_type not in ("Add", "Sub") or (node.op_type == "Sub" and place):
+            raise CannotError(f"{node.op_type} mixes a state with what was read from one")
+        sign = (_MINUS,) if node.op_type == "Sub" else ()
+        return replace(state, terms=(*state.terms, (*sign, *self.factors(other, state.axes))))
+
+    def state(self, number: int, shape: tuple[int | ir.SymbolicDim, ...]) -> LinearState:
+        found = self.next.get(number)
+        terms = found.terms if found is not None else ()
+        computed = [term for term in terms if self._computed(term)]
+        if found is None or not computed:
+            return super().state(number, shape)
+        if len(computed) > 1 or len(terms) > 2:
+            raise CannotError("a step adds several products to its state")
+        corrected, reading, held, stored = self._parts(
+            computed[0], [term for term in terms if term not in computed]
+        )
+        self.readings.remove(reading)
+        if reading.new or reading.terms or reading.state != number:
+            raise CannotError("what a delta rule subtracts is read from another state than the one before")
+        over = self.over(number)
+        if reading.over != over:
+            raise CannotError("a state is read over different axes")
+        read = (*reading.factors, *held)
+        key = tuple(factor for factor in corrected if factor.axes & over)
+        if _without([factor for factor in read if factor.axes & over], key) != _without(
+            [factor for factor in found.scale if factor.axes & over], ()
+        ):
+            raise CannotError("a delta rule stores under another key than it reads")
+        flat = [factor for factor in (*corrected, *read) if not factor.axes & over]
+        rate = _without(flat, [factor for factor in found.scale if not factor.axes & over])
+        value = _without(stored, (*key, *rate))
+        made = self.made(number, shape, found.scale, key, value, rate)
+        if axes_of(rate) & set(made.only) or axes_of(value) & over:
+            raise CannotError("the rate of a delta rule differs along the state that it corrects")
+        return made
+
+    def _computed(self, product: Iterable[Factor]) -> list[Factor]:
+        """The factors that were computed from what was read."""
+        return [factor for factor in product if factor.value in self.dependent]
+
+    def _parts(self, term: _Product, others: list[_Product]) -> tuple[_Product, Reading, _Product, _Product]:
+        """What is subtracted, as a product with a reading, what that is multiplied by, and what is added."""
+        computed = self._computed(term)
+        if len(computed) > 1:
+            raise CannotError("a step multiplies what it reads by what it reads")
+        minus = term.count(_MINUS) % 2 == 1
+        rest = tuple(factor for factor in term if factor not in (*computed, _MINUS))
+        (difference,) = computed
+        if others:  # multiplied out
+            if not minus or _MINUS in others[0]:
+                raise CannotError("what a delta rule reads is not subtracted")
+            reading, held = self._reading(difference)
+            return rest, reading, held, others[0]
+        node = difference.value.producer()
+        if node is None or node.op_type != "Sub":
+            raise CannotError("what a delta rule reads is not subtracted")
+        operands = [broadcast(operand, difference.labels) for operand in node.inputs]
+        place = next((at for at, one in enumerate(operands) if one.value in self.dependent), 1)
+        if (place == 0) != minus:
+            raise CannotError("what a delta rule reads is not subtracted")
+        reading, held = self._reading(operands[place])
+        value = self.split(operands[1 - place])
+        if self._computed(value):
+            raise CannotError("a step subtracts what it reads from what it reads")
+        return rest, reading, held, (*rest, *value)
+
+    def _reading(self, factor: Factor) -> tuple[Reading, _Product]:
+        """The one reading in a product, and the other factors."""
+        parts = self.split(factor)
+        found = [
+            (part, reading) for part in parts for reading in self.readings if reading.value is part.value
+        ]
+        if len(found) != 1:
+            raise CannotError("a state is computed from what was read from one")
+        part, reading = found[0]
+        others = tuple(other for other in parts if other is not part)
+        if part.labels != tuple(axis[0] if len(axis) == 1 else None for axis in reading.axes):
+            raise CannotError("what is read is stored at another place")
+        if self._computed(others):
+            raise CannotError("a step multiplies what it reads by what it reads")
+        return reading, others
+
+
+def _without(product: Iterable[Factor], part: Iterable[Factor]) -> _Product:
+    """The factors of a product that are not those of another, which has to be in it."""
+    left, gone = Counter(product), Counter(part)
+    if gone - left:
+        raise CannotError("a delta rule stores under another key than it reads, or forgets after it has read")
+    return tuple((left - gone).elements())
+
+
+def _only_through(values: Iterable[ir.Value], loop: Marked) -> None:
+    """Make sure that what a loop hands out knows of its states through these values alone."""
+    marks, known = {mark.outputs[0] for mark in loop.states}, set(values)
+    stack = list(loop.collected)
+    while stack:
+        value = stack.pop()
+        if value in marks:
+            raise CannotError("what a delta rule subtracts is handed out, too")
+        node = value.producer()
+        if value not in known and node is not None and node in loop.body:
+            known.add(value)
+            stack += [one for one in node.inputs if one is not None]
