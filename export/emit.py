@@ -16,6 +16,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import MoeExportError, NotExportableError
 from moe_export.export.exact_rules import exact_constants
+from moe_export.export.expands import drop_expands
 from moe_export.export.leaves import unique
 from moe_export.export.made_once import made_once
 from moe_export.export.naming import name_nodes, statements
@@ -84,6 +85,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
     settle_reshapes(result.model.graph)
     settle_axes(result.model.graph)
     plain_transposes(result.model.graph)
+    drop_expands(result.model.graph)
     RemoveUnusedNodesPass()(result.model)
     return result.model
 
@@ -95,6 +97,7 @@ def finish(model: ir.Model, traced: Traced, opset: int, folder: Path) -> None:
     name_nodes(model, origins)
     _name_values(model, traced)
     set_opset(model, opset)
+    RemoveUnusedNodesPass()(model)  # what newer operators are told by inputs, older ones are by attributes
 
 
 def _name_values(model: ir.Model, traced: Traced) -> None:

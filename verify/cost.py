@@ -310,8 +310,8 @@ def flops_of(node: onnx.NodeProto, inputs: Sequence[Shape], outputs: Sequence[Sh
         outputs: Shapes of the outputs that it has.
     """
     kind = node.op_type
-    if node.domain == "com.microsoft" and kind == "MoE":
-        return _moe_flops(node, inputs)
+    if node.domain == "com.microsoft" and kind in _CONTRIB:
+        return _CONTRIB[kind](node, inputs)
     if kind in _MOVES or kind in _CONTROL:
         return 0
     given = prod(outputs[0]) if outputs else 0
@@ -337,6 +337,18 @@ def _moe_flops(node: onnx.NodeProto, inputs: Sequence[Shape]) -> int:
     tokens = prod(inputs[0][:-1])
     matrices = [shape for shape in inputs[2:] if len(shape) == 3]
     return 2 * tokens * (_attribute(node, "k") or 1) * sum(prod(shape[1:]) for shape in matrices)
+
+
+def _attention_flops(node: onnx.NodeProto, inputs: Sequence[Shape]) -> int:
+    """A step decays the state (B, H, a, b), adds a product and reads; a delta rule reads once more before it."""
+    rule = next(
+        (attribute.s for attribute in node.attribute if attribute.name == "update_rule"), b"gated_delta"
+    )
+    each = 4 + (b"gated" in rule) + 2 * (b"delta" in rule)
+    return each * inputs[0][1] * prod(inputs[3])
+
+
+_CONTRIB = {"MoE": _moe_flops, "LinearAttention": _attention_flops}
 
 
 def _attribute(node: onnx.NodeProto, name: str) -> int:

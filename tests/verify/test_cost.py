@@ -90,6 +90,14 @@ def test_no_run_costs_nothing():
         (onnx.helper.make_node("ReduceSum", ["a"], ["y"]), [(3, 4)], [(1, 1)], 12),
         (onnx.helper.make_node("Softmax", ["a"], ["y"]), [(3, 4)], [(3, 4)], 60),
         (onnx.helper.make_node("Transpose", ["a"], ["y"]), [(3, 4)], [(4, 3)], 0),
+        (
+            onnx.helper.make_node(
+                "LinearAttention", list("qkvpgb"), ["y"], domain="com.microsoft", update_rule="gated_delta"
+            ),
+            [(2, 5, 12), (2, 5, 12), (2, 5, 18), (2, 3, 4, 6), (2, 5, 3), (2, 5, 3)],
+            [(2, 5, 18)],
+            7 * 5 * 2 * 3 * 4 * 6,
+        ),
         (onnx.helper.make_node("Unheard", ["a"], ["y"], domain="of"), [(3, 4)], [(4, 3)], None),
     ],
 )
