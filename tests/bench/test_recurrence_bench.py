@@ -1,4 +1,4 @@
-"""ONNX Runtime on a CPU, one thread: our recurrences against eager PyTorch, the unrolled graph and the best by hand.
+"""On a CPU, one thread each: our recurrences against eager PyTorch, the unrolled graph and the best by hand.
 
     form   L   eager   unrolled   by hand …   ours
 
@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hand_recurrences as hand
@@ -93,6 +93,15 @@ SHAPES = {
     "delta": {name: ["b", "l", hand.H, hand.P] for name in "qkv"}
     | {name: ["b", "l", hand.H] for name in ("g", "beta")},
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread_for_eager() -> Iterator[None]:
+    """As many as onnxruntime gets."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def example(name: str, length: int, most: float = 0.1) -> dict[str, np.ndarray]:
