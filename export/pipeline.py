@@ -18,7 +18,8 @@ from moe_export.export.emit import check, emit
 from moe_export.export.experts.emit import write_experts
 from moe_export.export.experts.place import Placed, place_experts
 from moe_export.export.functions import described
-from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in
+from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in, numbers_of
+from moe_export.export.gates.neck import behind
 from moe_export.export.gates.routing import Routing, find_routings, routing_outputs
 from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
@@ -157,6 +158,7 @@ def choose(routings: tuple[Routing, ...], gates: bool | str, *, folded: bool) ->
 def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Options, step: Step) -> Graph:
     """The graph of one gate. Its reference also returns the scores, by which ties are judged."""
     with step(f"cutting out the gate of {routing.path}"):
+        routing = _where_it_holds(routing, traced)
         cut = gate_subject(traced, routing, subject)
         gate_traced = trace(cut, gate_dims(cut, options.dims, traced))
     graph = _graph("gate", routing.path, cut, Placed(gate_traced, (), ()), options, step)
@@ -167,23 +169,27 @@ def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Opt
     )
 
 
+def _where_it_holds(routing: Routing, traced: Traced) -> Routing:
+    """The gate, begun behind what holds for a size only that the model's trace fixed, as a loop's steps."""
+    fixed = {one.size for one in traced.fixed if one.model_takes_others}
+    return behind(routing, lambda node: not numbers_of(node) & fixed)
+
+
 def gate_dims(cut: Subject, dims: DimRequest, traced: Traced) -> DimRequest:
     """What the user asked of the model's dimensions, as far as it can be asked of the gate's inputs.
 
     A size that the model's trace fixed, and that stands in the gate as a number, stays fixed there: the gate is
     cut out of that trace, and would only look as if it were right at other sizes.
     """
-    asked = {key: name for key, name in dims.picked.items() if key[0] in cut.inputs}
     baked = {fixed.size for fixed in traced.fixed if fixed.model_takes_others} & numbers_in(cut)
-    if not baked:
-        return DimRequest(dims.static, asked)
-    free = {
-        (name, axis): asked.get((name, axis))
+    held = {
+        (name, axis)
         for name, tensor in cut.inputs.items()
         for axis, size in enumerate(tensor.shape)
-        if size not in baked and dims.wants(name, axis)
+        if size in baked
     }
-    return DimRequest(True, free)
+    asked = {key: name for key, name in dims.picked.items() if key[0] in cut.inputs and key not in held}
+    return DimRequest(dims.static, asked, frozenset(held))
 
 
 def _graph(

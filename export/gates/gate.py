@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 from moe_export.errors import NotExportableError
-from moe_export.export.gates.region import is_size, size_source
+from moe_export.export.gates.region import is_size, needed, size_source
 from moe_export.export.gates.routing import Routing
 from moe_export.export.gates.values import stand_in_values
 from moe_export.export.leaves import identifier, unique
@@ -68,14 +68,31 @@ def numbers_in(cut: Subject) -> set[int]:
     """The integers that stand in a cut as constants, as they are or as `1 / n`."""
     graph = cut.module.get_submodule("gate").graph
     assert isinstance(graph, fx.Graph)
+    return {number for node in graph.nodes for number in numbers_of(node)}
+
+
+def numbers_of(node: fx.Node) -> set[int]:
+    """The integers that a node computes with; of one that takes an axis apart, its size."""
     constants = [
         float(value)
-        for node in graph.nodes
         for value in pytree.tree_leaves((node.args[1:], node.kwargs))
         if isinstance(value, (int, float)) and value and math.isfinite(value)
     ]
     values = constants + [round(1 / value, 6) for value in constants]
-    return {int(value) for value in values if value.is_integer()}
+    return {int(value) for value in values if value.is_integer()} | _taken_apart(node)
+
+
+def _taken_apart(node: fx.Node) -> set[int]:
+    """The size of the axis of which a node takes one place that is not the first or the last, or all."""
+    if node.target not in (torch.ops.aten.select.int, torch.ops.aten.unbind.int):
+        return set()
+    source, axis, *index = (*node.args, 0)[:3] if node.target is torch.ops.aten.unbind.int else node.args
+    value = source.meta.get("val") if isinstance(source, fx.Node) else None
+    if not isinstance(value, torch.Tensor) or not isinstance(axis, int):
+        return set()
+    size = value.shape[axis]
+    first_or_last = node.target is torch.ops.aten.select.int and index[0] in (0, -1)
+    return {size} if isinstance(size, int) and not first_or_last else set()
 
 
 def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
@@ -113,7 +130,7 @@ def _cut(traced: Traced, routing: Routing, with_scores: bool) -> tuple[fx.GraphM
         copies[node] = graph.placeholder(identifier(node.name))
         copies[node].meta = dict(node.meta)
     scores = tuple(choice.scores for choice in routing.choices) if with_scores else ()
-    for node in _needed((*routing.outputs, *scores), set(routing.inputs)):
+    for node in needed((*routing.outputs, *scores), set(routing.inputs)):
         size = size_source(node, routing.inputs) if is_size(node) else None
         if node.op == "placeholder":
             copies[node] = _constant(graph, root, node, constants)
@@ -139,20 +156,6 @@ def _joined(graph: fx.Graph, nodes: list[fx.Node], name: str, routing: Routing) 
     if name == SCORES or choice.operator.target is torch.ops.aten.topk.default:
         return nodes[0]
     return graph.call_function(torch.ops.aten.stack.default, (nodes, -1))
-
-
-def _needed(outputs: tuple[fx.Node, ...], inputs: set[fx.Node]) -> list[fx.Node]:
-    """What outputs depend on, stopping at inputs and at sizes that can be read off the inputs; in graph order."""
-    stack, seen = list(outputs), set(outputs) - inputs
-    while stack:
-        node = stack.pop()
-        if is_size(node) and size_source(node, inputs) is not None:
-            continue
-        for source in node.all_input_nodes:
-            if source not in seen and source not in inputs:
-                seen.add(source)
-                stack.append(source)
-    return [node for node in outputs[0].graph.nodes if node in seen]
 
 
 def _constants(traced: Traced) -> Mapping[str, torch.Tensor]:
@@ -189,7 +192,10 @@ def _input_names(routing: Routing, traced: Traced, subject: Subject) -> list[str
     known = dict(zip(user_inputs, subject.inputs, strict=True))
     parameters = _forward_parameters(routing.path, subject)
     spare = iter(parameters if len(routing.inputs) == 1 else [])
-    names = [known.get(node) or next(spare, None) or identifier(node.name) for node in routing.inputs]
+    names = [
+        known.get(node) or (not routing.inner and next(spare, None)) or identifier(node.name)
+        for node in routing.inputs
+    ]
     return unique(names, {INDICES, WEIGHTS, SCORES})
 
 

@@ -79,6 +79,20 @@ def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     return set(inside(nodes, ()))
 
 
+def needed(outputs: tuple[fx.Node, ...], inputs: set[fx.Node]) -> list[fx.Node]:
+    """What outputs depend on, stopping at inputs and at sizes that can be read off the inputs; in graph order."""
+    stack, seen = list(outputs), set(outputs) - inputs
+    while stack:
+        node = stack.pop()
+        if is_size(node) and size_source(node, inputs) is not None:
+            continue
+        for source in node.all_input_nodes:
+            if source not in seen and source not in inputs:
+                seen.add(source)
+                stack.append(source)
+    return [node for node in outputs[0].graph.nodes if node in seen]
+
+
 def shape_of(node: object) -> tuple[str, ...]:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()

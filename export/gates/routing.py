@@ -44,7 +44,7 @@ _LOOKUPS = {_aten.index.Tensor, _aten.index_select.default}
 # A model with one of these before its choice is more than a gate: a classifier, a language model.
 _NO_GATE = {_aten.embedding.default, _aten.convolution.default, _aten.scaled_dot_product_attention.default}
 _GATE_CONTRACTIONS = 2  # a linear layer, or two of them: the logits and their noise, or a small network
-_CONTRACTIONS = {
+CONTRACTIONS = {
     _aten.linear.default, _aten.matmul.default, _aten.mm.default, _aten.addmm.default, _aten.bmm.default,
     _aten.einsum.default,
 }  # fmt: skip
@@ -61,6 +61,7 @@ class Routing:
         choices: One `topk`, or one `argmax` for each of the k choices, first choice first.
         weights: One value for each choice, or nothing where no weights could be told.
         inputs: The values that enter the gate.
+        inner: They are made in the gate's module, rather than given to it.
     """
 
     path: str
@@ -69,6 +70,7 @@ class Routing:
     choices: tuple[Choice, ...]
     weights: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
+    inner: bool = False
 
     @property
     def outputs(self) -> tuple[fx.Node, ...]:
@@ -133,10 +135,7 @@ def _is_returned_by_a_gate(choice: Choice) -> bool:
     if choice.operator.target is not _aten.topk.default:
         return False
     before = [node.target for node in ancestors([choice.scores])]
-    if (
-        _NO_GATE.intersection(before)
-        or sum(target in _CONTRACTIONS for target in before) > _GATE_CONTRACTIONS
-    ):
+    if _NO_GATE.intersection(before) or sum(target in CONTRACTIONS for target in before) > _GATE_CONTRACTIONS:
         return False
     return any(user.op == "output" for node in _carried(choice.indices) for user in node.users)
 
@@ -194,7 +193,7 @@ def _gate_scope(choices: tuple[Choice, ...]) -> tuple[str, ...]:
     scope = scope_of(choices[0].operator)
     while len(scope) > 1:
         found = inside([choice.scores for choice in choices], scope)
-        if any(node.target in _CONTRACTIONS for node in found):
+        if any(node.target in CONTRACTIONS for node in found):
             return scope
         scope = scope[:-1]
     return scope

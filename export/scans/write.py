@@ -60,7 +60,7 @@ def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
         NotExportableError: The chunked form, or the contrib one, was asked for, and no loop has it.
     """
     lowering = lowering or Lowering()
-    forms = _FORMS[lowering.form]
+    forms = _FORMS.get(lowering.form, ())
     notes, refused, taken = [], [], 0
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == END:
@@ -103,7 +103,6 @@ _WHERE_IT_PAYS = _Form(
     partial(write_chunked, only_if_it_pays=True), f"a decay for many entries of the state; {_CHUNKS}"
 )
 _FORMS: dict[str, tuple[_Form, ...]] = {
-    "scan": (),
     "auto": (_WHERE_IT_PAYS,),
     "chunked": (_Form(write_chunked, _CHUNKS),),
     "contrib": (_Form(write_linear_attention, f"{CONTRIB}.LinearAttention"), _WHERE_IT_PAYS),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from moe_export.errors import UsageError
 from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.gates.routing import find_routings
 from moe_export.export.pipeline import is_only_a_gate
+from moe_export.export.subject import make_subject
 from moe_export.export.tracing import trace
 
 
@@ -146,3 +149,51 @@ def test_dimensions_that_the_user_names_reach_the_gate(tools):
     dims = DimRequest(True, {("hidden_states", 1): "time"})
     for graph in export_subject(load(tools, "moe_gate"), Options(dims=dims, simplify=False)):
         assert graph.traced.inputs == {"hidden_states": (2, "time", 32)}
+
+
+class BehindALoop(nn.Module):
+    """A loop over time and experts in one forward. The router reads the loop's result, or the input, too."""
+
+    def __init__(self, two_routers: bool) -> None:
+        super().__init__()
+        self.mix, self.router, self.other = nn.Linear(8, 8), nn.Linear(8, 4), nn.Linear(8, 4)
+        self.experts = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.two_routers = two_routers
+
+    def forward(self, x):
+        h, hs = x.new_zeros(x.shape[0], 8), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.mix(h) + x[:, t])
+            hs.append(h)
+        y = torch.stack(hs, 1)
+        logits = self.router(y) + self.other(x) if self.two_routers else self.router(y)
+        weights, indices = logits.softmax(-1).topk(2, dim=-1)
+        out = torch.zeros_like(y)
+        for e, expert in enumerate(self.experts):
+            out += (weights * (indices == e)).sum(-1, keepdim=True) * expert(y)
+        return out, indices
+
+
+@pytest.mark.parametrize("recurrence", ["auto", "unrolled"])
+def test_a_gate_behind_a_loop_begins_behind_it(tools, recurrence):
+    """The trace has a step for each place of the example: a gate that began before would cut off longer inputs."""
+    x = torch.randn(2, 6, 8)
+    subject = make_subject(BehindALoop(False), (x,), {}, source=Path(__file__), how="a test")
+    gate = export_subject(subject, Options(simplify=False, recurrence=recurrence))[1]
+    ((name, shape),) = gate.traced.inputs.items()
+    assert name != "x"
+    assert shape == ("batch", "seq", 8)
+    module = subject.module
+    for batch, seq in ((1, 1), (3, 9)):
+        tools.gate_equal(
+            gate,
+            lambda y: torch.topk(module.router(y).softmax(-1), 2, dim=-1)[::-1],
+            torch.randn(batch, seq, 8),
+        )
+
+
+def test_a_gate_that_cannot_begin_behind_a_loop_has_its_length():
+    x = torch.randn(2, 6, 8)
+    subject = make_subject(BehindALoop(True), (x,), {}, source=Path(__file__), how="a test")
+    gate = export_subject(subject, Options(simplify=False))[1]
+    assert gate.traced.inputs == {"x": ("batch", 6, 8)}

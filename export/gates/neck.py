@@ -1,0 +1,51 @@
+"""`behind`: a gate that begins later, behind a computation that holds for the traced size only.
+
+    x ─▶ step ─▶ step ─▶ … ─▶ stack ─▶ linear ─▶ softmax ─▶ topk
+                                └ the neck: everything that the choice depends on goes through it
+
+A gate that stands in a model's own `forward` begins at the model's inputs. Where a loop over time lies between, the
+trace has a step for each place of the example, and would compute for as many at any length. Behind the loop's result
+the gate is right for all.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import torch
+from torch import fx
+
+from moe_export.export.gates.region import is_size, needed, size_source
+from moe_export.export.gates.routing import CONTRACTIONS, Routing
+
+
+def behind(routing: Routing, holds: Callable[[fx.Node], bool]) -> Routing:
+    """The gate from the first neck on behind which every node holds for other sizes.
+
+    As it is where all of it holds, or where too little would be left: the scores are computed from a weight.
+
+    Args:
+        routing: The gate.
+        holds: Whether a node holds for other sizes.
+    """
+    wanted = (*routing.outputs, *(choice.scores for choice in routing.choices))
+    nodes = needed(wanted, set(routing.inputs))
+    dependent = set(routing.inputs)
+    for node in nodes:
+        if any(source in dependent for source in node.all_input_nodes):
+            dependent.add(node)
+    order = [*routing.inputs, *(node for node in nodes if node in dependent)]
+    place = {node: at for at, node in enumerate(order)}
+    last = [max((place[user] for user in node.users if user in place), default=len(order)) for node in order]
+    start = max((at for at, node in enumerate(order) if not holds(node)), default=-1)
+    end = max((at for at, node in enumerate(order) if node.target in CONTRACTIONS), default=0)
+    if start < 0:
+        return routing
+    for at, neck in enumerate(order[:end]):
+        if at <= start or not isinstance(neck.meta.get("val"), torch.Tensor):
+            continue
+        open_still = [node for before, node in enumerate(order[:at]) if last[before] > at]
+        if all(is_size(node) and size_source(node, [neck]) is not None for node in open_still):
+            return dataclasses.replace(routing, inputs=(neck,), inner=True)
+    return routing
