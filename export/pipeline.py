@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -160,7 +160,7 @@ def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Opt
     with step(f"cutting out the gate of {routing.path}"):
         routing = _where_it_holds(routing, traced)
         cut = gate_subject(traced, routing, subject)
-        gate_traced = trace(cut, gate_dims(cut, options.dims, traced))
+        gate_traced = trace(cut, gate_dims(cut, options.dims, traced, routing.inputs))
     graph = _graph("gate", routing.path, cut, Placed(gate_traced, (), ()), options, step)
     return dataclasses.replace(
         graph,
@@ -175,18 +175,34 @@ def _where_it_holds(routing: Routing, traced: Traced) -> Routing:
     return behind(routing, lambda node: not numbers_of(node) & fixed)
 
 
-def gate_dims(cut: Subject, dims: DimRequest, traced: Traced) -> DimRequest:
+def gate_dims(
+    cut: Subject, dims: DimRequest, traced: Traced, inputs: Sequence[torch.fx.Node] = ()
+) -> DimRequest:
     """What the user asked of the model's dimensions, as far as it can be asked of the gate's inputs.
 
     A size that the model's trace fixed, and that stands in the gate as a number, stays fixed there: the gate is
-    cut out of that trace, and would only look as if it were right at other sizes.
+    cut out of that trace, and would only look as if it were right at other sizes. So does a size that the model
+    has for itself: the widths of two inputs that a gate joins are no dimensions because their sum is what counts.
+
+    Args:
+        cut: The gate.
+        dims: What the user asked.
+        traced: The whole model.
+        inputs: What enters the gate, in the model's trace.
     """
-    baked = {fixed.size for fixed in traced.fixed if fixed.model_takes_others} & numbers_in(cut)
+    others = {fixed.size for fixed in traced.fixed if fixed.model_takes_others}
+    baked = others & numbers_in(cut)
     held = {
         (name, axis)
         for name, tensor in cut.inputs.items()
         for axis, size in enumerate(tensor.shape)
         if size in baked
+    }
+    held |= {
+        (name, axis)
+        for name, node in zip(cut.inputs, inputs, strict=False)
+        for axis, size in enumerate(node.meta["val"].shape)
+        if isinstance(size, int) and size not in others
     }
     asked = {key: name for key, name in dims.picked.items() if key[0] in cut.inputs and key not in held}
     return DimRequest(dims.static, asked, frozenset(held))

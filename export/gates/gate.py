@@ -83,16 +83,17 @@ def numbers_of(node: fx.Node) -> set[int]:
 
 
 def _taken_apart(node: fx.Node) -> set[int]:
-    """The size of the axis of which a node takes one place that is not the first or the last, or all."""
-    if node.target not in (torch.ops.aten.select.int, torch.ops.aten.unbind.int):
+    """The size of the axis of which a node takes all places, or one that is not the first or the last."""
+    if node.target not in (torch.ops.aten.unbind.int, torch.ops.aten.select.int):
         return set()
-    source, axis, *index = (*node.args, 0)[:3] if node.target is torch.ops.aten.unbind.int else node.args
+    source, axis = (*node.args, 0)[:2]
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
     if not isinstance(value, torch.Tensor) or not isinstance(axis, int):
         return set()
+    if node.target is torch.ops.aten.unbind.int:  # the trace may have fixed a size, and still write a symbol
+        return {len(node.meta["val"])}
     size = value.shape[axis]
-    first_or_last = node.target is torch.ops.aten.select.int and index[0] in (0, -1)
-    return {size} if isinstance(size, int) and not first_or_last else set()
+    return {size} if isinstance(size, int) and node.args[2] not in (0, -1) else set()
 
 
 def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:

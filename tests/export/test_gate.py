@@ -197,3 +197,37 @@ def test_a_gate_that_cannot_begin_behind_a_loop_has_its_length():
     subject = make_subject(BehindALoop(True), (x,), {}, source=Path(__file__), how="a test")
     gate = export_subject(subject, Options(simplify=False))[1]
     assert gate.traced.inputs == {"x": ("batch", 6, 8)}
+
+
+class RoutedCell(nn.Module):
+    """A gate that joins two inputs: only the sum of their widths stands in its weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.w = nn.Linear(16, 3), nn.Parameter(torch.randn(3, 16, 8) / 4)
+
+    def forward(self, x, h):
+        z = torch.cat([x, h], -1)
+        weights, indices = self.gate(z).softmax(-1).topk(2, dim=-1)
+        y = torch.einsum("bd,bkdo->bko", z, self.w[indices])
+        return torch.tanh((weights.unsqueeze(-1) * y).sum(1))
+
+
+class Routed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = RoutedCell()
+
+    def forward(self, x):
+        h, ys = x.new_zeros(x.shape[0], 8), []
+        for step in x.unbind(1):
+            h = self.cell(step, h)
+            ys.append(h)
+        return torch.stack(ys, 1)
+
+
+def test_widths_that_the_model_has_for_itself_are_no_dimensions_of_a_gate():
+    subject = make_subject(Routed(), (torch.randn(2, 5, 8),), {}, source=Path(__file__), how="a test")
+    model, gate = export_subject(subject, Options(simplify=False))
+    assert model.traced.inputs == {"x": ("batch", "seq", 8)}
+    assert set(gate.traced.inputs.values()) == {("batch", 8)}
