@@ -98,7 +98,7 @@ def test_sizes_baked_into_a_gate_stay_fixed(tools):
     def with_fixed(size):
         return dataclasses.replace(traced, fixed=(Fixed("x", 0, size, True),))
 
-    assert gate_dims(cut, DimRequest(), with_fixed(6)).held == {("x", 0)}
+    assert gate_dims(cut, DimRequest(), with_fixed(6)).fixed == {("x", 0)}
     assert gate_dims(cut, DimRequest(), with_fixed(7)) == DimRequest(False, {})
 
 
