@@ -22,13 +22,15 @@ class DimRequest:
     Attributes:
         static: Fix every dimension that is not picked.
         picked: `(input, axis)` → the name, or None for the default name.
+        fixed: `(input, axis)` that must not be free, since an earlier trace took its size for a number.
     """
 
     static: bool = False
     picked: Mapping[tuple[str, int], str | None] = field(default_factory=dict)
+    fixed: frozenset[tuple[str, int]] = frozenset()
 
     def wants(self, name: str, axis: int) -> bool:
-        return not self.static or (name, axis) in self.picked
+        return (name, axis) not in self.fixed and (not self.static or (name, axis) in self.picked)
 
 
 def parse_dynamic(items: Sequence[str], static: bool, inputs: Mapping[str, torch.Tensor]) -> DimRequest:

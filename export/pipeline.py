@@ -111,7 +111,7 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     check_opset(options.opset)
     with step("tracing"):
         recurrent = fold_recurrences(subject, options.dims, options.recurrence)
-        folded = trace(recurrent.subject, options.dims)
+        folded = trace(recurrent.subject, recurrent.dims(options.dims))
         traced = recurrent.unrolled or folded  # gates are cut out of what has no marks of loops
         routings = find_routings(traced)
     chosen = choose(routings, options.gates, folded=recurrent.unrolled is not None)
@@ -131,7 +131,7 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     if options.decode:
         with step("finding the states of a step"):
             stepped = step_of(subject, recurrent)
-            traced = trace(stepped.subject, stepped.dims(options.dims))
+            traced = trace(stepped.subject, stepped.dims(recurrent.dims(options.dims)))
             placed = place_experts(traced) if options.experts != "keep" else Placed(traced, (), ())
         graphs.append(_graph("step", "model", stepped.subject, placed, options, step))
     return tuple(graphs)

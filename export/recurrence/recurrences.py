@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.adapters.cumulative import cumulative_step_by_step
 from moe_export.export.adapters.delta_rule import delta_rules_step_by_step
 from moe_export.export.adapters.recurrent_layers import recurrent_layers_step_by_step
@@ -55,6 +55,18 @@ class Recurrent:
     unrolled: Traced | None = None
     notes: tuple[str, ...] = ()
     length: Length | None = None
+
+    def dims(self, request: DimRequest) -> DimRequest:
+        """What may be free: of the folded model, only what was free where it was traced for it, and the length.
+
+        Another length that is looped over stands in it step by step, so that nothing in it depends on that size.
+        """
+        if self.unrolled is None or self.length is None:
+            return request
+        sizes = self.unrolled.inputs
+        fixed = {(name, axis) for name, shape in sizes.items() for axis, size in enumerate(shape)
+                 if isinstance(size, int)}  # fmt: skip
+        return replace(request, fixed=frozenset(fixed - set(self.length.axes)))
 
 
 def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto") -> Recurrent:
@@ -102,16 +114,20 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
 
 
 def _staying(done: Recurrent, others: Sequence[Length]) -> list[str]:
-    """Notes on further lengths that are looped over, as the width of an image whose rows follow each other."""
-    if done.unrolled is None:
+    """Notes on what else is fixed: lengths that are looped over, as the width of an image whose rows follow each other."""
+    if done.unrolled is None or done.length is None:
         return []
+    looped = [place for other in others for place in other.axes]
     shapes = done.unrolled.inputs
     return [
         f"{name}: length {shapes[name][axis]} is fixed (dimension {axis}): the loop runs over it, too, "
         "and is folded over one length"
-        for other in others
-        for name, axis in other.axes
+        for name, axis in looped
         if isinstance(shapes[name][axis], int)
+    ] + [
+        str(fixed)
+        for fixed in done.unrolled.fixed
+        if fixed.model_takes_others and (fixed.input, fixed.axis) not in {*looped, *done.length.axes}
     ]
 
 
@@ -172,9 +188,13 @@ def _folded_at(
     places = [(placeholders[name], axis) for name, axis in fixed]
     with quiet():
         module = folded_module(whole, traced.program, places, f"{SCOPE}.")
-        made = make_subject(
-            module, tuple(traced.example.values()), {}, source=subject.source, how=subject.how
-        )
+        try:
+            made = make_subject(
+                module, tuple(traced.example.values()), {}, source=subject.source, how=subject.how
+            )
+        except UsageError as error:
+            reason = str(error).splitlines()[0]
+            raise LengthError(f"without the loop it fails: {reason}", None) from error
     folded = replace(
         made,
         inputs=dict(zip(subject.inputs, made.inputs.values(), strict=True)),
