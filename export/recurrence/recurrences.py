@@ -114,7 +114,7 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
 
 
 def _staying(done: Recurrent, others: Sequence[Length]) -> list[str]:
-    """Notes on what else is fixed: lengths that are looped over, as the width of an image whose rows follow each other."""
+    """Notes on what else is fixed: lengths that are looped over, as the width of an image read row by row, and others."""
     if done.unrolled is None or done.length is None:
         return []
     looped = [place for other in others for place in other.axes]
