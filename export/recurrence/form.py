@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 _LARGEST_DIVISOR = 8
 
 
+class FormError(ValueError):
+    """A sum of two integers is no form, though each of them is."""
+
+
 @dataclass(frozen=True)
 class Form:
-    """`factor * ((slope * L + offset) // divisor) + shift`.
+    """`factor * ((slope * L + offset) // divisor) + shift`; of several lengths, L is number `of`.
 
     Example:
         >>> form_of({8: 7, 9: 8, 11: 10})
@@ -25,6 +29,7 @@ class Form:
     divisor: int = 1
     factor: int = 1
     shift: int = 0
+    of: int = 0
 
     def at(self, length: int) -> int:
         """The value at a length."""
@@ -46,12 +51,29 @@ def form_of(values: Mapping[int, int]) -> Form | None:
     Args:
         values: Length → value; at least three, so that the form is confirmed, not only drawn.
     """
+    return _line(values) or _rounded(values)
+
+
+def form_of_one(sizes: Sequence[tuple[int, ...]], values: Sequence[int]) -> Form | None:
+    """The simplest form of one of several lengths, from values at three or more sizes of them."""
+    columns = [dict(zip(column, values, strict=True)) for column in zip(*sizes, strict=True)]
+    for form_in in (_line, _rounded):
+        for number, column in enumerate(columns):
+            form = form_in(column)
+            if form is not None:
+                return replace(form, of=number)
+    return None
+
+
+def _line(values: Mapping[int, int]) -> Form | None:
     (first, value), (last, other) = min(values.items()), max(values.items())
     slope, rest = divmod(other - value, last - first)
-    if slope and not rest:
-        line = Form(slope, value - slope * first)
-        if all(line.at(length) == each for length, each in values.items()):
-            return line
+    line = Form(slope, value - slope * first)
+    fits = slope and not rest and all(line.at(length) == each for length, each in values.items())
+    return line if fits else None
+
+
+def _rounded(values: Mapping[int, int]) -> Form | None:
     for divisor in range(1, _LARGEST_DIVISOR + 1):
         for slope in range(-_LARGEST_DIVISOR, _LARGEST_DIVISOR + 1):
             # value <= (slope * L + offset) / divisor < value + 1 bounds the offset at each length.
@@ -66,7 +88,7 @@ def moved(number: Any, by: Any) -> Any:
     """The sum of two numbers, either of which may be a form.
 
     Raises:
-        ValueError: They are rounded differently, so that their sum is no form.
+        FormError: They are rounded differently, or of different lengths, so that their sum is no form.
     """
     if isinstance(by, Form) and not isinstance(number, Form):
         number, by = by, number
@@ -76,11 +98,13 @@ def moved(number: Any, by: Any) -> Any:
         if number.divisor != 1:
             return replace(number, shift=number.shift + by)
         return replace(number, offset=number.offset + by)
+    if number.of != by.of:
+        raise FormError(f"{number} and {by} are of different lengths")
     if number.divisor == by.divisor == 1:
         slope, offset = number.slope + by.slope, number.offset + by.offset
-        return Form(slope, offset) if slope else offset
+        return replace(number, slope=slope, offset=offset) if slope else offset
     if (number.slope, number.offset, number.divisor) != (by.slope, by.offset, by.divisor):
-        raise ValueError(f"{number} and {by} are rounded differently")
+        raise FormError(f"{number} and {by} are rounded differently")
     factor, shift = number.factor + by.factor, number.shift + by.shift
     return replace(number, factor=factor, shift=shift) if factor else shift
 
@@ -92,5 +116,5 @@ def scaled(number: Any, by: int) -> Any:
     if by == 0:
         return 0
     if number.divisor == 1:
-        return Form(number.slope * by, number.offset * by)
+        return replace(number, slope=number.slope * by, offset=number.offset * by)
     return replace(number, factor=number.factor * by, shift=number.shift * by)

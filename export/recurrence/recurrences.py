@@ -21,9 +21,23 @@ from moe_export.export.adapters.recurrent_layers import recurrent_layers_step_by
 from moe_export.export.adapters.scans import scans_step_by_step
 from moe_export.export.dims import DimRequest
 from moe_export.export.recurrence.fold import folded_module
-from moe_export.export.recurrence.lengths import Length, looped_lengths, operators
+from moe_export.export.recurrence.grow import Refusal
+from moe_export.export.recurrence.lengths import (
+    Length,
+    looped_apart,
+    looped_lengths,
+    operators,
+    resized_together,
+)
 from moe_export.export.recurrence.loops import Repeats, find_loops
-from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton, generalised, skeleton
+from moe_export.export.recurrence.skeleton import (
+    Folded,
+    LengthError,
+    Skeleton,
+    UnlikeError,
+    generalised,
+    skeleton,
+)
 from moe_export.export.recurrence.straighten import straighten
 from moe_export.export.source import line_of
 from moe_export.export.subject import Subject, make_subject
@@ -33,8 +47,9 @@ from moe_export.export.widen import widened
 Mode = Literal["auto", "scan", "chunked", "unrolled"]
 
 # Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
-# loop with a stride.
+# loop with a stride. A second length grows with the first, but in other steps, so that a number of one is none of both.
 _TRACED = ((6, 7, 9), (15, 16, 18, 21), (24, 32, 48), (64, 128, 192, 256))
+_SECOND = ((7, 9, 10), (16, 19, 21, 22), (32, 48, 56), (64, 192, 256, 448))
 _LONG = 22  # a trace at lengths above is only made of a model that takes no shorter ones
 _MOST_AGAIN = 1500  # operators of a trace at further lengths, where shorter ones showed no loop: 20 s
 _PROVED = (1, 2, 3, 5, 13)
@@ -48,25 +63,29 @@ class Recurrent:
         subject: The folded model, or the given one.
         unrolled: The trace of the model at a short length, if it was folded.
         notes: For the report.
-        length: What was folded over, if anything was.
+        lengths: What was folded over, if anything was.
     """
 
     subject: Subject
     unrolled: Traced | None = None
     notes: tuple[str, ...] = ()
-    length: Length | None = None
+    lengths: tuple[Length, ...] = ()
 
     def dims(self, request: DimRequest) -> DimRequest:
         """What may be free: of the folded model, only what was free where it was traced for it, and the length.
 
         Another length that is looped over stands in it step by step, so that nothing in it depends on that size.
         """
-        if self.unrolled is None or self.length is None:
+        if self.unrolled is None:
             return request
         sizes = self.unrolled.inputs
         fixed = {(name, axis) for name, shape in sizes.items() for axis, size in enumerate(shape)
                  if isinstance(size, int)}  # fmt: skip
-        return replace(request, fixed=frozenset(fixed - set(self.length.axes)))
+        return replace(request, fixed=frozenset(fixed - self.axes()))
+
+    def axes(self) -> set[tuple[str, int]]:
+        """The axes of inputs that were folded over."""
+        return {place for length in self.lengths for place in length.axes}
 
 
 def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto") -> Recurrent:
@@ -100,8 +119,8 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
     try:
         if subject.weights is not None and subject.weights.absent:
             raise LengthError("that is proved by running the model, and its weights are not in memory", None)
-        done = _folded(subject, request, lengths[0])
-        return replace(done, notes=(*done.notes, *_staying(done, lengths[1:])))
+        done, staying = _over_most(subject, request, lengths)
+        return replace(done, notes=(*done.notes, *_staying(done, lengths, staying)))
     except LengthError as error:
         message = f"the loop over {_named(lengths[0])} cannot be folded: {error.reason}"
         if mode in ("scan", "chunked") or any(place in request.picked for place in lengths[0].axes):
@@ -110,24 +129,50 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
                 where=error.where or str(subject.source),
                 hint="rewrite the loop so that each step does the same, or fix the length: --recurrence unrolled",
             ) from error
-        return Recurrent(subject, notes=(f"{message}{f' ({error.where})' if error.where else ''}",))
+        return Recurrent(subject, notes=(f"{message}{_at(error)}",))
 
 
-def _staying(done: Recurrent, others: Sequence[Length]) -> list[str]:
-    """Notes on what else is fixed: lengths that are looped over, as the width of an image read row by row, and others."""
-    if done.unrolled is None or done.length is None:
+def _over_most(
+    subject: Subject, request: DimRequest, lengths: Sequence[Length]
+) -> tuple[Recurrent, LengthError | None]:
+    """Fold over the first length, and over one that is looped over apart from it; or why not over that one too."""
+    with quiet():
+        apart = next((other for other in lengths[1:] if looped_apart(subject, lengths[0], other)), None)
+    staying: LengthError | None = None
+    if apart is not None:
+        try:
+            return _folded(subject, request, (lengths[0], apart)), None
+        except LengthError as error:
+            staying = error
+    try:
+        return _folded(subject, request, lengths[:1]), staying
+    except LengthError:
+        if apart is None:
+            raise
+    return _folded(subject, request, (apart,)), staying
+
+
+def _at(error: LengthError) -> str:
+    return f" ({error.where})" if error.where else ""
+
+
+def _staying(done: Recurrent, lengths: Sequence[Length], staying: LengthError | None) -> list[str]:
+    """Notes on what else is fixed: lengths that are looped over, as the width of an image read by rows, and others."""
+    if done.unrolled is None:
         return []
-    looped = [place for other in others for place in other.axes]
+    looped = {place for length in lengths for place in length.axes} - done.axes()
     shapes = done.unrolled.inputs
+    why = "the loop runs over it, too, and is folded over one length"
+    if staying is not None:
+        why = f"a loop over it cannot be folded: {staying.reason}{_at(staying)}"
     return [
-        f"{name}: length {shapes[name][axis]} is fixed (dimension {axis}): the loop runs over it, too, "
-        "and is folded over one length"
-        for name, axis in looped
+        f"{name}: length {shapes[name][axis]} is fixed (dimension {axis}): {why}"
+        for name, axis in sorted(looped)
         if isinstance(shapes[name][axis], int)
     ] + [
         str(fixed)
         for fixed in done.unrolled.fixed
-        if fixed.model_takes_others and (fixed.input, fixed.axis) not in {*looped, *done.length.axes}
+        if fixed.model_takes_others and (fixed.input, fixed.axis) not in looped | done.axes()
     ]
 
 
@@ -135,20 +180,26 @@ def _named(length: Length) -> str:
     return " and ".join(f"{name}:{axis}" for name, axis in length.axes)
 
 
-def _folded(subject: Subject, request: DimRequest, length: Length) -> Recurrent:
+def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) -> Recurrent:
     refusal: LengthError | None = None
-    for sizes in _TRACED:
+    for columns in zip(_TRACED, _SECOND, strict=True):
+        sizes = columns[0]
         with quiet():
-            examples = {size: length.resized(subject.inputs, size) for size in sizes}
+            examples = {
+                each: resized_together(lengths, subject.inputs, each)
+                for each in zip(*columns[: len(lengths)], strict=True)
+            }
             counts = [operators(subject, example) for example in examples.values()]
             if None in counts:
                 continue
             if refusal is not None and max(count or 0 for count in counts) > _MOST_AGAIN:
                 break
         try:
-            return _folded_at(subject, request, length, examples, again=refusal is not None)
+            return _folded_at(subject, request, lengths, examples, again=refusal is not None)
         except LengthError as error:
             if not isinstance(error, NoLoopError) and sizes != _TRACED[0]:
+                raise
+            if len(lengths) > 1:  # one of them alone may fold, which is tried next
                 raise
             refusal = refusal or error  # there may be too few turns of it at such lengths
             if max(sizes) > _LONG:
@@ -159,16 +210,16 @@ def _folded(subject: Subject, request: DimRequest, length: Length) -> Recurrent:
 def _folded_at(
     subject: Subject,
     request: DimRequest,
-    length: Length,
-    examples: Mapping[int, Mapping[str, torch.Tensor]],
+    lengths: Sequence[Length],
+    examples: Mapping[tuple[int, ...], Mapping[str, torch.Tensor]],
     *,
     again: bool,
 ) -> Recurrent:
+    axes = {place for length in lengths for place in length.axes}
     unpicked = replace(request, picked={})
     if request.static:
         unpicked = replace(
-            request,
-            picked={place: name for place, name in request.picked.items() if place not in length.axes},
+            request, picked={place: name for place, name in request.picked.items() if place not in axes}
         )
     first, *others = (
         replace(subject, inputs=example) for example in _same_elsewhere(subject, examples, unpicked)
@@ -180,12 +231,17 @@ def _folded_at(
         if not repeats[0].loops:
             raise _no_loop(repeats)
     traced = trace(first, unpicked)
-    fixed = [(name, axis) for name, axis in length.axes if str(traced.inputs[name][axis]).isdigit()]
-    if not fixed:
+    fixed = [
+        [(name, axis) for name, axis in length.axes if str(traced.inputs[name][axis]).isdigit()]
+        for length in lengths
+    ]
+    if not all(fixed):
+        if len(lengths) > 1:
+            raise LengthError("one of two lengths is not looped over", None)
         return Recurrent(subject)  # the tracer keeps this length free: no loop over it is unrolled
     whole = _in_common(traced, others, tuple(examples), unpicked)
     placeholders = dict(zip(traced.inputs, _placeholders(traced), strict=True))
-    places = [(placeholders[name], axis) for name, axis in fixed]
+    places = [[(placeholders[name], axis) for name, axis in group] for group in fixed]
     with quiet():
         module = folded_module(whole, traced.program, places, f"{SCOPE}.")
         try:
@@ -202,12 +258,12 @@ def _folded_at(
         outputs=subject.outputs,
         dropped=subject.dropped,
     )
-    _prove(subject, folded, length, tuple(examples))
-    return Recurrent(folded, traced, tuple(_notes(whole, length, subject)), length)
+    _prove(subject, folded, lengths, tuple(examples))
+    return Recurrent(folded, traced, tuple(_notes(whole, lengths, subject)), tuple(lengths))
 
 
 def _same_elsewhere(
-    subject: Subject, examples: Mapping[int, Mapping[str, torch.Tensor]], request: DimRequest
+    subject: Subject, examples: Mapping[tuple[int, ...], Mapping[str, torch.Tensor]], request: DimRequest
 ) -> list[Mapping[str, torch.Tensor]]:
     """The examples with other dimensions widened as the tracer widens them, so that all have the same."""
     with quiet():
@@ -215,7 +271,7 @@ def _same_elsewhere(
 
 
 def _in_common(
-    first: Traced, others: Sequence[Subject], sizes: Sequence[int], request: DimRequest
+    first: Traced, others: Sequence[Subject], sizes: Sequence[tuple[int, ...]], request: DimRequest
 ) -> Skeleton:
     """What the traces at all lengths have in common.
 
@@ -240,7 +296,7 @@ def _placeholders(traced: Traced) -> list[str]:
     ]
 
 
-def _common(sizes: Sequence[int], traces: Sequence[Traced]) -> Skeleton:
+def _common(sizes: Sequence[tuple[int, ...]], traces: Sequence[Traced]) -> Skeleton:
     """What the traces have in common."""
     if any(traced.program.graph_signature.buffers_to_mutate for traced in traces):
         raise LengthError("the model changes a buffer while it runs", None)
@@ -248,7 +304,13 @@ def _common(sizes: Sequence[int], traces: Sequence[Traced]) -> Skeleton:
     find_loops(repeats)
     if not repeats[0].loops:
         raise _no_loop(repeats)
-    return generalised({size: skeleton(each) for size, each in zip(sizes, repeats, strict=True)})
+    try:
+        return generalised({size: skeleton(each) for size, each in zip(sizes, repeats, strict=True)})
+    except UnlikeError as error:
+        nearest = _nearest(repeats[-1])
+        if nearest is None or nearest.nodes <= getattr(_nearest(repeats[0]), "nodes", 0):
+            raise
+        raise LengthError(nearest.reason, line_of(nearest.node.meta.get("stack_trace"))) from error
 
 
 class NoLoopError(LengthError):
@@ -257,17 +319,26 @@ class NoLoopError(LengthError):
 
 def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
     """The reason of the repetition that came closest to a loop."""
-    refusals = repeats[-1].refusals
-    if not refusals:
+    nearest = _nearest(repeats[-1])
+    if nearest is None:
         return NoLoopError("its steps are not alike", None)
-    nearest = max(refusals, key=lambda refusal: refusal.nodes)
     return NoLoopError(nearest.reason, line_of(nearest.node.meta.get("stack_trace")))
 
 
-def _prove(subject: Subject, folded: Subject, length: Length, traced: Sequence[int]) -> None:
+def _nearest(trace: Repeats) -> Refusal | None:
+    """Of what repeats itself in a trace outside of its loops, what came closest to a loop."""
+    outside = [refusal for refusal in trace.refusals if trace.locate(refusal.node) is None]
+    return max(outside, key=lambda refusal: refusal.nodes, default=None)
+
+
+def _prove(
+    subject: Subject, folded: Subject, lengths: Sequence[Length], traced: Sequence[tuple[int, ...]]
+) -> None:
     """Hold the folded model against the model, in PyTorch, at lengths that were not traced too."""
-    for size in (*_PROVED, *traced, max(traced) + 9):
-        example = length.resized(subject.inputs, size)
+    longest = tuple(size + 9 for size in traced[-1])
+    for sizes in (*_proved(len(lengths)), *traced, longest):
+        example = resized_together(lengths, subject.inputs, sizes)
+        shown = "x".join(map(str, sizes))
         with quiet(), torch.no_grad():
             try:
                 wanted = subject.call_named({name: tensor.clone() for name, tensor in example.items()})
@@ -276,9 +347,19 @@ def _prove(subject: Subject, folded: Subject, length: Length, traced: Sequence[i
             try:
                 found = folded.call_named(example)
             except Exception as error:
-                raise LengthError(f"without the loop it fails at length {size}: {error}", None) from error
+                reason = str(error).splitlines()[0]
+                raise LengthError(f"without the loop it fails at length {shown}: {reason}", None) from error
         if not all(_close(a, b) for a, b in zip(wanted, found, strict=True)):
-            raise LengthError(f"what it computes depends on the length in another way at length {size}", None)
+            raise LengthError(
+                f"what it computes depends on the length in another way at length {shown}", None
+            )
+
+
+def _proved(count: int) -> list[tuple[int, ...]]:
+    """Sizes of each length, the second of two growing while the first gets shorter."""
+    if count == 1:
+        return [(size,) for size in _PROVED]
+    return [(1, 1), *zip(_PROVED, reversed(_PROVED), strict=True)]
 
 
 def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
@@ -287,10 +368,10 @@ def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
     return torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
-def _notes(whole: Skeleton, length: Length, subject: Subject) -> list[str]:
+def _notes(whole: Skeleton, lengths: Sequence[Length], subject: Subject) -> list[str]:
     return [
-        f"loop at {_near(item.loop.line, subject)}: {len(item.loop.body)} operators a step, "
-        f"{item.loop.turns} steps for L = {_named(length)}, folded into one Scan"
+        f"loop at {_near(item.loop.line, subject)}: {len(item.loop.body)} operators a step, {item.loop.turns} steps "
+        f"for L = {_named(lengths[getattr(item.loop.turns, 'of', 0)])}, folded into one Scan"
         for item in whole.items
         if isinstance(item, Folded)
     ]

@@ -28,7 +28,9 @@ aten = torch.ops.aten
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
 _SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default}
 # What a folded loop makes is laid out in memory in another way than what the model filled step by step.
-_ANY_STRIDES: dict[Any, Any] = {aten.view.default: aten.reshape.default, aten._unsafe_view.default: aten.reshape.default}
+_ANY_STRIDES: dict[Any, Any] = dict.fromkeys(
+    (aten.view.default, aten._unsafe_view.default), aten.reshape.default
+)
 
 
 def straighten(program: ExportedProgram) -> fx.Graph:

@@ -19,6 +19,22 @@ from moe_export.export.subject import Subject, make_subject
 D = 3
 
 
+class Translator(nn.Module):
+    """Each step of the target looks at all states of the source."""
+
+    def forward(self, source: Tensor, target: Tensor) -> Tensor:
+        h, states = torch.zeros_like(source[:, 0]), []
+        for t in range(source.shape[1]):
+            h = torch.tanh(h + source[:, t])
+            states.append(h)
+        memory, found = torch.stack(states, 1), []
+        for x in target.unbind(1):
+            seen = torch.softmax((memory * h[:, None]).sum(-1), -1)
+            h = torch.sigmoid(x + (seen[:, :, None] * memory).sum(1))
+            found.append(h)
+        return torch.stack(found, 1)
+
+
 class Strange(nn.Module):
     """The sum of the source's states is where the target starts, whose steps read the value of half as many steps."""
 
@@ -48,11 +64,28 @@ def check(subject: Subject, graph: Graph, lengths: tuple[tuple[int, int], ...]) 
         np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-5)
 
 
+def test_both_are_free_and_each_loop_is_a_scan() -> None:
+    subject = subject_of(Translator())
+    (graph,) = export_subject(subject, Options(gates=False, simplify=False))
+    assert [shape[1] for shape in graph.traced.inputs.values()] == ["seq", "target_seq"]
+    assert [node.op_type for node in graph.model.graph].count("Scan") == 2
+    for place in ("source:1", "target:1"):
+        assert sum(f"L steps for L = {place}" in note for note in graph.notes) == 1
+    check(subject, graph, ((6, 5), (1, 1), (1, 8), (9, 1), (23, 17), (4, 40)))
+
+
+def test_there_is_no_one_step_of_two_loops() -> None:
+    subject = subject_of(Translator())
+    with pytest.raises(NotExportableError, match="loops over two lengths"):
+        export_subject(subject, Options(gates=False, simplify=False, decode=True))
+
+
 def test_a_length_whose_loop_stays_as_it_is_is_fixed_and_said_to_be() -> None:
     subject = subject_of(Strange())
     (graph,) = export_subject(subject, Options(gates=False, simplify=False))
     assert [shape[1] for shape in graph.traced.inputs.values()] == ["seq", 5]
-    assert sum("target: length 5 is fixed" in note for note in graph.notes) == 1
+    (note,) = [note for note in graph.notes if "target: length 5 is fixed" in note]
+    assert "step 3 reads step 1's value" in note
     check(subject, graph, ((6, 5), (1, 5), (23, 5)))
 
 
