@@ -23,7 +23,7 @@ from moe_export.export.gates.routing import Routing, find_routings, routing_outp
 from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
 from moe_export.export.precision.mixed import lower_precision
-from moe_export.export.recurrence.recurrences import Mode, fold_recurrences
+from moe_export.export.recurrence.recurrences import Mode, fold_recurrences, left_if_fixed
 from moe_export.export.recurrence.step import step_of
 from moe_export.export.scans.order import loops_first
 from moe_export.export.scans.write import Lowering, write_scans
@@ -112,6 +112,9 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     with step("tracing"):
         recurrent = fold_recurrences(subject, options.dims, options.recurrence)
         folded = trace(recurrent.subject, recurrent.dims(options.dims))
+        kept = left_if_fixed(recurrent, folded, subject, options.recurrence)
+        if kept is not recurrent:
+            recurrent, folded = kept, trace(subject, options.dims)
         traced = recurrent.unrolled or folded  # gates are cut out of what has no marks of loops
         routings = find_routings(traced)
     chosen = choose(routings, options.gates, folded=recurrent.unrolled is not None)

@@ -195,6 +195,8 @@ class _Builder:
                 total = self.call(operator.floordiv, total, number.divisor)
             if number.factor != 1:
                 total = self.call(operator.mul, total, number.factor)
+            if number.plus:
+                total = self.call(operator.add, total, self.call(operator.mul, length, number.plus))
             if number.shift:
                 total = self.call(operator.add, total, number.shift)
             self._numbers[number] = total

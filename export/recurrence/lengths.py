@@ -24,6 +24,9 @@ _TRIALS = ((12, 24, 36), (64, 128, 192))
 
 _APART = (6, 12)
 
+_LONGEST_LOOK = 200  # three chunks of 64
+_TURNS_OF_ONE = 6  # more operators at each of so many sizes are those of a loop place by place
+
 _SHORT = (16, 64)  # what a long example is cut down to: the first that the model takes
 
 
@@ -110,6 +113,23 @@ def looped_apart(subject: Subject, first: Length, second: Length) -> bool:
         return False
     both_short, long_second, long_first, both_long = (count or 0 for count in counts)
     return both_long - long_first == long_second - both_short
+
+
+def chunk_of(subject: Subject, length: Length) -> int | None:
+    """How many places a turn of the loop takes, if more than one: after as many, operators are added again."""
+    added = list[bool]()  # from the first size on at which there are more than at the one before
+    before: int | None = None
+    for size in range(1, _LONGEST_LOOK):
+        count = operators(subject, length.resized(subject.inputs, size))
+        if added or (count is not None and before is not None and count > before):
+            added.append(count is not None and before is not None and count > before)
+        before = before if count is None else count
+        if all(added) and len(added) >= _TURNS_OF_ONE:
+            return None
+        for chunk in range(2, (len(added) + 1) // 2):
+            if added[chunk:] == added[:-chunk] and not all(added):
+                return chunk
+    return None
 
 
 def _shortened(subject: Subject) -> Example:

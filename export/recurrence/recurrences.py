@@ -30,6 +30,8 @@ from moe_export.export.recurrence.lengths import (
     resized_together,
 )
 from moe_export.export.recurrence.loops import Repeats, find_loops
+from moe_export.export.recurrence.proof import prove
+from moe_export.export.recurrence.sizes import rows
 from moe_export.export.recurrence.skeleton import (
     Folded,
     LengthError,
@@ -46,13 +48,8 @@ from moe_export.export.widen import widened
 
 Mode = Literal["auto", "scan", "chunked", "unrolled"]
 
-# Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
-# loop with a stride. A second length grows with the first, but in other steps, so that a number of one is none of both.
-_TRACED = ((6, 7, 9), (15, 16, 18, 21), (24, 32, 48), (64, 128, 192, 256))
-_SECOND = ((7, 9, 10), (16, 19, 21, 22), (32, 48, 56), (64, 192, 256, 448))
 _LONG = 22  # a trace at lengths above is only made of a model that takes no shorter ones
 _MOST_AGAIN = 1500  # operators of a trace at further lengths, where shorter ones showed no loop: 20 s
-_PROVED = (1, 2, 3, 5, 13)
 
 
 @dataclass(frozen=True)
@@ -109,6 +106,32 @@ def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto")
         recurrent_layers_step_by_step(),
     ):
         return _folded_if_it_can(subject, request, mode)
+
+
+def left_if_fixed(recurrent: Recurrent, folded: Traced, subject: Subject, mode: Mode) -> Recurrent:
+    """The model as it was given, where the tracer takes the length of the folded one for a number all the same.
+
+    The folded model is traced at a length of ours, not at that of the example.
+
+    Raises:
+        NotExportableError: The mode is `scan` or `chunked`.
+    """
+    fixed = [
+        length
+        for length in recurrent.lengths
+        if any(isinstance(folded.inputs[name][axis], int) for name, axis in length.axes)
+    ]
+    if not fixed:
+        return recurrent
+    message = (
+        f"the loop over {_named(fixed[0])} cannot be folded: "
+        "without it, the tracer still takes the length for a number"
+    )
+    if mode in ("scan", "chunked"):
+        raise NotExportableError(
+            message, where=str(subject.source), hint="fix the length: --recurrence unrolled"
+        )
+    return Recurrent(subject, notes=(message,))
 
 
 def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recurrent:
@@ -182,29 +205,41 @@ def _named(length: Length) -> str:
 
 def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) -> Recurrent:
     refusal: LengthError | None = None
-    for columns in zip(_TRACED, _SECOND, strict=True):
-        sizes = columns[0]
+    in_chunks = False  # whether lengths were traced that are made for chunks; then no others show more
+    for row, chunk in rows(subject, lengths):
+        if in_chunks and chunk is None:
+            break
         with quiet():
-            examples = {
-                each: resized_together(lengths, subject.inputs, each)
-                for each in zip(*columns[: len(lengths)], strict=True)
-            }
+            examples = {sizes: resized_together(lengths, subject.inputs, sizes) for sizes in row}
             counts = [operators(subject, example) for example in examples.values()]
-            if None in counts:
-                continue
-            if refusal is not None and max(count or 0 for count in counts) > _MOST_AGAIN:
-                break
+        if None in counts:
+            continue
+        if refusal is not None and max(count or 0 for count in counts) > _MOST_AGAIN:
+            break
         try:
             return _folded_at(subject, request, lengths, examples, again=refusal is not None)
         except LengthError as error:
-            if not isinstance(error, NoLoopError) and sizes != _TRACED[0]:
-                raise
             if len(lengths) > 1:  # one of them alone may fold, which is tried next
                 raise
+            if chunk is not None:
+                in_chunks, refusal = True, _of_chunks(error, chunk)
+                if isinstance(error, UnlikeError) or isinstance(error.__cause__, UnlikeError):
+                    continue
+                break
+            if not isinstance(error, NoLoopError) and refusal is not None:
+                raise
             refusal = refusal or error  # there may be too few turns of it at such lengths
-            if max(sizes) > _LONG:
+            if max(row)[0] > _LONG:
                 break
     raise refusal or LengthError("the model takes none of the lengths that would be traced", None)
+
+
+def _of_chunks(error: LengthError, chunk: int) -> LengthError:
+    return LengthError(
+        f"{error.reason}; it takes {chunk} places a turn: where the last turn has fewer, pad the input to a multiple "
+        "in front of the loop, and cut off the result",
+        error.where,
+    )
 
 
 def _folded_at(
@@ -258,7 +293,7 @@ def _folded_at(
         outputs=subject.outputs,
         dropped=subject.dropped,
     )
-    _prove(subject, folded, lengths, tuple(examples))
+    prove(subject, folded, lengths, tuple(examples), rounded=again)
     return Recurrent(folded, traced, tuple(_notes(whole, lengths, subject)), tuple(lengths))
 
 
@@ -329,43 +364,6 @@ def _nearest(trace: Repeats) -> Refusal | None:
     """Of what repeats itself in a trace outside of its loops, what came closest to a loop."""
     outside = [refusal for refusal in trace.refusals if trace.locate(refusal.node) is None]
     return max(outside, key=lambda refusal: refusal.nodes, default=None)
-
-
-def _prove(
-    subject: Subject, folded: Subject, lengths: Sequence[Length], traced: Sequence[tuple[int, ...]]
-) -> None:
-    """Hold the folded model against the model, in PyTorch, at lengths that were not traced too."""
-    longest = tuple(size + 9 for size in traced[-1])
-    for sizes in (*_proved(len(lengths)), *traced, longest):
-        example = resized_together(lengths, subject.inputs, sizes)
-        shown = "x".join(map(str, sizes))
-        with quiet(), torch.no_grad():
-            try:
-                wanted = subject.call_named({name: tensor.clone() for name, tensor in example.items()})
-            except Exception:
-                continue
-            try:
-                found = folded.call_named(example)
-            except Exception as error:
-                reason = str(error).splitlines()[0]
-                raise LengthError(f"without the loop it fails at length {shown}: {reason}", None) from error
-        if not all(_close(a, b) for a, b in zip(wanted, found, strict=True)):
-            raise LengthError(
-                f"what it computes depends on the length in another way at length {shown}", None
-            )
-
-
-def _proved(count: int) -> list[tuple[int, ...]]:
-    """Sizes of each length, the second of two growing while the first gets shorter."""
-    if count == 1:
-        return [(size,) for size in _PROVED]
-    return [(1, 1), *zip(_PROVED, reversed(_PROVED), strict=True)]
-
-
-def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
 
 
 def _notes(whole: Skeleton, lengths: Sequence[Length], subject: Subject) -> list[str]:

@@ -114,7 +114,7 @@ class LengthError(Exception):
 
 
 class UnlikeError(LengthError):
-    """The traces hold other operators, or more of them, outside of the loops that they have in common."""
+    """The traces hold other operators or views, or more, outside of the loops that they have in common."""
 
 
 def skeleton(trace: Repeats) -> Skeleton:
@@ -317,7 +317,7 @@ def _merged(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: st
         return _merged_fields(lengths, values, where)
     if isinstance(first, (tuple, list)):
         if len({len(value) for value in values}) > 1:
-            raise LengthError(
+            raise UnlikeError(
                 f"a list has {_shown([len(value) for value in values])} members at lengths {_sizes(lengths)}, "
                 "and no loop makes them", where,
             )  # fmt: skip
