@@ -1,4 +1,4 @@
-"""Loops that take several places a turn, the last of them filled up: any length, not only multiples of a chunk."""
+"""Loops that take several places a turn, the last of them filled up: any length, not only multiples of one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_export.errors import NotExportableError
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.recurrence.form import Form, FormError, form_of, form_of_one, moved, scaled
 from moe_export.export.recurrence.lengths import Length, chunk_of
@@ -43,12 +42,16 @@ class Filled(nn.Module):
 
 
 class Ragged(nn.Module):
-    """The last chunk is shorter: a turn of its own, of a size that no tracer leaves free."""
+    """The last chunk may be shorter: it is a turn of its own behind the loop."""
+
+    def __init__(self, chunk: int = CHUNK) -> None:
+        super().__init__()
+        self.chunk = chunk
 
     def forward(self, x: Tensor) -> Tensor:
         total, found = torch.zeros_like(x[:, :1]), []
-        for t in range(0, x.shape[1], CHUNK):
-            now = x[:, t : t + CHUNK].cumsum(1) + total
+        for t in range(0, x.shape[1], self.chunk):
+            now = x[:, t : t + self.chunk].cumsum(1) + total
             total = torch.tanh(now[:, -1:])
             found.append(now)
         return torch.cat(found, 1)
@@ -63,14 +66,17 @@ def exported(subject: Subject) -> Graph:
 
 
 @pytest.mark.parametrize(
-    "always",
-    [True, pytest.param(False, marks=pytest.mark.slow)],
+    ("module", "turns"),
+    [
+        (Filled(True), "(L + 2) // 3 steps"),
+        pytest.param(Filled(False), "(L + 2) // 3 steps", marks=pytest.mark.slow),
+    ],
     ids=["filled up", "filled up where it is short"],
 )
-def test_filled_up_chunks_hold_for_any_length(always: bool) -> None:
-    subject = subject_of(Filled(always))
+def test_chunks_hold_for_any_length(module: nn.Module, turns: str) -> None:
+    subject = subject_of(module)
     graph = exported(subject)
-    assert "(L + 2) // 3 steps" in graph.notes[0]
+    assert turns in graph.notes[0]
     proto = ir.to_proto(graph.model).SerializeToString()
     session = onnxruntime.InferenceSession(proto, providers=["CPUExecutionProvider"])
     for length in (1, 2, 3, 4, 6, 11, 12, 40):
@@ -79,16 +85,11 @@ def test_filled_up_chunks_hold_for_any_length(always: bool) -> None:
         np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], wanted, rtol=1e-4, atol=1e-5)
 
 
-def test_a_shorter_last_chunk_stays_at_the_length_of_the_example() -> None:
-    graph = exported(subject_of(Ragged()))
+def test_a_length_that_the_tracer_takes_for_a_number_all_the_same_is_that_of_the_example() -> None:
+    subject = subject_of(Ragged())  # where the shorter one has a size of one, the tracer fixes it
+    graph = exported(subject)
     assert graph.traced.inputs["x"][1] == 7
     assert "the loop over x:1 cannot be folded" in graph.notes[0]
-
-
-@pytest.mark.slow
-def test_a_shorter_last_chunk_is_an_error_where_a_scan_was_asked_for() -> None:
-    with pytest.raises(NotExportableError, match="cannot be folded"):
-        export_subject(subject_of(Ragged()), Options(gates=False, simplify=False, recurrence="scan"))
 
 
 def test_the_places_of_a_turn_are_seen_in_the_operators() -> None:
