@@ -24,7 +24,7 @@ from moe_export.export.gates.routing import Routing, find_routings, routing_outp
 from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
 from moe_export.export.precision.mixed import lower_precision
-from moe_export.export.recurrence.recurrences import Mode, fold_recurrences
+from moe_export.export.recurrence.recurrences import Mode, fold_recurrences, left_if_fixed
 from moe_export.export.recurrence.step import step_of
 from moe_export.export.scans.order import loops_first
 from moe_export.export.scans.write import Lowering, write_scans
@@ -112,7 +112,10 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     check_opset(options.opset)
     with step("tracing"):
         recurrent = fold_recurrences(subject, options.dims, options.recurrence)
-        folded = trace(recurrent.subject, options.dims)
+        folded = trace(recurrent.subject, recurrent.dims(options.dims))
+        kept = left_if_fixed(recurrent, folded, subject, options.recurrence)
+        if kept is not recurrent:
+            recurrent, folded = kept, trace(subject, options.dims)
         traced = recurrent.unrolled or folded  # gates are cut out of what has no marks of loops
         routings = find_routings(traced)
     chosen = choose(routings, options.gates, folded=recurrent.unrolled is not None)
@@ -132,7 +135,7 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     if options.decode:
         with step("finding the states of a step"):
             stepped = step_of(subject, recurrent)
-            traced = trace(stepped.subject, stepped.dims(options.dims))
+            traced = trace(stepped.subject, stepped.dims(recurrent.dims(options.dims)))
             placed = place_experts(traced) if options.experts != "keep" else Placed(traced, (), ())
         graphs.append(_graph("step", "model", stepped.subject, placed, options, step))
     return tuple(graphs)

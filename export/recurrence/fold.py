@@ -18,13 +18,14 @@ from torch.export import ExportedProgram
 
 from moe_export.export.recurrence.fold_body import BodyWriter, kept_meta, view_call
 from moe_export.export.recurrence.fold_results import outputs_of
-from moe_export.export.recurrence.form import Form
+from moe_export.export.recurrence.form import Form, FormError
 from moe_export.export.recurrence.loop import Loop, Made
 from moe_export.export.recurrence.loop_body import LoopBody
 from moe_export.export.recurrence.operand import PART, View
 from moe_export.export.recurrence.skeleton import (
     Call,
     Folded,
+    LengthError,
     Place,
     Row,
     Scaled,
@@ -43,10 +44,12 @@ class FoldedModule(nn.Module):
     Args:
         program: The traced model.
         prefix: What the paths of its weights begin with.
-        same: Inputs by place, and an axis of each, that have one length.
+        same: For each length, inputs by place, and an axis of each, that have it.
     """
 
-    def __init__(self, program: ExportedProgram, prefix: str, same: Sequence[tuple[int, int]]) -> None:
+    def __init__(
+        self, program: ExportedProgram, prefix: str, same: Sequence[Sequence[tuple[int, int]]]
+    ) -> None:
         super().__init__()
         self._same = tuple(same)
         self.graph = fx.Graph()
@@ -56,9 +59,10 @@ class FoldedModule(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """Run the graph node by node, so that each keeps the line of the model that it was traced from."""
-        sizes = [inputs[place].shape[axis] for place, axis in self._same]
-        for size in sizes[1:]:
-            torch._check(size == sizes[0])  # type: ignore[no-untyped-call]  # so that a tracer knows
+        for places in self._same:
+            sizes = [inputs[place].shape[axis] for place, axis in places]
+            for size in sizes[1:]:
+                torch._check(size == sizes[0])  # type: ignore[no-untyped-call]  # so that a tracer knows
         with fx.traceback.preserve_node_meta():
             return fx.Interpreter(self, graph=self.graph).run(*inputs)
 
@@ -88,22 +92,31 @@ def _attach(root: nn.Module, target: str, tensor: torch.Tensor) -> None:
 
 
 def folded_module(
-    skeleton: Skeleton, program: ExportedProgram, lengths: Sequence[tuple[str, int]], prefix: str
+    skeleton: Skeleton,
+    program: ExportedProgram,
+    lengths: Sequence[Sequence[tuple[str, int]]],
+    prefix: str,
 ) -> FoldedModule:
     """Build the module.
 
     Args:
         skeleton: With integers as forms of the length.
         program: Whose weights and inputs it has; one of those that the skeleton was made from.
-        lengths: Placeholders, and the axis of each, that have the length; it is read off the first.
+        lengths: For each length, placeholders, and the axis of each, that have it; it is read off the first.
         prefix: What the paths of the weights begin with in the program and not in the module.
 
     Raises:
         LengthError: A loop reads or writes in a way that has no folded form.
     """
     inputs = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
-    module = FoldedModule(program, prefix, [(inputs.index(name), axis) for name, axis in lengths])
-    _Builder(skeleton, program, module, lengths[0], prefix).build()
+    same = [[(inputs.index(name), axis) for name, axis in places] for places in lengths]
+    module = FoldedModule(program, prefix, same)
+    try:
+        _Builder(skeleton, program, module, [places[0] for places in lengths], prefix).build()
+    except FormError as error:
+        raise LengthError(
+            f"its steps read or write places that no one number counts: {error}", None
+        ) from error
     module.graph.lint()
     return module
 
@@ -114,11 +127,11 @@ class _Builder:
         skeleton: Skeleton,
         program: ExportedProgram,
         module: FoldedModule,
-        length: tuple[str, int],
+        lengths: Sequence[tuple[str, int]],
         prefix: str,
     ) -> None:
         self._skeleton, self._program, self._module = skeleton, program, module
-        self._length_at, self._prefix = length, prefix
+        self._lengths_at, self._prefix = lengths, prefix
         self.graph = module.graph
         self._places: dict[str | int, fx.Node] = {}
         self._numbers: dict[Form, Any] = {}
@@ -168,10 +181,11 @@ class _Builder:
         if not isinstance(number, Form):
             return number
         if number not in self._numbers:
-            length = self._numbers.get(Form(1, 0))
+            whole = Form(1, 0, of=number.of)
+            length = self._numbers.get(whole)
             if length is None:
-                name, axis = self._length_at
-                length = self._numbers[Form(1, 0)] = self.call(aten.sym_size.int, self._places[name], axis)
+                name, axis = self._lengths_at[number.of]
+                length = self._numbers[whole] = self.call(aten.sym_size.int, self._places[name], axis)
             total: Any = length
             if number.slope != 1:
                 total = self.call(operator.mul, total, number.slope)
@@ -181,6 +195,8 @@ class _Builder:
                 total = self.call(operator.floordiv, total, number.divisor)
             if number.factor != 1:
                 total = self.call(operator.mul, total, number.factor)
+            if number.plus:
+                total = self.call(operator.add, total, self.call(operator.mul, length, number.plus))
             if number.shift:
                 total = self.call(operator.add, total, number.shift)
             self._numbers[number] = total

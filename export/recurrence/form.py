@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 _LARGEST_DIVISOR = 8
+_LARGEST_CHUNK = 64
+_LEAST_FOR_CHUNKS = (
+    4  # two values draw a form of chunks, and one more would fit some of their sizes by chance
+)
+
+
+class FormError(ValueError):
+    """A sum of two integers is no form, though each of them is."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """`factor * ((slope * L + offset) // divisor) + shift`.
+    """`factor * ((slope * L + offset) // divisor) + plus * L + shift`; of several lengths, L is number `of`.
 
     Example:
         >>> form_of({8: 7, 9: 8, 11: 10})
-        Form(slope=1, offset=-1, divisor=1, factor=1, shift=0)
+        Form(slope=1, offset=-1, divisor=1, factor=1, shift=0, plus=0, of=0)
         >>> print(form_of({8: 4, 9: 5, 11: 6}))  # the turns of range(0, L, 2)
         (L + 1) // 2
+        >>> print(form_of({13: 3, 18: 2, 24: 0, 31: 1}))  # what fills it up to a multiple of 4
+        4 * ((L + 3) // 4) - L
     """
 
     slope: int
@@ -25,10 +36,13 @@ class Form:
     divisor: int = 1
     factor: int = 1
     shift: int = 0
+    plus: int = 0
+    of: int = 0
 
     def at(self, length: int) -> int:
         """The value at a length."""
-        return self.factor * ((self.slope * length + self.offset) // self.divisor) + self.shift
+        rounded = (self.slope * length + self.offset) // self.divisor
+        return self.factor * rounded + self.plus * length + self.shift
 
     def __str__(self) -> str:
         scaled = {1: "L", -1: "-L"}.get(self.slope, f"{self.slope} * L")
@@ -37,6 +51,9 @@ class Form:
             return moved
         rounded = f"({moved}) // {self.divisor}" if self.offset else f"{moved} // {self.divisor}"
         scaled = rounded if self.factor == 1 else f"{self.factor} * ({rounded})"
+        if self.plus:
+            times = "L" if abs(self.plus) == 1 else f"{abs(self.plus)} * L"
+            scaled += f" {'-' if self.plus < 0 else '+'} {times}"
         return scaled + (f" {'-' if self.shift < 0 else '+'} {abs(self.shift)}" if self.shift else "")
 
 
@@ -46,12 +63,48 @@ def form_of(values: Mapping[int, int]) -> Form | None:
     Args:
         values: Length → value; at least three, so that the form is confirmed, not only drawn.
     """
+    return _line(values) or _rounded(values)
+
+
+def form_of_one(sizes: Sequence[tuple[int, ...]], values: Sequence[int]) -> Form | None:
+    """The simplest form of one of several lengths, from values at three or more sizes of them."""
+    columns = [dict(zip(column, values, strict=True)) for column in zip(*sizes, strict=True)]
+    for form_in in (_line, _rounded):
+        for number, column in enumerate(columns):
+            form = form_in(column)
+            if form is not None:
+                return replace(form, of=number)
+    return None
+
+
+def _of_chunks(values: Mapping[int, int], form: Form) -> Form | None:
+    """The form times a factor, plus a shift: from whole chunks, or from chunks begun."""
+    rounded = {length: (form.slope * length + form.offset) // form.divisor for length in values}
+    rest = {length: value - form.plus * length for length, value in values.items()}
+    first, last = min(values), max(values)
+    turns = rounded[last] - rounded[first]
+    factor, uneven = divmod(rest[last] - rest[first], turns) if turns else (0, 0)
+    found = replace(form, factor=factor, shift=rest[first] - factor * rounded[first])
+    if not factor or uneven or any(found.at(length) != value for length, value in values.items()):
+        return None
+    return found
+
+
+def _line(values: Mapping[int, int]) -> Form | None:
     (first, value), (last, other) = min(values.items()), max(values.items())
     slope, rest = divmod(other - value, last - first)
-    if slope and not rest:
-        line = Form(slope, value - slope * first)
-        if all(line.at(length) == each for length, each in values.items()):
-            return line
+    line = Form(slope, value - slope * first)
+    fits = slope and not rest and all(line.at(length) == each for length, each in values.items())
+    return line if fits else None
+
+
+def _rounded(values: Mapping[int, int]) -> Form | None:
+    if len(values) >= _LEAST_FOR_CHUNKS:
+        for divisor in range(2, _LARGEST_CHUNK + 1):
+            for offset, plus in itertools.product((divisor - 1, 0), (0, -1, 1)):
+                form = _of_chunks(values, Form(1, offset, divisor, plus=plus))
+                if form is not None:
+                    return form
     for divisor in range(1, _LARGEST_DIVISOR + 1):
         for slope in range(-_LARGEST_DIVISOR, _LARGEST_DIVISOR + 1):
             # value <= (slope * L + offset) / divisor < value + 1 bounds the offset at each length.
@@ -66,7 +119,7 @@ def moved(number: Any, by: Any) -> Any:
     """The sum of two numbers, either of which may be a form.
 
     Raises:
-        ValueError: They are rounded differently, so that their sum is no form.
+        FormError: They are rounded differently, or of different lengths, so that their sum is no form.
     """
     if isinstance(by, Form) and not isinstance(number, Form):
         number, by = by, number
@@ -76,13 +129,21 @@ def moved(number: Any, by: Any) -> Any:
         if number.divisor != 1:
             return replace(number, shift=number.shift + by)
         return replace(number, offset=number.offset + by)
+    if number.of != by.of:
+        raise FormError(f"{number} and {by} are of different lengths")
     if number.divisor == by.divisor == 1:
         slope, offset = number.slope + by.slope, number.offset + by.offset
-        return Form(slope, offset) if slope else offset
+        return replace(number, slope=slope, offset=offset) if slope else offset
+    if by.divisor != 1 and number.divisor == 1:
+        number, by = by, number
+    if by.divisor == 1:
+        return replace(number, plus=number.plus + by.slope, shift=number.shift + by.offset)
     if (number.slope, number.offset, number.divisor) != (by.slope, by.offset, by.divisor):
-        raise ValueError(f"{number} and {by} are rounded differently")
-    factor, shift = number.factor + by.factor, number.shift + by.shift
-    return replace(number, factor=factor, shift=shift) if factor else shift
+        raise FormError(f"{number} and {by} are rounded differently")
+    factor, shift, plus = number.factor + by.factor, number.shift + by.shift, number.plus + by.plus
+    if factor:
+        return replace(number, factor=factor, shift=shift, plus=plus)
+    return Form(plus, shift, of=number.of) if plus else shift
 
 
 def scaled(number: Any, by: int) -> Any:
@@ -92,5 +153,5 @@ def scaled(number: Any, by: int) -> Any:
     if by == 0:
         return 0
     if number.divisor == 1:
-        return Form(number.slope * by, number.offset * by)
-    return replace(number, factor=number.factor * by, shift=number.shift * by)
+        return replace(number, slope=number.slope * by, offset=number.offset * by)
+    return replace(number, factor=number.factor * by, shift=number.shift * by, plus=number.plus * by)

@@ -5,6 +5,7 @@ Nothing is traced for this, so it costs little however long the example is.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,11 @@ Example = Mapping[str, torch.Tensor]
 # Evenly apart, and multiples of the usual strides and chunks, so that every loop over the length takes as many more
 # turns from the first to the second as from the second to the third.
 _TRIALS = ((12, 24, 36), (64, 128, 192))
+
+_APART = (6, 12)
+
+_LONGEST_LOOK = 200  # three chunks of 64
+_TURNS_OF_ONE = 6  # more operators at each of so many sizes are those of a loop place by place
 
 _SHORT = (16, 64)  # what a long example is cut down to: the first that the model takes
 
@@ -43,6 +49,15 @@ class Length:
         """Its size in an example."""
         name, axis = self.axes[0]
         return example[name].shape[axis]
+
+
+def resized_together(
+    lengths: Sequence[Length], example: Example, sizes: Sequence[int]
+) -> dict[str, torch.Tensor]:
+    """The example at other lengths, one size for each."""
+    for length, size in zip(lengths, sizes, strict=True):
+        example = length.resized(example, size)
+    return dict(example)
 
 
 class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -85,6 +100,36 @@ def looped_lengths(subject: Subject, request: DimRequest) -> list[Length]:
                 if grows:
                     found.append(length)
     return found
+
+
+def looped_apart(subject: Subject, first: Length, second: Length) -> bool:
+    """Whether no loop runs over both: more of the one costs the same whatever the other is, as in a decoder."""
+    example = _shortened(subject)
+    counts = [
+        operators(subject, resized_together((first, second), example, sizes))
+        for sizes in itertools.product(_APART, repeat=2)
+    ]
+    if None in counts:
+        return False
+    both_short, long_second, long_first, both_long = (count or 0 for count in counts)
+    return both_long - long_first == long_second - both_short
+
+
+def chunk_of(subject: Subject, length: Length) -> int | None:
+    """How many places a turn of the loop takes, if more than one: after as many, operators are added again."""
+    added = list[bool]()  # from the first size on at which there are more than at the one before
+    before: int | None = None
+    for size in range(1, _LONGEST_LOOK):
+        count = operators(subject, length.resized(subject.inputs, size))
+        if added or (count is not None and before is not None and count > before):
+            added.append(count is not None and before is not None and count > before)
+        before = before if count is None else count
+        if all(added) and len(added) >= _TURNS_OF_ONE:
+            return None
+        for chunk in range(2, (len(added) + 1) // 2):
+            if added[chunk:] == added[:-chunk] and not all(added):
+                return chunk
+    return None
 
 
 def _shortened(subject: Subject) -> Example:

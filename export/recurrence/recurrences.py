@@ -14,16 +14,32 @@ from typing import Literal
 
 import torch
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.adapters.cumulative import cumulative_step_by_step
 from moe_export.export.adapters.delta_rule import delta_rules_step_by_step
 from moe_export.export.adapters.recurrent_layers import recurrent_layers_step_by_step
 from moe_export.export.adapters.scans import scans_step_by_step
 from moe_export.export.dims import DimRequest
 from moe_export.export.recurrence.fold import folded_module
-from moe_export.export.recurrence.lengths import Length, looped_lengths, operators
+from moe_export.export.recurrence.grow import Refusal
+from moe_export.export.recurrence.lengths import (
+    Length,
+    looped_apart,
+    looped_lengths,
+    operators,
+    resized_together,
+)
 from moe_export.export.recurrence.loops import Repeats, find_loops
-from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton, generalised, skeleton
+from moe_export.export.recurrence.proof import prove
+from moe_export.export.recurrence.sizes import rows
+from moe_export.export.recurrence.skeleton import (
+    Folded,
+    LengthError,
+    Skeleton,
+    UnlikeError,
+    generalised,
+    skeleton,
+)
 from moe_export.export.recurrence.straighten import straighten
 from moe_export.export.source import line_of
 from moe_export.export.subject import Subject, make_subject
@@ -32,12 +48,8 @@ from moe_export.export.widen import widened
 
 Mode = Literal["auto", "scan", "chunked", "contrib", "unrolled"]
 
-# Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
-# loop with a stride.
-_TRACED = ((6, 7, 9), (15, 16, 18, 21), (24, 32, 48), (64, 128, 192, 256))
 _LONG = 22  # a trace at lengths above is only made of a model that takes no shorter ones
 _MOST_AGAIN = 1500  # operators of a trace at further lengths, where shorter ones showed no loop: 20 s
-_PROVED = (1, 2, 3, 5, 13)
 
 
 @dataclass(frozen=True)
@@ -48,13 +60,29 @@ class Recurrent:
         subject: The folded model, or the given one.
         unrolled: The trace of the model at a short length, if it was folded.
         notes: For the report.
-        length: What was folded over, if anything was.
+        lengths: What was folded over, if anything was.
     """
 
     subject: Subject
     unrolled: Traced | None = None
     notes: tuple[str, ...] = ()
-    length: Length | None = None
+    lengths: tuple[Length, ...] = ()
+
+    def dims(self, request: DimRequest) -> DimRequest:
+        """What may be free: of the folded model, only what was free where it was traced for it, and the length.
+
+        Another length that is looped over stands in it step by step, so that nothing in it depends on that size.
+        """
+        if self.unrolled is None:
+            return request
+        sizes = self.unrolled.inputs
+        fixed = {(name, axis) for name, shape in sizes.items() for axis, size in enumerate(shape)
+                 if isinstance(size, int)}  # fmt: skip
+        return replace(request, fixed=frozenset(fixed - self.axes()))
+
+    def axes(self) -> set[tuple[str, int]]:
+        """The axes of inputs that were folded over."""
+        return {place for length in self.lengths for place in length.axes}
 
 
 def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto") -> Recurrent:
@@ -80,6 +108,32 @@ def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto")
         return _folded_if_it_can(subject, request, mode)
 
 
+def left_if_fixed(recurrent: Recurrent, folded: Traced, subject: Subject, mode: Mode) -> Recurrent:
+    """The model as it was given, where the tracer takes the length of the folded one for a number all the same.
+
+    The folded model is traced at a length of ours, not at that of the example.
+
+    Raises:
+        NotExportableError: The mode is `scan` or `chunked`.
+    """
+    fixed = [
+        length
+        for length in recurrent.lengths
+        if any(isinstance(folded.inputs[name][axis], int) for name, axis in length.axes)
+    ]
+    if not fixed:
+        return recurrent
+    message = (
+        f"the loop over {_named(fixed[0])} cannot be folded: "
+        "without it, the tracer still takes the length for a number"
+    )
+    if mode in ("scan", "chunked"):
+        raise NotExportableError(
+            message, where=str(subject.source), hint="fix the length: --recurrence unrolled"
+        )
+    return Recurrent(subject, notes=(message,))
+
+
 def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recurrent:
     with quiet():
         lengths = looped_lengths(subject, request)
@@ -88,8 +142,8 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
     try:
         if subject.weights is not None and subject.weights.absent:
             raise LengthError("that is proved by running the model, and its weights are not in memory", None)
-        done = _folded(subject, request, lengths[0])
-        return replace(done, notes=(*done.notes, *_staying(done, lengths[1:])))
+        done, staying = _over_most(subject, request, lengths)
+        return replace(done, notes=(*done.notes, *_staying(done, lengths, staying)))
     except LengthError as error:
         message = f"the loop over {_named(lengths[0])} cannot be folded: {error.reason}"
         if mode in ("scan", "chunked", "contrib") or any(
@@ -100,20 +154,50 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
                 where=error.where or str(subject.source),
                 hint="rewrite the loop so that each step does the same, or fix the length: --recurrence unrolled",
             ) from error
-        return Recurrent(subject, notes=(f"{message}{f' ({error.where})' if error.where else ''}",))
+        return Recurrent(subject, notes=(f"{message}{_at(error)}",))
 
 
-def _staying(done: Recurrent, others: Sequence[Length]) -> list[str]:
-    """Notes on further lengths that are looped over, as the width of an image whose rows follow each other."""
+def _over_most(
+    subject: Subject, request: DimRequest, lengths: Sequence[Length]
+) -> tuple[Recurrent, LengthError | None]:
+    """Fold over the first length, and over one that is looped over apart from it; or why not over that one too."""
+    with quiet():
+        apart = next((other for other in lengths[1:] if looped_apart(subject, lengths[0], other)), None)
+    staying: LengthError | None = None
+    if apart is not None:
+        try:
+            return _folded(subject, request, (lengths[0], apart)), None
+        except LengthError as error:
+            staying = error
+    try:
+        return _folded(subject, request, lengths[:1]), staying
+    except LengthError:
+        if apart is None:
+            raise
+    return _folded(subject, request, (apart,)), staying
+
+
+def _at(error: LengthError) -> str:
+    return f" ({error.where})" if error.where else ""
+
+
+def _staying(done: Recurrent, lengths: Sequence[Length], staying: LengthError | None) -> list[str]:
+    """Notes on what else is fixed: lengths that are looped over, as the width of an image read by rows, and others."""
     if done.unrolled is None:
         return []
+    looped = {place for length in lengths for place in length.axes} - done.axes()
     shapes = done.unrolled.inputs
+    why = "the loop runs over it, too, and is folded over one length"
+    if staying is not None:
+        why = f"a loop over it cannot be folded: {staying.reason}{_at(staying)}"
     return [
-        f"{name}: length {shapes[name][axis]} is fixed (dimension {axis}): the loop runs over it, too, "
-        "and is folded over one length"
-        for other in others
-        for name, axis in other.axes
+        f"{name}: length {shapes[name][axis]} is fixed (dimension {axis}): {why}"
+        for name, axis in sorted(looped)
         if isinstance(shapes[name][axis], int)
+    ] + [
+        str(fixed)
+        for fixed in done.unrolled.fixed
+        if fixed.model_takes_others and (fixed.input, fixed.axis) not in looped | done.axes()
     ]
 
 
@@ -121,40 +205,58 @@ def _named(length: Length) -> str:
     return " and ".join(f"{name}:{axis}" for name, axis in length.axes)
 
 
-def _folded(subject: Subject, request: DimRequest, length: Length) -> Recurrent:
+def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) -> Recurrent:
     refusal: LengthError | None = None
-    for sizes in _TRACED:
+    in_chunks = False  # whether lengths were traced that are made for chunks; then no others show more
+    for row, chunk in rows(subject, lengths):
+        if in_chunks and chunk is None:
+            break
         with quiet():
-            examples = {size: length.resized(subject.inputs, size) for size in sizes}
+            examples = {sizes: resized_together(lengths, subject.inputs, sizes) for sizes in row}
             counts = [operators(subject, example) for example in examples.values()]
-            if None in counts:
-                continue
-            if refusal is not None and max(count or 0 for count in counts) > _MOST_AGAIN:
-                break
+        if None in counts:
+            continue
+        if refusal is not None and max(count or 0 for count in counts) > _MOST_AGAIN:
+            break
         try:
-            return _folded_at(subject, request, length, examples, again=refusal is not None)
+            return _folded_at(subject, request, lengths, examples, again=refusal is not None)
         except LengthError as error:
-            if not isinstance(error, NoLoopError) and sizes != _TRACED[0]:
+            if len(lengths) > 1:  # one of them alone may fold, which is tried next
+                raise
+            if chunk is not None:
+                in_chunks, refusal = True, _of_chunks(error, chunk)
+                if isinstance(error, UnlikeError) or isinstance(error.__cause__, UnlikeError):
+                    continue
+                break
+            if not isinstance(error, NoLoopError) and refusal is not None:
                 raise
             refusal = refusal or error  # there may be too few turns of it at such lengths
-            if max(sizes) > _LONG:
+            if max(row)[0] > _LONG:
                 break
     raise refusal or LengthError("the model takes none of the lengths that would be traced", None)
+
+
+def _of_chunks(error: LengthError, chunk: int) -> LengthError:
+    return LengthError(
+        f"{error.reason}; it takes {chunk} places a turn: where the last turn has fewer, pad the input to a multiple "
+        "in front of the loop, and cut off the result",
+        error.where,
+    )
 
 
 def _folded_at(
     subject: Subject,
     request: DimRequest,
-    length: Length,
-    examples: Mapping[int, Mapping[str, torch.Tensor]],
+    lengths: Sequence[Length],
+    examples: Mapping[tuple[int, ...], Mapping[str, torch.Tensor]],
     *,
     again: bool,
 ) -> Recurrent:
+    axes = {place for length in lengths for place in length.axes}
     unpicked = replace(request, picked={})
     if request.static:
         unpicked = replace(
-            request,
-            picked={place: name for place, name in request.picked.items() if place not in length.axes},
+            request, picked={place: name for place, name in request.picked.items() if place not in axes}
         )
     first, *others = (
         replace(subject, inputs=example) for example in _same_elsewhere(subject, examples, unpicked)
@@ -166,17 +268,26 @@ def _folded_at(
         if not repeats[0].loops:
             raise _no_loop(repeats)
     traced = trace(first, unpicked)
-    fixed = [(name, axis) for name, axis in length.axes if str(traced.inputs[name][axis]).isdigit()]
-    if not fixed:
+    fixed = [
+        [(name, axis) for name, axis in length.axes if str(traced.inputs[name][axis]).isdigit()]
+        for length in lengths
+    ]
+    if not all(fixed):
+        if len(lengths) > 1:
+            raise LengthError("one of two lengths is not looped over", None)
         return Recurrent(subject)  # the tracer keeps this length free: no loop over it is unrolled
     whole = _in_common(traced, others, tuple(examples), unpicked)
     placeholders = dict(zip(traced.inputs, _placeholders(traced), strict=True))
-    places = [(placeholders[name], axis) for name, axis in fixed]
+    places = [[(placeholders[name], axis) for name, axis in group] for group in fixed]
     with quiet():
         module = folded_module(whole, traced.program, places, f"{SCOPE}.")
-        made = make_subject(
-            module, tuple(traced.example.values()), {}, source=subject.source, how=subject.how
-        )
+        try:
+            made = make_subject(
+                module, tuple(traced.example.values()), {}, source=subject.source, how=subject.how
+            )
+        except UsageError as error:
+            reason = str(error).splitlines()[0]
+            raise LengthError(f"without the loop it fails: {reason}", None) from error
     folded = replace(
         made,
         inputs=dict(zip(subject.inputs, made.inputs.values(), strict=True)),
@@ -184,12 +295,12 @@ def _folded_at(
         outputs=subject.outputs,
         dropped=subject.dropped,
     )
-    _prove(subject, folded, length, tuple(examples))
-    return Recurrent(folded, traced, tuple(_notes(whole, length, subject)), length)
+    prove(subject, folded, lengths, tuple(examples), rounded=again)
+    return Recurrent(folded, traced, tuple(_notes(whole, lengths, subject)), tuple(lengths))
 
 
 def _same_elsewhere(
-    subject: Subject, examples: Mapping[int, Mapping[str, torch.Tensor]], request: DimRequest
+    subject: Subject, examples: Mapping[tuple[int, ...], Mapping[str, torch.Tensor]], request: DimRequest
 ) -> list[Mapping[str, torch.Tensor]]:
     """The examples with other dimensions widened as the tracer widens them, so that all have the same."""
     with quiet():
@@ -197,7 +308,7 @@ def _same_elsewhere(
 
 
 def _in_common(
-    first: Traced, others: Sequence[Subject], sizes: Sequence[int], request: DimRequest
+    first: Traced, others: Sequence[Subject], sizes: Sequence[tuple[int, ...]], request: DimRequest
 ) -> Skeleton:
     """What the traces at all lengths have in common.
 
@@ -222,7 +333,7 @@ def _placeholders(traced: Traced) -> list[str]:
     ]
 
 
-def _common(sizes: Sequence[int], traces: Sequence[Traced]) -> Skeleton:
+def _common(sizes: Sequence[tuple[int, ...]], traces: Sequence[Traced]) -> Skeleton:
     """What the traces have in common."""
     if any(traced.program.graph_signature.buffers_to_mutate for traced in traces):
         raise LengthError("the model changes a buffer while it runs", None)
@@ -230,7 +341,13 @@ def _common(sizes: Sequence[int], traces: Sequence[Traced]) -> Skeleton:
     find_loops(repeats)
     if not repeats[0].loops:
         raise _no_loop(repeats)
-    return generalised({size: skeleton(each) for size, each in zip(sizes, repeats, strict=True)})
+    try:
+        return generalised({size: skeleton(each) for size, each in zip(sizes, repeats, strict=True)})
+    except UnlikeError as error:
+        nearest = _nearest(repeats[-1])
+        if nearest is None or nearest.nodes <= getattr(_nearest(repeats[0]), "nodes", 0):
+            raise
+        raise LengthError(nearest.reason, line_of(nearest.node.meta.get("stack_trace"))) from error
 
 
 class NoLoopError(LengthError):
@@ -239,40 +356,22 @@ class NoLoopError(LengthError):
 
 def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
     """The reason of the repetition that came closest to a loop."""
-    refusals = repeats[-1].refusals
-    if not refusals:
+    nearest = _nearest(repeats[-1])
+    if nearest is None:
         return NoLoopError("its steps are not alike", None)
-    nearest = max(refusals, key=lambda refusal: refusal.nodes)
     return NoLoopError(nearest.reason, line_of(nearest.node.meta.get("stack_trace")))
 
 
-def _prove(subject: Subject, folded: Subject, length: Length, traced: Sequence[int]) -> None:
-    """Hold the folded model against the model, in PyTorch, at lengths that were not traced too."""
-    for size in (*_PROVED, *traced, max(traced) + 9):
-        example = length.resized(subject.inputs, size)
-        with quiet(), torch.no_grad():
-            try:
-                wanted = subject.call_named({name: tensor.clone() for name, tensor in example.items()})
-            except Exception:
-                continue
-            try:
-                found = folded.call_named(example)
-            except Exception as error:
-                raise LengthError(f"without the loop it fails at length {size}: {error}", None) from error
-        if not all(_close(a, b) for a, b in zip(wanted, found, strict=True)):
-            raise LengthError(f"what it computes depends on the length in another way at length {size}", None)
+def _nearest(trace: Repeats) -> Refusal | None:
+    """Of what repeats itself in a trace outside of its loops, what came closest to a loop."""
+    outside = [refusal for refusal in trace.refusals if trace.locate(refusal.node) is None]
+    return max(outside, key=lambda refusal: refusal.nodes, default=None)
 
 
-def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
-
-
-def _notes(whole: Skeleton, length: Length, subject: Subject) -> list[str]:
+def _notes(whole: Skeleton, lengths: Sequence[Length], subject: Subject) -> list[str]:
     return [
-        f"loop at {_near(item.loop.line, subject)}: {len(item.loop.body)} operators a step, "
-        f"{item.loop.turns} steps for L = {_named(length)}, folded into one Scan"
+        f"loop at {_near(item.loop.line, subject)}: {len(item.loop.body)} operators a step, {item.loop.turns} steps "
+        f"for L = {_named(lengths[getattr(item.loop.turns, 'of', 0)])}, folded into one Scan"
         for item in whole.items
         if isinstance(item, Folded)
     ]

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import fx
 
-from moe_export.export.recurrence.form import form_of
+from moe_export.export.recurrence.form import form_of_one
 from moe_export.export.recurrence.loop import WRITE, Loop, Made, Outside, split_part
 from moe_export.export.recurrence.loops import Repeats
 from moe_export.export.recurrence.operand import SIZE, Read, View, atoms, filled, read_of
@@ -111,6 +111,10 @@ class LengthError(Exception):
         super().__init__(reason)
         self.reason = reason
         self.where = where
+
+
+class UnlikeError(LengthError):
+    """The traces hold other operators or views, or more, outside of the loops that they have in common."""
 
 
 def skeleton(trace: Repeats) -> Skeleton:
@@ -267,11 +271,11 @@ def _follows(first: Any, before: Any, this: Any, distance: int) -> bool:
     return steps == (1, distance)
 
 
-def generalised(skeletons: Mapping[int, Skeleton]) -> Skeleton:
+def generalised(skeletons: Mapping[tuple[int, ...], Skeleton]) -> Skeleton:
     """The skeleton of every length, from those of some.
 
     Args:
-        skeletons: By their length.
+        skeletons: By their length, or by their lengths where there are several.
 
     Raises:
         LengthError: They differ in more than integers that follow the length.
@@ -280,10 +284,11 @@ def generalised(skeletons: Mapping[int, Skeleton]) -> Skeleton:
     rows = [skeleton.items for skeleton in skeletons.values()]
     for items in zip(*rows, strict=False):
         if len({_kind(item) for item in items}) > 1:
-            counts = " and ".join(map(str, lengths[:2]))
-            raise LengthError(f"the model computes other things at lengths {counts}", _line(items[0]))
+            raise UnlikeError(
+                f"the model computes other things at lengths {_sizes(lengths[:2], ' and ')}", _line(items[0])
+            )
     if len({len(row) for row in rows}) > 1:
-        raise LengthError(
+        raise UnlikeError(
             "the model computes more at another length, outside of any loop", _line(rows[0][-1])
         )
     items = tuple(_merged(lengths, columns, _line(columns[0])) for columns in zip(*rows, strict=True))
@@ -299,7 +304,7 @@ def _line(item: Call | Folded) -> str | None:
     return line_of(item.node.meta.get("stack_trace")) if isinstance(item, Call) else item.loop.line
 
 
-def _merged(lengths: Sequence[int], values: Sequence[Any], where: str | None) -> Any:
+def _merged(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: str | None) -> Any:
     """One value for all lengths."""
     first = values[0]
     if isinstance(first, Size):
@@ -307,13 +312,13 @@ def _merged(lengths: Sequence[int], values: Sequence[Any], where: str | None) ->
             return first
         return _scaled(lengths, [getattr(value, "size", value) for value in values], first, where)
     if any(type(value) is not type(first) for value in values):
-        raise LengthError(f"it computes {_shown(values)} at lengths {_shown(lengths)}", where)
+        raise LengthError(f"it computes {_shown(values)} at lengths {_sizes(lengths)}", where)
     if dataclasses.is_dataclass(first):
         return _merged_fields(lengths, values, where)
     if isinstance(first, (tuple, list)):
         if len({len(value) for value in values}) > 1:
-            raise LengthError(
-                f"a list has {_shown([len(value) for value in values])} members at lengths {_shown(lengths)}, "
+            raise UnlikeError(
+                f"a list has {_shown([len(value) for value in values])} members at lengths {_sizes(lengths)}, "
                 "and no loop makes them", where,
             )  # fmt: skip
         return tuple(_merged(lengths, column, where) for column in zip(*values, strict=True))
@@ -322,21 +327,23 @@ def _merged(lengths: Sequence[int], values: Sequence[Any], where: str | None) ->
     if all(value == first for value in values):
         return first
     if isinstance(first, int) and not isinstance(first, bool):
-        form = form_of(dict(zip(lengths, values, strict=True)))
+        form = form_of_one(lengths, values)
         if form is not None:
             return form
-    raise LengthError(f"a number is {_shown(values)} at lengths {_shown(lengths)}", where)
+    raise LengthError(f"a number is {_shown(values)} at lengths {_sizes(lengths)}", where)
 
 
-def _scaled(lengths: Sequence[int], values: Sequence[Any], first: Size, where: str | None) -> Scaled:
+def _scaled(
+    lengths: Sequence[tuple[int, ...]], values: Sequence[Any], first: Size, where: str | None
+) -> Scaled:
     """A size that follows the length as a product: the number that the other sizes are multiplied by."""
     sizes = tuple(_size(node) for node in _factors(first.node))
     rest = math.prod(size.size for size in sizes)
     if rest and all(isinstance(value, int) and value % rest == 0 for value in values):
-        form = form_of({length: value // rest for length, value in zip(lengths, values, strict=True)})
+        form = form_of_one(lengths, [value // rest for value in values])
         if form is not None:
             return Scaled(sizes, form)
-    raise LengthError(f"a size of the inputs is {_shown(values)} at lengths {_shown(lengths)}", where)
+    raise LengthError(f"a size of the inputs is {_shown(values)} at lengths {_sizes(lengths)}", where)
 
 
 def _factors(node: fx.Node) -> list[fx.Node]:
@@ -346,7 +353,7 @@ def _factors(node: fx.Node) -> list[fx.Node]:
     return [factor for part in node.args if isinstance(part, fx.Node) for factor in _factors(part)]
 
 
-def _merged_fields(lengths: Sequence[int], values: Sequence[Any], where: str | None) -> Any:
+def _merged_fields(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: str | None) -> Any:
     first = values[0]
     if isinstance(first, View) and first.written and all(view.written == first.written for view in values):
         return dataclasses.replace(first, numbers=first.written)
@@ -357,6 +364,10 @@ def _merged_fields(lengths: Sequence[int], values: Sequence[Any], where: str | N
         if part.compare and not (part.name == "size" and getattr(first, part.name) is None)
     }
     return dataclasses.replace(first, **changes)
+
+
+def _sizes(lengths: Sequence[tuple[int, ...]], between: str = ", ") -> str:
+    return between.join("x".join(map(str, sizes)) for sizes in lengths)
 
 
 def _shown(values: Sequence[Any]) -> str:

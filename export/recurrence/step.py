@@ -52,14 +52,21 @@ def step_of(subject: Subject, recurrent: Recurrent) -> StepModel:
     cached = find_cached_model(subject.module)
     if cached is not None:
         return step_with_cache(subject, cached)
-    folded, length = recurrent.subject, recurrent.length
+    folded = recurrent.subject
     module = folded.module
-    if length is None or not isinstance(module, FoldedModule):
+    if len(recurrent.lengths) > 1:
+        raise NotExportableError(
+            "the model loops over two lengths, so there is no one step of it",
+            where=str(subject.source),
+            hint="leave --step away, or export the part whose steps are wanted as a model of its own",
+        )
+    if not recurrent.lengths or not isinstance(module, FoldedModule):
         raise NotExportableError(
             "the model has no loop over a length that could be folded, so there is no step of it",
             where=str(subject.source),
             hint="leave --step away; the notes of the export say why a loop was not folded",
         )
+    (length,) = recurrent.lengths
     with quiet(), torch.no_grad():
         examples = [length.resized(folded.inputs, size) for size in _PROBES]
         seen = [_values(module, tuple(example.values())) for example in examples]

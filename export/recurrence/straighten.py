@@ -4,7 +4,8 @@
     after    select(x, 1, t);                        select_scatter(y, v, 1, t)
 
 Sizes are read off the inputs in front of everything else; slices of everything, aliases and assertions go; a read
-of what was just written is the value that was written. Every rule holds at the traced sizes, whatever they are.
+of what was just written is the value that was written; a view becomes a reshape, which takes any strides. Every rule
+holds at the traced sizes, whatever they are.
 """
 
 from __future__ import annotations
@@ -26,6 +27,10 @@ aten = torch.ops.aten
 
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
 _SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default}
+# What a folded loop makes is laid out in memory in another way than what the model filled step by step.
+_ANY_STRIDES: dict[Any, Any] = dict.fromkeys(
+    (aten.view.default, aten._unsafe_view.default), aten.reshape.default
+)
 
 
 def straighten(program: ExportedProgram) -> fx.Graph:
@@ -54,6 +59,7 @@ class _Straightened:
 
     def _copied(self, node: fx.Node) -> fx.Node:
         new = self.graph.node_copy(node, lambda source: self._values[source])
+        new.target = _ANY_STRIDES.get(new.target, new.target)
         new.meta = copy.copy(node.meta)
         return new
 

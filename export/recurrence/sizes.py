@@ -1,0 +1,34 @@
+"""`rows`: the lengths at which a model is traced, from which the numbers in it are known at every length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from moe_export.export.recurrence.lengths import Length, chunk_of
+from moe_export.export.subject import Subject
+from moe_export.export.tracing import quiet
+
+# Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
+# loop with a stride. A second length grows with the first, but in other steps, so that a number of one is none of both.
+_TRACED = ((6, 7, 9), (15, 16, 18, 21), (24, 32, 48), (64, 128, 192, 256))
+_SECOND = ((7, 9, 10), (16, 19, 21, 22), (32, 48, 56), (64, 192, 256, 448))
+
+
+def rows(
+    subject: Subject, lengths: Sequence[Length]
+) -> Iterator[tuple[Sequence[tuple[int, ...]], int | None]]:
+    """Lengths to trace at, one row after the other, and the chunk that a turn takes where they are made for one."""
+    first, *further = (
+        tuple(zip(*columns[: len(lengths)], strict=True)) for columns in zip(_TRACED, _SECOND, strict=True)
+    )
+    yield first, None
+    if len(lengths) == 1:
+        with quiet():
+            chunk = chunk_of(subject, lengths[0])
+        if chunk is not None:
+            # The last chunk full, begun and nearly full; then never full, as a model may fill up only what is not.
+            for less in (0, 1):
+                sizes = (3 * chunk + 1, 4 * chunk + chunk // 2, 6 * chunk - less, 8 * chunk - 1)
+                yield tuple((size,) for size in sizes), chunk
+    for row in further:
+        yield row, None

@@ -1,0 +1,139 @@
+"""Loops that take several places a turn, the last of them filled up: any length, not only multiples of one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.recurrence.form import Form, FormError, form_of, form_of_one, moved, scaled
+from moe_export.export.recurrence.lengths import Length, chunk_of
+from moe_export.export.subject import Subject, make_subject
+
+CHUNK = 3
+
+
+class Filled(nn.Module):
+    """Linear attention over chunks: all pairs within a chunk, a state for what was before it."""
+
+    def __init__(self, always: bool) -> None:
+        super().__init__()
+        self.always = always
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, length, d = x.shape
+        missing = -length % CHUNK
+        if self.always or missing:
+            x = functional.pad(x, (0, 0, 0, missing))
+        chunks = x.view(b, -1, CHUNK, d)
+        mask, state, found = torch.ones(CHUNK, CHUNK).tril(), x.new_zeros(b, d, d), []
+        for t in range(chunks.shape[1]):
+            now = chunks[:, t]
+            found.append((now @ now.mT * mask) @ now + now @ state)
+            state = state * 0.5 + now.mT @ now
+        return torch.cat(found, 1)[:, :length]
+
+
+class Ragged(nn.Module):
+    """The last chunk may be shorter: it is a turn of its own behind the loop."""
+
+    def __init__(self, chunk: int = CHUNK) -> None:
+        super().__init__()
+        self.chunk = chunk
+
+    def forward(self, x: Tensor) -> Tensor:
+        total, found = torch.zeros_like(x[:, :1]), []
+        for t in range(0, x.shape[1], self.chunk):
+            now = x[:, t : t + self.chunk].cumsum(1) + total
+            total = torch.tanh(now[:, -1:])
+            found.append(now)
+        return torch.cat(found, 1)
+
+
+def subject_of(module: nn.Module) -> Subject:
+    return make_subject(module.eval(), (torch.randn(2, 7, 2) / 4,), {}, source=Path(__file__), how="a test")
+
+
+def exported(subject: Subject) -> Graph:
+    return export_subject(subject, Options(gates=False, simplify=False))[0]
+
+
+@pytest.mark.parametrize(
+    ("module", "turns"),
+    [
+        (Filled(True), "(L + 2) // 3 steps"),
+        pytest.param(Filled(False), "(L + 2) // 3 steps", marks=pytest.mark.slow),
+    ],
+    ids=["filled up", "filled up where it is short"],
+)
+def test_chunks_hold_for_any_length(module: nn.Module, turns: str) -> None:
+    subject = subject_of(module)
+    graph = exported(subject)
+    assert turns in graph.notes[0]
+    proto = ir.to_proto(graph.model).SerializeToString()
+    session = onnxruntime.InferenceSession(proto, providers=["CPUExecutionProvider"])
+    for length in (1, 2, 3, 4, 6, 11, 12, 40):
+        x = torch.randn(3, length, 2) / 4
+        (wanted,) = subject.call_named({"x": x})
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_length_that_the_tracer_takes_for_a_number_all_the_same_is_that_of_the_example() -> None:
+    subject = subject_of(Ragged())  # where the shorter one has a size of one, the tracer fixes it
+    graph = exported(subject)
+    assert graph.traced.inputs["x"][1] == 7
+    assert "the loop over x:1 cannot be folded" in graph.notes[0]
+
+
+def test_the_places_of_a_turn_are_seen_in_the_operators() -> None:
+    length = Length((("x", 1),))
+    assert chunk_of(subject_of(Filled(True)), length) == CHUNK
+    assert chunk_of(subject_of(Filled(False)), length) == CHUNK
+    assert chunk_of(subject_of(Ragged()), length) == CHUNK
+    assert chunk_of(subject_of(nn.Tanh()), Length((("input", 1),))) is None
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (lambda n: -(-n // 16), "(L + 15) // 16"),
+        (lambda n: 3 * (n // 4) + 1, "3 * (L // 4) + 1"),
+        (lambda n: -n % 16, "16 * ((L + 15) // 16) - L"),
+        (lambda n: n % 5, "-5 * (L // 5) + L"),
+    ],
+)
+def test_numbers_of_chunks(number, text) -> None:
+    chunk = int(text.rpartition("//")[2].split()[0].rstrip(")"))
+    lengths = (3 * chunk + 1, 4 * chunk + chunk // 2, 6 * chunk, 8 * chunk - 1)
+    form = form_of({length: number(length) for length in lengths})
+    assert str(form) == text
+    assert form is not None
+    assert [form.at(length) for length in range(1, 200)] == [number(length) for length in range(1, 200)]
+
+
+def test_sums_and_multiples_of_rounded_numbers() -> None:
+    chunks, length = Form(1, 3, 4), Form(1, -2)
+    for made, wanted in (
+        (moved(length, chunks), lambda n: n - 2 + (n + 3) // 4),
+        (moved(scaled(chunks, 4), scaled(length, -1)), lambda n: (n + 3) // 4 * 4 - n + 2),
+        (moved(moved(length, chunks), scaled(chunks, -1)), lambda n: n - 2),
+    ):
+        assert [made.at(n) for n in range(1, 30)] == [wanted(n) for n in range(1, 30)]
+    with pytest.raises(FormError, match="rounded differently"):
+        moved(chunks, Form(1, 0, 4))
+    with pytest.raises(FormError, match="different lengths"):
+        moved(length, Form(1, 0, of=1))
+
+
+def test_a_number_of_one_of_two_lengths() -> None:
+    sizes = ((6, 7), (7, 9), (9, 10))
+    assert form_of_one(sizes, [5, 7, 8]) == Form(1, -2, of=1)
+    assert form_of_one(sizes, [12, 14, 18]) == Form(2, 0)
+    assert form_of_one(sizes, [100, 7, 52]) is None
