@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.recurrence.counter import counts, why_not
+from moe_export.export.recurrence.law_fit import Point, fits, law_of_turns
 from moe_export.export.recurrence.loop import (
     APPEND,
     WRITE,
@@ -22,6 +24,7 @@ from moe_export.export.recurrence.loop import (
     Loop,
     Made,
     Outside,
+    Series,
     Start,
     Step,
     Turning,
@@ -48,12 +51,14 @@ class Refusal:
         node: Where it is seen.
         turns: How many turns the rest would allow.
         nodes: How many nodes repeat themselves there.
+        of_number: Whether it is about a number that the steps compute with.
     """
 
     reason: str
     node: fx.Node
     turns: int
     nodes: int = 0
+    of_number: bool = False
 
 
 def grow(nodes: Sequence[fx.Node], start: int, period: int, stop: int, locate: Locate) -> Loop | Refusal:
@@ -92,11 +97,15 @@ class _Growth:
             for column in zip(*rows, strict=True):
                 part, turns_here, reason = self._part(list(column), starts)
                 if turns_here < LEAST_TURNS:
-                    return Refusal(reason, self._rows[max(turns_here, 0)][position], turns_here)
+                    node = self._rows[max(turns_here, 0)][position]
+                    return Refusal(reason, node, turns_here, of_number=not isinstance(column[2], Read))
                 turns = min(turns, turns_here)
                 found.append(part)
             parts.append(found)
-        body = tuple(_step(node, iter(found)) for node, found in zip(self._rows[0], parts, strict=True))
+        body = tuple(
+            _step(node, iter([_cut(part, turns) for part in found]))
+            for node, found in zip(self._rows[0], parts, strict=True)
+        )
         return self._finished(body, starts, turns)
 
     def _finished(
@@ -108,8 +117,10 @@ class _Growth:
             if (kind := _writes(body, position))
         }
         for position, step in enumerate(body):
-            if position not in written and any(isinstance(leaf, Turning) for leaf in atoms_of(step)):
-                return Refusal("a number in it changes from turn to turn", self._rows[1][position], turns)
+            if position not in written and any(counts(leaf) for leaf in atoms_of(step)):
+                reason = why_not(step, self._rows[1][position])
+                if reason is not None:
+                    return Refusal(reason, self._rows[1][position], turns)
         for carried in self._misfits:
             if carried.position not in written:
                 return Refusal(
@@ -133,7 +144,7 @@ class _Growth:
         """The part that a leaf plays in every turn, for how many turns, and what ends it there."""
         third = column[2]
         if not isinstance(third, Read):
-            return _number(column)
+            return _number_or_series(column)
         place = self._place.get(third.base)
         if place is None:
             return self._outside(column)
@@ -234,6 +245,8 @@ class _Growth:
     def _continued(self, leaf: Any, part: Any, row: list[fx.Node | None], turn: int) -> bool:
         if isinstance(part, Turning):
             return bool(leaf == part.first + part.step * turn)
+        if isinstance(part, Series):
+            return _is_number(leaf) and fits(part.law, [Point(turn, 0, leaf)], max(map(abs, part.values)))
         if not isinstance(leaf, Read):
             return type(leaf) is type(part) and bool(leaf == part)
         if isinstance(part, Local):
@@ -268,6 +281,14 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _cut(part: Any, turns: int) -> Any:
+    return replace(part, values=part.values[:turns]) if isinstance(part, Series) else part
+
+
 def _while(column: Sequence[Any], holds: Callable[[int], bool]) -> int:
     """For how many turns from the first something holds."""
     return next((turn for turn in range(len(column)) if not holds(turn)), len(column))
@@ -282,6 +303,19 @@ def _number(column: Sequence[Any]) -> tuple[Any, int, str]:
         return Turning(first, step), turns, "a number in it does not change evenly from turn to turn"
     turns = _while(column, lambda turn: type(column[turn]) is type(first) and column[turn] == first)
     return first, turns, f"step {turns} has another constant than the step before"
+
+
+def _number_or_series(column: Sequence[Any]) -> tuple[Any, int, str]:
+    """A number of a step: constant, counting, or by a law; and for how many turns it is."""
+    part, turns, reason = _number(column)
+    if turns == len(column) or not all(_is_number(value) for value in column):
+        return part, turns, reason
+    law, turns_of_law = law_of_turns(tuple(column))
+    before, after = column[turns - 1 : turns + 1]
+    reason = f"step {turns - 1} computes with {before!r}, step {turns} with {after!r}, and no formula is known for it"
+    if law is None or turns_of_law <= turns:
+        return part, turns, reason
+    return Series(tuple(column[:turns_of_law]), law), turns_of_law, reason
 
 
 def _kinds(read: Read) -> tuple[Any, ...]:

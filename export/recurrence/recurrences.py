@@ -23,6 +23,7 @@ from moe_export.export.dims import DimRequest
 from moe_export.export.recurrence.fold import folded_module
 from moe_export.export.recurrence.lengths import Length, looped_lengths, operators
 from moe_export.export.recurrence.loops import Repeats, find_loops
+from moe_export.export.recurrence.prove import prove
 from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton, generalised, skeleton
 from moe_export.export.recurrence.straighten import straighten
 from moe_export.export.source import line_of
@@ -37,7 +38,6 @@ Mode = Literal["auto", "scan", "chunked", "unrolled"]
 _TRACED = ((6, 7, 9), (15, 16, 18, 21), (24, 32, 48), (64, 128, 192, 256))
 _LONG = 22  # a trace at lengths above is only made of a model that takes no shorter ones
 _MOST_AGAIN = 1500  # operators of a trace at further lengths, where shorter ones showed no loop: 20 s
-_PROVED = (1, 2, 3, 5, 13)
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,8 @@ def _folded(subject: Subject, request: DimRequest, length: Length) -> Recurrent:
             return _folded_at(subject, request, length, examples, again=refusal is not None)
         except LengthError as error:
             if not isinstance(error, NoLoopError) and sizes != _TRACED[0]:
-                raise
+                # Numbers without a formula may look alike at great lengths, and what is found there is no loop.
+                raise (refusal if isinstance(refusal, NoLoopError) and refusal.of_number else error) from None
             refusal = refusal or error  # there may be too few turns of it at such lengths
             if max(sizes) > _LONG:
                 break
@@ -182,7 +183,7 @@ def _folded_at(
         outputs=subject.outputs,
         dropped=subject.dropped,
     )
-    _prove(subject, folded, length, tuple(examples))
+    prove(subject, folded, length, tuple(examples), whole)
     return Recurrent(folded, traced, tuple(_notes(whole, length, subject)), length)
 
 
@@ -232,7 +233,11 @@ def _common(sizes: Sequence[int], traces: Sequence[Traced]) -> Skeleton:
 
 
 class NoLoopError(LengthError):
-    """Nothing in the traces repeats itself as a loop does."""
+    """Nothing in the traces repeats itself as a loop does; perhaps for a number that its steps compute with."""
+
+    def __init__(self, reason: str, where: str | None, *, of_number: bool = False) -> None:
+        super().__init__(reason, where)
+        self.of_number = of_number
 
 
 def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
@@ -241,30 +246,8 @@ def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
     if not refusals:
         return NoLoopError("its steps are not alike", None)
     nearest = max(refusals, key=lambda refusal: refusal.nodes)
-    return NoLoopError(nearest.reason, line_of(nearest.node.meta.get("stack_trace")))
-
-
-def _prove(subject: Subject, folded: Subject, length: Length, traced: Sequence[int]) -> None:
-    """Hold the folded model against the model, in PyTorch, at lengths that were not traced too."""
-    for size in (*_PROVED, *traced, max(traced) + 9):
-        example = length.resized(subject.inputs, size)
-        with quiet(), torch.no_grad():
-            try:
-                wanted = subject.call_named({name: tensor.clone() for name, tensor in example.items()})
-            except Exception:
-                continue
-            try:
-                found = folded.call_named(example)
-            except Exception as error:
-                raise LengthError(f"without the loop it fails at length {size}: {error}", None) from error
-        if not all(_close(a, b) for a, b in zip(wanted, found, strict=True)):
-            raise LengthError(f"what it computes depends on the length in another way at length {size}", None)
-
-
-def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
+    where = line_of(nearest.node.meta.get("stack_trace"))
+    return NoLoopError(nearest.reason, where, of_number=nearest.of_number)
 
 
 def _notes(whole: Skeleton, length: Length, subject: Subject) -> list[str]:

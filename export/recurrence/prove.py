@@ -1,0 +1,189 @@
+"""`prove`: a folded model held against the model, in PyTorch, before any ONNX is made.
+
+Its results are compared at short lengths. Numbers that steps compute with follow a law that was seen in a few steps;
+`min(1, t / 100)` would look like `t / 100` there. So the model is run once at a great length, and each number that
+the laws give there must be among those that it computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_export.export.recurrence.counter import counts
+from moe_export.export.recurrence.form import Form
+from moe_export.export.recurrence.law import OfLength
+from moe_export.export.recurrence.lengths import Length
+from moe_export.export.recurrence.loop import Turning
+from moe_export.export.recurrence.operand import atoms
+from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
+from moe_export.export.source import line_of
+from moe_export.export.subject import Subject
+from moe_export.export.tracing import quiet
+
+aten = torch.ops.aten
+
+_PROVED = (1, 2, 3, 5, 13)
+_GREAT = (2053, 521, 131)  # multiples of nothing
+_MOST = 40_000  # operators of a run at a great length: a second
+_LAST_DIGITS = 1e-12
+
+
+def prove(subject: Subject, folded: Subject, length: Length, traced: Sequence[int], whole: Skeleton) -> None:
+    """Hold the folded model against the model, at lengths that were not traced too.
+
+    Args:
+        subject: The model.
+        folded: The same without its loops.
+        length: What was folded over.
+        traced: The lengths of the traces.
+        whole: What the traces have in common.
+
+    Raises:
+        LengthError: They differ.
+    """
+    for size in (*_PROVED, *traced, max(traced) + 9):
+        _same(subject, folded, length, size)
+    numbers = list(dict.fromkeys(_counted(whole)))
+    if numbers:
+        _prove_numbers(subject, folded, length, max(traced), numbers)
+
+
+def _same(subject: Subject, folded: Subject, length: Length, size: int) -> None:
+    example = length.resized(subject.inputs, size)
+    with quiet(), torch.no_grad():
+        try:
+            wanted = subject.call_named({name: tensor.clone() for name, tensor in example.items()})
+        except Exception:
+            return
+        try:
+            found = folded.call_named(example)
+        except Exception as error:
+            raise LengthError(f"without the loop it fails at length {size}: {error}", None) from error
+    if not all(_close(a, b) for a, b in zip(wanted, found, strict=True)):
+        raise LengthError(f"what it computes depends on the length in another way at length {size}", None)
+
+
+def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+# Numbers that steps compute with
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A number that follows a law, the turns of its loop, and the line of the model."""
+
+    number: Any
+    turns: Any
+    line: str | None
+
+    def at(self, length: int) -> np.ndarray[Any, Any]:
+        """Its values at a length; none where it depends on other sizes, or divides by zero."""
+        turns = _integer(self.turns, length)
+        values = []
+        for turn in range(turns if turns is not None else 0):
+            try:
+                values.append(float(_value(self.number, turn, length)))
+            except (ArithmeticError, TypeError):
+                continue
+        return np.array(values)
+
+
+def _integer(number: Any, length: int) -> int | None:
+    value = number.at(length) if isinstance(number, Form) else number
+    return value if isinstance(value, int) else None
+
+
+def _value(number: Any, turn: int, length: int) -> Any:
+    if isinstance(number, OfLength):
+        return number.law.at(0, length)
+    if isinstance(number, Turning):
+        first = _integer(number.first, length)
+        return None if first is None else first + number.step * turn
+    return number.at(turn, length)
+
+
+def _counted(whole: Skeleton) -> Iterator[_Counted]:
+    for item in whole.items:
+        if not isinstance(item, Folded):
+            line = line_of(item.node.meta.get("stack_trace"))
+            yield from (_Counted(leaf, 1, line) for leaf in atoms((item.args, item.kwargs)) if counts(leaf))
+            continue
+        for position, step in enumerate(item.loop.body):
+            if position not in item.loop.written:
+                for leaf in atoms((step.args, step.kwargs)):
+                    if counts(leaf):
+                        yield _Counted(leaf, item.loop.turns, _line(item, position))
+
+
+def _line(item: Folded, position: int) -> str | None:
+    node = item.loop.nodes[0][position]
+    return line_of(node.meta.get("stack_trace")) if node is not None else item.loop.line
+
+
+def _prove_numbers(
+    subject: Subject, folded: Subject, length: Length, seen: int, numbers: Sequence[_Counted]
+) -> None:
+    used = _used(subject, length.resized(subject.inputs, seen))
+    great = [size for size in _GREAT if used is not None and used.operators * size <= _MOST * seen]
+    for size in great:
+        there = _used(subject, length.resized(subject.inputs, size))
+        if used is None or there is None:
+            continue
+        for number in numbers:
+            if used.missing(number.at(seen)) is not None:
+                # The tracer takes its operator apart, into others that compute with other numbers.
+                _same(subject, folded, length, size)
+            elif (missing := there.missing(number.at(size))) is not None:
+                raise LengthError(
+                    f"its steps compute with {number.number} at short lengths, and with something else than "
+                    f"{missing!r} at length {size}", number.line,
+                )  # fmt: skip
+        return
+
+
+def _used(subject: Subject, example: dict[str, torch.Tensor]) -> _Used | None:
+    """The numbers that a model's operators are called with; None if it refuses the example."""
+    used = _Used()
+    with quiet(), torch.no_grad(), used:
+        try:
+            subject.call_named({name: tensor.clone() for name, tensor in example.items()})
+        except Exception:
+            return None
+    return used
+
+
+class _Used(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the numbers that operators are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators = 0
+        self._numbers: set[float] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.operators += 1
+        leaves = (*args, *(kwargs or {}).values())
+        self._numbers.update(float(leaf) for leaf in leaves if type(leaf) in (int, float))
+        if func is aten.lift_fresh.default:  # torch.tensor(t)
+            self._numbers.update(args[0].double().flatten()[:1].tolist())
+        return func(*args, **(kwargs or {}))
+
+    def missing(self, values: np.ndarray[Any, Any]) -> float | None:
+        """The first of some values that no operator was called with."""
+        known = np.sort(np.array([-np.inf, *self._numbers, np.inf]))
+        after = np.clip(np.searchsorted(known, values), 1, len(known) - 1)
+        distance = np.minimum(np.abs(known[after] - values), np.abs(values - known[after - 1]))
+        far = np.flatnonzero(distance > _LAST_DIGITS * np.maximum(np.abs(values), 1e-300))
+        return float(values[far[0]]) if len(far) else None
