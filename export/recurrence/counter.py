@@ -25,6 +25,8 @@ from moe_export.export.recurrence.operand import atoms
 
 aten = torch.ops.aten
 
+COUNT = "count of turns"  # in the metadata of the node that counts the turns of a loop
+
 _FUNCTIONS = {
     "cos": aten.cos.default, "sin": aten.sin.default, "exp": aten.exp.default, "log": aten.log.default,
 }  # fmt: skip
@@ -184,13 +186,13 @@ class Counter:
             self._known[tuple(name)] = made()
         return self._known[tuple(name)]
 
+    def _count(self) -> fx.Node:
+        node = self._call(aten.arange.default, self._number(self._turns), dtype=torch.int64, device="cpu")
+        node.meta[COUNT] = True
+        return node
+
     def _integers(self, first: Any, step: int) -> fx.Node:
-        node = self._once(
-            "count",
-            lambda: self._call(
-                aten.arange.default, self._number(self._turns), dtype=torch.int64, device="cpu"
-            ),
-        )
+        node = self._once("count", self._count)
         if step != 1:
             count = node
             node = self._once("times", step, lambda: self._call(aten.mul.Tensor, count, step))

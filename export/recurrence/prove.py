@@ -139,15 +139,17 @@ def _prove_numbers(
         there = _used(subject, length.resized(subject.inputs, size))
         if used is None or there is None:
             continue
-        for number in numbers:
-            if used.missing(number.at(seen)) is not None:
-                # The tracer takes its operator apart, into others that compute with other numbers.
-                _same(subject, folded, length, size)
-            elif (missing := there.missing(number.at(size))) is not None:
+        # The tracer takes some operators apart, into others that compute with other numbers.
+        seen_there = [number for number in numbers if used.missing(number.at(seen)) is None]
+        for number in seen_there:
+            missing = there.missing(number.at(size))
+            if missing is not None:
                 raise LengthError(
                     f"its steps compute with {number.number} at short lengths, and with something else than "
                     f"{missing!r} at length {size}", number.line,
                 )  # fmt: skip
+        if len(seen_there) < len(numbers):
+            _same(subject, folded, length, size)
         return
 
 
