@@ -25,6 +25,7 @@ _LAST_DIGITS = 8 * 2.0**-52
 _ROUND = (1, 10, 100, 10**3, 10**4, 10**5, 10**6, 10**7)  # denominators of constants
 _NEAR = 1e-6  # how far a constant may be from what the values say; the judge is stricter
 _LARGEST = 2**40  # of an integer in a ratio
+_HUGE = 1e100  # no number of a float32, and its square is one of a float64
 _PLAIN = 2**30  # any number is a fraction of larger integers to the last digits
 _CANCELLED = (
     2.0**16
@@ -50,13 +51,21 @@ def law_of(columns: Mapping[int, Sequence[float]]) -> Law | None:
     Args:
         columns: Length → the value of each turn, at least five of them and not all the same.
     """
-    rows = [[Point(turn, length, float(value)) for turn, value in enumerate(column)]
-            for length, column in columns.items()]  # fmt: skip
+    try:
+        rows = [[Point(turn, length, float(value)) for turn, value in enumerate(column)]
+                for length, column in columns.items()]  # fmt: skip
+    except OverflowError:
+        return None
     points = [point for row in rows for point in row]
-    if not all(math.isfinite(point.value) for point in points) or min(map(len, rows)) < LEAST:
+    if not all(abs(point.value) < _HUGE for point in points) or min(map(len, rows)) < LEAST:
         return None
     largest = max(abs(point.value) for point in points)
     return next((law for law in _proposed(rows) if fits(law, points, largest)), None)
+
+
+@functools.lru_cache(maxsize=4096)
+def _law_of_few(values: tuple[float, ...]) -> Law | None:
+    return law_of({0: values})
 
 
 @functools.lru_cache(maxsize=4096)  # every place of a run is tried as the start of a loop
@@ -64,7 +73,8 @@ def law_of_turns(values: tuple[float, ...]) -> tuple[Law | None, int]:
     """The law of the turns of one trace, and for how many turns from the first it holds."""
     if len(set(values[:LEAST])) == 1:
         return None, 0
-    law = law_of({0: values}) or law_of({0: values[:LEAST]})
+    few = _law_of_few(values[:LEAST])
+    law = few and (law_of({0: values}) or few)  # more values, fewer digits lost
     if law is None:
         return None, 0
     points = [Point(turn, 0, float(value)) for turn, value in enumerate(values)]
@@ -114,7 +124,8 @@ def fits(law: Law, points: Sequence[Point], largest: float) -> bool:
     try:
         for turn, length, value in points:
             size = max(law.size(turn, length), abs(value))
-            if size > _CANCELLED * largest or abs(law.at(turn, length) - value) > _LAST_DIGITS * size:
+            digits = _LAST_DIGITS * (1 + turn / 8)  # a sum that Python adds to is rounded in every turn
+            if size > _CANCELLED * largest or abs(law.at(turn, length) - value) > digits * size:
                 return False
         return True
     except (ArithmeticError, TypeError, ValueError):  # a negative base: a complex number
@@ -124,6 +135,7 @@ def fits(law: Law, points: Sequence[Point], largest: float) -> bool:
 def _proposed(rows: Sequence[Sequence[Point]]) -> Iterator[Law]:
     yield from _ratios(rows)
     yield from _powers(rows)
+    yield from _squares(rows[-1])
     functions: tuple[str | float, ...] = (*_EXPONENTS, *_INVERSE)
     for (shift, scale), function in itertools.product(_OUTER, functions):
         inner = [list(_inverted(row, shift, scale, function)) for row in rows]
@@ -149,7 +161,7 @@ def _inverted(row: Sequence[Point], shift: float, scale: float, function: str | 
             inner = _INVERSE[function](value) if isinstance(function, str) else value ** (1 / function)
         except (ArithmeticError, ValueError):
             return
-        if isinstance(inner, complex):
+        if isinstance(inner, complex) or abs(inner) > _HUGE:
             return
         yield point._replace(value=inner)
 
@@ -238,6 +250,20 @@ def _round(value: float) -> Iterator[float]:
     yield value
 
 
+def _squares(row: Sequence[Point]) -> Iterator[Applied]:
+    """Polynomials of degree two, the same at each length: `scale * (t + place) ** 2 + shift`."""
+    values = [point.value for point in row]
+    scale = (values[2] - 2 * values[1] + values[0]) / 2
+    if not scale:
+        return
+    for most in (2, 64):
+        place = Fraction((values[1] - values[0] - scale) / (2 * scale)).limit_denominator(most)
+        line = Line(place.denominator, 0, place.numerator)
+        inner = Ratio(line, Line(0, 0, place.denominator))
+        for factor in itertools.islice(_round(scale), 4):
+            yield Applied(2.0, inner, factor, values[0] - factor * float(place) ** 2)
+
+
 # Powers: shift + scale * base ** (± t + k L + n)
 
 
@@ -250,7 +276,8 @@ def _powers(rows: Sequence[Sequence[Point]]) -> Iterator[Power]:
         if not series[place] or not series[place + 1]:
             continue
         base = float(series[place + 1] / series[place])
-        if abs(base - 1) < _NEAR:
+        off = np.abs(series[1:] - base * series[:-1]).max()
+        if abs(base - 1) < _NEAR or not off <= _NEAR * np.abs(series).max():
             continue
         shifts = [0.0]
         if shift:

@@ -31,7 +31,7 @@ aten = torch.ops.aten
 _PROVED = (1, 2, 3, 5, 13)
 _GREAT = (2053, 521, 131)  # multiples of nothing
 _MOST = 40_000  # operators of a run at a great length: a second
-_LAST_DIGITS = 1e-12
+_NEAR = 1e-9  # of the largest term; a sum that Python adds to loses digits in two thousand turns
 
 
 def prove(subject: Subject, folded: Subject, length: Length, traced: Sequence[int], whole: Skeleton) -> None:
@@ -87,15 +87,15 @@ class _Counted:
     line: str | None
 
     def at(self, length: int) -> np.ndarray[Any, Any]:
-        """Its values at a length; none where it depends on other sizes, or divides by zero."""
+        """Its values at a length, and their largest terms; none where it needs other sizes, or divides by zero."""
         turns = _integer(self.turns, length)
         values = []
         for turn in range(turns if turns is not None else 0):
             try:
-                values.append(float(_value(self.number, turn, length)))
+                values.append(_value(self.number, turn, length))
             except (ArithmeticError, TypeError):
                 continue
-        return np.array(values)
+        return np.array(values, dtype=np.float64).reshape(-1, 2)
 
 
 def _integer(number: Any, length: int) -> int | None:
@@ -103,13 +103,15 @@ def _integer(number: Any, length: int) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _value(number: Any, turn: int, length: int) -> Any:
-    if isinstance(number, OfLength):
-        return number.law.at(0, length)
+def _value(number: Any, turn: int, length: int) -> tuple[float, float]:
     if isinstance(number, Turning):
         first = _integer(number.first, length)
-        return None if first is None else first + number.step * turn
-    return number.at(turn, length)
+        if first is None:
+            raise TypeError(number)
+        value = first + number.step * turn
+        return value, abs(value)
+    law = number.law if isinstance(number, OfLength) else number
+    return law.at(turn, length), law.size(turn, length)
 
 
 def _counted(whole: Skeleton) -> Iterator[_Counted]:
@@ -177,15 +179,16 @@ class _Used(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         self.operators += 1
         leaves = (*args, *(kwargs or {}).values())
-        self._numbers.update(float(leaf) for leaf in leaves if type(leaf) in (int, float))
+        self._numbers.update(leaf for leaf in leaves if type(leaf) in (int, float))
         if func is aten.lift_fresh.default:  # torch.tensor(t)
             self._numbers.update(args[0].double().flatten()[:1].tolist())
         return func(*args, **(kwargs or {}))
 
     def missing(self, values: np.ndarray[Any, Any]) -> float | None:
-        """The first of some values that no operator was called with."""
+        """The first of some values, (v, 2) with their largest terms, that no operator was called with."""
+        wanted, terms = values.T
         known = np.sort(np.array([-np.inf, *self._numbers, np.inf]))
-        after = np.clip(np.searchsorted(known, values), 1, len(known) - 1)
-        distance = np.minimum(np.abs(known[after] - values), np.abs(values - known[after - 1]))
-        far = np.flatnonzero(distance > _LAST_DIGITS * np.maximum(np.abs(values), 1e-300))
-        return float(values[far[0]]) if len(far) else None
+        after = np.clip(np.searchsorted(known, wanted), 1, len(known) - 1)
+        distance = np.minimum(np.abs(known[after] - wanted), np.abs(wanted - known[after - 1]))
+        far = np.flatnonzero(distance > _NEAR * np.maximum(terms, np.abs(wanted)))
+        return float(wanted[far[0]]) if len(far) else None

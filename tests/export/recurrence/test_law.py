@@ -28,6 +28,7 @@ FOUND: dict[str, Callable[[int, int], float]] = {
     "(1.0 - 0.9 ** (t + 1)) ** -1.0": lambda t, n: 1 / (1 - 0.9 ** (t + 1)),
     "(-1.0) ** t": lambda t, n: (-1) ** t,
     "(t) ** 2.0": lambda t, n: t * t,
+    "-0.25 + ((2 * t + 3) / 2) ** 2.0": lambda t, n: (t + 1) * (t + 2),
     "cos(t / 10000)": lambda t, n: math.cos(t / 10000),
     "cos(6.283185307179586 * t / L)": lambda t, n: math.cos(2 * math.pi * t / n),
     "0.5 + 0.5 * cos(3.141592653589793 * t / L)": lambda t, n: 0.5 * (1 + math.cos(math.pi * t / n)),
@@ -43,6 +44,8 @@ NONE: dict[str, Callable[[int, int], float]] = {
     "two that take turns": lambda t, n: (t // 2) / n if t % 2 else 1 - (t // 2) / n,
     "scattered": lambda t, n: math.sin(1000 * t * t),
     "another at each length": lambda t, n: t * (0.1, 0.2, 0.7, 0.4)[n % 4],
+    "cubes": lambda t, n: (t + 1) ** 3 + t,
+    "too large": lambda t, n: 10**400 * (t + 1),
     "not finite": lambda t, n: math.inf if t == 3 else float(t),
 }
 
@@ -68,6 +71,11 @@ def test_there_is_no_law(name: str) -> None:
 def test_a_law_of_one_trace_holds_for_its_first_turns() -> None:
     law, turns = law_of_turns((1.0, 0.5, 0.25, 0.125, 0.0625, 0.7, 0.7))
     assert (str(law), turns) == ("0.5 ** t", 5)
+
+
+def test_a_sum_that_python_adds_to_is_as_good_as_a_product() -> None:
+    columns = {n: [sum([0.1] * (t + 1)) for t in range(n)] for n in (15, 16, 18, 21)}
+    assert str(law_of(columns)) == "(t + 1) / 10"
 
 
 def test_four_turns_are_too_few() -> None:
