@@ -47,6 +47,8 @@ def counts(argument: Any) -> bool:
 
 
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
+# Arithmetic that takes a number in float32 also where its tensors are of half precision.
+_WIDE = (*_SUMS, aten.mul.Tensor, aten.div.Tensor)
 
 
 @dataclass(frozen=True)
@@ -100,15 +102,19 @@ def _taking(step: Step) -> _Taking | None:
 def number_type(node: fx.Node, step: Step) -> torch.dtype:
     """The type that a step computes in, to which its numbers are rounded."""
     dtype: torch.dtype = node.meta["val"].dtype
-    if dtype != torch.bool or node.target in _FILLING:
+    if node.target in _FILLING:
         return dtype
-    compared = next(
-        source.meta["val"].dtype
-        for source in node.all_input_nodes
-        if isinstance(source.meta.get("val"), torch.Tensor)
-    )
-    integers = all(isinstance(leaf, Turning) for leaf in atoms((step.args, step.kwargs)) if counts(leaf))
-    return torch.result_type(torch.empty(1, dtype=compared), 1 if integers else 1.0)
+    tensors = [source.meta["val"] for source in node.all_input_nodes if _is_tensor(source)]
+    if dtype == torch.bool:
+        integers = all(isinstance(leaf, Turning) for leaf in atoms((step.args, step.kwargs)) if counts(leaf))
+        return torch.result_type(torch.empty(1, dtype=tensors[0].dtype), 1 if integers else 1.0)
+    if node.target in _WIDE and any(tensor.dim() for tensor in tensors):
+        return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+    return dtype
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def write_step(

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.recurrence.column import holds_for, is_integer, is_number, number_of, number_or_series
 from moe_export.export.recurrence.counter import counts, why_not
-from moe_export.export.recurrence.law_fit import Point, fits, law_of_turns
+from moe_export.export.recurrence.law_fit import Point, fits
 from moe_export.export.recurrence.loop import (
     APPEND,
     WRITE,
@@ -144,7 +145,7 @@ class _Growth:
         """The part that a leaf plays in every turn, for how many turns, and what ends it there."""
         third = column[2]
         if not isinstance(third, Read):
-            return _number_or_series(column)
+            return number_or_series(column)
         place = self._place.get(third.base)
         if place is None:
             return self._outside(column)
@@ -155,7 +156,7 @@ class _Growth:
             wanted = self._place.get(leaf.base) == (turn - distance, place[1]) and leaf.path == third.path
             return turn < distance or wanted
 
-        turns = _while(column, holds)
+        turns = holds_for(column, holds)
         reason = self._strange_reading(turns, column[turns]) if turns < len(column) else ""
         if distance == 0:
             return Local(place[1], third.path), turns, reason
@@ -184,12 +185,12 @@ class _Growth:
     def _outside(self, column: list[Read]) -> tuple[Any, int, str]:
         first = column[0]
         bases = [self._base(leaf.base) for leaf in column]
-        turns = _while(bases, lambda turn: _same_place(bases[0], bases[turn]))
+        turns = holds_for(bases, lambda turn: _same_place(bases[0], bases[turn]))
         base = bases[0]
         if isinstance(base, Made):
-            number, turns_here, _ = _number([made.turn for made in bases[:turns] if isinstance(made, Made)])
+            number, turns_here, _ = number_of([made.turn for made in bases[:turns] if isinstance(made, Made)])
             base, turns = replace(base, turn=number), min(turns, turns_here)
-        turns = min(turns, _while(column, lambda turn: _kinds(column[turn]) == _kinds(first)))
+        turns = min(turns, holds_for(column, lambda turn: _kinds(column[turn]) == _kinds(first)))
         if isinstance(base, Made):
             base, rest = split_part(base, first.path)
             column = [replace(leaf, path=leaf.path[len(first.path) - len(rest) :]) for leaf in column]
@@ -198,7 +199,9 @@ class _Growth:
         for depth, view in enumerate(first.path):
             numbers = []
             for place in range(len(view.numbers)):
-                number, turns_here, _ = _number([leaf.path[depth].numbers[place] for leaf in column[:turns]])
+                number, turns_here, _ = number_of(
+                    [leaf.path[depth].numbers[place] for leaf in column[:turns]]
+                )
                 numbers.append(number)
                 turns = min(turns, turns_here)
             turning = any(isinstance(number, Turning) for number in numbers)
@@ -246,7 +249,7 @@ class _Growth:
         if isinstance(part, Turning):
             return bool(leaf == part.first + part.step * turn)
         if isinstance(part, Series):
-            return _is_number(leaf) and fits(part.law, [Point(turn, 0, leaf)], max(map(abs, part.values)))
+            return is_number(leaf) and fits(part.law, [Point(turn, 0, leaf)], max(map(abs, part.values)))
         if not isinstance(leaf, Read):
             return type(leaf) is type(part) and bool(leaf == part)
         if isinstance(part, Local):
@@ -277,45 +280,8 @@ def _step(node: fx.Node, parts: Iterator[Any]) -> Step:
     return Step(node.target, args, kwargs)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _cut(part: Any, turns: int) -> Any:
     return replace(part, values=part.values[:turns]) if isinstance(part, Series) else part
-
-
-def _while(column: Sequence[Any], holds: Callable[[int], bool]) -> int:
-    """For how many turns from the first something holds."""
-    return next((turn for turn in range(len(column)) if not holds(turn)), len(column))
-
-
-def _number(column: Sequence[Any]) -> tuple[Any, int, str]:
-    """A constant, or an integer that moves by one step; and for how many turns it does."""
-    first = column[0]
-    if len(column) > 1 and _is_integer(first) and _is_integer(column[1]) and first != column[1]:
-        step = column[1] - first
-        turns = _while(column, lambda turn: _is_integer(column[turn]) and column[turn] == first + step * turn)
-        return Turning(first, step), turns, "a number in it does not change evenly from turn to turn"
-    turns = _while(column, lambda turn: type(column[turn]) is type(first) and column[turn] == first)
-    return first, turns, f"step {turns} has another constant than the step before"
-
-
-def _number_or_series(column: Sequence[Any]) -> tuple[Any, int, str]:
-    """A number of a step: constant, counting, or by a law; and for how many turns it is."""
-    part, turns, reason = _number(column)
-    if turns == len(column) or not all(_is_number(value) for value in column):
-        return part, turns, reason
-    law, turns_of_law = law_of_turns(tuple(column))
-    before, after = column[turns - 1 : turns + 1]
-    reason = f"step {turns - 1} computes with {before!r}, step {turns} with {after!r}, and no formula is known for it"
-    if law is None or turns_of_law <= turns:
-        return part, turns, reason
-    return Series(tuple(column[:turns_of_law]), law), turns_of_law, reason
 
 
 def _kinds(read: Read) -> tuple[Any, ...]:
@@ -355,7 +321,7 @@ def _view_in_range(view: View) -> bool:
         return True
     bounds = view.numbers[1:3] if view.kind == SLICE else view.numbers[1:2]
     limit = view.size + 1 if view.kind == SLICE else view.size
-    return all(not _is_integer(bound) or 0 <= bound < limit for bound in bounds)
+    return all(not is_integer(bound) or 0 <= bound < limit for bound in bounds)
 
 
 def _writes(body: tuple[Step, ...], position: int) -> str | None:

@@ -61,6 +61,18 @@ def test_each_folds_for_any_length(name: str) -> None:
     check(subject_of(STEPS[name]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_numbers_are_rounded_as_the_model_rounds_them(dtype: torch.dtype) -> None:
+    """In half precision PyTorch multiplies by a number in float32."""
+    module = counting.Counting(STEPS["running mean"], STEPS["power"]).to(dtype)
+    x = torch.randn(2, counting.L, counting.D, dtype=dtype, generator=torch.Generator().manual_seed(0))
+    subject = make_subject(module, (x,), {}, source=Path(counting.__file__), how="a test")
+    folded = fold_recurrences(subject, DimRequest(static=True, picked={("x", 1): "seq"}), "scan").subject
+    longer = x.repeat(1, 9, 1)
+    with torch.no_grad():
+        torch.testing.assert_close(folded.call([longer]), subject.call([longer]))
+
+
 def test_integers_and_their_ratios_need_no_float64() -> None:
     graph = exported(subject_of(counting.FLOATS["part of the length"]))
     types = {value.dtype for node in graph.model.graph.all_nodes() for value in node.outputs}
