@@ -21,7 +21,7 @@ from torch import fx
 from moe_export.export.recurrence.form import Form
 from moe_export.export.recurrence.law import Applied, Law, Line, OfLength, Power, Ratio
 from moe_export.export.recurrence.loop import Series, Step, Turning
-from moe_export.export.recurrence.operand import atoms
+from moe_export.export.recurrence.operand import atoms, operator_name
 
 aten = torch.ops.aten
 
@@ -67,7 +67,7 @@ def why_not(step: Step, node: fx.Node) -> str | None:
         step: Of which an operand counts.
         node: One turn of it in the trace.
     """
-    name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+    name = operator_name(node.target)
     if _taking(step) is None:
         return f"the number of the step is an argument of {name} that must be the same in every step"
     dtype = number_type(node, step)

@@ -8,11 +8,13 @@ subject ─▶ lengths ─▶ trace at three lengths ─▶ straighten ─▶ lo
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import fx
 
 from moe_export.errors import NotExportableError
 from moe_export.export.adapters.cumulative import cumulative_step_by_step
@@ -23,6 +25,8 @@ from moe_export.export.dims import DimRequest
 from moe_export.export.recurrence.fold import folded_module
 from moe_export.export.recurrence.lengths import Length, looped_lengths, operators
 from moe_export.export.recurrence.loops import Repeats, find_loops
+from moe_export.export.recurrence.operand import operator_name
+from moe_export.export.recurrence.period import LEAST_TURNS
 from moe_export.export.recurrence.prove import prove
 from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton, generalised, skeleton
 from moe_export.export.recurrence.straighten import straighten
@@ -244,10 +248,27 @@ def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
     """The reason of the repetition that came closest to a loop."""
     refusals = repeats[-1].refusals
     if not refusals:
-        return NoLoopError("its steps are not alike", None)
+        return _unlike(repeats[0].nodes, repeats[-1].nodes)
     nearest = max(refusals, key=lambda refusal: refusal.nodes)
     where = line_of(nearest.node.meta.get("stack_trace"))
     return NoLoopError(nearest.reason, where, of_number=nearest.of_number)
+
+
+def _unlike(fewer: Sequence[fx.Node], more: Sequence[fx.Node]) -> NoLoopError:
+    """Nothing repeats itself: the line of the model that computes more at a greater length, and what it computes."""
+    short, long = (
+        Counter(line_of(node.meta.get("stack_trace")) for node in nodes) for nodes in (fewer, more)
+    )
+    lines = [line for line in long if line is not None and long[line] > short[line]]
+    if not lines:
+        return NoLoopError("its steps are not alike", None)
+    most = max(lines, key=lambda line: long[line] - short[line])
+    there = [node for node in more if line_of(node.meta.get("stack_trace")) == most]
+    times = Counter(operator_name(node.target) for node in there)
+    names = [name for name, count in times.items() if count >= LEAST_TURNS][:4]
+    return NoLoopError(
+        f"its steps are not alike: in turns, they compute {', '.join(names) or 'other things'}", most
+    )
 
 
 def _notes(whole: Skeleton, length: Length, subject: Subject) -> list[str]:

@@ -91,3 +91,12 @@ def test_numbers_without_a_law_are_refused_with_the_steps_and_the_line(name: str
     text = Path(file).read_text(encoding="utf-8").splitlines()
     assert text[int(line) - 1].lstrip().startswith("lambda m, h, x, t, n:")
     assert int(line) == step.__code__.co_firstlineno
+
+
+def test_steps_that_are_not_alike_are_named_with_their_line() -> None:
+    # The sequence of Thue and Morse: nothing in it stands three times in a row.
+    subject = subject_of(lambda m, h, x, t, n: torch.tanh(h) if t.bit_count() % 2 else h * x)
+    with pytest.raises(NotExportableError, match="not alike: in turns, they compute mul, tanh") as caught:
+        fold_recurrences(subject, DimRequest(), "scan")
+    file, _, line = str(caught.value.where).rpartition(":")
+    assert "t.bit_count()" in Path(file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
