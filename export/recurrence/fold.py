@@ -16,12 +16,13 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from moe_export.export.recurrence.fold_body import BodyWriter, kept_meta, view_call
+from moe_export.export.recurrence.counter import Counter, counts
+from moe_export.export.recurrence.fold_body import BodyWriter, kept_meta, view_call, write_counting
 from moe_export.export.recurrence.fold_results import outputs_of
 from moe_export.export.recurrence.form import Form, FormError
-from moe_export.export.recurrence.loop import Loop, Made
+from moe_export.export.recurrence.loop import Loop, Made, Step
 from moe_export.export.recurrence.loop_body import LoopBody
-from moe_export.export.recurrence.operand import PART, View
+from moe_export.export.recurrence.operand import PART, View, atoms
 from moe_export.export.recurrence.skeleton import (
     Call,
     Folded,
@@ -270,6 +271,11 @@ class _Builder:
     def _call(self, item: Call) -> fx.Node:
         if item.args and isinstance(item.args[0], tuple) and any(isinstance(v, Row) for v in item.args[0]):
             return self._collecting(item)
+        if any(counts(leaf) for leaf in atoms((item.args, item.kwargs))):
+            step = Step(item.target, item.args, item.kwargs)
+            return write_counting(
+                self.call, step, item.node, self.argument, Counter(self.call, self.number, 1).scalar
+            )
         return self.call(item.target, *self.argument(item.args), **self.argument(item.kwargs))
 
     def _collecting(self, item: Call) -> fx.Node:

@@ -10,10 +10,12 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from moe_export.export.recurrence.counter import Counter, counts, why_not, write_step
 from moe_export.export.recurrence.form import Form, moved, scaled
-from moe_export.export.recurrence.loop import Carried, Local, Loop, Made, Outside, Turning
+from moe_export.export.recurrence.law import OfLength
+from moe_export.export.recurrence.loop import Carried, Local, Loop, Made, Outside, Step, Turning
 from moe_export.export.recurrence.loop_body import Along
-from moe_export.export.recurrence.operand import PART, SELECT, SLICE, View
+from moe_export.export.recurrence.operand import PART, SELECT, SLICE, View, atoms
 from moe_export.export.recurrence.skeleton import (
     Call,
     LengthError,
@@ -22,6 +24,7 @@ from moe_export.export.recurrence.skeleton import (
     Size,
     Value,
 )
+from moe_export.export.source import line_of
 
 aten = torch.ops.aten
 
@@ -55,6 +58,25 @@ def view_call(call: Callable[..., fx.Node], node: fx.Node, view: View, numbers: 
     return call(aten.select.int if view.kind == SELECT else aten.slice.Tensor, node, *numbers)
 
 
+def write_counting(
+    call: Callable[..., fx.Node],
+    step: Step,
+    node: fx.Node | None,
+    operand: Callable[[Any], Any],
+    element: Callable[[Any, torch.dtype], fx.Node],
+) -> fx.Node:
+    """Write a step that computes with numbers that count (`write_step`).
+
+    Raises:
+        LengthError: Its operator takes numbers only.
+    """
+    assert node is not None
+    reason = why_not(step, node)
+    if reason is not None:
+        raise LengthError(reason, line_of(node.meta.get("stack_trace")))
+    return write_step(call, step, node, operand, element)
+
+
 class BodyWriter:
     """Writes one turn as a graph: states, elements and captured values in, next states and collected values out.
 
@@ -77,6 +99,7 @@ class BodyWriter:
         self._order: dict[str, list[fx.Node]] = {"state": [], "element": [], "captured": []}
         self._steps: dict[int, fx.Node] = {}
         self._meta: dict[str, Any] = {}
+        self._counter = Counter(outer.call, outer.number, loop.turns)
 
     def write(self, collected: list[Any]) -> fx.Graph:
         """Write the graph; `collected` are operands to hand out besides the next states."""
@@ -94,13 +117,30 @@ class BodyWriter:
             self._input("state", index)
         for position, step in enumerate(self._loop.body):
             if position not in self._loop.written:
-                self._meta = kept_meta(self._loop.nodes[0][position])
-                args, kwargs = self._argument(step.args), self._argument(step.kwargs)
-                self._steps[position] = self._call(step.target, *args, **kwargs)
+                self._steps[position] = self._step(position, step)
         following = [self._next(carried) for carried in links]
         self.graph.output((*following, *(self._operand(operand) for operand in collected)))
         self._sort_inputs()
         return self.graph
+
+    def _step(self, position: int, step: Step) -> fx.Node:
+        node = self._loop.nodes[0][position]
+        self._meta = kept_meta(node)
+        if any(counts(leaf) for leaf in atoms((step.args, step.kwargs))):
+            return write_counting(self._call, step, node, self._argument, self._count)
+        return self._call(step.target, *self._argument(step.args), **self._argument(step.kwargs))
+
+    def _count(self, number: Any, dtype: torch.dtype) -> fx.Node:
+        """The number of a turn, read from the numbers of all turns."""
+        key = (number, dtype)
+        if isinstance(number, OfLength):
+            return self._capture(key, lambda: Counter(self._outer.call, self._outer.number, 1).scalar(*key))
+        known = ("element", key) in self._inputs
+        node = self._input("element", key)
+        if not known:
+            self.sequences.append(self._counter.sequence(number, dtype))
+            self.alongs.append(Along(0))
+        return node
 
     def _sort_inputs(self) -> None:
         """States, then elements, then captured values, whatever the order in which they were met."""

@@ -14,6 +14,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.recurrence.column import holds_for, is_integer, is_number, number_of, number_or_series
+from moe_export.export.recurrence.counter import counts, why_not
+from moe_export.export.recurrence.law_fit import Point, fits
 from moe_export.export.recurrence.loop import (
     APPEND,
     WRITE,
@@ -22,6 +25,7 @@ from moe_export.export.recurrence.loop import (
     Loop,
     Made,
     Outside,
+    Series,
     Start,
     Step,
     Turning,
@@ -48,12 +52,14 @@ class Refusal:
         node: Where it is seen.
         turns: How many turns the rest would allow.
         nodes: How many nodes repeat themselves there.
+        of_number: Whether it is about a number that the steps compute with.
     """
 
     reason: str
     node: fx.Node
     turns: int
     nodes: int = 0
+    of_number: bool = False
 
 
 def grow(nodes: Sequence[fx.Node], start: int, period: int, stop: int, locate: Locate) -> Loop | Refusal:
@@ -92,11 +98,15 @@ class _Growth:
             for column in zip(*rows, strict=True):
                 part, turns_here, reason = self._part(list(column), starts)
                 if turns_here < LEAST_TURNS:
-                    return Refusal(reason, self._rows[max(turns_here, 0)][position], turns_here)
+                    node = self._rows[max(turns_here, 0)][position]
+                    return Refusal(reason, node, turns_here, of_number=not isinstance(column[2], Read))
                 turns = min(turns, turns_here)
                 found.append(part)
             parts.append(found)
-        body = tuple(_step(node, iter(found)) for node, found in zip(self._rows[0], parts, strict=True))
+        body = tuple(
+            _step(node, iter([_cut(part, turns) for part in found]))
+            for node, found in zip(self._rows[0], parts, strict=True)
+        )
         return self._finished(body, starts, turns)
 
     def _finished(
@@ -108,8 +118,10 @@ class _Growth:
             if (kind := _writes(body, position))
         }
         for position, step in enumerate(body):
-            if position not in written and any(isinstance(leaf, Turning) for leaf in atoms_of(step)):
-                return Refusal("a number in it changes from turn to turn", self._rows[1][position], turns)
+            if position not in written and any(counts(leaf) for leaf in atoms_of(step)):
+                reason = why_not(step, self._rows[1][position])
+                if reason is not None:
+                    return Refusal(reason, self._rows[1][position], turns)
         for carried in self._misfits:
             if carried.position not in written:
                 return Refusal(
@@ -133,7 +145,7 @@ class _Growth:
         """The part that a leaf plays in every turn, for how many turns, and what ends it there."""
         third = column[2]
         if not isinstance(third, Read):
-            return _number(column)
+            return number_or_series(column)
         place = self._place.get(third.base)
         if place is None:
             return self._outside(column)
@@ -144,7 +156,7 @@ class _Growth:
             wanted = self._place.get(leaf.base) == (turn - distance, place[1]) and leaf.path == third.path
             return turn < distance or wanted
 
-        turns = _while(column, holds)
+        turns = holds_for(column, holds)
         reason = self._strange_reading(turns, column[turns]) if turns < len(column) else ""
         if distance == 0:
             return Local(place[1], third.path), turns, reason
@@ -173,12 +185,12 @@ class _Growth:
     def _outside(self, column: list[Read]) -> tuple[Any, int, str]:
         first = column[0]
         bases = [self._base(leaf.base) for leaf in column]
-        turns = _while(bases, lambda turn: _same_place(bases[0], bases[turn]))
+        turns = holds_for(bases, lambda turn: _same_place(bases[0], bases[turn]))
         base = bases[0]
         if isinstance(base, Made):
-            number, turns_here, _ = _number([made.turn for made in bases[:turns] if isinstance(made, Made)])
+            number, turns_here, _ = number_of([made.turn for made in bases[:turns] if isinstance(made, Made)])
             base, turns = replace(base, turn=number), min(turns, turns_here)
-        turns = min(turns, _while(column, lambda turn: _kinds(column[turn]) == _kinds(first)))
+        turns = min(turns, holds_for(column, lambda turn: _kinds(column[turn]) == _kinds(first)))
         if isinstance(base, Made):
             base, rest = split_part(base, first.path)
             column = [replace(leaf, path=leaf.path[len(first.path) - len(rest) :]) for leaf in column]
@@ -187,7 +199,9 @@ class _Growth:
         for depth, view in enumerate(first.path):
             numbers = []
             for place in range(len(view.numbers)):
-                number, turns_here, _ = _number([leaf.path[depth].numbers[place] for leaf in column[:turns]])
+                number, turns_here, _ = number_of(
+                    [leaf.path[depth].numbers[place] for leaf in column[:turns]]
+                )
                 numbers.append(number)
                 turns = min(turns, turns_here)
             turning = any(isinstance(number, Turning) for number in numbers)
@@ -234,6 +248,8 @@ class _Growth:
     def _continued(self, leaf: Any, part: Any, row: list[fx.Node | None], turn: int) -> bool:
         if isinstance(part, Turning):
             return bool(leaf == part.first + part.step * turn)
+        if isinstance(part, Series):
+            return is_number(leaf) and fits(part.law, [Point(turn, 0, leaf)], max(map(abs, part.values)))
         if not isinstance(leaf, Read):
             return type(leaf) is type(part) and bool(leaf == part)
         if isinstance(part, Local):
@@ -264,24 +280,8 @@ def _step(node: fx.Node, parts: Iterator[Any]) -> Step:
     return Step(node.target, args, kwargs)
 
 
-def _is_integer(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _while(column: Sequence[Any], holds: Callable[[int], bool]) -> int:
-    """For how many turns from the first something holds."""
-    return next((turn for turn in range(len(column)) if not holds(turn)), len(column))
-
-
-def _number(column: Sequence[Any]) -> tuple[Any, int, str]:
-    """A constant, or an integer that moves by one step; and for how many turns it does."""
-    first = column[0]
-    if len(column) > 1 and _is_integer(first) and _is_integer(column[1]) and first != column[1]:
-        step = column[1] - first
-        turns = _while(column, lambda turn: _is_integer(column[turn]) and column[turn] == first + step * turn)
-        return Turning(first, step), turns, "a number in it does not change evenly from turn to turn"
-    turns = _while(column, lambda turn: type(column[turn]) is type(first) and column[turn] == first)
-    return first, turns, f"step {turns} has another constant than the step before"
+def _cut(part: Any, turns: int) -> Any:
+    return replace(part, values=part.values[:turns]) if isinstance(part, Series) else part
 
 
 def _kinds(read: Read) -> tuple[Any, ...]:
@@ -321,7 +321,7 @@ def _view_in_range(view: View) -> bool:
         return True
     bounds = view.numbers[1:3] if view.kind == SLICE else view.numbers[1:2]
     limit = view.size + 1 if view.kind == SLICE else view.size
-    return all(not _is_integer(bound) or 0 <= bound < limit for bound in bounds)
+    return all(not is_integer(bound) or 0 <= bound < limit for bound in bounds)
 
 
 def _writes(body: tuple[Step, ...], position: int) -> str | None:

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import fx
 
+from moe_export.export.recurrence.law import Law
 from moe_export.export.recurrence.operand import PART, View
 
 WRITE, APPEND = "write", "append"
@@ -20,10 +21,23 @@ WRITE, APPEND = "write", "append"
 
 @dataclass(frozen=True)
 class Turning:
-    """An integer that changes from turn to turn: `first + turn * step`."""
+    """An integer that counts with the turns: `first + turn * step`."""
 
     first: Any
     step: Any
+
+
+@dataclass(frozen=True)
+class Series:
+    """A number that changes from turn to turn as no `Turning` does: `t / L`, `0.9 ** t`.
+
+    Attributes:
+        values: Of each turn.
+        law: That gives them at the length of this trace alone.
+    """
+
+    values: tuple[float, ...]
+    law: Law = field(compare=False)
 
 
 @dataclass(frozen=True)

@@ -144,3 +144,8 @@ def filled(argument: Any, leaves: Iterator[Any]) -> Any:
     if isinstance(argument, (tuple, list)):
         return tuple(filled(value, leaves) for value in argument)
     return next(leaves)
+
+
+def operator_name(target: Any) -> str:
+    """An operator as the model's code calls it: `add`."""
+    return str(getattr(target, "__name__", target)).split(".")[0]

@@ -8,11 +8,13 @@ subject ─▶ lengths ─▶ trace at three lengths ─▶ straighten ─▶ lo
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+from torch import fx
 
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.adapters.cumulative import cumulative_step_by_step
@@ -30,7 +32,9 @@ from moe_export.export.recurrence.lengths import (
     resized_together,
 )
 from moe_export.export.recurrence.loops import Repeats, find_loops
-from moe_export.export.recurrence.proof import prove
+from moe_export.export.recurrence.operand import operator_name
+from moe_export.export.recurrence.period import LEAST_TURNS
+from moe_export.export.recurrence.prove import prove
 from moe_export.export.recurrence.sizes import rows
 from moe_export.export.recurrence.skeleton import (
     Folded,
@@ -229,7 +233,8 @@ def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) ->
                     continue
                 break
             if not isinstance(error, NoLoopError) and refusal is not None:
-                raise
+                # Numbers without a formula may look alike at great lengths, and what is found there is no loop.
+                raise (refusal if isinstance(refusal, NoLoopError) and refusal.of_number else error) from None
             refusal = refusal or error  # there may be too few turns of it at such lengths
             if max(row)[0] > _LONG:
                 break
@@ -295,7 +300,7 @@ def _folded_at(
         outputs=subject.outputs,
         dropped=subject.dropped,
     )
-    prove(subject, folded, lengths, tuple(examples), rounded=again)
+    prove(subject, folded, lengths, tuple(examples), whole, rounded=again)
     return Recurrent(folded, traced, tuple(_notes(whole, lengths, subject)), tuple(lengths))
 
 
@@ -351,21 +356,43 @@ def _common(sizes: Sequence[tuple[int, ...]], traces: Sequence[Traced]) -> Skele
 
 
 class NoLoopError(LengthError):
-    """Nothing in the traces repeats itself as a loop does."""
+    """Nothing in the traces repeats itself as a loop does; perhaps for a number that its steps compute with."""
+
+    def __init__(self, reason: str, where: str | None, *, of_number: bool = False) -> None:
+        super().__init__(reason, where)
+        self.of_number = of_number
 
 
 def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
     """The reason of the repetition that came closest to a loop."""
     nearest = _nearest(repeats[-1])
     if nearest is None:
-        return NoLoopError("its steps are not alike", None)
-    return NoLoopError(nearest.reason, line_of(nearest.node.meta.get("stack_trace")))
+        return _unlike(repeats[0].nodes, repeats[-1].nodes)
+    where = line_of(nearest.node.meta.get("stack_trace"))
+    return NoLoopError(nearest.reason, where, of_number=nearest.of_number)
 
 
 def _nearest(trace: Repeats) -> Refusal | None:
     """Of what repeats itself in a trace outside of its loops, what came closest to a loop."""
     outside = [refusal for refusal in trace.refusals if trace.locate(refusal.node) is None]
     return max(outside, key=lambda refusal: refusal.nodes, default=None)
+
+
+def _unlike(fewer: Sequence[fx.Node], more: Sequence[fx.Node]) -> NoLoopError:
+    """Nothing repeats itself: the line of the model that computes more at a greater length, and what it computes."""
+    short, long = (
+        Counter(line_of(node.meta.get("stack_trace")) for node in nodes) for nodes in (fewer, more)
+    )
+    lines = [line for line in long if line is not None and long[line] > short[line]]
+    if not lines:
+        return NoLoopError("its steps are not alike", None)
+    most = max(lines, key=lambda line: long[line] - short[line])
+    there = [node for node in more if line_of(node.meta.get("stack_trace")) == most]
+    times = Counter(operator_name(node.target) for node in there)
+    names = [name for name, count in times.items() if count >= LEAST_TURNS][:4]
+    return NoLoopError(
+        f"its steps are not alike: in turns, they compute {', '.join(names) or 'other things'}", most
+    )
 
 
 def _notes(whole: Skeleton, lengths: Sequence[Length], subject: Subject) -> list[str]:

@@ -16,7 +16,9 @@ from typing import Any
 from torch import fx
 
 from moe_export.export.recurrence.form import form_of_one
-from moe_export.export.recurrence.loop import WRITE, Loop, Made, Outside, split_part
+from moe_export.export.recurrence.law import Law, OfLength
+from moe_export.export.recurrence.law_fit import law_of, law_of_length
+from moe_export.export.recurrence.loop import WRITE, Loop, Made, Outside, Series, split_part
 from moe_export.export.recurrence.loops import Repeats
 from moe_export.export.recurrence.operand import SIZE, Read, View, atoms, filled, read_of
 from moe_export.export.source import line_of
@@ -313,6 +315,8 @@ def _merged(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: st
         return _scaled(lengths, [getattr(value, "size", value) for value in values], first, where)
     if any(type(value) is not type(first) for value in values):
         raise LengthError(f"it computes {_shown(values)} at lengths {_sizes(lengths)}", where)
+    if isinstance(first, Series):
+        return _law(lengths, values, where)
     if dataclasses.is_dataclass(first):
         return _merged_fields(lengths, values, where)
     if isinstance(first, (tuple, list)):
@@ -324,13 +328,36 @@ def _merged(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: st
         return tuple(_merged(lengths, column, where) for column in zip(*values, strict=True))
     if isinstance(first, dict):
         return {key: _merged(lengths, [value[key] for value in values], where) for key in first}
-    if all(value == first for value in values):
-        return first
-    if isinstance(first, int) and not isinstance(first, bool):
+    return first if all(value == first for value in values) else _merged_numbers(lengths, values, where)
+
+
+def _merged_numbers(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: str | None) -> Any:
+    """A number that follows the length."""
+    if isinstance(values[0], int) and not isinstance(values[0], bool):
         form = form_of_one(lengths, values)
         if form is not None:
             return form
+    if all(isinstance(value, float) for value in values) and len(lengths[0]) == 1:
+        law = law_of_length({size: value for (size,), value in zip(lengths, values, strict=True)})
+        if law is not None:
+            return OfLength(law)
     raise LengthError(f"a number is {_shown(values)} at lengths {_sizes(lengths)}", where)
+
+
+def _law(lengths: Sequence[tuple[int, ...]], series: Sequence[Series], where: str | None) -> Law:
+    """The law of a number of the steps, which holds at all lengths."""
+    if len(lengths[0]) > 1:
+        raise LengthError("its steps compute with their number, and it loops over two lengths", where)
+    law = law_of({size: each.values for (size,), each in zip(lengths, series, strict=True)})
+    if law is None:
+        seen = [
+            f"{_shown(each.values[:3])}, ... at length {size}"
+            for (size,), each in zip(lengths, series, strict=True)
+        ]
+        raise LengthError(
+            f"its steps compute with {'; '.join(seen[:2])}, and no formula is known that gives both", where
+        )
+    return law
 
 
 def _scaled(

@@ -4,9 +4,10 @@
     step     y, h', w' = body(h, conv(w, x)), body's h', the last inputs of w and x
 
 What a step needs of the steps before is what a loop carries, and what is padded in front of a time axis: the window
-of a causal convolution, or the token before. Both become `past_*` inputs and `present_*` outputs. Everything else is
-taken to be computed step by step; whether that is so is proved by running it: N steps against one run of N. A model
-that keeps a cache of its own takes another way (`step_cache`).
+of a causal convolution, or the token before. Both become `past_*` inputs and `present_*` outputs, and so does the
+number of the step where steps compute with it. Everything else is taken to be computed step by step; whether that is
+so is proved by running it: N steps against one run of N. A model that keeps a cache of its own takes another way
+(`step_cache`).
 
 Letters: l length, w places of a window.
 """
@@ -22,6 +23,7 @@ from torch import Tensor, fx, nn
 
 from moe_export.errors import NotExportableError
 from moe_export.export.adapters.transformers_cache import find_cached_model
+from moe_export.export.recurrence.counter import COUNT
 from moe_export.export.recurrence.fold import FoldedModule
 from moe_export.export.recurrence.lengths import Length
 from moe_export.export.recurrence.loop_body import LoopBody
@@ -150,6 +152,7 @@ class _Stepping:
         self._presents: list[fx.Node] = []
         self._copies: dict[fx.Node, Any] = {}
         self._taken: set[fx.Node] = set()
+        self._counted: fx.Node | None = None
         for node in module.graph.nodes:
             if node.op == "placeholder":
                 self._copies[node] = self.graph.node_copy(node)
@@ -178,6 +181,8 @@ class _Stepping:
     def _copy(self, node: fx.Node) -> fx.Node:
         if isinstance(node.target, LoopBody):
             return self._loop(node, node.target)
+        if COUNT in node.meta:
+            return self._count(node)
         window = self._padding(node)
         if window is not None:
             return self._window(node, *window)
@@ -218,6 +223,13 @@ class _Stepping:
         call = self._call(node, _OneTurn(body), pasts, *rest)
         self._presents += [self._call(node, _part, call, place) for place in range(len(states))]
         return call
+
+    def _count(self, node: fx.Node) -> fx.Node:
+        """The number of the step, (1,): a state that starts from 0, one for all loops."""
+        if self._counted is None:
+            self._counted = self._past("count", torch.zeros(1, dtype=torch.int64))
+            self._presents.append(self._call(node, aten.add.Tensor, self._counted, 1))
+        return self._counted
 
     def _window(self, node: fx.Node, source: fx.Node, size: int, behind: bool) -> fx.Node:
         """A padding in front of time: what was there before, in its place."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,11 +22,13 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from moe_export.export.recurrence.operand import SIZE, known
+from moe_export.export.recurrence.period import LEAST_TURNS
 from moe_export.export.recurrence.repeated import indexed_anew
 
 aten = torch.ops.aten
 
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
+_MOST_ENTRIES = 1024  # of a constant that may be one number
 _SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default}
 # What a folded loop makes is laid out in memory in another way than what the model filled step by step.
 _ANY_STRIDES: dict[Any, Any] = dict.fromkeys(
@@ -48,6 +51,7 @@ class _Straightened:
         self._made_once: dict[int, fx.Node] = {}
         nodes = list(program.graph.nodes)
         self._anew = indexed_anew(nodes)
+        self._constants = _numbers(program)
         for node in nodes:
             if node.op == "placeholder":
                 self._values[node] = self._copied(node)
@@ -130,7 +134,19 @@ class _Straightened:
             return self._read(node, args)
         if node.target is aten.select_scatter.default:
             return self._written_again(node, args)
-        return None
+        return self._filled(node, args[0]) if node.target is aten.clone.default else None
+
+    def _filled(self, node: fx.Node, source: fx.Node) -> fx.Node | None:
+        """A constant of which all entries are one number, as what `torch.full` gives."""
+        if source.name not in self._constants:
+            return None
+        number = self._constants[source.name]
+        value = node.meta["val"]
+        call = self.graph.call_function(
+            aten.full.default, (list(value.shape), number), {"dtype": value.dtype, "device": value.device}
+        )
+        call.meta = copy.copy(node.meta)
+        return call
 
     def _written_again(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
         """A write over a write at the same place: only the second one is left. Negative indices are resolved."""
@@ -166,6 +182,22 @@ class _Straightened:
         if source is args[0]:
             return None
         return self._select(node, source, axis, index)
+
+
+def _numbers(program: ExportedProgram) -> dict[str, int | float]:
+    """The constants of code that are one number, `torch.tensor(t)`, where there are several: those of the turns."""
+    constants = program.graph_signature.inputs_to_lifted_tensor_constants
+    tensors = {name: program.constants[target] for name, target in constants.items()}
+    alike = Counter((tensor.shape, tensor.dtype) for tensor in tensors.values())
+    return {
+        name: tensor.flatten()[0].item()
+        for name, tensor in tensors.items()
+        if alike[tensor.shape, tensor.dtype] >= LEAST_TURNS
+        and tensor.dtype != torch.bool
+        and not tensor.is_complex()
+        and 0 < tensor.numel() <= _MOST_ENTRIES
+        and bool((tensor == tensor.flatten()[0]).all())
+    }
 
 
 def _marked(node: fx.Node, value: Any) -> fx.Node:

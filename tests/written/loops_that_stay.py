@@ -42,12 +42,12 @@ class Alternating(nn.Module):
 
 
 class Counted(nn.Module):
-    """The number of the step is part of the computation."""
+    """A number of each step that follows no formula."""
 
     def forward(self, x: Tensor) -> Tensor:
         h = torch.zeros_like(x[:, 0])
         for t in range(x.shape[1]):
-            h = torch.tanh(h + x[:, t] * (t + 1.5))
+            h = torch.tanh(h + x[:, t] * (1.5 + t * t % 7))
         return h
 
 
@@ -59,5 +59,10 @@ LOOPS: dict[str, tuple[nn.Module, tuple[Tensor, ...], str, str | None]] = {
     "half_way_back": (HalfWayBack(), example(), r"step 3 reads step 1's value", "states[t // 2]"),
     "all_before": (AllBefore(), example(), "cannot be folded", None),
     "alternating": (Alternating(), example(), "cannot be folded", None),
-    "counted": (Counted(), example(), "another constant than the step before", "t + 1.5"),
+    "counted": (
+        Counted(),
+        example(),
+        r"step 0 computes with 1\.5, step 1 with 2\.5, and no formula",
+        "t * t % 7",
+    ),
 }

@@ -46,6 +46,19 @@ class TokenShift(nn.Module):
         return torch.stack(zs, dim=1), h
 
 
+class Counting(nn.Module):
+    """A mean, and a power, of the number of the step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = g = torch.zeros_like(x[:, 0])
+        ys = []
+        for t in range(x.shape[1]):
+            h = h + (x[:, t] - h) / (t + 1)
+            g = g * 0.9**t + h
+            ys.append(g)
+        return torch.stack(ys, dim=1)
+
+
 class LooksAhead(nn.Module):
     """Centred on each step: no step can be computed before the next one is there."""
 
@@ -87,11 +100,12 @@ def exported(subject: Subject) -> Graph:
     return graph
 
 
-@pytest.mark.parametrize("name", ["mamba", "token_shift", "one_sequence"])
+@pytest.mark.parametrize("name", ["mamba", "token_shift", "one_sequence", "counting"])
 def test_steps_one_by_one_are_the_whole(name: str) -> None:
-    """The last is `TokenShift` with an example of batch 1."""
+    """`one_sequence` is `TokenShift` with an example of batch 1."""
     sequences = 1 if name == "one_sequence" else 2
-    subject = load_subject(str(MODELS / "mamba.py")) if name == "mamba" else made(TokenShift(), sequences)
+    module = Counting() if name == "counting" else TokenShift()
+    subject = load_subject(str(MODELS / "mamba.py")) if name == "mamba" else made(module, sequences)
     step = exported(subject)
     runtime = session(step)
     names = [value.name for value in runtime.get_inputs()]
@@ -105,7 +119,8 @@ def test_steps_one_by_one_are_the_whole(name: str) -> None:
         example = Length(((sequence, 0),)).resized(example, batch)
         states = {
             value.name: np.zeros(
-                [batch if isinstance(size, str) else size for size in value.shape], np.float32
+                [batch if isinstance(size, str) else size for size in value.shape],
+                np.int64 if value.type == "tensor(int64)" else np.float32,
             )
             for value in runtime.get_inputs()
             if value.name in pasts

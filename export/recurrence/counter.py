@@ -1,0 +1,261 @@
+"""Steps that compute with their number: the numbers as a sequence outside the loop, one element of which a step reads.
+
+    x[:, t] / (t + 1)        arange(turns) + 1 ─▶ n      div(x[t], n[t])
+    h * 0.9 ** (L - 1 - t)   0.9 ** (L - 1 - arange(turns)) ─▶ p      mul(h, p[t])
+
+The operator takes a tensor where it took a number: `pow(x, 3)` becomes `pow(x, tensor)`. Integers stay int64 up to the
+last, and their ratios are divided in the type that the step computes in, so that an engine without float64 computes
+them as exactly. Powers, roots and functions are computed in float64 and rounded once: in float32, `0.999 ** t` loses
+a digit in a hundred steps, and `1 - 0.999 ** t` three in the first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from moe_export.export.recurrence.form import Form
+from moe_export.export.recurrence.law import Applied, Law, Line, OfLength, Power, Ratio
+from moe_export.export.recurrence.loop import Series, Step, Turning
+from moe_export.export.recurrence.operand import atoms, operator_name
+
+aten = torch.ops.aten
+
+COUNT = "count of turns"  # in the metadata of the node that counts the turns of a loop
+
+_FUNCTIONS = {
+    "cos": aten.cos.default, "sin": aten.sin.default, "exp": aten.exp.default, "log": aten.log.default,
+}  # fmt: skip
+_NUMBER = ("number", "Optional[number]")
+_TENSOR = ("Tensor", "Optional[Tensor]")
+# Operators that make a tensor of a number: where the number stands.
+_FILLING = {
+    aten.full.default: "fill_value",
+    aten.new_full.default: "fill_value",
+    aten.full_like.default: "fill_value",
+    aten.scalar_tensor.default: "s",
+}
+
+
+def counts(argument: Any) -> bool:
+    """Whether an operand is a number that changes from turn to turn, or by a law with the length."""
+    return isinstance(argument, (Turning, Series, Ratio, Power, Applied, OfLength))
+
+
+_SUMS = (aten.add.Tensor, aten.sub.Tensor)
+# Arithmetic that takes a number in float32 also where its tensors are of half precision.
+_WIDE = (*_SUMS, aten.mul.Tensor, aten.div.Tensor)
+
+
+@dataclass(frozen=True)
+class _Taking:
+    """An operator that takes tensors in the place of numbers, its arguments by name, and which of them are to be."""
+
+    target: Any
+    arguments: Mapping[str, Any]
+    tensors: frozenset[str]
+
+
+def why_not(step: Step, node: fx.Node) -> str | None:
+    """Why a step cannot read its numbers from a sequence; None if it can.
+
+    Args:
+        step: Of which an operand counts.
+        node: One turn of it in the trace.
+    """
+    name = operator_name(node.target)
+    if _taking(step) is None:
+        return f"the number of the step is an argument of {name} that must be the same in every step"
+    dtype = number_type(node, step)
+    numbers = [leaf for leaf in atoms((step.args, step.kwargs)) if counts(leaf)]
+    if not dtype.is_floating_point and not all(isinstance(number, Turning) for number in numbers):
+        return f"{name} takes an integer that is no multiple of the number of the step"
+    return None
+
+
+def _taking(step: Step) -> _Taking | None:
+    schema = step.target._schema
+    named = dict(zip((argument.name for argument in schema.arguments), step.args, strict=False)) | step.kwargs
+    counting = {name for name, value in named.items() if any(counts(leaf) for leaf in atoms(value))}
+    if any(not counts(named[name]) for name in counting):
+        return None  # inside a list of sizes or places
+    if step.target in _FILLING:
+        return _Taking(step.target, named, frozenset()) if counting == {_FILLING[step.target]} else None
+    if step.target in _SUMS and counting == {"alpha"}:
+        return _Taking(step.target, named, frozenset())
+    types = {argument.name: str(argument.type) for argument in schema.arguments}
+    packet = step.target.overloadpacket
+    for target in (step.target, *(getattr(packet, name) for name in packet.overloads())):
+        others = {argument.name: str(argument.type) for argument in target._schema.arguments}
+        if list(others) != list(types) or any(others[name] not in _TENSOR for name in counting):
+            continue
+        changed = {name for name in types if types[name] != others[name]}
+        if all(types[name] in _NUMBER and others[name] in _TENSOR for name in changed):
+            return _Taking(target, named, frozenset(name for name in changed if named.get(name) is not None))
+    return None
+
+
+def number_type(node: fx.Node, step: Step) -> torch.dtype:
+    """The type that a step computes in, to which its numbers are rounded."""
+    dtype: torch.dtype = node.meta["val"].dtype
+    if node.target in _FILLING:
+        return dtype
+    tensors = [source.meta["val"] for source in node.all_input_nodes if _is_tensor(source)]
+    if dtype == torch.bool:
+        integers = all(isinstance(leaf, Turning) for leaf in atoms((step.args, step.kwargs)) if counts(leaf))
+        return torch.result_type(torch.empty(1, dtype=tensors[0].dtype), 1 if integers else 1.0)
+    if node.target in _WIDE and any(tensor.dim() for tensor in tensors):
+        return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
+    return dtype
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def write_step(
+    call: Callable[..., fx.Node], step: Step, node: fx.Node, operand: Callable[[Any], Any], element: Any
+) -> fx.Node:
+    """Write a step that computes with its number.
+
+    Args:
+        call: Writes one node of the body.
+        step: The step.
+        node: One turn of it in the trace.
+        operand: Writes an operand that does not count.
+        element: Gives the element of a sequence of numbers, from the number and its type.
+    """
+    taking = _taking(step)
+    assert taking is not None
+    dtype = number_type(node, step)
+    values = {
+        name: element(value, dtype) if counts(value) else operand(value)
+        for name, value in taking.arguments.items()
+    }
+    if taking.target in _FILLING:
+        number = values[_FILLING[taking.target]]
+        if taking.target is aten.scalar_tensor.default:
+            return call(aten.clone.default, number)
+        if taking.target is aten.full_like.default:
+            return call(aten.add.Tensor, call(aten.zeros_like.default, values["self"], dtype=dtype), number)
+        return call(aten.expand.default, number, values["size"])
+    if taking.target in _SUMS and counts(taking.arguments.get("alpha")):
+        return call(taking.target, values["self"], call(aten.mul.Tensor, values["other"], values["alpha"]))
+    for name in taking.tensors:
+        if not isinstance(values[name], fx.Node):
+            values[name] = call(aten.scalar_tensor.default, values[name], dtype=dtype)
+    schema = taking.target._schema.arguments
+    positional = [argument.name for argument in schema if not argument.kwarg_only and argument.name in values]
+    return call(
+        taking.target,
+        *(values[name] for name in positional),
+        **{name: value for name, value in values.items() if name not in positional},
+    )
+
+
+class Counter:
+    """Writes numbers that count the turns of a loop as sequences, one entry a turn.
+
+    Args:
+        call: Writes one node outside of the loop.
+        number: Gives an integer of the length, as a number or the node that computes it.
+        turns: The number of turns, an integer of the length.
+    """
+
+    def __init__(self, call: Callable[..., fx.Node], number: Callable[[Any], Any], turns: Any) -> None:
+        self._call, self._number, self._turns = call, number, turns
+        self._known: dict[Any, fx.Node] = {}
+
+    def sequence(self, number: Turning | Law, dtype: torch.dtype) -> fx.Node:
+        """The numbers of all turns, (turns,), in a type."""
+        if isinstance(number, Turning):
+            return self._as(self._integers(self._number(number.first), number.step), dtype)
+        if isinstance(number, Ratio) and number.scale == 1:
+            wide = torch.promote_types(dtype, torch.float32)
+            return self._as(self._ratio(number, wide), dtype)
+        return self._as(self._in_float64(number), dtype)
+
+    def scalar(self, number: OfLength, dtype: torch.dtype) -> fx.Node:
+        """A number of the length, (), in a type. There is one turn."""
+        return self._call(aten.select.int, self.sequence(number.law, dtype), 0, 0)
+
+    def _as(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+        return self._once("as", node, dtype, lambda: self._call(aten.to.dtype, node, dtype))
+
+    def _once(self, *key: Any) -> fx.Node:
+        *name, made = key
+        if tuple(name) not in self._known:
+            self._known[tuple(name)] = made()
+        return self._known[tuple(name)]
+
+    def _count(self) -> fx.Node:
+        node = self._call(aten.arange.default, self._number(self._turns), dtype=torch.int64, device="cpu")
+        node.meta[COUNT] = True
+        return node
+
+    def _integers(self, first: Any, step: int) -> fx.Node:
+        node = self._once("count", self._count)
+        if step != 1:
+            count = node
+            node = self._once("times", step, lambda: self._call(aten.mul.Tensor, count, step))
+        if first != 0:
+            steps = node
+            node = self._once("from", step, first, lambda: self._call(aten.add.Tensor, steps, first))
+        return node
+
+    def _line(self, line: Line, dtype: torch.dtype, least: int | None = None) -> Any:
+        """A line in a type: a sequence, or one number where it is the same in every turn.
+
+        The length is taken to be `least` where it is less.
+        """
+        rest: Any = Form(line.length, line.rest) if line.length else line.rest
+        number = self._number(rest)
+        if least is not None and line.length:
+            limit = torch.sym_max if line.length > 0 else torch.sym_min
+            number = self._once("limit", rest, least, lambda: self._call(limit, number, rest.at(least)))
+        return self._as(self._integers(number, line.turn), dtype) if line.turn else number
+
+    def _ratio(self, ratio: Ratio, dtype: torch.dtype) -> fx.Node:
+        above, below = ratio.numerator, ratio.denominator
+        least = None
+        if not below.turn and below.length > 0 and below.length + below.rest == 0:
+            least = 2  # t / (L - 1) is 0 / 0 at length 1; a model that computes there says max(L - 1, 1)
+        node, under = self._line(above, dtype, least), self._line(below, dtype, least)
+        if not above.turn:
+            node = self._call(aten.mul.Tensor, self._as(self._integers(1, 0), dtype), node)
+        if under != 1:
+            node = self._call(aten.div.Tensor, node, under)
+        return node if ratio.scale == 1 else self._call(aten.mul.Tensor, node, self._exactly(ratio.scale))
+
+    def _in_float64(self, law: Law) -> fx.Node:
+        if isinstance(law, Ratio):
+            return self._ratio(law, torch.float64)
+        if isinstance(law, Power):
+            exponent = self._line(law.exponent, torch.float64)
+            node = self._power(law.base, exponent)
+        elif isinstance(law.function, str):
+            node = self._call(_FUNCTIONS[law.function], self._in_float64(law.inner))
+        else:
+            node = self._call(aten.pow.Tensor_Scalar, self._in_float64(law.inner), law.function)
+        if law.scale != 1:
+            node = self._call(aten.mul.Tensor, node, self._exactly(law.scale))
+        return self._call(aten.add.Tensor, node, self._exactly(law.shift)) if law.shift else node
+
+    def _exactly(self, value: float) -> Any:
+        """A number in float64, of the integers that it consists of: the exporter writes numbers as float32."""
+        above, below = value.as_integer_ratio()
+        if abs(above) < 2**24 or abs(above) >= 2**63 or below >= 2**126:
+            return value
+        node = self._call(aten.scalar_tensor.default, above, dtype=torch.int64)
+        node = self._call(aten.to.dtype, node, torch.float64)
+        return node if below == 1 else self._call(aten.div.Tensor, node, float(below))
+
+    def _power(self, base: float, exponent: fx.Node) -> fx.Node:
+        exact = self._exactly(base)
+        if not isinstance(exact, fx.Node):
+            exact = self._call(aten.scalar_tensor.default, base, dtype=torch.float64)
+        return self._call(aten.pow.Tensor_Tensor, exact, exponent)

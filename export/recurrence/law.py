@@ -1,0 +1,152 @@
+"""`Law`: a number that Python computed from the number of the step, as a function of the turn and of the length.
+
+    x[:, t] / (t + 1)       an integer that counts: a `Turning`, which needs no law
+    1 - t / L               Ratio     (L - t) / L
+    0.9 ** (L - 1 - t)      Power     0.9 ** (L - t - 1)
+    math.cos(t / 100)       Applied   cos(t / 100)
+
+A trace has the values only. `law_fit` finds the law behind them; `counter` writes it as a sequence that the loop runs
+over: integers and their ratios without float64, everything else in float64, rounded once to what the step computes in.
+
+Letters: t turn of the loop, from 0; L length.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+FUNCTIONS: Mapping[str, Callable[[float], float]] = {
+    "cos": math.cos, "sin": math.sin, "exp": math.exp, "log": math.log,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Line:
+    """The integer `turn * t + length * L + rest`."""
+
+    turn: int
+    length: int
+    rest: int
+
+    def at(self, turn: int, length: int) -> int:
+        """The value in a turn, at a length."""
+        return self.turn * turn + self.length * length + self.rest
+
+    def __str__(self) -> str:
+        text = ""
+        for factor, letter in sorted(((self.turn, "t"), (self.length, "L")), reverse=True):
+            if factor:
+                sign = (" - " if factor < 0 else " + ") if text else ("-" if factor < 0 else "")
+                text += sign + (letter if abs(factor) == 1 else f"{abs(factor)} * {letter}")
+        if not text:
+            return str(self.rest)
+        return text + (f" {'-' if self.rest < 0 else '+'} {abs(self.rest)}" if self.rest else "")
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """`scale * (numerator / denominator)`."""
+
+    numerator: Line
+    denominator: Line
+    scale: float = 1.0
+
+    def at(self, turn: int, length: int) -> float:
+        """The value in a turn, at a length, as Python computes it."""
+        return self.scale * (self.numerator.at(turn, length) / self.denominator.at(turn, length))
+
+    def size(self, turn: int, length: int) -> float:
+        """The largest of the terms that the value is computed from."""
+        below = abs(self.denominator.at(turn, length))
+        line = self.numerator
+        terms = (line.turn * turn, line.length * length, line.rest)
+        return abs(self.scale) * max(abs(term) for term in terms) / below
+
+    def __str__(self) -> str:
+        scale = "" if self.scale == 1 else f"{self.scale!r} * "
+        if str(self.denominator) == "1":
+            return scale + (_grouped(self.numerator) if scale else str(self.numerator))
+        return f"{scale}{_grouped(self.numerator)} / {_grouped(self.denominator)}"
+
+
+@dataclass(frozen=True)
+class Power:
+    """`shift + scale * base ** exponent`."""
+
+    base: float
+    exponent: Line
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def at(self, turn: int, length: int) -> float:
+        """The value in a turn, at a length, as Python computes it."""
+        power: float = float(self.base) ** self.exponent.at(turn, length)
+        return self.shift + self.scale * power
+
+    def size(self, turn: int, length: int) -> float:
+        """The largest of the terms that the value is computed from."""
+        return max(abs(self.shift), abs(self.at(turn, length)))
+
+    def __str__(self) -> str:
+        base = f"({self.base!r})" if self.base < 0 else repr(self.base)
+        return _outer(self.shift, self.scale, f"{base} ** {_grouped(self.exponent)}")
+
+
+@dataclass(frozen=True)
+class Applied:
+    """`shift + scale * function(inner)`; a function that is a number is an exponent."""
+
+    function: str | float
+    inner: Ratio | Power
+    scale: float = 1.0
+    shift: float = 0.0
+
+    def at(self, turn: int, length: int) -> float:
+        """The value in a turn, at a length, as Python computes it."""
+        return self.shift + self.scale * self._applied(self.inner.at(turn, length))
+
+    def size(self, turn: int, length: int) -> float:
+        """The largest of the terms that the value is computed from, more where rounding the argument weighs more."""
+        inner = self.inner.at(turn, length)
+        size = max(abs(self.shift), abs(self.scale * self._applied(inner)))
+        if self.function in ("cos", "sin", "exp"):
+            return size * (1 + self.inner.size(turn, length))
+        return max(size, abs(self.scale)) if self.function == "log" else size
+
+    def _applied(self, value: float) -> float:
+        if isinstance(self.function, str):
+            return FUNCTIONS[self.function](value)
+        power: float = value**self.function
+        return power
+
+    def __str__(self) -> str:
+        if isinstance(self.function, str):
+            return _outer(self.shift, self.scale, f"{self.function}({self.inner})")
+        return _outer(self.shift, self.scale, f"({self.inner}) ** {self.function}")
+
+
+def _grouped(line: Line) -> str:
+    return f"({line})" if " " in str(line) or str(line)[0] == "-" else str(line)
+
+
+def _outer(shift: float, scale: float, text: str) -> str:
+    if scale not in (1, -1):
+        text = f"{scale!r} * {text}"
+    if not shift:
+        return f"-{text}" if scale == -1 else text
+    return f"{shift!r} {'-' if scale == -1 else '+'} {text}"
+
+
+Law = Ratio | Power | Applied
+
+
+@dataclass(frozen=True)
+class OfLength:
+    """A number that is the same in every turn, and another at another length: `1 / L`."""
+
+    law: Law
+
+    def __str__(self) -> str:
+        return str(self.law)

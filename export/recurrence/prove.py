@@ -1,0 +1,223 @@
+"""`prove`: a folded model held against the model, in PyTorch, before any ONNX is made.
+
+Its results are compared at short lengths. Numbers that steps compute with follow a law that was seen in a few steps;
+`min(1, t / 100)` would look like `t / 100` there. So the model is run once at a great length, and each number that
+the laws give there must be among those that it computes with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_export.export.recurrence.counter import counts
+from moe_export.export.recurrence.form import Form
+from moe_export.export.recurrence.law import OfLength
+from moe_export.export.recurrence.lengths import Length, resized_together
+from moe_export.export.recurrence.loop import Turning
+from moe_export.export.recurrence.operand import atoms
+from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
+from moe_export.export.source import line_of
+from moe_export.export.subject import Subject
+from moe_export.export.tracing import quiet
+
+aten = torch.ops.aten
+
+_PROVED = (1, 2, 3, 5, 13)
+_GREAT = (2053, 521, 131)  # multiples of nothing
+_MOST = 40_000  # operators of a run at a great length: a second
+_NEAR = 1e-9  # of the largest term; a sum that Python adds to loses digits in two thousand turns
+
+
+def prove(
+    subject: Subject,
+    folded: Subject,
+    lengths: Sequence[Length],
+    traced: Sequence[tuple[int, ...]],
+    whole: Skeleton,
+    *,
+    rounded: bool,
+) -> None:
+    """Hold the folded model against the model, at lengths that were not traced too.
+
+    Where a turn takes several places, what is left over behind whole turns is `rounded` away or filled up: there it
+    is looked at with up to eight places left.
+
+    Args:
+        subject: The model.
+        folded: The same without its loops.
+        lengths: What was folded over.
+        traced: The lengths of the traces.
+        whole: What the traces have in common.
+        rounded: Whether the lengths may be rounded.
+
+    Raises:
+        LengthError: It fails, or gives other values.
+    """
+    longest = max(traced)
+    further = [tuple(size + more for size in longest) for more in (range(9, 17) if rounded else (9,))]
+    for sizes in (*_proved(len(lengths)), *traced, *further):
+        _same(subject, folded, lengths, sizes)
+    numbers = list(dict.fromkeys(_counted(whole)))
+    if numbers:
+        _prove_numbers(subject, folded, lengths, longest, numbers)
+
+
+def _proved(count: int) -> list[tuple[int, ...]]:
+    """Sizes of each length, the second of two growing while the first gets shorter."""
+    if count == 1:
+        return [(size,) for size in _PROVED]
+    return [(1, 1), *zip(_PROVED, reversed(_PROVED), strict=True)]
+
+
+def _same(subject: Subject, folded: Subject, lengths: Sequence[Length], sizes: tuple[int, ...]) -> None:
+    example = resized_together(lengths, subject.inputs, sizes)
+    shown = "x".join(map(str, sizes))
+    with quiet(), torch.no_grad():
+        try:
+            wanted = subject.call_named({name: tensor.clone() for name, tensor in example.items()})
+        except Exception:
+            return
+        try:
+            found = folded.call_named(example)
+        except Exception as error:
+            reason = str(error).splitlines()[0]
+            raise LengthError(f"without the loop it fails at length {shown}: {reason}", None) from error
+    if not all(_close(a, b) for a, b in zip(wanted, found, strict=True)):
+        raise LengthError(f"what it computes depends on the length in another way at length {shown}", None)
+
+
+def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+# Numbers that steps compute with
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """A number that follows a law, the turns of its loop, and the line of the model."""
+
+    number: Any
+    turns: Any
+    line: str | None
+
+    def at(self, length: int) -> np.ndarray[Any, Any]:
+        """Its values at a length, and their largest terms; none where it needs other sizes, or divides by zero."""
+        turns = _integer(self.turns, length)
+        values = []
+        for turn in range(turns if turns is not None else 0):
+            try:
+                values.append(_value(self.number, turn, length))
+            except (ArithmeticError, TypeError):
+                continue
+        return np.array(values, dtype=np.float64).reshape(-1, 2)
+
+
+def _integer(number: Any, length: int) -> int | None:
+    value = number.at(length) if isinstance(number, Form) else number
+    return value if isinstance(value, int) else None
+
+
+def _value(number: Any, turn: int, length: int) -> tuple[float, float]:
+    if isinstance(number, Turning):
+        first = _integer(number.first, length)
+        if first is None:
+            raise TypeError(number)
+        value = first + number.step * turn
+        return value, abs(value)
+    law = number.law if isinstance(number, OfLength) else number
+    return law.at(turn, length), law.size(turn, length)
+
+
+def _counted(whole: Skeleton) -> Iterator[_Counted]:
+    for item in whole.items:
+        if not isinstance(item, Folded):
+            line = line_of(item.node.meta.get("stack_trace"))
+            yield from (_Counted(leaf, 1, line) for leaf in atoms((item.args, item.kwargs)) if counts(leaf))
+            continue
+        for position, step in enumerate(item.loop.body):
+            if position not in item.loop.written:
+                for leaf in atoms((step.args, step.kwargs)):
+                    if counts(leaf):
+                        yield _Counted(leaf, item.loop.turns, _line(item, position))
+
+
+def _line(item: Folded, position: int) -> str | None:
+    node = item.loop.nodes[0][position]
+    return line_of(node.meta.get("stack_trace")) if node is not None else item.loop.line
+
+
+def _prove_numbers(
+    subject: Subject,
+    folded: Subject,
+    lengths: Sequence[Length],
+    longest: tuple[int, ...],
+    numbers: Sequence[_Counted],
+) -> None:
+    """Numbers are of one length: where there are several, steps that compute with theirs are refused before."""
+    seen = longest[0]
+    used = _used(subject, resized_together(lengths, subject.inputs, longest))
+    great = [size for size in _GREAT if used is not None and used.operators * size <= _MOST * seen]
+    for size in great:
+        there = _used(subject, resized_together(lengths, subject.inputs, (size, *longest[1:])))
+        if used is None or there is None:
+            continue
+        # The tracer takes some operators apart, into others that compute with other numbers.
+        seen_there = [number for number in numbers if used.missing(number.at(seen)) is None]
+        for number in seen_there:
+            missing = there.missing(number.at(size))
+            if missing is not None:
+                raise LengthError(
+                    f"its steps compute with {number.number} at short lengths, and with something else than "
+                    f"{missing!r} at length {size}", number.line,
+                )  # fmt: skip
+        if len(seen_there) < len(numbers):
+            _same(subject, folded, lengths, (size, *longest[1:]))
+        return
+
+
+def _used(subject: Subject, example: dict[str, torch.Tensor]) -> _Used | None:
+    """The numbers that a model's operators are called with; None if it refuses the example."""
+    used = _Used()
+    with quiet(), torch.no_grad(), used:
+        try:
+            subject.call_named({name: tensor.clone() for name, tensor in example.items()})
+        except Exception:
+            return None
+    return used
+
+
+class _Used(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the numbers that operators are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators = 0
+        self._numbers: set[float] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.operators += 1
+        leaves = (*args, *(kwargs or {}).values())
+        self._numbers.update(leaf for leaf in leaves if type(leaf) in (int, float))
+        if func is aten.lift_fresh.default:  # torch.tensor(t)
+            self._numbers.update(args[0].double().flatten()[:1].tolist())
+        return func(*args, **(kwargs or {}))
+
+    def missing(self, values: np.ndarray[Any, Any]) -> float | None:
+        """The first of some values, (v, 2) with their largest terms, that no operator was called with."""
+        wanted, terms = values.T
+        known = np.sort(np.array([-np.inf, *self._numbers, np.inf]))
+        after = np.clip(np.searchsorted(known, wanted), 1, len(known) - 1)
+        distance = np.minimum(np.abs(known[after] - wanted), np.abs(wanted - known[after - 1]))
+        far = np.flatnonzero(distance > _NEAR * np.maximum(terms, np.abs(wanted)))
+        return float(wanted[far[0]]) if len(far) else None
