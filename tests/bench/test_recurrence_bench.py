@@ -32,6 +32,7 @@ from moe_export.export.subject import make_subject
 
 ROUNDS = 15
 IN_A_ROW = 5
+PROCESSES = 7
 NOISE = 1.1
 """Other work on the machine: how much further from the best by hand ours may look than the 1.1 it is held to."""
 
@@ -172,7 +173,7 @@ def measured(name: str, models: dict[str, onnx.ModelProto], length: int) -> dict
     return row
 
 
-def test_mamba() -> None:
+def test_mamba(tmp_path: Path) -> None:
     ours = exported("mamba")
     assert nodes(ours.graph) <= 60
     by_hand = {
@@ -185,10 +186,31 @@ def test_mamba() -> None:
         assert row["ours"] < 1.1 * NOISE * min(row[name] for name in by_hand)
         factors[length] = (row.get("unrolled", 0) / row["ours"], row["eager"] / row["ours"])
     assert factors[512][0] >= 2.5
-    if factors[512][1] < 6:
-        pytest.xfail(
-            f"the mark of 6 times faster than eager is missed in this run: {factors[512][1]:.1f} times"
-        )
+    found = sorted(against_eager(ours, tmp_path))
+    print("times faster than eager, L = 512: " + "  ".join(f"{factor:.1f}" for factor in found))
+    if statistics.median(found) < 6:
+        pytest.xfail(f"the mark of 6 times faster than eager is missed: {statistics.median(found):.1f} times")
+
+
+def against_eager(ours: onnx.ModelProto, folder: Path) -> list[float]:
+    """How many times faster than eager PyTorch, in several processes.
+
+    Eager PyTorch takes 17 or 34 ms for the same, as a process keeps its large buffers or gets them from the system
+    each time; ours takes the same in all of them. So one process says little.
+    """
+    onnx.save(ours, folder / "ours.onnx")
+    code = f"import sys; sys.path[:0] = {[str(Path(__file__).parent), str(Path(hand.__file__).parent)]!r}\n"
+    code += f"import test_recurrence_bench as bench; bench.print_factor({str(folder / 'ours.onnx')!r})"
+    command = [sys.executable, "-c", code]
+    runs = (subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(PROCESSES))
+    return [float(run.stdout.split()[-1]) for run in runs]
+
+
+def print_factor(path: str) -> None:
+    """Eager PyTorch's time over that of a graph, at 512 steps."""
+    torch.set_num_threads(1)
+    row = measured("mamba", {"ours": onnx.load(path)}, 512)
+    print(row["eager"] / row["ours"])
 
 
 def test_mamba_2() -> None:
