@@ -174,8 +174,13 @@ def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Opt
 
 def _where_it_holds(routing: Routing, traced: Traced) -> Routing:
     """The gate, begun behind what holds for a size only that the model's trace fixed, as a loop's steps."""
-    fixed = {one.size for one in traced.fixed if one.model_takes_others}
+    fixed = _of_the_trace(traced)
     return behind(routing, lambda node: not numbers_of(node) & fixed)
+
+
+def _of_the_trace(traced: Traced) -> set[int]:
+    """The sizes that the trace fixed, and the model does not."""
+    return {fixed.size for fixed in traced.fixed if fixed.model_takes_others}
 
 
 def gate_dims(
@@ -193,7 +198,7 @@ def gate_dims(
         traced: The whole model.
         inputs: What enters the gate, in the model's trace.
     """
-    others = {fixed.size for fixed in traced.fixed if fixed.model_takes_others}
+    others = _of_the_trace(traced)
     baked = others & numbers_in(cut)
     held = {
         (name, axis)

@@ -8,13 +8,11 @@ subject ─▶ lengths ─▶ trace at three lengths ─▶ straighten ─▶ lo
 from __future__ import annotations
 
 import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from torch import fx
 
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.adapters.cumulative import cumulative_step_by_step
@@ -23,7 +21,8 @@ from moe_export.export.adapters.recurrent_layers import recurrent_layers_step_by
 from moe_export.export.adapters.scans import scans_step_by_step
 from moe_export.export.dims import DimRequest
 from moe_export.export.recurrence.fold import folded_module
-from moe_export.export.recurrence.grow import Refusal
+from moe_export.export.recurrence.generalised import UnlikeError
+from moe_export.export.recurrence.in_common import NoLoopError, in_common, repeats_of
 from moe_export.export.recurrence.lengths import (
     Length,
     looped_apart,
@@ -31,26 +30,15 @@ from moe_export.export.recurrence.lengths import (
     operators,
     resized_together,
 )
-from moe_export.export.recurrence.loops import Repeats, find_loops
-from moe_export.export.recurrence.operand import operator_name
-from moe_export.export.recurrence.period import LEAST_TURNS
 from moe_export.export.recurrence.prove import prove
 from moe_export.export.recurrence.sizes import rows
-from moe_export.export.recurrence.skeleton import (
-    Folded,
-    LengthError,
-    Skeleton,
-    UnlikeError,
-    generalised,
-    skeleton,
-)
-from moe_export.export.recurrence.straighten import straighten
-from moe_export.export.source import line_of
+from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
 from moe_export.export.subject import Subject, make_subject
 from moe_export.export.tracing import SCOPE, Traced, quiet, trace
 from moe_export.export.widen import widened
 
 Mode = Literal["auto", "scan", "chunked", "contrib", "unrolled"]
+_INSISTING = ("scan", "chunked", "contrib")
 
 _LONG = 22  # a trace at lengths above is only made of a model that takes no shorter ones
 _MOST_AGAIN = 1500  # operators of a trace at further lengths, where shorter ones showed no loop: 20 s
@@ -118,7 +106,7 @@ def left_if_fixed(recurrent: Recurrent, folded: Traced, subject: Subject, mode: 
     The folded model is traced at a length of ours, not at that of the example.
 
     Raises:
-        NotExportableError: The mode is `scan` or `chunked`.
+        NotExportableError: The mode is `scan`, `chunked` or `contrib`.
     """
     fixed = [
         length
@@ -131,7 +119,7 @@ def left_if_fixed(recurrent: Recurrent, folded: Traced, subject: Subject, mode: 
         f"the loop over {_named(fixed[0])} cannot be folded: "
         "without it, the tracer still takes the length for a number"
     )
-    if mode in ("scan", "chunked"):
+    if mode in _INSISTING:
         raise NotExportableError(
             message, where=str(subject.source), hint="fix the length: --recurrence unrolled"
         )
@@ -150,9 +138,7 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
         return replace(done, notes=(*done.notes, *_staying(done, lengths, staying)))
     except LengthError as error:
         message = f"the loop over {_named(lengths[0])} cannot be folded: {error.reason}"
-        if mode in ("scan", "chunked", "contrib") or any(
-            place in request.picked for place in lengths[0].axes
-        ):
+        if mode in _INSISTING or any(place in request.picked for place in lengths[0].axes):
             raise NotExportableError(
                 message,
                 where=error.where or str(subject.source),
@@ -268,10 +254,7 @@ def _folded_at(
     )
     if again:  # a trace with free sizes takes longest
         static = replace(unpicked, static=True, picked={})
-        repeats = [Repeats(straighten(trace(other, static).program)) for other in others[:2]]
-        find_loops(repeats)
-        if not repeats[0].loops:
-            raise _no_loop(repeats)
+        repeats_of([trace(other, static) for other in others[:2]])
     traced = trace(first, unpicked)
     fixed = [
         [(name, axis) for name, axis in length.axes if str(traced.inputs[name][axis]).isdigit()]
@@ -281,7 +264,7 @@ def _folded_at(
         if len(lengths) > 1:
             raise LengthError("one of two lengths is not looped over", None)
         return Recurrent(subject)  # the tracer keeps this length free: no loop over it is unrolled
-    whole = _in_common(traced, others, tuple(examples), unpicked)
+    whole = in_common(traced, others, tuple(examples), unpicked)
     placeholders = dict(zip(traced.inputs, _placeholders(traced), strict=True))
     places = [[(placeholders[name], axis) for name, axis in group] for group in fixed]
     with quiet():
@@ -312,87 +295,11 @@ def _same_elsewhere(
         return [widened(replace(subject, inputs=example), request) for example in examples.values()]
 
 
-def _in_common(
-    first: Traced, others: Sequence[Subject], sizes: Sequence[tuple[int, ...]], request: DimRequest
-) -> Skeleton:
-    """What the traces at all lengths have in common.
-
-    Only the first trace has its other dimensions free, which takes the tracer ten times as long. Where the others
-    then are too different, they are traced in the same way.
-    """
-    static = replace(request, static=True, picked={})
-    try:
-        return _common(sizes, [first, *(trace(other, static) for other in others)])
-    except NoLoopError:
-        raise
-    except LengthError:
-        if request == static:
-            raise
-    return _common(sizes, [first, *(trace(other, request) for other in others)])
-
-
 def _placeholders(traced: Traced) -> list[str]:
     inputs = set(traced.program.graph_signature.user_inputs)
     return [
         node.name for node in traced.program.graph.nodes if node.op == "placeholder" and node.name in inputs
     ]
-
-
-def _common(sizes: Sequence[tuple[int, ...]], traces: Sequence[Traced]) -> Skeleton:
-    """What the traces have in common."""
-    if any(traced.program.graph_signature.buffers_to_mutate for traced in traces):
-        raise LengthError("the model changes a buffer while it runs", None)
-    repeats = [Repeats(straighten(traced.program)) for traced in traces]
-    find_loops(repeats)
-    if not repeats[0].loops:
-        raise _no_loop(repeats)
-    try:
-        return generalised({size: skeleton(each) for size, each in zip(sizes, repeats, strict=True)})
-    except UnlikeError as error:
-        nearest = _nearest(repeats[-1])
-        if nearest is None or nearest.nodes <= getattr(_nearest(repeats[0]), "nodes", 0):
-            raise
-        raise LengthError(nearest.reason, line_of(nearest.node.meta.get("stack_trace"))) from error
-
-
-class NoLoopError(LengthError):
-    """Nothing in the traces repeats itself as a loop does; perhaps for a number that its steps compute with."""
-
-    def __init__(self, reason: str, where: str | None, *, of_number: bool = False) -> None:
-        super().__init__(reason, where)
-        self.of_number = of_number
-
-
-def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
-    """The reason of the repetition that came closest to a loop."""
-    nearest = _nearest(repeats[-1])
-    if nearest is None:
-        return _unlike(repeats[0].nodes, repeats[-1].nodes)
-    where = line_of(nearest.node.meta.get("stack_trace"))
-    return NoLoopError(nearest.reason, where, of_number=nearest.of_number)
-
-
-def _nearest(trace: Repeats) -> Refusal | None:
-    """Of what repeats itself in a trace outside of its loops, what came closest to a loop."""
-    outside = [refusal for refusal in trace.refusals if trace.locate(refusal.node) is None]
-    return max(outside, key=lambda refusal: refusal.nodes, default=None)
-
-
-def _unlike(fewer: Sequence[fx.Node], more: Sequence[fx.Node]) -> NoLoopError:
-    """Nothing repeats itself: the line of the model that computes more at a greater length, and what it computes."""
-    short, long = (
-        Counter(line_of(node.meta.get("stack_trace")) for node in nodes) for nodes in (fewer, more)
-    )
-    lines = [line for line in long if line is not None and long[line] > short[line]]
-    if not lines:
-        return NoLoopError("its steps are not alike", None)
-    most = max(lines, key=lambda line: long[line] - short[line])
-    there = [node for node in more if line_of(node.meta.get("stack_trace")) == most]
-    times = Counter(operator_name(node.target) for node in there)
-    names = [name for name, count in times.items() if count >= LEAST_TURNS][:4]
-    return NoLoopError(
-        f"its steps are not alike: in turns, they compute {', '.join(names) or 'other things'}", most
-    )
 
 
 def _notes(whole: Skeleton, lengths: Sequence[Length], subject: Subject) -> list[str]:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from moe_export.export.scans.all_steps import AllSteps, Part
 from moe_export.export.scans.delta import read_delta
-from moe_export.export.scans.linear import Linear, LinearState
+from moe_export.export.scans.linear import LinearState
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.terms import Reading
 from moe_export.export.scans.time import CannotError, Timed
@@ -48,7 +48,12 @@ def write_linear_attention(graph: ir.Graph, loop: Marked) -> None:
         raise CannotError("a state with several axes of unknown size")
     if not any(_pays(state) for state in linear.states):
         raise CannotError("its decays make many small heads of the state, for which a Scan is faster")
-    _Writer(graph, loop, linear).write()
+    steps = AllSteps(graph, loop, "attention")
+    last = []
+    for number, (state, mark) in enumerate(zip(linear.states, loop.states, strict=True)):
+        readings = [reading for reading in linear.readings if reading.state == number]
+        last.append(_Attention(steps, state, mark).write(readings))
+    steps.replace(last)
 
 
 def _pays(state: LinearState) -> bool:
@@ -59,20 +64,6 @@ def _pays(state: LinearState) -> bool:
 def _free(state: LinearState) -> list[int]:
     """The axes of unknown size: the batch."""
     return [axis for axis in state.batch if not isinstance(state.shape[axis], int)]
-
-
-class _Writer:
-    def __init__(self, graph: ir.Graph, loop: Marked, linear: Linear) -> None:
-        self._loop, self._linear = loop, linear
-        self._steps = AllSteps(graph, loop, "attention")
-        self._nodes = self._steps.nodes
-
-    def write(self) -> None:
-        last = []
-        for number, (state, mark) in enumerate(zip(self._linear.states, self._loop.states, strict=True)):
-            readings = [reading for reading in self._linear.readings if reading.state == number]
-            last.append(_Attention(self._steps, state, mark).write(readings))
-        self._steps.replace(last)
 
 
 class _Attention:

@@ -5,9 +5,17 @@ Letters: b batch, l length, h heads, n axis that is read over, p the other one.
 
 from __future__ import annotations
 
+import inspect
+from pathlib import Path
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moe_export.export.dims import DimRequest
+from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.subject import Subject, make_subject
 
 B, L, H, N, P = 2, 10, 3, 4, 5
 
@@ -165,3 +173,28 @@ REFUSED: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
     "signed": (Signed(), (q, randn(B, L)), "not known to be positive"),
     "squashed": (Squashed(), (q,), "Tanh of a state is not linear"),
 }  # fmt: skip
+
+
+def exported(
+    module: nn.Module, inputs: tuple[Tensor, ...], time: int = 1, **options: Any
+) -> tuple[Subject, Graph]:
+    """A loop as a model, and its graph with batch and length free; what else is asked of it, as `Options`."""
+    subject = make_subject(module, inputs, {}, source=Path(inspect.getfile(type(module))), how="a test")
+    free = {(key, 1 - time): "batch" for key in subject.inputs}
+    free |= {(key, time): "seq" for key, tensor in subject.inputs.items() if tensor.shape[time] == L}
+    dims = DimRequest(static=True, picked=free)
+    return subject, export_subject(subject, Options(dims=dims, gates=False, simplify=False, **options))[0]
+
+
+def example(subject: Subject, length: int, batch: int, time: int = 1) -> dict[str, Tensor]:
+    """Other values, at another length and batch; what has no time keeps its size there."""
+    generator = torch.Generator().manual_seed(length)
+    result = {}
+    for name, tensor in subject.inputs.items():
+        shape = list(tensor.shape)
+        shape[1 - time] = batch
+        if tensor.shape[time] == L:
+            shape[time] = length
+        value = torch.randn(shape, generator=generator)
+        result[name] = {"dt": F.softplus, "beta": torch.sigmoid}.get(name, torch.clone)(value)
+    return result

@@ -26,15 +26,7 @@ UNEVEN = (1, 2, 7, 31, 32, 33, 64, 257)
 @functools.cache
 def exported(name: str, recurrence: str, unroll: int = 1) -> tuple[Subject, Graph]:
     module, inputs = (ways.LOOPS.get(name) or ways.REFUSED[name])[:2]
-    subject = make_subject(module, inputs, {}, source=Path(ways.__file__), how="a test")
-    time = 0 if name == "time_first" else 1
-    free = {(key, 1 - time): "batch" for key in subject.inputs}
-    free |= {(key, time): "seq" for key, tensor in subject.inputs.items() if tensor.shape[time] == ways.L}
-    options = Options(
-        dims=DimRequest(static=True, picked=free), gates=False, simplify=False, recurrence=recurrence,
-        unroll=unroll,
-    )  # type: ignore[arg-type]  # fmt: skip
-    return subject, export_subject(subject, options)[0]
+    return ways.exported(module, inputs, int(name != "time_first"), recurrence=recurrence, unroll=unroll)
 
 
 def session(graph: Graph) -> onnxruntime.InferenceSession:
@@ -42,20 +34,6 @@ def session(graph: Graph) -> onnxruntime.InferenceSession:
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     proto = ir.to_proto(graph.model).SerializeToString()
     return onnxruntime.InferenceSession(proto, options, providers=["CPUExecutionProvider"])
-
-
-def example(subject: Subject, length: int, batch: int, time: int = 1) -> dict[str, torch.Tensor]:
-    """Other values, at another length and batch; what has no time keeps its size there."""
-    generator = torch.Generator().manual_seed(length)
-    result = {}
-    for name, tensor in subject.inputs.items():
-        shape = list(tensor.shape)
-        shape[1 - time] = batch
-        if tensor.shape[time] == ways.L:
-            shape[time] = length
-        value = torch.randn(shape, generator=generator)
-        result[name] = torch.nn.functional.softplus(value) if name == "dt" else value
-    return result
 
 
 def exact(subject: Subject, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
@@ -79,7 +57,7 @@ def test_it_is_right_at_any_length(way: tuple[str, Subject, Graph]) -> None:
     runtime = session(graph)
     for length in UNEVEN:
         for batch in (1, 3):
-            inputs = example(subject, length, batch, 0 if name == "time_first" else 1)
+            inputs = ways.example(subject, length, batch, 0 if name == "time_first" else 1)
             found = runtime.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
             for wanted, result in zip(exact(subject, inputs), found, strict=True):
                 assert wanted.shape == result.shape
@@ -114,7 +92,7 @@ def test_strong_and_no_decay_as_exact_as_step_by_step(low: float, high: float) -
     """dt * A down to -48 a step, at dt = 10 to -160: each segment of a chunk is summed by itself."""
     subject, chunked = exported("mamba2", "chunked")
     scan = exported("mamba2", "scan")[1]
-    inputs = example(subject, 512, 2)
+    inputs = ways.example(subject, 512, 2)
     inputs["dt"] = low + (high - low) * torch.rand(2, 512, ways.H, generator=torch.Generator().manual_seed(0))
     (wanted,) = exact(subject, inputs)
     feed = {key: tensor.numpy() for key, tensor in inputs.items()}
@@ -129,7 +107,7 @@ def test_strong_and_no_decay_as_exact_as_step_by_step(low: float, high: float) -
 
 def test_a_decay_of_exactly_zero_forgets_and_is_no_nan() -> None:
     subject, graph = exported("mamba2", "chunked")
-    inputs = example(subject, 40, 1)
+    inputs = ways.example(subject, 40, 1)
     inputs["dt"][:, ::7] = 1e30  # exp(-1e30 * A) is 0, and what is added is huge but finite
     inputs["x"][:, ::7] = 0.0
     found = session(graph).run(None, {key: tensor.numpy() for key, tensor in inputs.items()})[0]
@@ -153,7 +131,7 @@ def test_several_steps_a_turn(name: str, unroll: int) -> None:
     subject, graph = exported(name, "scan", unroll)
     runtime = session(graph)
     for length in (1, 2, 3, 5, 9, 10, 33):
-        inputs = example(subject, length, 3, 0 if name == "time_first" else 1)
+        inputs = ways.example(subject, length, 3, 0 if name == "time_first" else 1)
         found = runtime.run(None, {key: tensor.numpy() for key, tensor in inputs.items()})
         for wanted, result in zip(exact(subject, inputs), found, strict=True):
             assert wanted.shape == result.shape

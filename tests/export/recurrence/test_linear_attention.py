@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from pathlib import Path
 
 import attention_loops as ways
 import linear_loops
@@ -15,9 +14,8 @@ import pytest
 import torch
 
 from moe_export.errors import NotExportableError
-from moe_export.export.dims import DimRequest
-from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.subject import Subject, make_subject
+from moe_export.export.pipeline import Graph
+from moe_export.export.subject import Subject
 
 LENGTHS = (1, 2, 7, 33, 257)
 
@@ -25,31 +23,11 @@ LENGTHS = (1, 2, 7, 33, 257)
 @functools.cache
 def exported(name: str, recurrence: str = "contrib") -> tuple[Subject, Graph]:
     module, inputs = (ways.LOOPS.get(name) or ways.REFUSED.get(name) or linear_loops.REFUSED[name])[:2]
-    subject = make_subject(module, inputs, {}, source=Path(ways.__file__), how="a test")
-    time = 0 if name == "time_first" else 1
-    free = {(key, 1 - time): "batch" for key in subject.inputs}
-    free |= {(key, time): "seq" for key, one in subject.inputs.items() if one.shape[time] == linear_loops.L}
-    options = Options(
-        dims=DimRequest(static=True, picked=free), gates=False, simplify=False, recurrence=recurrence
-    )  # type: ignore[arg-type]
-    return subject, export_subject(subject, options)[0]
+    return linear_loops.exported(module, inputs, int(name != "time_first"), recurrence=recurrence)
 
 
 def operators(graph: Graph) -> list[ir.Node]:
     return [node for node in graph.model.graph.all_nodes() if node.op_type == "LinearAttention"]
-
-
-def example(subject: Subject, name: str, length: int, batch: int) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(length)
-    time, result = int(name != "time_first"), {}
-    for key, tensor in subject.inputs.items():
-        shape = list(tensor.shape)
-        shape[1 - time] = batch
-        if tensor.shape[time] == linear_loops.L:
-            shape[time] = length
-        value = torch.randn(shape, generator=generator)
-        result[key] = torch.sigmoid(value) if key == "beta" else value.abs() if key == "dt" else value
-    return result
 
 
 @pytest.mark.parametrize("name", list(ways.LOOPS))
@@ -63,7 +41,7 @@ def test_it_is_right_at_any_length(name: str) -> None:
     module = subject.module
     for length in LENGTHS:
         for batch in (1, 3):
-            inputs = example(subject, name, length, batch)
+            inputs = linear_loops.example(subject, length, batch, int(name != "time_first"))
             found = session.run(None, {key: value.numpy() for key, value in inputs.items()})
             with torch.no_grad():
                 wanted = module.double()(*(value.double() for value in inputs.values()))

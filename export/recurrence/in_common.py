@@ -1,0 +1,117 @@
+"""`in_common`: the loops that traces of a model at several lengths have in common, or why nothing in them is one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+from torch import fx
+
+from moe_export.export.dims import DimRequest
+from moe_export.export.recurrence.generalised import UnlikeError, generalised
+from moe_export.export.recurrence.grow import Refusal
+from moe_export.export.recurrence.loops import Repeats, find_loops
+from moe_export.export.recurrence.operand import operator_name
+from moe_export.export.recurrence.period import LEAST_TURNS
+from moe_export.export.recurrence.skeleton import LengthError, Skeleton, skeleton
+from moe_export.export.recurrence.straighten import straighten
+from moe_export.export.source import line_of
+from moe_export.export.subject import Subject
+from moe_export.export.tracing import Traced, trace
+
+
+class NoLoopError(LengthError):
+    """Nothing in the traces repeats itself as a loop does; perhaps for a number that its steps compute with."""
+
+    def __init__(self, reason: str, where: str | None, *, of_number: bool = False) -> None:
+        super().__init__(reason, where)
+        self.of_number = of_number
+
+
+def repeats_of(traces: Sequence[Traced]) -> list[Repeats]:
+    """What repeats itself in each of the traces, with the loops that were found.
+
+    Raises:
+        NoLoopError: None was.
+    """
+    repeats = [Repeats(straighten(traced.program)) for traced in traces]
+    find_loops(repeats)
+    if not repeats[0].loops:
+        raise _no_loop(repeats)
+    return repeats
+
+
+def in_common(
+    first: Traced, others: Sequence[Subject], sizes: Sequence[tuple[int, ...]], request: DimRequest
+) -> Skeleton:
+    """What the traces at all lengths have in common.
+
+    Only the first trace has its other dimensions free, which takes the tracer ten times as long. Where the others
+    then are too different, they are traced in the same way.
+
+    Args:
+        first: The first trace.
+        others: The model at the other lengths.
+        sizes: The lengths, the first one's first.
+        request: What was free in the first trace.
+
+    Raises:
+        NoLoopError: Nothing repeats itself in them.
+        LengthError: They differ in more than numbers that follow the length.
+    """
+    static = replace(request, static=True, picked={})
+    try:
+        return _common(sizes, [first, *(trace(other, static) for other in others)])
+    except NoLoopError:
+        raise
+    except LengthError:
+        if request == static:
+            raise
+    return _common(sizes, [first, *(trace(other, request) for other in others)])
+
+
+def _common(sizes: Sequence[tuple[int, ...]], traces: Sequence[Traced]) -> Skeleton:
+    """What the traces have in common."""
+    if any(traced.program.graph_signature.buffers_to_mutate for traced in traces):
+        raise LengthError("the model changes a buffer while it runs", None)
+    repeats = repeats_of(traces)
+    try:
+        return generalised({size: skeleton(each) for size, each in zip(sizes, repeats, strict=True)})
+    except UnlikeError as error:
+        nearest = _nearest(repeats[-1])
+        if nearest is None or nearest.nodes <= getattr(_nearest(repeats[0]), "nodes", 0):
+            raise
+        raise LengthError(nearest.reason, line_of(nearest.node.meta.get("stack_trace"))) from error
+
+
+def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
+    """The reason of the repetition that came closest to a loop."""
+    nearest = _nearest(repeats[-1])
+    if nearest is None:
+        return _unlike(repeats[0].nodes, repeats[-1].nodes)
+    where = line_of(nearest.node.meta.get("stack_trace"))
+    return NoLoopError(nearest.reason, where, of_number=nearest.of_number)
+
+
+def _nearest(trace: Repeats) -> Refusal | None:
+    """Of what repeats itself in a trace outside of its loops, what came closest to a loop."""
+    outside = [refusal for refusal in trace.refusals if trace.locate(refusal.node) is None]
+    return max(outside, key=lambda refusal: refusal.nodes, default=None)
+
+
+def _unlike(fewer: Sequence[fx.Node], more: Sequence[fx.Node]) -> NoLoopError:
+    """Nothing repeats itself: the line of the model that computes more at a greater length, and what it computes."""
+    short, long = (
+        Counter(line_of(node.meta.get("stack_trace")) for node in nodes) for nodes in (fewer, more)
+    )
+    lines = [line for line in long if line is not None and long[line] > short[line]]
+    if not lines:
+        return NoLoopError("its steps are not alike", None)
+    most = max(lines, key=lambda line: long[line] - short[line])
+    there = [node for node in more if line_of(node.meta.get("stack_trace")) == most]
+    times = Counter(operator_name(node.target) for node in there)
+    names = [name for name, count in times.items() if count >= LEAST_TURNS][:4]
+    return NoLoopError(
+        f"its steps are not alike: in turns, they compute {', '.join(names) or 'other things'}", most
+    )
