@@ -45,6 +45,9 @@ def is_user_file(path: str) -> bool:
     if path.startswith(("<", "torch/")):
         return False
     folders = (Path(path).resolve()).parents
+    # An environment may see the packages of another one (`--system-site-packages`, PYTHONPATH).
+    if any(folder.name in ("site-packages", "dist-packages") for folder in folders):
+        return False
     return not any(folder in folders for folder in _library_folders())
 
 

@@ -18,6 +18,7 @@ def test_files():
     assert not is_user_file(torch.__file__)
     assert not is_user_file(json.__file__)
     assert not is_user_file("<string>")
+    assert not is_user_file("/another/environment/lib/python3.11/site-packages/einx/api.py")
     assert is_own_file(moe_export.export.load.__file__)
     assert is_own_file(moe_export.errors.__file__)
     assert not is_own_file(__file__)
