@@ -1,4 +1,4 @@
-"""Which sizes a dynamic dimension is tried at, and what an expression of dimensions comes to.
+"""Which sizes a dynamic dimension is tried at.
 
 Graphs go wrong at sizes that nobody tried: a 1 that was taken for a broadcast, a loop that was unrolled for
 the traced length, a chunk count that was baked in. So every dimension is tried at 1 (or its minimum), one below,
@@ -7,11 +7,9 @@ five above, at its maximum, twice, half and three times the traced size, togethe
 
 from __future__ import annotations
 
-import ast
-import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from moe_export.errors import UsageError
+from moe_export.domain import evaluate
 from moe_export.verify.specs import DimRange, TensorSpec
 
 Change = Callable[[DimRange], int]
@@ -59,47 +57,6 @@ def shape_at(spec: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """The shape of an input when its dynamic dimensions have these sizes.
 
     Raises:
-        UsageError: The shape names an unknown dimension, or says something other than +, - and * of integers.
+        UsageError: The shape names an unknown dimension, or says something that is no expression of sizes.
     """
     return tuple(size if isinstance(size, int) else evaluate(size, sizes) for size in spec.shape)
-
-
-def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """The value of an integer expression of dimension names: `batch`, `2*s0 + 1`, `4*(s0 - s1)`.
-
-    A string that is a name as a whole counts as that name, whatever it looks like ("batch-size").
-
-    Raises:
-        UsageError: An unknown name, or anything but names, integers, +, -, * and parentheses.
-    """
-    if expression in sizes:
-        return sizes[expression]
-    try:
-        tree = ast.parse(expression.strip(), mode="eval")
-    except SyntaxError:
-        raise UsageError(f"dimension '{expression}' is neither a name nor an expression of names") from None
-    return _value(tree.body, expression, sizes)
-
-
-_OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-}
-
-
-def _value(node: ast.expr, expression: str, sizes: Mapping[str, int]) -> int:
-    match node:
-        case ast.Constant(value=int(value)) if not isinstance(value, bool):
-            return value
-        case ast.Name(id=name) if name in sizes:
-            return sizes[name]
-        case ast.Name(id=name):
-            known = ", ".join(sizes) or "none"
-            raise UsageError(f"dimension '{name}' has no range", hint=f"dimensions with a range: {known}")
-        case ast.UnaryOp(op=ast.USub(), operand=operand):
-            return -_value(operand, expression, sizes)
-        case ast.BinOp(op=op, left=left, right=right) if type(op) in _OPERATORS:
-            return _OPERATORS[type(op)](_value(left, expression, sizes), _value(right, expression, sizes))
-        case _:
-            raise UsageError(f"dimension '{expression}': only names, integers, +, - and * are understood")

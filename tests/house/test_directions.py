@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "models": set(),
     "einsum_rewrite": {"errors"},
-    "verify": {"errors", "external_data", "float64"},
-    "export": {"errors", "disk", "external_data", "float64", "einsum_rewrite"},
+    "verify": {"errors", "domain", "external_data", "float64"},
+    "export": {"errors", "disk", "domain", "external_data", "float64", "einsum_rewrite"},
 }
 BELOW = {
     "models",
@@ -25,6 +25,7 @@ BELOW = {
     "export",
     "errors",
     "disk",
+    "domain",
     "external_data",
     "float64",
     "backends",
