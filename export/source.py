@@ -73,11 +73,12 @@ def last_user_line(error: BaseException) -> str | None:
 def last_model_line(error: BaseException) -> str | None:
     """The user's innermost line; where a library's model raised, the innermost line of that library."""
     frames = inside_call(traceback.extract_tb(error.__traceback__))
-    library = [frame for frame in frames if _is_library_model(frame.filename)]
+    library = [frame for frame in frames if is_library_model(frame.filename)]
     return last_user_line(error) or (_place(library[-1]) if library else None)
 
 
-def _is_library_model(path: str) -> bool:
+def is_library_model(path: str) -> bool:
+    """Whether a file may define a library's model: neither PyTorch nor this tool."""
     return Path(path).is_absolute() and f"{os.sep}torch{os.sep}" not in path and not is_own_file(path)
 
 
@@ -88,7 +89,7 @@ def _place(frame: traceback.FrameSummary) -> str:
 def model_frame(stack_trace: str | None) -> tuple[str, int] | None:
     """File and line of the innermost frame of a model's code in a traced node's stack trace, a library's included."""
     for match in reversed(list(_FRAME.finditer(stack_trace or ""))):
-        if _is_library_model(match["file"]):
+        if is_library_model(match["file"]):
             return match["file"], int(match["line"])
     return None
 

@@ -1,0 +1,95 @@
+"""`constants_of`: the integers that a model's code has in it, near which it may do something else.
+
+    if t >= 60: break        range(min(length, 48))        x[:, -16:]        i % 7        self.chunk_size        LIMIT
+
+A trace goes one way through the code, and an example shows one size; what happens at other sizes is written in
+comparisons, slices and moduli. So the code that runs is watched once: the constants of its functions, the globals that
+they read, the integers that they are called with, and those that the modules hold.
+"""
+
+from __future__ import annotations
+
+import sys
+import sysconfig
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import nn
+
+from moe_export.export.source import is_library_model, is_user_file
+from moe_export.export.subject import Subject
+
+_LEAST, _MOST = 2, 2**16  # 0 and 1 are tried anyway; what is larger is no length that is compared at
+_MANY = 64  # of a large configuration nearly every integer is a width; those in the code that ran come first
+
+
+def constants_of(subject: Subject) -> tuple[int, ...]:
+    """The integers in the code that a model runs, each once: its own constants first, then what its modules hold.
+
+    Args:
+        subject: The model; it is run once, on its example.
+    """
+    seen = _Seen()
+    before = sys.getprofile()  # a debugger's, a coverage tool's
+    with torch.no_grad(), suppress(Exception):  # a model that fails here is refused where it is traced
+        sys.setprofile(seen.note)
+        try:
+            subject.call([tensor.clone() for tensor in subject.inputs.values()])
+        finally:
+            sys.setprofile(before)
+    found = [*seen.written, *_held(subject.module), *seen.passed]
+    return tuple(dict.fromkeys(number for number in found if _LEAST <= number <= _MOST))[:_MANY]
+
+
+class _Seen:
+    """Notes integers as functions of the model are called."""
+
+    def __init__(self) -> None:
+        self.written: list[int] = []
+        self.passed: dict[int, None] = {}
+        self._codes: set[CodeType] = set()
+
+    def note(self, frame: FrameType, event: str, argument: Any) -> None:
+        """What `sys.setprofile` calls."""
+        code = frame.f_code
+        if event != "call" or not _is_model_code(code.co_filename):
+            return
+        if code not in self._codes:
+            self._codes.add(code)
+            self.written += _integers(code.co_consts)
+            self.written += _integers(frame.f_globals.get(name) for name in code.co_names)
+        self.passed.update(dict.fromkeys(_integers(frame.f_locals.values())))
+
+
+@cache
+def _is_model_code(path: str) -> bool:
+    standard = Path(sysconfig.get_path("stdlib")).resolve()
+    packages = ("site-packages", "dist-packages")
+    inside = Path(path).resolve().parents
+    is_standard = standard in inside and not any(folder.name in packages for folder in inside)
+    return is_user_file(path) or (is_library_model(path) and not is_standard)
+
+
+def _held(module: nn.Module) -> Iterator[int]:
+    """Integers that modules have as attributes, and the lengths of their buffers: tables of positions, masks."""
+    for each in module.modules():
+        own: Mapping[str, Any] = vars(each)
+        yield from _integers(value for name, value in own.items() if not name.startswith("_"))
+        yield from (
+            buffer.shape[axis] for buffer in each.buffers(recurse=False) for axis in range(buffer.dim())
+        )
+
+
+def _integers(values: Iterable[Any]) -> list[int]:
+    found: list[int] = []
+    for value in values:
+        if type(value) is int:
+            found.append(abs(value))  # x[-16:]
+        elif isinstance(value, (tuple, frozenset)):
+            found += _integers(value)
+    return found

@@ -1,0 +1,57 @@
+"""Integers in the code that a model runs."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import nn
+
+from moe_export.export.constants import constants_of
+from moe_export.export.subject import make_subject
+
+LIMIT, UNUSED = 331, 332
+
+
+def _helper(x, window=77):
+    return x[:, -window:] if x.shape[1] > LIMIT else x
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.chunk_size = 61
+        self.sizes = (83, 89)
+        self.register_buffer("table", torch.zeros(97, 1))
+
+    def forward(self, x):
+        for t in range(min(x.shape[1], 48)):
+            if t >= 60 or t % 7 == 3:
+                break
+        return _helper(x) * sum(x.shape[0] for _ in range(2))
+
+    def never(self):
+        return 4001
+
+
+def test_constants(tmp_path):
+    subject = make_subject(Model(), (torch.zeros(2, 5, 3),), {}, source=tmp_path, how="")
+    found = constants_of(subject)
+    assert {48, 60, 7, 3, LIMIT, 61, 83, 89, 97, 77} <= set(found)
+    assert not {UNUSED, 4001, 0, 1} & set(found)
+    assert (
+        found.index(48) < found.index(61) < found.index(77)
+    )  # its own constants, its attributes, its arguments
+    assert len(set(found)) == len(found)
+
+
+def test_whoever_watches_goes_on_watching(tmp_path):
+    subject = make_subject(nn.Linear(3, 3), (torch.zeros(2, 3),), {}, source=tmp_path, how="")
+    seen = []
+    sys.setprofile(lambda frame, event, argument: seen.append(event))
+    try:
+        constants_of(subject)
+        watching = sys.getprofile()
+    finally:
+        sys.setprofile(None)
+    assert watching is not None
