@@ -11,17 +11,28 @@ _PLAIN = (bool, int, float, complex, str)
 
 
 def notes_on(subject: Subject, traced: Traced) -> list[str]:
-    """One line each: fixed dimensions, dropped outputs, fixed arguments, changed buffers, unused inputs."""
+    """One line each: fixed dimensions, dropped outputs, fixed arguments, changed state, unused inputs."""
     return [
         *(str(fixed) for fixed in traced.fixed if fixed.model_takes_others),
         *(_on_dropped(name, value, traced) for name, value in subject.dropped.items()),
         *(f"argument {name} is fixed at {_short(value)}" for name, value in subject.constants.items()),
-        *(
-            f"buffer {name} changes with every call of the model; the graph always starts from its first value"
-            for name in sorted(subject.changed)
-        ),
+        *subject.notes,
+        *_on_state(subject),
         *(f"input {name} has no influence on the outputs" for name in _unused(traced)),
     ]
+
+
+def _on_state(subject: Subject) -> list[str]:
+    """A graph has no memory: what is kept from call to call in the model, it does not have."""
+    notes = [
+        f"{what} changes with every call of the model; the graph always starts from its first value"
+        for what in sorted(subject.changed)
+    ]
+    if subject.cached:
+        named = ", ".join(sorted(subject.cached)[:4])
+        more = f" and {len(subject.cached) - 4} more" if len(subject.cached) > 4 else ""
+        notes.append(f"set by the model's first call, and left out here before each call: {named}{more}")
+    return notes
 
 
 def _on_dropped(name: str, value: Any, traced: Traced) -> str:

@@ -18,7 +18,7 @@ def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[s
 
     Raises:
         NotExportableError: It draws random numbers, and names the operator and its line; or it keeps something
-            from one call to the next that is no buffer.
+            from one call to the next where `state` does not see it.
     """
     absent = subject.weights is not None and subject.weights.absent
     if not absent and _agrees_with_itself(subject, example):
@@ -33,7 +33,8 @@ def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[s
         raise NotExportableError(
             f"{name} gives other outputs at every call, and not by random numbers",
             where=str(subject.source),
-            hint="it keeps state in an attribute: pass that in and return it, or make it a buffer",
+            hint="it keeps state where it cannot be put back, as in a closure: pass that in and return it, "
+            "or make it a buffer",
         )
     raise NotExportableError(
         f"{name} gives other outputs at every call: {suspect.target} draws random numbers",

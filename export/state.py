@@ -1,68 +1,307 @@
-"""Buffers that a model changes while it runs: counters, caches, running means.
+"""What a call of a model changes: counters, caches, tables that grow, running means; saved, compared, put back.
 
-A graph has no memory: every run starts from the buffers as they were in the file. So does every run of the
-original here, or the second one could not be compared.
+A graph has no memory: every run starts from the state in which the model was loaded. So does every run of the
+original here, or the second one could not be compared, and the tracer's symbols would stay behind in the model.
+
+State is whatever a call can reach and write to:
+
+- buffers, and plain attributes of modules and of objects that hang on them, through lists, dicts and sets;
+- globals of the user's own files, where caches live (`_TABLES = {}`).
+
+A container is saved by its items, a tensor by a copy of its values. Weights are too large to be copied for good, so
+they are copied for the first call alone (`State.of(..., weights=True)`), and those that it changes stay copied.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import sys
+import types
+from collections import deque
+from collections.abc import Callable, Iterator, MutableSet
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
+from moe_export.export.source import is_user_file
+from moe_export.export.weights.stand_in import stand_in_of
+
+_MOST_WEIGHTS = 2**30  # bytes that the weights may have to be copied for the first call
+_BY_VALUE = (
+    2**20
+)  # bytes up to which a tensor is compared by its values; beyond, by PyTorch's count of writes to it
+_GLOBAL = "global"
+_PLAIN = (bool, int, float, complex, str, bytes, type(None))
+
 
 @dataclass(frozen=True)
-class Buffers:
-    """The buffers of a module at one moment.
+class _Items:
+    """A container and what was in it.
 
     Attributes:
-        module: Whose buffers they are.
-        saved: Owner, name, the tensor object (or None), and a copy of its values.
+        owner: A dict (of attributes, too), list, set or deque.
+        where: What a key of it is called in reports.
+        items: A shallow copy.
     """
 
-    module: nn.Module
-    saved: tuple[tuple[nn.Module, str, torch.Tensor | None, torch.Tensor | None], ...]
+    owner: Any
+    where: Callable[[Any], str]
+    items: Any
 
-    @staticmethod
-    def of(module: nn.Module, names: frozenset[str] | None = None) -> Buffers:
-        """Save the buffers of a module; only those of the given names, if any are given."""
-        saved = [
-            (owner, name, tensor, tensor.detach().clone() if tensor is not None else None)
-            for path, owner, name, tensor in _buffers(module)
-            if names is None or path in names
-        ]
-        return Buffers(module, tuple(saved))
+    def differing(self) -> Iterator[str]:
+        """What is no longer the same object, or the same plain value."""
+        now = _indexed(self.owner)
+        then = _indexed(self.items)
+        for key in {**then, **now}:
+            if key not in now or key not in then or not _is(now[key], then[key]):
+                yield self.where(key)
 
-    def changed(self) -> frozenset[str]:
-        """Paths of the buffers that are no longer what they were."""
-        paths = {(id(owner), name): path for path, owner, name, _ in _buffers(self.module)}
-        return frozenset(
-            paths[id(owner), name]
-            for owner, name, tensor, copy in self.saved
-            if (id(owner), name) in paths and not _same(owner._buffers[name], tensor, copy)
-        )
+    def restore(self) -> None:
+        """Put the items back, into the same container."""
+        if all(False for _ in self.differing()):
+            return
+        if isinstance(self.owner, (dict, MutableSet)):
+            self.owner.clear()
+            self.owner.update(self.items)  # type: ignore[union-attr]  # what has `clear` here has `update`
+        else:
+            self.owner.clear()
+            self.owner.extend(self.items)
+
+
+@dataclass(frozen=True)
+class _Values:
+    """A tensor and what was in it."""
+
+    tensor: torch.Tensor
+    where: str
+    copy: torch.Tensor | None
+    writes: int
+    address: int
+
+    def differs(self) -> bool:
+        """Whether it was written to, or moved."""
+        if _address(self.tensor) != self.address or _writes(self.tensor) != self.writes:
+            return self.copy is None or not _same(self.tensor, self.copy)
+        by_value = self.copy is not None and self.copy.nbytes <= _BY_VALUE
+        return by_value and self.copy is not None and not _same(self.tensor, self.copy)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put the same tensor objects back, with the values that they had."""
-        for owner, name, tensor, copy in self.saved:
-            owner._buffers[name] = tensor
-            if tensor is not None and copy is not None:
-                tensor.detach().copy_(copy)
+        """Put the values back."""
+        if self.copy is None or not self.differs():
+            return
+        if self.tensor.shape == self.copy.shape and self.tensor.dtype == self.copy.dtype:
+            self.tensor.detach().copy_(self.copy)
+        else:
+            self.tensor.data = self.copy.clone()
 
 
-def _buffers(module: nn.Module) -> Iterator[tuple[str, nn.Module, str, torch.Tensor | None]]:
-    for prefix, owner in module.named_modules():
-        for name, tensor in owner._buffers.items():
-            yield (f"{prefix}.{name}" if prefix else name), owner, name, tensor
+@dataclass(frozen=True)
+class State:
+    """The state of a model at one moment."""
+
+    _items: tuple[_Items, ...]
+    _values: tuple[_Values, ...]
+    _weights: tuple[_Values, ...] = ()
+
+    @staticmethod
+    def of(module: nn.Module, *, weights: bool = False) -> State:
+        """Save the state of a model.
+
+        Args:
+            module: The model.
+            weights: Whether to copy its parameters, too.
+        """
+        walk = _Walk()
+        walk.see(module, "", "")
+        for name, namespace in _namespaces(module):
+            walk.see_globals(name, namespace)
+        nbytes = sum(weight.nbytes for weight, _ in walk.weights)
+        copied = weights and nbytes <= _MOST_WEIGHTS
+        saved = (
+            tuple(_saved(weight, where, copied=copied) for weight, where in walk.weights) if weights else ()
+        )
+        return State(tuple(walk.items), tuple(walk.values), saved)
+
+    def changed(self) -> frozenset[str]:
+        """What is no longer as it was: `buffer total`, `attribute rope.length`, `global _TABLES of model.py`."""
+        items = (where for saved in self._items for where in saved.differing())
+        values = (saved.where for saved in (*self._values, *self._weights) if saved.differs())
+        return frozenset([*items, *values])
+
+    def restore(self) -> None:
+        """Put the same objects back, with the values that they had."""
+        for items in self._items:
+            items.restore()
+        for values in (*self._values, *self._weights):
+            values.restore()
+
+    def lasting(self) -> State:
+        """The state without copies of weights that are as they were."""
+        return State(self._items, self._values, tuple(saved for saved in self._weights if saved.differs()))
+
+    def lost(self) -> frozenset[str]:
+        """Weights that are no longer what they were, and too large to have been copied."""
+        return frozenset(saved.where for saved in self._weights if saved.copy is None and saved.differs())
 
 
-def _same(now: torch.Tensor | None, then: torch.Tensor | None, copy: torch.Tensor | None) -> bool:
-    if now is None or then is None or copy is None:
-        return now is then
-    if now.shape != copy.shape or now.dtype != copy.dtype:
+@dataclass
+class _Walk:
+    """Everything that can be reached, each once."""
+
+    items: list[_Items] = field(default_factory=list)
+    values: list[_Values] = field(default_factory=list)
+    weights: list[tuple[torch.Tensor, str]] = field(default_factory=list)
+    _seen: dict[int, Any] = field(default_factory=dict)
+
+    def see(self, value: Any, path: str, kind: str) -> None:
+        """Save what can change of a value, and of what it holds."""
+        if isinstance(value, _PLAIN) or id(value) in self._seen:
+            return
+        self._seen[id(value)] = value
+        if isinstance(value, torch.Tensor):
+            self._see_tensor(value, f"{kind} {path}")
+        elif isinstance(value, nn.Module):
+            if kind != _GLOBAL:
+                self._see_module(value, path)
+        elif isinstance(value, dict):
+            self._see_items(value, lambda key: f"{kind} {path}[{key!r}]")
+            for key, item in value.items():
+                self.see(item, f"{path}[{key!r}]", kind)
+        elif isinstance(value, (list, deque, set)):
+            self._see_items(value, lambda _: f"{kind} {path}")
+            for index, item in enumerate(value):
+                self.see(item, f"{path}[{index}]", kind)
+        elif isinstance(value, (tuple, frozenset)):
+            for index, item in enumerate(value):
+                self.see(item, f"{path}[{index}]", kind)
+        elif kind != _GLOBAL and _holds_state(value):
+            self._see_items(vars(value), lambda key: f"{kind} {path}.{key}")
+            for key, item in vars(value).items():
+                self.see(item, f"{path}.{key}", kind)
+
+    def see_globals(self, file: str, namespace: dict[str, Any]) -> None:
+        """Save the values and the containers among the globals of a file; what has a life of its own is left alone."""
+        simple = {
+            name: value
+            for name, value in namespace.items()
+            if not name.startswith("__")
+            and isinstance(value, (*_PLAIN, torch.Tensor, dict, list, set, deque))
+        }
+        self.items.append(_Globals(namespace, lambda key: f"global {key} of {file}", simple))
+        for name, value in simple.items():
+            self.see(value, f"{name} of {file}", _GLOBAL)
+
+    def _see_module(self, module: nn.Module, path: str) -> None:
+        start = f"{path}." if path else ""
+        self._see_items(module.__dict__, lambda key: f"attribute {start}{key}")
+        for key, value in module.__dict__.items():
+            if key == "_parameters":
+                self._see_items(value, lambda key: f"parameter {start}{key}")
+                for name, weight in value.items():
+                    self.see(weight, f"{start}{name}", "parameter")
+            elif key == "_buffers":
+                self._see_items(value, lambda key: f"buffer {start}{key}")
+                for name, tensor in value.items():
+                    self.see(tensor, f"{start}{name}", "buffer")
+            elif key == "_modules":
+                self._see_items(value, lambda key: f"module {start}{key}")
+                for name, child in value.items():
+                    self.see(child, f"{start}{name}", "attribute")
+            elif "_hooks" not in key:
+                self.see(value, f"{start}{key}", "attribute")
+
+    def _see_items(self, owner: Any, where: Callable[[Any], str]) -> None:
+        kind = dict if isinstance(owner, dict) else set if isinstance(owner, set) else list
+        self.items.append(_Items(owner, where, kind(owner)))
+
+    def _see_tensor(self, tensor: torch.Tensor, where: str) -> None:
+        if tensor.is_meta or tensor.layout is not torch.strided or stand_in_of(tensor) is not None:
+            return
+        if isinstance(tensor, nn.Parameter):
+            self.weights.append((tensor, where))
+        else:
+            self.values.append(_saved(tensor, where, copied=True))
+
+
+@dataclass(frozen=True)
+class _Globals(_Items):
+    """Globals of a file: of what it defines, only those that were saved, and what is new, are looked at."""
+
+    def differing(self) -> Iterator[str]:
+        for name, value in self.items.items():
+            if name not in self.owner or not _is(self.owner[name], value):
+                yield self.where(name)
+
+    def restore(self) -> None:
+        for name, value in self.items.items():
+            if name not in self.owner or not _is(self.owner[name], value):
+                self.owner[name] = value
+
+
+def _namespaces(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+    """The globals of the user's files that a model's code lies in, by file."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in {base for part in module.modules() for base in type(part).__mro__}:
+        forward = vars(kind).get("forward")
+        if isinstance(forward, types.FunctionType) and is_user_file(forward.__code__.co_filename):
+            found[forward.__code__.co_filename] = forward.__globals__
+    for other in list(sys.modules.values()):
+        file = getattr(other, "__file__", None)
+        if isinstance(other, types.ModuleType) and isinstance(file, str) and is_user_file(file):
+            found.setdefault(file, vars(other))
+    return [(file.rpartition("/")[2], namespace) for file, namespace in sorted(found.items())]
+
+
+def _holds_state(value: Any) -> bool:
+    """Whether it is an object of somebody's class, with attributes; not one of Python's or PyTorch's own machinery."""
+    if isinstance(value, types.SimpleNamespace):
+        return True
+    kind = type(value)
+    package = kind.__module__.partition(".")[0]
+    return (
+        isinstance(getattr(value, "__dict__", None), dict)
+        and not isinstance(value, (type, types.ModuleType, types.FunctionType, types.MethodType))
+        and package not in sys.stdlib_module_names
+        and package not in {"torch", "numpy"}
+    )
+
+
+def _saved(tensor: torch.Tensor, where: str, *, copied: bool) -> _Values:
+    copy = tensor.detach().clone() if copied else None
+    return _Values(tensor, where, copy, _writes(tensor), _address(tensor))
+
+
+def _address(tensor: torch.Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a subclass without memory of its own
+        return 0
+
+
+def _writes(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _indexed(owner: Any) -> dict[Any, Any]:
+    if isinstance(owner, dict):
+        return owner
+    if isinstance(owner, MutableSet):
+        return {id(item): item for item in owner}
+    return dict(enumerate(owner))
+
+
+def _is(now: Any, then: Any) -> bool:
+    return now is then or (type(now) is type(then) and isinstance(now, _PLAIN) and now == then)
+
+
+def _same(now: torch.Tensor, then: torch.Tensor) -> bool:
+    if now.shape != then.shape or now.dtype != then.dtype:
         return False
     # Bit for bit, so that a NaN equals itself.
-    return torch.equal(*(tensor.detach().reshape(-1).view(torch.uint8) for tensor in (now, copy)))
+    return torch.equal(*(_bits(tensor) for tensor in (now, then)))
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().resolve_conj().resolve_neg().reshape(-1).view(torch.uint8)

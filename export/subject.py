@@ -8,20 +8,22 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.accept import check_inputs, check_outputs, plain_module, register_dataclasses
 from moe_export.export.leaves import Leaf, identifier, leaves, unique
 from moe_export.export.source import is_user_file, last_user_line
-from moe_export.export.state import Buffers
+from moe_export.export.state import State
+from moe_export.export.train_mode import note_on_mode
 from moe_export.export.weights.stand_in import StandIns
 from moe_export.export.weights.zero import without_weights
 
@@ -38,8 +40,11 @@ class Subject:
         constants: Arguments that are no tensors and are fixed in the graph, by name.
         outputs: Names of the tensors that a call returns, in order.
         dropped: Outputs that are no tensors (`aux_loss = 0`) and so no outputs of a graph.
-        changed: Paths of the buffers that a call changes; each call here starts from their first values.
+        changed: What every call changes (`buffer total`, `attribute rope.calls`); each call here starts from its first
+            value.
+        cached: What the first call alone changes.
         weights: Where the weights are, if the model came without them.
+        notes: What is to be said of how the model was found.
     """
 
     module: nn.Module
@@ -50,21 +55,27 @@ class Subject:
     outputs: tuple[str, ...]
     dropped: Mapping[str, Any]
     changed: frozenset[str]
+    cached: frozenset[str]
+    state: State = field(repr=False)
     _spec: pytree.TreeSpec = field(repr=False)
     _template: tuple[Any, ...] = field(repr=False)
     weights: StandIns | None = field(default=None, repr=False)
+    notes: tuple[str, ...] = ()
+
+    def of(self, module: nn.Module) -> Subject:
+        """The same with another module: a copy of its own, in other types or on another device."""
+        return replace(self, module=module, state=State.of(module))
 
     def call(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the model on flat tensors, in the order of `inputs`; the outputs in the order of `outputs`."""
-        before = Buffers.of(self.module, self.changed)
         try:
             with without_weights(self.weights):
                 return tuple(leaf.value for leaf in self.call_leaves(tensors) if leaf.is_tensor)
         finally:
-            before.restore()
+            self.state.restore()
 
     def call_leaves(self, tensors: Sequence[torch.Tensor]) -> list[Leaf]:
-        """Run the model once; everything that it returns, `dropped` included. Buffers keep what it does to them."""
+        """Run the model once; everything that it returns, `dropped` included. What it does to its state stays."""
         queue = iter(tensors)
         filled = [next(queue) if isinstance(item, _Slot) else item for item in self._template]
         args, kwargs = pytree.tree_unflatten(filled, self._spec)
@@ -117,7 +128,9 @@ def make_subject(
         UsageError: The arguments do not fit `forward`, or `forward` raises on them.
         NotExportableError: The model returns no tensor, or it or an argument is of a kind that ONNX lacks.
     """
-    module = plain_module(module, source).eval()
+    module = plain_module(module, source)
+    awake = [part for part in module.modules() if part.training]
+    module.eval()
     register_dataclasses((args, kwargs))
     flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     names = unique(_argument_names(module, args, kwargs, source, flat))
@@ -129,11 +142,9 @@ def make_subject(
             hint="give example_inputs as a tuple or dict of tensors",
         )
     check_inputs(tensors, source)
-    before = Buffers.of(module)
     with without_weights(weights):
-        found = list(leaves(_run(module, args, kwargs, source)))
-    changed = before.changed()
-    before.restore()
+        ran = _first_calls(module, lambda: list(leaves(_run(module, args, kwargs, source))), source)
+    found = ran.found
     outputs, dropped = _output_names(module, found, set(tensors))
     check_outputs(
         dict(zip(outputs, (leaf.value for leaf in found if leaf.is_tensor), strict=True)),
@@ -144,7 +155,7 @@ def make_subject(
             f"{type(module).__name__}.forward returns no tensor, so there is no graph to write",
             where=_forward_line(module),
         )
-    return Subject(
+    subject = Subject(
         module=module,
         source=source,
         how=how,
@@ -156,11 +167,52 @@ def make_subject(
         },
         outputs=tuple(outputs),
         dropped=dropped,
-        changed=changed,
+        changed=ran.changed,
+        cached=ran.cached,
+        state=ran.state,
         _spec=spec,
         _template=tuple(_SLOT if _is_tensor(value) else value for value in flat),
         weights=weights,
     )
+    if weights is not None and weights.absent:
+        return subject
+    example = tuple(tensors.values())
+    return replace(
+        subject, notes=note_on_mode(module, awake, lambda: subject.call([t.clone() for t in example]))
+    )
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What came of the first calls of a model."""
+
+    found: list[Leaf]
+    state: State
+    changed: frozenset[str]
+    cached: frozenset[str]
+
+
+def _first_calls(module: nn.Module, call: Callable[[], list[Leaf]], source: Path) -> _Ran:
+    """Call a model once, and once more if that changed its state: what changes each time is no cache."""
+    if any(is_lazy(weight) for weight in [*module.parameters(), *module.buffers()]):
+        call()  # it makes its weights, and becomes another class
+    before = State.of(module, weights=True)
+    found = call()
+    first = before.changed()
+    if lost := before.lost():
+        raise NotExportableError(
+            f"a call of {type(module).__name__} writes to {min(lost)}, and its weights are too large to be put back",
+            where=str(source),
+            hint="let forward compute with a copy of the weight",
+        )
+    again: frozenset[str] = frozenset()
+    if first:
+        between = State.of(module)
+        call()
+        again = between.changed()
+    state = before.lasting()
+    state.restore()
+    return _Ran(found, state, again, first - again)
 
 
 def _is_tensor(value: Any) -> bool:

@@ -32,9 +32,9 @@ from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.idioms_numbers import symbolic_numbers
 from moe_export.export.leaves import unique
 from moe_export.export.made_once import made_once
+from moe_export.export.memos import without_memos
 from moe_export.export.randomness import refuse_random
 from moe_export.export.source import last_model_line
-from moe_export.export.state import Buffers
 from moe_export.export.subject import Subject
 from moe_export.export.widen import accepts, widened
 
@@ -189,7 +189,6 @@ def _export(
         numbers: list[frozenset[int]] = []
         free = any(dimension is not None for axes in spec for dimension in axes)
         flat = _Flat(subject, numbers).eval()
-        before = Buffers.of(subject.module)
         try:
             # The cache of fake results is slower than none where sizes are symbols: twice, with loops over experts.
             # Where all are numbers it saves a third.
@@ -200,6 +199,7 @@ def _export(
                 made_once(),
                 torch.backends.opt_einsum.flags(enabled=False),
                 dynamo_config.patch(fake_tensor_cache_enabled=not free),
+                without_memos(subject.module),
                 traceable_idioms(),
                 symbolic_numbers(subject.module),
                 every_expert_hit(),
@@ -221,7 +221,7 @@ def _export(
             first = first or error
             continue
         finally:
-            before.restore()
+            subject.state.restore()
         names = list(subject.dropped)
         computed = frozenset(names[index] for index in numbers[-1] if index < len(names))
         return program, computed, _first_line(first) if first else None

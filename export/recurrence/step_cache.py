@@ -80,7 +80,7 @@ def _prove(subject: Subject, length: Length, count: int) -> None:
         name: tensor.double() if tensor.is_floating_point() else tensor
         for name, tensor in subject.inputs.items()
     }
-    wide = replace(subject, module=copy.deepcopy(subject.module).double(), inputs=inputs)
+    wide = replace(subject.of(copy.deepcopy(subject.module).double()), inputs=inputs)
     with in_float64(), traceable_experts():
         _prove_as_it_is(wide, length, count)
 

@@ -38,7 +38,7 @@ def test_random_numbers(tools, function, operator):
     assert "F.dropout(x, p, training=self.training)" in said
 
 
-def test_state_that_is_no_buffer(tools):
+def test_state_in_an_attribute_starts_anew_each_time(tools):
     class Remembers(nn.Module):
         state = torch.zeros(3)
 
@@ -46,8 +46,20 @@ def test_state_that_is_no_buffer(tools):
             self.state = self.state + x.sum(0)
             return self.state
 
+    subject = tools.subject(Remembers(), torch.ones(2, 3))
+    trace(subject)
+    assert subject.changed == {"attribute state"}
+
+
+def test_state_that_nobody_can_put_back(tools):
+    seen = []
+
+    def counting(x):
+        seen.append(len(x))
+        return x + len(seen)
+
     with pytest.raises(NotExportableError, match="gives other outputs at every call, and not by random"):
-        trace(tools.subject(Remembers(), torch.ones(2, 3)))
+        trace(tools.subject(Calls(counting), torch.ones(2, 3)))
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,18 @@
-"""Buffers that a model changes: every call, and the graph, starts from the same ones."""
+"""What a model changes when it is called: every call, and the graph, starts from the same state."""
 
 from __future__ import annotations
 
+from collections import deque
+from functools import cache, cached_property, lru_cache
+
+import pytest
 import torch
 from torch import nn
 
-from moe_export.export.state import Buffers
+from moe_export.export.state import State
+
+_TABLES = {}
+_CALLS = 0
 
 
 class Counter(nn.Module):
@@ -23,23 +30,84 @@ class Counter(nn.Module):
 
 def test_changed_and_restored():
     model = nn.Sequential(Counter())
-    before = Buffers.of(model)
+    before = State.of(model)
     tensor = model[0].calls
     model(torch.ones(1))
-    assert before.changed() == {"0.calls", "0.cache"}
+    assert before.changed() == {"buffer 0.calls", "buffer 0.cache"}
     before.restore()
     assert before.changed() == set()
     assert model[0].calls is tensor
     assert model[0].cache is None
 
 
-def test_only_the_named_ones_are_saved():
-    model = Counter()
-    before = Buffers.of(model, frozenset({"cache"}))
-    model(torch.ones(1))
+class Holder:
+    def __init__(self):
+        self.length, self.seen = 0, []
+
+
+class Everywhere(nn.Module):
+    """Writes to whatever a module can hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.tables, self.recent = 0, {"a": {}}, deque([1], maxlen=2)
+        self.holder, self.sizes, self.loose = Holder(), set(), torch.zeros(2)
+
+    def forward(self, x):
+        self.count += 1
+        self.tables["a"][len(x)] = x
+        self.recent.append(len(x))
+        self.holder.length = len(x)
+        self.holder.seen.append(x)
+        self.sizes.add(len(x))
+        self.loose.data += 1  # PyTorch does not count this as a write
+        self.made = x
+        return x
+
+
+def test_whatever_a_module_can_hold():
+    model = Everywhere()
+    before = State.of(model)
+    model(torch.ones(3))
+    assert before.changed() == {
+        "attribute count",
+        "attribute tables['a'][3]",
+        "attribute recent",
+        "attribute holder.length",
+        "attribute holder.seen",
+        "attribute sizes",
+        "attribute loose",
+        "attribute made",
+    }
     before.restore()
-    assert model.cache is None
-    assert model.calls == 1
+    assert before.changed() == set()
+    assert (model.count, model.tables, list(model.recent), model.holder.seen) == (0, {"a": {}}, [1], [])
+    assert not hasattr(model, "made")
+    assert torch.equal(model.loose, torch.zeros(2))
+
+
+def test_globals_of_the_users_file():
+    class Global(nn.Module):
+        def forward(self, x):
+            global _CALLS  # noqa: PLW0603
+            _CALLS += 1
+            _TABLES[len(x)] = x
+            return x
+
+    before = State.of(Global())
+    Global()(torch.ones(3))
+    assert before.changed() == {"global _CALLS of test_state.py", "global _TABLES of test_state.py[3]"}
+    before.restore()
+    assert (_CALLS, _TABLES) == (0, {})
+
+
+def test_a_weight_that_a_call_writes_to(tools):
+    model = nn.Sequential(nn.Embedding(5, 4, max_norm=0.1))
+    weight = model[0].weight.detach().clone()
+    subject = tools.subject(model, torch.arange(3))
+    assert subject.cached == {"parameter 0.weight"}
+    subject.call([torch.arange(5)])
+    assert torch.equal(model[0].weight, weight)
 
 
 class Running(nn.Module):
@@ -54,7 +122,7 @@ class Running(nn.Module):
 
 def test_every_call_of_a_subject_starts_anew(tools):
     subject = tools.subject(Running(), torch.ones(2, 3))
-    assert subject.changed == {"total"}
+    assert subject.changed == {"buffer total"}
     x = torch.randn(4, 3)
     assert torch.equal(subject.call([x])[0], subject.call([x])[0])
     assert torch.equal(subject.module.total, torch.zeros(3))
@@ -68,6 +136,19 @@ def test_the_graph_starts_from_the_files_values(tools):
     assert note in graph.notes
 
 
+def test_a_counter_that_is_no_buffer(tools):
+    class Calls(nn.Module):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return x * self.calls
+
+    graph = tools.graph(Calls(), torch.ones(2, 3))
+    tools.equal(graph, torch.randn(4, 3))
+    assert any(note.startswith("attribute calls changes with every call") for note in graph.notes)
+
+
 def test_a_cache_that_grows_on_demand(tools):
     class Rotary(nn.Module):
         cached = None
@@ -77,4 +158,97 @@ def test_a_cache_that_grows_on_demand(tools):
                 self.cached = torch.arange(x.shape[1]).float().cos()
             return x * self.cached[: x.shape[1]]
 
-    tools.equal(tools.graph(Rotary(), torch.ones(2, 3)), torch.randn(4, 3))
+    graph = tools.graph(Rotary(), torch.ones(2, 3))
+    tools.equal(graph, torch.randn(4, 3))
+    assert (
+        "set by the model's first call, and left out here before each call: attribute cached" in graph.notes
+    )
+
+
+class Rotation(nn.Module):
+    """A table in a buffer, and beside it how much of it is filled: one without the other is a table of zeros."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.zeros(64, 4))
+        self.filled = 0
+
+    def forward(self, x):
+        length = x.shape[1]
+        if self.filled < length:
+            self.table[:length] = torch.arange(length)[:, None] * torch.ones(4)
+            self.filled = length
+        return x + self.table[:length]
+
+
+def test_a_buffer_and_what_stands_beside_it_stay_together(tools):
+    graph = tools.graph(Rotation(), torch.ones(2, 3, 4))
+    x = torch.randn(2, 3, 4)
+    found = tools.run(graph.model, x=x)["output"]
+    assert torch.allclose(torch.from_numpy(found), x + torch.arange(3)[:, None])
+
+
+@lru_cache
+def _table(length):
+    return torch.arange(length).float() + 1
+
+
+@cache
+def _scale(length):
+    return length**-0.5
+
+
+class Remembered(nn.Module):
+    def forward(self, x):
+        return x * _table(x.shape[1]) * _scale(x.shape[1]) * self.share(x.shape[1])
+
+    @staticmethod
+    @lru_cache(8)
+    def share(length):
+        return torch.ones(length) / length
+
+
+def test_tables_behind_a_memory_of_results(tools):
+    graph = tools.graph(Remembered(), torch.ones(2, 5))
+    for length in (1, 3, 9):
+        x = torch.randn(2, length)
+        tools.equal(graph, x)
+        assert torch.allclose(Remembered()(x), x * _table(length) * length**-0.5 / length)
+
+
+def test_a_property_that_is_computed_once(tools):
+    class Once(nn.Module):
+        @cached_property
+        def scale(self):
+            return torch.full((3,), 2.0)
+
+        def forward(self, x):
+            return x * self.scale
+
+    model = Once()
+    tools.equal(tools.graph(model, torch.ones(2, 3)), torch.randn(4, 3))
+    assert torch.equal(model(torch.ones(1, 3)), torch.full((1, 3), 2.0))
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1)), "1 (Dropout)"),
+        (nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)), "1 (BatchNorm1d)"),
+        (nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.0)), None),
+        (nn.Sequential(nn.Linear(3, 3), nn.Dropout(0.1)).eval(), None),
+    ],
+)
+def test_train_mode_is_said_where_it_counts(tools, model, said):
+    notes = " ".join(tools.subject(model, torch.randn(2, 3)).notes)
+    assert ("train mode" in notes) is (said is not None)
+    assert said is None or said in notes
+    assert not any(part.training for part in model.modules())
+
+
+def test_a_forward_that_asks_for_the_mode(tools):
+    class Asks(nn.Module):
+        def forward(self, x):
+            return x + 1 if self.training else x
+
+    assert "train mode" in tools.subject(Asks(), torch.randn(2, 3)).notes[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 from moe_export.export.subject import Subject
 from moe_export.verify import Array, Choice, TorchRunner
@@ -37,7 +36,7 @@ class Float64Runner:
 
     def _wide(self) -> TorchRunner:
         if self._runner is None:
-            wide = replace(self._subject, module=copy.deepcopy(self._subject.module).double())
+            wide = self._subject.of(copy.deepcopy(self._subject.module).double())
             self._runner = TorchRunner(wide.call_named, self._outputs, self.name, "float64")
         return self._runner
 

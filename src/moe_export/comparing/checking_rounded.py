@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -31,8 +30,7 @@ class RoundedRunner:
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run once."""
         if self._runner is None:
-            module = _rounded(copy.deepcopy(self._subject.module), self._dtype)
-            subject = replace(self._subject, module=module)
+            subject = self._subject.of(_rounded(copy.deepcopy(self._subject.module), self._dtype))
             self._runner = TorchRunner(subject.call_named, self._outputs, self.name)
         return self._runner.run(inputs)
 
