@@ -11,7 +11,7 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 |---|---|
 | `load`, `script`, `arguments`, `stand_in` | find the model in a file: by name, by class, or by its first call |
 | `subject`, `leaves` | the module with named tensors in and named tensors out |
-| `accept`, `state` | wrappers off, refusals early; buffers that a call changes |
+| `accept`, `state`, `ended` | wrappers off, refusals early; buffers that a call changes; code that ends the process |
 | `tracing`, `conditions`, `dims`, `widen`, `idioms*` | `torch.export`, dimensions free where that holds; their names |
 | `randomness`, `notes` | what cannot be verified; what the report should say |
 | `emit`, `spelling*`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |

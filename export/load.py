@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 
 from moe_export.errors import UsageError
 from moe_export.export.arguments import parse_init, parse_input
+from moe_export.export.ended import no_exit
 from moe_export.export.script import Call, run_file
 from moe_export.export.source import last_user_line
 from moe_export.export.subject import Subject, make_subject
@@ -48,7 +49,7 @@ def load_subject(
     Raises:
         UsageError: There is no such file, it cannot be run, or no model (or no single one) is in it.
     """
-    with _same_numbers():
+    with no_exit(), _same_numbers():
         return _load(spec, init, inputs, memory)
 
 

@@ -15,6 +15,7 @@ from moe_export.einsum_rewrite import Site, rewrite_program
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.dims import DimRequest
 from moe_export.export.emit import check, emit
+from moe_export.export.ended import no_exit
 from moe_export.export.experts.emit import write_experts
 from moe_export.export.experts.place import Placed, place_experts
 from moe_export.export.functions import described
@@ -97,6 +98,7 @@ class Graph:
     placed: Placed | None = None
 
 
+@no_exit()
 def export_subject(subject: Subject, options: Options, step: Step = nullcontext) -> tuple[Graph, ...]:
     """Export a model: its graph, then the graph of each of its gates.
 

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -32,6 +32,7 @@ _INLINE_LIMIT = 2**31 - 2**24  # protobuf cannot hold 2 GiB; room is left for th
 _STAGING = ".moe-export-"
 _REPORT = ".report.json"
 _DATA = re.compile(r"(?P<graph>.+\.onnx)\.[0-9a-f]{12}\.\d+\.data")
+_TRIES = 3
 _LEAST = 1024
 """Bytes from which a weight of a large graph is put outside it."""
 
@@ -46,13 +47,13 @@ def staging(folder: Path) -> Iterator[Path]:
     Raises:
         UsageError: The folder cannot be made or written to, or the disk is full.
     """
-    made = _first_missing(folder)
+    made: list[Path] = []
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary, lock = _own_folder(folder)
+        temporary, lock = _made(folder, made)
     except OSError as error:
+        _unmake(made)
         raise _unwritable(folder, error) from error
-    done = False
+    owner, done = os.getpid(), False
     try:
         yield temporary
         _move(temporary, folder)
@@ -60,11 +61,43 @@ def staging(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise _unwritable(folder, error) from error
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
-        if not done and made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+        if os.getpid() == owner:  # not a process that the user's code forked, and that comes this way, too
+            shutil.rmtree(temporary, ignore_errors=True)
+            if lock is not None:
+                os.close(lock)
+            if not done:
+                _unmake(made)
+
+
+def _made(folder: Path, made: list[Path]) -> tuple[Path, int | None]:
+    """A temporary folder in one that is made if it is not there; the list gets what had to be made.
+
+    A folder of another export that fails just now may be gone again at any moment, so this is tried more than once.
+    """
+    for _ in range(_TRIES - 1):
+        with suppress(FileNotFoundError):
+            return _own_folder(_with_parents(folder, made))
+    return _own_folder(_with_parents(folder, made))
+
+
+def _with_parents(folder: Path, made: list[Path]) -> Path:
+    for path in (*reversed(folder.parents), folder):
+        if path.is_dir():
+            continue
+        try:
+            path.mkdir()
+            made.append(path)
+        except FileExistsError:
+            if not path.is_dir():  # it is a file
+                raise
+    return folder
+
+
+def _unmake(made: Sequence[Path]) -> None:
+    """Remove folders that were made for nothing, the innermost first; one that somebody has put a file into stays."""
+    for folder in reversed(made):
+        with suppress(OSError):
+            folder.rmdir()
 
 
 def _own_folder(folder: Path) -> tuple[Path, int | None]:
@@ -132,12 +165,6 @@ def _mentions(path: Path, text: bytes) -> bool:
                 return True
             before = block[-len(text) :]
     return False
-
-
-def _first_missing(folder: Path) -> Path | None:
-    """The outermost folder that has to be made; None if all are there."""
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
-    return missing[-1] if missing else None
 
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:

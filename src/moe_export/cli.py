@@ -6,7 +6,6 @@ and an exit code (see `errors`); a traceback is a defect of this tool, or `--deb
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -19,9 +18,9 @@ from moe_export.commands.graphs import add_graph_commands, add_report_command
 from moe_export.commands.parallel import parallel_options
 from moe_export.commands.plan import add_plan_command
 from moe_export.commands.reports import report_options, take_wanted
-from moe_export.errors import MoeExportError
-
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+from moe_export.errors import INTERRUPTED, READER_GONE, MoeExportError
+from moe_export.export.ended import no_exit
+from moe_export.supervisor import drop_output
 
 
 class _ExportByDefault(click.Group):
@@ -38,7 +37,7 @@ class _ExportByDefault(click.Group):
     cls=_ExportByDefault,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 equal, 1 not equal, 2 wrong use or unreadable input, 3 cannot be exported, "
-    "4 a required backend is missing.",
+    "4 a required backend is missing, 70 a defect of moe-export, 128 + N ended by signal N (130: Ctrl-C).",
 )
 @click.version_option(moe_export.__version__, prog_name="moe-export", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -380,7 +379,8 @@ def run(args: list[str]) -> int:
     """
     debug = "--debug" in args
     try:
-        return int(cli.main(args, prog_name="moe-export", standalone_mode=False) or 0)
+        with no_exit():  # click ends no process here, so that is the user's code
+            return int(cli.main(args, prog_name="moe-export", standalone_mode=False) or 0)
     except MoeExportError as error:
         if debug:
             raise
@@ -393,5 +393,5 @@ def run(args: list[str]) -> int:
         click.echo("interrupted; nothing more was written", err=True)
         return INTERRUPTED
     except BrokenPipeError:
-        sys.stderr.close()
-        return 1
+        drop_output()
+        return READER_GONE

@@ -48,12 +48,13 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
 
     Raises:
         AssertionError: They are not equal, or too little could be compared; it shows the report.
-        UsageError: The graph cannot be read, or takes other inputs.
+        UsageError: The graph cannot be read, or takes other inputs; or the module ended the process.
         MissingBackendError: The graph cannot be run here.
     """
     from moe_export.comparing.sides import parse_side
     from moe_export.comparing.verifying import Request
     from moe_export.comparing.verifying_models import compare_subject
+    from moe_export.export.ended import no_exit
     from moe_export.export.subject import make_subject
     from moe_export.wishes import parse_tolerance, parse_wish
 
@@ -70,8 +71,11 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
     )
     training = [(part, part.training) for part in module.modules()]
     try:
-        subject = make_subject(module, args, kwargs, source=Path(onnx_path), how="given to assert_equivalent")
-        report = compare_subject(subject, candidate, request, type(module).__name__)
+        with no_exit():
+            subject = make_subject(
+                module, args, kwargs, source=Path(onnx_path), how="given to assert_equivalent"
+            )
+            report = compare_subject(subject, candidate, request, type(module).__name__)
     finally:
         for part, mode in training:
             part.training = mode

@@ -6,6 +6,13 @@ that escapes is a defect of this project and keeps its traceback.
 
 from __future__ import annotations
 
+DEFECT = 70
+"""What sysexits.h calls EX_SOFTWARE: an exception that is no `MoeExportError` is a defect of this project."""
+SIGNALLED = 128
+"""As shells have it: a command that a signal ended has 128 and the signal's number."""
+INTERRUPTED = SIGNALLED + 2
+READER_GONE = SIGNALLED + 13
+
 
 class MoeExportError(Exception):
     """A mistake that the user can mend.
@@ -16,7 +23,7 @@ class MoeExportError(Exception):
         hint: What to do next.
 
     The exit codes: 0 equal, 1 not equal, 2 wrong use or unreadable input, 3 cannot be exported,
-    4 a required backend is missing.
+    4 a required backend is missing; 70 a defect of this project, 128 + N ended by signal N.
     """
 
     exit_code = 2

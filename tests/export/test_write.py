@@ -87,3 +87,55 @@ def test_large_weights_go_beside_the_file(tmp_path, monkeypatch):
 def test_small_weights_stay_inside(tmp_path):
     write_model(model_of(np.ones(4, dtype=np.float32)), tmp_path / "small.onnx")
     assert files(tmp_path) == ["small.onnx"]
+
+
+def test_what_others_put_into_a_new_folder_stays(tmp_path):
+    def fail():
+        with staging(tmp_path / "build" / "onnx" / "fp32") as temporary:
+            (temporary / "model.onnx").write_text("half")
+            (tmp_path / "build" / "notes.txt").write_text("mine")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert files(tmp_path) == ["build", "build/notes.txt"]
+
+
+def test_two_exports_into_the_same_new_folder_of_which_the_first_fails(tmp_path):
+    def first():
+        with staging(tmp_path / "build" / "onnx"):
+            with staging(tmp_path / "build" / "onnx") as other:
+                (other / "b.onnx").write_text("b")
+            raise ValueError("a")
+
+    with pytest.raises(ValueError, match="a"):
+        first()
+    assert files(tmp_path) == ["build", "build/onnx", "build/onnx/b.onnx"]
+
+
+def test_two_exports_into_the_same_new_folder_of_which_the_second_fails(tmp_path):
+    def second():
+        with staging(tmp_path / "build") as temporary:
+            (temporary / "b.onnx").write_text("half")
+            raise ValueError("b")
+
+    with staging(tmp_path / "build") as first:
+        with pytest.raises(ValueError, match="b"):
+            second()
+        (first / "a.onnx").write_text("a")
+    assert files(tmp_path) == ["build", "build/a.onnx"]
+
+
+def test_a_folder_that_another_export_unmakes_just_now_is_made_again(tmp_path, monkeypatch):
+    makes, taken = write.tempfile.mkdtemp, []
+
+    def make(*args, **options):
+        if not taken:
+            taken.append(True)
+            (tmp_path / "build").rmdir()
+        return makes(*args, **options)
+
+    monkeypatch.setattr(write.tempfile, "mkdtemp", make)
+    with staging(tmp_path / "build") as temporary:
+        (temporary / "a.onnx").write_text("a")
+    assert files(tmp_path) == ["build", "build/a.onnx"]

@@ -30,6 +30,7 @@ BELOW = {
     "float64",
     "backends",
     "wishes",
+    "supervisor",
 }
 # What puts the rooms together, in order: one imports those before it.
 TOGETHER = ("running", "large", "pictures", "comparing", "reports", "commands")

@@ -10,6 +10,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, redi
 from dataclasses import dataclass
 from typing import Any
 
+from moe_export.supervisor import under_way
+
 
 @dataclass(frozen=True)
 class Console:
@@ -23,8 +25,13 @@ class Console:
     quiet: bool = False
     as_json: bool = False
 
-    def step(self, name: str) -> AbstractContextManager[Any]:
+    @contextmanager
+    def step(self, name: str) -> Iterator[None]:
         """Show that a long step is under way: a spinner on a terminal, a line with its seconds elsewhere."""
+        with under_way(name), self._shown(name):
+            yield
+
+    def _shown(self, name: str) -> AbstractContextManager[Any]:
         if self.quiet or self.as_json:
             return nullcontext()
         if sys.stderr.isatty():

@@ -39,6 +39,7 @@ from moe_export.export.write import rename_model, staging, write_model
 from moe_export.external_data import ReadAhead
 from moe_export.large.layerwise import Parts, filled_weights
 from moe_export.running.choices import runner_of
+from moe_export.supervisor import exporting
 from moe_export.verify import Report, Tolerance, show
 from moe_export.wishes import Wish, parse_tolerance, parse_wish
 from moe_export.wishes import check_names as check_outputs
@@ -172,6 +173,7 @@ def _exported(
     subject: Subject, options: Options, parallel: Parallel | None, console: Console
 ) -> tuple[Graph, ...]:
     """The graphs; that they cannot be split over ranks is said before anything is written or run."""
+    exporting()
     graphs = export_subject(subject, options, console.step)
     if parallel is not None:
         check_experts(graphs[0], options, parallel)
