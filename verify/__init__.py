@@ -15,6 +15,7 @@
 | `engine_header` | what an engine says of itself: version, GPUs, size |
 | `onnx_reference_runner` | the evaluator of the ONNX project |
 | `sizes`, `inputs`, `regimes` | which sizes, which values, which kinds of values |
+| `known`, `price`, `torch_work` | what fixes the plan: what is known of both sides, what a case costs, counted |
 | `tolerance`, `judge`, `routing`, `sketch` | when two outputs are the same; what is kept of their differences |
 | `experts_alone` | every token to one expert, for each |
 | `golden` | inputs and outputs of a run, stored |

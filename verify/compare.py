@@ -1,4 +1,8 @@
-"""Run two engines side by side, case by case, until enough sizes have been compared."""
+"""Run two engines side by side over all cases of a plan.
+
+Which cases there are is fixed before anything runs (see `inputs`): no clock has a say in it. A time limit that a user
+sets cuts a plan off; then the verdict is "unfinished", and the report names what was not compared.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +33,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
     tolerance: Tolerance | None = None,
     routing: Sequence[RoutingPair] = (),
     other_sizes: int = 3,
-    seconds: float = 20.0,
+    time_limit: float | None = None,
     progress: Callable[[CaseResult], None] | None = None,
     budget: FlipBudget | None = None,
     truth: Runner | None = None,
@@ -43,13 +47,14 @@ def compare(  # noqa: PLR0913  each has a name and a default
     Args:
         reference: The side that is right by definition.
         candidate: The side in question.
-        cases: Inputs, the example first; asked for one at a time, and no further than needed.
+        cases: Inputs, the example first; asked for one at a time. The reserve is only run where too few sizes
+            could be compared.
         tolerance: For floats; the dtypes' defaults if None.
         routing: Outputs that are expert ids, with their weights and scores. A score output that only the
             reference has is not missed in the candidate.
         other_sizes: How many sizes besides the first must have been compared for the verdict "equal"; where
             `cases` offers fewer, all of them.
-        seconds: Once that many are done, go on with further cases until so much time has passed in all.
+        time_limit: Start no further case after so many seconds; None for no limit. The first case always runs.
         progress: Called with each result as it comes.
         budget: How many tokens may go to another expert in a tie; any number if None.
         truth: The reference in float64, asked where the two differ (see `truth`).
@@ -70,18 +75,24 @@ def compare(  # noqa: PLR0913  each has a name and a default
     judges = _Judges(tolerance or Tolerance(), routing, truth, teller, reference, narrow, rounded)
     results: list[CaseResult] = []
     wanted = 1 + other_sizes
-    start = time.perf_counter()
+    left_out: list[str] = []
+    start = time.monotonic()
     for case in cases:
-        enough = len({result.sizes for result in results if result.outcome != "refused"}) >= wanted
-        if enough and (case.reserve or time.perf_counter() - start > seconds):
+        if (
+            case.reserve
+            and len({result.sizes for result in results if result.outcome != "refused"}) >= wanted
+        ):
             break
+        if results and time_limit is not None and time.monotonic() - start >= time_limit:
+            left_out += [] if case.reserve else [case.label]
+            continue
         results.append(_run_case(reference, candidate, case, judges, first=not results))
         if progress is not None:
             progress(results[-1])
     facts = dict(about or {})
     if left := getattr(candidate, "elsewhere", ""):
         facts[LEFT_TO_CPU] = left
-    return Report(reference.name, candidate.name, tuple(results), wanted, budget, facts)
+    return Report(reference.name, candidate.name, tuple(results), wanted, budget, facts, tuple(left_out))
 
 
 @dataclass(frozen=True)

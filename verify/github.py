@@ -9,7 +9,7 @@ from pathlib import Path
 from moe_export.verify.report import Report
 from moe_export.verify.table import figure
 
-_MARKS = {"equal": "✅", "not equal": "❌", "not proven": "⚠️"}
+_MARKS = {"equal": "✅", "not equal": "❌", "not proven": "⚠️", "unfinished": "⏳"}
 
 
 def workflow_commands(report: Report) -> Iterator[str]:
@@ -21,8 +21,8 @@ def workflow_commands(report: Report) -> Iterator[str]:
     for case in report.cases:
         if case.outcome == "failed":
             yield _command("error", place, f"{report.candidate} fails", f"{case.label}: {case.reason}")
-    if report.verdict == "not proven":
-        yield _command("error", place, "not proven", report.shortfall or "")
+    if report.verdict in {"not proven", "unfinished"}:
+        yield _command("error", place, report.verdict, report.shortfall or "")
     for warning in report.warnings:
         yield _command("warning", place, "verification", warning)
 
@@ -70,7 +70,7 @@ def summary(report: Report) -> str:
         f"{len(report.compared)} cases at {sizes} sizes, {report.candidate} and {report.reference}.",
     ]
     if report.shortfall:
-        lines.append(f"Not proven: {_cell(report.shortfall)}.")
+        lines.append(f"{report.verdict.capitalize()}: {_cell(report.shortfall)}.")
     lines += [f"- {_cell(warning)}" for warning in report.warnings]
     return "\n".join(lines) + "\n"
 

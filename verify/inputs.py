@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from moe_export.errors import UsageError
+from moe_export.verify.known import NOTHING, Known
+from moe_export.verify.price import BUDGET, MOST_OF_ONE, Price, flat_price
 from moe_export.verify.regimes import NORMAL, PADDED, REGIMES, Regime, one_row, padded
 from moe_export.verify.sizes import shape_at, sizes_to_try
 from moe_export.verify.specs import Array, DimRange, TensorSpec, describe, is_float, numpy_dtype
@@ -21,6 +24,31 @@ RESAMPLED = "new values"
 # A dimension's maximum may be a whole engine's; beyond so many elements in all a size is left out.
 _MOST_ELEMENTS = 2**22
 _FIRST_SIZES = 3  # so many sizes come before the regimes
+
+
+class MadeOnce(Mapping[str, Array]):
+    """Read-only arrays by name, each made when it is first looked at.
+
+    Args:
+        makers: What makes each.
+    """
+
+    def __init__(self, makers: Mapping[str, Callable[[], Array]]) -> None:
+        self._makers = makers
+        self._made: dict[str, Array] = {}
+
+    def __getitem__(self, name: str) -> Array:
+        if name not in self._made:
+            array = self._makers[name]()
+            array.setflags(write=False)
+            self._made[name] = array
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._makers)
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +82,11 @@ def cases(
     thorough: bool = False,
     seeds: int = 1,
     at: Sequence[Mapping[str, int]] = (),
+    known: Known = NOTHING,
 ) -> Iterator[Case]:
-    """Make cases, lazily: the example, new values at its sizes, other sizes (see `sizes`), other kinds of values.
+    """Make cases: the example, new values at its sizes, other sizes (see `sizes`), other kinds of values.
+
+    Which cases there are is decided by the arguments alone; their arrays are made when they are first looked at.
 
     New floats are normal with the mean and deviation of the example's (and stay non-negative where it is);
     integers, bools and floats that are marks rather than measurements are drawn from the example's own
@@ -70,6 +101,7 @@ def cases(
             find most, at the traced sizes.
         seeds: New values at the traced sizes under so many seeds: `seed`, `seed + 1`, ...
         at: Further sizes; a dimension that is not named keeps its traced size.
+        known: What is known of the two sides: what cases cost.
 
     Raises:
         UsageError: Example and specs do not fit, or a shape names an unknown dimension.
@@ -82,8 +114,32 @@ def cases(
                 f"there is no dynamic dimension '{unknown[0]}'",
                 hint=f"the dynamic dimensions: {', '.join(traced) or 'none'}",
             )
-    maker = _Maker(specs, example, seed)
-    return _cases(maker, dims, traced, thorough, seeds, [traced | dict(sizes) for sizes in at])
+    maker = _Maker(specs, {name: np.array(array) for name, array in example.items()}, seed)
+    asked = [traced | dict(sizes) for sizes in at]
+    return _affordable(
+        _cases(maker, dims, traced, thorough, seeds, asked),
+        known.price or flat_price(maker.elements),
+        paid=thorough or seeds > 1,
+    )
+
+
+def _affordable(planned: Iterator[tuple[Case, bool]], price: Price, *, paid: bool) -> Iterator[Case]:
+    """The cases that must be, and of the others, in their order, as many as the budget has room for."""
+    left = BUDGET
+    for case, must in planned:
+        cost = price(case.sizes)
+        if not must and not (cost <= (MOST_OF_ONE if paid else min(MOST_OF_ONE, left))):
+            continue
+        left -= 0 if must else cost
+        yield case
+
+
+def case_maker(
+    specs: Sequence[TensorSpec], example: Mapping[str, Array], seed: int = 0
+) -> Callable[[dict[str, int]], Case]:
+    """What makes an ordinary case of any sizes."""
+    maker = _Maker(specs, {name: np.array(array) for name, array in example.items()}, seed)
+    return lambda sizes: maker.make(_label(sizes), sizes)
 
 
 def _cases(
@@ -93,22 +149,23 @@ def _cases(
     thorough: bool,
     seeds: int,
     at: Sequence[dict[str, int]],
-) -> Iterator[Case]:
-    arrays = {spec.name: np.array(maker.example[spec.name]) for spec in maker.specs}
-    yield Case(EXAMPLE, maker.seed, traced, _frozen(arrays))
-    yield maker.make(RESAMPLED, traced)
-    yield from (maker.make(_label(sizes), sizes) for sizes in at)
+) -> Iterator[tuple[Case, bool]]:
+    """Every case, in the order of what they find, and whether it must be run whatever it costs."""
+    yield maker.given(traced), True
+    yield maker.make(RESAMPLED, traced), True
+    yield from ((maker.make(_label(sizes), sizes), True) for sizes in at)
     others = [(sizes, reserve) for sizes, reserve in sizes_to_try(dims) if maker.can_make(sizes)]
     for sizes, reserve in others[:_FIRST_SIZES]:
-        yield maker.make(_label(sizes), sizes, reserve=reserve)
+        yield maker.make(_label(sizes), sizes, reserve=reserve), True
     for sizes in [traced, *(sizes for sizes, _ in others[:2] if thorough)]:
-        yield from maker.regimes(sizes, thorough, "" if sizes == traced else _label(sizes))
+        suffix = "" if sizes == traced else _label(sizes)
+        yield from ((case, True) for case in maker.regimes(sizes, thorough, suffix))
     for more in range(1, seeds):
         other = _Maker(maker.specs, maker.example, maker.seed + more)
-        yield other.make(RESAMPLED, traced)
-        yield from other.regimes(traced, thorough, "")
+        yield other.make(RESAMPLED, traced), True
+        yield from ((case, True) for case in other.regimes(traced, thorough, ""))
     for sizes, reserve in others[_FIRST_SIZES:]:
-        yield maker.make(_label(sizes), sizes, reserve=reserve)
+        yield maker.make(_label(sizes), sizes, reserve=reserve), reserve
 
 
 def _label(sizes: Mapping[str, int]) -> str:
@@ -123,32 +180,57 @@ class _Maker:
     example: Mapping[str, Array]
     seed: int
 
+    def elements(self, sizes: Mapping[str, int]) -> int:
+        """Of all inputs at these sizes."""
+        return sum(math.prod(shape_at(spec, sizes)) for spec in self.specs)
+
     def can_make(self, sizes: Mapping[str, int]) -> bool:
         shapes = [shape_at(spec, sizes) for spec in self.specs]
-        elements = sum(math.prod(shape) for shape in shapes)
-        return all(size >= 0 for shape in shapes for size in shape) and elements <= _MOST_ELEMENTS
+        fits = self.elements(sizes) <= _MOST_ELEMENTS
+        return fits and all(size >= 0 for shape in shapes for size in shape)
+
+    def given(self, sizes: dict[str, int]) -> Case:
+        """The example itself."""
+        return self._case(EXAMPLE, sizes, lambda spec: np.array(self.example[spec.name]))
 
     def make(self, label: str, sizes: dict[str, int], *, reserve: bool = False) -> Case:
-        inputs = {spec.name: self._ordinary(label, spec, sizes) for spec in self.specs}
-        return Case(label, self.seed, sizes, _frozen(inputs), reserve)
+        return self._case(label, sizes, lambda spec: self._ordinary(label, spec, sizes), reserve=reserve)
+
+    def _case(
+        self,
+        label: str,
+        sizes: dict[str, int],
+        make: Callable[[TensorSpec], Array],
+        *,
+        reserve: bool = False,
+        regime: str = NORMAL,
+    ) -> Case:
+        """A case whose arrays are made when they are looked at."""
+        makers = {spec.name: partial(make, spec) for spec in self.specs}
+        return Case(label, self.seed, sizes, MadeOnce(makers), reserve, regime)
 
     def regimes(self, sizes: dict[str, int], thorough: bool, suffix: str) -> Iterator[Case]:
         """A case for each regime that some input can follow."""
-        ordinary = {spec.name: self.example[spec.name] for spec in self.specs}
-        floats = [name for name, array in ordinary.items() if _is_measured(array)]
-        ids = [name for name, array in ordinary.items() if array.dtype.kind in "iu"]
+        floats = [name for name, array in self.example.items() if _is_measured(array)]
+        ids = [name for name, array in self.example.items() if array.dtype.kind in "iu"]
         for regime in REGIMES:
             follows = floats + (ids if regime.change is one_row else [])
             if follows and (thorough or regime.always):
                 label = f"{regime.name}, {suffix}" if suffix else regime.name
-                inputs = {
-                    spec.name: self._changed(label, spec, sizes, regime)
-                    if spec.name in follows
-                    else self._ordinary(label, spec, sizes)
-                    for spec in self.specs
-                }
-                yield Case(label, self.seed, sizes, _frozen(inputs), regime=regime.name)
+                yield self._case(
+                    label,
+                    sizes,
+                    partial(self._followed, label, sizes, regime, frozenset(follows)),
+                    regime=regime.name,
+                )
         yield from self._padded(sizes, suffix)
+
+    def _followed(
+        self, label: str, sizes: dict[str, int], regime: Regime, follows: frozenset[str], spec: TensorSpec
+    ) -> Array:
+        if spec.name in follows:
+            return self._changed(label, spec, sizes, regime)
+        return self._ordinary(label, spec, sizes)
 
     def _padded(self, sizes: dict[str, int], suffix: str) -> Iterator[Case]:
         label = f"{PADDED}, {suffix}" if suffix else PADDED
@@ -159,7 +241,7 @@ class _Maker:
             masks += ended is not None
             inputs[spec.name] = values if ended is None else ended
         if masks:
-            yield Case(label, self.seed, sizes, _frozen(inputs), regime=PADDED)
+            yield self._case(label, sizes, lambda spec: inputs[spec.name], regime=PADDED)
 
     def _generator(self, label: str, spec: TensorSpec) -> np.random.Generator:
         # A generator a tensor: adding an input to a model leaves the values of the others as they were.
@@ -196,12 +278,6 @@ def _is_measured(example: Array) -> bool:
         return False
     values = example.astype(np.float64)
     return bool(np.isfinite(values).all()) and not (values.size > 2 and np.unique(values).size <= 2)
-
-
-def _frozen(arrays: dict[str, Array]) -> dict[str, Array]:
-    for array in arrays.values():
-        array.setflags(write=False)
-    return arrays
 
 
 def _check(specs: Sequence[TensorSpec], traced: Mapping[str, int], example: Mapping[str, Array]) -> None:

@@ -29,6 +29,9 @@ def junit(reports: Sequence[Report]) -> str:
             ElementTree.SubElement(properties, "property", name=_clean(name), value=_clean(value))
         for case in report.cases:
             _add_case(suite, case, report)
+        for label in report.left_out:
+            test = _test(suite, label, report.candidate)
+            ElementTree.SubElement(test, "skipped", message="not compared: the time limit was reached")
         verdict = _test(suite, "verdict", "whole")
         if report.exit_code:
             why = report.shortfall or "; ".join(str(row.reason) for row in report.rows if not row.equal)

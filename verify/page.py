@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
-from moe_export.verify.report import CaseResult, Report, Row
+from moe_export.verify.report import CaseResult, Report, Row, worst_code
 from moe_export.verify.table import figure
 
 _STYLE = """
@@ -25,14 +25,15 @@ td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 svg rect { fill: var(--bar); } svg line { stroke: var(--bad); stroke-dasharray: 3 2; }
 svg text { fill: var(--faint); font-size: 10px; }
 """
-_COLOURS = {"equal": "good", "not equal": "bad", "not proven": "doubt"}
+_COLOURS = {"equal": "good", "not equal": "bad", "not proven": "doubt", "unfinished": "doubt"}
 _WIDTH, _HEIGHT, _FOOT = 420, 90, 16
 
 
 def page(reports: Sequence[Report]) -> str:
     """The page of some reports."""
     body = "\n".join(line for report in reports for line in _report(report))
-    worst = max(reports, key=lambda report: report.exit_code).verdict if reports else "nothing compared"
+    code = worst_code(reports)
+    worst = next((report.verdict for report in reports if report.exit_code == code), "nothing compared")
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -67,6 +68,8 @@ def _report(report: Report) -> Iterator[str]:
     yield from (_histogram(report, row) for row in report.rows if row.kind == "float")
     yield "<h2>Cases</h2><table><tr><th>case</th><th>sizes</th><th>seed</th><th>outcome</th></tr>"
     yield from (_case(case) for case in report.cases)
+    for label in report.left_out:
+        yield f'<tr><td>{escape(label)}</td><td></td><td></td><td class="doubt">not compared: time limit</td></tr>'
     yield "</table>"
 
 

@@ -108,7 +108,6 @@ def conduct(group: Group, manifest: Manifest, rank: Rank, options: argparse.Name
         candidate,
         takewhile(lambda _: conductor.lost is None, _repeated(manifest, options)),
         tolerance=Tolerance(options.rtol, options.atol),
-        seconds=float("inf") if options.thorough or options.repeat > 1 else 20.0,
         about={"candidate": str(manifest.path), "reference": str(path)},
     )
     if conductor.lost is not None:

@@ -43,6 +43,7 @@ def read_report(text: str) -> Report:
             document["sizes_wanted"],
             None if budget is None else FlipBudget.parse(budget),
             document["about"],
+            tuple(document.get("left_out", ())),  # older reports of this version have none
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the report is damaged: {type(error).__name__}: {error}") from None

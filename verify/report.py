@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
@@ -19,7 +19,9 @@ LEFT_TO_CPU = "left to the CPU"
 """The fact, in `Report.about`, of nodes that did not run where the rest did."""
 
 Outcome = Literal["compared", "refused", "failed"]
-Verdict = Literal["equal", "not equal", "not proven"]
+Verdict = Literal["equal", "not equal", "not proven", "unfinished"]
+UNFINISHED = 5
+"""The exit code of a comparison that a time limit cut off."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ class Report:
             made to tie do not count.
         about: Where the two sides come from: `reference`, `candidate` (files), `line` (of the model,
             `model.py:12`), and what else a reader may want.
+        left_out: Labels of the cases that a time limit cut off.
     """
 
     reference: str
@@ -92,24 +95,31 @@ class Report:
     wanted: int = 4
     budget: FlipBudget | None = None
     about: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
     schema: str = field(default=SCHEMA, init=False)
 
     @property
     def verdict(self) -> Verdict:
-        """Whether the candidate is equal; "not proven" if nothing differs but too little was compared."""
+        """Whether the candidate is equal; where nothing differs, whether all was compared, and enough."""
         failed = any(case.outcome == "failed" for case in self.cases)
         if failed or any(not row.equal for row in self.rows):
             return "not equal"
+        if self.left_out:
+            return "unfinished"
         return "not proven" if self.shortfall else "equal"
 
     @property
     def exit_code(self) -> int:
-        """0 if equal, else 1."""
-        return 0 if self.verdict == "equal" else 1
+        """0 if equal, 5 if unfinished, else 1."""
+        return {"equal": 0, "unfinished": UNFINISHED}.get(self.verdict, 1)
 
     @property
     def shortfall(self) -> str | None:
-        """Why agreement would prove nothing; None if it would."""
+        """Why agreement would prove nothing, or not all; None if it would."""
+        if self.left_out:
+            planned = len(self.cases) + len(self.left_out)
+            cut = "; ".join(self.left_out)
+            return f"{len(self.cases)} of {planned} cases compared, not compared: {cut}"
         offered, compared = ({c.sizes for c in cases} for cases in (self.cases, self.compared))
         needed = max(1, min(self.wanted, len(offered)))
         if len(compared) < needed:
@@ -239,6 +249,7 @@ class Report:
             "verdict": self.verdict,
             "exit_code": self.exit_code,
             "shortfall": self.shortfall,
+            "left_out": list(self.left_out),
             "sizes_wanted": self.wanted,
             "flips": self.flips,
             "flips_allowed": None if self.budget is None else str(self.budget),
@@ -262,6 +273,12 @@ class Report:
         from moe_export.verify.table import rich_report
 
         return rich_report(self)
+
+
+def worst_code(reports: Iterable[Report]) -> int:
+    """The exit code of several comparisons: one that differs weighs more than one that is unfinished."""
+    codes = {report.exit_code for report in reports}
+    return max(codes - {UNFINISHED}, default=0) or (UNFINISHED if UNFINISHED in codes else 0)
 
 
 def _row(found: list[tuple[str, Judgement]]) -> Row:

@@ -21,7 +21,7 @@ _HEADER = ("output", "dtype", "max abs", "max rel", "at", "verdict")
 _RIGHT = (2, 3)  # columns of figures
 _LIMITS = (28, 14, 9, 9, 24, 9)  # with a gap of 1 between them, exactly within WIDTH
 _AGAIN = "again: "
-_COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow"}
+_COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow", "unfinished": "yellow"}
 
 
 def plain(report: Report) -> str:
@@ -67,7 +67,7 @@ def _shown(report: Report) -> tuple[Row, ...]:
 
 
 def _headline(report: Report) -> str:
-    why = f" ({report.shortfall})" if report.verdict == "not proven" else ""
+    why = f" ({report.shortfall})" if report.verdict in {"not proven", "unfinished"} else ""
     return shorten(f"{report.candidate} against {report.reference}: {report.verdict}{why}", WIDTH)
 
 
@@ -100,6 +100,8 @@ def _paragraphs(report: Report) -> Iterator[str]:
     if kinds := dict.fromkeys(case.regime for case in ran if case.regime != NORMAL):
         yield f"with other values: {'; '.join(kinds)}"
     yield _seeds(report)
+    if report.left_out:
+        yield f"NOT COMPARED, the time limit was reached: {'; '.join(report.left_out)}"
     for reason, labels in _reasons(report, "refused").items():
         yield f"refused by {report.reference}, {'; '.join(labels)}: {reason}"
     for reason, labels in _reasons(report, "failed").items():

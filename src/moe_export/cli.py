@@ -37,7 +37,8 @@ class _ExportByDefault(click.Group):
     cls=_ExportByDefault,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="Exit codes: 0 equal, 1 not equal, 2 wrong use or unreadable input, 3 cannot be exported, "
-    "4 a required backend is missing, 70 a defect of moe-export, 128 + N ended by signal N (130: Ctrl-C).",
+    "4 a required backend is missing, 5 unfinished: a time limit cut the comparison off, "
+    "70 a defect of moe-export, 128 + N ended by signal N (130: Ctrl-C).",
 )
 @click.version_option(moe_export.__version__, prog_name="moe-export", message="%(prog)s %(version)s")
 def cli() -> None:
@@ -80,6 +81,9 @@ def _verify_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--at", multiple=True, metavar="batch=1,seq=4096", help="Sizes to try, too (repeatable)."),
         click.option("--inputs", "own_inputs", multiple=True, metavar="FILE",
                      help="Your own inputs: .safetensors or .npz, by the inputs' names (repeatable)."),
+        click.option("--time-limit", type=click.FloatRange(0), metavar="SECONDS",
+                     help="Begin no further case then; what is cut off makes the verdict \"unfinished\", exit 5"
+                     "  [no limit]."),
     ):  # fmt: skip
         command = option(command)
     return command

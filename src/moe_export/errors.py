@@ -23,7 +23,8 @@ class MoeExportError(Exception):
         hint: What to do next.
 
     The exit codes: 0 equal, 1 not equal, 2 wrong use or unreadable input, 3 cannot be exported,
-    4 a required backend is missing; 70 a defect of this project, 128 + N ended by signal N.
+    4 a required backend is missing, 5 unfinished: a time limit cut the comparison off; 70 a defect of this project,
+    128 + N ended by signal N.
     """
 
     exit_code = 2

@@ -11,6 +11,7 @@ from moe_export.errors import UsageError
 from moe_export.verify import DEFAULTS, Array, Case, DimRange, FlipBudget, TensorSpec, Tolerance, cases
 from moe_export.verify.experts_alone import Watched, alone_cases
 from moe_export.verify.golden import read_inputs
+from moe_export.verify.known import NOTHING, Known
 from moe_export.verify.specs import describe
 from moe_export.verify.tolerance import parse_tolerances
 
@@ -29,6 +30,7 @@ class Wish:
         only: The label of the one case to run; None for all.
         files: Files of the user's own inputs.
         own: The function `inputs(seed)` of the model's file, if it has one.
+        time_limit: Seconds after which no further case is begun; None for no limit.
     """
 
     thorough: bool = False
@@ -38,12 +40,7 @@ class Wish:
     only: str | None = None
     files: tuple[Path, ...] = ()
     own: Own | None = None
-
-    @property
-    def seconds(self) -> float:
-        """When to stop trying further sizes; what was asked for by name is tried however long it takes."""
-        asked = self.thorough or self.seeds > 1 or self.at or self.files
-        return float("inf") if asked else 20.0
+    time_limit: float | None = None
 
 
 USUAL = Wish()
@@ -56,6 +53,7 @@ def parse_wish(
     at: Sequence[str] = (),
     case: str | None = None,
     own_inputs: Sequence[str] = (),
+    time_limit: float | None = None,
 ) -> Wish:
     """A wish as the command line has it.
 
@@ -69,6 +67,7 @@ def parse_wish(
         at=tuple(_parse_sizes(text) for text in at),
         only=case,
         files=tuple(Path(file) for file in own_inputs),
+        time_limit=time_limit,
     )
 
 
@@ -110,6 +109,7 @@ def wished_cases(
     example: Mapping[str, Array],
     seed: int,
     watched: Watched | None = None,
+    known: Known = NOTHING,
 ) -> Iterator[Case]:
     """The cases of a comparison; the user's own inputs come right after the example.
 
@@ -120,11 +120,14 @@ def wished_cases(
         example: The first case.
         seed: Of the values.
         watched: The reference, if it says what it chooses: then each expert is tried alone, if all is to be tried.
+        known: What is known of the two sides.
 
     Raises:
         UsageError: There is no case of the label that was asked for, or the user's inputs do not fit.
     """
-    made = cases(specs, dims, example, seed, thorough=wish.thorough, seeds=wish.seeds, at=wish.at)
+    made = cases(
+        specs, dims, example, seed, thorough=wish.thorough, seeds=wish.seeds, at=wish.at, known=known
+    )
     made = _with_own(wish, specs, made, seed)
     if wish.thorough and watched is not None:
         drawn = (case for more in range(8) for case in _ordinary(specs, dims, example, seed + more))

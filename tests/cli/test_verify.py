@@ -206,3 +206,16 @@ def test_the_files_that_are_verified_do_not_change(command, finished):
     shutil.copy(finished / "block.onnx", "copy.onnx")
     command("verify", "copy.onnx", "--against", finished / "block.py")
     assert np.array_equal(before, (finished / "block.onnx").read_bytes())
+
+
+def test_a_time_limit_is_an_exit_code_of_its_own(command, finished, tmp_path):
+    done = command("verify", finished / "block.onnx", "--against", finished / "block.py", "--time-limit", "0",
+                   "--report", tmp_path / "r.json")  # fmt: skip
+    assert done.code == 5
+    assert "onnxruntime-cpu against torch: unfinished (1 of " in done.out
+    assert command("judge", tmp_path / "r.json", "--rtol", "1").code == 5
+    done = command(finished / "block.py", "-o", tmp_path / "out", "--time-limit", "0")
+    assert done.code == 5
+    assert "NOT FINISHED" in done.out
+    assert (tmp_path / "out" / "block.rejected.onnx").exists()
+    assert not (tmp_path / "out" / "block.onnx").exists()

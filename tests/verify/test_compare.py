@@ -1,5 +1,8 @@
 """Whole comparisons: what is equal, what is refused, when the loop stops."""
 
+import time
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +18,8 @@ from moe_export.verify import (
     cases,
     compare,
 )
+from moe_export.verify.inputs import MadeOnce
+from moe_export.verify.report import worst_code
 
 LINEAR = "g (float[batch,seq,4] x) => (float[batch,seq,3] y) { h = MatMul(x, w) y = Tanh(h) }"
 SPECS = [TensorSpec("x", "float32", ("batch", "seq", 4))]
@@ -187,23 +192,46 @@ def test_a_lost_device_is_no_failure_of_a_size():
         compare(torch_runner(), Lost(), inputs())
 
 
-def test_the_loop_stops_when_time_is_up_but_not_before_enough_sizes():
-    report = compare(torch_runner(), torch_runner(), inputs(), seconds=0)
-    assert len({case.sizes for case in report.cases}) == 4
-    assert report.exit_code == 0
-    report = compare(torch_runner(), torch_runner(), inputs(), seconds=0, other_sizes=6)
-    assert len({case.sizes for case in report.cases}) == 7
+def test_no_clock_decides_which_cases_there_are():
+    slow = torch_runner(lambda t: (time.sleep(0.02), linear(t))[1])
+    quick, late = (compare(runner, runner, inputs()) for runner in (torch_runner(), slow))
+    assert [case.label for case in quick.cases] == [case.label for case in late.cases]
+    assert quick.exit_code == late.exit_code == 0
 
 
-def test_cases_beyond_the_needed_are_never_made():
+def test_what_a_time_limit_cuts_off_is_said_and_is_not_equal():
+    whole = compare(torch_runner(), torch_runner(), inputs())
+    report = compare(torch_runner(), torch_runner(), inputs(), time_limit=0)
+    assert [case.label for case in report.cases] == ["example"]
+    assert list(report.left_out) == [case.label for case in whole.cases[1:]]
+    assert (report.verdict, report.exit_code) == ("unfinished", 5)
+    assert report.shortfall.startswith(
+        f"1 of {len(whole.cases)} cases compared, not compared: new values; batch=1"
+    )
+    assert "NOT COMPARED, the time limit was reached: new values; batch=1 seq=1;" in str(report)
+    assert compare(torch_runner(), torch_runner(), inputs(), time_limit=600).verdict == "equal"
+
+
+def test_a_difference_counts_where_the_time_was_up_all_the_same():
+    off = torch_runner(lambda t: linear(t) + 1)
+    report = compare(torch_runner(), off, inputs(), time_limit=0)
+    assert (report.verdict, report.exit_code) == ("not equal", 1)
+    unfinished = compare(torch_runner(), torch_runner(), inputs(), time_limit=0)
+    assert worst_code([unfinished, report]) == 1
+    assert worst_code([unfinished, compare(torch_runner(), torch_runner(), inputs())]) == 5
+
+
+def test_the_arrays_of_cases_that_are_not_run_are_never_made():
+    looked = []
+
     def counted():
         for case in inputs():
-            made.append(case.label)
-            yield case
+            yield replace(
+                case, inputs=MadeOnce({"x": lambda case=case: looked.append(case) or case.inputs["x"]})
+            )
 
-    made = []
-    compare(torch_runner(), torch_runner(), counted(), seconds=0)
-    assert len(made) <= 6
+    compare(torch_runner(), torch_runner(), counted(), time_limit=0)
+    assert [case.label for case in looked] == ["example"]
 
 
 def test_progress_is_told_of_each_case():

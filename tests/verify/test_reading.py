@@ -47,6 +47,15 @@ def test_judging_the_report_is_judging_the_arrays(reference, noise, rtol, atol):
     assert again(found, rtol, atol).rows[0].equal == direct.ok
 
 
+def test_no_tolerance_finishes_what_a_time_limit_cut_off():
+    cut = report(judge("y", np.ones(2), np.ones(2), MARGIN), left_out=("zeros",))
+    found = again(cut, rtol=1.0)
+    assert (found.verdict, found.exit_code, found.left_out) == ("unfinished", 5, ("zeros",))
+    older = json.loads(cut.to_json())
+    del older["left_out"]
+    assert read_report(json.dumps(older)).verdict == "equal"
+
+
 def test_a_report_comes_back_as_it_was():
     wrong = judge("y", np.array([1.0, np.nan]), np.array([2.0, np.inf]), MARGIN)
     found = report(

@@ -41,6 +41,7 @@ from moe_export.large.layerwise import Parts, filled_weights
 from moe_export.running.choices import runner_of
 from moe_export.supervisor import exporting
 from moe_export.verify import Report, Tolerance, show
+from moe_export.verify.report import worst_code
 from moe_export.wishes import Wish, parse_tolerance, parse_wish
 from moe_export.wishes import check_names as check_outputs
 
@@ -151,7 +152,7 @@ def run_export(
         console.say(line)
     if engines is not None and equal:
         return exit_code(engines, built, console)
-    return 0 if equal else 1
+    return 0 if equal else worst_code(report for report in reports if report is not None) or 1
 
 
 def _loaded(
@@ -305,7 +306,7 @@ def report_document(
 
 def _verdict(reports: list[Report | None]) -> str:
     verdicts = {report.verdict if report else "not verified" for report in reports}
-    order = ("not equal", "not proven", "not verified", "equal")
+    order = ("not equal", "unfinished", "not proven", "not verified", "equal")
     return next(verdict for verdict in order if verdict in verdicts)
 
 
@@ -371,7 +372,9 @@ def _print(
         console.say("\nThe model is only a gate: its graph and the gate graph are the same.")
     console.say("\nwritten: " + ", ".join(str(folder / name) for name in names))
     if any(report is not None and report.exit_code for report in reports):
-        console.say("NOT EQUAL to the model; the graphs are kept as *.rejected.onnx to look into.")
+        said = {"unfinished": "NOT FINISHED", "not proven": "NOT PROVEN equal to the model"}
+        what = said.get(_verdict(reports), "NOT EQUAL to the model")
+        console.say(f"{what}; the graphs are kept as *.rejected.onnx to look into.")
 
 
 def site_lines(sites: Sequence[Site]) -> Iterator[str]:

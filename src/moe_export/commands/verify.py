@@ -15,6 +15,7 @@ from moe_export.comparing.sides import Side, parse_side
 from moe_export.errors import UsageError
 from moe_export.verify import Report, show
 from moe_export.verify.golden import Golden, Recorder, save_golden
+from moe_export.verify.report import worst_code
 from moe_export.wishes import check_names, parse_tolerance, parse_wish
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def run_verify(
         if repro is not None:
             console.say("written: " + ", ".join(str(file) for file in why.write(Path(repro))))
     write_reports(reports, wanted or Wanted(), console)
-    return max([bool(request.inside and request.why), *(report.exit_code for report in reports)])
+    return worst_code(reports) or int(bool(request.inside and request.why))
 
 
 def _compared(candidate: Side, reference: Side, request: Request, console: Console) -> Report:

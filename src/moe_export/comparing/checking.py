@@ -11,6 +11,7 @@ import torch
 from moe_export.comparing.checking_float64 import Float64Runner
 from moe_export.comparing.checking_rounded import RoundedRunner
 from moe_export.comparing.checking_told import GraphTeller
+from moe_export.comparing.known import known_of_model
 from moe_export.comparing.sides import GraphRunner
 from moe_export.export.dims import Dim
 from moe_export.export.pipeline import Graph, as_numpy
@@ -76,6 +77,8 @@ def verify_graph(
 
     free = tuple(replace(dim, minimum=min(dim.minimum, 1)) for dim in graph.traced.dims)
     report = verify(free)
+    if report.verdict == "unfinished":
+        return report, graph.traced.dims
     if report.exit_code and free != graph.traced.dims:
         report, free = verify(graph.traced.dims), graph.traced.dims
     if report.exit_code and graph.wide is not None:
@@ -176,7 +179,9 @@ def verify_file(  # noqa: PLR0913  each has a name
     arrays = {name: as_numpy(tensor) for name, tensor in example.items() if name in {s.name for s in specs}}
     names = outputs or reference.outputs
     runner = TorchRunner(reference.call_named, names)
-    made = wished_cases(wish, specs, ranges, arrays, seed, runner)
+    with quiet():
+        known = known_of_model(runner.run, specs, ranges, arrays, seed)
+    made = wished_cases(wish, specs, ranges, arrays, seed, runner, known)
     pairs = [RoutingPair(*pair) for pair in routing]
     watched, watched_cases = recorded(recorder, runner, made, pairs)
     with quiet():
@@ -187,7 +192,7 @@ def verify_file(  # noqa: PLR0913  each has a name
             tolerance=tolerance,
             routing=pairs,
             budget=wish.flips,
-            seconds=wish.seconds,
+            time_limit=wish.time_limit,
             truth=Float64Runner(reference, names),
             teller=GraphTeller(runner, graph, provider),
             about=about,

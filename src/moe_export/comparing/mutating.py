@@ -17,6 +17,7 @@ from moe_export.comparing.blaming import program_values
 from moe_export.comparing.checking_float64 import Float64Runner
 from moe_export.comparing.checking_told import GraphTeller
 from moe_export.comparing.explaining import INSIDE
+from moe_export.comparing.known import known_of_model
 from moe_export.comparing.matching import match_graph, reference_of
 from moe_export.comparing.mutating_apart import Fate, fate_of
 from moe_export.comparing.sides import metadata
@@ -105,7 +106,6 @@ class Gate:
             tolerance=self.tolerance,
             routing=self.routing,
             other_sizes=len(self.cases),
-            seconds=float("inf"),
             truth=self.truth,
             teller=self.teller(self.reference, path),
             progress=note,
@@ -246,10 +246,11 @@ def open_gate(
     subject = matched.subject
     cases: list[Case] = []
 
+    setting = (list(runner.inputs), matched.ranges, matched.arrays, seed)
+    known = known_of_model(TorchRunner(subject.call_named, subject.outputs).run, *setting)
+
     def watched() -> Iterator[Case]:
-        for case in wished_cases(
-            Wish(thorough=thorough), list(runner.inputs), matched.ranges, matched.arrays, seed
-        ):
+        for case in wished_cases(Wish(thorough=thorough), *setting, known=known):
             cases.append(case)
             yield case
 

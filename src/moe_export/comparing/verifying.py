@@ -90,7 +90,7 @@ def _with_golden(candidate: Side, reference: Side, request: Request) -> Report:
         tolerance=tolerance_of(facts.get("moe_export.dtype", "float32"), request.tolerance),
         routing=routing,
         budget=request.wish.flips,
-        seconds=float("inf"),
+        time_limit=request.wish.time_limit,
         teller=teller if other is candidate else Mirrored(teller),
         about={**stored.about, **about_sides(candidate, reference)},
     )
@@ -187,7 +187,7 @@ def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
         tolerance=tolerance_of(narrow, request.tolerance),
         routing=routing,
         budget=request.wish.flips,
-        seconds=request.wish.seconds,
+        time_limit=request.wish.time_limit,
         teller=_teller(candidate, reference, inputs, outputs),
         about=about_sides(candidate, reference),
     )

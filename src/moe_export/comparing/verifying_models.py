@@ -14,6 +14,7 @@ from moe_export.comparing.checking import verify_file
 from moe_export.comparing.checking_float64 import Float64Runner
 from moe_export.comparing.checking_told import GraphTeller, Mirrored
 from moe_export.comparing.explaining import Remembering, explain, look_inside
+from moe_export.comparing.known import known_of_model
 from moe_export.comparing.layerwise_sides import by_blocks, compare_blocks
 from moe_export.comparing.matching import match_graph, reference_of
 from moe_export.comparing.sides import GraphRunner, Side, graph_routing, graph_runner, metadata
@@ -130,8 +131,11 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
     matched = match_graph(runner, subject, routing)
     subject = matched.subject
     wish = replace(request.wish, own=own)
-    cases = wished_cases(wish, list(runner.inputs), matched.ranges, matched.arrays, request.seed)
     wide = Float64Runner(subject, subject.outputs, rounded=True)
+    setting = (list(runner.inputs), matched.ranges, matched.arrays, request.seed)
+    with quiet():
+        known = known_of_model(wide.run, *setting)
+    cases = wished_cases(wish, *setting, known=known)
     watched, cases = recorded(request.recorder, wide, cases, matched.pairs)
     tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
     with quiet():
@@ -142,7 +146,7 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
             tolerance=tolerance_of(dtype, request.tolerance),
             routing=matched.pairs,
             budget=request.wish.flips,
-            seconds=request.wish.seconds,
+            time_limit=request.wish.time_limit,
             truth=Float64Runner(subject, subject.outputs),
             teller=GraphTeller(wide, candidate.path if tells else None, candidate.provider),
             about={**about_sides(candidate, reference), **line_of(original)},
@@ -164,7 +168,9 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
     arrays = {name: as_numpy(tensor) for name, tensor in theirs.subject.inputs.items()}
     routing = [] if traced is None else _pairs(traced)
     wish = replace(request.wish, own=own_inputs(reference, theirs.subject))
-    made = wished_cases(wish, specs, dims, arrays, request.seed)
+    with quiet():
+        known = known_of_model(theirs.runner.run, specs, dims, arrays, request.seed)
+    made = wished_cases(wish, specs, dims, arrays, request.seed, known=known)
     pairs = [RoutingPair(*pair) for pair in routing]
     runner, cases = recorded(request.recorder, theirs.runner, made, pairs)
     with quiet():
@@ -175,7 +181,7 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
             tolerance=request.tolerance,
             routing=pairs,
             budget=request.wish.flips,
-            seconds=request.wish.seconds,
+            time_limit=request.wish.time_limit,
             truth=Float64Runner(theirs.subject, theirs.subject.outputs),
             about={**about_sides(candidate, reference), **line_of(ours.subject)},
         )
@@ -186,7 +192,10 @@ def _model_against_graph(candidate: Side, reference: Side, request: Request) -> 
     opened, graph = open_model(candidate, request), graph_runner(reference)
     matched = match_graph(graph, opened.subject)
     subject = matched.subject
-    made = wished_cases(request.wish, list(graph.inputs), matched.ranges, matched.arrays, request.seed)
+    setting = (list(graph.inputs), matched.ranges, matched.arrays, request.seed)
+    with quiet():
+        known = known_of_model(TorchRunner(subject.call_named, subject.outputs).run, *setting)
+    made = wished_cases(request.wish, *setting, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
     runner, cases = recorded(request.recorder, watchable(reference, graph, request), made, routing)
     names = by_position(opened.subject.outputs, subject.outputs)
@@ -202,7 +211,7 @@ def _model_against_graph(candidate: Side, reference: Side, request: Request) -> 
             tolerance=request.tolerance,
             routing=routing,
             budget=request.wish.flips,
-            seconds=request.wish.seconds,
+            time_limit=request.wish.time_limit,
             teller=Mirrored(told),
             truth=Float64Runner(subject, subject.outputs),
             about={**about_sides(candidate, reference), **line_of(opened.subject)},
@@ -219,7 +228,10 @@ def record_model(side: Side, request: Request) -> tuple[RoutingPair, ...]:
     wish = replace(request.wish, own=own_inputs(side, opened.subject))
     runner = request.recorder.on(opened.runner)
     with quiet():
-        for case in request.recorder.watch(wished_cases(wish, specs, dims, arrays, request.seed)):
+        known = known_of_model(opened.runner.run, specs, dims, arrays, request.seed)
+        for case in request.recorder.watch(
+            wished_cases(wish, specs, dims, arrays, request.seed, known=known)
+        ):
             if case.reserve:
                 break
             try:
