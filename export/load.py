@@ -14,6 +14,8 @@ import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -28,12 +30,19 @@ from moe_export.export.arguments import parse_init, parse_input
 from moe_export.export.ended import no_exit
 from moe_export.export.script import Call, run_file
 from moe_export.export.source import last_user_line
-from moe_export.export.subject import Subject, make_subject
+from moe_export.export.subject import Apart, Subject, make_subject
 from moe_export.export.weights.stand_in import MEMORY, StandIns, attach_weights
+
+Make = Callable[..., Subject]
 
 
 def load_subject(
-    spec: str, *, init: Sequence[str] = (), inputs: Sequence[str] = (), memory: int = MEMORY
+    spec: str,
+    *,
+    init: Sequence[str] = (),
+    inputs: Sequence[str] = (),
+    memory: int = MEMORY,
+    apart: Callable[[Callable[[nn.Module], Subject], nn.Module], Apart | None] | None = None,
 ) -> Subject:
     """Load the model that `spec` names.
 
@@ -45,12 +54,33 @@ def load_subject(
         init: Arguments of the class, `name=value` (a Python literal; anything else is a string).
         inputs: Example inputs of the class, `name=2x10x512:float32`.
         memory: Weights that a file names (`weights = "model.safetensors"`) are read at once up to so many bytes.
+        apart: Starts a reference on which nothing of ours runs; given how to bind a module to its example, and the
+            model, which has not been run yet. Not asked where weights are not in memory.
 
     Raises:
         UsageError: There is no such file, it cannot be run, or no model (or no single one) is in it.
     """
     with no_exit(), _same_numbers():
-        return _load(spec, init, inputs, memory)
+        return _load(spec, init, inputs, memory, partial(_made, apart))
+
+
+def _made(
+    apart: Callable[[Callable[[nn.Module], Subject], nn.Module], Apart | None] | None,
+    module: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    **facts: Any,
+) -> Subject:
+    """The subject, and the reference that is started before the model has run."""
+
+    def bind(module: nn.Module) -> Subject:
+        return make_subject(module, args, kwargs, **facts)
+
+    weights = facts.get("weights")
+    if apart is None or (weights is not None and weights.absent):
+        return bind(module)
+    started = apart(bind, module)
+    return replace(bind(module), apart=started)
 
 
 @contextmanager
@@ -68,18 +98,18 @@ def _same_numbers() -> Iterator[None]:
         np.random.set_state(state)
 
 
-def _load(spec: str, init: Sequence[str], inputs: Sequence[str], memory: int) -> Subject:
+def _load(spec: str, init: Sequence[str], inputs: Sequence[str], memory: int, make: Make) -> Subject:
     path, name = split_spec(spec)
     source = _read(path)
     if name is not None:
         module, _ = run_file(path, as_script=False, stop_at_call=False)
         assert module is not None
-        return _from_class(module, name, path, init, inputs)
+        return _from_class(module, name, path, init, inputs, make)
     if init or inputs:
         raise UsageError(
             "--init and --input go with a class", hint=f"name it: moe-export {path}:ClassName --init ..."
         )
-    return _from_file(path, source, memory)
+    return _from_file(path, source, memory, make)
 
 
 def split_spec(spec: str) -> tuple[Path, str | None]:
@@ -110,17 +140,17 @@ def _read(path: Path) -> str:
     return text
 
 
-def _from_file(path: Path, source: str, memory: int) -> Subject:
+def _from_file(path: Path, source: str, memory: int, make: Make) -> Subject:
     """Ways 1 and 3. A file that cannot define both names is ended at its first call, before it trains for hours."""
     defines_both = {"model", "example_inputs"} <= _top_level_names(source)
     module, call = run_file(path, as_script=False, stop_at_call=not defines_both)
     if defines_both and module is not None and _has_both(module):
-        return _from_names(module, path, memory)
+        return _from_names(module, path, memory, make)
     if call is None:
         _, call = run_file(path, as_script=True, stop_at_call=True)
     if call is None:
         raise _half_a_model(path, module) or _no_model(path, module)
-    return _from_call(call, path)
+    return _from_call(call, path, make)
 
 
 def _half_a_model(path: Path, module: ModuleType | None) -> UsageError | None:
@@ -178,7 +208,7 @@ def _has_both(module: ModuleType) -> bool:
     return getattr(module, "example_inputs", None) is not None and callable(model)
 
 
-def _from_names(module: ModuleType, path: Path, memory: int) -> Subject:
+def _from_names(module: ModuleType, path: Path, memory: int, make: Make) -> Subject:
     model: Any = module.model
     if not isinstance(model, nn.Module):
         model = _call_user(model, "model", path)
@@ -194,7 +224,7 @@ def _from_names(module: ModuleType, path: Path, memory: int) -> Subject:
     how = "`model` and `example_inputs`"
     weights = _weights(module, model, path, memory)
     if isinstance(example, Mapping):
-        return make_subject(model, (), _tensors(example), source=path, how=how, weights=weights)
+        return make(model, (), _tensors(example), source=path, how=how, weights=weights)
     if isinstance(example, (torch.Tensor, np.ndarray)):
         example = (example,)
     if not isinstance(example, (tuple, list)):
@@ -203,7 +233,7 @@ def _from_names(module: ModuleType, path: Path, memory: int) -> Subject:
             where=str(path),
             hint="make it a tuple of forward's arguments, or a dict by their names",
         )
-    return make_subject(model, _tensors(tuple(example)), {}, source=path, how=how, weights=weights)
+    return make(model, _tensors(tuple(example)), {}, source=path, how=how, weights=weights)
 
 
 def _weights(module: ModuleType, model: nn.Module, path: Path, memory: int) -> StandIns | None:
@@ -234,13 +264,13 @@ def _call_user(function: Callable[[], Any], name: str, path: Path) -> Any:
         ) from error
 
 
-def _from_call(call: Call, path: Path) -> Subject:
+def _from_call(call: Call, path: Path, make: Make) -> Subject:
     how = f"the first module call of the script ({type(call.module).__name__})"
-    return make_subject(call.module, call.args, call.kwargs, source=path, how=how)
+    return make(call.module, call.args, call.kwargs, source=path, how=how)
 
 
 def _from_class(
-    module: ModuleType, name: str, path: Path, init: Sequence[str], inputs: Sequence[str]
+    module: ModuleType, name: str, path: Path, init: Sequence[str], inputs: Sequence[str], make: Make
 ) -> Subject:
     """Way 2."""
     found = getattr(module, name, None)
@@ -266,7 +296,7 @@ def _from_class(
             hint="give each tensor: --input name=2x10x512:float32",
         )
     tensors = dict(parse_input(item, model) for item in inputs)
-    return make_subject(model, (), tensors, source=path, how=f"the class {name}")
+    return make(model, (), tensors, source=path, how=f"the class {name}")
 
 
 def _module_classes(path: Path, module: ModuleType | None) -> list[str]:

@@ -18,7 +18,9 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator, MutableSet
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,10 +106,11 @@ class State:
     _items: tuple[_Items, ...]
     _values: tuple[_Values, ...]
     _weights: tuple[_Values, ...] = ()
+    _namespaces: tuple[tuple[str, dict[str, Any]], ...] = ()
 
     @staticmethod
     def of(module: nn.Module, *, weights: bool = False) -> State:
-        """Save the state of a model.
+        """Save the state of a model, but for globals.
 
         Args:
             module: The model.
@@ -115,14 +118,30 @@ class State:
         """
         walk = _Walk()
         walk.see(module, "", "")
-        for name, namespace in _namespaces(module):
-            walk.see_globals(name, namespace)
         nbytes = sum(weight.nbytes for weight, _ in walk.weights)
         copied = weights and nbytes <= _MOST_WEIGHTS
         saved = (
             tuple(_saved(weight, where, copied=copied) for weight, where in walk.weights) if weights else ()
         )
-        return State(tuple(walk.items), tuple(walk.values), saved)
+        return State(tuple(walk.items), tuple(walk.values), saved, _namespaces(module))
+
+    def with_globals(self) -> State:
+        """The same, and globals as they are now: whose they are may change them between two calls."""
+        walk = _Walk()
+        for file, namespace in self._namespaces:
+            walk.see_globals(file, namespace)
+        return replace(
+            self, _items=(*self._items, *walk.items), _values=(*self._values, *walk.values), _namespaces=()
+        )
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Put everything back afterwards."""
+        before = self.with_globals()
+        try:
+            yield
+        finally:
+            before.restore()
 
     def changed(self) -> frozenset[str]:
         """What is no longer as it was: `buffer total`, `attribute rope.length`, `global _TABLES of model.py`."""
@@ -139,7 +158,7 @@ class State:
 
     def lasting(self) -> State:
         """The state without copies of weights that are as they were."""
-        return State(self._items, self._values, tuple(saved for saved in self._weights if saved.differs()))
+        return replace(self, _weights=tuple(saved for saved in self._weights if saved.differs()))
 
     def lost(self) -> frozenset[str]:
         """Weights that are no longer what they were, and too large to have been copied."""
@@ -240,7 +259,7 @@ class _Globals(_Items):
                 self.owner[name] = value
 
 
-def _namespaces(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
+def _namespaces(module: nn.Module) -> tuple[tuple[str, dict[str, Any]], ...]:
     """The globals of the user's files that a model's code lies in, by file."""
     found: dict[str, dict[str, Any]] = {}
     for kind in {base for part in module.modules() for base in type(part).__mro__}:
@@ -251,7 +270,7 @@ def _namespaces(module: nn.Module) -> list[tuple[str, dict[str, Any]]]:
         file = getattr(other, "__file__", None)
         if isinstance(other, types.ModuleType) and isinstance(file, str) and is_user_file(file):
             found.setdefault(file, vars(other))
-    return [(file.rpartition("/")[2], namespace) for file, namespace in sorted(found.items())]
+    return tuple((Path(file).name, found[file]) for file in sorted(found))
 
 
 def _holds_state(value: Any) -> bool:

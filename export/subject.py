@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -26,6 +26,14 @@ from moe_export.export.state import State
 from moe_export.export.train_mode import note_on_mode
 from moe_export.export.weights.stand_in import StandIns
 from moe_export.export.weights.zero import without_weights
+
+
+class Apart(Protocol):
+    """The model once more, where nothing but its own code runs: what graphs of it are held against."""
+
+    def ask(self, kind: str, method: str, arrays: Sequence[Any]) -> Any:
+        """Run it once on arrays, in the order of the subject's inputs."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Subject:
         cached: What the first call alone changes.
         weights: Where the weights are, if the model came without them.
         notes: What is to be said of how the model was found.
+        apart: The same model where nobody else touches it, if it was loaded with one.
     """
 
     module: nn.Module
@@ -61,18 +70,16 @@ class Subject:
     _template: tuple[Any, ...] = field(repr=False)
     weights: StandIns | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+    apart: Apart | None = field(default=None, repr=False)
 
     def of(self, module: nn.Module) -> Subject:
         """The same with another module: a copy of its own, in other types or on another device."""
-        return replace(self, module=module, state=State.of(module))
+        return replace(self, module=module, state=State.of(module), apart=None)
 
     def call(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the model on flat tensors, in the order of `inputs`; the outputs in the order of `outputs`."""
-        try:
-            with without_weights(self.weights):
-                return tuple(leaf.value for leaf in self.call_leaves(tensors) if leaf.is_tensor)
-        finally:
-            self.state.restore()
+        with self.state.kept(), without_weights(self.weights):
+            return tuple(leaf.value for leaf in self.call_leaves(tensors) if leaf.is_tensor)
 
     def call_leaves(self, tensors: Sequence[torch.Tensor]) -> list[Leaf]:
         """Run the model once; everything that it returns, `dropped` included. What it does to its state stays."""
@@ -196,7 +203,8 @@ def _first_calls(module: nn.Module, call: Callable[[], list[Leaf]], source: Path
     """Call a model once, and once more if that changed its state: what changes each time is no cache."""
     if any(is_lazy(weight) for weight in [*module.parameters(), *module.buffers()]):
         call()  # it makes its weights, and becomes another class
-    before = State.of(module, weights=True)
+    start = State.of(module, weights=True)
+    before = start.with_globals()
     found = call()
     first = before.changed()
     if lost := before.lost():
@@ -207,11 +215,11 @@ def _first_calls(module: nn.Module, call: Callable[[], list[Leaf]], source: Path
         )
     again: frozenset[str] = frozenset()
     if first:
-        between = State.of(module)
+        between = State.of(module).with_globals()
         call()
         again = between.changed()
-    state = before.lasting()
-    state.restore()
+    state = start.lasting()
+    before.restore()
     return _Ran(found, state, again, first - again)
 
 

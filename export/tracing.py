@@ -205,12 +205,13 @@ def _export(
                 every_expert_hit(),
                 user_lines(),
             ):
-                exported = torch.export.export(
-                    flat,
-                    tuple(tensor.clone() for tensor in example.values()),
-                    dynamic_shapes={"inputs": spec},
-                    strict=False,
-                )
+                with subject.state.kept():
+                    exported = torch.export.export(
+                        flat,
+                        tuple(tensor.clone() for tensor in example.values()),
+                        dynamic_shapes={"inputs": spec},
+                        strict=False,
+                    )
                 found = _only_there(exported, subject, example, request) - stuck
                 if found:  # it is right at these sizes alone, and only looks free
                     stuck |= found
@@ -220,8 +221,6 @@ def _export(
         except Exception as error:
             first = first or error
             continue
-        finally:
-            subject.state.restore()
         names = list(subject.dropped)
         computed = frozenset(names[index] for index in numbers[-1] if index < len(names))
         return program, computed, _first_line(first) if first else None

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from moe_export.errors import MissingBackendError, UsageError
+from moe_export.errors import DiedError, MissingBackendError, UsageError
 from moe_export.verify.choices import UNTOLD, Teller, Told, has_ties, judge_choices
 from moe_export.verify.inputs import Case
 from moe_export.verify.judge import Judgement, form_mismatch, judge
@@ -71,6 +71,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
         UsageError: In the first case an engine does not take the inputs at all, or `routing` names an output
             that the reference does not have.
         MissingBackendError: An engine has lost its device.
+        DiedError: The model ended the process that it ran in.
     """
     judges = _Judges(tolerance or Tolerance(), routing, truth, teller, reference, narrow, rounded)
     results: list[CaseResult] = []
@@ -184,7 +185,7 @@ def _run(runner: Runner, case: Case, first: bool) -> Outputs | str:
     """The outputs, or in one line why there are none."""
     try:
         return runner.run(case.inputs)
-    except MissingBackendError:
+    except (DiedError, MissingBackendError):
         raise
     except UsageError as error:
         # At another size a refusal is a finding; on the example it means that the two models take different

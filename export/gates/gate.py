@@ -23,7 +23,7 @@ from moe_export.export.gates.values import stand_in_values
 from moe_export.export.leaves import identifier, unique
 from moe_export.export.subject import Subject, make_subject
 from moe_export.export.tracing import Traced, quiet
-from moe_export.export.weights.stand_in import absent_among
+from moe_export.export.weights.stand_in import absent_among, stand_in_of
 
 INDICES, WEIGHTS, SCORES = "topk_idx", "topk_weight", "scores"
 
@@ -179,7 +179,10 @@ def _constant(
         raise NotExportableError(
             f"the gate depends on the model's input {node.name} besides what enters its module"
         )
-    root.register_buffer(node.name, constants[node.name].detach())
+    value = constants[node.name].detach()
+    if stand_in_of(value) is None:  # what calls of the model do to its own is none of the gate's
+        value = value.clone()
+    root.register_buffer(node.name, value)
     return graph.get_attr(node.name)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from moe_export.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from moe_export.export.subject import Subject
     from moe_export.verify import Report
 
 
@@ -29,6 +31,8 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
     backend: str | None = None,
 ) -> Report:
     """Compare a graph with the module that it was made from, at other sizes and with other values, too.
+
+    The graph is held against a copy of the module, made before anything else is done with it.
 
     Args:
         module: The reference; it runs in eval mode, and is in its own mode afterwards.
@@ -51,6 +55,7 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
         UsageError: The graph cannot be read, or takes other inputs; or the module ended the process.
         MissingBackendError: The graph cannot be run here.
     """
+    from moe_export.comparing.apart import copy_model
     from moe_export.comparing.sides import parse_side
     from moe_export.comparing.verifying import Request
     from moe_export.comparing.verifying_models import compare_subject
@@ -71,10 +76,15 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
     )
     training = [(part, part.training) for part in module.modules()]
     try:
-        with no_exit():
-            subject = make_subject(
+
+        def bind(module: torch.nn.Module) -> Subject:
+            return make_subject(
                 module, args, kwargs, source=Path(onnx_path), how="given to assert_equivalent"
             )
+
+        with no_exit():
+            untouched = copy_model(bind, module)
+            subject = replace(bind(module), apart=untouched)
             report = compare_subject(subject, candidate, request, type(module).__name__)
     finally:
         for part, mode in training:

@@ -62,3 +62,7 @@ class MissingBackendError(MoeExportError):
     """A backend that the user requires is not installed or has no device (exit code 4)."""
 
     exit_code = 4
+
+
+class DiedError(MoeExportError):
+    """The model ended the process that it ran in: a crash, an exit, too little memory (exit code 2)."""

@@ -94,11 +94,22 @@ def test_globals_of_the_users_file():
             _TABLES[len(x)] = x
             return x
 
-    before = State.of(Global())
+    before = State.of(Global()).with_globals()
     Global()(torch.ones(3))
     assert before.changed() == {"global _CALLS of test_state.py", "global _TABLES of test_state.py[3]"}
     before.restore()
     assert (_CALLS, _TABLES) == (0, {})
+
+
+def test_globals_that_others_change_between_two_calls_stay(tools):
+    class Plain(nn.Module):
+        def forward(self, x):
+            return x + 1
+
+    subject = tools.subject(Plain(), torch.ones(2, 3))
+    _TABLES["mine"] = 1
+    subject.call([torch.ones(2, 3)])
+    assert _TABLES.pop("mine") == 1
 
 
 def test_a_weight_that_a_call_writes_to(tools):

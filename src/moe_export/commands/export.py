@@ -19,6 +19,7 @@ from moe_export.commands.build import Request, build_files, check_names, engine_
 from moe_export.commands.console import Console
 from moe_export.commands.parallel import Written, write_ranks
 from moe_export.commands.sizes import parse_bytes
+from moe_export.comparing.apart import fork_model
 from moe_export.comparing.blaming import kept_options
 from moe_export.comparing.checking import verify_graph
 from moe_export.einsum_rewrite import Site
@@ -164,7 +165,9 @@ def _loaded(
     ahead: ReadAhead,
 ) -> Subject:
     """The model; files that its graphs may point to are read for their checksums from now on."""
-    subject = load_subject(model, init=init, inputs=inputs, memory=parse_bytes(memory, "--memory"))
+    subject = load_subject(
+        model, init=init, inputs=inputs, memory=parse_bytes(memory, "--memory"), apart=fork_model
+    )
     if subject.weights is not None and subject.weights.absent:
         ahead.read(referable(subject.weights.files, storage))
     return subject

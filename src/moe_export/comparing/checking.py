@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from moe_export.comparing.checking_float64 import Float64Runner
-from moe_export.comparing.checking_rounded import RoundedRunner
+from moe_export.comparing import apart
 from moe_export.comparing.checking_told import GraphTeller
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.sides import GraphRunner
@@ -24,7 +23,6 @@ from moe_export.verify import (
     RoutingPair,
     TensorSpec,
     Tolerance,
-    TorchRunner,
     cases,
     compare,
 )
@@ -178,9 +176,9 @@ def verify_file(  # noqa: PLR0913  each has a name
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
     arrays = {name: as_numpy(tensor) for name, tensor in example.items() if name in {s.name for s in specs}}
     names = outputs or reference.outputs
-    runner = TorchRunner(reference.call_named, names)
+    runner = apart.reference(reference, names)
     with quiet():
-        known = known_of_model(runner.run, specs, ranges, arrays, seed)
+        known = known_of_model(reference, specs, ranges, arrays, seed)
     made = wished_cases(wish, specs, ranges, arrays, seed, runner, known)
     pairs = [RoutingPair(*pair) for pair in routing]
     watched, watched_cases = recorded(recorder, runner, made, pairs)
@@ -193,9 +191,9 @@ def verify_file(  # noqa: PLR0913  each has a name
             routing=pairs,
             budget=wish.flips,
             time_limit=wish.time_limit,
-            truth=Float64Runner(reference, names),
+            truth=apart.reference(reference, names, apart.FLOAT64),
             teller=GraphTeller(runner, graph, provider),
             about=about,
             narrow=narrow,
-            rounded=None if narrow == "float32" else RoundedRunner(reference, names, narrow),
+            rounded=None if narrow == "float32" else apart.reference(reference, names, narrow),
         )

@@ -9,6 +9,7 @@ from typing import Any
 
 import onnx
 
+from moe_export.comparing import apart
 from moe_export.comparing.blaming import blame, open_graph, program_values
 from moe_export.comparing.sides import GraphRunner
 from moe_export.export.subject import Subject
@@ -19,7 +20,6 @@ from moe_export.verify import (
     Report,
     RoutingPair,
     Tolerance,
-    TorchRunner,
     compare,
 )
 from moe_export.verify.guilty import Guilt, find_guilty
@@ -140,7 +140,7 @@ def explain(
     model = open_graph(path, subject.source.parent)
     given = {value.name: inputs[value.name] for value in model.graph.input if value.name in inputs}
     with quiet():
-        expected = TorchRunner(reference.call_named, reference.outputs).run(inputs)
+        expected = apart.reference(reference, reference.outputs).run(inputs)
 
         pairs = [RoutingPair(*pair) for pair in routing]
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import onnx
 
+from moe_export.comparing import apart
 from moe_export.comparing.blaming import program_values
-from moe_export.comparing.checking_float64 import Float64Runner
 from moe_export.comparing.checking_told import GraphTeller
 from moe_export.comparing.explaining import INSIDE
 from moe_export.comparing.known import known_of_model
@@ -34,7 +34,6 @@ from moe_export.verify import (
     RoutingPair,
     Runner,
     Tolerance,
-    TorchRunner,
     compare,
 )
 from moe_export.verify.float64_graph import run_in_float64
@@ -241,21 +240,23 @@ def open_gate(
     facts = metadata(path)
     dtype = facts.get("moe_export.dtype", "float32")
     runner = runner_of(path, "cpu", dtype)
-    subject, routing = reference_of(load_subject(against, init=init, inputs=inputs), facts)
+    subject, routing = reference_of(
+        load_subject(against, init=init, inputs=inputs, apart=apart.fork_model), facts
+    )
     matched = match_graph(runner, subject, routing)
     subject = matched.subject
     cases: list[Case] = []
 
     setting = (list(runner.inputs), matched.ranges, matched.arrays, seed)
-    known = known_of_model(TorchRunner(subject.call_named, subject.outputs).run, *setting)
+    known = known_of_model(subject, *setting)
 
     def watched() -> Iterator[Case]:
         for case in wished_cases(Wish(thorough=thorough), *setting, known=known):
             cases.append(case)
             yield case
 
-    torch_runner = Remembered(TorchRunner(subject.call_named, subject.outputs), cases)
-    truth = Remembered(Float64Runner(subject, subject.outputs), cases)
+    torch_runner = Remembered(apart.reference(subject, subject.outputs), cases)
+    truth = Remembered(apart.reference(subject, subject.outputs, apart.FLOAT64), cases)
     gate = Gate(
         onnx.load(path),
         cases,

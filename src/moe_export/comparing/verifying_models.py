@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch.utils import _pytree as pytree
 
+from moe_export.comparing import apart
 from moe_export.comparing.checking import verify_file
-from moe_export.comparing.checking_float64 import Float64Runner
 from moe_export.comparing.checking_told import GraphTeller, Mirrored
 from moe_export.comparing.explaining import Remembering, explain, look_inside
 from moe_export.comparing.known import known_of_model
@@ -35,7 +35,6 @@ from moe_export.verify import (
     RoutingPair,
     Runner,
     TensorSpec,
-    TorchRunner,
     compare,
 )
 from moe_export.verify.golden import recorded
@@ -52,10 +51,15 @@ class OpenModel:
 
 def open_model(side: Side, request: Request) -> OpenModel:
     """Load a model file, in float64 if that is its backend."""
-    subject = load_subject(side.text, init=request.init, inputs=request.inputs, memory=request.memory)
-    if side.backend == "torch-float64":
-        return OpenModel(subject, Float64Runner(subject, subject.outputs, rounded=True))
-    return OpenModel(subject, TorchRunner(subject.call_named, subject.outputs))
+    subject = load_subject(
+        side.text,
+        init=request.init,
+        inputs=request.inputs,
+        memory=request.memory,
+        apart=apart.fork_model,
+    )
+    kind = apart.ROUNDED_FLOAT64 if side.backend == "torch-float64" else apart.TORCH
+    return OpenModel(subject, apart.reference(subject, subject.outputs, kind))
 
 
 def compare_models(candidate: Side, reference: Side, request: Request) -> Report:
@@ -131,10 +135,10 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
     matched = match_graph(runner, subject, routing)
     subject = matched.subject
     wish = replace(request.wish, own=own)
-    wide = Float64Runner(subject, subject.outputs, rounded=True)
+    wide = apart.reference(subject, subject.outputs, apart.ROUNDED_FLOAT64)
     setting = (list(runner.inputs), matched.ranges, matched.arrays, request.seed)
     with quiet():
-        known = known_of_model(wide.run, *setting)
+        known = known_of_model(subject, *setting)
     cases = wished_cases(wish, *setting, known=known)
     watched, cases = recorded(request.recorder, wide, cases, matched.pairs)
     tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
@@ -147,7 +151,7 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
             routing=matched.pairs,
             budget=request.wish.flips,
             time_limit=request.wish.time_limit,
-            truth=Float64Runner(subject, subject.outputs),
+            truth=apart.reference(subject, subject.outputs, apart.FLOAT64),
             teller=GraphTeller(wide, candidate.path if tells else None, candidate.provider),
             about={**about_sides(candidate, reference), **line_of(original)},
             narrow=dtype,
@@ -169,7 +173,7 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
     routing = [] if traced is None else _pairs(traced)
     wish = replace(request.wish, own=own_inputs(reference, theirs.subject))
     with quiet():
-        known = known_of_model(theirs.runner.run, specs, dims, arrays, request.seed)
+        known = known_of_model(theirs.subject, specs, dims, arrays, request.seed)
     made = wished_cases(wish, specs, dims, arrays, request.seed, known=known)
     pairs = [RoutingPair(*pair) for pair in routing]
     runner, cases = recorded(request.recorder, theirs.runner, made, pairs)
@@ -182,7 +186,7 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
             routing=pairs,
             budget=request.wish.flips,
             time_limit=request.wish.time_limit,
-            truth=Float64Runner(theirs.subject, theirs.subject.outputs),
+            truth=apart.reference(theirs.subject, theirs.subject.outputs, apart.FLOAT64),
             about={**about_sides(candidate, reference), **line_of(ours.subject)},
         )
 
@@ -194,13 +198,13 @@ def _model_against_graph(candidate: Side, reference: Side, request: Request) -> 
     subject = matched.subject
     setting = (list(graph.inputs), matched.ranges, matched.arrays, request.seed)
     with quiet():
-        known = known_of_model(TorchRunner(subject.call_named, subject.outputs).run, *setting)
+        known = known_of_model(subject, *setting)
     made = wished_cases(request.wish, *setting, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
     runner, cases = recorded(request.recorder, watchable(reference, graph, request), made, routing)
     names = by_position(opened.subject.outputs, subject.outputs)
     inputs = dict(zip(subject.inputs, opened.subject.inputs, strict=True))
-    plain = TorchRunner(subject.call_named, subject.outputs)
+    plain = apart.reference(subject, subject.outputs)
     tells = (reference.backend or "").startswith("onnxruntime")
     told = GraphTeller(plain, reference.path if tells else None, reference.provider)
     with quiet():
@@ -213,7 +217,7 @@ def _model_against_graph(candidate: Side, reference: Side, request: Request) -> 
             budget=request.wish.flips,
             time_limit=request.wish.time_limit,
             teller=Mirrored(told),
-            truth=Float64Runner(subject, subject.outputs),
+            truth=apart.reference(subject, subject.outputs, apart.FLOAT64),
             about={**about_sides(candidate, reference), **line_of(opened.subject)},
         )
 
@@ -228,7 +232,7 @@ def record_model(side: Side, request: Request) -> tuple[RoutingPair, ...]:
     wish = replace(request.wish, own=own_inputs(side, opened.subject))
     runner = request.recorder.on(opened.runner)
     with quiet():
-        known = known_of_model(opened.runner.run, specs, dims, arrays, request.seed)
+        known = known_of_model(opened.subject, specs, dims, arrays, request.seed)
         for case in request.recorder.watch(
             wished_cases(wish, specs, dims, arrays, request.seed, known=known)
         ):

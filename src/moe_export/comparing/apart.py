@@ -1,0 +1,271 @@
+"""A reference that nobody touched: the model in a process of its own, where nothing but its own code runs.
+
+```
+load ─▶ the model, not yet run ─▶ first call ─▶ trace, fold, emit, ...      the process that exports
+              │ fork
+              └──────────────────▶ first call ─▶ run, run, run              the reference
+```
+A reference that shares state with what is traced agrees with it where both are wrong. So the process forks when the
+model's file has been run and the model has not. The reference has the same weights, whatever they were made from, and
+from then on nothing that the export does to modules, caches, globals or libraries can reach it. Its own calls each
+start from the state in which the model was loaded (`export.state`).
+
+It computes on one thread. OpenMP's threads do not live on in a fork; and what a model gives must not depend on how
+many there are.
+
+Measured: a fork takes 15 ms, a process that imports PyTorch and loads the file anew takes 2 to 4 s. Where processes
+cannot fork (Windows), or the file has started a GPU, which a fork cannot use, the reference is a copy of the model in
+the same process, made before it has run.
+"""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+import os
+import signal
+import sys
+import warnings
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from typing import Any, NoReturn
+
+import torch
+from torch import nn
+
+from moe_export.comparing.checking_float64 import Float64Runner
+from moe_export.comparing.checking_rounded import RoundedRunner
+from moe_export.errors import DiedError, UsageError
+from moe_export.export.source import last_user_line
+from moe_export.export.subject import Subject
+from moe_export.export.tracing import quiet
+from moe_export.verify import Array, Choice, TorchRunner
+
+TORCH, FLOAT64, ROUNDED_FLOAT64 = "torch", "torch-float64", "torch-float64, rounded"
+
+
+class ModelRaisedError(Exception):
+    """What the model raised in the other process; a class of that name is made for each."""
+
+
+class Apart:
+    """A model in another process.
+
+    Args:
+        connection: To it.
+        pid: Its number.
+    """
+
+    def __init__(self, connection: Connection, pid: int) -> None:
+        self._connection, self._pid = connection, pid
+        self._end = weakref.finalize(self, _end, connection, pid, os.getpid())
+
+    def ask(self, kind: str, method: str, arrays: Sequence[Array]) -> Any:
+        """Run the model once.
+
+        Args:
+            kind: What is to run it (see `reference`).
+            method: `run` or `run_watched`.
+            arrays: Its inputs, in order.
+
+        Returns:
+            What the runner's method gives.
+
+        Raises:
+            DiedError: The model brought the process down.
+            UsageError: The runner's own.
+            ModelRaisedError: Whatever the model raised.
+        """
+        try:
+            self._connection.send((kind, method, list(arrays)))
+            said, answer = self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise DiedError(
+                f"the process that runs the model ended while it ran: {_how_it_ended(self._pid)}",
+                hint="run the model by itself on these inputs; a crash in an operator, exit() in forward and too "
+                "little memory all look like this",
+            ) from error
+        if said == "done":
+            return answer
+        if said == "refused":
+            what, where, hint = answer
+            raise UsageError(what, where=where, hint=hint)
+        if said == "ended":
+            raise DiedError(f"the model's code ended the process: {answer[0]}", where=answer[1])
+        name, text = answer
+        raise type(name, (ModelRaisedError,), {})(text)
+
+    def close(self) -> None:
+        """End the process."""
+        self._end()
+
+
+class Copy:
+    """A copy of a model in the same process, made before anything has run on it.
+
+    Args:
+        subject: The copy.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self._subject = subject
+        self._runners: dict[str, Any] = {}
+
+    def ask(self, kind: str, method: str, arrays: Sequence[Array]) -> Any:
+        """Run it once, as `Apart.ask`."""
+        if kind not in self._runners:
+            self._runners[kind] = _runner(self._subject, self._subject.outputs, kind)
+        inputs = dict(zip(self._subject.inputs, arrays, strict=True))
+        return getattr(self._runners[kind], method)(inputs)
+
+
+Bind = Callable[[nn.Module], Subject]
+
+
+def fork_model(bind: Bind, module: nn.Module) -> Apart | Copy | None:
+    """Start the reference: a fork of this process, in which the model has not yet run.
+
+    Args:
+        bind: Binds the model to its example and runs it for the first time.
+        module: The model.
+
+    Returns:
+        A copy where this process cannot be forked.
+    """
+    if not hasattr(os, "fork") or sys.platform == "darwin" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return copy_model(bind, module)  # macOS's own libraries do not survive a fork
+    here, there = Pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", DeprecationWarning
+        )  # of other threads: none of their locks is used there
+        pid = os.fork()
+    if pid == 0:
+        here.close()
+        _serve(there, lambda: bind(module))
+    there.close()
+    return Apart(here, pid)
+
+
+def copy_model(bind: Bind, module: nn.Module) -> Copy | None:
+    """Copy a model before it runs; None if it has parts that cannot be copied."""
+    try:
+        copied = copy.deepcopy(module)
+    except Exception:  # whatever they raise
+        return None
+    return Copy(bind(copied))
+
+
+def reference(subject: Subject, outputs: Sequence[str], kind: str = TORCH) -> Any:
+    """What runs a model to hold others against: in its own process if it has one.
+
+    Args:
+        subject: The model; its inputs may have other names there than in its file.
+        outputs: Names for its outputs.
+        kind: `torch`; `torch-float64`, whose outputs are float64, or rounded to the model's own types; or a narrow
+            type, which its weights are rounded to.
+    """
+    if subject.apart is None:
+        return _runner(subject, outputs, kind)
+    return ApartRunner(subject.apart, kind, tuple(subject.inputs), tuple(outputs))
+
+
+class ApartRunner:
+    """A model in another process, as a runner.
+
+    Args:
+        apart: The process.
+        kind: What runs the model there.
+        inputs: Names of its inputs, in order.
+        outputs: Names for its outputs, in order.
+    """
+
+    def __init__(self, apart: Any, kind: str, inputs: Sequence[str], outputs: Sequence[str]) -> None:
+        self.name = kind if kind in (TORCH, FLOAT64) else _runner_name(kind)
+        self._apart, self._kind, self._inputs, self._outputs = apart, kind, inputs, outputs
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once."""
+        return self._named(self._apart.ask(self._kind, "run", self._ordered(inputs)))
+
+    def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
+        """Run once, and say what the model chose."""
+        outputs, choices = self._apart.ask(self._kind, "run_watched", self._ordered(inputs))
+        return self._named(outputs), choices
+
+    def _ordered(self, inputs: Mapping[str, Array]) -> list[Array]:
+        return [inputs[name] for name in self._inputs]
+
+    def _named(self, outputs: Mapping[str, Array]) -> dict[str, Array]:
+        return dict(zip(self._outputs, outputs.values(), strict=True))
+
+
+def _runner(subject: Subject, outputs: Sequence[str], kind: str) -> Any:
+    if kind == TORCH:
+        return TorchRunner(subject.call_named, outputs)
+    if kind in (FLOAT64, ROUNDED_FLOAT64):
+        return Float64Runner(subject, outputs, rounded=kind == ROUNDED_FLOAT64)
+    return RoundedRunner(subject, outputs, kind)
+
+
+def _runner_name(kind: str) -> str:
+    return FLOAT64 if kind == ROUNDED_FLOAT64 else f"torch, weights rounded to {kind}"
+
+
+def _serve(connection: Connection, make: Callable[[], Subject]) -> NoReturn:
+    """In the fork: answer until nobody asks any more."""
+    code = 1
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_DFL)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):  # what the model prints, the other process prints too
+            os.dup2(nowhere, descriptor)
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the end
+        faulthandler.disable()  # what ends it is said by the other process
+        torch.set_num_threads(1)
+        with quiet():
+            _answer(connection, make())
+        code = 0
+    finally:
+        os._exit(code)  # no cleaning up: that is for the process that this is a copy of
+
+
+def _answer(connection: Connection, subject: Subject) -> None:
+    model = Copy(subject)
+    while True:
+        try:
+            kind, method, arrays = connection.recv()
+        except EOFError:
+            return
+        try:
+            reply: tuple[str, Any] = ("done", model.ask(kind, method, arrays))
+        except UsageError as error:
+            reply = ("refused", (error.what, error.where, error.hint))
+        except SystemExit as error:
+            reply = ("ended", (f"sys.exit({error.code!r})", last_user_line(error)))
+        except Exception as error:  # whatever a model raises
+            reply = ("raised", (type(error).__name__, str(error)))
+        connection.send(reply)
+
+
+def _end(connection: Connection, pid: int, owner: int) -> None:
+    if os.getpid() != owner:  # in another fork of the same process, which has a copy of this
+        return
+    connection.close()
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    with suppress(ChildProcessError):
+        os.waitpid(pid, 0)
+
+
+def _how_it_ended(pid: int) -> str:
+    try:
+        _, status = os.waitpid(pid, 0)
+    except ChildProcessError:
+        return "for an unknown reason"
+    code = os.waitstatus_to_exitcode(status)
+    return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
