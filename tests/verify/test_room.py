@@ -8,7 +8,12 @@ from pathlib import Path
 import moe_export.verify
 
 FOLDER = Path(__file__).parents[2] / "verify"
-BELOW = {"moe_export.domain", "moe_export.errors", "moe_export.external_data", "moe_export.float64"}  # what every room may know
+BELOW = {
+    "moe_export.domain",
+    "moe_export.errors",
+    "moe_export.external_data",
+    "moe_export.float64",
+}  # what every room may know
 
 
 def test_importing_it_is_lean():

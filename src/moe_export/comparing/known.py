@@ -12,7 +12,11 @@ from moe_export.verify.torch_work import price_of
 
 
 def known_of_model(
-    model: Subject, specs: Sequence[TensorSpec], dims: Sequence[DimRange], example: Mapping[str, Array], seed: int
+    model: Subject,
+    specs: Sequence[TensorSpec],
+    dims: Sequence[DimRange],
+    example: Mapping[str, Array],
+    seed: int,
 ) -> Known:
     """What is known of a model.
 
