@@ -14,8 +14,9 @@
 | `torch_runner`, `onnxruntime_runner`, `tensorrt_runner` | the engines; libraries are imported when used |
 | `engine_header` | what an engine says of itself: version, GPUs, size |
 | `onnx_reference_runner` | the evaluator of the ONNX project |
-| `sizes`, `inputs`, `regimes` | which sizes, which values, which kinds of values |
-| `known`, `price`, `torch_work` | what fixes the plan: what is known of both sides, what a case costs, counted |
+| `inputs`, `sizes`, `maker`, `regimes` | the plan: which cases, which sizes, their arrays, which kinds of values |
+| `known`, `price`, `meaning` | what fixes it: what a case costs, what the values of an input mean |
+| `torch_work`, `torch_tables` | counted, and watched, while a model runs |
 | `tolerance`, `judge`, `routing`, `sketch` | when two outputs are the same; what is kept of their differences |
 | `experts_alone` | every token to one expert, for each |
 | `golden` | inputs and outputs of a run, stored |

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from moe_export.errors import DiedError, MissingBackendError, UsageError
 from moe_export.verify.choices import UNTOLD, Teller, Told, has_ties, judge_choices
 from moe_export.verify.inputs import Case
-from moe_export.verify.judge import Judgement, form_mismatch, judge
-from moe_export.verify.regimes import STRESS, TIES
+from moe_export.verify.judge import LOST, Judgement, form_mismatch, judge, lost_of, without
+from moe_export.verify.regimes import STRESS, TIES, UNASKED
 from moe_export.verify.report import LEFT_TO_CPU, CaseResult, Report
 from moe_export.verify.routing import judge_routing
 from moe_export.verify.runner import Runner, one_line
@@ -110,6 +110,27 @@ class _Judges:
 
     def judge(self, case: Case, expected: Outputs, got: Outputs) -> tuple[Judgement, ...]:
         """By the outputs alone; where they differ, under the same choices; where they still do, by float64."""
+        if case.regime in UNASKED:
+            return self._judge_known(case, expected, got)
+        return self._judge(case, expected, got)
+
+    def _judge_known(self, case: Case, expected: Outputs, got: Outputs) -> tuple[Judgement, ...]:
+        """By what the reference knows: where it is NaN, for values that nobody promised, nothing is compared."""
+        lost = {name: lost_of(array) for name, array in expected.items()}
+        found = {
+            name: without(array, lost[name]) if name in lost and lost[name].shape == array.shape else array
+            for name, array in got.items()
+        }
+        known = {name: without(array, lost[name]) for name, array in expected.items()}
+        judged = self._judge(case, known, found)
+        return tuple(
+            replace(row, undecided=f"{LOST} in {int(lost[row.output].sum())} of {row.total} elements")
+            if row.ok and not row.undecided and row.output in lost and lost[row.output].any()
+            else row
+            for row in judged
+        )
+
+    def _judge(self, case: Case, expected: Outputs, got: Outputs) -> tuple[Judgement, ...]:
         judged = _judge_all(expected, got, self.tolerance, self.routing)
         if all(row.ok for row in judged):
             return judged

@@ -84,6 +84,21 @@ class Judgement:
         return self.reason is None
 
 
+LOST = "the reference is NaN"
+
+
+def lost_of(array: Array) -> Array:
+    """Where a float array is NaN."""
+    if not is_float(array.dtype):
+        return np.zeros(array.shape, bool)
+    return np.isnan(array.astype(np.float64))
+
+
+def without(array: Array, lost: Array) -> Array:
+    """An array with 0 where the reference is lost."""
+    return np.where(lost, np.zeros((), array.dtype), array) if lost.any() else array
+
+
 def judge(output: str, reference: Array | None, candidate: Array | None, margin: Margin) -> Judgement:
     """Judge one output.
 

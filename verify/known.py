@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+from moe_export.verify.meaning import Meaning
 from moe_export.verify.price import Price
 
 
@@ -13,9 +15,13 @@ class Known:
 
     Attributes:
         price: What a case of given sizes costs; a guess by its elements if None.
+        meanings: What inputs of integers are drawn from, by name; the example's own values where nothing is known.
+        unfilled: Inputs of floats whose example is no measurement, but zeros or ones in the place of one.
     """
 
     price: Price | None = None
+    meanings: Mapping[str, Meaning] = field(default_factory=dict)
+    unfilled: frozenset[str] = frozenset()
 
 
 NOTHING = Known()

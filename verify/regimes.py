@@ -12,7 +12,16 @@ where the regime does not say otherwise. A row is the last axis of an input: the
 | `large` | 16 times the ordinary | overflow; a recurrence that forgets at once |
 | `held up`, `held down` | one large row, repeated, and its negative | sums over a long time; decay to nothing |
 | `largest`, `smallest` | at the ends of the dtype (a row can just be added up) | overflow, subnormal numbers |
-| `padded` | masks end early | a mask that is not looked at |
+| `normal values` | normal, of both signs, whatever the example was | what only holds for ones or positive numbers |
+| `padded`, `padded left` | marks, then none; none, then marks | a mask that is not looked at, or read the other way |
+| `all true`, `all false` | marks throughout, none at all | a flag that is not looked at |
+| `random marks` | each by chance | a mask that is taken for a length |
+| `every id` | ids that run through their whole table | rows that are wrong |
+| `negative integers` | of both signs; ids count from the end | remainders, quotients, clipped indices |
+| `large integers` | up to 2**40, or what the type holds and the model takes | int32 in place of int64 |
+
+Where the reference gives NaN for a kind that its author need not have thought of (`UNASKED`), nothing is compared,
+and the report says so.
 """
 
 from __future__ import annotations
@@ -27,7 +36,8 @@ import numpy as np
 from moe_export.verify.specs import Array, is_float
 
 NORMAL = "normal"
-PADDED = "padded"
+SIGNED = "normal values"
+EVERY_ID, NEGATIVE, LARGE = "every id", "negative integers", "large integers"
 
 
 @dataclass(frozen=True)
@@ -112,31 +122,58 @@ REGIMES = (
     Regime("smallest", _smallest),
 )
 TIES = frozenset(regime.name for regime in REGIMES if regime.ties)
-STRESS = frozenset(regime.name for regime in REGIMES if regime.stress)
 
 
-def padded(values: Array, generator: np.random.Generator) -> Array | None:
-    """A mask whose rows end early, each after its own number of marks; None if `values` are no mask.
+def marks_of(values: Array) -> tuple[Any, Any] | None:
+    """What stands where a mask is open and where it is closed; None if `values` are no mask.
 
     A mask is of bools, of the integers 0 and 1, or of floats that are 0 and 1, or 0 and something far below.
-    At least one mark of each row stays.
     """
-    off = _off(values)
-    if off is None or values.ndim == 0 or values.shape[-1] < 2:
-        return None
-    length = values.shape[-1]
-    ends = generator.integers(1, length, (*values.shape[:-1], 1))
-    return np.where(np.arange(length) < ends, values, off).astype(values.dtype)
-
-
-def _off(values: Array) -> bool | float | None:
-    """What stands where a mask is closed."""
     if values.dtype.kind == "b":
-        return False
+        return True, False
     if not values.size or not (values.dtype.kind in "iu" or is_float(values.dtype)):
         return None
     found = np.unique(values.astype(np.float64))
     if set(found) <= {0.0, 1.0}:
-        return 0 if 1.0 in found else None
+        return (1, 0) if 1.0 in found else None
     closed = len(found) == 2 and found[1] == 0 and found[0] < -100
-    return float(found[0]) if closed else None
+    return (0.0, float(found[0])) if closed else None
+
+
+def _marks_end(shape: tuple[int, ...], generator: np.random.Generator) -> Array:
+    """Whether a mark stands, each row ending after its own number; at least one of each row stays."""
+    ends = generator.integers(1, shape[-1], (*shape[:-1], 1))
+    return np.asarray(np.broadcast_to(np.arange(shape[-1]) < ends, shape))
+
+
+Shape = tuple[int, ...]
+MARKS: dict[str, Callable[[Shape, np.random.Generator], Array]] = {
+    "padded": _marks_end,
+    "padded left": lambda shape, generator: np.flip(_marks_end(shape, generator), -1),
+    "all true": lambda shape, generator: np.ones(shape, bool),
+    "all false": lambda shape, generator: np.zeros(shape, bool),
+    "random marks": lambda shape, generator: np.asarray(generator.random(shape) < 0.5),
+}
+PADDED, PADDED_LEFT, _, ALL_FALSE, RANDOM_MARKS = MARKS
+
+
+def marked(
+    name: str, shape: Shape, marks: tuple[Any, Any], generator: np.random.Generator, dtype: np.dtype[Any]
+) -> Array | None:
+    """A mask of one of these kinds; None if it is too short for that.
+
+    Args:
+        name: The kind.
+        shape: Of the mask.
+        marks: What stands where it is open and where it is closed.
+        generator: Of where it ends.
+        dtype: Of the mask.
+    """
+    if name in {PADDED, PADDED_LEFT} and (not shape or shape[-1] < 2):
+        return None
+    return np.asarray(np.where(MARKS[name](shape, generator), *marks)).astype(dtype)
+
+
+# Kinds that an author need not have thought of: where the reference is NaN for them, nothing is compared.
+UNASKED = frozenset({SIGNED, NEGATIVE, LARGE, PADDED_LEFT, ALL_FALSE, RANDOM_MARKS})
+STRESS = frozenset(regime.name for regime in REGIMES if regime.stress) | UNASKED

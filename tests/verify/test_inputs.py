@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from moe_export.errors import UsageError
 from moe_export.verify import DimRange, TensorSpec, cases
+from moe_export.verify.regimes import MARKS, SIGNED
 
 X = TensorSpec("x", "float32", ("batch", "seq", 4))
 IDS = TensorSpec("ids", "int64", ("batch", "seq"))
@@ -62,10 +63,10 @@ def test_floats_keep_mean_and_deviation_and_dtype():
     assert abs(values.std() - 0.5) < 0.1
 
 
-def test_integers_and_bools_are_the_examples_own():
+def test_integers_of_which_nothing_is_known_are_the_examples_own_and_marks_vary_in_their_regimes():
     for case in cases([X, IDS, MASK], DIMS, example()):
         assert set(np.unique(case.inputs["ids"])) <= {5, 17, 900}
-        assert case.inputs["mask"].all() or case.regime == "padded"
+        assert case.inputs["mask"].all() or case.regime in MARKS
         assert case.inputs["ids"].dtype == np.int64
 
 
@@ -77,7 +78,9 @@ def test_a_float_mask_keeps_its_marks():
 
 def test_what_was_never_negative_stays_so():
     x = np.random.default_rng(0).uniform(0, 1, (2, 10, 4)).astype(np.float32)
-    assert all((case.inputs["x"] >= 0).all() for case in cases([X], DIMS, {"x": x}))
+    found = list(cases([X], DIMS, {"x": x}))
+    assert all((case.inputs["x"] >= 0).all() for case in found if case.regime != SIGNED)
+    assert [case.label for case in found if (case.inputs["x"] < 0).any()] == [SIGNED]
 
 
 def test_bfloat16_and_empty_examples():

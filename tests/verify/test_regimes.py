@@ -6,7 +6,8 @@ import pytest
 
 from moe_export.errors import UsageError
 from moe_export.verify import DimRange, TensorSpec, cases
-from moe_export.verify.regimes import REGIMES, padded
+from moe_export.verify.known import Known
+from moe_export.verify.regimes import MARKS, REGIMES, SIGNED, marks_of
 
 X = TensorSpec("x", "float32", ("batch", "seq", 4))
 IDS = TensorSpec("ids", "int64", ("batch", "seq"))
@@ -65,7 +66,7 @@ def test_what_each_is():
 def test_what_is_never_negative_stays_so():
     positive = {"x": np.abs(example()["x"])}
     for case in cases([X], DIMS, positive, thorough=True):
-        assert (case.inputs["x"] >= 0).all(), case.label
+        assert (case.inputs["x"] >= 0).all() or case.regime == SIGNED, case.label
 
 
 def test_ids_follow_one_token_throughout_and_stay_in_range():
@@ -76,38 +77,75 @@ def test_ids_follow_one_token_throughout_and_stay_in_range():
     assert {case.regime for case in found.values()} == {"normal", "one token throughout"}
 
 
-def test_masks_end_early_and_leave_every_row_a_mark():
-    case = made(("x", "mask"))["padded", 0]
-    mask = case.inputs["mask"]
-    assert set(np.unique(mask)) == {0, 1}
-    assert (np.diff(mask, axis=-1) <= 0).all()
-    assert (mask.sum(-1) >= 1).all()
-    assert case.inputs["x"].std() > 0.5
-    assert "padded" not in {label for label, _ in made(("x", "ids"))}
+def test_masks_end_and_begin_early_and_leave_every_row_a_mark():
+    found = made(("x", "mask"))
+    for label, falls in (("padded", True), ("padded left", False)):
+        mask = found[label, 0].inputs["mask"]
+        assert set(np.unique(mask)) == {0, 1}
+        assert ((np.diff(mask, axis=-1) <= 0) == falls).any(-1).all()
+        assert (np.abs(np.diff(mask, axis=-1)).sum(-1) == 1).all()
+    assert found["padded", 0].inputs["x"].std() > 0.5
+    assert found["all true", 0].inputs["mask"].all()
+    assert not found["all false", 0].inputs["mask"].any()
+    assert set(np.unique(found["random marks", 0].inputs["mask"])) == {0, 1}
+    assert not {label for label, _ in made(("x", "ids"))} & MARKS.keys()
 
 
-@pytest.mark.parametrize(
-    ("mask", "closed"),
-    [
-        (np.ones((3, 8), bool), False),
-        (np.ones((3, 8), np.float32), 0.0),
-        (np.where(np.tri(8, dtype=bool), 0, -np.inf).astype(np.float32), -np.inf),
-        (np.where(np.tri(8, dtype=bool), 0, -1e9).astype(np.float32), -1e9),
-    ],
-)
+MASKS = [
+    (np.ones((3, 8), bool), False),
+    (np.zeros((3, 8), bool), False),  # True for what is ignored: padded left is padded, then
+    (np.ones((3, 8), np.float32), 0.0),
+    (np.where(np.tri(8, dtype=bool), 0, -np.inf).astype(np.float32), -np.inf),
+    (np.where(np.tri(8, dtype=bool), 0, -1e9).astype(np.float32), -1e9),
+]
+
+
+@pytest.mark.parametrize(("mask", "closed"), MASKS)
 def test_kinds_of_masks(mask, closed):
-    found = padded(mask, np.random.default_rng(0))
-    assert (found[:, -1] == np.asarray(closed, mask.dtype)).all()
-    assert found.dtype == mask.dtype
+    spec = TensorSpec("mask", mask.dtype.name, mask.shape)
+    found = {case.label: case.inputs["mask"] for case in cases([spec], [], {"mask": mask})}
+    assert (found["padded"][:, -1] == np.asarray(closed, mask.dtype)).all()
+    assert (found["padded left"][:, 0] == np.asarray(closed, mask.dtype)).all()
+    assert (found["all false"] == np.asarray(closed, mask.dtype)).all()
+    assert {array.dtype for array in found.values()} == {mask.dtype}
+
+
+def test_a_flag_is_tried_both_ways():
+    spec = TensorSpec("flag", "bool", ())
+    found = {case.label: case.inputs["flag"] for case in cases([spec], [], {"flag": np.array(True)})}
+    assert (bool(found["all true"]), bool(found["all false"])) == (True, False)
+    assert "padded" not in found
 
 
 @pytest.mark.parametrize(
     "values",
-    [np.arange(8), np.zeros((3, 8)), np.random.default_rng(0).normal(size=(3, 8)), np.array(True)],
-    ids=["ids", "all open or all closed, who knows", "measurements", "scalar"],
+    [np.arange(8), np.zeros((3, 8)), np.random.default_rng(0).normal(size=(3, 8))],
+    ids=["ids", "all open or all closed, who knows", "measurements"],
 )
 def test_what_is_no_mask(values):
-    assert padded(values, np.random.default_rng(0)) is None
+    assert marks_of(values) is None
+
+
+@pytest.mark.parametrize(
+    ("example", "tried"), [(np.ones, True), (np.zeros, True), (np.abs, True), (np.array, False)]
+)
+def test_floats_are_normal_whatever_the_example_was(example, tried):
+    x = np.random.default_rng(0).normal(size=(2, 10, 4))
+    given = (np.full(x.shape, example(())) if example in (np.ones, np.zeros) else example(x)).astype(
+        np.float32
+    )
+    found = {case.label: case.inputs["x"] for case in cases([X], DIMS, {"x": given})}
+    assert (SIGNED in found) == tried
+    if tried:
+        assert -0.3 < found[SIGNED].mean() < 0.3
+        assert 0.7 < found[SIGNED].std() < 1.3
+
+
+def test_an_example_that_nobody_filled_in_is_normal_in_every_case():
+    known = Known(unfilled=frozenset({"x"}))
+    for case in cases([X], DIMS, {"x": np.zeros((2, 10, 4), np.float32)}, known=known):
+        if case.label not in ("example", "zeros"):
+            assert (case.inputs["x"] < 0).any() or case.inputs["x"].size < 9, case.label
 
 
 def test_a_label_and_a_seed_make_the_same_values_again():

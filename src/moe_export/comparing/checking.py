@@ -27,6 +27,7 @@ from moe_export.verify import (
     compare,
 )
 from moe_export.verify.golden import Recorder, recorded
+from moe_export.verify.sizes import shape_at
 from moe_export.wishes import USUAL, Wish, tolerance_of, wished_cases
 
 Routing = Sequence[tuple[str, str | None, str | None]]
@@ -58,12 +59,14 @@ def verify_graph(
     candidate = runner_of(path, provider, graph.dtype)
     tolerance = tolerance_of(graph.dtype, tolerance)
 
+    example, sizes = _as_given(graph)
+
     def verify(dims: Sequence[Dim]) -> Report:
         return verify_file(
             candidate,
             graph.reference,
-            example=graph.traced.example,
-            dims=dims,
+            example=example,
+            dims=[replace(dim, traced=sizes[dim.name]) for dim in dims],
             routing=graph.routing,
             tolerance=tolerance,
             seed=seed,
@@ -91,6 +94,27 @@ def verify_graph(
     return report, tuple(
         replace(dim, minimum=min(dim.minimum, seen.get(dim.name, dim.minimum))) for dim in graph.traced.dims
     )
+
+
+def _as_given(graph: Graph) -> tuple[Mapping[str, torch.Tensor], dict[str, int]]:
+    """The user's own example, and its sizes; what was traced in its place, where the graph does not take it."""
+    traced = graph.traced
+    own = {name: graph.reference.inputs[name] for name in traced.example if name in graph.reference.inputs}
+    sizes = {
+        size: got
+        for name, tensor in own.items()
+        for size, got in zip(traced.inputs[name], tensor.shape, strict=False)
+        if isinstance(size, str) and size.isidentifier()
+    }
+    known = sizes.keys() == {dim.name for dim in traced.dims}
+    fits = (known and own.keys() == traced.example.keys()) and all(
+        tensor.dtype == traced.example[name].dtype
+        and tuple(tensor.shape) == shape_at(TensorSpec(name, "", tuple(traced.inputs[name])), sizes)
+        for name, tensor in own.items()
+    )
+    if not fits:
+        return traced.example, {dim.name: dim.traced for dim in traced.dims}
+    return own, sizes
 
 
 def _with_the_same_experts(

@@ -1,14 +1,29 @@
-"""What is known of a model before a graph is held against it: what its cases cost."""
+"""What is known of the two sides before one is held against the other: what cases cost, what inputs mean.
+
+It is found by running the reference, as often as its counted work allows, so that the plan is the same on every
+machine.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
+
+from moe_export.comparing import apart
 from moe_export.export.subject import Subject
 from moe_export.verify import Array, DimRange, TensorSpec, TorchRunner
 from moe_export.verify.inputs import case_maker
 from moe_export.verify.known import Known
+from moe_export.verify.maker import is_measured
+from moe_export.verify.meaning import MOST_ASKED, Asked, Table, meanings_of
+from moe_export.verify.price import BUDGET
+from moe_export.verify.specs import is_float
+from moe_export.verify.torch_runner import to_torch
+from moe_export.verify.torch_tables import watch_indices
 from moe_export.verify.torch_work import price_of
+
+_SHARE = 0.25  # of the budget of all cases, spent on that
 
 
 def known_of_model(
@@ -21,11 +36,60 @@ def known_of_model(
     """What is known of a model.
 
     Args:
-        model: Runs here to be counted, whatever it is compared by.
+        model: Runs here to be counted and watched; it is asked where it is compared.
         specs: The inputs.
         dims: The free dimensions.
         example: Its example inputs.
         seed: Of the values.
     """
-    runner = TorchRunner(model.call_named, model.outputs)
-    return Known(price=price_of(runner.run, dims, case_maker(specs, example, seed)))
+    make = case_maker(specs, example, seed)
+    price = price_of(TorchRunner(model.call_named, model.outputs).run, dims, make)
+    traced = {dim.name: dim.traced for dim in dims}
+    times = MOST_ASKED if price is None else int(min(MOST_ASKED, _SHARE * BUDGET / max(price(traced), 1.0)))
+    call = model.call_named
+    found, read = watch_indices(call, {name: to_torch(array) for name, array in example.items()})
+    grown = {
+        dim.name: watch_indices(
+            call,
+            {
+                name: to_torch(array)
+                for name, array in make(traced | {dim.name: dim.clamp(2 * dim.traced + 1)}).inputs.items()
+            },
+        )[0]
+        for dim in (dims if found else ())
+    }
+    tables = {name: _table(name, within, dims, grown) for name, within in found.items()}
+    asked = Asked(apart.reference(model, model.outputs).run, example, times)
+    return Known(price, meanings_of(asked, example, tables, read), _unfilled(asked, example))
+
+
+def _table(
+    name: str,
+    within: tuple[int, int],
+    dims: Sequence[DimRange],
+    grown: Mapping[str, Mapping[str, tuple[int, int]]],
+) -> Table:
+    """A table, and the dimension that it grows with."""
+    low, high = within
+    for dim in dims:
+        more = grown[dim.name].get(name)
+        if more is not None and more[1] - high == dim.clamp(2 * dim.traced + 1) - dim.traced != 0:
+            return Table(low, high, dim.name, dim.traced)
+    return Table(low, high)
+
+
+def _unfilled(asked: Asked, example: Mapping[str, Array]) -> frozenset[str]:
+    """Inputs whose zeros, or ones, stand where measurements belong: the reference takes those and gives no NaN.
+
+    Ones beside an input that is measured may be a mask, and stay.
+    """
+    floats = {name: array for name, array in example.items() if is_float(array.dtype) and array.size > 1}
+    measured = any(is_measured(array) for array in floats.values())
+    found = set()
+    for name, array in floats.items():
+        values = np.unique(array.astype(np.float64))
+        if values.size == 1 and np.isfinite(values[0]) and (values[0] == 0 or not measured):
+            drawn = np.random.default_rng(0).standard_normal(array.shape).astype(array.dtype)
+            if asked.takes(name, [drawn]):
+                found.add(name)
+    return frozenset(found)

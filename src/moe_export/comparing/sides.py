@@ -14,7 +14,17 @@ import numpy as np
 
 from moe_export.backends import BACKENDS, KINDS, Kind
 from moe_export.errors import UsageError
-from moe_export.verify import Array, DimRange, OnnxRuntimeRunner, RoutingPair, TensorRtRunner, TensorSpec
+from moe_export.verify import (
+    Array,
+    DimRange,
+    OnnxRuntimeRunner,
+    RoutingPair,
+    Runner,
+    TensorRtRunner,
+    TensorSpec,
+)
+from moe_export.verify.known import Known
+from moe_export.verify.meaning import MOST_ASKED, Asked, Table, meanings_of
 from moe_export.verify.onnx_reference_runner import OnnxReferenceRunner
 from moe_export.verify.onnxruntime_runner import specs_of
 from moe_export.verify.specs import is_float, numpy_dtype
@@ -124,7 +134,7 @@ def graph_example(
     """
     dims = list(runner.dims) if isinstance(runner, TensorRtRunner) else _dims(runner.inputs, facts)
     sizes = {dim.name: dim.traced for dim in dims}
-    tables = _table_sizes(side.path) if side.kind == "graph" else {}
+    tables = table_sizes(side.path) if side.kind == "graph" else {}
     generator = np.random.default_rng(seed)
     example = {}
     for spec in runner.inputs:
@@ -150,19 +160,38 @@ def _dims(specs: Sequence[TensorSpec], facts: Mapping[str, str]) -> list[DimRang
     return list(found.values())
 
 
-def _table_sizes(path: Path) -> dict[str, int]:
-    """Inputs that index a constant, and how many rows it has."""
+def table_sizes(path: Path) -> dict[str, int]:
+    """Inputs that index a constant, as they are or in another form, and how many rows it has."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
     rows = {tensor.name: list(tensor.dims) for tensor in graph.initializer}
     found: dict[str, int] = {}
+    inputs = {value.name for value in graph.input}
+    makers = {name: node for node in graph.node for name in node.output}
     for node in graph.node:
-        if node.op_type == "Gather" and node.input[0] in rows and rows[node.input[0]]:
-            axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
-            size = rows[node.input[0]][axis]
-            found[node.input[1]] = min(size, found.get(node.input[1], size))
+        if node.op_type != "Gather" or not rows.get(node.input[0]):
+            continue
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        size, index = rows[node.input[0]][axis], node.input[1]
+        while index in makers and makers[index].op_type in _PASSING:
+            index = makers[index].input[0]
+        if index in inputs:
+            found[index] = min(size, found.get(index, size))
     return found
+
+
+def known_of_graph(runner: Runner, example: Mapping[str, Array], tables: Mapping[str, int]) -> Known:
+    """What is known where the reference is a graph: what it takes.
+
+    Args:
+        runner: Runs it.
+        example: Inputs that were made up for it.
+        tables: The rows of the tables that its inputs index.
+    """
+    rows = {name: Table(0, count - 1) for name, count in tables.items() if name in example}
+    asked = Asked(runner.run, example, MOST_ASKED)
+    return Known(meanings=meanings_of(asked, example, rows))
 
 
 _PASSING = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}

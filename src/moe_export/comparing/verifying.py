@@ -16,7 +16,15 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from moe_export.comparing.checking_told import GraphTeller, Mirrored, WatchedGraph
-from moe_export.comparing.sides import Side, graph_example, graph_routing, graph_runner, metadata
+from moe_export.comparing.sides import (
+    Side,
+    graph_example,
+    graph_routing,
+    graph_runner,
+    known_of_graph,
+    metadata,
+    table_sizes,
+)
 from moe_export.errors import UsageError
 from moe_export.verify import Array, DimRange, Report, Runner, TensorSpec, Tolerance, compare
 from moe_export.verify.golden import Golden, Recorder, load_golden, recorded
@@ -177,7 +185,8 @@ def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
     specs, dims = narrowed(specs, dims, ours.inputs, inputs)
     example = {spec.name: _cut(example[spec.name], spec) for spec in specs}
     outputs = by_position([spec.name for spec in ours.outputs], [spec.name for spec in theirs.outputs])
-    made = wished_cases(request.wish, specs, dims, example, request.seed)
+    known = known_of_graph(theirs, example, table_sizes(shown[0].path) if shown[0].kind == "graph" else {})
+    made = wished_cases(request.wish, specs, dims, example, request.seed, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
     runner, cases = recorded(request.recorder, watchable(reference, theirs, request), made, routing)
     return compare(
