@@ -31,7 +31,8 @@ from moe_export.export.scans.order import loops_first
 from moe_export.export.scans.write import Lowering, write_scans
 from moe_export.export.simplify import simplify
 from moe_export.export.subject import Subject
-from moe_export.export.tracing import Traced, quiet, trace
+from moe_export.export.tracing import Traced, quiet
+from moe_export.export.widest import widest_trace
 
 Step = Callable[[str], AbstractContextManager[Any]]
 
@@ -114,10 +115,10 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     check_opset(options.opset)
     with step("tracing"):
         recurrent = fold_recurrences(subject, options.dims, options.recurrence)
-        folded = trace(recurrent.subject, recurrent.dims(options.dims))
+        folded = widest_trace(recurrent.subject, recurrent.dims(options.dims))
         kept = left_if_fixed(recurrent, folded, subject, options.recurrence)
         if kept is not recurrent:
-            recurrent, folded = kept, trace(subject, options.dims)
+            recurrent, folded = kept, widest_trace(subject, options.dims)
         traced = recurrent.unrolled or folded  # gates are cut out of what has no marks of loops
         routings = find_routings(traced)
     chosen = choose(routings, options.gates, folded=recurrent.unrolled is not None)
@@ -137,7 +138,7 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     if options.decode:
         with step("finding the states of a step"):
             stepped = step_of(subject, recurrent)
-            traced = trace(stepped.subject, stepped.dims(recurrent.dims(options.dims)))
+            traced = widest_trace(stepped.subject, stepped.dims(recurrent.dims(options.dims)))
             placed = place_experts(traced) if options.experts != "keep" else Placed(traced, (), ())
         graphs.append(_graph("step", "model", stepped.subject, placed, options, step))
     return tuple(graphs)
@@ -165,7 +166,7 @@ def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Opt
     with step(f"cutting out the gate of {routing.path}"):
         routing = _where_it_holds(routing, traced)
         cut = gate_subject(traced, routing, subject)
-        gate_traced = trace(cut, gate_dims(cut, options.dims, traced, routing.inputs))
+        gate_traced = widest_trace(cut, gate_dims(cut, options.dims, traced, routing.inputs))
     graph = _graph("gate", routing.path, cut, Placed(gate_traced, (), ()), options, step)
     return dataclasses.replace(
         graph,

@@ -24,6 +24,7 @@ from torch.export import Dim as TorchDim
 from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from moe_export.domain import Condition, Domain
 from moe_export.errors import NotExportableError
 from moe_export.export.conditions import only_there
 from moe_export.export.dims import Dim, DimRequest, default_name, twin_of
@@ -79,6 +80,7 @@ class Traced:
         fixed: Dimensions that were offered as free and came back fixed.
         computed: Outputs that are Python numbers in the model but depend on sizes or values; no graph has them.
         scope: Module path of the model inside the program, which every module path begins with.
+        conditions: What it holds under besides the bounds of `dims`.
     """
 
     program: ExportedProgram
@@ -89,6 +91,14 @@ class Traced:
     fixed: tuple[Fixed, ...]
     computed: frozenset[str] = frozenset()
     scope: str = SCOPE
+    conditions: tuple[Condition, ...] = ()
+
+    @property
+    def domain(self) -> Domain:
+        """For which sizes it holds: the bounds of dimensions, and the conditions."""
+        low = [Condition(f"{dim.name} >= {dim.minimum}") for dim in self.dims if dim.minimum > 1]
+        high = [Condition(f"{dim.name} <= {dim.maximum}") for dim in self.dims if dim.maximum is not None]
+        return Domain((*low, *high, *self.conditions))
 
     def dim_names(self) -> dict[str, str]:
         """The tracer's symbol → the dimension's name."""
@@ -242,7 +252,7 @@ def _only_there(
 
     def takes(sizes: Mapping[tuple[int, int], int]) -> bool:
         named = {(list(example)[place], axis): size for (place, axis), size in sizes.items()}
-        return accepts(subject, _resized(example, named))
+        return accepts(subject, resized(example, named))
 
     return only_there(program, dims, tuple(inputs.values()), takes)
 
@@ -349,13 +359,13 @@ def _takes_other_size(subject: Subject, example: Mapping[str, torch.Tensor], nam
         for names in ([name], list(example)):
             alike = [key for key in names if example[key].dim() > axis and example[key].shape[axis] == size]
             if size and accepts(
-                subject, _resized(example, dict.fromkeys(((key, axis) for key in alike), other))
+                subject, resized(example, dict.fromkeys(((key, axis) for key in alike), other))
             ):
                 return True
     return False
 
 
-def _resized(
+def resized(
     example: Mapping[str, torch.Tensor], sizes: Mapping[tuple[str, int], int]
 ) -> dict[str, torch.Tensor]:
     """The example with other sizes: cut off, or repeated from the start."""
