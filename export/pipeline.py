@@ -32,7 +32,7 @@ from moe_export.export.scans.write import Lowering, write_scans
 from moe_export.export.simplify import simplify
 from moe_export.export.subject import Subject
 from moe_export.export.tracing import Traced, quiet
-from moe_export.export.widest import widest_trace
+from moe_export.export.widest import widest_trace, within
 
 Step = Callable[[str], AbstractContextManager[Any]]
 
@@ -119,6 +119,7 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
         kept = left_if_fixed(recurrent, folded, subject, options.recurrence)
         if kept is not recurrent:
             recurrent, folded = kept, widest_trace(subject, options.dims)
+        folded = within(folded, recurrent.conditions(folded))
         traced = recurrent.unrolled or folded  # gates are cut out of what has no marks of loops
         routings = find_routings(traced)
     chosen = choose(routings, options.gates, folded=recurrent.unrolled is not None)

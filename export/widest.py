@@ -107,6 +107,15 @@ def _traced_sizes(traced: Traced) -> dict[str, int]:
 # Conditions
 
 
+def within(traced: Traced, further: Sequence[Condition]) -> Traced:
+    """A trace with further conditions on its sizes."""
+    if not further:
+        return traced
+    free = [replace(dim, minimum=1, maximum=None) for dim in traced.dims]
+    dims, conditions = simplified((*traced.domain.conditions, *further), free)
+    return replace(traced, dims=dims, conditions=conditions)
+
+
 def _with_domain(traced: Traced, subject: Subject) -> Traced:
     """A trace with the conditions that it holds under."""
     bounds = [

@@ -15,12 +15,15 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_export.export.constants import constants_of
+from moe_export.export.recurrence.agreement import Agreement
 from moe_export.export.recurrence.counter import counts
 from moe_export.export.recurrence.form import Form
 from moe_export.export.recurrence.law import OfLength
-from moe_export.export.recurrence.lengths import Length, resized_together
+from moe_export.export.recurrence.lengths import Length, operators, resized_together
 from moe_export.export.recurrence.loop import Turning
 from moe_export.export.recurrence.operand import atoms
+from moe_export.export.recurrence.reach import Reach, reach
 from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
 from moe_export.export.source import line_of
 from moe_export.export.subject import Subject
@@ -42,7 +45,7 @@ def prove(
     whole: Skeleton,
     *,
     rounded: bool,
-) -> None:
+) -> tuple[Reach, ...]:
     """Hold the folded model against the model, at lengths that were not traced too.
 
     Where a turn takes several places, what is left over behind whole turns is `rounded` away or filled up: there it
@@ -56,16 +59,21 @@ def prove(
         whole: What the traces have in common.
         rounded: Whether the lengths may be rounded.
 
+    Returns:
+        For each length, how far it is right.
+
     Raises:
-        LengthError: It fails, or gives other values.
+        LengthError: It fails, or gives other values, at a length that is no greater than the example's or the traces'.
     """
+    agreement = Agreement(subject, folded, lengths)
     longest = max(traced)
     further = [tuple(size + more for size in longest) for more in (range(9, 17) if rounded else (9,))]
     for sizes in (*_proved(len(lengths)), *traced, *further):
-        _same(subject, folded, lengths, sizes)
+        _same(agreement, sizes)
     numbers = list(dict.fromkeys(_counted(whole)))
     if numbers:
-        _prove_numbers(subject, folded, lengths, longest, numbers)
+        _prove_numbers(subject, agreement, lengths, longest, numbers)
+    return _reached(subject, agreement, lengths, longest)
 
 
 def _proved(count: int) -> list[tuple[int, ...]]:
@@ -75,27 +83,32 @@ def _proved(count: int) -> list[tuple[int, ...]]:
     return [(1, 1), *zip(_PROVED, reversed(_PROVED), strict=True)]
 
 
-def _same(subject: Subject, folded: Subject, lengths: Sequence[Length], sizes: tuple[int, ...]) -> None:
-    example = resized_together(lengths, subject.inputs, sizes)
+def _same(agreement: Agreement, sizes: tuple[int, ...]) -> None:
     shown = "x".join(map(str, sizes))
-    with quiet(), torch.no_grad():
-        try:
-            wanted = subject.call_named({name: tensor.clone() for name, tensor in example.items()})
-        except Exception:
-            return
-        try:
-            found = folded.call_named(example)
-        except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise LengthError(f"without the loop it fails at length {shown}: {reason}", None) from error
-    if not all(_close(a, b) for a, b in zip(wanted, found, strict=True)):
+    try:
+        same = agreement.at(sizes)
+    except RuntimeError as error:
+        raise LengthError(f"without the loop it fails at length {shown}: {error}", None) from error
+    if same is False:
         raise LengthError(f"what it computes depends on the length in another way at length {shown}", None)
 
 
-def _close(left: torch.Tensor, right: torch.Tensor) -> bool:
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return torch.allclose(left, right, rtol=1e-4, atol=1e-5, equal_nan=True)
+def _reached(
+    subject: Subject, agreement: Agreement, lengths: Sequence[Length], longest: tuple[int, ...]
+) -> tuple[Reach, ...]:
+    """How far the fold is right, over each length."""
+    constants = constants_of(subject)
+    with quiet():
+        count = operators(subject, resized_together(lengths, subject.inputs, longest)) or 0
+    found = tuple(reach(agreement, constants, longest, place, count) for place in range(len(lengths)))
+    for length, each in zip(lengths, found, strict=True):
+        shown = length.of(subject.inputs)
+        if each.limit is not None and each.limit < shown:
+            raise LengthError(
+                f"the steps are not alike: what it computes changes after length {each.limit}, and the example "
+                f"has {shown}", None,
+            )  # fmt: skip
+    return found
 
 
 # Numbers that steps compute with
@@ -157,7 +170,7 @@ def _line(item: Folded, position: int) -> str | None:
 
 def _prove_numbers(
     subject: Subject,
-    folded: Subject,
+    agreement: Agreement,
     lengths: Sequence[Length],
     longest: tuple[int, ...],
     numbers: Sequence[_Counted],
@@ -180,7 +193,7 @@ def _prove_numbers(
                     f"{missing!r} at length {size}", number.line,
                 )  # fmt: skip
         if len(seen_there) < len(numbers):
-            _same(subject, folded, lengths, (size, *longest[1:]))
+            _same(agreement, (size, *longest[1:]))
         return
 
 

@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 
+from moe_export.domain import Condition
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.adapters.cumulative import cumulative_step_by_step
 from moe_export.export.adapters.delta_rule import delta_rules_step_by_step
@@ -31,6 +32,7 @@ from moe_export.export.recurrence.lengths import (
     resized_together,
 )
 from moe_export.export.recurrence.prove import prove
+from moe_export.export.recurrence.reach import Reach
 from moe_export.export.recurrence.sizes import rows
 from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
 from moe_export.export.subject import Subject, make_subject
@@ -53,12 +55,23 @@ class Recurrent:
         unrolled: The trace of the model at a short length, if it was folded.
         notes: For the report.
         lengths: What was folded over, if anything was.
+        limits: The greatest size of each of them at which that is right; None where no limit was found.
     """
 
     subject: Subject
     unrolled: Traced | None = None
     notes: tuple[str, ...] = ()
     lengths: tuple[Length, ...] = ()
+    limits: tuple[int | None, ...] = ()
+
+    def conditions(self, folded: Traced) -> tuple[Condition, ...]:
+        """What folding assumed of sizes, in the names of the folded model's dimensions."""
+        found = []
+        for length, limit in zip(self.lengths, self.limits, strict=True):
+            name, axis = length.axes[0]
+            if limit is not None:
+                found.append(Condition(f"{folded.inputs[name][axis]} <= {limit}"))
+        return tuple(found)
 
     def dims(self, request: DimRequest) -> DimRequest:
         """What may be free: of the folded model, only what was free where it was traced for it, and the length.
@@ -283,8 +296,17 @@ def _folded_at(
         outputs=subject.outputs,
         dropped=subject.dropped,
     )
-    prove(subject, folded, lengths, tuple(examples), whole, rounded=again)
-    return Recurrent(folded, traced, tuple(_notes(whole, lengths, subject)), tuple(lengths))
+    reached = prove(subject, folded, lengths, tuple(examples), whole, rounded=again)
+    notes = (*_notes(whole, lengths, subject), *_limits(lengths, reached))
+    return Recurrent(folded, traced, notes, tuple(lengths), tuple(each.limit for each in reached))
+
+
+def _limits(lengths: Sequence[Length], reached: Sequence[Reach]) -> list[str]:
+    return [
+        f"{_named(length)}: the model does something else after length {each.limit}, and the graph ends there"
+        for length, each in zip(lengths, reached, strict=True)
+        if each.limit is not None
+    ]
 
 
 def _same_elsewhere(

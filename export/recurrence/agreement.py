@@ -1,0 +1,90 @@
+"""`Agreement`: a folded model held against the model, both in float64, at lengths of one's choice.
+
+In float32 a thousand steps add up a thousand roundings, and whether two orders of a sum agree depends on the machine.
+In float64 what differs is another formula.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from moe_export.export.recurrence.lengths import Length, resized_together
+from moe_export.export.subject import Subject
+from moe_export.export.tracing import quiet
+from moe_export.float64 import in_float64
+
+# A constant that the trace keeps as a float32 tensor is off by 6e-8 of what Python's number is.
+_NEAR = 1e-6
+_NEAR_FLOAT32 = 1e-4  # for a model that cannot be run in float64
+
+
+class Agreement:
+    """Runs both, and compares.
+
+    Args:
+        subject: The model.
+        folded: The same without its loops.
+        lengths: What was folded over.
+    """
+
+    def __init__(self, subject: Subject, folded: Subject, lengths: Sequence[Length]) -> None:
+        self._subject, self._folded, self._lengths = subject, folded, lengths
+        self._wide: tuple[Subject, Subject] | None = None
+
+    def at(self, sizes: Sequence[int]) -> bool | None:
+        """Whether both compute the same at these lengths; None where the model refuses them.
+
+        Raises:
+            RuntimeError: The folded model fails there, and why.
+        """
+        example = resized_together(self._lengths, self._subject.inputs, sizes)
+        with quiet(), torch.no_grad():
+            wanted = _run(self._subject, example)
+            if wanted is None:
+                return None
+            try:
+                found = self._folded.call_named({name: tensor.clone() for name, tensor in example.items()})
+            except Exception as error:
+                raise RuntimeError(str(error).splitlines()[0]) from error
+            if not all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(wanted, found, strict=True)):
+                return False
+            with in_float64():
+                pair = [_run(subject, _doubled(example)) for subject in self._both()]
+            near = _NEAR
+            if pair[0] is None or pair[1] is None:
+                pair, near = [wanted, found], _NEAR_FLOAT32
+        return all(_close(a, b, near) for a, b in zip(*pair, strict=True))
+
+    def _both(self) -> tuple[Subject, Subject]:
+        if self._wide is None:
+            both = (self._subject, self._folded)
+            wide = [subject.of(copy.deepcopy(subject.module).double()) for subject in both]
+            self._wide = (wide[0], wide[1])
+        return self._wide
+
+
+def _run(subject: Subject, example: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...] | None:
+    try:
+        return subject.call_named({name: tensor.clone() for name, tensor in example.items()})
+    except Exception:
+        return None
+
+
+def _doubled(example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in example.items()
+    }
+
+
+def _close(wanted: torch.Tensor, found: torch.Tensor, near: float) -> bool:
+    if wanted.shape != found.shape:
+        return False
+    if not wanted.is_floating_point():
+        return torch.equal(wanted, found)
+    wanted, found = wanted.double(), found.double()
+    known = wanted[wanted.isfinite()].abs()
+    scale = float(known.max()) if known.numel() else 0.0
+    return torch.allclose(wanted, found, rtol=near, atol=near * scale, equal_nan=True)

@@ -1,0 +1,94 @@
+"""`reach`: up to which length a fold is right.
+
+A fold is made from traces at a few short lengths, and a model may do something else later on:
+
+    if t >= 60: break        range(min(length, 48))        0.99 if t < 60 else 0.5        if x.shape[1] > 48: ...
+
+Where it may is written in its code (`constants_of`). So the folded model is held against the model at each of these
+lengths and one more, and at one that goes beyond them all; where they part, between the last length at which they
+agree and the first at which they do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from moe_export.export.recurrence.agreement import Agreement
+
+_MOST = 40_000  # operators of one run: about a second
+_MOST_TOGETHER = 6 * _MOST
+_LONGEST = 4096
+_SHORTEST = 14  # up to 13 every fold is proved, whatever the constants are
+
+
+@dataclass(frozen=True)
+class Reach:
+    """How far a fold was looked at, over one length.
+
+    Attributes:
+        compared: The greatest length at which it was compared and right; 0 if at none beyond the usual ones.
+        limit: The greatest length at which it is right, if it is not right at all that were compared.
+    """
+
+    compared: int
+    limit: int | None = None
+
+
+def reach(
+    agreement: Agreement, constants: Sequence[int], longest: Sequence[int], place: int, operators: int
+) -> Reach:
+    """Look how far a fold is right.
+
+    Args:
+        agreement: Runs both.
+        constants: The integers in the model's code, the likeliest first.
+        longest: The greatest lengths that were traced, one for each length that was folded over.
+        place: Which of them is looked at.
+        operators: How many operators the model runs at those.
+    """
+    a_step = max(1, operators // max(1, longest[place]))
+    most = min(_LONGEST, _MOST // a_step)
+    wanted = [size for constant in constants for size in (constant, constant + 1) if size <= most]
+    far = min(most, max([*wanted, 4 * longest[place]]) + 5)
+
+    def right(size: int) -> bool | None:
+        return agreement.at([size if at == place else other for at, other in enumerate(longest)])
+
+    left = _MOST_TOGETHER
+    good, bad = longest[place], None
+    for size in (far, *(size for size in dict.fromkeys(wanted) if _SHORTEST <= size < far)):
+        if size <= good and bad is None and size == longest[place]:
+            continue
+        if left < size * a_step:
+            break
+        left -= size * a_step
+        if (bad is not None and size >= bad) or size <= 0:
+            continue
+        found = _answer(right, size)
+        if found is False:
+            bad = size
+        elif found:
+            good = max(good, size)
+    if bad is None:
+        return Reach(good)
+    return Reach(bad, _last_right(right, bad, min(good, bad - 1), longest[place]))
+
+
+def _answer(right: Callable[[int], bool | None], size: int) -> bool | None:
+    try:
+        return right(size)
+    except RuntimeError:
+        return False
+
+
+def _last_right(right: Callable[[int], bool | None], bad: int, good: int, least: int) -> int:
+    """The last length before a wrong one, by halving: what a model does from some step on, it goes on doing."""
+    good = min(good, bad - 1) if _answer(right, min(good, bad - 1)) else least
+    while bad - good > 1:
+        middle = (good + bad) // 2
+        if _answer(right, middle) is False:
+            bad = middle
+        else:
+            good = middle
+    return good
