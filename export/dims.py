@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from moe_export.domain import Condition
 from moe_export.errors import UsageError
 
 BATCH = "batch"
@@ -79,6 +80,21 @@ class Dim:
     minimum: int
     maximum: int | None
     also: tuple[str, ...] = ()
+
+
+def limits_of(dims: Sequence[Dim], conditions: Sequence[Condition]) -> list[str]:
+    """What a graph does not hold for, in words: `seq 1..64`, `batch*seq <= 256`; nothing for what is free.
+
+    Example:
+        >>> limits_of([Dim("batch", "s0", 2, 1, None), Dim("seq", "s1", 10, 1, 64)], [Condition("batch*seq <= 256")])
+        ['seq 1..64', 'batch*seq <= 256']
+    """
+    bounds = [
+        f"{dim.name} {dim.minimum}..{'' if dim.maximum is None else dim.maximum}"
+        for dim in dims
+        if dim.minimum > 2 or dim.maximum is not None  # tracers write 2 on every dimension
+    ]
+    return [*bounds, *map(str, conditions)]
 
 
 def default_name(tensor: torch.Tensor, axis: int, input_name: str) -> str:

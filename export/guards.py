@@ -13,6 +13,7 @@ sizes, and at and about its constants, their multiples and powers of two; what f
 
 from __future__ import annotations
 
+import ast
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch.export import ExportedProgram
 
-from moe_export.domain import Condition, Domain
+from moe_export.domain import Condition, Domain, parsed
 from moe_export.export.dims import Dim
 
 Sizes = dict[str, NDArray[Any]]
@@ -57,7 +58,7 @@ _FUNCTIONS = {
     "Not": "not {}",
     "ModularIndexing": "{} // {} % {}",
 }
-_MANY: dict[str, str] = {"Add": " + ", "Mul": "*", "And": " and ", "Or": " or "}
+_MANY: dict[str, str] = {"Mul": "*", "And": " and ", "Or": " or "}
 _CALLS = {"Max": "max", "Min": "min"}
 
 
@@ -75,7 +76,8 @@ def conditions_of(program: ExportedProgram, dims: Sequence[Dim]) -> tuple[Condit
         if not used or not used <= names.keys():
             continue  # sizes that depend on values are checked as the graph runs
         try:
-            condition = Condition(printed(guard, names), caution=_is_caution(guard))
+            text = ast.unparse(parsed(printed(guard, names)))  # without parentheses that say nothing
+            condition = Condition(text, caution=_is_caution(guard))
         except _UnknownError:
             for name in sorted(
                 {names[symbol] for symbol in used}
@@ -115,18 +117,31 @@ def printed(expression: sympy.Basic, names: Mapping[str, str]) -> str:
         return names[str(expression)]
     if isinstance(expression, sympy.Rational) and not expression.is_Integer:
         return f"({expression.p} / {expression.q})"
-    if isinstance(expression, (sympy.Number, int, float)):
-        return str(expression) if expression >= 0 else f"({expression})"
+    if isinstance(expression, sympy.Number):
+        number = int(expression) if expression.is_Integer else float(expression)
+        return repr(number) if number >= 0 else f"({number!r})"
     kind = type(expression).__name__
     parts = [printed(part, names) for part in expression.args]
     if kind in _CALLS:
         return f"{_CALLS[kind]}({', '.join(parts)})"
+    if kind == "Add":
+        return f"({_sum(expression, names)})"
     if kind in _MANY:
         return f"({_MANY[kind].join(parts)})"
     form = _FUNCTIONS.get(kind)
     if form is None or form.count("{}") != len(parts):
         raise _UnknownError(kind)
     return f"({form.format(*parts)})"
+
+
+def _sum(expression: sympy.Basic, names: Mapping[str, str]) -> str:
+    """Its terms, those that are subtracted last."""
+    terms = sorted(expression.args, key=lambda term: bool(term.could_extract_minus_sign()))
+    text = printed(terms[0], names)
+    for term in terms[1:]:
+        minus = term.could_extract_minus_sign()
+        text += f" - {printed(-term, names)}" if minus else f" + {printed(term, names)}"
+    return text
 
 
 def _is_caution(guard: sympy.Basic) -> bool:

@@ -280,7 +280,11 @@ def describe(model: ir.Model, facts: Mapping[str, str]) -> None:
     model.graph.name = stem if facts["kind"] == "model" else f"{stem}.{facts['kind']}"
     what = "the model" if facts["kind"] == "model" else f"{facts['kind']} of {facts['module']}"
     made = f"{facts['source']}: {what}, exported at opset {facts['opset']}, {facts['dtype']}"
-    model.graph.doc_string = "\n".join([made, *described(model.graph.inputs, model.graph.outputs)])
+    bounds = {key.removeprefix("dim."): value for key, value in facts.items() if key.startswith("dim.")}
+    limits = [f"{name} {bound.replace(':', '..')}" for name, bound in bounds.items() if bound != "1:"]
+    limits += [facts["domain"]] if "domain" in facts else []
+    right = [f"right for {' and '.join(limits)}"] if limits else []
+    model.graph.doc_string = "\n".join([made, *right, *described(model.graph.inputs, model.graph.outputs)])
 
 
 def is_only_a_gate(graphs: tuple[Graph, ...]) -> bool:

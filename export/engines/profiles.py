@@ -15,6 +15,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from moe_export.domain import Condition, Domain
 from moe_export.errors import UsageError
 
 DIM_PREFIX = "moe_export.dim."
@@ -133,12 +134,14 @@ def _bounds(text: str) -> tuple[int, int | None]:
     return int(match[1]), int(match[2]) if match[2] else None
 
 
-def dim_facts(dims: Sequence[Any], exact: bool = False) -> dict[str, str]:
-    """The least and greatest sizes of dimensions, as a graph's metadata stores them: `dim.seq` → `16:`.
+def dim_facts(
+    dims: Sequence[Any], exact: bool = False, conditions: Sequence[Condition] = ()
+) -> dict[str, str]:
+    """The sizes that a graph is right for, as its metadata stores them: `dim.seq` → `16:`, `domain` → `seq % 8 == 0`.
 
     A minimum of 2 is what tracers write on every dimension, so it counts as 1 unless the bounds are `exact`.
     """
-    facts = {}
+    facts = {"domain": str(Domain(tuple(conditions)))} if conditions else {}
     for dim in dims:
         caution = not exact and dim.minimum == 2 != dim.maximum
         facts[f"dim.{dim.name}"] = (

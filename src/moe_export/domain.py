@@ -108,7 +108,8 @@ class Domain:
         return tuple(sorted(number for number in constants if number > 0))
 
     def __str__(self) -> str:
-        return " and ".join(condition.text for condition in self.conditions)
+        parts = [f"({each})" if " or " in each.text else each.text for each in self.conditions]
+        return " and ".join(parts)
 
 
 def parsed(text: str) -> ast.expr:

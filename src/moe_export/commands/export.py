@@ -25,7 +25,7 @@ from moe_export.comparing.checking import verify_graph
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
 from moe_export.export.bodies import initializers
-from moe_export.export.dims import parse_dynamic
+from moe_export.export.dims import limits_of, parse_dynamic
 from moe_export.export.engines.profiles import dim_facts
 from moe_export.export.functions import as_functions
 from moe_export.export.load import load_subject
@@ -124,8 +124,9 @@ def run_export(
                 found, report = _verified(
                     graph, temporary / name, verify, tolerance, seed, provider, wish, parts
                 )
-            learned = dim_facts(found.traced.dims, exact=report is not None)
-            if learned != dim_facts(graph.traced.dims):  # the file says at which sizes it was found right
+            before = dim_facts(graph.traced.dims, conditions=graph.traced.conditions)
+            learned = dim_facts(found.traced.dims, report is not None, found.traced.conditions)
+            if learned != before:  # the file says at which sizes it was found right
                 _write(found, temporary / name, facts | learned, functions, storage)
             checked.append(found)
             reports.append(report)
@@ -284,7 +285,7 @@ def _facts(graph: Graph, subject: Subject, options: Options) -> dict[str, str]:
         "kind": graph.kind,
         "module": graph.path,
         "dtype": graph.dtype,
-        **dim_facts(graph.traced.dims),
+        **dim_facts(graph.traced.dims, conditions=graph.traced.conditions),
     }
 
 
@@ -336,6 +337,7 @@ def _graph_document(graph: Graph, name: str, report: Report | None) -> dict[str,
             {"name": dim.name, "traced": dim.traced, "minimum": dim.minimum, "maximum": dim.maximum}
             for dim in graph.traced.dims
         ],
+        "conditions": [str(condition) for condition in graph.traced.conditions],
         "fixed": [
             {"input": f.input, "axis": f.axis, "size": f.size, "model_takes_others": f.model_takes_others}
             for f in graph.traced.fixed
@@ -399,4 +401,5 @@ def _summary(graph: Graph) -> str:
     )
     kinds = {"model": "the whole model", "step": "one step", "gate": f"the gate of {graph.path}"}
     what = kinds[graph.kind]
-    return f"{what}: {count} nodes, opset {graph.model.opset_imports['']}, {shapes}"
+    limits = "".join(f"; {limit}" for limit in limits_of(graph.traced.dims, graph.traced.conditions))
+    return f"{what}: {count} nodes, opset {graph.model.opset_imports['']}, {shapes}{limits}"

@@ -12,6 +12,7 @@ from moe_export.comparing import apart
 from moe_export.comparing.checking_told import GraphTeller
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.sides import GraphRunner
+from moe_export.domain import Domain
 from moe_export.export.dims import Dim
 from moe_export.export.pipeline import Graph, as_numpy
 from moe_export.export.subject import Subject
@@ -31,6 +32,7 @@ from moe_export.verify.sizes import shape_at
 from moe_export.wishes import USUAL, Wish, tolerance_of, wished_cases
 
 Routing = Sequence[tuple[str, str | None, str | None]]
+EVERYWHERE = Domain()
 
 
 def verify_graph(
@@ -74,6 +76,7 @@ def verify_graph(
             provider=provider,
             wish=wish,
             narrow=graph.dtype,
+            domain=Domain(graph.traced.conditions),
         )
 
     free = tuple(replace(dim, minimum=min(dim.minimum, 1)) for dim in graph.traced.dims)
@@ -174,6 +177,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     recorder: Recorder | None = None,
     about: Mapping[str, str] | None = None,
     narrow: str = "float32",
+    domain: Domain = EVERYWHERE,
 ) -> Report:
     """Compare a graph with a model whose inputs have the same names.
 
@@ -192,6 +196,7 @@ def verify_file(  # noqa: PLR0913  each has a name
         recorder: Keeps what the reference computes.
         about: Facts for the report.
         narrow: The narrowest type that the candidate computes in.
+        domain: The sizes that the candidate claims to be right for, besides the bounds of `dims`.
     """
     specs = [
         TensorSpec(spec.name, spec.dtype, spec.shape)
@@ -204,6 +209,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     with quiet():
         known = known_of_model(reference, specs, ranges, arrays, seed)
     made = wished_cases(wish, specs, ranges, arrays, seed, runner, known)
+    made = (case for case in made if domain.holds(case.sizes))
     pairs = [RoutingPair(*pair) for pair in routing]
     watched, watched_cases = recorded(recorder, runner, made, pairs)
     with quiet():
