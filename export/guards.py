@@ -72,6 +72,7 @@ def conditions_of(program: ExportedProgram, dims: Sequence[Dim]) -> tuple[Condit
     names = {symbol: dim.name for dim in dims for symbol in (dim.symbol, *dim.also)}
     found: dict[str, Condition] = {}
     for guard in _guards(program):
+        guard = _divided(guard)  # noqa: PLW2901
         used = {str(symbol) for symbol in guard.free_symbols}
         if not used or not used <= names.keys():
             continue  # sizes that depend on values are checked as the graph runs
@@ -105,6 +106,26 @@ def _guards(program: ExportedProgram) -> Iterator[sympy.Basic]:
         condition = known.replace(expression)
         if condition not in (sympy.true, True):
             yield from condition.args if isinstance(condition, sympy.And) else (condition,)
+
+
+def _divided(guard: sympy.Basic) -> sympy.Basic:
+    """A relation without the sizes that both sides are multiplied by: they are never negative, and 0 is tried apart.
+
+    batch*seq == 8*batch*(seq//8)   →   seq == 8*(seq//8)
+    """
+    if not isinstance(guard, sympy.core.relational.Relational):
+        return guard
+    difference = sympy.factor_terms(guard.lhs - guard.rhs)
+    if not isinstance(difference, sympy.Mul):
+        return guard
+    sizes = [factor for factor in difference.args if isinstance(factor, sympy.Symbol)]
+    if not sizes:
+        return guard
+    rest = sympy.expand_mul(difference / sympy.Mul(*sizes))
+    terms = sympy.Add.make_args(rest)
+    left = [term for term in terms if not term.could_extract_minus_sign()]
+    right = [-term for term in terms if term.could_extract_minus_sign()]
+    return guard.func(sympy.Add(*left), sympy.Add(*right))
 
 
 class _UnknownError(Exception):
@@ -231,7 +252,13 @@ def simplified(
         bounded, further = _in_words(dim, own, probes)
         result.append(bounded)
         kept += further
-    return tuple(result), tuple(kept)
+    return tuple(result), _independent(kept, result)
+
+
+def _independent(conditions: Sequence[Condition], dims: Sequence[Dim]) -> tuple[Condition, ...]:
+    """The conditions less those that follow from the bounds of dimensions."""
+    probes = Probes(dims, conditions)
+    return tuple(condition for condition in conditions if not probes.always(condition))
 
 
 def _in_words(dim: Dim, own: Sequence[Condition], probes: Probes) -> tuple[Dim, list[Condition]]:

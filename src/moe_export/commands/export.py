@@ -124,9 +124,8 @@ def run_export(
                 found, report = _verified(
                     graph, temporary / name, verify, tolerance, seed, provider, wish, parts
                 )
-            before = dim_facts(graph.traced.dims, conditions=graph.traced.conditions)
-            learned = dim_facts(found.traced.dims, report is not None, found.traced.conditions)
-            if learned != before:  # the file says at which sizes it was found right
+            learned = _learned(graph, found, exact=report is not None)
+            if learned:
                 _write(found, temporary / name, facts | learned, functions, storage)
             checked.append(found)
             reports.append(report)
@@ -195,6 +194,13 @@ def _write(
     notes = as_functions(model) if functions else ()
     write_model(model, path, storage)
     return (*stored.notes(storage.mode), *notes)
+
+
+def _learned(graph: Graph, found: Graph, *, exact: bool) -> dict[str, str]:
+    """What verification found out about the sizes that a graph is right for, if that is news to its file."""
+    before = dim_facts(graph.traced.dims, conditions=graph.traced.conditions)
+    learned = dim_facts(found.traced.dims, exact, found.traced.conditions)
+    return learned if learned != before else {}
 
 
 def _build(

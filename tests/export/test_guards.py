@@ -1,0 +1,95 @@
+"""For which sizes a trace holds, read off the tracer's guards."""
+
+from __future__ import annotations
+
+import pytest
+import sympy
+import torch
+from torch import nn
+from torch.utils._sympy.functions import FloorDiv, Mod, TruncToInt
+
+from moe_export.domain import Condition
+from moe_export.export.dims import Dim
+from moe_export.export.guards import conditions_of, printed, simplified
+from moe_export.export.subject import make_subject
+from moe_export.export.tracing import trace
+
+S, T = sympy.symbols("s0 s1", integer=True, positive=True)
+NAMES = {"s0": "seq", "s1": "batch"}
+SEQ, BATCH = Dim("seq", "s0", 10, 1, None), Dim("batch", "s1", 2, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("expression", "seq", "batch", "value"),
+    [
+        (S * T, 7, 3, 21),
+        (FloorDiv(S + Mod(64 - Mod(S, 64), 64), 64), 65, 1, 2),
+        (2 * S - 3 * T - 1, 7, 3, 4),
+        (-S, 7, 3, -7),
+        (TruncToInt(sympy.Float(1.25) * S), 7, 1, 8),
+        (sympy.Max(S, T, 9), 7, 3, 9),
+        (S**2, 7, 3, 49),
+        (sympy.Rational(1, 2) * S, 8, 1, 4.0),
+    ],
+)
+def test_what_is_printed_has_the_value_of_the_expression(expression, seq, batch, value):
+    text = printed(expression, NAMES)
+    assert Condition(f"{text} == {value}").holds({"seq": seq, "batch": batch})
+    assert not Condition(f"{text} == {value + 1}").holds({"seq": seq, "batch": batch})
+
+
+class Guarded(nn.Module):
+    """Goes another way where a condition on its sizes does not hold."""
+
+    def __init__(self, condition):
+        super().__init__()
+        self.condition = condition
+
+    def forward(self, x):
+        return 2 * x if self.condition(*x.shape[:2]) else x + 1
+
+
+@pytest.mark.parametrize(
+    ("condition", "text"),
+    [
+        (lambda batch, seq: batch * seq > 256, "batch * seq <= 256"),
+        (lambda batch, seq: batch * seq * 2 <= 256, "2 * batch * seq <= 256"),
+        (lambda batch, seq: batch + 9 * seq > 256, "batch + 9 * seq <= 256"),
+        (lambda batch, seq: seq > 48 * batch, "seq <= 48 * batch"),
+    ],
+)
+def test_a_guard_on_several_dimensions_is_kept(tmp_path, condition, text):
+    traced = trace(make_subject(Guarded(condition), (torch.ones(2, 10, 4),), {}, source=tmp_path, how=""))
+    found = conditions_of(traced.program, traced.dims)
+    assert [str(each) for each in found] == [text]
+    assert not found[0].caution
+    for batch, seq in ((2, 10), (1, 256), (2, 129), (8, 32), (1, 28), (1, 48), (1, 49), (3, 100)):
+        assert found[0].holds({"batch": batch, "seq": seq}) == (condition(batch, seq) == condition(2, 10))
+
+
+@pytest.mark.parametrize(
+    ("texts", "low", "high", "left"),
+    [
+        (["seq <= 64", "64 * ((seq + 63) // 64) == 64"], 1, 64, []),
+        (["seq > 8", "seq != 8"], 9, None, []),
+        (["seq % 8 == 0"], 8, None, ["seq % 8 == 0"]),
+        (["seq % 4 == 0", "seq % 6 == 0", "seq < 90"], 12, 84, ["seq % 12 == 0"]),
+        (["seq != 50"], 1, None, ["seq != 50"]),
+        (["seq == 10"], 10, 10, []),
+        ([], 1, None, []),
+    ],
+)
+def test_a_domain_in_few_words(texts, low, high, left):
+    (dim,), kept = simplified([Condition(text) for text in texts], [SEQ])
+    assert (dim.minimum, dim.maximum, [str(each) for each in kept]) == (low, high, left)
+
+
+def test_what_follows_from_the_bounds_of_the_others_is_not_said():
+    conditions = [
+        Condition("seq <= 64"),
+        Condition("batch >= (seq + 63) // 64"),
+        Condition("batch*seq <= 99"),
+    ]
+    dims, kept = simplified(conditions, [SEQ, BATCH])
+    assert [dim.maximum for dim in dims] == [64, None]
+    assert [str(each) for each in kept] == ["batch*seq <= 99"]

@@ -1,0 +1,108 @@
+"""A model is traced where the trace holds for the most sizes, and the rest is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from moe_export.export.dims import DimRequest, limits_of
+from moe_export.export.subject import make_subject
+from moe_export.export.widest import run_program, widest_trace
+
+
+class Chunked(nn.Module):
+    """Sums within chunks, as SSD does: the last chunk is filled up."""
+
+    def __init__(self, chunk, table=None):
+        super().__init__()
+        self.chunk = chunk
+        self.table = nn.Parameter(torch.randn(table, 4)) if table else None
+
+    def forward(self, x):
+        length = x.shape[1]
+        if self.table is not None:
+            x = x + self.table[torch.arange(length)]
+        padded = F.pad(x, (0, 0, 0, (self.chunk - length % self.chunk) % self.chunk))
+        chunks = padded.reshape(x.shape[0], -1, self.chunk, x.shape[2])
+        before = F.pad(chunks.sum(2).cumsum(1), (0, 0, 1, 0))[:, :-1]
+        return (chunks.cumsum(2) + before[:, :, None]).reshape(padded.shape)[:, :length]
+
+
+class WholeChunks(Chunked):
+    def forward(self, x):
+        chunks = x.reshape(x.shape[0], x.shape[1] // self.chunk, self.chunk, x.shape[2])
+        return (chunks * chunks.shape[1]).sum(2)
+
+
+class Until(nn.Module):
+    def __init__(self, limit):
+        super().__init__()
+        self.limit = limit
+
+    def forward(self, x):
+        return 2 * x if x.shape[1] > self.limit else x + 1
+
+
+def widest(tmp_path, module, *sizes, request=None):
+    torch.manual_seed(0)
+    subject = make_subject(module, (torch.randn(*sizes, 4),), {}, source=tmp_path, how="")
+    return subject, widest_trace(subject, request)
+
+
+def right(subject, traced, *sizes):
+    x = torch.randn(*sizes, 4)
+    return torch.allclose(subject.call([x])[0], run_program(traced, [x])[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 7, 64])
+def test_one_chunk_in_the_example_and_any_number_in_the_graph(tmp_path, length):
+    subject, traced = widest(tmp_path, Chunked(64), 2, length)
+    assert traced.inputs["x"][:2] == ("batch", "seq")
+    assert limits_of(traced.dims, traced.conditions) == []
+    assert all(right(subject, traced, 3, size) for size in (1, 2, 63, 64, 65, 127, 128, 129, 193, 256, 500))
+    if length > 1:
+        assert tuple(traced.example["x"].shape[:2]) == (2, length)  # it stays the user's
+
+
+def test_a_table_that_is_shorter_than_several_chunks(tmp_path):
+    subject, traced = widest(tmp_path, Chunked(16, table=60), 2, 9)
+    # No guard says how long the table is: the model itself refuses more.
+    assert limits_of(traced.dims, traced.conditions) == []
+    assert all(right(subject, traced, 2, size) for size in (1, 15, 16, 17, 33, 59, 60))
+
+
+def test_whole_chunks(tmp_path):
+    subject, traced = widest(tmp_path, WholeChunks(8), 2, 8)
+    assert all(right(subject, traced, 3, size) for size in (8, 16, 24, 80))
+    assert not traced.domain.holds({"batch": 2, "seq": 9})
+
+
+@pytest.mark.parametrize("limit", [30, 48])
+def test_where_the_model_does_something_else_the_graph_ends(tmp_path, limit):
+    subject, traced = widest(tmp_path, Until(limit), 2, 10)
+    assert limits_of(traced.dims, traced.conditions) == [f"seq 1..{limit}"]
+    assert right(subject, traced, 2, limit)
+    assert not right(subject, traced, 2, limit + 1)
+    subject, traced = widest(tmp_path, Until(limit), 2, 100)
+    assert limits_of(traced.dims, traced.conditions) == [f"seq {limit + 1}.."]
+    assert right(subject, traced, 2, limit + 1)
+    assert not right(subject, traced, 2, limit)
+
+
+def test_a_size_that_equals_a_width_by_chance(tmp_path):
+    class Joined(nn.Module):
+        def forward(self, x):
+            return x + 1 if x.shape[1] != x.shape[2] else x.transpose(1, 2) + 1
+
+    subject, traced = widest(tmp_path, Joined(), 2, 10)
+    assert all(right(subject, traced, 2, size) for size in (3, 5, 10))
+    domain = traced.domain
+    assert not domain.holds({"batch": 2, "seq": 4, "x_dim2": 4} | {dim.name: 4 for dim in traced.dims[1:]})
+
+
+def test_what_is_not_asked_to_be_free_stays(tmp_path):
+    _, traced = widest(tmp_path, Chunked(64), 2, 16, request=DimRequest(static=True))
+    assert traced.inputs["x"] == (2, 16, 4)
+    assert traced.dims == ()
