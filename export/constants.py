@@ -28,11 +28,12 @@ _LEAST, _MOST = 2, 2**16  # 0 and 1 are tried anyway; what is larger is no lengt
 _MANY = 64  # of a large configuration nearly every integer is a width; those in the code that ran come first
 
 
-def constants_of(subject: Subject) -> tuple[int, ...]:
+def constants_of(subject: Subject, *, widths: bool = True) -> tuple[int, ...]:
     """The integers in the code that a model runs, each once: its own constants first, then what its modules hold.
 
     Args:
         subject: The model; it is run once, on its example.
+        widths: Whether to count what modules hold, or are called with, and is a width of a weight besides.
     """
     seen = _Seen()
     before = sys.getprofile()  # a debugger's, a coverage tool's
@@ -42,7 +43,11 @@ def constants_of(subject: Subject) -> tuple[int, ...]:
             subject.call([tensor.clone() for tensor in subject.inputs.values()])
         finally:
             sys.setprofile(before)
-    found = [*seen.written, *_held(subject.module), *seen.passed]
+    around = [*_held(subject.module), *seen.passed]
+    if not widths:
+        taken = {size for weight in subject.module.parameters() for size in weight.shape}
+        around = [number for number in around if number not in taken]
+    found = [*seen.written, *around]
     return tuple(dict.fromkeys(number for number in found if _LEAST <= number <= _MOST))[:_MANY]
 
 

@@ -42,6 +42,10 @@ class Agreement:
         """
         example = resized_together(self._lengths, self._subject.inputs, sizes)
         with quiet(), torch.no_grad():
+            with in_float64():
+                pair = [_run(subject, _doubled(example)) for subject in self._both()]
+            if pair[0] is not None and pair[1] is not None:
+                return _agree(pair[0], pair[1], _NEAR)
             wanted = _run(self._subject, example)
             if wanted is None:
                 return None
@@ -49,14 +53,16 @@ class Agreement:
                 found = self._folded.call_named({name: tensor.clone() for name, tensor in example.items()})
             except Exception as error:
                 raise RuntimeError(str(error).splitlines()[0]) from error
-            if not all(a.shape == b.shape and a.dtype == b.dtype for a, b in zip(wanted, found, strict=True)):
-                return False
-            with in_float64():
-                pair = [_run(subject, _doubled(example)) for subject in self._both()]
-            near = _NEAR
-            if pair[0] is None or pair[1] is None:
-                pair, near = [wanted, found], _NEAR_FLOAT32
-        return all(_close(a, b, near) for a, b in zip(*pair, strict=True))
+        return _agree(wanted, found, _NEAR_FLOAT32)
+
+    def same_types(self, sizes: Sequence[int]) -> bool:
+        """Whether the outputs have the same types in the model's own precision, at lengths that it takes."""
+        example = resized_together(self._lengths, self._subject.inputs, sizes)
+        with quiet(), torch.no_grad():
+            kinds = [
+                [value.dtype for value in _run(each, example) or ()] for each in (self._subject, self._folded)
+            ]
+        return kinds[0] == kinds[1]
 
     def _both(self) -> tuple[Subject, Subject]:
         if self._wide is None:
@@ -77,6 +83,10 @@ def _doubled(example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {
         name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in example.items()
     }
+
+
+def _agree(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], near: float) -> bool:
+    return len(wanted) == len(found) and all(_close(a, b, near) for a, b in zip(wanted, found, strict=True))
 
 
 def _close(wanted: torch.Tensor, found: torch.Tensor, near: float) -> bool:

@@ -70,6 +70,8 @@ def prove(
     further = [tuple(size + more for size in longest) for more in (range(9, 17) if rounded else (9,))]
     for sizes in (*_proved(len(lengths)), *traced, *further):
         _same(agreement, sizes)
+    if not agreement.same_types(longest):
+        raise LengthError("without the loop its results are of other types", None)
     numbers = list(dict.fromkeys(_counted(whole)))
     if numbers:
         _prove_numbers(subject, agreement, lengths, longest, numbers)
@@ -97,7 +99,7 @@ def _reached(
     subject: Subject, agreement: Agreement, lengths: Sequence[Length], longest: tuple[int, ...]
 ) -> tuple[Reach, ...]:
     """How far the fold is right, over each length."""
-    constants = constants_of(subject)
+    constants = constants_of(subject, widths=False)
     with quiet():
         count = operators(subject, resized_together(lengths, subject.inputs, longest)) or 0
     found = tuple(reach(agreement, constants, longest, place, count) for place in range(len(lengths)))

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 from moe_export.export.recurrence.agreement import Agreement
 
-_MOST = 40_000  # operators of one run: about a second
-_MOST_TOGETHER = 6 * _MOST
+_MOST = 20_000  # operators of the longest run: about half a second
+_MOST_TOGETHER = 2 * _MOST
 _LONGEST = 4096
 _SHORTEST = 14  # up to 13 every fold is proved, whatever the constants are
 

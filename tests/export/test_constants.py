@@ -45,6 +45,20 @@ def test_constants(tmp_path):
     assert len(set(found)) == len(found)
 
 
+def test_widths(tmp_path):
+    class Widths(nn.Linear):
+        limit = 19
+
+        def forward(self, x):
+            self.window = 41
+            return super().forward(x) if x.shape[0] < 17 else x
+
+    subject = make_subject(Widths(23, 17), (torch.zeros(2, 23),), {}, source=tmp_path, how="")
+    assert {17, 23, 41} <= set(constants_of(subject))
+    assert {17, 41} <= set(constants_of(subject, widths=False))  # 17 is compared with
+    assert 23 not in constants_of(subject, widths=False)
+
+
 def test_whoever_watches_goes_on_watching(tmp_path):
     subject = make_subject(nn.Linear(3, 3), (torch.zeros(2, 3),), {}, source=tmp_path, how="")
     seen = []
