@@ -31,7 +31,7 @@ from moe_export.export.weights.zero import without_weights
 class Apart(Protocol):
     """The model once more, where nothing but its own code runs: what graphs of it are held against."""
 
-    def ask(self, kind: str, method: str, arrays: Sequence[Any]) -> Any:
+    def ask(self, kind: str, method: str, arrays: Sequence[Any], *more: Any) -> Any:
         """Run it once on arrays, in the order of the subject's inputs."""
         ...
 

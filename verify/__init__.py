@@ -20,7 +20,7 @@
 | `tolerance`, `judge`, `routing`, `sketch` | when two outputs are the same; what is kept of their differences |
 | `experts_alone` | every token to one expert, for each |
 | `golden` | inputs and outputs of a run, stored |
-| `choices`, `truth`, `torch_modes` | where outputs differ: under the same choices, and beside a float64 run |
+| `choices`, `truth`, `error_model`, `torch_modes` | outputs that differ: the same choices; a float64 run |
 | `compare` | the loop |
 | `cost`, `einsum_cost` | FLOPs and bytes of a graph, counted over a run |
 | `report`, `reading` | what was found, as data; read back from JSON and judged again |

@@ -11,14 +11,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_export.errors import DiedError, MissingBackendError, UsageError
-from moe_export.verify.choices import UNTOLD, Teller, Told, has_ties, judge_choices
+from moe_export.verify.choices import UNTOLD, Choice, Teller, Told, has_ties, judge_choices
 from moe_export.verify.inputs import Case
 from moe_export.verify.judge import LOST, Judgement, form_mismatch, judge, lost_of, without
 from moe_export.verify.regimes import STRESS, TIES, UNASKED
 from moe_export.verify.report import LEFT_TO_CPU, CaseResult, Report
 from moe_export.verify.routing import judge_routing
 from moe_export.verify.runner import Runner, one_line
-from moe_export.verify.specs import Array, RoutingPair
+from moe_export.verify.specs import Array, RoutingPair, is_float
 from moe_export.verify.tolerance import FlipBudget, Tolerance
 from moe_export.verify.truth import judge_rounded, last_digits, weigh
 
@@ -135,6 +135,7 @@ class _Judges:
         if all(row.ok for row in judged):
             return judged
         told = self._told(case)
+        choices = () if told is None else told.choices
         if told is not None and told.got is not None:
             moved = judge_choices(told, self.tolerance, stress=case.regime in STRESS)
             if moved:
@@ -142,7 +143,7 @@ class _Judges:
                 judged = (*_judge_all(expected, got, self.tolerance, self.routing), *moved)
         elif told is not None and case.regime in TIES and has_ties(told, self.tolerance):
             judged = tuple(row if row.ok else replace(row, reason=None, undecided=UNTOLD) for row in judged)
-        return self._weighed(case, self._with_room(case, judged, expected, got), expected, got)
+        return self._weighed(case, self._with_room(case, judged, expected, got), expected, got, choices)
 
     def _with_room(
         self, case: Case, judged: tuple[Judgement, ...], expected: Outputs, got: Outputs
@@ -165,7 +166,12 @@ class _Judges:
         return None if self.teller is None else self.teller.tell(case.inputs)
 
     def _weighed(
-        self, case: Case, judged: tuple[Judgement, ...], expected: Outputs, got: Outputs
+        self,
+        case: Case,
+        judged: tuple[Judgement, ...],
+        expected: Outputs,
+        got: Outputs,
+        choices: Sequence[Choice],
     ) -> tuple[Judgement, ...]:
         stress = case.regime in STRESS
         comparable = {
@@ -173,20 +179,45 @@ class _Judges:
         }
         if not comparable or (self.truth is None and not stress):
             return judged
-        true = None if self.truth is None else _run(self.truth, case, first=False)
-        truth = None if isinstance(true, str) else true
-        nearby = self._nearby(case) if stress and truth is not None else ()
+        truth = None if self.truth is None else _under(self.truth, case, choices)
+        nearby = () if truth is None else self._nearby(case, choices)
         return tuple(
-            weigh(row, expected[row.output], got[row.output], truth, stress=stress, nearby=nearby)
+            weigh(
+                row,
+                expected[row.output],
+                got[row.output],
+                truth,
+                stress=stress,
+                nearby=nearby,
+                strict=self.tolerance.is_by_hand(row.output),
+            )
             if row.output in comparable and form_mismatch(expected[row.output], got[row.output]) is None
             else row
             for row in judged
         )
 
-    def _nearby(self, case: Case) -> tuple[Outputs, ...]:
+    def _nearby(self, case: Case, choices: Sequence[Choice]) -> tuple[Outputs, ...]:
         """What the reference gives for inputs that are the same but for their last digit."""
-        found = (_run(self.reference, near, first=False) for near in last_digits(case, self.narrow))
-        return tuple(outputs for outputs in found if not isinstance(outputs, str))
+        if not any(is_float(array.dtype) for array in case.inputs.values()):
+            return ()
+        found = (_under(self.reference, near, choices) for near in last_digits(case, self.narrow))
+        return tuple(outputs for outputs in found if outputs is not None)
+
+
+def _under(runner: Runner, case: Case, choices: Sequence[Choice]) -> Outputs | None:
+    """The outputs of a case where these experts are taken, if the runner can be told; None where there are none."""
+    told = getattr(runner, "run_under", None) if choices else None
+    if told is not None:
+        try:
+            found: Outputs | None = told(case.inputs, choices)
+        except (DiedError, MissingBackendError):
+            raise
+        except Exception:  # whatever a model raises
+            found = None
+        if found is not None:
+            return found
+    plain = _run(runner, case, first=False)
+    return None if isinstance(plain, str) else plain
 
 
 def _run_case(

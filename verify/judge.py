@@ -28,6 +28,23 @@ class Worst:
 
 
 @dataclass(frozen=True)
+class Standing:
+    """How an output that is beyond its tolerance stands to a float64 run (see `error_model`).
+
+    Args:
+        own: What the candidate is off by, at the element where it is worst compared with the reference.
+        theirs: What the reference is off by in that row.
+        ratio: The one over the other.
+        beyond: How many elements are beyond the tolerance.
+    """
+
+    own: float
+    theirs: float
+    ratio: float
+    beyond: int
+
+
+@dataclass(frozen=True)
 class Judgement:
     """What came of one output in one case.
 
@@ -55,6 +72,7 @@ class Judgement:
         undecided: Why this case can say nothing of the output, either way; None if it can.
         rounding: How far rounding the reference's weights to the candidate's type moves the output, where the
             margin has room for it; 0 where it has not.
+        standing: For floats beyond the tolerance, what either side is off by; None where nobody asked.
     """
 
     output: str
@@ -77,6 +95,7 @@ class Judgement:
     candidate_off: float = float("nan")
     undecided: str | None = None
     rounding: float = 0.0
+    standing: Standing | None = None
 
     @property
     def ok(self) -> bool:

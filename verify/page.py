@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from moe_export.verify.error_model import TIMES
 from moe_export.verify.report import CaseResult, Report, Row, worst_code
 from moe_export.verify.table import figure
 
@@ -60,6 +61,7 @@ def _report(report: Report) -> Iterator[str]:
     )
     yield from (_row(row) for row in report.rows)
     yield "</table>"
+    yield from _standings(report)
     if report.warnings:
         yield "<h2>Warnings</h2><ul>"
         yield from (f'<li class="doubt">{escape(warning)}</li>' for warning in report.warnings)
@@ -86,6 +88,32 @@ def _row(row: Row) -> str:
         f"<tr><td><code>{escape(row.output)}</code></td><td>{escape(row.dtype)}</td>{numbers}"
         f"<td>{escape(row.at)}</td><td>{verdict}</td></tr>"
     )
+
+
+def _standings(report: Report) -> Iterator[str]:
+    """What either side is off by from a float64 run, of outputs beyond their tolerance."""
+    if not report.by_float64:
+        return
+    yield (
+        "<h2>By float64</h2><p>These outputs are beyond their tolerance somewhere. An error is right where it is at "
+        f"most {TIMES:g} times that of {escape(report.reference)} in the same row.</p>"
+        "<table><tr><th>output</th><th>tolerance</th>"
+        + "".join(
+            f'<th class="number">{name}</th>'
+            for name in ("own error", f"{escape(report.reference)}'s", "ratio")
+        )
+        + "<th>at</th></tr>"
+    )
+    for label, judgement in report.by_float64:
+        standing = judgement.standing
+        assert standing is not None
+        numbers = (figure(standing.own), figure(standing.theirs), f"{standing.ratio:.1f}")
+        yield (
+            f"<tr><td><code>{escape(judgement.output)}</code></td><td>{escape(str(judgement.margin))}</td>"
+            + "".join(f'<td class="number">{number}</td>' for number in numbers)
+            + f"<td>{escape(label)}</td></tr>"
+        )
+    yield "</table>"
 
 
 def _case(case: CaseResult) -> str:

@@ -1,7 +1,8 @@
 """A report read back from JSON, and judged again at other tolerances without running anything.
 
 What a tolerance decides is in the report: the front of each output's differences (see `sketch`), what is wrong at
-every tolerance (`odd`), and the flips. Float differences that a float64 run excused stay excused.
+every tolerance (`odd`), and the flips. At the limits of a dtype, what a float64 run excused stays excused; in ordinary
+cases it does so at the tolerance that was excused, and any other is strict.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from moe_export.errors import UsageError
-from moe_export.verify.judge import Judgement, Worst
+from moe_export.verify.judge import Judgement, Standing, Worst
 from moe_export.verify.report import SCHEMA, CaseResult, Report
 from moe_export.verify.sketch import holds, needed_rtol
 from moe_export.verify.tolerance import FlipBudget, Margin, Tolerance
@@ -61,17 +62,24 @@ def _case(found: Mapping[str, Any]) -> CaseResult:
     )
 
 
+_LATER: Mapping[str, Any] = {"rounding": 0.0, "standing": None}
+"""What older reports of this version have not."""
 _FLOATS = ("max_abs", "max_rel", "reference_off", "candidate_off")
 
 
 def _judgement(found: Mapping[str, Any]) -> Judgement:
-    known = {field.name: found[field.name] for field in fields(Judgement) if field.name != "rounding"}
-    known["rounding"] = found.get("rounding", 0.0)  # older reports of this version have none
+    known = {field.name: found[field.name] for field in fields(Judgement) if field.name not in _LATER}
+    known |= {name: found.get(name, default) for name, default in _LATER.items()}
     known |= {name: float(known[name]) for name in _FLOATS}  # NaN and Inf are strings in JSON
     if known["worst"] is not None:
         worst = known["worst"]
         known["worst"] = Worst(
             tuple(worst["index"]), _scalar(worst["candidate"]), _scalar(worst["reference"])
+        )
+    if known["standing"] is not None:
+        standing = known["standing"]
+        known["standing"] = Standing(
+            float(standing["own"]), float(standing["theirs"]), float(standing["ratio"]), standing["beyond"]
         )
     if known["margin"] is not None:
         known["margin"] = Margin(**known["margin"])
@@ -97,6 +105,8 @@ def _again(found: Judgement, tolerance: Tolerance) -> Judgement:
     if found.margin is None or found.undecided:
         return found
     margin = _margin(found, tolerance)
+    if found.standing is not None and margin == found.margin:
+        return found
     fits = holds(found.front, margin)
     if found.odd or (fits and found.ok):
         return replace(found, margin=margin)

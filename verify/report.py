@@ -227,6 +227,19 @@ class Report:
                     f"up to {moved:.1e}"
                 )
 
+    @property
+    def by_float64(self) -> tuple[tuple[str, Judgement], ...]:
+        """Outputs that are beyond their tolerance, each with the label and the judgement of the case that is worst."""
+        worst: dict[str, tuple[str, Judgement]] = {}
+        for case in self.compared:
+            for j in case.judgements:
+                if j.standing is None:
+                    continue
+                _, known = worst.get(j.output, ("", None))
+                if known is None or known.standing is None or _badness(j) > _badness(known):
+                    worst[j.output] = case.label, j
+        return tuple(worst.values())
+
     def _blind(self) -> dict[str, bool]:
         """Outputs that are NaN throughout in some case → whether in all."""
         nan_in: dict[str, list[bool]] = {}
@@ -298,6 +311,11 @@ def _row(found: list[tuple[str, Judgement]]) -> Row:
         reason=worst.reason,
         worst=worst.worst,
     )
+
+
+def _badness(judgement: Judgement) -> tuple[bool, float]:
+    """What is not excused first, then how many times the reference's error."""
+    return not judgement.ok, judgement.standing.ratio if judgement.standing else 0.0
 
 
 def _most(judgements: list[Judgement], figure: Callable[[Judgement], float]) -> float:

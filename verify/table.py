@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from moe_export.verify.choices import is_choice
+from moe_export.verify.error_model import TIMES
 from moe_export.verify.regimes import NORMAL
 from moe_export.verify.report import CaseResult, Outcome, Report, Row
 from moe_export.verify.runner import shorten
@@ -20,6 +21,7 @@ WIDTH = 100
 _HEADER = ("output", "dtype", "max abs", "max rel", "at", "verdict")
 _RIGHT = (2, 3)  # columns of figures
 _LIMITS = (28, 14, 9, 9, 24, 9)  # with a gap of 1 between them, exactly within WIDTH
+_STANDING_LIMITS = (28, 21, 9, 9, 6, 22)
 _AGAIN = "again: "
 _COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow", "unfinished": "yellow"}
 
@@ -31,6 +33,8 @@ def plain(report: Report) -> str:
     lines = [_headline(report), ""]
     if report.rows:
         lines += [_aligned(line, widths) for line in cells] + [""]
+    if report.by_float64:
+        lines += [*_standings(report), ""]
     return "\n".join([*lines, *_notes(report)])
 
 
@@ -48,7 +52,8 @@ def rich_report(report: Report) -> Group:
         *cells, verdict = _cells(row)
         table.add_row(*map(Text, cells), Text(verdict, style=colour))
     headline = Text(_headline(report), style=f"bold {_COLOURS[report.verdict]}")
-    return Group(headline, Text(), table, Text(), Text("\n".join(_notes(report))))
+    standings = [Text("\n".join(_standings(report))), Text()] if report.by_float64 else []
+    return Group(headline, Text(), table, Text(), *standings, Text("\n".join(_notes(report))))
 
 
 def show(report: Report, stream: TextIO) -> None:
@@ -82,6 +87,26 @@ def figure(value: float) -> str:
     if math.isnan(value):
         return "-"
     return "0" if value == 0 else f"{value:.2e}"
+
+
+def _standings(report: Report) -> list[str]:
+    """Outputs beyond the tolerance, and what either side is off by from the model in float64."""
+    lines = [("by float64", "tolerance", "own error", f"{report.reference}'s", "ratio", "at")]
+    for label, judgement in report.by_float64:
+        standing = judgement.standing
+        assert standing is not None
+        figures = (figure(standing.own), figure(standing.theirs), _times(standing.ratio))
+        lines.append((judgement.output, str(judgement.margin), *figures, label))
+    lines = [tuple(map(shorten, line, _STANDING_LIMITS)) for line in lines]  # type: ignore[misc]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return [
+        *(_aligned(line, widths) for line in lines),
+        f"equal where an error is at most {TIMES:g} times that of {report.reference} in the same row",
+    ]
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 1000 else "> 1000"
 
 
 def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:

@@ -53,11 +53,13 @@ class Tolerance:
         rtol: Relative part, for all outputs; None takes the default of each output's dtype.
         atol: Absolute part, likewise.
         outputs: Margins of single outputs, by name; these win over everything.
+        usual: What stands in for the defaults of the outputs' dtypes.
     """
 
     rtol: float | None = None
     atol: float | None = None
     outputs: Mapping[str, Margin] = field(default_factory=dict)
+    usual: Margin | None = None
 
     def __post_init__(self) -> None:
         Margin(self.rtol or 0.0, self.atol or 0.0)  # refuse nonsense here, not in the middle of a comparison
@@ -70,10 +72,14 @@ class Tolerance:
         """The margin of `output`, whose dtype is `dtype`; a dtype without a row gets float32's."""
         if output in self.outputs:
             return self.outputs[output]
-        default = DEFAULTS.get(dtype, DEFAULTS["float32"])
+        default = self.usual or DEFAULTS.get(dtype, DEFAULTS["float32"])
         return Margin(
             default.rtol if self.rtol is None else self.rtol, default.atol if self.atol is None else self.atol
         )
+
+    def is_by_hand(self, output: str) -> bool:
+        """Whether somebody chose the margin of `output`: then nothing that lies beyond it is excused."""
+        return output in self.outputs or self.rtol is not None or self.atol is not None
 
 
 @dataclass(frozen=True)

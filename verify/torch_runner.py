@@ -68,6 +68,14 @@ class TorchRunner:
             outputs = self.run(inputs)
         return outputs, tuple(Choice(to_numpy(ids), to_numpy(scores)) for ids, scores in watcher.found)
 
+    def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> dict[str, Array] | None:
+        """Run once with what was chosen before in place of its own choices; None if it chooses something else."""
+        from moe_export.verify.torch_modes import ChoiceForcer
+
+        with ChoiceForcer([to_torch(choice.ids, self._device) for choice in choices]) as forcer:
+            outputs = self.run(inputs)
+        return outputs if forcer.fits else None
+
     def _mode(self) -> AbstractContextManager[None]:
         if self._dtype != "float64":
             return nullcontext()

@@ -8,7 +8,7 @@ sides. There the reference is no truth. So both are held against a float64 run o
     a candidate is right where |candidate - float64| <= atol + rtol * |float64| + 4 E
     where the reference is NaN or Inf, the candidate is so too, or is about right by float64
 
-In ordinary cases nothing is excused: the report only says how far off each side is.
+In ordinary cases the error of each element is held against that of its own row (see `error_model`).
 
 A graph in half precision is held against the float32 model, whose outputs say nothing of what half precision costs:
 logits of 20 behind many layers lose more than a few roundings of 1. So the model runs with its weights rounded, and
@@ -31,6 +31,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from moe_export.verify.error_model import ANOTHER_WAY, stand
 from moe_export.verify.inputs import Case
 from moe_export.verify.judge import Judgement, judge
 from moe_export.verify.regimes import largest_of
@@ -39,9 +40,6 @@ from moe_export.verify.tolerance import Margin
 
 _ROOM = 4.0
 _ROUNDINGS, _DEVIATIONS = 2.0, 16.0
-_ANOTHER_WAY = (
-    0.01  # a reference that is off by so much of the largest value took another branch, not another rounding
-)
 NO_TRUTH = "values at the limits of the dtype, and no float64 run to tell what is right"
 OTHER_WAY = "values at the limits of the dtype, and the float64 run takes another way"
 
@@ -54,6 +52,7 @@ def weigh(
     *,
     stress: bool,
     nearby: Sequence[Mapping[str, Array]] = (),
+    strict: bool = False,
 ) -> Judgement:
     """The judgement of an output that differs, in the light of a float64 run.
 
@@ -64,20 +63,22 @@ def weigh(
         truth: The outputs of the float64 run; None if there is none.
         stress: Whether the case is one in which float32 may be off.
         nearby: The reference's outputs for nearly the same inputs.
+        strict: Whether the tolerance was chosen by hand, so that ordinary values have to lie within it.
     """
     true, margin = None if truth is None else truth.get(found.output), found.margin
     if not is_float(reference.dtype) or margin is None or found.kind != "float":
         return found
     if true is None or true.shape != reference.shape:
         return _excused(found, NO_TRUTH) if stress else found
-    ref, ours, true = (array.astype(np.float64) for array in (reference, candidate, true))
-    off, our_off = _distance(ref, true), _distance(ours, true)
+    ref, ours, wide = (array.astype(np.float64) for array in (reference, candidate, true))
+    off, our_off = _distance(ref, wide), _distance(ours, wide)
     found = replace(found, reference_off=off, candidate_off=our_off)
     if not stress:
-        return found
+        return found if strict else stand(found, reference, candidate, true, nearby)
+    true = wide
     others = [outputs[found.output].astype(np.float64) for outputs in nearby if found.output in outputs]
     off = max([off, *(_distance(other, true) for other in others if other.shape == true.shape)])
-    if off > _ANOTHER_WAY * _largest(true) + margin.atol:
+    if off > ANOTHER_WAY * _largest(true) + margin.atol:
         return _excused(found, OTHER_WAY)
     return found if _wrong(ref, ours, true, off, margin, reference.dtype) else _excused(found, None)
 
@@ -141,7 +142,7 @@ def _wrong(ref: Array, ours: Array, true: Array, off: float, margin: Margin, dty
         near = np.isfinite(ours) & (np.abs(ours - true) <= allowed)
         overflows = ~(np.abs(true) < largest_of(dtype) / 16)
         # Where the reference is lost it cannot say how much float32 loses here: the right number, roughly, will do.
-        better = ~np.isfinite(ref) & (np.abs(ours - true) <= _ANOTHER_WAY * _largest(true))
+        better = ~np.isfinite(ref) & (np.abs(ours - true) <= ANOTHER_WAY * _largest(true))
     lost = ~np.isfinite(ours) & (~np.isfinite(ref) | overflows)
     return not bool((near | lost | better).all())
 

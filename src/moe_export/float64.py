@@ -13,13 +13,34 @@ _NARROW = {torch.float32, torch.float16, torch.bfloat16}
 _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 
 
+def _grouped_mm(
+    rows: torch.Tensor, stack: torch.Tensor, offs: torch.Tensor | None = None, **options: Any
+) -> torch.Tensor:
+    """`grouped_mm`, which has no kernel for float64: each group of rows (S, a) by its own matrix of (E, a, b)."""
+    if offs is None or rows.dim() != 2 or stack.dim() != 3:
+        raise NotImplementedError("grouped_mm in float64 takes rows and stacked matrices")
+    ends = offs.tolist()
+    groups = zip([0, *ends], ends, stack, strict=False)
+    found = torch.cat([rows[start:end] @ matrix for start, end, matrix in groups])
+    rest = rows.new_zeros(len(rows) - len(found), stack.shape[-1])
+    return torch.cat([found, rest])
+
+
+_IN_FLOAT64 = {
+    function: _grouped_mm
+    for owner in (torch.nn.functional, torch)
+    for name in ("grouped_mm", "_grouped_mm")
+    if (function := getattr(owner, name, None)) is not None
+}
+
+
 class _Wide(TorchFunctionMode):
     """Where the model's code names a narrower float, float64 is meant."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        func = torch.Tensor.double if func in _CASTS else func
+        func = torch.Tensor.double if func in _CASTS else _IN_FLOAT64.get(func, func)
         return func(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
 
 

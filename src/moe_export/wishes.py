@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -80,12 +80,7 @@ def tolerance_of(dtype: str, asked: Tolerance) -> Tolerance:
     """What the user asked for, else what the narrowest type that a graph computes in allows."""
     if dtype not in {"float16", "bfloat16"}:
         return asked
-    default = DEFAULTS[dtype]
-    return Tolerance(
-        default.rtol if asked.rtol is None else asked.rtol,
-        default.atol if asked.atol is None else asked.atol,
-        asked.outputs,
-    )
+    return replace(asked, usual=DEFAULTS[dtype])
 
 
 def check_names(tolerance: Tolerance, outputs: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from moe_export.verify import (
     RoutingPair,
     TensorSpec,
     Told,
+    Tolerance,
     TorchRunner,
     cases,
     compare,
@@ -140,6 +141,7 @@ def test_the_report_says_if_the_reference_is_as_far_off():
         TorchRunner(lambda t: t["x"], ["y"], "candidate"),
         inputs(),
         truth=float64(lambda t: t["x"]),
+        tolerance=Tolerance(1e-5, 1e-5),
     )
     assert report.exit_code == 1
     assert "torch itself is 3.0e-03 from a float64 run, candidate 0.0e+00" in "\n".join(report.warnings)

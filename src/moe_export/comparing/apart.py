@@ -63,13 +63,14 @@ class Apart:
         self._connection, self._pid = connection, pid
         self._end = weakref.finalize(self, _end, connection, pid, os.getpid())
 
-    def ask(self, kind: str, method: str, arrays: Sequence[Array]) -> Any:
+    def ask(self, kind: str, method: str, arrays: Sequence[Array], *more: Any) -> Any:
         """Run the model once.
 
         Args:
             kind: What is to run it (see `reference`).
-            method: `run` or `run_watched`.
+            method: `run`, `run_watched` or `run_under`.
             arrays: Its inputs, in order.
+            more: What the method takes besides.
 
         Returns:
             What the runner's method gives.
@@ -80,7 +81,7 @@ class Apart:
             ModelRaisedError: Whatever the model raised.
         """
         try:
-            self._connection.send((kind, method, list(arrays)))
+            self._connection.send((kind, method, list(arrays), more))
             said, answer = self._connection.recv()
         except (EOFError, OSError) as error:
             raise DiedError(
@@ -114,12 +115,12 @@ class Copy:
         self._subject = subject
         self._runners: dict[str, Any] = {}
 
-    def ask(self, kind: str, method: str, arrays: Sequence[Array]) -> Any:
+    def ask(self, kind: str, method: str, arrays: Sequence[Array], *more: Any) -> Any:
         """Run it once, as `Apart.ask`."""
         if kind not in self._runners:
             self._runners[kind] = _runner(self._subject, self._subject.outputs, kind)
         inputs = dict(zip(self._subject.inputs, arrays, strict=True))
-        return getattr(self._runners[kind], method)(inputs)
+        return getattr(self._runners[kind], method)(inputs, *more)
 
 
 Bind = Callable[[nn.Module], Subject]
@@ -196,6 +197,11 @@ class ApartRunner:
         outputs, choices = self._apart.ask(self._kind, "run_watched", self._ordered(inputs))
         return self._named(outputs), choices
 
+    def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> dict[str, Array] | None:
+        """Run once with choices that were made before; None if the model chooses something else."""
+        found = self._apart.ask(self._kind, "run_under", self._ordered(inputs), tuple(choices))
+        return None if found is None else self._named(found)
+
     def _ordered(self, inputs: Mapping[str, Array]) -> list[Array]:
         return [inputs[name] for name in self._inputs]
 
@@ -238,11 +244,11 @@ def _answer(connection: Connection, subject: Subject) -> None:
     model = Copy(subject)
     while True:
         try:
-            kind, method, arrays = connection.recv()
+            kind, method, arrays, more = connection.recv()
         except EOFError:
             return
         try:
-            reply: tuple[str, Any] = ("done", model.ask(kind, method, arrays))
+            reply: tuple[str, Any] = ("done", model.ask(kind, method, arrays, *more))
         except UsageError as error:
             reply = ("refused", (error.what, error.where, error.hint))
         except SystemExit as error:

@@ -34,6 +34,11 @@ class Float64Runner:
         found, choices = self._wide().run_watched(inputs)
         return self._narrowed(inputs, found), choices
 
+    def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> dict[str, Array] | None:
+        """Run once with choices that were made before; None if the model chooses something else."""
+        found = self._wide().run_under(inputs, choices)
+        return None if found is None else self._narrowed(inputs, found)
+
     def _wide(self) -> TorchRunner:
         if self._runner is None:
             wide = self._subject.of(copy.deepcopy(self._subject.module).double())

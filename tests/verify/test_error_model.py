@@ -1,0 +1,215 @@
+"""Beyond the tolerance, PyTorch's own error says how much may be asked."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from moe_export.verify import (
+    Case,
+    DimRange,
+    Margin,
+    TensorSpec,
+    Tolerance,
+    TorchRunner,
+    cases,
+    compare,
+    judge,
+)
+from moe_export.verify.choices import Choice, Told
+from moe_export.verify.error_model import TIMES, stand
+from moe_export.verify.page import page
+from moe_export.verify.reading import judge_again, read_report
+
+MARGIN = Margin(1e-5, 1e-5)
+GENERATOR = np.random.default_rng(0)
+TRUE = GENERATOR.standard_normal((20, 64))
+NOISE = 2e-5 * GENERATOR.standard_normal((20, 64))
+OTHER = 2e-5 * GENERATOR.standard_normal((20, 64))
+"""Errors of two right programs, well beyond the tolerance."""
+
+
+def stood(reference, candidate, true=TRUE, nearby=()):
+    reference, candidate = (np.asarray(array, np.float32) for array in (reference, candidate))
+    found = judge("y", reference, candidate, MARGIN)
+    assert not found.ok
+    return stand(found, reference, candidate, true, [{"y": near.astype(np.float32)} for near in nearby])
+
+
+def test_two_right_programs_are_equal():
+    found = stood(TRUE + NOISE, TRUE + OTHER)
+    assert found.ok
+    assert 0 < found.standing.ratio < TIMES / 2
+    assert found.standing.own < 1e-4
+    assert found.standing.beyond > 100
+
+
+@pytest.mark.parametrize("place", [(0, 0), (7, 63), (19, 5)])
+def test_one_element_off_by_a_thousandth(place):
+    wrong = TRUE + OTHER
+    wrong[place] += 1e-3
+    found = stood(TRUE + NOISE, wrong)
+    assert not found.ok
+    assert found.standing.ratio > TIMES
+
+
+def test_what_one_row_loses_excuses_no_other():
+    reference, candidate = TRUE + 1e-7 * NOISE, TRUE.copy()
+    reference[3] += 1e-3
+    candidate[4, 4] += 1e-4
+    assert not stood(reference, candidate).ok
+    candidate = TRUE.copy()
+    candidate[3, 4] += 1e-3
+    assert stood(reference, candidate).ok
+
+
+def test_a_lucky_row_has_the_room_of_the_others():
+    reference = TRUE + NOISE
+    reference[5] = TRUE[5]
+    assert stood(reference, TRUE + OTHER).ok
+
+
+def test_a_lucky_run_has_the_room_of_the_runs_beside_it():
+    candidate = TRUE + OTHER
+    assert not stood(TRUE + 1e-3 * NOISE, candidate).ok
+    assert stood(TRUE + 1e-3 * NOISE, candidate, nearby=[TRUE + NOISE]).ok
+
+
+def test_a_float64_run_that_took_another_way_excuses_nothing():
+    true = TRUE.copy()
+    true[2] += 1
+    candidate = TRUE + NOISE
+    candidate[2] += 0.5
+    assert not stood(TRUE + NOISE, candidate, true).ok
+
+
+def test_nan_is_no_rounding():
+    candidate = TRUE + OTHER
+    candidate[0, 0] = np.nan
+    assert not stood(TRUE + NOISE, candidate).ok
+
+
+def cancelling(order):
+    def call(tensors):
+        x = tensors["x"]
+        total = sum(100 * x[..., index] for index in order)
+        return total[..., None] - 100 * x.sum(-1, keepdim=True) + x
+
+    return call
+
+
+def at_some_sizes(call, tolerance=None):
+    spec = [TensorSpec("x", "float32", ("batch", 64))]
+    example = {"x": np.random.default_rng(0).standard_normal((4, 64)).astype(np.float32)}
+    return compare(
+        TorchRunner(cancelling(list(range(64))), ["y"]),
+        TorchRunner(call, ["y"], "other"),
+        cases(spec, [DimRange("batch", 4)], example),
+        truth=TorchRunner(cancelling(list(range(64))), ["y"], "torch-float64", "float64"),
+        tolerance=tolerance,
+    )
+
+
+BACKWARDS = cancelling(list(range(63, -1, -1)))
+
+
+def test_the_table_says_tolerance_errors_and_ratio():
+    report = at_some_sizes(BACKWARDS)
+    assert report.verdict == "equal"
+    line = next(line for line in str(report).splitlines() if line.startswith("by float64"))
+    assert line.split() == ["by", "float64", "tolerance", "own", "error", "torch's", "ratio", "at"]
+    assert "equal where an error is at most 8 times that of torch in the same row" in str(report)
+    assert "By float64" in page([report])
+    assert max(len(line) for line in str(report).splitlines()) <= 100
+
+
+def test_a_tolerance_that_was_chosen_is_strict():
+    for tolerance in (Tolerance(1e-5, None), Tolerance(None, 1e-5), Tolerance(outputs={"y": MARGIN})):
+        assert at_some_sizes(BACKWARDS, tolerance).verdict == "not equal"
+
+
+def test_the_same_with_an_error_planted_in_it():
+    def wrong(tensors):
+        y = BACKWARDS(tensors)
+        y[..., 0, 3] *= 1.01
+        return y
+
+    assert at_some_sizes(wrong).verdict == "not equal"
+
+
+def test_a_report_is_read_back_and_other_tolerances_are_strict():
+    report = at_some_sizes(BACKWARDS)
+    again = read_report(report.to_json())
+    assert again.by_float64 == report.by_float64
+    assert judge_again(again, Tolerance()).verdict == "equal"
+    assert judge_again(again, Tolerance(1e-6, None)).verdict == "not equal"
+    assert judge_again(again, Tolerance(1e-1, 1e-1)).verdict == "equal"
+    document = json.loads(report.to_json())
+    for case in document["cases"]:
+        for judgement in case["judgements"]:
+            del judgement["standing"]  # as reports were written before
+    assert read_report(json.dumps(document)).by_float64 == ()
+
+
+def gate(tensors):
+    scores = tensors["x"] @ torch.linspace(-1, 1, 64, dtype=tensors["x"].dtype).reshape(8, 8).T
+    weights, ids = scores.topk(2, dim=-1)
+    return weights, ids
+
+
+def test_a_run_under_choices_that_were_made_before():
+    runner = TorchRunner(gate, ["w", "ids"])
+    x = {"x": np.random.default_rng(0).standard_normal((5, 8)).astype(np.float32)}
+    outputs, (choice,) = runner.run_watched(x)
+    other = Choice(choice.ids[:, ::-1].copy(), choice.scores)
+    told = runner.run_under(x, [other])
+    assert np.array_equal(told["ids"], other.ids)
+    assert np.allclose(told["w"], outputs["w"][:, ::-1])
+    assert runner.run_under(x, [choice, choice]) is None
+    assert runner.run_under(x, [Choice(choice.ids[:3], choice.scores[:3])]) is None
+
+
+def test_float64_is_told_what_the_model_chose():
+    """Else a tie that float64 breaks the other way would excuse whatever stands in that row."""
+
+    class Teller:
+        def tell(self, inputs):
+            outputs, choices = TorchRunner(block, ["y"]).run_watched(inputs)
+            return Told(outputs, TorchRunner(wrong, ["y"]).run(inputs), choices, (choices[0].ids,))
+
+    def block(tensors):
+        x = tensors["x"]
+        scores = torch.stack([x[:, 0], x[:, 0] + 1e-12 * x[:, 0].to(x.dtype).sign()], -1)
+        ids = scores.topk(1).indices
+        return torch.where(ids == 0, x, 3 * x)
+
+    def wrong(tensors):
+        return block(tensors) * 1.2
+
+    x = {"x": np.ones((4, 8), np.float32)}
+    report = compare(
+        TorchRunner(block, ["y"]),
+        TorchRunner(wrong, ["y"], "other"),
+        [Case("example", 0, {}, x)],
+        truth=TorchRunner(block, ["y"], "torch-float64", "float64"),
+        teller=Teller(),
+    )
+    assert report.verdict == "not equal"
+    (judgement,) = report.cases[0].judgements
+    assert judgement.reference_off == 0
+
+
+def test_grouped_products_in_float64():
+    rows, stack = torch.randn(6, 16), torch.randn(3, 16, 8)
+    ends = torch.tensor([2, 2, 5], dtype=torch.int32)
+
+    def call(tensors):
+        return torch.nn.functional.grouped_mm(tensors["x"], stack.to(tensors["x"].dtype), offs=ends)[:5]
+
+    wide = TorchRunner(call, ["y"], "torch-float64", "float64").run({"x": rows.numpy()})["y"]
+    groups = [rows[:2] @ stack[0], rows[2:5] @ stack[2]]
+    assert wide.dtype == np.float64
+    assert np.allclose(wide, torch.cat(groups).numpy(), atol=1e-5)
