@@ -15,6 +15,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import MoeExportError, NotExportableError
+from moe_export.export.cast_first import cast_first
 from moe_export.export.exact_rules import exact_constants
 from moe_export.export.expands import drop_expands
 from moe_export.export.leaves import unique
@@ -92,6 +93,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
 
 def finish(model: ir.Model, traced: Traced, opset: int, folder: Path) -> None:
     """Names, metadata and the opset of a translated model, in place; arguments and errors as of `emit`."""
+    cast_first(model)
     origins = statements(model, traced.scope)
     shorten_metadata(model, traced.scope, folder)
     name_nodes(model, origins)

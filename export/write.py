@@ -9,6 +9,7 @@ export is not whole.
 
 from __future__ import annotations
 
+import glob
 import os
 import re
 import shutil
@@ -21,6 +22,7 @@ import onnx_ir as ir
 
 from moe_export.errors import UsageError
 from moe_export.export.weights.stream import DATA_SUFFIX, Storage, Streamed, held, stream_weights, taken_along
+from moe_export.own_files import kind_of, mentions, require_free
 
 try:
     import fcntl as _locks
@@ -29,7 +31,8 @@ except ImportError:  # no locks, so what a killed process left is left
 _HAS_LOCKS = _locks is not None
 
 _INLINE_LIMIT = 2**31 - 2**24  # protobuf cannot hold 2 GiB; room is left for the nodes
-_STAGING = ".moe-export-"
+_STAGING = ".moe-export-unfinished-"
+_LEFT = re.compile(re.escape(_STAGING) + r"[a-z0-9_]{8}")  # as `mkdtemp` calls them, and nobody else
 _REPORT = ".report.json"
 _DATA = re.compile(r"(?P<graph>.+\.onnx)\.[0-9a-f]{12}\.\d+\.data")
 _TRIES = 3
@@ -38,14 +41,16 @@ _LEAST = 1024
 
 
 @contextmanager
-def staging(folder: Path) -> Iterator[Path]:
+def staging(folder: Path, *, inputs: Sequence[Path] = (), force: bool = False) -> Iterator[Path]:
     """A temporary folder whose files move into `folder` when the block ends without an error.
 
     Args:
         folder: Made if it is not there, and unmade again if it was made for nothing.
+        inputs: What the command reads: not to be overwritten.
+        force: Overwrite that, and files that are not ours, nevertheless.
 
     Raises:
-        UsageError: The folder cannot be made or written to, or the disk is full.
+        UsageError: The folder cannot be made or written to, or the disk is full; a file is in the way.
     """
     made: list[Path] = []
     try:
@@ -56,7 +61,7 @@ def staging(folder: Path) -> Iterator[Path]:
     owner, done = os.getpid(), False
     try:
         yield temporary
-        _move(temporary, folder)
+        _move(temporary, folder, inputs, force)
         done = True
     except OSError as error:
         raise _unwritable(folder, error) from error
@@ -108,6 +113,8 @@ def _own_folder(folder: Path) -> tuple[Path, int | None]:
     try:
         _locks.flock(outer, _locks.LOCK_EX)
         for left in folder.glob(f"{_STAGING}*"):
+            if _LEFT.fullmatch(left.name) is None:
+                continue
             with suppress(OSError):
                 lock = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
                 try:
@@ -123,7 +130,7 @@ def _own_folder(folder: Path) -> tuple[Path, int | None]:
         os.close(outer)
 
 
-def _move(temporary: Path, folder: Path) -> None:
+def _move(temporary: Path, folder: Path, inputs: Sequence[Path], force: bool) -> None:
     def turn(name: str) -> tuple[int, str]:
         return (0 if name.endswith(DATA_SUFFIX) else 2 if name.endswith(_REPORT) else 1), name
 
@@ -131,13 +138,16 @@ def _move(temporary: Path, folder: Path) -> None:
         (name for name in os.listdir(temporary) if not _is_there(temporary, folder, name)), key=turn
     )
     for name in names:
+        require_free(folder / name, kind_of(temporary / name), inputs=inputs, force=force)
+    superseded = [path for name in names for path in _data_of(folder / name) if path.name not in names]
+    for name in names:
         if name.endswith(_REPORT):
             (folder / name).unlink(missing_ok=True)
     for name in names:
         os.replace(temporary / name, folder / name)
-    for name in names:
-        if name.endswith(".onnx"):
-            _remove_superseded(folder, name, set(names))
+    for path in superseded:  # unless some other graph in the folder names them
+        if not any(mentions(other, path.name.encode()) for other in folder.rglob("*.onnx")):
+            path.unlink(missing_ok=True)
 
 
 def _is_there(temporary: Path, folder: Path, name: str) -> bool:
@@ -146,25 +156,12 @@ def _is_there(temporary: Path, folder: Path, name: str) -> bool:
     return other.exists() and (mine.is_dir() or other.samefile(mine))
 
 
-def _remove_superseded(folder: Path, graph: str, new: set[str]) -> None:
-    """Remove data files of older exports of a graph, unless some other graph in the folder names them."""
-    for path in folder.glob(f"{graph}.*{DATA_SUFFIX}"):
-        match = _DATA.fullmatch(path.name)
-        if match is None or match["graph"] != graph or path.name in new:
-            continue
-        name = path.name.encode()
-        if not any(_mentions(other, name) for other in folder.rglob("*.onnx")):
-            path.unlink(missing_ok=True)
-
-
-def _mentions(path: Path, text: bytes) -> bool:
-    before = b""
-    with path.open("rb") as file:
-        while block := file.read(2**24):
-            if text in before + block:
-                return True
-            before = block[-len(text) :]
-    return False
+def _data_of(graph: Path) -> list[Path]:
+    """The data files of older exports of a graph, and of those that were killed half-way."""
+    if graph.suffix != ".onnx":
+        return []
+    found = graph.parent.glob(f"{glob.escape(graph.name)}.*{DATA_SUFFIX}")
+    return [path for path in found if _is_data_of(path.name, graph.name)]
 
 
 def _unwritable(folder: Path, error: OSError) -> UsageError:

@@ -15,9 +15,11 @@ from typing import Any
 
 import onnx
 
+from moe_export.own_files import KEY
 from moe_export.verify.bodies import all_nodes
 from moe_export.verify.guilty import Guilt, NodeError
 
+SCHEMA = "moe-export/errors/1"
 OWN, RATIO, INHERITED, GUILTY = "own error", "own error / rounding", "inherited error", "guilty"
 
 
@@ -51,7 +53,7 @@ def attachment(guilt: Guilt) -> dict[str, Any]:
         for node, error in errors.items()
         for name, value in facts(error).items()
     ]
-    return {"signature": "netron:attachment", "metrics": metrics}
+    return {"signature": "netron:attachment", "schema": SCHEMA, "metrics": metrics}
 
 
 def write_overlay(folder: Path, model: onnx.ModelProto, guilt: Guilt, stem: str = "model") -> list[Path]:
@@ -64,7 +66,9 @@ def write_overlay(folder: Path, model: onnx.ModelProto, guilt: Guilt, stem: str 
         stem: What the files are called.
     """
     graph, attached = folder / f"{stem}.errors.onnx", folder / f"{stem}.errors.json"
-    onnx.save(with_errors(model, guilt), graph)
+    copy = with_errors(model, guilt)
+    copy.metadata_props.add(key=f"{KEY}errors", value=stem)
+    onnx.save(copy, graph)
     attached.write_text(json.dumps(attachment(guilt), indent=1) + "\n", encoding="utf-8")
     return [graph, attached]
 

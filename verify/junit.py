@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from xml.etree import ElementTree
 
+from moe_export.own_files import MARK
 from moe_export.verify.judge import Judgement
 from moe_export.verify.report import CaseResult, Report
 
@@ -41,7 +42,8 @@ def junit(reports: Sequence[Report]) -> str:
         suite.set("tests", str(len(suite.findall("testcase"))))
         suite.set("errors", "0")
     ElementTree.indent(root)
-    return ElementTree.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+    text = ElementTree.tostring(root, encoding="unicode", xml_declaration=True)
+    return text.replace("\n", f"\n<!-- {MARK} -->\n", 1) + "\n"
 
 
 def _add_case(suite: ElementTree.Element, case: CaseResult, report: Report) -> None:

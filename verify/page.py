@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from html import escape
 
+from moe_export.own_files import MARK
 from moe_export.verify.error_model import TIMES
 from moe_export.verify.report import CaseResult, Report, Row, worst_code
 from moe_export.verify.table import figure
@@ -36,7 +37,7 @@ def page(reports: Sequence[Report]) -> str:
     code = worst_code(reports)
     worst = next((report.verdict for report in reports if report.exit_code == code), "nothing compared")
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<!-- {MARK} -->\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(worst)} - moe-export verify</title>\n<style>{_STYLE}</style>\n</head>\n"
         f"<body>\n{body}\n</body>\n</html>\n"

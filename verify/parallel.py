@@ -19,6 +19,7 @@ from itertools import chain, takewhile
 from pathlib import Path
 
 from moe_export.errors import MoeExportError, UsageError
+from moe_export.own_files import put_text
 from moe_export.verify.compare import compare
 from moe_export.verify.experts_alone import repeated
 from moe_export.verify.golden import read_inputs
@@ -35,6 +36,7 @@ from moe_export.verify.specs import Array
 from moe_export.verify.table import show
 from moe_export.verify.tolerance import Tolerance
 
+TRAFFIC = "moe-export/traffic/1"
 _TOKENS = 8  # tokens of the example of which each is tried alone
 
 
@@ -113,10 +115,11 @@ def conduct(group: Group, manifest: Manifest, rank: Rank, options: argparse.Name
     if conductor.lost is not None:
         raise conductor.lost
     if options.report:
-        Path(options.report).write_text(report.to_json(), encoding="utf-8")
+        put_text(Path(options.report), report.to_json(), inputs=(manifest.path, path), force=options.force)
     if options.traffic:
-        document = [[asdict(sent) | {"bytes": sent.bytes} for sent in run] for run in conductor.sent]
-        Path(options.traffic).write_text(json.dumps(document) + "\n", encoding="utf-8")
+        runs = [[asdict(sent) | {"bytes": sent.bytes} for sent in run] for run in conductor.sent]
+        text = json.dumps({"schema": TRAFFIC, "runs": runs}) + "\n"
+        put_text(Path(options.traffic), text, inputs=(manifest.path, path), force=options.force)
     if not options.quiet:
         show(report, sys.stdout)
         for line in exchanged(conductor.sent):
@@ -219,6 +222,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--atol", type=float, help="absolute tolerance [float32: 1e-5]")
     made.add_argument("--report", metavar="FILE", help="write the report as JSON")
     made.add_argument("--traffic", metavar="FILE", help="write what every rank gave, run by run, as JSON")
+    made.add_argument(
+        "--force", action="store_true", help="overwrite files that moe-export did not write, and inputs"
+    )
     made.add_argument("-q", "--quiet", action="store_true", help="print nothing but errors")
     return made
 

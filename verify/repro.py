@@ -6,19 +6,22 @@ The script needs onnxruntime and NumPy, and exits with 1 as long as the fault is
 from __future__ import annotations
 
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 
+from moe_export.own_files import KEY, MARK
 from moe_export.verify.guilty_level import Cut, Value
 from moe_export.verify.specs import Array, is_float
 from moe_export.verify.tolerance import DEFAULTS
 
 MODEL, INPUTS, EXPECTED, SCRIPT = "model.onnx", "inputs.npz", "expected.npz", "run.py"
 
-_SCRIPT = '''"""{title}
+_SCRIPT = '''# {mark}
+"""{title}
 
 {about}
 Run it: exit code 1 as long as the fault is there. It needs numpy and onnxruntime.
@@ -95,11 +98,13 @@ def write_repro(
         name: (rtols or {}).get(name, _rtol(array))
         for name, array in zip(expected, cut.expected.values(), strict=True)
     }
+    model.metadata_props.add(key=f"{KEY}repro", value=MODEL)
     onnx.save(model, folder / MODEL)
-    np.savez(folder / INPUTS, **inputs)  # type: ignore[arg-type]
-    np.savez(folder / EXPECTED, **expected)  # type: ignore[arg-type]
+    _save(folder / INPUTS, inputs)
+    _save(folder / EXPECTED, expected)
     title, _, rest = about.replace("\\", "/").replace('"""', "'''").partition("\n")
     text = _SCRIPT.format(
+        mark=MARK,
         title=title,
         about=rest + "\n" if rest else "",
         rtol=json.dumps(tolerances),
@@ -110,6 +115,12 @@ def write_repro(
     )
     (folder / SCRIPT).write_text(text, encoding="utf-8")
     return [folder / name for name in (SCRIPT, MODEL, INPUTS, EXPECTED)]
+
+
+def _save(path: Path, arrays: Mapping[str, Array]) -> None:
+    np.savez(path, **arrays)  # type: ignore[arg-type]
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = MARK.encode()
 
 
 def _rtol(value: Value) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_export.errors import MissingBackendError, UsageError
 from moe_export.export.gates.dispatch import Dispatch
+from moe_export.own_files import MARK
 
 FORMATS = (".png", ".svg")
 FEW = 32
@@ -57,7 +58,7 @@ def draw(dispatches: Sequence[Dispatch], path: Path, capacity: int | None = None
         )
         for (lines, bars), dispatch in zip(rows, dispatches, strict=True):
             _draw_one(lines, bars, dispatch, capacity)
-        metadata = {"Date": None} if path.suffix == ".svg" else {}
+        metadata = {"Date": None, "Creator": MARK} if path.suffix == ".svg" else {"Software": MARK}
         figure.savefig(path, dpi=150, metadata=metadata)
 
 

@@ -12,6 +12,8 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
+from moe_export.own_files import MARK
+
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 """Okabe and Ito's, for ranks; with many ranks they come again."""
 _WIDTH, _MARGIN, _ROW, _GAP, _HEAD = 760, 16, 18, 12, 46
@@ -116,7 +118,7 @@ def draw(flows: Sequence[Flow]) -> str:
         top += height + 2 * _GAP
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{top}" viewBox="0 0 {_WIDTH} {top}" '
-        'font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="white"/>'
+        f'font-family="sans-serif" font-size="12"><!-- {MARK} --><rect width="100%" height="100%" fill="white"/>'
     )
     return "\n".join([head, *parts, "</svg>"]) + "\n"
 

@@ -14,6 +14,7 @@ import click
 import moe_export
 from moe_export.backends import BACKENDS
 from moe_export.commands.engines import add_commands, engine_options
+from moe_export.commands.force import force_option
 from moe_export.commands.graphs import add_graph_commands, add_report_command
 from moe_export.commands.parallel import parallel_options
 from moe_export.commands.plan import add_plan_command
@@ -203,6 +204,7 @@ _memory_option = click.option(
 )
 @parallel_options
 @engine_options(required=False)
+@force_option
 @_model_options
 @_verify_options
 @_output_options
@@ -334,6 +336,7 @@ def mutate_command(**options: Any) -> int:
 @click.option("--diff", is_flag=True, help="Python: print the changes instead of writing them.")
 @click.option("--in-place", is_flag=True, help="Python: write the file itself.")
 @click.option("--check", is_flag=True, help="Python: write nothing; exit 1 if something is left to rewrite.")
+@force_option
 @_output_options
 def rewrite_command(**options: Any) -> int:
     """Replace every einsum of an ONNX or a Python file, or show how one EQUATION is computed.
@@ -360,6 +363,7 @@ def rewrite_command(**options: Any) -> int:
     metavar="MODEL.parallel.json",
     help="Draw the ranks that an export with --expert-parallel wrote, and what they send one another.",
 )
+@force_option
 @_model_options
 @_output_options
 def routing_command(**options: Any) -> int:

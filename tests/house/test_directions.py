@@ -15,8 +15,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "models": set(),
     "einsum_rewrite": {"errors"},
-    "verify": {"errors", "domain", "external_data", "float64"},
-    "export": {"errors", "disk", "domain", "external_data", "float64", "einsum_rewrite"},
+    "verify": {"errors", "domain", "external_data", "float64", "own_files"},
+    "export": {"errors", "disk", "domain", "external_data", "float64", "own_files", "einsum_rewrite"},
 }
 BELOW = {
     "models",
@@ -28,6 +28,7 @@ BELOW = {
     "domain",
     "external_data",
     "float64",
+    "own_files",
     "backends",
     "wishes",
     "supervisor",

@@ -44,7 +44,7 @@ def check(torchrun, path, folder):
     labels = [case["label"] for case in found["cases"] if case["outcome"] == "compared"]
     assert {"balanced_4x5.safetensors", "skewed_3x7.safetensors", "expert_5_1x1.safetensors"} <= set(labels)
     assert "token 7 throughout" in labels
-    return json.loads(traffic.read_text())
+    return json.loads(traffic.read_text())["runs"]
 
 
 def assert_stated(path, traffic):

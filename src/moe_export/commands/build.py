@@ -20,6 +20,7 @@ from moe_export.export.engines.module import check_capabilities, load_module
 from moe_export.export.engines.profiles import Range, free_dims, parse_range
 from moe_export.export.engines.settings import Settings, check_settings
 from moe_export.export.write import staging
+from moe_export.own_files import require_free
 from moe_export.running.engines import not_run, run_status
 
 SCHEMA = "moe-export/engines/1"
@@ -182,7 +183,15 @@ def engine_lines(documents: Iterable[Mapping[str, Any]], folder: Path) -> list[s
     return lines
 
 
-def run_build(graph: str, output: str | None, quiet: bool, as_json: bool, debug: bool, **options: Any) -> int:
+def run_build(
+    graph: str,
+    output: str | None,
+    quiet: bool,
+    as_json: bool,
+    debug: bool,
+    force: bool = False,
+    **options: Any,
+) -> int:
     """Run the command; the exit code."""
     request = take_request(options)
     assert request is not None  # --engine is required here
@@ -191,7 +200,12 @@ def run_build(graph: str, output: str | None, quiet: bool, as_json: bool, debug:
     model, _ = read_graph(path)
     check_names(request, (dim.name for dim in free_dims(model)))
     folder = Path(output) if output is not None else path.parent
-    with staging(folder.absolute()) as temporary:
+    name = f"{path.name.removesuffix('.onnx')}.engines.json"
+    require_free(folder / name, "report", inputs=[path], force=force)
+    cache = request.settings.timing_cache
+    if cache is not None and cache.exists() and cache.samefile(path):
+        raise UsageError(f"{cache} is the graph, and no cache of timings", hint="--timing-cache timings.bin")
+    with staging(folder.absolute(), inputs=[path], force=force) as temporary:
         engines = build_files(request, path, temporary, console.step)
         document = {
             "schema": SCHEMA,
@@ -200,7 +214,6 @@ def run_build(graph: str, output: str | None, quiet: bool, as_json: bool, debug:
             "engines": engines,
         }
         text = json.dumps(document, indent=2)
-        name = f"{path.name.removesuffix('.onnx')}.engines.json"
         (temporary / name).write_text(text + "\n", encoding="utf-8")
     console.json(text)
     for line in engine_lines(engines, folder):

@@ -32,15 +32,16 @@ def run_diff(
     quiet: bool,
     as_json: bool,
     debug: bool,
+    force: bool = False,
 ) -> int:
     """Run the command; the exit code: 0, whether or not they differ."""
     console = Console(quiet, as_json)
     if svg is not None:
-        require_svg(svg)
+        require_svg(svg, [Path(before), Path(after)], force)
     with console.step("counting"):
         found = difference(Path(before), Path(after), parse_sizes(sizes))
     if svg is not None:
-        write_svg(svg, *sketches_of(found, level))
+        write_svg(svg, *sketches_of(found, level), force=force)
     console.json(json.dumps({"schema": SCHEMA, **found.to_dict()}, indent=2))
     _show(found, console)
     if svg is not None:

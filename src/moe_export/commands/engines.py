@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from moe_export.commands.force import force_option
+
 Command = Callable[..., Any]
 
 
@@ -54,6 +56,7 @@ def add_commands(
     @click.argument("graph", metavar="GRAPH.ONNX")
     @click.option("-o", "--output", metavar="FOLDER", help="Where the engines go  [beside the graph].")
     @engine_options(required=True)
+    @force_option
     @output_options
     def build_command(**options: Any) -> int:
         """Build TensorRT engines of a graph: GRAPH.sm89.engine, and GRAPH.engines.json that describes them."""

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from moe_export.export.bodies import initializers
 from moe_export.export.dims import limits_of, parse_dynamic
 from moe_export.export.engines.profiles import dim_facts
 from moe_export.export.functions import as_functions
-from moe_export.export.load import load_subject
+from moe_export.export.load import load_subject, split_spec
 from moe_export.export.parallel.ranks import Parallel, check_experts
 from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
 from moe_export.export.provenance import relative_line, strip_scope
@@ -39,6 +40,7 @@ from moe_export.export.weights.stream import Storage, data_facts, referable, str
 from moe_export.export.write import rename_model, staging, write_model
 from moe_export.external_data import ReadAhead
 from moe_export.large.layerwise import Parts, filled_weights
+from moe_export.own_files import require_free
 from moe_export.running.choices import runner_of
 from moe_export.supervisor import exporting
 from moe_export.verify import Report, Tolerance, show
@@ -84,6 +86,7 @@ def run_export(
     memory: str = "1GiB",
     verify_how: str | None = None,
     parallel: Parallel | None = None,
+    force: bool = False,
     **wishes: Any,
 ) -> int:
     """Run the command; the exit code."""
@@ -93,7 +96,7 @@ def run_export(
     tolerance = parse_tolerance(rtol, atol, tolerances)
     wish = parse_wish(**wishes)
     folder = Path(output)
-    with console.user_code(), staging(folder.absolute()) as temporary, ReadAhead() as ahead:
+    with console.user_code(), _place(model, folder, force) as temporary, ReadAhead() as ahead:
         with console.step(f"loading {model}"):
             subject = _loaded(model, init, inputs, memory, storage, ahead)
         options = Options(
@@ -154,6 +157,14 @@ def run_export(
     if engines is not None and equal:
         return exit_code(engines, built, console)
     return 0 if equal else worst_code(report for report in reports if report is not None) or 1
+
+
+def _place(model: str, folder: Path, force: bool) -> AbstractContextManager[Path]:
+    """Where the files are written; that another is in the way is said before hours of work, not after."""
+    path, _ = split_spec(model)
+    require_free(folder / f"{path.stem}.onnx", "graph", inputs=(path,), force=force)
+    require_free(folder / f"{path.stem}.report.json", "report", inputs=(path,), force=force)
+    return staging(folder.absolute(), inputs=(path,), force=force)
 
 
 def _loaded(

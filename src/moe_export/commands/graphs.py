@@ -7,6 +7,8 @@ from typing import Any
 
 import click
 
+from moe_export.commands.force import force_option
+
 Command = Callable[..., Any]
 _LEVELS = click.Choice(["blocks", "nodes"])
 _NOT_OF_A_REPORT = ("model", "output")
@@ -51,6 +53,7 @@ def add_graph_commands(group: click.Group, output_options: Callable[[Command], C
         "--port", type=click.IntRange(0, 65535), default=0, help="Port on this machine  [default: a free one]"
     )
     @click.option("--browse/--no-browse", default=True, show_default=True, help="Open a browser.")
+    @force_option
     @output_options
     def view_command(**options: Any) -> int:
         """Show a graph in Netron, on this machine only, until Ctrl-C; or write a picture of it (docs/seeing.md)."""
@@ -72,6 +75,7 @@ def add_graph_commands(group: click.Group, output_options: Callable[[Command], C
     @click.option(
         "--level", type=_LEVELS, help="What is a box  [blocks where both graphs tell modules, else nodes]."
     )
+    @force_option
     @output_options
     def diff_command(**options: Any) -> int:
         """Say what differs between two graphs: operators, weights, FLOPs, memory, inputs and outputs; exit 0."""

@@ -33,6 +33,7 @@ def run_judge(
         raise UsageError(f"cannot read {file}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise UsageError(f"{file} is no report: it is no text") from None
+    wanted.require_free([Path(file)])
     tolerance = parse_tolerance(rtol, atol, tolerances)
     before = read_report(text)
     check_names(tolerance, [row.output for row in before.rows])
@@ -40,5 +41,5 @@ def run_judge(
     console.json(json.dumps(found.to_dict(), indent=2))
     if not (quiet or as_json):
         show(found, sys.stdout)
-    write_reports([found], wanted, console)
+    write_reports([found], wanted, console, [Path(file)])
     return found.exit_code

@@ -12,6 +12,7 @@ import click
 
 from moe_export.commands.console import Console
 from moe_export.errors import UsageError
+from moe_export.own_files import KEY
 
 if TYPE_CHECKING:
     from moe_export.export.gates.dispatch import Dispatch
@@ -158,7 +159,7 @@ def write_ranks(
 def _save(arrays: dict[str, Any], path: Path) -> None:
     from safetensors.numpy import save_file
 
-    save_file(arrays, path)
+    save_file(arrays, path, {f"{KEY}example": path.name})
 
 
 def _verified(path: Path, tolerance: Tolerance, seed: int) -> Report:

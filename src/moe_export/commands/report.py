@@ -26,7 +26,7 @@ from moe_export.export.gates.dispatch import Dispatch, find_dispatches
 from moe_export.export.gates.picture import draw
 from moe_export.export.load import load_subject
 from moe_export.export.subject import Subject
-from moe_export.export.write import staging
+from moe_export.own_files import put_text, require_free
 from moe_export.pictures.differing import usual_sizes
 from moe_export.pictures.picture import svg_of
 from moe_export.pictures.sketch import sketch_of
@@ -56,6 +56,7 @@ def run_report(
     target = Path(output or f"{Path(model.partition(':')[0]).stem}.report{SUFFIX}")
     if target.suffix != SUFFIX:
         raise UsageError(f"a report is a {SUFFIX} file, not {target}")
+    require_free(target, "text", force=options["force"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(graphs or temporary)
         code = run_export(model=model, output=str(folder), quiet=True, as_json=False, **options)
@@ -63,8 +64,7 @@ def run_report(
         document = json.loads((folder / f"{stem}.report.json").read_text(encoding="utf-8"))
         with console.user_code(), console.step("drawing"):
             content = _content(document, folder, model, before, options)
-    with staging(target.absolute().parent) as place:
-        (place / target.name).write_text(page(content), encoding="utf-8")
+    put_text(target, page(content), force=options["force"])
     console.json(json.dumps(document, indent=2))
     console.say(f"{document['model']}: {document['verdict']}")
     console.say(f"written: {target}")

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moe_export.commands.console import Console
+from moe_export.commands.force import force_option
 from moe_export.errors import UsageError
+from moe_export.own_files import put_text, require_free
 
 if TYPE_CHECKING:
     from moe_export.verify import Report
@@ -26,17 +28,30 @@ class Wanted:
         junit: A file for JUnit XML.
         html: A file for the page.
         github: Annotations on stdout, and the step summary.
+        force: Overwrite inputs, and files that are not ours.
     """
 
     json: str | None = None
     junit: str | None = None
     html: str | None = None
     github: bool = False
+    force: bool = False
+
+    def require_free(self, inputs: Sequence[Path]) -> None:
+        """Refuse to overwrite what is not ours, before anything is run.
+
+        Raises:
+            UsageError: A file is in the way.
+        """
+        for file, kind in ((self.json, "report"), (self.junit, "text"), (self.html, "text")):
+            if file:
+                require_free(Path(file), kind, inputs=inputs, force=self.force)
 
 
 def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of commands that write reports."""
     for option in (
+        force_option,
         click.option("--github/--no-github", default=None,
                      help="Annotations and a step summary  [default: where GITHUB_ACTIONS is set]."),
         click.option("--html", metavar="FILE", help="Write a page with histograms; it needs nothing else."),
@@ -54,15 +69,24 @@ def take_wanted(options: dict[str, Any]) -> Wanted:
         json=options.pop("report"),
         junit=options.pop("junit"),
         html=options.pop("html"),
+        force=options.pop("force"),
         github=bool(os.environ.get("GITHUB_ACTIONS")) if github is None else github,
     )
 
 
-def write_reports(reports: Sequence[Report], wanted: Wanted, console: Console) -> None:
+def write_reports(
+    reports: Sequence[Report], wanted: Wanted, console: Console, inputs: Sequence[Path]
+) -> None:
     """Write what is wanted.
 
+    Args:
+        reports: What was found.
+        wanted: Which files.
+        console: Whether stdout is one JSON document.
+        inputs: What the command read: it is not overwritten.
+
     Raises:
-        UsageError: A file cannot be written.
+        UsageError: A file cannot be written, or must not be overwritten.
     """
     from moe_export.verify.github import summary, workflow_commands
     from moe_export.verify.junit import junit
@@ -71,11 +95,11 @@ def write_reports(reports: Sequence[Report], wanted: Wanted, console: Console) -
     if wanted.json:
         if len(reports) > 1:
             raise UsageError("--report takes one comparison", hint="one command for each --against")
-        _write(wanted.json, reports[0].to_json())
+        put_text(Path(wanted.json), reports[0].to_json(), inputs=inputs, force=wanted.force)
     if wanted.junit:
-        _write(wanted.junit, junit(reports))
+        put_text(Path(wanted.junit), junit(reports), inputs=inputs, force=wanted.force)
     if wanted.html:
-        _write(wanted.html, page(reports))
+        put_text(Path(wanted.html), page(reports), inputs=inputs, force=wanted.force)
     if not wanted.github:
         return
     if not console.as_json:  # stdout is one JSON document then; GitHub reads commands from it line by line
@@ -86,10 +110,3 @@ def write_reports(reports: Sequence[Report], wanted: Wanted, console: Console) -
     if target:
         with Path(target).open("a", encoding="utf-8") as file:
             file.writelines(f"{summary(report)}\n" for report in reports)
-
-
-def _write(name: str, text: str) -> None:
-    try:
-        Path(name).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {name}: {error.strerror}") from None

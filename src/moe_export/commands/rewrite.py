@@ -30,6 +30,7 @@ def run_rewrite(
     quiet: bool,
     as_json: bool,
     debug: bool,
+    force: bool = False,
 ) -> int:
     """Run the command; the exit code."""
     console = Console(quiet, as_json)
@@ -40,11 +41,11 @@ def run_rewrite(
         from moe_export.einsum_rewrite.onnx_model import Options
 
         options = Options(target=target, keep_einsum=keep_einsum, max_intermediate=limit)
-        return run_rewrite_onnx(source, output, options, prove, console)
+        return run_rewrite_onnx(source, output, options, prove, force, console)
     if suffix == ".py":
         from moe_export.commands.rewrite_python import run_rewrite_python
 
-        return run_rewrite_python(source, output, diff, in_place, check, console)
+        return run_rewrite_python(source, output, diff, in_place, check, force, console)
     return _run_equation(source, shapes, target, console)
 
 

@@ -9,26 +9,34 @@ from typing import Any
 
 import onnx_ir as ir
 
+import moe_export
 from moe_export.commands.console import Console
 from moe_export.einsum_rewrite.onnx_model import Options, Rewriting, rewrite_in_place
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.weights.stream import DATA_SUFFIX
 from moe_export.export.write import staging, write_model
 from moe_export.external_data import check_external_data
+from moe_export.own_files import KEY, require_free
 
 MOST_SITES = 40
 """More sites than this are only counted, unless evidence or JSON was asked for."""
 
 
-def run_rewrite_onnx(source: str, output: str | None, options: Options, prove: bool, console: Console) -> int:
+def run_rewrite_onnx(
+    source: str, output: str | None, options: Options, prove: bool, force: bool, console: Console
+) -> int:
     """Run the command; the exit code: 3 if an Einsum had to stay."""
     if output is None:
         raise UsageError("-o is missing: where shall the rewritten graph go?", hint="-o out.onnx")
     model = _load(Path(source))
-    outside = _has_outside_weights(model)
+    outside = _outside_weights(model, Path(source).parent)
+    read = [Path(source), *outside]
+    require_free(Path(output), "graph", inputs=read, force=force)
+    model.metadata_props[f"{KEY}rewritten"] = moe_export.__version__
     with console.step(f"rewrite {source}"):
         done = rewrite_in_place(model, options)
-        _write(model, Path(output), outside)
+        with staging(Path(output).absolute().parent, inputs=read, force=force) as folder:
+            _write(model, folder / Path(output).name, bool(outside))
     _tell(done, source, output, prove, console)
     return NotExportableError.exit_code if done.refused else 0
 
@@ -43,27 +51,25 @@ def _load(path: Path) -> ir.Model:
         raise UsageError(f"{path} is not an ONNX file: {error}") from error
 
 
-def _has_outside_weights(model: ir.Model) -> bool:
-    return any(
-        isinstance(value.const_value, ir.ExternalTensor)
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-    )
+def _outside_weights(model: ir.Model, folder: Path) -> list[Path]:
+    """The files that hold weights of the model."""
+    tensors = (value.const_value for graph in model.graphs() for value in graph.initializers.values())
+    names = {str(tensor.location) for tensor in tensors if isinstance(tensor, ir.ExternalTensor)}
+    return [folder / name for name in sorted(names)]
 
 
 def _write(model: ir.Model, path: Path, outside: bool) -> None:
-    """Write all or nothing; weights that lay outside the file lie outside the new one."""
-    with staging(path.parent) as folder:
-        try:
-            if outside:
-                data = folder / f"{path.name}{DATA_SUFFIX}"
-                ir.save(model, folder / path.name, external_data=data.name)
-                if data.exists() and not data.stat().st_size:
-                    data.unlink()  # what was left is small enough to lie in the graph
-            else:
-                write_model(model, folder / path.name)
-        except FileNotFoundError as error:
-            raise UsageError(f"the weights of the model are not there: {error}") from error
+    """Weights that lay outside the file lie outside the new one."""
+    try:
+        if not outside:
+            write_model(model, path)
+            return
+        data = path.with_name(f"{path.name}{DATA_SUFFIX}")
+        ir.save(model, path, external_data=data.name)
+        if data.exists() and not data.stat().st_size:
+            data.unlink()  # what was left is small enough to lie in the graph
+    except FileNotFoundError as error:
+        raise UsageError(f"the weights of the model are not there: {error}") from error
 
 
 def _tell(done: Rewriting, source: str, output: str, prove: bool, console: Console) -> None:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import difflib
 import json
-import os
 from dataclasses import asdict
 from pathlib import Path
 
 from moe_export.commands.console import Console
 from moe_export.einsum_rewrite.codemod import SourceResult, rewrite_file
 from moe_export.errors import UsageError
+from moe_export.own_files import put_text
 
 
 def run_rewrite_python(
-    source: str, output: str | None, diff: bool, in_place: bool, check: bool, console: Console
+    source: str, output: str | None, diff: bool, in_place: bool, check: bool, force: bool, console: Console
 ) -> int:
     """Run the command; the exit code: 1 if `--check` finds something to rewrite."""
     chosen = [bool(output), diff, in_place, check]
@@ -28,7 +28,7 @@ def run_rewrite_python(
     before = _read(path)
     result = rewrite_file(before, source)
     if output or in_place:
-        _write(Path(output or source), result.code)
+        put_text(Path(output or source), result.code, inputs=[path], force=force or in_place)
     if diff:
         _print_diff(before, result.code, source, console)
     console.json(json.dumps(_document(source, result), indent=2))
@@ -44,19 +44,6 @@ def _read(path: Path) -> str:
         raise UsageError(f"no such file: {path}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"cannot read {path} as Python source: {error}") from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Write beside the file and move, so that it is never there by halves; its permissions stay."""
-    temporary = path.with_name(f".{path.name}.moe-export")
-    try:
-        temporary.write_bytes(text.encode("utf-8"))
-        if path.exists():
-            os.chmod(temporary, path.stat().st_mode)
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UsageError(f"cannot write {path}: {error.strerror or error}") from error
 
 
 def _print_diff(before: str, after: str, source: str, console: Console) -> None:

@@ -10,8 +10,9 @@ from moe_export.commands.parallel import draw_ranks
 from moe_export.errors import UsageError
 from moe_export.export.gates.dispatch import Dispatch, find_dispatches
 from moe_export.export.gates.picture import FORMATS, draw
-from moe_export.export.load import load_subject
+from moe_export.export.load import load_subject, split_spec
 from moe_export.export.write import staging
+from moe_export.own_files import put_text, require_free
 
 
 def run_routing(
@@ -25,20 +26,23 @@ def run_routing(
     quiet: bool,
     as_json: bool,
     debug: bool,
+    force: bool = False,
 ) -> int:
     """Run the command; the exit code."""
     console = Console(quiet, as_json)
     if output is not None and Path(output).suffix not in FORMATS:
         raise UsageError(f"a picture is a {' or a '.join(FORMATS)} file, not {output}")
+    path = Path(output or f"{split_spec(model)[0].stem}.routing.svg")
+    require_free(path, "picture" if path.suffix == ".png" else "text", force=force)
     with console.user_code():
         with console.step(f"loading {model}"):
             subject = load_subject(model, init=init, inputs=inputs)
         with console.step("finding the gates"):
             found = _wanted(find_dispatches(subject), gate)
-    path = Path(output or f"{subject.source.stem}.routing.svg")
     if ranks is not None:
-        return _draw_ranks(found, ranks, path, len(next(iter(subject.inputs.values()))), console)
-    with staging(path.absolute().parent) as temporary:
+        batch = len(next(iter(subject.inputs.values())))
+        return _draw_ranks(found, ranks, path, batch, force, console)
+    with staging(path.absolute().parent, force=force) as temporary:
         draw(found, temporary / path.name, capacity)
     console.json(json.dumps([_document(dispatch) for dispatch in found], indent=2))
     for dispatch in found:
@@ -53,12 +57,13 @@ def run_routing(
     return 0
 
 
-def _draw_ranks(found: tuple[Dispatch, ...], manifest: str, path: Path, batch: int, console: Console) -> int:
+def _draw_ranks(
+    found: tuple[Dispatch, ...], manifest: str, path: Path, batch: int, force: bool, console: Console
+) -> int:
     if path.suffix != ".svg":
         raise UsageError(f"a picture of ranks is an .svg file, not {path.name}")
     text, lines = draw_ranks(found, manifest, batch)
-    with staging(path.absolute().parent) as temporary:
-        (temporary / path.name).write_text(text, encoding="utf-8")
+    put_text(path, text, force=force)
     for line in (*lines, f"written: {path}"):
         console.say(line)
     return 0

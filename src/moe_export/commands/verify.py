@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,8 @@ from moe_export.commands.reports import Wanted, write_reports
 from moe_export.commands.sizes import parse_bytes
 from moe_export.comparing.sides import Side, parse_side
 from moe_export.errors import UsageError
+from moe_export.export.write import staging
+from moe_export.own_files import put, require_free
 from moe_export.verify import Report, show
 from moe_export.verify.golden import Golden, Recorder, save_golden
 from moe_export.verify.report import worst_code
@@ -21,6 +24,15 @@ from moe_export.wishes import check_names, parse_tolerance, parse_wish
 if TYPE_CHECKING:
     from moe_export.comparing.verifying import Request
 
+REPRO = {
+    "run.py": "text",
+    "model.onnx": "graph",
+    "inputs.npz": "arrays",
+    "expected.npz": "arrays",
+    "model.errors.onnx": "graph",
+    "model.errors.json": "report",
+}
+"""What `--repro` may write, and what each is (see `own_files`)."""
 SEVERAL = "moe-export/verify-reports/1"
 
 
@@ -67,8 +79,16 @@ def run_verify(
         memory=parse_bytes(memory, "--memory"),
         how=how,
     )
+    wanted = wanted or Wanted()
+    read = [side.file for side in (candidate, *references)] + list(request.wish.files)
+    wanted.require_free(read)
+    if record is not None:
+        require_free(Path(record), "tensors", inputs=read, force=wanted.force)
+    if repro is not None:
+        for name, kind in REPRO.items():
+            require_free(Path(repro) / name, kind, inputs=read, force=wanted.force)
     if not references:
-        return _record_alone(candidate, request, Path(record or ""), console)
+        return _record_alone(candidate, request, Path(record or ""), console, wanted.force)
     with console.user_code():
         reports = [_compared(candidate, reference, request, console) for reference in references]
     again = _again(graph, request, backend)
@@ -76,7 +96,9 @@ def run_verify(
     for report in reports:
         check_names(request.tolerance, [row.output for row in report.rows])
     if record is not None and request.recorder is not None:
-        _save(request.recorder, reports[0], Path(record), console)
+        recorder = request.recorder
+        golden = Golden(recorder.engine, tuple(recorder.kept), recorder.routing, reports[0].about)
+        _save(golden, Path(record), console, wanted.force)
     console.json(json.dumps(_document(reports, request), indent=2))
     for report in reports:
         if not (quiet or as_json):
@@ -84,8 +106,10 @@ def run_verify(
     for why in request.why or ():
         console.say(f"\n{why}")
         if repro is not None:
-            console.say("written: " + ", ".join(str(file) for file in why.write(Path(repro))))
-    write_reports(reports, wanted or Wanted(), console)
+            with staging(Path(repro).absolute(), inputs=read, force=wanted.force) as temporary:
+                names = [file.name for file in why.write(temporary)]
+            console.say("written: " + ", ".join(str(Path(repro) / name) for name in names))
+    write_reports(reports, wanted, console, read)
     return worst_code(reports) or int(bool(request.inside and request.why))
 
 
@@ -113,7 +137,7 @@ def _again(graph: str, request: Request, backend: str | None) -> str:
     return " ".join(words)
 
 
-def _record_alone(side: Side, request: Request, path: Path, console: Console) -> int:
+def _record_alone(side: Side, request: Request, path: Path, console: Console, force: bool) -> int:
     """Store what one side computes, without comparing it."""
     if side.kind != "model":
         raise UsageError(
@@ -126,14 +150,13 @@ def _record_alone(side: Side, request: Request, path: Path, console: Console) ->
     with console.user_code(), console.step(f"running {side.text}"):
         routing = record_model(side, request)
     recorder = request.recorder
-    golden = Golden(recorder.engine, tuple(recorder.kept), routing, {"reference": side.text})
-    save_golden(golden, path)
-    console.say(f"recorded: {path}, {len(recorder.kept)} cases of {recorder.engine}")
+    _save(
+        Golden(recorder.engine, tuple(recorder.kept), routing, {"reference": side.text}), path, console, force
+    )
     return 0
 
 
-def _save(recorder: Recorder, report: Report, path: Path, console: Console) -> None:
-    """Store what the reference computed; only cases that it took."""
-    golden = Golden(recorder.engine, tuple(recorder.kept), recorder.routing, report.about)
-    save_golden(golden, path)
-    console.say(f"recorded: {path}, {len(recorder.kept)} cases of {recorder.engine}")
+def _save(golden: Golden, path: Path, console: Console, force: bool) -> None:
+    """Store what the reference computed; only cases that it took. What the command reads was looked at before."""
+    put(path, partial(save_golden, golden), force=force)
+    console.say(f"recorded: {path}, {len(golden.cases)} cases of {golden.engine}")

@@ -13,7 +13,7 @@ import onnx
 from moe_export.commands.console import Console
 from moe_export.errors import UsageError
 from moe_export.export.engines.build import read_graph
-from moe_export.export.write import staging
+from moe_export.own_files import put_text, require_free
 from moe_export.pictures.picture import Marks, svg_of
 from moe_export.pictures.sketch import Level, Sketch, sketch_of
 from moe_export.pictures.viewing import Viewer
@@ -30,14 +30,15 @@ def run_view(
     quiet: bool,
     as_json: bool,
     debug: bool,
+    force: bool = False,
 ) -> int:
     """Run the command; the exit code."""
     path = Path(graph)
     if svg is not None:
-        require_svg(svg)
+        require_svg(svg, [path], force)
         model, _ = read_graph(path)
         sketch = sketch_of(model, path.name, level)
-        write_svg(svg, [sketch])
+        write_svg(svg, [sketch], force=force)
         Console(quiet, as_json).say(f"{path}: {sketch.subtitle}\nwritten: {svg}")
         Console(quiet, as_json).json(json.dumps(asdict(sketch), indent=2))
         return 0
@@ -74,16 +75,20 @@ def _require_graph(path: Path) -> None:
         raise UsageError(f"{path} is not an ONNX model, or a truncated one: {reason}", hint="export it again")
 
 
-def require_svg(path: str) -> None:
-    """Refuse another ending of the file before any work is done."""
+def require_svg(path: str, inputs: Sequence[Path], force: bool) -> None:
+    """Refuse another ending of the file, or to overwrite what is not ours, before any work is done."""
     if Path(path).suffix != SUFFIX:
         raise UsageError(f"a picture of a graph is a {SUFFIX} file, not {path}")
+    require_free(Path(path), "text", inputs=inputs, force=force)
 
 
 def write_svg(
-    path: str, sketches: Sequence[Sketch], marks: Sequence[Marks] = (), head: Sequence[str] = ()
+    path: str,
+    sketches: Sequence[Sketch],
+    marks: Sequence[Marks] = (),
+    head: Sequence[str] = (),
+    *,
+    force: bool,
 ) -> None:
     """Write a picture, whole or not at all."""
-    target = Path(path)
-    with staging(target.absolute().parent) as temporary:
-        (temporary / target.name).write_text(svg_of(sketches, marks, head=head), encoding="utf-8")
+    put_text(Path(path), svg_of(sketches, marks, head=head), force=force)

@@ -53,6 +53,12 @@ class Side:
         return Path(self.text)
 
     @property
+    def file(self) -> Path:
+        """The file, without the class in it."""
+        head, _, tail = self.text.rpartition(":")
+        return Path(head) if head and tail.isidentifier() else self.path
+
+    @property
     def provider(self) -> str:
         """Where onnxruntime runs it."""
         return (self.backend or "").removeprefix("onnxruntime").removeprefix("-") or "cpu"

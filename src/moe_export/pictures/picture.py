@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
+from moe_export.own_files import MARK
 from moe_export.pictures.layout import Box, Edge, Placed, Point, place
 from moe_export.pictures.sketch import Part, Sketch
 
@@ -97,6 +98,7 @@ def svg_of(
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" class="graph" role="img" width="{width:.0f}" height="{height:.0f}" '
         f'viewBox="0 0 {width:.0f} {height:.0f}" aria-labelledby="{ident}-title {ident}-desc">',
+        f"<!-- {MARK} -->",
         f'<title id="{ident}-title">{_text(title)}</title>',
         f'<desc id="{ident}-desc">{_text(" ".join(_description(column) for column in columns))}</desc>',
         f"<style>{STYLE}</style>",

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import click
 from click.core import ParameterSource
 
-_NOT_OF_AN_EXPORT = {"model", "output", "graphs", "before", "quiet", "as_json", "debug"}
+_NOT_OF_AN_EXPORT = {"model", "output", "graphs", "before", "quiet", "as_json", "debug", "force"}
 _OF_A_COMPARISON = {
     "inputs", "init", "provider", "atol", "rtol", "tolerances", "flips", "thorough", "seeds", "at", "own_inputs",
 }  # fmt: skip

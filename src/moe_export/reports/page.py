@@ -13,6 +13,8 @@ from html import escape
 from math import isnan
 from typing import Any
 
+from moe_export.own_files import MARK
+
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --faint: #59636e; --line: #d0d5dd; --good: #18794e;
   --bad: #b3261e; --card: #f6f7f9; --link: #1f5fae; }
@@ -136,7 +138,7 @@ def page(content: Content) -> str:
     )
     colour = {"equal": "good", "not equal": "bad"}.get(document["verdict"], "faint")
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<!-- {MARK} -->\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         '<link rel="icon" href="data:,">\n'
         f"<title>{escape(title)} - moe-export</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<header>\n"
