@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow bench lint types docs install clean
+.PHONY: demo test test-slow test-slow-share bench lint types docs install clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -22,6 +22,10 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2 -m "not slow" --ignore=tests/bench
+
+# At most 25 minutes of the slow tests, others each day.
+test-slow-share: install
+	$(BIN)/python tests/slow_share.py
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow

@@ -10,6 +10,7 @@ import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
+import onnx
 import pytest
 
 from moe_export.cli import run
@@ -126,6 +127,18 @@ def told(tmp_path_factory):
     (folder / "moe.py").write_text(HEADER + GATE)
     assert run(["report", str(folder / "moe.py"), "-o", str(folder / "moe.html"), "--quiet"]) == 0
     return folder / "moe.html"
+
+
+@pytest.fixture
+def older():
+    """Write a graph that moe-export exported before; gives its content."""
+
+    def older(path: Path) -> bytes:
+        made = onnx.helper.make_model(onnx.helper.make_graph([], "older", [], []), producer_name="moe-export")
+        path.write_bytes(made.SerializeToString())
+        return path.read_bytes()
+
+    return older
 
 
 @pytest.fixture

@@ -230,11 +230,11 @@ sys.exit(run(sys.argv[1:]))
 """
 
 
-def test_a_disk_that_fills_up(write, listing, tmp_path, env):
+def test_a_disk_that_fills_up(write, older, listing, tmp_path, env):
     """The weights do not fit: an older graph stays, and nothing of the new one does."""
     text = "model = nn.Linear(200, 200)\nexample_inputs = (torch.ones(2, 200),)\n"
     path = write(text, "net.py")
-    (tmp_path / "net.onnx").write_text("good")
+    good = older(tmp_path / "net.onnx")
     done = subprocess.run(
         [sys.executable, "-c", LIMITED, str(path), "-o", str(tmp_path), "--no-verify", "--no-simplify"],
         capture_output=True,
@@ -248,7 +248,7 @@ def test_a_disk_that_fills_up(write, listing, tmp_path, env):
     assert "or make room" in done.stderr
     assert "Traceback" not in done.stderr
     assert listing(tmp_path) == ["net.onnx", "net.py"]
-    assert (tmp_path / "net.onnx").read_text() == "good"
+    assert (tmp_path / "net.onnx").read_bytes() == good
 
 
 def test_debug_shows_the_traceback(write):

@@ -152,7 +152,7 @@ def test_a_script_that_changes_its_folder_does_not_change_where_files_go(
 
 
 def test_a_graph_that_is_not_equal_is_not_left_in_place(
-    command, write, listing, tmp_path, texts, monkeypatch
+    command, write, older, listing, tmp_path, texts, monkeypatch
 ):
     """Exit 1; the graph is kept under another name, and an older good one is not touched."""
     from moe_export.export import pipeline
@@ -168,13 +168,13 @@ def test_a_graph_that_is_not_equal_is_not_left_in_place(
         return Simplified(model, "spoiled")
 
     monkeypatch.setattr(pipeline, "simplify", spoil)
-    (tmp_path / "net.onnx").write_text("good")
+    good = older(tmp_path / "net.onnx")
     done = command(write(texts["model"], "net.py"))
     assert done.code == 1
     assert "onnxruntime-cpu against torch: not equal" in done.out
     assert "NOT EQUAL to the model; the graphs are kept as *.rejected.onnx" in done.out
     assert listing(tmp_path) == ["net.onnx", "net.py", "net.rejected.onnx", "net.report.json"]
-    assert (tmp_path / "net.onnx").read_text() == "good"
+    assert (tmp_path / "net.onnx").read_bytes() == good
     assert json.loads((tmp_path / "net.report.json").read_text())["verdict"] == "not equal"
 
 

@@ -78,9 +78,9 @@ def hears_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_in_the_middle(write, listing, tmp_path, env):
+def test_ctrl_c_in_the_middle(write, older, listing, tmp_path, env):
     path = write(SLEEPS, "net.py")
-    (tmp_path / "net.onnx").write_text("good")
+    good = older(tmp_path / "net.onnx")
     started = subprocess.Popen(
         [sys.executable, "-m", "moe_export", str(path), "-o", str(tmp_path)],
         stdout=subprocess.PIPE,
@@ -100,7 +100,7 @@ def test_ctrl_c_in_the_middle(write, listing, tmp_path, env):
     assert err.endswith("interrupted; nothing more was written\n")
     assert "Traceback" not in err
     assert listing(tmp_path) == ["net.onnx", "net.py", "reached"]
-    assert (tmp_path / "net.onnx").read_text() == "good"
+    assert (tmp_path / "net.onnx").read_bytes() == good
 
 
 def wait_for(happened, seconds=90):

@@ -256,14 +256,16 @@ def test_killed_at_any_moment(writer):
 
 
 def test_what_a_killed_run_left_is_taken_away_and_what_a_living_one_has_is_not(tmp_path):
-    (tmp_path / ".moe-export-dead").mkdir()
-    (tmp_path / ".moe-export-dead" / "half").write_text("")
+    dead, others = tmp_path / ".moe-export-unfinished-a1b2c3d4", tmp_path / ".moe-export-notes"
+    for folder in (dead, others):
+        folder.mkdir()
+        (folder / "half").write_text("")
     with staging(tmp_path) as mine:
-        assert [path.name for path in tmp_path.iterdir()] == [mine.name]
+        assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, mine.name]
         with staging(tmp_path) as other:
             (other / "b").write_text("2")
         (mine / "a").write_text("1")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [others.name, "a", "b"]
 
 
 def test_a_disk_that_is_full_on_the_way(writer):
@@ -280,14 +282,14 @@ def test_a_disk_that_is_full_on_the_way(writer):
 
 
 def test_an_old_report_goes_before_new_graphs_come(tmp_path, monkeypatch):
-    (tmp_path / "m.report.json").write_text("old")
+    (tmp_path / "m.report.json").write_text('{"schema": "moe-export/export-report/1"}')
 
     def stop(source, target):
         raise KeyboardInterrupt
 
     def move():
         with staging(tmp_path) as temporary:
-            (temporary / "m.report.json").write_text("new")
+            (temporary / "m.report.json").write_text('{"schema": "moe-export/export-report/1", "n": 1}')
             (temporary / "m.onnx").write_text("new")
             monkeypatch.setattr("os.replace", stop)
 
