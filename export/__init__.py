@@ -16,7 +16,7 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 | `randomness`, `notes` | what cannot be verified; what the report should say |
 | `emit`, `spelling*`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
 | `exact_rules`, `size_numbers`, `reshapes` | what the exporter does that is not exact, or not for empty tensors |
-| `cast_first` | what ONNX Runtime crashes on |
+| `transposed` | products that ONNX Runtime crashes on, or computes wrong |
 | `made_once` | what PyTorch computes anew at every trace and translation |
 | `opset`, `provenance`, `source` | exactly the opset asked for; where each node comes from, down to the line |
 | `naming`, `functions` | names from modules and variables; modules as functions |

@@ -15,7 +15,6 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import MoeExportError, NotExportableError
-from moe_export.export.cast_first import cast_first
 from moe_export.export.exact_rules import exact_constants
 from moe_export.export.expands import drop_expands
 from moe_export.export.leaves import unique
@@ -27,6 +26,7 @@ from moe_export.export.reshapes import plain_transposes, settle_axes, settle_res
 from moe_export.export.size_numbers import exact_sizes
 from moe_export.export.spelling import spell
 from moe_export.export.tracing import Traced, quiet, rename
+from moe_export.export.transposed import mend_products
 from moe_export.export.untranslated import untranslated
 from moe_export.export.weights.follow import fold_steps
 from moe_export.export.weights.place import has_recipes, is_streamed, place_recipes, without_weights
@@ -93,7 +93,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
 
 def finish(model: ir.Model, traced: Traced, opset: int, folder: Path) -> None:
     """Names, metadata and the opset of a translated model, in place; arguments and errors as of `emit`."""
-    cast_first(model)
+    mend_products(model)
     origins = statements(model, traced.scope)
     shorten_metadata(model, traced.scope, folder)
     name_nodes(model, origins)

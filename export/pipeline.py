@@ -13,7 +13,6 @@ import torch
 
 from moe_export.einsum_rewrite import Site, rewrite_program
 from moe_export.errors import MoeExportError, UsageError
-from moe_export.export.cast_first import cast_first, cast_notes
 from moe_export.export.dims import DimRequest
 from moe_export.export.emit import check, emit
 from moe_export.export.ended import no_exit
@@ -33,6 +32,7 @@ from moe_export.export.scans.write import Lowering, write_scans
 from moe_export.export.simplify import simplify
 from moe_export.export.subject import Subject
 from moe_export.export.tracing import Traced, quiet
+from moe_export.export.transposed import mend_products, product_notes
 from moe_export.export.widest import widest_trace, within
 
 Step = Callable[[str], AbstractContextManager[Any]]
@@ -242,7 +242,7 @@ def _graph(
     with step(f"writing opset {options.opset}"):
         model = emit(rewritten, options.opset, folder=subject.source.parent, write_opaque=write_opaque)
         check(model)
-    notes = [*lowered, *placed.refused, *notes_on(subject, traced), *cast_notes(model)]
+    notes = [*lowered, *placed.refused, *notes_on(subject, traced), *product_notes(model)]
     if options.simplify:
         with step("simplifying"):
             simplified = simplify(model, {name: as_numpy(value) for name, value in traced.example.items()})
@@ -255,9 +255,9 @@ def _graph(
 def _narrowed(graph: Graph, options: Options) -> Graph:
     """The graph in mixed precision; as it is if nothing in it can bear that."""
     lowered = lower_precision(graph.model.clone(), options.dtype, options.float32)
-    cast_first(lowered.model)
+    mend_products(lowered.model)
     check(lowered.model)
-    notes = (*graph.notes, lowered.note(options.dtype), *cast_notes(lowered.model))
+    notes = (*graph.notes, lowered.note(options.dtype), *product_notes(lowered.model))
     if not lowered.narrow:
         return dataclasses.replace(graph, notes=notes)
     return dataclasses.replace(graph, model=lowered.model, notes=notes, dtype=options.dtype, wide=graph.model)

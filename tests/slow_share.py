@@ -1,11 +1,11 @@
 """A share of the slow tests, another one each day: what `make test-slow-share` and the gate run.
 
-The slow tests take longer than a gate may. They are dealt into `DAYS` shares by a hash of their names, and each day has one
-share of its own; where time is left, the next day's follows, and so on. So each slow test runs at least once in `DAYS`
-days, as long as a share fits into the time, and which tests run depends on nothing but the date.
+The slow tests take longer than a gate may. They are dealt into `DAYS` shares by a hash of their names, and each day has
+one share of its own; where time is left, the next day's follows, and so on. So each slow test runs at least once in
+`DAYS` days, as long as a share fits into the time, and which tests come first depends on nothing but the date.
 
-A test that fails is run once more, alone. If it passes then, it is unstable, and printed as that; if it fails again, the
-gate is red. A test that brings its process down has failed, and another process goes on with the rest.
+A test that fails is run once more, alone. If it passes then, it is unstable, and printed as that; if it fails again,
+the gate is red. A test that brings its process down has failed, and another process goes on with the rest.
 """
 
 from __future__ import annotations

@@ -134,9 +134,9 @@ def test_the_opset_is_the_one_asked_for(command, write, tmp_path, texts, opset):
     assert entry.version == opset
 
 
-def test_a_second_export_replaces_the_first(command, write, tmp_path, texts):
+def test_a_second_export_replaces_the_first(command, write, older, tmp_path, texts):
     path = write(texts["model"], "net.py")
-    (tmp_path / "net.onnx").write_text("old")
+    older(tmp_path / "net.onnx")
     assert command(path, "--no-verify").code == 0
     assert onnx.load(tmp_path / "net.onnx").graph.node
 

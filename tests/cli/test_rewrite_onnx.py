@@ -43,7 +43,7 @@ def test_a_file(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_over_itself(model: Path) -> None:
-    assert run(["rewrite", str(model), "-o", str(model), "-q"]) == 0
+    assert run(["rewrite", str(model), "-o", str(model), "-q", "--force"]) == 0
     onnx.checker.check_model(str(model), full_check=True)
     assert "Einsum" not in {node.op_type for node in onnx.load(model).graph.node}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -42,9 +43,7 @@ def test_tests_of_a_file_stay_together_and_files_change_places():
         files = [
             name.partition("::")[0] for name in order if slow_share.share_of(name) == day % slow_share.DAYS
         ]
-        assert len([1 for one, other in zip(files, files[1:], strict=False) if one != other]) + 1 == len(
-            set(files)
-        )
+        assert len([1 for one, other in pairwise(files) if one != other]) + 1 == len(set(files))
         orders.add(tuple(dict.fromkeys(files)))
     assert len(orders) > 1
 
