@@ -21,6 +21,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -90,6 +91,8 @@ def put(
 ) -> None:
     """Write one file beside its place, and move it there: whole or not at all. One that is there keeps its permissions.
 
+    Its folder is made if it is not there.
+
     Args:
         target: The file. One that has the same content already is left as it is; a pipe or a terminal is written to.
         write: Writes it to the path that it is given.
@@ -104,6 +107,7 @@ def put(
         return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.moe-export")
     try:
+        target.parent.mkdir(parents=True, exist_ok=True)
         _written(temporary, write, target)
         if target.exists() and filecmp.cmp(temporary, target, shallow=False):
             return
@@ -114,7 +118,8 @@ def put(
     except OSError as error:
         raise UsageError(f"cannot write {target}: {error.strerror or error}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # its folder may be none
+            temporary.unlink()
 
 
 def _written(path: Path, write: Callable[[Path], object], target: Path) -> None:
