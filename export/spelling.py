@@ -13,6 +13,17 @@ from moe_export.export.spelling_numbers import NUMBER_RULES
 _aten = torch.ops.aten
 
 
+_NARROW = (torch.float16, torch.bfloat16)
+_REDUCTIONS = (
+    _aten.sum.default,
+    _aten.sum.dim_IntList,
+    _aten.nansum.default,
+    _aten.prod.default,
+    _aten.prod.dim_int,
+    _aten.cumsum.default,
+)
+
+
 def spell(graph: fx.Graph) -> None:
     """Respell the nodes of a traced graph, in place."""
     for node in list(graph.nodes):
@@ -22,8 +33,13 @@ def spell(graph: fx.Graph) -> None:
 
 
 def _all_axes(node: fx.Node) -> None:
-    """`x.amax()` → `x.amax((0, 1, 2))`."""
-    value = node.args[0]
+    """`x.amax()` → `x.amax((0, 1, 2))`; of half precision, which the exporter widens, cast back."""
+    value, result = node.args[0], node.meta.get("val")
+    if isinstance(result, torch.Tensor) and result.dtype in _NARROW:
+        with node.graph.inserting_after(node):
+            cast = node.graph.call_function(_aten._to_copy.default, (node,), {"dtype": result.dtype})
+        cast.meta = dict(node.meta)
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
     if isinstance(value, fx.Node) and not (node.args[1:] and node.args[1]) and not node.kwargs.get("dim"):
         keepdim = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
         node.args = (value, list(range(value.meta["val"].dim())), keepdim)
@@ -68,6 +84,14 @@ def _masked_select(node: fx.Node) -> None:
             node.target, node.args = _aten.index.Tensor, (pair[0], [pair[1]])
 
 
+def _kept_narrow(node: fx.Node) -> None:
+    """`x.half().sum(1)` → `x.half().sum(1, dtype=float16)`: the exporter sums in float32 and leaves the result so."""
+    value, result = node.args[0], node.meta.get("val")
+    narrow = isinstance(result, torch.Tensor) and result.dtype in _NARROW
+    if narrow and isinstance(value, fx.Node) and node.kwargs.get("dtype") is None:
+        node.kwargs = {**node.kwargs, "dtype": result.dtype}
+
+
 _RULES: dict[object, Callable[[fx.Node], None]] = {
     **NUMBER_RULES,
     **LOG_RULES,
@@ -75,6 +99,7 @@ _RULES: dict[object, Callable[[fx.Node], None]] = {
     _aten.amin.default: _all_axes,
     _aten.sort.stable: _stable_sort,
     _aten.argsort.stable: _stable_sort,
+    **dict.fromkeys(_REDUCTIONS, _kept_narrow),
     _aten.squeeze.dim: _squeeze,
     _aten.squeeze.dims: _squeeze,
     _aten.masked_select.default: _masked_select,

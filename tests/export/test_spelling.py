@@ -7,6 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from moe_export.export import Options, export_subject
+from moe_export.export.subject import make_subject
+
 
 class Calls(nn.Module):
     def __init__(self, function):
@@ -68,3 +71,41 @@ def test_logarithms_of_what_no_float_holds(tools):
     found = tools.run(graph.model, x=x, y=y)
     for one, other in zip(wanted, found.values(), strict=True):
         torch.testing.assert_close(torch.as_tensor(other).double(), one, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: x.sum(1),
+        lambda x: x.sum(),
+        lambda x: torch.einsum("bld,bld->bl", x, x),
+        lambda x: x.nansum(1),
+        lambda x: x.prod(1),
+        lambda x: x.cumsum(1),
+        lambda x: x.amax(1) + 1,
+        lambda x: x.amin(),
+        lambda x: x.mean(1),
+        lambda x: x.softmax(1),
+        lambda x: x.sum(1, dtype=torch.float32),
+    ],
+    ids=[
+        "sum",
+        "sum of all",
+        "einsum",
+        "nansum",
+        "prod",
+        "cumsum",
+        "amax",
+        "amin",
+        "mean",
+        "softmax",
+        "wide",
+    ],
+)
+def test_half_precision_stays_what_it_is(tmp_path, function, dtype):
+    x = torch.rand(2, 3, 4).to(dtype)
+    subject = make_subject(Calls(function), (x,), {}, source=tmp_path / "calls.py", how="")
+    (graph,) = export_subject(subject, Options(simplify=False))
+    kinds = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
+    assert graph.model.graph.outputs[0].dtype.name == kinds[function(x).dtype]
