@@ -17,6 +17,10 @@ from moe_export.verify.tolerance import FlipBudget
 SCHEMA = "moe-export/verify-report/2"
 LEFT_TO_CPU = "left to the CPU"
 """The fact, in `Report.about`, of nodes that did not run where the rest did."""
+PART = "compared with"
+"""The fact of what was compared, where it is not the whole model."""
+PRECISION = "precision"
+"""The fact of a graph that computes in half precision, and is not judged by what that loses."""
 
 Outcome = Literal["compared", "refused", "failed"]
 Verdict = Literal["equal", "not equal", "not proven", "unfinished"]
@@ -182,6 +186,8 @@ class Report:
         """What weakens the verdict: outputs that some case could not check; nodes that ran on another device."""
         left = self.about.get(LEFT_TO_CPU)
         found = [f"{self.candidate} left {left} to the CPU"] if left else []
+        if PRECISION in self.about and self.exit_code:
+            found.append(self.about[PRECISION])
         for name in self._blind():
             labels = [
                 c.label for c in self.compared if any(j.output == name and _all_nan(j) for j in c.judgements)

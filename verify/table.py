@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from moe_export.verify.choices import is_choice
 from moe_export.verify.error_model import TIMES
 from moe_export.verify.regimes import NORMAL
-from moe_export.verify.report import CaseResult, Outcome, Report, Row
+from moe_export.verify.report import PART, CaseResult, Outcome, Report, Row
 from moe_export.verify.runner import shorten
 
 if TYPE_CHECKING:
@@ -73,7 +73,8 @@ def _shown(report: Report) -> tuple[Row, ...]:
 
 def _headline(report: Report) -> str:
     why = f" ({report.shortfall})" if report.verdict in {"not proven", "unfinished"} else ""
-    return shorten(f"{report.candidate} against {report.reference}: {report.verdict}{why}", WIDTH)
+    against = f"{report.about[PART]} ({report.reference})" if PART in report.about else report.reference
+    return shorten(f"{report.candidate} against {against}: {report.verdict}{why}", WIDTH)
 
 
 def _cells(row: Row) -> tuple[str, ...]:

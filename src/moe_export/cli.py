@@ -16,6 +16,7 @@ from moe_export.backends import BACKENDS
 from moe_export.commands.engines import add_commands, engine_options
 from moe_export.commands.force import force_option
 from moe_export.commands.graphs import add_graph_commands, add_report_command
+from moe_export.commands.judged import judged_options, verify_options
 from moe_export.commands.parallel import parallel_options
 from moe_export.commands.plan import add_plan_command
 from moe_export.commands.reports import report_options, take_wanted
@@ -62,30 +63,6 @@ def _output_options(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--json", "as_json", is_flag=True, help="Print the report as JSON, and nothing else."),
         click.option("-q", "--quiet", is_flag=True, help="Print nothing but errors."),
     ):
-        command = option(command)
-    return command
-
-
-def _verify_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    for option in (
-        click.option("--provider", type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu", show_default=True,
-                     help="Where onnxruntime runs."),
-        click.option("--seed", type=int, default=0, show_default=True, help="Seed of the test inputs."),
-        click.option("--atol", type=float, help="Absolute tolerance [float32: 1e-5]."),
-        click.option("--rtol", type=float, help="Relative tolerance [float32: 1e-5]."),
-        click.option("--tolerance", "tolerances", multiple=True, metavar="OUTPUT=RTOL,ATOL",
-                     help="Tolerances of one output (repeatable)."),
-        click.option("--flips", metavar="0.5%|N", help="How many tokens may go to another expert in a tie  [all]."),
-        click.option("--thorough", is_flag=True, help="Every kind of values, at more sizes (docs/verify.md)."),
-        click.option("--seeds", type=click.IntRange(1), default=1, show_default=True,
-                     help="How many seeds, from --seed on."),
-        click.option("--at", multiple=True, metavar="batch=1,seq=4096", help="Sizes to try, too (repeatable)."),
-        click.option("--inputs", "own_inputs", multiple=True, metavar="FILE",
-                     help="Your own inputs: .safetensors or .npz, by the inputs' names (repeatable)."),
-        click.option("--time-limit", type=click.FloatRange(0), metavar="SECONDS",
-                     help="Begin no further case then; what is cut off makes the verdict \"unfinished\", exit 5"
-                     "  [no limit]."),
-    ):  # fmt: skip
         command = option(command)
     return command
 
@@ -206,7 +183,7 @@ _memory_option = click.option(
 @engine_options(required=False)
 @force_option
 @_model_options
-@_verify_options
+@verify_options
 @_output_options
 def export_command(**options: Any) -> int:
     """Export a model: MODEL.onnx, MODEL.gate.onnx where it has a gate, MODEL.report.json.
@@ -255,9 +232,10 @@ def export_command(**options: Any) -> int:
     help="As a whole, or block by block; default: whole, where the model's weights fit in --memory.",
 )
 @_memory_option
+@judged_options
 @report_options
 @_model_options
-@_verify_options
+@verify_options
 @_output_options
 def verify_command(**options: Any) -> int:
     """Compare a graph, an engine, a model file or golden tensors with another; exit 0 if equal, 1 if not.
@@ -310,6 +288,7 @@ def judge_command(**options: Any) -> int:
 @click.option("--seed", type=int, default=0, show_default=True, help="Seed of the test inputs.")
 @click.option("--atol", type=float, help="Absolute tolerance [float32: 1e-5].")
 @click.option("--rtol", type=float, help="Relative tolerance [float32: 1e-5].")
+@judged_options
 @_model_options
 @_output_options
 def mutate_command(**options: Any) -> int:

@@ -101,7 +101,7 @@ def test_the_command_writes_reports_and_verifies_again(command, write, texts, tm
     report = json.loads((tmp_path / "out" / "block.report.json").read_text())
     assert report["graphs"][0]["dtype"] == "bfloat16"
     assert report["graphs"][0]["engines"][0]["file"] == "block.sm89.engine"
-    again = command("verify", "out/block.onnx", "--against", model)
+    again = command("verify", "out/block.onnx", "--against", model, "--dtype", "bfloat16")
     assert again.code == 0, again.out
     assert "rounding to bfloat16 against torch: equal" in again.out
 

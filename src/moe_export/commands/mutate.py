@@ -30,13 +30,17 @@ def run_mutate(
     quiet: bool,
     as_json: bool,
     debug: bool,
+    dtype: str = "float32",
+    gate: str | None = None,
 ) -> int:
     """Run the command; the exit code."""
     console = Console(quiet, as_json)
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise UsageError(f"no kind of mutant is called '{unknown[0]}'", hint=f"the kinds: {', '.join(KINDS)}")
-    request = Request(graph, against, init, inputs, rtol, atol, seed, thorough, limit, kinds, inside)
+    request = Request(
+        graph, against, init, inputs, rtol, atol, seed, thorough, limit, kinds, inside, dtype, gate
+    )
     with console.step(f"trying mutants of {graph}"):
         trial = try_apart(request)
     score = Score(trial.fates, trial.cases)

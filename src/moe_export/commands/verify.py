@@ -57,6 +57,8 @@ def run_verify(
     inside: bool = False,
     memory: str = "1GiB",
     how: str | None = None,
+    dtype: str = "float32",
+    gate: str | None = None,
     **wish: Any,
 ) -> int:
     """Run the command; the exit code, the worst of several."""
@@ -78,6 +80,8 @@ def run_verify(
         inside=inside,
         memory=parse_bytes(memory, "--memory"),
         how=how,
+        dtype=dtype,
+        gate=gate,
     )
     wanted = wanted or Wanted()
     read = [side.file for side in (candidate, *references)] + list(request.wish.files)
@@ -133,6 +137,8 @@ def _again(graph: str, request: Request, backend: str | None) -> str:
     words += [f"--backend {backend}"] if backend else []
     words += [f"--init {text}" for text in request.init] + [f"--input {text}" for text in request.inputs]
     words += [f"--inputs {file}" for file in request.wish.files]
+    words += [f"--dtype {request.dtype}"] if request.dtype != "float32" else []
+    words += [f"--gate {request.gate}"] if request.gate is not None else []
     words += ["--thorough"] if request.wish.thorough else []
     return " ".join(words)
 

@@ -48,14 +48,14 @@ def compare_blocks(subject: Subject, candidate: Side, request: Request, called: 
         )
     facts = metadata(candidate.path)
     declared = _declared(candidate.path)
-    reference, routing = reference_of(subject, facts)
-    matched = match_graph(declared, reference, routing)  # type: ignore[arg-type]  # it is asked for names only
+    held = reference_of(subject, declared, facts, request.gate)  # type: ignore[arg-type]  # it is asked for names only
+    matched = match_graph(declared, held.subject, held.routing)  # type: ignore[arg-type]  # likewise
     return verify_blocks(
         candidate.path,
         matched.subject,
         matched.example,
         matched.dims,
-        tolerance_of(facts.get("moe_export.dtype", "float32"), request.tolerance),
+        tolerance_of(request.dtype, request.tolerance),
         request.seed,
         about={"candidate": candidate.text, "reference": called},
     )

@@ -18,8 +18,9 @@ from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject
 from moe_export.export.gates.routing import find_routings, routing_outputs
 from moe_export.export.pipeline import as_numpy
 from moe_export.export.subject import Subject
-from moe_export.export.tracing import trace
+from moe_export.export.tracing import quiet, trace
 from moe_export.verify import Array, DimRange, RoutingPair, TensorRtRunner, TensorSpec
+from moe_export.verify.report import PART
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,29 +82,88 @@ def match_graph(runner: GraphRunner, subject: Subject, routing: Routing = ()) ->
     return Matched(renamed, pairs, example, dims)  # type: ignore[arg-type]
 
 
-def reference_of(subject: Subject, facts: Mapping[str, str]) -> tuple[Subject, Routing]:
-    """The model, or the gate of it that the graph says it is; and which outputs are expert indices.
+@dataclass(frozen=True, eq=False)
+class Reference:
+    """What a graph is held against.
 
-    What the indices are is read off the model's own trace, never off the graph in question.
+    Attributes:
+        subject: The model, or a gate of it.
+        routing: Outputs that are expert indices.
+        part: What of the model it is, in words, if it is not all of it.
     """
-    is_gate = facts.get("moe_export.kind") == "gate"
+
+    subject: Subject
+    routing: Routing
+    part: str = ""
+
+    @property
+    def about(self) -> dict[str, str]:
+        """The fact for a report."""
+        return {PART: self.part} if self.part else {}
+
+
+def reference_of(
+    subject: Subject, runner: GraphRunner, facts: Mapping[str, str], gate: str | None = None
+) -> Reference:
+    """The model, or a gate of it; and which outputs are expert indices.
+
+    The user says which gate. A graph says so itself only where its inputs and outputs are not the model's: it never
+    chooses what it is held against. What the indices are is read off the model's own trace.
+
+    Args:
+        subject: The model.
+        runner: The graph.
+        facts: The graph's own.
+        gate: The module whose gate the graph is, if the user says so.
+
+    Raises:
+        UsageError: The model has no such gate.
+    """
+    said = facts.get("moe_export.module", "") if facts.get("moe_export.kind") == "gate" else None
+    path = gate if gate is not None else None if said is None or is_whole(runner, subject) else said
     try:
         traced = trace(subject)
         routings = find_routings(traced)
     except MoeExportError:
-        if is_gate:
+        if path is not None:
             raise
-        return subject, ()  # a model that cannot be traced can still be compared, index for index
-    if not is_gate:
-        return subject, [pair for routing in routings for pair in routing_outputs(routing, traced)]
-    path = facts.get("moe_export.module", "")
+        return Reference(subject, ())  # a model that cannot be traced can still be compared, index for index
+    if path is None:
+        return Reference(subject, [pair for routing in routings for pair in routing_outputs(routing, traced)])
     for routing in routings:
         if routing.path == path:
             cut = gate_subject(traced, routing, subject, with_scores=True)
-            return cut, [(INDICES, WEIGHTS if WEIGHTS in cut.outputs else None, SCORES)]
+            pairs = [(INDICES, WEIGHTS if WEIGHTS in cut.outputs else None, SCORES)]
+            return Reference(cut, pairs, f"the gate of {path} alone, not the model")
     raise UsageError(
-        f"the graph is the gate of module {path!r}, and the model has no gate there",
+        f"the model has no gate in module {path!r}",
         hint="the gates of the model: " + (", ".join(routing.path for routing in routings) or "none"),
+    )
+
+
+def is_whole(runner: GraphRunner, subject: Subject) -> bool:
+    """Whether a graph has the inputs and outputs of the whole model, under whatever names."""
+    inputs, outputs = list(runner.inputs), list(runner.outputs)
+    names = by_position([spec.name for spec in inputs], list(subject.inputs))
+    own = {name: subject.inputs[name] for name in names.values() if name in subject.inputs}
+    if len(own) < len(inputs) or len(outputs) != len(subject.outputs):
+        return False
+    with torch.no_grad(), quiet():
+        values = subject.call([tensor.clone() for tensor in subject.inputs.values()])
+    made = dict(zip(subject.outputs, values, strict=True))
+    wanted = by_position([spec.name for spec in outputs], subject.outputs)
+    return all(_fits(spec, own[names[spec.name]]) for spec in inputs) and all(
+        _fits(spec, made[wanted[spec.name]]) for spec in outputs
+    )
+
+
+def _fits(spec: TensorSpec, tensor: torch.Tensor) -> bool:
+    """Whether a tensor has the type of a graph's value, and its sizes where the graph fixes them."""
+    sizes = zip(spec.shape, tensor.shape, strict=False)
+    return (
+        spec.dtype == str(tensor.dtype).removeprefix("torch.")
+        and len(spec.shape) == tensor.dim()
+        and all(isinstance(want, str) or want == size for want, size in sizes)
     )
 
 

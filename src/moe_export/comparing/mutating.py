@@ -20,7 +20,7 @@ from moe_export.comparing.explaining import INSIDE
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.matching import match_graph, reference_of
 from moe_export.comparing.mutating_apart import Fate, fate_of
-from moe_export.comparing.sides import metadata
+from moe_export.comparing.sides import metadata, running_type
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
 from moe_export.export.load import load_subject
 from moe_export.export.subject import Subject
@@ -231,7 +231,7 @@ def all_mutants(model: onnx.ModelProto, example: Mapping[str, Array], seed: int 
         raise UsageError(f"the graph cannot be run: {one_line(error)}") from error
 
 
-def open_gate(
+def open_gate(  # noqa: PLR0913  each has a name
     path: Path,
     against: str,
     init: tuple[str, ...] = (),
@@ -240,19 +240,31 @@ def open_gate(
     seed: int = 0,
     thorough: bool = False,
     inside: bool = False,
+    *,
+    dtype: str = "float32",
+    gate_of: str | None = None,
 ) -> Gate:
     """What `verify` would hold a graph against, with the cases that it would take.
+
+    Args:
+        path: The right graph.
+        against: The model's file.
+        init: Arguments of its class.
+        inputs: Example inputs of its class.
+        tolerance: For floats.
+        seed: Of the inputs.
+        thorough: Whether every kind of values is tried.
+        inside: Whether nodes are looked at, too.
+        dtype: What the graph may compute in.
+        gate_of: The module whose gate it is.
 
     Raises:
         UsageError: The graph cannot be read, or is not equal to the model to begin with.
     """
-    facts = metadata(path)
-    dtype = facts.get("moe_export.dtype", "float32")
-    runner = runner_of(path, "cpu", dtype)
-    subject, routing = reference_of(
-        load_subject(against, init=init, inputs=inputs, apart=apart.fork_model), facts
-    )
-    matched = match_graph(runner, subject, routing)
+    runner = runner_of(path, "cpu", running_type(path, dtype))
+    original = load_subject(against, init=init, inputs=inputs, apart=apart.fork_model)
+    held = reference_of(original, runner, metadata(path), gate_of)
+    matched = match_graph(runner, held.subject, held.routing)
     subject = matched.subject
     cases: list[Case] = []
 

@@ -35,6 +35,7 @@ class Request:
         limit: At most so many mutants of each kind; 0 for all.
         kinds: Only these kinds; none for all.
         inside: Whether the gate looks at nodes, too.
+        dtype, gate: As for `verify`.
     """
 
     graph: str
@@ -48,6 +49,8 @@ class Request:
     limit: int = 0
     kinds: tuple[str, ...] = ()
     inside: bool = False
+    dtype: str = "float32"
+    gate: str | None = None
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,8 @@ def _work(request: Request, first: int, results: Connection) -> None:
                 request.seed,
                 request.thorough,
                 request.inside,
+                dtype=request.dtype,
+                gate_of=request.gate,
             )
             mutants = all_mutants(gate.model, gate.cases[0].inputs, request.seed)
             chosen = [mutant for mutant in mutants if not request.kinds or mutant.kind in request.kinds]

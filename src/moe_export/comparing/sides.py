@@ -114,6 +114,32 @@ def graph_runner(side: Side, dtype: str = "float32") -> GraphRunner:
     return runner_of(side.path, side.provider, dtype)
 
 
+def running_type(path: Path, asked: str) -> str:
+    """The narrowest type that a graph computes in, for whatever runs it: as the user says, else as it says itself.
+
+    It decides how half precision is run where an engine has no kernels for it, never how the outputs are judged.
+    """
+    return asked if asked != "float32" else metadata(path).get("moe_export.dtype", "float32")
+
+
+def narrowest(path: Path) -> str:
+    """The narrowest type that a graph computes in, by its weights and casts: bfloat16, float16 or float32."""
+    import onnx
+
+    from moe_export.verify.bodies import all_graphs
+
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception:  # whoever runs the file says what is wrong with it
+        return "float32"
+    types: set[int] = set()
+    for body in all_graphs(graph):
+        types |= {tensor.data_type for tensor in body.initializer}
+        types |= {attribute.i for node in body.node for attribute in node.attribute if attribute.name == "to"}
+    named = {onnx.TensorProto.BFLOAT16: "bfloat16", onnx.TensorProto.FLOAT16: "float16"}
+    return next((name for number, name in named.items() if number in types), "float32")
+
+
 def metadata(path: Path) -> dict[str, str]:
     """A graph's own facts, `moe_export.*`; of an engine, those of the graph beside it."""
     import onnx

@@ -23,11 +23,14 @@ from moe_export.comparing.sides import (
     graph_runner,
     known_of_graph,
     metadata,
+    narrowest,
+    running_type,
     table_sizes,
 )
 from moe_export.errors import UsageError
 from moe_export.verify import Array, DimRange, Report, Runner, TensorSpec, Tolerance, compare
 from moe_export.verify.golden import Golden, Recorder, load_golden, recorded
+from moe_export.verify.report import PRECISION
 from moe_export.wishes import USUAL, Wish, picked, tolerance_of, wished_cases
 
 if TYPE_CHECKING:
@@ -49,6 +52,8 @@ class Request:
         inside: Whether nodes are looked at where the outputs are right.
         memory: Bytes that the weights of a model file may have to be read as a whole.
         how: `whole` or `layers`, if one was asked for.
+        dtype: What the candidate may compute in: `float16` and `bfloat16` widen the tolerance.
+        gate: The module whose gate the candidate is.
     """
 
     tolerance: Tolerance = field(default_factory=Tolerance)
@@ -61,6 +66,8 @@ class Request:
     inside: bool = False
     memory: int = 2**30
     how: str | None = None
+    dtype: str = "float32"
+    gate: str | None = None
 
 
 def compare_sides(candidate: Side, reference: Side, request: Request) -> Report:
@@ -85,7 +92,7 @@ def _with_golden(candidate: Side, reference: Side, request: Request) -> Report:
     other = candidate if reference.kind == "golden" else reference
     runner, outputs = _opened(other, stored, request)
     sides: tuple[Runner, Runner] = (stored, runner) if other is candidate else (runner, stored)
-    facts = metadata(other.path) if other.kind in {"graph", "engine"} else {}
+    narrow = request.dtype if other is candidate else _asked_or_of(other, request)
     tells = other.kind == "graph" and (other.backend or "").startswith("onnxruntime")
     teller = GraphTeller(stored, other.path if tells else None, other.provider, outputs)
     cases = picked(iter([case.case for case in stored.cases]), request.wish.only)
@@ -95,12 +102,16 @@ def _with_golden(candidate: Side, reference: Side, request: Request) -> Report:
         runner,
         sides[1],
         cases,
-        tolerance=tolerance_of(facts.get("moe_export.dtype", "float32"), request.tolerance),
+        tolerance=tolerance_of(narrow, request.tolerance),
         routing=routing,
         budget=request.wish.flips,
         time_limit=request.wish.time_limit,
         teller=teller if other is candidate else Mirrored(teller),
-        about={**stored.about, **about_sides(candidate, reference)},
+        about={
+            **stored.about,
+            **about_sides(candidate, reference),
+            **about_precision(candidate, request.dtype),
+        },
     )
 
 
@@ -115,7 +126,7 @@ def _opened(side: Side, stored: Golden, request: Request) -> tuple[Runner, Mappi
         runner: Runner = opened.runner
         inputs, outputs = list(opened.subject.inputs), list(opened.subject.outputs)
     else:
-        graph = graph_runner(side, metadata(side.path).get("moe_export.dtype", "float32"))
+        graph = graph_runner(side, running_type(side.path, request.dtype))
         runner = graph
         inputs, outputs = [spec.name for spec in graph.inputs], [spec.name for spec in graph.outputs]
     taken = list(stored.cases[0].case.inputs)
@@ -167,8 +178,9 @@ def by_position(own: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
 
 def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
     facts = metadata(reference.path) | metadata(candidate.path)
-    narrow = facts.get("moe_export.dtype", "float32")
-    theirs, ours = graph_runner(reference), graph_runner(candidate, narrow)
+    narrow = _asked_or_of(reference, request)
+    theirs = graph_runner(reference, narrowest(reference.path) if reference.kind == "graph" else "float32")
+    ours = graph_runner(candidate, running_type(candidate.path, narrow))
     shown = (
         (candidate, ours) if candidate.kind == "engine" else (reference, theirs)
     )  # an engine has a profile
@@ -198,7 +210,7 @@ def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
         budget=request.wish.flips,
         time_limit=request.wish.time_limit,
         teller=_teller(candidate, reference, inputs, outputs),
-        about=about_sides(candidate, reference),
+        about={**about_sides(candidate, reference), **about_precision(candidate, narrow)},
     )
 
 
@@ -249,6 +261,24 @@ def _cut(array: Array, spec: TensorSpec) -> Array:
         if isinstance(size, int) and array.shape[axis] != size:
             array = array.take(range(size), axis=axis, mode="wrap")
     return array
+
+
+def _asked_or_of(reference: Side, request: Request) -> str:
+    """What the user asked to judge by, else the narrowest type that a reference graph computes in."""
+    if request.dtype != "float32" or reference.kind != "graph":
+        return request.dtype
+    return narrowest(reference.path)
+
+
+def about_precision(candidate: Side, judged: str) -> dict[str, str]:
+    """That a graph computes in less than it is judged by, and what says otherwise: it does not say so itself."""
+    narrow = narrowest(candidate.path) if candidate.kind == "graph" else "float32"
+    if judged != "float32" or narrow == "float32":
+        return {}
+    return {
+        PRECISION: f"the graph computes in {narrow}, and is judged by {judged}: "
+        f"--dtype {narrow} judges it by what that loses"
+    }
 
 
 def about_sides(candidate: Side, reference: Side) -> dict[str, str]:

@@ -17,8 +17,15 @@ from moe_export.comparing.explaining import Remembering, explain, look_inside
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.layerwise_sides import by_blocks, compare_blocks
 from moe_export.comparing.matching import match_graph, reference_of
-from moe_export.comparing.sides import GraphRunner, Side, graph_routing, graph_runner, metadata
-from moe_export.comparing.verifying import Renamed, Request, about_sides, by_position, watchable
+from moe_export.comparing.sides import GraphRunner, Side, graph_routing, graph_runner, metadata, running_type
+from moe_export.comparing.verifying import (
+    Renamed,
+    Request,
+    about_precision,
+    about_sides,
+    by_position,
+    watchable,
+)
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.gates.routing import find_routings, routing_outputs
 from moe_export.export.load import load_subject, split_spec
@@ -90,13 +97,13 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
         request: How; its recorder and its wishes count.
         called: What the report calls the model.
     """
-    facts = metadata(candidate.path)
-    dtype = facts.get("moe_export.dtype", "float32")
-    runner = graph_runner(candidate, dtype)
-    subject, routing = reference_of(original, facts)
+    dtype = request.dtype
+    runner = graph_runner(candidate, running_type(candidate.path, dtype))
+    held = reference_of(original, runner, metadata(candidate.path), request.gate)
+    subject = held.subject
     with in_memory(subject.module):
         wish = request.wish if subject is original else replace(request.wish, own=None)
-        matched = match_graph(runner, subject, routing)
+        matched = match_graph(runner, subject, held.routing)
         tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
         tolerance = tolerance_of(dtype, request.tolerance)
         remembering = Remembering(runner)
@@ -112,7 +119,13 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
             provider=candidate.provider,
             wish=wish,
             recorder=request.recorder,
-            about={"candidate": candidate.text, "reference": called, **line_of(original)},
+            about={
+                "candidate": candidate.text,
+                "reference": called,
+                **line_of(original),
+                **held.about,
+                **about_precision(candidate, dtype),
+            },
             narrow=dtype,
         )
         if request.why is not None and candidate.kind == "graph":
@@ -127,12 +140,11 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
 
 def _float64_against_graph(candidate: Side, reference: Side, request: Request, original: Subject) -> Report:
     """The float64 run is the reference itself, rounded to the model's types."""
-    facts = metadata(candidate.path)
-    dtype = facts.get("moe_export.dtype", "float32")
-    runner = graph_runner(candidate, dtype)
-    subject, routing = reference_of(original, facts)
-    own = own_inputs(reference, original) if subject is original else None
-    matched = match_graph(runner, subject, routing)
+    dtype = request.dtype
+    runner = graph_runner(candidate, running_type(candidate.path, dtype))
+    held = reference_of(original, runner, metadata(candidate.path), request.gate)
+    own = own_inputs(reference, original) if held.subject is original else None
+    matched = match_graph(runner, held.subject, held.routing)
     subject = matched.subject
     wish = replace(request.wish, own=own)
     wide = apart.reference(subject, subject.outputs, apart.ROUNDED_FLOAT64)
@@ -153,7 +165,12 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
             time_limit=request.wish.time_limit,
             truth=apart.reference(subject, subject.outputs, apart.FLOAT64),
             teller=GraphTeller(wide, candidate.path if tells else None, candidate.provider),
-            about={**about_sides(candidate, reference), **line_of(original)},
+            about={
+                **about_sides(candidate, reference),
+                **line_of(original),
+                **held.about,
+                **about_precision(candidate, dtype),
+            },
             narrow=dtype,
         )
 
