@@ -14,7 +14,8 @@ Where E_r is more than 1 % of the largest value, the float64 run took another wa
 expert), and excuses nothing. The choices among experts are PyTorch's in all runs, where they can be told.
 
 8: of two right programs, one is at some element up to 4.9 times as far off as the other is anywhere in that row
-(measured: sums that cancel, and the logits of a Mixtral; 16 seeds, one thread and two). The bound has room for more. A tolerance that somebody chose is strict: this is not asked.
+(measured: sums that cancel, and the logits of a Mixtral; 16 seeds, one thread and two). The bound has room for
+more. A tolerance that somebody chose is strict: this is not asked.
 """
 
 from __future__ import annotations

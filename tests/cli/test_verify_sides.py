@@ -106,7 +106,7 @@ def test_a_comparison_is_recorded_while_it_runs(command, finished, tmp_path):
     assert done.code == 0, done.out + done.err
     code, text = code_of(command, graph, "--against", golden)
     assert code == 0, text
-    assert "against golden torch: equal" in text
+    assert "alone, not the model (golden torch): equal" in text
 
 
 @pytest.mark.parametrize("side", ["moe.py@torch-float64", "moe.onnx", "moe.onnx@onnx-reference"])
