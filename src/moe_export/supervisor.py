@@ -15,6 +15,7 @@ and process group are the same, and a command takes some 20 ms longer.
 
 from __future__ import annotations
 
+import errno
 import faulthandler
 import mmap
 import os
@@ -42,6 +43,7 @@ _GRACE = 5
 """Seconds that a child which is told to end has to remove its unfinished files; deep in C++ it does not hear."""
 _SAME_KEY = 1.0
 """Seconds in which a second SIGINT is the same Ctrl-C: a terminal sends it to both, and the parent passes it on."""
+_MORE_MEMORY = "give it more, or use smaller example inputs"
 _TEXT = 8
 _SIZE = 4096
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux
@@ -128,8 +130,11 @@ def supervise(work: Callable[[], int]) -> int:
     """
     if not hasattr(os, "fork"):
         return _guarded(work)
-    shared, crashes, parent = _Shared(), tempfile.TemporaryFile(), os.getpid()  # noqa: SIM115  as long as both live
-    child = os.fork()
+    try:
+        shared, crashes, parent = _Shared(), tempfile.TemporaryFile(), os.getpid()  # noqa: SIM115  while both live
+        child = os.fork()
+    except OSError:  # no room for another process, or for its notes
+        return _guarded(work)
     if child == 0:
         return _child(work, shared, crashes, parent)
     status = _wait(child)
@@ -208,8 +213,15 @@ def _guarded(work: Callable[[], int]) -> int:
         print(f"ended by {signal.Signals(ended.args[0]).name}; nothing more was written", file=sys.stderr)
         return SIGNALLED + int(ended.args[0])
     except BaseException as error:
-        _show_traceback()
         step = f" {_shared.step}" if _shared is not None and _shared.step else ""
+        if isinstance(error, MemoryError) or "allocate memory" in str(error):  # PyTorch's, onnxruntime's
+            print(f"error: no memory is left{step}\n  hint: {_MORE_MEMORY}", file=sys.stderr)
+            return UsageError.exit_code if _shared is None else _shared.crash_code
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            drop_output()  # of a result that cannot be printed the rest cannot either
+            print(f"error: cannot write{step}: {error.strerror}", file=sys.stderr)
+            return UsageError.exit_code
+        _show_traceback()
         print(
             f"error: moe-export itself failed{step}: {type(error).__name__}\n"
             "  hint: this is a defect of moe-export; report it with the lines above and the model",
@@ -270,7 +282,7 @@ def _told(status: int, shared: _Shared, line: str | None) -> MoeExportError:
     known = {one.value: one.name for one in signal.Signals}
     error = NotExportableError if shared.crash_code == NotExportableError.exit_code else UsageError
     if number == signal.SIGKILL:
-        hint = "most likely the machine ran out of memory; give it more, or use smaller example inputs"
+        hint = f"most likely the machine ran out of memory; {_MORE_MEMORY}"
     else:
         hint = "a library in C or C++ crashed: the model's own kernels, PyTorch or onnxruntime"
     return error(f"the work was killed by {known.get(number, number)}{step}", where=line, hint=hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
@@ -78,7 +79,9 @@ def hears_ctrl_c():
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def test_ctrl_c_in_the_middle(write, older, listing, tmp_path, env):
+@pytest.mark.parametrize("whom", ["the parent", pytest.param("both", marks=pytest.mark.slow)])
+def test_ctrl_c_in_the_middle(write, older, listing, tmp_path, env, whom):
+    """A terminal tells both processes; then the parent passes it on, and the cleaning up is not interrupted by that."""
     path = write(SLEEPS, "net.py")
     good = older(tmp_path / "net.onnx")
     started = subprocess.Popen(
@@ -88,10 +91,11 @@ def test_ctrl_c_in_the_middle(write, older, listing, tmp_path, env):
         text=True,
         env=env,
         preexec_fn=hears_ctrl_c,  # noqa: PLW1509  these tests have one thread
+        start_new_session=True,
     )
     try:
         wait_for((tmp_path / "reached").exists)
-        started.send_signal(signal.SIGINT)
+        (os.killpg if whom == "both" else os.kill)(started.pid, signal.SIGINT)
         out, err = started.communicate(timeout=30)
     finally:
         started.kill()

@@ -30,6 +30,11 @@ example_inputs = (torch.ones(2, 3),)
 FIRST_CALL, WHILE_TRACING = 1, 4
 
 
+def slowly(*values):
+    """A case of a test that says no more than its others, and is a process that imports PyTorch."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 @pytest.fixture
 def ending(write):
     """A model file that ends its process when it is imported, or at a call."""
@@ -62,7 +67,10 @@ def test_forward_exits_only_when_the_graph_is_compared(process, finished, write,
     assert "the model's code ended the process: sys.exit(0)" in done.err
 
 
-@pytest.mark.parametrize("words", [["export"], ["verify", "GRAPH", "--against"], ["routing"], ["plan"]])
+@pytest.mark.parametrize(
+    "words",
+    [["export"], *(slowly(words) for words in (["verify", "GRAPH", "--against"], ["routing"], ["plan"]))],
+)
 def test_a_file_that_leaves_when_it_is_imported(process, ending, finished, words):
     path = ending(at_import="os._exit(0)")
     done = process(*(finished / "block.onnx" if word == "GRAPH" else word for word in words), path)
@@ -77,8 +85,8 @@ def test_a_file_that_leaves_when_it_is_imported(process, ending, finished, words
     [
         ("SIGSEGV", FIRST_CALL, 2, "while loading "),
         ("SIGSEGV", WHILE_TRACING, 3, "while tracing"),
-        ("SIGKILL", WHILE_TRACING, 3, "while tracing"),
-        ("SIGABRT", FIRST_CALL, 2, "while loading "),
+        slowly("SIGKILL", WHILE_TRACING, 3, "while tracing"),
+        slowly("SIGABRT", FIRST_CALL, 2, "while loading "),
     ],
 )
 def test_a_signal_in_forward(process, ending, number, call, code, said):
@@ -93,6 +101,7 @@ def test_a_signal_in_forward(process, ending, number, call, code, said):
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_memory_that_is_not_there(ending, tmp_path, env):
     path = ending(forward="x = torch.ones(2**40)")
     done = subprocess.run(
@@ -119,7 +128,18 @@ def test_a_process_that_the_model_forks_hands_over_no_verdict(process, ending):
     assert "the copy fails" in done.err
 
 
-def test_a_defect_is_no_verdict(process, tmp_path, env):
+OURS = "moe-export itself failed while judging r.json: ZeroDivisionError"
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "said"),
+    [
+        ("ZeroDivisionError('ours')", 70, OURS),
+        ("MemoryError", 2, "no memory is left while judging r.json"),
+        ("RuntimeError('Failed to allocate memory for requested buffer')", 2, "no memory is left while"),
+    ],
+)
+def test_a_defect_is_no_verdict(tmp_path, env, raised, code, said):
     """An exception that nobody expected keeps its traceback, and says neither equal nor not equal."""
     text = """
     import sys
@@ -129,18 +149,30 @@ def test_a_defect_is_no_verdict(process, tmp_path, env):
 
     def run_judge(**options):
         with under_way("judging r.json"):
-            raise ZeroDivisionError("ours")
+            raise RAISED
 
     judge.run_judge = run_judge
     sys.exit(supervise(lambda: cli.run(["judge", "r.json"])))
     """
     done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(text)],
+        [sys.executable, "-c", textwrap.dedent(text).replace("RAISED", raised)],
         capture_output=True, text=True, env=env, cwd=tmp_path, check=False, timeout=120,
     )  # fmt: skip
-    assert done.returncode == 70
-    assert "ZeroDivisionError: ours" in done.stderr
-    assert "error: moe-export itself failed while judging r.json: ZeroDivisionError\n" in done.stderr
+    assert done.returncode == code
+    assert f"error: {said}" in done.stderr
+    assert ("Traceback" in done.stderr) == (code == 70)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_result_that_cannot_be_printed_is_no_verdict(finished, env):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "moe_export", "check", finished / "block.onnx", "--target", "tensorrt"],
+            stdout=full, stderr=subprocess.PIPE, text=True, env=env, check=False, timeout=120,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "error: cannot write: No space left on device\n" in done.stderr
 
 
 def test_debug_keeps_the_exit_code(process):
@@ -185,6 +217,7 @@ def test_ending_the_parent_ends_the_work(ending, listing, tmp_path, env):
     assert listing(tmp_path) == ["net.py", "reached"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a child that its parent has gone")
 def test_killing_the_parent_kills_the_work(ending, tmp_path, env):
     command, worker = started(ending(forward=WAITS, call=WHILE_TRACING), tmp_path, env)
@@ -196,6 +229,7 @@ def test_killing_the_parent_kills_the_work(ending, tmp_path, env):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_the_streams_are_the_terminals(ending, tmp_path, env):
     """A breakpoint in a model reads what is typed."""
     path = ending(at_import="typed = input(); print('typed', typed, sys.stdin.isatty())")

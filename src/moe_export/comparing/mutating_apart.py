@@ -139,6 +139,8 @@ def _one_process(request: Request, fates: list[Fate], facts: dict[str, Any]) -> 
         fates.append(Fate(running.kind, running.node, running.what, "caught", DIED))
     finally:
         here.close()
+        if "done" not in facts:  # interrupted, perhaps in the middle of a long run
+            process.terminate()
         process.join()
 
 
