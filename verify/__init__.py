@@ -15,7 +15,7 @@
 | `engine_header` | what an engine says of itself: version, GPUs, size |
 | `onnx_reference_runner` | the evaluator of the ONNX project |
 | `inputs`, `sizes`, `maker`, `regimes` | the plan: which cases, which sizes, their arrays, which kinds of values |
-| `known`, `price`, `meaning` | what fixes it: what a case costs, what the values of an input mean |
+| `known`, `price`, `meaning`, `graph_numbers` | what fixes it: what a case costs, what values mean, limits |
 | `torch_work`, `torch_tables` | counted, and watched, while a model runs |
 | `tolerance`, `judge`, `routing`, `sketch` | when two outputs are the same; what is kept of their differences |
 | `experts_alone` | every token to one expert, for each |

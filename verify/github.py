@@ -69,6 +69,7 @@ def summary(report: Report) -> str:
         "",
         f"{len(report.compared)} cases at {sizes} sizes, {report.candidate} and {report.reference}.",
     ]
+    lines += [f"- {_cell(claim)}" for claim in report.claims]
     if report.shortfall:
         lines.append(f"{report.verdict.capitalize()}: {_cell(report.shortfall)}.")
     lines += [f"- {_cell(warning)}" for warning in report.warnings]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 
 import numpy as np
 
@@ -10,12 +11,14 @@ from moe_export.errors import UsageError
 from moe_export.verify.known import NOTHING, Known
 from moe_export.verify.maker import EXAMPLE, Case, MadeOnce, Maker, label_of
 from moe_export.verify.price import BUDGET, MOST_OF_ONE, Price, flat_price
-from moe_export.verify.sizes import shape_at, sizes_to_try
+from moe_export.verify.regimes import LONG
+from moe_export.verify.sizes import MOST, long_sizes, shape_at, sizes_to_try
 from moe_export.verify.specs import Array, DimRange, TensorSpec, describe, numpy_dtype
 
 __all__ = ["EXAMPLE", "RESAMPLED", "Case", "MadeOnce", "case_maker", "cases"]
 RESAMPLED = "new values"
 _FIRST_SIZES = 3  # so many sizes come before the regimes
+_FEW_SIZES = 20  # where nothing is known of either side, as of engines and ranks
 _FEW = 3  # a dimension that is smaller in the example says little of masks and ids: they are tried at a larger one, too
 
 
@@ -47,7 +50,7 @@ def cases(
             find most, at the traced sizes.
         seeds: New values at the traced sizes under so many seeds: `seed`, `seed + 1`, ...
         at: Further sizes; a dimension that is not named keeps its traced size.
-        known: What is known of the two sides: what cases cost.
+        known: What is known of the two sides: what cases cost, what inputs mean, which numbers are in their code.
 
     Raises:
         UsageError: Example and specs do not fit, or a shape names an unknown dimension.
@@ -100,7 +103,9 @@ def _cases(
     yield maker.given(traced), True
     yield maker.make(RESAMPLED, traced), True
     yield from ((maker.make(label_of(sizes), sizes), True) for sizes in at)
-    others = [(sizes, reserve) for sizes, reserve in sizes_to_try(dims) if maker.can_make(sizes)]
+    known = maker.known
+    tried = sizes_to_try(dims, known.numbers, known.holds, _FEW_SIZES if known is NOTHING else MOST)
+    others = [(sizes, reserve) for sizes, reserve in tried if maker.can_make(sizes)]
     for sizes, reserve in others[:_FIRST_SIZES]:
         yield maker.make(label_of(sizes), sizes, reserve=reserve), True
     roomy = {dim.name: dim.clamp(dim.traced if dim.traced >= _FEW else 2 * dim.traced + _FEW) for dim in dims}
@@ -112,6 +117,10 @@ def _cases(
         other = Maker(maker.specs, maker.example, maker.seed + more, maker.known)
         yield other.make(RESAMPLED, traced), True
         yield from ((case, True) for case in other.regimes(traced, thorough, ""))
+    price = known.price
+    for longest in long_sizes(dims, known.holds) if price is not None else ():
+        paid = (sizes for sizes in longest if maker.can_make(sizes) and price(sizes) <= MOST_OF_ONE)
+        yield from ((maker.make(label_of(sizes), sizes, regime=LONG), False) for sizes in islice(paid, 1))
     yield from ((case, False) for case in maker.every_id(dims))
     for sizes, reserve in others[_FIRST_SIZES:]:
         yield maker.make(label_of(sizes), sizes, reserve=reserve), reserve

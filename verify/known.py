@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from moe_export.verify.meaning import Meaning
@@ -16,12 +16,16 @@ class Known:
     Attributes:
         price: What a case of given sizes costs; a guess by its elements if None.
         meanings: What inputs of integers are drawn from, by name; the example's own values where nothing is known.
+        numbers: Integers in the model's code and in the graph, near which either may do something else.
+        holds: Whether the graph is said to be right at some sizes; None if nothing is said.
         unfilled: Inputs of floats whose example is no measurement, but zeros or ones in the place of one.
     """
 
     price: Price | None = None
     meanings: Mapping[str, Meaning] = field(default_factory=dict)
     unfilled: frozenset[str] = frozenset()
+    numbers: tuple[int, ...] = ()
+    holds: Callable[[Mapping[str, int]], bool] | None = None
 
 
 NOTHING = Known()

@@ -110,9 +110,13 @@ class Maker:
         """The example itself."""
         return self._case(EXAMPLE, sizes, lambda spec: np.array(self.example[spec.name]))
 
-    def make(self, label: str, sizes: Mapping[str, int], *, reserve: bool = False) -> Case:
+    def make(
+        self, label: str, sizes: Mapping[str, int], *, reserve: bool = False, regime: str = NORMAL
+    ) -> Case:
         """Ordinary values."""
-        return self._case(label, sizes, lambda spec: self._ordinary(label, spec, sizes), reserve=reserve)
+        return self._case(
+            label, sizes, lambda spec: self._ordinary(label, spec, sizes), reserve=reserve, regime=regime
+        )
 
     def regimes(self, sizes: Mapping[str, int], thorough: bool, suffix: str) -> Iterator[Case]:
         """A case for each regime that some input can follow."""

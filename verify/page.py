@@ -55,6 +55,8 @@ def _report(report: Report) -> Iterator[str]:
         + "<br>".join(f"{escape(k)}: <code>{escape(v)}</code>" for k, v in report.about.items())
         + "</p>"
     )
+    if report.claims:
+        yield "<p>" + "<br>".join(map(escape, report.claims)) + "</p>"
     yield (
         "<h2>Outputs</h2><table><tr><th>output</th><th>dtype</th>"
         + "".join(f'<th class="number">{name}</th>' for name in ("max abs", "max rel", "flips"))

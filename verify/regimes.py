@@ -16,6 +16,7 @@ where the regime does not say otherwise. A row is the last axis of an input: the
 | `padded`, `padded left` | marks, then none; none, then marks | a mask that is not looked at, or read the other way |
 | `all true`, `all false` | marks throughout, none at all | a flag that is not looked at |
 | `random marks` | each by chance | a mask that is taken for a length |
+| `long` | ordinary ones, at the longest size that its price allows | a loop that ends, a limit, a sum that drifts |
 | `every id` | ids that run through their whole table | rows that are wrong |
 | `negative integers` | of both signs; ids count from the end | remainders, quotients, clipped indices |
 | `large integers` | up to 2**40, or what the type holds and the model takes | int32 in place of int64 |
@@ -37,6 +38,7 @@ from moe_export.verify.specs import Array, is_float
 
 NORMAL = "normal"
 SIGNED = "normal values"
+LONG = "long"
 EVERY_ID, NEGATIVE, LARGE = "every id", "negative integers", "large integers"
 
 
@@ -176,4 +178,4 @@ def marked(
 
 # Kinds that an author need not have thought of: where the reference is NaN for them, nothing is compared.
 UNASKED = frozenset({SIGNED, NEGATIVE, LARGE, PADDED_LEFT, ALL_FALSE, RANDOM_MARKS})
-STRESS = frozenset(regime.name for regime in REGIMES if regime.stress) | UNASKED
+STRESS = frozenset(regime.name for regime in REGIMES if regime.stress) | UNASKED | {LONG}

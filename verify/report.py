@@ -150,6 +150,20 @@ class Report:
         return tuple(case for case in self.cases if case.outcome == "compared")
 
     @property
+    def claims(self) -> tuple[str, ...]:
+        """What was compared of each dimension: `seq: compared at 1..4096 (17 sizes)`."""
+        sizes: dict[str, set[int]] = {}
+        for case in self.compared:
+            for name, size in case.sizes:
+                sizes.setdefault(name, set()).add(size)
+        return tuple(
+            f"{name}: compared at {min(found)}..{max(found)} ({len(found)} sizes)"
+            if len(found) > 1
+            else f"{name}: compared at {min(found)} only"
+            for name, found in sizes.items()
+        )
+
+    @property
     def flips(self) -> int:
         """Tokens that went to another expert in a tie, over all cases."""
         return sum(judgement.flips for case in self.cases for judgement in case.judgements)
@@ -269,6 +283,7 @@ class Report:
             "exit_code": self.exit_code,
             "shortfall": self.shortfall,
             "left_out": list(self.left_out),
+            "claims": list(self.claims),
             "sizes_wanted": self.wanted,
             "flips": self.flips,
             "flips_allowed": None if self.budget is None else str(self.budget),

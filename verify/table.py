@@ -22,6 +22,7 @@ _HEADER = ("output", "dtype", "max abs", "max rel", "at", "verdict")
 _RIGHT = (2, 3)  # columns of figures
 _LIMITS = (28, 14, 9, 9, 24, 9)  # with a gap of 1 between them, exactly within WIDTH
 _STANDING_LIMITS = (28, 21, 9, 9, 6, 22)
+_TOLD = 12  # labels; the report has all
 _AGAIN = "again: "
 _COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow", "unfinished": "yellow"}
 
@@ -123,6 +124,7 @@ def _paragraphs(report: Report) -> Iterator[str]:
     ran = report.compared
     plain_cases = tuple(case for case in ran if case.regime == NORMAL)
     yield f"compared at {len({case.sizes for case in ran})} sizes: " + (_labels(plain_cases) or "none")
+    yield from report.claims
     if kinds := dict.fromkeys(case.regime for case in ran if case.regime != NORMAL):
         yield f"with other values: {'; '.join(kinds)}"
     yield _seeds(report)
@@ -184,7 +186,9 @@ def _labels(cases: tuple[CaseResult, ...]) -> str:
     labels = [case.label for case in cases]
     if sizes and cases[0].label != sizes:
         labels[0] += f" ({sizes})"
-    return "; ".join(dict.fromkeys(labels))  # new values of several seeds have one label
+    told = list(dict.fromkeys(labels))  # new values of several seeds have one label
+    more = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+    return "; ".join(told[:_TOLD]) + more
 
 
 def _wrapped(paragraph: str) -> list[str]:

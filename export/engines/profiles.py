@@ -121,12 +121,12 @@ def free_dims(model: ir.Model) -> tuple[FreeDim, ...]:
                 used.setdefault(dim, []).append(f"{name}:{axis}")
     found = []
     for name, places in used.items():
-        minimum, maximum = _bounds(model.metadata_props.get(DIM_PREFIX + name, ""))
+        minimum, maximum = parse_bounds(model.metadata_props.get(DIM_PREFIX + name, ""))
         found.append(FreeDim(name, minimum, maximum, tuple(places)))
     return tuple(found)
 
 
-def _bounds(text: str) -> tuple[int, int | None]:
+def parse_bounds(text: str) -> tuple[int, int | None]:
     """`16:` or `16:4096`, as `dim_facts` writes them."""
     match = re.fullmatch(r"(\d+):(\d*)", text)
     if match is None:

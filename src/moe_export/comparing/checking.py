@@ -207,7 +207,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     names = outputs or reference.outputs
     runner = apart.reference(reference, names)
     with quiet():
-        known = known_of_model(reference, specs, ranges, arrays, seed)
+        known = known_of_model(reference, specs, ranges, arrays, seed, graph)
     made = wished_cases(wish, specs, ranges, arrays, seed, runner, known)
     made = (case for case in made if domain.holds(case.sizes))
     pairs = [RoutingPair(*pair) for pair in routing]

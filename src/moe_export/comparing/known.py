@@ -7,12 +7,15 @@ machine.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 
 from moe_export.comparing import apart
+from moe_export.export.constants import constants_of
 from moe_export.export.subject import Subject
 from moe_export.verify import Array, DimRange, TensorSpec, TorchRunner
+from moe_export.verify.graph_numbers import graph_numbers
 from moe_export.verify.inputs import case_maker
 from moe_export.verify.known import Known
 from moe_export.verify.maker import is_measured
@@ -32,6 +35,7 @@ def known_of_model(
     dims: Sequence[DimRange],
     example: Mapping[str, Array],
     seed: int,
+    graph: Path | None = None,
 ) -> Known:
     """What is known of a model.
 
@@ -41,6 +45,7 @@ def known_of_model(
         dims: The free dimensions.
         example: Its example inputs.
         seed: Of the values.
+        graph: The file of the other side, if it is an ONNX graph.
     """
     make = case_maker(specs, example, seed)
     price = price_of(TorchRunner(model.call_named, model.outputs).run, dims, make)
@@ -60,7 +65,8 @@ def known_of_model(
     }
     tables = {name: _table(name, within, dims, grown) for name, within in found.items()}
     asked = Asked(apart.reference(model, model.outputs).run, example, times)
-    return Known(price, meanings_of(asked, example, tables, read), _unfilled(asked, example))
+    numbers = (*(() if graph is None else graph_numbers(graph)), *constants_of(model))
+    return Known(price, meanings_of(asked, example, tables, read), _unfilled(asked, example), numbers)
 
 
 def _table(

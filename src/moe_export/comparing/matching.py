@@ -14,6 +14,7 @@ from moe_export.comparing.sides import GraphRunner
 from moe_export.comparing.verifying import by_position
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.dims import Dim
+from moe_export.export.engines.profiles import parse_bounds
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject
 from moe_export.export.gates.routing import find_routings, routing_outputs
 from moe_export.export.pipeline import as_numpy
@@ -55,7 +56,9 @@ class Matched:
         return {name: as_numpy(tensor) for name, tensor in self.example.items()}
 
 
-def match_graph(runner: GraphRunner, subject: Subject, routing: Routing = ()) -> Matched:
+def match_graph(
+    runner: GraphRunner, subject: Subject, routing: Routing = (), facts: Mapping[str, str] | None = None
+) -> Matched:
     """Put a model under the names of a graph that is open.
 
     A graph of another exporter has names of its own, in the model's order. Where one side has more inputs or outputs
@@ -65,6 +68,7 @@ def match_graph(runner: GraphRunner, subject: Subject, routing: Routing = ()) ->
         runner: The graph, or the engine.
         subject: What it computes.
         routing: Outputs of the model that are expert indices.
+        facts: What the graph says of itself: between which sizes it is right.
 
     Raises:
         UsageError: The graph takes other inputs than the model, or fixes sizes that are not the example's.
@@ -78,7 +82,7 @@ def match_graph(runner: GraphRunner, subject: Subject, routing: Routing = ()) ->
     )
     pairs = [tuple(names.get(name, name) if name else None for name in pair) for pair in routing]
     example = _example(runner, renamed)
-    dims = _within(_dims(runner.inputs, example), runner)
+    dims = _within(_stated(_dims(runner.inputs, example), facts or {}), runner)
     return Matched(renamed, pairs, example, dims)  # type: ignore[arg-type]
 
 
@@ -199,6 +203,17 @@ def _dims(specs: Sequence[TensorSpec], example: Mapping[str, torch.Tensor]) -> l
             if isinstance(want, str) and re.fullmatch(r"[A-Za-z_]\w*", want):
                 found.setdefault(want, Dim(want, want, size, 1, None))
     return list(found.values())
+
+
+def _stated(dims: list[Dim], facts: Mapping[str, str]) -> list[Dim]:
+    """The dimensions between the sizes that the graph says it is right for, if the example is."""
+    found = []
+    for dim in dims:
+        bounds = parse_bounds(facts.get(f"moe_export.dim.{dim.name}", ""))
+        if bounds[0] <= dim.traced <= (bounds[1] or dim.traced):
+            dim = replace(dim, minimum=bounds[0], maximum=bounds[1])  # noqa: PLW2901
+        found.append(dim)
+    return found
 
 
 def _within(dims: list[Dim], runner: GraphRunner) -> list[Dim]:

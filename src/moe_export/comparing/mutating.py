@@ -261,15 +261,16 @@ def open_gate(  # noqa: PLR0913  each has a name
     Raises:
         UsageError: The graph cannot be read, or is not equal to the model to begin with.
     """
+    facts = metadata(path)
     runner = runner_of(path, "cpu", running_type(path, dtype))
     original = load_subject(against, init=init, inputs=inputs, apart=apart.fork_model)
-    held = reference_of(original, runner, metadata(path), gate_of)
-    matched = match_graph(runner, held.subject, held.routing)
+    held = reference_of(original, runner, facts, gate_of)
+    matched = match_graph(runner, held.subject, held.routing, facts)
     subject = matched.subject
     cases: list[Case] = []
 
     setting = (list(runner.inputs), matched.ranges, matched.arrays, seed)
-    known = known_of_model(subject, *setting)
+    known = known_of_model(subject, *setting, path)
 
     def watched() -> Iterator[Case]:
         for case in wished_cases(Wish(thorough=thorough), *setting, known=known):

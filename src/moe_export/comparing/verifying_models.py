@@ -97,13 +97,13 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
         request: How; its recorder and its wishes count.
         called: What the report calls the model.
     """
-    dtype = request.dtype
+    dtype, facts = request.dtype, metadata(candidate.path)
     runner = graph_runner(candidate, running_type(candidate.path, dtype))
-    held = reference_of(original, runner, metadata(candidate.path), request.gate)
+    held = reference_of(original, runner, facts, request.gate)
     subject = held.subject
     with in_memory(subject.module):
         wish = request.wish if subject is original else replace(request.wish, own=None)
-        matched = match_graph(runner, subject, held.routing)
+        matched = match_graph(runner, subject, held.routing, facts)
         tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
         tolerance = tolerance_of(dtype, request.tolerance)
         remembering = Remembering(runner)
@@ -140,17 +140,17 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
 
 def _float64_against_graph(candidate: Side, reference: Side, request: Request, original: Subject) -> Report:
     """The float64 run is the reference itself, rounded to the model's types."""
-    dtype = request.dtype
+    dtype, facts = request.dtype, metadata(candidate.path)
     runner = graph_runner(candidate, running_type(candidate.path, dtype))
-    held = reference_of(original, runner, metadata(candidate.path), request.gate)
+    held = reference_of(original, runner, facts, request.gate)
     own = own_inputs(reference, original) if held.subject is original else None
-    matched = match_graph(runner, held.subject, held.routing)
+    matched = match_graph(runner, held.subject, held.routing, facts)
     subject = matched.subject
     wish = replace(request.wish, own=own)
     wide = apart.reference(subject, subject.outputs, apart.ROUNDED_FLOAT64)
     setting = (list(runner.inputs), matched.ranges, matched.arrays, request.seed)
     with quiet():
-        known = known_of_model(subject, *setting)
+        known = known_of_model(subject, *setting, candidate.path if candidate.kind == "graph" else None)
     cases = wished_cases(wish, *setting, known=known)
     watched, cases = recorded(request.recorder, wide, cases, matched.pairs)
     tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
@@ -211,11 +211,11 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
 def _model_against_graph(candidate: Side, reference: Side, request: Request) -> Report:
     """The graph is right by definition; the model gives the example."""
     opened, graph = open_model(candidate, request), graph_runner(reference)
-    matched = match_graph(graph, opened.subject)
+    matched = match_graph(graph, opened.subject, facts=metadata(reference.path))
     subject = matched.subject
     setting = (list(graph.inputs), matched.ranges, matched.arrays, request.seed)
     with quiet():
-        known = known_of_model(subject, *setting)
+        known = known_of_model(subject, *setting, reference.path if reference.kind == "graph" else None)
     made = wished_cases(request.wish, *setting, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
     runner, cases = recorded(request.recorder, watchable(reference, graph, request), made, routing)
