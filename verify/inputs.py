@@ -12,13 +12,12 @@ from moe_export.verify.known import NOTHING, Known
 from moe_export.verify.maker import EXAMPLE, Case, MadeOnce, Maker, label_of
 from moe_export.verify.price import BUDGET, MOST_OF_ONE, Price, flat_price
 from moe_export.verify.regimes import LONG
-from moe_export.verify.sizes import MOST, long_sizes, shape_at, sizes_to_try
+from moe_export.verify.sizes import long_sizes, shape_at, sizes_to_try
 from moe_export.verify.specs import Array, DimRange, TensorSpec, describe, numpy_dtype
 
 __all__ = ["EXAMPLE", "RESAMPLED", "Case", "MadeOnce", "case_maker", "cases"]
 RESAMPLED = "new values"
 _FIRST_SIZES = 3  # so many sizes come before the regimes
-_FEW_SIZES = 20  # where nothing is known of either side, as of engines and ranks
 _FEW = 3  # a dimension that is smaller in the example says little of masks and ids: they are tried at a larger one, too
 
 
@@ -104,7 +103,7 @@ def _cases(
     yield maker.make(RESAMPLED, traced), True
     yield from ((maker.make(label_of(sizes), sizes), True) for sizes in at)
     known = maker.known
-    tried = sizes_to_try(dims, known.numbers, known.holds, _FEW_SIZES if known is NOTHING else MOST)
+    tried = sizes_to_try(dims, known.numbers, known.holds)
     others = [(sizes, reserve) for sizes, reserve in tried if maker.can_make(sizes)]
     for sizes, reserve in others[:_FIRST_SIZES]:
         yield maker.make(label_of(sizes), sizes, reserve=reserve), True
@@ -117,13 +116,20 @@ def _cases(
         other = Maker(maker.specs, maker.example, maker.seed + more, maker.known)
         yield other.make(RESAMPLED, traced), True
         yield from ((case, True) for case in other.regimes(traced, thorough, ""))
-    price = known.price
-    for longest in long_sizes(dims, known.holds) if price is not None else ():
-        paid = (sizes for sizes in longest if maker.can_make(sizes) and price(sizes) <= MOST_OF_ONE)
-        yield from ((maker.make(label_of(sizes), sizes, regime=LONG), False) for sizes in islice(paid, 1))
+    yield from ((case, False) for case in _long(maker, dims))
     yield from ((case, False) for case in maker.every_id(dims))
     for sizes, reserve in others[_FIRST_SIZES:]:
         yield maker.make(label_of(sizes), sizes, reserve=reserve), reserve
+
+
+def _long(maker: Maker, dims: Sequence[DimRange]) -> Iterator[Case]:
+    """One long size of each dimension, where it is known what that costs."""
+    price = maker.known.price
+    if price is None:
+        return
+    for longest in long_sizes(dims, maker.known.holds):
+        paid = (sizes for sizes in longest if maker.can_make(sizes) and price(sizes) <= MOST_OF_ONE)
+        yield from (maker.make(label_of(sizes), sizes, regime=LONG) for sizes in islice(paid, 1))
 
 
 def _check(specs: Sequence[TensorSpec], traced: Mapping[str, int], example: Mapping[str, Array]) -> None:

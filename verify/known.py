@@ -16,7 +16,8 @@ class Known:
     Attributes:
         price: What a case of given sizes costs; a guess by its elements if None.
         meanings: What inputs of integers are drawn from, by name; the example's own values where nothing is known.
-        numbers: Integers in the model's code and in the graph, near which either may do something else.
+        numbers: Integers in the model's code and in the graph, near which either may do something else; None
+            where nothing is known of either.
         holds: Whether the graph is said to be right at some sizes; None if nothing is said.
         unfilled: Inputs of floats whose example is no measurement, but zeros or ones in the place of one.
     """
@@ -24,7 +25,7 @@ class Known:
     price: Price | None = None
     meanings: Mapping[str, Meaning] = field(default_factory=dict)
     unfilled: frozenset[str] = frozenset()
-    numbers: tuple[int, ...] = ()
+    numbers: tuple[int, ...] | None = None
     holds: Callable[[Mapping[str, int]], bool] | None = None
 
 

@@ -46,13 +46,17 @@ _RESERVE: tuple[Change, ...] = (lambda d: 4 * d.traced, lambda d: 5 * d.traced, 
 
 
 def sizes_to_try(
-    dims: Sequence[DimRange], numbers: Sequence[int] = (), holds: Holds | None = None, most: int = MOST
+    dims: Sequence[DimRange],
+    numbers: Sequence[int] | None = None,
+    holds: Holds | None = None,
+    most: int = MOST,
 ) -> Iterator[tuple[dict[str, int], bool]]:
     """Sizes other than the traced ones, each once, the most telling first.
 
     Args:
         dims: The dimensions.
-        numbers: Near which the model or the graph may do something else, the most telling first.
+        numbers: Near which the model or the graph may do something else, the most telling first; None where nothing is
+            known of either, and the first of the sizes above must do.
         holds: Whether the graph is said to be right at some sizes.
         most: How many sizes.
 
@@ -62,9 +66,7 @@ def sizes_to_try(
     traced = {dim.name: dim.traced for dim in dims}
     seen = {tuple(traced.values())}
     count = 0
-    for changed, change, reserve in _changes(
-        dims, [number for number in dict.fromkeys(numbers) if number > 1]
-    ):
+    for changed, change, reserve in _changes(dims, numbers):
         sizes = traced | {dim.name: dim.clamp(change(dim)) for dim in changed}
         key = tuple(sizes.values())
         if key in seen or not (holds is None or holds(sizes)) or (count >= most and not reserve):
@@ -75,16 +77,23 @@ def sizes_to_try(
 
 
 def _changes(
-    dims: Sequence[DimRange], numbers: Sequence[int]
+    dims: Sequence[DimRange], numbers: Sequence[int] | None
 ) -> Iterator[tuple[Sequence[DimRange], Change, bool]]:
     alone = [[dim] for dim in dims] if len(dims) > 1 else []
     yield from ((dims, change, False) for change in _TOGETHER)
     yield from ((one, change, False) for change in _ALONE_FIRST for one in alone)
     yield from ((dims, change, False) for change in _TOGETHER_LATER)
     yield from ((one, change, False) for change in _ALONE_LATER for one in alone)
-    each: Sequence[Sequence[DimRange]] = alone or [dims]
+    if numbers is not None:
+        yield from _near(dims, [number for number in dict.fromkeys(numbers) if number > 1][:MOST_NUMBERS])
+    yield from ((dims, change, True) for change in _RESERVE)
+    yield from ((one, change, True) for change in _RESERVE for one in alone)
+
+
+def _near(dims: Sequence[DimRange], near: Sequence[int]) -> Iterator[tuple[Sequence[DimRange], Change, bool]]:
+    """Sizes near numbers, a ladder, chunks and products."""
+    each: Sequence[Sequence[DimRange]] = [[dim] for dim in dims]
     whole: Sequence[Sequence[DimRange]] = [dims]
-    near = numbers[:MOST_NUMBERS]
     for number in near:
         together = number <= _TOGETHER_UP_TO
         for size in (number + 1, number, number - 1):
@@ -95,8 +104,6 @@ def _changes(
             yield from ((one, _at(size), False) for one in each)
     for number in near:
         yield from _products(dims, number)
-    yield from ((dims, change, True) for change in _RESERVE)
-    yield from ((one, change, True) for change in _RESERVE for one in alone)
 
 
 def _at(size: int) -> Change:

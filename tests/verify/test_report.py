@@ -71,6 +71,8 @@ def test_the_text_in_full():
         "b      int64          0        0 example equal",
         "",
         "compared at 2 sizes: example (batch=2 seq=10); seq=15",
+        "batch: compared at 2 only",
+        "seq: compared at 10..15 (2 sizes)",
         "seed 7",
         "a DIFFERS, seq=15: 1 of 2 elements beyond rtol=1e-05 atol=1e-05; worst a[1] is 2.5, torch has 2",
     ]

@@ -4,15 +4,62 @@ from hypothesis import strategies as st
 
 from moe_export.errors import UsageError
 from moe_export.verify import DimRange, TensorSpec
-from moe_export.verify.sizes import shape_at, sizes_to_try
+from moe_export.verify.sizes import MOST, long_sizes, shape_at, sizes_to_try
 
 
-def tried(*dims, reserve=False):
-    return [sizes for sizes, is_reserve in sizes_to_try(dims) if is_reserve == reserve]
+def tried(*dims, reserve=False, **options):
+    return [sizes for sizes, is_reserve in sizes_to_try(dims, **options) if is_reserve == reserve]
 
 
 def test_one_dimension_is_tried_at_one_beyond_below_twice_half_and_thrice():
     assert [s["seq"] for s in tried(DimRange("seq", 10))] == [1, 15, 9, 20, 5, 30]
+
+
+def test_a_ladder_goes_on_from_there():
+    found = tried(DimRange("batch", 2), DimRange("seq", 10), numbers=())
+    assert {2, 3, 8, 16, 33, 64, 130, 257, 513} <= {s["seq"] for s in found}
+    assert {8, 16, 33} <= {s["batch"] for s in found}
+
+
+def test_each_number_is_tried_on_both_sides_and_as_a_chunk():
+    found = [s["seq"] for s in tried(DimRange("seq", 10), numbers=[60, 48])]
+    assert found[6:12] == [61, 60, 59, 49, 48, 47]
+    assert {120, 181, 96, 145} <= set(found)
+
+
+def test_two_dimensions_are_tried_near_a_small_number_at_once_and_near_a_large_one_alone():
+    found = tried(DimRange("batch", 2), DimRange("seq", 10), numbers=[48, 300])
+    assert {"batch": 49, "seq": 49} in found
+    assert {"batch": 301, "seq": 10} in found
+    assert {"batch": 2, "seq": 301} in found
+    assert {"batch": 301, "seq": 301} not in found
+
+
+def test_a_product_of_dimensions_comes_to_a_number():
+    found = tried(DimRange("batch", 2), DimRange("seq", 10), numbers=[256])
+    assert {"batch": 2, "seq": 129} in found
+    assert {"batch": 2, "seq": 128} in found
+    assert {"batch": 26, "seq": 10} in found
+
+
+def test_only_sizes_that_the_graph_is_said_to_be_right_for():
+    found = tried(DimRange("seq", 16), holds=lambda sizes: sizes["seq"] % 8 == 0, numbers=[64])
+    assert {s["seq"] for s in found} == {8, 32, 48, 64, 128}
+
+
+def test_there_are_no_more_than_so_many_whatever_the_numbers():
+    dims = [DimRange("batch", 2), DimRange("seq", 10), DimRange("width", 12)]
+    found = tried(*dims, numbers=range(20, 2000, 7))
+    assert len(found) == MOST
+    assert found == tried(*dims, numbers=range(20, 2000, 7))
+    assert found[:20] == tried(*dims, numbers=())[:20]
+
+
+def test_the_longest_sizes_to_choose_from():
+    (batch, seq) = long_sizes([DimRange("batch", 2), DimRange("seq", 10, 1, 600)])
+    assert [s["batch"] for s in batch] == [4096, 2048, 1024, 513]
+    assert [s["seq"] for s in seq] == [600, 513]
+    assert list(long_sizes([DimRange("seq", 10, 1, 16)])) == [[]]
 
 
 def test_two_dimensions_change_together_and_each_alone():

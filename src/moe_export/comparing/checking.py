@@ -32,7 +32,6 @@ from moe_export.verify.sizes import shape_at
 from moe_export.wishes import USUAL, Wish, tolerance_of, wished_cases
 
 Routing = Sequence[tuple[str, str | None, str | None]]
-EVERYWHERE = Domain()
 
 
 def verify_graph(
@@ -177,7 +176,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     recorder: Recorder | None = None,
     about: Mapping[str, str] | None = None,
     narrow: str = "float32",
-    domain: Domain = EVERYWHERE,
+    domain: Domain | None = None,
 ) -> Report:
     """Compare a graph with a model whose inputs have the same names.
 
@@ -196,7 +195,7 @@ def verify_file(  # noqa: PLR0913  each has a name
         recorder: Keeps what the reference computes.
         about: Facts for the report.
         narrow: The narrowest type that the candidate computes in.
-        domain: The sizes that the candidate claims to be right for, besides the bounds of `dims`.
+        domain: The sizes that the candidate claims to be right for, besides the bounds of `dims`; None for all.
     """
     specs = [
         TensorSpec(spec.name, spec.dtype, spec.shape)
@@ -207,9 +206,8 @@ def verify_file(  # noqa: PLR0913  each has a name
     names = outputs or reference.outputs
     runner = apart.reference(reference, names)
     with quiet():
-        known = known_of_model(reference, specs, ranges, arrays, seed, graph)
+        known = known_of_model(reference, specs, ranges, arrays, seed, graph, domain)
     made = wished_cases(wish, specs, ranges, arrays, seed, runner, known)
-    made = (case for case in made if domain.holds(case.sizes))
     pairs = [RoutingPair(*pair) for pair in routing]
     watched, watched_cases = recorded(recorder, runner, made, pairs)
     with quiet():

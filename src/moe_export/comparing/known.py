@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_export.comparing import apart
+from moe_export.domain import Domain
 from moe_export.export.constants import constants_of
 from moe_export.export.subject import Subject
 from moe_export.verify import Array, DimRange, TensorSpec, TorchRunner
@@ -36,6 +37,7 @@ def known_of_model(
     example: Mapping[str, Array],
     seed: int,
     graph: Path | None = None,
+    domain: Domain | None = None,
 ) -> Known:
     """What is known of a model.
 
@@ -46,6 +48,7 @@ def known_of_model(
         example: Its example inputs.
         seed: Of the values.
         graph: The file of the other side, if it is an ONNX graph.
+        domain: For which sizes that is said to be right; nothing is said if it is not for the example's.
     """
     make = case_maker(specs, example, seed)
     price = price_of(TorchRunner(model.call_named, model.outputs).run, dims, make)
@@ -65,8 +68,12 @@ def known_of_model(
     }
     tables = {name: _table(name, within, dims, grown) for name, within in found.items()}
     asked = Asked(apart.reference(model, model.outputs).run, example, times)
-    numbers = (*(() if graph is None else graph_numbers(graph)), *constants_of(model))
-    return Known(price, meanings_of(asked, example, tables, read), _unfilled(asked, example), numbers)
+    stated = domain if domain is not None and domain.holds(traced) else Domain()
+    limits = sorted({number for condition in stated.conditions for number in condition.constants})
+    numbers = (*limits, *(() if graph is None else graph_numbers(graph)), *constants_of(model))
+    return Known(
+        price, meanings_of(asked, example, tables, read), _unfilled(asked, example), numbers, stated.holds
+    )
 
 
 def _table(

@@ -12,6 +12,7 @@ import torch
 from moe_export.comparing.checking import Routing
 from moe_export.comparing.sides import GraphRunner
 from moe_export.comparing.verifying import by_position
+from moe_export.domain import Domain
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.dims import Dim
 from moe_export.export.engines.profiles import parse_bounds
@@ -203,6 +204,16 @@ def _dims(specs: Sequence[TensorSpec], example: Mapping[str, torch.Tensor]) -> l
             if isinstance(want, str) and re.fullmatch(r"[A-Za-z_]\w*", want):
                 found.setdefault(want, Dim(want, want, size, 1, None))
     return list(found.values())
+
+
+def stated_domain(facts: Mapping[str, str]) -> Domain:
+    """For which sizes a graph says that it is right, besides the bounds of its dimensions.
+
+    Raises:
+        UsageError: What it says is no condition.
+    """
+    text = facts.get("moe_export.domain", "")
+    return Domain.of(text) if text else Domain()
 
 
 def _stated(dims: list[Dim], facts: Mapping[str, str]) -> list[Dim]:

@@ -18,7 +18,7 @@ from moe_export.comparing.blaming import program_values
 from moe_export.comparing.checking_told import GraphTeller
 from moe_export.comparing.explaining import INSIDE
 from moe_export.comparing.known import known_of_model
-from moe_export.comparing.matching import match_graph, reference_of
+from moe_export.comparing.matching import match_graph, reference_of, stated_domain
 from moe_export.comparing.mutating_apart import Fate, fate_of
 from moe_export.comparing.sides import metadata, running_type
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
@@ -270,7 +270,7 @@ def open_gate(  # noqa: PLR0913  each has a name
     cases: list[Case] = []
 
     setting = (list(runner.inputs), matched.ranges, matched.arrays, seed)
-    known = known_of_model(subject, *setting, path)
+    known = known_of_model(subject, *setting, path, stated_domain(facts))
 
     def watched() -> Iterator[Case]:
         for case in wished_cases(Wish(thorough=thorough), *setting, known=known):

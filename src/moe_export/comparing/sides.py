@@ -23,6 +23,7 @@ from moe_export.verify import (
     TensorRtRunner,
     TensorSpec,
 )
+from moe_export.verify.graph_numbers import graph_numbers
 from moe_export.verify.known import Known
 from moe_export.verify.meaning import MOST_ASKED, Asked, Table, meanings_of
 from moe_export.verify.onnx_reference_runner import OnnxReferenceRunner
@@ -213,17 +214,20 @@ def table_sizes(path: Path) -> dict[str, int]:
     return found
 
 
-def known_of_graph(runner: Runner, example: Mapping[str, Array], tables: Mapping[str, int]) -> Known:
+def known_of_graph(
+    runner: Runner, example: Mapping[str, Array], tables: Mapping[str, int], path: Path
+) -> Known:
     """What is known where the reference is a graph: what it takes.
 
     Args:
         runner: Runs it.
         example: Inputs that were made up for it.
         tables: The rows of the tables that its inputs index.
+        path: Its file.
     """
     rows = {name: Table(0, count - 1) for name, count in tables.items() if name in example}
     asked = Asked(runner.run, example, MOST_ASKED)
-    return Known(meanings=meanings_of(asked, example, rows))
+    return Known(meanings=meanings_of(asked, example, rows), numbers=graph_numbers(path))
 
 
 _PASSING = {"Identity", "Cast", "Reshape", "Squeeze", "Unsqueeze", "Flatten"}

@@ -197,7 +197,8 @@ def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
     specs, dims = narrowed(specs, dims, ours.inputs, inputs)
     example = {spec.name: _cut(example[spec.name], spec) for spec in specs}
     outputs = by_position([spec.name for spec in ours.outputs], [spec.name for spec in theirs.outputs])
-    known = known_of_graph(theirs, example, table_sizes(shown[0].path) if shown[0].kind == "graph" else {})
+    tables = table_sizes(shown[0].path) if shown[0].kind == "graph" else {}
+    known = known_of_graph(theirs, example, tables, candidate.path)
     made = wished_cases(request.wish, specs, dims, example, request.seed, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
     runner, cases = recorded(request.recorder, watchable(reference, theirs, request), made, routing)

@@ -16,7 +16,7 @@ from moe_export.comparing.checking_told import GraphTeller, Mirrored
 from moe_export.comparing.explaining import Remembering, explain, look_inside
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.layerwise_sides import by_blocks, compare_blocks
-from moe_export.comparing.matching import match_graph, reference_of
+from moe_export.comparing.matching import match_graph, reference_of, stated_domain
 from moe_export.comparing.sides import GraphRunner, Side, graph_routing, graph_runner, metadata, running_type
 from moe_export.comparing.verifying import (
     Renamed,
@@ -127,6 +127,7 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
                 **about_precision(candidate, dtype),
             },
             narrow=dtype,
+            domain=stated_domain(facts),
         )
         if request.why is not None and candidate.kind == "graph":
             found = explain(
@@ -150,7 +151,9 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
     wide = apart.reference(subject, subject.outputs, apart.ROUNDED_FLOAT64)
     setting = (list(runner.inputs), matched.ranges, matched.arrays, request.seed)
     with quiet():
-        known = known_of_model(subject, *setting, candidate.path if candidate.kind == "graph" else None)
+        known = known_of_model(
+            subject, *setting, candidate.path if candidate.kind == "graph" else None, stated_domain(facts)
+        )
     cases = wished_cases(wish, *setting, known=known)
     watched, cases = recorded(request.recorder, wide, cases, matched.pairs)
     tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
@@ -215,7 +218,12 @@ def _model_against_graph(candidate: Side, reference: Side, request: Request) -> 
     subject = matched.subject
     setting = (list(graph.inputs), matched.ranges, matched.arrays, request.seed)
     with quiet():
-        known = known_of_model(subject, *setting, reference.path if reference.kind == "graph" else None)
+        known = known_of_model(
+            subject,
+            *setting,
+            reference.path if reference.kind == "graph" else None,
+            stated_domain(metadata(reference.path)),
+        )
     made = wished_cases(request.wish, *setting, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
     runner, cases = recorded(request.recorder, watchable(reference, graph, request), made, routing)
