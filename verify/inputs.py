@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import islice
 
 import numpy as np
 
@@ -127,9 +126,11 @@ def _long(maker: Maker, dims: Sequence[DimRange]) -> Iterator[Case]:
     price = maker.known.price
     if price is None:
         return
-    for longest in long_sizes(dims, maker.known.holds):
-        paid = (sizes for sizes in longest if maker.can_make(sizes) and price(sizes) <= MOST_OF_ONE)
-        yield from (maker.make(label_of(sizes), sizes, regime=LONG) for sizes in islice(paid, 1))
+    most = MOST_OF_ONE  # a length is rather the last dimension than the first, and what is long for it finds more
+    for longest in long_sizes(dims[::-1], maker.known.holds):
+        paid = [sizes for sizes in longest if maker.can_make(sizes) and price(sizes) <= most]
+        most /= 4
+        yield from (maker.make(label_of(sizes), sizes, regime=LONG) for sizes in paid[:1])
 
 
 def _check(specs: Sequence[TensorSpec], traced: Mapping[str, int], example: Mapping[str, Array]) -> None:
