@@ -353,32 +353,3 @@ def _require_same_shapes(column: tuple[fx.Node, ...]) -> None:
     shapes: Mapping[tuple[int, ...], fx.Node] = {tuple(leaf.meta["val"].shape): leaf for leaf in column}
     if len(shapes) > 1:
         raise NotExpertsError(f"the experts' weights differ in shape: {', '.join(map(str, shapes))}")
-
-
-def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None:
-    """Make sure that each row of the body depends on its own pair only: together and one by one give the same.
-
-    Args:
-        experts: The block.
-        values: What its nodes are on the example inputs.
-
-    Raises:
-        NotExpertsError: The body mixes rows.
-    """
-    indices = values[experts.indices]
-    generator = torch.Generator().manual_seed(0)
-    token = torch.randint(0, max(1, indices.shape[0]), (5,), generator=generator)
-    slot = torch.randint(0, experts.slots, (5,), generator=generator)
-    first = [
-        values[weight.separate[0]] if weight.stack is None else values[weight.stack][0]
-        for weight in experts.weights
-    ]
-    rest = [torch.zeros(1, dtype=torch.int64), *(values[node] for node in experts.shared), *first]
-    try:
-        with torch.no_grad():
-            together = experts.body(token, slot, *rest)
-            alone = [experts.body(token[row : row + 1], slot[row : row + 1], *rest) for row in range(5)]
-    except Exception as error:
-        raise NotExpertsError(f"the expert cannot be run on other rows: {error}") from error
-    if not torch.allclose(together, torch.cat(alone), rtol=1e-4, atol=1e-5, equal_nan=True):
-        raise NotExpertsError("the expert mixes rows: what it gives for a token depends on the other tokens")

@@ -2,7 +2,7 @@
 
 Both are run on random rows, and with random weights, expert by expert and at another number of slots. What agrees
 there does not mix experts, and the axes of each weight are what they were taken for. That rows do not mix is tried
-for every block, however it was written (`experts.body.check_rows`).
+for every block, however it was written (`experts.mixing.check_rows`).
 """
 
 from __future__ import annotations

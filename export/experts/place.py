@@ -19,8 +19,9 @@ from torch.export import ExportedProgram
 from torch.onnx.ops import _symbolic_impl
 
 from moe_export.export.experts.batch import trace_body
-from moe_export.export.experts.body import ZEROS, Experts, NotExpertsError, check_rows
+from moe_export.export.experts.body import ZEROS, Experts, NotExpertsError
 from moe_export.export.experts.flat_tokens import with_flat_tokens
+from moe_export.export.experts.mixing import check_rows
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.gates.gate import values_of
 from moe_export.export.tracing import Traced, quiet

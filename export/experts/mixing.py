@@ -1,0 +1,71 @@
+"""Does an expert mix rows? What it gives for a token must not depend on the tokens that it is run with.
+
+Decided by running the body on five pairs together and one by one, in float64 whatever the model's type: in float16 the
+two differ by what a processor's matrix product rounds, which says nothing of the model and is another on another one.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import fx
+
+from moe_export.export.experts.body import Experts, NotExpertsError
+from moe_export.float64 import in_float64
+
+_PAIRS = 5
+_EXACT = 1e-9  # of the largest value: float64 rounds at 1e-16, and what is mixed is far above
+_ROUNDED = 1e-4  # where an operator has no float64
+
+
+def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None:
+    """Make sure that each row of the body depends on its own pair only: together and one by one give the same.
+
+    Args:
+        experts: The block.
+        values: What its nodes are on the example inputs.
+
+    Raises:
+        NotExpertsError: The body mixes rows.
+    """
+    indices = values[experts.indices]
+    generator = torch.Generator().manual_seed(0)
+    token = torch.randint(0, max(1, indices.shape[0]), (_PAIRS,), generator=generator)
+    slot = torch.randint(0, experts.slots, (_PAIRS,), generator=generator)
+    first = [
+        values[weight.separate[0]] if weight.stack is None else values[weight.stack][0]
+        for weight in experts.weights
+    ]
+    rest = [torch.zeros(1, dtype=torch.int64), *(values[node] for node in experts.shared), *first]
+    wide = [value.double() if value.is_floating_point() else value for value in rest]
+    try:
+        with torch.no_grad(), in_float64():
+            agrees = _agrees(copy.deepcopy(experts.body).double(), token, slot, wide, _EXACT)
+    except Exception:  # an operator without float64
+        agrees = None
+    if agrees is None:
+        try:
+            with torch.no_grad():
+                agrees = _agrees(experts.body, token, slot, rest, _ROUNDED)
+        except Exception as error:
+            raise NotExpertsError(f"the expert cannot be run on other rows: {error}") from error
+    if not agrees:
+        raise NotExpertsError("the expert mixes rows: what it gives for a token depends on the other tokens")
+
+
+def _agrees(
+    body: fx.GraphModule,
+    token: torch.Tensor,
+    slot: torch.Tensor,
+    rest: Sequence[torch.Tensor],
+    near: float,
+) -> bool:
+    together = body(token, slot, *rest)
+    alone = torch.cat([body(token[row : row + 1], slot[row : row + 1], *rest) for row in range(_PAIRS)])
+    if together.shape != alone.shape:
+        return False
+    together, alone = together.double(), alone.double()
+    size = together.abs().nan_to_num(0.0, 0.0, 0.0).max().item() if together.numel() else 0.0
+    return torch.allclose(together, alone, rtol=near, atol=near * size, equal_nan=True)
