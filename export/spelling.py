@@ -87,8 +87,9 @@ def _masked_select(node: fx.Node) -> None:
 def _kept_narrow(node: fx.Node) -> None:
     """`x.half().sum(1)` → `x.half().sum(1, dtype=float16)`: the exporter sums in float32 and leaves the result so."""
     value, result = node.args[0], node.meta.get("val")
-    narrow = isinstance(result, torch.Tensor) and result.dtype in _NARROW
-    if narrow and isinstance(value, fx.Node) and node.kwargs.get("dtype") is None:
+    if not isinstance(result, torch.Tensor) or result.dtype not in _NARROW:
+        return
+    if isinstance(value, fx.Node) and node.kwargs.get("dtype") is None:
         node.kwargs = {**node.kwargs, "dtype": result.dtype}
 
 

@@ -13,6 +13,7 @@ BELOW = {
     "moe_export.errors",
     "moe_export.external_data",
     "moe_export.float64",
+    "moe_export.own_files",
 }  # what every room may know
 
 
