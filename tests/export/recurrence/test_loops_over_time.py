@@ -72,10 +72,7 @@ def length_first(subject: Subject) -> bool:
 
 
 # A loop takes ten seconds to export: the others are run with the slow tests.
-ALWAYS = {
-    "in_place", "backwards", "strided", "layers", "gated_delta", "rwkv", "two_back", "first_step_apart", "growing_cat",
-    "heads", "split", "log_space",
-}  # fmt: skip
+ALWAYS = {"in_place", "layers", "gated_delta", "two_back", "growing_cat", "heads", "log_space"}
 
 
 @pytest.fixture(
