@@ -61,7 +61,8 @@ def stand(
         off = np.where(beyond & np.isfinite(truth), np.abs(ours - truth), 0.0)
         allowed = np.maximum(_within(found.margin, truth), TIMES * room)
     lost = beyond & ~np.isfinite(truth)
-    ratios = off / np.maximum(room, np.finfo(np.float64).tiny)
+    with np.errstate(over="ignore"):  # a reference without any error
+        ratios = off / np.maximum(room, np.finfo(np.float64).tiny)
     worst = np.unravel_index(int(np.argmax(ratios)), ratios.shape)
     standing = Standing(float(off[worst]), float(room[worst]), float(ratios[worst]), int(beyond.sum()))
     if lost.any() or (off > allowed).any():
