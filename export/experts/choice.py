@@ -48,3 +48,26 @@ def names_experts(indices: fx.Node, count: int) -> bool:
     """Whether every index is known to be one of 0 to `count` - 1."""
     experts = experts_of(indices)
     return experts is not None and experts <= count
+
+
+def name_once(indices: fx.Node) -> bool:
+    """Whether no token is known to name an expert twice: it has one choice, or all of its choices are one `topk`.
+
+    Of indices that come from elsewhere (an input, several choices side by side, a table), any two may be the same.
+    """
+    shape = indices.meta["val"].shape
+    if len(shape) == 1 or shape[-1] == 1:
+        return True
+    node, seen = indices, set[fx.Node]()
+    while node not in seen:
+        seen.add(node)
+        operator = node.args[0] if is_part(node) else node
+        choice = as_choice(operator) if isinstance(operator, fx.Node) else None
+        if choice is not None and choice.indices is node:
+            return True
+        source = node.args[0] if node.args else None
+        carries = node.target in CARRIERS - {_aten.expand.default} or is_part(node)
+        if not isinstance(source, fx.Node) or not carries:
+            return False
+        node = source
+    return False

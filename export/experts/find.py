@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from moe_export.export.experts.choice import name_once
 from moe_export.export.experts.kept import indices_among, indices_of
 from moe_export.export.experts.mask import Marks, marks_of
 from moe_export.export.source import line_of
@@ -48,6 +49,7 @@ class Turn:
         value: (R, H), what is added; row r belongs to pair r.
         before, after: The accumulated value (N, H) before and after.
         overwrites: Whether the rows are put in place of the old ones instead of being added.
+        accumulates: Whether the operator adds up rows of one token; otherwise the last of them is kept.
         through: (S,), where the row of each pair is added, if not to the row that the pair was read from.
     """
 
@@ -56,6 +58,7 @@ class Turn:
     before: fx.Node
     after: fx.Node
     overwrites: bool = False
+    accumulates: bool = True
     through: fx.Node | None = None
 
 
@@ -119,7 +122,12 @@ def _selections(graph: fx.Graph) -> Iterator[Selection]:
 
 
 def _row_numbers(mask: fx.Node, marks: Marks) -> tuple[fx.Node | None, fx.Node | None]:
-    """The nodes with the token and the slot of each pair, where the mask goes through `nonzero` or `where`."""
+    """The nodes with the token and the slot of each pair, where the mask goes through `nonzero` or `where`.
+
+    A number along one of several axes of tokens names no token; `flat_tokens` has made one axis of those it can.
+    """
+    if marks.axes.count("token") > 1:
+        return None, None
     found: dict[str, fx.Node] = {}
     for user in mask.users:
         for part in user.users:
@@ -158,16 +166,27 @@ def _turns(selection: Selection) -> Iterator[Turn]:
             if user.target is _aten.index.Tensor and list(user.args[1]) == [rows]:  # type: ignore[arg-type]
                 table = user.args[0]
                 if isinstance(table, fx.Node) and _is_numbers(table):
-                    for turn in _turns_at(user, selection):
+                    for turn in _turns_at(user, selection, through=table):
                         yield dataclasses.replace(turn, through=table)
 
 
-def _turns_at(rows: fx.Node, selection: Selection) -> Iterator[Turn]:
+def _turns_at(rows: fx.Node, selection: Selection, through: fx.Node | None = None) -> Iterator[Turn]:
     for place in _spread(rows):
         for user in place.users:
             turn = _as_turn(user, place, selection)
-            if turn is not None:
+            if turn is not None and (turn.accumulates or _rows_differ(selection, through)):
                 yield turn
+
+
+def _rows_differ(selection: Selection, through: fx.Node | None) -> bool:
+    """Whether a selection has no row of a token twice.
+
+    `out[token] += rows` reads, adds and writes: of a token that is there twice, the last row is kept. What adds both
+    may stand in its place only where there is no such token.
+    """
+    if through is None and "slot" not in selection.marks.axes:
+        return True  # a mask of tokens
+    return through is None and name_once(selection.marks.indices)
 
 
 def _is_numbers(node: fx.Node) -> bool:
@@ -212,8 +231,8 @@ def _as_turn(node: fx.Node, rows: fx.Node, selection: Selection) -> Turn | None:
         return Turn(selection, value, before, node)
     added = _added(value, before, rows)
     if added is None:
-        return Turn(selection, value, before, node, overwrites=True)
-    return Turn(selection, added, before, node)
+        return Turn(selection, value, before, node, overwrites=True, accumulates=False)
+    return Turn(selection, added, before, node, accumulates=False)
 
 
 def _added(value: fx.Node, before: fx.Node, rows: fx.Node) -> fx.Node | None:
