@@ -15,7 +15,7 @@ without tokens, so an answer that changes a result is found.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_export.export.experts.choice import experts_of
 from moe_export.export.experts.mask import marks_of
+from moe_export.export.experts.not_hit import asking_frame, refuse_number, require_nothing
 from moe_export.export.experts.row_masks import is_mask_of_rows, rows_written
 from moe_export.export.experts.slices import Count, Counts, counts_of, joined, sliced, split
 
@@ -102,6 +103,9 @@ class _AllHit(TorchFunctionMode):
     def truth(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = _node_of(args[0])
         answer = _truth(node)
+        frame = asking_frame()
+        if answer is not None and frame is not None:
+            require_nothing(frame, answer)
         if answer is None and node is not None:
             answer = _truth(node, is_mask_of_rows)
             if answer is not None:
@@ -309,6 +313,13 @@ def every_expert_hit() -> Iterator[list[str]]:
             value = _for_many_rows(self, expression)
             if value is None:
                 raise
+            frame = asking_frame()
+            if frame is not None:
+                few = _values(expression, (1, 2, 3, 5))
+                if few != {value}:
+                    refuse_number(frame)
+                if _values(expression, (0,)) != {value}:
+                    require_nothing(frame, value)
             answered.append(str(expression))
             return value
 
@@ -328,3 +339,12 @@ def _for_many_rows(env: Any, expression: Any) -> Any:
         return None
     value = expression.xreplace(dict.fromkeys(symbols, sympy.Integer(_MANY)))
     return bool(value) if value in (sympy.true, sympy.false) else None
+
+
+def _values(expression: Any, numbers: Sequence[int]) -> set[Any]:
+    """What a condition on numbers of rows says for each of some numbers."""
+    import sympy
+
+    symbols = [symbol for symbol in expression.free_symbols if symbolic_shapes.free_unbacked_symbols(symbol)]
+    found = (expression.xreplace(dict.fromkeys(symbols, sympy.Integer(number))) for number in numbers)
+    return {bool(value) if value in (sympy.true, sympy.false) else None for value in found}

@@ -1,0 +1,90 @@
+"""What a model's code does for an expert that no token chose, read off the statement that asks.
+
+    if mask.any(): out[mask] += ...            nothing: such an expert may be traced as if it had tokens
+    if rows.numel() == 0: continue             nothing
+    if rows.numel() == 0: break                it leaves the loop
+    if rows.numel(): ... else: out = out + 1   something else
+
+A trace sees one way only, so this is not in it.
+"""
+
+from __future__ import annotations
+
+import ast
+import linecache
+import os
+import sys
+from collections.abc import Iterator
+from types import FrameType
+
+import torch
+
+from moe_export.errors import NotExportableError
+from moe_export.export.source import is_library_model
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_ASKING = (os.path.join(_TORCH, "__init__.py"), os.path.join(_TORCH, "fx", "experimental") + os.sep)
+
+_HANDING_ON = {"__torch_function__", "handle_torch_function"}
+
+
+def asking_frame() -> FrameType | None:
+    """The frame of the model's code that asks for the truth of a value right now; None where PyTorch does."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        path = frame.f_code.co_filename
+        inside = path.startswith(_TORCH)
+        if inside and not path.startswith(_ASKING) and frame.f_code.co_name not in _HANDING_ON:
+            return None
+        if not inside and os.path.isabs(path) and is_library_model(path):
+            return frame
+        frame = frame.f_back
+    return None
+
+
+def require_nothing(frame: FrameType, hit: bool) -> None:
+    """Make sure that the statement at hand does nothing for an expert without tokens.
+
+    Args:
+        frame: Where the question is asked.
+        hit: The answer for an expert with tokens; `if not ...` turns it round.
+
+    Raises:
+        NotExportableError: It leaves the loop, or computes something.
+    """
+    for statement in _asking(frame):
+        turned = isinstance(statement.test, ast.UnaryOp) and isinstance(statement.test.op, ast.Not)
+        for each in statement.orelse if hit is not turned else statement.body:
+            if isinstance(each, (ast.Break, ast.Return)):
+                _refuse(frame, "leaves the loop at an expert without tokens")
+            if isinstance(each, (ast.Assign, ast.AugAssign)):
+                _refuse(frame, "computes something for an expert without tokens")
+
+
+def refuse_number(frame: FrameType) -> None:
+    """Refuse a question about how many tokens an expert has, other than whether it has any.
+
+    Raises:
+        NotExportableError: Always.
+    """
+    _refuse(frame, "asks how many tokens an expert has")
+
+
+def _refuse(frame: FrameType, what: str) -> None:
+    raise NotExportableError(
+        f"a condition {what}, and a graph has all experts in it",
+        where=f"{os.path.abspath(frame.f_code.co_filename)}:{frame.f_lineno}",
+        hint="compute it for every expert, and choose with torch.where or a mask",
+    )
+
+
+def _asking(frame: FrameType) -> Iterator[ast.If]:
+    """The `if` whose condition stands on the line that runs."""
+    lines = linecache.getlines(frame.f_code.co_filename)
+    try:
+        tree = ast.parse("".join(lines))
+    except SyntaxError:
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and node.test.lineno <= frame.f_lineno <= (node.test.end_lineno or 0):
+            yield node
