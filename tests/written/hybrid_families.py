@@ -47,8 +47,8 @@ def slow_path(name: str) -> nn.Module:
     return model.eval()
 
 
-def by_chunks(name: str) -> nn.Module:
-    """Families whose own code computes chunks, or a gated delta rule, or convolutions only."""
+def by_chunks(name: str, chunk: int = 8) -> nn.Module:
+    """Families whose own code computes chunks, or a gated delta rule (in chunks of 64), or convolutions only."""
     transformers: Any = pytest.importorskip("transformers")
     heads = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
     mamba = {
@@ -56,10 +56,10 @@ def by_chunks(name: str) -> nn.Module:
         "mamba_n_heads": 4,
         "mamba_d_head": 8,
         "mamba_n_groups": 1,
-        "mamba_chunk_size": 8,
+        "mamba_chunk_size": chunk,
     }
     options: dict[str, dict[str, Any]] = {
-        "Mamba2": {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": 8},
+        "Mamba2": {"state_size": 4, "num_heads": 4, "head_dim": 8, "n_groups": 1, "chunk_size": chunk},
         "Bamba": {**heads, **mamba, "attn_layer_indices": [1]},
         "GraniteMoeHybrid": {
             **heads, **mamba, "layer_types": ["mamba", "attention"], "num_local_experts": 2,
@@ -67,11 +67,14 @@ def by_chunks(name: str) -> nn.Module:
         },
         "NemotronH": {
             **heads, "hybrid_override_pattern": "M*", "head_dim": 8, "mamba_num_heads": 4, "mamba_head_dim": 8,
-            "ssm_state_size": 4, "n_groups": 1, "chunk_size": 8,
+            "ssm_state_size": 4, "n_groups": 1, "chunk_size": chunk,
         },
         "Zamba2": {
-            **heads, "mamba_d_state": 4, "mamba_headdim": 8, "n_mamba_heads": 4, "mamba_ngroups": 1, "chunk_size": 8,
-            "layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "adapter_rank": 4,
+            **heads, "mamba_d_state": 4, "mamba_headdim": 8, "n_mamba_heads": 4, "mamba_ngroups": 1,
+            "chunk_size": chunk, "layers_block_type": ["mamba", "hybrid"], "num_mem_blocks": 1, "adapter_rank": 4,
+        },
+        "FalconH1": {
+            **heads, **mamba, "mamba_d_ssm": 32, "mamba_expand": 2, "head_dim": 8, "attention_in_multiplier": 1.0,
         },
         "Lfm2": {**heads, "layer_types": ["conv", "full_attention"]},
         "Qwen3Next": {

@@ -106,6 +106,44 @@ def test_families_of_transformers_that_compute_chunks(name: str, loops: int) -> 
     check(subject, graph, (1, 2, 7, 16, 63, 64, 65, 257))
 
 
+CHUNKED = ["Mamba2", "Bamba", "GraniteMoeHybrid", "NemotronH", "Zamba2", "FalconH1", "Qwen3Next"]
+
+
+def mixer_of(model: nn.Module) -> nn.Module:
+    """The module that computes chunks."""
+    return next(
+        module
+        for module in model.modules()
+        if type(module).__name__.endswith(("Mixer", "MambaLayer", "DeltaNet")) and hasattr(module, "A_log")
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("chunk", "length"), [(16, 7), (16, 100), (64, 1), (64, 16), (256, 7), (256, 100)])
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunked_mixers_have_any_length_from_an_example_of_any(name: str, chunk: int, length: int) -> None:
+    """An example of one chunk, or of a part of one, says nothing of how many there are."""
+    mixer = mixer_of(hybrid_families.by_chunks(name, chunk))
+    width = next(weight for key, weight in mixer.named_parameters() if "in_proj" in key).shape[1]
+    states = torch.randn(2, length, width, generator=torch.Generator().manual_seed(0))
+    subject = make_subject(mixer, (states,), {}, source=Path(__file__), how="a test")
+    graph = export_subject(subject, Options(gates=False, simplify=False))[0]
+    assert [dim.maximum for dim in graph.traced.dims] == [None, None]
+    check(subject, graph, (1, 2, chunk - 1, chunk, chunk + 1, 3 * chunk + 1))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CHUNKED)
+def test_chunked_models_have_any_length_from_an_example_of_one_chunk(name: str) -> None:
+    tokens = torch.randint(0, 50, (2, 16), generator=torch.Generator().manual_seed(0))
+    module = hybrid_families.Last(hybrid_families.by_chunks(name, 64))
+    subject = make_subject(module, (tokens,), {}, source=Path(__file__), how="a test")
+    graph = export_subject(subject, Options(gates=False, simplify=False))[0]
+    check(subject, graph, (1, 2, 63, 64, 65, 193))
+
+
 class ParallelScan(nn.Module):
     """Mamba's scan by doubling distances, log2(l) passes over the whole sequence, as parallel codes write it."""
 
