@@ -1,6 +1,8 @@
 # `make demo` and `make test` do everything on a fresh machine with Python 3.10+ and a package index.
 PYTHON ?= python3
 VENV := .venv
+# Two test processes on two cores: with two threads each they wait for each other (a call of 2 ms takes 300).
+export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
