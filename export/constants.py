@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import sys
 import sysconfig
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from functools import cache
@@ -25,6 +26,7 @@ from moe_export.export.source import is_library_model, is_user_file
 from moe_export.export.subject import Subject
 
 _LEAST, _MOST = 2, 2**16  # 0 and 1 are tried anyway; what is larger is no length that is compared at
+_CALLS = 32  # of a function that a loop calls, the first ones show what it is called with
 _MANY = 64  # of a large configuration nearly every integer is a width; those in the code that ran come first
 
 
@@ -36,13 +38,13 @@ def constants_of(subject: Subject, *, widths: bool = True) -> tuple[int, ...]:
         widths: Whether to count what modules hold, or are called with, and is a width of a weight besides.
     """
     seen = _Seen()
-    before = sys.getprofile()  # a debugger's, a coverage tool's
+    before = sys.gettrace()  # a debugger's, a coverage tool's
     with torch.no_grad(), suppress(Exception):  # a model that fails here is refused where it is traced
-        sys.setprofile(seen.note)
+        sys.settrace(seen.note)  # called for each Python function, and no line or built-in of it
         try:
             subject.call([tensor.clone() for tensor in subject.inputs.values()])
         finally:
-            sys.setprofile(before)
+            sys.settrace(before)
     around = [*_held(subject.module), *seen.passed]
     if not widths:
         taken = {size for weight in subject.module.parameters() for size in weight.shape}
@@ -57,18 +59,19 @@ class _Seen:
     def __init__(self) -> None:
         self.written: list[int] = []
         self.passed: dict[int, None] = {}
-        self._codes: set[CodeType] = set()
+        self._calls: Counter[CodeType] = Counter()
 
     def note(self, frame: FrameType, event: str, argument: Any) -> None:
-        """What `sys.setprofile` calls."""
+        """What `sys.settrace` calls."""
         code = frame.f_code
-        if event != "call" or not _is_model_code(code.co_filename):
+        if not _is_model_code(code.co_filename):
             return
-        if code not in self._codes:
-            self._codes.add(code)
+        self._calls[code] += 1
+        if self._calls[code] == 1:
             self.written += _integers(code.co_consts)
             self.written += _integers(frame.f_globals.get(name) for name in code.co_names)
-        self.passed.update(dict.fromkeys(_integers(frame.f_locals.values())))
+        if self._calls[code] <= _CALLS:
+            self.passed.update(dict.fromkeys(_integers(frame.f_locals.values())))
 
 
 @cache

@@ -8,7 +8,7 @@ the laws give there must be among those that it computes with.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -99,9 +99,10 @@ def _reached(
     subject: Subject, agreement: Agreement, lengths: Sequence[Length], longest: tuple[int, ...]
 ) -> tuple[Reach, ...]:
     """How far the fold is right, over each length."""
-    constants = constants_of(subject, widths=False)
+    short = resized_together(lengths, subject.inputs, longest)
     with quiet():
-        count = operators(subject, resized_together(lengths, subject.inputs, longest)) or 0
+        constants = constants_of(replace(subject, inputs=short), widths=False)
+        count = operators(subject, short) or 0
     found = tuple(reach(agreement, constants, longest, place, count) for place in range(len(lengths)))
     for length, each in zip(lengths, found, strict=True):
         shown = length.of(subject.inputs)

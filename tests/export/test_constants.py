@@ -62,10 +62,12 @@ def test_widths(tmp_path):
 def test_whoever_watches_goes_on_watching(tmp_path):
     subject = make_subject(nn.Linear(3, 3), (torch.zeros(2, 3),), {}, source=tmp_path, how="")
     seen = []
-    sys.setprofile(lambda frame, event, argument: seen.append(event))
+    before = sys.gettrace()
+    sys.settrace(lambda frame, event, argument: seen.append(event))
     try:
         constants_of(subject)
-        watching = sys.getprofile()
+        watching = sys.gettrace()
     finally:
-        sys.setprofile(None)
+        sys.settrace(before)
     assert watching is not None
+    assert seen
