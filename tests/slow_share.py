@@ -1,4 +1,4 @@
-"""A share of the slow tests, another one each day: what `make test-slow-share` and the gate run.
+"""A share of the slow tests, another one each day: what `make test-slow-share` runs.
 
 The slow tests take longer than a gate may. They are dealt into `DAYS` shares by a hash of their names, and each day has
 one share of its own; where time is left, the next day's follows, and so on. So each slow test runs at least once in
