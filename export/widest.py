@@ -36,6 +36,7 @@ Place = tuple[str, int]  # an input, and an axis of it
 Sizes = Mapping[str, int]
 
 _WITNESSES = 3  # sizes at which a condition must prove needless
+_RUNS = 32  # of the model for all conditions together; what is not answered by then is kept
 _MOST_ELEMENTS = 2**22  # of all inputs together, in a run that only asks a question
 _FEW_ELEMENTS = 2**14  # and in one that others could answer as well
 _MOST_CHUNK = 512  # a constant that is larger is a table's length or a width, and three times it a slow run
@@ -147,6 +148,8 @@ def _needed(
     tried: dict[int, bool | None] = {}
 
     def right(place: int) -> bool | None:
+        if place not in tried and len(tried) >= _RUNS:
+            return None
         if place not in tried:
             tried[place] = _same(traced, subject, pool.example(place))
         return tried[place]

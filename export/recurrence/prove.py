@@ -203,11 +203,14 @@ def _prove_numbers(
 def _used(subject: Subject, example: dict[str, torch.Tensor]) -> _Used | None:
     """The numbers that a model's operators are called with; None if it refuses the example."""
     used = _Used()
-    with quiet(), torch.no_grad(), used:
+    with quiet(), torch.no_grad():
         try:
-            subject.call_named({name: tensor.clone() for name, tensor in example.items()})
+            with used:  # what puts the model's state back afterwards is none of its operators
+                subject.call_leaves([example[name].clone() for name in subject.inputs])
         except Exception:
             return None
+        finally:
+            subject.state.restore()
     return used
 
 
