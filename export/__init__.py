@@ -15,9 +15,8 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 | `tracing`, `conditions`, `dims`, `widen`, `idioms*` | `torch.export`, dimensions free where that holds; their names |
 | `randomness`, `notes` | what cannot be verified; what the report should say |
 | `emit`, `spelling*`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
-| `exact_rules`, `size_numbers`, `reshapes` | what the exporter does that is not exact, or not for empty tensors |
+| `size_numbers`, `reshapes` | what the exporter does that is not exact, or not for empty tensors |
 | `transposed` | products that ONNX Runtime crashes on, or computes wrong |
-| `made_once` | what PyTorch computes anew at every trace and translation |
 | `opset`, `provenance`, `source` | exactly the opset asked for; where each node comes from, down to the line |
 | `naming`, `functions` | names from modules and variables; modules as functions |
 | `bodies`, `evaluate` | graphs inside nodes; what nodes give for arrays that are known now |
@@ -26,6 +25,7 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 
 | room | what it does |
 |---|---|
+| `torch_compat/` | what PyTorch does not promise: every private name and every patch, each with a canary |
 | `gates/` | recognise gates in the traced graph by what they do, cut one out, draw where its tokens go |
 | `experts/` | MoE blocks found, understood and lowered ([docs/experts.md](../docs/experts.md)) |
 | `recurrence/` | Python loops over time found in a trace and folded ([docs/recurrence.md](../docs/recurrence.md)) |

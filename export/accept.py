@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from moe_export.errors import NotExportableError, UsageError
+from moe_export.export.torch_compat.nesting import pytree
 
 
 def plain_module(module: nn.Module, source: Path) -> nn.Module:

@@ -15,16 +15,16 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import MoeExportError, NotExportableError
-from moe_export.export.exact_rules import exact_constants
 from moe_export.export.expands import drop_expands
 from moe_export.export.leaves import unique
-from moe_export.export.made_once import made_once
 from moe_export.export.naming import name_nodes, statements
 from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata
 from moe_export.export.reshapes import plain_transposes, settle_axes, settle_reshapes
 from moe_export.export.size_numbers import exact_sizes
 from moe_export.export.spelling import spell
+from moe_export.export.torch_compat.caches import made_once
+from moe_export.export.torch_compat.exact_rules import exact_constants
 from moe_export.export.tracing import Traced, quiet, rename
 from moe_export.export.transposed import mend_products
 from moe_export.export.untranslated import untranslated

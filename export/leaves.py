@@ -12,7 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
+
+from moe_export.export.torch_compat.nesting import pytree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from moe_export.errors import UsageError
 from moe_export.export.arguments import parse_init, parse_input
@@ -31,6 +30,7 @@ from moe_export.export.ended import no_exit
 from moe_export.export.script import Call, run_file
 from moe_export.export.source import last_user_line
 from moe_export.export.subject import Apart, Subject, make_subject
+from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.weights.stand_in import MEMORY, StandIns, attach_weights
 
 Make = Callable[..., Subject]

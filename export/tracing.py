@@ -32,11 +32,11 @@ from moe_export.export.experts.trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.idioms_numbers import symbolic_numbers
 from moe_export.export.leaves import unique
-from moe_export.export.made_once import made_once
 from moe_export.export.memos import without_memos
 from moe_export.export.randomness import refuse_random
 from moe_export.export.source import last_model_line
 from moe_export.export.subject import Subject
+from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.widen import accepts, widened
 
 Shape = tuple[int | str, ...]

@@ -6,10 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_export.verify.torch_compat import OperatorMode
 
 
-class ChoiceWatcher(TorchDispatchMode):
+class ChoiceWatcher(OperatorMode):
     """Notes each choice of the largest along an axis, in order.
 
     Attributes:
@@ -17,7 +18,7 @@ class ChoiceWatcher(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def __torch_dispatch__(
@@ -38,7 +39,7 @@ class ChoiceWatcher(TorchDispatchMode):
         return result
 
 
-class ChoiceForcer(TorchDispatchMode):
+class ChoiceForcer(OperatorMode):
     """Lets each choice of the largest along an axis be what was chosen before, in order.
 
     Args:
@@ -49,7 +50,7 @@ class ChoiceForcer(TorchDispatchMode):
     """
 
     def __init__(self, ids: Sequence[torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._ids = list(ids)
         self._wrong = False
 

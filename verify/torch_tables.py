@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_export.verify.torch_compat import OperatorMode, leaves
 
 _SAME = {
     "_to_copy", "_unsafe_view", "alias", "clone", "contiguous", "detach", "expand", "flatten", "lift_fresh", "permute",
@@ -40,7 +40,7 @@ class _Origin:
     added: int | None = 0
 
 
-class IndexWatcher(TorchDispatchMode):
+class IndexWatcher(OperatorMode):
     """Follows integer inputs.
 
     Args:
@@ -52,7 +52,7 @@ class IndexWatcher(TorchDispatchMode):
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.tables: dict[str, tuple[int, int]] = {}
         self.read: set[str] = set()
         self._known = {id(tensor): (tensor, _Origin(name)) for name, tensor in tensors.items()}
@@ -66,10 +66,10 @@ class IndexWatcher(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0].rstrip("_")
-        origins = [found for leaf in pytree.tree_leaves((args, kwargs)) if (found := self._origin(leaf))]
+        origins = [found for leaf in leaves((args, kwargs)) if (found := self._origin(leaf))]
         if origins:
             self._note(name, args, origins)
-            for leaf in pytree.tree_leaves(result):
+            for leaf in leaves(result):
                 if isinstance(leaf, torch.Tensor) and not leaf.is_floating_point():
                     self._known[id(leaf)] = (leaf, _through(name, args, kwargs or {}, origins[0]))
         return result

@@ -7,12 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_export.verify.inputs import Case
 from moe_export.verify.price import Price, Work, counted_price
 from moe_export.verify.specs import Array, DimRange
+from moe_export.verify.torch_compat import OperatorMode, leaves
 
 _PRODUCTS = {"mm", "addmm", "bmm", "baddbmm", "linear", "convolution"}
 _MOST_COUNTED = (
@@ -21,11 +20,11 @@ _MOST_COUNTED = (
 Run = Callable[[Mapping[str, Array]], Any]
 
 
-class WorkCounter(TorchDispatchMode):
+class WorkCounter(OperatorMode):
     """Adds up the work of what runs under it."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operators = self.elements = self.products = self.largest = 0
 
     def __torch_dispatch__(
@@ -52,7 +51,7 @@ class WorkCounter(TorchDispatchMode):
 
 
 def _elements(result: Any) -> int:
-    return sum(leaf.numel() for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor))
+    return sum(leaf.numel() for leaf in leaves(result) if isinstance(leaf, torch.Tensor))
 
 
 def _contracted(name: str, args: Sequence[Any]) -> int:

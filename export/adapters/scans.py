@@ -19,7 +19,8 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from moe_export.export.torch_compat.dispatch import no_modes
 
 _LENGTHS = (1, 2, 3, 5, 8, 13)
 _SIZES = (2, 3, 4, 2, 3)  # of the other axes
@@ -88,7 +89,7 @@ def _instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _as_scan(original: Callable[..., Any], rank: int) -> tuple[int, bool] | None:
     """Along which axis a function is a scan, and whether the decay comes first; None for any other function."""
-    with _disable_current_modes(), torch.no_grad():
+    with no_modes(), torch.no_grad():
         for axis in range(rank):
             for decay_is_first in (True, False):
                 if all(_agrees(original, rank, axis, length, decay_is_first) for length in _LENGTHS):

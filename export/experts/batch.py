@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
-from moe_export.export.made_once import made_once
+from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.tracing import quiet
 
 _aten = torch.ops.aten

@@ -24,10 +24,10 @@ from moe_export.export.experts.trt_moe import add_meaning
 from moe_export.export.experts.weights import Weight
 from moe_export.export.experts.writer import Writer
 from moe_export.export.gates.region import scope_of
-from moe_export.export.made_once import made_once
 from moe_export.export.provenance import mark_block
 from moe_export.export.reshapes import settle_axes, settle_reshapes
 from moe_export.export.spelling import spell
+from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.tracing import quiet
 
 Write = Callable[[Writer, str, Opaque], ir.Value]

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.utils import _pytree as pytree
 
 from moe_export.errors import NotExportableError
 from moe_export.export.gates.region import is_size, needed, size_source
@@ -22,6 +21,7 @@ from moe_export.export.gates.routing import Routing
 from moe_export.export.gates.values import stand_in_values
 from moe_export.export.leaves import identifier, unique
 from moe_export.export.subject import Subject, make_subject
+from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing import Traced, quiet
 from moe_export.export.weights.stand_in import absent_among, stand_in_of
 

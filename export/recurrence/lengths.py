@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_export.export.dims import DimRequest
 from moe_export.export.subject import Subject
+from moe_export.export.torch_compat.dispatch import OperatorMode
 
 Example = Mapping[str, torch.Tensor]
 
@@ -60,11 +60,11 @@ def resized_together(
     return dict(example)
 
 
-class _Count(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Count(OperatorMode):
     """Counts operators."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operators: int = 0
 
     def __torch_dispatch__(

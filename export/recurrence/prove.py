@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_export.export.constants import constants_of
 from moe_export.export.recurrence.agreement import Agreement
@@ -27,6 +26,7 @@ from moe_export.export.recurrence.reach import Reach, reach
 from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
 from moe_export.export.source import line_of
 from moe_export.export.subject import Subject
+from moe_export.export.torch_compat.dispatch import OperatorMode
 from moe_export.export.tracing import quiet
 
 aten = torch.ops.aten
@@ -214,11 +214,11 @@ def _used(subject: Subject, example: dict[str, torch.Tensor]) -> _Used | None:
     return used
 
 
-class _Used(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Used(OperatorMode):
     """Notes the numbers that operators are called with."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operators = 0
         self._numbers: set[float] = set()
 

@@ -11,9 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_export.export.torch_compat.dispatch import OperatorMode
+from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.weights.stand_in import StandIns, stand_in_of
 
 _aten = torch.ops.aten
@@ -35,11 +35,11 @@ _PICKS = {
 """What gives zeros of zeros, in new memory."""
 
 
-class ZeroProducts(TorchDispatchMode):
+class ZeroProducts(OperatorMode):
     """While it is entered, what comes of absent weights by products and picking is zeros, uncomputed."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._zeros: dict[int, torch.Tensor] = {}  # they are kept, so that no other tensor takes their place
 
     def __torch_dispatch__(

@@ -7,7 +7,7 @@ from contextlib import nullcontext
 
 import torch
 
-from moe_export.export.made_once import made_once
+from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.tracing import quiet
 from moe_export.models import moe_gate
 

@@ -37,6 +37,7 @@ BELOW = {
 TOGETHER = ("running", "large", "pictures", "comparing", "reports", "commands")
 # The rooms of `export`, in order: one imports those before it, and files of `export` itself.
 EXPORT = (
+    "torch_compat",
     "adapters",
     "weights",
     "gates",

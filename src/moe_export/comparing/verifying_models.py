@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.utils import _pytree as pytree
 
 from moe_export.comparing import apart
 from moe_export.comparing.checking import verify_file
@@ -33,6 +32,7 @@ from moe_export.export.pipeline import as_numpy
 from moe_export.export.script import run_file
 from moe_export.export.source import is_user_file
 from moe_export.export.subject import Subject
+from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing import Traced, quiet, trace
 from moe_export.export.weights.stand_in import in_memory
 from moe_export.verify import (

@@ -13,7 +13,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_export.export.torch_compat.dispatch import OperatorMode
 
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
@@ -21,11 +22,8 @@ _AT_ONCE = 2**24
 """Elements that are widened at once: 64 MiB."""
 
 
-class WideProducts(TorchDispatchMode):
+class WideProducts(OperatorMode):
     """Inside, products of two half-precision matrices are computed in float32; all else is as it was."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(
         self,

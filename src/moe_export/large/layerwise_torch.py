@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from moe_export.errors import UsageError
 from moe_export.export.leaves import leaves
 from moe_export.export.subject import Subject
+from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.weights.stand_in import StandIns, filled
 from moe_export.large.layerwise_products import WideProducts
 from moe_export.verify import Array, Choice

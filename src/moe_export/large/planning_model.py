@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
-from torch.utils import _pytree as pytree
 
 from moe_export.errors import MoeExportError, NotExportableError, UsageError
 from moe_export.export.arguments import parse_init, parse_input
@@ -20,9 +19,10 @@ from moe_export.export.experts.trace import every_expert_hit
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.idioms_numbers import symbolic_numbers
 from moe_export.export.load import split_spec
-from moe_export.export.made_once import made_once
 from moe_export.export.script import run_file
 from moe_export.export.source import last_model_line, last_user_line
+from moe_export.export.torch_compat.caches import made_once
+from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing import quiet
 
 

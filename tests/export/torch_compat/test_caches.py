@@ -10,7 +10,7 @@ import torch._ops
 from torch._export import utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from moe_export.export.made_once import made_once
+from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.tracing import quiet
 from moe_export.models import mamba, sparse_moe
 

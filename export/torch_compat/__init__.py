@@ -1,0 +1,16 @@
+"""The one door to what PyTorch, onnxscript and transformers do not promise: private names, and patches.
+
+A name that begins with an underscore may move in any release, and a patch holds as long as nobody rewrites what it
+replaces. All of them stand here, so that a new PyTorch breaks this folder and nothing else:
+
+| file | what it opens |
+|---|---|
+| `nesting` | tuples, dicts and dataclasses as flat lists of leaves, and back |
+| `dispatch` | a mode that sees every operator that runs |
+| `caches` | what is computed anew at every trace and translation, computed once |
+| `exact_rules` | the optimizer's constants, compared exactly |
+
+Every file says why the public way is not enough, and which versions it was seen in. Each has a canary,
+`tests/export/torch_compat/test_<file>.py`, which fails with a sentence that says what to do when PyTorch is another.
+What only knows ONNX imports none of them. `tests/house/test_one_door.py` holds the rest of the code to it.
+"""
