@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from moe_export.errors import NotExportableError, UsageError
+from moe_export.export.torch_compat.modules import compiled_inside, uncompile
 from moe_export.export.torch_compat.nesting import pytree
 
 
@@ -27,7 +28,7 @@ def plain_module(module: nn.Module, source: Path) -> nn.Module:
     """
     module = _unwrapped(module)
     for parent in module.modules():
-        parent._compiled_call_impl = None  # `module.compile()` compiles in place
+        uncompile(parent)
         for name, child in parent.named_children():
             if isinstance(child, nn.Module) and _unwrapped(child) is not child:
                 setattr(parent, name, _unwrapped(child))
@@ -37,7 +38,7 @@ def plain_module(module: nn.Module, source: Path) -> nn.Module:
 
 def _unwrapped(module: nn.Module) -> nn.Module:
     while True:
-        inner = getattr(module, "_orig_mod", None)  # torch.compile
+        inner: Any = compiled_inside(module)
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             inner = module.module
         if not isinstance(inner, nn.Module):

@@ -5,19 +5,20 @@ The user's file is not touched: the calls are seen while the model is traced, wh
 
 from __future__ import annotations
 
-import builtins
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
-from torch import fx, nn
+from torch import nn
 
 from moe_export.export.adapters.other_forms import InOtherForms
 from moe_export.export.adapters.transformers import traceable_experts
 from moe_export.export.source import inside_call, is_user_file
+from moe_export.export.torch_compat.length import symbolic_length
+from moe_export.export.torch_compat.modules import conversions
+from moe_export.export.torch_compat.stack_traces import Frames, kept_frames
 
 
 def _one_hot(tensor: torch.Tensor, num_classes: Any = -1) -> Any:
@@ -115,22 +116,23 @@ def _item(tensor: torch.Tensor, index: Any) -> torch.Tensor:
     return torch.view_as_complex(torch.view_as_real(tensor)[(*parts, slice(None))])
 
 
-_TO = nn.Module.to
-
-
-def _to(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+def _to(original: Callable[..., nn.Module], module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """`module.to(dtype)` in a `forward`, where the module is so already → the module.
 
     Routers of Switch and NLLB do so at every call. The tracer forbids to swap parameters, also for themselves.
     """
-    device, dtype = torch._C._nn._parse_to(*args, **kwargs)[:2]
+    dtype = _dtype_alone(*args, **kwargs)
     there = [*module.parameters(), *module.buffers()]
-    wanted: Any = (device, dtype)
-    if wanted == (None, dtype) and all(
-        tensor.dtype is dtype for tensor in there if tensor.is_floating_point()
-    ):
+    if dtype is not None and all(tensor.dtype is dtype for tensor in there if tensor.is_floating_point()):
         return module
-    return _TO(module, *args, **kwargs)
+    return original(module, *args, **kwargs)
+
+
+def _dtype_alone(*args: Any, dtype: Any = None, device: Any = None, tensor: Any = None, **_: Any) -> Any:
+    """The type that `to` is called with; None if it names a device or a tensor, too."""
+    dtype = next((each for each in args if isinstance(each, torch.dtype)), dtype)
+    others = (device, tensor, *(each for each in args[:1] if not isinstance(each, torch.dtype)))
+    return dtype if all(each is None for each in others) else None
 
 
 _IDIOMS: dict[Any, Callable[..., Any]] = {
@@ -150,35 +152,19 @@ _IDIOMS: dict[Any, Callable[..., Any]] = {
 @contextmanager
 def traceable_idioms() -> Iterator[None]:
     """While it runs, calls are traced in their other form."""
-    with (
-        InOtherForms(_IDIOMS),
-        traceable_experts(),
-        mock.patch.object(builtins, "len", _length),
-        mock.patch.object(nn.Module, "to", _to),
-    ):
+    with InOtherForms(_IDIOMS), traceable_experts(), symbolic_length(), conversions(_to):
         yield
 
 
-_len = len
-
-
-def _length(value: Any) -> Any:
-    """`len(x)` of a tensor → `x.shape[0]`, which may stay a symbol; Python makes a plain integer of the other."""
-    return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else _len(value)
-
-
-@contextmanager
-def user_lines() -> Iterator[None]:
+def user_lines() -> AbstractContextManager[None]:
     """Let the tracer keep the user's own lines in stack traces; by itself it keeps those of `forward` only."""
-    original = fx.proxy.TracerBase._filter_traceback_frames
 
-    def keep(self: fx.proxy.TracerBase, summary: traceback.StackSummary) -> traceback.StackSummary:
-        forwards = {(frame.filename, frame.lineno) for frame in original(self, summary)}
-        return traceback.StackSummary.from_list(
+    def keep(kept: Frames, frames: traceback.StackSummary) -> Frames:
+        forwards = {(frame.filename, frame.lineno) for frame in kept}
+        return [
             frame
-            for frame in inside_call(summary)
+            for frame in inside_call(frames)
             if (frame.filename, frame.lineno) in forwards or is_user_file(frame.filename)
-        )
+        ]
 
-    with mock.patch.object(fx.proxy.TracerBase, "_filter_traceback_frames", keep):
-        yield
+    return kept_frames(keep)

@@ -10,18 +10,18 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from unittest import mock
 
 from torch import nn
 
 from moe_export.errors import UsageError
 from moe_export.export.source import last_user_line
 from moe_export.export.stand_in import stand_ins
+from moe_export.export.torch_compat.modules import calls_of_modules
 
 
 @dataclass(frozen=True)
@@ -143,18 +143,15 @@ def _as_main(path: Path, module: ModuleType, as_script: bool) -> Iterator[None]:
             sys.modules[module.__name__] = saved
 
 
-@contextlib.contextmanager
-def _watch_calls(calls: list[Call], stop: bool) -> Iterator[None]:
+def _watch_calls(calls: list[Call], stop: bool) -> contextlib.AbstractContextManager[None]:
     """Record the first module call that is not inside another one."""
-    original = nn.Module.__call__
 
-    def watched(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def watched(original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if not calls:
-            call = Call(self, args, kwargs)
+            call = Call(module, args, kwargs)
             calls.append(call)
             if stop:
                 raise _FirstCallSeen(call)
-        return original(self, *args, **kwargs)
+        return original(module, *args, **kwargs)
 
-    with mock.patch.object(nn.Module, "__call__", watched):
-        yield
+    return calls_of_modules(watched)

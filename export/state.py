@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from moe_export.export.source import is_user_file
+from moe_export.export.torch_compat.modules import tables_of
 from moe_export.export.weights.stand_in import stand_in_of
 
 _MOST_WEIGHTS = 2**30  # bytes that the weights may have to be copied for the first call
@@ -214,22 +215,18 @@ class _Walk:
 
     def _see_module(self, module: nn.Module, path: str) -> None:
         start = f"{path}." if path else ""
-        self._see_items(module.__dict__, lambda key: f"attribute {start}{key}")
-        for key, value in module.__dict__.items():
-            if key == "_parameters":
-                self._see_items(value, lambda key: f"parameter {start}{key}")
-                for name, weight in value.items():
-                    self.see(weight, f"{start}{name}", "parameter")
-            elif key == "_buffers":
-                self._see_items(value, lambda key: f"buffer {start}{key}")
-                for name, tensor in value.items():
-                    self.see(tensor, f"{start}{name}", "buffer")
-            elif key == "_modules":
-                self._see_items(value, lambda key: f"module {start}{key}")
-                for name, child in value.items():
-                    self.see(child, f"{start}{name}", "attribute")
+        self._see_items(vars(module), lambda key: f"attribute {start}{key}")
+        tables = {id(table): kind for kind, table in tables_of(module).items()}
+        for key, value in vars(module).items():
+            if id(value) in tables:
+                self._see_table(value, start, tables[id(value)])
             elif "_hooks" not in key:
                 self.see(value, f"{start}{key}", "attribute")
+
+    def _see_table(self, table: dict[str, Any], start: str, kind: str) -> None:
+        self._see_items(table, lambda key: f"{kind} {start}{key}")
+        for name, value in table.items():
+            self.see(value, f"{start}{name}", "attribute" if kind == "module" else kind)
 
     def _see_items(self, owner: Any, where: Callable[[Any], str]) -> None:
         kind = dict if isinstance(owner, dict) else set if isinstance(owner, set) else list

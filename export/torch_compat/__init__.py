@@ -7,6 +7,9 @@ replaces. All of them stand here, so that a new PyTorch breaks this folder and n
 |---|---|
 | `nesting` | tuples, dicts and dataclasses as flat lists of leaves, and back |
 | `dispatch` | a mode that sees every operator that runs |
+| `modules` | calls of modules that are seen or answered, what `nn.Module` keeps |
+| `length` | `len` of a tensor as a size |
+| `stack_traces` | the user's own lines in stack traces |
 | `caches` | what is computed anew at every trace and translation, computed once |
 | `exact_rules` | the optimizer's constants, compared exactly |
 

@@ -190,7 +190,7 @@ def attach_weights(module: nn.Module, path: Path, memory: int, source: Path) -> 
         value, item = made[id(tensor)]
         if item is not None:
             names[name] = item
-        _put(owner, key, value)
+        setattr(owner, key, value)
     files = tuple(sorted({place.file for item in stored.values() if (place := item.place()) is not None}))
     found = StandIns(files or (path,), large, names)
     if found.nbytes <= memory:
@@ -202,15 +202,9 @@ def attach_weights(module: nn.Module, path: Path, memory: int, source: Path) -> 
 def _owners(module: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, torch.Tensor]]]:
     """Every parameter and buffer, tied ones under each of their paths."""
     for prefix, owner in module.named_modules(remove_duplicate=False):
-        for table in (owner._parameters, owner._buffers):
-            for key, tensor in table.items():
-                if tensor is not None:
-                    yield (f"{prefix}.{key}" if prefix else key), (owner, key, tensor)
-
-
-def _put(owner: nn.Module, key: str, value: torch.Tensor) -> None:
-    table = owner._parameters if key in owner._parameters else owner._buffers
-    table[key] = value  # type: ignore[assignment]
+        own = {"recurse": False, "remove_duplicate": False}
+        for key, tensor in (*owner.named_parameters(**own), *owner.named_buffers(**own)):
+            yield (f"{prefix}.{key}" if prefix else key), (owner, key, tensor)
 
 
 def _made(

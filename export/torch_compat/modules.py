@@ -1,0 +1,66 @@
+"""What `nn.Module` keeps under private names, and calls of modules that are seen or answered.
+
+- `calls_of_modules`, `conversions`: a patch of `nn.Module.__call__` and of `nn.Module.to`. Why: PyTorch's public hook
+  for all modules (`register_module_forward_pre_hook`) is not given the keyword arguments of a call, and none is called
+  for `to`.
+- `compiled_inside`: what `torch.compile` was given, and `module.compile()` taken back. Why: neither can be asked.
+- `tables_of`: the dicts of parameters, buffers and submodules themselves. Why: `named_parameters` and its like give
+  what is in them, and a dict can only be put back as it was by who holds it.
+
+Seen in torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+from torch import nn
+
+Original = Callable[..., Any]
+
+
+@contextmanager
+def calls_of_modules(seen: Callable[..., Any]) -> Iterator[None]:
+    """While it runs, a call of a module is one of `seen(original, module, *args, **kwargs)`."""
+    original = nn.Module.__call__
+
+    def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return seen(original, module, *args, **kwargs)
+
+    with mock.patch.object(nn.Module, "__call__", call):
+        yield
+
+
+@contextmanager
+def conversions(to: Callable[..., nn.Module]) -> Iterator[None]:
+    """While it runs, `module.to(...)` is `to(original, module, ...)`."""
+    original = nn.Module.to
+
+    def convert(module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        return to(original, module, *args, **kwargs)
+
+    with mock.patch.object(nn.Module, "to", convert):
+        yield
+
+
+def compiled_inside(module: nn.Module) -> nn.Module | None:
+    """The module that `torch.compile` was given to make this one; None if this one is not compiled so."""
+    inner = getattr(module, "_orig_mod", None)
+    return inner if isinstance(inner, nn.Module) else None
+
+
+def uncompile(module: nn.Module) -> None:
+    """Take back `module.compile()`, which compiles in place."""
+    module._compiled_call_impl = None
+
+
+def tables_of(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """The module's own dicts: `parameter`, `buffer`, `module`."""
+    return {
+        "parameter": module._parameters,
+        "buffer": module._buffers,
+        "module": module._modules,
+    }
