@@ -9,19 +9,13 @@ Source: https://huggingface.co/docs/transformers/model_doc/qwen3_next; the rule 
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from unittest import mock
+from contextlib import AbstractContextManager
+
+from moe_export.export.torch_compat.transformers import function_taken
 
 _CHUNKED, _STEPS = "torch_chunk_gated_delta_rule", "torch_recurrent_gated_delta_rule"
 
 
-@contextmanager
-def delta_rules_step_by_step() -> Iterator[None]:
-    """While it runs, models of transformers take the form step by step. transformers is not imported for it."""
-    with ExitStack() as stack:
-        for name, module in list(sys.modules.items()):
-            if name.startswith("transformers.models.") and {_CHUNKED, _STEPS} <= vars(module).keys():
-                stack.enter_context(mock.patch.object(module, _CHUNKED, getattr(module, _STEPS)))
-        yield
+def delta_rules_step_by_step() -> AbstractContextManager[None]:
+    """While it runs, models of transformers take the form step by step."""
+    return function_taken(_CHUNKED, _STEPS)

@@ -11,33 +11,25 @@ Source of the passes: G. Blelloch, Prefix sums and their applications, CMU-CS-90
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import SimpleNamespace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 
 from moe_export.export.torch_compat.dispatch import no_modes
+from moe_export.export.torch_compat.functions import forwards
 
 _LENGTHS = (1, 2, 3, 5, 8, 13)
 _SIZES = (2, 3, 4, 2, 3)  # of the other axes
 _CLOSE = 1e-9
 
 
-@contextmanager
-def scans_step_by_step() -> Iterator[None]:
+def scans_step_by_step() -> AbstractContextManager[None]:
     """While it runs, autograd functions of users that are linear scans run as loops over time."""
-    with ExitStack() as stack:
-        for function in _functions(torch.autograd.Function):
-            original = getattr(function, "forward", None)
-            if original is not None and not function.__module__.startswith("torch."):
-                stack.enter_context(
-                    mock.patch.object(function, "forward", staticmethod(_instead_of(original)))
-                )
-        yield
+    return forwards(_instead_of)
 
 
 def scan(decay: Tensor, added: Tensor, axis: int) -> Tensor:
@@ -57,12 +49,6 @@ def scan(decay: Tensor, added: Tensor, axis: int) -> Tensor:
         state = decay.select(axis, step) * state + added.select(axis, step)
         states.append(state)
     return torch.stack(states, axis)
-
-
-def _functions(kind: Any) -> Iterator[Any]:
-    for each in kind.__subclasses__():
-        yield each
-        yield from _functions(each)
 
 
 def _instead_of(original: Callable[..., Any]) -> Callable[..., Any]:

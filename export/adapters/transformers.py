@@ -9,30 +9,13 @@ Source: https://huggingface.co/docs/transformers/experts_interface
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
-from unittest import mock
+from contextlib import AbstractContextManager
 
-_REGISTRY = "transformers.integrations.moe"
+from moe_export.export.torch_compat.transformers import experts_taken
+
 _TRACEABLE = "batched_mm"
 
 
-@contextmanager
-def traceable_experts() -> Iterator[None]:
-    """While it runs, experts of transformers take the way that can be traced, whatever their model is set to.
-
-    transformers is not imported for it: a model that uses it has done so.
-    """
-    registry = getattr(sys.modules.get(_REGISTRY), "ExpertsInterface", None)
-    if registry is None:
-        yield
-        return
-
-    def take(self: Any, implementation: str, default: Callable[..., Any]) -> Callable[..., Any]:
-        way: Callable[..., Any] = self.get(_TRACEABLE, default)
-        return way
-
-    with mock.patch.object(registry, "get_interface", take):
-        yield
+def traceable_experts() -> AbstractContextManager[None]:
+    """While it runs, experts of transformers take the way that can be traced, whatever their model is set to."""
+    return experts_taken(_TRACEABLE)

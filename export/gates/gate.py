@@ -115,7 +115,9 @@ def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
                 found[n.name] = result
             return result
 
-    arguments = program._graph_module_flat_inputs(tuple(traced.example.values()), {})
+    constants, inputs = _constants(traced), iter(traced.example.values())
+    names = [spec.arg.name for spec in program.graph_signature.input_specs]
+    arguments = [constants[name] if name in constants else next(inputs) for name in names]
     with torch.no_grad(), quiet():
         Tap(program.graph_module).run(*arguments)
     return [found[node.name] for node in nodes]

@@ -10,6 +10,9 @@ replaces. All of them stand here, so that a new PyTorch breaks this folder and n
 | `modules` | calls of modules that are seen or answered, what `nn.Module` keeps |
 | `length` | `len` of a tensor as a size |
 | `stack_traces` | the user's own lines in stack traces |
+| `functions` | what autograd functions of users compute, in another form |
+| `transformers` | which of its own forms of a computation a model of transformers takes |
+| `checkpoints` | where in a checkpoint each tensor stands |
 | `caches` | what is computed anew at every trace and translation, computed once |
 | `exact_rules` | the optimizer's constants, compared exactly |
 

@@ -107,11 +107,11 @@ def _entry(path: Path, name: str, entry: Any, start: int) -> Stored:
 def _of_torch(path: Path) -> dict[str, Recipe]:
     """A checkpoint opened on fake tensors: each storage knows its offset in the file."""
     import torch
-    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from moe_export.export.torch_compat.checkpoints import opened
 
     try:
-        with FakeTensorMode():
-            state = torch.load(path, weights_only=True, map_location="cpu")
+        state = opened(path)
     except Exception as error:
         raise UsageError(
             f"{path} cannot be opened as weights: {str(error).strip().splitlines()[0]}",
@@ -131,7 +131,9 @@ def _of_tensor(path: Path, name: str, tensor: Any) -> Recipe:
     """A tensor of a checkpoint: contiguous, or a turned view of what is."""
     from onnx_ir import tensor_adapters
 
-    offset = getattr(tensor.untyped_storage(), "_checkpoint_offset", None)
+    from moe_export.export.torch_compat.checkpoints import offset_of
+
+    offset = offset_of(tensor)
     if offset is None:
         raise UsageError(
             f"{path} is of an old format, which cannot be read in parts", hint="torch.save it again"

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-from onnx_ir._core import TensorBase
 
 from moe_export.disk import read_exactly
 from moe_export.errors import UsageError
@@ -324,29 +323,15 @@ class Computed(Recipe):
         return ("computed",)
 
 
-class RecipeTensor(TensorBase):
+class RecipeTensor(ir.LazyTensor):
     """A recipe as an `onnx_ir` tensor; its elements are read only where somebody asks for them."""
 
     __slots__ = ("recipe",)
 
     def __init__(self, recipe: Recipe, name: str | None = None) -> None:
-        super().__init__(name=name)
+        shape = ir.Shape(recipe.shape)
+        super().__init__(lambda: ir.tensor(recipe.array(), recipe.dtype), recipe.dtype, shape, name=name)
         self.recipe = recipe
-
-    @property
-    def dtype(self) -> ir.DataType:  # type: ignore[override]
-        """Of the elements."""
-        return self.recipe.dtype
-
-    @property
-    def shape(self) -> ir.Shape:  # type: ignore[override]
-        """Sizes."""
-        return ir.Shape(self.recipe.shape)
-
-    @property
-    def raw(self) -> Recipe:
-        """The recipe."""
-        return self.recipe
 
     def numpy(self) -> Array:
         """The whole in memory."""
