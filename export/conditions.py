@@ -17,9 +17,9 @@ from typing import Any
 import sympy
 import torch
 from torch.export import ExportedProgram
-from torch.utils._sympy.functions import Mod, PythonMod
 
 from moe_export.export.dims import Dim
+from moe_export.export.torch_compat.sizes import has_remainder
 
 Place = tuple[int, int]  # which input, and an axis of it
 Shape = tuple[int | str, ...]
@@ -98,7 +98,5 @@ def _numbers(program: ExportedProgram) -> Iterator[sympy.Basic]:
         condition = known.replace(guard.expr)
         if not isinstance(condition, sympy.Eq) or not condition.rhs.is_Integer:
             continue
-        if len(condition.free_symbols) == 1 or (
-            condition.free_symbols and not condition.lhs.has(Mod, PythonMod)
-        ):
+        if len(condition.free_symbols) == 1 or (condition.free_symbols and not has_remainder(condition.lhs)):
             yield condition

@@ -18,6 +18,8 @@ from moe_export.export.adapters.transformers import traceable_experts
 from moe_export.export.source import inside_call, is_user_file
 from moe_export.export.torch_compat.length import symbolic_length
 from moe_export.export.torch_compat.modules import conversions
+from moe_export.export.torch_compat.operators import GROUPED_MM
+from moe_export.export.torch_compat.sizes import require
 from moe_export.export.torch_compat.stack_traces import Frames, kept_frames
 
 
@@ -39,7 +41,7 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arg
     PyTorch's fast kernel does not look whether they are, and reads beyond the shorter one; ONNX cannot. The
     exporter translates 4 dimensions only.
     """
-    torch._check(key.shape[-2] == value.shape[-2])  # type: ignore[no-untyped-call]
+    require(key.shape[-2] == value.shape[-2])
     attend = torch.nn.functional.scaled_dot_product_attention
     mask = args[0] if args else kwargs.get("attn_mask")
     if query.dim() != 3 or (mask is not None and mask.dim() > 3):
@@ -138,8 +140,7 @@ def _dtype_alone(*args: Any, dtype: Any = None, device: Any = None, tensor: Any 
 _IDIOMS: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.one_hot: _one_hot,
     torch.nn.functional.scaled_dot_product_attention: _attention,
-    torch.nn.functional.grouped_mm: _grouped_mm,
-    torch._grouped_mm: _grouped_mm,
+    **dict.fromkeys(GROUPED_MM, _grouped_mm),
     torch.nn.functional.embedding_bag: _embedding_bag,
     torch.unsqueeze: _unsqueeze,
     torch.Tensor.unsqueeze: _unsqueeze,

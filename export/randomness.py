@@ -44,8 +44,7 @@ def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[s
 
 
 def _may_be_random(node: fx.Node) -> bool:
-    tags = getattr(node.target, "tags", ()) if isinstance(node.target, torch._ops.OpOverload) else ()
-    return torch.Tag.nondeterministic_seeded in tags
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 
 def _is_asleep(node: fx.Node) -> bool:

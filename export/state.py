@@ -28,6 +28,7 @@ from torch import nn
 
 from moe_export.export.source import is_user_file
 from moe_export.export.torch_compat.modules import tables_of
+from moe_export.export.torch_compat.operators import writes_to
 from moe_export.export.weights.stand_in import stand_in_of
 
 _MOST_WEIGHTS = 2**30  # bytes that the weights may have to be copied for the first call
@@ -84,7 +85,7 @@ class _Values:
 
     def differs(self) -> bool:
         """Whether it was written to, or moved."""
-        if _address(self.tensor) != self.address or _writes(self.tensor) != self.writes:
+        if _address(self.tensor) != self.address or writes_to(self.tensor) != self.writes:
             return self.copy is None or not _same(self.tensor, self.copy)
         by_value = self.copy is not None and self.copy.nbytes <= _BY_VALUE
         return by_value and self.copy is not None and not _same(self.tensor, self.copy)
@@ -286,7 +287,7 @@ def _holds_state(value: Any) -> bool:
 
 def _saved(tensor: torch.Tensor, where: str, *, copied: bool) -> _Values:
     copy = tensor.detach().clone() if copied else None
-    return _Values(tensor, where, copy, _writes(tensor), _address(tensor))
+    return _Values(tensor, where, copy, writes_to(tensor), _address(tensor))
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -294,10 +295,6 @@ def _address(tensor: torch.Tensor) -> int:
         return tensor.data_ptr()
     except RuntimeError:  # a subclass without memory of its own
         return 0
-
-
-def _writes(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _indexed(owner: Any) -> dict[Any, Any]:

@@ -18,7 +18,6 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 
 import torch
-import torch._dynamo.config as dynamo_config
 from torch import nn
 from torch.export import Dim as TorchDim
 from torch.export import ExportedProgram
@@ -37,6 +36,7 @@ from moe_export.export.randomness import refuse_random
 from moe_export.export.source import last_model_line
 from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.caches import made_once
+from moe_export.export.torch_compat.sizes import fake_results_cached
 from moe_export.export.widen import accepts, widened
 
 Shape = tuple[int | str, ...]
@@ -208,7 +208,7 @@ def _export(
                 torch.no_grad(),
                 made_once(),
                 torch.backends.opt_einsum.flags(enabled=False),
-                dynamo_config.patch(fake_tensor_cache_enabled=not free),
+                fake_results_cached(not free),
                 without_memos(subject.module),
                 traceable_idioms(),
                 symbolic_numbers(subject.module),

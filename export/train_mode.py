@@ -11,8 +11,12 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
+
+_DROPOUT = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+_NORMS = (
+    nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm,
+    nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d,
+)  # fmt: skip
 
 
 def note_on_mode(
@@ -45,9 +49,9 @@ def note_on_mode(
 
 def _is_another_in_training(part: nn.Module) -> bool:
     """Dropout that drops something, and norms that keep statistics."""
-    if isinstance(part, _DropoutNd):
+    if isinstance(part, _DROPOUT):
         return part.p > 0
-    return isinstance(part, _NormBase) and part.running_mean is not None
+    return isinstance(part, _NORMS) and part.running_mean is not None
 
 
 def _differs(awake: Sequence[nn.Module], run: Callable[[], Sequence[torch.Tensor]]) -> bool:

@@ -15,6 +15,7 @@ from torch import fx
 
 from moe_export.errors import NotExportableError
 from moe_export.export.source import line_of
+from moe_export.export.torch_compat.operators import arguments_of
 
 _UNKNOWN = "No ONNX function found"
 
@@ -81,8 +82,7 @@ def _is_complex(node: fx.Node) -> bool:
 
 def _sizes_for_numbers(node: fx.Node) -> list[str]:
     """The arguments of an operator that are computed from sizes, by their names."""
-    schema = getattr(node.target, "_schema", None)
-    names = [argument.name for argument in schema.arguments] if schema is not None else []
+    names = [argument.name for argument in arguments_of(node.target)]
     given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
     symbols = (torch.SymInt, torch.SymFloat)
     return [

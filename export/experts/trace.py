@@ -18,11 +18,10 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import fx
-from torch.fx.experimental import proxy_tensor, symbolic_shapes
+from torch.fx.experimental import symbolic_shapes
 from torch.overrides import TorchFunctionMode
 
 from moe_export.export.experts.choice import experts_of
@@ -30,6 +29,8 @@ from moe_export.export.experts.mask import marks_of
 from moe_export.export.experts.not_hit import asking_frame, refuse_number, require_nothing
 from moe_export.export.experts.row_masks import is_mask_of_rows, rows_written
 from moe_export.export.experts.slices import Count, Counts, counts_of, joined, sliced, split
+from moe_export.export.torch_compat.proxies import node_of
+from moe_export.export.torch_compat.sizes import undecided
 
 _aten = torch.ops.aten
 _LENGTH = 4093  # `len` of such rows must be a number: another prime, so that no shape is taken to fit it
@@ -95,13 +96,13 @@ class _AllHit(TorchFunctionMode):
             return answer
         result = func(*args, **kwargs)
         if isinstance(result, torch.Tensor) and result.dim() == 1 and result.dtype is torch.int64:
-            node = _node_of(result)
+            node = node_of(result)
             if node is not None:
                 self._lists[node] = result
         return result
 
     def truth(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        node = _node_of(args[0])
+        node = node_of(args[0])
         answer = _truth(node)
         frame = asking_frame()
         if answer is not None and frame is not None:
@@ -116,7 +117,7 @@ class _AllHit(TorchFunctionMode):
         return _LENGTH if _is_unknown(args[0].shape[:1]) else None
 
     def bincount(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        least = kwargs.get("minlength", args[2] if len(args) > 2 else 0) or experts_of(_node_of(args[0]))
+        least = kwargs.get("minlength", args[2] if len(args) > 2 else 0) or experts_of(node_of(args[0]))
         if not least or len(args) != 1:
             return None
         # Numbers of experts: none is above `minlength`.
@@ -124,7 +125,7 @@ class _AllHit(TorchFunctionMode):
 
     def numbers(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Values as Python integers: the experts that were hit, or how many rows each has."""
-        node = _node_of(args[0])
+        node = node_of(args[0])
         count = _hit_experts(node)
         if count is not None:
             kind = ExpertRow if args[0].dim() > 1 else ExpertNumber
@@ -137,7 +138,7 @@ class _AllHit(TorchFunctionMode):
 
     def number(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One element of the counts."""
-        node = _node_of(args[0])
+        node = node_of(args[0])
         if node is None or not _is_count(node):
             return None
         while node.target in _AS_ITS_SOURCE - {_aten.select.int, _aten.unbind.int}:
@@ -212,15 +213,6 @@ def _is_unknown(sizes: Any) -> bool:
     return any(
         symbolic_shapes.free_unbacked_symbols(size) for size in sizes if isinstance(size, torch.SymInt)
     )
-
-
-def _node_of(tensor: Any) -> fx.Node | None:
-    """The node of the trace under way that makes a tensor."""
-    mode = proxy_tensor.get_proxy_mode()
-    if mode is None or not isinstance(tensor, torch.Tensor):
-        return None
-    slot = proxy_tensor.get_proxy_slot(tensor, mode.tracer, None)
-    return slot.proxy.node if slot is not None else None
 
 
 def _truth(node: fx.Node | None, is_mark: Callable[[fx.Node], bool] | None = None) -> bool | None:
@@ -304,31 +296,27 @@ def every_expert_hit() -> Iterator[list[str]]:
         The conditions on numbers of rows that were answered, as the tracer writes them.
     """
     answered: list[str] = []
-    original = symbolic_shapes.ShapeEnv.evaluate_expr
 
-    def evaluate(self: Any, expression: Any, *args: Any, **kwargs: Any) -> Any:
-        try:
-            return original(self, expression, *args, **kwargs)
-        except symbolic_shapes.GuardOnDataDependentSymNode:
-            value = _for_many_rows(self, expression)
-            if value is None:
-                raise
-            frame = asking_frame()
-            if frame is not None:
-                few = _values(expression, (1, 2, 3, 5))
-                if few != {value}:
-                    refuse_number(frame)
-                if _values(expression, (0,)) != {value}:
-                    require_nothing(frame, value)
-            answered.append(str(expression))
-            return value
+    def answer(env: Any, expression: Any) -> bool | None:
+        value = _for_many_rows(env, expression)
+        if value is None:
+            return None
+        frame = asking_frame()
+        if frame is not None:
+            few = _values(expression, (1, 2, 3, 5))
+            if few != {value}:
+                refuse_number(frame)
+            if _values(expression, (0,)) != {value}:
+                require_nothing(frame, value)
+        answered.append(str(expression))
+        return value
 
-    with _AllHit() as questions, mock.patch.object(symbolic_shapes.ShapeEnv, "evaluate_expr", evaluate):
+    with _AllHit() as questions, undecided(answer):
         yield answered
     rows_written(questions.asked)
 
 
-def _for_many_rows(env: Any, expression: Any) -> Any:
+def _for_many_rows(env: Any, expression: Any) -> bool | None:
     """What a condition on numbers of rows says where there are many; None if it is about something else."""
     import sympy
 

@@ -22,6 +22,7 @@ from moe_export.export.recurrence.form import Form
 from moe_export.export.recurrence.law import Applied, Law, Line, OfLength, Power, Ratio
 from moe_export.export.recurrence.loop import Series, Step, Turning
 from moe_export.export.recurrence.operand import atoms, operator_name
+from moe_export.export.torch_compat.operators import arguments_of
 
 aten = torch.ops.aten
 
@@ -78,8 +79,8 @@ def why_not(step: Step, node: fx.Node) -> str | None:
 
 
 def _taking(step: Step) -> _Taking | None:
-    schema = step.target._schema
-    named = dict(zip((argument.name for argument in schema.arguments), step.args, strict=False)) | step.kwargs
+    arguments = arguments_of(step.target)
+    named = dict(zip((argument.name for argument in arguments), step.args, strict=False)) | step.kwargs
     counting = {name for name, value in named.items() if any(counts(leaf) for leaf in atoms(value))}
     if any(not counts(named[name]) for name in counting):
         return None  # inside a list of sizes or places
@@ -87,10 +88,10 @@ def _taking(step: Step) -> _Taking | None:
         return _Taking(step.target, named, frozenset()) if counting == {_FILLING[step.target]} else None
     if step.target in _SUMS and counting == {"alpha"}:
         return _Taking(step.target, named, frozenset())
-    types = {argument.name: str(argument.type) for argument in schema.arguments}
+    types = {argument.name: str(argument.type) for argument in arguments}
     packet = step.target.overloadpacket
     for target in (step.target, *(getattr(packet, name) for name in packet.overloads())):
-        others = {argument.name: str(argument.type) for argument in target._schema.arguments}
+        others = {argument.name: str(argument.type) for argument in arguments_of(target)}
         if list(others) != list(types) or any(others[name] not in _TENSOR for name in counting):
             continue
         changed = {name for name in types if types[name] != others[name]}
@@ -148,7 +149,7 @@ def write_step(
     for name in taking.tensors:
         if not isinstance(values[name], fx.Node):
             values[name] = call(aten.scalar_tensor.default, values[name], dtype=dtype)
-    schema = taking.target._schema.arguments
+    schema = arguments_of(taking.target)
     positional = [argument.name for argument in schema if not argument.kwarg_only and argument.name in values]
     return call(
         taking.target,

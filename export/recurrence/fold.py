@@ -35,6 +35,7 @@ from moe_export.export.recurrence.skeleton import (
     Value,
     Whole,
 )
+from moe_export.export.torch_compat.sizes import require
 
 aten = torch.ops.aten
 
@@ -63,7 +64,7 @@ class FoldedModule(nn.Module):
         for places in self._same:
             sizes = [inputs[place].shape[axis] for place, axis in places]
             for size in sizes[1:]:
-                torch._check(size == sizes[0])  # type: ignore[no-untyped-call]  # so that a tracer knows
+                require(size == sizes[0])  # so that a tracer knows
         with fx.traceback.preserve_node_meta():
             return fx.Interpreter(self, graph=self.graph).run(*inputs)
 

@@ -26,21 +26,18 @@ def _grouped_mm(
     return torch.cat([found, rest])
 
 
-_IN_FLOAT64 = {
-    function: _grouped_mm
-    for owner in (torch.nn.functional, torch)
-    for name in ("grouped_mm", "_grouped_mm")
-    if (function := getattr(owner, name, None)) is not None
-}
-
-
 class _Wide(TorchFunctionMode):
     """Where the model's code names a narrower float, float64 is meant."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        func = torch.Tensor.double if func in _CASTS else _IN_FLOAT64.get(func, func)
+        if func in _CASTS:
+            func = torch.Tensor.double
+        elif (
+            getattr(func, "__name__", "").lstrip("_") == "grouped_mm"
+        ):  # PyTorch's, and the one that this calls
+            func = _grouped_mm
         return func(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
 
 

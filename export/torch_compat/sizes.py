@@ -1,0 +1,62 @@
+"""Sizes that may stay symbols: what holds of them, and what is answered where only the data knows.
+
+- `require` notes a condition that the code itself does not ask for. Why: `torch._check` is what PyTorch's own pages on
+  torch.export name for it, underscore and all.
+- `undecided` answers a condition on numbers that only the data knows. Why: the tracer stops there and asks nobody.
+- `has_remainder` tells "can be divided by" from other conditions. Why: the classes of its symbolic expressions are
+  private; by their names they would be told, too, but not whether one is inside another.
+- `fake_results_cached`. Why: the setting is documented as an environment variable only, which is read at import.
+
+Seen in torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest import mock
+
+import sympy
+import torch
+import torch._dynamo.config as dynamo_config
+from torch.fx.experimental import symbolic_shapes
+from torch.utils._sympy.functions import Mod, PythonMod
+
+
+def require(condition: bool | torch.SymBool) -> None:
+    """Raise if a condition does not hold; a trace notes it instead."""
+    torch._check(condition)  # type: ignore[no-untyped-call]
+
+
+def has_remainder(expression: sympy.Basic) -> bool:
+    """Whether the remainder of a division is in an expression of the tracer's."""
+    return bool(expression.has(Mod, PythonMod))
+
+
+@contextmanager
+def undecided(answer: Callable[[Any, Any], bool | None]) -> Iterator[None]:
+    """While it runs, a condition that a trace cannot decide is answered.
+
+    Args:
+        answer: Is given the shape environment and the condition (sympy); None for "cannot be decided".
+    """
+    original = symbolic_shapes.ShapeEnv.evaluate_expr
+
+    def evaluate(self: Any, expression: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(self, expression, *args, **kwargs)
+        except symbolic_shapes.GuardOnDataDependentSymNode:
+            value = answer(self, expression)
+            if value is None:
+                raise
+            return value
+
+    with mock.patch.object(symbolic_shapes.ShapeEnv, "evaluate_expr", evaluate):
+        yield
+
+
+def fake_results_cached(cached: bool) -> AbstractContextManager[Any]:
+    """Whether a trace remembers what an operator gives for tensors of a shape, while it runs."""
+    setting: AbstractContextManager[Any] = dynamo_config.patch(fake_tensor_cache_enabled=cached)
+    return setting
