@@ -20,8 +20,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from moe_export.export.provenance import BLOCK, FX, MODULE, OPERATOR, literal_list, strip_scope
+from moe_export.export.provenance import BLOCK, FX, MODULE, OPERATOR, strip_scope
 from moe_export.export.source import model_frame
+from moe_export.export.torch_compat.metadata import (
+    classes_of,
+    is_module_path,
+    is_opaque,
+    scopes_of,
+    stack_trace_of,
+)
 
 _COUNTED = re.compile(r"^(?P<word>.+?)(_\d+)*$")
 _NUMBERED = re.compile(r"val_\d+(_\d+)?")
@@ -54,17 +61,14 @@ def statements(model: ir.Model, scope: str) -> dict[ir.Node, Statement]:
     """
     found = {}
     for node in model.graph.all_nodes():
-        frame = model_frame(node.metadata_props.get("pkg.torch.onnx.stack_trace"))
+        frame = model_frame(stack_trace_of(node))
         if frame is None:
             continue
         first, targets = _statement(*frame)
-        paths = literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))[:-1]
-        kinds = literal_list(node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "[]"))
+        paths, kinds = scopes_of(node) or [], classes_of(node)
         while paths and len(paths) <= len(kinds) and kinds[len(paths) - 1].startswith("torch.nn."):
             paths.pop()  # a layer of torch has no variables that a reader knows
-        module = next(
-            (path for path in reversed(paths) if path and not path.startswith("_empty_nn_module")), ""
-        )
+        module = next(filter(is_module_path, reversed(paths)), "")
         found[node] = Statement(strip_scope(module, scope), frame[0], first, targets)
     return found
 
@@ -179,7 +183,7 @@ def _operator(target: str, other: str) -> str:
     """`aten.silu.default` → `silu`."""
     parts = target.split(".")
     word = parts[1] if len(parts) > 1 else _uncounted(other)
-    return word.strip("_") if word and not word.startswith("_symbolic") else ""
+    return word.strip("_") if word and not is_opaque(word) else ""
 
 
 def _join(*parts: str) -> str:

@@ -12,7 +12,6 @@ The exporter stores whole stack traces and Python reprs; kept are short facts th
 
 from __future__ import annotations
 
-import ast
 import os
 import re
 from pathlib import Path
@@ -20,10 +19,9 @@ from pathlib import Path
 import onnx_ir as ir
 
 from moe_export.export.source import line_of
+from moe_export.export.torch_compat.metadata import classes_of, forget, module_of, stack_trace_of, traced_as
 
 MODULE, SOURCE, OPERATOR, BLOCK, FX, EINSUM = "module", "source", "torch", "block", "fx", "einsum"
-_PREFIX = "pkg."
-_NAME = re.compile(r"%(?P<name>\w+) :")
 _EQUATION = re.compile(r'File "<einsum (?P<equation>[^"]+)>"')
 
 
@@ -37,8 +35,7 @@ def shorten_metadata(model: ir.Model, scope: str, folder: Path) -> None:
     """
     for node in model.graph.all_nodes():
         kept = _facts(node, scope, folder)
-        for key in [key for key in node.metadata_props if key.startswith(_PREFIX) or key == "namespace"]:
-            del node.metadata_props[key]
+        forget(node)
         node.metadata_props.update(kept)
         for output in node.outputs:
             output.metadata_props.clear()
@@ -63,20 +60,15 @@ def _complete(model: ir.Model) -> None:
 
 def _facts(node: ir.Node, scope: str, folder: Path) -> dict[str, str]:
     facts = {}
-    scopes = literal_list(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]"))
-    classes = literal_list(node.metadata_props.get("pkg.torch.onnx.class_hierarchy", "[]"))
-    module = next(
-        (name for name in reversed(scopes[:-1]) if name and not name.startswith("_empty_nn_module")), ""
-    )
+    module, classes, trace, traced = module_of(node), classes_of(node), stack_trace_of(node), traced_as(node)
     if module:
         facts[MODULE] = strip_scope(module, scope)
-    line = line_of(node.metadata_props.get("pkg.torch.onnx.stack_trace"))
-    einsum = _EQUATION.search(node.metadata_props.get("pkg.torch.onnx.stack_trace", ""))
+    line = line_of(trace)
+    einsum = _EQUATION.search(trace or "")
     if einsum is not None:
         facts[EINSUM] = einsum["equation"]
-    traced = _NAME.match(node.metadata_props.get("pkg.torch.onnx.fx_node", ""))
-    if traced is not None and re.fullmatch(rf"node_{traced['name']}(__\d+)?", str(node.name)):
-        facts[FX] = traced["name"]
+    if traced is not None and re.fullmatch(rf"node_{traced}(__\d+)?", str(node.name)):
+        facts[FX] = traced
     if line:
         facts[SOURCE] = relative_line(line, folder)
     if BLOCK in node.metadata_props:
@@ -105,7 +97,7 @@ def strip_scope(path: str, scope: str) -> str:
 
 def place_of(node: ir.Node) -> str:
     """Where a node comes from, for an error: its source line and module, else its name."""
-    line = node.metadata_props.get(SOURCE) or line_of(node.metadata_props.get("pkg.torch.onnx.stack_trace"))
+    line = node.metadata_props.get(SOURCE) or line_of(stack_trace_of(node))
     module = node.metadata_props.get(MODULE)
     place = line or f"node {node.name}"
     return f"{place} (module {module})" if module else place
@@ -123,12 +115,3 @@ def relative_line(line: str, folder: Path) -> str:
         cut = parts.index("site-packages") + 1 if "site-packages" in parts else max(len(parts) - 2, 0)
         inside = str(Path(*parts[cut:]))
     return f"{inside}:{number}"
-
-
-def literal_list(text: str) -> list[str]:
-    """A list of strings, as the exporter's metadata write it; empty for anything else."""
-    try:
-        value = ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return []
-    return [str(item) for item in value] if isinstance(value, list) else []

@@ -15,6 +15,8 @@ import math
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.export.torch_compat.metadata import is_translation_of, traced_as
+
 
 def settle_reshapes(graph: ir.Graph) -> None:
     """Put numbers for each -1 that stands beside a copied size, where they are known; in place."""
@@ -68,18 +70,13 @@ def settle_axes(graph: ir.Graph) -> None:
                 _give(graph, node, [axis % rank for axis in axes], "axes")
 
 
-_SOURCE = "pkg.torch.onnx.fx_node"
-
-
 def plain_transposes(graph: ir.Graph) -> None:
     """Of attention: the keys' last axes are changed over as they are, not as three axes and back; in place.
 
     The exporter writes eight nodes more, and of no keys at all nothing can be worked out.
     """
     for node in graph.all_nodes():
-        if node.op_type != "Reshape" or "scaled_dot_product_attention" not in node.metadata_props.get(
-            _SOURCE, ""
-        ):
+        if node.op_type != "Reshape" or not is_translation_of(node, "scaled_dot_product_attention"):
             continue
         turned = node.inputs[0].producer() if node.inputs[0] is not None else None
         if turned is None or turned.op_type != "Transpose":
@@ -92,11 +89,7 @@ def plain_transposes(graph: ir.Graph) -> None:
         ):
             continue
         keys = merged.inputs[0]
-        if (
-            keys is None
-            or keys.shape is None
-            or merged.metadata_props.get(_SOURCE) != node.metadata_props[_SOURCE]
-        ):
+        if keys is None or keys.shape is None or traced_as(merged) != traced_as(node):
             continue
         rank = len(keys.shape)
         plain = ir.node("Transpose", [keys], {"perm": [*range(rank - 2), rank - 1, rank - 2]})

@@ -7,25 +7,18 @@ where a tensor is computed with it, it is rounded to float32 as before.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Container
 
 import numpy as np
 import onnx_ir as ir
 
-_SOURCE = "pkg.torch.onnx.fx_node"
-"""Where the exporter notes what a node was translated from, with Python's own constants: `(%sym_float, 1.05)`."""
-
-_OF_NUMBERS = re.compile(
-    r"call_function\[target=(?:operator(?!\.getitem)|math|builtins|torch\.sym_\w+|torch\._sym_\w+)\b"
-)
-_CONSTANT = re.compile(r"(?<![%\w.])-?\d+(?:\.\d*)?(?:e[-+]?\d+)?")
+from moe_export.export.torch_compat.metadata import computes_number, numbers_in
 
 
 def exact_sizes(graph: ir.Graph) -> None:
     """Move what computes numbers from sizes to float64, in place. The graph is as the exporter wrote it first."""
     moved: dict[ir.Value, None] = {}
-    computing = [node for node in graph if _OF_NUMBERS.search(node.metadata_props.get(_SOURCE, ""))]
+    computing = [node for node in graph if computes_number(node)]
     for node in computing:
         given = _widened(node) if node.op_type == "Constant" else _moved(graph, node, moved)
         moved.update(dict.fromkeys(given))
@@ -39,8 +32,7 @@ def _widened(node: ir.Node) -> list[ir.Value]:
     if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape):
         return []
     number = float(tensor.numpy())
-    written = _CONSTANT.findall(node.metadata_props[_SOURCE].partition("args = ")[2])
-    exact = next((each for each in map(float, written) if np.float32(each) == np.float32(number)), number)
+    exact = next((each for each in numbers_in(node) if np.float32(each) == np.float32(number)), number)
     node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.array(exact, dtype=np.float64)))
     return _doubles(node)
 

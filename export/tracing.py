@@ -21,7 +21,6 @@ import torch
 from torch import nn
 from torch.export import Dim as TorchDim
 from torch.export import ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from moe_export.domain import Condition, Domain
 from moe_export.errors import NotExportableError
@@ -36,6 +35,7 @@ from moe_export.export.randomness import refuse_random
 from moe_export.export.source import last_model_line
 from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.caches import made_once
+from moe_export.export.torch_compat.failures import depends_on_values
 from moe_export.export.torch_compat.sizes import fake_results_cached
 from moe_export.export.widen import accepts, widened
 
@@ -259,7 +259,7 @@ def _only_there(
 
 def _hint(error: Exception) -> str:
     """What to do about a model that cannot be traced: values that decide, or anything else."""
-    if isinstance(error, GuardOnDataDependentSymNode) or "data-dependent" in str(error).lower():
+    if depends_on_values(error):
         return (
             "control flow or sizes that depend on the values of tensors cannot be traced; "
             "write it with torch.where, masks, or a loop over all experts"

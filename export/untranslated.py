@@ -1,33 +1,34 @@
 """Why the exporter could not translate a model: the operator as the user wrote it, and the line.
 
-The exporter's own text speaks of what an operator was decomposed into, for pages. What it was working on is in
-the frames that its error went through.
+The exporter's own text speaks of what an operator was decomposed into, for pages.
 """
 
 from __future__ import annotations
 
 import linecache
-import traceback
-from collections.abc import Iterator
 
 import torch
 from torch import fx
 
 from moe_export.errors import NotExportableError
 from moe_export.export.source import line_of
+from moe_export.export.torch_compat.failures import (
+    causes_of,
+    is_unknown_operator,
+    untranslated_node,
+    wants_number,
+)
 from moe_export.export.torch_compat.operators import arguments_of
-
-_UNKNOWN = "No ONNX function found"
 
 
 def untranslated(error: Exception) -> NotExportableError:
     """The refusal that an error of `torch.onnx.export` comes to."""
-    chain = list(_chain(error))
-    node = next((node for cause in reversed(chain) if (node := _node_in(cause)) is not None), None)
-    last = next((line.strip() for line in str(chain[-1]).splitlines() if line.strip()), "")
+    *_, root = causes_of(error)
+    node = untranslated_node(error)
+    last = next((line.strip() for line in str(root).splitlines() if line.strip()), "")
     if node is None:
         return NotExportableError(
-            f"the model could not be translated to ONNX: {last or type(chain[-1]).__name__}",
+            f"the model could not be translated to ONNX: {last or type(root).__name__}",
             hint="run with --debug for the exporter's own words",
         )
     if any(map(_is_complex, (node, *node.all_input_nodes))):
@@ -38,13 +39,13 @@ def untranslated(error: Exception) -> NotExportableError:
             hint="compute with the real and the imaginary part as tensors of their own",
         )
     name, where = _operator(node), _place(node)
-    if any(_UNKNOWN in str(cause) for cause in chain):
+    if is_unknown_operator(error):
         return NotExportableError(
             f"operator {name} has no ONNX form",
             where=where,
             hint="write that line with other PyTorch operators",
         )
-    numbers = _sizes_for_numbers(node) if "attribute type" in last else []
+    numbers = _sizes_for_numbers(node) if wants_number(error) else []
     if numbers:
         return NotExportableError(
             f"operator {name} takes {' and '.join(numbers)} as a number, and here a size that may change decides it",
@@ -56,23 +57,6 @@ def untranslated(error: Exception) -> NotExportableError:
         where=where,
         hint="write that line with other PyTorch operators",
     )
-
-
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    cause: BaseException | None = error
-    while cause is not None:
-        yield cause
-        cause = cause.__cause__ or cause.__context__
-
-
-def _node_in(error: BaseException) -> fx.Node | None:
-    """The node that the exporter had in hand, in the innermost frame that has one."""
-    found = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        node = frame.f_locals.get("node")
-        if isinstance(node, fx.Node) and node.op == "call_function":
-            found = node
-    return found
 
 
 def _is_complex(node: fx.Node) -> bool:

@@ -28,6 +28,7 @@ from moe_export.export.provenance import mark_block
 from moe_export.export.reshapes import settle_axes, settle_reshapes
 from moe_export.export.spelling import spell
 from moe_export.export.torch_compat.caches import made_once
+from moe_export.export.torch_compat.failures import fixes_size
 from moe_export.export.tracing import quiet
 
 Write = Callable[[Writer, str, Opaque], ir.Value]
@@ -170,7 +171,7 @@ def _batched(block: Block) -> ExportedProgram:
         return trace_batched(experts.body, block.example, len(experts.shared))
     except Exception as error:
         why = str(error).strip().splitlines()[0]
-        if why.startswith("Constraints violated"):
+        if fixes_size(error):
             why = "one of its operators takes a fixed number of them, as a convolution does"
         raise NotExportableError(
             f"an expert cannot be computed for several experts at once: {why}",

@@ -13,10 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from onnx_ir import tensor_adapters
 from torch import fx
 from torch.export import ExportedProgram
-from torch.onnx.ops import _symbolic_impl
 
 from moe_export.export.experts.batch import trace_body
 from moe_export.export.experts.body import ZEROS, Experts, NotExpertsError
@@ -24,6 +22,7 @@ from moe_export.export.experts.flat_tokens import with_flat_tokens
 from moe_export.export.experts.mixing import check_rows
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.gates.gate import values_of
+from moe_export.export.torch_compat.opaque import opaque_node
 from moe_export.export.tracing import Traced, quiet
 
 DOMAIN, OPERATOR, NUMBER = "moe_export", "Experts", "block"
@@ -190,19 +189,7 @@ def _replace(graph: fx.Graph, experts: Experts, number: int, twins: dict[fx.Node
                 shape.append(node)
             else:
                 shape.append(size)
-        encoded = _symbolic_impl.EncodedAttrs.from_dict({NUMBER: number})
-        opaque = graph.call_function(
-            torch.ops.onnx_symbolic._symbolic.default,
-            (inputs, OPERATOR, int(tensor_adapters.from_torch_dtype(value.dtype))),
-            {
-                "shape": shape,
-                "domain": DOMAIN,
-                "version": 1,
-                "metadata_props_keys": [],
-                "metadata_props_values": [],
-                **dataclasses.asdict(encoded),
-            },
-        )
+        opaque = opaque_node(graph, (DOMAIN, OPERATOR), inputs, {NUMBER: number}, value.dtype, shape)
         opaque.meta = dict(result.meta)
         replacement = opaque
         if experts.overwrites:

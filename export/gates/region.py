@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from moe_export.export.torch_compat.metadata import is_module_path
+
 
 def scope_of(node: fx.Node) -> tuple[str, ...]:
     """Module paths that a node runs in, outermost first; a second call of one module gets `@1`."""
@@ -14,7 +16,7 @@ def scope_of(node: fx.Node) -> tuple[str, ...]:
     paths = []
     for key, (path, _) in stack.items():
         _, at, call = str(key).partition("@")
-        if path and not path.startswith("_empty_nn_module"):
+        if is_module_path(path):
             paths.append(f"{path}{at}{call}")
     return tuple(paths)
 

@@ -9,6 +9,8 @@ replaces. All of them stand here, so that a new PyTorch breaks this folder and n
 | `dispatch` | a mode that sees every operator that runs |
 | `sizes`, `proxies` | what holds of sizes that may stay symbols; the node that makes a tensor |
 | `operators` | what an operator says of itself, and functions without a public name |
+| `opaque` | a node that the exporter carries into ONNX as it is |
+| `metadata`, `failures` | what the exporter tells of a node; what an error of it is about |
 | `modules` | calls of modules that are seen or answered, what `nn.Module` keeps |
 | `length` | `len` of a tensor as a size |
 | `stack_traces` | the user's own lines in stack traces |

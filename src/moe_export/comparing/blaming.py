@@ -37,6 +37,7 @@ from moe_export.export.provenance import (
 )
 from moe_export.export.source import line_of
 from moe_export.export.subject import Subject
+from moe_export.export.torch_compat.metadata import stack_trace_of
 from moe_export.export.tracing import SCOPE, Traced, quiet, trace
 from moe_export.verify.bodies import bodies
 from moe_export.verify.guilty import Guilt, NodeError, find_guilty
@@ -68,7 +69,7 @@ def open_graph(path: Path, folder: Path) -> onnx.ModelProto:
         folder: The model's folder, which its source lines are relative to.
     """
     model = ir.load(path)
-    if any(node.metadata_props.get("pkg.torch.onnx.stack_trace") for node in model.graph.all_nodes()):
+    if any(map(stack_trace_of, model.graph.all_nodes())):
         shorten_metadata(model, SCOPE, folder)  # torch's own exporter says it at length
     return _ready(model)
 

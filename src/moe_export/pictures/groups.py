@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from moe_export.export.bodies import reads
-from moe_export.export.provenance import BLOCK, MODULE, literal_list
+from moe_export.export.provenance import BLOCK, MODULE
+from moe_export.export.torch_compat.metadata import module_of, scopes_of
 
 MANY = 24
 """Boxes, at about so many of which no more modules are opened."""
@@ -27,7 +28,6 @@ _OF_SIZES = {
     "Gather", "Concat", "Slice", "Squeeze", "Unsqueeze", "Add", "Sub", "Mul", "Div", "Mod", "Cast", "Max", "Min",
     "Identity", "Reshape", "ReduceProd", "Floor", "Ceil",
 }  # fmt: skip
-_SCOPES = "pkg.torch.onnx.name_scopes"
 _Key = tuple[str, bool]  # a path, and whether it is a whole module
 
 
@@ -57,8 +57,8 @@ def path_of(node: ir.Node) -> tuple[str, ...] | None:
     facts = node.metadata_props
     kind, _, owner = facts.get(BLOCK, "").partition(":")
     path = owner if kind else facts.get(MODULE)
-    if path is None and _SCOPES in facts:
-        path = next((scope for scope in reversed(literal_list(facts[_SCOPES])[:-1]) if scope), "")
+    if path is None and scopes_of(node) is not None:
+        path = module_of(node)
     if path is None:  # as older exporters name nodes: `/layers.0/moe/gate/MatMul`
         path = ".".join(filter(None, str(node.name).split("/")[:-1])) or None
     if path is None:
