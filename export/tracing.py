@@ -37,6 +37,7 @@ from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.failures import depends_on_values
 from moe_export.export.torch_compat.sizes import fake_results_cached
+from moe_export.export.weight_inputs import with_weights_marked
 from moe_export.export.widen import accepts, widened
 
 Shape = tuple[int | str, ...]
@@ -227,7 +228,9 @@ def _export(
                     stuck |= found
                     limits.append(limit)
                     continue
-                program = exported.run_decompositions({})  # in-place operators become functional ones
+                program = with_weights_marked(
+                    exported.run_decompositions({})
+                )  # in-place operators become functional ones
         except Exception as error:
             first = first or error
             continue

@@ -19,6 +19,7 @@ from moe_export.export.experts.find import Chain, Turn
 from moe_export.export.experts.mask import marks_of
 from moe_export.export.gates.region import is_size
 from moe_export.export.source import line_of
+from moe_export.export.weight_inputs import is_weight
 
 _aten = torch.ops.aten
 ZEROS = {_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default}
@@ -224,7 +225,7 @@ class _Walk:
         if node.target is _aten.select.int and node.args[1:] == (0, self._rows.marks.expert):
             source = node.args[0]
             return isinstance(source, fx.Node) and (self._is_weight(source) or self._is_of_weights(source))
-        return node.op == "placeholder" and node.name.startswith(("p_", "b_", "c_"))
+        return node.op == "placeholder" and is_weight(node)
 
     def _twin(self, node: fx.Node) -> fx.Node:
         return node if node in self._dependent else self._twins[node]

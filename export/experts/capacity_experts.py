@@ -21,6 +21,7 @@ from moe_export.export.experts.capacity_views import Axis, Labels, View, pushed
 from moe_export.export.experts.rows import arguments, rank_of, shape_of
 from moe_export.export.gates.region import is_size
 from moe_export.export.source import line_of
+from moe_export.export.weight_inputs import is_weight
 
 _aten = torch.ops.aten
 _SHAPED = {
@@ -232,7 +233,7 @@ def walk_between(
 
 def _is_of_weights(node: fx.Node) -> bool:
     if node.op == "placeholder":
-        return node.name.startswith(("p_", "b_", "c_"))
+        return is_weight(node)
     return bool(node.all_input_nodes) and all(map(_is_of_weights, node.all_input_nodes))
 
 

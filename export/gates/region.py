@@ -8,6 +8,7 @@ import torch
 from torch import fx
 
 from moe_export.export.torch_compat.metadata import is_module_path
+from moe_export.export.weight_inputs import is_weight
 
 
 def scope_of(node: fx.Node) -> tuple[str, ...]:
@@ -24,14 +25,9 @@ def scope_of(node: fx.Node) -> tuple[str, ...]:
 def is_within(node: fx.Node, scope: tuple[str, ...]) -> bool:
     """Whether a node runs inside a module. Sizes and weights belong to everyone."""
     if node.op == "placeholder":
-        return _is_constant(node)
+        return is_weight(node)
     own = scope_of(node)
     return not own or not scope or own[: len(scope)] == scope
-
-
-def _is_constant(node: fx.Node) -> bool:
-    """Parameters, buffers and constants are placeholders too; their names begin so by torch.export's rule."""
-    return node.op == "get_attr" or node.name.startswith(("p_", "b_", "c_"))
 
 
 def inside(outputs: Iterable[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:

@@ -24,6 +24,7 @@ from moe_export.export.source import last_model_line, last_user_line
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing import quiet
+from moe_export.export.weight_inputs import with_weights_marked
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def trace_weightless(model: Weightless) -> ExportedProgram:
                     dynamic_shapes={"tensors": sizes},
                     strict=False,
                 ).run_decompositions({})
-            return program
+            return with_weights_marked(program)
         except Exception as error:
             first = first or error
     assert first is not None

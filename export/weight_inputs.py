@@ -1,0 +1,27 @@
+"""Which inputs of a traced graph are the model's own: parameters, buffers and constants.
+
+In the graph of an `ExportedProgram` they are placeholders, as the inputs of the user's are. The program's signature
+tells them apart, and so that a node alone does, they are marked by it once the program is made.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind
+
+_WEIGHT = "moe_export.weight"
+_KINDS = {InputKind.PARAMETER, InputKind.BUFFER, InputKind.CONSTANT_TENSOR}
+
+
+def with_weights_marked(program: ExportedProgram) -> ExportedProgram:
+    """The program, whose placeholders of weights are marked in its graph; copies of the graph keep that."""
+    own = {spec.arg.name for spec in program.graph_signature.input_specs if spec.kind in _KINDS}
+    for node in program.graph.find_nodes(op="placeholder"):
+        node.meta[_WEIGHT] = node.name in own
+    return program
+
+
+def is_weight(node: fx.Node) -> bool:
+    """Whether a node is a parameter, a buffer or a constant of the model."""
+    return node.op == "get_attr" or (node.op == "placeholder" and bool(node.meta.get(_WEIGHT)))
