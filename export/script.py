@@ -19,9 +19,11 @@ from typing import Any
 from torch import nn
 
 from moe_export.errors import UsageError
-from moe_export.export.source import last_user_line
+from moe_export.export.source import calls_user_code, last_user_line
 from moe_export.export.stand_in import stand_ins
 from moe_export.export.torch_compat.modules import calls_of_modules
+
+calls_user_code(__file__)
 
 
 @dataclass(frozen=True)

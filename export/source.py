@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 _FRAME = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)')
+_ENTRIES: set[str] = set()
 _OWN_ROOMS = ("moe_export", "moe_export.einsum_rewrite", "moe_export.export", "moe_export.verify")
 
 
@@ -53,14 +54,13 @@ def is_user_file(path: str) -> bool:
 
 def inside_call(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
     """The frames below the place where this tool calls the user's code: whoever called the tool is left out."""
-    entries = [index for index, frame in enumerate(frames) if _is_entry(frame.filename)]
+    entries = [index for index, frame in enumerate(frames) if frame.filename in _ENTRIES]
     return list(frames[entries[-1] + 1 :] if entries else frames)
 
 
-@cache
-def _is_entry(path: str) -> bool:
-    """Whether a file of this tool calls the user's code."""
-    return Path(path).stem in ("load", "script", "subject") and is_own_file(path)
+def calls_user_code(file: str) -> None:
+    """Note that a file of this tool calls the user's code; it says so itself, with its `__file__`."""
+    _ENTRIES.add(file)
 
 
 def last_user_line(error: BaseException) -> str | None:

@@ -13,33 +13,17 @@ from __future__ import annotations
 import ast
 import linecache
 import os
-import sys
 from collections.abc import Iterator
 from types import FrameType
 
-import torch
-
 from moe_export.errors import NotExportableError
 from moe_export.export.source import is_library_model
-
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_ASKING = (os.path.join(_TORCH, "__init__.py"), os.path.join(_TORCH, "fx", "experimental") + os.sep)
-
-_HANDING_ON = {"__torch_function__", "handle_torch_function"}
+from moe_export.export.torch_compat import frames as torch_compat
 
 
 def asking_frame() -> FrameType | None:
     """The frame of the model's code that asks for the truth of a value right now; None where PyTorch does."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        path = frame.f_code.co_filename
-        inside = path.startswith(_TORCH)
-        if inside and not path.startswith(_ASKING) and frame.f_code.co_name not in _HANDING_ON:
-            return None
-        if not inside and os.path.isabs(path) and is_library_model(path):
-            return frame
-        frame = frame.f_back
-    return None
+    return torch_compat.asking_frame(is_library_model)
 
 
 def require_nothing(frame: FrameType, hit: bool) -> None:

@@ -13,7 +13,7 @@ replaces. All of them stand here, so that a new PyTorch breaks this folder and n
 | `metadata`, `failures` | what the exporter tells of a node; what an error of it is about |
 | `modules` | calls of modules that are seen or answered, what `nn.Module` keeps |
 | `length` | `len` of a tensor as a size |
-| `stack_traces` | the user's own lines in stack traces |
+| `stack_traces`, `frames` | the user's own lines in stack traces; the line that asks for the truth of a value |
 | `functions` | what autograd functions of users compute, in another form |
 | `transformers` | which of its own forms of a computation a model of transformers takes |
 | `checkpoints` | where in a checkpoint each tensor stands |
