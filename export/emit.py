@@ -22,6 +22,7 @@ from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata
 from moe_export.export.reshapes import plain_transposes, settle_axes, settle_reshapes
 from moe_export.export.size_numbers import exact_sizes
+from moe_export.export.slices import TRANSLATIONS
 from moe_export.export.spelling import spell
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.exact_rules import exact_constants
@@ -71,7 +72,12 @@ def translate(traced: Traced, opset: int) -> ir.Model:
             lowest = max(opset, EXPORTER_LOWEST)
             streamed = is_streamed(traced.program)
             result = torch.onnx.export(
-                traced.program, dynamo=True, opset_version=lowest, verbose=False, optimize=False
+                traced.program,
+                dynamo=True,
+                opset_version=lowest,
+                verbose=False,
+                optimize=False,
+                custom_translation_table=TRANSLATIONS,
             )
             assert result is not None
             exact_sizes(result.model.graph)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import fx
 
+from moe_export.export.slices import carry_constants
 from moe_export.export.spelling_logs import LOG_RULES
 from moe_export.export.spelling_numbers import NUMBER_RULES
 
@@ -104,4 +105,5 @@ _RULES: dict[object, Callable[[fx.Node], None]] = {
     _aten.squeeze.dim: _squeeze,
     _aten.squeeze.dims: _squeeze,
     _aten.masked_select.default: _masked_select,
+    _aten.slice.Tensor: carry_constants,
 }

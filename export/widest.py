@@ -2,14 +2,13 @@
 
     trace at the example ─▶ conditions ─▶ those that prove needless are lifted ─▶ does the model take more sizes?
                                                                                     │ yes
-                                             trace at a size of our own choosing ◀──┘
+                         trace with the bounds of slices as sizes (`slices`)     ◀──┤
+                         trace at a size of our own choosing                     ◀──┘
 
 A trace at 16 tokens goes through one chunk of 64, and "how many chunks" is 1 in it for good. At 197 tokens there are
 four and a remainder, and nothing that is derived from the size is 0, 1, or equal to something else by chance.
 
-A condition may be needless: tracers ask whether a size is 1 to see whether it is broadcast, and write the answer down.
-Whether it is, is found out: the traced program is run where the condition fails, beside the model. What remains is what
-the graph is right for, and is said.
+What remains of the conditions (`needless`) is what the graph is right for, and is said.
 """
 
 from __future__ import annotations
@@ -20,25 +19,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import fx
-from torch.export.graph_signature import InputKind, OutputKind
 
-from moe_export.domain import Condition, Domain, evaluate
+from moe_export.domain import Condition, Domain
 from moe_export.export.constants import constants_of
 from moe_export.export.dims import Dim, DimRequest
 from moe_export.export.guards import Probes, conditions_of, simplified
+from moe_export.export.needless import MOST_ELEMENTS, needed
 from moe_export.export.recurrence.lengths import operators
+from moe_export.export.slices import has_constant_bounds, sized_bounds
 from moe_export.export.subject import Subject
 from moe_export.export.tracing import Traced, quiet, resized, trace
 from moe_export.export.widen import accepts
 
 Place = tuple[str, int]  # an input, and an axis of it
-Sizes = Mapping[str, int]
 
-_WITNESSES = 3  # sizes at which a condition must prove needless
-_RUNS = 32  # of the model for all conditions together; what is not answered by then is kept
-_MOST_ELEMENTS = 2**22  # of all inputs together, in a run that only asks a question
-_FEW_ELEMENTS = 2**14  # and in one that others could answer as well
 _MOST_CHUNK = 512  # a constant that is larger is a table's length or a width, and three times it a slow run
 _MORE_OPERATORS = 1.5  # a loop that is unrolled is longer at a greater length, and so is its trace
 
@@ -54,13 +48,26 @@ def widest_trace(subject: Subject, request: DimRequest | None = None) -> Traced:
         NotExportableError: As `trace`.
     """
     request = request or DimRequest()
-    best = _with_domain(trace(subject, request), subject)
+    best = first = _with_domain(trace(subject, request), subject)
+    fixed = {each.size for each in first.fixed if each.model_takes_others}
+    way = _sized if has_constant_bounds(first.program.graph, fixed) else trace
+    if way is _sized and (fixed or first.domain.conditions):
+        sized = _with_domain(replace(way(subject, request), example=first.example), subject)
+        best = max((first, sized), key=lambda traced: _width(traced, first))
     example = _other_example(best, subject, request)
     if example is None:
         return best
-    other = trace(replace(subject, inputs=example), request)
-    other = _with_domain(replace(other, **_at_the_example(other, best)), subject)
-    return max((best, other), key=lambda traced: _width(traced, best))
+    other = way(replace(subject, inputs=example), request)
+    other = _with_domain(replace(other, **_at_the_example(other, first)), subject)
+    return max((best, other), key=lambda traced: _width(traced, first))
+
+
+def _sized(subject: Subject, request: DimRequest) -> Traced:
+    """A trace whose shapes are right whether or not a slice's bound lies beyond the tensor."""
+    with sized_bounds() as bounds:
+        traced = trace(subject, request)
+    bounds.mark(traced.program.graph)
+    return traced
 
 
 def _at_the_example(traced: Traced, first: Traced) -> dict[str, Any]:
@@ -130,153 +137,9 @@ def _with_domain(traced: Traced, subject: Subject) -> Traced:
     if not found:
         return traced
     with quiet():
-        kept = _needed(found, free, traced, subject)
+        kept = needed(found, free, traced, subject)
     dims, conditions = simplified(kept, free)
     return replace(traced, dims=dims, conditions=conditions)
-
-
-def _needed(
-    found: Sequence[Condition], dims: Sequence[Dim], traced: Traced, subject: Subject
-) -> list[Condition]:
-    """The conditions less those that prove needless: where they fail, the trace computes what the model does."""
-    if subject.weights is not None and subject.weights.absent:
-        return list(found)  # nothing can be run
-    try:
-        pool = _Pool(found, dims, traced)
-    except ValueError:
-        return list(found)
-    tried: dict[int, bool | None] = {}
-
-    def right(place: int) -> bool | None:
-        if place not in tried and len(tried) >= _RUNS:
-            return None
-        if place not in tried:
-            tried[place] = _same(traced, subject, pool.example(place))
-        return tried[place]
-
-    kept = list(found)
-    for condition in found:
-        answers: list[bool] = []
-        for place in pool.failing(condition, [other for other in kept if other is not condition]):
-            answer = right(place)
-            if answer is not None:
-                answers.append(answer)
-            if len(answers) == _WITNESSES or answer is False:
-                break
-        if answers and all(answers):
-            kept.remove(condition)
-    return kept
-
-
-class _Pool:
-    """Combinations of sizes at which a question may be asked, small ones first.
-
-    Raises:
-        ValueError: There is none.
-    """
-
-    def __init__(self, found: Sequence[Condition], dims: Sequence[Dim], traced: Traced) -> None:
-        self._traced, self._names = traced, [dim.name for dim in dims]
-        probes = Probes(dims, found)
-        example = {dim.name: dim.traced for dim in dims}
-        combinations = [example | {dim.name: int(size)} for dim in dims for size in probes.telling(dim.name)]
-        drawn = np.random.default_rng(0)
-        telling = {dim.name: probes.telling(dim.name) for dim in dims}
-        combinations += [
-            {name: int(drawn.choice(sizes)) for name, sizes in telling.items()} for _ in range(400)
-        ]
-        kept = [sizes for sizes in combinations if self._elements(sizes) <= _MOST_ELEMENTS]
-        if not kept:
-            raise ValueError("no sizes to ask at")
-        kept.sort(key=self._elements)
-        self._arrays = {name: np.array([sizes[name] for sizes in kept]) for name in self._names}
-        self._counts = np.array([self._elements(sizes) for sizes in kept])
-        self._kept = kept
-        self._known: dict[Condition, Any] = {}
-
-    def failing(self, condition: Condition, others: Sequence[Condition]) -> Iterator[int]:
-        """Places at which a condition fails and as few others as can be: the smallest sizes, then some up to larger."""
-        fails = ~self._holds(condition)
-        if fails.any():
-            besides = sum((~self._holds(other) for other in others), np.zeros(len(fails), dtype=int))
-            there = np.flatnonzero(fails & (besides == besides[fails].min()))
-            enough = max(_FEW_ELEMENTS, 4 * self._counts[there[0]])
-            there = there[self._counts[there] <= enough]
-            order = np.linspace(0, len(there) - 1, min(len(there), 3 * _WITNESSES)).astype(int)
-            yield from dict.fromkeys(int(there[index]) for index in (order[0], order[-1], *order))
-
-    def _holds(self, condition: Condition) -> Any:
-        if condition not in self._known:
-            with np.errstate(all="ignore"):
-                found = np.asarray(condition.holds(self._arrays), dtype=bool)
-            self._known[condition] = np.broadcast_to(found, len(self._kept))
-        return self._known[condition]
-
-    def example(self, place: int) -> dict[str, torch.Tensor] | None:
-        """The example at the sizes of a place; None where an input's size is none."""
-        return _at(self._traced, self._kept[place])
-
-    def _elements(self, sizes: Sizes) -> int:
-        total = 0
-        for shape in self._traced.inputs.values():
-            count = 1
-            for size in shape:
-                count *= size if isinstance(size, int) else max(0, evaluate(size, sizes))
-            total += count
-        return total
-
-
-def _at(traced: Traced, sizes: Sizes) -> dict[str, torch.Tensor] | None:
-    wanted = {
-        (name, axis): evaluate(size, sizes)
-        for name, shape in traced.inputs.items()
-        for axis, size in enumerate(shape)
-        if isinstance(size, str)
-    }
-    return resized(traced.example, wanted) if all(size >= 0 for size in wanted.values()) else None
-
-
-def _same(traced: Traced, subject: Subject, example: Mapping[str, torch.Tensor] | None) -> bool | None:
-    """Whether a trace computes what the model does; None where the model refuses."""
-    if example is None:
-        return None
-    with torch.no_grad():
-        try:
-            wanted = subject.call([tensor.clone() for tensor in example.values()])
-        except Exception:
-            return None
-        try:
-            found = run_program(traced, [tensor.clone() for tensor in example.values()])
-        except Exception:
-            return False
-    return len(wanted) == len(found) and all(map(_close, wanted, found))
-
-
-def _close(wanted: torch.Tensor, found: torch.Tensor) -> bool:
-    """The same operators on the same numbers: only the order of sums may differ."""
-    if wanted.shape != found.shape or wanted.dtype != found.dtype:
-        return False
-    if not wanted.is_floating_point():
-        return torch.equal(wanted, found)
-    wanted, found = wanted.double(), found.double()
-    known = wanted[wanted.isfinite()].abs()
-    scale = float(known.max()) if known.numel() else 0.0
-    return torch.allclose(wanted, found, rtol=0.0, atol=1e-4 * scale, equal_nan=True)
-
-
-def run_program(traced: Traced, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Run a traced program as it is, at sizes that it may not hold for; its outputs, without changed buffers."""
-    program, queue = traced.program, iter(inputs)
-    arguments: list[Any] = []
-    for spec in program.graph_signature.input_specs:
-        if spec.kind is InputKind.USER_INPUT:
-            arguments.append(next(queue))
-        else:
-            target = str(spec.target)
-            arguments.append(program.state_dict.get(target, program.constants.get(target)))
-    results = fx.Interpreter(program.graph_module).run(*arguments)
-    kinds = [spec.kind for spec in program.graph_signature.output_specs]
-    return [value for kind, value in zip(kinds, results, strict=True) if kind is OutputKind.USER_OUTPUT]
 
 
 # Another size to trace at
@@ -300,7 +163,7 @@ def _other_example(traced: Traced, subject: Subject, request: DimRequest) -> dic
         for group in _limited(traced, subject, request):
             for size in _generic(group.constants):
                 trial = resized(example, dict.fromkeys(group.places, size))
-                if _elements(trial) > _MOST_ELEMENTS or not accepts(subject, trial):
+                if _elements(trial) > MOST_ELEMENTS or not accepts(subject, trial):
                     continue
                 longer = operators(subject, trial)
                 if count is not None and longer is not None and longer <= _MORE_OPERATORS * count:

@@ -13,7 +13,7 @@ import torch
 from torch import fx
 
 from moe_export.export.experts.body import Experts, NotExpertsError
-from moe_export.float64 import in_float64
+from moe_export.float64 import agree, doubled, in_float64
 
 _PAIRS = 5
 _EXACT = 1e-9  # of the largest value: float64 rounds at 1e-16, and what is mixed is far above
@@ -39,7 +39,7 @@ def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None
         for weight in experts.weights
     ]
     rest = [torch.zeros(1, dtype=torch.int64), *(values[node] for node in experts.shared), *first]
-    wide = [value.double() if value.is_floating_point() else value for value in rest]
+    wide = list(map(doubled, rest))
     try:
         with torch.no_grad(), in_float64():
             agrees = _agrees(copy.deepcopy(experts.body).double(), token, slot, wide, _EXACT)
@@ -64,8 +64,4 @@ def _agrees(
 ) -> bool:
     together = body(token, slot, *rest)
     alone = torch.cat([body(token[row : row + 1], slot[row : row + 1], *rest) for row in range(_PAIRS)])
-    if together.shape != alone.shape:
-        return False
-    together, alone = together.double(), alone.double()
-    size = together.abs().nan_to_num(0.0, 0.0, 0.0).max().item() if together.numel() else 0.0
-    return torch.allclose(together, alone, rtol=near, atol=near * size, equal_nan=True)
+    return agree([alone], [together], near)

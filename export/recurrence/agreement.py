@@ -1,8 +1,4 @@
-"""`Agreement`: a folded model held against the model, both in float64, at lengths of one's choice.
-
-In float32 a thousand steps add up a thousand roundings, and whether two orders of a sum agree depends on the machine.
-In float64 what differs is another formula.
-"""
+"""`Agreement`: a folded model held against the model, both in float64, at lengths of one's choice."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ import torch
 from moe_export.export.recurrence.lengths import Length, resized_together
 from moe_export.export.subject import Subject
 from moe_export.export.tracing import quiet
-from moe_export.float64 import in_float64
+from moe_export.float64 import agree, doubled, in_float64
 
 # A constant that the trace keeps as a float32 tensor is off by 6e-8 of what Python's number is.
 _NEAR = 1e-6
@@ -42,10 +38,11 @@ class Agreement:
         """
         example = resized_together(self._lengths, self._subject.inputs, sizes)
         with quiet(), torch.no_grad():
+            wide = {name: doubled(tensor) for name, tensor in example.items()}
             with in_float64():
-                pair = [_run(subject, _doubled(example)) for subject in self._both()]
+                pair = [_run(subject, wide) for subject in self._both()]
             if pair[0] is not None and pair[1] is not None:
-                return _agree(pair[0], pair[1], _NEAR)
+                return agree(pair[0], pair[1], _NEAR)
             wanted = _run(self._subject, example)
             if wanted is None:
                 return None
@@ -53,7 +50,7 @@ class Agreement:
                 found = self._folded.call_named({name: tensor.clone() for name, tensor in example.items()})
             except Exception as error:
                 raise RuntimeError(str(error).splitlines()[0]) from error
-        return _agree(wanted, found, _NEAR_FLOAT32)
+        return agree(wanted, found, _NEAR_FLOAT32)
 
     def same_types(self, sizes: Sequence[int]) -> bool:
         """Whether the outputs have the same types in the model's own precision, at lengths that it takes."""
@@ -77,24 +74,3 @@ def _run(subject: Subject, example: Mapping[str, torch.Tensor]) -> tuple[torch.T
         return subject.call_named({name: tensor.clone() for name, tensor in example.items()})
     except Exception:
         return None
-
-
-def _doubled(example: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name: tensor.double() if tensor.is_floating_point() else tensor for name, tensor in example.items()
-    }
-
-
-def _agree(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], near: float) -> bool:
-    return len(wanted) == len(found) and all(_close(a, b, near) for a, b in zip(wanted, found, strict=True))
-
-
-def _close(wanted: torch.Tensor, found: torch.Tensor, near: float) -> bool:
-    if wanted.shape != found.shape:
-        return False
-    if not wanted.is_floating_point():
-        return torch.equal(wanted, found)
-    wanted, found = wanted.double(), found.double()
-    known = wanted[wanted.isfinite()].abs()
-    scale = float(known.max()) if known.numel() else 0.0
-    return torch.allclose(wanted, found, rtol=near, atol=near * scale, equal_nan=True)

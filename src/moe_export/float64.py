@@ -1,8 +1,12 @@
-"""A PyTorch model run in float64: what its code casts to a narrower float is float64, too."""
+"""A PyTorch model run in float64: what its code casts to a narrower float is float64, too.
+
+In float32 a thousand steps add up a thousand roundings, and whether two orders of a sum agree depends on the machine.
+In float64 what differs is another formula.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,3 +59,24 @@ def in_float64() -> Iterator[None]:
             yield
     finally:
         torch.set_default_dtype(before)
+
+
+def doubled(value: torch.Tensor) -> torch.Tensor:
+    """A tensor of floats in float64; any other as it is."""
+    return value.double() if value.is_floating_point() else value
+
+
+def agree(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], near: float) -> bool:
+    """Whether tensors are the same, floats up to a share of the largest of them."""
+    return len(wanted) == len(found) and all(_close(a, b, near) for a, b in zip(wanted, found, strict=True))
+
+
+def _close(wanted: torch.Tensor, found: torch.Tensor, near: float) -> bool:
+    if wanted.shape != found.shape:
+        return False
+    if not wanted.is_floating_point():
+        return torch.equal(wanted, found)
+    wanted, found = wanted.double(), found.double()
+    known = wanted[wanted.isfinite()].abs()
+    scale = float(known.max()) if known.numel() else 0.0
+    return torch.allclose(wanted, found, rtol=near, atol=near * scale, equal_nan=True)
