@@ -15,7 +15,8 @@ import numpy as np
 
 from moe_export.errors import MissingBackendError, UsageError
 from moe_export.external_data import check_external_data
-from moe_export.verify.runner import RunFailedError, shorten
+from moe_export.verify.onnxruntime_errors import is_no_model, reason_of
+from moe_export.verify.runner import RunFailedError
 from moe_export.verify.specs import Array, TensorSpec, describe, numpy_dtype
 
 _PROVIDERS = {
@@ -86,7 +87,7 @@ class OnnxRuntimeRunner:
             arrays = self._session.run(names, inputs, _quiet_run())
             return {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)}
         except Exception as error:  # ONNX Runtime raises a class of its own a status code
-            raise RunFailedError(f"{self.name} failed: {_reason(error)}", where=self._where) from error
+            raise RunFailedError(f"{self.name} failed: {reason_of(error)}", where=self._where) from error
 
     def _run_values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         values = {spec.name: _to_value(inputs[spec.name], spec.dtype) for spec in self.inputs}
@@ -203,16 +204,9 @@ def _open(model: str | Path | bytes, where: str, provider: str, arena: bool) -> 
 
 
 def _unreadable(error: Exception, where: str) -> UsageError:
-    reason = _reason(error)
-    if type(error).__name__ == "InvalidProtobuf" or "No graph was found" in reason:
+    if is_no_model(error):
         return UsageError("not an ONNX model, or a truncated one", where=where, hint="export it again")
-    return UsageError(f"ONNX Runtime refuses the model: {reason}", where=where)
-
-
-def _reason(error: Exception) -> str:
-    """ONNX Runtime's message without its preamble: `[ONNXRuntimeError] : 1 : FAIL : `."""
-    text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
-    return shorten(re.sub(r"/\S*/onnxruntime/\S+:\d+ ", "", text), 400)
+    return UsageError(f"ONNX Runtime refuses the model: {reason_of(error)}", where=where)
 
 
 def _quiet_run() -> Any:

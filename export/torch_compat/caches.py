@@ -8,7 +8,10 @@ Of a small graph this was more than half of the time:
 - the types in the signatures of operators' kernels, 11,000 times a decomposition: nobody reads them; `typing` keeps
   what it was asked for, `collections.abc` does not.
 
-None of it is public. Where PyTorch has it no more, or has it otherwise, its own way is taken.
+Why: none of it is public, and nothing public makes it faster. Where PyTorch has it no more, or has it otherwise, its
+own way is taken: that is slower, and as right.
+
+Seen in torch 2.13.0 with onnxscript 0.7.2.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 onnxscript takes a number within 1e-8, or within 1e-5 of its size, for the one in a rule: `x + 1e-9` is `x + 0`, so is
 `x`, and what the 1e-9 kept from being 0 / 0 is no number. So is DeepSeek's `weights / (weights.sum() + 1e-20)`.
 
-Source: `onnxscript.rewriter`, `SimplePatternMatcher` and the rules of `_no_op` (0.7.2). It is not public: where it is
-built in another way, it is left as it is.
+Why: the tolerance stands in `SimplePatternMatcher` of `onnxscript.rewriter`, and neither the rules of `_no_op` nor who
+applies them can give another. Where it is built in another way, it is left as it is.
+
+Seen in onnxscript 0.7.2.
 """
 
 from __future__ import annotations

@@ -7,6 +7,7 @@ import inspect
 import pytest
 import torch
 import torch._ops
+from canaries import canary
 from torch._export import utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -110,3 +111,38 @@ def test_a_graph_is_the_same_byte_by_byte(example):
     with made_once():
         assert exported() == theirs
         assert exported() == theirs
+
+
+def slower(relied_on):
+    return canary(
+        "export/torch_compat/caches.py",
+        relied_on,
+        todo="exports are slower and as right: run tests/bench/test_export_bench.py, and see what is computed anew now",
+    )
+
+
+def test_canary_the_table_of_functions_is_made_by_a_class_method():
+    with slower(
+        "ONNXRegistry.from_torchlib makes the table; TracedOnnxFunction.function_ir parses, for its domain"
+    ):
+        from onnxscript._internal.values import TracedOnnxFunction
+
+        assert isinstance(ONNXRegistry.__dict__["from_torchlib"], classmethod)
+        assert isinstance(TracedOnnxFunction.__dict__["function_ir"], property)
+        with made_once():
+            assert isinstance(ONNXRegistry.__dict__["from_torchlib"], staticmethod)
+
+
+def test_canary_operators_that_stand_for_others_are_looked_up_by_one_function():
+    with slower("torch._export.utils._materialize_cpp_cia_ops looks all operators up by their dispatch key"):
+        theirs = utils._materialize_cpp_cia_ops
+        with made_once():
+            assert utils._materialize_cpp_cia_ops is not theirs
+        assert torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
+
+
+def test_canary_types_of_kernels_are_written_with_collections_abc():
+    with slower("torch._ops writes types with the `Callable` of collections.abc"):
+        theirs = torch._ops.Callable
+        with made_once():
+            assert torch._ops.Callable is not theirs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from canaries import canary
 from torch import Tensor, nn
 
 
@@ -35,3 +36,23 @@ def test_factors_that_are_nearly_one_stay_and_those_that_are_one_go(tools):
     operators = sorted(node.op_type for node in graph.model.graph.all_nodes())
     assert operators in (["Div", "Identity", "Mul", "Sub"], ["Div", "Mul", "Sub"])
     tools.equal(graph, torch.tensor([[1.0, -2.0, 3.0, 0.0]]), atol=0)
+
+
+def test_canary_the_matcher_compares_by_a_name_of_its_file():
+    with canary(
+        "export/torch_compat/exact_rules.py",
+        "onnxscript.rewriter._matcher compares constants by `math.isclose`",
+        todo="see where SimplePatternMatcher compares constants now; without it `x + 1e-9` becomes `x`, so a share of "
+        "nothing is no number",
+    ):
+        import math
+
+        from onnxscript.rewriter import _matcher
+
+        from moe_export.export.torch_compat.exact_rules import exact_constants
+
+        assert _matcher.math is math
+        with exact_constants():
+            assert not _matcher.math.isclose(1e-9, 0.0, abs_tol=1e-8)
+            assert _matcher.math.isclose(0.1, 0.1, rel_tol=1e-5)
+        assert _matcher.math is math
