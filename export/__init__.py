@@ -1,10 +1,9 @@
 """From a user's model file to ONNX graphs.
 
 ```
-model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
-             │        │                       ├▶ (einsum_rewrite) ─▶ emit ─▶ simplify ─▶ write
-          Subject   Traced ───────────────────┘                        │
-                                                                   onnx_ir.Model
+model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶ … ─▶ write
+             │        │       │               │
+          Subject   Model  Program          Draft        (all stages: `stages.PIPELINE`, docs/architecture.md)
 ```
 
 | file | what it does |
@@ -14,14 +13,15 @@ model.py ─▶ load ─▶ trace ─▶ routing ─▶ gate ─┐
 | `accept`, `state`, `ended` | wrappers off, refusals early; buffers that a call changes; code that ends the process |
 | `tracing`, `conditions`, `dims`, `widen`, `idioms*` | `torch.export`, dimensions free where that holds; their names |
 | `randomness`, `notes` | what cannot be verified; what the report should say |
-| `emit`, `spelling*`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
+| `emit`, `programs`, `spelling*`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
 | `size_numbers`, `reshapes` | what the exporter does that is not exact, or not for empty tensors |
 | `transposed` | products that ONNX Runtime crashes on, or computes wrong |
 | `opset`, `provenance`, `source` | exactly the opset asked for; where each node comes from, down to the line |
 | `naming`, `functions` | names from modules and variables; modules as functions |
 | `bodies`, `evaluate` | graphs inside nodes; what nodes give for arrays that are known now |
 | `simplify`, `write` | onnxsim's proposal, taken if it is smaller and right; whole files or none |
-| `pipeline` | all of it in order |
+| `stages`, `options` | the way of a model as a tuple of stages, and what the user may choose of it |
+| `pipeline` | the model, its gates and its step, each by the stages |
 
 | room | what it does |
 |---|---|

@@ -1,4 +1,4 @@
-"""`emit`: a `Traced` becomes an `onnx_ir.Model` at the opset that was asked for, named and checked.
+"""A `Traced` becomes an `onnx_ir.Model`: `translate`, then `finish` at the opset that was asked for, then `check`.
 
 The translation operator by operator is torch's; the names, the opset, the metadata and the checks are ours.
 """
@@ -6,7 +6,7 @@ The translation operator by operator is torch's; the names, the opset, the metad
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx
@@ -23,7 +23,7 @@ from moe_export.export.provenance import shorten_metadata
 from moe_export.export.reshapes import plain_transposes, settle_axes, settle_reshapes
 from moe_export.export.size_numbers import exact_sizes
 from moe_export.export.slices import TRANSLATIONS
-from moe_export.export.spelling import spell
+from moe_export.export.spelling import respelled
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.exact_rules import exact_constants
 from moe_export.export.tracing import Traced, quiet, rename
@@ -36,43 +36,23 @@ _DATA_SIZE = re.compile(r"u\d+")
 _PROTOBUF_LIMIT = 2**31 - 2**20
 
 
-def emit(
-    traced: Traced, opset: int, *, folder: Path, write_opaque: Callable[[ir.Model], None] | None = None
-) -> ir.Model:
-    """Translate a traced model to ONNX.
+def translate(traced: Traced, opset: int) -> ir.Model:
+    """The traced model operator by operator, with the exporter's names, its opaque nodes as they are.
 
     Args:
         traced: The model.
-        opset: 17 or newer; the result has exactly this one.
-        folder: The folder of the model's file; source lines in the metadata are relative to it.
-        write_opaque: Replaces the opaque nodes of rewritten blocks (experts) by what they mean, in place.
-
-    Returns:
-        A model whose inputs, outputs and dynamic dimensions have the names of `traced`.
-
-    Raises:
-        NotExportableError: An operator has no ONNX form, in general or at this opset; names the model's line.
-    """
-    model = translate(traced, opset)
-    if write_opaque is not None:
-        write_opaque(model)
-    finish(model, traced, opset, folder)
-    return model
-
-
-def translate(traced: Traced, opset: int) -> ir.Model:
-    """The traced model operator by operator, with the exporter's names, its opaque nodes as they are.
+        opset: 17 or newer; the result has at least this one.
 
     Raises:
         NotExportableError: An operator has no ONNX form; names the model's line.
     """
     try:
         with quiet(), torch.no_grad(), made_once(), exact_constants():
-            spell(traced.program.graph)
+            program = respelled(traced.program)
             lowest = max(opset, EXPORTER_LOWEST)
-            streamed = is_streamed(traced.program)
+            streamed = is_streamed(program)
             result = torch.onnx.export(
-                traced.program,
+                program,
                 dynamo=True,
                 opset_version=lowest,
                 verbose=False,
@@ -98,7 +78,17 @@ def translate(traced: Traced, opset: int) -> ir.Model:
 
 
 def finish(model: ir.Model, traced: Traced, opset: int, folder: Path) -> None:
-    """Names, metadata and the opset of a translated model, in place; arguments and errors as of `emit`."""
+    """Names, metadata and the opset of a translated model, in place.
+
+    Args:
+        model: As translated, with nothing opaque left in it.
+        traced: What it was translated from: inputs, outputs and dynamic dimensions get its names.
+        opset: 17 or newer; the result has exactly this one.
+        folder: The folder of the model's file; source lines in the metadata are relative to it.
+
+    Raises:
+        NotExportableError: An operator has no form at this opset; names the model's line.
+    """
     mend_products(model)
     origins = statements(model, traced.scope)
     shorten_metadata(model, traced.scope, folder)

@@ -1,74 +1,33 @@
-"""The whole way from a `Subject` to graphs: trace, rewrite, emit, simplify; first the model, then its gates."""
+"""`export_subject`: from a `Subject` to graphs, by `stages.PIPELINE`; first the model, then its gates and its step."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import onnx_ir as ir
 import torch
 
-from moe_export.einsum_rewrite import Site, rewrite_program
+from moe_export.einsum_rewrite import Site
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.dims import DimRequest
-from moe_export.export.emit import check, emit
 from moe_export.export.ended import no_exit
-from moe_export.export.experts.emit import write_experts
-from moe_export.export.experts.place import Placed, place_experts
 from moe_export.export.functions import described
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in, numbers_of
 from moe_export.export.gates.neck import behind
 from moe_export.export.gates.routing import Routing, find_routings, routing_outputs
-from moe_export.export.notes import notes_on
 from moe_export.export.opset import check_opset
-from moe_export.export.precision.mixed import lower_precision
-from moe_export.export.recurrence.recurrences import Mode, fold_recurrences, left_if_fixed
+from moe_export.export.options import Options
 from moe_export.export.recurrence.step import step_of
-from moe_export.export.scans.order import loops_first
-from moe_export.export.scans.write import Lowering, write_scans
-from moe_export.export.simplify import simplify
+from moe_export.export.simplify import as_numpy
+from moe_export.export.stages import PIPELINE, Draft, Model, Program, Step, between, run, without
 from moe_export.export.subject import Subject
-from moe_export.export.tracing import Traced, quiet
-from moe_export.export.transposed import mend_products, product_notes
-from moe_export.export.widest import widest_trace, within
+from moe_export.export.tracing import Traced
 
-Step = Callable[[str], AbstractContextManager[Any]]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the user may choose.
-
-    Attributes:
-        opset: 17 or newer.
-        dims: Which dimensions to leave free, and their names.
-        gates: True for every gate, False for none, or the module path of one.
-        simplify: Whether to try onnxsim.
-        experts: How loops over experts are lowered: a name of `experts.choose.LOWERINGS`, `auto`, or `keep` for as
-            they were written.
-        recurrence: `auto` folds loops over a length and notes those that it cannot, `scan` and `chunked` insist,
-            `unrolled` leaves them as traced, with their length fixed.
-        unroll: Steps that a turn of a `Scan` takes.
-        decode: Whether to write the graph of one step, too, its states as inputs and outputs.
-        dtype: `float32`, or what the parts of the graph that can bear it compute in: `float16` or `bfloat16`.
-        float32: Paths of modules that stay float32 then.
-        target: The engine that the graph is for: a name of `experts.choose.TARGETS`.
-    """
-
-    opset: int = 17
-    dims: DimRequest = dataclasses.field(default_factory=DimRequest)
-    gates: bool | str = True
-    simplify: bool = True
-    experts: str = "auto"
-    recurrence: Mode = "auto"
-    unroll: int = 1
-    decode: bool = False
-    target: str = "onnxruntime-cpu"
-    dtype: str = "float32"
-    float32: tuple[str, ...] = ()
+__all__ = ["Graph", "Options", "as_numpy", "describe", "export_subject"]
 
 
 @dataclass(frozen=True)
@@ -84,7 +43,7 @@ class Graph:
         notes: What a reader of the report should know.
         dtype: The narrowest type that it computes in.
         wide: The same graph in float32, where `dtype` is another.
-        placed: The traced model with its experts as opaque nodes: what the graphs of several ranks are made from.
+        program: The traced model with its experts as opaque nodes: what the graphs of several ranks are made from.
     """
 
     kind: Literal["model", "gate", "step"]
@@ -97,7 +56,17 @@ class Graph:
     notes: tuple[str, ...]
     dtype: str = "float32"
     wide: ir.Model | None = None
-    placed: Placed | None = None
+    program: Program | None = None
+
+    @classmethod
+    def of(cls, draft: Draft, kind: Literal["model", "gate", "step"], path: str, options: Options) -> Graph:
+        """The graph at the end of its way."""
+        program, wide = draft.program, draft.wide
+        dtype = "float32" if wide is None else options.dtype
+        reference, traced = program.model.subject, program.traced
+        return cls(
+            kind, path, draft.model, reference, traced, (), program.sites, draft.notes, dtype, wide, program
+        )
 
 
 @no_exit()
@@ -114,19 +83,12 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
         NotExportableError: The model, or an operator in it, has no ONNX form.
     """
     check_opset(options.opset)
-    with step("tracing"):
-        recurrent = fold_recurrences(subject, options.dims, options.recurrence)
-        folded = widest_trace(recurrent.subject, recurrent.dims(options.dims))
-        kept = left_if_fixed(recurrent, folded, subject, options.recurrence)
-        if kept is not recurrent:
-            recurrent, folded = kept, widest_trace(subject, options.dims)
-        folded = within(folded, recurrent.conditions(folded))
-        traced = recurrent.unrolled or folded  # gates are cut out of what has no marks of loops
-        routings = find_routings(traced)
-    chosen = choose(routings, options.gates, folded=recurrent.unrolled is not None)
-    placed = place_experts(folded) if options.experts != "keep" else Placed(folded, (), ())
-    whole = _graph("model", "model", subject, placed, options, step)
-    whole = dataclasses.replace(whole, notes=(*recurrent.notes, *whole.notes))
+    program = run(between("fold", "trace"), Model.of(subject, options.dims), options, step)
+    traced = program.model.unrolled or program.traced  # gates are cut out of what has no marks of loops
+    routings = find_routings(traced)
+    chosen = choose(routings, options.gates, folded=program.model.unrolled is not None)
+    rest = between("outline", PIPELINE[-1].name)
+    whole = Graph.of(run(rest, program, options, step), "model", "model", options)
     outputs = tuple(pair for routing in routings for pair in routing_outputs(routing, traced))
     graphs = [dataclasses.replace(whole, routing=outputs)]
     for routing in chosen:
@@ -139,10 +101,10 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
             graphs[0] = dataclasses.replace(graphs[0], notes=(*graphs[0].notes, note))
     if options.decode:
         with step("finding the states of a step"):
-            stepped = step_of(subject, recurrent)
-            traced = widest_trace(stepped.subject, stepped.dims(recurrent.dims(options.dims)))
-            placed = place_experts(traced) if options.experts != "keep" else Placed(traced, (), ())
-        graphs.append(_graph("step", "model", stepped.subject, placed, options, step))
+            stepped = step_of(subject, program.model.recurrent)
+        dims = stepped.dims(program.model.dims)
+        draft = run(without("fold"), Model.of(stepped.subject, dims), options, step)
+        graphs.append(Graph.of(draft, "step", "model", options))
     return tuple(graphs)
 
 
@@ -168,10 +130,10 @@ def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Opt
     with step(f"cutting out the gate of {routing.path}"):
         routing = _where_it_holds(routing, traced)
         cut = gate_subject(traced, routing, subject)
-        gate_traced = widest_trace(cut, gate_dims(cut, options.dims, traced, routing.inputs))
-    graph = _graph("gate", routing.path, cut, Placed(gate_traced, (), ()), options, step)
+    dims = gate_dims(cut, options.dims, traced, routing.inputs)
+    draft = run(without("fold", "outline"), Model.of(cut, dims), options, step)
     return dataclasses.replace(
-        graph,
+        Graph.of(draft, "gate", routing.path, options),
         reference=gate_subject(traced, routing, subject, with_scores=True),
         routing=((INDICES, WEIGHTS if WEIGHTS in cut.outputs else None, SCORES),),
     )
@@ -219,57 +181,6 @@ def gate_dims(
     }
     asked = {key: name for key, name in dims.picked.items() if key[0] in cut.inputs and key not in held}
     return DimRequest(dims.static, asked, frozenset(held))
-
-
-def _graph(
-    kind: Literal["model", "gate", "step"],
-    path: str,
-    subject: Subject,
-    placed: Placed,
-    options: Options,
-    step: Step,
-) -> Graph:
-    traced = placed.traced
-    lowered: list[str] = []
-
-    def write_opaque(model: ir.Model) -> None:
-        lowered.extend(write_experts(model, placed.blocks, options.experts, options.target))
-        lowered.extend(write_scans(model, Lowering(options.recurrence, options.unroll)))
-
-    with step("rewriting einsums"), quiet():
-        program, sites = rewrite_program(traced.program)
-        rewritten = dataclasses.replace(traced, program=program)
-    with step(f"writing opset {options.opset}"):
-        model = emit(rewritten, options.opset, folder=subject.source.parent, write_opaque=write_opaque)
-        check(model)
-    notes = [*lowered, *placed.refused, *notes_on(subject, traced), *product_notes(model)]
-    if options.simplify:
-        with step("simplifying"):
-            simplified = simplify(model, {name: as_numpy(value) for name, value in traced.example.items()})
-        model, notes = simplified.model, [*notes, simplified.note]
-    loops_first(model.graph)
-    graph = Graph(kind, path, model, subject, traced, (), tuple(sites), tuple(notes), placed=placed)
-    return graph if options.dtype == "float32" else _narrowed(graph, options)
-
-
-def _narrowed(graph: Graph, options: Options) -> Graph:
-    """The graph in mixed precision; as it is if nothing in it can bear that."""
-    lowered = lower_precision(graph.model.clone(), options.dtype, options.float32)
-    mend_products(lowered.model)
-    check(lowered.model)
-    notes = (*graph.notes, lowered.note(options.dtype), *product_notes(lowered.model))
-    if not lowered.narrow:
-        return dataclasses.replace(graph, notes=notes)
-    return dataclasses.replace(graph, model=lowered.model, notes=notes, dtype=options.dtype, wide=graph.model)
-
-
-def as_numpy(tensor: torch.Tensor) -> Any:
-    """A tensor as an array; bfloat16, which NumPy lacks, through ml_dtypes."""
-    if tensor.dtype is torch.bfloat16:
-        import ml_dtypes
-
-        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def describe(model: ir.Model, facts: Mapping[str, str]) -> None:

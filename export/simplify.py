@@ -8,14 +8,25 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir as ir
+import torch
 
 from moe_export.export.weights.place import has_recipes
 
 _LIMIT = 512 * 2**20  # bytes of weights; onnxsim copies a model several times
+
+
+def as_numpy(tensor: torch.Tensor) -> Any:
+    """A tensor as an array; bfloat16, which NumPy lacks, through ml_dtypes."""
+    if tensor.dtype is torch.bfloat16:
+        import ml_dtypes
+
+        return tensor.view(torch.int16).numpy().view(ml_dtypes.bfloat16)
+    return tensor.numpy()
 
 
 @dataclass(frozen=True)

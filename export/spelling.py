@@ -6,7 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import fx
+from torch.export import ExportedProgram
 
+from moe_export.export.programs import copied_module, with_module
 from moe_export.export.slices import carry_constants
 from moe_export.export.spelling_logs import LOG_RULES
 from moe_export.export.spelling_numbers import NUMBER_RULES
@@ -23,6 +25,13 @@ _REDUCTIONS = (
     _aten.prod.dim_int,
     _aten.cumsum.default,
 )
+
+
+def respelled(program: ExportedProgram) -> ExportedProgram:
+    """A program with its operators in the forms that the exporter knows; the given one stays as it was."""
+    module = copied_module(program)
+    spell(module.graph)
+    return with_module(program, module)
 
 
 def spell(graph: fx.Graph) -> None:

@@ -6,7 +6,6 @@ exporter carries it into ONNX as it is, and `experts/lower` replaces it there.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,8 +21,9 @@ from moe_export.export.experts.flat_tokens import with_flat_tokens
 from moe_export.export.experts.mixing import check_rows
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.gates.gate import values_of
+from moe_export.export.programs import copied_module, with_module
 from moe_export.export.torch_compat.opaque import opaque_node
-from moe_export.export.tracing import Traced, quiet
+from moe_export.export.tracing import Traced
 
 DOMAIN, OPERATOR, NUMBER = "moe_export", "Experts", "block"
 
@@ -85,7 +85,7 @@ def _found(traced: Traced) -> tuple[Traced, tuple[Experts, ...], tuple[str, ...]
     found, refused = find_experts(traced.program.graph)
     module = with_flat_tokens(traced.program)
     if module is not None:
-        program = _with_module(traced.program, module)
+        program = with_module(traced.program, module)
         more, others = find_experts(program.graph)
         if len(more) > len(found):
             return dataclasses.replace(traced, program=program), more, others
@@ -143,34 +143,11 @@ def _written(body: fx.GraphModule, arguments: Sequence[torch.Tensor], spec: list
 
 def _with_nodes(program: ExportedProgram, blocks: Sequence[Experts]) -> ExportedProgram:
     """A copy of the program in which each block is one node."""
-    with quiet():
-        module = copy.deepcopy(program.graph_module)
+    module = copied_module(program)
     twins = dict(zip(program.graph.nodes, module.graph.nodes, strict=True))
     for number, experts in enumerate(blocks):
         _replace(module.graph, experts, number, twins)
-    return _with_module(program, module)
-
-
-def _with_module(program: ExportedProgram, module: fx.GraphModule) -> ExportedProgram:
-    """The program with a changed copy of its module, in which nothing is left that nobody uses."""
-    signature = copy.deepcopy(program.graph_signature)
-    outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
-    for spec, node in zip(signature.output_specs, outputs, strict=True):
-        spec.arg = dataclasses.replace(spec.arg, name=node.name)
-    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
-    module.graph.lint()
-    module.recompile()
-    return ExportedProgram(
-        root=module,
-        graph=module.graph,
-        graph_signature=signature,
-        state_dict=program.state_dict,
-        range_constraints=program.range_constraints,
-        module_call_graph=program.module_call_graph,
-        example_inputs=program.example_inputs,
-        constants=program.constants,
-        verifiers=program.verifiers,
-    )
+    return with_module(program, module)
 
 
 def _replace(graph: fx.Graph, experts: Experts, number: int, twins: dict[fx.Node, fx.Node]) -> None:

@@ -5,28 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
 
-from moe_export.einsum_rewrite import rewrite_program
 from moe_export.errors import NotExportableError, UsageError
-from moe_export.export.emit import check, finish, translate
+from moe_export.export.emit import check
 from moe_export.export.experts.choose import choose
 from moe_export.export.experts.emit import Bodies, module_of, write_experts
 from moe_export.export.experts.lower import Opaque
-from moe_export.export.experts.place import DOMAIN, NUMBER, OPERATOR, Placed
+from moe_export.export.experts.place import DOMAIN, NUMBER, OPERATOR
 from moe_export.export.experts.writer import Writer
+from moe_export.export.options import Options
 from moe_export.export.parallel.collectives import Collectives, write_collectives
 from moe_export.export.parallel.dispatch import ThereAndBack, there_and_back
 from moe_export.export.parallel.lower import partial_sum
 from moe_export.export.parallel.placement import Layer, Placement, place
 from moe_export.export.parallel.stages import ALL_REDUCE, LAYER, Staged, cut, exchanges_of
-from moe_export.export.pipeline import Graph, Options
+from moe_export.export.pipeline import Graph
 from moe_export.export.provenance import strip_scope
 from moe_export.export.scans.write import Lowering, write_scans
-from moe_export.export.tracing import Traced, quiet
+from moe_export.export.stages import Draft, Program, between, run, with_stage
 
 Exchanging = Literal["all_reduce", "all_to_all"]
 
@@ -84,26 +83,24 @@ def rank_graphs(graph: Graph, options: Options, parallel: Parallel) -> Ranks:
         UsageError: The placement does not fit.
     """
     check_experts(graph, options, parallel)
-    placed = graph.placed
-    assert placed is not None
-    with quiet():
-        program, _ = rewrite_program(placed.traced.program)
-    traced = dataclasses.replace(placed.traced, program=program)
-    translated = translate(traced, options.opset)
-    order = _order(translated)
+    program = graph.program
+    assert program is not None
+    draft = run(between("translate", "translate"), program, options)
+    order = _order(draft.model)
     layers = tuple(
         Layer(
-            strip_scope(module_of(placed.blocks[number]), traced.scope),
-            placed.blocks[number].experts.count,
-            placed.blocks[number].experts.line,
+            strip_scope(module_of(program.blocks[number]), program.traced.scope),
+            program.blocks[number].experts.count,
+            program.blocks[number].experts.line,
         )
         for number in order
     )
     placement = place(layers, parallel.ranks, parallel.placement)
-    maker = _Maker(placed, traced, options, parallel, placement, order, graph.reference.source.parent)
-    staged = tuple(maker.make(translated.clone(), rank) for rank in range(parallel.ranks))
-    slots = tuple(placed.blocks[number].experts.slots for number in order)
-    return Ranks(parallel, layers, slots, placement, staged, (*maker.notes, *placed.refused))
+    maker = _Maker(draft, parallel, placement, order)
+    staged = tuple(maker.make(rank, options) for rank in range(parallel.ranks))
+    slots = tuple(program.blocks[number].experts.slots for number in order)
+    left_out = ("the ranks' graphs are not offered to onnxsim",) if options.simplify else ()
+    return Ranks(parallel, layers, slots, placement, staged, (*left_out, *program.refused))
 
 
 def check_experts(graph: Graph, options: Options, parallel: Parallel) -> None:
@@ -116,11 +113,11 @@ def check_experts(graph: Graph, options: Options, parallel: Parallel) -> None:
         NotExportableError: There are no experts that could be spread.
         UsageError: There are more ranks than experts.
     """
-    placed = graph.placed
-    assert placed is not None
-    if not placed.blocks:
-        raise _no_experts(placed, options)
-    most = max((block.experts for block in placed.blocks), key=lambda experts: experts.count)
+    program = graph.program
+    assert program is not None
+    if not program.blocks:
+        raise _no_experts(program, options)
+    most = max((block.experts for block in program.blocks), key=lambda experts: experts.count)
     if parallel.ranks > most.count and parallel.exchange == "all_reduce" and parallel.placement is None:
         raise UsageError(
             f"--expert-parallel {parallel.ranks}: no layer has more than {most.count} experts, so that"
@@ -146,13 +143,13 @@ def check_parallel(parallel: Parallel) -> None:
         )
 
 
-def _no_experts(placed: Placed, options: Options) -> NotExportableError:
+def _no_experts(program: Program, options: Options) -> NotExportableError:
     if options.experts == "keep":
         return NotExportableError(
             "--experts keep leaves the experts as they were written, and these cannot be spread over ranks",
             hint="leave --experts keep away",
         )
-    why = f": {placed.refused[0]}" if placed.refused else ""
+    why = f": {program.refused[0]}" if program.refused else ""
     return NotExportableError(
         f"no block of experts was recognised that could be spread over ranks{why}",
         hint="docs/experts.md says what is recognised",
@@ -167,58 +164,56 @@ def _order(model: ir.Model) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Maker:
-    """Makes the graph of one rank."""
+    """Makes the graph of one rank: the way of any graph, with another stage in the place of `expand`."""
 
-    placed: Placed
-    traced: Traced
-    options: Options
+    draft: Draft
     parallel: Parallel
     placement: Placement
     order: Sequence[int]
-    folder: Path
     bodies: Bodies = dataclasses.field(default_factory=Bodies)
 
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """What is left out of the graphs of ranks."""
-        return ("the ranks' graphs are not offered to onnxsim",) if self.options.simplify else ()
+    def make(self, rank: int, options: Options) -> Staged:
+        """The graph of a rank in stages."""
 
-    def make(self, model: ir.Model, rank: int) -> Staged:
-        """The graph of a rank in stages.
+        def expand(draft: Draft, options: Options) -> Draft:
+            return self._expanded(draft, rank, options)
 
-        Args:
-            model: As translated; it is used up.
-            rank: Which.
-        """
+        def exchanges_are_left(draft: Draft, options: Options) -> None:
+            """The checker sees the graph when it is cut."""
 
-        def write(w: Writer, form: str, block: Opaque) -> ir.Value:
-            layer = self._layer_of(block)
-            own = self.placement.experts_of(layer, rank)
-            if self.options.experts == "auto":
-                form = choose("auto", len(own), self.options.target)
-            if self.parallel.exchange == "all_to_all":
-                way = ThereAndBack(self.placement, layer, rank, self.parallel.capacity)
-                return there_and_back(w, form, block, way)
-            given = partial_sum(w, form, block, own)
-            return w.op(ALL_REDUCE, given, domain=DOMAIN, name="all_reduced", **{LAYER: layer})
-
-        options = self.options
-        write_experts(model, self.placed.blocks, options.experts, options.target, write, self.bodies)
-        model.opset_imports[DOMAIN] = 1
-        write_scans(model, Lowering(self.options.recurrence, self.options.unroll))
-        finish(model, self.traced, self.options.opset, self.folder)
+        stages = with_stage(between("expand", "name"), "expand", run=expand, ensures=exchanges_are_left)
+        stages = with_stage(stages, "name", ensures=exchanges_are_left)
+        model = run(stages, self.draft, options).model
         if self.parallel.collectives == "graph":
             described = exchanges_of(model)
-            write_collectives(model, self.parallel.ranks, self.options.target)
+            write_collectives(model, self.parallel.ranks, options.target)
             return dataclasses.replace(described, stages=(model,))
         staged = cut(model)
         for stage in staged.stages:
             check(stage)
         return staged
 
+    def _expanded(self, draft: Draft, rank: int, options: Options) -> Draft:
+        def write(w: Writer, form: str, block: Opaque) -> ir.Value:
+            layer = self._layer_of(block)
+            own = self.placement.experts_of(layer, rank)
+            if options.experts == "auto":
+                form = choose("auto", len(own), options.target)
+            if self.parallel.exchange == "all_to_all":
+                way = ThereAndBack(self.placement, layer, rank, self.parallel.capacity)
+                return there_and_back(w, form, block, way)
+            given = partial_sum(w, form, block, own)
+            return w.op(ALL_REDUCE, given, domain=DOMAIN, name="all_reduced", **{LAYER: layer})
+
+        model = draft.model.clone()
+        write_experts(model, draft.program.blocks, options.experts, options.target, write, self.bodies)
+        model.opset_imports[DOMAIN] = 1
+        write_scans(model, Lowering(options.recurrence, options.unroll))
+        return dataclasses.replace(draft, model=model)
+
     def _layer_of(self, block: Opaque) -> int:
         """Which layer a block is. What it means is told by its body: a rank's own block is another object."""
         for layer, number in enumerate(self.order):
-            if self.placed.blocks[number].experts is block.meaning:
+            if self.draft.program.blocks[number].experts is block.meaning:
                 return layer
         raise AssertionError("a block that was not placed")

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_export.export.emit import emit
+from moe_export.export.emit import finish, translate
 from moe_export.export.experts.choose import LOWERINGS, choose
 from moe_export.export.experts.emit import write_experts
 from moe_export.export.experts.place import place_experts
@@ -78,12 +78,9 @@ def models(experts: int, k: int, folder: Path) -> dict[str, Path]:
     made = {"as written": kept}
     placed = place_experts(trace(subject))
     for name in RUN_HERE:
-        made[name] = emit(
-            placed.traced,
-            17,
-            folder=folder,
-            write_opaque=lambda model, name=name: write_experts(model, placed.blocks, name),
-        )
+        made[name] = translate(placed.traced, 17)
+        write_experts(made[name], placed.blocks, name)
+        finish(made[name], placed.traced, 17, folder)
     files = {}
     for name, model in made.items():
         files[name] = folder / f"{name.replace(' ', '_')}.onnx"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from moe_export.comparing.checking import verify_graph
 from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.engines.build import build_engines
-from moe_export.export.pipeline import _narrowed
+from moe_export.export.stages import Draft, between, run
 from moe_export.export.write import write_model
 from moe_export.verify import Tolerance
 
@@ -38,11 +39,17 @@ def exported():
     return exported
 
 
+def narrowed(graph, dtype):
+    """A finished float32 graph in half precision: the last stage of its way."""
+    draft = run(between("precision", "precision"), Draft(graph.program, graph.model), Options(dtype=dtype))
+    return replace(graph, model=draft.model, wide=draft.wide, dtype=dtype if draft.wide else "float32")
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("name", [*FAST, *SLOW])
 def test_a_model_in_half_precision_is_equal_and_builds(exported, tmp_path, name, dtype):
     for number, wide in enumerate(exported(name)):
-        graph = _narrowed(wide, Options(dtype=dtype))
+        graph = narrowed(wide, dtype)
         assert graph.dtype == (dtype if wide.kind == "model" and name != "moe_gate" else "float32")
         write_model(graph.model, tmp_path / f"{number}.onnx")
         report, _ = verify_graph(graph, tmp_path / f"{number}.onnx", tolerance=Tolerance())
@@ -66,7 +73,7 @@ def moe(write, texts):
         text = text.replace(old, new)
     text = text.replace("torch.randn(6, 8)", "torch.randn(600, 8)")
     (graph, *_) = export_subject(load_subject(str(write(text))), Options(gates=False))
-    return _narrowed(graph, Options(dtype="bfloat16"))
+    return narrowed(graph, "bfloat16")
 
 
 def test_flips_are_counted_and_everything_else_is_judged(moe, tmp_path):

@@ -155,7 +155,7 @@ def test_a_graph_that_is_not_equal_is_not_left_in_place(
     command, write, older, listing, tmp_path, texts, monkeypatch
 ):
     """Exit 1; the graph is kept under another name, and an older good one is not touched."""
-    from moe_export.export import pipeline
+    from moe_export.export import stages
 
     def spoil(model, example):
         from moe_export.export.simplify import Simplified
@@ -167,7 +167,7 @@ def test_a_graph_that_is_not_equal_is_not_left_in_place(
                 value.const_value = ir.tensor(value.const_value.numpy() * 1.01, name=value.name)
         return Simplified(model, "spoiled")
 
-    monkeypatch.setattr(pipeline, "simplify", spoil)
+    monkeypatch.setattr(stages, "simplify", spoil)
     good = older(tmp_path / "net.onnx")
     done = command(write(texts["model"], "net.py"))
     assert done.code == 1

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_export.export.dims import parse_dynamic
-from moe_export.export.emit import emit
+from moe_export.export.options import Options
+from moe_export.export.stages import Model, run, without
 from moe_export.export.subject import Subject
-from moe_export.export.tracing import trace
 from moe_export.export.write import write_model
 from moe_export.pictures.differing import Difference, difference
 
@@ -34,8 +34,9 @@ def compare_with_before(
     """
     path = folder / f"{subject.source.stem}.before.onnx"
     try:
-        traced = trace(subject, parse_dynamic(dynamic, static, subject.inputs))
-        write_model(emit(traced, opset, folder=subject.source.parent), path)
+        dims = parse_dynamic(dynamic, static, subject.inputs)
+        stages = without("fold", "outline", "einsums", "expand", "simplify", "order", "precision")
+        write_model(run(stages, Model.of(subject, dims), Options(opset=opset)).model, path)
     except Exception as error:  # whatever the exporter says of what is mended here
         return str(error).strip().splitlines()[0]
     return difference(path, after, {})

@@ -13,7 +13,7 @@ import torch
 from opened import session_of, subject_of
 from torch import nn
 
-from moe_export.export.emit import emit
+from moe_export.export.emit import finish, translate
 from moe_export.export.engines.build import build_engines
 from moe_export.export.experts.emit import write_experts
 from moe_export.export.experts.place import place_experts
@@ -90,12 +90,9 @@ def test_every_form_is_right(idiom):
     assert placed.refused == ()
     assert len(placed.blocks) == 1
     for form in ("dense", "blocks", "gather", "loop"):
-        model = emit(
-            placed.traced,
-            17,
-            folder=Path(__file__).parent,
-            write_opaque=lambda model, form=form: write_experts(model, placed.blocks, form),
-        )
+        model = translate(placed.traced, 17)
+        write_experts(model, placed.blocks, form)
+        finish(model, placed.traced, 17, Path(__file__).parent)
         assert not values_with(model, 4) or form == "dense" or idiom is models.Groups
         assert_equal(session_of(model), module)
 

@@ -1,0 +1,41 @@
+"""`Options`: what the user may choose of an export."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from moe_export.export.dims import DimRequest
+from moe_export.export.recurrence.recurrences import Mode
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user may choose.
+
+    Attributes:
+        opset: 17 or newer.
+        dims: Which dimensions to leave free, and their names.
+        gates: True for every gate, False for none, or the module path of one.
+        simplify: Whether to try onnxsim.
+        experts: How loops over experts are lowered: a name of `experts.choose.LOWERINGS`, `auto`, or `keep` for as
+            they were written.
+        recurrence: `auto` folds loops over a length and notes those that it cannot, `scan` and `chunked` insist,
+            `unrolled` leaves them as traced, with their length fixed.
+        unroll: Steps that an iteration of a `Scan` takes.
+        decode: Whether to write the graph of one step, too, its states as inputs and outputs.
+        dtype: `float32`, or what the parts of the graph that can bear it compute in: `float16` or `bfloat16`.
+        float32: Paths of modules that stay float32 then.
+        target: The engine that the graph is for: a name of `experts.choose.TARGETS`.
+    """
+
+    opset: int = 17
+    dims: DimRequest = field(default_factory=DimRequest)
+    gates: bool | str = True
+    simplify: bool = True
+    experts: str = "auto"
+    recurrence: Mode = "auto"
+    unroll: int = 1
+    decode: bool = False
+    target: str = "onnxruntime-cpu"
+    dtype: str = "float32"
+    float32: tuple[str, ...] = ()

@@ -1,0 +1,41 @@
+"""`with_module`: a traced program with a changed copy of its graph; the program itself stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import warnings
+
+from torch import fx
+from torch.export import ExportedProgram
+
+
+def copied_module(program: ExportedProgram) -> fx.GraphModule:
+    """A copy of a program's graph, to be changed and handed to `with_module`."""
+    with warnings.catch_warnings():
+        # Copying a tree spec of torch trips over torch's own deprecation.
+        warnings.simplefilter("ignore", FutureWarning)
+        module: fx.GraphModule = copy.deepcopy(program.graph_module)
+    return module
+
+
+def with_module(program: ExportedProgram, module: fx.GraphModule) -> ExportedProgram:
+    """The program with a changed copy of its module, in which nothing is left that nobody uses."""
+    signature = copy.deepcopy(program.graph_signature)
+    outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
+    for spec, node in zip(signature.output_specs, outputs, strict=True):
+        spec.arg = dataclasses.replace(spec.arg, name=node.name)
+    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    module.graph.lint()
+    module.recompile()
+    return ExportedProgram(
+        root=module,
+        graph=module.graph,
+        graph_signature=signature,
+        state_dict=program.state_dict,
+        range_constraints=program.range_constraints,
+        module_call_graph=program.module_call_graph,
+        example_inputs=program.example_inputs,
+        constants=program.constants,
+        verifiers=program.verifiers,
+    )
