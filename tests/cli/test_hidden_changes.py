@@ -72,21 +72,21 @@ def wrong_at(file: Path, source: Path, constant: int) -> list[str]:
     return wrong
 
 
-def judged(process, tmp_path, template, constant):
+def judged(command, tmp_path, template, constant):
     source = tmp_path / "net.py"
     source.write_text(source_of(template, constant))
-    done = process(source, "-o", tmp_path / "out", "--quiet")
+    done = command(source, "-o", tmp_path / "out", "--quiet")
     assert done.code in (0, 1, 3), done.err
     if done.code == 0:
         assert wrong_at(tmp_path / "out" / "net.onnx", source, constant) == []
 
 
 @pytest.mark.parametrize(("template", "constant"), FEW)
-def test_a_dozen_are_not_silently_wrong(process, tmp_path, template, constant):
-    judged(process, tmp_path, template, constant)
+def test_a_dozen_are_not_silently_wrong(command, tmp_path, template, constant):
+    judged(command, tmp_path, template, constant)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("template", "constant"), [pair for pair in EVERY if pair not in FEW])
-def test_none_of_the_others_is(process, tmp_path, template, constant):
-    judged(process, tmp_path, template, constant)
+def test_none_of_the_others_is(command, tmp_path, template, constant):
+    judged(command, tmp_path, template, constant)
