@@ -6,7 +6,14 @@ export OMP_NUM_THREADS ?= 1
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow test-slow-share bench lint types docs install clean
+# `make test-torch` tries another PyTorch: `VERSION=2.14.1`, or the newest on the index.
+SHORT := -m "not slow" tests/export/torch_compat tests/verify/test_torch_compat.py tests/verify/test_onnxruntime_errors.py \
+	tests/export/test_models.py tests/export/test_trace.py tests/export/test_idioms.py tests/export/test_untranslated.py \
+	tests/export/test_size_numbers.py tests/export/experts/test_not_hit.py tests/export/experts/test_mixing.py \
+	tests/export/recurrence/test_loops_that_count.py tests/export/recurrence/test_user_scans.py
+OTHER := build/torch-$(or $(VERSION),newest)
+
+.PHONY: demo test test-slow test-slow-share test-torch bench lint types docs install clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,6 +38,15 @@ test-slow-share: install
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# The canaries and a short list of exports under another PyTorch, in an environment of its own (with CUDA, 6 GB).
+test-torch:
+	$(PYTHON) -m venv --clear $(OTHER)
+	grep -v '^torch==' constraints.txt > $(OTHER)/constraints.txt
+	$(OTHER)/bin/python -m pip install -qq --upgrade pip "setuptools>=77" wheel
+	$(OTHER)/bin/python -m pip install -qq -c $(OTHER)/constraints.txt 'torch$(addprefix ==,$(VERSION))' -e '.[dev]' \
+		--config-settings editable_mode=strict
+	$(OTHER)/bin/python -m pytest $(SHORT)
 
 bench: install
 	$(BIN)/python -m pytest tests/bench -s
