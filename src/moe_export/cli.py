@@ -20,7 +20,7 @@ from moe_export.commands.judged import judged_options, verify_options
 from moe_export.commands.parallel import parallel_options
 from moe_export.commands.plan import add_plan_command
 from moe_export.commands.reports import report_options, take_wanted
-from moe_export.errors import INTERRUPTED, READER_GONE, MoeExportError
+from moe_export.errors import INTERRUPTED, READER_GONE, MoeExportError, UsageError
 from moe_export.export.ended import no_exit
 from moe_export.supervisor import drop_output
 
@@ -85,6 +85,21 @@ _memory_option = click.option(
     metavar="SIZE",
     help="Weights in files that are larger are never read as a whole (docs/weights.md).",
 )
+
+
+STAGES = (
+    "fold",
+    "trace",
+    "outline",
+    "einsums",
+    "translate",
+    "expand",
+    "name",
+    "simplify",
+    "order",
+    "precision",
+)
+"""The names of `export.stages.PIPELINE`, which takes seconds to import."""
 
 
 @cli.command("export")
@@ -179,6 +194,12 @@ _memory_option = click.option(
 @click.option(
     "--float32", multiple=True, metavar="MODULE", help="With --dtype: this module stays float32 (repeatable)."
 )
+@click.option(
+    "--stop-after",
+    type=click.Choice(STAGES),
+    help="Run the pipeline up to this stage and write nothing (docs/architecture.md).",
+)
+@click.option("--show", is_flag=True, help="With --stop-after: print what the stage made.")
 @parallel_options
 @engine_options(required=False)
 @force_option
@@ -195,6 +216,10 @@ def export_command(**options: Any) -> int:
     from moe_export.commands.export import run_export
     from moe_export.commands.parallel import take_parallel
 
+    if options["show"] and options["stop_after"] is None:
+        raise UsageError(
+            "--show goes with --stop-after", hint="--stop-after trace --show prints the traced model"
+        )
     engines, parallel = take_request(options), take_parallel(options)
     return run_export(**options, engines=engines, parallel=parallel)
 

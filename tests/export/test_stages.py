@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from moe_export.cli import STAGES
 from moe_export.export.dims import DimRequest
 from moe_export.export.load import load_subject
 from moe_export.export.options import Options
@@ -128,3 +129,7 @@ def test_the_page_shows_the_stages_as_they_are():
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)` \| `(\w+)` → `(\w+)` \|", page, re.MULTILINE)
     assert rows == [(stage.name, stage.requires.__name__, stage.gives.__name__) for stage in PIPELINE]
+
+
+def test_the_command_line_knows_the_names():
+    assert tuple(stage.name for stage in PIPELINE) == STAGES

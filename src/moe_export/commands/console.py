@@ -7,8 +7,8 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TextIO
 
 from moe_export.supervisor import under_way
 
@@ -20,10 +20,12 @@ class Console:
     Attributes:
         quiet: Only errors.
         as_json: Only one JSON document, on stdout.
+        out: Where the result goes, whatever stdout is while the user's code runs.
     """
 
     quiet: bool = False
     as_json: bool = False
+    out: TextIO = field(default_factory=lambda: sys.stdout)
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -43,7 +45,9 @@ class Console:
     def say(self, text: str = "") -> None:
         """A line of the result."""
         if not (self.quiet or self.as_json):
-            print(text, flush=True)  # `view` says where it serves and then waits, also into a pipe
+            print(
+                text, flush=True, file=self.out
+            )  # `view` says where it serves and then waits, also into a pipe
 
     @contextmanager
     def user_code(self) -> Iterator[None]:
@@ -62,7 +66,7 @@ class Console:
     def json(self, text: str) -> None:
         """The one JSON document, where it was asked for."""
         if self.as_json:
-            print(text)
+            print(text, file=self.out)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +20,7 @@ from moe_export.commands.build import Request, build_files, check_names, engine_
 from moe_export.commands.console import Console
 from moe_export.commands.parallel import Written, write_ranks
 from moe_export.commands.sizes import parse_bytes
+from moe_export.commands.stopped import show_stage
 from moe_export.comparing.apart import fork_model
 from moe_export.comparing.blaming import kept_options
 from moe_export.comparing.checking import verify_graph
@@ -30,8 +31,9 @@ from moe_export.export.dims import limits_of, parse_dynamic
 from moe_export.export.engines.profiles import dim_facts
 from moe_export.export.functions import as_functions
 from moe_export.export.load import load_subject, split_spec
+from moe_export.export.options import Options
 from moe_export.export.parallel.ranks import Parallel, check_experts
-from moe_export.export.pipeline import Graph, Options, describe, export_subject, is_only_a_gate
+from moe_export.export.pipeline import Graph, describe, export_subject, is_only_a_gate
 from moe_export.export.provenance import relative_line, strip_scope
 from moe_export.export.subject import Subject
 from moe_export.export.tracing import SCOPE
@@ -43,7 +45,8 @@ from moe_export.large.layerwise import Parts, filled_weights
 from moe_export.own_files import require_free
 from moe_export.running.choices import runner_of
 from moe_export.supervisor import exporting
-from moe_export.verify import Report, Tolerance, show
+from moe_export.verify import Report, Tolerance
+from moe_export.verify import show as show_report
 from moe_export.verify.report import worst_code
 from moe_export.wishes import Wish, parse_tolerance, parse_wish
 from moe_export.wishes import check_names as check_outputs
@@ -87,16 +90,20 @@ def run_export(
     verify_how: str | None = None,
     parallel: Parallel | None = None,
     force: bool = False,
+    stop_after: str | None = None,
+    show: bool = False,
     **wishes: Any,
 ) -> int:
     """Run the command; the exit code."""
+    if show and stop_after is None:
+        raise UsageError(
+            "--show goes with --stop-after", hint="--stop-after trace --show prints the traced model"
+        )
     storage = Storage(weights, parse_bytes(shard_size, "--shard-size"), Path(output).absolute())
     parts = Parts(verify_how, storage)
-    console = Console(quiet, as_json)
-    tolerance = parse_tolerance(rtol, atol, tolerances)
-    wish = parse_wish(**wishes)
-    folder = Path(output)
-    with console.user_code(), _place(model, folder, force) as temporary, ReadAhead() as ahead:
+    console, folder = Console(quiet, as_json), Path(output)
+    tolerance, wish = parse_tolerance(rtol, atol, tolerances), parse_wish(**wishes)
+    with console.user_code(), _place(model, folder, force, stop_after) as temporary, ReadAhead() as ahead:
         with console.step(f"loading {model}"):
             subject = _loaded(model, init, inputs, memory, storage, ahead)
         options = Options(
@@ -112,6 +119,8 @@ def run_export(
             unroll=unroll,
             decode=decode,
         )
+        if stop_after is not None:
+            return show_stage(stop_after, subject, options, console, show=show)
         graphs = _exported(subject, options, parallel, console)
         if engines is not None:
             check_names(engines, (dim.name for graph in graphs for dim in graph.traced.dims))
@@ -120,12 +129,13 @@ def run_export(
         checked: list[Graph] = []
         for graph, name in zip(graphs, names, strict=True):
             facts = _facts(graph, subject, options)
-            apart = _write(graph, temporary / name, facts, functions, storage)
-            graph = replace(graph, notes=(*graph.notes, *apart))  # noqa: PLW2901
+            written = replace(
+                graph, notes=(*graph.notes, *_write(graph, temporary / name, facts, functions, storage))
+            )
             _check_file(temporary / name)
             with console.step(f"verifying {name}" if verify else f"loading {name}"):
                 found, report = _verified(
-                    graph, temporary / name, verify, tolerance, seed, provider, wish, parts
+                    written, temporary / name, verify, tolerance, seed, provider, wish, parts
                 )
             learned = _learned(graph, found, exact=report is not None)
             if learned:
@@ -159,8 +169,10 @@ def run_export(
     return 0 if equal else worst_code(report for report in reports if report is not None) or 1
 
 
-def _place(model: str, folder: Path, force: bool) -> AbstractContextManager[Path]:
-    """Where the files are written; that another is in the way is said before hours of work, not after."""
+def _place(model: str, folder: Path, force: bool, stop_after: str | None) -> AbstractContextManager[Path]:
+    """Where the files are written, if any are; that another is in the way is said before hours of work, not after."""
+    if stop_after is not None:
+        return nullcontext(folder)
     path, _ = split_spec(model)
     require_free(folder / f"{path.stem}.onnx", "graph", inputs=(path,), force=force)
     require_free(folder / f"{path.stem}.report.json", "report", inputs=(path,), force=force)
@@ -389,7 +401,7 @@ def _print(
             console.say(f"  note: {_PLACE.sub(lambda place: os.path.relpath(place[0]), note)}")
         if report is not None and not (console.quiet or console.as_json):
             console.say()
-            show(report, sys.stdout)
+            show_report(report, sys.stdout)
     if is_only_a_gate(graphs):
         console.say("\nThe model is only a gate: its graph and the gate graph are the same.")
     console.say("\nwritten: " + ", ".join(str(folder / name) for name in names))
