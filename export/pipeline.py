@@ -16,6 +16,7 @@ from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.dims import DimRequest
 from moe_export.export.ended import no_exit
 from moe_export.export.functions import described
+from moe_export.export.gates.choice import may_choose
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in, numbers_of
 from moe_export.export.gates.neck import behind
 from moe_export.export.gates.routing import Routing, find_routings, routing_outputs
@@ -25,7 +26,7 @@ from moe_export.export.recurrence.step import step_of
 from moe_export.export.simplify import as_numpy
 from moe_export.export.stages import PIPELINE, Draft, Model, Program, Step, between, run, without
 from moe_export.export.subject import Subject
-from moe_export.export.tracing import Traced
+from moe_export.export.tracing import Traced, functional
 
 __all__ = ["Graph", "Options", "as_numpy", "describe", "export_subject"]
 
@@ -85,6 +86,8 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     check_opset(options.opset)
     program = run(between("fold", "trace"), Model.of(subject, options.dims), options, step)
     traced = program.model.unrolled or program.traced  # gates are cut out of what has no marks of loops
+    if program.model.unrolled is not None and may_choose(traced.program.graph):
+        traced = functional(traced)
     routings = find_routings(traced)
     chosen = choose(routings, options.gates, folded=program.model.unrolled is not None)
     rest = between("outline", PIPELINE[-1].name)

@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -36,6 +36,7 @@ from moe_export.export.source import last_model_line
 from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.failures import depends_on_values
+from moe_export.export.torch_compat.operators import is_functional
 from moe_export.export.torch_compat.sizes import fake_results_cached
 from moe_export.export.weight_inputs import with_weights_marked
 from moe_export.export.widen import accepts, widened
@@ -149,12 +150,15 @@ def quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def trace(subject: Subject, request: DimRequest | None = None) -> Traced:
+def trace(subject: Subject, request: DimRequest | None = None, *, as_called: bool = False) -> Traced:
     """Trace the subject with every wanted dimension free.
 
     Args:
         subject: The model and its example inputs.
         request: Which dimensions to leave free, and their names; default: all of them.
+        as_called: Keep the operators that the model calls (`reshape`, `unflatten`) where none of them writes into its
+            input. Making them those few that others expect traces everything twice more, most of the time of it;
+            `functional` does it later.
 
     Raises:
         NotExportableError: `torch.export` cannot trace the model at all, or a dimension that the user picked by
@@ -163,7 +167,7 @@ def trace(subject: Subject, request: DimRequest | None = None) -> Traced:
     request = request or DimRequest()
     with quiet():
         example = widened(subject, request)
-        program, computed, reason = _export(subject, example, request)
+        program, computed, reason = _export(subject, example, request, as_called=as_called)
         refuse_random(program, subject, example)
         dims, inputs = _read_dims(program, example, request)
         fixed = _fixed(subject, example, inputs, request)
@@ -172,8 +176,31 @@ def trace(subject: Subject, request: DimRequest | None = None) -> Traced:
     return traced
 
 
+def functional(traced: Traced) -> Traced:
+    """A trace `as_called`, with the operators that any other trace has."""
+    with quiet(), _decomposing(free=bool(traced.dims)):
+        return replace(traced, program=with_weights_marked(traced.program.run_decompositions({})))
+
+
+@contextmanager
+def _decomposing(*, free: bool) -> Iterator[None]:
+    """What holds while operators are traced.
+
+    The cache of fake results is slower than none where sizes are symbols: twice, with loops over experts. Where all
+    are numbers it saves a third. With opt_einsum, torch.einsum compares sizes to choose a path, which would fix them;
+    the path is chosen later, by the einsum rewriting.
+    """
+    with (
+        torch.no_grad(),
+        made_once(),
+        torch.backends.opt_einsum.flags(enabled=False),
+        fake_results_cached(not free),
+    ):
+        yield
+
+
 def _export(
-    subject: Subject, example: Mapping[str, torch.Tensor], request: DimRequest
+    subject: Subject, example: Mapping[str, torch.Tensor], request: DimRequest, *, as_called: bool = False
 ) -> tuple[ExportedProgram, frozenset[str], str | None]:
     """Export with as many free dimensions as the tracer takes.
 
@@ -201,15 +228,8 @@ def _export(
         free = any(dimension is not None for axes in spec for dimension in axes)
         flat = _Flat(subject, numbers).eval()
         try:
-            # The cache of fake results is slower than none where sizes are symbols: twice, with loops over experts.
-            # Where all are numbers it saves a third.
-            # With opt_einsum, torch.einsum compares sizes to choose a path, which would fix them; the path is
-            # chosen later, by the einsum rewriting.
             with (
-                torch.no_grad(),
-                made_once(),
-                torch.backends.opt_einsum.flags(enabled=False),
-                fake_results_cached(not free),
+                _decomposing(free=free),
                 without_memos(subject.module),
                 traceable_idioms(),
                 symbolic_numbers(subject.module),
@@ -228,9 +248,12 @@ def _export(
                     stuck |= found
                     limits.append(limit)
                     continue
-                program = with_weights_marked(
-                    exported.run_decompositions({})
-                )  # in-place operators become functional ones
+                program = exported
+                if not as_called or not is_functional(
+                    exported.graph
+                ):  # in-place operators become functional ones
+                    program = exported.run_decompositions({})
+                program = with_weights_marked(program)
         except Exception as error:
             first = first or error
             continue

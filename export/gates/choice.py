@@ -48,10 +48,17 @@ class Choice:
         return int(self.indices.meta["val"].shape[-1])
 
 
+_CHOOSES = {_aten.topk.default, _aten.argmax.default, _aten.max.dim}
+
+
+def may_choose(graph: fx.Graph) -> bool:
+    """Whether there is anything in a graph that `as_choice` could take for a choice."""
+    return any(node.target in _CHOOSES for node in graph.nodes)
+
+
 def as_choice(node: fx.Node) -> Choice | None:
-    if node.op != "call_function" or node.target not in (
-        _aten.topk.default, _aten.argmax.default, _aten.max.dim,
-    ):  # fmt: skip
+    """An operator as a choice among experts, if it is one."""
+    if node.op != "call_function" or node.target not in _CHOOSES:
         return None
     scores = node.args[0]
     assert isinstance(scores, fx.Node)

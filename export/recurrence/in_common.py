@@ -62,13 +62,13 @@ def in_common(
     """
     static = replace(request, static=True, picked={})
     try:
-        return _common(sizes, [first, *(trace(other, static) for other in others)])
+        return _common(sizes, [first, *(trace(other, static, as_called=True) for other in others)])
     except NoLoopError:
         raise
     except LengthError:
         if request == static:
             raise
-    return _common(sizes, [first, *(trace(other, request) for other in others)])
+    return _common(sizes, [first, *(trace(other, request, as_called=True) for other in others)])
 
 
 def _common(sizes: Sequence[tuple[int, ...]], traces: Sequence[Traced]) -> Skeleton:

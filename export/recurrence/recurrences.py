@@ -267,8 +267,8 @@ def _folded_at(
     )
     if again:  # a trace with free sizes takes longest
         static = replace(unpicked, static=True, picked={})
-        repeats_of([trace(other, static) for other in others[:2]])
-    traced = trace(first, unpicked)
+        repeats_of([trace(other, static, as_called=True) for other in others[:2]])
+    traced = trace(first, unpicked, as_called=True)
     fixed = [
         [(name, axis) for name, axis in length.axes if str(traced.inputs[name][axis]).isdigit()]
         for length in lengths

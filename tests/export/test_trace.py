@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import DimRequest
+from moe_export.export.subject import make_subject
 from moe_export.export.tracing import quiet, rename, trace
 
 
@@ -270,3 +272,32 @@ def test_the_width_of_a_row_is_not_said_to_be_fixed_by_the_trace(tools):
 
     traced = trace(tools.subject(Rows(), torch.randn(2, 3, 4)))
     assert not any(fixed.model_takes_others for fixed in traced.fixed)
+
+
+def test_a_trace_as_called_is_functional_all_the_same():
+    """Operators stay as the model calls them, but none that writes; what others expect is made of it later."""
+    from moe_export.export.torch_compat.operators import is_functional
+    from moe_export.export.tracing import functional
+
+    class Writes(nn.Module):
+        def forward(self, x):
+            y = torch.zeros_like(x)
+            y[:, 0] = x[:, 1]
+            return y.flatten(1)
+
+    class Views(nn.Module):
+        def forward(self, x):
+            return x.flatten(1).unflatten(1, (-1, 2)) * 2
+
+    for module in (Writes(), Views()):
+        example = torch.randn(3, 4)
+        subject = make_subject(module, (example,), {}, source=Path(__file__), how="a test")
+        called = trace(subject, as_called=True)
+        assert is_functional(called.program.graph)
+        later, usual = functional(called), trace(subject)
+        operators = [
+            [str(node.target) for node in traced.program.graph.nodes if node.op == "call_function"]
+            for traced in (later, usual)
+        ]
+        assert operators[0] == operators[1]
+        assert torch.equal(later.program.module()(example)[0], module(example))

@@ -57,3 +57,33 @@ def test_canary_grouped_products_have_these_two_names():
             torch.nn.functional.grouped_mm(rows, stack, offs=torch.tensor([1, 4], dtype=torch.int32))
         assert called == [True]
         assert {function.__name__.lstrip("_") for function in GROUPED_MM} == {"grouped_mm"}
+
+
+def test_canary_what_writes_or_holds_a_graph_is_seen():
+    with canary(
+        FILE,
+        "OpOverload._schema.is_mutable, and HigherOrderOperator as the type of operators that hold graphs",
+        todo="see torch/_ops.py; return False from is_functional until then: tracing is slower, and right",
+    ):
+        from moe_export.export.torch_compat.operators import is_functional
+
+        class Adds(torch.nn.Module):
+            def forward(self, x):
+                return x.reshape(-1) + 1
+
+        class Writes(torch.nn.Module):
+            def forward(self, x):
+                y = torch.zeros_like(x)
+                y[0] = x[0]
+                return y
+
+        class Holds(torch.nn.Module):
+            def forward(self, x):
+                with torch.set_grad_enabled(not torch.is_grad_enabled()):
+                    y = x + 1
+                return y * 2
+
+        graphs = [
+            torch.export.export(module(), (torch.ones(3, 2),)).graph for module in (Adds, Writes, Holds)
+        ]
+        assert [is_functional(graph) for graph in graphs] == [True, False, False]
