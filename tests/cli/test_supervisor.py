@@ -9,7 +9,11 @@ import sys
 import textwrap
 import time
 
+import onnx
+import onnxruntime
 import pytest
+import torch
+from canaries import canary
 
 from moe_export.equivalence import assert_equivalent
 from moe_export.errors import UsageError
@@ -293,3 +297,25 @@ def test_in_python_it_is_an_error_like_any_other(finished, write):
     leaves.now = True
     with pytest.raises(UsageError, match="ended the process"):
         assert_equivalent(leaves, ones(2, 3, 4), finished / "block.onnx")
+
+
+def test_canary_what_libraries_say_where_memory_is_short():
+    size = 2**46  # of float32: more than a process can address
+    with canary(
+        "src/moe_export/supervisor.py",
+        "PyTorch and ONNX Runtime have no class for a lack of memory, and say `allocate memory`",
+        todo="match the new words in `_guarded`, or the class if there is one now",
+    ):
+        with pytest.raises(RuntimeError, match="allocate memory"):
+            torch.empty(size)
+        shape = onnx.helper.make_tensor("shape", onnx.TensorProto.INT64, [1], [size])
+        node = onnx.helper.make_node("ConstantOfShape", ["shape"], ["y"])
+        y = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, ["n"])
+        graph = onnx.helper.make_graph([node], "large", [], [y], [shape])
+        opsets = [onnx.helper.make_opsetid("", 17)]
+        model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 4
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+        with pytest.raises(Exception, match="allocate memory"):  # a class of its own a status code
+            onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, {})
