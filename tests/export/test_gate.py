@@ -80,6 +80,7 @@ def test_the_gate_of_gshard_moe(tools, exported, tokens):
     assert ((kept == 0) | torch.isclose(kept, torch.tensor(found["topk_weight"]), atol=1e-6)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [1, 3, 15, 64])
 def test_the_gate_of_the_hybrid(tools, exported, tokens):
     model, gate = exported("hybrid")
@@ -174,7 +175,7 @@ class BehindALoop(nn.Module):
         return out, indices
 
 
-@pytest.mark.parametrize("recurrence", ["auto", "unrolled"])
+@pytest.mark.parametrize("recurrence", ["auto", pytest.param("unrolled", marks=pytest.mark.slow)])
 def test_a_gate_behind_a_loop_begins_behind_it(tools, recurrence):
     """The trace has a step for each place of the example: a gate that began before would cut off longer inputs."""
     x = torch.randn(2, 6, 8)

@@ -12,7 +12,22 @@ from pages import PAGES, ROOT, fences, follow, name_of, prepare, steps
 OF_A_TERMINAL = re.compile(r"^(\$ |> )?(moe-export|make|pip|python3?|git|pre-commit|pytest) ", re.MULTILINE)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name_of)
+# Pages that take longest, with engines, faulty graphs or a browser, are run with the slow tests.
+LONG = {
+    "docs/engines", "docs/experts", "docs/guilty", "docs/seeing", "docs/tasks/build-an-engine",
+    "docs/tasks/export-my-mamba", "docs/verify", "docs/weights",
+}  # fmt: skip
+
+
+def test_the_long_pages_are_there():
+    assert {name_of(page) for page in PAGES} >= LONG
+
+
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=pytest.mark.slow if name_of(page) in LONG else ()) for page in PAGES],
+    ids=name_of,
+)
 def test_a_page_runs_from_top_to_bottom(page, tmp_path):
     folder = prepare(tmp_path)
     for step in steps(page):

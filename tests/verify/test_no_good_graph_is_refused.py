@@ -122,7 +122,7 @@ example_inputs = {"input_ids": torch.randint(0, 96, (2, 14))}
 @pytest.mark.parametrize(
     ("text", "seeds"),
     [
-        pytest.param(CANCELS, 2, id="sums that cancel"),
+        pytest.param(CANCELS, 2, id="sums that cancel", marks=pytest.mark.slow),
         pytest.param(DEEP, 20, id="24 layers", marks=pytest.mark.slow),
         pytest.param(LANGUAGE, 20, id="a language model", marks=pytest.mark.slow),
     ],

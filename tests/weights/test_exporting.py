@@ -243,6 +243,7 @@ for arguments in [line.split("|") for line in sys.argv[1:]]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells the peak of a process")
 def test_memory_does_not_grow_with_the_weights(tmp_path):
     """Two more layers of 50 MB each are never in memory at once: not exported, and not verified, layer by layer.

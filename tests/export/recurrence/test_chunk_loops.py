@@ -68,7 +68,7 @@ def exported(subject: Subject) -> Graph:
 @pytest.mark.parametrize(
     ("module", "turns"),
     [
-        (Filled(True), "(L + 2) // 3 steps"),
+        pytest.param(Filled(True), "(L + 2) // 3 steps", marks=pytest.mark.slow),
         pytest.param(Filled(False), "(L + 2) // 3 steps", marks=pytest.mark.slow),
     ],
     ids=["filled up", "filled up where it is short"],

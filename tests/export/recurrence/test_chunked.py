@@ -47,7 +47,14 @@ def exact(subject: Subject, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]
     return [tensor.numpy() for tensor in found]
 
 
-@pytest.fixture(scope="module", params=list(ways.LOOPS))
+# An export takes seconds: what differs in more than its axes is run every time, the others with the slow tests.
+ALWAYS = {"mamba2", "retention", "backwards"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in ways.LOOPS],
+)
 def way(request: pytest.FixtureRequest) -> tuple[str, Subject, Graph]:
     return (request.param, *exported(request.param, "chunked"))
 
@@ -87,7 +94,15 @@ def test_auto_leaves_step_by_step_what_has_no_chunked_form() -> None:
     assert not any("chunks" in note for note in graph.notes)
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 3.0), (0.0, 1e-3), (10.0, 10.0), (0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (0.0, 3.0),
+        pytest.param(0.0, 1e-3, marks=pytest.mark.slow),
+        (10.0, 10.0),
+        pytest.param(0.0, 0.0, marks=pytest.mark.slow),
+    ],
+)
 def test_strong_and_no_decay_as_exact_as_step_by_step(low: float, high: float) -> None:
     """dt * A down to -48 a step, at dt = 10 to -160: each segment of a chunk is summed by itself."""
     subject, chunked = exported("mamba2", "chunked")
@@ -175,7 +190,9 @@ def test_a_long_example_exports_as_fast_as_a_short_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("recurrence", "unroll"), [("scan", 1), ("scan", 4), ("chunked", 1)], ids=["scan", "unroll", "chunked"]
+    ("recurrence", "unroll"),
+    [("scan", 1), pytest.param("scan", 4, marks=pytest.mark.slow), ("chunked", 1)],
+    ids=["scan", "unroll", "chunked"],
 )
 def test_engines_take_any_length_to_4096(recurrence, unroll):
     _, graph = exported("mamba2", recurrence, unroll)

@@ -18,6 +18,9 @@ from moe_export.export.pipeline import Graph
 from moe_export.export.subject import Subject
 
 LENGTHS = (1, 2, 7, 33, 257)
+# An export takes seconds: one loop of each rule is run every time, the others with the slow tests.
+ALWAYS = {"gated_delta", "delta", "decay_a_key", "with_bonus", "half_read_before", "mamba2"}
+LOOPS = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in ways.LOOPS]
 
 
 @functools.cache
@@ -30,7 +33,7 @@ def operators(graph: Graph) -> list[ir.Node]:
     return [node for node in graph.model.graph.all_nodes() if node.op_type == "LinearAttention"]
 
 
-@pytest.mark.parametrize("name", list(ways.LOOPS))
+@pytest.mark.parametrize("name", LOOPS)
 def test_it_is_right_at_any_length(name: str) -> None:
     subject, graph = exported(name)
     proto = ir.to_proto(graph.model)
@@ -52,7 +55,7 @@ def test_it_is_right_at_any_length(name: str) -> None:
                 assert error < 3e-6, (length, batch, error)
 
 
-@pytest.mark.parametrize("name", list(ways.LOOPS))
+@pytest.mark.parametrize("name", LOOPS)
 def test_a_state_is_one_operator_and_no_scan(name: str) -> None:
     graph = exported(name)[1]
     found = operators(graph)

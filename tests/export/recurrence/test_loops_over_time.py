@@ -72,7 +72,7 @@ def length_first(subject: Subject) -> bool:
 
 
 # A loop takes ten seconds to export: the others are run with the slow tests.
-ALWAYS = {"in_place", "layers", "gated_delta", "two_back", "growing_cat", "heads", "log_space"}
+ALWAYS = {"in_place", "layers", "gated_delta", "two_back", "growing_cat"}
 
 
 @pytest.fixture(
@@ -96,7 +96,9 @@ def test_the_loop_is_a_scan_and_nothing_is_left_of_the_marks(way: tuple[Subject,
     assert len(nodes) <= 60
 
 
-@pytest.mark.parametrize("name", ["in_place", "strided", pytest.param("layers", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["in_place", *(pytest.param(name, marks=pytest.mark.slow) for name in ("strided", "layers"))]
+)
 def test_the_graph_does_not_depend_on_the_length_of_the_example(name: str) -> None:
     module, inputs = ways.LOOPS[name]
     subject = subject_of(module, inputs)

@@ -51,7 +51,7 @@ def check(subject: Subject, graph: Graph, lengths: tuple[int, ...]) -> None:
                 np.testing.assert_allclose(b, a.numpy(), rtol=1e-4, atol=1e-5, err_msg=f"{length}, {batch}")
 
 
-@pytest.mark.parametrize("name", ["mamba", "hybrid"])
+@pytest.mark.parametrize("name", ["mamba", pytest.param("hybrid", marks=pytest.mark.slow)])
 def test_the_models_here_at_any_length_from_one_short_example(name: str) -> None:
     subject = load_subject(str(MODELS / f"{name}.py"))
     graph = exported(subject)

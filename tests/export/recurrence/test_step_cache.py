@@ -98,13 +98,14 @@ def test_names_and_sizes_of_keys_and_values() -> None:
     check(model, graph, 9)
 
 
-@pytest.mark.parametrize("window", [4, 70])
+@pytest.mark.parametrize("window", [4, pytest.param(70, marks=pytest.mark.slow)])
 def test_beyond_the_window_of_attention(window: int) -> None:
     """The example has fewer tokens than the longer window: that it ends must not be left out of the trace."""
     model = mixtral(sliding_window=window)
     check(model, step_of(model), window + 12)
 
 
+@pytest.mark.slow
 def test_windows_states_keys_and_values_of_a_hybrid() -> None:
     model = hybrid_families.Last(hybrid_families.slow_path("Jamba"))
     graph = step_of(model)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import onnxruntime
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -29,6 +30,7 @@ class Heads(nn.Module):
         return y.transpose(1, 2).view(b, length, d)
 
 
+@pytest.mark.slow
 def test_a_view_of_what_a_loop_made_needs_none_of_the_strides_that_the_model_had() -> None:
     model = Heads().eval()
     subject = make_subject(model, (torch.randn(2, 6, 4),), {}, source=Path(__file__), how="a test")
