@@ -4,7 +4,8 @@
 
 A trace goes one way through the code, and an example shows one size; what happens at other sizes is written in
 comparisons, slices and moduli. So the code that runs is watched once: the constants of its functions, the globals that
-they read, the integers that they are called with, and those that the modules hold.
+they read, what they compute of these (`computed`), the integers that they are called with, and those that the modules
+hold.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_export.export.computed import computed_in
 from moe_export.export.source import is_library_model, is_user_file
 from moe_export.export.subject import Subject
 
@@ -45,7 +47,7 @@ def constants_of(subject: Subject, *, widths: bool = True) -> tuple[int, ...]:
             subject.call([tensor.clone() for tensor in subject.inputs.values()])
         finally:
             sys.settrace(before)
-    around = [*_held(subject.module), *seen.passed]
+    around = [*seen.computed, *_held(subject.module), *seen.passed]
     if not widths:
         taken = {size for weight in subject.module.parameters() for size in weight.shape}
         around = [number for number in around if number not in taken]
@@ -58,6 +60,7 @@ class _Seen:
 
     def __init__(self) -> None:
         self.written: list[int] = []
+        self.computed: dict[int, None] = {}
         self.passed: dict[int, None] = {}
         self._calls: Counter[CodeType] = Counter()
 
@@ -72,6 +75,7 @@ class _Seen:
             self.written += _integers(frame.f_globals.get(name) for name in code.co_names)
         if self._calls[code] <= _CALLS:
             self.passed.update(dict.fromkeys(_integers(frame.f_locals.values())))
+            self.computed.update(dict.fromkeys(map(abs, computed_in(code, frame.f_locals, frame.f_globals))))
 
 
 @cache
@@ -93,11 +97,12 @@ def _held(module: nn.Module) -> Iterator[int]:
         )
 
 
-def _integers(values: Iterable[Any]) -> list[int]:
+def _integers(values: Iterable[Any], depth: int = 2) -> list[int]:
+    """The integers among values, and in lists and tables of them."""
     found: list[int] = []
     for value in values:
         if type(value) is int:
             found.append(abs(value))  # x[-16:]
-        elif isinstance(value, (tuple, frozenset)):
-            found += _integers(value)
+        elif isinstance(value, (list, tuple, set, frozenset, dict)) and depth and len(value) <= _MANY:
+            found += _integers(value.values() if isinstance(value, dict) else value, depth - 1)
     return found

@@ -24,6 +24,7 @@ from moe_export.export.recurrence.loop import Turning
 from moe_export.export.recurrence.operand import atoms
 from moe_export.export.recurrence.reach import Reach, reach
 from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
+from moe_export.export.recurrence.watch import Watch
 from moe_export.export.source import line_of
 from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.dispatch import OperatorMode
@@ -103,7 +104,10 @@ def _reached(
     with quiet():
         constants = constants_of(replace(subject, inputs=short), widths=False)
         count = operators(subject, short) or 0
-    found = tuple(reach(agreement, constants, longest, place, count) for place in range(len(lengths)))
+    found = tuple(
+        reach(agreement, Watch(subject, lengths, longest, place), constants, longest, place, count)
+        for place in range(len(lengths))
+    )
     for length, each in zip(lengths, found, strict=True):
         shown = length.of(subject.inputs)
         if each.limit is not None and each.limit < shown:

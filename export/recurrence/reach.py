@@ -5,7 +5,8 @@ A fold is made from traces at a few short lengths, and a model may do something 
     if t >= 60: break        range(min(length, 48))        0.99 if t < 60 else 0.5        if x.shape[1] > 48: ...
 
 Where it may is written in its code (`constants_of`). So the folded model is held against the model at each of these
-lengths and one more, and at one that goes beyond them all; where they part, between the last length at which they
+lengths and one more, and at one that goes beyond them all; then at the first length at which the model runs other
+operators than at short ones (`watch`), up to 4,096. Where they part, the limit is between the last length at which they
 agree and the first at which they do not.
 """
 
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from moe_export.export.recurrence.agreement import Agreement
+from moe_export.export.recurrence.watch import Watch
 
 _MOST = 20_000  # operators of the longest run: about half a second
 _MOST_TOGETHER = 2 * _MOST
@@ -36,12 +38,18 @@ class Reach:
 
 
 def reach(
-    agreement: Agreement, constants: Sequence[int], longest: Sequence[int], place: int, operators: int
+    agreement: Agreement,
+    watch: Watch,
+    constants: Sequence[int],
+    longest: Sequence[int],
+    place: int,
+    operators: int,
 ) -> Reach:
     """Look how far a fold is right.
 
     Args:
         agreement: Runs both.
+        watch: Runs the model.
         constants: The integers in the model's code, the likeliest first.
         longest: The greatest lengths that were traced, one for each length that was folded over.
         place: Which of them is looked at.
@@ -70,6 +78,9 @@ def reach(
             bad = size
         elif found:
             good = max(good, size)
+    suspect = watch.first_unlike() if bad is None else None
+    if suspect is not None and _answer(right, suspect) is False:
+        bad = suspect
     if bad is None:
         return Reach(good)
     return Reach(bad, _last_right(right, bad, min(good, bad - 1), longest[place]))

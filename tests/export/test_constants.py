@@ -71,3 +71,47 @@ def test_whoever_watches_goes_on_watching(tmp_path):
         sys.settrace(before)
     assert watching is not None
     assert seen
+
+
+class Config:
+    block = 12
+
+    def __init__(self):
+        self.depth = 9
+
+    @property
+    def asked(self):
+        raise AssertionError("nothing of the model is run")
+
+
+TABLE = {"long": 301, "short": [5, 307]}
+
+
+class Computes(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.n, self.ratio, self.config, self.limits = 20, 1.5, Config(), [211, 223]
+        self.inner = nn.ModuleList([nn.Linear(3, 3)])
+
+    def forward(self, x, shift: int = 3):
+        double = 2 * self.n
+        far = 17 * double
+        step = 1
+        for t in range(x.shape[1]):
+            step += 400 * t
+            if t >= far or t > self.config.block**2 or t == self.config.depth * self.n + 1:
+                break
+            if t > TABLE["short"][1] - 1 or t > max(self.limits[0], 2) + shift or t == int(self.ratio * 401):
+                break
+            if t > x.shape[1] + 5000 or t > step + 6000 or self.config.asked_never() > 7 * 1000:
+                break
+        return self.inner[0](x)
+
+
+def test_computed_integers(tmp_path):
+    Config.asked_never = lambda self: 0
+    subject = make_subject(Computes(), (torch.zeros(2, 5, 3),), {}, source=tmp_path, how="")
+    found = constants_of(subject)
+    assert {17 * 40, 144, 181, 306, 307, 301, 214, 211, 223, 601, 7000} <= set(found)
+    assert not {5005, 6001, 6401, 2005} & set(found)  # of sizes, or of what changes
+    assert found.index(5000) < found.index(17 * 40) < found.index(223)  # what is written comes first

@@ -1,0 +1,131 @@
+"""`Watch`: the first length at which a model runs operators of another kind than at short ones.
+
+    if t >= limits[kind]: break             fewer operators than steps
+    a = 0.99 if t < 17 * self.n else 0.5    a product by 0.5, which no short run has
+    if x.shape[1] > reader.window(): ...    an operator behind another one that it never follows at short lengths
+
+A step of the model costs a tenth of what one of the folded model costs in Python, so this looks far beyond what can be
+compared: up to 4,096 steps, or 40,000 operators. It proves nothing: where operators change, the folded model is held
+against the model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from moe_export.export.recurrence.lengths import Length, resized_together
+from moe_export.export.subject import Subject
+from moe_export.export.torch_compat.dispatch import OperatorMode
+from moe_export.export.tracing import quiet
+
+_MOST = 2e8  # units of the longest run, half of what one case of a comparison may cost (verify/price)
+_OPERATOR = 5_000.0  # units: what eager PyTorch needs to start one, in elements that it could make meanwhile
+_LONGEST = 4096
+_SLACK = 0.1  # of the operators: chunks add theirs some steps at a time
+
+
+class _Kinds(OperatorMode):
+    """Notes operators by what comes before them, and the numbers that they are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+        self.elements = 0
+        self.numbers: dict[tuple[Any, Any], set[tuple[Any, ...]]] = {}
+        self._before: Any = None
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        self.operators += 1
+        self.elements += found.numel() if isinstance(found, torch.Tensor) else 0
+        numbers = tuple(
+            each for each in (*args, *(kwargs or {}).values()) if type(each) in (int, float, bool)
+        )
+        self.numbers.setdefault((self._before, func), set()).add(numbers)
+        self._before = func
+        return found
+
+
+class Watch:
+    """Runs a model at lengths of one's choice, and compares what it runs with what it ran at short ones.
+
+    Args:
+        subject: The model.
+        lengths: What was folded over.
+        longest: The greatest lengths that were traced, one for each.
+        place: Which of them is looked at.
+    """
+
+    def __init__(
+        self, subject: Subject, lengths: Sequence[Length], longest: Sequence[int], place: int
+    ) -> None:
+        self._subject, self._lengths, self._longest, self._place = subject, lengths, longest, place
+        self._short = longest[place]
+        self._runs = [self._run(size) for size in (self._short, 2 * self._short)]
+
+    def first_unlike(self) -> int | None:
+        """A length at which the operators are others, and before which they are not; None if they never are."""
+        good, far = 2 * self._short, self._far()
+        if far <= good or self._alike(far):
+            return None
+        while (bad := min(2 * good, far)) < far and self._alike(bad):
+            good = bad
+        while bad - good > 1:
+            middle = (good + bad) // 2
+            if self._alike(middle):
+                good = middle
+            else:
+                bad = middle
+        return bad
+
+    def _far(self) -> int:
+        """The greatest length that a run may have: operators grow evenly, elements perhaps with the square."""
+        first, second = self._runs
+        if first is None or second is None:
+            return 0
+        power = max(1.0, math.log2(max(1, second.elements) / max(1, first.elements)))
+        size = _LONGEST
+        while size > self._short:
+            elements = second.elements * (size / (2 * self._short)) ** power
+            if _OPERATOR * self._expected(size) + elements <= _MOST:
+                return size
+            size = size * 3 // 4
+        return 0
+
+    def _expected(self, size: int) -> float:
+        counts = [run.operators if run is not None else 0 for run in self._runs]
+        return counts[0] + (counts[1] - counts[0]) * (size - self._short) / self._short
+
+    def _alike(self, size: int) -> bool:
+        """Whether the operators at a length are those of short ones, or the model does not take it."""
+        first, second = self._runs
+        there = self._run(size)
+        if first is None or second is None or there is None:
+            return True
+        if abs(there.operators - self._expected(size)) > _SLACK * there.operators:
+            return False
+        for kind, numbers in there.numbers.items():
+            known = second.numbers.get(kind)
+            if known is None or (first.numbers.get(kind) == known and not numbers <= known):
+                return False
+        return True
+
+    def _run(self, size: int) -> _Kinds | None:
+        sizes = [size if at == self._place else other for at, other in enumerate(self._longest)]
+        example = resized_together(self._lengths, self._subject.inputs, sizes)
+        kinds = _Kinds()
+        with quiet(), torch.no_grad():
+            try:
+                with kinds:  # what puts the model's state back afterwards is none of its operators
+                    self._subject.call_leaves([example[name].clone() for name in self._subject.inputs])
+            except Exception:
+                return None
+            finally:
+                self._subject.state.restore()
+        return kinds

@@ -1,0 +1,81 @@
+"""A loop that changes at a step which nobody wrote down is folded as far as it is right, and the limit is said."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from moe_export.export import Options, export_subject
+from moe_export.export.recurrence.lengths import Length
+from moe_export.export.recurrence.watch import Watch
+from moe_export.export.subject import make_subject
+
+
+class Changing(nn.Module):
+    """h = decay * h + x, and something else at a step that its code computes in another function."""
+
+    def __init__(self, kind, change, last=False):
+        super().__init__()
+        self.kind, self.change, self.last = kind, float(change), last
+
+    def limit(self):
+        return round(self.change)
+
+    def forward(self, x):
+        h, out = torch.zeros(x.shape[0], 3), []
+        if self.kind == "a long sequence" and x.shape[1] >= self.limit():
+            return x.cumsum(1)
+        for t in range(min(x.shape[1], self.limit()) if self.kind == "a shorter range" else x.shape[1]):
+            if self.kind == "break" and t >= self.limit():
+                break
+            decay = 0.99 if self.kind != "another decay" or t < self.limit() else 0.5
+            decay = 0 if self.kind == "a reset" and t == self.limit() else decay
+            h = decay * h + x[:, t]
+            if self.kind == "another operator" and t >= self.limit():
+                h = h.tanh()
+            out.append(h)
+        return h if self.last else torch.stack(out, 1)
+
+
+KINDS = ["a shorter range", "break", "another decay", "a reset", "another operator", "a long sequence"]
+
+
+def subject_of(tmp_path, module):
+    torch.manual_seed(0)
+    return make_subject(module, (torch.randn(2, 7, 3),), {}, source=tmp_path, how="")
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+def test_operators_of_another_kind_are_seen_at_a_great_length(tmp_path, kind, last):
+    subject = subject_of(tmp_path, Changing(kind, 234, last))
+    found = Watch(subject, [Length((("x", 1),))], [9], 0).first_unlike()
+    assert found is not None
+    assert 234 <= found <= 234 * 1.2  # a loop that ends early shows when a tenth of its operators is missing
+
+
+def test_a_loop_that_goes_on_alike_is_not_suspected(tmp_path):
+    subject = subject_of(tmp_path, Changing("", 0))
+    assert Watch(subject, [Length((("x", 1),))], [9], 0).first_unlike() is None
+
+
+def test_the_limit_is_said(tmp_path):
+    graph = export_subject(subject_of(tmp_path, Changing("a reset", 143, last=True)), Options(opset=17))[0]
+    assert [str(each) for each in graph.traced.domain.conditions] == ["seq <= 143"]
+
+
+def test_a_limit_that_the_code_computes(tmp_path):
+    class Window(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sizes = {"windows": [20, 3]}
+
+        def forward(self, x):
+            h = torch.zeros(x.shape[0], 3)
+            for t in range(x.shape[1]):
+                h = (0.5 if t == 17 * self.sizes["windows"][0] else 0.99) * h + x[:, t]
+            return h
+
+    graph = export_subject(subject_of(tmp_path, Window()), Options(opset=17))[0]
+    assert [str(each) for each in graph.traced.domain.conditions] == ["seq <= 340"]
