@@ -42,14 +42,15 @@ class Choices:
 
 
 def find_choices(model: ir.Model) -> tuple[ir.Node, ...]:
-    """The nodes that choose the largest along an axis: `TopK`s whose positions are used."""
+    """The nodes that choose the largest along an axis, as many as PyTorch makes choices while it runs.
+
+    One of which only the values are used counts, too (the best two scores of each group of experts): who watches
+    PyTorch run does not see what becomes of the positions.
+    """
     return tuple(
         node
         for node in model.graph
-        if node.op_type == "TopK"
-        and node.attributes.get_int("largest", 1) == 1
-        and _axis(node) is not None
-        and (node.outputs[1].uses() or node.outputs[1].is_graph_output())
+        if node.op_type == "TopK" and node.attributes.get_int("largest", 1) == 1 and _axis(node) is not None
     )
 
 

@@ -109,3 +109,32 @@ def test_half_precision_stays_what_it_is(tmp_path, function, dtype):
     (graph,) = export_subject(subject, Options(simplify=False))
     kinds = {torch.float32: "FLOAT", torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
     assert graph.model.graph.outputs[0].dtype.name == kinds[function(x).dtype]
+
+
+class Router(nn.Module):
+    """Two experts by sigmoid scores, with a bias as DeepSeek-V3 has it; their weights are set against each other."""
+
+    def forward(self, logits):
+        scores = logits.sigmoid()
+        chosen = (scores + torch.linspace(0, 1e-3, logits.shape[-1])).topk(2, -1).indices
+        weights = scores.gather(-1, chosen)
+        return weights / weights.sum(-1, keepdim=True)
+
+
+def test_scores_of_a_router_are_exact_where_they_are_small(tools):
+    """ONNX Runtime's Sigmoid is off by 7 % at -14, and so would be the weights."""
+    logits = torch.linspace(-14.5, -9, 24).reshape(4, 6)[:, [3, 0, 5, 1, 4, 2]]
+    graph = tools.graph(Router(), logits)
+    assert "Sigmoid" not in {node.op_type for node in graph.model.graph.all_nodes()}
+    tools.equal(graph, logits, rtol=1e-6, atol=1e-6)
+    for scale in (-80.0, -20.0, 0.0, 5.0, 100.0):
+        tools.equal(graph, scale + torch.arange(6.0).expand(4, 6) / 7)
+
+
+def test_a_sigmoid_that_nothing_is_chosen_by_is_one_node(tools):
+    class Gated(nn.Module):
+        def forward(self, x):
+            return (x * x.sigmoid()) @ torch.ones(4, 4), (x.sigmoid() @ torch.ones(4, 6)).topk(2, -1).values
+
+    graph = tools.graph(Gated(), torch.randn(3, 4))
+    assert "Sigmoid" in {node.op_type for node in graph.model.graph.all_nodes()}

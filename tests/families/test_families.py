@@ -11,10 +11,15 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from threads import onnxruntime_threads
 
+from moe_export.comparing.checking import verify_graph
 from moe_export.export.engines.build import build_engines
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.subject import make_subject
+from moe_export.export.write import write_model
+from moe_export.verify import Tolerance
+from moe_export.wishes import Wish
 
 ALWAYS = ("mixtral", "deepseek_v3", "gpt_oss", "jetmoe")
 CAPABILITIES = ("sm75", "sm86", "sm89", "sm120")
@@ -89,6 +94,22 @@ def test_blocks_of_the_other_families(name):
 @pytest.mark.parametrize("name", BY_NAME)
 def test_whole_models(name):
     check_model(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", BY_NAME)
+def test_no_block_is_refused_by_verification(name, tmp_path):
+    """At 20 seeds, with one thread and with two."""
+    block = BY_NAME[name].build().get_submodule(BY_NAME[name].block)
+    subject = make_subject(block, (torch.randn(2, 5, 16),), {}, source=Path(__file__), how="test")
+    graph = export_subject(subject, Options(gates=False))[0]
+    write_model(graph.model, tmp_path / "block.onnx")
+    for threads in (1, 2):
+        with onnxruntime_threads(threads):
+            report, _ = verify_graph(
+                graph, tmp_path / "block.onnx", tolerance=Tolerance(), wish=Wish(seeds=20)
+            )
+        assert report.verdict == "equal", str(report)
 
 
 @pytest.mark.slow

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnxruntime
 import pytest
+from threads import onnxruntime_threads
 
 from moe_export.comparing.apart import fork_model
 from moe_export.comparing.checking import verify_graph
@@ -127,22 +127,17 @@ example_inputs = {"input_ids": torch.randint(0, 96, (2, 14))}
         pytest.param(LANGUAGE, 20, id="a language model", marks=pytest.mark.slow),
     ],
 )
-def test_models_that_lose_digits(text, seeds, tmp_path, monkeypatch):
+def test_models_that_lose_digits(text, seeds, tmp_path):
     (tmp_path / "net.py").write_text(HEADER + text)
     subject = load_subject(str(tmp_path / "net.py"), apart=fork_model)
     graph = export_subject(subject, Options(gates=False))[0]
     write_model(graph.model, tmp_path / "net.onnx")
     ratios = []
     for threads in (1, 2):
-
-        class Threads(onnxruntime.SessionOptions):
-            def __init__(self, count=threads):
-                super().__init__()
-                self.intra_op_num_threads = count
-
-        monkeypatch.setattr(onnxruntime, "SessionOptions", Threads)
-        report, _ = verify_graph(graph, tmp_path / "net.onnx", tolerance=Tolerance(), wish=Wish(seeds=seeds))
+        with onnxruntime_threads(threads):
+            report, _ = verify_graph(
+                graph, tmp_path / "net.onnx", tolerance=Tolerance(), wish=Wish(seeds=seeds)
+            )
         assert report.verdict == "equal", str(report)
         ratios += [found.standing.ratio for _, found in report.by_float64]
-        monkeypatch.undo()
     assert ratios, "all of them are beyond the plain tolerance"
