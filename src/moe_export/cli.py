@@ -20,7 +20,7 @@ from moe_export.commands.judged import judged_options, verify_options
 from moe_export.commands.parallel import parallel_options
 from moe_export.commands.plan import add_plan_command
 from moe_export.commands.reports import report_options, take_wanted
-from moe_export.errors import INTERRUPTED, READER_GONE, MoeExportError, UsageError
+from moe_export.errors import INTERRUPTED, READER_GONE, MoeExportError
 from moe_export.export.ended import no_exit
 from moe_export.supervisor import drop_output
 
@@ -212,16 +212,10 @@ def export_command(**options: Any) -> int:
     MODEL.PY defines `model` and `example_inputs`, or shows its module working at the end of the file; or name a
     class in it, MODEL.PY:CLASS, with --init and --input.
     """
-    from moe_export.commands.build import take_request
     from moe_export.commands.export import run_export
-    from moe_export.commands.parallel import take_parallel
+    from moe_export.commands.request import ExportRequest
 
-    if options["show"] and options["stop_after"] is None:
-        raise UsageError(
-            "--show goes with --stop-after", hint="--stop-after trace --show prints the traced model"
-        )
-    engines, parallel = take_request(options), take_parallel(options)
-    return run_export(**options, engines=engines, parallel=parallel)
+    return run_export(ExportRequest.of(options))
 
 
 @cli.command("verify")

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -19,7 +19,7 @@ import moe_export
 from moe_export.commands.build import Request, build_files, check_names, engine_lines, exit_code
 from moe_export.commands.console import Console
 from moe_export.commands.parallel import Written, write_ranks
-from moe_export.commands.sizes import parse_bytes
+from moe_export.commands.request import ExportRequest
 from moe_export.commands.stopped import show_stage
 from moe_export.comparing.apart import fork_model
 from moe_export.comparing.blaming import kept_options
@@ -27,7 +27,7 @@ from moe_export.comparing.checking import verify_graph
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
 from moe_export.export.bodies import initializers
-from moe_export.export.dims import limits_of, parse_dynamic
+from moe_export.export.dims import limits_of
 from moe_export.export.engines.profiles import dim_facts
 from moe_export.export.functions import as_functions
 from moe_export.export.load import load_subject, split_spec
@@ -45,10 +45,9 @@ from moe_export.large.layerwise import Parts, filled_weights
 from moe_export.own_files import require_free
 from moe_export.running.choices import runner_of
 from moe_export.supervisor import exporting
-from moe_export.verify import Report, Tolerance
+from moe_export.verify import Report
 from moe_export.verify import show as show_report
 from moe_export.verify.report import worst_code
-from moe_export.wishes import Wish, parse_tolerance, parse_wish
 from moe_export.wishes import check_names as check_outputs
 
 _PLACE = re.compile(r"/[^\s:]+\.py:\d+")
@@ -56,143 +55,80 @@ _NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)")
 SCHEMA = "moe-export/export-report/1"
 
 
-def run_export(
-    model: str,
-    opset: int,
-    output: str,
-    static: bool,
-    dynamic: tuple[str, ...],
-    gate: str | None,
-    experts: str,
-    target: str,
-    recurrence: Literal["auto", "scan", "chunked", "contrib", "unrolled"],
-    unroll: int,
-    decode: bool,
-    simplify: bool,
-    verify: bool,
-    init: tuple[str, ...],
-    inputs: tuple[str, ...],
-    rtol: float | None,
-    atol: float | None,
-    seed: int,
-    provider: str,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
-    dtype: str = "float32",
-    float32: tuple[str, ...] = (),
-    engines: Request | None = None,
-    tolerances: tuple[str, ...] = (),
-    functions: bool = False,
-    weights: Literal["copy", "reference"] = "copy",
-    shard_size: str = "4GB",
-    memory: str = "1GiB",
-    verify_how: str | None = None,
-    parallel: Parallel | None = None,
-    force: bool = False,
-    stop_after: str | None = None,
-    show: bool = False,
-    **wishes: Any,
-) -> int:
+def run_export(request: ExportRequest) -> int:
     """Run the command; the exit code."""
-    if show and stop_after is None:
-        raise UsageError(
-            "--show goes with --stop-after", hint="--stop-after trace --show prints the traced model"
-        )
-    storage = Storage(weights, parse_bytes(shard_size, "--shard-size"), Path(output).absolute())
-    parts = Parts(verify_how, storage)
-    console, folder = Console(quiet, as_json), Path(output)
-    tolerance, wish = parse_tolerance(rtol, atol, tolerances), parse_wish(**wishes)
-    with console.user_code(), _place(model, folder, force, stop_after) as temporary, ReadAhead() as ahead:
-        with console.step(f"loading {model}"):
-            subject = _loaded(model, init, inputs, memory, storage, ahead)
-        options = Options(
-            opset=opset,
-            dims=parse_dynamic(dynamic, static, subject.inputs),
-            gates=True if gate is None else False if gate == "none" else gate,
-            simplify=simplify,
-            experts=experts,
-            target=target,
-            dtype=dtype,
-            float32=float32,
-            recurrence=recurrence,
-            unroll=unroll,
-            decode=decode,
-        )
-        if stop_after is not None:
-            return show_stage(stop_after, subject, options, console, show=show)
-        graphs = _exported(subject, options, parallel, console)
-        if engines is not None:
-            check_names(engines, (dim.name for graph in graphs for dim in graph.traced.dims))
+    console, storage = Console(request.quiet, request.as_json), request.storage
+    with console.user_code(), _place(request) as temporary, ReadAhead() as ahead:
+        with console.step(f"loading {request.model}"):
+            subject = _loaded(request, ahead)
+        options = request.options_for(subject)
+        if request.stop_after is not None:
+            return show_stage(request.stop_after, subject, options, console, show=request.show)
+        graphs = _exported(subject, options, request.parallel, console)
+        if request.engines is not None:
+            check_names(request.engines, (dim.name for graph in graphs for dim in graph.traced.dims))
         names = file_names(subject.source.stem, graphs)
         reports: list[Report | None] = []
         checked: list[Graph] = []
         for graph, name in zip(graphs, names, strict=True):
-            facts = _facts(graph, subject, options)
+            path, facts = temporary / name, _facts(graph, subject, options)
             written = replace(
-                graph, notes=(*graph.notes, *_write(graph, temporary / name, facts, functions, storage))
+                graph, notes=(*graph.notes, *_write(graph, path, facts, request.functions, storage))
             )
-            _check_file(temporary / name)
-            with console.step(f"verifying {name}" if verify else f"loading {name}"):
-                found, report = _verified(
-                    written, temporary / name, verify, tolerance, seed, provider, wish, parts
-                )
+            _check_file(path)
+            with console.step(f"verifying {name}" if request.verify else f"loading {name}"):
+                found, report = _verified(written, path, request)
             learned = _learned(graph, found, exact=report is not None)
             if learned:
-                _write(found, temporary / name, facts | learned, functions, storage)
+                _write(found, path, facts | learned, request.functions, storage)
             checked.append(found)
             reports.append(report)
         graphs = tuple(checked)
         if reports[0] is not None:
             outputs = [row.output for report in reports if report is not None for row in report.rows]
-            check_outputs(tolerance, outputs)
+            check_outputs(request.tolerance, outputs)
         equal = all(report is None or report.exit_code == 0 for report in reports)
         if not equal:
             names = [_reject(temporary, name) for name in names]
-        document = report_document(subject, graphs, names, reports, opset)
-        built = _build(engines if equal else None, document, temporary, console)
+        document = report_document(subject, graphs, names, reports, options.opset)
+        built = _build(request.engines if equal else None, document, temporary, console)
         ranks: Written | None = None
-        if parallel is not None and equal:
-            margins = tolerance if verify else None
-            ranks = write_ranks(graphs[0], options, parallel, temporary, names[0], console, margins, seed)
+        if request.parallel is not None and equal:
+            margins = request.tolerance if request.verify else None
+            ranks = write_ranks(
+                graphs[0], options, request.parallel, temporary, names[0], console, margins, request.seed
+            )
             document["parallel"] = ranks.document
             equal = ranks.report is None or ranks.report.exit_code == 0
         report_name = f"{subject.source.stem}.report.json"
         (temporary / report_name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     console.json(json.dumps(document, indent=2))
     console.say(f"\nmodel: {type(subject.module).__name__}, {subject.how}")
-    _print(console, folder, graphs, [*names, report_name], reports)
-    for line in (*engine_lines(built, folder), *(ranks.lines if ranks is not None else ())):
+    _print(console, request.folder, graphs, [*names, report_name], reports)
+    for line in (*engine_lines(built, request.folder), *(ranks.lines if ranks is not None else ())):
         console.say(line)
-    if engines is not None and equal:
-        return exit_code(engines, built, console)
+    if request.engines is not None and equal:
+        return exit_code(request.engines, built, console)
     return 0 if equal else worst_code(report for report in reports if report is not None) or 1
 
 
-def _place(model: str, folder: Path, force: bool, stop_after: str | None) -> AbstractContextManager[Path]:
+def _place(request: ExportRequest) -> AbstractContextManager[Path]:
     """Where the files are written, if any are; that another is in the way is said before hours of work, not after."""
-    if stop_after is not None:
-        return nullcontext(folder)
-    path, _ = split_spec(model)
-    require_free(folder / f"{path.stem}.onnx", "graph", inputs=(path,), force=force)
-    require_free(folder / f"{path.stem}.report.json", "report", inputs=(path,), force=force)
-    return staging(folder.absolute(), inputs=(path,), force=force)
+    if request.stop_after is not None:
+        return nullcontext(request.folder)
+    path, _ = split_spec(request.model)
+    for name, kind in ((f"{path.stem}.onnx", "graph"), (f"{path.stem}.report.json", "report")):
+        require_free(request.folder / name, kind, inputs=(path,), force=request.force)
+    return staging(request.folder.absolute(), inputs=(path,), force=request.force)
 
 
-def _loaded(
-    model: str,
-    init: tuple[str, ...],
-    inputs: tuple[str, ...],
-    memory: str,
-    storage: Storage,
-    ahead: ReadAhead,
-) -> Subject:
+def _loaded(request: ExportRequest, ahead: ReadAhead) -> Subject:
     """The model; files that its graphs may point to are read for their checksums from now on."""
     subject = load_subject(
-        model, init=init, inputs=inputs, memory=parse_bytes(memory, "--memory"), apart=fork_model
+        request.model, init=request.init, inputs=request.inputs, memory=request.memory, apart=fork_model
     )
     if subject.weights is not None and subject.weights.absent:
-        ahead.read(referable(subject.weights.files, storage))
+        ahead.read(referable(subject.weights.files, request.storage))
     return subject
 
 
@@ -238,32 +174,29 @@ def _build(
     return built
 
 
-def _verified(
-    graph: Graph,
-    path: Path,
-    verify: bool,
-    tolerance: Tolerance,
-    seed: int,
-    provider: str,
-    wish: Wish,
-    parts: Parts,
-) -> tuple[Graph, Report | None]:
+def _verified(graph: Graph, path: Path, request: ExportRequest) -> tuple[Graph, Report | None]:
     """The graph with what verification learned of its dimensions, and the report; None if it is not verified."""
+    parts = Parts(request.verify_how, request.storage)
     if parts.wanted(graph, path):
-        return parts.verified(graph, path, tolerance, seed) if verify else parts.unverified(graph)
+        if not request.verify:
+            return parts.unverified(graph)
+        return parts.verified(graph, path, request.tolerance, request.seed)
     with filled_weights(graph):
-        return _verified_whole(graph, path, verify, tolerance, seed, provider, wish)
+        return _verified_whole(graph, path, request)
 
 
-def _verified_whole(
-    graph: Graph, path: Path, verify: bool, tolerance: Tolerance, seed: int, provider: str, wish: Wish
-) -> tuple[Graph, Report | None]:
+def _verified_whole(graph: Graph, path: Path, request: ExportRequest) -> tuple[Graph, Report | None]:
+    provider = request.provider
     try:
-        if not verify:
+        if not request.verify:
             runner_of(path, provider, graph.dtype)  # it must load, whatever it computes
             return graph, None
-        wish = wish if graph.kind == "model" else replace(wish, files=(), at=())  # those are the model's
-        report, dims = verify_graph(graph, path, tolerance=tolerance, seed=seed, provider=provider, wish=wish)
+        wish = request.wish
+        if graph.kind != "model":
+            wish = replace(wish, files=(), at=())  # those are the model's
+        report, dims = verify_graph(
+            graph, path, tolerance=request.tolerance, seed=request.seed, provider=provider, wish=wish
+        )
         return replace(graph, traced=replace(graph.traced, dims=dims)), report
     except UsageError as error:
         kernel = _NO_KERNEL.search(error.what)
@@ -272,7 +205,7 @@ def _verified_whole(
                 f"{path.name} was made, but it cannot be run: {error.what}",
                 hint="this is a defect of the exporter; run with --debug and report it",
             ) from error
-        if not verify:
+        if not request.verify:
             note = f"onnxruntime on {provider} cannot run it: it has no {kernel['op']} for this dtype"
             return replace(graph, notes=(*graph.notes, note)), None
         raise MissingBackendError(

@@ -11,7 +11,7 @@ from moe_export.commands.force import force_option
 
 Command = Callable[..., Any]
 _LEVELS = click.Choice(["blocks", "nodes"])
-_NOT_OF_A_REPORT = ("model", "output")
+_NOT_OF_A_REPORT = ("model", "output", "stop_after", "show")
 
 
 def add_report_command(group: click.Group) -> None:
@@ -23,12 +23,9 @@ def add_report_command(group: click.Group) -> None:
 
     def report_command(**options: Any) -> int:
         """Export a model, verify it, and tell all of it as one page: offline, for a browser or a printer."""
-        from moe_export.commands.build import take_request
-        from moe_export.commands.parallel import take_parallel
         from moe_export.commands.report import run_report
 
-        engines, parallel = take_request(options), take_parallel(options)
-        return run_report(**options, engines=engines, parallel=parallel)
+        return run_report(**options)
 
     command = group.command("report")(report_command)
     own: list[click.Parameter] = [

@@ -19,6 +19,7 @@ import moe_export
 from moe_export.commands.console import Console
 from moe_export.commands.diff import figures_of, operators_of, sketches_of
 from moe_export.commands.export import run_export
+from moe_export.commands.request import ExportRequest
 from moe_export.commands.sizes import parse_bytes
 from moe_export.errors import MissingBackendError, UsageError
 from moe_export.export.engines.build import read_graph
@@ -59,7 +60,8 @@ def run_report(
     require_free(target, "text", force=options["force"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(graphs or temporary)
-        code = run_export(model=model, output=str(folder), quiet=True, as_json=False, **options)
+        asked = {**options, "model": model, "output": folder, "quiet": True}
+        code = run_export(ExportRequest.of(asked))
         stem = Path(model.partition(":")[0]).stem
         document = json.loads((folder / f"{stem}.report.json").read_text(encoding="utf-8"))
         with console.user_code(), console.step("drawing"):

@@ -1,0 +1,119 @@
+"""`ExportRequest`: what an export was asked for, read and checked before anything is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from moe_export.commands.build import Request, take_request
+from moe_export.commands.parallel import take_parallel
+from moe_export.commands.sizes import parse_bytes
+from moe_export.errors import UsageError
+from moe_export.export.dims import parse_dynamic
+from moe_export.export.options import Options
+from moe_export.export.parallel.ranks import Parallel
+from moe_export.export.subject import Subject
+from moe_export.export.weights.stream import Storage
+from moe_export.verify import Tolerance
+from moe_export.wishes import Wish, parse_tolerance, parse_wish
+
+_WISHES = ("thorough", "seeds", "flips", "at", "case", "own_inputs", "time_limit")
+_OPTIONS = ("opset", "simplify", "experts", "target", "dtype", "float32", "recurrence", "unroll", "decode")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What an export was asked for.
+
+    Attributes:
+        model: `MODEL.PY[:CLASS]`.
+        folder: Where the files go.
+        init: Arguments of the class, as text.
+        inputs: Example inputs, as text.
+        memory: Bytes of a file of weights beyond which it is never read as a whole.
+        dynamic: Dimensions with names, as text.
+        static: Whether all others are fixed.
+        options: What the stages are told; which dimensions are free is known when the model is.
+        storage: Where weights go.
+        functions: Whether modules become ONNX functions.
+        verify: Whether graphs are compared with the model.
+        verify_how: As a whole, by layers, or as it fits.
+        tolerance: For outputs.
+        wish: What is compared.
+        seed: Of the test inputs.
+        provider: Where onnxruntime runs.
+        engines: Which engines to build.
+        parallel: Over which ranks to spread the experts.
+        force: Whether files of others are overwritten.
+        stop_after: The stage at which to stop.
+        show: Whether to print what it made.
+        quiet: Print errors alone.
+        as_json: Print the report alone.
+    """
+
+    model: str
+    folder: Path = Path()
+    init: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    memory: int = 2**30
+    dynamic: tuple[str, ...] = ()
+    static: bool = False
+    options: Options = field(default_factory=Options)
+    storage: Storage = field(default_factory=Storage)
+    functions: bool = False
+    verify: bool = True
+    verify_how: str | None = None
+    tolerance: Tolerance = field(default_factory=Tolerance)
+    wish: Wish = field(default_factory=Wish)
+    seed: int = 0
+    provider: str = "cpu"
+    engines: Request | None = None
+    parallel: Parallel | None = None
+    force: bool = False
+    stop_after: str | None = None
+    show: bool = False
+    quiet: bool = False
+    as_json: bool = False
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> ExportRequest:
+        """The request that a command line is.
+
+        Args:
+            given: The command's options by their names in Python; one that a command does not have is not there.
+
+        Raises:
+            UsageError: One of them cannot be read, or does not go with another.
+            MissingBackendError: An engine is asked for, and TensorRT is not installed.
+        """
+        left = dict(given)
+        if left.get("show") and left.get("stop_after") is None:
+            hint = "--stop-after trace --show prints the traced model"
+            raise UsageError("--show goes with --stop-after", hint=hint)
+        folder, gate = Path(left.pop("output")), left.pop("gate", None)
+        left.pop("debug", None)  # who prints errors asks for it
+        storage = Storage(
+            left.pop("weights", "copy"),
+            parse_bytes(left.pop("shard_size", "4GB"), "--shard-size"),
+            folder.absolute(),
+        )
+        gates = True if gate is None else False if gate == "none" else gate
+        return cls(
+            folder=folder,
+            storage=storage,
+            memory=parse_bytes(left.pop("memory", "1GiB"), "--memory"),
+            tolerance=parse_tolerance(
+                left.pop("rtol", None), left.pop("atol", None), left.pop("tolerances", ())
+            ),
+            options=Options(gates=gates, **{name: left.pop(name) for name in _OPTIONS if name in left}),
+            wish=parse_wish(**{name: left.pop(name) for name in _WISHES if name in left}),
+            engines=take_request(left) if "engine" in left else None,
+            parallel=take_parallel(left) if "expert_parallel" in left else None,
+            **left,
+        )
+
+    def options_for(self, subject: Subject) -> Options:
+        """The options, with the dimensions of a model that are to be free."""
+        return replace(self.options, dims=parse_dynamic(self.dynamic, self.static, subject.inputs))
