@@ -11,7 +11,7 @@ Of a small graph this was more than half of the time:
 Why: none of it is public, and nothing public makes it faster. Where PyTorch has it no more, or has it otherwise, its
 own way is taken: that is slower, and as right.
 
-Seen in torch 2.13.0 with onnxscript 0.7.2.
+Seen in torch 2.13.0 and 2.14.1 with onnxscript 0.7.2.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Why: PyTorch's page on serialization shows how: a checkpoint that is opened on f
 storage in `_checkpoint_offset`. Both names are private, and no public function tells offsets.
 Source: https://docs.pytorch.org/docs/stable/notes/serialization.html
 
-Seen in torch 2.13.0.
+Seen in torch 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations

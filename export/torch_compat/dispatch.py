@@ -4,7 +4,7 @@ Why: `torch.overrides.TorchFunctionMode`, which is public, sees the functions th
 these are made of. PyTorch's own page on extending it names `torch.utils._python_dispatch.TorchDispatchMode` for that,
 and gives no other name. That a mode can be left while others run it does not say at all.
 
-Seen in torch 2.13.0.
+Seen in torch 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Why: PyTorch raises one class for most, and says the rest in a text for people. The node that could not be translated is
 in none of its errors; it is what the exporter's loop over nodes had in hand when the error went through.
 
-Seen in torch 2.13.0 with onnxscript 0.7.2.
+Seen in torch 2.13.0 and 2.14.1 with onnxscript 0.7.2.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Why: whether a statement may be traced one way only is written in the statement,
 without one: `if mask.any():` is `Tensor.__bool__`, called by whoever asks. PyTorch asks its own questions, too; those
 come from files of it that have nothing to do with handing a question on.
 
-Seen in torch 2.13.0: a question is handed on by `torch/__init__.py` (`SymBool`), `torch/fx/experimental/` and the
-functions called `__torch_function__` and `handle_torch_function`.
+Seen in torch 2.13.0 and 2.14.1: a question is handed on by `torch/__init__.py` (`SymBool`), `torch/fx/experimental/`
+and the functions called `__torch_function__` and `handle_torch_function`.
 """
 
 from __future__ import annotations

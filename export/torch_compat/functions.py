@@ -3,7 +3,7 @@
 Why: a trace goes through the `forward` of a `torch.autograd.Function`, and PyTorch has no hook there: a function mode
 does not see `apply`.
 
-Seen in torch 2.13.0.
+Seen in torch 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Why: Python makes a plain integer of whatever `__len__` gives, so a trace that m
 name `len` is Python's own, and a function mode is asked too late. So while a model is traced, it stands for another
 function, which is Python's for all that is no tensor.
 
-Seen in torch 2.13.0 (`Tensor.__len__`).
+Seen in torch 2.13.0 and 2.14.1 (`Tensor.__len__`).
 """
 
 from __future__ import annotations

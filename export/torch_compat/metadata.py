@@ -9,7 +9,7 @@ translates it, so neither names nor nodes of the program that it was given say s
     pkg.torch.onnx.fx_node           %mul_3 : [num_users=1] = call_function[target=operator.mul](args = (%n, 1.05), ...)
     pkg.torch.onnx.stack_trace       File "model.py", line 12, in forward ...
 
-Seen in torch 2.13.0. What only knows ONNX reads them, too: nothing here imports PyTorch.
+Seen in torch 2.13.0 and 2.14.1. What only knows ONNX reads them, too: nothing here imports PyTorch.
 """
 
 from __future__ import annotations

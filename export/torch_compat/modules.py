@@ -7,7 +7,7 @@
 - `tables_of`: the dicts of parameters, buffers and submodules themselves. Why: `named_parameters` and its like give
   what is in them, and a dict can only be put back as it was by who holds it.
 
-Seen in torch 2.13.0.
+Seen in torch 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Why: `torch.export` and `torch.onnx.export` take nested arguments apart by `torc
 name the leaves in the same order. PyTorch registers its own and its users' classes there: `register_dataclass` is
 public, looking up what is registered is not.
 
-Seen in torch 2.13.0.
+Seen in torch 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Why: `torch.onnx.ops.symbolic`, which is public, makes one while a model runs, and a graph that is traced already is not
 run again. So the node is written as that function would trace it.
 
-Seen in torch 2.13.0.
+Seen in torch 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@
   under a private name.
 - `GROUPED_MM`: the public function, and the private one that it calls, which is what libraries call, too.
 
-Seen in torch 2.13.0.
+Seen in torch 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Why: a model that asks its tensors a question while it is traced is answered by what they were computed from. The tracer
 keeps that in a table which no public function reads.
 
-Seen in torch 2.13.0 (`torch.fx.experimental.proxy_tensor`: `get_proxy_mode`, `get_proxy_slot`).
+Seen in torch 2.13.0 and 2.14.1 (`torch.fx.experimental.proxy_tensor`: `get_proxy_mode`, `get_proxy_slot`).
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@
   private; by their names they would be told, too, but not whether one is inside another.
 - `fake_results_cached`. Why: the setting is documented as an environment variable only, which is read at import.
 
-Seen in torch 2.13.0.
+Seen in torch 2.13.0 and 2.14.1.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Why: it keeps those of functions called `forward`, so a function that a `forward` calls has no line. The method says
 that it "can be overridden to customize" this; but `torch.export` makes its tracer itself, and takes no other.
 
-Seen in torch 2.13.0 (`torch.fx.proxy.TracerBase._filter_traceback_frames`).
+Seen in torch 2.13.0 and 2.14.1 (`torch.fx.proxy.TracerBase._filter_traceback_frames`).
 """
 
 from __future__ import annotations
