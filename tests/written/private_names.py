@@ -26,10 +26,10 @@ def is_private(name: str) -> bool:
     )
 
 
-def own_names(trees: Iterable[ast.AST]) -> set[str]:
-    """The private names that some files define themselves, as functions, classes, variables or attributes."""
+def own_names(tree: ast.AST) -> set[str]:
+    """The private names that a file defines itself, as functions, classes, variables or attributes."""
     found = set(_PUBLIC)
-    for node in (node for tree in trees for node in ast.walk(tree)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
             found.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
@@ -43,15 +43,27 @@ def own_names(trees: Iterable[ast.AST]) -> set[str]:
     return {name for name in found if is_private(name)}
 
 
-def found_in(tree: ast.AST, own: set[str]) -> list[str]:
-    """What is private or replaced, with its line; `own` are the names that the project defines."""
-    return sorted(set(_File(tree, own).findings()))
+def found_in(files: Iterable[tuple[str, str]], apart: Iterable[str] = ()) -> list[str]:
+    """What is private or replaced in a project, each with its place.
+
+    Args:
+        files: Names and texts of all its files.
+        apart: Of these, the ones that may name what is private.
+    """
+    own: set[str] = set()
+    found: list[tuple[str, str | None]] = []
+    excepted = set(apart)
+    for name, text in files:
+        tree = ast.parse(text)  # one at a time: all of them are a million objects
+        own |= own_names(tree)
+        if name not in excepted:
+            found += [(f"{name}:{what}", unless) for what, unless in _File(tree).findings()]
+    return sorted({what for what, unless in found if unless is None or unless not in own})
 
 
 @dataclass(repr=False)
 class _File:
     tree: ast.AST
-    own: set[str]
     known: dict[str, str] = field(default_factory=dict)  # name in the file → what it stands for, dotted
     nodes: list[ast.AST] = field(default_factory=list)
 
@@ -72,44 +84,41 @@ class _File:
                 if full is not None and _is_library(full):
                     self.known.setdefault(node.targets[0].id, full)
 
-    def findings(self) -> Iterator[str]:
+    def findings(self) -> Iterator[tuple[str, str | None]]:
+        """What is found, and the name that may be the project's own, where that is not known here."""
         for node in self.nodes:
-            for what in self._of(node):
-                yield f"{getattr(node, 'lineno', 0)}: {what}"
+            for what, unless in self._of(node):
+                yield f"{getattr(node, 'lineno', 0)}: {what}", unless
 
-    def _of(self, node: ast.AST) -> Iterator[str]:
+    def _of(self, node: ast.AST) -> Iterator[tuple[str, str | None]]:
         if isinstance(node, ast.Import | ast.ImportFrom):
             yield from self._of_import(node)
         elif isinstance(node, ast.Attribute):
             full = self._full(node)
             if not isinstance(node.ctx, ast.Load) and full is not None and _is_replaceable(full):
-                yield f"replaces {full}"
-            elif is_private(node.attr) and self._is_theirs(node.attr, full):
-                yield f"private name {full or node.attr}"
+                yield f"replaces {full}", None
+            elif is_private(node.attr) and full is None:
+                yield f"private name {node.attr}", node.attr
+            elif is_private(node.attr) and _is_library(full) and not full.startswith(_OPERATORS):
+                yield f"private name {full}", None
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in _BY_NAME:
             yield from self._of_name(node, node.func.id)
 
-    def _of_import(self, node: ast.Import | ast.ImportFrom) -> Iterator[str]:
+    def _of_import(self, node: ast.Import | ast.ImportFrom) -> Iterator[tuple[str, str | None]]:
         start = f"{node.module}." if isinstance(node, ast.ImportFrom) else ""
         for name in (start + alias.name for alias in node.names):
             if name.startswith("unittest."):
-                yield f"patches with {name}"
+                yield f"patches with {name}", None
             if _is_library(name) and any(map(is_private, name.split("."))):
-                yield f"private name {name}"
+                yield f"private name {name}", None
 
-    def _of_name(self, call: ast.Call, how: str) -> Iterator[str]:
+    def _of_name(self, call: ast.Call, how: str) -> Iterator[tuple[str, str | None]]:
         full = self._full(call.args[0])
         if how in ("setattr", "delattr") and full is not None and _is_replaceable(full):
-            yield f"replaces an attribute of {full}"
+            yield f"replaces an attribute of {full}", None
         name = call.args[1]
-        if isinstance(name, ast.Constant) and is_private(str(name.value)) and name.value not in self.own:
-            yield f"private name {name.value}"
-
-    def _is_theirs(self, name: str, full: str | None) -> bool:
-        """Whether a private attribute is a library's; of what is not known, whether nobody here defines it."""
-        if full is None:
-            return name not in self.own
-        return _is_library(full) and not full.startswith(_OPERATORS)
+        if isinstance(name, ast.Constant) and is_private(str(name.value)):
+            yield f"private name {name.value}", str(name.value)
 
     def _full(self, node: ast.AST) -> str | None:
         name, parts = _root(node)
