@@ -69,7 +69,8 @@ def _before(node: fx.Node, target: Callable[..., Any], *args: fx.node.Argument) 
     assert node.graph is not None
     with node.graph.inserting_before(node):
         made = node.graph.call_function(target, args)
-    made.meta.update({key: value for key, value in node.meta.items() if key != "val"})
+    value = target(*fx.map_arg(args, lambda argument: argument.meta["val"]))
+    made.meta.update({**node.meta, "val": value})  # a program is refused that has a node without
     return made
 
 
