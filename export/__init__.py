@@ -12,7 +12,7 @@ model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶
 | `subject`, `leaves` | the module with named tensors in and named tensors out |
 | `accept`, `state`, `ended` | wrappers off, refusals early; buffers that a call changes; code that ends the process |
 | `tracing`, `conditions`, `dims`, `widen`, `idioms*` | `torch.export`, dimensions free where that holds; their names |
-| `randomness`, `notes` | what cannot be verified; what the report should say |
+| `randomness`, `notes`, `refused` | what cannot be verified; what the report should say |
 | `emit`, `programs`, `spelling*`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
 | `size_numbers`, `reshapes` | what the exporter does that is not exact, or not for empty tensors |
 | `transposed` | products that ONNX Runtime crashes on, or computes wrong |

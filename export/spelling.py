@@ -29,9 +29,9 @@ _REDUCTIONS = (
 
 def respelled(program: ExportedProgram) -> ExportedProgram:
     """A program with its operators in the forms that the exporter knows; the given one stays as it was."""
-    module = copied_module(program)
-    spell(module.graph)
-    return with_module(program, module)
+    copied = with_module(program, copied_module(program))
+    spell(copied.graph)  # numbers that it writes have no example value, which a new program would ask for
+    return copied
 
 
 def spell(graph: fx.Graph) -> None:

@@ -27,7 +27,7 @@ from moe_export.export.dims import DimRequest
 from moe_export.export.emit import check, finish, translate
 from moe_export.export.experts.emit import write_experts
 from moe_export.export.experts.place import DOMAIN as EXPERTS
-from moe_export.export.experts.place import OPERATOR, Block, place_experts
+from moe_export.export.experts.place import NUMBER, OPERATOR, Block, place_experts
 from moe_export.export.notes import notes_on
 from moe_export.export.options import Options
 from moe_export.export.precision.mixed import lower_precision
@@ -230,10 +230,12 @@ def _no_einsum(program: Program, options: Options) -> None:
 
 
 def _carried_over(draft: Draft, options: Options) -> None:
-    """Each block of experts is one opaque node."""
+    """Each opaque node is a block of experts; of blocks of which one computes what another does, one may be gone."""
     nodes = [node for node in draft.model.graph if (node.domain, node.op_type) == (EXPERTS, OPERATOR)]
+    numbers = [node.attributes[NUMBER].as_int() for node in nodes]
     count = len(draft.program.blocks)
-    assert len(nodes) == count, f"{count} blocks of experts, and {len(nodes)} opaque nodes"
+    assert bool(numbers) == bool(count), f"{count} blocks of experts, and {len(nodes)} opaque nodes"
+    assert set(numbers) <= set(range(count)), f"opaque nodes {numbers}, and {count} blocks of experts"
 
 
 def _only_standard(draft: Draft, options: Options) -> None:

@@ -18,16 +18,13 @@ from moe_export.export.experts.choice import names_experts
 from moe_export.export.experts.find import Chain, Turn
 from moe_export.export.experts.mask import marks_of
 from moe_export.export.gates.region import is_size
+from moe_export.export.refused import RefusedError
 from moe_export.export.source import line_of
 from moe_export.export.weight_inputs import is_weight
 
 _aten = torch.ops.aten
 ZEROS = {_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default}
 _ANYTHING = {_aten.empty_like.default, _aten.empty.memory_format, _aten.new_empty.default}
-
-
-class NotExpertsError(Exception):
-    """Why a chain of turns is left as it was written."""
 
 
 @dataclass(frozen=True)
@@ -108,20 +105,20 @@ def understand(chain: Chain, around: Surroundings) -> Experts:
         around: The graph that it stands in.
 
     Raises:
-        NotExpertsError: The experts differ in more than their weights, or the chain is incomplete; says why.
+        RefusedError: The experts differ in more than their weights, or the chain is incomplete; says why.
     """
     ordered = sorted(chain.turns, key=lambda turn: turn.selection.marks.expert or 0)
     numbers = [turn.selection.marks.expert for turn in ordered]
     if numbers != list(range(len(numbers))):
-        raise NotExpertsError(f"the loop runs over experts {numbers}, not over 0 to {len(numbers) - 1}")
+        raise RefusedError(f"the loop runs over experts {numbers}, not over 0 to {len(numbers) - 1}")
     indices = around.twins[chain.indices]
     if any(around.twins[turn.selection.marks.indices] is not indices for turn in ordered):
-        raise NotExpertsError("the experts are chosen by different indices")
+        raise RefusedError("the experts are chosen by different indices")
     if any(turn.through is not chain.through for turn in ordered):
-        raise NotExpertsError("the experts' rows are added to different places")
+        raise RefusedError("the experts' rows are added to different places")
     overwrites = any(turn.overwrites for turn in ordered)
     if overwrites and chain.indices.meta["val"].dim() > 1:
-        raise NotExpertsError("rows are overwritten, not added to, and a token may have several experts")
+        raise RefusedError("rows are overwritten, not added to, and a token may have several experts")
     fixing = around.fixing.get(indices, {})
     walks = [_Walk(turn, fixing.get(number, set()), around) for number, turn in enumerate(ordered)]
     shared, weights, kinds = _sort_leaves(walks, around.twins)
@@ -308,17 +305,17 @@ def _sort_leaves(
     first = walks[0]
     for number, walk in enumerate(walks):
         if len(walk.steps) != len(first.steps) or len(walk.leaves) != len(first.leaves):
-            raise NotExpertsError(f"expert {number} computes something else than expert 0")
+            raise RefusedError(f"expert {number} computes something else than expert 0")
         for index, (mine, other) in enumerate(zip(walk.steps, first.steps, strict=True)):
             if mine != other:
                 line = line_of(walk.nodes[index].meta.get("stack_trace"))
-                raise NotExpertsError(f"expert {number} computes something else than expert 0, at {line}")
+                raise RefusedError(f"expert {number} computes something else than expert 0, at {line}")
     shared: list[fx.Node] = []
     weights: list[Weight] = []
     kinds: list[str] = []
     for column in zip(*(walk.leaves for walk in walks), strict=True):
         if is_size(column[0]):
-            raise NotExpertsError(f"the experts use a size of something outside them ({column[0].name})")
+            raise RefusedError(f"the experts use a size of something outside them ({column[0].name})")
         if all(leaf is column[0] for leaf in column):
             shared.append(column[0])
             kinds.append("shared")
@@ -343,14 +340,14 @@ def _weight(column: tuple[fx.Node, ...], twins: Mapping[fx.Node, fx.Node]) -> We
         assert isinstance(stack, fx.Node)
         size = stack.meta["val"].shape[0]
         if str(size) != str(len(column)):
-            raise NotExpertsError(
+            raise RefusedError(
                 f"{stack.name} holds the weights of {size} experts, and {len(column)} are used"
             )
         return Weight(stack=stack)
-    raise NotExpertsError(f"{column[0].name} differs from expert to expert, and is no weight of one")
+    raise RefusedError(f"{column[0].name} differs from expert to expert, and is no weight of one")
 
 
 def _require_same_shapes(column: tuple[fx.Node, ...]) -> None:
     shapes: Mapping[tuple[int, ...], fx.Node] = {tuple(leaf.meta["val"].shape): leaf for leaf in column}
     if len(shapes) > 1:
-        raise NotExpertsError(f"the experts' weights differ in shape: {', '.join(map(str, shapes))}")
+        raise RefusedError(f"the experts' weights differ in shape: {', '.join(map(str, shapes))}")

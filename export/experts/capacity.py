@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moe_export.export.experts.body import Experts, NotExpertsError, same_values
+from moe_export.export.experts.body import Experts, same_values
 from moe_export.export.experts.capacity_check import check_core
 from moe_export.export.experts.capacity_experts import Core, core_of, write_core
 from moe_export.export.experts.capacity_facts import Facts
@@ -33,6 +33,7 @@ from moe_export.export.experts.capacity_pairs import PairWriter
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Term, proved, terms_of
 from moe_export.export.experts.capacity_views import Axis, Labels, View
 from moe_export.export.experts.rows import arguments, rank_of, shape_of
+from moe_export.export.refused import RefusedError
 from moe_export.export.source import line_of
 
 _aten = torch.ops.aten
@@ -95,7 +96,7 @@ def find_capacity(graph: fx.Graph, refused: list[str]) -> Iterator[Experts]:
             for masks in _masks(end, twins):
                 try:
                     yield _understood(masks)
-                except (NotSparseError, NotExpertsError) as error:
+                except RefusedError as error:
                     why = error
                 else:
                     break

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moe_export.export.experts.body import NotExpertsError
 from moe_export.export.experts.capacity_experts import (
     Core,
     Walk,
@@ -25,6 +24,7 @@ from moe_export.export.experts.capacity_experts import (
 from moe_export.export.experts.capacity_views import Labels, View
 from moe_export.export.experts.rows import shape_of
 from moe_export.export.gates.region import is_size
+from moe_export.export.refused import RefusedError
 
 _ROWS = 3
 """Slots that code is tried on, where their number is free."""
@@ -40,7 +40,7 @@ def check_core(core: Core, slots: View, outputs: View, labels: Labels) -> None:
         labels: Of the block.
 
     Raises:
-        NotExpertsError: They differ.
+        RefusedError: They differ.
     """
     generator = torch.Generator().manual_seed(0)
     trial = {
@@ -50,7 +50,7 @@ def check_core(core: Core, slots: View, outputs: View, labels: Labels) -> None:
 
     def random(sizes: Sequence[Any], like: fx.Node) -> torch.Tensor:
         if not all(str(size).isdigit() for size in sizes):
-            raise NotExpertsError(f"the experts read {like.name}, whose size is free")
+            raise RefusedError(f"the experts read {like.name}, whose size is free")
         value = torch.randn([int(str(size)) for size in sizes], generator=generator)
         return value.to(like.meta["val"].dtype)
 
@@ -71,10 +71,10 @@ def check_core(core: Core, slots: View, outputs: View, labels: Labels) -> None:
                 found = module(rows[number], *own)
                 loose = 1e-3 if found.dtype in (torch.float32, torch.float64) else 5e-2
                 if not torch.allclose(found, wanted[number], rtol=loose, atol=loose):
-                    raise NotExpertsError("the experts mix their rows, or differ in more than their weights")
+                    raise RefusedError("the experts mix their rows, or differ in more than their weights")
         except (RuntimeError, TypeError, ValueError, IndexError) as error:
             why = str(error).strip().split("\n", 1)[0]
-            raise NotExpertsError(f"the experts cannot be run on other rows: {why}") from error
+            raise RefusedError(f"the experts cannot be run on other rows: {why}") from error
 
 
 def _product(sizes: Any) -> int:
@@ -94,7 +94,7 @@ def _run(
             return values[node]
         if is_size(node) and str(node.meta["val"]) in free:
             return free[str(node.meta["val"])]
-        raise NotExpertsError(f"the experts use a size of something outside them ({node.name})")
+        raise RefusedError(f"the experts use a size of something outside them ({node.name})")
 
     for node in walk.nodes:
         values[node] = node.target(*fx.map_arg(node.args, known), **fx.map_arg(node.kwargs, known))  # type: ignore[operator]

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.experts.body import NotExpertsError, Weight
+from moe_export.export.experts.body import Weight
 from moe_export.export.experts.capacity_views import Axis, Labels, View, pushed
 from moe_export.export.experts.rows import arguments, rank_of, shape_of
 from moe_export.export.gates.region import is_size
+from moe_export.export.refused import RefusedError
 from moe_export.export.source import line_of
 from moe_export.export.weight_inputs import is_weight
 
@@ -59,7 +60,7 @@ def core_of(slots: View, outputs: View, labels: Labels) -> Core:
         labels: Of the block.
 
     Raises:
-        NotExpertsError: The experts differ in more than their weights.
+        RefusedError: The experts differ in more than their weights.
     """
     below = below_of(slots.node)
     joined = labels.peeled(outputs)
@@ -68,7 +69,7 @@ def core_of(slots: View, outputs: View, labels: Labels) -> Core:
     else:
         core = _stacked(slots, outputs, below, labels)
     if core.result.axes[-1] != ("h",):
-        raise NotExpertsError("what the experts give does not end in its features")
+        raise RefusedError("what the experts give does not end in its features")
     return core
 
 
@@ -87,7 +88,7 @@ def _stacked(slots: View, outputs: View, below: set[fx.Node], labels: Labels) ->
     while any(len(axis) > 1 for axis in slots.axes):  # (e * c, m), then a reshape
         following = [view for user in slots.node.users if (view := pushed(slots, user, labels)) is not None]
         if len(following) != 1:
-            raise NotExpertsError("slots and experts share an axis")
+            raise RefusedError("slots and experts share an axis")
         slots = following[0]
     walk = walk_between(outputs.node, {slots.node: None}, below, lambda node: False)
     weights, shared = {}, []
@@ -104,7 +105,7 @@ def _of_parts(slots: View, joined: View, below: set[fx.Node], labels: Labels) ->
     parts: Sequence[fx.Node] = arguments(joined.node)[0]
     axis = int((*arguments(joined.node), 0)[1] or 0) % len(joined.axes)
     if joined.axes[axis] != ("e",) or len(parts) != count:
-        raise NotExpertsError(f"{len(parts)} results are put together, of {count} experts")
+        raise RefusedError(f"{len(parts)} results are put together, of {count} experts")
     axes: tuple[Axis, ...] = joined.axes[:axis] + joined.axes[axis + 1 :]
     if joined.node.target is _aten.cat.default:
         axes = (*joined.axes[:axis], (), *joined.axes[axis + 1 :])
@@ -117,7 +118,7 @@ def _of_parts(slots: View, joined: View, below: set[fx.Node], labels: Labels) ->
     for number, walk in enumerate(walks):
         if walk.steps != first.steps or len(walk.leaves) != len(first.leaves) or len(walk.seeds) != 1:
             where = line_of(parts[number].meta.get("stack_trace"))
-            raise NotExpertsError(f"expert {number} computes something else than expert 0, at {where}")
+            raise RefusedError(f"expert {number} computes something else than expert 0, at {where}")
     shared, weights = [], {}
     for column in zip(*(walk.leaves for walk in walks), strict=True):
         if all(leaf is column[0] for leaf in column):
@@ -134,12 +135,12 @@ def _own(column: tuple[fx.Node, ...]) -> Weight:
     """The weights of all experts, from what stands in the same place in each one's code."""
     if all(leaf.op == "placeholder" for leaf in column):
         if len({tuple(leaf.meta["val"].shape) for leaf in column}) > 1:
-            raise NotExpertsError("the experts' weights differ in shape")
+            raise RefusedError("the experts' weights differ in shape")
         return Weight(separate=column)
     bases = {leaf.all_input_nodes[0] for leaf in column}
     if len(bases) == 1:
         return Weight(stack=bases.pop())
-    raise NotExpertsError(f"{column[0].name} differs from expert to expert, and is no weight of one")
+    raise RefusedError(f"{column[0].name} differs from expert to expert, and is no weight of one")
 
 
 def _is_place(node: fx.Node, number: int, count: int) -> bool:
@@ -266,7 +267,7 @@ def write_core(
         if node not in copies and size in free:
             copies[node] = graph.call_function(_aten.sym_size.int, (rows, 0)) if free[size] else 1
         if node not in copies:
-            raise NotExpertsError(f"the experts use a size of something outside them ({node.name})")
+            raise RefusedError(f"the experts use a size of something outside them ({node.name})")
         return copies[node]
 
     for node in core.nodes:

@@ -28,6 +28,7 @@ from moe_export.export.experts.capacity_views import (
     summed_over,
 )
 from moe_export.export.experts.rows import arguments, shape_of
+from moe_export.export.refused import RefusedError
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default, _aten.__and__.Tensor}
@@ -35,7 +36,7 @@ _SUMS = {_aten.add.Tensor, _aten.bitwise_or.Tensor, _aten.logical_or.default, _a
 _KEEP_ZERO = {_aten.ne.Scalar, _aten.gt.Scalar, _aten.greater.Scalar, _aten.neg.default}
 
 
-class NotSparseError(Exception):
+class NotSparseError(RefusedError):
     """Why a mask is left as it was written."""
 
 

@@ -20,10 +20,11 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
-from moe_export.export.experts.body import Experts, NotExpertsError
+from moe_export.export.experts.body import Experts
 from moe_export.export.experts.pair_body import PairBody
 from moe_export.export.experts.row_rules import rows_after
 from moe_export.export.experts.rows import Region, Rows, arguments, rank_of, runs_over_pairs, shape_of
+from moe_export.export.refused import RefusedError
 from moe_export.export.source import line_of
 
 _aten = torch.ops.aten
@@ -57,7 +58,7 @@ class _CrowdBody(PairBody):
         sizes = [str(size) for size in shape_of(node)[:2]]
         if rows.lead == 2 and rank_of(node) == rank and sizes == [str(self.region.count), "1"]:
             return self.as_rows(self.stack(node))
-        raise NotExpertsError(f"{node.name} is neither a weight of the experts nor a value of the tokens")
+        raise RefusedError(f"{node.name} is neither a weight of the experts nor a value of the tokens")
 
 
 def find_dense(graph: fx.Graph) -> Iterator[Experts]:

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.experts.body import ZEROS, Experts, NotExpertsError
+from moe_export.export.experts.body import ZEROS, Experts
 from moe_export.export.experts.pair_body import PairBody
 from moe_export.export.experts.rows import Region, Rows, arguments, rank_of
+from moe_export.export.refused import RefusedError
 
 _aten = torch.ops.aten
 
@@ -50,7 +51,7 @@ def _write(body: PairBody, rows: Rows, loop: Experts) -> fx.Node:
             return body.share(shared[node])
         if node is token and rows.order is None:
             return body.pair()
-        raise NotExpertsError("the experts use the numbers of sorted rows")
+        raise RefusedError("the experts use the numbers of sorted rows")
 
     for node in loop.body.graph.nodes:
         if node.op != "call_function":
@@ -92,7 +93,7 @@ def _row(body: PairBody, rows: Rows, source: fx.Node) -> fx.Node:
     if known is None:
         return body.leaf(source, rows, rank_of(source))
     if known.where != rows.where:
-        raise NotExpertsError(f"{source.name} is not sorted by expert as the other values are")
+        raise RefusedError(f"{source.name} is not sorted by expert as the other values are")
     made = body.value(source)
     if not known.constant:
         return made

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
-from moe_export.export.experts.body import Experts, NotExpertsError
+from moe_export.export.experts.body import Experts
+from moe_export.export.refused import RefusedError
 from moe_export.float64 import agree, doubled, in_float64
 
 _PAIRS = 5
@@ -28,7 +29,7 @@ def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None
         values: What its nodes are on the example inputs.
 
     Raises:
-        NotExpertsError: The body mixes rows.
+        RefusedError: The body mixes rows.
     """
     indices = values[experts.indices]
     generator = torch.Generator().manual_seed(0)
@@ -50,9 +51,9 @@ def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None
             with torch.no_grad():
                 agrees = _agrees(experts.body, token, slot, rest, _ROUNDED)
         except Exception as error:
-            raise NotExpertsError(f"the expert cannot be run on other rows: {error}") from error
+            raise RefusedError(f"the expert cannot be run on other rows: {error}") from error
     if not agrees:
-        raise NotExpertsError("the expert mixes rows: what it gives for a token depends on the other tokens")
+        raise RefusedError("the expert mixes rows: what it gives for a token depends on the other tokens")
 
 
 def _agrees(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moe_export.export.experts.body import NotExpertsError, Weight
+from moe_export.export.experts.body import Weight
 from moe_export.export.experts.rows import (
     Region,
     Rows,
@@ -22,6 +22,7 @@ from moe_export.export.experts.rows import (
     runs_over_pairs,
     shape_of,
 )
+from moe_export.export.refused import RefusedError
 
 _aten = torch.ops.aten
 
@@ -102,7 +103,7 @@ class PairBody:
             node = arguments(node)[0]
         size = shape_of(node)[0]
         if str(size) != str(self.region.count):
-            raise NotExpertsError(
+            raise RefusedError(
                 f"{node.name} holds the weights of {size} experts, and {self.region.count} are used"
             )
         part = self.weight(Weight(stack=node))
@@ -152,7 +153,7 @@ class PairBody:
         if not runs_over_pairs(node, rows, rank):
             return self.share(node)
         if rows.order is not None:
-            raise NotExpertsError(f"{node.name} is not sorted by expert as the other values are")
+            raise RefusedError(f"{node.name} is not sorted by expert as the other values are")
         if rows.lead == 1:
             return self.flat(node)
         if rank - rank_of(node) == 1:  # (k, ...): by slot alone

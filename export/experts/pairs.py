@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moe_export.export.experts.body import Experts, NotExpertsError
+from moe_export.export.experts.body import Experts
 from moe_export.export.experts.combine import Combination, combination
 from moe_export.export.experts.inline import inlined
 from moe_export.export.experts.pair_body import PairBody
 from moe_export.export.experts.row_rules import rows_after
 from moe_export.export.experts.rows import Region, Rows, rank_of, shape_of
 from moe_export.export.gates.region import ancestors
+from moe_export.export.refused import RefusedError
 from moe_export.export.source import line_of
 
 _aten = torch.ops.aten
@@ -142,15 +143,15 @@ def understand_pairs(root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
     """The block in which weights are used; None if there is none.
 
     Raises:
-        NotExpertsError: It uses the choice in a way that has no body; says why.
+        RefusedError: It uses the choice in a way that has no body; says why.
     """
-    why: NotExpertsError | None = None
+    why: RefusedError | None = None
     for indices in root.choices:
         if rank_of(indices) == 2 and not str(shape_of(indices)[1]).isdigit():
             continue
         try:
             found = _understand(indices, root, loops)
-        except NotExpertsError as error:  # a token's number, say, of which its expert's is computed
+        except RefusedError as error:  # a token's number, say, of which its expert's is computed
             why = why or error
             continue
         if found is not None:
@@ -193,7 +194,7 @@ def _refuse_mixed(region: Region, block: Experts) -> None:
     ]
     if mixed:
         where = line_of(mixed[-1].meta.get("stack_trace"))
-        raise NotExpertsError(f"the experts mix rows: what pairs get depends on other pairs, after {where}")
+        raise RefusedError(f"the experts mix rows: what pairs get depends on other pairs, after {where}")
 
 
 def _number(body: PairBody, lead: int) -> fx.Node:
@@ -266,5 +267,5 @@ def _single(region: Region) -> Combination | None:
     if not ends:
         return None
     if len(ends) > 1:
-        raise NotExpertsError("several values of the experts are used behind them")
+        raise RefusedError("several values of the experts are used behind them")
     return Combination(ends[0], None, lambda body: body.value(ends[0]))

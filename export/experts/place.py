@@ -16,12 +16,13 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from moe_export.export.experts.batch import trace_body
-from moe_export.export.experts.body import ZEROS, Experts, NotExpertsError
+from moe_export.export.experts.body import ZEROS, Experts
 from moe_export.export.experts.flat_tokens import with_flat_tokens
 from moe_export.export.experts.mixing import check_rows
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.gates.gate import values_of
 from moe_export.export.programs import copied_module, with_module
+from moe_export.export.refused import RefusedError
 from moe_export.export.torch_compat.opaque import opaque_node
 from moe_export.export.tracing import Traced
 
@@ -72,7 +73,7 @@ def place_experts(traced: Traced) -> Placed:
     for experts in found:
         try:
             blocks.append(_block(experts, values, programs))
-        except NotExpertsError as error:
+        except RefusedError as error:
             refused.append(f"the loop over experts at {experts.line} stays as it was written: {error}")
     if not blocks:
         return Placed(traced, (), tuple(refused))
@@ -125,7 +126,7 @@ def _block(
         if key not in programs:
             programs[key] = trace_body(experts.body, arguments, spec)
     except Exception as error:
-        raise NotExpertsError(f"the expert cannot be traced for any number of tokens: {error}") from error
+        raise RefusedError(f"the expert cannot be traced for any number of tokens: {error}") from error
     return Block(experts, programs[key], arguments)
 
 

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from moe_export.export.experts.body import Experts, NotExpertsError, Surroundings
+from moe_export.export.experts.body import Experts, Surroundings
 from moe_export.export.experts.capacity import find_capacity
 from moe_export.export.experts.choice import experts_of
 from moe_export.export.experts.dense import find_dense
 from moe_export.export.experts.find import find_chains
 from moe_export.export.experts.pairs import Loop, find_roots, understand_pairs
 from moe_export.export.experts.slot_loops import understand_loops
+from moe_export.export.refused import RefusedError
 
 
 def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]:
@@ -52,7 +53,7 @@ def _loops(graph: fx.Graph, refused: list[str]) -> dict[fx.Node, Loop]:
         try:
             for part, experts in understand_loops(chain, around):
                 loops[part.turns[-1].after] = Loop(experts, part.through)
-        except NotExpertsError as error:
+        except RefusedError as error:
             refused.append(_stays("loop over", chain.line, str(error)))
     return loops
 
@@ -69,7 +70,7 @@ def _pairs(
             continue
         try:
             found = understand_pairs(root, loops)
-        except NotExpertsError as error:
+        except RefusedError as error:
             refused.append(_stays("code of the", root.line, str(error)))
             failed.add(root.choices[0])
             continue

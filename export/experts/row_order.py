@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.experts.body import NotExpertsError
 from moe_export.export.experts.mask import marks_of
 from moe_export.export.experts.pair_body import PairBody
 from moe_export.export.experts.row_shapes import over, pointwise
 from moe_export.export.experts.rows import Region, Rows, arguments, rank_of, shape_of
+from moe_export.export.refused import RefusedError
 
 _aten = torch.ops.aten
 
@@ -54,7 +54,7 @@ def _looked_up(region: Region, source: fx.Node, indices: list[Any]) -> Rows | No
     if len(indices) == 1 and first is not None and first.number == "expert":
         size = str(shape_of(source)[0])
         if size != str(region.count):
-            raise NotExpertsError(
+            raise RefusedError(
                 f"{source.name} holds the weights of {size} experts, and {region.count} are used"
             )
         lead = rows.lead

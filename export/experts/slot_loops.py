@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.experts.body import Experts, NotExpertsError, Surroundings, understand
+from moe_export.export.experts.body import Experts, Surroundings, understand
 from moe_export.export.experts.find import Chain, Turn
 from moe_export.export.experts.rows import arguments, rank_of, shape_of
+from moe_export.export.refused import RefusedError
 from moe_export.export.source import line_of
 
 _aten = torch.ops.aten
@@ -36,7 +37,7 @@ def understand_loops(chain: Chain, around: Surroundings) -> list[tuple[Chain, Ex
         One block, and its turns; one after the other where slots that follow each other are not alike.
 
     Raises:
-        NotExpertsError: The experts, or the slots, differ in more than they may; says why.
+        RefusedError: The experts, or the slots, differ in more than they may; says why.
     """
     slots: dict[fx.Node, list[Turn]] = {}
     for turn in chain.turns:
@@ -44,14 +45,14 @@ def understand_loops(chain: Chain, around: Surroundings) -> list[tuple[Chain, Ex
     if len(slots) == 1 or any(rank_of(indices) != 1 for indices in slots):
         return [(chain, understand(chain, around))]
     if any(turn.through is not None for turn in chain.turns):
-        raise NotExpertsError("the experts are chosen by different indices, and their rows are lined up")
+        raise RefusedError("the experts are chosen by different indices, and their rows are lined up")
     if any(turn.overwrites for turn in chain.turns):
-        raise NotExpertsError("rows are overwritten, not added to, and a token may have several experts")
+        raise RefusedError("rows are overwritten, not added to, and a token may have several experts")
     parts = [Chain(tuple(turns)) for turns in slots.values()]
     blocks = [understand(part, around) for part in parts]
     try:
         return [(chain, _joined(blocks, chain, around.twins))]
-    except NotExpertsError:
+    except RefusedError:
         if [turn for part in parts for turn in part.turns] != list(chain.turns):
             raise
         return list(zip(parts, blocks, strict=True))
@@ -62,9 +63,9 @@ def _joined(blocks: Sequence[Experts], chain: Chain, twins: Mapping[fx.Node, fx.
     first = blocks[0]
     for slot, block in enumerate(blocks):
         if (block.count, block.weights) != (first.count, first.weights):
-            raise NotExpertsError(f"slot {slot} uses other experts than slot 0")
+            raise RefusedError(f"slot {slot} uses other experts than slot 0")
         if _text(block.body) != _text(first.body):
-            raise NotExpertsError(f"slot {slot} computes something else than slot 0, at {block.line}")
+            raise RefusedError(f"slot {slot} computes something else than slot 0, at {block.line}")
     columns = [tuple(column) for column in zip(*(block.shared for block in blocks), strict=True)]
     own = [place for place, column in enumerate(columns) if len(set(column)) > 1]
     body = _for_pairs(first.body, own)
@@ -99,7 +100,7 @@ def _for_pairs(body: fx.GraphModule, own: Sequence[int]) -> fx.GraphModule:
         for user in list(value.users):
             if user.target is not _aten.index.Tensor or list(arguments(user)[1]) != [token]:
                 where = line_of(user.meta.get("stack_trace"))
-                raise NotExpertsError(f"a slot reads more than its own tokens' rows of a value, at {where}")
+                raise RefusedError(f"a slot reads more than its own tokens' rows of a value, at {where}")
             user.args = (value, [token, slot])
     body.recompile()
     return body

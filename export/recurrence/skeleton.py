@@ -12,6 +12,7 @@ from torch import fx
 from moe_export.export.recurrence.loop import WRITE, Loop, Made, Outside, split_part
 from moe_export.export.recurrence.loops import Repeats
 from moe_export.export.recurrence.operand import SIZE, Read, View, atoms, filled, read_of
+from moe_export.export.refused import RefusedError
 from moe_export.export.source import line_of
 
 
@@ -97,13 +98,8 @@ class Skeleton:
     outputs: Any
 
 
-class LengthError(Exception):
+class LengthError(RefusedError):
     """The traces differ in more than integers that follow the length: why, and on which line of the model."""
-
-    def __init__(self, reason: str, where: str | None) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.where = where
 
 
 def skeleton(trace: Repeats) -> Skeleton:

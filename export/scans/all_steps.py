@@ -14,11 +14,12 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.export.refused import RefusedError
 from moe_export.export.scans.log import logarithm
 from moe_export.export.scans.marked import Marked, integer
 from moe_export.export.scans.nodes import Nodes
 from moe_export.export.scans.terms import Factor, Reading, axes_of
-from moe_export.export.scans.time import CannotError, OverTime, Timed, moved
+from moe_export.export.scans.time import OverTime, Timed, moved
 
 Part = tuple[Timed, list[int]]
 """A value over time, and which axes of the state it has, in ascending order."""
@@ -39,7 +40,7 @@ class AllSteps:
         prefix: Of the names of what is written.
 
     Raises:
-        CannotError: No step reads an element of a sequence.
+        RefusedError: No step reads an element of a sequence.
     """
 
     def __init__(self, graph: ir.Graph, loop: Marked, prefix: str) -> None:
@@ -47,7 +48,7 @@ class AllSteps:
         self.nodes = nodes = Nodes(graph, loop.end, f"{prefix}_{loop.number}")
         sources = {mark.outputs[0]: _source(nodes, mark) for mark in loop.elements}
         if not sources:
-            raise CannotError("its steps read nothing of their own")
+            raise RefusedError("its steps read nothing of their own")
         self.over = OverTime(nodes, sources, {value for node in loop.body for value in node.outputs})
         first = next(iter(sources.values()))
         assert first.axis is not None
@@ -69,7 +70,7 @@ class AllSteps:
         """The logarithm of a product of decays, each of which is known to be positive.
 
         Raises:
-            CannotError: One is not.
+            RefusedError: One is not.
         """
         axes = sorted(axes_of(factors))
         parts = [
@@ -82,7 +83,7 @@ class AllSteps:
         """Put the last states, and what each step hands out, in the place of the loop's outputs.
 
         Raises:
-            CannotError: Each step hands out the same.
+            RefusedError: Each step hands out the same.
         """
         results = []
         for value, axis, backwards in zip(
@@ -90,7 +91,7 @@ class AllSteps:
         ):
             timed = self.over.of(value)
             if timed.axis is None:
-                raise CannotError("what is handed out is the same in each step")
+                raise RefusedError("what is handed out is the same in each step")
             result = moved(self.nodes, timed, axis).value
             results.append(self.nodes.flipped(result, axis) if backwards else result)
         for old, new in zip(self._loop.end.outputs, [*last, *results], strict=True):
@@ -115,7 +116,7 @@ class AllSteps:
         """
         over = sorted(reading.over)
         if any(len(joined) > 1 for joined in reading.axes) or not reading.over <= axes_of(term):
-            raise CannotError("what is read is more than a product with a state")
+            raise RefusedError("what is read is more than a product with a state")
         timed, axes = self.product([factor for factor in term if factor.axes & reading.over])
         timed = moved(self.nodes, self.in_every_step(timed), 0)
         gone = self.nodes.ints(*(1 + axes.index(axis) for axis in over))
@@ -183,7 +184,7 @@ def _source(nodes: Nodes, mark: ir.Node) -> Timed:
     """The sequence that an element is taken from, first step first."""
     value, axis = mark.inputs[0], integer(mark, "axis")
     if value is None or mark.outputs[0].shape is None:
-        raise CannotError("a sequence of unknown shape")
+        raise RefusedError("a sequence of unknown shape")
     if integer(mark, "backwards"):
         value = nodes.flipped(value, axis)
     return Timed(value, axis, len(mark.outputs[0].shape))

@@ -24,13 +24,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.export.refused import RefusedError
 from moe_export.export.scans.all_steps import AllSteps, Part
 from moe_export.export.scans.linear import Linear, LinearState, read_linear
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.nodes import Nodes
 from moe_export.export.scans.segments import STEPS, Segments
 from moe_export.export.scans.terms import Reading
-from moe_export.export.scans.time import CannotError, Timed
+from moe_export.export.scans.time import Timed
 
 _LEAST = -1e30  # the logarithm of a decay of 0: -inf times the 0 of another segment would be no number
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
@@ -45,20 +46,20 @@ def write_chunked(graph: ir.Graph, loop: Marked, only_if_it_pays: bool = False) 
     """Replace a marked loop by products over chunks.
 
     Raises:
-        CannotError: It is no such recurrence; the graph then computes what it did.
+        RefusedError: It is no such recurrence; the graph then computes what it did.
     """
     linear = read_linear(loop)
     if any(state.decays_over for state in linear.states):
-        raise CannotError("its decay differs along the axes that are read over")
+        raise RefusedError("its decay differs along the axes that are read over")
     if only_if_it_pays and not pays(linear):
-        raise CannotError("it has as many decays as entries of the state, or nearly")
+        raise RefusedError("it has as many decays as entries of the state, or nearly")
     _Writer(graph, loop, linear).write()
 
 
 class _Writer:
     def __init__(self, graph: ir.Graph, loop: Marked, linear: Linear) -> None:
         if all(state.outputs[0].dtype not in _DTYPES for state in loop.states):
-            raise CannotError("states of a type that is not exact enough")
+            raise RefusedError("states of a type that is not exact enough")
         self._loop, self._linear = loop, linear
         self.steps = AllSteps(graph, loop, "chunks")
         self.nodes, self.over = self.steps.nodes, self.steps.over
@@ -127,7 +128,7 @@ class _Writer:
         value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, STEPS, *behind))
         places: dict[Any, int] = {axis: place + 2 * (place >= at) for place, axis in enumerate(axes)}
         if inner and not set(inner) <= set(places):
-            raise CannotError("a factor lacks some of the axes that the others have")
+            raise RefusedError("a factor lacks some of the axes that the others have")
         batch = [places[axis] for axis in state.batch if axis in places]
         last = [places[axis] for axis in inner or ()]
         value = nodes.transposed(value, [at, *batch, at + 1, *last])
@@ -204,14 +205,14 @@ class _Writer:
         place: dict[int, int] = {axis: 1 + at for at, axis in enumerate(state.batch)}
         place |= {axis: len(state.batch) + 2 + at for at, axis in enumerate(state.only)}
         if {axis for joined in reading.axes for axis in joined} != set(place):
-            raise CannotError("what is read lacks an axis of the state")
+            raise RefusedError("what is read lacks an axis of the state")
         front = 0  # axes in front of time: as many as the step's result has there, and all that nobody knows
         for at, joined in enumerate(reading.axes):
             sizes_known = all(isinstance(state.shape[axis], int) for axis in joined)
             if len(joined) == 1 and at == front and (at < self._axis or not sizes_known):
                 front += 1
             elif not sizes_known:
-                raise CannotError("an axis of unknown size stands behind others")
+                raise RefusedError("an axis of unknown size stands behind others")
         order = [place[joined[0]] for joined in reading.axes[:front]]
         behind = [axis for joined in reading.axes[front:] for axis in joined]
         order += [0, len(state.batch) + 1, *(place[axis] for axis in behind)]

@@ -19,10 +19,10 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
+from moe_export.export.refused import RefusedError
 from moe_export.export.scans.linear import Linear, LinearState, Reader
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.terms import Factor, Reading, Seen, axes_of, broadcast
-from moe_export.export.scans.time import CannotError
 
 _Product = tuple[Factor, ...]
 _MINUS = Factor(ir.Value(name="minus"), ())
@@ -32,7 +32,7 @@ def read_delta(loop: Marked) -> Linear:
     """Read a loop whose states are linear recurrences or delta rules.
 
     Raises:
-        CannotError: One is neither; says why.
+        RefusedError: One is neither; says why.
     """
     return _DeltaReader(loop).read()
 
@@ -52,7 +52,7 @@ class _DeltaReader(Reader):
         """`a h + k * rate * (v - r)`: a product is added that was computed from what was read."""
         state, other, place = self.seen(node)
         if node.op_type not in ("Add", "Sub") or (node.op_type == "Sub" and place):
-            raise CannotError(f"{node.op_type} mixes a state with what was read from one")
+            raise RefusedError(f"{node.op_type} mixes a state with what was read from one")
         sign = (_MINUS,) if node.op_type == "Sub" else ()
         return replace(state, terms=(*state.terms, (*sign, *self.factors(other, state.axes))))
 
@@ -63,28 +63,28 @@ class _DeltaReader(Reader):
         if found is None or not computed:
             return super().state(number, shape)
         if len(computed) > 1 or len(terms) > 2:
-            raise CannotError("a step adds several products to its state")
+            raise RefusedError("a step adds several products to its state")
         corrected, reading, held, stored = self._parts(
             computed[0], [term for term in terms if term not in computed]
         )
         self.readings.remove(reading)
         if reading.new or reading.terms or reading.state != number:
-            raise CannotError("what a delta rule subtracts is read from another state than the one before")
+            raise RefusedError("what a delta rule subtracts is read from another state than the one before")
         over = self.over(number)
         if reading.over != over:
-            raise CannotError("a state is read over different axes")
+            raise RefusedError("a state is read over different axes")
         read = (*reading.factors, *held)
         key = tuple(factor for factor in corrected if factor.axes & over)
         if _without([factor for factor in read if factor.axes & over], key) != _without(
             [factor for factor in found.scale if factor.axes & over], ()
         ):
-            raise CannotError("a delta rule stores under another key than it reads")
+            raise RefusedError("a delta rule stores under another key than it reads")
         flat = [factor for factor in (*corrected, *read) if not factor.axes & over]
         rate = _without(flat, [factor for factor in found.scale if not factor.axes & over])
         value = _without(stored, (*key, *rate))
         made = self.made(number, shape, found.scale, key, value, rate)
         if axes_of(rate) & set(made.only) or axes_of(value) & over:
-            raise CannotError("the rate of a delta rule differs along the state that it corrects")
+            raise RefusedError("the rate of a delta rule differs along the state that it corrects")
         return made
 
     def _computed(self, product: Iterable[Factor]) -> list[Factor]:
@@ -95,26 +95,26 @@ class _DeltaReader(Reader):
         """What is subtracted, as a product with a reading, what that is multiplied by, and what is added."""
         computed = self._computed(term)
         if len(computed) > 1:
-            raise CannotError("a step multiplies what it reads by what it reads")
+            raise RefusedError("a step multiplies what it reads by what it reads")
         minus = term.count(_MINUS) % 2 == 1
         rest = tuple(factor for factor in term if factor not in (*computed, _MINUS))
         (difference,) = computed
         if others:  # multiplied out
             if not minus or _MINUS in others[0]:
-                raise CannotError("what a delta rule reads is not subtracted")
+                raise RefusedError("what a delta rule reads is not subtracted")
             reading, held = self._reading(difference)
             return rest, reading, held, others[0]
         node = difference.value.producer()
         if node is None or node.op_type != "Sub":
-            raise CannotError("what a delta rule reads is not subtracted")
+            raise RefusedError("what a delta rule reads is not subtracted")
         operands = [broadcast(operand, difference.labels) for operand in node.inputs]
         place = next((at for at, one in enumerate(operands) if one.value in self.dependent), 1)
         if (place == 0) != minus:
-            raise CannotError("what a delta rule reads is not subtracted")
+            raise RefusedError("what a delta rule reads is not subtracted")
         reading, held = self._reading(operands[place])
         value = self.split(operands[1 - place])
         if self._computed(value):
-            raise CannotError("a step subtracts what it reads from what it reads")
+            raise RefusedError("a step subtracts what it reads from what it reads")
         return rest, reading, held, (*rest, *value)
 
     def _reading(self, factor: Factor) -> tuple[Reading, _Product]:
@@ -124,13 +124,13 @@ class _DeltaReader(Reader):
             (part, reading) for part in parts for reading in self.readings if reading.value is part.value
         ]
         if len(found) != 1:
-            raise CannotError("a state is computed from what was read from one")
+            raise RefusedError("a state is computed from what was read from one")
         part, reading = found[0]
         others = tuple(other for other in parts if other is not part)
         if part.labels != tuple(axis[0] if len(axis) == 1 else None for axis in reading.axes):
-            raise CannotError("what is read is stored at another place")
+            raise RefusedError("what is read is stored at another place")
         if self._computed(others):
-            raise CannotError("a step multiplies what it reads by what it reads")
+            raise RefusedError("a step multiplies what it reads by what it reads")
         return reading, others
 
 
@@ -138,7 +138,9 @@ def _without(product: Iterable[Factor], part: Iterable[Factor]) -> _Product:
     """The factors of a product that are not those of another, which has to be in it."""
     left, gone = Counter(product), Counter(part)
     if gone - left:
-        raise CannotError("a delta rule stores under another key than it reads, or forgets after it has read")
+        raise RefusedError(
+            "a delta rule stores under another key than it reads, or forgets after it has read"
+        )
     return tuple((left - gone).elements())
 
 
@@ -149,7 +151,7 @@ def _only_through(values: Iterable[ir.Value], loop: Marked) -> None:
     while stack:
         value = stack.pop()
         if value in marks:
-            raise CannotError("what a delta rule subtracts is handed out, too")
+            raise RefusedError("what a delta rule subtracts is handed out, too")
         node = value.producer()
         if value not in known and node is not None and node in loop.body:
             known.add(value)

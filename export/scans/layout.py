@@ -21,9 +21,10 @@ from typing import Any
 import onnx_ir as ir
 
 from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
+from moe_export.export.refused import RefusedError
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.nodes import Nodes
-from moe_export.export.scans.time import POINTWISE, REDUCTIONS, CannotError, axes_of, number_of, rank_of
+from moe_export.export.scans.time import POINTWISE, REDUCTIONS, axes_of, number_of, rank_of
 
 
 def widest_last(graph: ir.Graph, loop: Marked) -> ir.Node:
@@ -33,7 +34,7 @@ def widest_last(graph: ir.Graph, loop: Marked) -> ir.Node:
         The end of the new loop. The old one is left without users.
 
     Raises:
-        CannotError: There is nothing to gain, or the step has no such form; the graph then computes what it did.
+        RefusedError: There is nothing to gain, or the step has no such form; the graph then computes what it did.
     """
     return _Writer(graph, loop).write()
 
@@ -49,7 +50,7 @@ class _Writer:
         self._nodes = Nodes(graph, loop.end, f"layout_{loop.number}")
         self._chosen = [mark for mark in loop.states if _is_narrow(mark)]
         if not self._chosen:
-            raise CannotError("no state whose longest axis is not the last")
+            raise RefusedError("no state whose longest axis is not the last")
         self._body = {value for node in loop.body for value in node.outputs}
         self._elements = {mark.outputs[0]: mark for mark in loop.elements}
         self._marks: dict[
@@ -106,22 +107,22 @@ class _Writer:
     def _exchange(self, value: ir.Value) -> ir.Value:
         rank = rank_of(value)
         if rank < 2:
-            raise CannotError(f"{value.name} has no two axes")
+            raise RefusedError(f"{value.name} has no two axes")
         if value in self._elements:
             return self._exchanged_element(value)
         node = value.producer()
         if value not in self._body or node is None:
             if any(mark.outputs[0] is value for mark in self._loop.states):
-                raise CannotError("two states of different layouts meet")
+                raise RefusedError("two states of different layouts meet")
             return self._nodes.transposed(value, _order(rank))
         if node.domain not in ("", "ai.onnx"):
-            raise CannotError(f"{node.domain}.{node.op_type} of a state")
+            raise RefusedError(f"{node.domain}.{node.op_type} of a state")
         if node.op_type in POINTWISE:
             (made,) = self._nodes.copy(node, [self._operand(each) for each in node.inputs])
             return made
         rule = _EXCHANGES.get(node.op_type)
         if rule is None:
-            raise CannotError(f"{node.op_type} of a state")
+            raise RefusedError(f"{node.op_type} of a state")
         return rule(self, node, rank)
 
     def _operand(self, value: ir.Value | None) -> ir.Value | None:
@@ -140,7 +141,7 @@ class _Writer:
             place for place in (rank - 2, rank - 1) if value.shape is not None and value.shape[place] == 1
         ]
         if source is None or not ones:
-            raise CannotError("a sequence would have to be transposed")
+            raise RefusedError("a sequence would have to be transposed")
         from_, to = (ones[0], 2 * rank - 3 - ones[0])
         where = from_ + (from_ >= axis)
         view = self._without(source, where, rank + 1)
@@ -203,14 +204,14 @@ class _Writer:
         assert value is not None
         gone = {axis % rank_of(value) for axis in axes_of(node.inputs[1] if len(node.inputs) > 1 else None)}
         if gone & {rank_of(value) - 1, rank_of(value) - 2}:
-            raise CannotError("an axis of a state is dropped, and another takes its place")
+            raise RefusedError("an axis of a state is dropped, and another takes its place")
         return self._nodes("Squeeze", self._exchanged(value), self._nodes.ints(*sorted(gone)))
 
     def _reduce(self, node: ir.Node, rank: int) -> ir.Value:
         value = node.inputs[0]
         assert value is not None
         if not number_of(node, "keepdims", 1):
-            raise CannotError("an axis of a state is summed, and another takes its place")
+            raise RefusedError("an axis of a state is summed, and another takes its place")
         return self._reduced(node, value)
 
     def _reduced(self, node: ir.Node, value: ir.Value) -> ir.Value:
@@ -236,10 +237,10 @@ class _Writer:
         node = value.producer()
         if value not in self._body or node is None:
             if any(mark.outputs[0] is value for mark in self._chosen):
-                raise CannotError("a state is handed out, or computed with, in its own layout")
+                raise RefusedError("a state is handed out, or computed with, in its own layout")
             return value
         if len(node.outputs) != 1:
-            raise CannotError(f"{node.op_type} has several results")
+            raise RefusedError(f"{node.op_type} has several results")
         operand = node.inputs[0]
         if value in self._moving and operand is not None and self._drops_an_end(node, operand):
             made = self._reduced(node, operand)

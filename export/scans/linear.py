@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
+from moe_export.export.refused import RefusedError
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.terms import (
     Axes,
@@ -31,7 +32,6 @@ from moe_export.export.scans.terms import (
     plain,
     regrouped,
 )
-from moe_export.export.scans.time import CannotError
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def read_linear(loop: Marked) -> Linear:
     """Read a loop as a linear recurrence.
 
     Raises:
-        CannotError: It is none; says why.
+        RefusedError: It is none; says why.
     """
     return Reader(loop).read()
 
@@ -103,7 +103,7 @@ class Reader:
         for number, mark in enumerate(self.loop.states):
             shape = mark.outputs[0].shape
             if shape is None:
-                raise CannotError("a state of unknown shape")
+                raise RefusedError("a state of unknown shape")
             shapes.append(tuple(shape))
             self._seen[mark.outputs[0]] = Seen(number, False, tuple((axis,) for axis in range(len(shape))))
         following = {value: number for number, value in enumerate(self.loop.following)}
@@ -124,21 +124,21 @@ class Reader:
 
     def mixed(self, node: ir.Node) -> Seen:
         """A state together with what was read from one."""
-        raise CannotError(f"{node.op_type} mixes a state with what was read from one")
+        raise RefusedError(f"{node.op_type} mixes a state with what was read from one")
 
     def _check(self, done: set[ir.Value]) -> None:
         for value in self.loop.following:
             if value in done:
-                raise CannotError("a state is computed from what was read from one")
+                raise RefusedError("a state is computed from what was read from one")
         for value in self.loop.collected:
             if value in self._seen:
-                raise CannotError("whole states are handed out")
+                raise RefusedError("whole states are handed out")
 
     def _state_step(self, node: ir.Node, following: dict[ir.Value, int], done: set[ir.Value]) -> None:
         value = node.outputs[0]
         rule = _RULES.get(node.op_type)
         if rule is None or len(node.outputs) != 1:
-            raise CannotError(f"{node.op_type} of a state is not linear")
+            raise RefusedError(f"{node.op_type} of a state is not linear")
         found = rule(self, node)
         if isinstance(found, Reading):
             self.readings.append(found)
@@ -152,7 +152,7 @@ class Reader:
         if value in following:
             number = following[value]
             if found.new or found.state != number or found.axes != plain(found.axes):
-                raise CannotError("a state follows from another one")
+                raise RefusedError("a state follows from another one")
             self.next[number] = found
             self._seen[value] = Seen(number, True, found.axes)
 
@@ -160,7 +160,7 @@ class Reader:
         """A state whose step adds one product to it."""
         found = self.next.get(number)
         if found is None or len(found.terms) != 1:
-            raise CannotError("a step does not add one product to its state")
+            raise RefusedError("a step does not add one product to its state")
         over = self.over(number)
         row = tuple(factor for factor in found.terms[0] if factor.axes & over)
         column = tuple(factor for factor in found.terms[0] if not factor.axes & over)
@@ -170,7 +170,7 @@ class Reader:
         """The axes that a state is read over."""
         overs = {reading.over for reading in self.readings if reading.state == number}
         if len(overs) != 1:
-            raise CannotError(
+            raise RefusedError(
                 "a state is read over different axes" if overs else "nobody reads a state in the loop"
             )
         return overs.pop()
@@ -194,7 +194,7 @@ class Reader:
             only = set()
         for axis in (*over, *only):
             if not isinstance(shape[axis], int):
-                raise CannotError("a size of the state is not known")
+                raise RefusedError("a size of the state is not known")
         g, n, p = (tuple(sorted(some)) for some in (batch, over, only))
         return LinearState(shape, decay, row, column, g, n, p, rate)
 
@@ -204,7 +204,7 @@ class Reader:
         """The operand that is a state, the other operand, and the place of the first."""
         places = [place for place, value in enumerate(node.inputs) if value in self._seen]
         if len(places) > 1:
-            raise CannotError(f"{node.op_type} of two states")
+            raise RefusedError(f"{node.op_type} of two states")
         place = places[0]
         value = node.inputs[place]
         assert value is not None
@@ -215,7 +215,7 @@ class Reader:
         """A value that is broadcast against axes, as a product."""
         assert value is not None
         if value.shape is None or len(value.shape) > len(axes):
-            raise CannotError("a factor with more axes than the state")
+            raise RefusedError("a factor with more axes than the state")
         labels: list[int | None] = []
         for size, axis in zip(value.shape, axes[len(axes) - len(value.shape) :], strict=True):
             if size == 1:
@@ -223,7 +223,7 @@ class Reader:
             elif len(axis) == 1:
                 labels.append(axis[0])
             else:
-                raise CannotError("a factor along several axes of the state that were joined")
+                raise RefusedError("a factor along several axes of the state that were joined")
         return self.split(Factor(value, tuple(labels)))
 
     def whole(self, value: ir.Value) -> bool:
@@ -262,9 +262,9 @@ class Reader:
 def _multiplied(reader: Reader, node: ir.Node) -> Seen:
     state, other, place = reader.seen(node)
     if node.op_type == "Div" and place == 0:
-        raise CannotError("a state is divided")
+        raise RefusedError("a state is divided")
     if node.op_type == "Div":
-        raise CannotError("something is divided by a state")
+        raise RefusedError("something is divided by a state")
     more = reader.factors(other, state.axes)
     return replace(state, scale=(*state.scale, *more), terms=tuple((*term, *more) for term in state.terms))
 
@@ -272,7 +272,7 @@ def _multiplied(reader: Reader, node: ir.Node) -> Seen:
 def _added(reader: Reader, node: ir.Node) -> Seen:
     state, other, _ = reader.seen(node)
     if other is None or other.shape is None or len(other.shape) > len(state.axes):
-        raise CannotError("a sum with something larger than the state")
+        raise RefusedError("a sum with something larger than the state")
     return replace(state, terms=(*state.terms, reader.factors(other, state.axes)))
 
 
@@ -307,7 +307,7 @@ def _summed(reader: Reader, node: ir.Node) -> Reading:
 def _contracted(reader: Reader, node: ir.Node) -> Reading:
     state, other, place = reader.seen(node)
     if other is None or other.shape is None or len(other.shape) > len(state.axes):
-        raise CannotError("a state is read by something larger")
+        raise RefusedError("a state is read by something larger")
     shape, axes = other.shape, state.axes
     if place == 0 and len(shape) == 1:
         over, labels, result = axes[-1], axes[-1:], axes[:-1]
@@ -318,7 +318,7 @@ def _contracted(reader: Reader, node: ir.Node) -> Reading:
     elif place == 1 and len(shape) == 1:
         over, labels, result = axes[-2], axes[-2:-1], (*axes[:-2], axes[-1])
     else:
-        raise CannotError("a state is read by a matrix")
+        raise RefusedError("a state is read by a matrix")
     more = reader.factors(other, labels)
     terms = tuple((*term, *more) for term in state.terms)
     factors = (*state.scale, *more)

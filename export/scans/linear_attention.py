@@ -20,12 +20,13 @@ import math
 
 import onnx_ir as ir
 
+from moe_export.export.refused import RefusedError
 from moe_export.export.scans.all_steps import AllSteps, Part
 from moe_export.export.scans.delta import read_delta
 from moe_export.export.scans.linear import LinearState
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.terms import Reading
-from moe_export.export.scans.time import CannotError, Timed
+from moe_export.export.scans.time import Timed
 
 DOMAIN = "com.microsoft"
 _FEW_HEADS, _SMALL_HEAD = 32, 128
@@ -37,17 +38,17 @@ def write_linear_attention(graph: ir.Graph, loop: Marked) -> None:
     """Replace a marked loop by the operator, one for each way that a state is read.
 
     Raises:
-        CannotError: It is no such recurrence; the graph then computes what it did.
+        RefusedError: It is no such recurrence; the graph then computes what it did.
     """
     linear = read_delta(loop)
     if any(mark.outputs[0].dtype != ir.DataType.FLOAT for mark in loop.states):
-        raise CannotError("states of another type than float32")
+        raise RefusedError("states of another type than float32")
     if any(reading.new != linear.readings[0].new for reading in linear.readings):
-        raise CannotError("one state is read before its step, another after it")
+        raise RefusedError("one state is read before its step, another after it")
     if any(len(_free(state)) > 1 for state in linear.states):
-        raise CannotError("a state with several axes of unknown size")
+        raise RefusedError("a state with several axes of unknown size")
     if not any(_pays(state) for state in linear.states):
-        raise CannotError("its decays make many small heads of the state, for which a Scan is faster")
+        raise RefusedError("its decays make many small heads of the state, for which a Scan is faster")
     steps = AllSteps(graph, loop, "attention")
     last = []
     for number, (state, mark) in enumerate(zip(linear.states, loop.states, strict=True)):
@@ -127,7 +128,7 @@ class _Attention:
         assert timed.axis is not None
         now.insert(timed.axis, None)
         if not set(now) <= set(wanted):
-            raise CannotError("a factor has an axis that the operator's has not")
+            raise RefusedError("a factor has an axis that the operator's has not")
         value = nodes.transposed(timed.value, [now.index(axis) for axis in wanted if axis in now])
         lacking = [place for place, axis in enumerate(wanted) if axis not in now]
         value = nodes.unsqueezed(value, lacking)
@@ -163,7 +164,7 @@ class _Attention:
         axes = [*self._heads, *state.only]
         flat = [axis for joined in reading.axes for axis in joined]
         if sorted(flat) != sorted([*self._batch, *axes]):
-            raise CannotError("what is read lacks an axis of the state")
+            raise RefusedError("what is read lacks an axis of the state")
         now = [*self._batch, None, *axes]
         if not self._batch:
             value = nodes("Squeeze", value, nodes.ints(0))

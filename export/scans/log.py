@@ -12,9 +12,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.export.refused import RefusedError
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.nodes import Nodes
-from moe_export.export.scans.time import CannotError, OverTime, Timed
+from moe_export.export.scans.time import OverTime, Timed
 
 _VIEWS = {"Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
@@ -23,7 +24,7 @@ def logarithm(nodes: Nodes, over: OverTime, value: ir.Value, loop: Marked) -> Ti
     """The logarithm of a value of a step, over time.
 
     Raises:
-        CannotError: The value is not known to be positive.
+        RefusedError: The value is not known to be positive.
     """
     mark = next((mark for mark in loop.elements if mark.outputs[0] is value), None)
     if mark is not None:
@@ -39,7 +40,7 @@ def logarithm(nodes: Nodes, over: OverTime, value: ir.Value, loop: Marked) -> Ti
     if node.op_type == "Sigmoid" and node.inputs[0] is not None:
         inner = over.of(node.inputs[0])
         return Timed(_log_sigmoid(nodes, inner.value), inner.axis, inner.rank)
-    raise CannotError(f"its decay, a {node.op_type}, is not known to be positive")
+    raise RefusedError(f"its decay, a {node.op_type}, is not known to be positive")
 
 
 def _outside(nodes: Nodes, value: ir.Value) -> ir.Value:
@@ -48,10 +49,10 @@ def _outside(nodes: Nodes, value: ir.Value) -> ir.Value:
     if tensor is not None:
         array = tensor.numpy()
         if not (array > 0).all():
-            raise CannotError("its decay is not positive")
+            raise RefusedError("its decay is not positive")
         return nodes.constant(np.log(array.astype(np.float64)).astype(array.dtype))
     if node is None or node.inputs[0] is None:
-        raise CannotError("its decay is not known to be positive")
+        raise RefusedError("its decay is not known to be positive")
     if node.op_type == "Exp":
         return node.inputs[0]
     if node.op_type == "Sigmoid":
@@ -60,7 +61,7 @@ def _outside(nodes: Nodes, value: ir.Value) -> ir.Value:
         (result,) = nodes.copy(node, [_outside(nodes, node.inputs[0]), *node.inputs[1:]])
         result.shape = value.shape
         return result
-    raise CannotError(f"its decay, a {node.op_type}, is not known to be positive")
+    raise RefusedError(f"its decay, a {node.op_type}, is not known to be positive")
 
 
 def _log_sigmoid(nodes: Nodes, value: ir.Value) -> ir.Value:

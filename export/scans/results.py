@@ -15,13 +15,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moe_export.export.bodies import reads
+from moe_export.export.refused import RefusedError
 from moe_export.export.scans.marked import Marked, new_element, read_marked, with_elements
 from moe_export.export.scans.nodes import Nodes
 from moe_export.export.scans.order import written_last
 from moe_export.export.scans.time import (
     POINTWISE,
     REDUCTIONS,
-    CannotError,
     amount_of,
     axes_of,
     number_of,
@@ -74,7 +74,7 @@ def _chain(graph: ir.Graph, loop: Marked, number: int) -> list[_Behind]:
         node = uses[0].node
         try:
             behind = _behind(node, value, axis)
-        except CannotError:
+        except RefusedError:
             break
         others = (each for each in node.inputs if each is not None and each is not value)
         if node.graph is not graph or any(each in late for each in others):
@@ -102,28 +102,28 @@ def _behind(node: ir.Node, value: ir.Value, axis: int) -> _Behind:
     """A node as part of a step.
 
     Raises:
-        CannotError: It mixes steps, or nobody knows how it treats them.
+        RefusedError: It mixes steps, or nobody knows how it treats them.
     """
     if node.domain not in ("", "ai.onnx") or len(node.outputs) != 1 or node.outputs[0].shape is None:
-        raise CannotError(f"{node.op_type} behind a loop")
+        raise RefusedError(f"{node.op_type} behind a loop")
     if node.op_type in REDUCTIONS or node.op_type == "Squeeze":
         rank = rank_of(value)
         axes = {each % rank for each in axes_of(node.inputs[1] if len(node.inputs) > 1 else None)}
         if axis in axes or node.inputs[0] is not value:
-            raise CannotError("steps are summed up")
+            raise RefusedError("steps are summed up")
         kept = node.op_type != "Squeeze" and number_of(node, "keepdims", 1)
         after = axis if kept else axis - sum(each < axis for each in axes)
         return _Behind(node, value, after, (axis, None))
     if node.op_type == "Transpose":
         return _Behind(node, value, _order(node, value).index(axis), (axis,))
     if node.op_type != "MatMul" and node.op_type not in POINTWISE:
-        raise CannotError(f"{node.op_type} behind a loop")
+        raise RefusedError(f"{node.op_type} behind a loop")
     rank = rank_of(node.outputs[0])
     after = axis + rank - rank_of(value)
     if node.op_type == "MatMul" and after >= rank - 2:
-        raise CannotError("steps are summed up")
+        raise RefusedError("steps are summed up")
     if node.op_type == "MatMul" and any(rank_of(each) < 2 for each in node.inputs if each is not None):
-        raise CannotError("a product with a vector")
+        raise RefusedError("a product with a vector")
     places = tuple(_place(each, after - rank, value, axis) for each in node.inputs)
     return _Behind(node, value, after, places)
 
@@ -144,7 +144,7 @@ def _place(operand: ir.Value | None, from_end: int, value: ir.Value, axis: int) 
     if operand.shape[place] == 1:
         return None
     if str(operand.shape[place]) != str(value.shape[axis]):
-        raise CannotError("nobody knows whether an operand has an element for each step")
+        raise RefusedError("nobody knows whether an operand has an element for each step")
     return place
 
 

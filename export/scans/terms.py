@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moe_export.export.scans.time import CannotError
+from moe_export.export.refused import RefusedError
 
 Axes = tuple[
     tuple[int, ...], ...
@@ -69,7 +69,7 @@ def plain(axes: Axes) -> Axes:
 def broadcast(value: ir.Value | None, labels: Sequence[int | None]) -> Factor:
     """A value as it is broadcast against axes of these labels."""
     if value is None or value.shape is None:
-        raise CannotError("a factor of unknown shape")
+        raise RefusedError("a factor of unknown shape")
     kept = labels[len(labels) - len(value.shape) :]
     return Factor(
         value, tuple(None if size == 1 else label for size, label in zip(value.shape, kept, strict=True))
@@ -90,7 +90,7 @@ def constant(value: ir.Value | None, rank: int) -> list[int]:
     """The axes that an operator is told by a constant."""
     tensor = value.const_value if value is not None else None
     if tensor is None:
-        raise CannotError("axes that are computed")
+        raise RefusedError("axes that are computed")
     return [int(axis) % rank for axis in tensor.numpy().reshape(-1)]
 
 
@@ -98,7 +98,7 @@ def regrouped(axes: Sequence[tuple[int, ...]], node: ir.Node) -> list[tuple[int,
     """The axes after a reshape that only joins some, or adds some of size 1."""
     old, new = node.inputs[0].shape if node.inputs[0] else None, node.outputs[0].shape
     if old is None or new is None:
-        raise CannotError("a Reshape of an unknown shape")
+        raise RefusedError("a Reshape of an unknown shape")
     result: list[tuple[int, ...]] = []
     place = 0
     for size in new:
@@ -115,9 +115,9 @@ def regrouped(axes: Sequence[tuple[int, ...]], node: ir.Node) -> list[tuple[int,
             elif isinstance(product, int) and isinstance(step, int):
                 product *= step
             else:
-                raise CannotError("a Reshape of sizes that are not known")
+                raise RefusedError("a Reshape of sizes that are not known")
             place += 1
         if str(product) != str(size):
-            raise CannotError("a Reshape that takes a state's axis apart")
+            raise RefusedError("a Reshape that takes a state's axis apart")
         result.append(tuple(joined))
     return result

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from moe_export.export.refused import RefusedError
 from moe_export.export.scans.nodes import Nodes
 
 POINTWISE = {
@@ -26,10 +27,6 @@ REDUCTIONS = {"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum",
 
 
 _SYMBOLIC = 64  # a size that nobody knows, for comparing amounts
-
-
-class CannotError(Exception):
-    """A step that has no form over many steps, and why."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ class OverTime:
         """The value of many steps.
 
         Raises:
-            CannotError: An operator on the way has no form over time.
+            RefusedError: An operator on the way has no form over time.
         """
         if value not in self._known:
             if value not in self._body:
@@ -96,7 +93,7 @@ class OverTime:
         operands = [self.of(value) for value in node.inputs if value is not None]
         rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if rule is None or len(operands) != len(node.inputs):
-            raise CannotError(f"{node.op_type} has no form over time here")
+            raise RefusedError(f"{node.op_type} has no form over time here")
         return rule(self._nodes, node, operands)
 
 
@@ -118,10 +115,10 @@ def rank_of(value: ir.Value) -> int:
     """How many axes a value has.
 
     Raises:
-        CannotError: Nobody knows.
+        RefusedError: Nobody knows.
     """
     if value.shape is None:
-        raise CannotError(f"nobody knows the shape of {value.name}")
+        raise RefusedError(f"nobody knows the shape of {value.name}")
     return len(value.shape)
 
 
@@ -168,7 +165,7 @@ def _pointwise(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequen
 def _matmul(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
     left, right = operands
     if min(left.rank, right.rank) < 2:
-        raise CannotError("a product with a vector")
+        raise RefusedError("a product with a vector")
     rank = max(left.rank, right.rank)
     if right.axis is None and right.rank == 2 and left.behind >= 1:
         (result,) = nodes.copy(node, [left.value, right.value])
@@ -183,13 +180,13 @@ def _gemm(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Ti
     left, right, *bias = operands
     numbers = {key: node.attributes[key].value for key in node.attributes}
     if right.axis is not None or numbers.get("transA", 0):
-        raise CannotError("a Gemm whose second factor changes")
+        raise RefusedError("a Gemm whose second factor changes")
     if (
         numbers.get("alpha", 1.0) != 1.0
         or numbers.get("beta", 1.0) != 1.0
         or any(b.axis is not None for b in bias)
     ):
-        raise CannotError("a Gemm that is scaled")
+        raise RefusedError("a Gemm that is scaled")
     weight = nodes("Transpose", right.value, perm=[1, 0]) if numbers.get("transB", 0) else right.value
     value = nodes("MatMul", moved(nodes, left, 0).value, weight)
     if bias:
@@ -200,7 +197,7 @@ def _gemm(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Ti
 def axes_of(value: ir.Value | None) -> list[int]:
     tensor = value.const_value if value is not None else None
     if tensor is None:
-        raise CannotError("axes that are computed")
+        raise RefusedError("axes that are computed")
     return [int(axis) for axis in tensor.numpy().reshape(-1)]
 
 
@@ -224,7 +221,7 @@ def _squeeze(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence
     one = operands[0]
     assert one.axis is not None
     if len(node.inputs) < 2:
-        raise CannotError("a Squeeze of whatever is 1")
+        raise RefusedError("a Squeeze of whatever is 1")
     gone = {axis % one.rank for axis in axes_of(node.inputs[1])}
     at = one.axis - sum(axis < one.axis for axis in gone)
     axes = sorted(_shifted(sorted(gone), one.rank, one.axis))
@@ -235,7 +232,7 @@ def _reduction(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequen
     one = operands[0]
     assert one.axis is not None
     if len(node.inputs) < 2:
-        raise CannotError("a reduction over everything")
+        raise RefusedError("a reduction over everything")
     axes = sorted({axis % one.rank for axis in axes_of(node.inputs[1])})
     kept = number_of(node, "keepdims", 1)
     at = one.axis if kept else one.axis - sum(axis < one.axis for axis in axes)
@@ -257,7 +254,7 @@ def _along(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[T
     """Operators along one axis of one operand: `Softmax`, `Split`, `Gather` and `Slice` by constants."""
     one, *others = operands
     if one.axis is None or any(other.axis is not None for other in others):
-        raise CannotError(f"{node.op_type} by numbers that change")
+        raise RefusedError(f"{node.op_type} by numbers that change")
     rank = one.rank
     (axis,) = _shifted([number_of(node, "axis", -1 if "oftmax" in node.op_type else 0)], rank, one.axis)
     results = nodes.copy(node, [one.value, *(other.value for other in others)])
@@ -266,7 +263,7 @@ def _along(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[T
     producer.attributes["axis"] = ir.AttrInt64("axis", axis)
     if node.op_type == "Gather" and others[0].rank != 1:
         if others[0].rank:
-            raise CannotError("a Gather by a matrix")
+            raise RefusedError("a Gather by a matrix")
         return [Timed(results[0], one.axis - (axis < one.axis), rank - 1)]
     return [Timed(result, one.axis, rank) for result in results]
 
@@ -274,7 +271,7 @@ def _along(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[T
 def _slice(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
     one, *others = operands
     if one.axis is None or len(others) < 3 or any(other.axis is not None for other in others):
-        raise CannotError("a Slice by numbers that change")
+        raise RefusedError("a Slice by numbers that change")
     axes = nodes.ints(*_shifted(axes_of(node.inputs[3]), one.rank, one.axis))
     values = [other.value for other in others]
     (result,) = nodes.copy(node, [one.value, *values[:2], axes, *values[3:]])
@@ -283,7 +280,7 @@ def _slice(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[T
 
 def _concat(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
     if any(one.axis is None for one in operands):
-        raise CannotError("a Concat with what is the same in each step")
+        raise RefusedError("a Concat with what is the same in each step")
     behind, rank = _behind(operands), operands[0].rank
     (result,) = nodes.copy(node, [_aligned(nodes, one, behind) for one in operands])
     producer = result.producer()
@@ -297,7 +294,7 @@ def _reshape(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence
     """Time stays where the axes in front of it do, else goes to the front; other sizes are numbers, or stay."""
     old, new = (value.shape if value is not None else None for value in (node.inputs[0], node.outputs[0]))
     if old is None or new is None:
-        raise CannotError("a Reshape of an unknown shape")
+        raise RefusedError("a Reshape of an unknown shape")
     same = [str(left) == str(right) for left, right in zip(old, new, strict=False)]
     at = operands[0].axis or 0
     if not all(same[:at]) or len(same) < at:
@@ -305,7 +302,7 @@ def _reshape(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence
     target = [0] * (at + 1)
     for place, size in enumerate(new):
         if place >= at and not isinstance(size, int) and not (place < len(same) and same[place]):
-            raise CannotError("a Reshape to sizes that are computed")
+            raise RefusedError("a Reshape to sizes that are computed")
         target += [size if isinstance(size, int) else 0] if place >= at else []
     value = moved(nodes, operands[0], at).value
     return [Timed(nodes("Reshape", value, nodes.ints(*target)), at, len(new))]

@@ -17,9 +17,10 @@ from typing import Any
 import onnx_ir as ir
 
 from moe_export.export.recurrence.loop_body import DOMAIN, ELEMENT, END, STATE
+from moe_export.export.refused import RefusedError
 from moe_export.export.scans.marked import Marked, integer
 from moe_export.export.scans.nodes import Nodes
-from moe_export.export.scans.time import CannotError, OverTime, Timed, can, moved
+from moe_export.export.scans.time import OverTime, Timed, can, moved
 
 
 def several_steps(graph: ir.Graph, loop: Marked, steps: int) -> ir.Node:
@@ -29,7 +30,7 @@ def several_steps(graph: ir.Graph, loop: Marked, steps: int) -> ir.Node:
         The end of the new loop. The old one is left without users.
 
     Raises:
-        CannotError: An operator of the step has no form over time; the graph then computes what it did.
+        RefusedError: An operator of the step has no form over time; the graph then computes what it did.
     """
     return _Writer(graph, loop, steps).write()
 
@@ -52,13 +53,13 @@ def _way(loop: Marked) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
 class _Writer:
     def __init__(self, graph: ir.Graph, loop: Marked, steps: int) -> None:
         if not loop.elements or not loop.states:
-            raise CannotError("a loop without sequences or states")
+            raise RefusedError("a loop without sequences or states")
         self._loop, self._steps = loop, steps
         self._graph = graph
         self._nodes = Nodes(graph, loop.end, f"turns_{loop.number}")
         way, ahead, behind = _way(loop)
         if not all(can(node) for node in loop.body):
-            raise CannotError("an operator has no form over time")
+            raise RefusedError("an operator has no form over time")
         self._way = [value for node in way for value in node.outputs]
         self._ahead = {value for node in ahead for value in node.outputs}
         self._behind = {value for node in behind for value in node.outputs}
@@ -99,7 +100,7 @@ class _Writer:
         nodes, source = self._nodes, mark.inputs[0]
         shape = mark.outputs[0].shape
         if source is None or shape is None:
-            raise CannotError("a sequence of unknown shape")
+            raise RefusedError("a sequence of unknown shape")
         axis = integer(mark, "axis")
         if integer(mark, "backwards"):
             source = nodes.flipped(source, axis)
@@ -127,7 +128,7 @@ class _Writer:
         """A state with a place for time, so that no step has to add or take one."""
         shape, value = mark.outputs[0].shape, mark.inputs[0]
         if shape is None or value is None:
-            raise CannotError("a state of unknown shape")
+            raise RefusedError("a state of unknown shape")
         place = min(at, len(shape))
         size: list[Any] = [*shape[:place], 1, *shape[place:]]
         value = self._nodes.unsqueezed(value, [place])
@@ -150,7 +151,7 @@ class _Writer:
                 column.append(inside.of(value))
             reached = [inside.of(value) for value in self._loop.following]
             if any(new.axis is None for new in reached):
-                raise CannotError("a state that is the same after each step")
+                raise RefusedError("a state that is the same after each step")
             now = [moved(self._nodes, new, old.axis or 0) for new, old in zip(reached, states, strict=True)]
             for column, new in zip(following, now, strict=True):
                 column.append(new)
@@ -171,7 +172,7 @@ class _Writer:
         """A value of each step, joined."""
         key = column[0].value
         if column[0].axis is None:
-            raise CannotError("a value on the way that is the same in each step")
+            raise RefusedError("a value on the way that is the same in each step")
         if key not in self._joined:
             values = [one.value for one in column]
             self._joined[key] = self._nodes("Concat", *values, axis=column[0].axis)
@@ -197,7 +198,7 @@ class _Writer:
         """What a turn hands out, and where the steps are in it: behind what is of unknown size."""
         shape = self._loop.collected[place].shape
         if timed.axis is None or shape is None:
-            raise CannotError("what is handed out is the same in each step")
+            raise RefusedError("what is handed out is the same in each step")
         free = [at for at, size in enumerate(shape) if not isinstance(size, int)]
         at = max(self._loop.axes[place], 1 + max(free, default=-1))
         return moved(self._nodes, timed, at).value, at

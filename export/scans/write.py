@@ -22,6 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from moe_export.errors import NotExportableError
 from moe_export.export.provenance import mark_block, place_of
 from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
+from moe_export.export.refused import RefusedError
 from moe_export.export.scans.chunked import write_chunked
 from moe_export.export.scans.inputs import move_inwards
 from moe_export.export.scans.layout import widest_last
@@ -31,7 +32,6 @@ from moe_export.export.scans.marked import Marked, integer, read_marked
 from moe_export.export.scans.products import small_products_first
 from moe_export.export.scans.results import results_inwards
 from moe_export.export.scans.segments import STEPS
-from moe_export.export.scans.time import CannotError
 from moe_export.export.scans.turns import several_steps
 
 
@@ -115,7 +115,7 @@ def _at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> tuple[int
     for place, form in enumerate(forms):
         try:
             form.write(graph, read_marked(graph, end))
-        except CannotError as reason:
+        except RefusedError as reason:
             reasons.append(str(reason))
         else:
             return place, reasons
@@ -130,7 +130,7 @@ def _laid_out(graph: ir.Graph, loop: Marked) -> Marked:
     """The loop with the longest axes of its states last, where that can be."""
     try:
         return read_marked(graph, widest_last(graph, loop))
-    except CannotError:
+    except RefusedError:
         return loop
 
 
@@ -140,7 +140,7 @@ def _with_turns(graph: ir.Graph, loop: Marked, lowering: Lowering) -> Marked:
         return loop
     try:
         return read_marked(graph, several_steps(graph, loop, lowering.unroll))
-    except CannotError as reason:
+    except RefusedError as reason:
         raise NotExportableError(
             f"the loop cannot take {lowering.unroll} steps a turn: {reason}",
             where=place_of(loop.end),

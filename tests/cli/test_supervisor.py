@@ -88,8 +88,8 @@ def test_a_file_that_leaves_when_it_is_imported(process, ending, finished, words
     ("number", "call", "code", "said"),
     [
         ("SIGSEGV", FIRST_CALL, 2, "while loading "),
-        ("SIGSEGV", WHILE_TRACING, 3, "while tracing"),
-        slowly("SIGKILL", WHILE_TRACING, 3, "while tracing"),
+        ("SIGSEGV", WHILE_TRACING, 3, "while looking for loops over a length"),
+        slowly("SIGKILL", WHILE_TRACING, 3, "while looking for loops over a length"),
         slowly("SIGABRT", FIRST_CALL, 2, "while loading "),
     ],
 )

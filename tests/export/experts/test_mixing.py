@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_export.export.experts.body import NotExpertsError
 from moe_export.export.experts.mixing import check_rows
+from moe_export.export.refused import RefusedError
 
 
 def check(body, dtype=torch.float16):
@@ -49,7 +49,7 @@ def test_rounding_is_no_mixing():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("share", [1.0, 1e-6])
 def test_mixing_is_seen_however_little(dtype, share):
-    with pytest.raises(NotExpertsError, match="mixes rows"):
+    with pytest.raises(RefusedError, match="mixes rows"):
         check(Mixes(share), dtype)
 
 
@@ -68,5 +68,5 @@ def test_a_body_that_takes_no_other_rows():
         def forward(self, token, slot, zero, x, w):
             raise RuntimeError("five rows only")
 
-    with pytest.raises(NotExpertsError, match="five rows only"):
+    with pytest.raises(RefusedError, match="five rows only"):
         check(Stuck())
