@@ -22,6 +22,7 @@ from moe_export.export.gates.neck import behind
 from moe_export.export.gates.routing import Routing, find_routings, routing_outputs
 from moe_export.export.opset import check_opset
 from moe_export.export.options import Options
+from moe_export.export.precision.mixed import check_kept
 from moe_export.export.recurrence.step import step_of
 from moe_export.export.simplify import as_numpy
 from moe_export.export.stages import PIPELINE, Draft, Model, Program, Step, between, run, without
@@ -92,6 +93,7 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     chosen = choose(routings, options.gates, folded=program.model.unrolled is not None)
     rest = between("outline", PIPELINE[-1].name)
     whole = Graph.of(run(rest, program, options, step), "model", "model", options)
+    check_kept(whole.model, options.float32)
     outputs = tuple(pair for routing in routings for pair in routing_outputs(routing, traced))
     graphs = [dataclasses.replace(whole, routing=outputs)]
     for routing in chosen:

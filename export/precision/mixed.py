@@ -22,6 +22,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
+from moe_export.errors import UsageError
 from moe_export.export.bodies import bodies
 from moe_export.export.precision.write import write_casts
 from moe_export.export.provenance import MODULE
@@ -84,6 +85,22 @@ def lower_precision(model: ir.Model, dtype: str, keep: Sequence[str] = ()) -> Pr
     casts = write_casts(model, wide, narrow_type)
     narrow = [node for node in model.graph if node not in wide and _has_float(node)]
     return Precision(model, len(narrow), len([node for node in wide if _has_float(node)]), casts)
+
+
+def check_kept(model: ir.Model, keep: Sequence[str]) -> None:
+    """Refuse modules that are to stay float32 and that the graph has nothing of.
+
+    Raises:
+        UsageError: There is one; names those that the graph has.
+    """
+    nodes = list(model.graph.all_nodes())
+    for module in keep:
+        if not any(_kept(node, [module]) for node in nodes):
+            paths = sorted({node.metadata_props.get(MODULE, "") for node in nodes} - {""})
+            raise UsageError(
+                f"--float32 {module}: no operator of the graph is of a module of this path",
+                hint=f"modules of the graph: {', '.join(paths[:8])}" if paths else None,
+            )
 
 
 def _wide_nodes(model: ir.Model, dtype: ir.DataType, keep: Sequence[str]) -> set[ir.Node]:

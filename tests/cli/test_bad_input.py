@@ -266,3 +266,13 @@ def test_cuda_on_a_machine_without(refused, write, texts):
         pytest.skip("this machine has a GPU")
     lines = refused(4, write(texts["model"]), "--provider", "cuda")
     assert "cuda" in lines[0]
+
+
+def test_modules_that_stay_float32_are_there(command, write, texts, listing, tmp_path):
+    path = write(texts["model"], "net.py")
+    done = command(path, "--dtype", "float16", "--float32", "nowhere")
+    assert done.code == 2
+    assert "--float32 nowhere: no operator of the graph is of a module of this path" in done.err
+    assert "modules of the graph: linear" in done.err
+    assert "--float32 goes with --dtype" in command(path, "--float32", "linear").err
+    assert listing(tmp_path) == ["net.py"]

@@ -92,6 +92,8 @@ class ExportRequest:
         if left.get("show") and left.get("stop_after") is None:
             hint = "--stop-after trace --show prints the traced model"
             raise UsageError("--show goes with --stop-after", hint=hint)
+        if left.get("float32") and left.get("dtype", "float32") == "float32":
+            raise UsageError("--float32 goes with --dtype", hint="--dtype float16 --float32 MODULE")
         folder, gate = Path(left.pop("output")), left.pop("gate", None)
         left.pop("debug", None)  # who prints errors asks for it
         storage = Storage(
