@@ -15,6 +15,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import MoeExportError, NotExportableError
+from moe_export.export.empty_products import settle_empty_products
 from moe_export.export.expands import drop_expands
 from moe_export.export.leaves import unique
 from moe_export.export.naming import name_nodes, statements
@@ -89,6 +90,7 @@ def finish(model: ir.Model, traced: Traced, opset: int, folder: Path) -> None:
     Raises:
         NotExportableError: An operator has no form at this opset; names the model's line.
     """
+    settle_empty_products(model, traced)
     mend_products(model)
     origins = statements(model, traced.scope)
     shorten_metadata(model, traced.scope, folder)
