@@ -1,9 +1,14 @@
-"""`StepModel`: the model of one step, and the proof that N of its steps are one run of the model on N."""
+"""`StepModel`: the model of one step, and the proof that N of its steps are one run of the model on N.
+
+They are held against each other in float64, whatever the model's type: a convolution of all steps and one of each round
+otherwise in float16, and how much otherwise is a matter of the processor.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -12,8 +17,11 @@ from moe_export.errors import NotExportableError
 from moe_export.export.dims import DimRequest
 from moe_export.export.recurrence.lengths import Length
 from moe_export.export.subject import Subject
+from moe_export.float64 import agree, doubled, in_float64
 
 PROVED = 7  # steps
+_NEAR = 1e-6  # of the largest value: Python's numbers may be tensors of float32 in a trace
+_NEAR_FLOAT32 = 1e-4  # where an operator has no float64
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,28 @@ def prove_steps(
     Raises:
         NotExportableError: They give something else.
     """
+    wide = [each.of(copy.deepcopy(each.module).double()) for each in (subject, step)]
+    wide = [replace(each, inputs={name: doubled(x) for name, x in each.inputs.items()}) for each in wide]
+    try:
+        with in_float64():
+            pairs = _steps(wide[0], wide[1], {name: doubled(x) for name, x in firsts.items()}, length, count)
+        near = _NEAR
+    except Exception:  # an operator without float64
+        pairs, near = _steps(subject, step, firsts, length, count), _NEAR_FLOAT32
+    for name, (whole, steps) in pairs.items():
+        if not agree([whole], [steps], near):
+            raise NotExportableError(
+                f"{name} has no model of a step: {count} steps one by one give something else than all at once",
+                where=str(subject.source),
+                hint="it reads other steps than through a loop, a causal convolution or a cache, "
+                "or takes a mask of all tokens, which is no input of one: leave that out",
+            )
+
+
+def _steps(
+    subject: Subject, step: Subject, firsts: Mapping[str, Tensor], length: Length, count: int
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Each output of the model on all steps, and of the steps one by one."""
     example = length.resized(subject.inputs, count)
     wanted = dict(zip(subject.outputs, subject.call_named(example), strict=True))
     pasts = {name: first.clone() for name, first in firsts.items()}
@@ -68,14 +98,9 @@ def prove_steps(
         found = dict(zip(step.outputs, step.call_named({**now, **pasts}), strict=True))
         pasts = {past: found[past.replace("past_", "present_", 1)] for past in pasts}
         rows.append(found)
+    pairs = {}
     for name, whole in wanted.items():
         last = rows[-1][name]
         axes = [axis for axis in range(whole.dim()) if whole.shape[axis] == count != last.shape[axis]]
-        steps = torch.cat([row[name] for row in rows], axes[0]) if axes else last
-        if steps.shape != whole.shape or not torch.allclose(steps, whole, rtol=1e-4, atol=1e-5):
-            raise NotExportableError(
-                f"{name} has no model of a step: {count} steps one by one give something else than all at once",
-                where=str(subject.source),
-                hint="it reads other steps than through a loop, a causal convolution or a cache, "
-                "or takes a mask of all tokens, which is no input of one: leave that out",
-            )
+        pairs[name] = whole, (torch.cat([row[name] for row in rows], axes[0]) if axes else last)
+    return pairs

@@ -107,3 +107,17 @@ def test_what_is_not_asked_to_be_free_stays(tmp_path):
     _, traced = widest(tmp_path, Chunked(64), 2, 16, request=DimRequest(static=True))
     assert traced.inputs["x"] == (2, 16, 4)
     assert traced.dims == ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_how_a_processor_rounds_decides_about_no_condition(tmp_path, dtype):
+    class Rounded(nn.Module):
+        """Rounds otherwise than its trace, as some processors do where operators are taken apart."""
+
+        def forward(self, x):
+            y = x[:, -13:].cumsum(1)
+            narrow = y.dtype in (torch.float16, torch.bfloat16) and not torch.compiler.is_exporting()
+            return y * 1.004 if narrow else y
+
+    subject = make_subject(Rounded(), (torch.randn(2, 7, 4).to(dtype),), {}, source=tmp_path, how="")
+    assert limits_of((traced := widest_trace(subject)).dims, traced.conditions) == []

@@ -18,6 +18,7 @@ from moe_export.export.engines.build import build_engines
 from moe_export.export.experts.emit import write_experts
 from moe_export.export.experts.place import place_experts
 from moe_export.export.pipeline import Options, export_subject
+from moe_export.export.subject import make_subject
 from moe_export.export.tracing import trace
 
 TOKENS = (1, 3, 15, 64, 257)
@@ -95,6 +96,20 @@ def test_every_form_is_right(idiom):
         finish(model, placed.traced, 17, Path(__file__).parent)
         assert not values_with(model, 4) or form == "dense" or idiom is models.Groups
         assert_equal(session_of(model), module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+def test_a_little_of_the_other_experts_is_no_rounding(tmp_path, dtype):
+    class Slightly(models.FirstChoice):
+        def each(self, slots):
+            return self.stacked(slots) + 0.01 * slots.softmax(0)
+
+    example = (torch.randn(2, 9, 16).to(dtype),)
+    placed = place_experts(
+        trace(make_subject(Slightly().eval().to(dtype), example, {}, source=tmp_path, how=""))
+    )
+    assert placed.blocks == ()
+    assert "the experts mix their rows" in placed.refused[0]
 
 
 REASONS = {
