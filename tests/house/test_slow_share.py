@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from itertools import pairwise
 from pathlib import Path
 
@@ -70,6 +71,14 @@ def test_unstable():
 BAD = "def test_bad(): assert False\n"
 CRASHES = "def test_crashes(): os._exit(0)\n"
 LONG = "def test_long(): time.sleep(60)\n"
+DEAF = """
+def test_deaf():
+    try:
+        time.sleep(60)
+    except KeyboardInterrupt:
+        pass
+    assert False, "the signal that the time is up went astray"
+"""
 FAST = "def test_fast(): assert False, 'no slow test'\n"
 
 
@@ -114,6 +123,14 @@ def test_the_time_is_kept_and_what_it_cuts_off_has_not_failed(share):
     assert " 0 failed," in said
     assert said.rstrip().endswith("are left for other days")
     assert "0 of 5" not in said
+
+
+def test_what_fails_of_the_signal_that_the_time_is_up_has_not_failed(tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: long\n")
+    (tmp_path / "test_them.py").write_text(TESTS + DEAF)
+    name = "test_them.py::test_deaf"
+    ran = slow_share.run([name], tmp_path, time.monotonic() + 8)
+    assert (ran.outcomes, ran.left) == ({}, [name])
 
 
 def test_tests_that_cannot_be_collected_are_red(share):
