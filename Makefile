@@ -31,7 +31,7 @@ demo: install
 
 # A file's tests share what they export, so a file stays with one process.
 test: install
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow" --ignore=tests/bench
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=40 -m "not slow" --ignore=tests/bench
 
 # At most 25 minutes of the slow tests, others each day.
 test-slow-share: install

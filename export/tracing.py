@@ -249,10 +249,8 @@ def _export(
                     limits.append(limit)
                     continue
                 program = exported
-                if not as_called or not is_functional(
-                    exported.graph
-                ):  # in-place operators become functional ones
-                    program = exported.run_decompositions({})
+                if not (as_called and is_functional(exported.graph)):
+                    program = exported.run_decompositions({})  # in-place operators become functional ones
                 program = with_weights_marked(program)
         except Exception as error:
             first = first or error

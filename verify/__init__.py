@@ -33,6 +33,7 @@
 | `mutants`, `mutants_weights`, `mutants_nodes`, `mutants_baked` | wrong copies of a right graph: can the gate fail? |
 | `parallel`, `parallel_group`, `parallel_watch` | ranks as processes: run and compare them, exchange, see who died |
 | `parallel_manifest`, `parallel_rank`, `parallel_slices`, `parallel_in_graph` | what ranks run, whose rows are whose |
+| `torch_compat`, `onnxruntime_errors` | what PyTorch does not promise; what ONNX Runtime says when it fails |
 
 A new engine is a class with a `name` and a `run`; nothing else here needs to know of it.
 """

@@ -22,7 +22,7 @@ from moe_export.errors import NotExportableError
 from moe_export.export.adapters.transformers import traceable_experts
 from moe_export.export.adapters.transformers_cache import CachedModel, empty, find_cached_model
 from moe_export.export.recurrence.lengths import Length
-from moe_export.export.recurrence.step_model import PROVED, StepModel, prove_steps
+from moe_export.export.recurrence.step_model import PROVED, StepModel, prove_as_given
 from moe_export.export.subject import Subject, make_subject
 from moe_export.export.tracing import quiet
 from moe_export.float64 import in_float64
@@ -89,7 +89,7 @@ def _prove_as_it_is(subject: Subject, length: Length, count: int) -> None:
     cached = find_cached_model(subject.module)
     assert cached is not None
     made, firsts = _step(subject, cached, length)
-    prove_steps(subject, made, firsts, length, count)
+    prove_as_given(subject, made, firsts, length, count)
 
 
 def _filled(subject: Subject, cached: CachedModel, length: Length, size: int) -> object:

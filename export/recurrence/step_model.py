@@ -69,9 +69,22 @@ def prove_steps(
     try:
         with in_float64():
             pairs = _steps(wide[0], wide[1], {name: doubled(x) for name, x in firsts.items()}, length, count)
-        near = _NEAR
     except Exception:  # an operator without float64
-        pairs, near = _steps(subject, step, firsts, length, count), _NEAR_FLOAT32
+        prove_as_given(subject, step, firsts, length, count)
+    else:
+        _held(pairs, _NEAR, subject, count)
+
+
+def prove_as_given(
+    subject: Subject, step: Subject, firsts: Mapping[str, Tensor], length: Length, count: int
+) -> None:
+    """The same in the types that both have; arguments and errors as of `prove_steps`."""
+    pairs = _steps(subject, step, firsts, length, count)
+    exact = all(tensor.dtype is torch.float64 for tensor in firsts.values() if tensor.is_floating_point())
+    _held(pairs, _NEAR if exact else _NEAR_FLOAT32, subject, count)
+
+
+def _held(pairs: Mapping[str, tuple[Tensor, Tensor]], near: float, subject: Subject, count: int) -> None:
     for name, (whole, steps) in pairs.items():
         if not agree([whole], [steps], near):
             raise NotExportableError(

@@ -94,6 +94,8 @@ class ExportRequest:
             raise UsageError("--show goes with --stop-after", hint=hint)
         if left.get("float32") and left.get("dtype", "float32") == "float32":
             raise UsageError("--float32 goes with --dtype", hint="--dtype float16 --float32 MODULE")
+        engines = take_request(left) if "engine" in left else None
+        parallel = take_parallel(left) if "expert_parallel" in left else None
         folder, gate = Path(left.pop("output")), left.pop("gate", None)
         left.pop("debug", None)  # who prints errors asks for it
         storage = Storage(
@@ -111,8 +113,8 @@ class ExportRequest:
             ),
             options=Options(gates=gates, **{name: left.pop(name) for name in _OPTIONS if name in left}),
             wish=parse_wish(**{name: left.pop(name) for name in _WISHES if name in left}),
-            engines=take_request(left) if "engine" in left else None,
-            parallel=take_parallel(left) if "expert_parallel" in left else None,
+            engines=engines,
+            parallel=parallel,
             **left,
         )
 
