@@ -46,7 +46,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_export.export.load import load_subject
-    from moe_export.export.pipeline import Graph, Options, export_subject
+    from moe_export.export.options import Options
+    from moe_export.export.pipeline import Graph, export_subject
     from moe_export.export.subject import Subject
     from moe_export.export.tracing import Traced, trace
 
@@ -55,7 +56,7 @@ __all__ = ["Graph", "Options", "Subject", "Traced", "export_subject", "load_subj
 # name → the file that defines it; looked up on first use (PEP 562).
 _LAZY = {
     "Graph": "pipeline",
-    "Options": "pipeline",
+    "Options": "options",
     "Subject": "subject",
     "Traced": "tracing",
     "export_subject": "pipeline",

@@ -12,7 +12,6 @@ import ast
 import builtins
 import inspect
 import math
-import operator
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,18 +24,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from moe_export.domain import ARITHMETIC
+
 _DEEP = 8  # names that stand for one another; more is a circle
 _LARGE = 2**32  # no size, nor what one is computed of
 _KINDS = (int, float, str, list, tuple, dict)
-_OPERATORS: dict[type[ast.AST], Callable[[Any, Any], Any]] = {
-    ast.Add: operator.add,
-    ast.Sub: operator.sub,
-    ast.Mult: operator.mul,
-    ast.Div: operator.truediv,
-    ast.FloorDiv: operator.floordiv,
-    ast.Mod: operator.mod,
-    ast.Pow: operator.pow,
-}
 _CALLS: dict[tuple[str, str], Callable[..., Any]] = {
     **{("", function.__name__): function for function in (min, max, int, float, round, abs, len)},
     **{("math", function.__name__): function for function in (math.ceil, math.floor, math.sqrt, math.log2)},
@@ -121,11 +113,11 @@ class _Known:
                 return _entry(self.value(owner, depth), self.value(key, depth))
             case ast.UnaryOp(op=ast.USub(), operand=operand):
                 return -_number(self.value(operand, depth))
-            case ast.BinOp(op=op, left=left, right=right) if type(op) in _OPERATORS:
+            case ast.BinOp(op=op, left=left, right=right) if type(op) in ARITHMETIC:
                 pair = [_number(self.value(part, depth)) for part in (left, right)]
                 if isinstance(op, ast.Pow) and abs(pair[1]) > 32:
                     raise ValueError(pair)
-                return _number(_OPERATORS[type(op)](*pair))
+                return _number(ARITHMETIC[type(op)](*pair))
             case ast.Call(func=function, args=arguments, keywords=[]):
                 return self._called(function)(*(self.value(argument, depth) for argument in arguments))
         raise TypeError(node)

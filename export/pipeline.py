@@ -24,12 +24,9 @@ from moe_export.export.opset import check_opset
 from moe_export.export.options import Options
 from moe_export.export.precision.mixed import check_kept
 from moe_export.export.recurrence.step import step_of
-from moe_export.export.simplify import as_numpy
 from moe_export.export.stages import PIPELINE, Draft, Model, Program, Step, between, run, without
 from moe_export.export.subject import Subject
 from moe_export.export.tracing import Traced, functional
-
-__all__ = ["Graph", "Options", "as_numpy", "describe", "export_subject"]
 
 
 @dataclass(frozen=True)

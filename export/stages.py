@@ -119,7 +119,7 @@ class Stage:
         gives: The type of what it makes.
         run: Makes it; what it was given stays as it was.
         ensures: Refuses a result that is not what the stage claims.
-        doing: What a user reads while it runs; a function of the options, or nothing.
+        doing: What a user reads while it runs; empty for a short one.
     """
 
     name: str
@@ -219,7 +219,7 @@ def _loops_are_proved(model: Model, options: Options) -> None:
     assert bool(folded.lengths) == (folded.unrolled is not None)
 
 
-def _sizes_are_told(program: Program, options: Options) -> None:
+def _sizes_have_bounds(program: Program, options: Options) -> None:
     """Every size that has a name is a dimension, with its bounds."""
     names = {size for shape in program.traced.inputs.values() for size in shape if isinstance(size, str)}
     unknown = {name for name in names if name.isidentifier()} - {dim.name for dim in program.traced.dims}
@@ -259,7 +259,7 @@ def _valid_if_narrow(draft: Draft, options: Options) -> None:
 
 PIPELINE: Stages = (
     Stage("fold", Model, Model, _fold, _loops_are_proved, "looking for loops over a length"),
-    Stage("trace", Model, Program, _trace, _sizes_are_told, "tracing"),
+    Stage("trace", Model, Program, _trace, _sizes_have_bounds, "tracing"),
     Stage("outline", Program, Program, _outline, _nothing, "looking for experts"),
     Stage("einsums", Program, Program, _einsums, _no_einsum, "rewriting einsums"),
     Stage("translate", Program, Draft, _translate, _carried_over, "translating to ONNX"),
@@ -272,21 +272,21 @@ PIPELINE: Stages = (
 """All stages, in their order."""
 
 
-def without(*names: str, stages: Stages = PIPELINE) -> Stages:
+def without(*names: str) -> Stages:
     """The way with some stages left out.
 
     Raises:
         ValueError: There is no such stage, or what is left does not fit together.
     """
-    _known(names, stages)
-    return _fitting(tuple(stage for stage in stages if stage.name not in names))
+    _known(names, PIPELINE)
+    return _fitting(tuple(stage for stage in PIPELINE if stage.name not in names))
 
 
-def between(first: str, last: str, stages: Stages = PIPELINE) -> Stages:
+def between(first: str, last: str) -> Stages:
     """The part of the way from one stage to another, both included; errors as of `without`."""
-    _known((first, last), stages)
-    names = [stage.name for stage in stages]
-    return stages[names.index(first) : names.index(last) + 1]
+    _known((first, last), PIPELINE)
+    names = [stage.name for stage in PIPELINE]
+    return PIPELINE[names.index(first) : names.index(last) + 1]
 
 
 def with_stage(stages: Stages, name: str, **others: Any) -> Stages:

@@ -13,8 +13,6 @@ Letters: b, t axes of tokens, k slots, R rows that were picked.
 
 from __future__ import annotations
 
-import copy
-
 import torch
 from torch import fx
 from torch.export import ExportedProgram
@@ -23,7 +21,7 @@ from moe_export.export.experts.flat_rules import rule_of
 from moe_export.export.experts.flat_values import Flattening
 from moe_export.export.experts.mask import index_axes
 from moe_export.export.gates.choice import as_choice
-from moe_export.export.tracing import quiet
+from moe_export.export.programs import copied_module
 
 _aten = torch.ops.aten
 _SIDE_EFFECTS = {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default}
@@ -37,8 +35,7 @@ def with_flat_tokens(program: ExportedProgram) -> fx.GraphModule | None:
     """
     if not any(_choices(program.graph)):
         return None
-    with quiet():
-        module: fx.GraphModule = copy.deepcopy(program.graph_module)
+    module = copied_module(program)
     for indices in _choices(module.graph):
         _flatten(module.graph, indices)
     return module

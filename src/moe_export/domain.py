@@ -143,7 +143,7 @@ def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
 
 
 _Binary = Callable[[Any, Any], Any]
-_OPERATORS: dict[type[ast.AST], _Binary] = {
+ARITHMETIC: dict[type[ast.AST], _Binary] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -151,6 +151,10 @@ _OPERATORS: dict[type[ast.AST], _Binary] = {
     ast.FloorDiv: operator.floordiv,
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
+}
+"""What Python's operators between numbers compute, by their place in a syntax tree."""
+_OPERATORS = {
+    **ARITHMETIC,
     ast.Eq: operator.eq,
     ast.NotEq: operator.ne,
     ast.Lt: operator.lt,

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from moe_export.export.dims import DimRequest
-from moe_export.export.pipeline import Graph, as_numpy, choose, describe, gate_dims, is_only_a_gate
+from moe_export.export.pipeline import Graph, choose, describe, gate_dims, is_only_a_gate
+from moe_export.export.simplify import as_numpy
 from moe_export.export.stages import PIPELINE
 from moe_export.export.tracing import Fixed, trace
 

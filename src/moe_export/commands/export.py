@@ -191,11 +191,11 @@ def _verified_whole(graph: Graph, path: Path, request: ExportRequest) -> tuple[G
         if not request.verify:
             runner_of(path, provider, graph.dtype)  # it must load, whatever it computes
             return graph, None
-        wish = request.wish
+        comparison = request.comparison
         if graph.kind != "model":
-            wish = replace(wish, files=(), at=())  # those are the model's
+            comparison = replace(comparison, files=(), at=())  # those are the model's
         report, dims = verify_graph(
-            graph, path, tolerance=request.tolerance, seed=request.seed, provider=provider, wish=wish
+            graph, path, tolerance=request.tolerance, seed=request.seed, provider=provider, wish=comparison
         )
         return replace(graph, traced=replace(graph.traced, dims=dims)), report
     except UsageError as error:

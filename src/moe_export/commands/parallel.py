@@ -16,8 +16,9 @@ from moe_export.own_files import KEY
 
 if TYPE_CHECKING:
     from moe_export.export.gates.dispatch import Dispatch
+    from moe_export.export.options import Options
     from moe_export.export.parallel.ranks import Parallel
-    from moe_export.export.pipeline import Graph, Options
+    from moe_export.export.pipeline import Graph
     from moe_export.verify import Report, Tolerance
 
 _DYNAMIC = "dynamic"
@@ -122,7 +123,7 @@ def write_ranks(
     import moe_export
     from moe_export.export.parallel.manifest import file_name, manifest
     from moe_export.export.parallel.ranks import rank_graphs
-    from moe_export.export.pipeline import as_numpy
+    from moe_export.export.simplify import as_numpy
     from moe_export.export.write import write_model
 
     stem = graph.reference.source.stem

@@ -35,13 +35,13 @@ class ExportRequest:
         memory: Bytes of a file of weights beyond which it is never read as a whole.
         dynamic: Dimensions with names, as text.
         static: Whether all others are fixed.
-        options: What the stages are told; which dimensions are free is known when the model is.
+        options: The choices that stages depend on; which dimensions are free is known when the model is.
         storage: Where weights go.
         functions: Whether modules become ONNX functions.
         verify: Whether graphs are compared with the model.
         verify_how: As a whole, by layers, or as it fits.
         tolerance: For outputs.
-        wish: What is compared.
+        comparison: Which cases are compared.
         seed: Of the test inputs.
         provider: Where onnxruntime runs.
         engines: Which engines to build.
@@ -66,7 +66,7 @@ class ExportRequest:
     verify: bool = True
     verify_how: str | None = None
     tolerance: Tolerance = field(default_factory=Tolerance)
-    wish: Wish = field(default_factory=Wish)
+    comparison: Wish = field(default_factory=Wish)
     seed: int = 0
     provider: str = "cpu"
     engines: Request | None = None
@@ -112,7 +112,7 @@ class ExportRequest:
                 left.pop("rtol", None), left.pop("atol", None), left.pop("tolerances", ())
             ),
             options=Options(gates=gates, **{name: left.pop(name) for name in _OPTIONS if name in left}),
-            wish=parse_wish(**{name: left.pop(name) for name in _WISHES if name in left}),
+            comparison=parse_wish(**{name: left.pop(name) for name in _WISHES if name in left}),
             engines=engines,
             parallel=parallel,
             **left,

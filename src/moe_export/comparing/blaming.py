@@ -24,7 +24,8 @@ from torch import fx
 from torch.export.graph_signature import InputKind
 
 from moe_export.export.functions import without_functions
-from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.options import Options
+from moe_export.export.pipeline import Graph, export_subject
 from moe_export.export.precision.rounding import with_float32_kernels
 from moe_export.export.provenance import (
     FX,

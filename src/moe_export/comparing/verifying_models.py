@@ -28,8 +28,8 @@ from moe_export.comparing.verifying import (
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.gates.routing import find_routings, routing_outputs
 from moe_export.export.load import load_subject, split_spec
-from moe_export.export.pipeline import as_numpy
 from moe_export.export.script import run_file
+from moe_export.export.simplify import as_numpy
 from moe_export.export.source import is_user_file
 from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.nesting import pytree

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 
-from moe_export.export.pipeline import as_numpy
+from moe_export.export.simplify import as_numpy
 from moe_export.export.subject import Subject
 from moe_export.verify import Array, OnnxRuntimeRunner, Runner, TorchRunner
 
