@@ -51,3 +51,4 @@ def test_show_alone_and_stages_that_do_not_exist_are_refused(command, write, tex
     assert "--show goes with --stop-after" in command(path, "--show").err
     assert command(path, "--show").code == 2
     assert command(path, "--stop-after", "fuse").code == 2
+    assert "--stop-after makes none" in command(path, "--stop-after", "fold", "--json").err
