@@ -7,52 +7,63 @@
                                                                  Tolerance
 ```
 
-| file | holds |
+| folder or file | holds |
 |---|---|
 | `specs` | what crosses the border: arrays, `TensorSpec`, `DimRange`, `RoutingPair` |
 | `runner` | the protocol of an engine |
-| `torch_runner`, `onnxruntime_runner`, `tensorrt_runner` | the engines; libraries are imported when used |
-| `engine_header` | what an engine says of itself: version, GPUs, size |
-| `onnx_reference_runner` | the evaluator of the ONNX project |
-| `inputs`, `sizes`, `maker`, `regimes` | the plan: which cases, which sizes, their arrays, which kinds of values |
-| `known`, `price`, `meaning`, `graph_numbers` | what fixes it: what a case costs, what values mean, limits |
-| `torch_work`, `torch_tables` | counted, and watched, while a model runs |
-| `tolerance`, `judge`, `routing`, `sketch` | when two outputs are the same; what is kept of their differences |
-| `experts_alone` | every token to one expert, for each |
+| `compare` | the loop over all cases |
 | `golden` | inputs and outputs of a run, stored |
-| `choices`, `truth`, `error_model`, `torch_modes` | outputs that differ: the same choices; a float64 run |
-| `compare` | the loop |
-| `cost`, `einsum_cost` | FLOPs and bytes of a graph, counted over a run |
-| `report`, `reading` | what was found, as data; read back from JSON and judged again |
-| `table`, `page`, `junit`, `github` | the same as text, as an HTML page, for CI |
-| `guilty`, `guilty_gap`, `guilty_difference`, `guilty_reference` | the node where a wrong graph goes wrong |
-| `guilty_level`, `guilty_turns`, `guilty_optimised` | inside bodies, turn by turn; only as optimised |
-| `guilty_overlay`, `repro` | each node's error for Netron; a fault as a folder that runs |
-| `float64_graph`, `float64_operators` | a graph in float64 |
 | `bodies` | the graphs within a graph, and what nodes read through them |
-| `mutants`, `mutants_weights`, `mutants_nodes`, `mutants_baked` | wrong copies of a right graph: can the gate fail? |
-| `parallel`, `parallel_group`, `parallel_watch` | ranks as processes: run and compare them, exchange, see who died |
-| `parallel_manifest`, `parallel_rank`, `parallel_slices`, `parallel_in_graph` | what ranks run, whose rows are whose |
-| `torch_compat`, `onnxruntime_errors` | what PyTorch does not promise; what ONNX Runtime says when it fails |
+| `float64_graph`, `float64_operators` | a graph in float64 |
+| `torch_compat` | what PyTorch does not promise |
+| **`inputs`** | which cases there are |
+| `inputs/cases`, `inputs/sizes`, `inputs/maker`, `inputs/regimes` | the plan: cases, sizes, arrays, kinds of values |
+| `inputs/known`, `inputs/price`, `inputs/meaning`, `inputs/graph_numbers` | what fixes it: cost, meaning, limits |
+| `inputs/torch_tables` | what integer inputs are used for, seen while a model runs |
+| `inputs/experts_alone` | every token to one expert, for each |
+| **`runners`** | the engines; libraries are imported when used |
+| `runners/torch_runner`, `runners/torch_modes` | PyTorch, with the same choices or in float64 |
+| `runners/onnxruntime_runner`, `runners/onnxruntime_errors` | ONNX Runtime, and what it says when it fails |
+| `runners/tensorrt_runner`, `runners/engine_header` | TensorRT; an engine's version, GPUs, size |
+| `runners/onnx_reference_runner` | the evaluator of the ONNX project |
+| **`judging`** | when two outputs are the same |
+| `judging/tolerance`, `judging/judge`, `judging/routing` | margins; one output; expert ids |
+| `judging/sketch` | what is stored of their differences |
+| `judging/choices`, `judging/truth`, `judging/error_model` | outputs that differ: the same choices; a float64 run |
+| **`cost`** | counted over a run |
+| `cost/graph_cost`, `cost/einsum_cost`, `cost/torch_work` | FLOPs and bytes of a graph; operators of a PyTorch model |
+| **`reports`** | what was found |
+| `reports/report`, `reports/reading` | as data; read back from JSON and judged again |
+| `reports/table`, `reports/page`, `reports/junit`, `reports/github` | as text, as an HTML page, for CI |
+| **`localise`** | the first faulty node of a wrong graph |
+| `localise/search`, `localise/gap`, `localise/difference` | the search; one node's own error; how it differs |
+| `localise/level`, `localise/iterations` | a graph or a body to cut nodes out of; a body, iteration by iteration |
+| `localise/reference`, `localise/optimised` | right values; a fault that only the optimiser makes |
+| `localise/overlay`, `localise/repro` | each node's error for Netron; a fault as a folder that runs |
+| **`mutants`** | wrong copies of a right graph: would a comparison notice? |
+| `mutants/mutant`, `mutants/weights`, `mutants/nodes`, `mutants/baked` | all kinds; constants; nodes; baked answers |
+| **`parallel`** | ranks as processes |
+| `parallel/run`, `parallel/group`, `parallel/watch` | run and compare them; exchange; see who died |
+| `parallel/manifest`, `parallel/rank`, `parallel/slices`, `parallel/in_graph` | what ranks run, whose rows are whose |
 
 A new engine is a class with a `name` and a `run`; nothing else here needs to know of it.
 """
 
 from __future__ import annotations
 
-from moe_export.verify.choices import Choice, Teller, Told
 from moe_export.verify.compare import compare
-from moe_export.verify.inputs import Case, cases
-from moe_export.verify.judge import Judgement, Worst, judge
-from moe_export.verify.onnxruntime_runner import OnnxRuntimeRunner
-from moe_export.verify.report import SCHEMA, CaseResult, Report, Row
-from moe_export.verify.routing import judge_routing
+from moe_export.verify.inputs.cases import Case, cases
+from moe_export.verify.judging.choices import Choice, Teller, Told
+from moe_export.verify.judging.judge import Judgement, Worst, judge
+from moe_export.verify.judging.routing import judge_routing
+from moe_export.verify.judging.tolerance import DEFAULTS, FlipBudget, Margin, Tolerance
+from moe_export.verify.reports.report import SCHEMA, CaseResult, Report, Row
+from moe_export.verify.reports.table import show
 from moe_export.verify.runner import RunFailedError, Runner
+from moe_export.verify.runners.onnxruntime_runner import OnnxRuntimeRunner
+from moe_export.verify.runners.tensorrt_runner import TensorRtRunner
+from moe_export.verify.runners.torch_runner import TorchRunner
 from moe_export.verify.specs import Array, DimRange, RoutingPair, TensorSpec
-from moe_export.verify.table import show
-from moe_export.verify.tensorrt_runner import TensorRtRunner
-from moe_export.verify.tolerance import DEFAULTS, FlipBudget, Margin, Tolerance
-from moe_export.verify.torch_runner import TorchRunner
 
 __all__ = [
     "DEFAULTS",

@@ -1,7 +1,7 @@
 """Run two engines side by side over all cases of a plan.
 
-Which cases there are is fixed before anything runs (see `inputs`): no clock has a say in it. A time limit that a user
-sets cuts a plan off; then the verdict is "unfinished", and the report names what was not compared.
+Which cases there are is fixed before anything runs (see `inputs/cases`): no clock has a say in it. A time limit that
+a user sets cuts a plan off; then the verdict is "unfinished", and the report names what was not compared.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from moe_export.errors import DiedError, MissingBackendError, UsageError
-from moe_export.verify.choices import UNTOLD, Choice, Teller, Told, has_ties, judge_choices
-from moe_export.verify.inputs import Case
-from moe_export.verify.judge import LOST, Judgement, form_mismatch, judge, lost_of, without
-from moe_export.verify.regimes import STRESS, TIES, UNASKED
-from moe_export.verify.report import LEFT_TO_CPU, CaseResult, Report
-from moe_export.verify.routing import judge_routing
+from moe_export.verify.inputs.cases import Case
+from moe_export.verify.inputs.regimes import STRESS, TIES, UNASKED
+from moe_export.verify.judging.choices import UNTOLD, Choice, Teller, Told, has_ties, judge_choices
+from moe_export.verify.judging.judge import LOST, Judgement, form_mismatch, judge, lost_of, without
+from moe_export.verify.judging.routing import judge_routing
+from moe_export.verify.judging.tolerance import FlipBudget, Tolerance
+from moe_export.verify.judging.truth import judge_rounded, last_digits, weigh
+from moe_export.verify.reports.report import LEFT_TO_CPU, CaseResult, Report
 from moe_export.verify.runner import Runner, one_line
 from moe_export.verify.specs import Array, RoutingPair, is_float
-from moe_export.verify.tolerance import FlipBudget, Tolerance
-from moe_export.verify.truth import judge_rounded, last_digits, weigh
 
 Outputs = Mapping[str, Array]
 

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import onnx
 
-from moe_export.verify.guilty_level import Value, run_model
-from moe_export.verify.onnxruntime_errors import has_no_kernel
+from moe_export.verify.localise.level import Value, run_model
+from moe_export.verify.runners.onnxruntime_errors import has_no_kernel
 from moe_export.verify.specs import Array, is_float
 
 _FLOATS = {onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}

@@ -9,11 +9,11 @@ from pathlib import Path
 
 from moe_export.errors import UsageError
 from moe_export.verify import DEFAULTS, Array, Case, DimRange, FlipBudget, TensorSpec, Tolerance, cases
-from moe_export.verify.experts_alone import Watched, alone_cases
 from moe_export.verify.golden import read_inputs
-from moe_export.verify.known import NOTHING, Known
+from moe_export.verify.inputs.experts_alone import Watched, alone_cases
+from moe_export.verify.inputs.known import NOTHING, Known
+from moe_export.verify.judging.tolerance import parse_tolerances
 from moe_export.verify.specs import describe
-from moe_export.verify.tolerance import parse_tolerances
 
 Own = Callable[[int], Mapping[str, Array]]
 

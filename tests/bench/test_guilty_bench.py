@@ -18,8 +18,8 @@ from moe_export.cli import run
 from moe_export.comparing.blaming import open_graph
 from moe_export.export.load import load_subject
 from moe_export.export.simplify import as_numpy
-from moe_export.verify.guilty import find_guilty
-from moe_export.verify.guilty_reference import GraphValues
+from moe_export.verify.localise.reference import GraphValues
+from moe_export.verify.localise.search import find_guilty
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 OTHER = {

@@ -196,7 +196,7 @@ def test_pipes_and_terminals_take_whatever_comes(command, folder):
 
 
 def test_a_report_is_whole_or_not_there(command, folder, monkeypatch, listing):
-    from moe_export.verify import junit
+    from moe_export.verify.reports import junit
 
     names = listing(folder)
     monkeypatch.setattr(junit, "junit", lambda reports: "\ud800")  # no UTF-8

@@ -51,7 +51,7 @@ EXPORT = (
 
 
 def imported(path: Path, of: str = "moe_export") -> set[str]:
-    """The parts of a package that a file imports: `moe_export.verify.judge` counts as `verify`."""
+    """The parts of a package that a file imports: `moe_export.verify.judging.judge` counts as `verify`."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -83,7 +83,7 @@ def test_the_page_on_verify_names_every_kind_of_values_and_every_field():
     from dataclasses import fields
 
     from moe_export.verify import SCHEMA, Judgement
-    from moe_export.verify.regimes import PADDED, REGIMES
+    from moe_export.verify.inputs.regimes import PADDED, REGIMES
 
     text = (ROOT / "docs" / "verify.md").read_text()
     for name in (*(regime.name for regime in REGIMES), PADDED, SCHEMA, *(f.name for f in fields(Judgement))):

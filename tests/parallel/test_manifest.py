@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_export.errors import UsageError
-from moe_export.verify.parallel_manifest import find_manifest, read_manifest
+from moe_export.verify.parallel.manifest import find_manifest, read_manifest
 
 SHOWN = {
     "schema": "moe-export/parallel/1",

@@ -9,7 +9,7 @@ import streamed_moe
 from parallel_stack import export
 
 from moe_export.cli import run
-from moe_export.verify.parallel_manifest import read_manifest
+from moe_export.verify.parallel.manifest import read_manifest
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 MIXTRAL = """

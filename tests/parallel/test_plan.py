@@ -13,9 +13,9 @@ from moe_export.errors import UsageError
 from moe_export.large.planning import human, numbers, plan, weights_of
 from moe_export.large.planning_count import count
 from moe_export.large.planning_model import load_weightless, trace_weightless
-from moe_export.verify.parallel_in_graph import open_rank
-from moe_export.verify.parallel_manifest import read_manifest
-from moe_export.verify.parallel_rank import Together
+from moe_export.verify.parallel.in_graph import open_rank
+from moe_export.verify.parallel.manifest import read_manifest
+from moe_export.verify.parallel.rank import Together
 
 ONE = 4 * 2 * WIDTH * INNER
 SMALL = 6000  # bytes of constants that a rank's graphs hold beside the weights: shapes, numbers of experts

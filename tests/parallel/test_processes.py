@@ -11,7 +11,7 @@ from parallel_stack import EXPERTS, LAYERS, ROUTINGS, WIDTH, routed
 from safetensors.numpy import save_file
 
 from moe_export.export.parallel.picture import flow
-from moe_export.verify.parallel_manifest import read_manifest
+from moe_export.verify.parallel.manifest import read_manifest
 
 WAYS = [("4", "--exchange", "all_to_all")]
 SLOW_WAYS = [

@@ -11,10 +11,10 @@ from parallel_stack import EXPERTS, INNER, LAYERS, ROUTINGS, STACK, WIDTH, expor
 
 from moe_export.cli import run
 from moe_export.verify import OnnxRuntimeRunner
-from moe_export.verify.parallel_in_graph import open_rank
-from moe_export.verify.parallel_manifest import read_manifest
-from moe_export.verify.parallel_rank import Together
-from moe_export.verify.parallel_slices import Joined, Sliced, Slices
+from moe_export.verify.parallel.in_graph import open_rank
+from moe_export.verify.parallel.manifest import read_manifest
+from moe_export.verify.parallel.rank import Together
+from moe_export.verify.parallel.slices import Joined, Sliced, Slices
 
 SIZES = [(4, 5), (3, 5), (1, 1), (7, 3)]
 

@@ -17,7 +17,7 @@ from moe_export.verify import (
     cases,
     compare,
 )
-from moe_export.verify.choices import UNTOLD
+from moe_export.verify.judging.choices import UNTOLD
 
 SPECS = [TensorSpec("x", "float32", ("batch", 4))]
 DIMS = [DimRange("batch", 6)]

@@ -18,8 +18,8 @@ from moe_export.verify import (
     cases,
     compare,
 )
-from moe_export.verify.inputs import MadeOnce
-from moe_export.verify.report import worst_code
+from moe_export.verify.inputs.cases import MadeOnce
+from moe_export.verify.reports.report import worst_code
 
 LINEAR = "g (float[batch,seq,4] x) => (float[batch,seq,3] y) { h = MatMul(x, w) y = Tanh(h) }"
 SPECS = [TensorSpec("x", "float32", ("batch", "seq", 4))]

@@ -11,7 +11,7 @@ import pytest
 from moe_export.export.load import load_subject
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.models import sparse_moe
-from moe_export.verify.cost import Cost, cost_of, flops_of, parts_of
+from moe_export.verify.cost.graph_cost import Cost, cost_of, flops_of, parts_of
 
 
 def parsed(text: str) -> onnx.ModelProto:

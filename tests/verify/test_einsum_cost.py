@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_export.verify.einsum_cost import einsum_flops
+from moe_export.verify.cost.einsum_cost import einsum_flops
 
 
 @pytest.mark.parametrize(

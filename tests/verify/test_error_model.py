@@ -19,10 +19,10 @@ from moe_export.verify import (
     compare,
     judge,
 )
-from moe_export.verify.choices import Choice, Told
-from moe_export.verify.error_model import TIMES, stand
-from moe_export.verify.page import page
-from moe_export.verify.reading import judge_again, read_report
+from moe_export.verify.judging.choices import Choice, Told
+from moe_export.verify.judging.error_model import TIMES, stand
+from moe_export.verify.reports.page import page
+from moe_export.verify.reports.reading import judge_again, read_report
 
 MARGIN = Margin(1e-5, 1e-5)
 GENERATOR = np.random.default_rng(0)

@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 
-from moe_export.verify.graph_numbers import graph_numbers
+from moe_export.verify.inputs.graph_numbers import graph_numbers
 
 TEXT = """g (float[n] x, int64[n] ids) => (float[n] y, float[n,4] rows, int64[n] rest) {
     low = Constant <value = float {0}> ()

@@ -6,10 +6,10 @@ import pytest
 from onnx import helper, numpy_helper
 from opened import all_nodes
 
-from moe_export.verify.guilty import find_guilty
-from moe_export.verify.guilty_level import Level
-from moe_export.verify.guilty_optimised import find_guilty_optimisation, optimised, wrong_level
-from moe_export.verify.guilty_reference import GivenValues, GraphValues
+from moe_export.verify.localise.level import Level
+from moe_export.verify.localise.optimised import find_guilty_optimisation, optimised, wrong_level
+from moe_export.verify.localise.reference import GivenValues, GraphValues
+from moe_export.verify.localise.search import find_guilty
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
 RNG = np.random.default_rng(0)

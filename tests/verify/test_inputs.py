@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moe_export.errors import UsageError
 from moe_export.verify import DimRange, TensorSpec, cases
-from moe_export.verify.regimes import MARKS, SIGNED
+from moe_export.verify.inputs.regimes import MARKS, SIGNED
 
 X = TensorSpec("x", "float32", ("batch", "seq", 4))
 IDS = TensorSpec("ids", "int64", ("batch", "seq"))

@@ -9,8 +9,8 @@ from hypothesis.extra import numpy as hnp
 
 from moe_export.errors import UsageError
 from moe_export.verify import DEFAULTS, FlipBudget, Margin, Tolerance, Worst, judge
-from moe_export.verify.tolerance import parse_tolerances
-from moe_export.verify.truth import judge_rounded
+from moe_export.verify.judging.tolerance import parse_tolerances
+from moe_export.verify.judging.truth import judge_rounded
 
 MARGIN = Margin(1e-5, 1e-5)
 NAN, INF = float("nan"), float("inf")

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from moe_export.verify import DimRange, TensorSpec, TorchRunner, cases, compare
-from moe_export.verify.known import Known
-from moe_export.verify.meaning import Asked, Meaning, Table, meanings_of
-from moe_export.verify.torch_tables import watch_indices
+from moe_export.verify.inputs.known import Known
+from moe_export.verify.inputs.meaning import Asked, Meaning, Table, meanings_of
+from moe_export.verify.inputs.torch_tables import watch_indices
 
 ROWS = torch.randn(1000, 4, generator=torch.Generator().manual_seed(0))
 

@@ -8,11 +8,11 @@ import pytest
 from onnx import numpy_helper
 
 from moe_export.verify.float64_graph import run_in_float64
-from moe_export.verify.guilty_level import run_model
-from moe_export.verify.mutants import KINDS, by_kind
-from moe_export.verify.mutants_baked import baked_mutants, run_values
-from moe_export.verify.mutants_nodes import node_mutants
-from moe_export.verify.mutants_weights import weight_mutants
+from moe_export.verify.localise.level import run_model
+from moe_export.verify.mutants.baked import baked_mutants, run_values
+from moe_export.verify.mutants.mutant import KINDS, by_kind
+from moe_export.verify.mutants.nodes import node_mutants
+from moe_export.verify.mutants.weights import weight_mutants
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
 RNG = np.random.default_rng(0)

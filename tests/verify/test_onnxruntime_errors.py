@@ -8,9 +8,9 @@ import pytest
 from canaries import canary
 from onnx import TensorProto, helper
 
-from moe_export.verify.onnxruntime_errors import has_no_kernel, is_no_model, reason_of
+from moe_export.verify.runners.onnxruntime_errors import has_no_kernel, is_no_model, reason_of
 
-FILE = "verify/onnxruntime_errors.py"
+FILE = "verify/runners/onnxruntime_errors.py"
 
 
 def error_of(model: bytes):

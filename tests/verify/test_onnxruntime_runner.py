@@ -6,8 +6,8 @@ import pytest
 from moe_export.errors import MissingBackendError, UsageError
 from moe_export.export.engines.build import has_gpu
 from moe_export.verify import Case, OnnxRuntimeRunner, RunFailedError, TensorSpec, compare
-from moe_export.verify.onnxruntime_runner import left_to_the_cpu, record_placement
-from moe_export.verify.reading import read_report
+from moe_export.verify.reports.reading import read_report
+from moe_export.verify.runners.onnxruntime_runner import left_to_the_cpu, record_placement
 
 ADD = "g (float[batch,4] x, int64[4] i) => (float[batch,4] y, int64[4] j) { y = Add(x, x) j = Neg(i) }"
 X = np.arange(8, dtype=np.float32).reshape(2, 4)

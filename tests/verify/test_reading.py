@@ -19,7 +19,7 @@ from moe_export.verify import (
     judge,
     judge_routing,
 )
-from moe_export.verify.reading import judge_again, read_report
+from moe_export.verify.reports.reading import judge_again, read_report
 
 MARGIN = Margin(1e-5, 1e-5)
 NUMBERS = st.floats(-1e6, 1e6) | st.sampled_from([float("nan"), float("inf"), 0.0])

@@ -6,8 +6,8 @@ import pytest
 
 from moe_export.errors import UsageError
 from moe_export.verify import DimRange, TensorSpec, cases
-from moe_export.verify.known import Known
-from moe_export.verify.regimes import MARKS, REGIMES, SIGNED, marks_of
+from moe_export.verify.inputs.known import Known
+from moe_export.verify.inputs.regimes import MARKS, REGIMES, SIGNED, marks_of
 
 X = TensorSpec("x", "float32", ("batch", "seq", 4))
 IDS = TensorSpec("ids", "int64", ("batch", "seq"))

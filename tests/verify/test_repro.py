@@ -13,11 +13,11 @@ import numpy as np
 import onnx
 import pytest
 
-from moe_export.verify.guilty import find_guilty
-from moe_export.verify.guilty_level import Cut
-from moe_export.verify.guilty_overlay import attachment, with_errors, write_overlay
-from moe_export.verify.guilty_reference import GraphValues
-from moe_export.verify.repro import write_repro
+from moe_export.verify.localise.level import Cut
+from moe_export.verify.localise.overlay import attachment, with_errors, write_overlay
+from moe_export.verify.localise.reference import GraphValues
+from moe_export.verify.localise.repro import write_repro
+from moe_export.verify.localise.search import find_guilty
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
 X = {"x": np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)}

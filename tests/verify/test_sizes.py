@@ -4,7 +4,7 @@ from hypothesis import strategies as st
 
 from moe_export.errors import UsageError
 from moe_export.verify import DimRange, TensorSpec
-from moe_export.verify.sizes import MOST, long_sizes, shape_at, sizes_to_try
+from moe_export.verify.inputs.sizes import MOST, long_sizes, shape_at, sizes_to_try
 
 
 def tried(*dims, reserve=False, **options):

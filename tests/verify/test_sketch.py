@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from moe_export.verify import Margin, judge
-from moe_export.verify.sketch import MOST, decades_of, front_of, holds, needed_rtol
+from moe_export.verify.judging.sketch import MOST, decades_of, front_of, holds, needed_rtol
 
 VALUES = st.floats(0, 1e6, width=32)
 

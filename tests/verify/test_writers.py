@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from moe_export.verify import CaseResult, Margin, Report, judge
-from moe_export.verify.github import summary, workflow_commands
-from moe_export.verify.junit import junit
-from moe_export.verify.page import page
+from moe_export.verify.reports.github import summary, workflow_commands
+from moe_export.verify.reports.junit import junit
+from moe_export.verify.reports.page import page
 
 MARGIN = Margin(1e-5, 1e-5)
 RNG = np.random.default_rng(0)

@@ -16,8 +16,8 @@ from torch import nn
 from moe_export.comparing.known import known_of_model
 from moe_export.export.subject import make_subject
 from moe_export.verify import DimRange, TensorSpec, TorchRunner, compare
+from moe_export.verify.runners.torch_runner import to_numpy
 from moe_export.verify.specs import Array
-from moe_export.verify.torch_runner import to_numpy
 from moe_export.wishes import USUAL, wished_cases
 
 G = torch.Generator().manual_seed(0)

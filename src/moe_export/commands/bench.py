@@ -15,7 +15,7 @@ from moe_export.export.engines.profiles import complete_ranges, free_dims, parse
 from moe_export.running.benching import Job, Timing, measure
 from moe_export.running.engines import graph_of
 from moe_export.running.inputs import inputs_at
-from moe_export.verify.cost import Cost, cost_of, parts_of
+from moe_export.verify.cost.graph_cost import Cost, cost_of, parts_of
 
 SCHEMA = "moe-export/bench/1"
 _ORT = ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt")

@@ -47,7 +47,7 @@ from moe_export.running.choices import runner_of
 from moe_export.supervisor import exporting
 from moe_export.verify import Report
 from moe_export.verify import show as show_report
-from moe_export.verify.report import worst_code
+from moe_export.verify.reports.report import worst_code
 from moe_export.wishes import check_names as check_outputs
 
 _PLACE = re.compile(r"/[^\s:]+\.py:\d+")

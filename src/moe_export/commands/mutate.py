@@ -10,7 +10,7 @@ from typing import Any
 from moe_export.commands.console import Console
 from moe_export.comparing.mutating_apart import Fate, Request, try_apart
 from moe_export.errors import UsageError
-from moe_export.verify.mutants import KINDS
+from moe_export.verify.mutants.mutant import KINDS
 
 SCHEMA = "moe-export/mutation-report/1"
 

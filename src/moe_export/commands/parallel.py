@@ -166,11 +166,11 @@ def _save(arrays: dict[str, Any], path: Path) -> None:
 def _verified(path: Path, tolerance: Tolerance, seed: int) -> Report:
     """All ranks in this process, against the whole model's graph."""
     from moe_export.verify import OnnxRuntimeRunner, compare
-    from moe_export.verify.parallel import all_cases
-    from moe_export.verify.parallel_in_graph import open_rank
-    from moe_export.verify.parallel_manifest import read_manifest
-    from moe_export.verify.parallel_rank import Together
-    from moe_export.verify.parallel_slices import Joined, Sliced, Slices
+    from moe_export.verify.parallel.in_graph import open_rank
+    from moe_export.verify.parallel.manifest import read_manifest
+    from moe_export.verify.parallel.rank import Together
+    from moe_export.verify.parallel.run import all_cases
+    from moe_export.verify.parallel.slices import Joined, Sliced, Slices
     from moe_export.verify.runner import Runner
 
     found = read_manifest(path)
@@ -224,7 +224,7 @@ def draw_ranks(dispatches: Sequence[Dispatch], manifest: str, batch: int) -> tup
         UsageError: The manifest cannot be read, or is another model's.
     """
     from moe_export.export.parallel.picture import draw, flow, lines
-    from moe_export.verify.parallel_manifest import find_manifest, read_manifest
+    from moe_export.verify.parallel.manifest import find_manifest, read_manifest
 
     found = read_manifest(find_manifest(manifest))
     flows, left = [], list(dispatches)

@@ -36,7 +36,7 @@ from moe_export.reports.before import compare_with_before
 from moe_export.reports.page import Change, Content, Picture, page
 from moe_export.reports.timing import machine, timings_of
 from moe_export.running.inputs import inputs_at
-from moe_export.verify.cost import cost_of, parts_of
+from moe_export.verify.cost.graph_cost import cost_of, parts_of
 
 SUFFIX = ".html"
 _AWAY = "the weights are read from files, and are not in memory (--memory)"

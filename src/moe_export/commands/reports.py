@@ -88,9 +88,9 @@ def write_reports(
     Raises:
         UsageError: A file cannot be written, or must not be overwritten.
     """
-    from moe_export.verify.github import summary, workflow_commands
-    from moe_export.verify.junit import junit
-    from moe_export.verify.page import page
+    from moe_export.verify.reports.github import summary, workflow_commands
+    from moe_export.verify.reports.junit import junit
+    from moe_export.verify.reports.page import page
 
     if wanted.json:
         if len(reports) > 1:

@@ -18,7 +18,7 @@ from moe_export.export.write import staging
 from moe_export.own_files import put, require_free
 from moe_export.verify import Report, show
 from moe_export.verify.golden import Golden, Recorder, save_golden
-from moe_export.verify.report import worst_code
+from moe_export.verify.reports.report import worst_code
 from moe_export.wishes import check_names, parse_tolerance, parse_wish
 
 if TYPE_CHECKING:

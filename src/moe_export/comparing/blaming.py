@@ -41,13 +41,13 @@ from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.metadata import stack_trace_of
 from moe_export.export.tracing import SCOPE, Traced, quiet, trace
 from moe_export.verify.bodies import bodies
-from moe_export.verify.guilty import Guilt, NodeError, find_guilty
-from moe_export.verify.guilty_difference import constant_difference
-from moe_export.verify.guilty_level import Level, Value
-from moe_export.verify.guilty_optimised import OptimisedGuilt, find_guilty_optimisation, wrong_level
-from moe_export.verify.guilty_reference import GivenValues, GraphValues, ReferenceValues
+from moe_export.verify.localise.difference import constant_difference
+from moe_export.verify.localise.level import Level, Value
+from moe_export.verify.localise.optimised import OptimisedGuilt, find_guilty_optimisation, wrong_level
+from moe_export.verify.localise.reference import GivenValues, GraphValues, ReferenceValues
+from moe_export.verify.localise.search import Guilt, NodeError, find_guilty
+from moe_export.verify.runners.torch_runner import to_numpy, to_torch
 from moe_export.verify.specs import Array
-from moe_export.verify.torch_runner import to_numpy, to_torch
 
 _OPTIONS = "moe_export.options"
 _KEPT = ("experts", "recurrence", "unroll", "target", "simplify")

@@ -29,7 +29,7 @@ from moe_export.verify import (
     compare,
 )
 from moe_export.verify.golden import Recorder, recorded
-from moe_export.verify.sizes import shape_at
+from moe_export.verify.inputs.sizes import shape_at
 from moe_export.wishes import USUAL, Wish, tolerance_of, wished_cases
 
 Routing = Sequence[tuple[str, str | None, str | None]]

@@ -17,7 +17,7 @@ from moe_export.export.precision.choices import (
 )
 from moe_export.running.choices import runner_of_model
 from moe_export.verify import Array, Choice, OnnxRuntimeRunner, Told
-from moe_export.verify.experts_alone import Watched
+from moe_export.verify.inputs.experts_alone import Watched
 
 
 class WatchedGraph:

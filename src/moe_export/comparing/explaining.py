@@ -22,12 +22,12 @@ from moe_export.verify import (
     Tolerance,
     compare,
 )
-from moe_export.verify.guilty import Guilt, find_guilty
-from moe_export.verify.guilty_level import Cut, Value
-from moe_export.verify.guilty_optimised import OptimisedGuilt
-from moe_export.verify.guilty_overlay import write_overlay
-from moe_export.verify.regimes import NORMAL
-from moe_export.verify.repro import write_repro
+from moe_export.verify.inputs.regimes import NORMAL
+from moe_export.verify.localise.level import Cut, Value
+from moe_export.verify.localise.optimised import OptimisedGuilt
+from moe_export.verify.localise.overlay import write_overlay
+from moe_export.verify.localise.repro import write_repro
+from moe_export.verify.localise.search import Guilt, find_guilty
 from moe_export.verify.runner import one_line
 
 INSIDE = 3

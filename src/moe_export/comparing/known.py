@@ -16,16 +16,16 @@ from moe_export.domain import Domain
 from moe_export.export.constants import constants_of
 from moe_export.export.subject import Subject
 from moe_export.verify import Array, DimRange, TensorSpec, TorchRunner
-from moe_export.verify.graph_numbers import graph_numbers
-from moe_export.verify.inputs import case_maker
-from moe_export.verify.known import Known
-from moe_export.verify.maker import is_measured
-from moe_export.verify.meaning import MOST_ASKED, Asked, Table, meanings_of
-from moe_export.verify.price import BUDGET
+from moe_export.verify.cost.torch_work import price_of
+from moe_export.verify.inputs.cases import case_maker
+from moe_export.verify.inputs.graph_numbers import graph_numbers
+from moe_export.verify.inputs.known import Known
+from moe_export.verify.inputs.maker import is_measured
+from moe_export.verify.inputs.meaning import MOST_ASKED, Asked, Table, meanings_of
+from moe_export.verify.inputs.price import BUDGET
+from moe_export.verify.inputs.torch_tables import watch_indices
+from moe_export.verify.runners.torch_runner import to_torch
 from moe_export.verify.specs import is_float
-from moe_export.verify.torch_runner import to_torch
-from moe_export.verify.torch_tables import watch_indices
-from moe_export.verify.torch_work import price_of
 
 _SHARE = 0.25  # of the budget of all cases, spent on that
 

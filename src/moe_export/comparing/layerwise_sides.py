@@ -14,7 +14,7 @@ from moe_export.errors import UsageError
 from moe_export.export.subject import Subject
 from moe_export.large.layerwise import verify_blocks
 from moe_export.verify import Report, TensorSpec
-from moe_export.verify.onnxruntime_runner import specs_of
+from moe_export.verify.runners.onnxruntime_runner import specs_of
 from moe_export.wishes import tolerance_of
 
 

@@ -22,7 +22,7 @@ from moe_export.export.simplify import as_numpy
 from moe_export.export.subject import Subject
 from moe_export.export.tracing import quiet, trace
 from moe_export.verify import Array, DimRange, RoutingPair, TensorRtRunner, TensorSpec
-from moe_export.verify.report import PART
+from moe_export.verify.reports.report import PART
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,13 +38,13 @@ from moe_export.verify import (
     compare,
 )
 from moe_export.verify.float64_graph import run_in_float64
-from moe_export.verify.guilty import find_guilty
-from moe_export.verify.guilty_reference import ReferenceValues
-from moe_export.verify.mutants import Mutant
-from moe_export.verify.mutants_baked import baked_mutants, run_values
-from moe_export.verify.mutants_nodes import node_mutants
-from moe_export.verify.mutants_weights import weight_mutants
-from moe_export.verify.regimes import NORMAL
+from moe_export.verify.inputs.regimes import NORMAL
+from moe_export.verify.localise.reference import ReferenceValues
+from moe_export.verify.localise.search import find_guilty
+from moe_export.verify.mutants.baked import baked_mutants, run_values
+from moe_export.verify.mutants.mutant import Mutant
+from moe_export.verify.mutants.nodes import node_mutants
+from moe_export.verify.mutants.weights import weight_mutants
 from moe_export.verify.runner import one_line
 from moe_export.wishes import Wish, tolerance_of, wished_cases
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from moe_export.errors import MoeExportError
 
 if TYPE_CHECKING:
-    from moe_export.verify.mutants import Mutant
+    from moe_export.verify.mutants.mutant import Mutant
 
 DIED = "onnxruntime died"
 
@@ -149,7 +149,7 @@ def _work(request: Request, first: int, results: Connection) -> None:
     from moe_export.comparing.mutating import all_mutants, open_gate
     from moe_export.export.tracing import quiet
     from moe_export.verify import Tolerance
-    from moe_export.verify.mutants import by_kind
+    from moe_export.verify.mutants.mutant import by_kind
 
     try:
         with quiet(), TemporaryDirectory(prefix="moe-export-") as folder:

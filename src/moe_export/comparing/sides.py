@@ -23,11 +23,11 @@ from moe_export.verify import (
     TensorRtRunner,
     TensorSpec,
 )
-from moe_export.verify.graph_numbers import graph_numbers
-from moe_export.verify.known import Known
-from moe_export.verify.meaning import MOST_ASKED, Asked, Table, meanings_of
-from moe_export.verify.onnx_reference_runner import OnnxReferenceRunner
-from moe_export.verify.onnxruntime_runner import specs_of
+from moe_export.verify.inputs.graph_numbers import graph_numbers
+from moe_export.verify.inputs.known import Known
+from moe_export.verify.inputs.meaning import MOST_ASKED, Asked, Table, meanings_of
+from moe_export.verify.runners.onnx_reference_runner import OnnxReferenceRunner
+from moe_export.verify.runners.onnxruntime_runner import specs_of
 from moe_export.verify.specs import is_float, numpy_dtype
 
 GraphRunner: TypeAlias = OnnxRuntimeRunner | TensorRtRunner | OnnxReferenceRunner

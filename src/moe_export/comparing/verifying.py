@@ -30,7 +30,7 @@ from moe_export.comparing.sides import (
 from moe_export.errors import UsageError
 from moe_export.verify import Array, DimRange, Report, Runner, TensorSpec, Tolerance, compare
 from moe_export.verify.golden import Golden, Recorder, load_golden, recorded
-from moe_export.verify.report import PRECISION
+from moe_export.verify.reports.report import PRECISION
 from moe_export.wishes import USUAL, Wish, picked, tolerance_of, wished_cases
 
 if TYPE_CHECKING:

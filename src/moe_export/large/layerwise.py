@@ -45,8 +45,8 @@ from moe_export.verify import (
     cases,
     judge,
 )
-from moe_export.verify.choices import judge_choices
-from moe_export.verify.report import Outcome
+from moe_export.verify.judging.choices import judge_choices
+from moe_export.verify.reports.report import Outcome
 from moe_export.verify.runner import one_line
 from moe_export.verify.specs import is_float
 from moe_export.wishes import tolerance_of

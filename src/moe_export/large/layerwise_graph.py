@@ -23,7 +23,7 @@ from moe_export.export.weights.recipe import Recipe, Stored, recipe_of
 from moe_export.external_data import check_external_data
 from moe_export.verify import Array, TensorSpec
 from moe_export.verify.bodies import reads
-from moe_export.verify.onnxruntime_runner import specs_of
+from moe_export.verify.runners.onnxruntime_runner import specs_of
 
 
 @dataclass(frozen=True)

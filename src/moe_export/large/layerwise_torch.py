@@ -18,8 +18,8 @@ from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.weights.stand_in import StandIns, filled
 from moe_export.large.layerwise_products import WideProducts
 from moe_export.verify import Array, Choice
-from moe_export.verify.torch_modes import ChoiceWatcher
-from moe_export.verify.torch_runner import to_numpy, to_torch
+from moe_export.verify.runners.torch_modes import ChoiceWatcher
+from moe_export.verify.runners.torch_runner import to_numpy, to_torch
 
 _REPEATED = (nn.ModuleList, nn.Sequential)
 

@@ -21,7 +21,7 @@ from moe_export.export.engines.build import read_graph
 from moe_export.export.engines.profiles import complete_ranges, free_dims, input_shapes
 from moe_export.pictures.sketch import Sketch, count_of, shape_text
 from moe_export.running.inputs import inputs_at
-from moe_export.verify.cost import Cost, cost_of
+from moe_export.verify.cost.graph_cost import Cost, cost_of
 
 ONLY, DIFFERS = "only here", "differs"
 FIGURES = ("nodes", "parameters", "weight_bytes", "flops", "activation_bytes")

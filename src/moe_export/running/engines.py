@@ -23,9 +23,9 @@ from moe_export.verify import (
     cases,
     compare,
 )
-from moe_export.verify.engine_header import LENGTH, EngineHeader, read_header
+from moe_export.verify.runners.engine_header import LENGTH, EngineHeader, read_header
+from moe_export.verify.runners.tensorrt_runner import present_gpu
 from moe_export.verify.specs import Array, numpy_dtype
-from moe_export.verify.tensorrt_runner import present_gpu
 
 NO_GPU = "built, not run: no GPU"
 _ENGINE = re.compile(r"(?P<stem>.+?)(\.(sm\d+|portable|current))?\.engine")

@@ -18,7 +18,7 @@ from moe_export.export.precision.choices import (
     with_choices_out,
     with_forced_choices,
 )
-from moe_export.verify.torch_modes import ChoiceWatcher
+from moe_export.verify.runners.torch_modes import ChoiceWatcher
 
 
 def graph(axis: int) -> ir.Model:

@@ -1,0 +1,92 @@
+"""Where a tolerance fails, how much may be asked: no more than PyTorch's own arithmetic achieves there.
+
+A fixed tolerance refuses right graphs that are deep, or that cancel: two orders of one sum differ by what float32 loses
+in it. So an output beyond the default tolerance is held against the model in float64, element by element:
+
+    e_i = |candidate_i - float64_i|
+    E_r = max over the elements i of row r of |torch_i - float64_i|, in this case and on inputs that differ from it in
+          the last digit of each float (one run may be lucky); at least m * max_i |float64_i|, where m is the median
+          over the rows of E_r / max_i |float64_i| (one row may be, too)
+    equal where e_i <= max(atol + rtol * |float64_i|, 8 E_r) for each i that is beyond the tolerance
+
+A row is the last axis: the features of one token. What is wrong in one row is not excused by what another one loses.
+Where E_r is more than 1 % of the largest value, the float64 run took another way (another side of a branch, another
+expert), and excuses nothing. The choices among experts are PyTorch's in all runs, where they can be told.
+
+8: of two right programs, one is at some element up to 4.9 times as far off as the other is anywhere in that row
+(measured: sums that cancel, and the logits of a Mixtral; 16 seeds, one thread and two). The bound has room for
+more. A tolerance that somebody chose is strict: this is not asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from moe_export.verify.judging.judge import Judgement, Standing
+from moe_export.verify.judging.tolerance import Margin
+from moe_export.verify.specs import Array
+
+TIMES = 8.0
+ANOTHER_WAY = 0.01
+"""A reference that is off by so much of the largest value took another branch, not another rounding."""
+
+
+def stand(
+    found: Judgement,
+    reference: Array,
+    candidate: Array,
+    true: Array,
+    nearby: Sequence[Mapping[str, Array]] = (),
+) -> Judgement:
+    """The judgement of an output that is beyond its tolerance, by what either side is off by.
+
+    Args:
+        found: What was judged by the tolerance; not equal.
+        reference: The output, floats.
+        candidate: Likewise, of the same shape.
+        true: The model's output in float64.
+        nearby: The reference's outputs for nearly the same inputs.
+    """
+    assert found.margin is not None
+    if found.odd:  # NaN or Inf of one side only: no rounding
+        return found
+    ref, ours, truth = (_rows(array) for array in (reference, candidate, true))
+    others = [_rows(outputs[found.output]) for outputs in nearby if found.output in outputs]
+    room = _room(truth, [ref, *(other for other in others if other.shape == truth.shape)])
+    with np.errstate(invalid="ignore", over="ignore"):
+        beyond = np.abs(ours - ref) > found.margin.atol + found.margin.rtol * np.abs(ref)
+        off = np.where(beyond & np.isfinite(truth), np.abs(ours - truth), 0.0)
+        allowed = np.maximum(_within(found.margin, truth), TIMES * room)
+    lost = beyond & ~np.isfinite(truth)
+    with np.errstate(over="ignore"):  # a reference without any error
+        ratios = off / np.maximum(room, np.finfo(np.float64).tiny)
+    worst = np.unravel_index(int(np.argmax(ratios)), ratios.shape)
+    standing = Standing(float(off[worst]), float(room[worst]), float(ratios[worst]), int(beyond.sum()))
+    if lost.any() or (off > allowed).any():
+        return replace(found, standing=standing)
+    return replace(found, reason=None, bad=0, standing=standing)
+
+
+def _room(truth: Array, runs: Sequence[Array]) -> Array:
+    """What PyTorch's own arithmetic is off by in each row, (rows, 1) broadcast to (rows, elements)."""
+    with np.errstate(invalid="ignore"):
+        errors = np.max([np.nan_to_num(np.abs(run - truth), nan=np.inf).max(-1) for run in runs], axis=0)
+        sizes = np.nan_to_num(np.abs(truth)).max(-1)
+    seen = sizes > 0
+    typical = float(np.median(errors[seen] / sizes[seen])) if seen.any() else 0.0
+    room = np.maximum(errors, typical * sizes if np.isfinite(typical) else 0.0)
+    room = np.where(room > ANOTHER_WAY * sizes.max(), 0.0, room)
+    return np.array(np.broadcast_to(room[:, None], truth.shape))
+
+
+def _within(margin: Margin, truth: Array) -> Array:
+    return np.asarray(margin.atol + margin.rtol * np.abs(truth))
+
+
+def _rows(array: Array) -> Array:
+    """(rows, elements), float64; a scalar is a row of one."""
+    wide = array.astype(np.float64)
+    return wide.reshape(-1, wide.shape[-1]) if wide.ndim > 1 else wide.reshape(1, -1)

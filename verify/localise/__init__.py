@@ -1,0 +1,1 @@
+"""Where the error is: the first faulty node of a graph that gives wrong results."""

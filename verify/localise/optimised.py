@@ -1,0 +1,78 @@
+"""Whether a graph is wrong by itself, or only as onnxruntime optimises it; and then, from which level on and where."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+
+from moe_export.verify.localise.level import LEVELS, Session, Value
+from moe_export.verify.localise.reference import GivenValues, GraphValues
+from moe_export.verify.localise.search import Guilt, find_guilty
+
+
+@dataclass(frozen=True)
+class OptimisedGuilt:
+    """A graph that is right as it is, and wrong as onnxruntime optimises it.
+
+    Args:
+        level: The lowest level at which it is wrong, one of `LEVELS`.
+        guilt: The guilty node of the optimised graph, whose values are held against those of the graph as it is.
+    """
+
+    level: str
+    guilt: Guilt
+
+    def __str__(self) -> str:
+        return (
+            f"the graph is right as it is; onnxruntime makes it wrong at optimisation level '{self.level}'\n"
+            f"{self.guilt}"
+        )
+
+
+def wrong_level(
+    model: onnx.ModelProto, inputs: Mapping[str, Value], is_right: Callable[[Mapping[str, Value]], bool]
+) -> str | None:
+    """The lowest level of onnxruntime's optimisation at which a graph is wrong; None if it is right at all of them.
+
+    Args:
+        model: The graph.
+        inputs: Its inputs, by name.
+        is_right: Judges its outputs, by name. A level at which the graph fails is wrong.
+    """
+    names = [output.name for output in model.graph.output]
+    for level in LEVELS:
+        try:
+            found = Session(model, level).run(inputs)
+        except Exception:  # to fail is to be wrong
+            return level
+        if not is_right(dict(zip(names, found, strict=True))):
+            return level
+    return None
+
+
+def find_guilty_optimisation(
+    model: onnx.ModelProto, inputs: Mapping[str, Value], level: str
+) -> OptimisedGuilt:
+    """Find the node of the optimised graph that does not do what the nodes that it replaced did.
+
+    Args:
+        model: The graph as it is.
+        inputs: The inputs that it is wrong on.
+        level: The level at which it is wrong.
+    """
+    changed = optimised(model, level)
+    right = GraphValues(model, inputs)
+    shared = [name for name in right.names if name in {n for node in changed.graph.node for n in node.output}]
+    return OptimisedGuilt(level, find_guilty(changed, inputs, GivenValues(right.values(shared))))
+
+
+def optimised(model: onnx.ModelProto, level: str) -> onnx.ModelProto:
+    """The graph as onnxruntime runs it at a level."""
+    with TemporaryDirectory(prefix="moe-export-") as folder:
+        path = Path(folder, "optimised.onnx")
+        Session(model, level, str(path))
+        return onnx.load(path)

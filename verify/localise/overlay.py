@@ -1,0 +1,89 @@
+"""Each node's error where Netron shows it: in a copy of the graph, or as an attachment to the graph itself.
+
+A click on a node of the copy shows its own error, how often that exceeds what rounding explains, and what it has
+inherited, under "Metadata". The attachment, a file that is dropped on Netron while it shows the graph, puts the same
+under "Metrics".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from moe_export.own_files import KEY
+from moe_export.verify.bodies import all_nodes
+from moe_export.verify.localise.search import Guilt, NodeError
+
+SCHEMA = "moe-export/errors/1"
+OWN, RATIO, INHERITED, GUILTY = "own error", "own error / rounding", "inherited error", "guilty"
+
+
+def facts(error: NodeError) -> dict[str, str]:
+    """What is shown of a node."""
+    shown = {OWN: error.reason or f"{error.own:.3g}", RATIO: f"{error.ratio:.3g}"}
+    return shown if math.isnan(error.whole) else {**shown, INHERITED: f"{error.inherited:.3g}"}
+
+
+def with_errors(model: onnx.ModelProto, guilt: Guilt) -> onnx.ModelProto:
+    """A copy of the graph whose nodes carry their errors; the guilty one says so."""
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    worst = _worst(guilt)
+    for node in all_nodes(copy.graph):
+        error = next((worst[name] for name in node.output if name in worst), None)
+        if error is not None:
+            _put(node, facts(error))
+        if guilt.guilty is not None and guilt.guilty.value in node.output:
+            _put(node, {**facts(guilt.guilty), GUILTY: str(guilt.guilty)})
+    return copy
+
+
+def attachment(guilt: Guilt) -> dict[str, Any]:
+    """The same as a file for Netron, `{"signature": "netron:attachment", ...}`; only nodes that have names."""
+    errors = {error.node: error for error in _worst(guilt).values()}
+    if guilt.guilty is not None:
+        errors[guilt.guilty.node] = guilt.guilty
+    metrics = [
+        {"kind": "node", "target": node, "name": name, "value": value, "type": "attribute"}
+        for node, error in errors.items()
+        for name, value in facts(error).items()
+    ]
+    return {"signature": "netron:attachment", "schema": SCHEMA, "metrics": metrics}
+
+
+def write_overlay(folder: Path, model: onnx.ModelProto, guilt: Guilt, stem: str = "model") -> list[Path]:
+    """Write `model.errors.onnx` and `model.errors.json`.
+
+    Args:
+        folder: Where to.
+        model: The graph that is wrong.
+        guilt: What was found in it.
+        stem: What the files are called.
+    """
+    graph, attached = folder / f"{stem}.errors.onnx", folder / f"{stem}.errors.json"
+    copy = with_errors(model, guilt)
+    copy.metadata_props.add(key=f"{KEY}errors", value=stem)
+    onnx.save(copy, graph)
+    attached.write_text(json.dumps(attachment(guilt), indent=1) + "\n", encoding="utf-8")
+    return [graph, attached]
+
+
+def _worst(guilt: Guilt) -> dict[str, NodeError]:
+    """The errors by value; of a node with several values, all have the worst."""
+    by_node: dict[str, NodeError] = {}
+    for error in guilt.nodes:
+        if error.node not in by_node or error.ratio > by_node[error.node].ratio:
+            by_node[error.node] = error
+    return {error.value: by_node[error.node] for error in guilt.nodes}
+
+
+def _put(node: onnx.NodeProto, shown: Mapping[str, str]) -> None:
+    kept = [(entry.key, entry.value) for entry in node.metadata_props if entry.key not in shown]
+    del node.metadata_props[:]
+    for key, value in (*kept, *shown.items()):
+        node.metadata_props.add(key=key, value=value)

@@ -1,0 +1,1 @@
+"""Wrong copies of a right graph, to test whether a comparison fails on them."""

@@ -1,0 +1,1 @@
+"""Ranks as processes, compared with the whole model."""

@@ -1,0 +1,197 @@
+"""A report as text, plain or in colour, at most 100 columns wide."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, TextIO
+
+from moe_export.verify.inputs.regimes import NORMAL
+from moe_export.verify.judging.choices import is_choice
+from moe_export.verify.judging.error_model import TIMES
+from moe_export.verify.reports.report import PART, CaseResult, Outcome, Report, Row
+from moe_export.verify.runner import shorten
+
+if TYPE_CHECKING:
+    from rich.console import Group
+
+WIDTH = 100
+_HEADER = ("output", "dtype", "max abs", "max rel", "at", "verdict")
+_RIGHT = (2, 3)  # columns of figures
+_LIMITS = (28, 14, 9, 9, 24, 9)  # with a gap of 1 between them, exactly within WIDTH
+_STANDING_LIMITS = (28, 21, 9, 9, 6, 22)
+_TOLD = 12  # labels; the report has all
+_AGAIN = "again: "
+_COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow", "unfinished": "yellow"}
+
+
+def plain(report: Report) -> str:
+    """The report as plain text: verdict, a table of outputs, sizes, refusals, worst elements."""
+    cells = [_HEADER, *(_cells(row) for row in _shown(report))]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
+    lines = [_headline(report), ""]
+    if report.rows:
+        lines += [_aligned(line, widths) for line in cells] + [""]
+    if report.by_float64:
+        lines += [*_standings(report), ""]
+    return "\n".join([*lines, *_notes(report)])
+
+
+def rich_report(report: Report) -> Group:
+    """The same for a rich console, which colours it and fits it to the terminal."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, pad_edge=False)
+    for column, title in enumerate(_HEADER):
+        table.add_column(title, justify="right" if column in _RIGHT else "left")
+    for row in _shown(report):
+        colour = "green" if row.equal else "red"
+        *cells, verdict = _cells(row)
+        table.add_row(*map(Text, cells), Text(verdict, style=colour))
+    headline = Text(_headline(report), style=f"bold {_COLOURS[report.verdict]}")
+    standings = [Text("\n".join(_standings(report))), Text()] if report.by_float64 else []
+    return Group(headline, Text(), table, Text(), *standings, Text("\n".join(_notes(report))))
+
+
+def show(report: Report, stream: TextIO) -> None:
+    """Write the report to `stream`: in colour if it is a terminal, as plain text if not."""
+    if stream.isatty():
+        from rich.console import Console
+
+        Console(file=stream).print(report)
+    else:
+        stream.write(f"{report}\n")
+
+
+def _shown(report: Report) -> tuple[Row, ...]:
+    """The outputs, and of the choices inside the model those that are wrong."""
+    return tuple(row for row in report.rows if not (row.equal and is_choice(row.output)))
+
+
+def _headline(report: Report) -> str:
+    why = f" ({report.shortfall})" if report.verdict in {"not proven", "unfinished"} else ""
+    against = f"{report.about[PART]} ({report.reference})" if PART in report.about else report.reference
+    return shorten(f"{report.candidate} against {against}: {report.verdict}{why}", WIDTH)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    verdict = "equal" if row.equal else "DIFFERS"
+    cells = (row.output, row.dtype, figure(row.max_abs), figure(row.max_rel), row.at, verdict)
+    return tuple(shorten(cell, limit) for cell, limit in zip(cells, _LIMITS, strict=True))
+
+
+def figure(value: float) -> str:
+    """Three digits; a dash where there is nothing to measure."""
+    if math.isnan(value):
+        return "-"
+    return "0" if value == 0 else f"{value:.2e}"
+
+
+def _standings(report: Report) -> list[str]:
+    """Outputs beyond the tolerance, and what either side is off by from the model in float64."""
+    lines = [("by float64", "tolerance", "own error", f"{report.reference}'s", "ratio", "at")]
+    for label, judgement in report.by_float64:
+        standing = judgement.standing
+        assert standing is not None
+        figures = (figure(standing.own), figure(standing.theirs), _times(standing.ratio))
+        lines.append((judgement.output, str(judgement.margin), *figures, label))
+    lines = [tuple(map(shorten, line, _STANDING_LIMITS)) for line in lines]  # type: ignore[misc]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    return [
+        *(_aligned(line, widths) for line in lines),
+        f"equal where an error is at most {TIMES:g} times that of {report.reference} in the same row",
+    ]
+
+
+def _times(ratio: float) -> str:
+    return f"{ratio:.1f}" if ratio < 1000 else "> 1000"
+
+
+def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
+    pairs = enumerate(zip(cells, widths, strict=True))
+    return " ".join(c.rjust(w) if i in _RIGHT else c.ljust(w) for i, (c, w) in pairs).rstrip()
+
+
+def _notes(report: Report) -> list[str]:
+    return [line for note in _paragraphs(report) for line in _wrapped(note)]
+
+
+def _paragraphs(report: Report) -> Iterator[str]:
+    ran = report.compared
+    plain_cases = tuple(case for case in ran if case.regime == NORMAL)
+    yield f"compared at {len({case.sizes for case in ran})} sizes: " + (_labels(plain_cases) or "none")
+    yield from report.claims
+    if kinds := dict.fromkeys(case.regime for case in ran if case.regime != NORMAL):
+        yield f"with other values: {'; '.join(kinds)}"
+    yield _seeds(report)
+    if report.left_out:
+        yield f"NOT COMPARED, the time limit was reached: {'; '.join(report.left_out)}"
+    for reason, labels in _reasons(report, "refused").items():
+        yield f"refused by {report.reference}, {'; '.join(labels)}: {reason}"
+    for reason, labels in _reasons(report, "failed").items():
+        yield f"FAILED in {report.candidate} only, {'; '.join(labels)}: {reason}"
+    for row in report.rows:
+        if not row.equal:
+            yield f"{row.output} DIFFERS, {row.at}: {row.reason}{_worst(row, report)}"
+    yield from _again(report)
+    if report.flips:
+        yield f"ties: {report.flips} tokens went to another expert of the same score"
+    yield from (f"warning: {warning}" for warning in report.warnings)
+
+
+def _seeds(report: Report) -> str:
+    seeds = sorted({case.seed for case in report.cases}) or [0]
+    return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
+
+
+def _again(report: Report) -> Iterator[str]:
+    """How to run the first case that differs once more, and nothing else."""
+    wrong = [
+        case for case in report.cases if case.outcome == "failed" or not all(j.ok for j in case.judgements)
+    ]
+    if wrong and "command" in report.about:
+        case, about = wrong[0], report.about
+        words = [about["command"], f"--against {about['reference']}", f"--seed {case.seed}"]
+        yield _AGAIN + " ".join([*words, f"--case {shlex.quote(case.label)}"])
+
+
+def _reasons(report: Report, outcome: Outcome) -> dict[str, list[str]]:
+    """The cases with this outcome, by what was raised: one mistake often shows at many sizes."""
+    found: dict[str, list[str]] = {}
+    for case in report.cases:
+        if case.outcome == outcome:
+            found.setdefault(case.reason or "", []).append(case.label)
+    return found
+
+
+def _worst(row: Row, report: Report) -> str:
+    if row.worst is None or row.kind == "routing":  # a routing reason names its token already
+        return ""
+    index = f"[{', '.join(map(str, row.worst.index))}]" if row.worst.index else ""
+    ours, theirs = _value(row.worst.candidate), _value(row.worst.reference)
+    return f"; worst {row.output}{index} is {ours}, {report.reference} has {theirs}"
+
+
+def _value(value: object) -> str:
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+def _labels(cases: tuple[CaseResult, ...]) -> str:
+    """The labels; the example's sizes are spelt out, as the other labels are sizes already."""
+    sizes = " ".join(f"{name}={size}" for name, size in cases[0].sizes) if cases else ""
+    labels = [case.label for case in cases]
+    if sizes and cases[0].label != sizes:
+        labels[0] += f" ({sizes})"
+    told = list(dict.fromkeys(labels))  # new values of several seeds have one label
+    more = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
+    return "; ".join(told[:_TOLD]) + more
+
+
+def _wrapped(paragraph: str) -> list[str]:
+    if paragraph.startswith(_AGAIN):
+        return [paragraph]  # a command is copied as it stands
+    return textwrap.wrap(paragraph, WIDTH, subsequent_indent="  ", break_on_hyphens=False) or [""]

@@ -1,0 +1,1 @@
+"""What runs a model: PyTorch, ONNX Runtime, TensorRT, the evaluator of the ONNX project."""
