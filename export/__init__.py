@@ -8,15 +8,12 @@ model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶
 
 | file | what it does |
 |---|---|
-| `load`, `script`, `arguments`, `stand_in` | find the model in a file: by name, by class, or by its first call |
-| `subject`, `leaves` | the module with named tensors in and named tensors out |
-| `accept`, `state`, `ended` | wrappers off, refusals early; buffers that a call changes; code that ends the process |
 | `tracing`, `conditions`, `dims`, `widen`, `idioms*` | `torch.export`, dimensions free where that holds; their names |
 | `randomness`, `notes`, `refused` | what cannot be verified; what the report should say |
 | `emit`, `programs`, `spelling*`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
 | `size_numbers`, `reshapes` | what the exporter does that is not exact, or not for empty tensors |
 | `transposed` | products that ONNX Runtime crashes on, or computes wrong |
-| `opset`, `provenance`, `source` | exactly the opset asked for; where each node comes from, down to the line |
+| `opset`, `provenance` | exactly the opset asked for; where each node comes from, down to the line |
 | `naming`, `functions` | names from modules and variables; modules as functions |
 | `bodies`, `evaluate` | graphs inside nodes; what nodes give for arrays that are known now |
 | `simplify`, `write` | onnxsim's proposal, taken if it is smaller and right; whole files or none |
@@ -26,6 +23,7 @@ model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶
 | room | what it does |
 |---|---|
 | `torch_compat/` | what PyTorch does not promise: every private name and every patch, each with a canary |
+| `frontend/` | what a user brings becomes a `Subject`: by name, by class, or by the first call of a script |
 | `gates/` | recognise gates in the traced graph by what they do, cut one out, draw where its tokens go |
 | `experts/` | MoE blocks found, understood and lowered ([docs/experts.md](../docs/experts.md)) |
 | `recurrence/` | Python loops over time found in a trace and folded ([docs/recurrence.md](../docs/recurrence.md)) |
@@ -45,10 +43,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_export.export.load import load_subject
+    from moe_export.export.frontend.load import load_subject
+    from moe_export.export.frontend.subject import Subject
     from moe_export.export.options import Options
     from moe_export.export.pipeline import Graph, export_subject
-    from moe_export.export.subject import Subject
     from moe_export.export.tracing import Traced, trace
 
 __all__ = ["Graph", "Options", "Subject", "Traced", "export_subject", "load_subject", "trace"]
@@ -57,10 +55,10 @@ __all__ = ["Graph", "Options", "Subject", "Traced", "export_subject", "load_subj
 _LAZY = {
     "Graph": "pipeline",
     "Options": "options",
-    "Subject": "subject",
+    "Subject": "frontend.subject",
     "Traced": "tracing",
     "export_subject": "pipeline",
-    "load_subject": "load",
+    "load_subject": "frontend.load",
     "trace": "tracing",
 }
 

@@ -24,8 +24,8 @@ import torch
 from torch import nn
 
 from moe_export.export.computed import computed_in
-from moe_export.export.source import is_library_model, is_user_file
-from moe_export.export.subject import Subject
+from moe_export.export.frontend.source import is_library_model, is_user_file
+from moe_export.export.frontend.subject import Subject
 
 _LEAST, _MOST = 2, 2**16  # 0 and 1 are tried anyway; what is larger is no length that is compared at
 _CALLS = 32  # of a function that a loop calls, the first ones show what it is called with

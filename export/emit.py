@@ -17,7 +17,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from moe_export.errors import MoeExportError, NotExportableError
 from moe_export.export.empty_products import settle_empty_products
 from moe_export.export.expands import drop_expands
-from moe_export.export.leaves import unique
+from moe_export.export.frontend.pytree import unique
 from moe_export.export.naming import name_nodes, statements
 from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata

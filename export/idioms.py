@@ -15,7 +15,7 @@ from torch import nn
 
 from moe_export.export.adapters.other_forms import InOtherForms
 from moe_export.export.adapters.transformers import traceable_experts
-from moe_export.export.source import inside_call, is_user_file
+from moe_export.export.frontend.source import inside_call, is_user_file
 from moe_export.export.torch_compat.length import symbolic_length
 from moe_export.export.torch_compat.modules import conversions
 from moe_export.export.torch_compat.operators import GROUPED_MM

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_export.export.source import is_user_file
+from moe_export.export.frontend.source import is_user_file
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat)
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from moe_export.export.source import is_own_file, is_user_file
+from moe_export.export.frontend.source import is_own_file, is_user_file
 
 _Memo = type(lru_cache(lambda: None))
 

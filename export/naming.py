@@ -20,8 +20,8 @@ from pathlib import Path
 
 import onnx_ir as ir
 
+from moe_export.export.frontend.source import model_frame
 from moe_export.export.provenance import BLOCK, FX, MODULE, OPERATOR, strip_scope
-from moe_export.export.source import model_frame
 from moe_export.export.torch_compat.metadata import (
     classes_of,
     is_module_path,

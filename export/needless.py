@@ -19,8 +19,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from moe_export.domain import Condition, evaluate
 from moe_export.export.dims import Dim
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.guards import Probes
-from moe_export.export.subject import Subject
 from moe_export.export.tracing import Traced, resized
 from moe_export.float64 import agree, doubled, in_float64
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_export.export.subject import Subject
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing import Traced
 
 _PLAIN = (bool, int, float, complex, str)

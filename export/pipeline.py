@@ -14,7 +14,8 @@ import torch
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.dims import DimRequest
-from moe_export.export.ended import no_exit
+from moe_export.export.frontend.ended import no_exit
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.functions import described
 from moe_export.export.gates.choice import may_choose
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in, numbers_of
@@ -25,7 +26,6 @@ from moe_export.export.options import Options
 from moe_export.export.precision.mixed import check_kept
 from moe_export.export.recurrence.step import step_of
 from moe_export.export.stages import PIPELINE, Draft, Model, Program, Step, between, run, without
-from moe_export.export.subject import Subject
 from moe_export.export.tracing import Traced, functional
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from moe_export.export.source import line_of
+from moe_export.export.frontend.source import line_of
 from moe_export.export.torch_compat.metadata import classes_of, forget, module_of, stack_trace_of, traced_as
 
 MODULE, SOURCE, OPERATOR, BLOCK, FX, EINSUM = "module", "source", "torch", "block", "fx", "einsum"

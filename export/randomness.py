@@ -9,8 +9,8 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from moe_export.errors import NotExportableError
-from moe_export.export.source import line_of
-from moe_export.export.subject import Subject
+from moe_export.export.frontend.source import line_of
+from moe_export.export.frontend.subject import Subject
 
 
 def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[str, torch.Tensor]) -> None:

@@ -27,13 +27,13 @@ from moe_export.errors import NotExportableError
 from moe_export.export.conditions import only_there
 from moe_export.export.dims import Dim, DimRequest, default_name, twin_of
 from moe_export.export.experts.trace import every_expert_hit
+from moe_export.export.frontend.pytree import unique
+from moe_export.export.frontend.source import last_model_line
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.idioms_numbers import symbolic_numbers
-from moe_export.export.leaves import unique
 from moe_export.export.memos import without_memos
 from moe_export.export.randomness import refuse_random
-from moe_export.export.source import last_model_line
-from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.failures import depends_on_values
 from moe_export.export.torch_compat.operators import is_functional

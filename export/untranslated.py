@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from moe_export.errors import NotExportableError
-from moe_export.export.source import line_of
+from moe_export.export.frontend.source import line_of
 from moe_export.export.torch_compat.failures import (
     causes_of,
     is_unknown_operator,

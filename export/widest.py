@@ -23,11 +23,11 @@ import torch
 from moe_export.domain import Condition, Domain
 from moe_export.export.constants import constants_of
 from moe_export.export.dims import Dim, DimRequest
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.guards import Probes, conditions_of, simplified
 from moe_export.export.needless import MOST_ELEMENTS, needed
 from moe_export.export.recurrence.lengths import operators
 from moe_export.export.slices import has_constant_bounds, sized_bounds
-from moe_export.export.subject import Subject
 from moe_export.export.tracing import Traced, quiet, resized, trace
 from moe_export.export.widen import accepts
 

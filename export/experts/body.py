@@ -17,9 +17,9 @@ from torch import fx, nn
 from moe_export.export.experts.choice import names_experts
 from moe_export.export.experts.find import Chain, Turn
 from moe_export.export.experts.mask import marks_of
+from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
 from moe_export.export.refused import RefusedError
-from moe_export.export.source import line_of
 from moe_export.export.weight_inputs import is_weight
 
 _aten = torch.ops.aten

@@ -33,8 +33,8 @@ from moe_export.export.experts.capacity_pairs import PairWriter
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Term, proved, terms_of
 from moe_export.export.experts.capacity_views import Axis, Labels, View
 from moe_export.export.experts.rows import arguments, rank_of, shape_of
+from moe_export.export.frontend.source import line_of
 from moe_export.export.refused import RefusedError
-from moe_export.export.source import line_of
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.matmul.default, _aten.bmm.default, _aten.mm.default}

@@ -15,7 +15,7 @@ from torch import fx
 from moe_export.export.experts.choice import name_once
 from moe_export.export.experts.kept import indices_among, indices_of
 from moe_export.export.experts.mask import Marks, marks_of
-from moe_export.export.source import line_of
+from moe_export.export.frontend.source import line_of
 
 _aten = torch.ops.aten
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from types import FrameType
 
 from moe_export.errors import NotExportableError
-from moe_export.export.source import is_library_model
+from moe_export.export.frontend.source import is_library_model
 from moe_export.export.torch_compat import frames as torch_compat
 
 

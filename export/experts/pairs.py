@@ -20,9 +20,9 @@ from moe_export.export.experts.inline import inlined
 from moe_export.export.experts.pair_body import PairBody
 from moe_export.export.experts.row_rules import rows_after
 from moe_export.export.experts.rows import Region, Rows, rank_of, shape_of
+from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import ancestors
 from moe_export.export.refused import RefusedError
-from moe_export.export.source import line_of
 
 _aten = torch.ops.aten
 

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from moe_export.errors import NotExportableError
-from moe_export.export.source import line_of
+from moe_export.export.frontend.source import line_of
 
 _aten = torch.ops.aten
 _NUMBERS = {

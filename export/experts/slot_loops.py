@@ -22,8 +22,8 @@ from torch import fx
 from moe_export.export.experts.body import Experts, Surroundings, understand
 from moe_export.export.experts.find import Chain, Turn
 from moe_export.export.experts.rows import arguments, rank_of, shape_of
+from moe_export.export.frontend.source import line_of
 from moe_export.export.refused import RefusedError
-from moe_export.export.source import line_of
 
 _aten = torch.ops.aten
 _ALL = 2**63 - 1

@@ -16,11 +16,11 @@ import torch
 from torch import fx, nn
 
 from moe_export.errors import NotExportableError
+from moe_export.export.frontend.pytree import identifier, unique
+from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.gates.region import is_size, needed, size_source
 from moe_export.export.gates.routing import Routing
 from moe_export.export.gates.values import stand_in_values
-from moe_export.export.leaves import identifier, unique
-from moe_export.export.subject import Subject, make_subject
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing import Traced, quiet
 from moe_export.export.weights.stand_in import absent_among, stand_in_of

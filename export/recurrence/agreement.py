@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.recurrence.lengths import Length, resized_together
-from moe_export.export.subject import Subject
 from moe_export.export.tracing import quiet
 from moe_export.float64 import agree, doubled, in_float64
 

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from moe_export.export.frontend.source import line_of
 from moe_export.export.recurrence.counter import Counter, counts, why_not, write_step
 from moe_export.export.recurrence.form import Form, moved, scaled
 from moe_export.export.recurrence.law import OfLength
@@ -24,7 +25,6 @@ from moe_export.export.recurrence.skeleton import (
     Size,
     Value,
 )
-from moe_export.export.source import line_of
 
 aten = torch.ops.aten
 

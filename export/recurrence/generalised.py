@@ -14,13 +14,13 @@ from typing import Any
 
 from torch import fx
 
+from moe_export.export.frontend.source import line_of
 from moe_export.export.recurrence.form import form_of_one
 from moe_export.export.recurrence.law import Law, OfLength
 from moe_export.export.recurrence.law_fit import law_of, law_of_length
 from moe_export.export.recurrence.loop import Series
 from moe_export.export.recurrence.operand import View
 from moe_export.export.recurrence.skeleton import Call, Folded, LengthError, Scaled, Size, Skeleton, size_of
-from moe_export.export.source import line_of
 
 
 class UnlikeError(LengthError):

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.frontend.source import line_of
 from moe_export.export.recurrence.column import holds_for, is_integer, is_number, number_of, number_or_series
 from moe_export.export.recurrence.counter import counts, why_not
 from moe_export.export.recurrence.law_fit import Point, fits
@@ -34,7 +35,6 @@ from moe_export.export.recurrence.loop import (
 )
 from moe_export.export.recurrence.operand import PART, SLICE, Read, View, atoms, filled, known
 from moe_export.export.recurrence.period import LEAST_TURNS
-from moe_export.export.source import line_of
 
 aten = torch.ops.aten
 

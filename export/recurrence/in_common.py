@@ -9,6 +9,8 @@ from dataclasses import replace
 from torch import fx
 
 from moe_export.export.dims import DimRequest
+from moe_export.export.frontend.source import line_of
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.recurrence.generalised import UnlikeError, generalised
 from moe_export.export.recurrence.grow import Refusal
 from moe_export.export.recurrence.loops import Repeats, find_loops
@@ -16,8 +18,6 @@ from moe_export.export.recurrence.operand import operator_name
 from moe_export.export.recurrence.period import LEAST_TURNS
 from moe_export.export.recurrence.skeleton import LengthError, Skeleton, skeleton
 from moe_export.export.recurrence.straighten import straighten
-from moe_export.export.source import line_of
-from moe_export.export.subject import Subject
 from moe_export.export.tracing import Traced, trace
 
 

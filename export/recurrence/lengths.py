@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from moe_export.export.dims import DimRequest
-from moe_export.export.subject import Subject
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.dispatch import OperatorMode
 
 Example = Mapping[str, torch.Tensor]

@@ -15,6 +15,8 @@ import numpy as np
 import torch
 
 from moe_export.export.constants import constants_of
+from moe_export.export.frontend.source import line_of
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.recurrence.agreement import Agreement
 from moe_export.export.recurrence.counter import counts
 from moe_export.export.recurrence.form import Form
@@ -25,8 +27,6 @@ from moe_export.export.recurrence.operand import atoms
 from moe_export.export.recurrence.reach import Reach, reach
 from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
 from moe_export.export.recurrence.watch import Watch
-from moe_export.export.source import line_of
-from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.dispatch import OperatorMode
 from moe_export.export.tracing import quiet
 

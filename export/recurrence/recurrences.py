@@ -21,6 +21,7 @@ from moe_export.export.adapters.delta_rule import delta_rules_step_by_step
 from moe_export.export.adapters.recurrent_layers import recurrent_layers_step_by_step
 from moe_export.export.adapters.scans import scans_step_by_step
 from moe_export.export.dims import DimRequest
+from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.fold import folded_module
 from moe_export.export.recurrence.generalised import UnlikeError
 from moe_export.export.recurrence.in_common import NoLoopError, in_common, repeats_of
@@ -35,7 +36,6 @@ from moe_export.export.recurrence.prove import prove
 from moe_export.export.recurrence.reach import Reach
 from moe_export.export.recurrence.sizes import rows
 from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
-from moe_export.export.subject import Subject, make_subject
 from moe_export.export.tracing import SCOPE, Traced, quiet, trace
 from moe_export.export.widen import widened
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.recurrence.lengths import Length, chunk_of
-from moe_export.export.subject import Subject
 from moe_export.export.tracing import quiet
 
 # Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a

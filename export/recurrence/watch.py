@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.recurrence.lengths import Length, resized_together
-from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.dispatch import OperatorMode
 from moe_export.export.tracing import quiet
 

@@ -21,7 +21,7 @@ from moe_export.commands.parallel import parallel_options
 from moe_export.commands.plan import add_plan_command
 from moe_export.commands.reports import report_options, take_wanted
 from moe_export.errors import INTERRUPTED, READER_GONE, MoeExportError
-from moe_export.export.ended import no_exit
+from moe_export.export.frontend.ended import no_exit
 from moe_export.supervisor import drop_output
 
 

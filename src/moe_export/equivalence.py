@@ -12,7 +12,7 @@ from moe_export.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
-    from moe_export.export.subject import Subject
+    from moe_export.export.frontend.subject import Subject
     from moe_export.verify import Report
 
 
@@ -59,8 +59,8 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
     from moe_export.comparing.sides import parse_side
     from moe_export.comparing.verifying import Request
     from moe_export.comparing.verifying_models import compare_subject
-    from moe_export.export.ended import no_exit
-    from moe_export.export.subject import make_subject
+    from moe_export.export.frontend.ended import no_exit
+    from moe_export.export.frontend.subject import make_subject
     from moe_export.wishes import parse_tolerance, parse_wish
 
     args, kwargs = _arguments(inputs)

@@ -290,7 +290,7 @@ def _told(status: int, shared: _Shared, line: str | None) -> MoeExportError:
 
 def _crash_line(crashes: IO[bytes]) -> str | None:
     """`file:line` of the user's innermost line when it crashed."""
-    from moe_export.export.source import is_user_file
+    from moe_export.export.frontend.source import is_user_file
 
     crashes.seek(0)
     for match in _FRAME.finditer(crashes.read().decode("utf-8", "replace")):

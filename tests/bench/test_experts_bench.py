@@ -26,8 +26,8 @@ from moe_export.export.emit import finish, translate
 from moe_export.export.experts.choose import LOWERINGS, choose
 from moe_export.export.experts.emit import write_experts
 from moe_export.export.experts.place import place_experts
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.subject import make_subject
 from moe_export.export.tracing import trace
 
 H, I = 256, 512  # noqa: E741  the letters of the papers

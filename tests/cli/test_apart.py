@@ -13,10 +13,10 @@ from torch import nn
 
 from moe_export.comparing import apart
 from moe_export.errors import DiedError
-from moe_export.export.load import load_subject
+from moe_export.export.frontend.load import load_subject
+from moe_export.export.frontend.state import State
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import export_subject
-from moe_export.export.state import State
-from moe_export.export.subject import make_subject
 
 ROTATION = """
 class Rotation(nn.Module):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from moe_export.export.load import load_subject
+from moe_export.export.frontend.load import load_subject
 from moe_export.export.tracing import quiet
 
 

@@ -287,7 +287,7 @@ def test_in_python_it_is_an_error_like_any_other(finished, write):
 
     with pytest.raises(UsageError, match=r"ended the process: sys\.exit\(0\)"):
         load_subject(str(write(NET.format(first="", second="sys.exit(0)", call=1))))
-    from moe_export.export.subject import make_subject
+    from moe_export.export.frontend.subject import make_subject
 
     subject = make_subject(Leaves(), (ones(2, 3, 4),), {}, source=finished / "block.py", how="here")
     with pytest.raises(UsageError, match="ended the process") as caught:

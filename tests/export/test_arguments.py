@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moe_export.errors import UsageError
-from moe_export.export.arguments import parse_init, parse_input
+from moe_export.export.frontend.arguments import parse_init, parse_input
 
 PLAIN = nn.Linear(2, 2)
 

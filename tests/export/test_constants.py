@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from moe_export.export.constants import constants_of
-from moe_export.export.subject import make_subject
+from moe_export.export.frontend.subject import make_subject
 
 LIMIT, UNUSED = 331, 332
 

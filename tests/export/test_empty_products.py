@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from moe_export.export import Options, export_subject
-from moe_export.export.subject import make_subject
+from moe_export.export.frontend.subject import make_subject
 
 
 class Product(nn.Module):

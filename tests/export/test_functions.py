@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from moe_export.export.frontend.load import load_subject
 from moe_export.export.functions import DOMAIN, as_functions, without_functions
-from moe_export.export.load import load_subject
 from moe_export.export.pipeline import Options, export_subject
 
 

@@ -10,9 +10,9 @@ from torch import nn
 
 from moe_export.errors import UsageError
 from moe_export.export import Options, export_subject, load_subject
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.gates.routing import find_routings
 from moe_export.export.pipeline import is_only_a_gate
-from moe_export.export.subject import make_subject
 from moe_export.export.tracing import trace
 
 

@@ -10,8 +10,8 @@ from torch.utils._sympy.functions import FloorDiv, Mod, TruncToInt
 
 from moe_export.domain import Condition
 from moe_export.export.dims import Dim
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.guards import conditions_of, printed, simplified
-from moe_export.export.subject import make_subject
 from moe_export.export.tracing import trace
 
 S, T = sympy.symbols("s0 s1", integer=True, positive=True)

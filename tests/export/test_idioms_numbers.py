@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moe_export.export.dims import DimRequest
+from moe_export.export.frontend.load import load_subject
 from moe_export.export.idioms_numbers import symbolic_numbers
-from moe_export.export.load import load_subject
 from moe_export.export.tracing import trace
 
 HEADER = """

@@ -6,7 +6,7 @@ import collections
 
 import torch
 
-from moe_export.export.leaves import identifier, leaves, unique
+from moe_export.export.frontend.pytree import identifier, leaves, unique
 
 
 def names(value, name=""):

@@ -11,7 +11,7 @@ from torch import nn
 
 from moe_export.errors import UsageError
 from moe_export.export import load_subject
-from moe_export.export.load import split_spec
+from moe_export.export.frontend.load import split_spec
 
 BLOCK = """
 class Block(nn.Module):

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from moe_export.errors import UsageError
+from moe_export.export.frontend.load import load_subject
 from moe_export.export.gates.dispatch import Dispatch, find_dispatches
 from moe_export.export.gates.picture import draw
-from moe_export.export.load import load_subject
 from moe_export.models.gshard_moe import top1gating
 
 ROOT = Path(__file__).parents[2]

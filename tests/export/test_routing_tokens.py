@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.gates.routing import find_routings
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.subject import make_subject
 from moe_export.export.tracing import trace
 
 

@@ -8,7 +8,7 @@ import pytest
 from torch import nn
 
 from moe_export.errors import UsageError
-from moe_export.export.script import run_file
+from moe_export.export.frontend.script import run_file
 
 
 def test_a_file_that_ends_without_a_call(write):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_export.export import Options, export_subject
-from moe_export.export.subject import make_subject
+from moe_export.export.frontend.subject import make_subject
 
 SIZES = (1, 2, 6, 7, 12, 13, 14, 26, 39)  # about the constants, and three times them
 

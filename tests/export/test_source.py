@@ -9,8 +9,14 @@ import pytest
 import torch
 
 import moe_export.errors
-import moe_export.export.load
-from moe_export.export.source import is_own_file, is_user_file, last_model_line, last_user_line, line_of
+import moe_export.export.frontend.load
+from moe_export.export.frontend.source import (
+    is_own_file,
+    is_user_file,
+    last_model_line,
+    last_user_line,
+    line_of,
+)
 
 
 def test_files():
@@ -19,7 +25,7 @@ def test_files():
     assert not is_user_file(json.__file__)
     assert not is_user_file("<string>")
     assert not is_user_file("/another/environment/lib/python3.11/site-packages/einx/api.py")
-    assert is_own_file(moe_export.export.load.__file__)
+    assert is_own_file(moe_export.export.frontend.load.__file__)
     assert is_own_file(moe_export.errors.__file__)
     assert not is_own_file(__file__)
 

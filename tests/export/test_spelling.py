@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_export.export import Options, export_subject
-from moe_export.export.subject import make_subject
+from moe_export.export.frontend.subject import make_subject
 
 
 class Calls(nn.Module):

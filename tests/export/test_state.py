@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_export.export.state import State
+from moe_export.export.frontend.state import State
 
 _TABLES = {}
 _CALLS = 0

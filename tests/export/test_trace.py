@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import DimRequest
-from moe_export.export.subject import make_subject
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.tracing import quiet, rename, trace
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moe_export.export import Options, export_subject
-from moe_export.export.subject import make_subject
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.transposed import MENDED, mend_products, product_notes
 
 SIZES = (5, 3, 4, 2)

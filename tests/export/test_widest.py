@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_export.export.dims import DimRequest, limits_of
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.needless import run_program
-from moe_export.export.subject import make_subject
 from moe_export.export.widest import widest_trace
 
 

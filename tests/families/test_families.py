@@ -15,8 +15,8 @@ from threads import onnxruntime_threads
 
 from moe_export.comparing.checking import verify_graph
 from moe_export.export.engines.build import build_engines
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.subject import make_subject
 from moe_export.export.write import write_model
 from moe_export.verify import Tolerance
 from moe_export.wishes import Wish

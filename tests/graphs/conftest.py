@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 import pytest
 
-from moe_export.export.load import load_subject
+from moe_export.export.frontend.load import load_subject
 from moe_export.export.pipeline import Options, export_subject
 
 

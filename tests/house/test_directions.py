@@ -40,6 +40,7 @@ EXPORT = (
     "torch_compat",
     "adapters",
     "weights",
+    "frontend",
     "gates",
     "recurrence",
     "experts",

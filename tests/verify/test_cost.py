@@ -8,7 +8,7 @@ import onnx.parser
 import onnx_ir as ir
 import pytest
 
-from moe_export.export.load import load_subject
+from moe_export.export.frontend.load import load_subject
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.models import sparse_moe
 from moe_export.verify.cost.graph_cost import Cost, cost_of, flops_of, parts_of

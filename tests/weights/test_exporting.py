@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from moe_export.cli import run
 from moe_export.errors import NotExportableError
-from moe_export.export.load import load_subject
+from moe_export.export.frontend.load import load_subject
 
 SIZES = (4, 128, 96, 2, 600)
 """Experts, hidden, inner, layers, vocabulary: no large weight is under the 64 KiB that are simply read."""

@@ -12,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from moe_export.errors import UsageError
+from moe_export.export.frontend.load import load_subject
 from moe_export.export.gates.dispatch import find_dispatches
-from moe_export.export.load import load_subject
 from moe_export.export.weights.files import open_weights
 from moe_export.export.weights.stand_in import SMALL, absent_among, attach_weights, filled, stand_in_of
 from moe_export.export.weights.zero import ZeroProducts

@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from torch import nn
 
-from moe_export.export.subject import Subject, make_subject
+from moe_export.export.frontend.subject import Subject, make_subject
 
 
 def subject_of(module: nn.Module) -> Subject:

@@ -29,13 +29,13 @@ from moe_export.errors import MissingBackendError, NotExportableError, UsageErro
 from moe_export.export.bodies import initializers
 from moe_export.export.dims import limits_of
 from moe_export.export.engines.profiles import dim_facts
+from moe_export.export.frontend.load import load_subject, split_spec
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.functions import as_functions
-from moe_export.export.load import load_subject, split_spec
 from moe_export.export.options import Options
 from moe_export.export.parallel.ranks import Parallel, check_experts
 from moe_export.export.pipeline import Graph, describe, export_subject, is_only_a_gate
 from moe_export.export.provenance import relative_line, strip_scope
-from moe_export.export.subject import Subject
 from moe_export.export.tracing import SCOPE
 from moe_export.export.weights.place import without_weights
 from moe_export.export.weights.stream import Storage, data_facts, referable, stream_weights

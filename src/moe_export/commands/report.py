@@ -23,10 +23,10 @@ from moe_export.commands.request import ExportRequest
 from moe_export.commands.sizes import parse_bytes
 from moe_export.errors import MissingBackendError, UsageError
 from moe_export.export.engines.build import read_graph
+from moe_export.export.frontend.load import load_subject
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.dispatch import Dispatch, find_dispatches
 from moe_export.export.gates.picture import draw
-from moe_export.export.load import load_subject
-from moe_export.export.subject import Subject
 from moe_export.own_files import put_text, require_free
 from moe_export.pictures.differing import usual_sizes
 from moe_export.pictures.picture import svg_of

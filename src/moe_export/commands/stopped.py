@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from moe_export.commands.console import Console
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.options import Options
 from moe_export.export.stages import PIPELINE, Draft, Model, Program, between, run
-from moe_export.export.subject import Subject
 
 
 def show_stage(name: str, subject: Subject, options: Options, console: Console, *, show: bool) -> int:

@@ -39,8 +39,8 @@ from torch import nn
 from moe_export.comparing.checking_float64 import Float64Runner
 from moe_export.comparing.checking_rounded import RoundedRunner
 from moe_export.errors import DiedError, UsageError
-from moe_export.export.source import last_user_line
-from moe_export.export.subject import Subject
+from moe_export.export.frontend.source import last_user_line
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing import quiet
 from moe_export.verify import Array, Choice, TorchRunner
 

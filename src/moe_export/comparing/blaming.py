@@ -23,6 +23,8 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind
 
+from moe_export.export.frontend.source import line_of
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.functions import without_functions
 from moe_export.export.options import Options
 from moe_export.export.pipeline import Graph, export_subject
@@ -36,8 +38,6 @@ from moe_export.export.provenance import (
     shorten_metadata,
     strip_scope,
 )
-from moe_export.export.source import line_of
-from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.metadata import stack_trace_of
 from moe_export.export.tracing import SCOPE, Traced, quiet, trace
 from moe_export.verify.bodies import bodies

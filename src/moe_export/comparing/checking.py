@@ -14,9 +14,9 @@ from moe_export.comparing.known import known_of_model
 from moe_export.comparing.sides import GraphRunner
 from moe_export.domain import Domain
 from moe_export.export.dims import Dim
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.pipeline import Graph
 from moe_export.export.simplify import as_numpy
-from moe_export.export.subject import Subject
 from moe_export.export.tracing import quiet
 from moe_export.running.choices import runner_of, told_and_chooser
 from moe_export.verify import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 
-from moe_export.export.subject import Subject
+from moe_export.export.frontend.subject import Subject
 from moe_export.verify import Array, Choice, TorchRunner
 from moe_export.verify.specs import is_float
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from moe_export.export.subject import Subject
+from moe_export.export.frontend.subject import Subject
 from moe_export.verify import Array, TorchRunner
 
 

@@ -12,7 +12,7 @@ import onnx
 from moe_export.comparing import apart
 from moe_export.comparing.blaming import blame, open_graph, program_values
 from moe_export.comparing.sides import GraphRunner
-from moe_export.export.subject import Subject
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing import quiet, trace
 from moe_export.verify import (
     Array,

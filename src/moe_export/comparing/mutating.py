@@ -22,8 +22,8 @@ from moe_export.comparing.matching import match_graph, reference_of, stated_doma
 from moe_export.comparing.mutating_apart import Fate, fate_of
 from moe_export.comparing.sides import metadata, running_type
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
-from moe_export.export.load import load_subject
-from moe_export.export.subject import Subject
+from moe_export.export.frontend.load import load_subject
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing import trace
 from moe_export.running.choices import runner_of
 from moe_export.verify import (

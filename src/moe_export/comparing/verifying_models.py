@@ -26,12 +26,12 @@ from moe_export.comparing.verifying import (
     watchable,
 )
 from moe_export.errors import MoeExportError, UsageError
+from moe_export.export.frontend.load import load_subject, split_spec
+from moe_export.export.frontend.script import run_file
+from moe_export.export.frontend.source import is_user_file
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.routing import find_routings, routing_outputs
-from moe_export.export.load import load_subject, split_spec
-from moe_export.export.script import run_file
 from moe_export.export.simplify import as_numpy
-from moe_export.export.source import is_user_file
-from moe_export.export.subject import Subject
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing import Traced, quiet, trace
 from moe_export.export.weights.stand_in import in_memory

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from moe_export.errors import UsageError
-from moe_export.export.leaves import leaves
-from moe_export.export.subject import Subject
+from moe_export.export.frontend.pytree import leaves
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.weights.stand_in import StandIns, filled
 from moe_export.large.layerwise_products import WideProducts

@@ -14,13 +14,13 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from moe_export.errors import MoeExportError, NotExportableError, UsageError
-from moe_export.export.arguments import parse_init, parse_input
 from moe_export.export.experts.trace import every_expert_hit
+from moe_export.export.frontend.arguments import parse_init, parse_input
+from moe_export.export.frontend.load import split_spec
+from moe_export.export.frontend.script import run_file
+from moe_export.export.frontend.source import last_model_line, last_user_line
 from moe_export.export.idioms import traceable_idioms, user_lines
 from moe_export.export.idioms_numbers import symbolic_numbers
-from moe_export.export.load import split_spec
-from moe_export.export.script import run_file
-from moe_export.export.source import last_model_line, last_user_line
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing import quiet

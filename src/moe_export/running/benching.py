@@ -180,8 +180,8 @@ def _torch(job: Job) -> Run:
 
     import torch
 
-    from moe_export.export.load import load_subject
-    from moe_export.export.state import State
+    from moe_export.export.frontend.load import load_subject
+    from moe_export.export.frontend.state import State
     from moe_export.verify import TorchRunner
 
     kind, _, device = job.backend.partition("-")

@@ -21,8 +21,8 @@ from moe_export.export.experts.choose import LOWERINGS, choose
 from moe_export.export.experts.emit import Bodies, write_experts
 from moe_export.export.experts.mask import marks_of
 from moe_export.export.experts.place import place_experts
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.subject import make_subject
 from moe_export.export.tracing import trace
 
 STANDARD = [name for name in LOWERINGS if name not in ("contrib", "trt_moe")]

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moe_export.errors import NotExportableError
-from moe_export.export.subject import make_subject
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.tracing import trace
 
 

@@ -16,9 +16,9 @@ import torch
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import DimRequest
 from moe_export.export.engines.build import build_engines
+from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.recurrence.lengths import Length
-from moe_export.export.subject import Subject, make_subject
 
 UNEVEN = (1, 2, 7, 31, 32, 33, 64, 257)
 

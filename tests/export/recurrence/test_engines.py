@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from moe_export.export.engines.build import build_engines
-from moe_export.export.load import load_subject
+from moe_export.export.frontend.load import load_subject
 from moe_export.export.pipeline import Options, export_subject
 
 MODEL = Path(__file__).parents[3] / "models" / "mamba.py"

@@ -15,11 +15,11 @@ import torch
 from moe_export.errors import NotExportableError
 from moe_export.export.adapters import mamba_kernels as kernels
 from moe_export.export.dims import DimRequest
-from moe_export.export.load import load_subject
+from moe_export.export.frontend.kernel_shims import install_kernel_shims
+from moe_export.export.frontend.load import load_subject
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.recurrence.lengths import Length
-from moe_export.export.stand_in import stand_ins
-from moe_export.export.subject import Subject
 
 MAMBA = """
 import torch, torch.nn as nn
@@ -110,7 +110,7 @@ def test_a_file_that_calls_them_is_exported_for_any_length(
 
 
 def test_a_library_that_asks_whether_the_package_is_there_hears_the_truth() -> None:
-    stand_ins()
+    install_kernel_shims()
     code = compile("import importlib.util as u; found = u.find_spec(name)", importlib.util.__file__, "exec")
     for name in ("causal_conv1d", "mamba_ssm"):
         if name not in sys.modules:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from moe_export.errors import NotExportableError
+from moe_export.export.frontend.subject import Subject
 from moe_export.export.pipeline import Graph
-from moe_export.export.subject import Subject
 
 LENGTHS = (1, 2, 7, 33, 257)
 # An export takes seconds: one loop of each rule is run every time, the others with the slow tests.

@@ -7,9 +7,9 @@ import torch
 from torch import nn
 
 from moe_export.export import Options, export_subject
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.recurrence.lengths import Length
 from moe_export.export.recurrence.watch import Watch
-from moe_export.export.subject import make_subject
 
 
 class Changing(nn.Module):

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.subject import make_subject
 
 D, N, L = 12, 3, 5
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.subject import make_subject
 
 
 class Heads(nn.Module):

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from moe_export.errors import NotExportableError
 from moe_export.export.dims import DimRequest
+from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.subject import Subject, make_subject
 
 D = 3
 

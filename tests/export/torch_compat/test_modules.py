@@ -71,7 +71,7 @@ def test_canary_the_tables_are_the_modules_own():
     with canary(
         FILE,
         "parameters, buffers and submodules are dicts among a module's attributes",
-        todo="see Module.__init__ in torch/nn/modules/module.py; export/state.py is who puts them back",
+        todo="see Module.__init__ in torch/nn/modules/module.py; export/frontend/state.py is who puts them back",
     ):
         from moe_export.export.torch_compat.modules import tables_of
 

@@ -38,7 +38,7 @@ def test_canary_a_registered_dataclass_is_known():
     with canary(
         FILE,
         "torch.export.register_dataclass enters a class in torch.utils._pytree.SUPPORTED_NODES",
-        todo="ask torch.utils._pytree in another way whether a class is registered; export/leaves.py is who asks",
+        todo="ask torch.utils._pytree in another way whether a class is registered; export/frontend/pytree.py asks",
     ):
         from moe_export.export.torch_compat.nesting import pytree
 

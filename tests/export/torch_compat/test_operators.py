@@ -29,7 +29,7 @@ def test_canary_writes_are_counted():
     with canary(
         FILE,
         "Tensor._version grows with every write",
-        todo="compare values instead in export/state.py, or see docs.pytorch.org/docs/stable/notes/autograd.html",
+        todo="compare values in export/frontend/state.py, or see docs.pytorch.org/docs/stable/notes/autograd.html",
     ):
         from moe_export.export.torch_compat.operators import writes_to
 

@@ -1,8 +1,8 @@
 """The kernels that Mamba models call on a GPU, as plain PyTorch with the same arguments and results.
 
 Where `mamba_ssm` or `causal_conv1d` is not installed, a model file that imports these names gets the forms below
-(`stand_in`), so that it runs, traces and exports on any machine. Each is a loop over time, one step after the other,
-which `recurrence` folds; what a graph then does is decided there, not here.
+(`kernel_shims`), so that it runs, traces and exports on any machine. Each is a loop over time, one step after the
+other, which `recurrence` folds; what a graph then does is decided there, not here.
 
 Source: the papers (Mamba, arXiv:2312.00752, algorithm 2; Mamba-2, arXiv:2405.21060) and the packages' documented
 signatures, https://github.com/state-spaces/mamba and https://github.com/Dao-AILab/causal-conv1d.

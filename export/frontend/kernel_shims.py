@@ -1,6 +1,6 @@
-"""`stand_ins`: packages of GPU kernels that a model file imports and that are not installed, in another form.
+"""Shims for packages of GPU kernels that a model file imports and that are not installed: the same in plain PyTorch.
 
-Only what the user's own files import is stood in for. A library that asks whether a package is there, to choose
+Only what the user's own files import gets a shim. A library that asks whether a package is there, to choose
 between its kernel and its own code, gets the true answer.
 """
 
@@ -13,9 +13,9 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import FrameType, ModuleType
 
-from moe_export.export.source import is_user_file
+from moe_export.export.frontend.source import is_user_file
 
-_FORMS = "moe_export.export.adapters.mamba_kernels"
+_FORMS = "moe_export.export.frontend.mamba_kernels"
 
 # Module → the names that it has. The modules above each one are empty packages.
 _MODULES: Mapping[str, tuple[str, ...]] = {
@@ -34,14 +34,14 @@ _PACKAGES = {
 }
 
 
-class _StandIns(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+class _KernelShims(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     """Finds the modules above, asked last, for imports of the user's files."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         parent = fullname.rpartition(".")[0]
-        known = not parent or isinstance(getattr(sys.modules.get(parent), "__loader__", None), _StandIns)
+        known = not parent or isinstance(getattr(sys.modules.get(parent), "__loader__", None), _KernelShims)
         if fullname not in _PACKAGES or not known or not _asked_by_user():
             return None
         return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
@@ -63,7 +63,7 @@ def _asked_by_user() -> bool:
     return False
 
 
-def stand_ins() -> None:
+def install_kernel_shims() -> None:
     """From now on, for the rest of the process: models import lazily."""
-    if not any(isinstance(finder, _StandIns) for finder in sys.meta_path):
-        sys.meta_path.append(_StandIns())
+    if not any(isinstance(finder, _KernelShims) for finder in sys.meta_path):
+        sys.meta_path.append(_KernelShims())

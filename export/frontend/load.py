@@ -25,11 +25,11 @@ import torch
 from torch import nn
 
 from moe_export.errors import UsageError
-from moe_export.export.arguments import parse_init, parse_input
-from moe_export.export.ended import no_exit
-from moe_export.export.script import Call, run_file
-from moe_export.export.source import calls_user_code, last_user_line
-from moe_export.export.subject import Apart, Subject, make_subject
+from moe_export.export.frontend.arguments import parse_init, parse_input
+from moe_export.export.frontend.ended import no_exit
+from moe_export.export.frontend.script import Call, run_file
+from moe_export.export.frontend.source import calls_user_code, last_user_line
+from moe_export.export.frontend.subject import Apart, Subject, make_subject
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.weights.stand_in import MEMORY, StandIns, attach_weights
 

@@ -19,8 +19,8 @@ from typing import Any
 from torch import nn
 
 from moe_export.errors import UsageError
-from moe_export.export.source import calls_user_code, last_user_line
-from moe_export.export.stand_in import stand_ins
+from moe_export.export.frontend.kernel_shims import install_kernel_shims
+from moe_export.export.frontend.source import calls_user_code, last_user_line
 from moe_export.export.torch_compat.modules import calls_of_modules
 
 calls_user_code(__file__)
@@ -59,7 +59,7 @@ def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[Module
         UsageError: The file has a syntax error, or raises.
     """
     _import_folder(path)
-    stand_ins()
+    install_kernel_shims()
     package = _package_of(path)
     loader = importlib.machinery.SourceFileLoader(
         f"{package}.{path.stem}" if package else _free_name(path.stem), str(path)

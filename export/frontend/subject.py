@@ -18,12 +18,12 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from moe_export.errors import NotExportableError, UsageError
-from moe_export.export.accept import check_inputs, check_outputs, plain_module, register_dataclasses
-from moe_export.export.leaves import Leaf, identifier, leaves, unique
-from moe_export.export.source import calls_user_code, is_user_file, last_user_line
-from moe_export.export.state import State
+from moe_export.export.frontend.accept import check_inputs, check_outputs, plain_module, register_dataclasses
+from moe_export.export.frontend.pytree import Leaf, identifier, leaves, unique
+from moe_export.export.frontend.source import calls_user_code, is_user_file, last_user_line
+from moe_export.export.frontend.state import State
+from moe_export.export.frontend.train_mode import note_on_mode
 from moe_export.export.torch_compat.nesting import pytree
-from moe_export.export.train_mode import note_on_mode
 from moe_export.export.weights.stand_in import StandIns
 from moe_export.export.weights.zero import without_weights
 

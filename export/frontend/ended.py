@@ -26,7 +26,7 @@ def no_exit() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
-        from moe_export.export.source import last_user_line
+        from moe_export.export.frontend.source import last_user_line
 
         code = "" if error.code is None else repr(error.code)
         raise UsageError(

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_export.export.source import is_user_file
+from moe_export.export.frontend.source import is_user_file
 from moe_export.export.torch_compat.modules import tables_of
 from moe_export.export.torch_compat.operators import writes_to
 from moe_export.export.weights.stand_in import stand_in_of

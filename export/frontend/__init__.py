@@ -1,0 +1,1 @@
+"""What a user brings: files, classes, scripts and modules, each made one `Subject`."""
