@@ -24,6 +24,7 @@ model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶
 |---|---|
 | `torch_compat/` | what PyTorch does not promise: every private name and every patch, each with a canary |
 | `frontend/` | what a user brings becomes a `Subject`: by name, by class, or by the first call of a script |
+| `axes/` | what the axes of values run over: tokens, choices, experts |
 | `gates/` | recognise gates in the traced graph by what they do, cut one out, draw where its tokens go |
 | `experts/` | MoE blocks found, understood and lowered ([docs/experts.md](../docs/experts.md)) |
 | `recurrence/` | Python loops over time found in a trace and folded ([docs/recurrence.md](../docs/recurrence.md)) |

@@ -13,11 +13,11 @@ import torch
 
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MoeExportError, UsageError
+from moe_export.export.axes.choice import may_choose
 from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.ended import no_exit
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.functions import described
-from moe_export.export.gates.choice import may_choose
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in, numbers_of
 from moe_export.export.gates.neck import behind
 from moe_export.export.gates.routing import Routing, find_routings, routing_outputs

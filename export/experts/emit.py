@@ -13,9 +13,9 @@ from torch.export import ExportedProgram
 
 from moe_export.einsum_rewrite import rewrite_program
 from moe_export.errors import NotExportableError
+from moe_export.export.axes.chosen import names_experts
 from moe_export.export.experts import contrib
 from moe_export.export.experts.batch import trace_batched
-from moe_export.export.experts.choice import names_experts
 from moe_export.export.experts.choose import LOWERINGS, choose, instead
 from moe_export.export.experts.lower import Opaque, guarded
 from moe_export.export.experts.parts import Parts, take_apart

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moe_export.export.experts.choice import name_once
+from moe_export.export.axes.chosen import name_once
+from moe_export.export.axes.one_hot import Marks, marks_of
 from moe_export.export.experts.kept import indices_among, indices_of
-from moe_export.export.experts.mask import Marks, marks_of
 from moe_export.export.frontend.source import line_of
 
 _aten = torch.ops.aten

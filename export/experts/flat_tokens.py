@@ -17,10 +17,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from moe_export.export.axes.choice import as_choice
+from moe_export.export.axes.one_hot import index_axes
 from moe_export.export.experts.flat_rules import rule_of
 from moe_export.export.experts.flat_values import Flattening
-from moe_export.export.experts.mask import index_axes
-from moe_export.export.gates.choice import as_choice
 from moe_export.export.programs import copied_module
 
 _aten = torch.ops.aten

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.axes.one_hot import index_axes
 from moe_export.export.experts.body import ZEROS
-from moe_export.export.experts.mask import index_axes
 from moe_export.export.experts.rows import rank_of, shape_of
 
 _aten = torch.ops.aten

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from torch import fx
 
+from moe_export.export.axes.chosen import experts_of
 from moe_export.export.experts.body import Experts, Surroundings
 from moe_export.export.experts.capacity import find_capacity
-from moe_export.export.experts.choice import experts_of
 from moe_export.export.experts.dense import find_dense
 from moe_export.export.experts.find import find_chains
 from moe_export.export.experts.pairs import Loop, find_roots, understand_pairs

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.experts.mask import marks_of
+from moe_export.export.axes.one_hot import marks_of
 from moe_export.export.experts.pair_body import PairBody
 from moe_export.export.experts.row_shapes import over, pointwise
 from moe_export.export.experts.rows import Region, Rows, arguments, rank_of, shape_of

@@ -24,8 +24,8 @@ from torch import fx
 from torch.fx.experimental import symbolic_shapes
 from torch.overrides import TorchFunctionMode
 
-from moe_export.export.experts.choice import experts_of
-from moe_export.export.experts.mask import marks_of
+from moe_export.export.axes.chosen import experts_of
+from moe_export.export.axes.one_hot import marks_of
 from moe_export.export.experts.not_hit import asking_frame, refuse_number, require_nothing
 from moe_export.export.experts.row_masks import is_mask_of_rows, rows_written
 from moe_export.export.experts.slices import Count, Counts, counts_of, joined, sliced, split

@@ -20,8 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from moe_export.export.axes.choice import CARRIERS, Choice, as_choice, is_part
 from moe_export.export.frontend.source import line_of
-from moe_export.export.gates.choice import CARRIERS, Choice, as_choice, is_part
 from moe_export.export.gates.region import ancestors, frontier, inside, scope_of, shape_of
 from moe_export.export.gates.tokens import as_token_choice
 from moe_export.export.gates.weights import weights_of

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.gates.choice import CARRIERS, Choice, is_part
+from moe_export.export.axes.choice import CARRIERS, Choice, is_part
 from moe_export.export.gates.region import ancestors
 
 _aten = torch.ops.aten

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from moe_export.export.gates.choice import Choice, is_part
+from moe_export.export.axes.choice import Choice, is_part
 from moe_export.export.gates.region import ancestors, is_float, is_within, shape_of
 
 _aten = torch.ops.aten

@@ -41,6 +41,7 @@ EXPORT = (
     "adapters",
     "weights",
     "frontend",
+    "axes",
     "gates",
     "recurrence",
     "experts",

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from moe_export.errors import NotExportableError
-from moe_export.export.adapters import mamba_kernels as kernels
 from moe_export.export.dims import DimRequest
+from moe_export.export.frontend import mamba_kernels as kernels
 from moe_export.export.frontend.kernel_shims import install_kernel_shims
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.subject import Subject

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from moe_export.export.gates.choice import CARRIERS, Choice, as_choice, is_part
+from moe_export.export.axes.choice import CARRIERS, Choice, as_choice, is_part
 
 _aten = torch.ops.aten
 
