@@ -72,7 +72,7 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
     request = Request(
         tolerance=parse_tolerance(rtol, atol, tolerances),
         seed=seed,
-        wish=parse_wish(thorough=thorough, seeds=seeds, flips=flips),
+        settings=parse_settings(thorough=thorough, seeds=seeds, flips=flips),
     )
     training = [(part, part.training) for part in module.modules()]
     try:

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 
 from moe_export.comparing.checking import verify_graph
+from moe_export.comparison_settings import ComparisonSettings
 from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.write import write_model
 from moe_export.verify import Tolerance
-from moe_export.wishes import Wish
 
 MODELS = Path(__file__).parents[2] / "models"
 
@@ -21,9 +21,9 @@ def test_a_full_verification_takes_under_twenty_seconds(name, tmp_path, capsys):
     (graph, *_) = export_subject(load_subject(str(MODELS / f"{name}.py")), Options())
     write_model(graph.model, tmp_path / "model.onnx")
     seconds, counts = {}, {}
-    for word, wish in (("usual", Wish()), ("thorough", Wish(thorough=True))):
+    for word, settings in (("usual", ComparisonSettings()), ("thorough", ComparisonSettings(thorough=True))):
         start = time.perf_counter()
-        report, _ = verify_graph(graph, tmp_path / "model.onnx", tolerance=Tolerance(), wish=wish)
+        report, _ = verify_graph(graph, tmp_path / "model.onnx", tolerance=Tolerance(), settings=settings)
         seconds[word], counts[word] = time.perf_counter() - start, len(report.cases)
         assert report.exit_code == 0, str(report)
     with capsys.disabled():

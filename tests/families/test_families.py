@@ -14,12 +14,12 @@ import torch
 from threads import onnxruntime_threads
 
 from moe_export.comparing.checking import verify_graph
+from moe_export.comparison_settings import ComparisonSettings
 from moe_export.export.engines.build import build_engines
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.write import write_model
 from moe_export.verify import Tolerance
-from moe_export.wishes import Wish
 
 ALWAYS = ("mixtral", "deepseek_v3", "gpt_oss", "jetmoe")
 CAPABILITIES = ("sm75", "sm86", "sm89", "sm120")
@@ -107,7 +107,7 @@ def test_no_block_is_refused_by_verification(name, tmp_path):
     for threads in (1, 2):
         with onnxruntime_threads(threads):
             report, _ = verify_graph(
-                graph, tmp_path / "block.onnx", tolerance=Tolerance(), wish=Wish(seeds=20)
+                graph, tmp_path / "block.onnx", tolerance=Tolerance(), settings=ComparisonSettings(seeds=20)
             )
         assert report.verdict == "equal", str(report)
 

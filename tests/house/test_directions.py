@@ -30,7 +30,7 @@ BELOW = {
     "float64",
     "own_files",
     "backends",
-    "wishes",
+    "comparison_settings",
     "supervisor",
 }
 # What puts the rooms together, in order: one imports those before it.

@@ -13,10 +13,10 @@ from threads import onnxruntime_threads
 
 from moe_export.comparing.apart import fork_model
 from moe_export.comparing.checking import verify_graph
+from moe_export.comparison_settings import ComparisonSettings
 from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.write import write_model
 from moe_export.verify import Tolerance
-from moe_export.wishes import Wish
 
 MODELS = sorted(
     path for path in (Path(__file__).parents[2] / "models").glob("*.py") if path.stem != "__init__"
@@ -29,7 +29,9 @@ def refused(path: Path, folder: Path, seeds: int, options: Options, thorough: bo
     for number, graph in enumerate(export_subject(load_subject(str(path)), options)):
         file = folder / f"{number}.onnx"
         write_model(graph.model, file)
-        report, _ = verify_graph(graph, file, tolerance=Tolerance(), wish=Wish(thorough, seeds))
+        report, _ = verify_graph(
+            graph, file, tolerance=Tolerance(), settings=ComparisonSettings(thorough, seeds)
+        )
         assert len(report.compared) > 10
         if report.exit_code:
             found.append(f"{path.stem} {graph.kind}\n{report}")
@@ -136,7 +138,7 @@ def test_models_that_lose_digits(text, seeds, tmp_path):
     for threads in (1, 2):
         with onnxruntime_threads(threads):
             report, _ = verify_graph(
-                graph, tmp_path / "net.onnx", tolerance=Tolerance(), wish=Wish(seeds=seeds)
+                graph, tmp_path / "net.onnx", tolerance=Tolerance(), settings=ComparisonSettings(seeds=seeds)
             )
         assert report.verdict == "equal", str(report)
         ratios += [found.standing.ratio for _, found in report.by_float64]

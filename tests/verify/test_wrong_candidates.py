@@ -18,7 +18,6 @@ from moe_export.export.frontend.subject import make_subject
 from moe_export.verify import DimRange, TensorSpec, TorchRunner, compare
 from moe_export.verify.runners.torch_runner import to_numpy
 from moe_export.verify.specs import Array
-from moe_export.wishes import USUAL, wished_cases
 
 G = torch.Generator().manual_seed(0)
 X = torch.randn(2, 10, 4, generator=G)
@@ -172,7 +171,7 @@ def report_of(right, wrong, inputs):
     runner = TorchRunner(subject.call_named, subject.outputs)
     candidate = TorchRunner(lambda given: wrong(*given.values()), subject.outputs, "candidate")
     truth = TorchRunner(subject.call_named, subject.outputs, "torch-float64", "float64")
-    made = wished_cases(USUAL, specs, dims, arrays, 0, known=known)
+    made = comparison_cases(DEFAULT_SETTINGS, specs, dims, arrays, 0, known=known)
     return compare(runner, candidate, made, truth=truth)
 
 

@@ -24,6 +24,7 @@ from moe_export.commands.stopped import show_stage
 from moe_export.comparing.apart import fork_model
 from moe_export.comparing.blaming import kept_options
 from moe_export.comparing.checking import verify_graph
+from moe_export.comparison_settings import check_names as check_outputs
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
 from moe_export.export.bodies import initializers
@@ -48,7 +49,6 @@ from moe_export.supervisor import exporting
 from moe_export.verify import Report
 from moe_export.verify import show as show_report
 from moe_export.verify.reports.report import worst_code
-from moe_export.wishes import check_names as check_outputs
 
 _PLACE = re.compile(r"/[^\s:]+\.py:\d+")
 _NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)")
@@ -195,7 +195,12 @@ def _verified_whole(graph: Graph, path: Path, request: ExportRequest) -> tuple[G
         if graph.kind != "model":
             comparison = replace(comparison, files=(), at=())  # those are the model's
         report, dims = verify_graph(
-            graph, path, tolerance=request.tolerance, seed=request.seed, provider=provider, wish=comparison
+            graph,
+            path,
+            tolerance=request.tolerance,
+            seed=request.seed,
+            provider=provider,
+            settings=comparison,
         )
         return replace(graph, traced=replace(graph.traced, dims=dims)), report
     except UsageError as error:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from moe_export.commands.console import Console
 from moe_export.commands.reports import Wanted, write_reports
+from moe_export.comparison_settings import check_names, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.verify import FlipBudget, show
 from moe_export.verify.reports.reading import judge_again, read_report
-from moe_export.wishes import check_names, parse_tolerance
 
 
 def run_judge(

@@ -10,6 +10,7 @@ from typing import Any
 from moe_export.commands.build import Request, take_request
 from moe_export.commands.parallel import take_parallel
 from moe_export.commands.sizes import parse_bytes
+from moe_export.comparison_settings import ComparisonSettings, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.export.dims import parse_dynamic
 from moe_export.export.frontend.subject import Subject
@@ -17,9 +18,8 @@ from moe_export.export.options import Options
 from moe_export.export.parallel.ranks import Parallel
 from moe_export.export.weights.stream import Storage
 from moe_export.verify import Tolerance
-from moe_export.wishes import Wish, parse_tolerance, parse_wish
 
-_WISHES = ("thorough", "seeds", "flips", "at", "case", "own_inputs", "time_limit")
+_SETTINGS = ("thorough", "seeds", "flips", "at", "case", "own_inputs", "time_limit")
 _OPTIONS = ("opset", "simplify", "experts", "target", "dtype", "float32", "recurrence", "unroll", "decode")
 
 
@@ -66,7 +66,7 @@ class ExportRequest:
     verify: bool = True
     verify_how: str | None = None
     tolerance: Tolerance = field(default_factory=Tolerance)
-    comparison: Wish = field(default_factory=Wish)
+    comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
     seed: int = 0
     provider: str = "cpu"
     engines: Request | None = None
@@ -116,7 +116,7 @@ class ExportRequest:
                 left.pop("rtol", None), left.pop("atol", None), left.pop("tolerances", ())
             ),
             options=Options(gates=gates, **{name: left.pop(name) for name in _OPTIONS if name in left}),
-            comparison=parse_wish(**{name: left.pop(name) for name in _WISHES if name in left}),
+            comparison=parse_settings(**{name: left.pop(name) for name in _SETTINGS if name in left}),
             engines=engines,
             parallel=parallel,
             **left,

@@ -13,13 +13,13 @@ from moe_export.commands.console import Console
 from moe_export.commands.reports import Wanted, write_reports
 from moe_export.commands.sizes import parse_bytes
 from moe_export.comparing.sides import Side, parse_side
+from moe_export.comparison_settings import check_names, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.export.write import staging
 from moe_export.own_files import put, require_free
 from moe_export.verify import Report, show
 from moe_export.verify.golden import Golden, Recorder, save_golden
 from moe_export.verify.reports.report import worst_code
-from moe_export.wishes import check_names, parse_tolerance, parse_wish
 
 if TYPE_CHECKING:
     from moe_export.comparing.verifying import Request
@@ -59,7 +59,7 @@ def run_verify(
     how: str | None = None,
     dtype: str = "float32",
     gate: str | None = None,
-    **wish: Any,
+    **settings: Any,
 ) -> int:
     """Run the command; the exit code, the worst of several."""
     from moe_export.comparing.verifying import Request
@@ -72,7 +72,7 @@ def run_verify(
     request = Request(
         tolerance=parse_tolerance(rtol, atol, tolerances),
         seed=seed,
-        wish=parse_wish(**wish),
+        settings=parse_settings(**settings),
         init=init,
         inputs=inputs,
         recorder=None if record is None else Recorder(),
@@ -84,7 +84,7 @@ def run_verify(
         gate=gate,
     )
     wanted = wanted or Wanted()
-    read = [side.file for side in (candidate, *references)] + list(request.wish.files)
+    read = [side.file for side in (candidate, *references)] + list(request.settings.files)
     wanted.require_free(read)
     if record is not None:
         require_free(Path(record), "tensors", inputs=read, force=wanted.force)
@@ -136,10 +136,10 @@ def _again(graph: str, request: Request, backend: str | None) -> str:
     words = ["moe-export verify", graph]
     words += [f"--backend {backend}"] if backend else []
     words += [f"--init {text}" for text in request.init] + [f"--input {text}" for text in request.inputs]
-    words += [f"--inputs {file}" for file in request.wish.files]
+    words += [f"--inputs {file}" for file in request.settings.files]
     words += [f"--dtype {request.dtype}"] if request.dtype != "float32" else []
     words += [f"--gate {request.gate}"] if request.gate is not None else []
-    words += ["--thorough"] if request.wish.thorough else []
+    words += ["--thorough"] if request.settings.thorough else []
     return " ".join(words)
 
 

@@ -12,6 +12,12 @@ from moe_export.comparing import apart
 from moe_export.comparing.checking_told import GraphTeller
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.sides import GraphRunner
+from moe_export.comparison_settings import (
+    DEFAULT_SETTINGS,
+    ComparisonSettings,
+    comparison_cases,
+    tolerance_of,
+)
 from moe_export.domain import Domain
 from moe_export.export.dims import Dim
 from moe_export.export.frontend.subject import Subject
@@ -30,7 +36,6 @@ from moe_export.verify import (
 )
 from moe_export.verify.golden import Recorder, recorded
 from moe_export.verify.inputs.sizes import shape_at
-from moe_export.wishes import USUAL, Wish, tolerance_of, wished_cases
 
 Routing = Sequence[tuple[str, str | None, str | None]]
 
@@ -42,7 +47,7 @@ def verify_graph(
     tolerance: Tolerance,
     seed: int = 0,
     provider: str = "cpu",
-    wish: Wish = USUAL,
+    settings: ComparisonSettings = DEFAULT_SETTINGS,
 ) -> tuple[Report, tuple[Dim, ...]]:
     """Compare a finished graph with its reference, at its own dimensions' sizes.
 
@@ -52,7 +57,7 @@ def verify_graph(
         tolerance: For floats.
         seed: Of the inputs.
         provider: Where onnxruntime runs, `cpu` or `cuda`.
-        wish: How much to try.
+        settings: How much to try.
 
     Returns:
         The report, and the dimensions with the least size that the graph was found right at, where that is below
@@ -74,7 +79,7 @@ def verify_graph(
             seed=seed,
             graph=path,
             provider=provider,
-            wish=wish,
+            settings=settings,
             narrow=graph.dtype,
             domain=Domain(graph.traced.conditions),
         )
@@ -173,7 +178,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     outputs: Sequence[str] | None = None,
     graph: Path | None = None,
     provider: str = "cpu",
-    wish: Wish = USUAL,
+    settings: ComparisonSettings = DEFAULT_SETTINGS,
     recorder: Recorder | None = None,
     about: Mapping[str, str] | None = None,
     narrow: str = "float32",
@@ -192,7 +197,7 @@ def verify_file(  # noqa: PLR0913  each has a name
         outputs: The reference's outputs under the graph's names; its own names if None.
         graph: The candidate's file, if it is an ONNX graph: it can be told which experts to take.
         provider: Where onnxruntime runs it then.
-        wish: How much to try.
+        settings: How much to try.
         recorder: Keeps what the reference computes.
         about: Facts for the report.
         narrow: The narrowest type that the candidate computes in.
@@ -208,7 +213,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     runner = apart.reference(reference, names)
     with quiet():
         known = known_of_model(reference, specs, ranges, arrays, seed, graph, domain)
-    made = wished_cases(wish, specs, ranges, arrays, seed, runner, known)
+    made = comparison_cases(settings, specs, ranges, arrays, seed, runner, known)
     pairs = [RoutingPair(*pair) for pair in routing]
     watched, watched_cases = recorded(recorder, runner, made, pairs)
     with quiet():
@@ -218,8 +223,8 @@ def verify_file(  # noqa: PLR0913  each has a name
             watched_cases,
             tolerance=tolerance,
             routing=pairs,
-            budget=wish.flips,
-            time_limit=wish.time_limit,
+            budget=settings.flips,
+            time_limit=settings.time_limit,
             truth=apart.reference(reference, names, apart.FLOAT64),
             teller=GraphTeller(runner, graph, provider),
             about=about,

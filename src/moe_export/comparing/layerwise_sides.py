@@ -10,12 +10,12 @@ import onnx
 from moe_export.comparing.matching import match_graph, reference_of
 from moe_export.comparing.sides import Side, metadata
 from moe_export.comparing.verifying import Request
+from moe_export.comparison_settings import tolerance_of
 from moe_export.errors import UsageError
 from moe_export.export.frontend.subject import Subject
 from moe_export.large.layerwise import verify_blocks
 from moe_export.verify import Report, TensorSpec
 from moe_export.verify.runners.onnxruntime_runner import specs_of
-from moe_export.wishes import tolerance_of
 
 
 @dataclass(frozen=True)

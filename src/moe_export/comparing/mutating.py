@@ -21,6 +21,7 @@ from moe_export.comparing.known import known_of_model
 from moe_export.comparing.matching import match_graph, reference_of, stated_domain
 from moe_export.comparing.mutating_apart import Fate, fate_of
 from moe_export.comparing.sides import metadata, running_type
+from moe_export.comparison_settings import ComparisonSettings, comparison_cases, tolerance_of
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.subject import Subject
@@ -46,7 +47,6 @@ from moe_export.verify.mutants.mutant import Mutant
 from moe_export.verify.mutants.nodes import node_mutants
 from moe_export.verify.mutants.weights import weight_mutants
 from moe_export.verify.runner import one_line
-from moe_export.wishes import Wish, tolerance_of, wished_cases
 
 _SAME = 1e-12
 """In float64, relative to the largest value: below this two graphs compute the same."""
@@ -269,11 +269,11 @@ def open_gate(  # noqa: PLR0913  each has a name
     subject = matched.subject
     cases: list[Case] = []
 
-    setting = (list(runner.inputs), matched.ranges, matched.arrays, seed)
-    known = known_of_model(subject, *setting, path, stated_domain(facts))
+    plan = (list(runner.inputs), matched.ranges, matched.arrays, seed)
+    known = known_of_model(subject, *plan, path, stated_domain(facts))
 
     def watched() -> Iterator[Case]:
-        for case in wished_cases(Wish(thorough=thorough), *setting, known=known):
+        for case in comparison_cases(ComparisonSettings(thorough=thorough), *plan, known=known):
             cases.append(case)
             yield case
 

@@ -27,11 +27,17 @@ from moe_export.comparing.sides import (
     running_type,
     table_sizes,
 )
+from moe_export.comparison_settings import (
+    DEFAULT_SETTINGS,
+    ComparisonSettings,
+    comparison_cases,
+    picked,
+    tolerance_of,
+)
 from moe_export.errors import UsageError
 from moe_export.verify import Array, DimRange, Report, Runner, TensorSpec, Tolerance, compare
 from moe_export.verify.golden import Golden, Recorder, load_golden, recorded
 from moe_export.verify.reports.report import PRECISION
-from moe_export.wishes import USUAL, Wish, picked, tolerance_of, wished_cases
 
 if TYPE_CHECKING:
     from moe_export.comparing.explaining import Explanation
@@ -44,7 +50,7 @@ class Request:
     Attributes:
         tolerance: For floats.
         seed: Of the inputs.
-        wish: How much to try.
+        settings: How much to try.
         init: Arguments of a model file's class.
         inputs: Example inputs of a model file's class.
         recorder: Keeps what the reference computes.
@@ -58,7 +64,7 @@ class Request:
 
     tolerance: Tolerance = field(default_factory=Tolerance)
     seed: int = 0
-    wish: Wish = USUAL
+    settings: ComparisonSettings = DEFAULT_SETTINGS
     init: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     recorder: Recorder | None = None
@@ -95,7 +101,7 @@ def _with_golden(candidate: Side, reference: Side, request: Request) -> Report:
     narrow = request.dtype if other is candidate else _asked_or_of(other, request)
     tells = other.kind == "graph" and (other.backend or "").startswith("onnxruntime")
     teller = GraphTeller(stored, other.path if tells else None, other.provider, outputs)
-    cases = picked(iter([case.case for case in stored.cases]), request.wish.only)
+    cases = picked(iter([case.case for case in stored.cases]), request.settings.only)
     routing = stored.routing if other is candidate else ()
     runner, cases = recorded(request.recorder, sides[0], cases, routing)
     return compare(
@@ -104,8 +110,8 @@ def _with_golden(candidate: Side, reference: Side, request: Request) -> Report:
         cases,
         tolerance=tolerance_of(narrow, request.tolerance),
         routing=routing,
-        budget=request.wish.flips,
-        time_limit=request.wish.time_limit,
+        budget=request.settings.flips,
+        time_limit=request.settings.time_limit,
         teller=teller if other is candidate else Mirrored(teller),
         about={
             **stored.about,
@@ -199,7 +205,7 @@ def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
     outputs = by_position([spec.name for spec in ours.outputs], [spec.name for spec in theirs.outputs])
     tables = table_sizes(shown[0].path) if shown[0].kind == "graph" else {}
     known = known_of_graph(theirs, example, tables, candidate.path)
-    made = wished_cases(request.wish, specs, dims, example, request.seed, known=known)
+    made = comparison_cases(request.settings, specs, dims, example, request.seed, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
     runner, cases = recorded(request.recorder, watchable(reference, theirs, request), made, routing)
     return compare(
@@ -208,8 +214,8 @@ def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
         cases,
         tolerance=tolerance_of(narrow, request.tolerance),
         routing=routing,
-        budget=request.wish.flips,
-        time_limit=request.wish.time_limit,
+        budget=request.settings.flips,
+        time_limit=request.settings.time_limit,
         teller=_teller(candidate, reference, inputs, outputs),
         about={**about_sides(candidate, reference), **about_precision(candidate, narrow)},
     )

@@ -25,6 +25,7 @@ from moe_export.comparing.verifying import (
     by_position,
     watchable,
 )
+from moe_export.comparison_settings import Own, comparison_cases, tolerance_of
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.frontend.load import load_subject, split_spec
 from moe_export.export.frontend.script import run_file
@@ -45,7 +46,6 @@ from moe_export.verify import (
     compare,
 )
 from moe_export.verify.golden import recorded
-from moe_export.wishes import Own, tolerance_of, wished_cases
 
 
 @dataclass(frozen=True, eq=False)
@@ -84,8 +84,8 @@ def _graph_against_model(candidate: Side, reference: Side, request: Request) -> 
         return compare_blocks(original, candidate, request, reference.text)
     if reference.backend == "torch-float64":
         return _float64_against_graph(candidate, reference, request, original)
-    wish = replace(request.wish, own=own_inputs(reference, original))
-    return compare_subject(original, candidate, replace(request, wish=wish), reference.text)
+    settings = replace(request.settings, own=own_inputs(reference, original))
+    return compare_subject(original, candidate, replace(request, settings=settings), reference.text)
 
 
 def compare_subject(original: Subject, candidate: Side, request: Request, called: str) -> Report:
@@ -94,7 +94,7 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
     Args:
         original: The model; the graph may be of a gate of it.
         candidate: The graph or the engine.
-        request: How; its recorder and its wishes count.
+        request: How to compare; its recorder and its settings are used.
         called: What the report calls the model.
     """
     dtype, facts = request.dtype, metadata(candidate.path)
@@ -102,7 +102,7 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
     held = reference_of(original, runner, facts, request.gate)
     subject = held.subject
     with in_memory(subject.module):
-        wish = request.wish if subject is original else replace(request.wish, own=None)
+        settings = request.settings if subject is original else replace(request.settings, own=None)
         matched = match_graph(runner, subject, held.routing, facts)
         tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
         tolerance = tolerance_of(dtype, request.tolerance)
@@ -117,7 +117,7 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
             seed=request.seed,
             graph=candidate.path if tells else None,
             provider=candidate.provider,
-            wish=wish,
+            settings=settings,
             recorder=request.recorder,
             about={
                 "candidate": candidate.text,
@@ -147,14 +147,14 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
     own = own_inputs(reference, original) if held.subject is original else None
     matched = match_graph(runner, held.subject, held.routing, facts)
     subject = matched.subject
-    wish = replace(request.wish, own=own)
+    settings = replace(request.settings, own=own)
     wide = apart.reference(subject, subject.outputs, apart.ROUNDED_FLOAT64)
-    setting = (list(runner.inputs), matched.ranges, matched.arrays, request.seed)
+    plan = (list(runner.inputs), matched.ranges, matched.arrays, request.seed)
     with quiet():
         known = known_of_model(
-            subject, *setting, candidate.path if candidate.kind == "graph" else None, stated_domain(facts)
+            subject, *plan, candidate.path if candidate.kind == "graph" else None, stated_domain(facts)
         )
-    cases = wished_cases(wish, *setting, known=known)
+    cases = comparison_cases(settings, *plan, known=known)
     watched, cases = recorded(request.recorder, wide, cases, matched.pairs)
     tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
     with quiet():
@@ -164,8 +164,8 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
             cases,
             tolerance=tolerance_of(dtype, request.tolerance),
             routing=matched.pairs,
-            budget=request.wish.flips,
-            time_limit=request.wish.time_limit,
+            budget=request.settings.flips,
+            time_limit=request.settings.time_limit,
             truth=apart.reference(subject, subject.outputs, apart.FLOAT64),
             teller=GraphTeller(wide, candidate.path if tells else None, candidate.provider),
             about={
@@ -191,10 +191,10 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
     specs, dims = _specs_of(theirs.subject, traced)
     arrays = {name: as_numpy(tensor) for name, tensor in theirs.subject.inputs.items()}
     routing = [] if traced is None else _pairs(traced)
-    wish = replace(request.wish, own=own_inputs(reference, theirs.subject))
+    settings = replace(request.settings, own=own_inputs(reference, theirs.subject))
     with quiet():
         known = known_of_model(theirs.subject, specs, dims, arrays, request.seed)
-    made = wished_cases(wish, specs, dims, arrays, request.seed, known=known)
+    made = comparison_cases(settings, specs, dims, arrays, request.seed, known=known)
     pairs = [RoutingPair(*pair) for pair in routing]
     runner, cases = recorded(request.recorder, theirs.runner, made, pairs)
     with quiet():
@@ -204,8 +204,8 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
             cases,
             tolerance=request.tolerance,
             routing=pairs,
-            budget=request.wish.flips,
-            time_limit=request.wish.time_limit,
+            budget=request.settings.flips,
+            time_limit=request.settings.time_limit,
             truth=apart.reference(theirs.subject, theirs.subject.outputs, apart.FLOAT64),
             about={**about_sides(candidate, reference), **line_of(ours.subject)},
         )
@@ -216,15 +216,15 @@ def _model_against_graph(candidate: Side, reference: Side, request: Request) -> 
     opened, graph = open_model(candidate, request), graph_runner(reference)
     matched = match_graph(graph, opened.subject, facts=metadata(reference.path))
     subject = matched.subject
-    setting = (list(graph.inputs), matched.ranges, matched.arrays, request.seed)
+    plan = (list(graph.inputs), matched.ranges, matched.arrays, request.seed)
     with quiet():
         known = known_of_model(
             subject,
-            *setting,
+            *plan,
             reference.path if reference.kind == "graph" else None,
             stated_domain(metadata(reference.path)),
         )
-    made = wished_cases(request.wish, *setting, known=known)
+    made = comparison_cases(request.settings, *plan, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
     runner, cases = recorded(request.recorder, watchable(reference, graph, request), made, routing)
     names = by_position(opened.subject.outputs, subject.outputs)
@@ -239,8 +239,8 @@ def _model_against_graph(candidate: Side, reference: Side, request: Request) -> 
             cases,
             tolerance=request.tolerance,
             routing=routing,
-            budget=request.wish.flips,
-            time_limit=request.wish.time_limit,
+            budget=request.settings.flips,
+            time_limit=request.settings.time_limit,
             teller=Mirrored(told),
             truth=apart.reference(subject, subject.outputs, apart.FLOAT64),
             about={**about_sides(candidate, reference), **line_of(opened.subject)},
@@ -254,12 +254,12 @@ def record_model(side: Side, request: Request) -> tuple[RoutingPair, ...]:
     traced = _traced(opened.subject)
     specs, dims = _specs_of(opened.subject, traced)
     arrays = {name: as_numpy(tensor) for name, tensor in opened.subject.inputs.items()}
-    wish = replace(request.wish, own=own_inputs(side, opened.subject))
+    settings = replace(request.settings, own=own_inputs(side, opened.subject))
     runner = request.recorder.on(opened.runner)
     with quiet():
         known = known_of_model(opened.subject, specs, dims, arrays, request.seed)
         for case in request.recorder.watch(
-            wished_cases(wish, specs, dims, arrays, request.seed, known=known)
+            comparison_cases(settings, specs, dims, arrays, request.seed, known=known)
         ):
             if case.reserve:
                 break

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from moe_export.comparison_settings import tolerance_of
 from moe_export.errors import MoeExportError
 from moe_export.export.dims import Dim
 from moe_export.export.frontend.subject import Subject
@@ -49,7 +50,6 @@ from moe_export.verify.judging.choices import judge_choices
 from moe_export.verify.reports.report import Outcome
 from moe_export.verify.runner import one_line
 from moe_export.verify.specs import is_float
-from moe_export.wishes import tolerance_of
 
 MOST = 2**34
 """Bytes that one block may have."""

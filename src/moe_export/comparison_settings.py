@@ -1,4 +1,4 @@
-"""What the user wishes of a comparison: how much to try, on which inputs, how exactly; no engine is needed to know."""
+"""The settings of a comparison: how many cases, on which inputs, within which tolerance; needs no engine."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Own = Callable[[int], Mapping[str, Array]]
 
 
 @dataclass(frozen=True)
-class Wish:
-    """How much to try.
+class ComparisonSettings:
+    """How much a comparison tries.
 
     Attributes:
         thorough: Every kind of values, and at more sizes.
@@ -43,10 +43,10 @@ class Wish:
     time_limit: float | None = None
 
 
-USUAL = Wish()
+DEFAULT_SETTINGS = ComparisonSettings()
 
 
-def parse_wish(
+def parse_settings(
     thorough: bool = False,
     seeds: int = 1,
     flips: str | None = None,
@@ -54,13 +54,13 @@ def parse_wish(
     case: str | None = None,
     own_inputs: Sequence[str] = (),
     time_limit: float | None = None,
-) -> Wish:
-    """A wish as the command line has it.
+) -> ComparisonSettings:
+    """The settings as the command line gives them.
 
     Raises:
-        UsageError: Something in it cannot be understood.
+        UsageError: One of them cannot be parsed.
     """
-    return Wish(
+    return ComparisonSettings(
         thorough=thorough,
         seeds=seeds,
         flips=None if flips is None else FlipBudget.parse(flips),
@@ -97,8 +97,8 @@ def check_names(tolerance: Tolerance, outputs: Sequence[str]) -> None:
         )
 
 
-def wished_cases(
-    wish: Wish,
+def comparison_cases(
+    settings: ComparisonSettings,
     specs: Sequence[TensorSpec],
     dims: Sequence[DimRange],
     example: Mapping[str, Array],
@@ -109,7 +109,7 @@ def wished_cases(
     """The cases of a comparison; the user's own inputs come right after the example.
 
     Args:
-        wish: How much to try.
+        settings: How much to try.
         specs: The inputs.
         dims: The free dimensions.
         example: The first case.
@@ -121,13 +121,20 @@ def wished_cases(
         UsageError: There is no case of the label that was asked for, or the user's inputs do not fit.
     """
     made = cases(
-        specs, dims, example, seed, thorough=wish.thorough, seeds=wish.seeds, at=wish.at, known=known
+        specs,
+        dims,
+        example,
+        seed,
+        thorough=settings.thorough,
+        seeds=settings.seeds,
+        at=settings.at,
+        known=known,
     )
-    made = _with_own(wish, specs, made, seed)
-    if wish.thorough and watched is not None:
+    made = _with_own(settings, specs, made, seed)
+    if settings.thorough and watched is not None:
         drawn = (case for more in range(8) for case in _ordinary(specs, dims, example, seed + more))
         made = _before_reserve(made, alone_cases(watched, drawn))
-    return picked(made, wish.only)
+    return picked(made, settings.only)
 
 
 def _ordinary(
@@ -148,14 +155,16 @@ def _before_reserve(made: Iterator[Case], more: Iterator[Case]) -> Iterator[Case
     yield from made
 
 
-def _with_own(wish: Wish, specs: Sequence[TensorSpec], made: Iterator[Case], seed: int) -> Iterator[Case]:
+def _with_own(
+    settings: ComparisonSettings, specs: Sequence[TensorSpec], made: Iterator[Case], seed: int
+) -> Iterator[Case]:
     yield next(made)
     names = [spec.name for spec in specs]
-    for file in wish.files:
+    for file in settings.files:
         yield own_case(file.name, seed, specs, read_inputs(file, names))
-    if wish.own is not None:
-        for more in range(wish.seeds):
-            yield own_case(f"inputs({seed + more})", seed + more, specs, wish.own(seed + more))
+    if settings.own is not None:
+        for more in range(settings.seeds):
+            yield own_case(f"inputs({seed + more})", seed + more, specs, settings.own(seed + more))
     yield from made
 
 
