@@ -219,17 +219,17 @@ def export_command(**options: Any) -> int:
 
 
 @cli.command("verify")
-@click.argument("graph", metavar="SIDE[@BACKEND]")
+@click.argument("graph", metavar="ARTIFACT[@BACKEND]")
 @click.option(
     "--against",
     multiple=True,
-    metavar="SIDE[@BACKEND]",
+    metavar="ARTIFACT[@BACKEND]",
     help="What is right by definition: a model file, a graph, an engine, a golden file (repeatable).",
 )
 @click.option(
     "--backend",
     type=click.Choice([name for names in BACKENDS.values() for name in names]),
-    help="What runs the first side.",
+    help="What runs the first artifact.",
 )
 @click.option(
     "--record", metavar="FILE.safetensors", help="Store inputs and right outputs, to compare with later."

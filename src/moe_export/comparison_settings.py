@@ -115,7 +115,7 @@ def comparison_cases(
         example: The first case.
         seed: Of the values.
         watched: The reference, if it says what it chooses: then each expert is tried alone, if all is to be tried.
-        known: What is known of the two sides.
+        known: What is known of the two artifacts.
 
     Raises:
         UsageError: There is no case of the label that was asked for, or the user's inputs do not fit.

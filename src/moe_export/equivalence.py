@@ -56,15 +56,15 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
         MissingBackendError: The graph cannot be run here.
     """
     from moe_export.comparing.apart import copy_model
-    from moe_export.comparing.sides import parse_side
+    from moe_export.comparing.artifacts import parse_artifact
     from moe_export.comparing.verifying import Request
     from moe_export.comparing.verifying_models import compare_subject
+    from moe_export.comparison_settings import parse_settings, parse_tolerance
     from moe_export.export.frontend.ended import no_exit
     from moe_export.export.frontend.subject import make_subject
-    from moe_export.wishes import parse_tolerance, parse_wish
 
     args, kwargs = _arguments(inputs)
-    candidate = parse_side(str(onnx_path), backend)
+    candidate = parse_artifact(str(onnx_path), backend)
     if candidate.kind not in {"graph", "engine"}:
         raise UsageError(
             f"{onnx_path} is neither a graph nor an engine", hint="give the path of an .onnx file"

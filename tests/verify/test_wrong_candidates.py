@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from moe_export.comparing.known import known_of_model
+from moe_export.comparison_settings import DEFAULT_SETTINGS, comparison_cases
 from moe_export.export.frontend.subject import make_subject
 from moe_export.verify import DimRange, TensorSpec, TorchRunner, compare
 from moe_export.verify.runners.torch_runner import to_numpy

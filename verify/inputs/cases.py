@@ -48,7 +48,7 @@ def cases(
             find most, at the traced sizes.
         seeds: New values at the traced sizes under so many seeds: `seed`, `seed + 1`, ...
         at: Further sizes; a dimension that is not named keeps its traced size.
-        known: What is known of the two sides: what cases cost, what inputs mean, which numbers are in their code.
+        known: What is known of the two artifacts: what cases cost, what inputs mean, which numbers are in their code.
 
     Raises:
         UsageError: Example and specs do not fit, or a shape names an unknown dimension.

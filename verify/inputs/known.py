@@ -1,4 +1,4 @@
-"""What is known of the two sides before anything is compared: it fixes the plan, together with the seed."""
+"""What is known of the two artifacts before anything is compared: it fixes the plan, together with the seed."""
 
 from __future__ import annotations
 

@@ -53,9 +53,11 @@ def _escaped(text: str, *, property: bool = False) -> str:
 def summary(report: Report) -> str:
     """Markdown: the verdict, a row an output, and what was compared."""
     about = report.about
-    sides = f"{about.get('candidate', report.candidate)} against {about.get('reference', report.reference)}"
+    compared = (
+        f"{about.get('candidate', report.candidate)} against {about.get('reference', report.reference)}"
+    )
     lines = [
-        f"### {_MARKS[report.verdict]} {_cell(sides)}: {report.verdict}",
+        f"### {_MARKS[report.verdict]} {_cell(compared)}: {report.verdict}",
         "",
         "| output | dtype | max abs | max rel | at | verdict |",
         "|---|---|--:|--:|---|---|",

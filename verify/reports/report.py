@@ -88,7 +88,7 @@ class Report:
             on offer, all of them.
         budget: How many tokens may go to another expert in a tie; None for any number. Cases whose values are
             made to tie do not count.
-        about: Where the two sides come from: `reference`, `candidate` (files), `line` (of the model,
+        about: Where the two artifacts come from: `reference`, `candidate` (files), `line` (of the model,
             `model.py:12`), and what else a reader may want.
         left_out: Labels of the cases that a time limit cut off.
     """

@@ -8,7 +8,15 @@ from pathlib import Path
 
 from moe_export.commands.console import Console
 from moe_export.commands.view import require_svg, write_svg
-from moe_export.pictures.differing import FIGURES, Difference, Side, difference, listed, marks_of, parse_sizes
+from moe_export.pictures.differing import (
+    FIGURES,
+    Difference,
+    MeasuredGraph,
+    difference,
+    listed,
+    marks_of,
+    parse_sizes,
+)
 from moe_export.pictures.groups import knows_modules, opened_of
 from moe_export.pictures.sketch import Level, Sketch, sketch_of
 
@@ -129,7 +137,7 @@ def _lines(found: Difference, same: int) -> Iterator[str]:
         yield f"counted {word}: {_counted(side)}"
 
 
-def _counted(side: Side) -> str:
+def _counted(side: MeasuredGraph) -> str:
     sizes = " ".join(f"{name}={size}" for name, size in side.sizes.items())
     uncounted = f", without the FLOPs of {', '.join(side.uncounted)}" if side.uncounted else ""
     reason = f"; FLOPs and activations are not known: {side.reason}" if side.reason else ""

@@ -1,4 +1,4 @@
-"""`moe-export verify A --against B`: the gate alone, for any two sides; PyTorch only where a side is a model file."""
+"""`moe-export verify A --against B`: the check alone, for any two artifacts; PyTorch only for a model file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from moe_export.commands.console import Console
 from moe_export.commands.reports import Wanted, write_reports
 from moe_export.commands.sizes import parse_bytes
-from moe_export.comparing.sides import Side, parse_side
+from moe_export.comparing.artifacts import Artifact, parse_artifact
 from moe_export.comparison_settings import check_names, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.export.write import staging
@@ -65,8 +65,8 @@ def run_verify(
     from moe_export.comparing.verifying import Request
 
     console = Console(quiet, as_json)
-    candidate = parse_side(graph, backend, provider)
-    references = [parse_side(text, None, provider) for text in against]
+    candidate = parse_artifact(graph, backend, provider)
+    references = [parse_artifact(text, None, provider) for text in against]
     if not references and record is None:
         raise UsageError("Missing option '--against'", hint="or --record golden.safetensors, to store a run")
     request = Request(
@@ -84,7 +84,7 @@ def run_verify(
         gate=gate,
     )
     wanted = wanted or Wanted()
-    read = [side.file for side in (candidate, *references)] + list(request.settings.files)
+    read = [artifact.file for artifact in (candidate, *references)] + list(request.settings.files)
     wanted.require_free(read)
     if record is not None:
         require_free(Path(record), "tensors", inputs=read, force=wanted.force)
@@ -117,11 +117,11 @@ def run_verify(
     return worst_code(reports) or int(bool(request.inside and request.why))
 
 
-def _compared(candidate: Side, reference: Side, request: Request, console: Console) -> Report:
-    from moe_export.comparing.verifying import compare_sides
+def _compared(candidate: Artifact, reference: Artifact, request: Request, console: Console) -> Report:
+    from moe_export.comparing.verifying import compare_artifacts
 
     with console.step(f"verifying {candidate.text} against {reference.text}"):
-        return compare_sides(candidate, reference, request)
+        return compare_artifacts(candidate, reference, request)
 
 
 def _document(reports: list[Report], request: Request) -> dict[str, Any]:
@@ -143,21 +143,24 @@ def _again(graph: str, request: Request, backend: str | None) -> str:
     return " ".join(words)
 
 
-def _record_alone(side: Side, request: Request, path: Path, console: Console, force: bool) -> int:
-    """Store what one side computes, without comparing it."""
-    if side.kind != "model":
+def _record_alone(artifact: Artifact, request: Request, path: Path, console: Console, force: bool) -> int:
+    """Store what one artifact computes, without comparing it."""
+    if artifact.kind != "model":
         raise UsageError(
             "only a model file can be recorded alone",
-            hint=f"moe-export verify {side.text} --against model.py --record {path}",
+            hint=f"moe-export verify {artifact.text} --against model.py --record {path}",
         )
     from moe_export.comparing.verifying_models import record_model
 
     assert request.recorder is not None
-    with console.user_code(), console.step(f"running {side.text}"):
-        routing = record_model(side, request)
+    with console.user_code(), console.step(f"running {artifact.text}"):
+        routing = record_model(artifact, request)
     recorder = request.recorder
     _save(
-        Golden(recorder.engine, tuple(recorder.kept), routing, {"reference": side.text}), path, console, force
+        Golden(recorder.engine, tuple(recorder.kept), routing, {"reference": artifact.text}),
+        path,
+        console,
+        force,
     )
     return 0
 

@@ -1,1 +1,1 @@
-"""Two sides held against one another: found, compared, explained; and whether that can fail."""
+"""Two artifacts opened, compared and explained; and mutation tests of the comparison itself."""

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from moe_export.comparing import apart
+from moe_export.comparing.artifacts import GraphRunner
 from moe_export.comparing.checking_told import GraphTeller
 from moe_export.comparing.known import known_of_model
-from moe_export.comparing.sides import GraphRunner
 from moe_export.comparison_settings import (
     DEFAULT_SETTINGS,
     ComparisonSettings,
@@ -135,10 +135,10 @@ def _with_the_same_experts(
         are within the tolerance.
     """
     assert graph.wide is not None
-    sides = told_and_chooser(graph.wide, graph.model, provider)
-    if sides is None:
+    found = told_and_chooser(graph.wide, graph.model, provider)
+    if found is None:
         return None
-    told, chooser, wide = sides
+    told, chooser, wide = found
     dims = [replace(dim, minimum=min(dim.minimum, 1)) for dim in graph.traced.dims]
     float32 = verify_file(
         wide,

@@ -16,7 +16,7 @@ class Float64Runner:
     Args:
         subject: The model.
         outputs: Names of its outputs.
-        rounded: Whether outputs come in the model's own types, so that they can be compared as any other side.
+        rounded: Whether outputs come in the model's own types, so that they can be compared like any other outputs.
     """
 
     name = "torch-float64"

@@ -1,4 +1,4 @@
-"""A graph told which experts to take: the side that decides what a tie leaves open."""
+"""A graph told which experts to take: for whichever artifact leaves the decision in a tie open."""
 
 from __future__ import annotations
 

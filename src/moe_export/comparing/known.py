@@ -1,4 +1,4 @@
-"""What is known of the two sides before one is held against the other: what cases cost, what inputs mean.
+"""What is known of two artifacts before they are compared: what cases cost, what inputs mean.
 
 It is found by running the reference, as often as its counted work allows, so that the plan is the same on every
 machine.
@@ -47,7 +47,7 @@ def known_of_model(
         dims: The free dimensions.
         example: Its example inputs.
         seed: Of the values.
-        graph: The file of the other side, if it is an ONNX graph.
+        graph: The file of the other artifact, if it is an ONNX graph.
         domain: For which sizes that is said to be right; nothing is said if it is not for the example's.
     """
     make = case_maker(specs, example, seed)

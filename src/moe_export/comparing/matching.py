@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from moe_export.comparing.artifacts import GraphRunner
 from moe_export.comparing.checking import Routing
-from moe_export.comparing.sides import GraphRunner
 from moe_export.comparing.verifying import by_position
 from moe_export.domain import Domain
 from moe_export.errors import MoeExportError, UsageError

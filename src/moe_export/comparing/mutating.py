@@ -14,13 +14,13 @@ import numpy as np
 import onnx
 
 from moe_export.comparing import apart
+from moe_export.comparing.artifacts import metadata, running_type
 from moe_export.comparing.blaming import program_values
 from moe_export.comparing.checking_told import GraphTeller
 from moe_export.comparing.explaining import INSIDE
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.matching import match_graph, reference_of, stated_domain
 from moe_export.comparing.mutating_apart import Fate, fate_of
-from moe_export.comparing.sides import metadata, running_type
 from moe_export.comparison_settings import ComparisonSettings, comparison_cases, tolerance_of
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
 from moe_export.export.frontend.load import load_subject

@@ -1,4 +1,4 @@
-"""Compare two sides, whatever they are: which of them gives the inputs, and what else is known of either.
+"""Compare two artifacts, whatever they are: which of them gives the inputs, and what else is known of either.
 
 | candidate | reference | inputs |
 |---|---|---|
@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from moe_export.comparing.checking_told import GraphTeller, Mirrored, WatchedGraph
-from moe_export.comparing.sides import (
-    Side,
+from moe_export.comparing.artifacts import (
+    Artifact,
     graph_example,
     graph_routing,
     graph_runner,
@@ -27,6 +26,7 @@ from moe_export.comparing.sides import (
     running_type,
     table_sizes,
 )
+from moe_export.comparing.checking_told import GraphTeller, Mirrored, WatchedGraph
 from moe_export.comparison_settings import (
     DEFAULT_SETTINGS,
     ComparisonSettings,
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What is asked besides the two sides.
+    """What is asked besides the two artifacts.
 
     Attributes:
         tolerance: For floats.
@@ -76,8 +76,8 @@ class Request:
     gate: str | None = None
 
 
-def compare_sides(candidate: Side, reference: Side, request: Request) -> Report:
-    """Compare two sides.
+def compare_artifacts(candidate: Artifact, reference: Artifact, request: Request) -> Report:
+    """Compare two artifacts.
 
     Raises:
         UsageError: They take different inputs, or one of them cannot be read.
@@ -92,21 +92,21 @@ def compare_sides(candidate: Side, reference: Side, request: Request) -> Report:
     return _graphs(candidate, reference, request)
 
 
-def _with_golden(candidate: Side, reference: Side, request: Request) -> Report:
+def _with_golden(candidate: Artifact, reference: Artifact, request: Request) -> Report:
     """The cases are the stored ones."""
     stored = load_golden((reference if reference.kind == "golden" else candidate).path)
     other = candidate if reference.kind == "golden" else reference
     runner, outputs = _opened(other, stored, request)
-    sides: tuple[Runner, Runner] = (stored, runner) if other is candidate else (runner, stored)
+    runners: tuple[Runner, Runner] = (stored, runner) if other is candidate else (runner, stored)
     narrow = request.dtype if other is candidate else _asked_or_of(other, request)
     tells = other.kind == "graph" and (other.backend or "").startswith("onnxruntime")
     teller = GraphTeller(stored, other.path if tells else None, other.provider, outputs)
     cases = picked(iter([case.case for case in stored.cases]), request.settings.only)
     routing = stored.routing if other is candidate else ()
-    runner, cases = recorded(request.recorder, sides[0], cases, routing)
+    runner, cases = recorded(request.recorder, runners[0], cases, routing)
     return compare(
         runner,
-        sides[1],
+        runners[1],
         cases,
         tolerance=tolerance_of(narrow, request.tolerance),
         routing=routing,
@@ -115,24 +115,24 @@ def _with_golden(candidate: Side, reference: Side, request: Request) -> Report:
         teller=teller if other is candidate else Mirrored(teller),
         about={
             **stored.about,
-            **about_sides(candidate, reference),
+            **about_artifacts(candidate, reference),
             **about_precision(candidate, request.dtype),
         },
     )
 
 
-def _opened(side: Side, stored: Golden, request: Request) -> tuple[Runner, Mapping[str, str]]:
-    """The side that is not stored, under the names of the golden file, and how its outputs were called."""
-    if side.kind == "golden":
-        return load_golden(side.path), {}
-    if side.kind == "model":
+def _opened(artifact: Artifact, stored: Golden, request: Request) -> tuple[Runner, Mapping[str, str]]:
+    """The artifact that is not stored, under the names of the golden file, and how its outputs were called."""
+    if artifact.kind == "golden":
+        return load_golden(artifact.path), {}
+    if artifact.kind == "model":
         from moe_export.comparing.verifying_models import open_model
 
-        opened = open_model(side, request)
+        opened = open_model(artifact, request)
         runner: Runner = opened.runner
         inputs, outputs = list(opened.subject.inputs), list(opened.subject.outputs)
     else:
-        graph = graph_runner(side, running_type(side.path, request.dtype))
+        graph = graph_runner(artifact, running_type(artifact.path, request.dtype))
         runner = graph
         inputs, outputs = [spec.name for spec in graph.inputs], [spec.name for spec in graph.outputs]
     taken = list(stored.cases[0].case.inputs)
@@ -142,7 +142,7 @@ def _opened(side: Side, stored: Golden, request: Request) -> tuple[Runner, Mappi
         renamed = dict(zip(taken, inputs, strict=True))
     else:
         raise UsageError(
-            f"{side.text} takes {', '.join(inputs)}, but the golden file holds {', '.join(taken)}"
+            f"{artifact.text} takes {', '.join(inputs)}, but the golden file holds {', '.join(taken)}"
         )
     scores = {pair.scores for pair in stored.routing}
     kept = [name for name in stored.outputs if name in outputs or name not in scores]
@@ -152,12 +152,12 @@ def _opened(side: Side, stored: Golden, request: Request) -> tuple[Runner, Mappi
 
 @dataclass(frozen=True, eq=False)
 class Renamed:
-    """An engine under the other side's names.
+    """An engine under the names of the other artifact.
 
     Attributes:
         runner: The engine.
-        inputs: The other side's input names → the engine's; what is not named is not given.
-        outputs: The engine's output names → the other side's.
+        inputs: Input names of the other artifact → the engine's; what is not named is not given.
+        outputs: The engine's output names → those of the other artifact.
     """
 
     runner: Runner
@@ -182,7 +182,7 @@ def by_position(own: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
     return dict(zip(own, wanted, strict=True))
 
 
-def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
+def _graphs(candidate: Artifact, reference: Artifact, request: Request) -> Report:
     facts = metadata(reference.path) | metadata(candidate.path)
     narrow = _asked_or_of(reference, request)
     theirs = graph_runner(reference, narrowest(reference.path) if reference.kind == "graph" else "float32")
@@ -217,22 +217,26 @@ def _graphs(candidate: Side, reference: Side, request: Request) -> Report:
         budget=request.settings.flips,
         time_limit=request.settings.time_limit,
         teller=_teller(candidate, reference, inputs, outputs),
-        about={**about_sides(candidate, reference), **about_precision(candidate, narrow)},
+        about={**about_artifacts(candidate, reference), **about_precision(candidate, narrow)},
     )
 
 
-def watchable(side: Side, runner: Runner, request: Request) -> Runner:
+def watchable(artifact: Artifact, runner: Runner, request: Request) -> Runner:
     """What runs a graph; if it is recorded, with its choices, where onnxruntime can say them."""
-    if request.recorder is None or side.kind != "graph" or not (side.backend or "").startswith("onnxruntime"):
+    if (
+        request.recorder is None
+        or artifact.kind != "graph"
+        or not (artifact.backend or "").startswith("onnxruntime")
+    ):
         return runner
-    return WatchedGraph(side.path, side.provider)
+    return WatchedGraph(artifact.path, artifact.provider)
 
 
 def _teller(
-    candidate: Side, reference: Side, inputs: Mapping[str, str], outputs: Mapping[str, str]
+    candidate: Artifact, reference: Artifact, inputs: Mapping[str, str], outputs: Mapping[str, str]
 ) -> GraphTeller | None:
     """Where onnxruntime runs both, and their inputs have the same names."""
-    runs = all((side.backend or "").startswith("onnxruntime") for side in (candidate, reference))
+    runs = all((artifact.backend or "").startswith("onnxruntime") for artifact in (candidate, reference))
     if not runs or any(own != name for own, name in inputs.items()):
         return None
     watched = WatchedGraph(reference.path, reference.provider)
@@ -245,7 +249,7 @@ def narrowed(
     others: Sequence[TensorSpec],
     names: Mapping[str, str],
 ) -> tuple[list[TensorSpec], list[DimRange]]:
-    """The inputs with the sizes that the other side fixes; a dimension that is fixed anywhere is fixed everywhere."""
+    """The inputs with the sizes that the other artifact fixes; a dimension fixed in one place is fixed in all."""
     fixed: dict[str, int] = {}
     by_name = {names.get(spec.name, spec.name): spec for spec in others}
     for spec in specs:
@@ -270,14 +274,14 @@ def _cut(array: Array, spec: TensorSpec) -> Array:
     return array
 
 
-def _asked_or_of(reference: Side, request: Request) -> str:
+def _asked_or_of(reference: Artifact, request: Request) -> str:
     """What the user asked to judge by, else the narrowest type that a reference graph computes in."""
     if request.dtype != "float32" or reference.kind != "graph":
         return request.dtype
     return narrowest(reference.path)
 
 
-def about_precision(candidate: Side, judged: str) -> dict[str, str]:
+def about_precision(candidate: Artifact, judged: str) -> dict[str, str]:
     """That a graph computes in less than it is judged by, and what says otherwise: it does not say so itself."""
     narrow = narrowest(candidate.path) if candidate.kind == "graph" else "float32"
     if judged != "float32" or narrow == "float32":
@@ -288,6 +292,6 @@ def about_precision(candidate: Side, judged: str) -> dict[str, str]:
     }
 
 
-def about_sides(candidate: Side, reference: Side) -> dict[str, str]:
-    """Where the two sides are."""
+def about_artifacts(candidate: Artifact, reference: Artifact) -> dict[str, str]:
+    """Where the two artifacts are."""
     return {"candidate": candidate.text, "reference": reference.text}

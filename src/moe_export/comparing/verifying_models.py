@@ -1,4 +1,4 @@
-"""Compare where one side is a model file: PyTorch runs it, and its trace says which outputs are expert ids."""
+"""Comparisons with a model file: PyTorch runs it, and its trace says which outputs are expert ids."""
 
 from __future__ import annotations
 
@@ -10,18 +10,25 @@ import numpy as np
 import torch
 
 from moe_export.comparing import apart
+from moe_export.comparing.artifacts import (
+    Artifact,
+    GraphRunner,
+    graph_routing,
+    graph_runner,
+    metadata,
+    running_type,
+)
 from moe_export.comparing.checking import verify_file
 from moe_export.comparing.checking_told import GraphTeller, Mirrored
 from moe_export.comparing.explaining import Remembering, explain, look_inside
 from moe_export.comparing.known import known_of_model
-from moe_export.comparing.layerwise_sides import by_blocks, compare_blocks
+from moe_export.comparing.layerwise_artifacts import by_blocks, compare_blocks
 from moe_export.comparing.matching import match_graph, reference_of, stated_domain
-from moe_export.comparing.sides import GraphRunner, Side, graph_routing, graph_runner, metadata, running_type
 from moe_export.comparing.verifying import (
     Renamed,
     Request,
+    about_artifacts,
     about_precision,
-    about_sides,
     by_position,
     watchable,
 )
@@ -56,21 +63,21 @@ class OpenModel:
     runner: Runner
 
 
-def open_model(side: Side, request: Request) -> OpenModel:
+def open_model(artifact: Artifact, request: Request) -> OpenModel:
     """Load a model file, in float64 if that is its backend."""
     subject = load_subject(
-        side.text,
+        artifact.text,
         init=request.init,
         inputs=request.inputs,
         memory=request.memory,
         apart=apart.fork_model,
     )
-    kind = apart.ROUNDED_FLOAT64 if side.backend == "torch-float64" else apart.TORCH
+    kind = apart.ROUNDED_FLOAT64 if artifact.backend == "torch-float64" else apart.TORCH
     return OpenModel(subject, apart.reference(subject, subject.outputs, kind))
 
 
-def compare_models(candidate: Side, reference: Side, request: Request) -> Report:
-    """Compare two sides of which at least one is a model file."""
+def compare_models(candidate: Artifact, reference: Artifact, request: Request) -> Report:
+    """Compare two artifacts, at least one of them a model file."""
     if reference.kind == "model" and candidate.kind in {"graph", "engine"}:
         return _graph_against_model(candidate, reference, request)
     if candidate.kind == "model" and reference.kind == "model":
@@ -78,7 +85,7 @@ def compare_models(candidate: Side, reference: Side, request: Request) -> Report
     return _model_against_graph(candidate, reference, request)
 
 
-def _graph_against_model(candidate: Side, reference: Side, request: Request) -> Report:
+def _graph_against_model(candidate: Artifact, reference: Artifact, request: Request) -> Report:
     original = open_model(reference, request).subject
     if by_blocks(original, candidate, request.how):
         return compare_blocks(original, candidate, request, reference.text)
@@ -88,7 +95,7 @@ def _graph_against_model(candidate: Side, reference: Side, request: Request) -> 
     return compare_subject(original, candidate, replace(request, settings=settings), reference.text)
 
 
-def compare_subject(original: Subject, candidate: Side, request: Request, called: str) -> Report:
+def compare_subject(original: Subject, candidate: Artifact, request: Request, called: str) -> Report:
     """Compare a graph or an engine with a model that is loaded.
 
     Args:
@@ -139,7 +146,9 @@ def compare_subject(original: Subject, candidate: Side, request: Request, called
         return report
 
 
-def _float64_against_graph(candidate: Side, reference: Side, request: Request, original: Subject) -> Report:
+def _float64_against_graph(
+    candidate: Artifact, reference: Artifact, request: Request, original: Subject
+) -> Report:
     """The float64 run is the reference itself, rounded to the model's types."""
     dtype, facts = request.dtype, metadata(candidate.path)
     runner = graph_runner(candidate, running_type(candidate.path, dtype))
@@ -169,7 +178,7 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
             truth=apart.reference(subject, subject.outputs, apart.FLOAT64),
             teller=GraphTeller(wide, candidate.path if tells else None, candidate.provider),
             about={
-                **about_sides(candidate, reference),
+                **about_artifacts(candidate, reference),
                 **line_of(original),
                 **held.about,
                 **about_precision(candidate, dtype),
@@ -178,7 +187,7 @@ def _float64_against_graph(candidate: Side, reference: Side, request: Request, o
         )
 
 
-def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
+def _two_models(candidate: Artifact, reference: Artifact, request: Request) -> Report:
     theirs, ours = open_model(reference, request), open_model(candidate, request)
     inputs = by_position(list(ours.subject.inputs), list(theirs.subject.inputs))
     outputs = by_position(ours.subject.outputs, theirs.subject.outputs)
@@ -207,11 +216,11 @@ def _two_models(candidate: Side, reference: Side, request: Request) -> Report:
             budget=request.settings.flips,
             time_limit=request.settings.time_limit,
             truth=apart.reference(theirs.subject, theirs.subject.outputs, apart.FLOAT64),
-            about={**about_sides(candidate, reference), **line_of(ours.subject)},
+            about={**about_artifacts(candidate, reference), **line_of(ours.subject)},
         )
 
 
-def _model_against_graph(candidate: Side, reference: Side, request: Request) -> Report:
+def _model_against_graph(candidate: Artifact, reference: Artifact, request: Request) -> Report:
     """The graph is right by definition; the model gives the example."""
     opened, graph = open_model(candidate, request), graph_runner(reference)
     matched = match_graph(graph, opened.subject, facts=metadata(reference.path))
@@ -243,18 +252,18 @@ def _model_against_graph(candidate: Side, reference: Side, request: Request) -> 
             time_limit=request.settings.time_limit,
             teller=Mirrored(told),
             truth=apart.reference(subject, subject.outputs, apart.FLOAT64),
-            about={**about_sides(candidate, reference), **line_of(opened.subject)},
+            about={**about_artifacts(candidate, reference), **line_of(opened.subject)},
         )
 
 
-def record_model(side: Side, request: Request) -> tuple[RoutingPair, ...]:
+def record_model(artifact: Artifact, request: Request) -> tuple[RoutingPair, ...]:
     """Run a model alone over all cases; the request's recorder keeps what comes. Which outputs are expert ids."""
     assert request.recorder is not None
-    opened = open_model(side, request)
+    opened = open_model(artifact, request)
     traced = _traced(opened.subject)
     specs, dims = _specs_of(opened.subject, traced)
     arrays = {name: as_numpy(tensor) for name, tensor in opened.subject.inputs.items()}
-    settings = replace(request.settings, own=own_inputs(side, opened.subject))
+    settings = replace(request.settings, own=own_inputs(artifact, opened.subject))
     runner = request.recorder.on(opened.runner)
     with quiet():
         known = known_of_model(opened.subject, specs, dims, arrays, request.seed)
@@ -299,9 +308,9 @@ def line_of(subject: Subject) -> dict[str, str]:
     return {"line": f"{code.co_filename}:{code.co_firstlineno}"}
 
 
-def own_inputs(side: Side, subject: Subject) -> Own | None:
+def own_inputs(artifact: Artifact, subject: Subject) -> Own | None:
     """The function `inputs(seed)` of a model's file, as arrays by the model's input names; None without one."""
-    path, _ = split_spec(side.text)
+    path, _ = split_spec(artifact.text)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError:

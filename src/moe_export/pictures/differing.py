@@ -28,7 +28,7 @@ FIGURES = ("nodes", "parameters", "weight_bytes", "flops", "activation_bytes")
 
 
 @dataclass(frozen=True)
-class Side:
+class MeasuredGraph:
     """One of two graphs.
 
     Attributes:
@@ -77,8 +77,8 @@ class Side:
 class Difference:
     """Two graphs, and what differs between them."""
 
-    before: Side
-    after: Side
+    before: MeasuredGraph
+    after: MeasuredGraph
     operators: Mapping[str, tuple[int, int]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -147,7 +147,9 @@ def difference(before: Path, after: Path, sizes: Mapping[str, int]) -> Differenc
                 f"theirs are: {', '.join(sorted(known))}" if known else "every size of their inputs is fixed"
             )
             raise UsageError(f"no dynamic dimension {name!r} in either graph", hint=hint)
-    return Difference(_side(before, old, _sizes(old, new, sizes)), _side(after, new, _sizes(new, old, sizes)))
+    return Difference(
+        _measured(before, old, _sizes(old, new, sizes)), _measured(after, new, _sizes(new, old, sizes))
+    )
 
 
 def _sizes(model: ir.Model, other: ir.Model, asked: Mapping[str, int]) -> dict[str, int]:
@@ -170,7 +172,7 @@ def usual_sizes(model: ir.Model, wanted: Mapping[str, int] | None = None) -> dic
     return {name: found.best for name, found in complete_ranges(free_dims(model), asked).items()}
 
 
-def _side(path: Path, model: ir.Model, sizes: Mapping[str, int]) -> Side:
+def _measured(path: Path, model: ir.Model, sizes: Mapping[str, int]) -> MeasuredGraph:
     nodes = list(model.graph.all_nodes())
     initializers = list(model.graph.initializers.values())
     figures: dict[str, int | None] = {
@@ -186,7 +188,7 @@ def _side(path: Path, model: ir.Model, sizes: Mapping[str, int]) -> Side:
     cost, reason = _cost(path, model, sizes)
     if cost is not None:
         figures |= {"flops": cost.total.flops, "activation_bytes": cost.total.activation_bytes}
-    return Side(
+    return MeasuredGraph(
         path.name, model, operators, figures, sizes, reason, cost.uncounted if cost is not None else ()
     )
 

@@ -1,1 +1,1 @@
-"""One side that runs: sessions of onnxruntime, engines on their GPU, inputs, times."""
+"""One artifact that runs: sessions of onnxruntime, engines on their GPU, inputs, times."""

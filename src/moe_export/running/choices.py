@@ -56,7 +56,7 @@ class ToldRunner:
 def told_and_chooser(
     wide: ir.Model, narrow: ir.Model, provider: str
 ) -> tuple[ToldRunner, OnnxRuntimeRunner, OnnxRuntimeRunner] | None:
-    """The two sides to compare, and the float32 graph as it is; None if the graph chooses nothing.
+    """The two graphs to compare, and the float32 graph as it is; None if the graph chooses nothing.
 
     Args:
         wide: The graph in float32.

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import onnx
 
+from moe_export.comparing.artifacts import Artifact, metadata
 from moe_export.comparing.matching import match_graph, reference_of
-from moe_export.comparing.sides import Side, metadata
 from moe_export.comparing.verifying import Request
 from moe_export.comparison_settings import tolerance_of
 from moe_export.errors import UsageError
@@ -27,7 +27,7 @@ class Declared:
     outputs: tuple[TensorSpec, ...]
 
 
-def by_blocks(subject: Subject, candidate: Side, asked: str | None) -> bool:
+def by_blocks(subject: Subject, candidate: Artifact, asked: str | None) -> bool:
     """Whether a graph is compared with a model block by block."""
     if candidate.kind != "graph" or metadata(candidate.path).get("moe_export.kind", "model") != "model":
         return False
@@ -35,7 +35,7 @@ def by_blocks(subject: Subject, candidate: Side, asked: str | None) -> bool:
     return asked == "layers" or (absent and asked is None)
 
 
-def compare_blocks(subject: Subject, candidate: Side, request: Request, called: str) -> Report:
+def compare_blocks(subject: Subject, candidate: Artifact, request: Request, called: str) -> Report:
     """Compare a graph with a model block by block.
 
     Raises:

@@ -41,7 +41,7 @@ def code_of(command, *args):
         ("moe.py", "moe.py@torch-float64"),
     ],
 )
-def test_every_pair_of_sides_of_one_model_is_equal(command, finished, candidate, against):
+def test_every_pair_of_artifacts_of_one_model_is_equal(command, finished, candidate, against):
     code, text = code_of(command, finished / candidate, "--against", finished / against)
     assert code == 0, text
 
@@ -60,7 +60,7 @@ def test_a_wrong_graph_is_wrong_against_each(command, finished, tmp_path, candid
         assert code == 1, text
 
 
-def test_several_sides_at_once(command, finished):
+def test_several_artifacts_at_once(command, finished):
     args = ["--against", finished / "moe.py", "--against", finished / "block.py"]
     assert command("verify", finished / "moe.onnx", *args).code == 2  # other inputs
     args = ["--against", finished / "moe.py", "--against", finished / "moe.onnx@onnx-reference", "--json"]

@@ -1,6 +1,6 @@
 """What `verify` can compare: a model file, a graph, an engine, golden tensors, each behind some engine (backend).
 
-Nothing heavy is imported to read a command line; PyTorch only where a model file is a side.
+Nothing heavy is imported to read a command line; PyTorch only for a model file.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 @dataclass(frozen=True)
-class Side:
-    """One side of a comparison.
+class Artifact:
+    """One of the two artifacts of a comparison.
 
     Attributes:
         text: As the user wrote it, without a backend.
@@ -65,7 +65,7 @@ class Side:
         return (self.backend or "").removeprefix("onnxruntime").removeprefix("-") or "cpu"
 
 
-def parse_side(text: str, backend: str | None = None, provider: str = "cpu") -> Side:
+def parse_artifact(text: str, backend: str | None = None, provider: str = "cpu") -> Artifact:
     """`model.onnx`, or with a backend `model.onnx@onnxruntime-cuda`.
 
     Args:
@@ -85,7 +85,7 @@ def parse_side(text: str, backend: str | None = None, provider: str = "cpu") -> 
         raise UsageError(f"{backend} cannot run {text}, a {_SAID[kind]}", hint=f"a {_SAID[kind]} has {has}")
     if kind == "graph" and backend in {None, "onnxruntime"}:
         backend = f"onnxruntime-{provider}"
-    return Side(text, kind, backend)
+    return Artifact(text, kind, backend)
 
 
 _SAID: Mapping[Kind, str] = {
@@ -96,23 +96,23 @@ _SAID: Mapping[Kind, str] = {
 }
 
 
-def graph_runner(side: Side, dtype: str = "float32") -> GraphRunner:
+def graph_runner(artifact: Artifact, dtype: str = "float32") -> GraphRunner:
     """A graph or an engine, ready to run.
 
     Args:
-        side: Which.
+        artifact: The file, and what runs it.
         dtype: The narrowest type that the graph computes in: on onnxruntime's CPU, half precision runs in float32
             and is rounded.
     """
-    if side.kind == "engine":
+    if artifact.kind == "engine":
         from moe_export.running.engines import open_engine
 
-        return open_engine(side.path, _MODULES[side.backend] if side.backend else None)
-    if side.backend == "onnx-reference":
-        return OnnxReferenceRunner(side.path)
+        return open_engine(artifact.path, _MODULES[artifact.backend] if artifact.backend else None)
+    if artifact.backend == "onnx-reference":
+        return OnnxReferenceRunner(artifact.path)
     from moe_export.running.choices import runner_of
 
-    return runner_of(side.path, side.provider, dtype)
+    return runner_of(artifact.path, artifact.provider, dtype)
 
 
 def running_type(path: Path, asked: str) -> str:
@@ -158,7 +158,7 @@ def metadata(path: Path) -> dict[str, str]:
 
 
 def graph_example(
-    side: Side, runner: GraphRunner, facts: Mapping[str, str], seed: int
+    artifact: Artifact, runner: GraphRunner, facts: Mapping[str, str], seed: int
 ) -> tuple[dict[str, Array], list[DimRange]]:
     """Inputs for a graph where no model shows what its inputs are like.
 
@@ -167,7 +167,7 @@ def graph_example(
     """
     dims = list(runner.dims) if isinstance(runner, TensorRtRunner) else _dims(runner.inputs, facts)
     sizes = {dim.name: dim.traced for dim in dims}
-    tables = table_sizes(side.path) if side.kind == "graph" else {}
+    tables = table_sizes(artifact.path) if artifact.kind == "graph" else {}
     generator = np.random.default_rng(seed)
     example = {}
     for spec in runner.inputs:
