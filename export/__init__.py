@@ -8,9 +8,8 @@ model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶
 
 | file | what it does |
 |---|---|
-| `tracing`, `conditions`, `dims`, `widen`, `idioms*` | `torch.export`, dimensions free where that holds; their names |
-| `randomness`, `notes`, `refused` | what cannot be verified; what the report should say |
-| `emit`, `programs`, `spelling*`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
+| `refused` | why something that was looked at is left as it was written |
+| `emit`, `spelling*`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
 | `size_numbers`, `reshapes` | what the exporter does that is not exact, or not for empty tensors |
 | `transposed` | products that ONNX Runtime crashes on, or computes wrong |
 | `opset`, `provenance` | exactly the opset asked for; where each node comes from, down to the line |
@@ -25,6 +24,7 @@ model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶
 | `torch_compat/` | what PyTorch does not promise: every private name and every patch, each with a canary |
 | `frontend/` | what a user brings becomes a `Subject`: by name, by class, or by the first call of a script |
 | `axes/` | what the axes of values run over: tokens, choices, experts |
+| `tracing/` | `torch.export`, dimensions free where that holds; for which sizes a trace holds |
 | `gates/` | recognise gates in the traced graph by what they do, cut one out, draw where its tokens go |
 | `experts/` | MoE blocks found, understood and lowered ([docs/experts.md](../docs/experts.md)) |
 | `recurrence/` | Python loops over time found in a trace and folded ([docs/recurrence.md](../docs/recurrence.md)) |
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from moe_export.export.frontend.subject import Subject
     from moe_export.export.options import Options
     from moe_export.export.pipeline import Graph, export_subject
-    from moe_export.export.tracing import Traced, trace
+    from moe_export.export.tracing.trace import Traced, trace
 
 __all__ = ["Graph", "Options", "Subject", "Traced", "export_subject", "load_subject", "trace"]
 
@@ -57,10 +57,10 @@ _LAZY = {
     "Graph": "pipeline",
     "Options": "options",
     "Subject": "frontend.subject",
-    "Traced": "tracing",
+    "Traced": "tracing.trace",
     "export_subject": "pipeline",
     "load_subject": "frontend.load",
-    "trace": "tracing",
+    "trace": "tracing.trace",
 }
 
 

@@ -23,11 +23,11 @@ from moe_export.export.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.provenance import shorten_metadata
 from moe_export.export.reshapes import plain_transposes, settle_axes, settle_reshapes
 from moe_export.export.size_numbers import exact_sizes
-from moe_export.export.slices import TRANSLATIONS
 from moe_export.export.spelling import respelled
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.exact_rules import exact_constants
-from moe_export.export.tracing import Traced, quiet, rename
+from moe_export.export.tracing.slices import TRANSLATIONS
+from moe_export.export.tracing.trace import Traced, quiet, rename
 from moe_export.export.transposed import mend_products
 from moe_export.export.untranslated import untranslated
 from moe_export.export.weights.follow import fold_steps

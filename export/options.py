@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from moe_export.export.dims import DimRequest
 from moe_export.export.recurrence.recurrences import Mode
+from moe_export.export.tracing.dims import DimRequest
 
 
 @dataclass(frozen=True)

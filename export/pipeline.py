@@ -14,7 +14,6 @@ import torch
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.axes.choice import may_choose
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.ended import no_exit
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.functions import described
@@ -26,7 +25,8 @@ from moe_export.export.options import Options
 from moe_export.export.precision.mixed import check_kept
 from moe_export.export.recurrence.step import step_of
 from moe_export.export.stages import PIPELINE, Draft, Model, Program, Step, between, run, without
-from moe_export.export.tracing import Traced, functional
+from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.trace import Traced, functional
 
 
 @dataclass(frozen=True)

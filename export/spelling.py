@@ -8,10 +8,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from moe_export.export.programs import copied_module, with_module
-from moe_export.export.slices import carry_constants
 from moe_export.export.spelling_logs import LOG_RULES
 from moe_export.export.spelling_numbers import NUMBER_RULES
+from moe_export.export.tracing.programs import copied_module, with_module
+from moe_export.export.tracing.slices import carry_constants
 
 _aten = torch.ops.aten
 

@@ -14,7 +14,7 @@ from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
 from moe_export.export.torch_compat.caches import made_once
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.trace import quiet
 
 _aten = torch.ops.aten
 

@@ -20,7 +20,7 @@ from moe_export.export.experts.find import Chain, Turn
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
 from moe_export.export.refused import RefusedError
-from moe_export.export.weight_inputs import is_weight
+from moe_export.export.tracing.weight_inputs import is_weight
 
 _aten = torch.ops.aten
 ZEROS = {_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default}

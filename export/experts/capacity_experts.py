@@ -22,7 +22,7 @@ from moe_export.export.experts.rows import arguments, rank_of, shape_of
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
 from moe_export.export.refused import RefusedError
-from moe_export.export.weight_inputs import is_weight
+from moe_export.export.tracing.weight_inputs import is_weight
 
 _aten = torch.ops.aten
 _SHAPED = {

@@ -29,7 +29,7 @@ from moe_export.export.reshapes import settle_axes, settle_reshapes
 from moe_export.export.spelling import spell
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.failures import fixes_size
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.trace import quiet
 
 Write = Callable[[Writer, str, Opaque], ir.Value]
 """Writes a block in the form of a name; the result."""

@@ -21,7 +21,7 @@ from moe_export.export.axes.choice import as_choice
 from moe_export.export.axes.one_hot import index_axes
 from moe_export.export.experts.flat_rules import rule_of
 from moe_export.export.experts.flat_values import Flattening
-from moe_export.export.programs import copied_module
+from moe_export.export.tracing.programs import copied_module
 
 _aten = torch.ops.aten
 _SIDE_EFFECTS = {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default}

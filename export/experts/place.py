@@ -21,10 +21,10 @@ from moe_export.export.experts.flat_tokens import with_flat_tokens
 from moe_export.export.experts.mixing import check_rows
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.gates.gate import values_of
-from moe_export.export.programs import copied_module, with_module
 from moe_export.export.refused import RefusedError
 from moe_export.export.torch_compat.opaque import opaque_node
-from moe_export.export.tracing import Traced
+from moe_export.export.tracing.programs import copied_module, with_module
+from moe_export.export.tracing.trace import Traced
 
 DOMAIN, OPERATOR, NUMBER = "moe_export", "Experts", "block"
 

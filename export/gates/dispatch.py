@@ -12,7 +12,7 @@ import numpy as np
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.gate import values_of
 from moe_export.export.gates.routing import Routing, find_routings
-from moe_export.export.tracing import Traced, trace
+from moe_export.export.tracing.trace import Traced, trace
 
 
 @dataclass(frozen=True)

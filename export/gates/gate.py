@@ -22,7 +22,7 @@ from moe_export.export.gates.region import is_size, needed, size_source
 from moe_export.export.gates.routing import Routing
 from moe_export.export.gates.values import stand_in_values
 from moe_export.export.torch_compat.nesting import pytree
-from moe_export.export.tracing import Traced, quiet
+from moe_export.export.tracing.trace import Traced, quiet
 from moe_export.export.weights.stand_in import absent_among, stand_in_of
 
 INDICES, WEIGHTS, SCORES = "topk_idx", "topk_weight", "scores"

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from moe_export.export.torch_compat.metadata import is_module_path
-from moe_export.export.weight_inputs import is_weight
+from moe_export.export.tracing.weight_inputs import is_weight
 
 
 def scope_of(node: fx.Node) -> tuple[str, ...]:

@@ -25,7 +25,7 @@ from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import ancestors, frontier, inside, scope_of, shape_of
 from moe_export.export.gates.tokens import as_token_choice
 from moe_export.export.gates.weights import weights_of
-from moe_export.export.tracing import Traced
+from moe_export.export.tracing.trace import Traced
 
 _aten = torch.ops.aten
 

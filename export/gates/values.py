@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.tracing import Traced
+from moe_export.export.tracing.trace import Traced
 
 
 def stand_in_values(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:

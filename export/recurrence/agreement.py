@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.recurrence.lengths import Length, resized_together
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.lengths import Length, resized_together
+from moe_export.export.tracing.trace import quiet
 from moe_export.float64 import agree, doubled, in_float64
 
 # A constant that the trace keeps as a float32 tensor is off by 6e-8 of what Python's number is.

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 from torch import fx
 
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.source import line_of
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.recurrence.generalised import UnlikeError, generalised
@@ -18,7 +17,8 @@ from moe_export.export.recurrence.operand import operator_name
 from moe_export.export.recurrence.period import LEAST_TURNS
 from moe_export.export.recurrence.skeleton import LengthError, Skeleton, skeleton
 from moe_export.export.recurrence.straighten import straighten
-from moe_export.export.tracing import Traced, trace
+from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.trace import Traced, trace
 
 
 class NoLoopError(LengthError):

@@ -14,21 +14,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_export.export.constants import constants_of
 from moe_export.export.frontend.source import line_of
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.recurrence.agreement import Agreement
 from moe_export.export.recurrence.counter import counts
 from moe_export.export.recurrence.form import Form
 from moe_export.export.recurrence.law import OfLength
-from moe_export.export.recurrence.lengths import Length, operators, resized_together
 from moe_export.export.recurrence.loop import Turning
 from moe_export.export.recurrence.operand import atoms
 from moe_export.export.recurrence.reach import Reach, reach
 from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
 from moe_export.export.recurrence.watch import Watch
 from moe_export.export.torch_compat.dispatch import OperatorMode
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.constants import constants_of
+from moe_export.export.tracing.lengths import Length, operators, resized_together
+from moe_export.export.tracing.trace import quiet
 
 aten = torch.ops.aten
 

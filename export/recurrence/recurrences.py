@@ -20,24 +20,24 @@ from moe_export.export.adapters.cumulative import cumulative_step_by_step
 from moe_export.export.adapters.delta_rule import delta_rules_step_by_step
 from moe_export.export.adapters.recurrent_layers import recurrent_layers_step_by_step
 from moe_export.export.adapters.scans import scans_step_by_step
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.fold import folded_module
 from moe_export.export.recurrence.generalised import UnlikeError
 from moe_export.export.recurrence.in_common import NoLoopError, in_common, repeats_of
-from moe_export.export.recurrence.lengths import (
+from moe_export.export.recurrence.prove import prove
+from moe_export.export.recurrence.reach import Reach
+from moe_export.export.recurrence.sizes import rows
+from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
+from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.lengths import (
     Length,
     looped_apart,
     looped_lengths,
     operators,
     resized_together,
 )
-from moe_export.export.recurrence.prove import prove
-from moe_export.export.recurrence.reach import Reach
-from moe_export.export.recurrence.sizes import rows
-from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
-from moe_export.export.tracing import SCOPE, Traced, quiet, trace
-from moe_export.export.widen import widened
+from moe_export.export.tracing.trace import SCOPE, Traced, quiet, trace
+from moe_export.export.tracing.widen import widened
 
 Mode = Literal["auto", "scan", "chunked", "contrib", "unrolled"]
 _INSISTING = ("scan", "chunked", "contrib")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.recurrence.lengths import Length, chunk_of
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.lengths import Length, chunk_of
+from moe_export.export.tracing.trace import quiet
 
 # Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
 # loop with a stride. A second length grows with the first, but in other steps, so that a number of one is none of both.

@@ -27,12 +27,12 @@ from moe_export.export.frontend.source import line_of
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.counter import COUNT
 from moe_export.export.recurrence.fold import FoldedModule
-from moe_export.export.recurrence.lengths import Length
 from moe_export.export.recurrence.loop_body import LoopBody
 from moe_export.export.recurrence.recurrences import Recurrent
 from moe_export.export.recurrence.step_cache import step_with_cache
 from moe_export.export.recurrence.step_model import StepModel, prove_steps
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.lengths import Length
+from moe_export.export.tracing.trace import quiet
 
 aten = torch.ops.aten
 

@@ -22,9 +22,9 @@ from moe_export.errors import NotExportableError
 from moe_export.export.adapters.transformers import traceable_experts
 from moe_export.export.adapters.transformers_cache import CachedModel, empty, find_cached_model
 from moe_export.export.frontend.subject import Subject, make_subject
-from moe_export.export.recurrence.lengths import Length
 from moe_export.export.recurrence.step_model import PROVED, StepModel, prove_as_given
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.lengths import Length
+from moe_export.export.tracing.trace import quiet
 from moe_export.float64 import in_float64
 
 _ROOM = 2**31  # bytes of weights that may be held a second time, as float64

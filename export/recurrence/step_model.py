@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from moe_export.errors import NotExportableError
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.recurrence.lengths import Length
+from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.lengths import Length
 from moe_export.float64 import agree, doubled, in_float64
 
 PROVED = 7  # steps

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.recurrence.lengths import Length, resized_together
 from moe_export.export.torch_compat.dispatch import OperatorMode
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.lengths import Length, resized_together
+from moe_export.export.tracing.trace import quiet
 
 _MOST = 2e8  # units of the longest run, half of what one case of a comparison may cost (verify/price)
 _OPERATOR = 5_000.0  # units: what eager PyTorch needs to start one, in elements that it could make meanwhile

@@ -28,7 +28,7 @@ from moe_export.export.experts.emit import write_experts
 from moe_export.export.experts.place import place_experts
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.trace import trace
 
 H, I = 256, 512  # noqa: E741  the letters of the papers
 SIZES = (1, 16, 128, 1024)

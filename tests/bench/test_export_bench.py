@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 
 from moe_export.export.torch_compat.caches import made_once
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.trace import quiet
 from moe_export.models import moe_gate
 
 

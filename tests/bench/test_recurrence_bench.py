@@ -25,10 +25,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_export.export.dims import DimRequest
 from moe_export.export.engines.build import build_engines
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
+from moe_export.export.tracing.dims import DimRequest
 
 ROUNDS = 15
 IN_A_ROW = 5

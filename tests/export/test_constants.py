@@ -7,8 +7,8 @@ import sys
 import torch
 from torch import nn
 
-from moe_export.export.constants import constants_of
 from moe_export.export.frontend.subject import make_subject
+from moe_export.export.tracing.constants import constants_of
 
 LIMIT, UNUSED = 331, 332
 

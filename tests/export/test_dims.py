@@ -9,8 +9,8 @@ import torch
 
 from moe_export.errors import UsageError
 from moe_export.export import trace
-from moe_export.export.dims import DimRequest, default_name, parse_dynamic
 from moe_export.export.frontend.subject import make_subject
+from moe_export.export.tracing.dims import DimRequest, default_name, parse_dynamic
 
 INPUTS = {"x": torch.ones(2, 3, 4), "ids": torch.ones(2, 3, dtype=torch.int64)}
 

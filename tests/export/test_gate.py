@@ -13,7 +13,7 @@ from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.gates.routing import find_routings
 from moe_export.export.pipeline import is_only_a_gate
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.trace import trace
 
 
 def load(tools, name):
@@ -145,7 +145,7 @@ def test_a_gate_that_cannot_be_cut_out_does_not_stop_the_model(tools, monkeypatc
 
 
 def test_dimensions_that_the_user_names_reach_the_gate(tools):
-    from moe_export.export.dims import DimRequest
+    from moe_export.export.tracing.dims import DimRequest
 
     dims = DimRequest(True, {("hidden_states", 1): "time"})
     for graph in export_subject(load(tools, "moe_gate"), Options(dims=dims, simplify=False)):

@@ -9,10 +9,10 @@ from torch import nn
 from torch.utils._sympy.functions import FloorDiv, Mod, TruncToInt
 
 from moe_export.domain import Condition
-from moe_export.export.dims import Dim
 from moe_export.export.frontend.subject import make_subject
-from moe_export.export.guards import conditions_of, printed, simplified
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.dims import Dim
+from moe_export.export.tracing.guards import conditions_of, printed, simplified
+from moe_export.export.tracing.trace import trace
 
 S, T = sympy.symbols("s0 s1", integer=True, positive=True)
 NAMES = {"s0": "seq", "s1": "batch"}

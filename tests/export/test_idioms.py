@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from moe_export.export.idioms import traceable_idioms, user_lines
+from moe_export.export.tracing.idioms import traceable_idioms, user_lines
 
 
 def test_everything_is_put_back():

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.load import load_subject
-from moe_export.export.idioms_numbers import symbolic_numbers
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.idioms_numbers import symbolic_numbers
+from moe_export.export.tracing.trace import trace
 
 HEADER = """
 import torch

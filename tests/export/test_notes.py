@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moe_export.export.notes import notes_on
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.notes import notes_on
+from moe_export.export.tracing.trace import trace
 
 
 class Odd(nn.Module):

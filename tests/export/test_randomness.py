@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_export.errors import NotExportableError
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.trace import trace
 
 
 class Calls(nn.Module):

@@ -14,7 +14,7 @@ from torch import nn
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.gates.routing import find_routings
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.trace import trace
 
 
 class ChoosesAlongRows(nn.Module):

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from moe_export.errors import NotExportableError
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.subject import make_subject
-from moe_export.export.tracing import quiet, rename, trace
+from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.trace import quiet, rename, trace
 
 
 class Linear(nn.Module):
@@ -277,7 +277,7 @@ def test_the_width_of_a_row_is_not_said_to_be_fixed_by_the_trace(tools):
 def test_a_trace_as_called_is_functional_all_the_same():
     """Operators stay as the model calls them, but none that writes; what others expect is made of it later."""
     from moe_export.export.torch_compat.operators import is_functional
-    from moe_export.export.tracing import functional
+    from moe_export.export.tracing.trace import functional
 
     class Writes(nn.Module):
         def forward(self, x):

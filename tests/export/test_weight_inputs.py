@@ -7,8 +7,8 @@ import copy
 import torch
 from torch import nn
 
-from moe_export.export.tracing import quiet, trace
-from moe_export.export.weight_inputs import is_weight, with_weights_marked
+from moe_export.export.tracing.trace import quiet, trace
+from moe_export.export.tracing.weight_inputs import is_weight, with_weights_marked
 
 
 class Named(nn.Module):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moe_export.export.dims import DimRequest
-from moe_export.export.tracing import trace
-from moe_export.export.widen import widened
+from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.trace import trace
+from moe_export.export.tracing.widen import widened
 
 
 class Attention(nn.Module):

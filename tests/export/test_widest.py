@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_export.export.dims import DimRequest, limits_of
 from moe_export.export.frontend.subject import make_subject
-from moe_export.export.needless import run_program
-from moe_export.export.widest import widest_trace
+from moe_export.export.tracing.dims import DimRequest, limits_of
+from moe_export.export.tracing.needless import run_program
+from moe_export.export.tracing.widest import widest_trace
 
 
 class Chunked(nn.Module):

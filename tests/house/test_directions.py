@@ -42,6 +42,7 @@ EXPORT = (
     "weights",
     "frontend",
     "axes",
+    "tracing",
     "gates",
     "recurrence",
     "experts",
@@ -151,8 +152,8 @@ def test_a_name_of_the_export_room_is_the_same_whatever_was_imported_before():
     import moe_export.export as room
 
     assert modules_after("import moe_export.export") & HEAVY == set()
-    assert room.trace.__module__ == "moe_export.export.tracing"
-    importlib.import_module("moe_export.export.tracing")
+    assert room.trace.__module__ == "moe_export.export.tracing.trace"
+    importlib.import_module("moe_export.export.tracing.trace")
     assert callable(room.trace)
     assert sorted(room.__all__) == dir(room)
     for name in room.__all__:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.tracing.dims import DimRequest
 
 B, L, H, N, P = 2, 10, 3, 4, 5
 

@@ -41,7 +41,7 @@ from moe_export.comparing.checking_rounded import RoundedRunner
 from moe_export.errors import DiedError, UsageError
 from moe_export.export.frontend.source import last_user_line
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.trace import quiet
 from moe_export.verify import Array, Choice, TorchRunner
 
 TORCH, FLOAT64, ROUNDED_FLOAT64 = "torch", "torch-float64", "torch-float64, rounded"

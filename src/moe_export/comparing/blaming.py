@@ -39,7 +39,7 @@ from moe_export.export.provenance import (
     strip_scope,
 )
 from moe_export.export.torch_compat.metadata import stack_trace_of
-from moe_export.export.tracing import SCOPE, Traced, quiet, trace
+from moe_export.export.tracing.trace import SCOPE, Traced, quiet, trace
 from moe_export.verify.bodies import bodies
 from moe_export.verify.localise.difference import constant_difference
 from moe_export.verify.localise.level import Level, Value

@@ -19,11 +19,11 @@ from moe_export.comparison_settings import (
     tolerance_of,
 )
 from moe_export.domain import Domain
-from moe_export.export.dims import Dim
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.pipeline import Graph
 from moe_export.export.simplify import as_numpy
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.dims import Dim
+from moe_export.export.tracing.trace import quiet
 from moe_export.running.choices import runner_of, told_and_chooser
 from moe_export.verify import (
     DimRange,

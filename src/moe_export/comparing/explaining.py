@@ -13,7 +13,7 @@ from moe_export.comparing import apart
 from moe_export.comparing.artifacts import GraphRunner
 from moe_export.comparing.blaming import blame, open_graph, program_values
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.tracing import quiet, trace
+from moe_export.export.tracing.trace import quiet, trace
 from moe_export.verify import (
     Array,
     Case,

@@ -13,8 +13,8 @@ import numpy as np
 
 from moe_export.comparing import apart
 from moe_export.domain import Domain
-from moe_export.export.constants import constants_of
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.tracing.constants import constants_of
 from moe_export.verify import Array, DimRange, TensorSpec, TorchRunner
 from moe_export.verify.cost.torch_work import price_of
 from moe_export.verify.inputs.cases import case_maker

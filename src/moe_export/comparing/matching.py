@@ -14,13 +14,13 @@ from moe_export.comparing.checking import Routing
 from moe_export.comparing.verifying import by_position
 from moe_export.domain import Domain
 from moe_export.errors import MoeExportError, UsageError
-from moe_export.export.dims import Dim
 from moe_export.export.engines.profiles import parse_bounds
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject
 from moe_export.export.gates.routing import find_routings, routing_outputs
 from moe_export.export.simplify import as_numpy
-from moe_export.export.tracing import quiet, trace
+from moe_export.export.tracing.dims import Dim
+from moe_export.export.tracing.trace import quiet, trace
 from moe_export.verify import Array, DimRange, RoutingPair, TensorRtRunner, TensorSpec
 from moe_export.verify.reports.report import PART
 

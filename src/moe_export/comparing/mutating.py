@@ -25,7 +25,7 @@ from moe_export.comparison_settings import ComparisonSettings, comparison_cases,
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.trace import trace
 from moe_export.running.choices import runner_of
 from moe_export.verify import (
     Array,

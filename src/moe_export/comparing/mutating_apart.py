@@ -147,7 +147,7 @@ def _one_process(request: Request, fates: list[Fate], facts: dict[str, Any]) -> 
 def _work(request: Request, first: int, results: Connection) -> None:
     """In the other process: say what is tried, then what came of it."""
     from moe_export.comparing.mutating import all_mutants, open_gate
-    from moe_export.export.tracing import quiet
+    from moe_export.export.tracing.trace import quiet
     from moe_export.verify import Tolerance
     from moe_export.verify.mutants.mutant import by_kind
 

@@ -17,10 +17,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from moe_export.export.dims import default_name
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.gates.region import ancestors, scope_of
+from moe_export.export.tracing.dims import default_name
 
 _aten = torch.ops.aten
 _VIEWS = {

@@ -14,17 +14,17 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from moe_export.errors import MoeExportError, NotExportableError, UsageError
-from moe_export.export.experts.trace import every_expert_hit
 from moe_export.export.frontend.arguments import parse_init, parse_input
 from moe_export.export.frontend.load import split_spec
 from moe_export.export.frontend.script import run_file
 from moe_export.export.frontend.source import last_model_line, last_user_line
-from moe_export.export.idioms import traceable_idioms, user_lines
-from moe_export.export.idioms_numbers import symbolic_numbers
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.nesting import pytree
-from moe_export.export.tracing import quiet
-from moe_export.export.weight_inputs import with_weights_marked
+from moe_export.export.tracing.every_expert_hit import every_expert_hit
+from moe_export.export.tracing.idioms import traceable_idioms, user_lines
+from moe_export.export.tracing.idioms_numbers import symbolic_numbers
+from moe_export.export.tracing.trace import quiet
+from moe_export.export.tracing.weight_inputs import with_weights_marked
 
 
 @dataclass(frozen=True)

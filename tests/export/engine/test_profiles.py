@@ -96,7 +96,7 @@ def test_an_unknown_dimension_lists_those_that_there_are(model):
 
 
 def test_metadata_is_written_as_it_is_read(model):
-    from moe_export.export.dims import Dim
+    from moe_export.export.tracing.dims import Dim
 
     facts = dim_facts([Dim("seq", "s0", 24, 16, None), Dim("batch", "s1", 2, 1, 64)])
     dims = {dim.name: dim for dim in free_dims(model("batch, seq", facts=facts))}
@@ -105,7 +105,7 @@ def test_metadata_is_written_as_it_is_read(model):
 
 
 def test_the_caution_of_tracers_is_no_bound():
-    from moe_export.export.dims import Dim
+    from moe_export.export.tracing.dims import Dim
 
     dims = [Dim("batch", "s1", 4, 2, None), Dim("pair", "s2", 2, 2, 2)]
     assert dim_facts(dims) == {"dim.batch": "1:", "dim.pair": "2:2"}

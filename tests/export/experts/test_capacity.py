@@ -19,7 +19,7 @@ from moe_export.export.experts.emit import write_experts
 from moe_export.export.experts.place import place_experts
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.trace import trace
 
 TOKENS = (1, 3, 15, 64, 257)
 

@@ -23,7 +23,7 @@ from moe_export.export.experts.emit import Bodies, write_experts
 from moe_export.export.experts.place import place_experts
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.trace import trace
 
 STANDARD = [name for name in LOWERINGS if name not in ("contrib", "trt_moe")]
 CAPABILITIES = ("sm75", "sm86", "sm89", "sm120")

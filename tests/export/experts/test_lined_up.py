@@ -16,7 +16,7 @@ from moe_export.export.engines.build import build_engines
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.trace import trace
 
 
 def operators(model: ir.Model) -> list[str]:

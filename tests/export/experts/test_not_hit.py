@@ -10,7 +10,7 @@ from torch import nn
 
 from moe_export.errors import NotExportableError
 from moe_export.export.frontend.subject import make_subject
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.trace import trace
 
 
 class Loop(nn.Module):

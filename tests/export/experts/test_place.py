@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from moe_export.export.experts.place import place_experts
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.tracing import trace
+from moe_export.export.tracing.trace import trace
 
 
 class Limited(nn.Module):

@@ -15,7 +15,7 @@ from torch.nn import functional
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.recurrence.form import Form, FormError, form_of, form_of_one, moved, scaled
-from moe_export.export.recurrence.lengths import Length, chunk_of
+from moe_export.export.tracing.lengths import Length, chunk_of
 
 CHUNK = 3
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from moe_export.errors import NotExportableError
-from moe_export.export.dims import DimRequest
 from moe_export.export.engines.build import build_engines
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.recurrence.lengths import Length
+from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.lengths import Length
 
 UNEVEN = (1, 2, 7, 31, 32, 33, 64, 257)
 

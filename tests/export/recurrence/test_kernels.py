@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from moe_export.errors import NotExportableError
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend import mamba_kernels as kernels
 from moe_export.export.frontend.kernel_shims import install_kernel_shims
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.recurrence.lengths import Length
+from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.lengths import Length
 
 MAMBA = """
 import torch, torch.nn as nn

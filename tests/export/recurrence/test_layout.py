@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.tracing.dims import DimRequest
 
 D, N, L = 12, 3, 5
 WEIGHT = torch.linspace(-1, 1, D * N).reshape(D, N)

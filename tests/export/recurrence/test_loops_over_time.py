@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from moe_export.errors import NotExportableError
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.recurrence.lengths import Length
+from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.lengths import Length
 
 
 def subject_of(module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> Subject:

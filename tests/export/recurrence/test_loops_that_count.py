@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from moe_export.errors import NotExportableError
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.recurrence.recurrences import fold_recurrences
+from moe_export.export.tracing.dims import DimRequest
 
 LENGTHS = (1, 2, 3, 5, 13, 64, 1000)
 STEPS = counting.INTEGERS | counting.FLOATS

@@ -13,14 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.subject import Subject, make_subject
-from moe_export.export.needless import run_program
 from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.recurrence.lengths import Length, resized_together
 from moe_export.export.recurrence.recurrences import fold_recurrences
-from moe_export.export.widest import widest_trace
+from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.lengths import Length, resized_together
+from moe_export.export.tracing.needless import run_program
+from moe_export.export.tracing.widest import widest_trace
 
 MODELS = Path(__file__).parents[3] / "models"
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from moe_export.export import Options, export_subject
 from moe_export.export.frontend.subject import make_subject
-from moe_export.export.recurrence.lengths import Length
 from moe_export.export.recurrence.watch import Watch
+from moe_export.export.tracing.lengths import Length
 
 
 class Changing(nn.Module):

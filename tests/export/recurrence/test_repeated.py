@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from moe_export.export.recurrence.form import form_of
 from moe_export.export.recurrence.straighten import straighten
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.trace import quiet
 
 aten = torch.ops.aten
 

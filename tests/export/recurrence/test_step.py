@@ -15,7 +15,7 @@ from moe_export.errors import NotExportableError
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.recurrence.lengths import Length
+from moe_export.export.tracing.lengths import Length
 
 MODELS = Path(__file__).parents[3] / "models"
 SEQ = 1

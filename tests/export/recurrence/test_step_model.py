@@ -8,8 +8,8 @@ from torch import nn
 
 from moe_export.errors import NotExportableError
 from moe_export.export.frontend.subject import make_subject
-from moe_export.export.recurrence.lengths import Length
 from moe_export.export.recurrence.step_model import prove_steps
+from moe_export.export.tracing.lengths import Length
 
 
 class Whole(nn.Module):

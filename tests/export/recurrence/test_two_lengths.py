@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from moe_export.errors import NotExportableError
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.tracing.dims import DimRequest
 
 D = 3
 

@@ -12,7 +12,7 @@ from torch._export import utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from moe_export.export.torch_compat.caches import made_once
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.trace import quiet
 from moe_export.models import mamba, sparse_moe
 
 

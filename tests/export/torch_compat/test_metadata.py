@@ -9,7 +9,7 @@ from canaries import canary
 from torch import nn
 
 from moe_export.export.torch_compat import metadata
-from moe_export.export.tracing import quiet
+from moe_export.export.tracing.trace import quiet
 
 FILE = "export/torch_compat/metadata.py"
 

@@ -38,7 +38,7 @@ def test_canary_conversions_are_answered():
     with canary(
         FILE,
         "`module.to(...)` is nn.Module.to, and calls nothing of the same name for its submodules",
-        todo="answer `to` where torch/nn/modules/module.py defines it now; export/idioms.py is who asks",
+        todo="answer `to` where torch/nn/modules/module.py defines it now; export/tracing/idioms.py is who asks",
     ):
         from moe_export.export.torch_compat.modules import conversions
 

@@ -49,7 +49,7 @@ def test_canary_what_only_the_data_knows_is_answered():
     with canary(
         FILE,
         "ShapeEnv.evaluate_expr raises GuardOnDataDependentSymNode for a condition that it cannot decide",
-        todo="see evaluate_expr in torch/fx/experimental/symbolic_shapes.py; export/experts/trace.py is who answers",
+        todo="see evaluate_expr in torch/fx/experimental/symbolic_shapes.py; tracing/every_expert_hit.py answers",
     ):
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
@@ -80,7 +80,7 @@ def test_canary_remainders_are_told_from_other_conditions():
     with canary(
         FILE,
         "`size % n` is Mod or PythonMod of torch.utils._sympy.functions, in a guard of the trace's shape environment",
-        todo="find the class of a remainder there now; export/conditions.py and export/guards.py read guards",
+        todo="find the class of a remainder there now; tracing/conditions.py and guards.py of export read guards",
     ):
         from moe_export.export.torch_compat.sizes import has_remainder
 

@@ -24,22 +24,22 @@ from torch.export import ExportedProgram
 
 from moe_export.domain import Condition, Domain
 from moe_export.errors import NotExportableError
-from moe_export.export.conditions import only_there
-from moe_export.export.dims import Dim, DimRequest, default_name, twin_of
-from moe_export.export.experts.trace import every_expert_hit
 from moe_export.export.frontend.pytree import unique
 from moe_export.export.frontend.source import last_model_line
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.idioms import traceable_idioms, user_lines
-from moe_export.export.idioms_numbers import symbolic_numbers
-from moe_export.export.memos import without_memos
-from moe_export.export.randomness import refuse_random
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.failures import depends_on_values
 from moe_export.export.torch_compat.operators import is_functional
 from moe_export.export.torch_compat.sizes import fake_results_cached
-from moe_export.export.weight_inputs import with_weights_marked
-from moe_export.export.widen import accepts, widened
+from moe_export.export.tracing.conditions import only_there
+from moe_export.export.tracing.dims import Dim, DimRequest, default_name, twin_of
+from moe_export.export.tracing.every_expert_hit import every_expert_hit
+from moe_export.export.tracing.idioms import traceable_idioms, user_lines
+from moe_export.export.tracing.idioms_numbers import symbolic_numbers
+from moe_export.export.tracing.memos import without_memos
+from moe_export.export.tracing.randomness import refuse_random
+from moe_export.export.tracing.weight_inputs import with_weights_marked
+from moe_export.export.tracing.widen import accepts, widened
 
 Shape = tuple[int | str, ...]
 SCOPE = "model"  # the attribute of `_Flat` that holds the user's module: the root of every module path

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch.export import ExportedProgram
 
 from moe_export.domain import Condition, Domain, parsed
-from moe_export.export.dims import Dim
+from moe_export.export.tracing.dims import Dim
 
 Sizes = dict[str, NDArray[Any]]
 

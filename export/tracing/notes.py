@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.tracing import Traced
+from moe_export.export.tracing.trace import Traced
 
 _PLAIN = (bool, int, float, complex, str)
 

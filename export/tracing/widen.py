@@ -6,8 +6,8 @@ from collections.abc import Mapping
 
 import torch
 
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.tracing.dims import DimRequest
 
 Place = tuple[str, int]  # an input, and an axis of it
 

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_export.export.computed import computed_in
 from moe_export.export.frontend.source import is_library_model, is_user_file
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.tracing.computed import computed_in
 
 _LEAST, _MOST = 2, 2**16  # 0 and 1 are tried anyway; what is larger is no length that is compared at
 _CALLS = 32  # of a function that a loop calls, the first ones show what it is called with

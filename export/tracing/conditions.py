@@ -18,8 +18,8 @@ import sympy
 import torch
 from torch.export import ExportedProgram
 
-from moe_export.export.dims import Dim
 from moe_export.export.torch_compat.sizes import has_remainder
+from moe_export.export.tracing.dims import Dim
 
 Place = tuple[int, int]  # which input, and an axis of it
 Shape = tuple[int | str, ...]

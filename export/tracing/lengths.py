@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from moe_export.export.dims import DimRequest
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.dispatch import OperatorMode
+from moe_export.export.tracing.dims import DimRequest
 
 Example = Mapping[str, torch.Tensor]
 

@@ -18,10 +18,10 @@ from torch import fx
 from torch.export.graph_signature import InputKind, OutputKind
 
 from moe_export.domain import Condition, evaluate
-from moe_export.export.dims import Dim
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.guards import Probes
-from moe_export.export.tracing import Traced, resized
+from moe_export.export.tracing.dims import Dim
+from moe_export.export.tracing.guards import Probes
+from moe_export.export.tracing.trace import Traced, resized
 from moe_export.float64 import agree, doubled, in_float64
 
 Sizes = Mapping[str, int]

@@ -26,11 +26,11 @@ from torch.overrides import TorchFunctionMode
 
 from moe_export.export.axes.chosen import experts_of
 from moe_export.export.axes.one_hot import marks_of
-from moe_export.export.experts.not_hit import asking_frame, refuse_number, require_nothing
-from moe_export.export.experts.row_masks import is_mask_of_rows, rows_written
-from moe_export.export.experts.slices import Count, Counts, counts_of, joined, sliced, split
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import undecided
+from moe_export.export.tracing.expert_slices import Count, Counts, counts_of, joined, sliced, split
+from moe_export.export.tracing.not_hit import asking_frame, refuse_number, require_nothing
+from moe_export.export.tracing.row_masks import is_mask_of_rows, rows_written
 
 _aten = torch.ops.aten
 _LENGTH = 4093  # `len` of such rows must be a number: another prime, so that no shape is taken to fit it

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 
 from moe_export.domain import Condition, Domain
-from moe_export.export.constants import constants_of
-from moe_export.export.dims import Dim, DimRequest
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.guards import Probes, conditions_of, simplified
-from moe_export.export.needless import MOST_ELEMENTS, needed
-from moe_export.export.recurrence.lengths import operators
-from moe_export.export.slices import has_constant_bounds, sized_bounds
-from moe_export.export.tracing import Traced, quiet, resized, trace
-from moe_export.export.widen import accepts
+from moe_export.export.tracing.constants import constants_of
+from moe_export.export.tracing.dims import Dim, DimRequest
+from moe_export.export.tracing.guards import Probes, conditions_of, simplified
+from moe_export.export.tracing.lengths import operators
+from moe_export.export.tracing.needless import MOST_ELEMENTS, needed
+from moe_export.export.tracing.slices import has_constant_bounds, sized_bounds
+from moe_export.export.tracing.trace import Traced, quiet, resized, trace
+from moe_export.export.tracing.widen import accepts
 
 Place = tuple[str, int]  # an input, and an axis of it
 

@@ -1,0 +1,1 @@
+"""From a `Subject` to a `Traced`: an FX program, and for which sizes it holds."""
