@@ -29,7 +29,7 @@
 | **`judging`** | when two outputs are the same |
 | `judging/tolerance`, `judging/judge`, `judging/routing` | margins; one output; expert ids |
 | `judging/sketch` | what is stored of their differences |
-| `judging/choices`, `judging/truth`, `judging/error_model` | outputs that differ: the same choices; a float64 run |
+| `judging/replay`, `judging/truth`, `judging/error_model` | outputs that differ: the same choices; a float64 run |
 | **`cost`** | counted over a run |
 | `cost/graph_cost`, `cost/einsum_cost`, `cost/torch_work` | FLOPs and bytes of a graph; operators of a PyTorch model |
 | **`reports`** | what was found |
@@ -53,8 +53,8 @@ from __future__ import annotations
 
 from moe_export.verify.compare import compare
 from moe_export.verify.inputs.cases import Case, cases
-from moe_export.verify.judging.choices import Choice, Teller, Told
 from moe_export.verify.judging.judge import Judgement, Worst, judge
+from moe_export.verify.judging.replay import Choice, Replay, Replayer
 from moe_export.verify.judging.routing import judge_routing
 from moe_export.verify.judging.tolerance import DEFAULTS, FlipBudget, Margin, Tolerance
 from moe_export.verify.reports.report import SCHEMA, CaseResult, Report, Row
@@ -77,15 +77,15 @@ __all__ = [
     "Judgement",
     "Margin",
     "OnnxRuntimeRunner",
+    "Replay",
+    "Replayer",
     "Report",
     "RoutingPair",
     "Row",
     "RunFailedError",
     "Runner",
-    "Teller",
     "TensorRtRunner",
     "TensorSpec",
-    "Told",
     "Tolerance",
     "TorchRunner",
     "Worst",

@@ -13,8 +13,8 @@ from dataclasses import dataclass, replace
 from moe_export.errors import DiedError, MissingBackendError, UsageError
 from moe_export.verify.inputs.cases import Case
 from moe_export.verify.inputs.regimes import STRESS, TIES, UNASKED
-from moe_export.verify.judging.choices import UNTOLD, Choice, Teller, Told, has_ties, judge_choices
 from moe_export.verify.judging.judge import LOST, Judgement, form_mismatch, judge, lost_of, without
+from moe_export.verify.judging.replay import NO_REPLAY, Choice, Replay, Replayer, has_ties, judge_choices
 from moe_export.verify.judging.routing import judge_routing
 from moe_export.verify.judging.tolerance import FlipBudget, Tolerance
 from moe_export.verify.judging.truth import judge_rounded, last_digits, weigh
@@ -37,7 +37,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
     progress: Callable[[CaseResult], None] | None = None,
     budget: FlipBudget | None = None,
     truth: Runner | None = None,
-    teller: Teller | None = None,
+    replayer: Replayer | None = None,
     about: Mapping[str, str] | None = None,
     narrow: str = "float32",
     rounded: Runner | None = None,
@@ -58,7 +58,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
         progress: Called with each result as it comes.
         budget: How many tokens may go to another expert in a tie; any number if None.
         truth: The reference in float64, asked where the two differ (see `truth`).
-        teller: Runs a case that differs again under the reference's choices (see `choices`).
+        replayer: Runs a case that differs again under the reference's choices (see `judging/replay`).
         about: Facts for the report.
         narrow: The narrowest type that the candidate computes in: what it may lose at the limits of a type.
         rounded: The reference with weights of that type: how far they alone move an output (see `truth`).
@@ -73,7 +73,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
         MissingBackendError: An engine has lost its device.
         DiedError: The model ended the process that it ran in.
     """
-    judges = _Judges(tolerance or Tolerance(), routing, truth, teller, reference, narrow, rounded)
+    judges = _Judges(tolerance or Tolerance(), routing, truth, replayer, reference, narrow, rounded)
     results: list[CaseResult] = []
     wanted = 1 + other_sizes
     left_out: list[str] = []
@@ -103,7 +103,7 @@ class _Judges:
     tolerance: Tolerance
     routing: Sequence[RoutingPair]
     truth: Runner | None
-    teller: Teller | None
+    replayer: Replayer | None
     reference: Runner
     narrow: str
     rounded: Runner | None
@@ -134,15 +134,17 @@ class _Judges:
         judged = _judge_all(expected, got, self.tolerance, self.routing)
         if all(row.ok for row in judged):
             return judged
-        told = self._told(case)
-        choices = () if told is None else told.choices
-        if told is not None and told.got is not None:
-            moved = judge_choices(told, self.tolerance, stress=case.regime in STRESS)
+        replay = self._replay(case)
+        choices = () if replay is None else replay.choices
+        if replay is not None and replay.got is not None:
+            moved = judge_choices(replay, self.tolerance, stress=case.regime in STRESS)
             if moved:
-                expected, got = told.expected, told.got
+                expected, got = replay.expected, replay.got
                 judged = (*_judge_all(expected, got, self.tolerance, self.routing), *moved)
-        elif told is not None and case.regime in TIES and has_ties(told, self.tolerance):
-            judged = tuple(row if row.ok else replace(row, reason=None, undecided=UNTOLD) for row in judged)
+        elif replay is not None and case.regime in TIES and has_ties(replay, self.tolerance):
+            judged = tuple(
+                row if row.ok else replace(row, reason=None, undecided=NO_REPLAY) for row in judged
+            )
         return self._weighed(case, self._with_room(case, judged, expected, got), expected, got, choices)
 
     def _with_room(
@@ -162,8 +164,8 @@ class _Judges:
             for row in judged
         )
 
-    def _told(self, case: Case) -> Told | None:
-        return None if self.teller is None else self.teller.tell(case.inputs)
+    def _replay(self, case: Case) -> Replay | None:
+        return None if self.replayer is None else self.replayer.replay(case.inputs)
 
     def _weighed(
         self,
@@ -205,11 +207,11 @@ class _Judges:
 
 
 def _under(runner: Runner, case: Case, choices: Sequence[Choice]) -> Outputs | None:
-    """The outputs of a case where these experts are taken, if the runner can be told; None where there are none."""
-    told = getattr(runner, "run_under", None) if choices else None
-    if told is not None:
+    """The outputs of a case with these choices of experts, if the runner can replay them; None if there are none."""
+    run_under = getattr(runner, "run_under", None) if choices else None
+    if run_under is not None:
         try:
-            found: Outputs | None = told(case.inputs, choices)
+            found: Outputs | None = run_under(case.inputs, choices)
         except (DiedError, MissingBackendError):
             raise
         except Exception:  # whatever a model raises

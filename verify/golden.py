@@ -21,7 +21,7 @@ import numpy as np
 
 from moe_export.errors import UsageError
 from moe_export.verify.inputs.cases import Case
-from moe_export.verify.judging.choices import Choice
+from moe_export.verify.judging.replay import Choice
 from moe_export.verify.runner import Runner
 from moe_export.verify.specs import Array, RoutingPair, TensorSpec, numpy_dtype
 

@@ -19,8 +19,8 @@ from moe_export.verify import (
     compare,
     judge,
 )
-from moe_export.verify.judging.choices import Choice, Told
 from moe_export.verify.judging.error_model import TIMES, stand
+from moe_export.verify.judging.replay import Choice, Replay
 from moe_export.verify.reports.page import page
 from moe_export.verify.reports.reading import judge_again, read_report
 
@@ -175,10 +175,10 @@ def test_a_run_under_choices_that_were_made_before():
 def test_float64_is_told_what_the_model_chose():
     """Else a tie that float64 breaks the other way would excuse whatever stands in that row."""
 
-    class Teller:
-        def tell(self, inputs):
+    class Replayer:
+        def replay(self, inputs):
             outputs, choices = TorchRunner(block, ["y"]).run_watched(inputs)
-            return Told(outputs, TorchRunner(wrong, ["y"]).run(inputs), choices, (choices[0].ids,))
+            return Replay(outputs, TorchRunner(wrong, ["y"]).run(inputs), choices, (choices[0].ids,))
 
     def block(tensors):
         x = tensors["x"]
@@ -195,7 +195,7 @@ def test_float64_is_told_what_the_model_chose():
         TorchRunner(wrong, ["y"], "other"),
         [Case("example", 0, {}, x)],
         truth=TorchRunner(block, ["y"], "torch-float64", "float64"),
-        teller=Teller(),
+        replayer=Replayer(),
     )
     assert report.verdict == "not equal"
     (judgement,) = report.cases[0].judgements

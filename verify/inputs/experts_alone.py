@@ -13,7 +13,7 @@ from typing import Protocol
 import numpy as np
 
 from moe_export.verify.inputs.cases import Case
-from moe_export.verify.judging.choices import Choice
+from moe_export.verify.judging.replay import Choice
 from moe_export.verify.specs import Array, is_float
 
 ALONE = "one expert"

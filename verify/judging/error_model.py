@@ -11,7 +11,7 @@ in it. So an output beyond the default tolerance is held against the model in fl
 
 A row is the last axis: the features of one token. What is wrong in one row is not excused by what another one loses.
 Where E_r is more than 1 % of the largest value, the float64 run took another way (another side of a branch, another
-expert), and excuses nothing. The choices among experts are PyTorch's in all runs, where they can be told.
+expert), and excuses nothing. The choices among experts are PyTorch's in all runs, where they can be replayed.
 
 8: of two right programs, one is at some element up to 4.9 times as far off as the other is anywhere in that row
 (measured: sums that cancel, and the logits of a Mixtral; 16 seeds, one thread and two). The bound has room for

@@ -79,7 +79,7 @@ class Group:
         """What reports call it."""
         return f"{self.ranks} processes ({self.backend})"
 
-    def tell(self, what: Any = None) -> Any:
+    def broadcast(self, what: Any = None) -> Any:
         """What rank 0 says, on every rank."""
         box = [what]
         self._guarded(

@@ -41,7 +41,7 @@ _TOKENS = 8  # tokens of the example of which each is tried alone
 
 
 class Conductor:
-    """Rank 0: tells the others what to run, and collects what came of it.
+    """Rank 0: broadcasts what to run, and collects the results.
 
     Args:
         group: The processes.
@@ -68,7 +68,7 @@ class Conductor:
     def run_each(self, inputs: Sequence[Mapping[str, Array]]) -> list[dict[str, Array]]:
         """Run each rank on inputs of its own."""
         try:
-            self._group.tell([dict(one) for one in inputs])
+            self._group.broadcast([dict(one) for one in inputs])
             found = self._group.gather(_run(self._group, self._rank, inputs[0]))
         except LostError as error:
             self.lost = error
@@ -85,14 +85,14 @@ def _run(group: Group, rank: Rank, inputs: Mapping[str, Array]) -> tuple[dict[st
 def follow(group: Group, rank: Rank) -> int:
     """Every other rank: run what rank 0 says until it says an exit code."""
     while True:
-        told = group.tell()
-        if isinstance(told, int):
-            return told
-        group.gather(_run(group, rank, told[group.rank]))
+        received = group.broadcast()
+        if isinstance(received, int):
+            return received
+        group.gather(_run(group, rank, received[group.rank]))
 
 
 def conduct(group: Group, manifest: Manifest, rank: Rank, options: argparse.Namespace) -> int:
-    """Rank 0: compare, report, and tell the others the exit code."""
+    """Rank 0: compare, report, and broadcast the exit code."""
     path = Path(options.against) if options.against else manifest.whole
     if path is None:
         raise UsageError("the manifest names no graph of the whole model", hint="--against model.onnx")
@@ -124,7 +124,7 @@ def conduct(group: Group, manifest: Manifest, rank: Rank, options: argparse.Name
         show(report, sys.stdout)
         for line in exchanged(conductor.sent):
             print(line)
-    group.tell(report.exit_code)
+    group.broadcast(report.exit_code)
     return report.exit_code
 
 

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from moe_export.verify.inputs.cases import Case
 from moe_export.verify.inputs.regimes import NORMAL, STRESS, TIES
-from moe_export.verify.judging.choices import is_choice
 from moe_export.verify.judging.judge import Judgement, Worst
+from moe_export.verify.judging.replay import is_choice
 from moe_export.verify.judging.tolerance import FlipBudget
 
 SCHEMA = "moe-export/verify-report/2"

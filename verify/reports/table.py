@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from moe_export.verify.inputs.regimes import NORMAL
-from moe_export.verify.judging.choices import is_choice
 from moe_export.verify.judging.error_model import TIMES
+from moe_export.verify.judging.replay import is_choice
 from moe_export.verify.reports.report import PART, CaseResult, Outcome, Report, Row
 from moe_export.verify.runner import shorten
 

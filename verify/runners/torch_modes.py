@@ -1,4 +1,4 @@
-"""A PyTorch model's choices among scores, seen or told while it runs."""
+"""A PyTorch model's choices among scores, recorded or replayed while it runs."""
 
 from __future__ import annotations
 

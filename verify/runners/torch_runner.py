@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from moe_export.errors import UsageError
-from moe_export.verify.judging.choices import Choice
+from moe_export.verify.judging.replay import Choice
 from moe_export.verify.specs import Array, is_float, numpy_dtype
 
 if TYPE_CHECKING:

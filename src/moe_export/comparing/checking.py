@@ -10,7 +10,7 @@ import torch
 
 from moe_export.comparing import apart
 from moe_export.comparing.artifacts import GraphRunner
-from moe_export.comparing.checking_told import GraphTeller
+from moe_export.comparing.checking_replay import GraphReplayer
 from moe_export.comparing.known import known_of_model
 from moe_export.comparison_settings import (
     DEFAULT_SETTINGS,
@@ -24,7 +24,7 @@ from moe_export.export.pipeline import Graph
 from moe_export.export.simplify import as_numpy
 from moe_export.export.tracing.dims import Dim
 from moe_export.export.tracing.trace import quiet
-from moe_export.running.choices import runner_of, told_and_chooser
+from moe_export.running.choices import replaying_and_chooser, runner_of
 from moe_export.verify import (
     DimRange,
     Report,
@@ -135,10 +135,10 @@ def _with_the_same_experts(
         are within the tolerance.
     """
     assert graph.wide is not None
-    found = told_and_chooser(graph.wide, graph.model, provider)
+    found = replaying_and_chooser(graph.wide, graph.model, provider)
     if found is None:
         return None
-    told, chooser, wide = found
+    replaying, chooser, wide = found
     dims = [replace(dim, minimum=min(dim.minimum, 1)) for dim in graph.traced.dims]
     float32 = verify_file(
         wide,
@@ -153,7 +153,7 @@ def _with_the_same_experts(
         return float32
     taken = [spec for spec in chooser.inputs if spec.name in graph.traced.example]
     return compare(
-        told,
+        replaying,
         chooser,
         cases(
             taken,
@@ -162,7 +162,7 @@ def _with_the_same_experts(
             seed,
         ),
         tolerance=tolerance,
-        routing=[RoutingPair(made, None, score) for made, score in told.pairs],
+        routing=[RoutingPair(made, None, score) for made, score in replaying.pairs],
     )
 
 
@@ -195,7 +195,7 @@ def verify_file(  # noqa: PLR0913  each has a name
         tolerance: For floats.
         seed: Of the inputs.
         outputs: The reference's outputs under the graph's names; its own names if None.
-        graph: The candidate's file, if it is an ONNX graph: it can be told which experts to take.
+        graph: The candidate's file, if it is an ONNX graph: it can replay the reference's choices.
         provider: Where onnxruntime runs it then.
         settings: How much to try.
         recorder: Keeps what the reference computes.
@@ -226,7 +226,7 @@ def verify_file(  # noqa: PLR0913  each has a name
             budget=settings.flips,
             time_limit=settings.time_limit,
             truth=apart.reference(reference, names, apart.FLOAT64),
-            teller=GraphTeller(runner, graph, provider),
+            replayer=GraphReplayer(runner, graph, provider),
             about=about,
             narrow=narrow,
             rounded=None if narrow == "float32" else apart.reference(reference, names, narrow),

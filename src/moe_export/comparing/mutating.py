@@ -16,7 +16,7 @@ import onnx
 from moe_export.comparing import apart
 from moe_export.comparing.artifacts import metadata, running_type
 from moe_export.comparing.blaming import program_values
-from moe_export.comparing.checking_told import GraphTeller
+from moe_export.comparing.checking_replay import GraphReplayer
 from moe_export.comparing.explaining import INSIDE
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.matching import match_graph, reference_of, stated_domain
@@ -52,7 +52,7 @@ _SAME = 1e-12
 """In float64, relative to the largest value: below this two graphs compute the same."""
 _ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
 
-Teller = Callable[[Any, Path], Any]
+Replayer = Callable[[Any, Path], Any]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Gate:
         cases: The inputs.
         reference: The model; a runner that answers each case once and remembers.
         truth: The model in float64, likewise.
-        teller: Makes of the reference and a graph's file what tells it the model's choices.
+        replayer: Given the reference and a graph's file, replays the model's choices in the graph.
         tolerance: For floats.
         routing: Outputs that are expert indices.
         dtype: The narrowest type that the graph computes in.
@@ -75,7 +75,7 @@ class Gate:
     cases: Sequence[Case]
     reference: Runner
     truth: Runner | None
-    teller: Teller
+    replayer: Replayer
     tolerance: Tolerance
     routing: Sequence[RoutingPair]
     dtype: str = "float32"
@@ -107,7 +107,7 @@ class Gate:
             routing=self.routing,
             other_sizes=len(self.cases),
             truth=self.truth,
-            teller=self.teller(self.reference, path),
+            replayer=self.replayer(self.reference, path),
             progress=note,
         )
 
@@ -284,7 +284,7 @@ def open_gate(  # noqa: PLR0913  each has a name
         cases,
         torch_runner,
         truth,
-        GraphTeller,
+        GraphReplayer,
         tolerance_of(dtype, tolerance or Tolerance()),
         matched.pairs,
         dtype,
@@ -296,7 +296,7 @@ def open_gate(  # noqa: PLR0913  each has a name
         tolerance=gate.tolerance,
         routing=gate.routing,
         truth=truth,
-        teller=gate.teller(gate.reference, path),
+        replayer=gate.replayer(gate.reference, path),
     )
     if report.exit_code:
         raise UsageError(

@@ -26,7 +26,7 @@ from moe_export.comparing.artifacts import (
     running_type,
     table_sizes,
 )
-from moe_export.comparing.checking_told import GraphTeller, Mirrored, WatchedGraph
+from moe_export.comparing.checking_replay import GraphReplayer, MirroredReplayer, WatchedGraph
 from moe_export.comparison_settings import (
     DEFAULT_SETTINGS,
     ComparisonSettings,
@@ -99,8 +99,8 @@ def _with_golden(candidate: Artifact, reference: Artifact, request: Request) -> 
     runner, outputs = _opened(other, stored, request)
     runners: tuple[Runner, Runner] = (stored, runner) if other is candidate else (runner, stored)
     narrow = request.dtype if other is candidate else _asked_or_of(other, request)
-    tells = other.kind == "graph" and (other.backend or "").startswith("onnxruntime")
-    teller = GraphTeller(stored, other.path if tells else None, other.provider, outputs)
+    replays = other.kind == "graph" and (other.backend or "").startswith("onnxruntime")
+    replayer = GraphReplayer(stored, other.path if replays else None, other.provider, outputs)
     cases = picked(iter([case.case for case in stored.cases]), request.settings.only)
     routing = stored.routing if other is candidate else ()
     runner, cases = recorded(request.recorder, runners[0], cases, routing)
@@ -112,7 +112,7 @@ def _with_golden(candidate: Artifact, reference: Artifact, request: Request) -> 
         routing=routing,
         budget=request.settings.flips,
         time_limit=request.settings.time_limit,
-        teller=teller if other is candidate else Mirrored(teller),
+        replayer=replayer if other is candidate else MirroredReplayer(replayer),
         about={
             **stored.about,
             **about_artifacts(candidate, reference),
@@ -216,7 +216,7 @@ def _graphs(candidate: Artifact, reference: Artifact, request: Request) -> Repor
         routing=routing,
         budget=request.settings.flips,
         time_limit=request.settings.time_limit,
-        teller=_teller(candidate, reference, inputs, outputs),
+        replayer=_replayer(candidate, reference, inputs, outputs),
         about={**about_artifacts(candidate, reference), **about_precision(candidate, narrow)},
     )
 
@@ -232,15 +232,15 @@ def watchable(artifact: Artifact, runner: Runner, request: Request) -> Runner:
     return WatchedGraph(artifact.path, artifact.provider)
 
 
-def _teller(
+def _replayer(
     candidate: Artifact, reference: Artifact, inputs: Mapping[str, str], outputs: Mapping[str, str]
-) -> GraphTeller | None:
+) -> GraphReplayer | None:
     """Where onnxruntime runs both, and their inputs have the same names."""
     runs = all((artifact.backend or "").startswith("onnxruntime") for artifact in (candidate, reference))
     if not runs or any(own != name for own, name in inputs.items()):
         return None
     watched = WatchedGraph(reference.path, reference.provider)
-    return GraphTeller(watched, candidate.path, candidate.provider, outputs)
+    return GraphReplayer(watched, candidate.path, candidate.provider, outputs)
 
 
 def narrowed(

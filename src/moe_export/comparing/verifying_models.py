@@ -19,7 +19,7 @@ from moe_export.comparing.artifacts import (
     running_type,
 )
 from moe_export.comparing.checking import verify_file
-from moe_export.comparing.checking_told import GraphTeller, Mirrored
+from moe_export.comparing.checking_replay import GraphReplayer, MirroredReplayer
 from moe_export.comparing.explaining import Remembering, explain, look_inside
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.layerwise_artifacts import by_blocks, compare_blocks
@@ -111,7 +111,7 @@ def compare_subject(original: Subject, candidate: Artifact, request: Request, ca
     with in_memory(subject.module):
         settings = request.settings if subject is original else replace(request.settings, own=None)
         matched = match_graph(runner, subject, held.routing, facts)
-        tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
+        replays = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
         tolerance = tolerance_of(dtype, request.tolerance)
         remembering = Remembering(runner)
         report = verify_file(
@@ -122,7 +122,7 @@ def compare_subject(original: Subject, candidate: Artifact, request: Request, ca
             routing=matched.routing,
             tolerance=tolerance,
             seed=request.seed,
-            graph=candidate.path if tells else None,
+            graph=candidate.path if replays else None,
             provider=candidate.provider,
             settings=settings,
             recorder=request.recorder,
@@ -165,7 +165,7 @@ def _float64_against_graph(
         )
     cases = comparison_cases(settings, *plan, known=known)
     watched, cases = recorded(request.recorder, wide, cases, matched.pairs)
-    tells = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
+    replays = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
     with quiet():
         return compare(
             watched,
@@ -176,7 +176,7 @@ def _float64_against_graph(
             budget=request.settings.flips,
             time_limit=request.settings.time_limit,
             truth=apart.reference(subject, subject.outputs, apart.FLOAT64),
-            teller=GraphTeller(wide, candidate.path if tells else None, candidate.provider),
+            replayer=GraphReplayer(wide, candidate.path if replays else None, candidate.provider),
             about={
                 **about_artifacts(candidate, reference),
                 **line_of(original),
@@ -239,8 +239,8 @@ def _model_against_graph(candidate: Artifact, reference: Artifact, request: Requ
     names = by_position(opened.subject.outputs, subject.outputs)
     inputs = dict(zip(subject.inputs, opened.subject.inputs, strict=True))
     plain = apart.reference(subject, subject.outputs)
-    tells = (reference.backend or "").startswith("onnxruntime")
-    told = GraphTeller(plain, reference.path if tells else None, reference.provider)
+    replays = (reference.backend or "").startswith("onnxruntime")
+    replayer = GraphReplayer(plain, reference.path if replays else None, reference.provider)
     with quiet():
         return compare(
             runner,
@@ -250,7 +250,7 @@ def _model_against_graph(candidate: Artifact, reference: Artifact, request: Requ
             routing=routing,
             budget=request.settings.flips,
             time_limit=request.settings.time_limit,
-            teller=Mirrored(told),
+            replayer=MirroredReplayer(replayer),
             truth=apart.reference(subject, subject.outputs, apart.FLOAT64),
             about={**about_artifacts(candidate, reference), **line_of(opened.subject)},
         )

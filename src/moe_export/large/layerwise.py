@@ -7,7 +7,7 @@ graph:  [part of]   [part of]                       each part takes what PyTorch
 ```
 The model is run once a case as its author wrote it, each block's weights read when it is called and given back after
 it. The graph is cut where values leave a block (`layerwise_graph`); each part is run by onnxruntime on what PyTorch
-handed on, told which experts PyTorch took. So a fault is found in the block that has it, and no other is blamed.
+handed on, replaying PyTorch's choices of experts. So a fault is found in the block that has it, and no other is blamed.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from moe_export.verify import (
     Choice,
     DimRange,
     Judgement,
+    Replay,
     Report,
-    Told,
     Tolerance,
     cases,
     judge,
 )
-from moe_export.verify.judging.choices import judge_choices
+from moe_export.verify.judging.replay import judge_choices
 from moe_export.verify.reports.report import Outcome
 from moe_export.verify.runner import one_line
 from moe_export.verify.specs import is_float
@@ -150,14 +150,14 @@ def verify_blocks(
         walk = _Walk(graph, tolerance, states)
         results = [result for part in graph.parts() for result in walk.run(part)]
         results += walk.finish()
-    told = _told(blocks, results, graph) + _unchosen(blocks, [state.ran for state in states])
+    described = _described(blocks, results, graph) + _unchosen(blocks, [state.ran for state in states])
     return Report(
         "torch",
         "onnxruntime-cpu, block by block",
         tuple(results),
         len({result.sizes for result in results}),
         None,
-        {**(about or {}), "blocks": told},
+        {**(about or {}), "blocks": described},
     )
 
 
@@ -191,7 +191,7 @@ def _runs(
         return
 
 
-def _told(blocks: Sequence[str], results: Sequence[CaseResult], graph: CutGraph) -> str:
+def _described(blocks: Sequence[str], results: Sequence[CaseResult], graph: CutGraph) -> str:
     """Which blocks were compared, in a sentence that claims no more."""
     missing = [block for block in blocks if any(r.outcome == "refused" and _is_of(r, block) for r in results)]
     if not blocks:
@@ -309,7 +309,7 @@ class _Walk:
             usual = self._tolerance.of("", choice.scores.dtype.name)
             margin = replace(usual, atol=max(usual.atol, off))
             tolerance = replace(self._tolerance, outputs={"choice 0 scores": margin})
-            for row in judge_choices(Told({}, {}, (choice,), (mine.ids,)), tolerance):
+            for row in judge_choices(Replay({}, {}, (choice,), (mine.ids,)), tolerance):
                 yield replace(row, output=f"choice {index} of {part.name}")
 
     def finish(self) -> list[CaseResult]:

@@ -35,10 +35,10 @@ class PartRunner:
 
         Args:
             values: What the part takes, and more.
-            chose: The choices to be told; if the part makes as many.
+            chose: The choices to replay, if the part makes as many.
 
         Returns:
-            What it gives, and what it would have chosen itself where it was told, with its scores.
+            What it gives, and what it would have chosen itself where it replayed them, with its scores.
         """
         if self._runner is None:
             self._open(values, len(chose))
@@ -50,8 +50,8 @@ class PartRunner:
             feeds[name] = np.asarray(ids, np.int64)
         found = self._runner.run(feeds)
         own = tuple(
-            Choice(found[made].reshape(told.ids.shape), found[scores].reshape(told.scores.shape))
-            for made, scores, told in zip(self._choices.made, self._choices.scores, chose, strict=False)
+            Choice(found[made].reshape(forced.ids.shape), found[scores].reshape(forced.scores.shape))
+            for made, scores, forced in zip(self._choices.made, self._choices.scores, chose, strict=False)
         )
         return {name: found[name] for name in self._part.gives}, own
 

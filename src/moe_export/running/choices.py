@@ -21,16 +21,16 @@ from moe_export.verify import Array, OnnxRuntimeRunner
 
 
 @dataclass(frozen=True)
-class ToldRunner:
-    """The float32 graph, told the choices of the graph in low precision.
+class ReplayingRunner:
+    """The float32 graph, replaying the choices of the graph in low precision.
 
     Attributes:
-        told: The float32 graph with choices as inputs.
+        wide: The float32 graph with choices as inputs.
         chooser: The other graph, with its choices as outputs.
         choices: What they are called.
     """
 
-    told: OnnxRuntimeRunner
+    wide: OnnxRuntimeRunner
     chooser: OnnxRuntimeRunner
     choices: Choices
 
@@ -45,7 +45,7 @@ class ToldRunner:
         forced = {
             name: made[choice] for name, choice in zip(self.choices.forced, self.choices.made, strict=True)
         }
-        return self.told.run({**inputs, **forced})
+        return self.wide.run({**inputs, **forced})
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
@@ -53,9 +53,9 @@ class ToldRunner:
         return tuple(zip(self.choices.made, self.choices.scores, strict=True))
 
 
-def told_and_chooser(
+def replaying_and_chooser(
     wide: ir.Model, narrow: ir.Model, provider: str
-) -> tuple[ToldRunner, OnnxRuntimeRunner, OnnxRuntimeRunner] | None:
+) -> tuple[ReplayingRunner, OnnxRuntimeRunner, OnnxRuntimeRunner] | None:
     """The two graphs to compare, and the float32 graph as it is; None if the graph chooses nothing.
 
     Args:
@@ -67,8 +67,8 @@ def told_and_chooser(
     if not count or count != len(find_choices(wide)):
         return None
     chooser = _runner(with_choices_out(narrow), provider)
-    told = _runner(with_forced_choices(wide), provider)
-    return ToldRunner(told, chooser, Choices(count)), chooser, _runner(wide, provider)
+    forced = _runner(with_forced_choices(wide), provider)
+    return ReplayingRunner(forced, chooser, Choices(count)), chooser, _runner(wide, provider)
 
 
 def runner_of(path: Path, provider: str, dtype: str = "float32") -> OnnxRuntimeRunner:

@@ -1,13 +1,13 @@
 """Ties inside a model: where its experts are no output, and a tie that falls the other way moves everything after it.
 
 Two engines may take either of two experts that score the same. The outputs then differ, and nothing is wrong. So a
-case whose outputs differ is run again, the candidate TOLD the choices that the reference made:
+case whose outputs differ is run again, the candidate made to REPLAY the choices of the reference:
 
     is each choice that the candidate would have made otherwise one between equal scores?   (counted as flips)
     are the outputs the same when both take the same experts?
 
-A case that passes both is equal. Where a candidate cannot be told (an engine), a case that is made of ties can say
-nothing if the reference's own choices are ties.
+A case that passes both is equal. Where a candidate cannot replay choices (an engine), a case that is made of ties is
+undecided if the reference's own choices are ties.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from moe_export.verify.judging.routing import judge_routing
 from moe_export.verify.judging.tolerance import Margin, Tolerance
 from moe_export.verify.specs import Array, RoutingPair
 
-UNTOLD = "a tie between experts, and the candidate cannot be told which to take"
+NO_REPLAY = "a tie between experts, and the candidate cannot replay the reference's choice"
 NO_SCORES = "values at the limits of the dtype: scores are NaN or Inf"
 _NAME = "choice {}"
 
@@ -48,12 +48,12 @@ class Choice:
 
 
 @dataclass(frozen=True, eq=False)
-class Told:
-    """One case again, the candidate told what the reference chose.
+class Replay:
+    """One case again, the candidate with the choices of the reference.
 
     Args:
         expected: The reference's outputs.
-        got: The candidate's under the reference's choices; None if it cannot be told.
+        got: The candidate's under the reference's choices; None if it cannot replay them.
         choices: What the reference chose, and by which scores.
         own: What the candidate would have chosen, one a choice.
     """
@@ -64,24 +64,24 @@ class Told:
     own: tuple[Array, ...] = ()
 
 
-class Teller(Protocol):
+class Replayer(Protocol):
     """Runs a case again under the reference's choices."""
 
-    def tell(self, inputs: Mapping[str, Array]) -> Told | None:
+    def replay(self, inputs: Mapping[str, Array]) -> Replay | None:
         """None if the reference chooses nothing."""
         ...
 
 
-def judge_choices(told: Told, tolerance: Tolerance, *, stress: bool = False) -> list[Judgement]:
+def judge_choices(replay: Replay, tolerance: Tolerance, *, stress: bool = False) -> list[Judgement]:
     """The choices that the candidate would have made otherwise, each a routing called `choice 0`, ...
 
     Args:
-        told: What was chosen, on both sides.
+        replay: What was chosen, by either.
         tolerance: For scores.
         stress: Whether the values are at the limits of their type, where scores that are NaN decide nothing.
     """
     found = []
-    for index, (choice, own) in enumerate(zip(told.choices, told.own, strict=True)):
+    for index, (choice, own) in enumerate(zip(replay.choices, replay.own, strict=True)):
         name, scores = _NAME.format(index), f"{_NAME.format(index)} scores"
         pair = RoutingPair(name, None, scores)
         (judged,) = judge_routing(
@@ -99,6 +99,6 @@ def is_choice(output: str) -> bool:
     return output.startswith(_NAME.format(""))
 
 
-def has_ties(told: Told, tolerance: Tolerance) -> bool:
+def has_ties(replay: Replay, tolerance: Tolerance) -> bool:
     """Whether some choice of the reference could have fallen the other way."""
-    return any(choice.is_tied(tolerance.of("", choice.scores.dtype.name)) for choice in told.choices)
+    return any(choice.is_tied(tolerance.of("", choice.scores.dtype.name)) for choice in replay.choices)

@@ -9,15 +9,15 @@ from moe_export.verify import (
     DimRange,
     FlipBudget,
     Margin,
+    Replay,
     RoutingPair,
     TensorSpec,
-    Told,
     Tolerance,
     TorchRunner,
     cases,
     compare,
 )
-from moe_export.verify.judging.choices import UNTOLD
+from moe_export.verify.judging.replay import NO_REPLAY
 
 SPECS = [TensorSpec("x", "float32", ("batch", 4))]
 DIMS = [DimRange("batch", 6)]
@@ -39,56 +39,56 @@ def moe(tensors, ids=None, lowest_first=True, wrong=0.0):
     return x + EXPERTS[taken[:, 0]] + wrong, own
 
 
-class FirstTeller:
-    """A candidate that takes the last of equal experts, and can be told."""
+class FirstReplayer:
+    """A candidate that takes the last of equal experts, and can replay choices."""
 
-    def __init__(self, tellable=True, wrong=0.0, own=None):
-        self.tellable, self.wrong, self.own = tellable, wrong, own
+    def __init__(self, can_replay=True, wrong=0.0, own=None):
+        self.can_replay, self.wrong, self.own = can_replay, wrong, own
 
-    def tell(self, inputs):
+    def replay(self, inputs):
         expected, choices = TorchRunner(lambda t: moe(t)[:1], ["y"]).run_watched(inputs)
-        if not self.tellable:
-            return Told(expected, None, choices)
+        if not self.can_replay:
+            return Replay(expected, None, choices)
         tensors = {"x": torch.from_numpy(np.array(inputs["x"]))}
-        told, own = moe(tensors, torch.from_numpy(choices[0].ids), False, self.wrong)
+        replay, own = moe(tensors, torch.from_numpy(choices[0].ids), False, self.wrong)
         own = own.numpy() if self.own is None else self.own(own.numpy())
-        return Told(expected, {"y": told.numpy()}, choices, (own,))
+        return Replay(expected, {"y": replay.numpy()}, choices, (own,))
 
 
-def run(teller, wrong=0.0, **options):
+def run(replayer, wrong=0.0, **options):
     reference = TorchRunner(lambda t: moe(t)[:1], ["y"])
     candidate = TorchRunner(lambda t: moe(t, None, False, wrong)[:1], ["y"], "candidate")
-    return compare(reference, candidate, inputs(), teller=teller, **options)
+    return compare(reference, candidate, inputs(), replayer=replayer, **options)
 
 
 def test_a_tie_that_falls_the_other_way_is_no_difference():
     assert run(None).exit_code == 1
-    report = run(FirstTeller())
+    report = run(FirstReplayer())
     assert report.exit_code == 0, str(report)
     assert [row.output for row in report.rows] == ["y", "choice 0"]
     assert report.flips == 6  # all of `zeros`
 
 
 def test_a_difference_that_remains_under_the_same_choices_is_one():
-    report = run(FirstTeller(wrong=0.01), wrong=0.01)
+    report = run(FirstReplayer(wrong=0.01), wrong=0.01)
     assert report.exit_code == 1
     assert not next(row for row in report.rows if row.output == "y").equal
 
 
-def test_a_choice_outside_its_margin_fails_even_if_the_outputs_agree_when_told():
+def test_a_choice_outside_its_margin_fails_even_if_the_replayed_outputs_agree():
     worst = lambda t: (t["x"] + EXPERTS[t["x"].argmin(-1)],)  # noqa: E731
     candidate = TorchRunner(worst, ["y"], "candidate")
-    teller = FirstTeller(own=lambda own: (own + 1) % 4)
-    report = compare(TorchRunner(lambda t: moe(t)[:1], ["y"]), candidate, inputs(), teller=teller)
+    replayer = FirstReplayer(own=lambda own: (own + 1) % 4)
+    report = compare(TorchRunner(lambda t: moe(t)[:1], ["y"]), candidate, inputs(), replayer=replayer)
     assert report.exit_code == 1
     by_name = {row.output: row for row in report.rows}
     assert "no tie" in by_name["choice 0"].reason
 
 
-def test_where_it_cannot_be_told_a_case_of_ties_says_nothing():
-    report = run(FirstTeller(tellable=False))
+def test_without_replay_a_case_of_ties_is_undecided():
+    report = run(FirstReplayer(can_replay=False))
     assert report.exit_code == 0, str(report)
-    assert report.warnings == (f"output 'y' is undecided at zeros: {UNTOLD}",)
+    assert report.warnings == (f"output 'y' is undecided at zeros: {NO_REPLAY}",)
 
 
 def test_what_is_a_tie():

@@ -1,4 +1,4 @@
-"""A graph told which experts to take: for whichever artifact leaves the decision in a tie open."""
+"""Routing replay: a graph run with the choices of experts that another artifact made, so that ties do not count."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from moe_export.export.precision.choices import (
     with_forced_choices,
 )
 from moe_export.running.choices import runner_of_model
-from moe_export.verify import Array, Choice, OnnxRuntimeRunner, Told
+from moe_export.verify import Array, Choice, OnnxRuntimeRunner, Replay
 from moe_export.verify.inputs.experts_alone import Watched
 
 
@@ -33,7 +33,7 @@ class WatchedGraph:
         self._choices = Choices(len(find_choices(model)))
         self._makes = runner_of_model(with_choices_out(model), provider)
         self.name = self._makes.name
-        self._told = runner_of_model(with_forced_choices(model), provider)
+        self._replaying = runner_of_model(with_forced_choices(model), provider)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Outputs alone."""
@@ -45,19 +45,19 @@ class WatchedGraph:
         ids = [outputs.pop(name) for name in self._choices.made]
         if not ids:
             return outputs, ()
-        told = self._told.run({**inputs, **dict(zip(self._choices.forced, ids, strict=True))})
-        scores = [told[name] for name in self._choices.scores]
+        replayed = self._replaying.run({**inputs, **dict(zip(self._choices.forced, ids, strict=True))})
+        scores = [replayed[name] for name in self._choices.scores]
         return outputs, tuple(Choice(i, s) for i, s in zip(ids, scores, strict=True))
 
 
-class GraphTeller:
+class GraphReplayer:
     """Runs a graph under the choices that the reference makes on the same inputs.
 
-    The graph's `TopK`s are the reference's choices in the same order; where they are not as many, it cannot be told.
+    The graph's `TopK`s are the reference's choices in the same order; nothing is replayed if their numbers differ.
 
     Args:
         reference: The engine whose choices count.
-        path: The graph; None for what cannot be told, as an engine.
+        path: The graph; None for what cannot replay choices, such as an engine.
         provider: Where onnxruntime runs.
         renamed: The graph's output names → the reference's, where they differ.
     """
@@ -74,7 +74,7 @@ class GraphTeller:
         self._graph: OnnxRuntimeRunner | None = None
         self._choices = Choices(0)
 
-    def tell(self, inputs: Mapping[str, Array]) -> Told | None:
+    def replay(self, inputs: Mapping[str, Array]) -> Replay | None:
         """One case again; None if the reference chooses nothing or refuses the inputs."""
         try:
             expected, choices = self._reference.run_watched(inputs)
@@ -82,24 +82,24 @@ class GraphTeller:
             return None
         if not choices:
             return None
-        graph = self._told_graph()
+        graph = self._replaying_graph()
         if graph is None or self._choices.count != len(choices):
-            return Told(expected, None, choices)
+            return Replay(expected, None, choices)
         forced = dict(zip(self._choices.forced, (choice.ids for choice in choices), strict=True))
         try:
             got = graph.run({**inputs, **_shaped(forced, graph)})
         except MoeExportError:
-            return Told(expected, None, choices)
+            return Replay(expected, None, choices)
         own = tuple(got.pop(name) for name in self._choices.made)
         for name in self._choices.scores:
             got.pop(name)
         if any(mine.size != choice.ids.size for mine, choice in zip(own, choices, strict=True)):
-            return Told(expected, None, choices)
-        return Told(
+            return Replay(expected, None, choices)
+        return Replay(
             expected, {self._renamed.get(name, name): array for name, array in got.items()}, choices, own
         )
 
-    def _told_graph(self) -> OnnxRuntimeRunner | None:
+    def _replaying_graph(self) -> OnnxRuntimeRunner | None:
         if self._graph is None and self._path is not None:
             model = ir.load(self._path)
             self._choices = Choices(len(find_choices(model)))
@@ -108,22 +108,22 @@ class GraphTeller:
         return self._graph
 
 
-class Mirrored:
-    """Tells the reference what the candidate chose: the same question, where only the reference can be told.
+class MirroredReplayer:
+    """Replays the candidate's choices in the reference: the same question, where only the reference can replay.
 
     Args:
-        teller: Tells the reference; its own reference is the candidate.
+        replayer: Runs the reference; its own reference is the candidate.
     """
 
-    def __init__(self, teller: GraphTeller) -> None:
-        self._teller = teller
+    def __init__(self, replayer: GraphReplayer) -> None:
+        self._replayer = replayer
 
-    def tell(self, inputs: Mapping[str, Array]) -> Told | None:
+    def replay(self, inputs: Mapping[str, Array]) -> Replay | None:
         """One case again; None if the candidate chooses nothing."""
-        told = self._teller.tell(inputs)
-        if told is None or told.got is None:
-            return told
-        return Told(told.got, told.expected, told.choices, told.own)
+        replay = self._replayer.replay(inputs)
+        if replay is None or replay.got is None:
+            return replay
+        return Replay(replay.got, replay.expected, replay.choices, replay.own)
 
 
 def _shaped(forced: Mapping[str, Array], graph: OnnxRuntimeRunner) -> dict[str, Array]:
