@@ -9,13 +9,6 @@ model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶
 | file | what it does |
 |---|---|
 | `refused` | why something that was looked at is left as it was written |
-| `emit`, `spelling*`, `untranslated` | ONNX by the exporter; forms that it knows, and what it does not |
-| `size_numbers`, `reshapes` | what the exporter does that is not exact, or not for empty tensors |
-| `transposed` | products that ONNX Runtime crashes on, or computes wrong |
-| `opset`, `provenance` | exactly the opset asked for; where each node comes from, down to the line |
-| `naming`, `functions` | names from modules and variables; modules as functions |
-| `bodies`, `evaluate` | graphs inside nodes; what nodes give for arrays that are known now |
-| `simplify`, `write` | onnxsim's proposal, taken if it is smaller and right; whole files or none |
 | `stages`, `options` | the way of a model as a tuple of stages, and what the user may choose of it |
 | `pipeline` | the model, its gates and its step, each by the stages |
 
@@ -25,6 +18,7 @@ model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶
 | `frontend/` | what a user brings becomes a `Subject`: by name, by class, or by the first call of a script |
 | `axes/` | what the axes of values run over: tokens, choices, experts |
 | `tracing/` | `torch.export`, dimensions free where that holds; for which sizes a trace holds |
+| `onnx/` | ONNX by the exporter, exactly the opset asked for; names, functions; files, whole or none |
 | `gates/` | recognise gates in the traced graph by what they do, cut one out, draw where its tokens go |
 | `experts/` | MoE blocks found, understood and lowered ([docs/experts.md](../docs/experts.md)) |
 | `recurrence/` | Python loops over time found in a trace and folded ([docs/recurrence.md](../docs/recurrence.md)) |

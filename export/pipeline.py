@@ -16,11 +16,11 @@ from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.axes.choice import may_choose
 from moe_export.export.frontend.ended import no_exit
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.functions import described
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in, numbers_of
 from moe_export.export.gates.neck import behind
 from moe_export.export.gates.routing import Routing, find_routings, routing_outputs
-from moe_export.export.opset import check_opset
+from moe_export.export.onnx.functions import described
+from moe_export.export.onnx.opset import check_opset
 from moe_export.export.options import Options
 from moe_export.export.precision.mixed import check_kept
 from moe_export.export.recurrence.step import step_of

@@ -23,23 +23,23 @@ import onnx_ir as ir
 import torch
 
 from moe_export.einsum_rewrite import Site, rewrite_program
-from moe_export.export.emit import check, finish, translate
 from moe_export.export.experts.emit import write_experts
 from moe_export.export.experts.place import DOMAIN as EXPERTS
 from moe_export.export.experts.place import NUMBER, OPERATOR, Block, place_experts
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.onnx.simplify import as_numpy, simplify
+from moe_export.export.onnx.translate import check, finish, translate
+from moe_export.export.onnx.transposed import mend_products, product_notes
 from moe_export.export.options import Options
 from moe_export.export.precision.mixed import lower_precision
 from moe_export.export.recurrence.loop_body import DOMAIN as LOOPS
 from moe_export.export.recurrence.recurrences import Recurrent, fold_recurrences, left_if_fixed
 from moe_export.export.scans.order import loops_first
 from moe_export.export.scans.write import Lowering, write_scans
-from moe_export.export.simplify import as_numpy, simplify
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.notes import notes_on
 from moe_export.export.tracing.trace import Traced, quiet
 from moe_export.export.tracing.widest import widest_trace, within
-from moe_export.export.transposed import mend_products, product_notes
 
 
 @dataclass(frozen=True)

@@ -37,7 +37,7 @@ from moe_export.export.engines.profiles import (
 from moe_export.export.engines.refusal import refused
 from moe_export.export.engines.rules import moe_layers
 from moe_export.export.engines.settings import Settings, check_settings, configure, keep_timings
-from moe_export.export.functions import without_functions
+from moe_export.export.onnx.functions import without_functions
 from moe_export.external_data import check_external_data
 
 Step = Callable[[str], AbstractContextManager[Any]]

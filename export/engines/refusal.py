@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
-from moe_export.export.provenance import MODULE, SOURCE
+from moe_export.export.onnx.provenance import MODULE, SOURCE
 
 _SHOWN = 8
 

@@ -24,9 +24,9 @@ from moe_export.export.experts.trt_moe import add_meaning
 from moe_export.export.experts.weights import Weight
 from moe_export.export.experts.writer import Writer
 from moe_export.export.gates.region import scope_of
-from moe_export.export.provenance import mark_block
-from moe_export.export.reshapes import settle_axes, settle_reshapes
-from moe_export.export.spelling import spell
+from moe_export.export.onnx.decompositions import decompose
+from moe_export.export.onnx.provenance import mark_block
+from moe_export.export.onnx.reshapes import settle_axes, settle_reshapes
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.failures import fixes_size
 from moe_export.export.tracing.trace import quiet
@@ -127,7 +127,7 @@ def _write(writer: Writer, name: str, block: Opaque) -> ir.Value:
 def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
     """A body in ONNX, taken apart."""
     program, _ = rewrite_program(program)
-    spell(program.graph)
+    decompose(program.graph)
     try:
         with quiet(), torch.no_grad(), made_once():
             exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)

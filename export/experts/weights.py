@@ -2,7 +2,7 @@
 
 A body may transpose or cast a weight before it uses it (`experts/parts`: `prepared`). Where the weight is a constant,
 or is computed from constants alone, that is done here, once, and the graph holds the result. Of weights that are not in
-memory it is done when they are written (`weights/follow`).
+memory it is done when they are written (`onnx/recipe_steps`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from moe_export.errors import NotExportableError
 from moe_export.export.experts.parts import Parts, PartsWriter
 from moe_export.export.experts.writer import Writer
-from moe_export.export.weights.follow import Known, follow, known_tensor, realised, row_of, stacked
+from moe_export.export.onnx.recipe_steps import Known, follow, known_tensor, realised, row_of, stacked
 from moe_export.export.weights.recipe import Recipe
 
 Weight = Sequence[ir.Value] | ir.Value

@@ -19,8 +19,8 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
+from moe_export.export.onnx.provenance import place_of
 from moe_export.export.parallel.stages import ALL_REDUCE, is_exchange
-from moe_export.export.provenance import place_of
 
 Collectives = Literal["runner", "graph"]
 ORT_DOMAIN, TRT_DOMAIN = "com.microsoft", "trt"

@@ -22,7 +22,7 @@ from moe_export.export.experts.lower import Opaque, finish, guarded, loop_of, sl
 from moe_export.export.experts.parts import EXPERT, PartsWriter
 from moe_export.export.experts.weights import Weight, known_array
 from moe_export.export.experts.writer import Sorted, Writer, known_sizes, sort_by_expert
-from moe_export.export.weights.follow import row_of, stacked
+from moe_export.export.onnx.recipe_steps import row_of, stacked
 
 DOMAIN = "moe_export"
 """Of the nodes that mark exchanges; none is left in a finished graph."""

@@ -9,10 +9,10 @@ from typing import Any
 
 import onnx_ir as ir
 
+from moe_export.export.onnx.provenance import BLOCK, relative_line
 from moe_export.export.parallel.ranks import Ranks
 from moe_export.export.parallel.stages import Exchange, Spec, Staged
 from moe_export.export.pipeline import Graph
-from moe_export.export.provenance import BLOCK, relative_line
 
 SCHEMA = "moe-export/parallel/1"
 

@@ -10,12 +10,13 @@ from typing import Literal
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError, UsageError
-from moe_export.export.emit import check
 from moe_export.export.experts.choose import choose
 from moe_export.export.experts.emit import Bodies, module_of, write_experts
 from moe_export.export.experts.lower import Opaque
 from moe_export.export.experts.place import DOMAIN, NUMBER, OPERATOR
 from moe_export.export.experts.writer import Writer
+from moe_export.export.onnx.provenance import strip_scope
+from moe_export.export.onnx.translate import check
 from moe_export.export.options import Options
 from moe_export.export.parallel.collectives import Collectives, write_collectives
 from moe_export.export.parallel.dispatch import ThereAndBack, there_and_back
@@ -23,7 +24,6 @@ from moe_export.export.parallel.lower import partial_sum
 from moe_export.export.parallel.placement import Layer, Placement, place
 from moe_export.export.parallel.stages import ALL_REDUCE, LAYER, Staged, cut, exchanges_of
 from moe_export.export.pipeline import Graph
-from moe_export.export.provenance import strip_scope
 from moe_export.export.scans.write import Lowering, write_scans
 from moe_export.export.stages import Draft, Program, between, run, with_stage
 

@@ -14,9 +14,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass, ShapeInferencePass
 
 from moe_export.errors import NotExportableError
-from moe_export.export.bodies import with_inner
+from moe_export.export.onnx.bodies import with_inner
+from moe_export.export.onnx.provenance import place_of
 from moe_export.export.parallel.lower import DOMAIN
-from moe_export.export.provenance import place_of
 
 ALL_REDUCE, ALL_TO_ALL = "AllReduce", "AllToAll"
 LAYER, BACK, CAPACITY = "layer", "back", "capacity"

@@ -23,9 +23,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from moe_export.errors import UsageError
-from moe_export.export.bodies import bodies
+from moe_export.export.onnx.bodies import bodies
+from moe_export.export.onnx.provenance import MODULE
 from moe_export.export.precision.write import write_casts
-from moe_export.export.provenance import MODULE
 
 DTYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _NAMES = {ir.DataType.FLOAT16: "tensor(float16)", ir.DataType.BFLOAT16: "tensor(bfloat16)"}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from moe_export.export.bodies import bodies
+from moe_export.export.onnx.bodies import bodies
 
 NARROW, WIDE = {ir.DataType.BFLOAT16, ir.DataType.FLOAT16}, ir.DataType.FLOAT
 

@@ -6,8 +6,8 @@ import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.bodies import bodies
-from moe_export.export.weights.place import narrowed
+from moe_export.export.onnx.bodies import bodies
+from moe_export.export.onnx.recipes import narrowed
 from moe_export.export.weights.recipe import RecipeTensor
 
 _NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}

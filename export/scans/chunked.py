@@ -24,11 +24,11 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.refused import RefusedError
 from moe_export.export.scans.all_steps import AllSteps, Part
 from moe_export.export.scans.linear import Linear, LinearState, read_linear
 from moe_export.export.scans.marked import Marked
-from moe_export.export.scans.nodes import Nodes
 from moe_export.export.scans.segments import STEPS, Segments
 from moe_export.export.scans.terms import Reading
 from moe_export.export.scans.time import Timed

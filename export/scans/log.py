@@ -12,9 +12,9 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.refused import RefusedError
 from moe_export.export.scans.marked import Marked
-from moe_export.export.scans.nodes import Nodes
 from moe_export.export.scans.time import OverTime, Timed
 
 _VIEWS = {"Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}

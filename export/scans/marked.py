@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moe_export.export.bodies import reads
+from moe_export.export.onnx.bodies import reads
 from moe_export.export.recurrence.loop_body import DOMAIN, ELEMENT, STATE
 
 

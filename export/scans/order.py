@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from moe_export.export.bodies import reads
+from moe_export.export.onnx.bodies import reads
 
 _LOOPS = {"Scan", "Loop"}
 

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
+from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.scans.marked import Marked
-from moe_export.export.scans.nodes import Nodes
 from moe_export.export.scans.time import size_of
 
 _Shape = tuple[int | ir.SymbolicDim, ...]

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.scans.nodes import Nodes
+from moe_export.export.onnx.nodes import Nodes
 
 STEPS = 32  # of a chunk: the segments cost T^2 a step, the scan over chunks 1 / T
 

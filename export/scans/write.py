@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import NotExportableError
-from moe_export.export.provenance import mark_block, place_of
+from moe_export.export.onnx.provenance import mark_block, place_of
 from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
 from moe_export.export.refused import RefusedError
 from moe_export.export.scans.chunked import write_chunked

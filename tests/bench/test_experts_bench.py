@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_export.export.emit import finish, translate
 from moe_export.export.experts.choose import LOWERINGS, choose
 from moe_export.export.experts.emit import write_experts
 from moe_export.export.experts.place import place_experts
 from moe_export.export.frontend.subject import make_subject
+from moe_export.export.onnx.translate import finish, translate
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.tracing.trace import trace
 

@@ -17,7 +17,7 @@ from opened import all_nodes
 from moe_export.cli import run
 from moe_export.comparing.blaming import open_graph
 from moe_export.export.frontend.load import load_subject
-from moe_export.export.simplify import as_numpy
+from moe_export.export.onnx.simplify import as_numpy
 from moe_export.verify.localise.reference import GraphValues
 from moe_export.verify.localise.search import find_guilty
 

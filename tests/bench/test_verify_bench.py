@@ -10,7 +10,7 @@ import pytest
 from moe_export.comparing.checking import verify_graph
 from moe_export.comparison_settings import ComparisonSettings
 from moe_export.export import Options, export_subject, load_subject
-from moe_export.export.write import write_model
+from moe_export.export.onnx.serialize import write_model
 from moe_export.verify import Tolerance
 
 MODELS = Path(__file__).parents[2] / "models"

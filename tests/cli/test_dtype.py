@@ -13,8 +13,8 @@ import pytest
 from moe_export.comparing.checking import verify_graph
 from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.engines.build import build_engines
+from moe_export.export.onnx.serialize import write_model
 from moe_export.export.stages import Draft, between, run
-from moe_export.export.write import write_model
 from moe_export.verify import Tolerance
 
 MODELS = Path(__file__).resolve().parents[2] / "models"

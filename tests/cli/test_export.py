@@ -158,7 +158,7 @@ def test_a_graph_that_is_not_equal_is_not_left_in_place(
     from moe_export.export import stages
 
     def spoil(model, example):
-        from moe_export.export.simplify import Simplified
+        from moe_export.export.onnx.simplify import Simplified
 
         for value in model.graph.initializers.values():
             if value.const_value.dtype.name == "FLOAT":

@@ -18,8 +18,8 @@ from moe_export.export import Options, export_subject, load_subject, trace
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.gates.gate import gate_subject
 from moe_export.export.gates.routing import find_routings
+from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.pipeline import _gate_graph
-from moe_export.export.simplify import as_numpy
 from moe_export.export.tracing.dims import DimRequest
 
 MODELS = Path(__file__).resolve().parents[2] / "models"

@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from moe_export.export.expands import drop_expands
 from moe_export.export.frontend.subject import make_subject
+from moe_export.export.onnx.expands import drop_expands
 from moe_export.export.pipeline import Options, export_subject
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from moe_export.export.frontend.load import load_subject
-from moe_export.export.functions import DOMAIN, as_functions, without_functions
+from moe_export.export.onnx.functions import DOMAIN, as_functions, without_functions
 from moe_export.export.pipeline import Options, export_subject
 
 

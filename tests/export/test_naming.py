@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moe_export.export import naming
+from moe_export.export.onnx import naming
 
 
 class Block(nn.Module):

@@ -11,7 +11,7 @@ from torch import nn
 
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export import Options, export_subject
-from moe_export.export.opset import check_opset, highest_opset, ir_version_for, set_opset
+from moe_export.export.onnx.opset import check_opset, highest_opset, ir_version_for, set_opset
 
 
 class Calls(nn.Module):

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.pipeline import Graph, choose, describe, gate_dims, is_only_a_gate
-from moe_export.export.simplify import as_numpy
 from moe_export.export.stages import PIPELINE
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.trace import Fixed, trace

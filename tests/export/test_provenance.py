@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from moe_export.export.provenance import strip_scope
+from moe_export.export.onnx.provenance import strip_scope
 
 
 class Inner(nn.Module):

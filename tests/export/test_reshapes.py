@@ -9,7 +9,7 @@ import onnxruntime
 import pytest
 import torch
 
-from moe_export.export.reshapes import settle_axes, settle_reshapes
+from moe_export.export.onnx.reshapes import settle_axes, settle_reshapes
 
 OPERATORS = [
     ("ReduceSum(x, last)", (0,)),

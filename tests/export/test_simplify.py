@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 
-from moe_export.export.simplify import simplify
+from moe_export.export.onnx.simplify import simplify
 
 FOLDS = """<ir_version: 8, opset_import: ["" : 17]>
 g (float[n, 2] x) => (float[n, 2] y) {

@@ -16,7 +16,7 @@ from torch import nn
 
 from moe_export.export import Options, export_subject
 from moe_export.export.frontend.subject import make_subject
-from moe_export.export.transposed import MENDED, mend_products, product_notes
+from moe_export.export.onnx.transposed import MENDED, mend_products, product_notes
 
 SIZES = (5, 3, 4, 2)
 

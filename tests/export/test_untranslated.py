@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from moe_export.errors import NotExportableError
-from moe_export.export.untranslated import untranslated
+from moe_export.export.onnx.untranslated import untranslated
 
 
 @torch.library.custom_op("moe_export_tests::twice", mutates_args=())

@@ -17,8 +17,8 @@ from moe_export.comparing.checking import verify_graph
 from moe_export.comparison_settings import ComparisonSettings
 from moe_export.export.engines.build import build_engines
 from moe_export.export.frontend.subject import make_subject
+from moe_export.export.onnx.serialize import write_model
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.write import write_model
 from moe_export.verify import Tolerance
 
 ALWAYS = ("mixtral", "deepseek_v3", "gpt_oss", "jetmoe")

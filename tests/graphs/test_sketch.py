@@ -7,7 +7,7 @@ import onnx_ir as ir
 import pytest
 
 from moe_export.errors import UsageError
-from moe_export.export.functions import as_functions, without_functions
+from moe_export.export.onnx.functions import as_functions, without_functions
 from moe_export.pictures.groups import groups_of, path_of, reads, sizes_of
 from moe_export.pictures.sketch import MOST, Sketch, sketch_of
 

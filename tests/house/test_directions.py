@@ -43,6 +43,7 @@ EXPORT = (
     "frontend",
     "axes",
     "tracing",
+    "onnx",
     "gates",
     "recurrence",
     "experts",

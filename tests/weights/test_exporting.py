@@ -182,7 +182,7 @@ example_inputs = (torch.randn(4, 3, 128),)
 
 
 def test_a_large_live_model_is_streamed_from_its_own_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr("moe_export.export.weights.place.STREAMED", 1000)
+    monkeypatch.setattr("moe_export.export.onnx.recipes.STREAMED", 1000)
     (tmp_path / "live.py").write_text(LIVE)
     assert run(["export", str(tmp_path / "live.py"), "-o", str(tmp_path), "-q"]) == 0
     model = onnx.load(tmp_path / "live.onnx", load_external_data=False)

@@ -15,9 +15,9 @@ import pytest
 
 from moe_export.disk import PAGE
 from moe_export.errors import UsageError
+from moe_export.export.onnx.external_weights import Storage, data_facts, stream_weights
+from moe_export.export.onnx.serialize import rename_model, staging, write_model
 from moe_export.export.weights.recipe import RecipeTensor, Stored, Turned
-from moe_export.export.weights.stream import Storage, data_facts, stream_weights
-from moe_export.export.write import rename_model, staging, write_model
 from moe_export.external_data import check_external_data
 
 

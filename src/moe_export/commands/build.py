@@ -19,7 +19,7 @@ from moe_export.export.engines.build import Engine, build_engines, read_graph
 from moe_export.export.engines.module import check_capabilities, load_module
 from moe_export.export.engines.profiles import Range, free_dims, parse_range
 from moe_export.export.engines.settings import Settings, check_settings
-from moe_export.export.write import staging
+from moe_export.export.onnx.serialize import staging
 from moe_export.own_files import require_free
 from moe_export.running.engines import not_run, run_status
 

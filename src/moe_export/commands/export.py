@@ -27,20 +27,20 @@ from moe_export.comparing.checking import verify_graph
 from moe_export.comparison_settings import check_names as check_outputs
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
-from moe_export.export.bodies import initializers
 from moe_export.export.engines.profiles import dim_facts
 from moe_export.export.frontend.load import load_subject, split_spec
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.functions import as_functions
+from moe_export.export.onnx.bodies import initializers
+from moe_export.export.onnx.external_weights import Storage, data_facts, referable, stream_weights
+from moe_export.export.onnx.functions import as_functions
+from moe_export.export.onnx.provenance import relative_line, strip_scope
+from moe_export.export.onnx.recipes import without_weights
+from moe_export.export.onnx.serialize import rename_model, staging, write_model
 from moe_export.export.options import Options
 from moe_export.export.parallel.ranks import Parallel, check_experts
 from moe_export.export.pipeline import Graph, describe, export_subject, is_only_a_gate
-from moe_export.export.provenance import relative_line, strip_scope
 from moe_export.export.tracing.dims import limits_of
 from moe_export.export.tracing.trace import SCOPE
-from moe_export.export.weights.place import without_weights
-from moe_export.export.weights.stream import Storage, data_facts, referable, stream_weights
-from moe_export.export.write import rename_model, staging, write_model
 from moe_export.external_data import ReadAhead
 from moe_export.large.layerwise import Parts, filled_weights
 from moe_export.own_files import require_free

@@ -121,10 +121,10 @@ def write_ranks(
         seed: Of its inputs.
     """
     import moe_export
+    from moe_export.export.onnx.serialize import write_model
+    from moe_export.export.onnx.simplify import as_numpy
     from moe_export.export.parallel.manifest import file_name, manifest
     from moe_export.export.parallel.ranks import rank_graphs
-    from moe_export.export.simplify import as_numpy
-    from moe_export.export.write import write_model
 
     stem = graph.reference.source.stem
     with console.step(f"writing the graphs of {parallel.ranks} ranks"):

@@ -13,10 +13,10 @@ from moe_export.commands.sizes import parse_bytes
 from moe_export.comparison_settings import ComparisonSettings, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.onnx.external_weights import Storage
 from moe_export.export.options import Options
 from moe_export.export.parallel.ranks import Parallel
 from moe_export.export.tracing.dims import parse_dynamic
-from moe_export.export.weights.stream import Storage
 from moe_export.verify import Tolerance
 
 _SETTINGS = ("thorough", "seeds", "flips", "at", "case", "own_inputs", "time_limit")

@@ -13,8 +13,8 @@ import moe_export
 from moe_export.commands.console import Console
 from moe_export.einsum_rewrite.onnx_model import Options, Rewriting, rewrite_in_place
 from moe_export.errors import NotExportableError, UsageError
-from moe_export.export.weights.stream import DATA_SUFFIX
-from moe_export.export.write import staging, write_model
+from moe_export.export.onnx.external_weights import DATA_SUFFIX
+from moe_export.export.onnx.serialize import staging, write_model
 from moe_export.external_data import check_external_data
 from moe_export.own_files import KEY, require_free
 

@@ -11,7 +11,7 @@ from moe_export.errors import UsageError
 from moe_export.export.frontend.load import load_subject, split_spec
 from moe_export.export.gates.dispatch import Dispatch, find_dispatches
 from moe_export.export.gates.picture import FORMATS, draw
-from moe_export.export.write import staging
+from moe_export.export.onnx.serialize import staging
 from moe_export.own_files import put_text, require_free
 
 

@@ -15,7 +15,7 @@ from moe_export.commands.sizes import parse_bytes
 from moe_export.comparing.artifacts import Artifact, parse_artifact
 from moe_export.comparison_settings import check_names, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
-from moe_export.export.write import staging
+from moe_export.export.onnx.serialize import staging
 from moe_export.own_files import put, require_free
 from moe_export.verify import Report, show
 from moe_export.verify.golden import Golden, Recorder, save_golden

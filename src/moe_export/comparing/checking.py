@@ -20,8 +20,8 @@ from moe_export.comparison_settings import (
 )
 from moe_export.domain import Domain
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.pipeline import Graph
-from moe_export.export.simplify import as_numpy
 from moe_export.export.tracing.dims import Dim
 from moe_export.export.tracing.trace import quiet
 from moe_export.running.choices import replaying_and_chooser, runner_of

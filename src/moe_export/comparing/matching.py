@@ -18,7 +18,7 @@ from moe_export.export.engines.profiles import parse_bounds
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject
 from moe_export.export.gates.routing import find_routings, routing_outputs
-from moe_export.export.simplify import as_numpy
+from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.tracing.dims import Dim
 from moe_export.export.tracing.trace import quiet, trace
 from moe_export.verify import Array, DimRange, RoutingPair, TensorRtRunner, TensorSpec

@@ -39,7 +39,7 @@ from moe_export.export.frontend.script import run_file
 from moe_export.export.frontend.source import is_user_file
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.routing import find_routings, routing_outputs
-from moe_export.export.simplify import as_numpy
+from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing.trace import Traced, quiet, trace
 from moe_export.export.weights.stand_in import in_memory

@@ -23,13 +23,13 @@ import torch
 from moe_export.comparison_settings import tolerance_of
 from moe_export.errors import MoeExportError
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.onnx.external_weights import Storage
+from moe_export.export.onnx.serialize import link_weights
+from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.pipeline import Graph
-from moe_export.export.simplify import as_numpy
 from moe_export.export.tracing.dims import Dim
 from moe_export.export.tracing.trace import quiet
 from moe_export.export.weights.stand_in import in_memory
-from moe_export.export.weights.stream import Storage
-from moe_export.export.write import link_weights
 from moe_export.large.layerwise_graph import CutGraph, Part, nearest
 from moe_export.large.layerwise_part import PartRunner
 from moe_export.large.layerwise_torch import Ran, Seen, called_once, find_blocks, run_blocks

@@ -15,10 +15,10 @@ import onnx
 import onnx_ir as ir
 from onnx import helper
 
-from moe_export.export.bodies import initializers
-from moe_export.export.functions import without_functions
-from moe_export.export.provenance import MODULE
-from moe_export.export.weights.place import without_weights
+from moe_export.export.onnx.bodies import initializers
+from moe_export.export.onnx.functions import without_functions
+from moe_export.export.onnx.provenance import MODULE
+from moe_export.export.onnx.recipes import without_weights
 from moe_export.export.weights.recipe import Recipe, Stored, recipe_of
 from moe_export.external_data import check_external_data
 from moe_export.verify import Array, TensorSpec

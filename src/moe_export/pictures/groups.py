@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
-from moe_export.export.bodies import reads
-from moe_export.export.provenance import BLOCK, MODULE
+from moe_export.export.onnx.bodies import reads
+from moe_export.export.onnx.provenance import BLOCK, MODULE
 from moe_export.export.torch_compat.metadata import module_of, scopes_of
 
 MANY = 24

@@ -15,8 +15,8 @@ from typing import Literal
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
-from moe_export.export.bodies import reads, with_inner
-from moe_export.export.provenance import BLOCK, EINSUM, SOURCE
+from moe_export.export.onnx.bodies import reads, with_inner
+from moe_export.export.onnx.provenance import BLOCK, EINSUM, SOURCE
 from moe_export.pictures.groups import Group, groups_of, knows_modules, sizes_of
 
 Level = Literal["blocks", "nodes"]

@@ -9,10 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.onnx.serialize import write_model
 from moe_export.export.options import Options
 from moe_export.export.stages import Model, run, without
 from moe_export.export.tracing.dims import parse_dynamic
-from moe_export.export.write import write_model
 from moe_export.pictures.differing import Difference, difference
 
 

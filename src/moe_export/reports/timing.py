@@ -13,7 +13,7 @@ from pathlib import Path
 from statistics import median
 
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.simplify import as_numpy
+from moe_export.export.onnx.simplify import as_numpy
 from moe_export.verify import Array, OnnxRuntimeRunner, Runner, TorchRunner
 
 _WARM_UP, _MOST, _SECONDS = 3, 50, 0.5

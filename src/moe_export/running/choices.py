@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
+from moe_export.export.onnx.serialize import write_model
 from moe_export.export.precision.choices import (
     Choices,
     find_choices,
@@ -16,7 +17,6 @@ from moe_export.export.precision.choices import (
     with_forced_choices,
 )
 from moe_export.export.precision.rounding import with_float32_kernels
-from moe_export.export.write import write_model
 from moe_export.verify import Array, OnnxRuntimeRunner
 
 

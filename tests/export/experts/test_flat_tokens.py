@@ -9,7 +9,7 @@ import unflattened
 
 from moe_export.comparing.checking import verify_graph
 from moe_export.export import Options, export_subject
-from moe_export.export.write import write_model
+from moe_export.export.onnx.serialize import write_model
 from moe_export.verify import OnnxRuntimeRunner, Tolerance
 
 

@@ -17,8 +17,8 @@ from moe_export.errors import NotExportableError
 from moe_export.export.engines.build import build_engines, read_graph
 from moe_export.export.engines.rules import find_refusals
 from moe_export.export.frontend.subject import make_subject
+from moe_export.export.onnx.serialize import write_model
 from moe_export.export.pipeline import Options, export_subject
-from moe_export.export.write import write_model
 
 trt = pytest.importorskip("tensorrt_rtx", reason="the parser that knows TRT_MoE is TensorRT-RTX's")
 

@@ -70,7 +70,7 @@ def test_canary_a_node_tells_what_it_was_translated_from(nodes):
     with canary(
         FILE,
         "pkg.torch.onnx.fx_node is the node's own text, with Python's constants in full",
-        todo="see format_node in torch/fx/node.py; without it, export/size_numbers.py cannot be exact",
+        todo="see format_node in torch/fx/node.py; without it, export/onnx/size_numbers.py cannot be exact",
     ):
         computing = [node for node in nodes if metadata.computes_number(node)]
         assert "Mul" in {node.op_type for node in computing}

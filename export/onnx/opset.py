@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from moe_export.errors import NotExportableError, UsageError
-from moe_export.export.provenance import place_of
+from moe_export.export.onnx.provenance import place_of
 
 LOWEST = 17
 EXPORTER_LOWEST = 18

@@ -10,7 +10,7 @@ import torch
 from torch.export import ExportedProgram
 
 from moe_export.errors import NotExportableError
-from moe_export.export.bodies import initializers
+from moe_export.export.onnx.bodies import initializers
 from moe_export.export.weights.recipe import Converted, Held, Recipe, RecipeTensor, recipe_of
 from moe_export.export.weights.stand_in import SMALL, is_whole, stand_in_of
 

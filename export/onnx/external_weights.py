@@ -23,7 +23,7 @@ import onnx_ir as ir
 
 from moe_export.disk import PAGE
 from moe_export.errors import UsageError
-from moe_export.export.bodies import initializers
+from moe_export.export.onnx.bodies import initializers
 from moe_export.export.weights.data_file import DataFile
 from moe_export.export.weights.recipe import Held, Place, Recipe, RecipeTensor, Stored, recipe_of
 from moe_export.external_data import FACT, fingerprint, remember

@@ -21,7 +21,14 @@ from pathlib import Path
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
-from moe_export.export.weights.stream import DATA_SUFFIX, Storage, Streamed, held, stream_weights, taken_along
+from moe_export.export.onnx.external_weights import (
+    DATA_SUFFIX,
+    Storage,
+    Streamed,
+    held,
+    stream_weights,
+    taken_along,
+)
 from moe_export.own_files import kind_of, mentions, require_free
 
 try:

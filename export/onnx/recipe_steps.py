@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.evaluate import evaluate
+from moe_export.export.onnx.evaluate import evaluate
 from moe_export.export.weights.recipe import (
     Array,
     Computed,

@@ -5,7 +5,7 @@ after the variable that the model keeps it in, if the node ends that statement: 
 node. What experts or a recurrence were written as stands under its block: `layers.0.moe.experts.3.gemm`.
 
 Names repeat where code runs more than once; they are counted then: `mul`, `mul_1`. Inputs and outputs have their names
-already (`emit`).
+already (`translate`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import onnx_ir as ir
 
 from moe_export.export.frontend.source import model_frame
-from moe_export.export.provenance import BLOCK, FX, MODULE, OPERATOR, strip_scope
+from moe_export.export.onnx.provenance import BLOCK, FX, MODULE, OPERATOR, strip_scope
 from moe_export.export.torch_compat.metadata import (
     classes_of,
     is_module_path,

@@ -1,4 +1,4 @@
-"""What Python computes from sizes, respelled so that the exporter's graph gives the same numbers.
+"""What Python computes from sizes, decomposed so that the exporter's graph gives the same numbers.
 
 The exporter writes `-(-n // 8)` as a division that rounds towards zero, which is right only for what is not
 negative, and has no form for `round`, `n >> 3` and `(n + 7) & -8`.

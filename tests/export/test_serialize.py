@@ -11,8 +11,8 @@ import onnx_ir as ir
 import pytest
 
 from moe_export.errors import UsageError
-from moe_export.export import write
-from moe_export.export.write import staging, write_model
+from moe_export.export.onnx import serialize
+from moe_export.export.onnx.serialize import staging, write_model
 
 
 def files(folder):
@@ -73,7 +73,7 @@ def model_of(array):
 
 
 def test_large_weights_go_beside_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(write, "_INLINE_LIMIT", 1000)
+    monkeypatch.setattr(serialize, "_INLINE_LIMIT", 1000)
     array = np.arange(1000, dtype=np.float32)
     with staging(tmp_path) as temporary:
         write_model(model_of(array), temporary / "big.onnx")
@@ -127,7 +127,7 @@ def test_two_exports_into_the_same_new_folder_of_which_the_second_fails(tmp_path
 
 
 def test_a_folder_that_another_export_unmakes_just_now_is_made_again(tmp_path, monkeypatch):
-    makes, taken = write.tempfile.mkdtemp, []
+    makes, taken = serialize.tempfile.mkdtemp, []
 
     def make(*args, **options):
         if not taken:
@@ -135,7 +135,7 @@ def test_a_folder_that_another_export_unmakes_just_now_is_made_again(tmp_path, m
             (tmp_path / "build").rmdir()
         return makes(*args, **options)
 
-    monkeypatch.setattr(write.tempfile, "mkdtemp", make)
+    monkeypatch.setattr(serialize.tempfile, "mkdtemp", make)
     with staging(tmp_path / "build") as temporary:
         (temporary / "a.onnx").write_text("a")
     assert files(tmp_path) == ["build", "build/a.onnx"]

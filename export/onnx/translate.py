@@ -15,23 +15,23 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import MoeExportError, NotExportableError
-from moe_export.export.empty_products import settle_empty_products
-from moe_export.export.expands import drop_expands
 from moe_export.export.frontend.pytree import unique
-from moe_export.export.naming import name_nodes, statements
-from moe_export.export.opset import EXPORTER_LOWEST, set_opset
-from moe_export.export.provenance import shorten_metadata
-from moe_export.export.reshapes import plain_transposes, settle_axes, settle_reshapes
-from moe_export.export.size_numbers import exact_sizes
-from moe_export.export.spelling import respelled
+from moe_export.export.onnx.decompositions import decomposed
+from moe_export.export.onnx.empty_products import settle_empty_products
+from moe_export.export.onnx.expands import drop_expands
+from moe_export.export.onnx.naming import name_nodes, statements
+from moe_export.export.onnx.opset import EXPORTER_LOWEST, set_opset
+from moe_export.export.onnx.provenance import shorten_metadata
+from moe_export.export.onnx.recipe_steps import fold_steps
+from moe_export.export.onnx.recipes import has_recipes, is_streamed, place_recipes, without_weights
+from moe_export.export.onnx.reshapes import plain_transposes, settle_axes, settle_reshapes
+from moe_export.export.onnx.size_numbers import exact_sizes
+from moe_export.export.onnx.transposed import mend_products
+from moe_export.export.onnx.untranslated import untranslated
 from moe_export.export.torch_compat.caches import made_once
 from moe_export.export.torch_compat.exact_rules import exact_constants
 from moe_export.export.tracing.slices import TRANSLATIONS
 from moe_export.export.tracing.trace import Traced, quiet, rename
-from moe_export.export.transposed import mend_products
-from moe_export.export.untranslated import untranslated
-from moe_export.export.weights.follow import fold_steps
-from moe_export.export.weights.place import has_recipes, is_streamed, place_recipes, without_weights
 
 _DATA_SIZE = re.compile(r"u\d+")
 _PROTOBUF_LIMIT = 2**31 - 2**20
@@ -49,7 +49,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
     """
     try:
         with quiet(), torch.no_grad(), made_once(), exact_constants():
-            program = respelled(traced.program)
+            program = decomposed(traced.program)
             lowest = max(opset, EXPORTER_LOWEST)
             streamed = is_streamed(program)
             result = torch.onnx.export(
@@ -178,7 +178,7 @@ def check(model: ir.Model) -> None:
     streamed = has_recipes(model)
     size = sum(value.const_value.nbytes for value in model.graph.initializers.values() if value.const_value)
     if size > _PROTOBUF_LIMIT and not streamed:
-        return  # the checker reads such a model from its file; `write` does that
+        return  # the checker reads such a model from its file; `serialize` does that
     try:
         onnx.checker.check_model(without_weights(model) if streamed else ir.to_proto(model), full_check=True)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Operators in forms that the exporter does not know, respelled in a form that it does. One rule an operator."""
+"""Decompositions of operators that the exporter does not know into those that it does. One rule an operator."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from moe_export.export.spelling_logs import LOG_RULES
-from moe_export.export.spelling_numbers import NUMBER_RULES
+from moe_export.export.onnx.decompositions_logs import LOG_RULES
+from moe_export.export.onnx.decompositions_numbers import NUMBER_RULES
 from moe_export.export.tracing.programs import copied_module, with_module
 from moe_export.export.tracing.slices import carry_constants
 
@@ -27,15 +27,15 @@ _REDUCTIONS = (
 )
 
 
-def respelled(program: ExportedProgram) -> ExportedProgram:
+def decomposed(program: ExportedProgram) -> ExportedProgram:
     """A program with its operators in the forms that the exporter knows; the given one stays as it was."""
     copied = with_module(program, copied_module(program))
-    spell(copied.graph)  # numbers that it writes have no example value, which a new program would ask for
+    decompose(copied.graph)  # numbers that it writes have no example value, which a new program would ask for
     return copied
 
 
-def spell(graph: fx.Graph) -> None:
-    """Respell the nodes of a traced graph, in place."""
+def decompose(graph: fx.Graph) -> None:
+    """Decompose the nodes of a traced graph, in place."""
     for node in list(graph.nodes):
         rule = _RULES.get(node.target)
         if rule is not None:

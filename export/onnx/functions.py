@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 
-from moe_export.export.bodies import reads, with_inner
-from moe_export.export.provenance import BLOCK, MODULE, SOURCE
+from moe_export.export.onnx.bodies import reads, with_inner
+from moe_export.export.onnx.provenance import BLOCK, MODULE, SOURCE
 
 DOMAIN = "moe_export.blocks"
 _LEAST = 4

@@ -17,7 +17,7 @@ import onnx_ir as ir
 
 from moe_export.domain import evaluate
 from moe_export.errors import UsageError
-from moe_export.export.scans.nodes import Nodes
+from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.tracing.trace import Traced
 
 _DATA_SIZE = re.compile(r"\bu\d+\b")

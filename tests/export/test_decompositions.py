@@ -43,7 +43,7 @@ class Calls(nn.Module):
         "masked_select",
     ],
 )
-def test_respelled_operators(tools, function):
+def test_decomposed_operators(tools, function):
     tools.equal(tools.graph(Calls(function), torch.randn(2, 3, 4)), torch.randn(4, 6, 5))
 
 

@@ -15,7 +15,7 @@ import onnx
 import onnx_ir as ir
 import torch
 
-from moe_export.export.weights.place import has_recipes
+from moe_export.export.onnx.recipes import has_recipes
 
 _LIMIT = 512 * 2**20  # bytes of weights; onnxsim copies a model several times
 
