@@ -29,7 +29,7 @@ NAVIGATION = {
         "docs/recurrence",
         "docs/precision",
         "docs/verify",
-        "docs/guilty",
+        "docs/error-localisation",
         "docs/engines",
         "docs/seeing",
     ),

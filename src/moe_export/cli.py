@@ -235,7 +235,10 @@ def export_command(**options: Any) -> int:
     "--record", metavar="FILE.safetensors", help="Store inputs and right outputs, to compare with later."
 )
 @click.option(
-    "--blame/--no-blame", default=True, show_default=True, help="Where a graph differs, name the guilty node."
+    "--localise/--no-localise",
+    default=True,
+    show_default=True,
+    help="Where a graph differs, name the first faulty node.",
 )
 @click.option(
     "--inside", is_flag=True, help="Hold every node against its operator in the model, not the outputs alone."

@@ -37,7 +37,7 @@ def foreign():
 
 
 # What each option is aimed at stands at the end of its command.
-VERIFY = "verify block.onnx --against block.py --no-blame"
+VERIFY = "verify block.onnx --against block.py --no-localise"
 WRITES = {
     "record": (f"{VERIFY} --record", "golden.safetensors", "tensors"),
     "report": (f"{VERIFY} --report", "report.json", "report"),
@@ -78,12 +78,12 @@ def test_a_strangers_file_stays_and_ours_is_replaced(command, folder, listing, n
         (f"{VERIFY} --report", "block.py"),
         (f"{VERIFY} --junit", "block.onnx"),
         (f"{VERIFY} --html", "block.py"),
-        ("verify block.onnx --against golden.safetensors --no-blame --record", "golden.safetensors"),
+        ("verify block.onnx --against golden.safetensors --no-localise --record", "golden.safetensors"),
         ("judge own.json --report", "own.json"),
         ("rewrite block.onnx -o", "block.onnx"),
         ("rewrite foreign.onnx -o", "foreign.onnx"),
         ("rewrite sums.py -o", "sums.py"),
-        ("verify link.onnx --against block.py --no-blame --report", "block.onnx"),
+        ("verify link.onnx --against block.py --no-localise --report", "block.onnx"),
     ],
 )
 def test_no_command_overwrites_what_it_reads(command, folder, listing, words, file):

@@ -53,7 +53,7 @@ def test_a_graph_that_says_it_is_less_exact(command, graph, dtype):
     path = graph("block")
     damage(path, 1 + 1e-3)
     says(path, dtype=dtype)
-    done = command("verify", path.name, "--against", "block.py", "--no-blame")
+    done = command("verify", path.name, "--against", "block.py", "--no-localise")
     assert done.code == 1
     assert "rtol=1e-05 atol=1e-05" in done.out
 
@@ -61,7 +61,7 @@ def test_a_graph_that_says_it_is_less_exact(command, graph, dtype):
 def test_half_precision_is_judged_as_such_where_the_user_says_so(command, write, texts):
     model = write(texts["model"], "net.py")
     assert command(model, "--dtype", "bfloat16", "--quiet").code == 0
-    strict = command("verify", "net.onnx", "--against", model, "--no-blame")
+    strict = command("verify", "net.onnx", "--against", model, "--no-localise")
     assert strict.code == 1
     assert HALF in " ".join(strict.out.split())
     asked = command("verify", "net.onnx", "--against", model, "--dtype", "bfloat16")
@@ -75,7 +75,7 @@ def test_a_graph_of_the_whole_model_that_says_it_is_a_gate(command, graph):
     done = command("verify", path.name, "--against", "moe.py")
     assert done.out.startswith("onnxruntime-cpu against torch: equal"), done.out
     damage(path)
-    assert command("verify", path.name, "--against", "moe.py", "--no-blame").code == 1
+    assert command("verify", path.name, "--against", "moe.py", "--no-localise").code == 1
 
 
 def test_the_verdict_of_a_gate_says_what_it_was_compared_with(command, graph):
@@ -93,7 +93,7 @@ def test_the_verdict_of_a_gate_says_what_it_was_compared_with(command, graph):
 def test_a_gate_that_says_nothing_of_itself(command, graph):
     path = graph("moe.gate")
     says(path, kind="model")
-    assert command("verify", path.name, "--against", "moe.py", "--no-blame").code in (1, 2)
+    assert command("verify", path.name, "--against", "moe.py", "--no-localise").code in (1, 2)
     assert command("verify", path.name, "--against", "moe.py", "--gate", "gate").code == 0
 
 

@@ -66,7 +66,7 @@ def test_forward_exits(process, command, ending, listing, tmp_path, code):
 def test_forward_exits_only_when_the_graph_is_compared(process, finished, write, texts):
     """As if it had been verified: exit code 0, and no word."""
     path = write(texts["model"].replace("return", "import sys; sys.exit(0) if len(x) != 2 else 0; return"))
-    done = process("verify", finished / "block.onnx", "--against", path, "--no-blame")
+    done = process("verify", finished / "block.onnx", "--against", path, "--no-localise")
     assert done.code == 2
     assert "the model's code ended the process: sys.exit(0)" in done.err
 

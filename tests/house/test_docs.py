@@ -14,7 +14,7 @@ OF_A_TERMINAL = re.compile(r"^(\$ |> )?(moe-export|make|pip|python3?|git|pre-com
 
 # Pages that take longest, with engines, faulty graphs or a browser, are run with the slow tests.
 LONG = {
-    "docs/engines", "docs/experts", "docs/guilty", "docs/seeing", "docs/tasks/build-an-engine",
+    "docs/engines", "docs/experts", "docs/error-localisation", "docs/seeing", "docs/tasks/build-an-engine",
     "docs/tasks/export-my-mamba", "docs/verify", "docs/weights",
 }  # fmt: skip
 

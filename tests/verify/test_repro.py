@@ -17,7 +17,7 @@ from moe_export.verify.localise.level import Cut
 from moe_export.verify.localise.overlay import attachment, with_errors, write_overlay
 from moe_export.verify.localise.reference import GraphValues
 from moe_export.verify.localise.repro import write_repro
-from moe_export.verify.localise.search import find_guilty
+from moe_export.verify.localise.search import find_faulty_node
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
 X = {"x": np.random.default_rng(0).normal(size=(5, 4)).astype(np.float32)}
@@ -52,13 +52,13 @@ def run_script(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def guilt():
+def localisation():
     good, bad = parsed(GRAPH), parsed(GRAPH.replace("Tanh", "Sigmoid"))
-    return bad, find_guilty(bad, X, GraphValues(good, X))
+    return bad, find_faulty_node(bad, X, GraphValues(good, X))
 
 
-def test_the_guilty_node_by_itself(guilt, tmp_path, run_script):
-    _, found = guilt
+def test_the_faulty_node_by_itself(localisation, tmp_path, run_script):
+    _, found = localisation
     write_repro(tmp_path, found.cut, str(found))
     model = onnx.load(tmp_path / "model.onnx")
     assert [node.op_type for node in model.graph.node] == ["Sigmoid"]
@@ -68,8 +68,8 @@ def test_the_guilty_node_by_itself(guilt, tmp_path, run_script):
     assert "b: 20 of 20 elements are wrong" in said
 
 
-def test_the_fault_goes_and_the_script_says_so(guilt, tmp_path, run_script):
-    _, found = guilt
+def test_the_fault_goes_and_the_script_says_so(localisation, tmp_path, run_script):
+    _, found = localisation
     write_repro(tmp_path, found.cut, str(found))
     model = onnx.load(tmp_path / "model.onnx")
     model.graph.node[0].op_type = "Tanh"
@@ -96,7 +96,7 @@ def test_a_node_of_a_body(tmp_path, run_script):
   }>(start, x)
 }"""
     good, bad = parsed(text), parsed(text.replace("Tanh", "Sigmoid"))
-    found = find_guilty(bad, X, GraphValues(good, X))
+    found = find_faulty_node(bad, X, GraphValues(good, X))
     write_repro(tmp_path, found.cut, str(found))
     assert [node.op_type for node in onnx.load(tmp_path / "model.onnx").graph.node] == ["Sigmoid"]
     assert run_script()[0] == 1
@@ -121,20 +121,20 @@ def facts(node):
     return {entry.key: entry.value for entry in node.metadata_props}
 
 
-def test_each_node_says_its_error(guilt):
-    bad, found = guilt
+def test_each_node_says_its_error(localisation):
+    bad, found = localisation
     nodes = {node.output[0]: facts(node) for node in with_errors(bad, found).graph.node}
     assert nodes["a"] == {"own error": "0", "own error / rounding": "0", "inherited error": "0"}
-    assert nodes["b"]["guilty"].startswith("Sigmoid node_b")
+    assert nodes["b"]["faulty node"].startswith("Sigmoid node_b")
     assert float(nodes["b"]["own error"]) > 0.4
     assert nodes["c"]["own error"] == "0"
     assert float(nodes["c"]["inherited error"]) > 0.1
     assert all(not facts(node) for node in bad.graph.node)
 
 
-def test_the_overlay_opens_in_netron(guilt, tmp_path):
+def test_the_overlay_opens_in_netron(localisation, tmp_path):
     """Netron's own server reads both files; the attachment has the form that its viewer looks for."""
-    bad, found = guilt
+    bad, found = localisation
     graph, attached = write_overlay(tmp_path, bad, found)
     onnx.checker.check_model(onnx.load(graph), full_check=True)
     data = json.loads(attached.read_text())

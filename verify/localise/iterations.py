@@ -1,4 +1,4 @@
-"""Step through a Scan, a Loop or an If as the reference takes it: the inputs of its body, a turn at a time."""
+"""Step through a Scan, a Loop or an If as the reference takes it: the inputs of its body, a iteration at a time."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from moe_export.verify.localise.level import Level, Session, Value
 
 
 @dataclass(frozen=True)
-class Turn:
+class Iteration:
     """One run of a body.
 
     Args:
-        number: Which turn; None in an If.
+        number: Which iteration; None in an If.
         attribute: The attribute that holds the body that was taken.
         inputs: What the body is given, by place.
         values: The reference's values in it, by name: what it computes and what it is given.
@@ -30,8 +30,8 @@ class Turn:
     values: Mapping[str, Value]
 
 
-def turns(level: Level, node: onnx.NodeProto, known: Mapping[str, Value]) -> Iterator[Turn]:
-    """The turns that a node's body takes.
+def iterations(level: Level, node: onnx.NodeProto, known: Mapping[str, Value]) -> Iterator[Iteration]:
+    """The iterations that a node's body takes.
 
     Args:
         level: The reference's graph.
@@ -46,7 +46,7 @@ def turns(level: Level, node: onnx.NodeProto, known: Mapping[str, Value]) -> Ite
     if node.op_type == "If" and given[0] is not None:
         name = "then_branch" if bool(np.asarray(given[0]).reshape(-1)[0]) else "else_branch"
         stepper = _Stepper(level, node, name, known)
-        yield stepper.turn(None, ())
+        yield stepper.iteration(None, ())
     elif node.op_type == "Scan":
         yield from _scan(_Stepper(level, node, "body", known), given, attributes)
     elif node.op_type == "Loop":
@@ -75,23 +75,25 @@ class _Stepper:
         self._signature: Any = None
         self._taken: list[str] = []
 
-    def turn(self, number: int | None, inputs: tuple[Value, ...]) -> Turn:
+    def iteration(self, number: int | None, inputs: tuple[Value, ...]) -> Iteration:
         feeds = {**self.outer, **dict(zip(self.places, inputs, strict=True))}
         if not self.names:
-            return Turn(number, self.attribute, inputs, feeds)
+            return Iteration(number, self.attribute, inputs, feeds)
         signature = {name: np.shape(value) for name, value in feeds.items() if not isinstance(value, list)}
         if self._session is None or signature != self._signature:
             made = self.level.part(self.names, feeds, ())
             self._session, self._signature = Session(made), signature
             self._taken = [value.name for value in made.graph.input]
         found = self._session.run({name: feeds[name] for name in self._taken})
-        return Turn(number, self.attribute, inputs, {**feeds, **dict(zip(self.names, found, strict=True))})
+        return Iteration(
+            number, self.attribute, inputs, {**feeds, **dict(zip(self.names, found, strict=True))}
+        )
 
-    def results(self, turn: Turn) -> list[Value]:
-        return [_value(self.level, name, turn.values) for name in self.outputs]
+    def results(self, iteration: Iteration) -> list[Value]:
+        return [_value(self.level, name, iteration.values) for name in self.outputs]
 
 
-def _scan(stepper: _Stepper, given: list[Value | None], attributes: Mapping[str, Any]) -> Iterator[Turn]:
+def _scan(stepper: _Stepper, given: list[Value | None], attributes: Mapping[str, Any]) -> Iterator[Iteration]:
     count = int(attributes["num_scan_inputs"])
     states, streams = (
         given[: len(given) - count],
@@ -105,19 +107,19 @@ def _scan(stepper: _Stepper, given: list[Value | None], attributes: Mapping[str,
             np.take(stream, length - 1 - number if reverse else number, axis)
             for stream, axis, reverse in zip(streams, axes, backwards, strict=True)
         ]
-        turn = stepper.turn(number, (*(state for state in states if state is not None), *elements))
-        yield turn
-        states = list(stepper.results(turn)[: len(states)])
+        iteration = stepper.iteration(number, (*(state for state in states if state is not None), *elements))
+        yield iteration
+        states = list(stepper.results(iteration)[: len(states)])
 
 
-def _loop(stepper: _Stepper, given: list[Value | None]) -> Iterator[Turn]:
+def _loop(stepper: _Stepper, given: list[Value | None]) -> Iterator[Iteration]:
     limit = None if given[0] is None else int(np.asarray(given[0]).reshape(-1)[0])
     going = given[1] if len(given) > 1 and given[1] is not None else np.array(True)
     states = [state for state in given[2:] if state is not None]
     number = 0
     while bool(np.asarray(going).reshape(-1)[0]) and (limit is None or number < limit):
-        turn = stepper.turn(number, (np.array(number, np.int64), going, *states))
-        yield turn
-        results = stepper.results(turn)
+        iteration = stepper.iteration(number, (np.array(number, np.int64), going, *states))
+        yield iteration
+        results = stepper.results(iteration)
         going, states = results[0], list(results[1 : 1 + len(states)])
         number += 1

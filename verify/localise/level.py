@@ -1,7 +1,7 @@
 """One level of a graph, its own or a body's, opened so that any value can be read or put in place of the computed one.
 
 A body is run by itself: what it takes from outside becomes its inputs. So the inside of a Scan, a Loop or an If, and of
-those inside them, is looked at in the same way as the graph around it, a turn at a time.
+those inside them, is looked at in the same way as the graph around it, a iteration at a time.
 """
 
 from __future__ import annotations

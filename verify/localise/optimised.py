@@ -11,25 +11,25 @@ import onnx
 
 from moe_export.verify.localise.level import LEVELS, Session, Value
 from moe_export.verify.localise.reference import GivenValues, GraphValues
-from moe_export.verify.localise.search import Guilt, find_guilty
+from moe_export.verify.localise.search import Localisation, find_faulty_node
 
 
 @dataclass(frozen=True)
-class OptimisedGuilt:
+class OptimiserFault:
     """A graph that is right as it is, and wrong as onnxruntime optimises it.
 
     Args:
         level: The lowest level at which it is wrong, one of `LEVELS`.
-        guilt: The guilty node of the optimised graph, whose values are held against those of the graph as it is.
+        localisation: The first faulty node of the optimised graph; the reference is the graph as it is.
     """
 
     level: str
-    guilt: Guilt
+    localisation: Localisation
 
     def __str__(self) -> str:
         return (
             f"the graph is right as it is; onnxruntime makes it wrong at optimisation level '{self.level}'\n"
-            f"{self.guilt}"
+            f"{self.localisation}"
         )
 
 
@@ -54,9 +54,7 @@ def wrong_level(
     return None
 
 
-def find_guilty_optimisation(
-    model: onnx.ModelProto, inputs: Mapping[str, Value], level: str
-) -> OptimisedGuilt:
+def find_optimiser_fault(model: onnx.ModelProto, inputs: Mapping[str, Value], level: str) -> OptimiserFault:
     """Find the node of the optimised graph that does not do what the nodes that it replaced did.
 
     Args:
@@ -67,7 +65,7 @@ def find_guilty_optimisation(
     changed = optimised(model, level)
     right = GraphValues(model, inputs)
     shared = [name for name in right.names if name in {n for node in changed.graph.node for n in node.output}]
-    return OptimisedGuilt(level, find_guilty(changed, inputs, GivenValues(right.values(shared))))
+    return OptimiserFault(level, find_faulty_node(changed, inputs, GivenValues(right.values(shared))))
 
 
 def optimised(model: onnx.ModelProto, level: str) -> onnx.ModelProto:

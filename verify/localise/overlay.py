@@ -17,10 +17,10 @@ import onnx
 
 from moe_export.own_files import KEY
 from moe_export.verify.bodies import all_nodes
-from moe_export.verify.localise.search import Guilt, NodeError
+from moe_export.verify.localise.search import Localisation, NodeError
 
 SCHEMA = "moe-export/errors/1"
-OWN, RATIO, INHERITED, GUILTY = "own error", "own error / rounding", "inherited error", "guilty"
+OWN, RATIO, INHERITED, FAULTY = "own error", "own error / rounding", "inherited error", "faulty node"
 
 
 def facts(error: NodeError) -> dict[str, str]:
@@ -29,25 +29,25 @@ def facts(error: NodeError) -> dict[str, str]:
     return shown if math.isnan(error.whole) else {**shown, INHERITED: f"{error.inherited:.3g}"}
 
 
-def with_errors(model: onnx.ModelProto, guilt: Guilt) -> onnx.ModelProto:
-    """A copy of the graph whose nodes carry their errors; the guilty one says so."""
+def with_errors(model: onnx.ModelProto, localisation: Localisation) -> onnx.ModelProto:
+    """A copy of the graph whose nodes carry their errors; the faulty one says so."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    worst = _worst(guilt)
+    worst = _worst(localisation)
     for node in all_nodes(copy.graph):
         error = next((worst[name] for name in node.output if name in worst), None)
         if error is not None:
             _put(node, facts(error))
-        if guilt.guilty is not None and guilt.guilty.value in node.output:
-            _put(node, {**facts(guilt.guilty), GUILTY: str(guilt.guilty)})
+        if localisation.faulty is not None and localisation.faulty.value in node.output:
+            _put(node, {**facts(localisation.faulty), FAULTY: str(localisation.faulty)})
     return copy
 
 
-def attachment(guilt: Guilt) -> dict[str, Any]:
+def attachment(localisation: Localisation) -> dict[str, Any]:
     """The same as a file for Netron, `{"signature": "netron:attachment", ...}`; only nodes that have names."""
-    errors = {error.node: error for error in _worst(guilt).values()}
-    if guilt.guilty is not None:
-        errors[guilt.guilty.node] = guilt.guilty
+    errors = {error.node: error for error in _worst(localisation).values()}
+    if localisation.faulty is not None:
+        errors[localisation.faulty.node] = localisation.faulty
     metrics = [
         {"kind": "node", "target": node, "name": name, "value": value, "type": "attribute"}
         for node, error in errors.items()
@@ -56,30 +56,32 @@ def attachment(guilt: Guilt) -> dict[str, Any]:
     return {"signature": "netron:attachment", "schema": SCHEMA, "metrics": metrics}
 
 
-def write_overlay(folder: Path, model: onnx.ModelProto, guilt: Guilt, stem: str = "model") -> list[Path]:
+def write_overlay(
+    folder: Path, model: onnx.ModelProto, localisation: Localisation, stem: str = "model"
+) -> list[Path]:
     """Write `model.errors.onnx` and `model.errors.json`.
 
     Args:
         folder: Where to.
         model: The graph that is wrong.
-        guilt: What was found in it.
+        localisation: What was found in it.
         stem: What the files are called.
     """
     graph, attached = folder / f"{stem}.errors.onnx", folder / f"{stem}.errors.json"
-    copy = with_errors(model, guilt)
+    copy = with_errors(model, localisation)
     copy.metadata_props.add(key=f"{KEY}errors", value=stem)
     onnx.save(copy, graph)
-    attached.write_text(json.dumps(attachment(guilt), indent=1) + "\n", encoding="utf-8")
+    attached.write_text(json.dumps(attachment(localisation), indent=1) + "\n", encoding="utf-8")
     return [graph, attached]
 
 
-def _worst(guilt: Guilt) -> dict[str, NodeError]:
+def _worst(localisation: Localisation) -> dict[str, NodeError]:
     """The errors by value; of a node with several values, all have the worst."""
     by_node: dict[str, NodeError] = {}
-    for error in guilt.nodes:
+    for error in localisation.nodes:
         if error.node not in by_node or error.ratio > by_node[error.node].ratio:
             by_node[error.node] = error
-    return {error.value: by_node[error.node] for error in guilt.nodes}
+    return {error.value: by_node[error.node] for error in localisation.nodes}
 
 
 def _put(node: onnx.NodeProto, shown: Mapping[str, str]) -> None:

@@ -1,12 +1,12 @@
-"""The guilty node: where a graph that gives wrong results goes wrong.
+"""The first faulty node: where a graph starts to give wrong results.
 
 Every node is run on the reference's inputs, all of them in one session: a value that the reference knows is an input of
 that session wherever it is read, and an output where it is computed. What a node then gets wrong is its own error; what
 its outputs are wrong by in the graph as it is, but not here, it has inherited. The first node whose own error no
-rounding explains is the guilty one. Where not every value is known, what lies between known ones is judged together.
+rounding explains is the first faulty node. Nodes between two known values are judged together.
 
-Of a guilty Scan, Loop or If the body is looked at in the same way, turn by turn, on the inputs that the reference's
-turns have.
+The body of a faulty Scan, Loop or If is searched in the same way, iteration by iteration, on the inputs of the
+reference's iterations.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ import onnx
 from moe_export.verify.bodies import bodies, reads
 from moe_export.verify.localise.difference import differences
 from moe_export.verify.localise.gap import NONE, Gap, gap
-from moe_export.verify.localise.iterations import turns
+from moe_export.verify.localise.iterations import iterations
 from moe_export.verify.localise.level import Cut, Level, Value
 from moe_export.verify.localise.reference import ReferenceValues
 from moe_export.verify.runner import one_line
 
 MEMORY = 1 << 30
 """Bytes of the values that are held at once, unless asked otherwise; half of them are the reference's."""
-_TURNS = 256
-_TURN_SECONDS = 5.0
+_MAX_ITERATIONS = 256
+_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
 class NodeError:
-    """What one value of a graph is wrong by.
+    """The error of one value of a graph.
 
     Args:
         node: Name of the node that computes it; the value's where a node has none.
@@ -49,7 +49,7 @@ class NodeError:
         module: The module of the model that it comes from.
         source: The model's line.
         also: Nodes whose values the reference does not know and that count as part of this one.
-        inside: The nodes whose bodies it stands in, outermost first, with the turn in which it was found.
+        inside: The nodes whose bodies it stands in, outermost first, with the iteration in which it was found.
         differs: How it differs from the reference's node.
     """
 
@@ -86,42 +86,42 @@ class NodeError:
 
 
 @dataclass(frozen=True)
-class Guilt:
-    """What was found.
+class Localisation:
+    """The result of the search.
 
     Args:
-        guilty: The first node whose own error is too large; None if every node is right by itself.
+        faulty: The first node whose own error is too large; None if every node is right by itself.
         nodes: The error of every value that the reference knows, in the graph's order.
         seconds: How long it took.
-        cut: The guilty node cut out, with the reference's inputs of it and what it should give.
+        cut: The first faulty node cut out, with the reference's inputs of it and what it should give.
     """
 
-    guilty: NodeError | None
+    faulty: NodeError | None
     nodes: tuple[NodeError, ...]
     seconds: float
     cut: Cut | None = None
 
     def __str__(self) -> str:
-        if self.guilty is not None:
-            return f"guilty: {self.guilty}"
+        if self.faulty is not None:
+            return f"first faulty node: {self.faulty}"
         if not self.nodes:
             return "no value of the graph is known to the reference"
         most = max(self.nodes, key=lambda node: node.ratio)
-        return f"no node is guilty by itself: the largest own error is that of\n{most}"
+        return f"no node is faulty by itself: the largest own error is that of\n{most}"
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        return {"guilty": None if self.guilty is None else asdict(self.guilty), "seconds": self.seconds}
+        return {"faulty_node": None if self.faulty is None else asdict(self.faulty), "seconds": self.seconds}
 
 
-def find_guilty(
+def find_faulty_node(
     candidate: onnx.ModelProto,
     inputs: Mapping[str, Value],
     reference: ReferenceValues,
     *,
     memory: int = MEMORY,
     level: str = "none",
-) -> Guilt:
+) -> Localisation:
     """Find the node that makes a graph wrong.
 
     Args:
@@ -139,10 +139,10 @@ def find_guilty(
     errors: list[NodeError] = []
     for names in _parts(search.names, reference.sizes(), memory):
         errors += search.errors(names)
-    guilty, cut = _first(errors, reference.exact), None
-    if guilty is not None:
-        guilty, cut = search.described(guilty)
-    return Guilt(guilty, tuple(errors), time.perf_counter() - start, cut)
+    faulty, cut = _first(errors, reference.exact), None
+    if faulty is not None:
+        faulty, cut = search.described(faulty)
+    return Localisation(faulty, tuple(errors), time.perf_counter() - start, cut)
 
 
 def _parts(names: Sequence[str], sizes: Mapping[str, int], memory: int) -> list[list[str]]:
@@ -231,7 +231,7 @@ class _Search:
                     owns[name] = (NONE, owns[name][1])
 
     def described(self, error: NodeError) -> tuple[NodeError, Cut | None]:
-        """The same error with how the node differs from the reference's, or the guilty node in its body; cut out."""
+        """The same error with how the node differs from the reference's, or the one in its body; cut out."""
         theirs = self.reference.level
         place = self.level.producer.get(error.value)
         if place is None:
@@ -284,7 +284,7 @@ def inside(
     values: Mapping[str, Value],
     around: tuple[str, ...] = (),
 ) -> tuple[NodeError, Cut | None] | None:
-    """The guilty node in a body, and cut out; None if every node of it is right in every turn that could be looked at.
+    """The first faulty node in a body, and cut out; None if every node is right in every iteration that was run.
 
     Args:
         level: Where the node stands.
@@ -296,11 +296,11 @@ def inside(
     """
     start = time.perf_counter()
     try:
-        for count, turn in enumerate(turns(theirs, model, values)):
-            if count >= _TURNS or time.perf_counter() - start > _TURN_SECONDS:
+        for count, iteration in enumerate(iterations(theirs, model, values)):
+            if count >= _MAX_ITERATIONS or time.perf_counter() - start > _SECONDS:
                 return None
-            mine, other = level.body(turn.attribute, node), theirs.body(turn.attribute, model)
-            known = {**values, **turn.values, **dict(zip(mine.inputs, turn.inputs, strict=True))}
+            mine, other = level.body(iteration.attribute, node), theirs.body(iteration.attribute, model)
+            known = {**values, **iteration.values, **dict(zip(mine.inputs, iteration.inputs, strict=True))}
             names = [name for name in mine.producer if name in other.producer]
             owns = own_gaps(mine, names, known, "none")
             errors = [
@@ -310,15 +310,15 @@ def inside(
             found = _first(errors, exact=True)
             if found is None:
                 continue
-            number = "" if turn.number is None else f", turn {turn.number}"
+            number = "" if iteration.number is None else f", iteration {iteration.number}"
             path = (*around, f"the body of {node.op_type} {_name(node)}{number}")
-            guilty = mine.graph.node[mine.producer[found.value]]
+            faulty = mine.graph.node[mine.producer[found.value]]
             counterpart = other.graph.node[other.producer[found.value]]
-            if bodies(guilty) and guilty.op_type == counterpart.op_type:
-                deeper = inside(mine, other, guilty, counterpart, known, path)
+            if bodies(faulty) and faulty.op_type == counterpart.op_type:
+                deeper = inside(mine, other, faulty, counterpart, known, path)
                 if deeper is not None:
                     return deeper
-            differs = differences(mine, guilty, other, counterpart)
+            differs = differences(mine, faulty, other, counterpart)
             return replace(found, inside=path, differs=differs), mine.cut(found.value, known)
     except Exception:  # what cannot be stepped through is judged as a whole
         return None

@@ -22,8 +22,8 @@ from moe_export.commands.parallel import Written, write_ranks
 from moe_export.commands.request import ExportRequest
 from moe_export.commands.stopped import show_stage
 from moe_export.comparing.apart import fork_model
-from moe_export.comparing.blaming import kept_options
 from moe_export.comparing.checking import verify_graph
+from moe_export.comparing.localising import graph_options
 from moe_export.comparison_settings import check_names as check_outputs
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
@@ -248,7 +248,7 @@ def _facts(graph: Graph, subject: Subject, options: Options) -> dict[str, str]:
         "version": moe_export.__version__,
         "source": subject.source.name,
         "opset": str(options.opset),
-        "options": kept_options(options),
+        "options": graph_options(options),
         "kind": graph.kind,
         "module": graph.path,
         "dtype": graph.dtype,

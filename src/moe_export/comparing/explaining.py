@@ -1,4 +1,4 @@
-"""What `verify` says of a graph that is not equal to its model: the guilty node, a reproduction, an overlay."""
+"""What `verify` says of a graph that is not equal to its model: the first faulty node, a reproduction, an overlay."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import onnx
 
 from moe_export.comparing import apart
 from moe_export.comparing.artifacts import GraphRunner
-from moe_export.comparing.blaming import blame, open_graph, program_values
+from moe_export.comparing.localising import localise, open_graph, program_values
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.trace import quiet, trace
 from moe_export.verify import (
@@ -24,10 +24,10 @@ from moe_export.verify import (
 )
 from moe_export.verify.inputs.regimes import NORMAL
 from moe_export.verify.localise.level import Cut, Value
-from moe_export.verify.localise.optimised import OptimisedGuilt
+from moe_export.verify.localise.optimised import OptimiserFault
 from moe_export.verify.localise.overlay import write_overlay
 from moe_export.verify.localise.repro import write_repro
-from moe_export.verify.localise.search import Guilt, find_guilty
+from moe_export.verify.localise.search import Localisation, find_faulty_node
 from moe_export.verify.runner import one_line
 
 INSIDE = 3
@@ -58,14 +58,14 @@ class Explanation:
 
     Attributes:
         at: The case that was looked into.
-        found: The guilty node, or in a sentence why none can be named.
+        found: The first faulty node, or in a sentence why none can be named.
         model: The graph that was looked into.
         inputs: The case's inputs.
         expected: What it should give.
     """
 
     at: str
-    found: Guilt | OptimisedGuilt | str
+    found: Localisation | OptimiserFault | str
     model: onnx.ModelProto
     inputs: Mapping[str, Array]
     expected: Mapping[str, Array]
@@ -75,11 +75,11 @@ class Explanation:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""
-        if isinstance(self.found, Guilt):
+        if isinstance(self.found, Localisation):
             return {"case": self.at, "level": "none", **self.found.to_dict()}
-        if isinstance(self.found, OptimisedGuilt):
-            return {"case": self.at, "level": self.found.level, **self.found.guilt.to_dict()}
-        return {"case": self.at, "guilty": None, "reason": self.found}
+        if isinstance(self.found, OptimiserFault):
+            return {"case": self.at, "level": self.found.level, **self.found.localisation.to_dict()}
+        return {"case": self.at, "faulty_node": None, "reason": self.found}
 
     def write(self, folder: Path) -> list[Path]:
         """Write the reproduction, and the graph with each node's error.
@@ -87,18 +87,18 @@ class Explanation:
         Returns:
             The files.
         """
-        guilt, level = None, "none"
-        if isinstance(self.found, OptimisedGuilt):
+        localisation, level = None, "none"
+        if isinstance(self.found, OptimiserFault):
             level = self.found.level
-        elif isinstance(self.found, Guilt):
-            guilt = self.found
+        elif isinstance(self.found, Localisation):
+            localisation = self.found
         whole = Cut(self.model, dict(self.inputs), _of(self.model, self.expected))
-        cut = whole if guilt is None or guilt.cut is None else guilt.cut
+        cut = whole if localisation is None or localisation.cut is None else localisation.cut
         try:
             files = write_repro(folder, cut, str(self), level=level)
         except ValueError:  # a node that reads a sequence
             files = write_repro(folder, whole, str(self), level=level)
-        return files if guilt is None else [*files, *write_overlay(folder, self.model, guilt)]
+        return files if localisation is None else [*files, *write_overlay(folder, self.model, localisation)]
 
 
 def _of(model: onnx.ModelProto, expected: Mapping[str, Array]) -> dict[str, Value]:
@@ -150,7 +150,7 @@ def explain(
             return found.verdict != "not equal"
 
         try:
-            found = blame(model, given, subject, reference, is_right)
+            found = localise(model, given, subject, reference, is_right)
         except Exception as error:  # the report stands without it
             return Explanation(case.label, f"no node can be named: {one_line(error)}", model, given, expected)
     return Explanation(case.label, found, model, given, expected)
@@ -169,7 +169,7 @@ def look_inside(
         reference: What it was compared with, under the graph's names.
 
     Returns:
-        The guilty node; None if every node that can be matched with an operator of the model is right.
+        The first faulty node; None if every node that can be matched with an operator of the model is right.
     """
     ran = [case for case in report.cases if case.outcome != "refused"]
     pairs = [pair for pair in zip(ran, candidate.given, strict=False) if pair[0].regime == NORMAL]
@@ -182,8 +182,8 @@ def look_inside(
             known = program_values(model, given, traced)
             if known is None:  # a size that the trace was not made for
                 continue
-            found = find_guilty(model, given, known)
-            if found.guilty is not None:
+            found = find_faulty_node(model, given, known)
+            if found.faulty is not None:
                 return Explanation(case.label, found, model, given, {})
             looked += 1
             if looked == INSIDE:

@@ -15,10 +15,10 @@ import onnx
 
 from moe_export.comparing import apart
 from moe_export.comparing.artifacts import metadata, running_type
-from moe_export.comparing.blaming import program_values
 from moe_export.comparing.checking_replay import GraphReplayer
 from moe_export.comparing.explaining import INSIDE
 from moe_export.comparing.known import known_of_model
+from moe_export.comparing.localising import program_values
 from moe_export.comparing.matching import match_graph, reference_of, stated_domain
 from moe_export.comparing.mutating_apart import Fate, fate_of
 from moe_export.comparison_settings import ComparisonSettings, comparison_cases, tolerance_of
@@ -41,7 +41,7 @@ from moe_export.verify import (
 from moe_export.verify.float64_graph import run_in_float64
 from moe_export.verify.inputs.regimes import NORMAL
 from moe_export.verify.localise.reference import ReferenceValues
-from moe_export.verify.localise.search import find_guilty
+from moe_export.verify.localise.search import find_faulty_node
 from moe_export.verify.mutants.baked import baked_mutants, run_values
 from moe_export.verify.mutants.mutant import Mutant
 from moe_export.verify.mutants.nodes import node_mutants
@@ -125,7 +125,7 @@ class Gate:
             if case.outcome == "failed" or any(not judgement.ok for judgement in case.judgements):
                 return fate_of(mutant, "caught", case.label)
         for label, inputs, known in self.inside:
-            if find_guilty(mutant.of(self.model), inputs, known).guilty is not None:
+            if find_faulty_node(mutant.of(self.model), inputs, known).faulty is not None:
                 return fate_of(mutant, "caught", f"{label}, inside")
         off = self.difference(mutant)
         if off <= _SAME:

@@ -7,7 +7,7 @@ graph:  [part of]   [part of]                       each part takes what PyTorch
 ```
 The model is run once a case as its author wrote it, each block's weights read when it is called and given back after
 it. The graph is cut where values leave a block (`layerwise_graph`); each part is run by onnxruntime on what PyTorch
-handed on, replaying PyTorch's choices of experts. So a fault is found in the block that has it, and no other is blamed.
+handed on, replaying PyTorch's choices of experts. So a fault is found in its block and in no other.
 """
 
 from __future__ import annotations

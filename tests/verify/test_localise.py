@@ -7,9 +7,9 @@ from onnx import helper, numpy_helper
 from opened import all_nodes
 
 from moe_export.verify.localise.level import Level
-from moe_export.verify.localise.optimised import find_guilty_optimisation, optimised, wrong_level
+from moe_export.verify.localise.optimised import find_optimiser_fault, optimised, wrong_level
 from moe_export.verify.localise.reference import GivenValues, GraphValues
-from moe_export.verify.localise.search import find_guilty
+from moe_export.verify.localise.search import find_faulty_node
 
 HEADER = '<ir_version: 8, opset_import: ["" : 17]>\n'
 RNG = np.random.default_rng(0)
@@ -67,15 +67,15 @@ def block():
     return parsed(BLOCK, **CONSTANTS)
 
 
-def guilty(model, good, inputs=X, **options):
-    return find_guilty(model, inputs, GraphValues(good, inputs), **options).guilty
+def faulty_node(model, good, inputs=X, **options):
+    return find_faulty_node(model, inputs, GraphValues(good, inputs), **options).faulty
 
 
-def test_a_right_graph_has_no_guilty_node(block):
-    found = find_guilty(block, X, GraphValues(block, X))
-    assert found.guilty is None
+def test_a_right_graph_has_no_faulty_node(block):
+    found = find_faulty_node(block, X, GraphValues(block, X))
+    assert found.faulty is None
     assert {error.own for error in found.nodes} == {0.0}
-    assert str(found).startswith("no node is guilty by itself")
+    assert str(found).startswith("no node is faulty by itself")
 
 
 OPERATORS = {
@@ -94,7 +94,7 @@ def test_another_operator_is_named(block, value):
     def change(graph):
         named(graph, value).op_type = OPERATORS[value]
 
-    error = guilty(changed(block, change), block)
+    error = faulty_node(changed(block, change), block)
     assert error.value == value
     assert error.differs[0].startswith(f"it is {OPERATORS[value]}, in the reference ")
     assert error.inherited == 0
@@ -105,7 +105,7 @@ def test_a_weight_that_is_off_is_named_with_its_place(block):
         w[2, 5] += 1e-3
         return w
 
-    error = guilty(changed(block, lambda graph: constant(graph, "w", nudge)), block)
+    error = faulty_node(changed(block, lambda graph: constant(graph, "w", nudge)), block)
     assert error.value == "h"
     assert error.differs[0].startswith(
         "its constant w differs from the reference's in 1 of 64 elements, most at [2, 5]"
@@ -117,14 +117,14 @@ def test_an_epsilon_is_an_error_of_its_own_size():
     good = parsed(BLOCK, **CONSTANTS)
     small = {"x": 1e-3 * X["x"]}
     bad = changed(good, lambda graph: constant(graph, "epsilon", lambda e: np.float32(1e-5)))
-    assert guilty(bad, good, small).value == "safe"
+    assert faulty_node(bad, good, small).value == "safe"
 
 
 def test_what_is_inherited_is_told_from_what_is_its_own(block):
     bad = changed(block, lambda graph: constant(graph, "bias", lambda b: b + np.float32(0.5)))
-    found = find_guilty(bad, X, GraphValues(block, X))
+    found = find_faulty_node(bad, X, GraphValues(block, X))
     errors = {error.value: error for error in found.nodes}
-    assert found.guilty.value == "b"
+    assert found.faulty.value == "b"
     assert (errors["b"].own, errors["b"].inherited) == (pytest.approx(0.5, rel=1e-5), 0)
     assert errors["gate"].own == 0
     assert errors["gate"].inherited == errors["gate"].whole > 0.01
@@ -137,10 +137,10 @@ def test_a_node_that_fails_is_found_by_halving(block):
         node.input.append("bias")
 
     integers = changed(block, lambda graph: constant(graph, "bias", lambda b: b[:3]))
-    error = guilty(integers, block)
+    error = faulty_node(integers, block)
     assert error.value == "b"
     assert error.reason.startswith("it fails: ")
-    assert guilty(changed(block, reshaped), block).value == "gate"
+    assert faulty_node(changed(block, reshaped), block).value == "gate"
 
 
 def test_a_shape_that_broadcasts_is_no_equality(block):
@@ -148,7 +148,7 @@ def test_a_shape_that_broadcasts_is_no_equality(block):
         block, lambda graph: named(graph, "mean").attribute[-1].CopyFrom(helper.make_attribute("keepdims", 0))
     )
     square = {"x": X["x"][:, :8][:5].repeat(2, 0)[:8]}  # (8, 8): the mean of rows broadcasts over columns
-    error = guilty(bad, block, square)
+    error = faulty_node(bad, block, square)
     assert (error.value, error.reason) == ("mean", "shape [8], expected [8, 1]")
 
 
@@ -159,14 +159,14 @@ def test_a_constant_in_place_of_a_computed_value(block):
         graph.node.remove(named(graph, "root"))
         graph.initializer.append(numpy_helper.from_array(right + np.float32(1), "root"))
 
-    error = guilty(changed(block, bake), block)
+    error = faulty_node(changed(block, bake), block)
     assert (error.value, error.op) == ("root", "constant")
 
 
 def test_nodes_whose_values_nobody_knows_are_judged_with_the_next_that_is_known(block):
     known = GivenValues(GraphValues(block, X).values(["centred", "norm", "b", "y"]))
     bad = changed(block, lambda graph: setattr(named(graph, "root"), "op_type", "Tanh"))
-    error = find_guilty(bad, X, known).guilty
+    error = find_faulty_node(bad, X, known).faulty
     assert error.value == "norm"
     assert error.also == ("square", "variance", "safe", "root")
     assert "judged together with square, variance, safe, root" in str(error)
@@ -174,9 +174,9 @@ def test_nodes_whose_values_nobody_knows_are_judged_with_the_next_that_is_known(
 
 def test_parts_under_a_memory_limit_come_to_the_same(block):
     bad = changed(block, lambda graph: setattr(named(graph, "gate"), "op_type", "Tanh"))
-    whole, parts = (find_guilty(bad, X, GraphValues(block, X), memory=size) for size in (1 << 30, 400))
+    whole, parts = (find_faulty_node(bad, X, GraphValues(block, X), memory=size) for size in (1 << 30, 400))
     assert whole.nodes == parts.nodes
-    assert parts.guilty == whole.guilty
+    assert parts.faulty == whole.faulty
 
 
 def test_the_choice_within_a_tie_is_no_error_and_another_choice_is():
@@ -186,11 +186,11 @@ def test_the_choice_within_a_tie_is_no_error_and_another_choice_is():
     )
     right = GraphValues(good, X).values(["v", "i"])
     swapped = GivenValues({name: value[:, ::-1].copy() for name, value in right.items()})
-    assert find_guilty(good, X, swapped).guilty is None
+    assert find_faulty_node(good, X, swapped).faulty is None
     smallest = changed(
         good, lambda graph: graph.node[0].attribute.append(helper.make_attribute("largest", 0))
     )
-    assert find_guilty(smallest, X, swapped).guilty.op == "TopK"
+    assert find_faulty_node(smallest, X, swapped).faulty.op == "TopK"
 
 
 BODIES = {
@@ -246,7 +246,7 @@ def of_body(kind):
 def test_a_node_in_a_body_is_named(kind, value):
     good = of_body(kind)
     other = {"next": "Sub", "bent": "Sigmoid"}[value]
-    error = guilty(changed(good, lambda graph: setattr(named(graph, value), "op_type", other)), good)
+    error = faulty_node(changed(good, lambda graph: setattr(named(graph, value), "op_type", other)), good)
     assert (error.op, error.value) == (other, value)
     assert error.inside[0].startswith(f"the body of {kind} ")
 
@@ -254,9 +254,9 @@ def test_a_node_in_a_body_is_named(kind, value):
 def test_a_weight_that_a_body_takes_from_outside():
     good = of_body("Scan")
     bad = changed(good, lambda graph: constant(graph, "decay", lambda d: d + np.float32(1e-3)))
-    error = guilty(bad, good)
-    # In the first turn the state is zero, and the weight shows in none of its nodes.
-    assert (error.value, error.inside) == ("decayed", ("the body of Scan last, turn 1",))
+    error = faulty_node(bad, good)
+    # In the first iteration the state is zero, and the weight shows in none of its nodes.
+    assert (error.value, error.inside) == ("decayed", ("the body of Scan last, iteration 1",))
     assert "its constant decay differs" in error.differs[0]
 
 
@@ -266,7 +266,7 @@ def test_what_is_wrong_about_a_scan_itself():
     def backwards(graph):
         named(graph, "last").attribute.append(helper.make_attribute("scan_input_directions", [1]))
 
-    error = guilty(changed(good, backwards), good)
+    error = faulty_node(changed(good, backwards), good)
     assert (error.op, error.inside) == ("Scan", ())
     assert error.differs == ("its scan_input_directions is [1], in the reference not set",)
 
@@ -290,9 +290,11 @@ def test_a_loop_in_a_loop():
         yes=np.array(True),
     )
     x = {"x": X["x"][:2]}
-    error = guilty(changed(good, lambda graph: setattr(named(graph, "bent"), "op_type", "Sigmoid")), good, x)
+    error = faulty_node(
+        changed(good, lambda graph: setattr(named(graph, "bent"), "op_type", "Sigmoid")), good, x
+    )
     assert error.value == "bent"
-    assert error.inside == ("the body of Loop y, turn 0", "the body of Loop after, turn 0")
+    assert error.inside == ("the body of Loop y, iteration 0", "the body of Loop after, iteration 0")
 
 
 def test_a_sequence_that_a_loop_carries():
@@ -314,8 +316,10 @@ def test_a_sequence_that_a_loop_carries():
         three=np.array(3),
         yes=np.array(True),
     )
-    found = guilty(changed(good, lambda graph: setattr(named(graph, "bent"), "op_type", "Sigmoid")), good)
-    assert (found.value, found.inside) == ("bent", ("the body of Loop rows, turn 0",))
+    found = faulty_node(
+        changed(good, lambda graph: setattr(named(graph, "bent"), "op_type", "Sigmoid")), good
+    )
+    assert (found.value, found.inside) == ("bent", ("the body of Loop rows, iteration 0",))
 
 
 def test_a_graph_that_only_the_optimiser_changes():
@@ -341,8 +345,8 @@ def test_a_graph_that_only_the_optimiser_changes():
     assert level == "basic"
     fused = optimised(good, level)
     assert len(fused.graph.node) == 3
-    found = find_guilty_optimisation(good, large, level)
-    assert (found.guilt.guilty.op, found.guilt.guilty.value) == ("Conv", "scaled")
+    found = find_optimiser_fault(good, large, level)
+    assert (found.localisation.faulty.op, found.localisation.faulty.value) == ("Conv", "scaled")
     assert str(found).startswith(
         "the graph is right as it is; onnxruntime makes it wrong at optimisation level 'basic'"
     )

@@ -1,4 +1,4 @@
-"""Who is guilty of a graph that is not equal to its model: where the export room and the search for a node meet.
+"""Error localisation for a graph that is not equal to its model: where the export room and the search for a node meet.
 
 What a graph's values should be is known from the traced program, run value by value: a node says which operator of
 which line of which module it computes, and the values of that operator are its own. Where that leaves several nodes in
@@ -43,23 +43,23 @@ from moe_export.export.tracing.trace import SCOPE, Traced, quiet, trace
 from moe_export.verify.bodies import bodies
 from moe_export.verify.localise.difference import constant_difference
 from moe_export.verify.localise.level import Level, Value
-from moe_export.verify.localise.optimised import OptimisedGuilt, find_guilty_optimisation, wrong_level
+from moe_export.verify.localise.optimised import OptimiserFault, find_optimiser_fault, wrong_level
 from moe_export.verify.localise.reference import GivenValues, GraphValues, ReferenceValues
-from moe_export.verify.localise.search import Guilt, NodeError, find_guilty
+from moe_export.verify.localise.search import Localisation, NodeError, find_faulty_node
 from moe_export.verify.runners.torch_runner import to_numpy, to_torch
 from moe_export.verify.specs import Array
 
 _OPTIONS = "moe_export.options"
-_KEPT = ("experts", "recurrence", "unroll", "target", "simplify")
+_REWRITING = ("experts", "recurrence", "unroll", "target", "simplify")
 _LIKE = 0.1
 """The share of nodes, and at least three, that two graphs of the same making may differ in."""
 
 IsRight = Callable[[Mapping[str, Value]], bool]
 
 
-def kept_options(options: Options) -> str:
+def graph_options(options: Options) -> str:
     """The choices that decide which nodes a graph has, as a graph's metadata keep them."""
-    return json.dumps({name: getattr(options, name) for name in _KEPT})
+    return json.dumps({name: getattr(options, name) for name in _REWRITING})
 
 
 def open_graph(path: Path, folder: Path) -> onnx.ModelProto:
@@ -79,13 +79,13 @@ def _ready(model: ir.Model) -> onnx.ModelProto:
     return ir.to_proto(with_float32_kernels(without_functions(model)))
 
 
-def blame(
+def localise(
     model: onnx.ModelProto,
     inputs: Mapping[str, Array],
     subject: Subject,
     reference: Subject,
     is_right: IsRight,
-) -> Guilt | OptimisedGuilt | str:
+) -> Localisation | OptimiserFault | str:
     """Find out what makes a graph wrong on inputs that it was seen to be wrong on.
 
     Args:
@@ -96,22 +96,22 @@ def blame(
         is_right: Judges the graph's outputs for these inputs.
 
     Returns:
-        The guilty node; or in a sentence why none can be named.
+        The first faulty node; or in a sentence why none can be named.
     """
     level = wrong_level(model, inputs, is_right)
     if level is None:
         return "on onnxruntime's CPU the graph is right with these inputs: what is wrong is the engine"
     if level != "none":
-        return find_guilty_optimisation(model, inputs, level)
+        return find_optimiser_fault(model, inputs, level)
     traced = trace(reference)
     program = program_values(model, inputs, traced)
-    found = None if program is None else find_guilty(model, inputs, program)
-    if found is not None and found.guilty is not None and _stands_alone(model, found.guilty):
-        differs = tuple(_weight_differences(model, found.guilty, traced))
-        return replace(found, guilty=replace(found.guilty, differs=differs))
+    found = None if program is None else find_faulty_node(model, inputs, program)
+    if found is not None and found.faulty is not None and _stands_alone(model, found.faulty):
+        differs = tuple(_weight_differences(model, found.faulty, traced))
+        return replace(found, faulty=replace(found.faulty, differs=differs))
     good = _same_making(model, inputs, subject, is_right)
     if good is not None:
-        found = find_guilty(model, inputs, good)
+        found = find_faulty_node(model, inputs, good)
     if found is None and _dtype(model) != "float32":
         return "in low precision nodes are held against those of a new export, and that is not right either"
     nobody = "the graph does not say which operators of the model its nodes compute, so none can be named"

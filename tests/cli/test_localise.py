@@ -50,8 +50,8 @@ def test_the_node_and_its_line(command, broken):
     done = command("verify", graph, "--against", model)
     assert done.code == 1
     line = line_with(model, "self.linear(x).relu()")
-    said = done.out[done.out.index("guilty: ") :]
-    assert said.startswith("guilty: Tanh ")
+    said = done.out[done.out.index("first faulty node: ") :]
+    assert said.startswith("first faulty node: Tanh ")
     assert f"block.py:{line}" in said.splitlines()[0]
     assert "(found in the case 'example')" in said
 
@@ -66,14 +66,14 @@ def test_the_weight_and_its_place(command, broken):
 
 def test_it_can_be_left_away(command, broken):
     graph, model = broken("block", another_activation)
-    done = command("verify", graph, "--against", model, "--no-blame")
+    done = command("verify", graph, "--against", model, "--no-localise")
     assert done.code == 1
-    assert "guilty" not in done.out
+    assert "faulty" not in done.out
 
 
-def test_a_right_graph_has_nobody_to_blame(command, finished):
+def test_a_right_graph_has_no_faulty_node(command, finished):
     done = command("verify", finished / "moe.onnx", "--against", finished / "moe.py")
-    assert (done.code, "guilty" in done.out) == (0, False)
+    assert (done.code, "faulty" in done.out) == (0, False)
 
 
 def test_the_json(command, broken):
@@ -81,8 +81,8 @@ def test_the_json(command, broken):
     document = json.loads(command("verify", graph, "--against", model, "--json").out)
     why = document["why"]
     assert (why["case"], why["level"]) == ("example", "none")
-    assert why["guilty"]["op"] == "Tanh"
-    assert why["guilty"]["ratio"] > 1
+    assert why["faulty_node"]["op"] == "Tanh"
+    assert why["faulty_node"]["ratio"] > 1
 
 
 def test_the_reproduction(command, broken, tmp_path):
@@ -115,7 +115,7 @@ def test_a_gate_and_experts(command, broken):
     graph, model = broken("moe", smallest)
     done = command("verify", graph, "--against", model)
     assert done.code == 1
-    assert "guilty: TopK " in done.out
+    assert "first faulty node: TopK " in done.out
     assert "(module gate)" in done.out
 
 
@@ -130,7 +130,7 @@ def test_a_graph_of_pytorchs_own_exporter(command, finished, tmp_path):
     onnx.save(model, tmp_path / "theirs.onnx")
     done = command("verify", tmp_path / "theirs.onnx", "--against", finished / "block.py")
     assert done.code == 1
-    assert "guilty: Tanh " in done.out
+    assert "first faulty node: Tanh " in done.out
     assert f"block.py:{line_with(finished / 'block.py', 'self.linear(x).relu()')}" in done.out
 
 
@@ -150,7 +150,7 @@ def test_a_graph_that_says_nothing_of_its_nodes(command, broken, tmp_path):
     graph, model = broken("block", mute)
     done = command("verify", graph, "--against", model)
     assert done.code == 1
-    assert "guilty" in done.out or "none can be named" in done.out
+    assert "faulty" in done.out or "none can be named" in done.out
 
 
 def test_what_no_output_shows_is_seen_inside(command, write, tmp_path):
@@ -171,7 +171,7 @@ def test_what_no_output_shows_is_seen_inside(command, write, tmp_path):
     )
     assert command(model, "-o", tmp_path, "--quiet").code == 0
     right = command("verify", "whisper.onnx", "--against", model, "--inside")
-    assert (right.code, "guilty" in right.out) == (0, False)
+    assert (right.code, "faulty" in right.out) == (0, False)
     graph = onnx.load(tmp_path / "whisper.onnx")
     nudged(graph.graph)
     onnx.save(graph, tmp_path / "wrong.onnx")
@@ -230,7 +230,7 @@ def test_the_numbers_of_a_score():
 
 @pytest.mark.slow
 def test_a_graph_in_low_precision(command, finished, tmp_path):
-    """Rounding is no guilt: its nodes are held against those of a new export in the same type."""
+    """Rounding is no fault: its nodes are held against those of a new export in the same type."""
     shutil.copy(finished / "block.py", tmp_path)
     assert command(tmp_path / "block.py", "--dtype", "bfloat16", "-o", tmp_path, "--quiet").code == 0
     graph = onnx.load(tmp_path / "block.onnx")
@@ -238,5 +238,5 @@ def test_a_graph_in_low_precision(command, finished, tmp_path):
     onnx.save(graph, tmp_path / "wrong.onnx")
     done = command("verify", "wrong.onnx", "--against", "block.py")
     assert done.code == 1
-    assert "guilty: Tanh " in done.out
+    assert "first faulty node: Tanh " in done.out
     assert "it is Tanh, in the reference Relu" in done.out

@@ -15,11 +15,11 @@ from onnx import helper, numpy_helper
 from opened import all_nodes
 
 from moe_export.cli import run
-from moe_export.comparing.blaming import open_graph
+from moe_export.comparing.localising import open_graph
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.onnx.simplify import as_numpy
 from moe_export.verify.localise.reference import GraphValues
-from moe_export.verify.localise.search import find_guilty
+from moe_export.verify.localise.search import find_faulty_node
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 OTHER = {
@@ -66,7 +66,7 @@ def copy_of(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def test_the_guilty_node_of_a_thousand(capsys):
+def test_the_faulty_node_of_a_thousand(capsys):
     good = deep(250)
     x = {"x": np.random.default_rng(1).normal(size=(16, 32)).astype(np.float32)}
     assert len(good.graph.node) == 1000
@@ -82,12 +82,12 @@ def test_the_guilty_node_of_a_thousand(capsys):
             array[3, 4] += 1e-3
             tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
         start = time.perf_counter()
-        found = find_guilty(bad, x, GraphValues(good, x))
+        found = find_faulty_node(bad, x, GraphValues(good, x))
         times.append(time.perf_counter() - start)
-        assert found.guilty is not None
-        assert found.guilty.node == node.name
+        assert found.faulty is not None
+        assert found.faulty.node == node.name
     with capsys.disabled():
-        print(f"\nthe guilty node of 1,000: {max(times):.2f} s at most, {len(times)} of {len(times)} named")
+        print(f"\nthe faulty node of 1,000: {max(times):.2f} s at most, {len(times)} of {len(times)} named")
     assert max(times) < SECONDS
 
 
@@ -142,15 +142,15 @@ def test_planted_faults_in_the_models_are_named(graphs, capsys):
                 kept = [item for item in node.attribute if node.op_type == "LogSoftmax"]
                 del node.attribute[:]
                 node.attribute.extend(kept)
-            found = find_guilty(bad, inputs, reference)
-            if found.guilty is None:
+            found = find_faulty_node(bad, inputs, reference)
+            if found.faulty is None:
                 assert {error.own for error in found.nodes} == {0.0}, (name, node.name)
                 continue
             planted += 1
             slowest = max(slowest, found.seconds)
-            named += found.guilty.node == node.name
-            bodies += bool(found.guilty.inside)
-            assert found.guilty.node == node.name, (name, node.name, str(found))
+            named += found.faulty.node == node.name
+            bodies += bool(found.faulty.inside)
+            assert found.faulty.node == node.name, (name, node.name, str(found))
     with capsys.disabled():
         print(
             f"\nplanted faults: {named} of {planted} named, {bodies} of them in bodies; {slowest:.2f} s at most"
