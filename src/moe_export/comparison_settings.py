@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -69,6 +70,10 @@ def parse_settings(
         files=tuple(Path(file) for file in own_inputs),
         time_limit=time_limit,
     )
+
+
+SETTINGS = tuple(inspect.signature(parse_settings).parameters)
+"""The options that settings are read from, by their names in Python."""
 
 
 def parse_tolerance(rtol: float | None, atol: float | None, outputs: Sequence[str] = ()) -> Tolerance:

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from moe_export.cli import STAGES
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.options import Options
 from moe_export.export.stages import PIPELINE, Draft, Model, Program, between, run, with_stage, without
 from moe_export.export.tracing.dims import DimRequest
+from moe_export.options.option import STAGES
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -30,6 +30,7 @@ BELOW = {
     "float64",
     "own_files",
     "backends",
+    "options",
     "comparison_settings",
     "supervisor",
 }

@@ -20,22 +20,12 @@ from moe_export.export.engines.module import check_capabilities, load_module
 from moe_export.export.engines.profiles import Range, free_dims, parse_range
 from moe_export.export.engines.settings import Settings, check_settings
 from moe_export.export.onnx.serialize import staging
+from moe_export.options.engines import ENGINES
+from moe_export.options.table import names_in
 from moe_export.own_files import require_free
 from moe_export.running.engines import not_run, run_status
 
 SCHEMA = "moe-export/engines/1"
-_NAMES = (
-    "ranges",
-    "profiles",
-    "builder",
-    "workspace",
-    "strip_weights",
-    "refit",
-    "timing_cache",
-    "layers",
-    "tf32",
-    "require",
-)
 
 
 @dataclass(frozen=True)
@@ -69,14 +59,13 @@ def take_request(options: dict[str, Any]) -> Request | None:
         UsageError: A range or an amount that cannot be read; an option of engines without `--engine`.
         MissingBackendError: TensorRT is not installed.
     """
-    engine = options.pop("engine")
-    given = {name: options.pop(name) for name in _NAMES}
+    given = {name: options.pop(name) for name in names_in(ENGINES)}
+    engine = given.pop("engine")
     if engine is None:
-        for name, value in given.items():
-            if value:
+        for option in ENGINES:
+            if given.get(option.name):
                 raise UsageError(
-                    f"--{_OPTIONS.get(name, name.replace('_', '-'))} is for engines, and none is asked for",
-                    hint="add --engine sm89",
+                    f"{option.word} is for engines, and none is asked for", hint="add --engine sm89"
                 )
         return None
     wanted = [name.strip().lower() for name in engine.split(",")]
@@ -100,9 +89,6 @@ def take_request(options: dict[str, Any]) -> Request | None:
         given["layers"],
         bool(given["require"]),
     )
-
-
-_OPTIONS = {"ranges": "range", "profiles": "profile"}
 
 
 def _parts(texts: Iterable[str]) -> list[str]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from moe_export.commands.console import Console
 from moe_export.errors import UsageError
+from moe_export.options.making import RANKS
+from moe_export.options.table import names_in
 from moe_export.own_files import KEY
 
 if TYPE_CHECKING:
@@ -24,26 +24,6 @@ if TYPE_CHECKING:
 _DYNAMIC = "dynamic"
 
 
-def parallel_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that split a model's experts over ranks."""
-    for option in (
-        click.option("--collectives", type=click.Choice(["runner", "graph"]), default="runner", show_default=True,
-                     help="Who exchanges: whoever runs the ranks' graphs, or nodes of the engine's own in them."),
-        click.option("--placement", metavar="FILE.json",
-                     help="With --expert-parallel: the rank of each expert  [default: in order, evenly]"),
-        click.option("--capacity", default=_DYNAMIC, show_default=True, metavar="ROWS|dynamic",
-                     help="With all_to_all: rows that a rank sends to another, always; pairs beyond are dropped."),
-        click.option("--exchange", type=click.Choice(["all_reduce", "all_to_all"]), default="all_reduce",
-                     show_default=True,
-                     help="With --expert-parallel: every rank sees all tokens, and partial sums are added; or each has"
-                     " tokens of its own, and their rows travel (docs/parallel.md)."),
-        click.option("--expert-parallel", type=click.IntRange(1), metavar="N",
-                     help="Write the graphs of N ranks, too, each with its share of the experts."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
 def take_parallel(options: dict[str, Any]) -> Parallel | None:
     """Take these options out of a command's; None where no ranks were asked for.
 
@@ -52,18 +32,11 @@ def take_parallel(options: dict[str, Any]) -> Parallel | None:
     """
     from moe_export.export.parallel.ranks import Parallel, check_parallel
 
-    ranks, exchange = options.pop("expert_parallel"), options.pop("exchange")
-    text, placement, collectives = (
-        options.pop("capacity"),
-        options.pop("placement"),
-        options.pop("collectives"),
-    )
-    if ranks is None:
-        given = {"--exchange": exchange != "all_reduce", "--capacity": text != _DYNAMIC,
-                 "--placement": placement is not None, "--collectives": collectives != "runner"}  # fmt: skip
-        if any(given.values()):
-            name = next(name for name, is_given in given.items() if is_given)
-            raise UsageError(f"{name} goes with --expert-parallel", hint="--expert-parallel 4")
+    given = {name: options.pop(name) for name in names_in(RANKS)}
+    if given["expert_parallel"] is None:
+        for option in RANKS:
+            if given[option.name] != option.unset:
+                raise UsageError(f"{option.word} goes with --expert-parallel", hint="--expert-parallel 4")
         return None
     if options["dtype"] != "float32":
         raise UsageError(
@@ -71,14 +44,16 @@ def take_parallel(options: dict[str, Any]) -> Parallel | None:
             " go to another expert on ranks than in the whole graph, which their comparison takes for a fault",
             hint=f"leave --dtype {options['dtype']} away",
         )
-    capacity = None
+    text, capacity = given["capacity"], None
     if text != _DYNAMIC:
         if not text.isdigit() or not int(text):
             raise UsageError(
                 f"--capacity is a number of rows, or {_DYNAMIC}, not {text!r}", hint="--capacity 64"
             )
         capacity = int(text)
-    parallel = Parallel(ranks, exchange, capacity, placement, collectives)
+    parallel = Parallel(
+        given["expert_parallel"], given["exchange"], capacity, given["placement"], given["collectives"]
+    )
     check_parallel(parallel)
     return parallel
 

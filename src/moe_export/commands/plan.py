@@ -3,35 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any
-
-import click
 
 from moe_export.commands.console import Console
 from moe_export.commands.sizes import parse_bytes
-
-
-def add_plan_command(
-    group: click.Group, model_options: Callable[..., Any], output_options: Callable[..., Any]
-) -> None:
-    """Put the command into the command line."""
-
-    @group.command("plan")
-    @click.argument("model", metavar="MODEL.PY[:CLASS]")
-    @click.option("--memory", default="80GB", show_default=True, metavar="SIZE", help="Of one device.")
-    @click.option(
-        "--gpus", type=click.IntRange(1, 65536), default=8, show_default=True, help="Devices at most."
-    )
-    @model_options
-    @output_options
-    def plan_command(**options: Any) -> int:
-        """Calculate what each way of splitting the experts over ranks costs, without the model's weights.
-
-        Bytes of weights a rank, bytes of values for a batch, bytes exchanged a token, the largest batch that fits;
-        for 1, 2, 4, ... ranks up to --gpus. Exit code 0 if the model fits one way or another, 1 if it does not.
-        """
-        return run_plan(**options)
 
 
 def run_plan(

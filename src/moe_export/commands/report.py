@@ -11,7 +11,6 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import click
 import onnx
 import onnx_ir as ir
 
@@ -96,7 +95,7 @@ def _content(
         at,
         pictures,
         [] if away else _routings(subject),
-        commands_of(click.get_current_context(silent=True), whole["file"]),
+        commands_of(model, whole["file"], options),
         _versions(document, model, folder),
         (away or _change(subject, folder / whole["file"], options)) if before else None,
         away or _timings(subject, folder, whole, options["provider"]),

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import click
-
 from moe_export.commands.console import Console
-from moe_export.commands.force import force_option
 from moe_export.errors import UsageError
 from moe_export.own_files import put_text, require_free
 
@@ -46,20 +43,6 @@ class Wanted:
         for file, kind in ((self.json, "report"), (self.junit, "text"), (self.html, "text")):
             if file:
                 require_free(Path(file), kind, inputs=inputs, force=self.force)
-
-
-def report_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options of commands that write reports."""
-    for option in (
-        force_option,
-        click.option("--github/--no-github", default=None,
-                     help="Annotations and a step summary  [default: where GITHUB_ACTIONS is set]."),
-        click.option("--html", metavar="FILE", help="Write a page with histograms; it needs nothing else."),
-        click.option("--junit", metavar="FILE", help="Write JUnit XML."),
-        click.option("--report", metavar="FILE", help="Write the report as JSON; `moe-export judge` reads it."),
-    ):  # fmt: skip
-        command = option(command)
-    return command
 
 
 def take_wanted(options: dict[str, Any]) -> Wanted:

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from moe_export.commands.build import Request, take_request
 from moe_export.commands.parallel import take_parallel
 from moe_export.commands.sizes import parse_bytes
-from moe_export.comparison_settings import ComparisonSettings, parse_settings, parse_tolerance
+from moe_export.comparison_settings import SETTINGS, ComparisonSettings, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.external_weights import Storage
 from moe_export.export.options import Options
 from moe_export.export.parallel.ranks import Parallel
 from moe_export.export.tracing.dims import parse_dynamic
+from moe_export.options.table import options_of
 from moe_export.verify import Tolerance
 
-_SETTINGS = ("thorough", "seeds", "flips", "at", "case", "own_inputs", "time_limit")
-_OPTIONS = ("opset", "simplify", "experts", "target", "dtype", "float32", "recurrence", "unroll", "decode")
+_OPTIONS = tuple(
+    one.name for one in fields(Options) if one.name in {option.name for option in options_of("export")}
+)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class ExportRequest:
                 left.pop("rtol", None), left.pop("atol", None), left.pop("tolerances", ())
             ),
             options=Options(gates=gates, **{name: left.pop(name) for name in _OPTIONS if name in left}),
-            comparison=parse_settings(**{name: left.pop(name) for name in _SETTINGS if name in left}),
+            comparison=parse_settings(**{name: left.pop(name) for name in SETTINGS if name in left}),
             engines=engines,
             parallel=parallel,
             **left,

@@ -4,24 +4,27 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe_export.commands.console import Console
-from moe_export.commands.reports import Wanted, write_reports
+from moe_export.commands.reports import Wanted, take_wanted, write_reports
 from moe_export.commands.sizes import parse_bytes
 from moe_export.comparing.artifacts import Artifact, parse_artifact
-from moe_export.comparison_settings import check_names, parse_settings, parse_tolerance
+from moe_export.comparison_settings import SETTINGS, check_names, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.export.onnx.serialize import staging
 from moe_export.own_files import put, require_free
-from moe_export.verify import Report, show
+from moe_export.reports.again import verify_command
+from moe_export.verify import Report, RoutingPair, show
 from moe_export.verify.golden import Golden, Recorder, save_golden
 from moe_export.verify.reports.report import worst_code
 
 if TYPE_CHECKING:
+    from moe_export.comparing.explaining import Explanation
     from moe_export.comparing.verifying import Request
 
 REPRO = {
@@ -36,85 +39,123 @@ REPRO = {
 SEVERAL = "moe-export/verify-reports/1"
 
 
-def run_verify(
-    graph: str,
-    against: tuple[str, ...],
-    init: tuple[str, ...],
-    inputs: tuple[str, ...],
-    rtol: float | None,
-    atol: float | None,
-    seed: int,
-    provider: str,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
-    backend: str | None = None,
-    record: str | None = None,
-    tolerances: tuple[str, ...] = (),
-    wanted: Wanted | None = None,
-    localise: bool = True,
-    repro: str | None = None,
-    inside: bool = False,
-    memory: str = "1GiB",
-    how: str | None = None,
-    dtype: str = "float32",
-    gate: str | None = None,
-    **settings: Any,
-) -> int:
-    """Run the command; the exit code, the worst of several."""
-    from moe_export.comparing.verifying import Request
+@dataclass(frozen=True, eq=False)
+class VerifyRequest:
+    """What `verify` was asked for, read and checked before anything is loaded.
 
-    console = Console(quiet, as_json)
-    candidate = parse_artifact(graph, backend, provider)
-    references = [parse_artifact(text, None, provider) for text in against]
-    if not references and record is None:
-        raise UsageError("Missing option '--against'", hint="or --record golden.safetensors, to store a run")
-    request = Request(
-        tolerance=parse_tolerance(rtol, atol, tolerances),
-        seed=seed,
-        settings=parse_settings(**settings),
-        init=init,
-        inputs=inputs,
-        recorder=None if record is None else Recorder(),
-        why=[] if localise or inside or repro is not None else None,
-        inside=inside,
-        memory=parse_bytes(memory, "--memory"),
-        how=how,
-        dtype=dtype,
-        gate=gate,
-    )
-    wanted = wanted or Wanted()
-    read = [artifact.file for artifact in (candidate, *references)] + list(request.settings.files)
-    wanted.require_free(read)
-    if record is not None:
-        require_free(Path(record), "tensors", inputs=read, force=wanted.force)
-    if repro is not None:
-        for name, kind in REPRO.items():
-            require_free(Path(repro) / name, kind, inputs=read, force=wanted.force)
-    if not references:
-        return _record_alone(candidate, request, Path(record or ""), console, wanted.force)
+    Attributes:
+        candidate: What is judged.
+        references: What is right; none where outputs are only recorded.
+        request: How they are compared.
+        wanted: Which reports are written.
+        record: Where inputs and right outputs are stored.
+        repro: The folder of a script that shows a fault.
+        again: The command that does it again.
+        quiet: Print errors alone.
+        as_json: Print the report alone.
+    """
+
+    candidate: Artifact
+    references: tuple[Artifact, ...]
+    request: Request
+    wanted: Wanted
+    record: Path | None
+    repro: Path | None
+    again: str
+    quiet: bool
+    as_json: bool
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> VerifyRequest:
+        """The request that a command line is.
+
+        Args:
+            given: The command's options by their names in Python.
+
+        Raises:
+            UsageError: One of them cannot be read, or a file that it would write is in the way.
+        """
+        from moe_export.comparing.verifying import Request
+
+        provider, record, repro = given["provider"], given["record"], given["repro"]
+        if not given["against"] and record is None:
+            raise UsageError(
+                "Missing option '--against'", hint="or --record golden.safetensors, to store a run"
+            )
+        explained = given["localise"] or given["inside"] or repro is not None
+        asked = cls(
+            candidate=parse_artifact(given["graph"], given["backend"], provider),
+            references=tuple(parse_artifact(text, None, provider) for text in given["against"]),
+            request=Request(
+                tolerance=parse_tolerance(given["rtol"], given["atol"], given["tolerances"]),
+                settings=parse_settings(**{name: given[name] for name in SETTINGS}),
+                recorder=None if record is None else Recorder(),
+                why=[] if explained else None,
+                memory=parse_bytes(given["memory"], "--memory"),
+                **{
+                    name: given[name] for name in ("seed", "init", "inputs", "inside", "how", "dtype", "gate")
+                },
+            ),
+            wanted=take_wanted(dict(given)),
+            record=None if record is None else Path(record),
+            repro=None if repro is None else Path(repro),
+            again=verify_command(given["graph"], given),
+            quiet=given["quiet"],
+            as_json=given["as_json"],
+        )
+        asked.require_free()
+        return asked
+
+    @property
+    def read(self) -> list[Path]:
+        """The files that it reads."""
+        return [artifact.file for artifact in (self.candidate, *self.references)] + list(
+            self.request.settings.files
+        )
+
+    def require_free(self) -> None:
+        """Refuse to overwrite what is not ours.
+
+        Raises:
+            UsageError: A file is in the way.
+        """
+        force = self.wanted.force
+        self.wanted.require_free(self.read)
+        if self.record is not None:
+            require_free(self.record, "tensors", inputs=self.read, force=force)
+        for name, kind in REPRO.items() if self.repro is not None else ():
+            assert self.repro is not None
+            require_free(self.repro / name, kind, inputs=self.read, force=force)
+
+
+def run_verify(asked: VerifyRequest) -> int:
+    """Run the command; the exit code, the worst of several."""
+    console, request = Console(asked.quiet, asked.as_json), asked.request
+    if not asked.references:
+        return _record_alone(asked, console)
     with console.user_code():
-        reports = [_compared(candidate, reference, request, console) for reference in references]
-    again = _again(graph, request, backend)
-    reports = [replace(report, about={**report.about, "command": again}) for report in reports]
+        reports = [_compared(asked.candidate, reference, request, console) for reference in asked.references]
+    reports = [replace(report, about={**report.about, "command": asked.again}) for report in reports]
     for report in reports:
         check_names(request.tolerance, [row.output for row in report.rows])
-    if record is not None and request.recorder is not None:
-        recorder = request.recorder
-        golden = Golden(recorder.engine, tuple(recorder.kept), recorder.routing, reports[0].about)
-        _save(golden, Path(record), console, wanted.force)
+    if request.recorder is not None:
+        _save(request.recorder, request.recorder.routing, reports[0].about, asked, console)
     console.json(json.dumps(_document(reports, request), indent=2))
     for report in reports:
-        if not (quiet or as_json):
+        if not (asked.quiet or asked.as_json):
             show(report, sys.stdout)
     for why in request.why or ():
         console.say(f"\n{why}")
-        if repro is not None:
-            with staging(Path(repro).absolute(), inputs=read, force=wanted.force) as temporary:
-                names = [file.name for file in why.write(temporary)]
-            console.say("written: " + ", ".join(str(Path(repro) / name) for name in names))
-    write_reports(reports, wanted, console, read)
+        if asked.repro is not None:
+            _write_repro(why, asked.repro, asked, console)
+    write_reports(reports, asked.wanted, console, asked.read)
     return worst_code(reports) or int(bool(request.inside and request.why))
+
+
+def _write_repro(why: Explanation, folder: Path, asked: VerifyRequest, console: Console) -> None:
+    with staging(folder.absolute(), inputs=asked.read, force=asked.wanted.force) as temporary:
+        names = [file.name for file in why.write(temporary)]
+    console.say("written: " + ", ".join(str(folder / name) for name in names))
 
 
 def _compared(candidate: Artifact, reference: Artifact, request: Request, console: Console) -> Report:
@@ -131,41 +172,32 @@ def _document(reports: list[Report], request: Request) -> dict[str, Any]:
     return {"schema": SEVERAL, "reports": [report.to_dict() for report in reports]}
 
 
-def _again(graph: str, request: Request, backend: str | None) -> str:
-    """The command that runs one case of the report again, but for `--against` and the case."""
-    words = ["moe-export verify", graph]
-    words += [f"--backend {backend}"] if backend else []
-    words += [f"--init {text}" for text in request.init] + [f"--input {text}" for text in request.inputs]
-    words += [f"--inputs {file}" for file in request.settings.files]
-    words += [f"--dtype {request.dtype}"] if request.dtype != "float32" else []
-    words += [f"--gate {request.gate}"] if request.gate is not None else []
-    words += ["--thorough"] if request.settings.thorough else []
-    return " ".join(words)
-
-
-def _record_alone(artifact: Artifact, request: Request, path: Path, console: Console, force: bool) -> int:
+def _record_alone(asked: VerifyRequest, console: Console) -> int:
     """Store what one artifact computes, without comparing it."""
+    artifact = asked.candidate
     if artifact.kind != "model":
         raise UsageError(
             "only a model file can be recorded alone",
-            hint=f"moe-export verify {artifact.text} --against model.py --record {path}",
+            hint=f"moe-export verify {artifact.text} --against model.py --record {asked.record}",
         )
     from moe_export.comparing.verifying_models import record_model
 
-    assert request.recorder is not None
+    assert asked.request.recorder is not None
     with console.user_code(), console.step(f"running {artifact.text}"):
-        routing = record_model(artifact, request)
-    recorder = request.recorder
-    _save(
-        Golden(recorder.engine, tuple(recorder.kept), routing, {"reference": artifact.text}),
-        path,
-        console,
-        force,
-    )
+        routing = record_model(artifact, asked.request)
+    _save(asked.request.recorder, routing, {"reference": artifact.text}, asked, console)
     return 0
 
 
-def _save(golden: Golden, path: Path, console: Console, force: bool) -> None:
+def _save(
+    recorder: Recorder,
+    routing: Sequence[RoutingPair],
+    about: Mapping[str, str],
+    asked: VerifyRequest,
+    console: Console,
+) -> None:
     """Store what the reference computed; only cases that it took. What the command reads was looked at before."""
-    put(path, partial(save_golden, golden), force=force)
-    console.say(f"recorded: {path}, {len(golden.cases)} cases of {golden.engine}")
+    assert asked.record is not None
+    golden = Golden(recorder.engine, tuple(recorder.kept), tuple(routing), dict(about))
+    put(asked.record, partial(save_golden, golden), force=asked.wanted.force)
+    console.say(f"recorded: {asked.record}, {len(golden.cases)} cases of {golden.engine}")

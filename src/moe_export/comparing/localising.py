@@ -40,6 +40,7 @@ from moe_export.export.pipeline import Graph, export_subject
 from moe_export.export.precision.rounding import with_float32_kernels
 from moe_export.export.torch_compat.metadata import stack_trace_of
 from moe_export.export.tracing.trace import SCOPE, Traced, quiet, trace
+from moe_export.options.table import options_of
 from moe_export.verify.bodies import bodies
 from moe_export.verify.localise.difference import constant_difference
 from moe_export.verify.localise.level import Level, Value
@@ -50,7 +51,9 @@ from moe_export.verify.runners.torch_runner import to_numpy, to_torch
 from moe_export.verify.specs import Array
 
 _OPTIONS = "moe_export.options"
-_REWRITING = ("experts", "recurrence", "unroll", "target", "simplify")
+_DECIDING = {"fold", "outline", "expand", "simplify"}
+"""The stages whose choices decide which nodes a graph has; its opset and its type are its own."""
+_REWRITING = tuple(option.name for option in options_of("export") if _DECIDING & set(option.read_by))
 _LIKE = 0.1
 """The share of nodes, and at least three, that two graphs of the same making may differ in."""
 

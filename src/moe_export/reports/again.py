@@ -1,53 +1,57 @@
-"""How to type it again: the command of this run, as an export and as a comparison, with every option that was given."""
+"""How to do it again: the command of this run, as an export and as a comparison, with every option that was given."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
-import click
-from click.core import ParameterSource
+from moe_export.options.option import Option
+from moe_export.options.table import options_of, typed
 
-_NOT_OF_AN_EXPORT = {"model", "output", "graphs", "before", "quiet", "as_json", "debug", "force"}
-_OF_A_COMPARISON = {
-    "inputs", "init", "provider", "atol", "rtol", "tolerances", "flips", "thorough", "seeds", "at", "own_inputs",
-}  # fmt: skip
+_ALWAYS = ("opset", "seed")
+"""Typed even where they are the usual ones, which may change."""
+_COMPARED = {"load", "comparison"}
 
 
-def commands_of(context: click.Context | None, graph: str) -> list[str]:
+def commands_of(model: str, graph: str, given: Mapping[str, Any]) -> list[str]:
     """What to type for the same graphs, and to compare them again.
 
     Args:
-        context: Of `report`; None outside the command line, where nothing is known of what was typed.
+        model: `MODEL.PY[:CLASS]`.
         graph: The file of the whole model.
+        given: The options of an export, by their names in Python.
     """
-    if context is None:
-        return []
-    model = context.params["model"]
-    opset, seed = str(context.params["opset"]), str(context.params["seed"])
-    given = [param for param in context.command.params if _was_given(context, param)]
-    own = [part for param in given if param.name not in {"opset", "seed"} for part in _typed(context, param)]
-    compared = [part for param in given if param.name in _OF_A_COMPARISON for part in _typed(context, param)]
+    exporting = options_of("export")
+    own = (option for option in exporting if option.group != "Output")
+    both = [option for option in compared() if option in exporting]
+    opset, seed = str(given["opset"]), str(given["seed"])
     return [
-        shlex.join(["moe-export", model, "--opset", opset, "-o", "out", "--seed", seed, *own]),
-        shlex.join(["moe-export", "verify", f"out/{graph}", "--against", model, "--seed", seed, *compared]),
+        shlex.join(["moe-export", model, "--opset", opset, "-o", "out", "--seed", seed, *_words(own, given)]),
+        shlex.join(
+            ["moe-export", "verify", f"out/{graph}", "--against", model, "--seed", seed, *_words(both, given)]
+        ),
     ]
 
 
-def _was_given(context: click.Context, param: click.Parameter) -> bool:
-    assert param.name is not None
-    source = context.get_parameter_source(param.name)
-    return param.name not in _NOT_OF_AN_EXPORT and source is ParameterSource.COMMANDLINE
+def verify_command(graph: str, given: Mapping[str, Any]) -> str:
+    """What to type for one case of a comparison again, but for `--against`, the seed and the case.
+
+    Args:
+        graph: What was compared.
+        given: The options of `verify`, by their names in Python.
+    """
+    return shlex.join(["moe-export", "verify", graph, *_words(compared(), given)])
 
 
-def _typed(context: click.Context, param: click.Parameter) -> Iterator[str]:
-    """An option as it is typed."""
-    assert isinstance(param, click.Option)
-    assert param.name is not None
-    value = context.params[param.name]
-    word = max(param.opts, key=len)
-    if param.is_flag:
-        yield word if value or not param.secondary_opts else max(param.secondary_opts, key=len)
-        return
-    for each in value if param.multiple else (value,):
-        yield from (word, str(each))
+def compared() -> list[Option]:
+    """The options of `verify` that decide what is compared and how it is judged."""
+    return [
+        option for option in options_of("verify") if option.name != "case" and _COMPARED & set(option.read_by)
+    ]
+
+
+def _words(options: Iterable[Option], given: Mapping[str, Any]) -> Iterator[str]:
+    for option in options:
+        if option.name not in _ALWAYS and option.name in given:
+            yield from typed(option, given[option.name])

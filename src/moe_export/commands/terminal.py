@@ -1,0 +1,104 @@
+"""Commands as click knows them: their options come from the table, and their help shows these in groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from moe_export.options.option import GROUPS, Option
+from moe_export.options.table import options_of
+
+MOST = 25
+"""Options on the first screen of a command's help, those that ask for help among them: about what a screen holds."""
+_COLUMN = 30
+
+
+class TableOption(click.Option):
+    """An option of the table.
+
+    Attributes:
+        told: What the table says of it.
+    """
+
+    def __init__(self, told: Option) -> None:
+        self.told = told
+        pair = "/--no-" in told.spelling  # click's way to write a flag and its opposite
+        kind: dict[str, Any] = {"type": told.type, "multiple": told.repeatable, "default": told.default}
+        if told.is_flag and not pair:
+            kind = {"is_flag": True, "flag_value": not told.unset, "default": told.unset}
+        elif pair:
+            kind = {"default": told.default}
+        super().__init__(
+            [*((told.spelling,) if pair else told.words), told.name],
+            help=_help(told),
+            metavar=told.metavar,
+            required=told.required,
+            show_default=told.default is not None and not told.is_flag,
+            **kind,
+        )
+
+
+def _help(told: Option) -> str:
+    repeatable = " (repeatable)." if told.repeatable else "."
+    otherwise = f"  [default: {told.otherwise}]" if told.otherwise else ""
+    return f"{told.help.removesuffix('.')}{repeatable}{otherwise}"
+
+
+class TableCommand(click.Command):
+    """A command whose options are those of the table, in groups; `--help` shows the usual ones, `--help-all` all."""
+
+    def __init__(self, name: str, *, params: list[click.Parameter] | None = None, **attributes: Any) -> None:
+        self.told = options_of(name)
+        own = [TableOption(option) for option in self.told]
+        super().__init__(name, params=[*(params or ()), *own], **attributes)
+
+    @property
+    def first(self) -> tuple[Option, ...]:
+        """The options of the first screen: all if they fit on it."""
+        fits = len(self.told) + 2 <= MOST
+        return tuple(option for option in self.told if fits or option.first)
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Click's, and `--help-all`."""
+        return [*super().get_params(ctx), self._help_all()]
+
+    def _help_all(self) -> click.Option:
+        return click.Option(
+            ["--help-all"],
+            is_flag=True,
+            is_eager=True,
+            expose_value=False,
+            help=f"Show all {len(self.told)} options and exit.",
+            callback=self._show_all,
+        )
+
+    def _show_all(self, ctx: click.Context, param: click.Parameter, value: bool) -> None:
+        if value and not ctx.resilient_parsing:
+            ctx.meta[self._all] = True
+            click.echo(ctx.get_help(), color=ctx.color)
+            ctx.exit()
+
+    _all = "moe_export.help_all"
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options, group by group; how to see the others."""
+        shown = self.told if ctx.meta.get(self._all) else self.first
+        groups: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
+        helps = []
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if isinstance(param, TableOption):
+                groups[param.told.group] += [record] if record and param.told in shown else []
+            elif record and isinstance(param, click.Option):
+                helps.append(record)
+        groups["Output"] += helps
+        width = max(min(len(word), _COLUMN) for rows in groups.values() for word, _ in rows)
+        for group, rows in groups.items():
+            if rows:
+                with formatter.section(group):
+                    formatter.write_dl([(word.ljust(width), text) for word, text in rows], col_max=_COLUMN)
+        hidden = len(self.told) - len(shown)
+        if hidden:
+            formatter.write_paragraph()
+            formatter.write_text(f"{hidden} more options: {ctx.command_path} --help-all")

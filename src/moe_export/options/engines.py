@@ -1,0 +1,45 @@
+"""Options for TensorRT engines, of `build` and of an export that builds them."""
+
+from __future__ import annotations
+
+import click
+
+from moe_export.options.option import EXPORTING, Option
+
+_BUILDING = (*EXPORTING, "build")
+_READ_BY = ("engines",)
+_GROUP = "TensorRT engines"
+_ENGINE = (
+    "Build a TensorRT engine for each: sm75 to sm121, portable (Ampere and newer; no GPU needed), or current (the GPU"
+    " of this machine)."
+)
+
+# fmt: off
+ENGINES = (
+    Option("engine", "--engine", _GROUP, _ENGINE, EXPORTING, _READ_BY, metavar="sm89,sm120", first=True),
+    Option("engine", "--engine", _GROUP, _ENGINE, ("build",), _READ_BY, metavar="sm89,sm120", required=True),
+    Option("ranges", "--range", _GROUP, "Sizes that the engine takes, and is fastest at.", _BUILDING, _READ_BY,
+           otherwise="1:128:1024; batch 1:1:8", metavar="DIM=MIN:OPT:MAX", repeatable=True, first=True),
+    Option("profiles", "--profile", _GROUP, "One more profile, on top of --range.", _BUILDING, _READ_BY,
+           metavar="DIM=MIN:OPT:MAX,...", repeatable=True),
+    Option("builder", "--builder", _GROUP, "What builds.", _BUILDING, _READ_BY,
+           type=click.Choice(["tensorrt_rtx", "tensorrt"]),
+           otherwise="tensorrt_rtx; tensorrt for current, if it is there"),
+    Option("workspace", "--workspace", _GROUP, "The most memory for intermediate values.", _BUILDING, _READ_BY,
+           metavar="2GB"),
+    Option("strip_weights", "--strip-weights", _GROUP, "Leave the weights out of the engine (needs a GPU).", _BUILDING,
+           _READ_BY, type=bool),
+    Option("refit", "--refit", _GROUP, "Make weights replaceable (needs a GPU).", _BUILDING, _READ_BY, type=bool),
+    Option("tf32", "--tf32", _GROUP, "Faster and coarser float32 products.", _BUILDING, _READ_BY, type=bool),
+    Option("require", "--require", _GROUP,
+           "Exit 4 if the engines cannot be run here; without it that is only said.", _BUILDING, _READ_BY,
+           type=click.Choice(["tensorrt"])),
+    Option("timing_cache", "--timing-cache", _GROUP, "Keep timings for the next build (tensorrt only).", _BUILDING,
+           _READ_BY, metavar="FILE"),
+    Option("layers", "--layers", _GROUP, "Write what each engine is made of, as JSON.", _BUILDING, _READ_BY,
+           type=bool),
+)
+CHECKING = (
+    Option("target", "--target", _GROUP, "The engine to check for.", ("check",), type=click.Choice(["tensorrt"]),
+           required=True),
+)

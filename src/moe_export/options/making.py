@@ -1,0 +1,92 @@
+"""Options that say which graph is made: of which model, by which choices, with its weights where, over which ranks."""
+
+from __future__ import annotations
+
+import click
+
+from moe_export.options.option import EXPORTING, STAGES, Option
+
+_LOADING = (*EXPORTING, "verify", "mutate", "routing", "bench", "plan")
+_PRECISIONS = click.Choice(["float32", "float16", "bfloat16"])
+
+# fmt: off
+MODEL = (
+    Option("init", "--init", "Model", "An argument of model.py:ClassName.", _LOADING, ("load",),
+           metavar="NAME=VALUE", repeatable=True, first=True),
+    Option("inputs", "--input", "Model",
+           "An example input of model.py:ClassName; ids=2x10:int64<1000 limits integers.", _LOADING, ("load",),
+           metavar="NAME=2x10x512:DTYPE", repeatable=True, first=True),
+)
+GRAPH = (
+    Option("opset", "--opset", "Graph", "ONNX opset, 17 or newer; exactly this one.", EXPORTING,
+           ("translate", "name"), type=int, default=17, first=True),
+    Option("static", "--static", "Graph", "Fix every dimension at its example size.", EXPORTING, ("trace",),
+           type=bool, first=True),
+    Option("dynamic", "--dynamic", "Graph",
+           "Name a dynamic dimension; with --static, the only ones that stay free.", EXPORTING, ("trace",),
+           metavar="INPUT:AXIS=NAME", repeatable=True, first=True),
+    Option("gate", "--gate", "Graph", "Cut out this gate only, by its module path; 'none' for no gate.", EXPORTING,
+           ("gates",), otherwise="every gate", metavar="MODULE", first=True),
+    Option("gate", "--gate", "Graph", "The graph is the gate of this module of the model.", ("verify", "mutate"),
+           ("gates", "comparison"), metavar="MODULE", first=True),
+    Option("experts", "--experts", "Graph",
+           "How experts are computed (docs/experts.md); keep leaves them as written.", EXPORTING,
+           ("outline", "expand"), default="auto", first=True,
+           type=click.Choice(
+               ["auto", "dense", "slices", "blocks", "gather", "loop", "contrib", "trt_moe", "keep"])),
+    Option("target", "--target", "Graph", "The engine that the graph is for; decides what auto stands for.", EXPORTING,
+           ("outline", "expand"), default="onnxruntime-cpu", first=True,
+           type=click.Choice(["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-sm100"])),
+    Option("recurrence", "--recurrence", "Graph",
+           "Loops over a length: for any length where that can be; always (or an error) as a Scan, as products over"
+           " chunks, or as ONNX Runtime's LinearAttention; or as traced.", EXPORTING, ("fold", "expand"),
+           default="auto", type=click.Choice(["auto", "scan", "chunked", "contrib", "unrolled"]), first=True),
+    Option("unroll", "--unroll", "Graph", "Steps of a loop that an iteration of its Scan takes.", EXPORTING,
+           ("expand",), type=click.IntRange(1, 64), default=1),
+    Option("decode", "--step", "Graph", "Write MODEL.step.onnx, too: one step, its states as past_* and present_*.",
+           EXPORTING, type=bool, first=True),
+    Option("functions", "--functions", "Graph",
+           "Write each module, and each block of experts, as an ONNX function that Netron opens as a graph of its own.",
+           EXPORTING, type=bool),
+    Option("simplify", "--simplify/--no-simplify", "Graph", "Try onnxsim; kept if it helps.", EXPORTING,
+           ("simplify",), type=bool, default=True),
+    Option("dtype", "--dtype", "Graph",
+           "What the graph computes in; gates, norms and recurrences stay float32 (docs/precision.md), and the"
+           " tolerance is that of the type (docs/verify.md).", (*EXPORTING, "verify", "mutate"),
+           ("precision", "comparison"), type=_PRECISIONS, default="float32", first=True),
+    Option("float32", "--float32", "Graph", "With --dtype: this module stays float32.", EXPORTING, ("precision",),
+           metavar="MODULE", repeatable=True),
+)
+WEIGHTS = (
+    Option("weights", "--weights", "Weights",
+           "Of weights in files: copy them beside the graph, or point to those that are used as they are stored"
+           " (docs/weights.md).", EXPORTING, ("weights",), type=click.Choice(["copy", "reference"]), default="copy",
+           first=True),
+    Option("shard_size", "--shard-size", "Weights", "What a weight file has at most.", EXPORTING, ("weights",),
+           default="4GB", metavar="SIZE"),
+    Option("memory", "--memory", "Weights",
+           "Weights in files that are larger are never read as a whole (docs/weights.md).", (*EXPORTING, "verify"),
+           ("load", "comparison"), default="1GiB", metavar="SIZE"),
+)
+RANKS = (
+    Option("expert_parallel", "--expert-parallel", "Experts over ranks",
+           "Write the graphs of N ranks, too, each with its share of the experts (docs/parallel.md).", EXPORTING,
+           ("ranks",), type=click.IntRange(1), metavar="N", first=True),
+    Option("exchange", "--exchange", "Experts over ranks",
+           "Every rank sees all tokens, and partial sums are added; or each has tokens of its own, and their rows"
+           " travel.", EXPORTING, ("ranks",), type=click.Choice(["all_reduce", "all_to_all"]), default="all_reduce"),
+    Option("capacity", "--capacity", "Experts over ranks",
+           "With all_to_all: rows that a rank sends to another, always; pairs beyond are dropped.", EXPORTING,
+           ("ranks",), default="dynamic", metavar="ROWS|dynamic"),
+    Option("placement", "--placement", "Experts over ranks", "The rank of each expert.", EXPORTING, ("ranks",),
+           otherwise="in order, evenly", metavar="FILE.json"),
+    Option("collectives", "--collectives", "Experts over ranks",
+           "Who exchanges: whoever runs the ranks' graphs, or nodes of the engine's own in them.", EXPORTING,
+           ("ranks",), type=click.Choice(["runner", "graph"]), default="runner"),
+)
+PIPELINE = (
+    Option("stop_after", "--stop-after", "Pipeline",
+           "Run the pipeline up to this stage and write nothing (docs/architecture.md).", ("export",),
+           type=click.Choice(STAGES)),
+    Option("show", "--show", "Pipeline", "With --stop-after: print what the stage made.", ("export",), type=bool),
+)

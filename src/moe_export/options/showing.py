@@ -1,0 +1,60 @@
+"""Options of the commands that rewrite einsums, and that measure, draw and plan."""
+
+from __future__ import annotations
+
+import click
+
+from moe_export.options.option import Option
+
+_LEVELS = click.Choice(["blocks", "nodes"])
+
+# fmt: off
+REWRITING = (
+    Option("shapes", "--shapes", "Rewriting", "Sizes of the operands of an EQUATION.", ("rewrite",),
+           otherwise="symbols", metavar="2x64x256,256x16"),
+    Option("target", "--target", "Rewriting", "The engine to plan for.", ("rewrite",), ("einsums",),
+           type=click.Choice(["onnx", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "torch"]),
+           default="onnxruntime-cpu"),
+    Option("keep_einsum", "--keep-einsum", "Rewriting", "Leave einsums that are one plain matrix product.",
+           ("rewrite",), type=bool),
+    Option("max_intermediate", "--max-intermediate", "Rewriting",
+           "The most memory that one intermediate may take.", ("rewrite",), metavar="1GB"),
+    Option("prove", "--prove", "Rewriting", "Show the evidence for each rewritten einsum.", ("rewrite",), type=bool),
+    Option("diff", "--diff", "Rewriting", "Python: print the changes instead of writing them.", ("rewrite",),
+           type=bool),
+    Option("in_place", "--in-place", "Rewriting", "Python: write the file itself.", ("rewrite",), type=bool),
+    Option("check", "--check", "Rewriting",
+           "Python: write nothing; exit 1 if something is left to rewrite.", ("rewrite",), type=bool),
+)
+MEASURING = (
+    Option("against", "--against", "Measuring", "Measure the model in PyTorch, too.", ("bench",),
+           metavar="MODEL.PY[:CLASS]"),
+    Option("sizes", "--size", "Measuring", "A dynamic size.", ("bench", "diff"), otherwise="seq 128, batch 1",
+           metavar="DIM=SIZE", repeatable=True),
+    Option("repeat", "--repeat", "Measuring", "Runs that are measured.", ("bench",), type=click.IntRange(1),
+           default=50),
+    Option("compiled", "--compile", "Measuring", "With --against: torch.compile, too.", ("bench",), type=bool),
+)
+PICTURES = (
+    Option("gate", "--gate", "Picture", "Only this gate, by its module path.", ("routing",), otherwise="every gate",
+           metavar="MODULE"),
+    Option("capacity", "--capacity", "Picture", "Slots of each expert.", ("routing",), type=click.IntRange(1),
+           otherwise="the fullest one's"),
+    Option("ranks", "--ranks", "Picture",
+           "Draw the ranks that an export with --expert-parallel wrote, and what they send one another.", ("routing",),
+           metavar="MODEL.parallel.json"),
+    Option("svg", "--svg", "Picture", "Write a picture instead, without Netron and a browser.", ("view",),
+           metavar="FILE.svg"),
+    Option("svg", "--svg", "Picture", "Draw both side by side, what differs marked.", ("diff",), metavar="FILE.svg"),
+    Option("level", "--level", "Picture", "What is a box.", ("view",), type=_LEVELS,
+           otherwise="nodes for a small graph, else blocks"),
+    Option("level", "--level", "Picture", "What is a box.", ("diff",), type=_LEVELS,
+           otherwise="blocks where both graphs tell modules, else nodes"),
+    Option("port", "--port", "Picture", "Port on this machine; 0 for a free one.", ("view",),
+           type=click.IntRange(0, 65535), default=0),
+    Option("browse", "--browse/--no-browse", "Picture", "Open a browser.", ("view",), type=bool, default=True),
+)
+PLANNING = (
+    Option("memory", "--memory", "Planning", "Of one device.", ("plan",), default="80GB", metavar="SIZE"),
+    Option("gpus", "--gpus", "Planning", "Devices at most.", ("plan",), type=click.IntRange(1, 65536), default=8),
+)

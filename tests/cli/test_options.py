@@ -1,0 +1,89 @@
+"""The table of options: every command's are made from it, and its help shows them in groups, the usual ones first."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections import Counter
+
+import click
+import pytest
+
+from moe_export.cli import cli
+from moe_export.commands.terminal import MOST
+from moe_export.export.options import Options
+from moe_export.export.stages import PIPELINE
+from moe_export.options.option import COMMANDS, GROUPS, READERS, STAGES
+from moe_export.options.table import OPTIONS, options_of, typed
+
+WORD = re.compile(r"^  (?:-\w, )?(--[a-z][a-z0-9-]*)", re.MULTILINE)
+
+
+def shown(command, *args):
+    """The options that help shows, by their longest words."""
+    done = command(*args)
+    assert done.code == 0, done.err
+    return WORD.findall(done.out), done.out
+
+
+def test_the_table_names_every_command_stage_and_group():
+    assert set(COMMANDS) == set(cli.commands)
+    assert tuple(stage.name for stage in PIPELINE) == STAGES
+    for option in OPTIONS:
+        assert set(option.commands) <= set(COMMANDS), option
+        assert set(option.read_by) <= set(READERS), option
+        assert option.group in GROUPS, option
+        assert option.help.endswith("."), option
+    assert {option.group for option in OPTIONS} == set(GROUPS)
+
+
+def test_what_a_stage_reads_is_a_field_of_its_options():
+    fields = {field.name for field in dataclasses.fields(Options)} | {"static", "dynamic"}
+    read = {option.name for option in options_of("export") if set(option.read_by) & set(STAGES)}
+    assert read <= fields
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_has_the_options_of_the_table_and_no_others(name):
+    made = [param.name for param in cli.commands[name].params if isinstance(param, click.Option)]
+    assert made == [option.name for option in options_of(name)]
+    assert max(Counter(word for option in options_of(name) for word in option.words).values()) == 1
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_shows_the_usual_options_and_how_to_see_all(command, name):
+    first, text = shown(command, name, "--help")
+    every, _ = shown(command, name, "--help-all")
+    assert len(first) <= MOST
+    words = {next(word for word in option.words if word.startswith("--")) for option in options_of(name)}
+    assert set(every) == words | {"--help", "--help-all"}
+    hidden = len(every) - len(first)
+    assert text.endswith(f"\n{hidden} more options: moe-export {name} --help-all\n") == (hidden > 0)
+
+
+def test_an_option_is_typed_as_it_was_given():
+    by_word = {option.word: option for option in options_of("verify")}
+    assert list(typed(by_word["--thorough"], True)) == ["--thorough"]
+    assert list(typed(by_word["--thorough"], False)) == []
+    assert list(typed(by_word["--no-localise"], False)) == ["--no-localise"]
+    assert list(typed(by_word["--init"], ("a=1", "b=2"))) == ["--init", "a=1", "--init", "b=2"]
+    assert list(typed(by_word["--rtol"], None)) == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_is_not_given_is_what_the_table_says(name):
+    context = cli.commands[name].make_context(name, ["x"] * 2, resilient_parsing=True)
+    for option in options_of(name):
+        assert context.params[option.name] == option.unset, option
+
+
+def test_a_comparison_is_done_again_with_all_that_it_was_judged_by(command, write, texts):
+    model = write(texts["model"], "net.py")
+    other = write(texts["model"].replace("relu()", "tanh()"), "other.py")
+    assert command(other, "--quiet", "-o", "out").code == 0
+    done = command(
+        "verify", "out/other.onnx", "--against", model, "--at", "seq=7", "--rtol", "1e-4", "--no-localise"
+    )
+    assert done.code == 1
+    again = next(line for line in done.out.splitlines() if "--case" in line)
+    assert "verify out/other.onnx --at seq=7 --rtol 0.0001 --against" in again
