@@ -8,7 +8,6 @@ model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶
 
 | file | what it does |
 |---|---|
-| `refused` | why something that was looked at is left as it was written |
 | `stages`, `options` | the way of a model as a tuple of stages, and what the user may choose of it |
 | `pipeline` | the model, its gates and its step, each by the stages |
 

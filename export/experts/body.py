@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import names_experts
 from moe_export.export.axes.one_hot import marks_of
 from moe_export.export.experts.find import Chain, Turn
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
-from moe_export.export.refused import RefusedError
 from moe_export.export.tracing.weight_inputs import is_weight
 
 _aten = torch.ops.aten

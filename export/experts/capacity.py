@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moe_export.errors import RefusedError
+from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts, same_values
 from moe_export.export.experts.capacity_check import check_core
 from moe_export.export.experts.capacity_experts import Core, core_of, write_core
@@ -32,9 +34,7 @@ from moe_export.export.experts.capacity_facts import Facts
 from moe_export.export.experts.capacity_pairs import PairWriter
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Term, proved, terms_of
 from moe_export.export.experts.capacity_views import Axis, Labels, View
-from moe_export.export.experts.rows import arguments, rank_of, shape_of
 from moe_export.export.frontend.source import line_of
-from moe_export.export.refused import RefusedError
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.matmul.default, _aten.bmm.default, _aten.mm.default}

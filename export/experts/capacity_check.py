@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from moe_export.errors import RefusedError
+from moe_export.export.axes.shapes import shape_of
 from moe_export.export.experts.capacity_experts import (
     Core,
     Walk,
@@ -23,9 +25,7 @@ from moe_export.export.experts.capacity_experts import (
     write_core,
 )
 from moe_export.export.experts.capacity_views import Labels, View
-from moe_export.export.experts.rows import shape_of
 from moe_export.export.gates.region import is_size
-from moe_export.export.refused import RefusedError
 from moe_export.float64 import agree, doubled, in_float64
 
 _ROWS = 3

@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.errors import RefusedError
+from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Weight
 from moe_export.export.experts.capacity_views import Axis, Labels, View, pushed
-from moe_export.export.experts.rows import arguments, rank_of, shape_of
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
-from moe_export.export.refused import RefusedError
 from moe_export.export.tracing.weight_inputs import is_weight
 
 _aten = torch.ops.aten

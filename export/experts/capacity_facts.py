@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.capacity_views import (
     CASTS,
     Labels,
@@ -27,7 +28,6 @@ from moe_export.export.experts.capacity_views import (
     product_of,
     summed_over,
 )
-from moe_export.export.experts.rows import arguments, rank_of, shape_of
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default, _aten.__and__.Tensor}

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.axes.shapes import arguments
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Step
 from moe_export.export.experts.capacity_views import FIXED, Axis, Labels, View
-from moe_export.export.experts.rows import arguments
 
 _aten = torch.ops.aten
 

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.errors import RefusedError
+from moe_export.export.axes.shapes import arguments, shape_of
 from moe_export.export.experts.capacity_facts import Choice, Facts, Number
 from moe_export.export.experts.capacity_views import (
     CASTS,
@@ -27,8 +29,6 @@ from moe_export.export.experts.capacity_views import (
     product_of,
     summed_over,
 )
-from moe_export.export.experts.rows import arguments, shape_of
-from moe_export.export.refused import RefusedError
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default, _aten.__and__.Tensor}

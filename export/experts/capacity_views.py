@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.experts.rows import arguments, rank_of, shape_of
+from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 
 _aten = torch.ops.aten
 Axis = tuple[str, ...]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moe_export.export.experts.pair_body import PairBody
+from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.row_products import einsum_letters, write_einsum
-from moe_export.export.experts.rows import Make, Region, Rows, arguments, rank_of, shape_of
+from moe_export.export.experts.rows import Make, PairBody, Region, Rows
 
 _aten = torch.ops.aten
 

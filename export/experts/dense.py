@@ -20,12 +20,12 @@ from collections.abc import Iterator
 import torch
 from torch import fx
 
+from moe_export.errors import RefusedError
+from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts
-from moe_export.export.experts.pair_body import PairBody
 from moe_export.export.experts.row_rules import rows_after
-from moe_export.export.experts.rows import Region, Rows, arguments, rank_of, runs_over_pairs, shape_of
+from moe_export.export.experts.rows import PairBody, Region, Rows, runs_over_pairs
 from moe_export.export.frontend.source import line_of
-from moe_export.export.refused import RefusedError
 
 _aten = torch.ops.aten
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.axes.shapes import arguments, rank_of
 from moe_export.export.experts.flat_values import Flattening, sizes_of
-from moe_export.export.experts.rows import arguments, rank_of
 
 _aten = torch.ops.aten
 

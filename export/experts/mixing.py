@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import fx
 
+from moe_export.errors import RefusedError
 from moe_export.export.experts.body import Experts
-from moe_export.export.refused import RefusedError
 from moe_export.float64 import agree, doubled, in_float64
 
 _PAIRS = 5

@@ -14,15 +14,15 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from moe_export.errors import RefusedError
+from moe_export.export.axes.shapes import rank_of, shape_of
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.combine import Combination, combination
 from moe_export.export.experts.inline import inlined
-from moe_export.export.experts.pair_body import PairBody
 from moe_export.export.experts.row_rules import rows_after
-from moe_export.export.experts.rows import Region, Rows, rank_of, shape_of
+from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import ancestors
-from moe_export.export.refused import RefusedError
 
 _aten = torch.ops.aten
 

@@ -15,13 +15,13 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from moe_export.errors import RefusedError
 from moe_export.export.experts.batch import trace_body
 from moe_export.export.experts.body import ZEROS, Experts
 from moe_export.export.experts.flat_tokens import with_flat_tokens
 from moe_export.export.experts.mixing import check_rows
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.gates.gate import values_of
-from moe_export.export.refused import RefusedError
 from moe_export.export.torch_compat.opaque import opaque_node
 from moe_export.export.tracing.programs import copied_module, with_module
 from moe_export.export.tracing.trace import Traced

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
+from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import experts_of
 from moe_export.export.experts.body import Experts, Surroundings
 from moe_export.export.experts.capacity import find_capacity
@@ -13,7 +14,6 @@ from moe_export.export.experts.dense import find_dense
 from moe_export.export.experts.find import find_chains
 from moe_export.export.experts.pairs import Loop, find_roots, understand_pairs
 from moe_export.export.experts.slot_loops import understand_loops
-from moe_export.export.refused import RefusedError
 
 
 def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]:

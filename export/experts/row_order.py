@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.errors import RefusedError
 from moe_export.export.axes.one_hot import marks_of
-from moe_export.export.experts.pair_body import PairBody
+from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.row_shapes import over, pointwise
-from moe_export.export.experts.rows import Region, Rows, arguments, rank_of, shape_of
-from moe_export.export.refused import RefusedError
+from moe_export.export.experts.rows import PairBody, Region, Rows
 
 _aten = torch.ops.aten
 

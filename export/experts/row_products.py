@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from moe_export.export.experts.pair_body import PairBody
-from moe_export.export.experts.rows import Region, Rows, arguments, rank_of, shape_of
+from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.experts.rows import PairBody, Region, Rows
 
 _aten = torch.ops.aten
 

@@ -12,19 +12,32 @@ sorted as (R, ...), a grid as (R, 1, ...), which is the grid of R tokens with on
 is its own rule. What is the same for all rows of an expert, its weights, has 1 in the place of R.
 
 Letters: N tokens, k slots, S = N*k pairs, E experts, R rows of a body.
+
+The body that comes of it, a `PairBody`, is `(token (R,), slot (R,), expert (1,), *shared, *weights) → (R, H)`, as of a
+loop over experts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-if TYPE_CHECKING:
-    from moe_export.export.experts.pair_body import PairBody
+from moe_export.errors import RefusedError
+from moe_export.export.axes.shapes import arguments, rank_of, rest_of, shape_of
+from moe_export.export.experts.body import Weight
+
+_aten = torch.ops.aten
+
+# Operators that leave the first axis of a stack of weights where it is.
+_ON_STACKS = {
+    _aten.transpose.int, _aten.permute.default, _aten._to_copy.default, _aten.clone.default, _aten.alias.default,
+    _aten.mT.default, _aten.detach.default, _aten.contiguous.default, _aten.unsqueeze.default, _aten.slice.Tensor,
+}  # fmt: skip
+_RESHAPES = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default}
 
 Make = Callable[["PairBody"], fx.Node]
 
@@ -121,22 +134,215 @@ def runs_over_pairs(node: fx.Node, rows: Rows, rank: int) -> bool:
     return any(str(size) != "1" for size in sizes)
 
 
-def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """A node's arguments. An operator has those of its schema, which type checkers do not know."""
-    return node.args
+@dataclass
+class PairBody:
+    """A body under way.
+
+    Attributes:
+        region: What is known of the values.
+        graph: The body's graph.
+        shared, weights: What it reads, in the order of its inputs.
+    """
+
+    region: Region
+
+    def __post_init__(self) -> None:
+        self.graph = fx.Graph()
+        self.token, self.slot, self.expert = (
+            self.graph.placeholder(name) for name in ("token", "slot", "expert")
+        )
+        self.shared: dict[fx.Node, fx.Node] = {}
+        self.weights: dict[Weight, fx.Node] = {}
+        self._made: dict[fx.Node, fx.Node] = {}
+        self._leaves: dict[tuple[fx.Node, tuple[int, fx.Node | None], int], fx.Node] = {}
+        self._bare: dict[fx.Node, fx.Node] = {}
+        self._pair: fx.Node | None = None
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        """Write one operator."""
+        return self.graph.call_function(target, args, kwargs)
+
+    def value(self, node: fx.Node) -> fx.Node:
+        """The R rows of a value that depends on the indices."""
+        if node not in self._made:
+            self._made[node] = self.region.rows[node].make(self)
+        return self._made[node]
+
+    def pair(self) -> fx.Node:
+        """(R,): the flat numbers of the pairs."""
+        if self._pair is None:
+            scaled = self.call(_aten.mul.Tensor, self.token, self.region.slots)
+            self._pair = self.call(_aten.add.Tensor, scaled, self.slot)
+        return self._pair
+
+    def share(self, node: fx.Node) -> fx.Node:
+        """A value from outside that all experts read, as it is."""
+        if node not in self.shared:
+            self.shared[node] = self._input(f"shared_{len(self.shared)}", node, [*self.shared.values()])
+        return self.shared[node]
+
+    def weight(self, weight: Weight) -> fx.Node:
+        """The expert's own part of a weight, without the axis over experts."""
+        if weight not in self.weights:
+            node = weight.stack if weight.stack is not None else weight.separate[0]
+            assert node is not None
+            before = [*self.shared.values(), *self.weights.values()]
+            self.weights[weight] = self._input(f"weight_{len(self.weights)}", node, before)
+        return self.weights[weight]
+
+    def _input(self, name: str, node: fx.Node, before: list[fx.Node]) -> fx.Node:
+        with self.graph.inserting_after(before[-1] if before else self.expert):
+            made = self.graph.placeholder(name)
+        made.meta = dict(node.meta)
+        return made
+
+    def stack(self, node: fx.Node) -> fx.Node:
+        """The expert's part (...) of a stack of weights (E, ...)."""
+        chain = []
+        while node.target in _ON_STACKS and _keeps_experts(node):
+            chain.append(node)
+            node = arguments(node)[0]
+        size = shape_of(node)[0]
+        if str(size) != str(self.region.count):
+            raise RefusedError(
+                f"{node.name} holds the weights of {size} experts, and {self.region.count} are used"
+            )
+        part = self.weight(Weight(stack=node))
+        for step in reversed(chain):
+            part = self.bare(self.call(step.target, self.as_rows(part), *arguments(step)[1:], **step.kwargs))
+        return part
+
+    def as_rows(self, bare: fx.Node, lead: int = 1) -> fx.Node:
+        """What is the same for all rows, with axes of size 1 in their place."""
+        rows = bare
+        for _ in range(lead):
+            rows = self.call(_aten.unsqueeze.default, rows, 0)
+        self._bare[rows] = bare
+        return rows
+
+    def bare(self, rows: fx.Node, lead: int = 1) -> fx.Node:
+        """The opposite of `as_rows`."""
+        if rows not in self._bare:
+            bare = rows
+            for _ in range(lead):
+                bare = self.call(_aten.squeeze.dim, bare, 0)
+            self._bare[rows] = bare
+        return self._bare[rows]
+
+    def operand(self, node: Any, rows: Rows, rank: int) -> Any:
+        """An operand of a row-wise operator: of the R rows where it runs over pairs, as it is where it does not.
+
+        Args:
+            node: Any argument.
+            rows: What the result's axes run over.
+            rank: How many axes an operand has that begins with them.
+        """
+        if not isinstance(node, fx.Node):
+            return node
+        if node in self.region.rows:
+            return self.value(node)
+        return self.leaf(node, rows, rank)
+
+    def leaf(self, node: fx.Node, rows: Rows, rank: int) -> fx.Node:
+        """A value that does not depend on the indices, lined up with the pairs of those that do."""
+        key = (node, rows.where, rank)
+        if key not in self._leaves:
+            self._leaves[key] = self._lined_up(node, rows, rank)
+        return self._leaves[key]
+
+    def _lined_up(self, node: fx.Node, rows: Rows, rank: int) -> fx.Node:
+        if not runs_over_pairs(node, rows, rank):
+            return self.share(node)
+        if rows.order is not None:
+            raise RefusedError(f"{node.name} is not sorted by expert as the other values are")
+        if rows.lead == 1:
+            return self.flat(node)
+        if rank - rank_of(node) == 1:  # (k, ...): by slot alone
+            found = self.call(_aten.index.Tensor, self.share(node), [self.slot])
+            return self.call(_aten.unsqueeze.default, found, 1)
+        return self.grid(node)
+
+    def flat(self, node: fx.Node) -> fx.Node:
+        """(S, ...) from outside → (R, ...)."""
+        source = arguments(node)[0] if arguments(node) else None
+        if isinstance(source, fx.Node):
+            if node.target is _aten.unsqueeze.default and arguments(node)[1] not in (0, -1 - rank_of(source)):
+                return self.call(node.target, self.flat(source), arguments(node)[1])
+            if node.target is _aten.repeat_interleave.self_int and self._repeats(node):
+                return self.call(_aten.index.Tensor, self.share(source), [self.token])
+            shaped = node.target in _RESHAPES and rest_of(node, 1) is not None
+            if shaped and self.region.leads(shape_of(source), 2):
+                return self.call(_aten.reshape.default, self.grid(source), [-1, *(rest_of(node, 1) or [])])
+            if shaped and self.region.leads(shape_of(source), 1):
+                return self.call(_aten.reshape.default, self.flat(source), [-1, *(rest_of(node, 1) or [])])
+        if self.region.slots == 1:
+            return self.call(_aten.index.Tensor, self.share(node), [self.token])
+        return self.call(_aten.index.Tensor, self.share(node), [self.pair()])
+
+    def grid(self, node: fx.Node) -> fx.Node:
+        """(N or 1, k or 1, ...) from outside → (R, 1, ...)."""
+        source, (first, second) = (
+            arguments(node)[0] if arguments(node) else None,
+            map(str, shape_of(node)[:2]),
+        )
+        if isinstance(source, fx.Node):
+            if node.target is _aten.unsqueeze.default and arguments(node)[1] == 1:
+                return self.call(_aten.unsqueeze.default, self._by_token(source), 1)
+            if (
+                node.target is _aten.unsqueeze.default
+                and arguments(node)[1] in (-1, rank_of(source))
+                and rank_of(source) > 1
+            ):
+                return self.call(_aten.unsqueeze.default, self.grid(source), rank_of(source))
+            same_rest = shape_of(source)[2:] == shape_of(node)[2:] and rank_of(source) == rank_of(node)
+            if node.target is _aten.expand.default and same_rest:
+                return self.grid(source)
+        if first == "1":
+            found = self.call(
+                _aten.index.Tensor, self.call(_aten.squeeze.dim, self.share(node), 0), [self.slot]
+            )
+            return self.call(_aten.unsqueeze.default, found, 1)
+        if second == "1":
+            return self.call(_aten.index.Tensor, self.share(node), [self.token])
+        found = self.call(_aten.index.Tensor, self.share(node), [self.token, self.slot])
+        return self.call(_aten.unsqueeze.default, found, 1)
+
+    def _by_token(self, node: fx.Node) -> fx.Node:
+        return self.call(_aten.index.Tensor, self.share(node), [self.token])
+
+    def _repeats(self, node: fx.Node) -> bool:
+        source, times = arguments(node)[:2]
+        assert isinstance(source, fx.Node)
+        axis = arguments(node)[2] if len(arguments(node)) > 2 else node.kwargs.get("dim")
+        if times != self.region.slots or axis != 0:
+            return False
+        return str(shape_of(source)[0]) == self.region.tokens
+
+    def module(self, result: fx.Node) -> fx.GraphModule:
+        """The finished body."""
+        self.graph.output(result)
+        self.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+        self.graph.lint()
+        return fx.GraphModule(nn.Module(), self.graph)
 
 
-def shape_of(node: fx.Node) -> tuple[object, ...]:
-    """The shape of a node's value; empty where it is no tensor."""
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+def _keeps_experts(node: fx.Node) -> bool:
+    """Whether an operator on a stack leaves the axis over experts where it is."""
+    source = arguments(node)[0]
+    if not isinstance(source, fx.Node) or rank_of(source) < 2:
+        return False
+    if node.target is _aten.transpose.int:
+        return all(int(axis) % rank_of(source) > 0 for axis in arguments(node)[1:3])
+    if node.target is _aten.unsqueeze.default:
+        return int(arguments(node)[1]) % (rank_of(source) + 1) > 0
+    if node.target is _aten.slice.Tensor:
+        return (
+            len(arguments(node)) < 2 or arguments(node)[1] > 0 or shape_of(node)[:1] == shape_of(source)[:1]
+        )
+    if node.target is _aten.permute.default:
+        return int(_first(arguments(node)[1])) % rank_of(source) == 0
+    return bool(node.target is not _aten.mT.default or rank_of(source) > 2)
 
 
-def rank_of(node: fx.Node) -> int:
-    return len(shape_of(node))
-
-
-def rest_of(node: fx.Node, lead: int) -> list[int] | None:
-    """The sizes behind the leading axes; None where one is not a plain number."""
-    sizes = shape_of(node)[lead:]
-    return [int(str(size)) for size in sizes] if all(str(size).isdigit() for size in sizes) else None
+def _first(values: Any) -> Any:
+    return values[0] if isinstance(values, Sequence) else values

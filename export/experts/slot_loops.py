@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.errors import RefusedError
+from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts, Surroundings, understand
 from moe_export.export.experts.find import Chain, Turn
-from moe_export.export.experts.rows import arguments, rank_of, shape_of
 from moe_export.export.frontend.source import line_of
-from moe_export.export.refused import RefusedError
 
 _aten = torch.ops.aten
 _ALL = 2**63 - 1

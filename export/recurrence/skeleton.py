@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import fx
 
+from moe_export.errors import RefusedError
 from moe_export.export.frontend.source import line_of
 from moe_export.export.recurrence.loop import WRITE, Loop, Made, Outside, split_part
 from moe_export.export.recurrence.loops import Repeats
 from moe_export.export.recurrence.operand import SIZE, Read, View, atoms, filled, read_of
-from moe_export.export.refused import RefusedError
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
-from moe_export.export.refused import RefusedError
 from moe_export.export.scans.log import logarithm
 from moe_export.export.scans.marked import Marked, integer
 from moe_export.export.scans.terms import Factor, Reading, axes_of

@@ -24,8 +24,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
-from moe_export.export.refused import RefusedError
 from moe_export.export.scans.all_steps import AllSteps, Part
 from moe_export.export.scans.linear import Linear, LinearState, read_linear
 from moe_export.export.scans.marked import Marked

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 import onnx_ir as ir
 
-from moe_export.export.refused import RefusedError
+from moe_export.errors import RefusedError
 from moe_export.export.scans.linear import Linear, LinearState, Reader
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.terms import Factor, Reading, Seen, axes_of, broadcast

@@ -20,9 +20,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
-from moe_export.export.refused import RefusedError
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.time import POINTWISE, REDUCTIONS, axes_of, number_of, rank_of
 

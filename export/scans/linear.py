@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from moe_export.export.refused import RefusedError
+from moe_export.errors import RefusedError
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.terms import (
     Axes,

@@ -20,7 +20,7 @@ import math
 
 import onnx_ir as ir
 
-from moe_export.export.refused import RefusedError
+from moe_export.errors import RefusedError
 from moe_export.export.scans.all_steps import AllSteps, Part
 from moe_export.export.scans.delta import read_delta
 from moe_export.export.scans.linear import LinearState

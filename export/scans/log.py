@@ -12,8 +12,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
-from moe_export.export.refused import RefusedError
 from moe_export.export.scans.marked import Marked
 from moe_export.export.scans.time import OverTime, Timed
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from moe_export.errors import RefusedError
 from moe_export.export.onnx.bodies import reads
 from moe_export.export.onnx.nodes import Nodes
-from moe_export.export.refused import RefusedError
 from moe_export.export.scans.marked import Marked, new_element, read_marked, with_elements
 from moe_export.export.scans.order import written_last
 from moe_export.export.scans.time import (

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moe_export.export.refused import RefusedError
+from moe_export.errors import RefusedError
 
 Axes = tuple[
     tuple[int, ...], ...

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
-from moe_export.export.refused import RefusedError
 
 POINTWISE = {
     "Abs", "Add", "And", "Cast", "Ceil", "Cos", "Div", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater",

@@ -16,9 +16,9 @@ from typing import Any
 
 import onnx_ir as ir
 
+from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.recurrence.loop_body import DOMAIN, ELEMENT, END, STATE
-from moe_export.export.refused import RefusedError
 from moe_export.export.scans.marked import Marked, integer
 from moe_export.export.scans.time import OverTime, Timed, can, moved
 

@@ -19,10 +19,9 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import NotExportableError, RefusedError
 from moe_export.export.onnx.provenance import mark_block, place_of
 from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
-from moe_export.export.refused import RefusedError
 from moe_export.export.scans.chunked import write_chunked
 from moe_export.export.scans.inputs import move_inwards
 from moe_export.export.scans.layout import widest_last

@@ -1,7 +1,7 @@
 """Every error that a user can cause: what happened, where, and what to do about it.
 
-One base class, one exit code a class. The command line prints these without a traceback; anything else
-that escapes is a defect of this project and keeps its traceback.
+One base class, one exit code a class. The command line prints these without a traceback; anything else that escapes is
+a defect of this project and keeps its traceback. `RefusedError` is none of them: whoever tries something catches it.
 """
 
 from __future__ import annotations
@@ -66,3 +66,20 @@ class MissingBackendError(MoeExportError):
 
 class DiedError(MoeExportError):
     """The model ended the process that it ran in: a crash, an exit, too little memory (exit code 2)."""
+
+
+class RefusedError(Exception):
+    """Something was recognised up to a point, and is not what it looked like.
+
+    Who catches it leaves the model as it was and says so in a note; a user sees it as an error only where the form was
+    insisted on.
+
+    Attributes:
+        reason: In words that follow a colon.
+        where: `file:line` of the model, if that is known.
+    """
+
+    def __init__(self, reason: str, where: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.where = where

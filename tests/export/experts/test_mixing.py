@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from moe_export.errors import RefusedError
 from moe_export.export.experts.mixing import check_rows
-from moe_export.export.refused import RefusedError
 
 
 def check(body, dtype=torch.float16):
