@@ -20,7 +20,7 @@ NAVIGATION = {
         "docs/tasks/export-my-moe",
         "docs/tasks/export-my-mamba",
         "docs/tasks/replace-einsums",
-        "docs/tasks/gate-my-ci",
+        "docs/tasks/check-in-ci",
         "docs/tasks/build-an-engine",
     ),
     "Topics": (

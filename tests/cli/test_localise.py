@@ -217,10 +217,20 @@ def test_what_mutate_does_not_take(command, finished, broken):
 
 def test_the_numbers_of_a_score():
     from moe_export.commands.mutate import Score
-    from moe_export.comparing.mutating_apart import Fate
+    from moe_export.comparing.mutation_process import MutantResult
 
-    fates = [Fate("weight", "n", "w", outcome, off=1e-6) for outcome in ("caught", "survived", "equivalent")]
-    score = Score((*fates, Fate("axis", "m", "a", "below rounding"), Fate("axis", "m", "b", "stillborn")), 7)
+    fates = [
+        MutantResult("weight", "n", "w", outcome, off=1e-6)
+        for outcome in ("caught", "survived", "equivalent")
+    ]
+    score = Score(
+        (
+            *fates,
+            MutantResult("axis", "m", "a", "below rounding"),
+            MutantResult("axis", "m", "b", "stillborn"),
+        ),
+        7,
+    )
     lines = list(score.lines())
     assert score.exit_code == 1
     assert "mutation score: 1 of 2 (7 cases)" in "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The gate's share of the slow tests: each comes in its turn, and what fails is tried once more."""
+"""The daily share of the slow tests: each comes in its turn, and what fails is tried once more."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The gate must be able to fail: one wrong thing in a right graph, and the exit code is 1."""
+"""A comparison must be able to fail: one wrong thing in a right graph, and the exit code is 1."""
 
 import numpy as np
 import pytest

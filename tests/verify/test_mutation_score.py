@@ -1,4 +1,4 @@
-"""The gate's own test on the models of this repository: every mutant that is not equivalent is caught."""
+"""Mutation tests on the models of this repository: every mutant that is not equivalent is caught."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ import pytest
 
 from moe_export.cli import run
 from moe_export.commands.mutate import Score
-from moe_export.comparing.mutating_apart import Request, try_apart
+from moe_export.comparing.mutation_process import Request, try_apart
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
 
@@ -14,7 +14,7 @@ MODELS = Path(__file__).resolve().parents[2] / "models"
 def score_of(stem, folder, **options):
     assert run([str(MODELS / f"{stem}.py"), "-o", str(folder), "--no-verify", "--quiet"]) == 0
     trial = try_apart(Request(str(folder / f"{stem}.onnx"), str(MODELS / f"{stem}.py"), **options))
-    return Score(trial.fates, trial.cases)
+    return Score(trial.results, trial.cases)
 
 
 @pytest.mark.slow
@@ -23,7 +23,7 @@ def test_every_mutant_is_caught_by_the_outputs(stem, tmp_path):
     score = score_of(stem, tmp_path)
     assert score.count("survived") == 0, "\n".join(score.lines())
     assert score.count("caught") >= 15
-    assert score.count("equivalent") + score.count("below rounding") <= 0.1 * len(score.fates)
+    assert score.count("equivalent") + score.count("below rounding") <= 0.1 * len(score.results)
 
 
 @pytest.mark.slow
@@ -37,4 +37,4 @@ def test_every_mutant_is_caught_by_the_nodes(stem, least, tmp_path):
     score = score_of(stem, tmp_path, inside=True)
     assert score.count("survived") == 0, "\n".join(score.lines())
     assert score.count("caught") >= least
-    assert score.count("equivalent") + score.count("below rounding") <= 0.1 * len(score.fates)
+    assert score.count("equivalent") + score.count("below rounding") <= 0.1 * len(score.results)

@@ -1,4 +1,4 @@
-"""The gate does not cry wolf: a right graph passes with every kind of values, under many seeds.
+"""No false alarms: a right graph passes with every kind of values, under many seeds.
 
 Every model of the repository, as exported, in float32 and in half precision; three seeds in the fast run. Then models
 that lose many digits: sums that cancel, 24 layers, logits of a language model; with one thread of onnxruntime and two.

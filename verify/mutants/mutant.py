@@ -1,4 +1,4 @@
-"""Mutants: copies of a right graph, each with one thing wrong, to see whether the gate can fail.
+"""Mutants: copies of a right graph, each with one thing wrong, to test whether a comparison notices.
 
 | kind | what is wrong | where |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""`moe-export mutate graph.onnx --against model.py`: whether the gate would catch what can go wrong with a graph."""
+"""`moe-export mutate graph.onnx --against model.py`: mutation tests: would `verify` notice a fault in this graph?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_export.commands.console import Console
-from moe_export.comparing.mutating_apart import Fate, Request, try_apart
+from moe_export.comparing.mutation_process import MutantResult, Request, try_apart
 from moe_export.errors import UsageError
 from moe_export.verify.mutants.mutant import KINDS
 
@@ -43,7 +43,7 @@ def run_mutate(
     )
     with console.step(f"trying mutants of {graph}"):
         trial = try_apart(request)
-    score = Score(trial.fates, trial.cases)
+    score = Score(trial.results, trial.cases)
     console.json(json.dumps(score.to_dict(graph, against), indent=2))
     for line in score.lines():
         console.say(line)
@@ -52,19 +52,19 @@ def run_mutate(
 
 @dataclass(frozen=True)
 class Score:
-    """How many mutants the gate caught.
+    """How many mutants the check caught.
 
     Attributes:
-        fates: What became of each.
-        cases: How many cases the gate has.
+        results: Of each mutant.
+        cases: How many cases the check has.
     """
 
-    fates: tuple[Fate, ...]
+    results: tuple[MutantResult, ...]
     cases: int
 
     def count(self, outcome: str, kind: str | None = None) -> int:
-        """How many mutants, of a kind or of all, came to this."""
-        return sum(fate.outcome == outcome and kind in (None, fate.kind) for fate in self.fates)
+        """How many mutants, of a kind or of all, have this outcome."""
+        return sum(result.outcome == outcome and kind in (None, result.kind) for result in self.results)
 
     @property
     def exit_code(self) -> int:
@@ -75,7 +75,7 @@ class Score:
         """For a person."""
         outcomes = ("caught", "survived", "equivalent", "below rounding")
         yield f"\n{'kind':<16} {'mutants':>8} " + " ".join(f"{name:>{len(name) + 2}}" for name in outcomes)
-        for kind in (*(kind for kind in KINDS if any(fate.kind == kind for fate in self.fates)), None):
+        for kind in (*(kind for kind in KINDS if any(result.kind == kind for result in self.results)), None):
             counts = {name: self.count(name, kind) for name in outcomes}
             cells = " ".join(f"{count:>{len(name) + 2}}" for name, count in counts.items())
             yield f"{kind or 'all':<16} {sum(counts.values()):>8} {cells}"
@@ -84,10 +84,10 @@ class Score:
         if self.count("stillborn"):
             yield f"{self.count('stillborn')} more were no graphs that onnxruntime opens"
         for outcome in ("equivalent", "below rounding", "survived"):
-            for fate in self.fates:
-                if fate.outcome == outcome:
-                    off = "" if outcome == "equivalent" else f"  (off by {fate.off:.1e} in float64)"
-                    yield f"  {outcome.upper() if outcome == 'survived' else outcome}: {fate}{off}"
+            for result in self.results:
+                if result.outcome == outcome:
+                    off = "" if outcome == "equivalent" else f"  (off by {result.off:.1e} in float64)"
+                    yield f"  {outcome.upper() if outcome == 'survived' else outcome}: {result}{off}"
 
     def to_dict(self, graph: str, against: str) -> dict[str, Any]:
         """Plain data, for JSON."""
@@ -105,13 +105,13 @@ class Score:
             "score": self.count("caught") / counted if counted else None,
             "mutants": [
                 {
-                    "kind": fate.kind,
-                    "node": fate.node,
-                    "what": fate.what,
-                    "outcome": fate.outcome,
-                    "by": fate.by,
-                    "off": fate.off if fate.off != float("inf") else None,
+                    "kind": result.kind,
+                    "node": result.node,
+                    "what": result.what,
+                    "outcome": result.outcome,
+                    "by": result.by,
+                    "off": result.off if result.off != float("inf") else None,
                 }
-                for fate in self.fates
+                for result in self.results
             ],
         }

@@ -1,6 +1,6 @@
-"""The gate's own test: mutants of a right graph, each held against the model as `verify` would.
+"""Mutation tests of the check: mutants of a right graph, each compared with the model as `verify` would.
 
-The cases and what the model gives for them are computed once; a mutant is run until a case tells it from the model.
+The cases and what the model gives for them are computed once; a mutant is run until a case shows a difference.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from moe_export.comparing.explaining import INSIDE
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.localising import program_values
 from moe_export.comparing.matching import match_graph, reference_of, stated_domain
-from moe_export.comparing.mutating_apart import Fate, fate_of
+from moe_export.comparing.mutation_process import MutantResult, result_of
 from moe_export.comparison_settings import ComparisonSettings, comparison_cases, tolerance_of
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
 from moe_export.export.frontend.load import load_subject
@@ -56,8 +56,8 @@ Replayer = Callable[[Any, Path], Any]
 
 
 @dataclass(frozen=True)
-class Gate:
-    """What a graph is held against.
+class Check:
+    """The check that a graph must pass.
 
     Attributes:
         model: The right graph.
@@ -68,7 +68,7 @@ class Gate:
         tolerance: For floats.
         routing: Outputs that are expert indices.
         dtype: The narrowest type that the graph computes in.
-        inside: Cases by label, with what the model computes on the way, for a gate that looks at nodes, too.
+        inside: Cases by label, with what the model computes on the way, for a check that looks at nodes, too.
     """
 
     model: onnx.ModelProto
@@ -82,7 +82,7 @@ class Gate:
     inside: Sequence[tuple[str, Mapping[str, Array], ReferenceValues]] = ()
 
     def judge(self, path: Path) -> Report:
-        """Hold a graph against the model, up to the first case that differs.
+        """Compare a graph with the model, up to the first case that differs.
 
         Raises:
             UsageError: onnxruntime does not open the graph, or it takes other inputs.
@@ -111,8 +111,8 @@ class Gate:
             progress=note,
         )
 
-    def try_mutant(self, mutant: Mutant, folder: Path) -> Fate:
-        """Hold one mutant against the model."""
+    def try_mutant(self, mutant: Mutant, folder: Path) -> MutantResult:
+        """Compare one mutant with the model."""
         path = folder / "mutant.onnx"
         try:
             onnx.save(mutant.of(self.model), path)
@@ -120,18 +120,18 @@ class Gate:
         except MissingBackendError:
             raise
         except MoeExportError as error:
-            return fate_of(mutant, "stillborn", one_line(error))
+            return result_of(mutant, "stillborn", one_line(error))
         for case in report.cases:
             if case.outcome == "failed" or any(not judgement.ok for judgement in case.judgements):
-                return fate_of(mutant, "caught", case.label)
+                return result_of(mutant, "caught", case.label)
         for label, inputs, known in self.inside:
             if find_faulty_node(mutant.of(self.model), inputs, known).faulty is not None:
-                return fate_of(mutant, "caught", f"{label}, inside")
+                return result_of(mutant, "caught", f"{label}, inside")
         off = self.difference(mutant)
         if off <= _SAME:
-            return fate_of(mutant, "equivalent", off=off)
+            return result_of(mutant, "equivalent", off=off)
         rounding = _ROUNDING[self.dtype]
-        return fate_of(mutant, "below rounding" if off <= rounding else "survived", off=off)
+        return result_of(mutant, "below rounding" if off <= rounding else "survived", off=off)
 
     def difference(self, mutant: Mutant) -> float:
         """How far a mutant is from the right graph in float64, over all cases, relative to the largest value.
@@ -231,7 +231,7 @@ def all_mutants(model: onnx.ModelProto, example: Mapping[str, Array], seed: int 
         raise UsageError(f"the graph cannot be run: {one_line(error)}") from error
 
 
-def open_gate(  # noqa: PLR0913  each has a name
+def open_check(  # noqa: PLR0913  each has a name
     path: Path,
     against: str,
     init: tuple[str, ...] = (),
@@ -243,8 +243,8 @@ def open_gate(  # noqa: PLR0913  each has a name
     *,
     dtype: str = "float32",
     gate_of: str | None = None,
-) -> Gate:
-    """What `verify` would hold a graph against, with the cases that it would take.
+) -> Check:
+    """The check that `verify` would make, with the cases that it would take.
 
     Args:
         path: The right graph.
@@ -279,7 +279,7 @@ def open_gate(  # noqa: PLR0913  each has a name
 
     torch_runner = Remembered(apart.reference(subject, subject.outputs), cases)
     truth = Remembered(apart.reference(subject, subject.outputs, apart.FLOAT64), cases)
-    gate = Gate(
+    check = Check(
         onnx.load(path),
         cases,
         torch_runner,
@@ -290,29 +290,29 @@ def open_gate(  # noqa: PLR0913  each has a name
         dtype,
     )
     report = compare(
-        gate.reference,
+        check.reference,
         runner,
         watched(),
-        tolerance=gate.tolerance,
-        routing=gate.routing,
+        tolerance=check.tolerance,
+        routing=check.routing,
         truth=truth,
-        replayer=gate.replayer(gate.reference, path),
+        replayer=check.replayer(check.reference, path),
     )
     if report.exit_code:
         raise UsageError(
             f"{path} is {report.verdict} to {against} to begin with",
             hint=f"moe-export verify {path} --against {against} says where",
         )
-    return replace(gate, inside=_inside(gate, subject)) if inside else gate
+    return replace(check, inside=_inside(check, subject)) if inside else check
 
 
-def _inside(gate: Gate, subject: Subject) -> list[tuple[str, Mapping[str, Array], ReferenceValues]]:
+def _inside(check: Check, subject: Subject) -> list[tuple[str, Mapping[str, Array], ReferenceValues]]:
     """What the model computes on the way, in the first ordinary cases."""
     traced = trace(subject)
     found: list[tuple[str, Mapping[str, Array], ReferenceValues]] = []
-    for case in [case for case in gate.cases if case.regime == NORMAL]:
-        inputs = {value.name: case.inputs[value.name] for value in gate.model.graph.input}
-        known = program_values(gate.model, inputs, traced)
+    for case in [case for case in check.cases if case.regime == NORMAL]:
+        inputs = {value.name: case.inputs[value.name] for value in check.model.graph.input}
+        known = program_values(check.model, inputs, traced)
         if known is not None:
             found.append((case.label, inputs, known))
         if len(found) == INSIDE:

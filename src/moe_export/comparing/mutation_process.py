@@ -1,6 +1,6 @@
 """Mutants in a process of their own: some of them bring onnxruntime down, and the process with it.
 
-What died is caught, and a new process goes on with the next. Nothing heavy is imported here.
+A mutant whose process died counts as caught, and a new process continues with the next. Nothing heavy is imported here.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class Request:
         init, inputs: As for `verify`.
         rtol, atol: As for `verify`.
         seed: Of the inputs, and of the elements that are changed.
-        thorough: Whether the gate tries every kind of values.
+        thorough: Whether the check tries every kind of values.
         limit: At most so many mutants of each kind; 0 for all.
         kinds: Only these kinds; none for all.
-        inside: Whether the gate looks at nodes, too.
+        inside: Whether the check looks at nodes, too.
         dtype, gate: As for `verify`.
     """
 
@@ -54,8 +54,8 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What became of a mutant.
+class MutantResult:
+    """The result of one mutant.
 
     Attributes:
         kind: What kind it was.
@@ -79,21 +79,21 @@ class Fate:
         return f"{self.kind}: {self.node}: {self.what}"
 
 
-def fate_of(mutant: Mutant, outcome: str, by: str = "", off: float = 0.0) -> Fate:
-    """The fate of a mutant."""
-    return Fate(mutant.kind, mutant.node, mutant.what, outcome, by, off)
+def result_of(mutant: Mutant, outcome: str, by: str = "", off: float = 0.0) -> MutantResult:
+    """The result of a mutant."""
+    return MutantResult(mutant.kind, mutant.node, mutant.what, outcome, by, off)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of all mutants.
+    """The results of all mutants.
 
     Attributes:
-        fates: In the order of the mutants.
-        cases: How many cases the gate has.
+        results: In the order of the mutants.
+        cases: How many cases the check has.
     """
 
-    fates: tuple[Fate, ...]
+    results: tuple[MutantResult, ...]
     cases: int
 
 
@@ -101,23 +101,23 @@ def try_apart(request: Request) -> Trial:
     """Try every mutant of a graph.
 
     Raises:
-        MoeExportError: What stands in the way of the gate itself.
+        MoeExportError: The check itself cannot be run.
     """
-    fates: list[Fate] = []
+    results: list[MutantResult] = []
     facts: dict[str, Any] = {}
     while "done" not in facts:
-        _one_process(request, fates, facts)
-    return Trial(tuple(fates), facts["cases"])
+        _one_process(request, results, facts)
+    return Trial(tuple(results), facts["cases"])
 
 
-def _one_process(request: Request, fates: list[Fate], facts: dict[str, Any]) -> None:
-    """Try mutants from the first that has no fate, in one process, as far as that lives."""
+def _one_process(request: Request, results: list[MutantResult], facts: dict[str, Any]) -> None:
+    """Try mutants from the first without a result, in one process, for as long as that lives."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(request, len(fates), there), daemon=True)
+    process = context.Process(target=_work, args=(request, len(results), there), daemon=True)
     process.start()
     there.close()
-    running: Fate | None = None
+    running: MutantResult | None = None
     try:
         while "done" not in facts:
             message = here.recv()
@@ -125,10 +125,10 @@ def _one_process(request: Request, fates: list[Fate], facts: dict[str, Any]) -> 
                 raise message
             if isinstance(message, Mapping):
                 facts.update(message)
-            elif isinstance(message, Fate) and message.outcome == "":
+            elif isinstance(message, MutantResult) and message.outcome == "":
                 running = message
             else:
-                fates.append(message)
+                results.append(message)
                 running = None
     except EOFError:
         process.join()
@@ -136,7 +136,7 @@ def _one_process(request: Request, fates: list[Fate], facts: dict[str, Any]) -> 
             raise MoeExportError(
                 f"the process that tries mutants of {request.graph} died with exit code {process.exitcode}"
             ) from None
-        fates.append(Fate(running.kind, running.node, running.what, "caught", DIED))
+        results.append(MutantResult(running.kind, running.node, running.what, "caught", DIED))
     finally:
         here.close()
         if "done" not in facts:  # interrupted, perhaps in the middle of a long run
@@ -144,16 +144,16 @@ def _one_process(request: Request, fates: list[Fate], facts: dict[str, Any]) -> 
         process.join()
 
 
-def _work(request: Request, first: int, results: Connection) -> None:
-    """In the other process: say what is tried, then what came of it."""
-    from moe_export.comparing.mutating import all_mutants, open_gate
+def _work(request: Request, first: int, connection: Connection) -> None:
+    """In the other process: send which mutant is tried, then its result."""
+    from moe_export.comparing.mutation_testing import all_mutants, open_check
     from moe_export.export.tracing.trace import quiet
     from moe_export.verify import Tolerance
     from moe_export.verify.mutants.mutant import by_kind
 
     try:
         with quiet(), TemporaryDirectory(prefix="moe-export-") as folder:
-            gate = open_gate(
+            check = open_check(
                 Path(request.graph),
                 request.against,
                 request.init,
@@ -165,16 +165,16 @@ def _work(request: Request, first: int, results: Connection) -> None:
                 dtype=request.dtype,
                 gate_of=request.gate,
             )
-            mutants = all_mutants(gate.model, gate.cases[0].inputs, request.seed)
+            mutants = all_mutants(check.model, check.cases[0].inputs, request.seed)
             chosen = [mutant for mutant in mutants if not request.kinds or mutant.kind in request.kinds]
             chosen = by_kind(chosen, request.limit)
-            results.send({"cases": len(gate.cases)})
+            connection.send({"cases": len(check.cases)})
             for mutant in chosen[first:]:
-                results.send(fate_of(mutant, ""))
-                results.send(gate.try_mutant(mutant, Path(folder)))
-            results.send({"done": True})
+                connection.send(result_of(mutant, ""))
+                connection.send(check.try_mutant(mutant, Path(folder)))
+            connection.send({"done": True})
     except MoeExportError as error:
         error.__cause__ = error.__context__ = None
-        results.send(error)
+        connection.send(error)
     finally:
-        results.close()
+        connection.close()
