@@ -33,7 +33,7 @@
 | **`cost`** | counted over a run |
 | `cost/graph_cost`, `cost/einsum_cost`, `cost/torch_work` | FLOPs and bytes of a graph; operators of a PyTorch model |
 | **`reports`** | what was found |
-| `reports/report`, `reports/reading` | as data; read back from JSON and judged again |
+| `reports/findings`, `reports/report`, `reports/reading` | as data; printed and as JSON; read back and judged again |
 | `reports/table`, `reports/page`, `reports/junit`, `reports/github` | as text, as an HTML page, for CI |
 | **`localise`** | the first faulty node of a wrong graph |
 | `localise/search`, `localise/gap`, `localise/difference` | the search; one node's own error; how it differs |
@@ -57,7 +57,8 @@ from moe_export.verify.judging.judge import Judgement, Worst, judge
 from moe_export.verify.judging.replay import Choice, Replay, Replayer
 from moe_export.verify.judging.routing import judge_routing
 from moe_export.verify.judging.tolerance import DEFAULTS, FlipBudget, Margin, Tolerance
-from moe_export.verify.reports.report import SCHEMA, CaseResult, Report, Row
+from moe_export.verify.reports.findings import CaseResult, Row
+from moe_export.verify.reports.report import SCHEMA, Report
 from moe_export.verify.reports.table import show
 from moe_export.verify.runner import RunFailedError, Runner
 from moe_export.verify.runners.onnxruntime_runner import OnnxRuntimeRunner

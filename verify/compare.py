@@ -18,7 +18,8 @@ from moe_export.verify.judging.replay import NO_REPLAY, Choice, Replay, Replayer
 from moe_export.verify.judging.routing import judge_routing
 from moe_export.verify.judging.tolerance import FlipBudget, Tolerance
 from moe_export.verify.judging.truth import judge_rounded, last_digits, weigh
-from moe_export.verify.reports.report import LEFT_TO_CPU, CaseResult, Report
+from moe_export.verify.reports.findings import LEFT_TO_CPU, CaseResult
+from moe_export.verify.reports.report import Report
 from moe_export.verify.runner import Runner, one_line
 from moe_export.verify.specs import Array, RoutingPair, is_float
 

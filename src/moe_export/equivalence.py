@@ -57,7 +57,7 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
     """
     from moe_export.comparing.apart import copy_model
     from moe_export.comparing.artifacts import parse_artifact
-    from moe_export.comparing.verifying import Request
+    from moe_export.comparing.request import Request
     from moe_export.comparing.verifying_models import compare_subject
     from moe_export.comparison_settings import parse_settings, parse_tolerance
     from moe_export.export.frontend.ended import no_exit

@@ -217,7 +217,7 @@ def test_what_mutate_does_not_take(command, finished, broken):
 
 def test_the_numbers_of_a_score():
     from moe_export.commands.mutate import Score
-    from moe_export.comparing.mutation_process import MutantResult
+    from moe_export.comparing.mutant_result import MutantResult
 
     fates = [
         MutantResult("weight", "n", "w", outcome, off=1e-6)

@@ -6,6 +6,7 @@ import ast
 import importlib
 import subprocess
 import sys
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import onnx
@@ -36,7 +37,7 @@ BELOW = {
 }
 # What puts the rooms together, in order: one imports those before it.
 TOGETHER = ("running", "large", "pictures", "comparing", "reports", "commands")
-# The rooms of `export`, in order: one imports those before it, and files of `export` itself.
+# What lies in `export`, rooms and single files, in order: one imports those before it.
 EXPORT = (
     "torch_compat",
     "adapters",
@@ -51,8 +52,16 @@ EXPORT = (
     "scans",
     "precision",
     "engines",
+    "options",
+    "stages",
+    "pipeline",
     "parallel",
+    "__init__",
 )
+SOURCES = {
+    "moe_export": ROOT / "src" / "moe_export",
+    **{f"moe_export.{room}": ROOT / room for room in ALLOWED},
+}
 
 
 def imported(path: Path, of: str = "moe_export") -> set[str]:
@@ -80,12 +89,61 @@ def test_what_puts_the_rooms_together_has_one_direction(room):
         assert imported(path) <= allowed, path
 
 
-def test_the_rooms_of_export_have_one_direction():
-    assert {path.parent.name for path in (ROOT / "export").glob("*/__init__.py")} == set(EXPORT)
+def test_what_lies_in_export_has_one_direction():
+    within = {path.stem for path in (ROOT / "export").iterdir() if path.is_dir() and list(path.glob("*.py"))}
+    assert within | {path.stem for path in (ROOT / "export").glob("*.py")} == set(EXPORT)
     for place, room in enumerate(EXPORT):
-        for path in (ROOT / "export" / room).rglob("*.py"):
-            others = imported(path, "moe_export.export") & set(EXPORT)
-            assert others <= set(EXPORT[: place + 1]), path
+        files = [*(ROOT / "export" / room).rglob("*.py"), *(ROOT / "export").glob(f"{room}.py")]
+        for path in files:
+            found = imported(path, "moe_export.export")
+            assert found <= set(EXPORT[: place + 1]), f"{path} imports {found - set(EXPORT[: place + 1])}"
+
+
+def module_files() -> dict[str, Path]:
+    """Every module of ours, by its name."""
+    found = {}
+    for package, folder in SOURCES.items():
+        for path in folder.rglob("*.py"):
+            parts = (package, *path.relative_to(folder).with_suffix("").parts)
+            found[".".join(parts).removesuffix(".__init__")] = path
+    return found
+
+
+def imports_of(path: Path, known: Collection[str]) -> set[str]:
+    """The modules that a file imports: at once, when a function runs, or for its types."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in known else node.module for name in names}
+    return found & set(known)
+
+
+def circle_in(imports: Mapping[str, set[str]]) -> list[str]:
+    """Modules, each of which imports the next, and the last the first; empty if there are none."""
+    left = {name: set(others) for name, others in imports.items()}
+    while free := {name for name, others in left.items() if not others}:
+        left = {name: others - free for name, others in left.items() if name not in free}
+    path: list[str] = []
+    name = min(left, default=None)
+    while name is not None and name not in path:
+        path.append(name)
+        name = min(left[name])
+    return path[path.index(name) :] if name is not None else []
+
+
+def test_no_file_imports_one_that_imports_it():
+    files = module_files()
+    assert len(files) > 350
+    circle = circle_in({name: imports_of(path, files) - {name} for name, path in files.items()})
+    assert not circle, " → ".join([*circle, circle[0]])
+
+
+def test_circles_are_found():
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert circle_in({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["b", "c"]
 
 
 def modules_after(code: str) -> set[str]:

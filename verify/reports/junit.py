@@ -8,7 +8,8 @@ from xml.etree import ElementTree
 
 from moe_export.own_files import MARK
 from moe_export.verify.judging.judge import Judgement
-from moe_export.verify.reports.report import CaseResult, Report
+from moe_export.verify.reports.findings import CaseResult
+from moe_export.verify.reports.report import Report
 
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 

@@ -7,7 +7,8 @@ from html import escape
 
 from moe_export.own_files import MARK
 from moe_export.verify.judging.error_model import TIMES
-from moe_export.verify.reports.report import CaseResult, Report, Row, worst_code
+from moe_export.verify.reports.findings import CaseResult, Row
+from moe_export.verify.reports.report import Report, worst_code
 from moe_export.verify.reports.table import figure
 
 _STYLE = """

@@ -16,7 +16,8 @@ from moe_export.errors import UsageError
 from moe_export.verify.judging.judge import Judgement, Standing, Worst
 from moe_export.verify.judging.sketch import holds, needed_rtol
 from moe_export.verify.judging.tolerance import FlipBudget, Margin, Tolerance
-from moe_export.verify.reports.report import SCHEMA, CaseResult, Report
+from moe_export.verify.reports.findings import CaseResult
+from moe_export.verify.reports.report import SCHEMA, Report
 
 
 def read_report(text: str) -> Report:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from moe_export.verify.inputs.regimes import NORMAL
 from moe_export.verify.judging.error_model import TIMES
 from moe_export.verify.judging.replay import is_choice
-from moe_export.verify.reports.report import PART, CaseResult, Outcome, Report, Row
+from moe_export.verify.reports.findings import PART, CaseResult, Findings, Outcome, Row
 from moe_export.verify.runner import shorten
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ _AGAIN = "again: "
 _COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow", "unfinished": "yellow"}
 
 
-def plain(report: Report) -> str:
+def plain(report: Findings) -> str:
     """The report as plain text: verdict, a table of outputs, sizes, refusals, worst elements."""
     cells = [_HEADER, *(_cells(row) for row in _shown(report))]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
@@ -39,7 +39,7 @@ def plain(report: Report) -> str:
     return "\n".join([*lines, *_notes(report)])
 
 
-def rich_report(report: Report) -> Group:
+def rich_report(report: Findings) -> Group:
     """The same for a rich console, which colours it and fits it to the terminal."""
     from rich.console import Group
     from rich.table import Table
@@ -57,7 +57,7 @@ def rich_report(report: Report) -> Group:
     return Group(headline, Text(), table, Text(), *standings, Text("\n".join(_notes(report))))
 
 
-def show(report: Report, stream: TextIO) -> None:
+def show(report: Findings, stream: TextIO) -> None:
     """Write the report to `stream`: in colour if it is a terminal, as plain text if not."""
     if stream.isatty():
         from rich.console import Console
@@ -67,12 +67,12 @@ def show(report: Report, stream: TextIO) -> None:
         stream.write(f"{report}\n")
 
 
-def _shown(report: Report) -> tuple[Row, ...]:
+def _shown(report: Findings) -> tuple[Row, ...]:
     """The outputs, and of the choices inside the model those that are wrong."""
     return tuple(row for row in report.rows if not (row.equal and is_choice(row.output)))
 
 
-def _headline(report: Report) -> str:
+def _headline(report: Findings) -> str:
     why = f" ({report.shortfall})" if report.verdict in {"not proven", "unfinished"} else ""
     against = f"{report.about[PART]} ({report.reference})" if PART in report.about else report.reference
     return shorten(f"{report.candidate} against {against}: {report.verdict}{why}", WIDTH)
@@ -91,7 +91,7 @@ def figure(value: float) -> str:
     return "0" if value == 0 else f"{value:.2e}"
 
 
-def _standings(report: Report) -> list[str]:
+def _standings(report: Findings) -> list[str]:
     """Outputs beyond the tolerance, and what either side is off by from the model in float64."""
     lines = [("by float64", "tolerance", "own error", f"{report.reference}'s", "ratio", "at")]
     for label, judgement in report.by_float64:
@@ -116,11 +116,11 @@ def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
     return " ".join(c.rjust(w) if i in _RIGHT else c.ljust(w) for i, (c, w) in pairs).rstrip()
 
 
-def _notes(report: Report) -> list[str]:
+def _notes(report: Findings) -> list[str]:
     return [line for note in _paragraphs(report) for line in _wrapped(note)]
 
 
-def _paragraphs(report: Report) -> Iterator[str]:
+def _paragraphs(report: Findings) -> Iterator[str]:
     ran = report.compared
     plain_cases = tuple(case for case in ran if case.regime == NORMAL)
     yield f"compared at {len({case.sizes for case in ran})} sizes: " + (_labels(plain_cases) or "none")
@@ -143,12 +143,12 @@ def _paragraphs(report: Report) -> Iterator[str]:
     yield from (f"warning: {warning}" for warning in report.warnings)
 
 
-def _seeds(report: Report) -> str:
+def _seeds(report: Findings) -> str:
     seeds = sorted({case.seed for case in report.cases}) or [0]
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
 
 
-def _again(report: Report) -> Iterator[str]:
+def _again(report: Findings) -> Iterator[str]:
     """How to run the first case that differs once more, and nothing else."""
     wrong = [
         case for case in report.cases if case.outcome == "failed" or not all(j.ok for j in case.judgements)
@@ -159,7 +159,7 @@ def _again(report: Report) -> Iterator[str]:
         yield _AGAIN + " ".join([*words, f"--case {shlex.quote(case.label)}"])
 
 
-def _reasons(report: Report, outcome: Outcome) -> dict[str, list[str]]:
+def _reasons(report: Findings, outcome: Outcome) -> dict[str, list[str]]:
     """The cases with this outcome, by what was raised: one mistake often shows at many sizes."""
     found: dict[str, list[str]] = {}
     for case in report.cases:
@@ -168,7 +168,7 @@ def _reasons(report: Report, outcome: Outcome) -> dict[str, list[str]]:
     return found
 
 
-def _worst(row: Row, report: Report) -> str:
+def _worst(row: Row, report: Findings) -> str:
     if row.worst is None or row.kind == "routing":  # a routing reason names its token already
         return ""
     index = f"[{', '.join(map(str, row.worst.index))}]" if row.worst.index else ""

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from moe_export.commands.console import Console
-from moe_export.comparing.mutation_process import MutantResult, Request, try_apart
+from moe_export.comparing.mutant_result import MutantResult
+from moe_export.comparing.mutation_process import Request, try_apart
 from moe_export.errors import UsageError
 from moe_export.verify.mutants.mutant import KINDS
 

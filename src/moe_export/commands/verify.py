@@ -25,7 +25,7 @@ from moe_export.verify.reports.report import worst_code
 
 if TYPE_CHECKING:
     from moe_export.comparing.explaining import Explanation
-    from moe_export.comparing.verifying import Request
+    from moe_export.comparing.request import Request
 
 REPRO = {
     "run.py": "text",
@@ -75,7 +75,7 @@ class VerifyRequest:
         Raises:
             UsageError: One of them cannot be read, or a file that it would write is in the way.
         """
-        from moe_export.comparing.verifying import Request
+        from moe_export.comparing.request import Request
 
         provider, record, repro = given["provider"], given["record"], given["repro"]
         if not given["against"] and record is None:

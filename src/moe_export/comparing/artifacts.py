@@ -26,6 +26,7 @@ from moe_export.verify import (
 from moe_export.verify.inputs.graph_numbers import graph_numbers
 from moe_export.verify.inputs.known import Known
 from moe_export.verify.inputs.meaning import MOST_ASKED, Asked, Table, meanings_of
+from moe_export.verify.reports.findings import PRECISION
 from moe_export.verify.runners.onnx_reference_runner import OnnxReferenceRunner
 from moe_export.verify.runners.onnxruntime_runner import specs_of
 from moe_export.verify.specs import is_float, numpy_dtype
@@ -257,3 +258,19 @@ def _is_positions(name: str, makers: Mapping[str, Any]) -> bool:
         name = node.input[0]
         node = makers.get(name)
     return node is not None and node.op_type == "TopK" and name == node.output[1]
+
+
+def about_precision(candidate: Artifact, judged: str) -> dict[str, str]:
+    """That a graph computes in less than it is judged by, and what says otherwise: it does not say so itself."""
+    narrow = narrowest(candidate.path) if candidate.kind == "graph" else "float32"
+    if judged != "float32" or narrow == "float32":
+        return {}
+    return {
+        PRECISION: f"the graph computes in {narrow}, and is judged by {judged}: "
+        f"--dtype {narrow} judges it by what that loses"
+    }
+
+
+def about_artifacts(candidate: Artifact, reference: Artifact) -> dict[str, str]:
+    """Where the two artifacts are."""
+    return {"candidate": candidate.text, "reference": reference.text}

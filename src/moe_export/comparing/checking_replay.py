@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
+from moe_export.comparing.artifacts import Artifact
 from moe_export.errors import MoeExportError
 from moe_export.export.precision.choices import (
     Choices,
@@ -16,7 +17,8 @@ from moe_export.export.precision.choices import (
     with_forced_choices,
 )
 from moe_export.running.choices import runner_of_model
-from moe_export.verify import Array, Choice, OnnxRuntimeRunner, Replay
+from moe_export.verify import Array, Choice, OnnxRuntimeRunner, Replay, Runner
+from moe_export.verify.golden import Recorder
 from moe_export.verify.inputs.experts_alone import Watched
 
 
@@ -133,3 +135,10 @@ def _shaped(forced: Mapping[str, Array], graph: OnnxRuntimeRunner) -> dict[str, 
         name: np.asarray(ids.reshape(-1, ids.shape[-1]) if ranks[name] == 2 else ids, np.int64)
         for name, ids in forced.items()
     }
+
+
+def watchable(artifact: Artifact, runner: Runner, recorder: Recorder | None) -> Runner:
+    """What runs a graph; if it is recorded, with its choices, where onnxruntime can say them."""
+    if recorder is None or artifact.kind != "graph" or not (artifact.backend or "").startswith("onnxruntime"):
+        return runner
+    return WatchedGraph(artifact.path, artifact.provider)

@@ -9,7 +9,7 @@ import onnx
 
 from moe_export.comparing.artifacts import Artifact, metadata
 from moe_export.comparing.matching import match_graph, reference_of
-from moe_export.comparing.verifying import Request
+from moe_export.comparing.request import Request
 from moe_export.comparison_settings import tolerance_of
 from moe_export.errors import UsageError
 from moe_export.export.frontend.subject import Subject

@@ -11,7 +11,7 @@ import torch
 
 from moe_export.comparing.artifacts import GraphRunner
 from moe_export.comparing.checking import Routing
-from moe_export.comparing.verifying import by_position
+from moe_export.comparing.renaming import by_position
 from moe_export.domain import Domain
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.engines.profiles import parse_bounds
@@ -22,7 +22,7 @@ from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.tracing.dims import Dim
 from moe_export.export.tracing.trace import quiet, trace
 from moe_export.verify import Array, DimRange, RoutingPair, TensorRtRunner, TensorSpec
-from moe_export.verify.reports.report import PART
+from moe_export.verify.reports.findings import PART
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,10 +13,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+from moe_export.comparing.mutant_result import MutantResult, result_of
 from moe_export.errors import MoeExportError
 
 if TYPE_CHECKING:
-    from moe_export.verify.mutants.mutant import Mutant
+    pass
 
 DIED = "onnxruntime died"
 
@@ -51,37 +52,6 @@ class Request:
     inside: bool = False
     dtype: str = "float32"
     gate: str | None = None
-
-
-@dataclass(frozen=True)
-class MutantResult:
-    """The result of one mutant.
-
-    Attributes:
-        kind: What kind it was.
-        node: The node that was changed, or that reads the constant that was.
-        what: What was wrong.
-        outcome: `caught`; `survived`; `equivalent` (the same in float64 in every case); `below rounding` (in float64 it
-            moves no output by as much as one rounding of the graph's type, so no output can show it); or `stillborn`
-            (no graph that onnxruntime opens).
-        by: The case that caught it, or why it was stillborn.
-        off: How far the outputs of one that was not caught are off in float64, relative to the largest value.
-    """
-
-    kind: str
-    node: str
-    what: str
-    outcome: str
-    by: str = ""
-    off: float = 0.0
-
-    def __str__(self) -> str:
-        return f"{self.kind}: {self.node}: {self.what}"
-
-
-def result_of(mutant: Mutant, outcome: str, by: str = "", off: float = 0.0) -> MutantResult:
-    """The result of a mutant."""
-    return MutantResult(mutant.kind, mutant.node, mutant.what, outcome, by, off)
 
 
 @dataclass(frozen=True)

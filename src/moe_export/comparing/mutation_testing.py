@@ -20,7 +20,7 @@ from moe_export.comparing.explaining import INSIDE
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.localising import program_values
 from moe_export.comparing.matching import match_graph, reference_of, stated_domain
-from moe_export.comparing.mutation_process import MutantResult, result_of
+from moe_export.comparing.mutant_result import MutantResult, result_of
 from moe_export.comparison_settings import ComparisonSettings, comparison_cases, tolerance_of
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
 from moe_export.export.frontend.load import load_subject

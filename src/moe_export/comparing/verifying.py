@@ -12,11 +12,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from moe_export.comparing.artifacts import (
     Artifact,
+    about_artifacts,
+    about_precision,
     graph_example,
     graph_routing,
     graph_runner,
@@ -26,54 +28,20 @@ from moe_export.comparing.artifacts import (
     running_type,
     table_sizes,
 )
-from moe_export.comparing.checking_replay import GraphReplayer, MirroredReplayer, WatchedGraph
+from moe_export.comparing.checking_replay import GraphReplayer, MirroredReplayer, WatchedGraph, watchable
+from moe_export.comparing.renaming import Renamed, by_position
+from moe_export.comparing.request import Request
 from moe_export.comparison_settings import (
-    DEFAULT_SETTINGS,
-    ComparisonSettings,
     comparison_cases,
     picked,
     tolerance_of,
 )
 from moe_export.errors import UsageError
-from moe_export.verify import Array, DimRange, Report, Runner, TensorSpec, Tolerance, compare
-from moe_export.verify.golden import Golden, Recorder, load_golden, recorded
-from moe_export.verify.reports.report import PRECISION
+from moe_export.verify import Array, DimRange, Report, Runner, TensorSpec, compare
+from moe_export.verify.golden import Golden, load_golden, recorded
 
 if TYPE_CHECKING:
-    from moe_export.comparing.explaining import Explanation
-
-
-@dataclass(frozen=True, eq=False)
-class Request:
-    """What is asked besides the two artifacts.
-
-    Attributes:
-        tolerance: For floats.
-        seed: Of the inputs.
-        settings: How much to try.
-        init: Arguments of a model file's class.
-        inputs: Example inputs of a model file's class.
-        recorder: Keeps what the reference computes.
-        why: Keeps what was found out about graphs that are not equal to their model; None to look for nothing.
-        inside: Whether nodes are looked at where the outputs are right.
-        memory: Bytes that the weights of a model file may have to be read as a whole.
-        how: `whole` or `layers`, if one was asked for.
-        dtype: What the candidate may compute in: `float16` and `bfloat16` widen the tolerance.
-        gate: The module whose gate the candidate is.
-    """
-
-    tolerance: Tolerance = field(default_factory=Tolerance)
-    seed: int = 0
-    settings: ComparisonSettings = DEFAULT_SETTINGS
-    init: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
-    recorder: Recorder | None = None
-    why: list[Explanation] | None = None
-    inside: bool = False
-    memory: int = 2**30
-    how: str | None = None
-    dtype: str = "float32"
-    gate: str | None = None
+    pass
 
 
 def compare_artifacts(candidate: Artifact, reference: Artifact, request: Request) -> Report:
@@ -150,38 +118,6 @@ def _opened(artifact: Artifact, stored: Golden, request: Request) -> tuple[Runne
     return Renamed(runner, renamed, names), names
 
 
-@dataclass(frozen=True, eq=False)
-class Renamed:
-    """An engine under the names of the other artifact.
-
-    Attributes:
-        runner: The engine.
-        inputs: Input names of the other artifact → the engine's; what is not named is not given.
-        outputs: The engine's output names → those of the other artifact.
-    """
-
-    runner: Runner
-    inputs: Mapping[str, str]
-    outputs: Mapping[str, str]
-
-    @property
-    def name(self) -> str:
-        """What reports call it."""
-        return self.runner.name
-
-    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run once."""
-        found = self.runner.run({own: inputs[name] for name, own in self.inputs.items()})
-        return {self.outputs.get(name, name): array for name, array in found.items()}
-
-
-def by_position(own: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
-    """Own names → wanted ones: by position if they are as many and not the same set, else unchanged."""
-    if len(own) != len(wanted) or set(own) == set(wanted):
-        return {name: name for name in own}
-    return dict(zip(own, wanted, strict=True))
-
-
 def _graphs(candidate: Artifact, reference: Artifact, request: Request) -> Report:
     facts = metadata(reference.path) | metadata(candidate.path)
     narrow = _asked_or_of(reference, request)
@@ -207,7 +143,7 @@ def _graphs(candidate: Artifact, reference: Artifact, request: Request) -> Repor
     known = known_of_graph(theirs, example, tables, candidate.path)
     made = comparison_cases(request.settings, specs, dims, example, request.seed, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
-    runner, cases = recorded(request.recorder, watchable(reference, theirs, request), made, routing)
+    runner, cases = recorded(request.recorder, watchable(reference, theirs, request.recorder), made, routing)
     return compare(
         runner,
         Renamed(ours, {theirs_name: own for own, theirs_name in inputs.items()}, outputs),
@@ -219,17 +155,6 @@ def _graphs(candidate: Artifact, reference: Artifact, request: Request) -> Repor
         replayer=_replayer(candidate, reference, inputs, outputs),
         about={**about_artifacts(candidate, reference), **about_precision(candidate, narrow)},
     )
-
-
-def watchable(artifact: Artifact, runner: Runner, request: Request) -> Runner:
-    """What runs a graph; if it is recorded, with its choices, where onnxruntime can say them."""
-    if (
-        request.recorder is None
-        or artifact.kind != "graph"
-        or not (artifact.backend or "").startswith("onnxruntime")
-    ):
-        return runner
-    return WatchedGraph(artifact.path, artifact.provider)
 
 
 def _replayer(
@@ -279,19 +204,3 @@ def _asked_or_of(reference: Artifact, request: Request) -> str:
     if request.dtype != "float32" or reference.kind != "graph":
         return request.dtype
     return narrowest(reference.path)
-
-
-def about_precision(candidate: Artifact, judged: str) -> dict[str, str]:
-    """That a graph computes in less than it is judged by, and what says otherwise: it does not say so itself."""
-    narrow = narrowest(candidate.path) if candidate.kind == "graph" else "float32"
-    if judged != "float32" or narrow == "float32":
-        return {}
-    return {
-        PRECISION: f"the graph computes in {narrow}, and is judged by {judged}: "
-        f"--dtype {narrow} judges it by what that loses"
-    }
-
-
-def about_artifacts(candidate: Artifact, reference: Artifact) -> dict[str, str]:
-    """Where the two artifacts are."""
-    return {"candidate": candidate.text, "reference": reference.text}

@@ -13,25 +13,21 @@ from moe_export.comparing import apart
 from moe_export.comparing.artifacts import (
     Artifact,
     GraphRunner,
+    about_artifacts,
+    about_precision,
     graph_routing,
     graph_runner,
     metadata,
     running_type,
 )
 from moe_export.comparing.checking import verify_file
-from moe_export.comparing.checking_replay import GraphReplayer, MirroredReplayer
+from moe_export.comparing.checking_replay import GraphReplayer, MirroredReplayer, watchable
 from moe_export.comparing.explaining import Remembering, explain, look_inside
 from moe_export.comparing.known import known_of_model
 from moe_export.comparing.layerwise_artifacts import by_blocks, compare_blocks
 from moe_export.comparing.matching import match_graph, reference_of, stated_domain
-from moe_export.comparing.verifying import (
-    Renamed,
-    Request,
-    about_artifacts,
-    about_precision,
-    by_position,
-    watchable,
-)
+from moe_export.comparing.renaming import Renamed, by_position
+from moe_export.comparing.request import Request
 from moe_export.comparison_settings import Own, comparison_cases, tolerance_of
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.frontend.load import load_subject, split_spec
@@ -235,7 +231,7 @@ def _model_against_graph(candidate: Artifact, reference: Artifact, request: Requ
         )
     made = comparison_cases(request.settings, *plan, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
-    runner, cases = recorded(request.recorder, watchable(reference, graph, request), made, routing)
+    runner, cases = recorded(request.recorder, watchable(reference, graph, request.recorder), made, routing)
     names = by_position(opened.subject.outputs, subject.outputs)
     inputs = dict(zip(subject.inputs, opened.subject.inputs, strict=True))
     plain = apart.reference(subject, subject.outputs)

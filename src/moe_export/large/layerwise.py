@@ -47,7 +47,7 @@ from moe_export.verify import (
     judge,
 )
 from moe_export.verify.judging.replay import judge_choices
-from moe_export.verify.reports.report import Outcome
+from moe_export.verify.reports.findings import Outcome
 from moe_export.verify.runner import one_line
 from moe_export.verify.specs import is_float
 
