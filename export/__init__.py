@@ -1,32 +1,14 @@
 """From a user's model file to ONNX graphs.
 
 ```
-model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶ … ─▶ write
+model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶ … ─▶ serialize
              │        │       │               │
           Subject   Model  Program          Draft        (all stages: `stages.PIPELINE`, docs/architecture.md)
 ```
 
-| file | what it does |
-|---|---|
-| `stages`, `options` | the way of a model as a tuple of stages, and what the user may choose of it |
-| `pipeline` | the model, its gates and its step, each by the stages |
-
-| room | what it does |
-|---|---|
-| `torch_compat/` | what PyTorch does not promise: every private name and every patch, each with a canary |
-| `frontend/` | what a user brings becomes a `Subject`: by name, by class, or by the first call of a script |
-| `axes/` | what the axes of values run over: tokens, choices, experts |
-| `tracing/` | `torch.export`, dimensions free where that holds; for which sizes a trace holds |
-| `onnx/` | ONNX by the exporter, exactly the opset asked for; names, functions; files, whole or none |
-| `gates/` | recognise gates in the traced graph by what they do, cut one out, draw where its tokens go |
-| `experts/` | MoE blocks found, understood and lowered ([docs/experts.md](../docs/experts.md)) |
-| `recurrence/` | Python loops over time found in a trace and folded ([docs/recurrence.md](../docs/recurrence.md)) |
-| `scans/` | folded loops as `Scan`s, or as products over chunks |
-| `adapters/` | libraries whose idioms no trace shows |
-| `precision/` | half precision ([docs/precision.md](../docs/precision.md)) |
-| `weights/` | weights that never fill the memory ([docs/weights.md](../docs/weights.md)) |
-| `parallel/` | a graph a rank ([docs/parallel.md](../docs/parallel.md)) |
-| `engines/` | TensorRT engines ([docs/engines.md](../docs/engines.md)) |
+Rooms from below: `torch_compat`, `adapters`, `weights`, `frontend`, `axes`, `tracing`, `onnx`, `gates`, `recurrence`,
+`experts`, `scans`, `precision`, `engines`. They are put together by `options`, `stages` and `pipeline`, above which
+`parallel` makes a graph a rank. docs/architecture.md says what each is for; a file imports none from above it.
 
 Importing a file here imports no other: what only knows ONNX needs no PyTorch.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Mapping
@@ -97,6 +98,13 @@ def test_what_lies_in_export_has_one_direction():
         for path in files:
             found = imported(path, "moe_export.export")
             assert found <= set(EXPORT[: place + 1]), f"{path} imports {found - set(EXPORT[: place + 1])}"
+
+
+def test_the_map_of_export_is_true():
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    table = page.split("| in `export` | what for |")[1].split("\n\n")[0]
+    named = [name for row in table.splitlines()[2:] for name in re.findall(r"`(\w+)/?`", row.split("|")[1])]
+    assert (*named, "__init__") == EXPORT
 
 
 def module_files() -> dict[str, Path]:
