@@ -102,7 +102,7 @@ class Recorder:
     """Keeps what goes into an engine and what comes out, case by case."""
 
     def __init__(self) -> None:
-        self.kept: list[GoldenCase] = []
+        self.recorded: list[GoldenCase] = []
         self.engine = ""
         self.routing: tuple[RoutingPair, ...] = ()
         self._case: Case | None = None
@@ -121,7 +121,7 @@ class Recorder:
     def keep(self, outputs: Mapping[str, Array], choices: tuple[Choice, ...]) -> None:
         """Keep what the case under way came to."""
         assert self._case is not None
-        self.kept.append(GoldenCase(self._case, outputs, choices))
+        self.recorded.append(GoldenCase(self._case, outputs, choices))
 
 
 def recorded(

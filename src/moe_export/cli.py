@@ -67,7 +67,7 @@ def export_command(**options: Any) -> int:
 
 @cli.command("verify")
 @click.argument("graph", metavar="ARTIFACT[@BACKEND]")
-def verify_command(**options: Any) -> int:
+def reproduce_command(**options: Any) -> int:
     """Compare a graph, an engine, a model file or golden tensors with another; exit 0 if equal, 1 if not.
 
     \b

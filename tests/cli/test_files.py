@@ -208,7 +208,7 @@ def test_a_report_is_whole_or_not_there(command, folder, monkeypatch, listing):
 def test_every_file_of_an_export_is_known_as_ours(command, write, texts, tmp_path):
     """Whatever is written carries its mark, or the next export could not replace it."""
     path = write(texts["gate"], "net.py")
-    assert command("report", path, "-o", "net.html", "--graphs", "out", "--no-before", "--quiet").code == 0
+    assert command("report", path, "-o", "net.html", "--graphs", "out", "--no-baseline", "--quiet").code == 0
     assert command("routing", path, "-o", "out/net.svg").code == 0
     assert command("routing", path, "-o", "out/net.png").code == 0
     strangers = [file.name for file in (tmp_path / "out").iterdir() if kind_of(file) is None]

@@ -167,7 +167,7 @@ def test_a_model_becomes_a_page(command, write, texts, tmp_path):
                   "onnxruntime-cpu against torch", "One run of moe.onnx at",
                   f"moe-export {model} --opset 17 -o out", "SHA-256 of moe.onnx"):  # fmt: skip
         assert words in shown, words
-    assert "before: moe.before.onnx" in outline.texts
+    assert "before: moe.baseline.onnx" in outline.texts
     assert "after: moe.onnx" in outline.texts
     assert "PyTorch, eager" in outline.texts
     assert len(outline.all("svg")) == 3
@@ -178,7 +178,9 @@ def test_a_model_becomes_a_page(command, write, texts, tmp_path):
 
 def test_a_graph_that_is_not_equal_has_its_page_too(command, write, texts, tmp_path):
     model = write(texts["gate"], "moe.py")
-    done = command("report", model, "-o", tmp_path / "moe.html", "--rtol", "0", "--atol", "0", "--no-before")
+    done = command(
+        "report", model, "-o", tmp_path / "moe.html", "--rtol", "0", "--atol", "0", "--no-baseline"
+    )
     assert done.code == 1
     assert "Moe: not equal" in done.out
     outline = follows_the_rules((tmp_path / "moe.html").read_text(encoding="utf-8"))
@@ -202,7 +204,7 @@ example_inputs = {"x": torch.randn(2, 4), "w": torch.randn(2, 4)}
 """
 
 
-def test_before_is_the_graph_without_any_rewriting(command, write, tmp_path):
+def test_the_baseline_is_the_graph_without_any_rewriting(command, write, tmp_path):
     model = write(EINSUM, "mix.py")
     assert command("report", model, "-o", tmp_path / "mix.html").code == 0
     rows = re.findall(r"<td><code>Einsum</code></td>(.*?)</tr>", (tmp_path / "mix.html").read_text("utf-8"))
@@ -225,7 +227,7 @@ def test_a_report_takes_what_an_export_takes_and_tells_it(command, write, tmp_pa
         "--dynamic",
         "w:0=rows",
         "--functions",
-        "--no-before",
+        "--no-baseline",
         "--atol",
         "1e-4",
     )
@@ -241,7 +243,7 @@ def test_a_report_takes_what_an_export_takes_and_tells_it(command, write, tmp_pa
 
 def test_a_graph_that_was_not_compared_has_its_page(command, write, tmp_path):
     done = command(
-        "report", write(EINSUM, "mix.py"), "-o", tmp_path / "mix.html", "--no-verify", "--no-before"
+        "report", write(EINSUM, "mix.py"), "-o", tmp_path / "mix.html", "--no-verify", "--no-baseline"
     )
     assert done.code == 0, done.err
     assert "Mix: not verified" in done.out

@@ -158,7 +158,7 @@ def test_own_inputs_from_a_file_and_from_a_function(command, finished, write, tm
     assert (done.code, "the input 'x' is float64[4, 3], the model takes" in done.err) == (2, True)
 
 
-def test_one_case_again(command, finished):
+def test_one_case_alone(command, finished):
     args = [finished / "block.onnx", "--against", finished / "block.py"]
     done = command("verify", *args, "--case", "zeros", "--json")
     assert [case["label"] for case in json.loads(done.out)["cases"]] == ["zeros"]
@@ -166,13 +166,13 @@ def test_one_case_again(command, finished):
     assert (done.code, "there is no case 'nothing'" in done.err) == (2, True)
 
 
-def test_a_failing_report_says_how_to_run_its_case_again(command, finished, write, texts):
+def test_a_failing_report_says_how_to_reproduce_its_case(command, finished, write, texts):
     other = write("torch.manual_seed(1)\n" + texts["model"])
     done = command("verify", finished / "block.onnx", "--against", other, "--seed", 3)
     assert done.code == 1
-    (again,) = [line for line in done.out.splitlines() if line.startswith("again: ")]
-    assert again.endswith("--seed 3 --case example")
-    words = shlex.split(again.removeprefix("again: "))
+    (reproduce,) = [line for line in done.out.splitlines() if line.startswith("reproduce: ")]
+    assert reproduce.endswith("--seed 3 --case example")
+    words = shlex.split(reproduce.removeprefix("reproduce: "))
     assert words[:2] == ["moe-export", "verify"]
     assert command(*words[1:]).code == 1
 

@@ -81,7 +81,7 @@ def test_a_recorder_keeps_what_ran():
     made = [Case(f"n={n}", 0, {"n": n}, {"x": np.ones(n, np.float32)}) for n in (1, 2, 3)]
     report = compare(runner, Engine(), recorder.watch(iter(made)), other_sizes=1)
     assert report.exit_code == 0
-    assert [kept.case.label for kept in recorder.kept] == ["n=1", "n=2"]
+    assert [kept.case.label for kept in recorder.recorded] == ["n=1", "n=2"]
     assert recorder.engine == "engine"
 
 

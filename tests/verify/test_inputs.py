@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from moe_export.errors import UsageError
 from moe_export.verify import DimRange, TensorSpec, cases
-from moe_export.verify.inputs.regimes import MARKS, SIGNED
+from moe_export.verify.inputs.regimes import MASKS, SIGNED
 
 X = TensorSpec("x", "float32", ("batch", "seq", 4))
 IDS = TensorSpec("ids", "int64", ("batch", "seq"))
@@ -66,7 +66,7 @@ def test_floats_keep_mean_and_deviation_and_dtype():
 def test_integers_of_which_nothing_is_known_are_the_examples_own_and_marks_vary_in_their_regimes():
     for case in cases([X, IDS, MASK], DIMS, example()):
         assert set(np.unique(case.inputs["ids"])) <= {5, 17, 900}
-        assert case.inputs["mask"].all() or case.regime in MARKS
+        assert case.inputs["mask"].all() or case.regime in MASKS
         assert case.inputs["ids"].dtype == np.int64
 
 

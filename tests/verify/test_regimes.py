@@ -7,7 +7,7 @@ import pytest
 from moe_export.errors import UsageError
 from moe_export.verify import DimRange, TensorSpec, cases
 from moe_export.verify.inputs.known import Known
-from moe_export.verify.inputs.regimes import MARKS, REGIMES, SIGNED, marks_of
+from moe_export.verify.inputs.regimes import MASKS, REGIMES, SIGNED, mask_values
 
 X = TensorSpec("x", "float32", ("batch", "seq", 4))
 IDS = TensorSpec("ids", "int64", ("batch", "seq"))
@@ -87,11 +87,11 @@ def test_masks_end_and_begin_early_and_leave_every_row_a_mark():
     assert found["padded", 0].inputs["x"].std() > 0.5
     assert found["all true", 0].inputs["mask"].all()
     assert not found["all false", 0].inputs["mask"].any()
-    assert set(np.unique(found["random marks", 0].inputs["mask"])) == {0, 1}
-    assert not {label for label, _ in made(("x", "ids"))} & MARKS.keys()
+    assert set(np.unique(found["random mask", 0].inputs["mask"])) == {0, 1}
+    assert not {label for label, _ in made(("x", "ids"))} & MASKS.keys()
 
 
-MASKS = [
+PADDED_MASKS = [
     (np.ones((3, 8), bool), False),
     (np.zeros((3, 8), bool), False),  # True for what is ignored: padded left is padded, then
     (np.ones((3, 8), np.float32), 0.0),
@@ -100,7 +100,7 @@ MASKS = [
 ]
 
 
-@pytest.mark.parametrize(("mask", "closed"), MASKS)
+@pytest.mark.parametrize(("mask", "closed"), PADDED_MASKS)
 def test_kinds_of_masks(mask, closed):
     spec = TensorSpec("mask", mask.dtype.name, mask.shape)
     found = {case.label: case.inputs["mask"] for case in cases([spec], [], {"mask": mask})}
@@ -123,7 +123,7 @@ def test_a_flag_is_tried_both_ways():
     ids=["ids", "all open or all closed, who knows", "measurements"],
 )
 def test_what_is_no_mask(values):
-    assert marks_of(values) is None
+    assert mask_values(values) is None
 
 
 @pytest.mark.parametrize(

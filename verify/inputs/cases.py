@@ -36,7 +36,7 @@ def cases(
     Which cases there are is decided by the arguments alone; their arrays are made when they are first looked at.
 
     New floats are normal with the mean and deviation of the example's (and stay non-negative where it is);
-    integers, bools and floats that are marks rather than measurements are drawn from the example's own
+    integers, bools and floats that are a mask rather than measurements are drawn from the example's own
     values. So token ids stay in range, a mask of ones stays one, and -inf stays a mask's -inf.
 
     Args:

@@ -15,14 +15,14 @@ from moe_export.verify.inputs.meaning import Meaning, Range
 from moe_export.verify.inputs.regimes import (
     EVERY_ID,
     LARGE,
-    MARKS,
+    MASKS,
     NEGATIVE,
     NORMAL,
     REGIMES,
     SIGNED,
     Regime,
-    marked,
-    marks_of,
+    mask_values,
+    masked,
     one_row,
 )
 from moe_export.verify.inputs.sizes import shape_at
@@ -124,7 +124,7 @@ class Maker:
             if thorough or regime.always:
                 yield from self._if_any(regime.name, suffix, sizes, partial(self._followed, regime))
         yield from self._if_any(SIGNED, suffix, sizes, self._signed)
-        for name in MARKS:
+        for name in MASKS:
             yield from self._if_any(name, suffix, sizes, partial(self._marked, name))
         for name in (NEGATIVE, LARGE):
             yield from self._if_any(name, suffix, sizes, partial(self._integers, name))
@@ -253,8 +253,8 @@ class Maker:
         if not is_float(example.dtype) or spec.name in self.known.unfilled:
             return None
         values = example.astype(np.float64)
-        marks = marks_of(example)
-        if (is_measured(example) and (values < 0).any()) or (marks is not None and marks[1]):
+        mask = mask_values(example)
+        if (is_measured(example) and (values < 0).any()) or (mask is not None and mask[1]):
             return None  # of both signs as it is, or a mask of -inf
         drawn = self._generator(label, spec).standard_normal(shape_at(spec, sizes))
         return np.asarray(drawn).astype(example.dtype)
@@ -263,11 +263,11 @@ class Maker:
         if self._meaning(spec) != _ORDINARY:
             return None  # ids that happen to be 0 and 1
         example = self.example[spec.name]
-        marks = marks_of(example)
-        if marks is None:
+        mask = mask_values(example)
+        if mask is None:
             return None
-        return marked(
-            name, shape_at(spec, sizes), marks, self._generator(f"{label}/ends", spec), example.dtype
+        return masked(
+            name, shape_at(spec, sizes), mask, self._generator(f"{label}/ends", spec), example.dtype
         )
 
     def _integers(self, name: str, label: str, spec: TensorSpec, sizes: Mapping[str, int]) -> Array | None:
@@ -298,7 +298,7 @@ def _sample(generator: np.random.Generator, example: Array, shape: tuple[int, ..
 
 
 def is_measured(example: Array) -> bool:
-    """Whether these are floats that measure something; marks (a mask of 0 and 1, of 0 and -inf) do not."""
+    """Whether these are floats that measure something; masks (of 0 and 1, of 0 and -inf) do not."""
     if not is_float(example.dtype):
         return False
     values = example.astype(np.float64)

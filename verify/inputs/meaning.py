@@ -1,4 +1,4 @@
-"""What the values of an input mean, and so which others are worth trying: ids, marks, integers, measurements.
+"""What the values of an input mean, and so which others are worth trying: ids, masks, integers, measurements.
 
 An example shows a few values of many: three ids of a thousand, an offset of 0, a mask of ones, zeros where measurements
 belong. A graph that has lost the other rows, or ignores the offset, is right there.
@@ -6,7 +6,7 @@ belong. A graph that has lost the other rows, or ignores the offset, is right th
 | input | drawn from |
 |---|---|
 | ids: integers that index a table (see `torch_tables`) | the whole table |
-| marks: bools, 0 and 1, 0 and something far below | the example's own; then both, all and none (see `regimes`) |
+| masks: bools, 0 and 1, 0 and something far below | the example's own; then both, all and none (see `regimes`) |
 | other integers | 0 to twice the example's and some more; then negative ones, then large ones |
 | integers that Python reads (`int(n)`) | the example's own |
 | measurements | normal with the example's mean and deviation; zeros are taken for a place that nobody filled in |
@@ -23,7 +23,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from moe_export.verify.inputs.regimes import marks_of
+from moe_export.verify.inputs.regimes import mask_values
 from moe_export.verify.specs import Array, is_float
 
 Range: TypeAlias = tuple[int, int]
@@ -132,7 +132,7 @@ def meanings_of(
             found[name] = _ids(name, array, tables[name], asked)
         elif name in set(read):
             continue
-        elif marks_of(array) is None or array.size == 1:
+        elif mask_values(array) is None or array.size == 1:
             found[name] = _integers(name, array, asked)
     return found
 

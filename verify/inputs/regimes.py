@@ -13,9 +13,9 @@ where the regime does not say otherwise. A row is the last axis of an input: the
 | `held up`, `held down` | one large row, repeated, and its negative | sums over a long time; decay to nothing |
 | `largest`, `smallest` | at the ends of the dtype (a row can just be added up) | overflow, subnormal numbers |
 | `normal values` | normal, of both signs, whatever the example was | what only holds for ones or positive numbers |
-| `padded`, `padded left` | marks, then none; none, then marks | a mask that is not looked at, or read the other way |
-| `all true`, `all false` | marks throughout, none at all | a flag that is not looked at |
-| `random marks` | each by chance | a mask that is taken for a length |
+| `padded`, `padded left` | open, then closed; closed, then open | a mask that is not looked at, or read the other way |
+| `all true`, `all false` | open throughout, closed throughout | a flag that is not looked at |
+| `random mask` | each by chance | a mask that is taken for a length |
 | `long` | ordinary ones, at the longest size that its price allows | a loop that ends, a limit, a sum that drifts |
 | `every id` | ids that run through their whole table | rows that are wrong |
 | `negative integers` | of both signs; ids count from the end | remainders, quotients, clipped indices |
@@ -126,7 +126,7 @@ REGIMES = (
 TIES = frozenset(regime.name for regime in REGIMES if regime.ties)
 
 
-def marks_of(values: Array) -> tuple[Any, Any] | None:
+def mask_values(values: Array) -> tuple[Any, Any] | None:
     """What stands where a mask is open and where it is closed; None if `values` are no mask.
 
     A mask is of bools, of the integers 0 and 1, or of floats that are 0 and 1, or 0 and something far below.
@@ -149,33 +149,33 @@ def _marks_end(shape: tuple[int, ...], generator: np.random.Generator) -> Array:
 
 
 Shape = tuple[int, ...]
-MARKS: dict[str, Callable[[Shape, np.random.Generator], Array]] = {
+MASKS: dict[str, Callable[[Shape, np.random.Generator], Array]] = {
     "padded": _marks_end,
     "padded left": lambda shape, generator: np.flip(_marks_end(shape, generator), -1),
     "all true": lambda shape, generator: np.ones(shape, bool),
     "all false": lambda shape, generator: np.zeros(shape, bool),
-    "random marks": lambda shape, generator: np.asarray(generator.random(shape) < 0.5),
+    "random mask": lambda shape, generator: np.asarray(generator.random(shape) < 0.5),
 }
-PADDED, PADDED_LEFT, _, ALL_FALSE, RANDOM_MARKS = MARKS
+PADDED, PADDED_LEFT, _, ALL_FALSE, RANDOM_MASK = MASKS
 
 
-def marked(
-    name: str, shape: Shape, marks: tuple[Any, Any], generator: np.random.Generator, dtype: np.dtype[Any]
+def masked(
+    name: str, shape: Shape, mask: tuple[Any, Any], generator: np.random.Generator, dtype: np.dtype[Any]
 ) -> Array | None:
     """A mask of one of these kinds; None if it is too short for that.
 
     Args:
         name: The kind.
         shape: Of the mask.
-        marks: What stands where it is open and where it is closed.
+        mask: Its values where it is open and where it is closed.
         generator: Of where it ends.
         dtype: Of the mask.
     """
     if name in {PADDED, PADDED_LEFT} and (not shape or shape[-1] < 2):
         return None
-    return np.asarray(np.where(MARKS[name](shape, generator), *marks)).astype(dtype)
+    return np.asarray(np.where(MASKS[name](shape, generator), *mask)).astype(dtype)
 
 
 # Kinds that an author need not have thought of: where the reference is NaN for them, nothing is compared.
-UNASKED = frozenset({SIGNED, NEGATIVE, LARGE, PADDED_LEFT, ALL_FALSE, RANDOM_MARKS})
+UNASKED = frozenset({SIGNED, NEGATIVE, LARGE, PADDED_LEFT, ALL_FALSE, RANDOM_MASK})
 STRESS = frozenset(regime.name for regime in REGIMES if regime.stress) | UNASKED

@@ -23,7 +23,7 @@ _RIGHT = (2, 3)  # columns of figures
 _LIMITS = (28, 14, 9, 9, 24, 9)  # with a gap of 1 between them, exactly within WIDTH
 _STANDING_LIMITS = (28, 21, 9, 9, 6, 22)
 _TOLD = 12  # labels; the report has all
-_AGAIN = "again: "
+_REPRODUCE = "reproduce: "
 _COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow", "unfinished": "yellow"}
 
 
@@ -137,7 +137,7 @@ def _paragraphs(report: Findings) -> Iterator[str]:
     for row in report.rows:
         if not row.equal:
             yield f"{row.output} DIFFERS, {row.at}: {row.reason}{_worst(row, report)}"
-    yield from _again(report)
+    yield from _reproduce(report)
     if report.flips:
         yield f"ties: {report.flips} tokens went to another expert of the same score"
     yield from (f"warning: {warning}" for warning in report.warnings)
@@ -148,7 +148,7 @@ def _seeds(report: Findings) -> str:
     return f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
 
 
-def _again(report: Findings) -> Iterator[str]:
+def _reproduce(report: Findings) -> Iterator[str]:
     """How to run the first case that differs once more, and nothing else."""
     wrong = [
         case for case in report.cases if case.outcome == "failed" or not all(j.ok for j in case.judgements)
@@ -156,7 +156,7 @@ def _again(report: Findings) -> Iterator[str]:
     if wrong and "command" in report.about:
         case, about = wrong[0], report.about
         words = [about["command"], f"--against {about['reference']}", f"--seed {case.seed}"]
-        yield _AGAIN + " ".join([*words, f"--case {shlex.quote(case.label)}"])
+        yield _REPRODUCE + " ".join([*words, f"--case {shlex.quote(case.label)}"])
 
 
 def _reasons(report: Findings, outcome: Outcome) -> dict[str, list[str]]:
@@ -192,6 +192,6 @@ def _labels(cases: tuple[CaseResult, ...]) -> str:
 
 
 def _wrapped(paragraph: str) -> list[str]:
-    if paragraph.startswith(_AGAIN):
+    if paragraph.startswith(_REPRODUCE):
         return [paragraph]  # a command is copied as it stands
     return textwrap.wrap(paragraph, WIDTH, subsequent_indent="  ", break_on_hyphens=False) or [""]

@@ -30,9 +30,9 @@ from moe_export.own_files import put_text, require_free
 from moe_export.pictures.differing import usual_sizes
 from moe_export.pictures.picture import svg_of
 from moe_export.pictures.sketch import sketch_of
-from moe_export.reports.again import commands_of
-from moe_export.reports.before import compare_with_before
+from moe_export.reports.baseline import compare_with_baseline
 from moe_export.reports.page import Change, Content, Picture, page
+from moe_export.reports.reproduce import reproduce_commands
 from moe_export.reports.timing import machine, timings_of
 from moe_export.running.inputs import inputs_at
 from moe_export.verify.cost.graph_cost import cost_of, parts_of
@@ -46,7 +46,7 @@ def run_report(
     model: str,
     output: str | None,
     graphs: str | None,
-    before: bool,
+    baseline: bool,
     quiet: bool,
     as_json: bool,
     **options: Any,
@@ -64,7 +64,7 @@ def run_report(
         stem = Path(model.partition(":")[0]).stem
         document = json.loads((folder / f"{stem}.report.json").read_text(encoding="utf-8"))
         with console.user_code(), console.step("drawing"):
-            content = _content(document, folder, model, before, options)
+            content = _content(document, folder, model, baseline, options)
     put_text(target, page(content), force=options["force"])
     console.json(json.dumps(document, indent=2))
     console.say(f"{document['model']}: {document['verdict']}")
@@ -73,7 +73,7 @@ def run_report(
 
 
 def _content(
-    document: dict[str, Any], folder: Path, model: str, before: bool, options: dict[str, Any]
+    document: dict[str, Any], folder: Path, model: str, baseline: bool, options: dict[str, Any]
 ) -> Content:
     memory = parse_bytes(options["memory"], "--memory")
     subject = load_subject(model, init=options["init"], inputs=options["inputs"], memory=memory)
@@ -95,9 +95,9 @@ def _content(
         at,
         pictures,
         [] if away else _routings(subject),
-        commands_of(model, whole["file"], options),
+        reproduce_commands(model, whole["file"], options),
         _versions(document, model, folder),
-        (away or _change(subject, folder / whole["file"], options)) if before else None,
+        (away or _change(subject, folder / whole["file"], options)) if baseline else None,
         away or _timings(subject, folder, whole, options["provider"]),
         machine(),
     )
@@ -106,7 +106,7 @@ def _content(
 def _change(subject: Subject, after: Path, options: dict[str, Any]) -> Change | str:
     """What the rewriting changed."""
     with tempfile.TemporaryDirectory() as folder:
-        found = compare_with_before(
+        found = compare_with_baseline(
             subject, after, Path(folder), options["opset"], options["dynamic"], options["static"]
         )
         if isinstance(found, str):

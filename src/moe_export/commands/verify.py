@@ -18,7 +18,7 @@ from moe_export.comparison_settings import SETTINGS, check_names, parse_settings
 from moe_export.errors import UsageError
 from moe_export.export.onnx.serialize import staging
 from moe_export.own_files import put, require_free
-from moe_export.reports.again import verify_command
+from moe_export.reports.reproduce import reproduce_command
 from moe_export.verify import Report, RoutingPair, show
 from moe_export.verify.golden import Golden, Recorder, save_golden
 from moe_export.verify.reports.report import worst_code
@@ -50,7 +50,7 @@ class VerifyRequest:
         wanted: Which reports are written.
         record: Where inputs and right outputs are stored.
         repro: The folder of a script that shows a fault.
-        again: The command that does it again.
+        command: The command that reproduces it.
         quiet: Print errors alone.
         as_json: Print the report alone.
     """
@@ -61,7 +61,7 @@ class VerifyRequest:
     wanted: Wanted
     record: Path | None
     repro: Path | None
-    again: str
+    command: str
     quiet: bool
     as_json: bool
 
@@ -99,7 +99,7 @@ class VerifyRequest:
             wanted=take_wanted(dict(given)),
             record=None if record is None else Path(record),
             repro=None if repro is None else Path(repro),
-            again=verify_command(given["graph"], given),
+            command=reproduce_command(given["graph"], given),
             quiet=given["quiet"],
             as_json=given["as_json"],
         )
@@ -135,7 +135,7 @@ def run_verify(asked: VerifyRequest) -> int:
         return _record_alone(asked, console)
     with console.user_code():
         reports = [_compared(asked.candidate, reference, request, console) for reference in asked.references]
-    reports = [replace(report, about={**report.about, "command": asked.again}) for report in reports]
+    reports = [replace(report, about={**report.about, "command": asked.command}) for report in reports]
     for report in reports:
         check_names(request.tolerance, [row.output for row in report.rows])
     if request.recorder is not None:
@@ -198,6 +198,6 @@ def _save(
 ) -> None:
     """Store what the reference computed; only cases that it took. What the command reads was looked at before."""
     assert asked.record is not None
-    golden = Golden(recorder.engine, tuple(recorder.kept), tuple(routing), dict(about))
+    golden = Golden(recorder.engine, tuple(recorder.recorded), tuple(routing), dict(about))
     put(asked.record, partial(save_golden, golden), force=asked.wanted.force)
     console.say(f"recorded: {asked.record}, {len(golden.cases)} cases of {golden.engine}")

@@ -16,7 +16,7 @@ PLACES = (
            metavar="FILE.html", first=True),
     Option("graphs", "--graphs", _GROUP, "Keep the graphs, and the report as JSON, here.", ("report",),
            metavar="FOLDER"),
-    Option("before", "--before/--no-before", _GROUP, "Show the graph as it is without any rewriting, too.",
+    Option("baseline", "--baseline/--no-baseline", _GROUP, "Show the graph as it is without any rewriting, too.",
            ("report",), type=bool, default=True),
     Option("output", "-o/--output", _GROUP, "Where the rewritten file goes.", ("rewrite",), metavar="FILE"),
     Option("output", "-o/--output", _GROUP, "Where the picture goes.", ("routing",), otherwise="MODEL.routing.svg",

@@ -92,7 +92,7 @@ class Content:
         at: For each graph's file the sizes that this was counted at.
         graphs: For each graph's file its picture, an SVG to stand in the page.
         routings: Of the gates.
-        commands: How to do it again.
+        commands: How to reproduce it.
         versions: Of what made it, by name.
         change: What the rewriting changed; why that is not known; or None if nobody asked.
         timings: Rows of (what ran, how often, median in milliseconds); or why there are none.
@@ -121,7 +121,7 @@ _SECTIONS = (
     "Cost",
     "Time",
     "Engines",
-    "How to do it again",
+    "How to reproduce it",
 )
 
 

@@ -1,4 +1,4 @@
-"""How to do it again: the command of this run, as an export and as a comparison, with every option that was given."""
+"""How to reproduce a run: its command, as an export and as a comparison, with every option that was given."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ALWAYS = ("opset", "seed")
 _COMPARED = {"load", "comparison"}
 
 
-def commands_of(model: str, graph: str, given: Mapping[str, Any]) -> list[str]:
+def reproduce_commands(model: str, graph: str, given: Mapping[str, Any]) -> list[str]:
     """What to type for the same graphs, and to compare them again.
 
     Args:
@@ -34,7 +34,7 @@ def commands_of(model: str, graph: str, given: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def verify_command(graph: str, given: Mapping[str, Any]) -> str:
+def reproduce_command(graph: str, given: Mapping[str, Any]) -> str:
     """What to type for one case of a comparison again, but for `--against`, the seed and the case.
 
     Args:

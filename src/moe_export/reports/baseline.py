@@ -1,4 +1,4 @@
-"""What a model would be as ONNX without this project: the same trace, translated operator by operator.
+"""The baseline export: what a model would be as ONNX without this project, the same trace translated op by op.
 
 Einsums stay `Einsum`, experts stay as they are written, a loop over a length is as many copies of its step. Nothing
 verifies this graph; it is shown beside the one that was written, so that a reader sees what was changed.
@@ -16,7 +16,7 @@ from moe_export.export.tracing.dims import parse_dynamic
 from moe_export.pictures.differing import Difference, difference
 
 
-def compare_with_before(
+def compare_with_baseline(
     subject: Subject, after: Path, folder: Path, opset: int, dynamic: tuple[str, ...], static: bool
 ) -> Difference | str:
     """Write the graph without any rewriting, and hold the one with it against it.
@@ -32,7 +32,7 @@ def compare_with_before(
     Returns:
         What differs; or why there is no graph without the rewriting.
     """
-    path = folder / f"{subject.source.stem}.before.onnx"
+    path = folder / f"{subject.source.stem}.baseline.onnx"
     try:
         dims = parse_dynamic(dynamic, static, subject.inputs)
         stages = without("fold", "outline", "einsums", "expand", "simplify", "order", "precision")
