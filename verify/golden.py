@@ -216,7 +216,7 @@ def load_golden(path: Path) -> Golden:
         found = document.get("schema") or "no golden tensors"
         raise UsageError(
             f"{path} holds {found}, not {SCHEMA}",
-            hint="record it again with this version; as inputs alone, give it as --inputs",
+            hint="record it again with this version; as inputs alone, give it as --input-file",
         )
     for name, dtype in document["dtypes"].items():
         arrays[name] = arrays[name].view(numpy_dtype(dtype))

@@ -135,11 +135,11 @@ def check_parallel(parallel: Parallel) -> None:
         UsageError: Says which option, and what it goes with.
     """
     if parallel.capacity is not None and parallel.exchange != "all_to_all":
-        raise UsageError("--capacity is of --exchange all_to_all: an all_reduce sends no rows")
+        raise UsageError("--exchange-rows is of --exchange all_to_all: an all_reduce sends no rows")
     if parallel.collectives != "runner" and parallel.exchange == "all_to_all" and parallel.capacity is None:
         raise UsageError(
-            "--collectives graph needs --capacity with --exchange all_to_all",
-            hint="collectives of engines send parts of equal size: --capacity says how many rows",
+            "--collectives graph needs --exchange-rows with --exchange all_to_all",
+            hint="collectives of engines send parts of equal size: --exchange-rows says how many rows",
         )
 
 

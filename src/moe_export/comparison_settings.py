@@ -9,6 +9,7 @@ from itertools import islice
 from pathlib import Path
 
 from moe_export.errors import UsageError
+from moe_export.options.sizes import parse_sizes
 from moe_export.verify import DEFAULTS, Array, Case, DimRange, FlipBudget, TensorSpec, Tolerance, cases
 from moe_export.verify.golden import read_inputs
 from moe_export.verify.inputs.experts_alone import Watched, alone_cases
@@ -51,9 +52,9 @@ def parse_settings(
     thorough: bool = False,
     seeds: int = 1,
     flips: str | None = None,
-    at: Sequence[str] = (),
+    sizes: Sequence[str] = (),
     case: str | None = None,
-    own_inputs: Sequence[str] = (),
+    input_files: Sequence[str] = (),
     time_limit: float | None = None,
 ) -> ComparisonSettings:
     """The settings as the command line gives them.
@@ -65,9 +66,9 @@ def parse_settings(
         thorough=thorough,
         seeds=seeds,
         flips=None if flips is None else FlipBudget.parse(flips),
-        at=tuple(_parse_sizes(text) for text in at),
+        at=tuple(map(parse_sizes, sizes)),
         only=case,
-        files=tuple(Path(file) for file in own_inputs),
+        files=tuple(Path(file) for file in input_files),
         time_limit=time_limit,
     )
 
@@ -217,14 +218,3 @@ def picked(cases: Iterator[Case], only: str | None) -> Iterator[Case]:
     raise UsageError(
         f"there is no case '{only}'", hint=f"the cases: {'; '.join(labels)} (and more with --thorough)"
     )
-
-
-def _parse_sizes(text: str) -> dict[str, int]:
-    """`batch=0,seq=5`."""
-    try:
-        found = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise UsageError(f"--at takes sizes, not {text!r}", hint="--at batch=1,seq=4096") from None
-    if any(size < 0 for size in found.values()):
-        raise UsageError(f"--at takes sizes of 0 and more, not {text!r}", hint="--at batch=1,seq=4096")
-    return found

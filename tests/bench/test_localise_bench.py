@@ -114,12 +114,11 @@ def graphs(tmp_path_factory):
     made = {}
     for stem in ("mamba", "mamba2", "attention", "gshard_moe", "hybrid", "sparse_moe"):
         assert (
-            run([str(MODELS / f"{stem}.py"), "-o", str(folder), "--no-verify", "--quiet", "--gate", "none"])
-            == 0
+            run([str(MODELS / f"{stem}.py"), "-o", str(folder), "--no-verify", "--quiet", "--no-gate"]) == 0
         )
         made[stem] = folder / f"{stem}.onnx"
     loop = folder / "loop"
-    options = ["-o", str(loop), "--no-verify", "--quiet", "--gate", "none", "--experts", "loop"]
+    options = ["-o", str(loop), "--no-verify", "--quiet", "--no-gate", "--experts", "loop"]
     assert run([str(MODELS / "sparse_moe.py"), *options]) == 0
     made["sparse_moe as a loop"] = loop / "sparse_moe.onnx"
     return {

@@ -55,8 +55,8 @@ def test_the_layers_name_the_nodes_of_the_graph(command, finished, tmp_path):
     assert all(layer["outputs"][0]["dtype"] == "float" and layer["outputs"][0]["shape"] for layer in kernels)
 
 
-def test_profiles_come_on_top_of_the_ranges(command, finished, tmp_path):
-    args = ("--range", "batch=1:2:4", "--profile", "seq=1", "--profile", "seq=2:8:16,batch=1")
+def test_each_range_is_a_profile(command, finished, tmp_path):
+    args = ("--range", "batch=1:2:4,seq=1", "--range", "seq=2:8:16,batch=1")
     assert command("build", finished / "block.onnx", "--engine", "sm89", *args, "-o", "out").code == 0
     report = json.loads((tmp_path / "out" / "block.engines.json").read_text())
     assert report["engines"][0]["profiles"] == [
@@ -109,7 +109,6 @@ def test_a_graph_says_at_which_sizes_it_is_right(finished):
         (("--engine", "sm99"), "no engine can be built for 'sm99'", "sm75, sm80, sm86, sm89, sm120"),
         (("--engine", ","), "no compute capability", "sm75"),
         (("--engine", "sm89", "--range", "len=1:2:3"), "no dynamic dimension 'len'", "there are: batch, seq"),
-        (("--engine", "sm89", "--profile", "len=1"), "no dynamic dimension 'len'", "there are: batch, seq"),
         (("--engine", "sm89", "--range", "seq=8:4:2"), "the sizes are not in order", "seq=1:512:4096"),
         (("--engine", "sm89", "--range", "seq"), "is not NAME=MIN:OPT:MAX", "seq=1:512:4096"),
         (("--engine", "sm89", "--workspace", "much"), "--workspace: 'much' is no amount", "1GB"),

@@ -98,10 +98,12 @@ def test_two_gates_are_numbered(command, write, listing, tmp_path, texts):
     assert "the gate of 1.gate" in done.out
 
 
-@pytest.mark.parametrize(("gate", "files"), [("none", []), ("gate", ["moe.gate.onnx"])])
+@pytest.mark.parametrize(
+    ("gate", "files"), [(("--no-gate",), []), (("--gate", "gate"), ["moe.gate.onnx"])], ids=["none", "one"]
+)
 def test_choosing_gates(command, write, listing, tmp_path, texts, gate, files):
     path = write(texts["gate"], "moe.py")
-    assert command(path, "-o", "out", "--gate", gate, "--no-verify", "--no-simplify").code == 0
+    assert command(path, "-o", "out", *gate, "--no-verify", "--no-simplify").code == 0
     assert listing(tmp_path / "out") == [*files, "moe.onnx", "moe.report.json"]
 
 

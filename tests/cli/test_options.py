@@ -11,9 +11,11 @@ import pytest
 
 from moe_export.cli import cli
 from moe_export.commands.terminal import MOST
+from moe_export.errors import UsageError
 from moe_export.export.options import Options
 from moe_export.export.stages import PIPELINE
 from moe_export.options.option import COMMANDS, GROUPS, READERS, STAGES
+from moe_export.options.sizes import parse_one_set, parse_sizes
 from moe_export.options.table import OPTIONS, options_of, typed
 
 WORD = re.compile(r"^  (?:-\w, )?(--[a-z][a-z0-9-]*)", re.MULTILINE)
@@ -82,8 +84,26 @@ def test_a_comparison_is_done_again_with_all_that_it_was_judged_by(command, writ
     other = write(texts["model"].replace("relu()", "tanh()"), "other.py")
     assert command(other, "--quiet", "-o", "out").code == 0
     done = command(
-        "verify", "out/other.onnx", "--against", model, "--at", "seq=7", "--rtol", "1e-4", "--no-localise"
+        "verify", "out/other.onnx", "--against", model, "--size", "seq=7", "--rtol", "1e-4", "--no-localise"
     )
     assert done.code == 1
     again = next(line for line in done.out.splitlines() if "--case" in line)
-    assert "verify out/other.onnx --at seq=7 --rtol 0.0001 --against" in again
+    assert "verify out/other.onnx --size seq=7 --rtol 0.0001 --against" in again
+
+
+def test_sizes_are_typed_in_one_way():
+    assert parse_sizes(" batch = 1, seq=4096") == {"batch": 1, "seq": 4096}
+    assert parse_one_set([]) == {}
+    for text in ("seq", "seq=-1", "seq=1:2:3", "=4", ""):
+        with pytest.raises(UsageError, match="is not DIM=SIZE"):
+            parse_sizes(text)
+    with pytest.raises(UsageError, match="gives seq two sizes"):
+        parse_sizes("seq=1,seq=2")
+    with pytest.raises(UsageError, match="all sizes at once") as error:
+        parse_one_set(["a=1", "b=2"])
+    assert error.value.hint == "--size a=1,b=2"
+
+
+def test_a_gate_and_no_gate_contradict_each_other(command, write, texts):
+    done = command(write(texts["gate"]), "--gate", "gate", "--no-gate")
+    assert (done.code, "--gate and --no-gate contradict each other" in done.err) == (2, True)

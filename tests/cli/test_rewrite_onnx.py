@@ -96,7 +96,7 @@ def test_a_limit_that_no_plan_keeps(model: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_an_equation_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(["rewrite", "bdn,bn->bd", "--shapes", "8x1024x16,8x16"]) == 0
+    assert run(["rewrite", "bdn,bn->bd", "--size", "b=8,d=1024,n=16"]) == 0
     said = capsys.readouterr().out
     for part in (
         "* unsqueeze, matmul, squeeze",

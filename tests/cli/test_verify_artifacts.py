@@ -150,11 +150,11 @@ def test_own_inputs_from_a_file_and_from_a_function(command, finished, write, tm
     assert done.code == 0, done.err
     assert "inputs(5); inputs(6)" in done.out
     np.savez(tmp_path / "mine.npz", x=np.ones((4, 3), np.float32))
-    done = command("verify", "own.onnx", "--against", model, "--inputs", "mine.npz", "--json")
+    done = command("verify", "own.onnx", "--against", model, "--input-file", "mine.npz", "--json")
     labels = {case["label"]: case["sizes"] for case in json.loads(done.out)["cases"]}
     assert 4 in labels["mine.npz"].values()
     np.savez(tmp_path / "wrong.npz", x=np.ones((4, 3)))
-    done = command("verify", "own.onnx", "--against", model, "--inputs", "wrong.npz")
+    done = command("verify", "own.onnx", "--against", model, "--input-file", "wrong.npz")
     assert (done.code, "the input 'x' is float64[4, 3], the model takes" in done.err) == (2, True)
 
 
@@ -185,8 +185,8 @@ def test_thorough_seeds_and_sizes(command, finished):
     assert {case["seed"] for case in many} >= {0, 1, 2}
     assert {f"expert {n} alone" for n in range(4)} <= {case["label"] for case in many}
     name = next(iter(few[0]["sizes"]))
-    assert command("verify", *args, "--at", "nothing=3").code == 2
-    assert command("verify", *args, "--at", f"{name}=77").code == 0
+    assert command("verify", *args, "--size", "nothing=3").code == 2
+    assert command("verify", *args, "--size", f"{name}=77").code == 0
 
 
 def test_tolerances_of_one_output(command, finished, write, texts):

@@ -65,7 +65,7 @@ def test_hybrid_shows_its_blocks(command, tmp_path, browser):
     from selenium.webdriver.support.ui import WebDriverWait
 
     done = command(
-        ROOT / "models" / "hybrid.py", "-o", tmp_path / "out", "--functions", "--gate", "none", "--no-verify"
+        ROOT / "models" / "hybrid.py", "-o", tmp_path / "out", "--functions", "--no-gate", "--no-verify"
     )
     assert done.code == 0, done.err
     viewer = Viewer(tmp_path / "out" / "hybrid.onnx")

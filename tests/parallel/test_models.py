@@ -63,7 +63,7 @@ def test_mixtral(torchrun, tmp_path, exchange):
 def test_weights_in_files_are_never_in_memory_as_a_whole(torchrun, tmp_path):
     """Each rank's file refers to its own experts' rows; what all ranks have is stored once."""
     streamed_moe.write_files(tmp_path, (4, 128, 96, 2, 600))
-    command = ["export", tmp_path / "model.py", "-o", tmp_path, "--gate", "none", "-q", "--memory", "1KB"]
+    command = ["export", tmp_path / "model.py", "-o", tmp_path, "--no-gate", "-q", "--memory", "1KB"]
     assert run([*map(str, command), "--expert-parallel", "2"]) == 0
     manifest = checked(torchrun, tmp_path / "model.parallel.json")
     stored = sum(path.stat().st_size for path in tmp_path.glob("model.rank*.onnx"))

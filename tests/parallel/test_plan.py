@@ -114,7 +114,7 @@ def test_the_plan_is_what_the_ranks_have_and_send(exports, counted, ranks, excha
 def test_the_command(tmp_path, capsys):
     source = tmp_path / "stack.py"
     source.write_text(STACK)
-    assert run(["plan", str(source), "--memory", "11KB", "--gpus", "4", "--json"]) == 0
+    assert run(["plan", str(source), "--gpu-memory", "11KB", "--gpus", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["sizes"] == {"batch": 4, "seq": 5}
     assert [split["ranks"] for split in found["splits"]] == [1, 2, 4]
@@ -126,15 +126,15 @@ def test_the_command(tmp_path, capsys):
     ("text", "size"), [("80GB", 80 * 10**9), ("1.5 MiB", 1572864), ("512", 512), ("2 kb", 2000)]
 )
 def test_sizes_are_understood(text, size):
-    assert parse_bytes(text, "--memory") == size
+    assert parse_bytes(text, "--gpu-memory") == size
 
 
 @pytest.mark.parametrize("text", ["much", "-3GB", "0", ""])
 def test_what_is_no_size(text, tmp_path, capsys):
-    with pytest.raises(UsageError, match="--memory is a size, not"):
-        parse_bytes(text, "--memory")
-    assert run(["plan", str(tmp_path / "x.py"), "--memory", text]) == 2
-    assert f"--memory is a size, not {text!r}" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="--gpu-memory is a size, not"):
+        parse_bytes(text, "--gpu-memory")
+    assert run(["plan", str(tmp_path / "x.py"), "--gpu-memory", text]) == 2
+    assert f"--gpu-memory is a size, not {text!r}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -172,7 +172,7 @@ def test_a_model_of_billions_of_parameters_is_planned_without_their_bytes(tmp_pa
         "model = MixtralForCausalLM(MixtralConfig(num_hidden_layers=8))\n"
         "example_inputs = {'input_ids': torch.randint(0, 100, (2, 64)), 'use_cache': False}\n"
     )
-    assert run(["plan", str(source), "--memory", "24GB", "--gpus", "8", "--json"]) == 0
+    assert run(["plan", str(source), "--gpu-memory", "24GB", "--gpus", "8", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     each = 3 * 4096 * 14336 * 4
     assert [layer["bytes"] for layer in found["layers"]] == [[each] * 8] * 8

@@ -19,7 +19,7 @@ SLOW_WAYS = [
     ("4",),
     ("2", "--exchange", "all_to_all"),
     ("3",),
-    ("3", "--exchange", "all_to_all", "--capacity", "90"),
+    ("3", "--exchange", "all_to_all", "--exchange-rows", "90"),
 ]
 
 
@@ -30,7 +30,7 @@ def own_inputs(folder):
         for batch, length in ((4, 5), (3, 7), (1, 1)):
             path = folder / f"{kind.replace(' ', '_')}_{batch}x{length}.safetensors"
             save_file({"x": routed(kind, batch, length)}, path)
-            files += ["--inputs", path]
+            files += ["--input-file", path]
     return files
 
 
@@ -80,7 +80,7 @@ def test_processes_give_what_the_whole_model_gives(exports, torchrun, tmp_path, 
 def test_more_ways(exports, torchrun, tmp_path, way):
     path = exports.of("--expert-parallel", *way)
     traffic = check(torchrun, path, tmp_path)
-    if "--capacity" not in way:
+    if "--exchange-rows" not in way:
         assert_stated(path, traffic)
     else:
         assert {tuple(sent["rows"]) for sent in traffic[0]} == {(90, 90, 90)}
@@ -88,7 +88,7 @@ def test_more_ways(exports, torchrun, tmp_path, way):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "exchange", [["all_reduce"], ["all_to_all", "--capacity", "200"]], ids=lambda item: item[0]
+    "exchange", [["all_reduce"], ["all_to_all", "--exchange-rows", "200"]], ids=lambda item: item[0]
 )
 def test_collectives_in_the_graph_exchange_the_same(exports, torchrun, tmp_path, exchange):
     path = exports.of("--expert-parallel", 2, "--collectives", "graph", "--exchange", *exchange)

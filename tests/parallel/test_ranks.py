@@ -58,7 +58,7 @@ def test_every_form(tmp_path, form, exchange):
         pytest.skip("these do not compute rows that other ranks sent; the next test says what they say")
     if capacity and exchange == "all_reduce":
         pytest.skip("an all_reduce sends no rows")
-    options = ["--capacity", 100] if capacity else []
+    options = ["--exchange-rows", 100] if capacity else []
     path = export(tmp_path, "--expert-parallel", 3, "--experts", name, "--exchange", exchange, *options)
     assert_same(path)
 
@@ -121,7 +121,7 @@ def test_half_precision_is_refused_with_its_reason_before_anything_is_loaded(tmp
 def test_pairs_beyond_a_capacity_add_nothing(exports):
     """Every token to experts 0 and 1, on rank 0: of each rank's pairs the first C are computed."""
     capacity = 3
-    path = exports.of("--expert-parallel", 2, "--exchange", "all_to_all", "--capacity", capacity)
+    path = exports.of("--expert-parallel", 2, "--exchange", "all_to_all", "--exchange-rows", capacity)
     manifest = read_manifest(path)
     together = Together([open_rank(manifest, rank) for rank in range(2)])
     inputs = {"x": routed("expert 0", 1, 4)}
@@ -175,7 +175,7 @@ def test_the_report_of_an_export_tells_of_the_ranks(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "exchange", [["all_reduce"], ["all_to_all", "--capacity", 200]], ids=lambda item: item[0]
+    "exchange", [["all_reduce"], ["all_to_all", "--exchange-rows", 200]], ids=lambda item: item[0]
 )
 def test_tensorrt_reads_its_collectives(tmp_path, exchange):
     tensorrt = pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX is not installed")

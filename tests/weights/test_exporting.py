@@ -30,7 +30,7 @@ def place(tmp_path_factory):
     """A model in files, and its graphs: by reference, verified in blocks; copied in shards; read as a whole."""
     folder = tmp_path_factory.mktemp("stacked")
     streamed_moe.write_files(folder, SIZES)
-    common = ["export", str(folder / "model.py"), "--gate", "none", "-q"]
+    common = ["export", str(folder / "model.py"), "--no-gate", "-q"]
     lazy = [*common, "--memory", "1KB"]
     assert run([*lazy, "-o", str(folder), "--weights", "reference"]) == 0
     assert run([*lazy, "-o", str(folder / "copied"), "--no-verify", "--shard-size", "300KB"]) == 0
@@ -106,7 +106,7 @@ def test_a_changed_data_file_is_refused_and_an_unnoticed_change_is_found(place, 
     streamed_moe.write_files(tmp_path, SIZES)
     file = tmp_path / "weights/model-00001-of-00003.safetensors"
     graph = tmp_path / "model.onnx"
-    arguments = [str(tmp_path / "model.py"), "--gate", "none", "-q", "-o", str(tmp_path)]
+    arguments = [str(tmp_path / "model.py"), "--no-gate", "-q", "-o", str(tmp_path)]
     assert run(["export", *arguments, "--memory", "1KB", "--weights", "reference", "--no-verify"]) == 0
     before = file.stat()
     spoil(file, "layers.0.experts.up", expert=1)
@@ -150,7 +150,7 @@ def test_whole_verification_of_weights_that_fit(place, tmp_path):
 def test_experts_in_a_list(tmp_path):
     streamed_moe.write_files(tmp_path, SIZES, form="Listed")
     command = ["export", str(tmp_path / "model.py"), "-o", str(tmp_path / "out"), "--memory", "1KB", "-q"]
-    assert run([*command, "--gate", "none", "--experts", "loop"]) == 0
+    assert run([*command, "--no-gate", "--experts", "loop"]) == 0
     found = report(tmp_path / "out")
     assert found["verdict"] == "equal"
     assert any("copied into 1 file" in note for note in found["graphs"][0]["notes"])
@@ -166,7 +166,7 @@ def test_half_precision_is_a_step_of_the_recipe(tmp_path):
     text = (tmp_path / "model.py").read_text()
     (tmp_path / "model.py").write_text(text.replace(".half()", ""))  # float32, of float16 files
     command = ["export", str(tmp_path / "model.py"), "-o", str(tmp_path), "--weights", "reference", "-q"]
-    assert run([*command, "--gate", "none", "--memory", "1KB"]) == 0
+    assert run([*command, "--no-gate", "--memory", "1KB"]) == 0
     notes = report(tmp_path)["graphs"][0]["notes"]
     assert any("25 cast" in note and "3 cast and transposed" in note for note in notes)
 
@@ -257,7 +257,7 @@ def test_memory_does_not_grow_with_the_weights(tmp_path):
     assert added > 100e6
 
     def export(folder, *options):
-        common = ["export", str(folder / "model.py"), "-o", str(folder), "-q", "--gate", "none"]
+        common = ["export", str(folder / "model.py"), "-o", str(folder), "-q", "--no-gate"]
         return "|".join([*common, "--memory", "1MB", *options])
 
     commands = [
@@ -281,7 +281,7 @@ def test_memory_does_not_grow_with_the_weights(tmp_path):
 def test_experts_that_were_written_as_one_are_no_blocks(tmp_path, capsys):
     """A model whose only list is one of experts has no layers to be verified by: it is one part."""
     model = Path(__file__).resolve().parents[2] / "models" / "sparse_moe.py"
-    assert run([str(model), "-o", str(tmp_path), "--verify", "layers", "--quiet"]) == 0, (
+    assert run([str(model), "-o", str(tmp_path), "--compare", "layers", "--quiet"]) == 0, (
         capsys.readouterr().err
     )
     report = json.loads((tmp_path / "sparse_moe.report.json").read_text(encoding="utf-8"))

@@ -71,7 +71,7 @@ def measured(*arguments):
 @pytest.fixture(scope="module")
 def exports(place):
     """Both ways to export, as `(code, peak, seconds)`, and the plain copies before, between and after them."""
-    common = ("export", place / "model.py", "--gate", "none", "--no-verify", "-q", "-o")
+    common = ("export", place / "model.py", "--no-gate", "--no-verify", "-q", "-o")
     copying = [copied(place)]
     referring = measured(*common, place, "--weights", "reference")[:3]
     copying.append(copied(place))

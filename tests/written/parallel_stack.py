@@ -72,8 +72,5 @@ def export(folder: Path, *options: object, text: str = STACK, name: str = "stack
     """Export a model with the given options into a folder; the manifest."""
     source = folder / f"{name}.py"
     source.write_text(text)
-    assert (
-        run([str(source), "-o", str(folder), "--gate", "none", "--no-simplify", "-q", *map(str, options)])
-        == 0
-    )
+    assert run([str(source), "-o", str(folder), "--no-gate", "--no-simplify", "-q", *map(str, options)]) == 0
     return folder / f"{name}.parallel.json"

@@ -214,7 +214,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("--timeout", type=float, default=8.0, help="seconds that one exchange may take [8]")
     made.add_argument("--join", type=float, default=60.0, help="seconds to wait for all ranks to come [60]")
-    made.add_argument("--inputs", action="append", default=[], metavar="FILE", help="your own inputs")
+    made.add_argument(
+        "--input-file", dest="inputs", action="append", default=[], metavar="FILE", help="your own inputs"
+    )
     made.add_argument("--seed", type=int, default=0, help="of the inputs")
     made.add_argument("--repeat", type=int, default=1, metavar="N", help="all cases under N seeds")
     made.add_argument("--thorough", action="store_true", help="every kind of values, at more sizes")

@@ -11,7 +11,8 @@ import onnx
 
 from moe_export.commands.console import Console
 from moe_export.export.engines.build import read_graph
-from moe_export.export.engines.profiles import complete_ranges, free_dims, parse_range
+from moe_export.export.engines.profiles import Range, complete_ranges, free_dims
+from moe_export.options.sizes import parse_one_set
 from moe_export.running.benching import Job, Timing, measure
 from moe_export.running.engines import graph_of
 from moe_export.running.inputs import inputs_at
@@ -37,7 +38,9 @@ def run_bench(
     console = Console(quiet, as_json)
     path = Path(graph)
     model, _ = read_graph(path)
-    chosen = complete_ranges(free_dims(model), dict(map(parse_range, sizes)))
+    chosen = complete_ranges(
+        free_dims(model), {name: Range(size, size, size) for name, size in parse_one_set(sizes).items()}
+    )
     arrays = inputs_at(model, {name: found.best for name, found in chosen.items()})
     with console.step("counting FLOPs and bytes"):
         cost, reason = _cost(path, arrays)

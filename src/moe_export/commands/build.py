@@ -69,8 +69,7 @@ def take_request(options: dict[str, Any]) -> Request | None:
                 )
         return None
     wanted = [name.strip().lower() for name in engine.split(",")]
-    common = dict(map(parse_range, _parts(given["ranges"])))
-    profiles = [common | dict(map(parse_range, _parts([text]))) for text in given["profiles"]]
+    profiles = [dict(map(parse_range, _parts(text))) for text in given["ranges"]]
     settings = Settings(
         strip_weights=given["strip_weights"],
         refit=given["refit"],
@@ -83,7 +82,7 @@ def take_request(options: dict[str, Any]) -> Request | None:
     check_settings(settings, module)
     return Request(
         capabilities,
-        tuple(profiles or [common]),
+        tuple(profiles or [{}]),
         module.name,
         settings,
         given["layers"],
@@ -91,8 +90,8 @@ def take_request(options: dict[str, Any]) -> Request | None:
     )
 
 
-def _parts(texts: Iterable[str]) -> list[str]:
-    return [part for text in texts for part in text.split(",") if part.strip()]
+def _parts(text: str) -> list[str]:
+    return [part for part in text.split(",") if part.strip()]
 
 
 def check_names(request: Request, known: Iterable[str]) -> None:

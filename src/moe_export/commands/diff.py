@@ -8,6 +8,7 @@ from pathlib import Path
 
 from moe_export.commands.console import Console
 from moe_export.commands.view import require_svg, write_svg
+from moe_export.options.sizes import parse_one_set
 from moe_export.pictures.differing import (
     FIGURES,
     Difference,
@@ -15,7 +16,6 @@ from moe_export.pictures.differing import (
     difference,
     listed,
     marks_of,
-    parse_sizes,
 )
 from moe_export.pictures.groups import knows_modules, opened_of
 from moe_export.pictures.sketch import Level, Sketch, sketch_of
@@ -47,7 +47,7 @@ def run_diff(
     if svg is not None:
         require_svg(svg, [Path(before), Path(after)], force)
     with console.step("counting"):
-        found = difference(Path(before), Path(after), parse_sizes(sizes))
+        found = difference(Path(before), Path(after), parse_one_set(sizes))
     if svg is not None:
         write_svg(svg, *sketches_of(found, level), force=force)
     console.json(json.dumps({"schema": SCHEMA, **found.to_dict()}, indent=2))

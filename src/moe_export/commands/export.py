@@ -176,7 +176,7 @@ def _build(
 
 def _verified(graph: Graph, path: Path, request: ExportRequest) -> tuple[Graph, Report | None]:
     """The graph with what verification learned of its dimensions, and the report; None if it is not verified."""
-    parts = Parts(request.verify_how, request.storage)
+    parts = Parts(request.compare, request.storage)
     if parts.wanted(graph, path):
         if not request.verify:
             return parts.unverified(graph)

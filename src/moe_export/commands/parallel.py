@@ -44,11 +44,11 @@ def take_parallel(options: dict[str, Any]) -> Parallel | None:
             " go to another expert on ranks than in the whole graph, which their comparison takes for a fault",
             hint=f"leave --dtype {options['dtype']} away",
         )
-    text, capacity = given["capacity"], None
+    text, capacity = given["exchange_rows"], None
     if text != _DYNAMIC:
         if not text.isdigit() or not int(text):
             raise UsageError(
-                f"--capacity is a number of rows, or {_DYNAMIC}, not {text!r}", hint="--capacity 64"
+                f"--exchange-rows is a number of rows, or {_DYNAMIC}, not {text!r}", hint="--exchange-rows 64"
             )
         capacity = int(text)
     parallel = Parallel(

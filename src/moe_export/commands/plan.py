@@ -10,7 +10,7 @@ from moe_export.commands.sizes import parse_bytes
 
 def run_plan(
     model: str,
-    memory: str,
+    gpu_memory: str,
     gpus: int,
     init: tuple[str, ...],
     inputs: tuple[str, ...],
@@ -24,7 +24,7 @@ def run_plan(
     from moe_export.large.planning_model import load_weightless, trace_weightless
 
     console = Console(quiet, as_json)
-    size = parse_bytes(memory, "--memory")
+    size = parse_bytes(gpu_memory, "--gpu-memory")
     with console.user_code():
         with console.step(f"loading {model}"):
             found = load_weightless(model, init, inputs)

@@ -41,7 +41,7 @@ class ExportRequest:
         storage: Where weights go.
         functions: Whether modules become ONNX functions.
         verify: Whether graphs are compared with the model.
-        verify_how: As a whole, by layers, or as it fits.
+        compare: As a whole, by layers, or as it fits.
         tolerance: For outputs.
         comparison: Which cases are compared.
         seed: Of the test inputs.
@@ -66,7 +66,7 @@ class ExportRequest:
     storage: Storage = field(default_factory=Storage)
     functions: bool = False
     verify: bool = True
-    verify_how: str | None = None
+    compare: str | None = None
     tolerance: Tolerance = field(default_factory=Tolerance)
     comparison: ComparisonSettings = field(default_factory=ComparisonSettings)
     seed: int = 0
@@ -102,14 +102,16 @@ class ExportRequest:
             raise UsageError("--float32 goes with --dtype", hint="--dtype float16 --float32 MODULE")
         engines = take_request(left) if "engine" in left else None
         parallel = take_parallel(left) if "expert_parallel" in left else None
-        folder, gate = Path(left.pop("output")), left.pop("gate", None)
+        folder = Path(left.pop("output"))
+        gates, gate = left.pop("gates", True), left.pop("gate", None)
+        if gate is not None and not gates:
+            raise UsageError("--gate and --no-gate contradict each other", hint="leave one of them away")
         left.pop("debug", None)  # who prints errors asks for it
         storage = Storage(
             left.pop("weights", "copy"),
             parse_bytes(left.pop("shard_size", "4GB"), "--shard-size"),
             folder.absolute(),
         )
-        gates = True if gate is None else False if gate == "none" else gate
         return cls(
             folder=folder,
             storage=storage,
@@ -117,7 +119,10 @@ class ExportRequest:
             tolerance=parse_tolerance(
                 left.pop("rtol", None), left.pop("atol", None), left.pop("tolerances", ())
             ),
-            options=Options(gates=gates, **{name: left.pop(name) for name in _OPTIONS if name in left}),
+            options=Options(
+                gates=gates if gate is None else gate,
+                **{name: left.pop(name) for name in _OPTIONS if name in left},
+            ),
             comparison=parse_settings(**{name: left.pop(name) for name in SETTINGS if name in left}),
             engines=engines,
             parallel=parallel,

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
 from moe_export.commands.console import Console
 from moe_export.einsum_rewrite import plan_einsum
-from moe_export.einsum_rewrite.binding import symbolic_shapes
+from moe_export.einsum_rewrite.binding import Size, symbolic_shapes
+from moe_export.einsum_rewrite.equation import Equation
+from moe_export.einsum_rewrite.notation import deduce
 from moe_export.einsum_rewrite.planner import make_plan
 from moe_export.einsum_rewrite.python_source import to_python
 from moe_export.errors import UsageError
+from moe_export.options.sizes import parse_one_set
 
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -19,7 +23,7 @@ UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 def run_rewrite(
     source: str,
     output: str | None,
-    shapes: str | None,
+    sizes: tuple[str, ...],
     target: str,
     keep_einsum: bool,
     max_intermediate: str | None,
@@ -46,16 +50,16 @@ def run_rewrite(
         from moe_export.commands.rewrite_python import run_rewrite_python
 
         return run_rewrite_python(source, output, diff, in_place, check, force, console)
-    return _run_equation(source, shapes, target, console)
+    return _run_equation(source, sizes, target, console)
 
 
-def _run_equation(text: str, shapes: str | None, target: str, console: Console) -> int:
+def _run_equation(text: str, sizes: Sequence[str], target: str, console: Console) -> int:
     from moe_export.einsum_rewrite.explain import explain
     from moe_export.einsum_rewrite.onnx_text import to_onnx_text
 
-    sizes = parse_shapes(shapes)
-    plan = plan_einsum(text, *sizes, target=target)
-    operands = sizes or symbolic_shapes(plan.equation)
+    equation = Equation.parse(text, deduce(text, None))
+    operands = _operands(equation, parse_one_set(sizes))
+    plan = plan_einsum(equation, *operands, target=target)
     told = explain(plan.equation, operands, target)
     code = to_python(make_plan(plan.equation, operands, target="torch"))
     nodes = to_onnx_text(plan.equation, operands, "onnx" if target == "torch" else target)
@@ -86,15 +90,18 @@ def parse_bytes(text: str | None, option: str = "--max-intermediate") -> int | N
     return int(float(match[1]) * unit)
 
 
-def parse_shapes(text: str | None) -> list[tuple[int, ...]]:
-    """`2x64x256,256x16` → `[(2, 64, 256), (256, 16)]`; an empty part or `scalar` is a scalar."""
-    if text is None:
-        return []
-    shapes = []
-    for part in text.split(","):
-        if not re.fullmatch(r"\s*(scalar|\d+(x\d+)*)?\s*", part):
+def _operands(equation: Equation, sizes: Mapping[str, int]) -> list[list[Size]]:
+    """The shapes of an equation's operands, where some labels have sizes and the others are symbols.
+
+    Raises:
+        UsageError: There is no such label.
+    """
+    shapes = symbolic_shapes(equation)
+    labels = list(dict.fromkeys(label for shape in shapes for label in shape))
+    for name in sizes:
+        if name not in labels:
             raise UsageError(
-                f"--shapes: {part!r} is not a shape", hint="for example: --shapes 2x64x256,256x16"
+                f"--size {name}: no label {name!r} in the equation",
+                hint=f"the labels: {', '.join(map(str, labels))}",
             )
-        shapes.append(tuple(int(size) for size in re.findall(r"\d+", part)))
-    return shapes
+    return [[sizes.get(str(label), label) for label in shape] for shape in shapes]

@@ -92,9 +92,8 @@ class VerifyRequest:
                 recorder=None if record is None else Recorder(),
                 why=[] if explained else None,
                 memory=parse_bytes(given["memory"], "--memory"),
-                **{
-                    name: given[name] for name in ("seed", "init", "inputs", "inside", "how", "dtype", "gate")
-                },
+                how=given["compare"],
+                **{name: given[name] for name in ("seed", "init", "inputs", "inside", "dtype", "gate")},
             ),
             wanted=take_wanted(dict(given)),
             record=None if record is None else Path(record),

@@ -18,10 +18,9 @@ _ENGINE = (
 ENGINES = (
     Option("engine", "--engine", _GROUP, _ENGINE, EXPORTING, _READ_BY, metavar="sm89,sm120", first=True),
     Option("engine", "--engine", _GROUP, _ENGINE, ("build",), _READ_BY, metavar="sm89,sm120", required=True),
-    Option("ranges", "--range", _GROUP, "Sizes that the engine takes, and is fastest at.", _BUILDING, _READ_BY,
-           otherwise="1:128:1024; batch 1:1:8", metavar="DIM=MIN:OPT:MAX", repeatable=True, first=True),
-    Option("profiles", "--profile", _GROUP, "One more profile, on top of --range.", _BUILDING, _READ_BY,
-           metavar="DIM=MIN:OPT:MAX,...", repeatable=True),
+    Option("ranges", "--range", _GROUP, "Sizes that the engine takes, and is fastest at; each --range is a profile.",
+           _BUILDING, _READ_BY, otherwise="1:128:1024; batch 1:1:8", metavar="seq=MIN:OPT:MAX,batch=SIZE",
+           repeatable=True, first=True),
     Option("builder", "--builder", _GROUP, "What builds.", _BUILDING, _READ_BY,
            type=click.Choice(["tensorrt_rtx", "tensorrt"]),
            otherwise="tensorrt_rtx; tensorrt for current, if it is there"),

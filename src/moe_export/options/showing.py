@@ -10,8 +10,8 @@ _LEVELS = click.Choice(["blocks", "nodes"])
 
 # fmt: off
 REWRITING = (
-    Option("shapes", "--shapes", "Rewriting", "Sizes of the operands of an EQUATION.", ("rewrite",),
-           otherwise="symbols", metavar="2x64x256,256x16"),
+    Option("sizes", "--size", "Rewriting", "Sizes of the labels of an EQUATION.", ("rewrite",), otherwise="symbols",
+           metavar="b=2,d=256", repeatable=True),
     Option("target", "--target", "Rewriting", "The engine to plan for.", ("rewrite",), ("einsums",),
            type=click.Choice(["onnx", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "torch"]),
            default="onnxruntime-cpu"),
@@ -29,8 +29,8 @@ REWRITING = (
 MEASURING = (
     Option("against", "--against", "Measuring", "Measure the model in PyTorch, too.", ("bench",),
            metavar="MODEL.PY[:CLASS]"),
-    Option("sizes", "--size", "Measuring", "A dynamic size.", ("bench", "diff"), otherwise="seq 128, batch 1",
-           metavar="DIM=SIZE", repeatable=True),
+    Option("sizes", "--size", "Measuring", "The sizes of free dimensions.", ("bench", "diff"),
+           otherwise="batch=1, others 128", metavar="batch=4,seq=128", repeatable=True),
     Option("repeat", "--repeat", "Measuring", "Runs that are measured.", ("bench",), type=click.IntRange(1),
            default=50),
     Option("compiled", "--compile", "Measuring", "With --against: torch.compile, too.", ("bench",), type=bool),
@@ -52,9 +52,9 @@ PICTURES = (
            otherwise="blocks where both graphs tell modules, else nodes"),
     Option("port", "--port", "Picture", "Port on this machine; 0 for a free one.", ("view",),
            type=click.IntRange(0, 65535), default=0),
-    Option("browse", "--browse/--no-browse", "Picture", "Open a browser.", ("view",), type=bool, default=True),
+    Option("browse", "--no-browse", "Picture", "Open no browser.", ("view",), type=bool),
 )
 PLANNING = (
-    Option("memory", "--memory", "Planning", "Of one device.", ("plan",), default="80GB", metavar="SIZE"),
+    Option("gpu_memory", "--gpu-memory", "Planning", "Of one device.", ("plan",), default="80GB", metavar="SIZE"),
     Option("gpus", "--gpus", "Planning", "Devices at most.", ("plan",), type=click.IntRange(1, 65536), default=8),
 )

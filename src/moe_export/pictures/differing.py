@@ -226,22 +226,6 @@ def marks_of(own: Sketch, other: Sketch) -> dict[str, str]:
     return marks
 
 
-def parse_sizes(texts: Sequence[str]) -> dict[str, int]:
-    """`seq=128` → size by name.
-
-    Raises:
-        UsageError: It is not of that form.
-    """
-    return dict(_parse_size(text) for text in texts)
-
-
-def _parse_size(text: str) -> tuple[str, int]:
-    name, _, size = text.partition("=")
-    if not name.strip() or not size.strip().isdecimal():
-        raise UsageError(f"--size {text!r} is not DIM=SIZE", hint="for example: --size seq=128")
-    return name.strip(), int(size)
-
-
 def listed(names: Iterable[str], most: int = 5) -> str:
     """The first few of many names, and how many more there are."""
     names = list(names)

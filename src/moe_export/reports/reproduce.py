@@ -24,7 +24,8 @@ def reproduce_commands(model: str, graph: str, given: Mapping[str, Any]) -> list
     """
     exporting = options_of("export")
     own = (option for option in exporting if option.group != "Output")
-    both = [option for option in compared() if option in exporting]
+    shared = {(option.name, option.group) for option in exporting}
+    both = [option for option in compared() if (option.name, option.group) in shared]
     opset, seed = str(given["opset"]), str(given["seed"])
     return [
         shlex.join(["moe-export", model, "--opset", opset, "-o", "out", "--seed", seed, *_words(own, given)]),
