@@ -111,9 +111,9 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
 
 
 def choose(routings: tuple[Routing, ...], gates: bool | str, *, folded: bool) -> tuple[Routing, ...]:
-    """The gates to cut out: all, none, or one; of a gate in a loop that was folded, not every turn's."""
+    """The gates to cut out: all, none, or one; of a gate in a loop that was folded, not every iteration's."""
     if isinstance(gates, bool):
-        if folded:  # the trace has it once a turn: `cell`, `cell@1`, ...
+        if folded:  # the trace has it once per iteration: `cell`, `cell@1`, ...
             first = {routing.path.partition("@")[0]: routing for routing in reversed(routings)}
             routings = tuple(first.values())[::-1]
         return routings if gates else ()

@@ -41,8 +41,8 @@ class Scan(OpRun):
         names = list(self.body.input_names)
         length = min(stream.shape[axis] for stream, axis in zip(streams, axes, strict=True))
         rows: list[list[Any]] = []
-        for turn in range(length):
-            elements = [np.take(stream, turn, axis) for stream, axis in zip(streams, axes, strict=True)]
+        for iteration in range(length):
+            elements = [np.take(stream, iteration, axis) for stream, axis in zip(streams, axes, strict=True)]
             given = {**(context or {}), **dict(zip(names, [*states, *elements], strict=True))}
             found = self._run_body(given, bindings=bindings)
             states = list(found[: len(states)])

@@ -11,14 +11,14 @@ _SIZES = (7, 11, 13, 17, 19, 23, 29, 31, 37, 41)  # one for each name; any may b
 
 
 def growing_states(loop: ir.Node, opset: int) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """The states of a Loop or Scan that are seen to leave a turn with another shape than they entered with.
+    """The states of a Loop or Scan that are seen to leave an iteration with another shape than they entered with.
 
     Args:
         loop: The node.
         opset: Of the graph.
 
     Yields:
-        The state's name in the body, and its shape before and after one turn, with numbers for symbolic sizes. A
+        The state's name in the body, and its shape before and after one iteration, with numbers for symbolic sizes. A
         state whose shape cannot be inferred is not among them.
     """
     attribute = loop.attributes.get("body")

@@ -1,4 +1,4 @@
-"""Take the computation of one expert out of a chain of turns, and make sure that every expert's is the same.
+"""Take the computation of one expert out of a chain of iterations, and make sure that every expert's is the same.
 
 A body is a function of the pairs' tokens and slots, of the expert's number, of values that all experts share, and
 of the expert's own weights: `body(token (R,), slot (R,), expert (1,), *shared, *weights) → (R, H)`.
@@ -17,7 +17,7 @@ from torch import fx, nn
 from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import names_experts
 from moe_export.export.axes.one_hot import marks_of
-from moe_export.export.experts.find import Chain, Turn
+from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
 from moe_export.export.tracing.weight_inputs import is_weight
@@ -93,7 +93,7 @@ class Surroundings:
     @staticmethod
     def of(graph: fx.Graph, chains: Sequence[Chain]) -> Surroundings:
         twins = same_values(graph) if chains else {}
-        sums = frozenset(turn.after for chain in chains for turn in chain.turns)
+        sums = frozenset(iteration.after for chain in chains for iteration in chain.iterations)
         return Surroundings(sums, twins, _fixing_nodes(graph, twins) if chains else {})
 
 
@@ -101,28 +101,28 @@ def understand(chain: Chain, around: Surroundings) -> Experts:
     """Find out what a chain computes.
 
     Args:
-        chain: The turns of a loop.
+        chain: The iterations of a loop.
         around: The graph that it stands in.
 
     Raises:
         RefusedError: The experts differ in more than their weights, or the chain is incomplete; says why.
     """
-    ordered = sorted(chain.turns, key=lambda turn: turn.selection.marks.expert or 0)
-    numbers = [turn.selection.marks.expert for turn in ordered]
+    ordered = sorted(chain.iterations, key=lambda iteration: iteration.selection.marks.expert or 0)
+    numbers = [iteration.selection.marks.expert for iteration in ordered]
     if numbers != list(range(len(numbers))):
         raise RefusedError(f"the loop runs over experts {numbers}, not over 0 to {len(numbers) - 1}")
     indices = around.twins[chain.indices]
-    if any(around.twins[turn.selection.marks.indices] is not indices for turn in ordered):
+    if any(around.twins[iteration.selection.marks.indices] is not indices for iteration in ordered):
         raise RefusedError("the experts are chosen by different indices")
-    if any(turn.through is not chain.through for turn in ordered):
+    if any(iteration.through is not chain.through for iteration in ordered):
         raise RefusedError("the experts' rows are added to different places")
-    overwrites = any(turn.overwrites for turn in ordered)
+    overwrites = any(iteration.overwrites for iteration in ordered)
     if overwrites and chain.indices.meta["val"].dim() > 1:
         raise RefusedError("rows are overwritten, not added to, and a token may have several experts")
     fixing = around.fixing.get(indices, {})
-    walks = [_Walk(turn, fixing.get(number, set()), around) for number, turn in enumerate(ordered)]
+    walks = [_Walk(iteration, fixing.get(number, set()), around) for number, iteration in enumerate(ordered)]
     shared, weights, kinds = _sort_leaves(walks, around.twins)
-    before = chain.turns[0].before
+    before = chain.iterations[0].before
     # Every row is written once, or holds nothing yet.
     settled = overwrites and (names_experts(indices, len(ordered)) or before.target in _ANYTHING)
     return Experts(
@@ -132,14 +132,14 @@ def understand(chain: Chain, around: Surroundings) -> Experts:
         shared=shared,
         weights=weights,
         start=None if settled else before,
-        result=chain.turns[-1].after,
+        result=chain.iterations[-1].after,
         line=chain.line,
         overwrites=overwrites and not settled and before.target not in ZEROS,
     )
 
 
 def same_values(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Each node → the first node that computes the same; loops compute the same thing in every turn."""
+    """Each node → the first node that computes the same; loops compute the same thing in every iteration."""
     first: dict[str, fx.Node] = {}
     twins: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -167,24 +167,24 @@ def _fixing_nodes(
 
 
 class _Walk:
-    """The nodes of one turn in a fixed order, with what they take from outside.
+    """The nodes of one iteration in a fixed order, with what they take from outside.
 
     Attributes:
-        steps: Each node's target and arguments, with references by position, so that turns can be compared.
+        steps: Each node's target and arguments, with references by position, so that iterations can be compared.
         leaves: Nodes from outside, in the order of their first use.
     """
 
-    def __init__(self, turn: Turn, fixing: set[fx.Node], around: Surroundings) -> None:
-        self._rows = turn.selection
+    def __init__(self, iteration: Iteration, fixing: set[fx.Node], around: Surroundings) -> None:
+        self._rows = iteration.selection
         self._fixing = fixing
         self._twins = around.twins
-        self._dependent = _dependents(turn, fixing, around.sums)
-        self._value = turn.value
+        self._dependent = _dependents(iteration, fixing, around.sums)
+        self._value = iteration.value
         self.nodes: list[fx.Node] = []
         self.leaves: list[fx.Node] = []
         self._positions: dict[fx.Node, tuple[str, int]] = {}
         self._of_weights: dict[fx.Node, bool] = {}
-        self._visit(turn.value)
+        self._visit(iteration.value)
         self.steps = [self._step(node) for node in self.nodes]
 
     def _visit(self, root: fx.Node) -> None:
@@ -243,7 +243,7 @@ class _Walk:
 
     def _step(self, node: fx.Node) -> tuple[Any, ...]:
         args = node.args
-        if node in self._fixing:  # the one number in which the turns differ
+        if node in self._fixing:  # the one number in which the iterations differ
             args = tuple("expert" if arg == self._rows.marks.expert else arg for arg in args)
 
         def refer(source: fx.Node) -> Any:
@@ -286,13 +286,13 @@ def _for_any_expert(graph: fx.Graph, node: fx.Node, source: fx.Node, expert: fx.
     return graph.call_function(_aten.squeeze.dim, (one, axis))
 
 
-def _dependents(turn: Turn, fixing: set[fx.Node], sums: Collection[fx.Node]) -> set[fx.Node]:
+def _dependents(iteration: Iteration, fixing: set[fx.Node], sums: Collection[fx.Node]) -> set[fx.Node]:
     """Every node that depends on the pairs or the number of one expert, up to the addition."""
-    stack: list[fx.Node] = [*turn.selection.rows, *fixing]
+    stack: list[fx.Node] = [*iteration.selection.rows, *fixing]
     seen = set(stack)
     while stack:
         for user in stack.pop().users:
-            if user not in seen and user is not turn.after and user not in sums:
+            if user not in seen and user is not iteration.after and user not in sums:
                 seen.add(user)
                 stack.append(user)
     return seen
@@ -301,7 +301,7 @@ def _dependents(turn: Turn, fixing: set[fx.Node], sums: Collection[fx.Node]) -> 
 def _sort_leaves(
     walks: list[_Walk], twins: Mapping[fx.Node, fx.Node]
 ) -> tuple[tuple[fx.Node, ...], tuple[Weight, ...], list[str]]:
-    """Compare the turns, and tell what all share from what each has of its own."""
+    """Compare the iterations, and tell what all share from what each has of its own."""
     first = walks[0]
     for number, walk in enumerate(walks):
         if len(walk.steps) != len(first.steps) or len(walk.leaves) != len(first.leaves):

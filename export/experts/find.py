@@ -41,7 +41,7 @@ class Selection:
 
 
 @dataclass(frozen=True)
-class Turn:
+class Iteration:
     """One expert's part: the rows that it computes and the node that adds them.
 
     Attributes:
@@ -64,35 +64,35 @@ class Turn:
 
 @dataclass(frozen=True)
 class Chain:
-    """The turns of one block, in trace order: one an expert."""
+    """The iterations of one block, in trace order: one an expert."""
 
-    turns: tuple[Turn, ...]
+    iterations: tuple[Iteration, ...]
 
     @property
     def indices(self) -> fx.Node:
-        return self.turns[0].selection.marks.indices
+        return self.iterations[0].selection.marks.indices
 
     @property
     def through(self) -> fx.Node | None:
-        """Where the turns add their rows; see `Turn`."""
-        return self.turns[0].through
+        """Where the iterations add their rows; see `Iteration`."""
+        return self.iterations[0].through
 
     @property
     def line(self) -> str | None:
         """`file:line` of the addition."""
-        return line_of(self.turns[0].after.meta.get("stack_trace"))
+        return line_of(self.iterations[0].after.meta.get("stack_trace"))
 
 
 def find_chains(graph: fx.Graph) -> tuple[Chain, ...]:
     """Every chain of additions by experts 0, 1, ... in the graph; each expert adds once."""
-    turns = [turn for selection in _selections(graph) for turn in _turns(selection)]
-    by_before = {turn.before: turn for turn in turns}
-    afters = {turn.after for turn in turns}
+    iterations = [iteration for selection in _selections(graph) for iteration in _iterations(selection)]
+    by_before = {iteration.before: iteration for iteration in iterations}
+    afters = {iteration.after for iteration in iterations}
     chains = []
-    for turn in turns:
-        if turn.before in afters:
+    for iteration in iterations:
+        if iteration.before in afters:
             continue
-        chain = [turn]
+        chain = [iteration]
         while chain[-1].after in by_before:
             chain.append(by_before[chain[-1].after])
         if len(chain) > 1:
@@ -158,24 +158,26 @@ def _indexes_by(user: fx.Node, mask: fx.Node) -> bool:
     )
 
 
-def _turns(selection: Selection) -> Iterator[Turn]:
+def _iterations(selection: Selection) -> Iterator[Iteration]:
     """The additions to the rows of a selection, or to rows that a table of the pairs gives for them."""
     for rows in selection.rows:
-        yield from _turns_at(rows, selection)
+        yield from _iterations_at(rows, selection)
         for user in rows.users:
             if user.target is _aten.index.Tensor and list(user.args[1]) == [rows]:  # type: ignore[arg-type]
                 table = user.args[0]
                 if isinstance(table, fx.Node) and _is_numbers(table):
-                    for turn in _turns_at(user, selection, through=table):
-                        yield dataclasses.replace(turn, through=table)
+                    for iteration in _iterations_at(user, selection, through=table):
+                        yield dataclasses.replace(iteration, through=table)
 
 
-def _turns_at(rows: fx.Node, selection: Selection, through: fx.Node | None = None) -> Iterator[Turn]:
+def _iterations_at(
+    rows: fx.Node, selection: Selection, through: fx.Node | None = None
+) -> Iterator[Iteration]:
     for place in _spread(rows):
         for user in place.users:
-            turn = _as_turn(user, place, selection)
-            if turn is not None and (turn.accumulates or _rows_differ(selection, through)):
-                yield turn
+            iteration = _as_iteration(user, place, selection)
+            if iteration is not None and (iteration.accumulates or _rows_differ(selection, through)):
+                yield iteration
 
 
 def _rows_differ(selection: Selection, through: fx.Node | None) -> bool:
@@ -210,17 +212,17 @@ _SPREADS = {
 _SCATTERS = {_aten.scatter_add.default, _aten.scatter_reduce.two}
 
 
-def _as_turn(node: fx.Node, rows: fx.Node, selection: Selection) -> Turn | None:
+def _as_iteration(node: fx.Node, rows: fx.Node, selection: Selection) -> Iteration | None:
     args = node.args
     if node.target in _SCATTERS and args[1] == 0 and args[2] is rows and not node.kwargs:
         adds = len(args) < 5 or args[4] == "sum"
         value = args[3]
         assert isinstance(value, fx.Node)
         if adds and rows.meta["val"].dim() == value.meta["val"].dim():
-            return Turn(selection, value, args[0], node)  # type: ignore[arg-type]
+            return Iteration(selection, value, args[0], node)  # type: ignore[arg-type]
         return None
     if node.target is _aten.index_add.default and args[1] == 0 and args[2] is rows and not node.kwargs:
-        return Turn(selection, args[3], args[0], node)  # type: ignore[arg-type]
+        return Iteration(selection, args[3], args[0], node)  # type: ignore[arg-type]
     if node.target is not _aten.index_put.default or list(args[1]) != [rows]:  # type: ignore[arg-type]
         return None
     before, value = args[0], args[2]
@@ -228,11 +230,11 @@ def _as_turn(node: fx.Node, rows: fx.Node, selection: Selection) -> Turn | None:
     assert isinstance(value, fx.Node)
     accumulate = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
     if accumulate:
-        return Turn(selection, value, before, node)
+        return Iteration(selection, value, before, node)
     added = _added(value, before, rows)
     if added is None:
-        return Turn(selection, value, before, node, overwrites=True, accumulates=False)
-    return Turn(selection, added, before, node, accumulates=False)
+        return Iteration(selection, value, before, node, overwrites=True, accumulates=False)
+    return Iteration(selection, added, before, node, accumulates=False)
 
 
 def _added(value: fx.Node, before: fx.Node, rows: fx.Node) -> fx.Node | None:

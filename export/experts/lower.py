@@ -150,7 +150,7 @@ def finish(
 
 
 def loop(w: Writer, block: Opaque) -> ir.Value:
-    """A `Loop` over the experts that were hit; each turn takes its weights from the stack."""
+    """A `Loop` over the experts that were hit; each iteration takes its weights from the stack."""
     return _sorted(w, block, loop_of)
 
 
@@ -162,14 +162,14 @@ def loop_of(
     pairs: Sorted,
     numbers: Sequence[int] | None = None,
 ) -> list[ir.Value]:
-    """The same as `slices_of`, a turn an expert that has rows."""
+    """The same as `slices_of`, one iteration per expert that has rows."""
     weights = ExpertWeights(w, block.weights, block.count, block.opset)
     stacks = weights.stacked(block.parts)
     called = None if numbers is None else w.constant(np.array(numbers, dtype=np.int64), f"{w.prefix}.numbers")
     hits = w.op("Squeeze", w.op("NonZero", pairs.counts), w.ints(0), name="hits")
-    turn = Turn(w.inner("turn"), block.parts.leaving)
-    inner = turn.writer
-    expert = inner.op("Gather", hits, turn.number, axis=0, name="expert")
+    iteration = Iteration(w.inner("iteration"), block.parts.leaving)
+    inner = iteration.writer
+    expert = inner.op("Gather", hits, iteration.number, axis=0, name="expert")
     bounds = [
         inner.op("Unsqueeze", inner.op("Gather", value, expert), w.ints(0))
         for value in (pairs.starts, pairs.ends)
@@ -178,7 +178,7 @@ def loop_of(
     ready = [inner.op("Gather", stack, expert, axis=0) for stack in stacks]
     ready = ready if weights.known else writer.prepared(inner, ready)
     number = expert if called is None else inner.op("Gather", called, expert)
-    body = turn.graph(writer.core(inner, mine, inner.op("Unsqueeze", number, w.ints(0)), ready))
+    body = iteration.graph(writer.core(inner, mine, inner.op("Unsqueeze", number, w.ints(0)), ready))
     always = w.constant(np.array(True), f"{w.prefix}.true")
     starts = [no_rows(w, value, pairs.token) for value in block.parts.leaving]
     parts = w.many("Loop", w.op("Size", hits), always, *starts, outputs=len(starts), body=body)
@@ -200,7 +200,7 @@ def no_rows(w: Writer, value: ir.Value, pairs: ir.Value) -> ir.Value:
     return empty
 
 
-class Turn:
+class Iteration:
     """The body of a `Loop` that puts the rows of one expert behind those of the experts before it."""
 
     def __init__(self, writer: Writer, leaving: Sequence[ir.Value]) -> None:
@@ -215,7 +215,7 @@ class Turn:
             self._sequences.append(ir.Value(name=f"{name}.before_{index}", type=rows_type))
 
     def graph(self, rows: Sequence[ir.Value]) -> ir.Graph:
-        """The finished body; `rows` are those of this turn."""
+        """The finished body; `rows` are those of this iteration."""
         longer = []
         for sequence, value in zip(self._sequences, rows, strict=True):
             longer.append(self.writer.op("SequenceInsert", sequence, value))

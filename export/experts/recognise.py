@@ -52,7 +52,7 @@ def _loops(graph: fx.Graph, refused: list[str]) -> dict[fx.Node, Loop]:
     for chain in chains:
         try:
             for part, experts in understand_loops(chain, around):
-                loops[part.turns[-1].after] = Loop(experts, part.through)
+                loops[part.iterations[-1].after] = Loop(experts, part.through)
         except RefusedError as error:
             refused.append(_stays("loop over", chain.line, str(error)))
     return loops

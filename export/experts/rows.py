@@ -1,6 +1,6 @@
 """What the leading axes of a value run over, in code that computes all token-expert pairs at once.
 
-Such code has no turn an expert. It lines the pairs up, S = N*k rows of them, and reads each row's expert from
+Such code has no iteration per expert. It lines the pairs up, S = N*k rows of them, and reads each row's expert from
 stacked weights. Every value that depends on the chosen indices is followed through the graph:
 
     grid    (N, k, ...)   a token, a slot

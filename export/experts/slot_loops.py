@@ -1,10 +1,11 @@
 """Loops over slots and experts, in either order: `for j in range(k): for e in ...: out[idx[:, j] == e] += ...`.
 
 ```
-turns ─▶ those of one slot, idx[:, j] ─▶ `understand` ─▶ one block a slot, all alike ─▶ one block, indices (N, k)
+iterations ─▶ those of one slot, idx[:, j] ─▶ `understand` ─▶ one block a slot, all alike ─▶ one block, indices (N, k)
 ```
-Each slot's turns are a loop over experts with indices (N,). They are one block if the slots use the same weights and
-compute the same; what they read for themselves, `w[:, j]`, becomes a value (N, k, ...) of which a pair reads its own.
+Each slot's iterations are a loop over experts with indices (N,). They are one block if the slots use the same weights
+and compute the same; what they read for themselves, `w[:, j]`, becomes a value (N, k, ...) of which a pair reads its
+own.
 
 Letters: N tokens, k slots, E experts.
 """
@@ -22,7 +23,7 @@ from torch import fx
 from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts, Surroundings, understand
-from moe_export.export.experts.find import Chain, Turn
+from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.frontend.source import line_of
 
 _aten = torch.ops.aten
@@ -34,26 +35,26 @@ def understand_loops(chain: Chain, around: Surroundings) -> list[tuple[Chain, Ex
     """Find out what a chain computes; see `understand`.
 
     Returns:
-        One block, and its turns; one after the other where slots that follow each other are not alike.
+        One block, and its iterations; one after the other where slots that follow each other are not alike.
 
     Raises:
         RefusedError: The experts, or the slots, differ in more than they may; says why.
     """
-    slots: dict[fx.Node, list[Turn]] = {}
-    for turn in chain.turns:
-        slots.setdefault(around.twins[turn.selection.marks.indices], []).append(turn)
+    slots: dict[fx.Node, list[Iteration]] = {}
+    for iteration in chain.iterations:
+        slots.setdefault(around.twins[iteration.selection.marks.indices], []).append(iteration)
     if len(slots) == 1 or any(rank_of(indices) != 1 for indices in slots):
         return [(chain, understand(chain, around))]
-    if any(turn.through is not None for turn in chain.turns):
+    if any(iteration.through is not None for iteration in chain.iterations):
         raise RefusedError("the experts are chosen by different indices, and their rows are lined up")
-    if any(turn.overwrites for turn in chain.turns):
+    if any(iteration.overwrites for iteration in chain.iterations):
         raise RefusedError("rows are overwritten, not added to, and a token may have several experts")
-    parts = [Chain(tuple(turns)) for turns in slots.values()]
+    parts = [Chain(tuple(iterations)) for iterations in slots.values()]
     blocks = [understand(part, around) for part in parts]
     try:
         return [(chain, _joined(blocks, chain, around.twins))]
     except RefusedError:
-        if [turn for part in parts for turn in part.turns] != list(chain.turns):
+        if [iteration for part in parts for iteration in part.iterations] != list(chain.iterations):
             raise
         return list(zip(parts, blocks, strict=True))
 
@@ -77,8 +78,8 @@ def _joined(blocks: Sequence[Experts], chain: Chain, twins: Mapping[fx.Node, fx.
         indices=_over_slots([block.indices for block in blocks], twins),
         body=body,
         shared=tuple(shared),
-        start=chain.turns[0].before,
-        result=chain.turns[-1].after,
+        start=chain.iterations[0].before,
+        result=chain.iterations[-1].after,
         line=chain.line,
     )
 

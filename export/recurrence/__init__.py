@@ -1,1 +1,1 @@
-"""Python loops over time: found in traces at several lengths, and folded to one turn, for any length."""
+"""Python loops over time: found in traces at several lengths, and folded to one iteration, for any length."""

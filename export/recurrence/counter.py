@@ -1,7 +1,7 @@
 """Steps that compute with their number: the numbers as a sequence outside the loop, one element of which a step reads.
 
-    x[:, t] / (t + 1)        arange(turns) + 1 ─▶ n      div(x[t], n[t])
-    h * 0.9 ** (L - 1 - t)   0.9 ** (L - 1 - arange(turns)) ─▶ p      mul(h, p[t])
+    x[:, t] / (t + 1)        arange(iterations) + 1 ─▶ n      div(x[t], n[t])
+    h * 0.9 ** (L - 1 - t)   0.9 ** (L - 1 - arange(iterations)) ─▶ p      mul(h, p[t])
 
 The operator takes a tensor where it took a number: `pow(x, 3)` becomes `pow(x, tensor)`. Integers stay int64 up to the
 last, and their ratios are divided in the type that the step computes in, so that an engine without float64 computes
@@ -20,13 +20,13 @@ from torch import fx
 
 from moe_export.export.recurrence.form import Form
 from moe_export.export.recurrence.law import Applied, Law, Line, OfLength, Power, Ratio
-from moe_export.export.recurrence.loop import Series, Step, Turning
+from moe_export.export.recurrence.loop import InductionVariable, Series, Step
 from moe_export.export.recurrence.operand import atoms, operator_name
 from moe_export.export.torch_compat.operators import arguments_of
 
 aten = torch.ops.aten
 
-COUNT = "count of turns"  # in the metadata of the node that counts the turns of a loop
+COUNT = "count of iterations"  # in the metadata of the node that counts the iterations of a loop
 
 _FUNCTIONS = {
     "cos": aten.cos.default, "sin": aten.sin.default, "exp": aten.exp.default, "log": aten.log.default,
@@ -43,8 +43,8 @@ _FILLING = {
 
 
 def counts(argument: Any) -> bool:
-    """Whether an operand is a number that changes from turn to turn, or by a law with the length."""
-    return isinstance(argument, (Turning, Series, Ratio, Power, Applied, OfLength))
+    """Whether an operand is a number that changes from iteration to iteration, or by a law with the length."""
+    return isinstance(argument, (InductionVariable, Series, Ratio, Power, Applied, OfLength))
 
 
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
@@ -66,14 +66,14 @@ def why_not(step: Step, node: fx.Node) -> str | None:
 
     Args:
         step: Of which an operand counts.
-        node: One turn of it in the trace.
+        node: One iteration of it in the trace.
     """
     name = operator_name(node.target)
     if _taking(step) is None:
         return f"the number of the step is an argument of {name} that must be the same in every step"
     dtype = number_type(node, step)
     numbers = [leaf for leaf in atoms((step.args, step.kwargs)) if counts(leaf)]
-    if not dtype.is_floating_point and not all(isinstance(number, Turning) for number in numbers):
+    if not dtype.is_floating_point and not all(isinstance(number, InductionVariable) for number in numbers):
         return f"{name} takes an integer that is no multiple of the number of the step"
     return None
 
@@ -107,7 +107,9 @@ def number_type(node: fx.Node, step: Step) -> torch.dtype:
         return dtype
     tensors = [source.meta["val"] for source in node.all_input_nodes if _is_tensor(source)]
     if dtype == torch.bool:
-        integers = all(isinstance(leaf, Turning) for leaf in atoms((step.args, step.kwargs)) if counts(leaf))
+        integers = all(
+            isinstance(leaf, InductionVariable) for leaf in atoms((step.args, step.kwargs)) if counts(leaf)
+        )
         return torch.result_type(torch.empty(1, dtype=tensors[0].dtype), 1 if integers else 1.0)
     if node.target in _WIDE and any(tensor.dim() for tensor in tensors):
         return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
@@ -126,7 +128,7 @@ def write_step(
     Args:
         call: Writes one node of the body.
         step: The step.
-        node: One turn of it in the trace.
+        node: One iteration of it in the trace.
         operand: Writes an operand that does not count.
         element: Gives the element of a sequence of numbers, from the number and its type.
     """
@@ -159,21 +161,21 @@ def write_step(
 
 
 class Counter:
-    """Writes numbers that count the turns of a loop as sequences, one entry a turn.
+    """Writes numbers that count the iterations of a loop as sequences, one entry per iteration.
 
     Args:
         call: Writes one node outside of the loop.
         number: Gives an integer of the length, as a number or the node that computes it.
-        turns: The number of turns, an integer of the length.
+        iterations: The number of iterations, an integer of the length.
     """
 
-    def __init__(self, call: Callable[..., fx.Node], number: Callable[[Any], Any], turns: Any) -> None:
-        self._call, self._number, self._turns = call, number, turns
+    def __init__(self, call: Callable[..., fx.Node], number: Callable[[Any], Any], iterations: Any) -> None:
+        self._call, self._number, self._iterations = call, number, iterations
         self._known: dict[Any, fx.Node] = {}
 
-    def sequence(self, number: Turning | Law, dtype: torch.dtype) -> fx.Node:
-        """The numbers of all turns, (turns,), in a type."""
-        if isinstance(number, Turning):
+    def sequence(self, number: InductionVariable | Law, dtype: torch.dtype) -> fx.Node:
+        """The numbers of all iterations, (iterations,), in a type."""
+        if isinstance(number, InductionVariable):
             return self._as(self._integers(self._number(number.first), number.step), dtype)
         if isinstance(number, Ratio) and number.scale == 1:
             wide = torch.promote_types(dtype, torch.float32)
@@ -181,7 +183,7 @@ class Counter:
         return self._as(self._in_float64(number), dtype)
 
     def scalar(self, number: OfLength, dtype: torch.dtype) -> fx.Node:
-        """A number of the length, (), in a type. There is one turn."""
+        """A number of the length, (), in a type. There is one iteration."""
         return self._call(aten.select.int, self.sequence(number.law, dtype), 0, 0)
 
     def _as(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -194,7 +196,9 @@ class Counter:
         return self._known[tuple(name)]
 
     def _count(self) -> fx.Node:
-        node = self._call(aten.arange.default, self._number(self._turns), dtype=torch.int64, device="cpu")
+        node = self._call(
+            aten.arange.default, self._number(self._iterations), dtype=torch.int64, device="cpu"
+        )
         node.meta[COUNT] = True
         return node
 
@@ -209,7 +213,7 @@ class Counter:
         return node
 
     def _line(self, line: Line, dtype: torch.dtype, least: int | None = None) -> Any:
-        """A line in a type: a sequence, or one number where it is the same in every turn.
+        """A line in a type: a sequence, or one number where it is the same in every iteration.
 
         The length is taken to be `least` where it is less.
         """
@@ -218,15 +222,15 @@ class Counter:
         if least is not None and line.length:
             limit = torch.sym_max if line.length > 0 else torch.sym_min
             number = self._once("limit", rest, least, lambda: self._call(limit, number, rest.at(least)))
-        return self._as(self._integers(number, line.turn), dtype) if line.turn else number
+        return self._as(self._integers(number, line.iteration), dtype) if line.iteration else number
 
     def _ratio(self, ratio: Ratio, dtype: torch.dtype) -> fx.Node:
         above, below = ratio.numerator, ratio.denominator
         least = None
-        if not below.turn and below.length > 0 and below.length + below.rest == 0:
+        if not below.iteration and below.length > 0 and below.length + below.rest == 0:
             least = 2  # t / (L - 1) is 0 / 0 at length 1; a model that computes there says max(L - 1, 1)
         node, under = self._line(above, dtype, least), self._line(below, dtype, least)
-        if not above.turn:
+        if not above.iteration:
             node = self._call(aten.mul.Tensor, self._as(self._integers(1, 0), dtype), node)
         if under != 1:
             node = self._call(aten.div.Tensor, node, under)

@@ -295,11 +295,11 @@ class _Builder:
     def _loop(self, item: Folded) -> fx.Node:
         writer = BodyWriter(self, item.loop)
         collected = self._wanted[item.number]
-        turns = item.loop.turns
-        least = turns.at(1) if isinstance(turns, Form) else int(turns)
+        iterations = item.loop.iterations
+        least = iterations.at(1) if isinstance(iterations, Form) else int(iterations)
         graph = writer.write(collected.operands())
         body = LoopBody(item.number, graph, len(writer.initial), writer.alongs, collected.alongs(), least)
         collected.states = writer.states
         return self.call(
-            body, writer.initial, writer.sequences, writer.captured, self.number(item.loop.turns)
+            body, writer.initial, writer.sequences, writer.captured, self.number(item.loop.iterations)
         )

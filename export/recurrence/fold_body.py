@@ -1,4 +1,4 @@
-"""The body of a folded loop: the graph of one turn, and the sequences that it runs over."""
+"""The body of a folded loop: the graph of one iteration, and the sequences that it runs over."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from moe_export.export.frontend.source import line_of
 from moe_export.export.recurrence.counter import Counter, counts, why_not, write_step
 from moe_export.export.recurrence.form import Form, moved, scaled
 from moe_export.export.recurrence.law import OfLength
-from moe_export.export.recurrence.loop import Carried, Local, Loop, Made, Outside, Step, Turning
+from moe_export.export.recurrence.loop import Carried, InductionVariable, Local, Loop, Made, Outside, Step
 from moe_export.export.recurrence.loop_body import Along
 from moe_export.export.recurrence.operand import PART, SELECT, SLICE, View, atoms
 from moe_export.export.recurrence.skeleton import (
@@ -78,12 +78,12 @@ def write_counting(
 
 
 class BodyWriter:
-    """Writes one turn as a graph: states, elements and captured values in, next states and collected values out.
+    """Writes one iteration as a graph: states, elements and captured values in, next states and collected values out.
 
     Attributes:
         initial: Nodes outside that the states start from.
         sequences: Nodes outside that the loop runs over, with the axis of each in `alongs`.
-        captured: Nodes outside that are the same in every turn.
+        captured: Nodes outside that are the same in every iteration.
         states: The index of each carried value.
     """
 
@@ -99,7 +99,7 @@ class BodyWriter:
         self._order: dict[str, list[fx.Node]] = {"state": [], "element": [], "captured": []}
         self._steps: dict[int, fx.Node] = {}
         self._meta: dict[str, Any] = {}
-        self._counter = Counter(outer.call, outer.number, loop.turns)
+        self._counter = Counter(outer.call, outer.number, loop.iterations)
 
     def write(self, collected: list[Any]) -> fx.Graph:
         """Write the graph; `collected` are operands to hand out besides the next states."""
@@ -131,7 +131,7 @@ class BodyWriter:
         return self._call(step.target, *self._argument(step.args), **self._argument(step.kwargs))
 
     def _count(self, number: Any, dtype: torch.dtype) -> fx.Node:
-        """The number of a turn, read from the numbers of all turns."""
+        """The number of an iteration, read from the numbers of all iterations."""
         key = (number, dtype)
         if isinstance(number, OfLength):
             return self._capture(key, lambda: Counter(self._outer.call, self._outer.number, 1).scalar(*key))
@@ -203,23 +203,23 @@ class BodyWriter:
     # Values from outside
 
     def _outside(self, operand: Outside) -> fx.Node:
-        turning = [
+        variable = [
             depth
             for depth, view in enumerate(operand.path)
-            if any(isinstance(number, Turning) for number in view.numbers)
+            if any(isinstance(number, InductionVariable) for number in view.numbers)
         ]
         base: Any = operand.base
-        if isinstance(base, Made) and isinstance(base.turn, Turning):
-            if turning:
+        if isinstance(base, Made) and isinstance(base.iteration, InductionVariable):
+            if variable:
                 raise LengthError("an index moves with the steps of two loops", self._loop.line)
             column = self._outer_column(base)
-            view = View(SELECT, (0, base.turn), self._outer.loop(base.loop).turns)
+            view = View(SELECT, (0, base.iteration), self._outer.loop(base.loop).iterations)
             return self._viewed(self._element(column, view), operand.path)
-        if not turning:
+        if not variable:
             return self._capture(operand, lambda: self._outer.value(operand))
-        if len(turning) > 1:
+        if len(variable) > 1:
             raise LengthError("two indices of one value move from step to step", self._loop.line)
-        depth = turning[0]
+        depth = variable[0]
         view, rest = operand.path[depth], operand.path[depth + 1 :]
         value = Value(base, operand.path[:depth])
         if view.kind == PART:
@@ -229,24 +229,24 @@ class BodyWriter:
         return self._viewed(node, rest)
 
     def _outer_column(self, base: Made) -> fx.Node:
-        whole = dataclasses.replace(base, turn=None)
+        whole = dataclasses.replace(base, iteration=None)
         return self._outer.value(Value(whole))
 
     def _part(self, base: Any, view: View) -> tuple[Value, View]:
-        """A part of an even `split` that moves with the turns → a window that does."""
-        turning = view.numbers[0]
+        """A part of an even `split` that moves with the iterations → a window that does."""
+        variable = view.numbers[0]
         item = self._outer.item(base) if isinstance(base, Place) else None
         if isinstance(item, Call) and item.target is aten.split.Tensor:
             source, width, axis = (*item.args, 0)[:3]
             value = item.node.args[0].meta["val"]  # type: ignore[union-attr]
             if isinstance(source, Value) and isinstance(width, int):
-                start = Turning(scaled(turning.first, width), turning.step * width)
-                end = Turning(moved(start.first, width), start.step)
+                start = InductionVariable(scaled(variable.first, width), variable.step * width)
+                end = InductionVariable(moved(start.first, width), start.step)
                 return source, View(SLICE, (int(axis) % value.dim(), start, end, 1))
         raise LengthError("the loop runs over parts that are not even", self._loop.line)
 
     def _element(self, source: fx.Node, view: View) -> fx.Node:
-        """One index a turn."""
+        """One index per iteration."""
         axis, index = view.numbers
         key = (source, axis, index)
         known = ("element", key) in self._inputs
@@ -256,27 +256,33 @@ class BodyWriter:
             self.alongs.append(Along(axis, index.step < 0))
         return node
 
-    def _sequence(self, source: fx.Node, axis: int, index: Turning, size: Any) -> fx.Node:
-        """The part of a tensor that the turns read, in ascending order."""
-        turns, step = self._loop.turns, abs(index.step)
+    def _sequence(self, source: fx.Node, axis: int, index: InductionVariable, size: Any) -> fx.Node:
+        """The part of a tensor that the iterations read, in ascending order."""
+        iterations, step = self._loop.iterations, abs(index.step)
         low = index.first
         if index.step < 0:
-            low = moved(low, scaled(moved(turns, -1), index.step))
-        if low == 0 and step == 1 and size == turns:
+            low = moved(low, scaled(moved(iterations, -1), index.step))
+        if low == 0 and step == 1 and size == iterations:
             return source
-        end = moved(moved(low, scaled(moved(turns, -1), step)), 1)
+        end = moved(moved(low, scaled(moved(iterations, -1), step)), 1)
         return self._outer.viewed(source, (View(SLICE, (axis, low, end, step)),))
 
     def _window(self, source: fx.Node, view: View) -> fx.Node:
-        """Several indices a turn: `x[:, t * 4 : t * 4 + 4]`, or a window that moves."""
+        """Several indices per iteration: `x[:, t * 4 : t * 4 + 4]`, or a window that moves."""
         axis, start, end, step = view.numbers
-        if not (isinstance(start, Turning) and isinstance(end, Turning) and start.step == end.step):
+        if not (
+            isinstance(start, InductionVariable)
+            and isinstance(end, InductionVariable)
+            and start.step == end.step
+        ):
             raise LengthError("the loop reads a part that grows from step to step", self._loop.line)
         width = moved(end.first, scaled(start.first, -1))
         if not isinstance(width, int) or step != 1 or width > _WIDEST_WINDOW:
             raise LengthError(f"the loop reads {width} places a step", self._loop.line)
         places = [
-            self._element(source, View(SELECT, (axis, Turning(moved(start.first, k), start.step)), view.size))
+            self._element(
+                source, View(SELECT, (axis, InductionVariable(moved(start.first, k), start.step)), view.size)
+            )
             for k in range(width)
         ]
         if width == 1:

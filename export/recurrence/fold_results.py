@@ -1,4 +1,4 @@
-"""What a folded loop hands out: its last states, and what it made in every turn, stacked along an axis."""
+"""What a folded loop hands out: its last states, and what it made in every iteration, stacked along an axis."""
 
 from __future__ import annotations
 
@@ -36,36 +36,36 @@ class Collected:
         return [along for _, along in self._columns]
 
     def want(self, operand: Any, along: Along) -> None:
-        """Note that somebody outside needs an operand of every turn."""
+        """Note that somebody outside needs an operand of every iteration."""
         self._columns.setdefault((operand, along), len(self._columns))
 
     def column(self, outer: Outer, operand: Any, along: Along) -> fx.Node:
-        """An operand of every turn, stacked."""
+        """An operand of every iteration, stacked."""
         return outer.result(self._number, len(self.states) + self._columns[operand, along])
 
     def is_last(self, made: Made) -> bool:
-        """Whether a value is that of the last turn, and a carried one."""
-        return made.turn == moved(self._loop.turns, -1) and any(
+        """Whether a value is that of the last iteration, and a carried one."""
+        return made.iteration == moved(self._loop.iterations, -1) and any(
             start.carried == Carried(made.position, made.part, 1) for start in self._loop.starts
         )
 
     def made(self, outer: Outer, made: Made) -> fx.Node:
-        """The value of one turn; of every turn, stacked, if the turn is None."""
+        """The value of one iteration; of every iteration, stacked, if the iteration is None."""
         if self.is_last(made):
             return outer.result(self._number, self.states[Carried(made.position, made.part, 1)])
         column = self.column(outer, Local(made.position, made.part), Along(0))
-        if made.turn is None:
+        if made.iteration is None:
             return column
-        return outer.viewed(column, (View(SELECT, (0, made.turn)),))
+        return outer.viewed(column, (View(SELECT, (0, made.iteration)),))
 
     def row(self, outer: Outer, row: Row, item: Call) -> fx.Node:
-        """The values of all turns, or of some that follow each other, as `item` joins them."""
+        """The values of all iterations, or of some that follow each other, as `item` joins them."""
         operand, along, flat = _row_column(row, item, self._loop)
         node = self.column(outer, operand, along)
-        if row.first != 0 or row.count != self._loop.turns:
+        if row.first != 0 or row.count != self._loop.iterations:
             first = row.first
-            if row.backwards:  # the last turn stands first
-                first = moved(self._loop.turns, scaled(moved(row.first, row.count), -1))
+            if row.backwards:  # the last iteration stands first
+                first = moved(self._loop.iterations, scaled(moved(row.first, row.count), -1))
             end = moved(first, row.count)
             node = outer.viewed(node, (View(SLICE, (along.axis, first, end, 1)),))
         return outer.call(aten.flatten.using_ints, node, along.axis, along.axis + 1) if flat else node
@@ -84,7 +84,7 @@ class Collected:
             empty = self._loop.written[position].size == 0
             return node if empty else outer.call(aten.cat.default, [before, node], write.along.axis)
         if write.stride != 1:
-            last = moved(scaled(moved(self._loop.turns, -1), write.stride), write.first)
+            last = moved(scaled(moved(self._loop.iterations, -1), write.stride), write.first)
             return outer.call(
                 aten.slice_scatter.default, before, node, write.along.axis,
                 outer.number(write.first), outer.number(moved(last, 1)), write.stride,
@@ -105,7 +105,7 @@ class Collected:
 
 @dataclasses.dataclass(frozen=True)
 class _Write:
-    """How a loop fills a buffer: `operand` of each turn along an axis, from `first` on, `stride` apart."""
+    """How a loop fills a buffer: `operand` of each iteration along an axis, from `first` on, `stride` apart."""
 
     operand: Any
     along: Along
@@ -128,7 +128,7 @@ def _write(loop: Loop, position: int) -> _Write:
             Along(_positive(axis, loop, position)),
             True,
             written.size,
-            loop.turns,
+            loop.iterations,
             1,
             None,
             start,
@@ -142,9 +142,9 @@ def _write(loop: Loop, position: int) -> _Write:
             raise LengthError("the loop writes over what it wrote the step before", loop.line)
     low = first.first
     if first.step < 0:
-        low = moved(low, scaled(moved(loop.turns, -1), first.step))
+        low = moved(low, scaled(moved(loop.iterations, -1), first.step))
     stride = 1 if width == abs(first.step) else abs(first.step)
-    covered = scaled(loop.turns, width)
+    covered = scaled(loop.iterations, width)
     return _Write(step.args[1], Along(axis, first.step < 0), flat, low, covered, stride, written.size, start)
 
 
@@ -190,7 +190,7 @@ def _want(part: Any, item: Any, found: dict[int, Collected], loops: dict[int, Lo
 
 
 def _parts(value: Any) -> Iterator[Any]:
-    """Every row, buffer and value of a turn inside nested data."""
+    """Every row, buffer and value of an iteration inside nested data."""
     if isinstance(value, (Row, Whole, Made)):
         yield value
     elif isinstance(value, Mapping):

@@ -25,7 +25,7 @@ class Form:
     Example:
         >>> form_of({8: 7, 9: 8, 11: 10})
         Form(slope=1, offset=-1, divisor=1, factor=1, shift=0, plus=0, of=0)
-        >>> print(form_of({8: 4, 9: 5, 11: 6}))  # the turns of range(0, L, 2)
+        >>> print(form_of({8: 4, 9: 5, 11: 6}))  # the iterations of range(0, L, 2)
         (L + 1) // 2
         >>> print(form_of({13: 3, 18: 2, 24: 0, 31: 1}))  # what fills it up to a multiple of 4
         4 * ((L + 3) // 4) - L
@@ -82,8 +82,8 @@ def _of_chunks(values: Mapping[int, int], form: Form) -> Form | None:
     rounded = {length: (form.slope * length + form.offset) // form.divisor for length in values}
     rest = {length: value - form.plus * length for length, value in values.items()}
     first, last = min(values), max(values)
-    turns = rounded[last] - rounded[first]
-    factor, uneven = divmod(rest[last] - rest[first], turns) if turns else (0, 0)
+    iterations = rounded[last] - rounded[first]
+    factor, uneven = divmod(rest[last] - rest[first], iterations) if iterations else (0, 0)
     found = replace(form, factor=factor, shift=rest[first] - factor * rounded[first])
     if not factor or uneven or any(found.at(length) != value for length, value in values.items()):
         return None

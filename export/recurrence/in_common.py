@@ -14,7 +14,7 @@ from moe_export.export.recurrence.generalised import UnlikeError, generalised
 from moe_export.export.recurrence.grow import Refusal
 from moe_export.export.recurrence.loops import Repeats, find_loops
 from moe_export.export.recurrence.operand import operator_name
-from moe_export.export.recurrence.period import LEAST_TURNS
+from moe_export.export.recurrence.period import LEAST_ITERATIONS
 from moe_export.export.recurrence.skeleton import LengthError, Skeleton, skeleton
 from moe_export.export.recurrence.straighten import straighten
 from moe_export.export.tracing.dims import DimRequest
@@ -111,7 +111,7 @@ def _unlike(fewer: Sequence[fx.Node], more: Sequence[fx.Node]) -> NoLoopError:
     most = max(lines, key=lambda line: long[line] - short[line])
     there = [node for node in more if line_of(node.meta.get("stack_trace")) == most]
     times = Counter(operator_name(node.target) for node in there)
-    names = [name for name, count in times.items() if count >= LEAST_TURNS][:4]
+    names = [name for name, count in times.items() if count >= LEAST_ITERATIONS][:4]
     return NoLoopError(
         f"its steps are not alike: in turns, they compute {', '.join(names) or 'other things'}", most
     )

@@ -1,6 +1,6 @@
-"""`Law`: a number that Python computed from the number of the step, as a function of the turn and of the length.
+"""`Law`: a number that Python computed from the number of the step, as a function of the iteration and of the length.
 
-    x[:, t] / (t + 1)       an integer that counts: a `Turning`, which needs no law
+    x[:, t] / (t + 1)       an integer that counts: a `InductionVariable`, which needs no law
     1 - t / L               Ratio     (L - t) / L
     0.9 ** (L - 1 - t)      Power     0.9 ** (L - t - 1)
     math.cos(t / 100)       Applied   cos(t / 100)
@@ -8,7 +8,7 @@
 A trace has the values only. `law_fit` finds the law behind them; `counter` writes it as a sequence that the loop runs
 over: integers and their ratios without float64, everything else in float64, rounded once to what the step computes in.
 
-Letters: t turn of the loop, from 0; L length.
+Letters: t iteration of the loop, from 0; L length.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ FUNCTIONS: Mapping[str, Callable[[float], float]] = {
 
 @dataclass(frozen=True)
 class Line:
-    """The integer `turn * t + length * L + rest`."""
+    """The integer `iteration * t + length * L + rest`."""
 
-    turn: int
+    iteration: int
     length: int
     rest: int
 
-    def at(self, turn: int, length: int) -> int:
-        """The value in a turn, at a length."""
-        return self.turn * turn + self.length * length + self.rest
+    def at(self, iteration: int, length: int) -> int:
+        """The value in an iteration, at a length."""
+        return self.iteration * iteration + self.length * length + self.rest
 
     def __str__(self) -> str:
         text = ""
-        for factor, letter in sorted(((self.turn, "t"), (self.length, "L")), reverse=True):
+        for factor, letter in sorted(((self.iteration, "t"), (self.length, "L")), reverse=True):
             if factor:
                 sign = (" - " if factor < 0 else " + ") if text else ("-" if factor < 0 else "")
                 text += sign + (letter if abs(factor) == 1 else f"{abs(factor)} * {letter}")
@@ -53,15 +53,15 @@ class Ratio:
     denominator: Line
     scale: float = 1.0
 
-    def at(self, turn: int, length: int) -> float:
-        """The value in a turn, at a length, as Python computes it."""
-        return self.scale * (self.numerator.at(turn, length) / self.denominator.at(turn, length))
+    def at(self, iteration: int, length: int) -> float:
+        """The value in an iteration, at a length, as Python computes it."""
+        return self.scale * (self.numerator.at(iteration, length) / self.denominator.at(iteration, length))
 
-    def size(self, turn: int, length: int) -> float:
+    def size(self, iteration: int, length: int) -> float:
         """The largest of the terms that the value is computed from."""
-        below = abs(self.denominator.at(turn, length))
+        below = abs(self.denominator.at(iteration, length))
         line = self.numerator
-        terms = (line.turn * turn, line.length * length, line.rest)
+        terms = (line.iteration * iteration, line.length * length, line.rest)
         return abs(self.scale) * max(abs(term) for term in terms) / below
 
     def __str__(self) -> str:
@@ -80,14 +80,14 @@ class Power:
     scale: float = 1.0
     shift: float = 0.0
 
-    def at(self, turn: int, length: int) -> float:
-        """The value in a turn, at a length, as Python computes it."""
-        power: float = float(self.base) ** self.exponent.at(turn, length)
+    def at(self, iteration: int, length: int) -> float:
+        """The value in an iteration, at a length, as Python computes it."""
+        power: float = float(self.base) ** self.exponent.at(iteration, length)
         return self.shift + self.scale * power
 
-    def size(self, turn: int, length: int) -> float:
+    def size(self, iteration: int, length: int) -> float:
         """The largest of the terms that the value is computed from."""
-        return max(abs(self.shift), abs(self.at(turn, length)))
+        return max(abs(self.shift), abs(self.at(iteration, length)))
 
     def __str__(self) -> str:
         base = f"({self.base!r})" if self.base < 0 else repr(self.base)
@@ -103,16 +103,16 @@ class Applied:
     scale: float = 1.0
     shift: float = 0.0
 
-    def at(self, turn: int, length: int) -> float:
-        """The value in a turn, at a length, as Python computes it."""
-        return self.shift + self.scale * self._applied(self.inner.at(turn, length))
+    def at(self, iteration: int, length: int) -> float:
+        """The value in an iteration, at a length, as Python computes it."""
+        return self.shift + self.scale * self._applied(self.inner.at(iteration, length))
 
-    def size(self, turn: int, length: int) -> float:
+    def size(self, iteration: int, length: int) -> float:
         """The largest of the terms that the value is computed from, more where rounding the argument weighs more."""
-        inner = self.inner.at(turn, length)
+        inner = self.inner.at(iteration, length)
         size = max(abs(self.shift), abs(self.scale * self._applied(inner)))
         if self.function in ("cos", "sin", "exp"):
-            return size * (1 + self.inner.size(turn, length))
+            return size * (1 + self.inner.size(iteration, length))
         return max(size, abs(self.scale)) if self.function == "log" else size
 
     def _applied(self, value: float) -> float:
@@ -144,7 +144,7 @@ Law = Ratio | Power | Applied
 
 @dataclass(frozen=True)
 class OfLength:
-    """A number that is the same in every turn, and another at another length: `1 / L`."""
+    """A number that is the same in every iteration, and another at another length: `1 / L`."""
 
     law: Law
 

@@ -19,7 +19,7 @@ import numpy as np
 
 from moe_export.export.recurrence.law import Applied, Law, Line, Power, Ratio
 
-LEAST = 5  # turns: three constants and two values that confirm them
+LEAST = 5  # iterations: three constants and two values that confirm them
 
 _LAST_DIGITS = 8 * 2.0**-52
 _ROUND = (1, 10, 100, 10**3, 10**4, 10**5, 10**6, 10**7)  # denominators of constants
@@ -38,9 +38,9 @@ _Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 class Point(NamedTuple):
-    """A value of one turn at one length."""
+    """A value of one iteration at one length."""
 
-    turn: int
+    iteration: int
     length: int
     value: float
 
@@ -49,10 +49,10 @@ def law_of(columns: Mapping[int, Sequence[float]]) -> Law | None:
     """The law that gives these values; None if no form of law does.
 
     Args:
-        columns: Length → the value of each turn, at least five of them and not all the same.
+        columns: Length → the value of each iteration, at least five of them and not all the same.
     """
     try:
-        rows = [[Point(turn, length, float(value)) for turn, value in enumerate(column)]
+        rows = [[Point(iteration, length, float(value)) for iteration, value in enumerate(column)]
                 for length, column in columns.items()]  # fmt: skip
     except OverflowError:
         return None
@@ -69,22 +69,22 @@ def _law_of_few(values: tuple[float, ...]) -> Law | None:
 
 
 @functools.lru_cache(maxsize=4096)  # every place of a run is tried as the start of a loop
-def law_of_turns(values: tuple[float, ...]) -> tuple[Law | None, int]:
-    """The law of the turns of one trace, and for how many turns from the first it holds."""
+def law_of_iterations(values: tuple[float, ...]) -> tuple[Law | None, int]:
+    """The law of the iterations of one trace, and for how many iterations from the first it holds."""
     if len(set(values[:LEAST])) == 1:
         return None, 0
     few = _law_of_few(values[:LEAST])
     law = few and (law_of({0: values}) or few)  # more values, fewer digits lost
     if law is None:
         return None, 0
-    points = [Point(turn, 0, float(value)) for turn, value in enumerate(values)]
+    points = [Point(iteration, 0, float(value)) for iteration, value in enumerate(values)]
     largest = max(abs(point.value) for point in points)
     fitting = itertools.takewhile(lambda point: fits(law, [point], largest), points)
     return law, sum(1 for _ in fitting)
 
 
 def law_of_length(values: Mapping[int, float]) -> Ratio | Applied | None:
-    """The law of a number that is the same in every turn; None if it has none of the usual forms.
+    """The law of a number that is the same in every iteration; None if it has none of the usual forms.
 
     Args:
         values: Length → value; at least three, of which one gives the only constant that is not small.
@@ -118,14 +118,16 @@ def fits(law: Law, points: Sequence[Point], largest: float) -> bool:
 
     Args:
         law: The law.
-        points: Turns and lengths with their values.
+        points: Iterations and lengths with their values.
         largest: How large the values become.
     """
     try:
-        for turn, length, value in points:
-            size = max(law.size(turn, length), abs(value))
-            digits = _LAST_DIGITS * (1 + turn / 8)  # a sum that Python adds to is rounded in every turn
-            if size > _CANCELLED * largest or abs(law.at(turn, length) - value) > digits * size:
+        for iteration, length, value in points:
+            size = max(law.size(iteration, length), abs(value))
+            digits = _LAST_DIGITS * (
+                1 + iteration / 8
+            )  # a sum that Python adds to is rounded in every iteration
+            if size > _CANCELLED * largest or abs(law.at(iteration, length) - value) > digits * size:
                 return False
         return True
     except (ArithmeticError, TypeError, ValueError):  # a negative base: a complex number
@@ -172,7 +174,9 @@ def _inverted(row: Sequence[Point], shift: float, scale: float, function: str | 
 def _ratios(rows: Sequence[Sequence[Point]]) -> Iterator[Ratio]:
     points = [point for row in rows for point in row]
     several = len({point.length for point in points}) > 1
-    basis = np.array([(turn, length if several else 0, 1) for turn, length, _ in points], dtype=np.float64)
+    basis = np.array(
+        [(iteration, length if several else 0, 1) for iteration, length, _ in points], dtype=np.float64
+    )
     values = np.array([point.value for point in points])
     matrix = np.concatenate([basis, -values[:, None] * basis], axis=1)
     norms = np.linalg.norm(matrix, axis=0)
@@ -216,8 +220,8 @@ def _line(factors: _Array, most: int) -> tuple[Line, int] | None:
     if far or not all(map(_is_plain, near)):
         return None
     common = math.lcm(*(each.denominator for each in near))
-    turn, length, rest = (int(each * common) for each in near)
-    return (Line(turn, length, rest), common) if common < _LARGEST else None
+    iteration, length, rest = (int(each * common) for each in near)
+    return (Line(iteration, length, rest), common) if common < _LARGEST else None
 
 
 def _is_plain(fraction: Fraction) -> bool:
@@ -225,15 +229,15 @@ def _is_plain(fraction: Fraction) -> bool:
 
 
 def _times(line: Line, by: int) -> Line:
-    return Line(line.turn * by, line.length * by, line.rest * by)
+    return Line(line.iteration * by, line.length * by, line.rest * by)
 
 
 def _positive(ratio: Ratio, points: Sequence[Point]) -> Ratio:
     """The same with a denominator that is positive, and without a common factor."""
     above, below = ratio.numerator, ratio.denominator
-    common = math.gcd(*(abs(n) for line in (above, below) for n in (line.turn, line.length, line.rest)))
+    common = math.gcd(*(abs(n) for line in (above, below) for n in (line.iteration, line.length, line.rest)))
     sign = -1 if below.at(*points[-1][:2]) < 0 else 1
-    above, below = (Line(line.turn // common * sign, line.length // common * sign, line.rest // common * sign)
+    above, below = (Line(line.iteration // common * sign, line.length // common * sign, line.rest // common * sign)
                     for line in (above, below))  # fmt: skip
     return Ratio(above, below, ratio.scale)
 
@@ -282,7 +286,7 @@ def _powers(rows: Sequence[Sequence[Point]]) -> Iterator[Power]:
         shifts = [0.0]
         if shift:
             if base < 0:
-                continue  # any two numbers in turn would be one; they are rather two steps a turn
+                continue  # any two numbers in alternation would be one; they are rather two steps per iteration
             start = float(values[place] - steps[place] / (base - 1))
             shifts = list(itertools.islice(_round(start), 4))
         for each, sign in itertools.product(shifts, (1, -1)):
@@ -298,7 +302,7 @@ def _with_base(rows: Sequence[Sequence[Point]], base: float, sign: int, shift: f
     for row in rows:
         point = max(row, key=lambda point: abs(point.value - shift))
         try:
-            scales.append((point.length, (point.value - shift) * base ** (-sign * point.turn)))
+            scales.append((point.length, (point.value - shift) * base ** (-sign * point.iteration)))
         except ArithmeticError:
             return
     if not logarithm:

@@ -1,6 +1,6 @@
 """`Loop`: a Python loop as it was found in a traced graph, as plain data.
 
-h = h0                                     turn t
+h = h0                                     iteration t
 for t in range(T):          Step  mul      a[:, t] (Outside, sliced), Carried(add)
     h = a[:, t] * h + b[:, t]     add      Local(mul), b[:, t]
     ys.append(h)
@@ -20,8 +20,8 @@ WRITE, APPEND = "write", "append"
 
 
 @dataclass(frozen=True)
-class Turning:
-    """An integer that counts with the turns: `first + turn * step`."""
+class InductionVariable:
+    """An integer that counts with the iterations: `first + iteration * step`."""
 
     first: Any
     step: Any
@@ -29,10 +29,10 @@ class Turning:
 
 @dataclass(frozen=True)
 class Series:
-    """A number that changes from turn to turn as no `Turning` does: `t / L`, `0.9 ** t`.
+    """A number that changes from iteration to iteration as no `InductionVariable` does: `t / L`, `0.9 ** t`.
 
     Attributes:
-        values: Of each turn.
+        values: Of each iteration.
         law: That gives them at the length of this trace alone.
     """
 
@@ -42,7 +42,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Local:
-    """A value of the same turn: the step at `position`, behind a path."""
+    """A value of the same iteration: the step at `position`, behind a path."""
 
     position: int
     path: tuple[View, ...] = ()
@@ -50,7 +50,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Carried:
-    """A value of an earlier turn, `distance` turns before."""
+    """A value of an earlier iteration, `distance` iterations before."""
 
     position: int
     path: tuple[View, ...]
@@ -59,11 +59,13 @@ class Carried:
 
 @dataclass(frozen=True)
 class Made:
-    """The value that the step at `position` of a loop has in its turn `turn`; a part of it, if that is a tuple."""
+    """The value that the step at `position` of a loop has in its iteration `iteration`; a part of it, if that is a
+    tuple.
+    """
 
     loop: int
     position: int
-    turn: Any
+    iteration: Any
     part: tuple[View, ...] = ()
 
 
@@ -76,7 +78,7 @@ def split_part(made: Made, path: tuple[View, ...]) -> tuple[Made, tuple[View, ..
 
 @dataclass(frozen=True)
 class Outside:
-    """A value from outside the loop, the same in each turn but for the numbers of its path.
+    """A value from outside the loop, the same in each iteration but for the numbers of its path.
 
     Attributes:
         base: A node, or what an earlier loop made.
@@ -88,7 +90,9 @@ class Outside:
 
 @dataclass(frozen=True)
 class Start:
-    """The value that a carried value has before the first turn; one for each turn of distance, first turn first."""
+    """The value that a carried value has before the first iteration; one for each iteration of distance, the first
+    first.
+    """
 
     carried: Carried
     values: tuple[Outside, ...]
@@ -120,28 +124,28 @@ class Loop:
     """A loop.
 
     Attributes:
-        body: The operators of a turn, in order.
+        body: The operators of an iteration, in order.
         starts: The carried values with what they start from.
-        turns: How many.
+        iterations: How many.
         written: Positions that write into a carried buffer, or append to it.
         line: `file:line` of the first operator.
-        nodes: The traced nodes, a row a turn; None where the last turn's value is used by nobody.
+        nodes: The traced nodes, a row per iteration; None where the last iteration's value is used by nobody.
     """
 
     body: tuple[Step, ...]
     starts: tuple[Start, ...]
-    turns: int
+    iterations: int
     written: dict[int, Written]
     line: str | None = field(compare=False)
     nodes: tuple[tuple[fx.Node | None, ...], ...] = field(compare=False, repr=False)
 
     @property
     def first(self) -> fx.Node:
-        """The first operator of the first turn."""
+        """The first operator of the first iteration."""
         node = self.nodes[0][0]
         assert node is not None
         return node
 
     def __str__(self) -> str:
         names = " ".join(str(getattr(step.target, "__name__", step.target)) for step in self.body)
-        return f"{self.turns} turns of {len(self.body)} operators ({names}) at {self.line or '?'}"
+        return f"{self.iterations} iterations of {len(self.body)} operators ({names}) at {self.line or '?'}"

@@ -1,10 +1,11 @@
-"""`LoopBody`: one turn of a folded loop as a callable, run turn by turn in PyTorch, or once between markers in a trace.
+"""`LoopBody`: one iteration of a folded loop as a callable, run iteration by iteration in PyTorch, or once between
+markers in a trace.
 
 A trace of it holds the body once, its inputs and outputs marked by opaque nodes that carry their shapes; the ONNX
 side cuts the body out between the marks and makes it the body of a `Scan`:
 
     State(h0) ─▶ h ─┐
-    Element(xs) ─▶ x ┴▶ the body ─▶ h', y ─▶ End(h, x, h', y) ─▶ h after the last turn, all y along an axis
+    Element(xs) ─▶ x ┴▶ the body ─▶ h', y ─▶ End(h, x, h', y) ─▶ h after the last iteration, all y along an axis
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ STATE, ELEMENT, END = "State", "Element", "End"
 
 @dataclass(frozen=True)
 class Along:
-    """An axis over time: forwards, or from the last turn to the first."""
+    """An axis over time: forwards, or from the last iteration to the first."""
 
     axis: int
     backwards: bool = False
 
 
 class LoopBody:
-    """A callable `(states, sequences, captured, turns) → states after the last turn, then what was collected`.
+    """A callable `(states, sequences, captured, iterations) → states after the last iteration, then what was
+    collected`.
 
     Args:
         number: Tells the loops of a model apart; no two marks may ever be taken for one.
@@ -38,8 +40,8 @@ class LoopBody:
         states: How many states.
         elements: Which axis of each sequence is time.
         collected: Where the time axis of each collected output goes.
-        least: How many turns there are at the length 1. Runtimes fail on a `Scan` without a turn, so where there
-            may be none, a turn on zeros stands in, and nobody sees what it gives.
+        least: How many iterations there are at the length 1. Runtimes fail on a `Scan` without an iteration, so where
+            there may be none, an iteration on zeros stands in, and nobody sees what it gives.
     """
 
     def __init__(
@@ -61,25 +63,25 @@ class LoopBody:
         self._module = fx.GraphModule(torch.nn.Module(), graph)
 
     def __call__(
-        self, states: Sequence[Tensor], sequences: Sequence[Tensor], captured: Sequence[Any], turns: Any
+        self, states: Sequence[Tensor], sequences: Sequence[Tensor], captured: Sequence[Any], iterations: Any
     ) -> list[Tensor]:
-        run = self._turn_by_turn
+        run = self._one_by_one
         if torch.compiler.is_exporting():
-            run = self._marked if self.least > 0 else self._marked_with_a_turn
-        return run(list(states), list(sequences), list(captured), turns)
+            run = self._marked if self.least > 0 else self._marked_with_an_iteration
+        return run(list(states), list(sequences), list(captured), iterations)
 
     def once(self, values: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
-        """One turn: the next states and what is collected, from states, elements and captured values."""
+        """One iteration: the next states and what is collected, from states, elements and captured values."""
         results = list(fx.Interpreter(self._module).run(*values))
         return results[: self.states], results[self.states :]
 
-    def _turn_by_turn(
-        self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], turns: int
+    def _one_by_one(
+        self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], iterations: int
     ) -> list[Tensor]:
         rows: list[list[Tensor]] = []
-        for turn in range(turns):
+        for iteration in range(iterations):
             elements = [
-                sequence.select(along.axis, turns - 1 - turn if along.backwards else turn)
+                sequence.select(along.axis, iterations - 1 - iteration if along.backwards else iteration)
                 for sequence, along in zip(sequences, self.elements, strict=True)
             ]
             states, values = self.once([*states, *elements, *captured])
@@ -95,7 +97,7 @@ class LoopBody:
         ]
 
     def _empty(self, states: list[Tensor], sequences: list[Tensor], captured: list[Any]) -> list[Tensor]:
-        """What no turn collects: the body is run once on zeros to know the shapes."""
+        """What no iteration collects: the body is run once on zeros to know the shapes."""
         elements = [
             sequence.new_zeros([size for axis, size in enumerate(sequence.shape) if axis != along.axis])
             for sequence, along in zip(sequences, self.elements, strict=True)
@@ -106,33 +108,33 @@ class LoopBody:
             for value, along in zip(values, self.collected, strict=True)
         ]
 
-    def _marked_with_a_turn(
-        self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], turns: Any
+    def _marked_with_an_iteration(
+        self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], iterations: Any
     ) -> list[Tensor]:
-        """The marked loop with at least one turn; without one, the states stay and nothing is collected."""
-        some = torch.sym_max(turns, 1)  # type: ignore[no-untyped-call]
+        """The marked loop with at least one iteration; without one, the states stay and nothing is collected."""
+        some = torch.sym_max(iterations, 1)  # type: ignore[no-untyped-call]
         longer = [
             torch.cat([sequence, sequence.new_zeros(_with(_without(sequence.shape, along.axis), along.axis, 1))],
                       along.axis).narrow(along.axis, 0, some)
             for sequence, along in zip(sequences, self.elements, strict=True)
         ]  # fmt: skip
         results = self._marked(states, longer, captured, some)
-        any_turn = torch.scalar_tensor(turns, dtype=torch.int64) > 0
-        last = [torch.where(any_turn, new, old) for new, old in zip(results, states, strict=False)]
+        any_iteration = torch.scalar_tensor(iterations, dtype=torch.int64) > 0
+        last = [torch.where(any_iteration, new, old) for new, old in zip(results, states, strict=False)]
         columns = results[self.states :]
         return [
             *last,
             *(
-                column.narrow(along.axis, 0, turns)
+                column.narrow(along.axis, 0, iterations)
                 for column, along in zip(columns, self.collected, strict=True)
             ),
         ]
 
     def _marked(
-        self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], turns: Any
+        self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], iterations: Any
     ) -> list[Tensor]:
-        if not sequences:  # something must tell the scan how many turns there are
-            sequences = [torch.zeros(turns)]
+        if not sequences:  # something must tell the scan how many iterations there are
+            sequences = [torch.zeros(iterations)]
         alongs = self.elements or (Along(0),)
         inner = [self._mark(STATE, place, state, state.shape) for place, state in enumerate(states)]
         elements = [
@@ -143,7 +145,7 @@ class LoopBody:
         shapes = [
             *(value.shape for value in states),
             *(
-                _with(value.shape, along.axis, turns)
+                _with(value.shape, along.axis, iterations)
                 for value, along in zip(values, self.collected, strict=True)
             ),
         ]

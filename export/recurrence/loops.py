@@ -1,6 +1,6 @@
 """`find_loops`: the loops of one model over one length, seen in its traces at several lengths.
 
-A loop over layers or heads repeats as well; a loop over the length is one whose number of turns is another in each
+A loop over layers or heads repeats as well; a loop over the length is one whose number of iterations is another in each
 trace.
 """
 
@@ -17,7 +17,7 @@ from torch import fx
 
 from moe_export.export.recurrence.grow import Refusal, grow
 from moe_export.export.recurrence.loop import Loop, Made
-from moe_export.export.recurrence.period import LEAST_TURNS, Run, runs, sequence, signature, tokens
+from moe_export.export.recurrence.period import LEAST_ITERATIONS, Run, runs, sequence, signature, tokens
 
 
 @dataclass
@@ -49,21 +49,21 @@ class Repeats:
         number = len(self.loops)
         self.loops.append(loop)
         taken = set()
-        for turn, row in enumerate(loop.nodes):
+        for iteration, row in enumerate(loop.nodes):
             for position, node in enumerate(row):
                 if node is not None:
-                    self._made[node] = Made(number, position, turn)
+                    self._made[node] = Made(number, position, iteration)
                     taken.add(node)
         self.marks = np.where([node in taken for node in self.nodes], -1, self.marks)
 
 
 def find_loops(traces: Sequence[Repeats]) -> None:
-    """Find the loops that all traces have, with more turns at greater lengths, and take them.
+    """Find the loops that all traces have, with more iterations at greater lengths, and take them.
 
     Args:
         traces: One for each length, shortest first; the k-th loop of each is the same loop of the model.
     """
-    # Again after each find: a loop may read, turn by turn, what another one made.
+    # Again after each find: a loop may read, iteration by iteration, what another one made.
     while _find_more(traces):
         pass
 
@@ -71,14 +71,14 @@ def find_loops(traces: Sequence[Repeats]) -> None:
 def _find_more(traces: Sequence[Repeats]) -> bool:
     # Short periods first: a whole loop over layers has a longer period than the loop inside a layer.
     any_found = False
-    for period in range(1, len(traces[0].nodes) // LEAST_TURNS + 1):
+    for period in range(1, len(traces[0].nodes) // LEAST_ITERATIONS + 1):
         found = [_candidates(trace, period) for trace in traces]
         chosen: list[tuple[Loop, ...]] = []
         for key, first in found[0].items():
             rows = [candidates.get(key, []) for candidates in found]
             if all(len(row) == len(first) for row in rows):
                 chosen += [
-                    loops for loops in zip(*rows, strict=True) if _grows([loop.turns for loop in loops])
+                    loops for loops in zip(*rows, strict=True) if _grows([loop.iterations for loop in loops])
                 ]
         any_found = any_found or bool(chosen)
         order = {node: place for place, node in enumerate(traces[0].nodes)}
@@ -88,8 +88,8 @@ def _find_more(traces: Sequence[Repeats]) -> bool:
     return any_found
 
 
-def _grows(turns: Sequence[int]) -> bool:
-    return all(fewer < more for fewer, more in itertools.pairwise(turns))
+def _grows(iterations: Sequence[int]) -> bool:
+    return all(fewer < more for fewer, more in itertools.pairwise(iterations))
 
 
 def _candidates(trace: Repeats, period: int) -> dict[Any, list[Loop]]:
@@ -105,7 +105,9 @@ def _candidates(trace: Repeats, period: int) -> dict[Any, list[Loop]]:
 
 
 def _best(trace: Repeats, run: Run) -> Loop | None:
-    """The best of the loops that begin within the first turns of a run: most turns, fewest values in and out."""
+    """The best of the loops that begin within the first iterations of a run: most iterations, fewest values in and
+    out.
+    """
     best: Loop | None = None
     for start in range(run.start, min(run.start + 2 * run.period, run.stop - 3 * run.period + 1)):
         grown = grow(trace.nodes, start, run.period, run.stop, trace.locate)
@@ -117,7 +119,7 @@ def _best(trace: Repeats, run: Run) -> Loop | None:
 
 
 def _rank(loop: Loop) -> tuple[int, int, int]:
-    return loop.turns, -len(loop.starts), -len(_used_outside(loop))
+    return loop.iterations, -len(loop.starts), -len(_used_outside(loop))
 
 
 def _used_outside(loop: Loop) -> set[int]:

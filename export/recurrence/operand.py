@@ -1,7 +1,7 @@
 """What a traced node reads: a base value behind a path of views, as plain data.
 
 Views by constant indices (`select`, `slice`, an element of a tuple) are no nodes of their own here: they are steps
-of a path. So `x[:, 3, 0]` reads the base `x` by `select(1, 3)`, `select(1, 0)`, and the turns of a loop differ in
+of a path. So `x[:, 3, 0]` reads the base `x` by `select(1, 3)`, `select(1, 0)`, and the iterations of a loop differ in
 one number.
 """
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from moe_export.export.recurrence.operand import is_size, is_view, layout
 
-LEAST_TURNS = 3  # two turns suggest a rule, the third confirms it
+LEAST_ITERATIONS = 3  # two iterations suggest a rule, the third confirms it
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def sequence(graph: fx.Graph) -> list[fx.Node]:
 
 
 def tokens(nodes: Sequence[fx.Node]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """One number a node; equal numbers for nodes that could be the same step of two turns."""
+    """One number a node; equal numbers for nodes that could be the same step of two iterations."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(_token(node), len(numbers)) for node in nodes], dtype=np.int64)
 
@@ -50,18 +50,18 @@ def _token(node: fx.Node) -> Any:
     shape: Any = None
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        # A list that grows by `cat` has another size in every turn.
+        # A list that grows by `cat` has another size in every iteration.
         growing = node.target is torch.ops.aten.cat.default
         shape = (None if growing else tuple(str(size) for size in value.shape), value.dtype)
     return node.target, layout(node.args), layout(node.kwargs), shape
 
 
 def runs(marks: np.ndarray[Any, np.dtype[np.int64]], period: int) -> Iterator[Run]:
-    """The maximal runs of this period that are at least three turns long. A negative mark equals nothing."""
-    if len(marks) < LEAST_TURNS * period:
+    """The maximal runs of this period that are at least three iterations long. A negative mark equals nothing."""
+    if len(marks) < LEAST_ITERATIONS * period:
         return
     equal = (marks[period:] == marks[:-period]) & (marks[period:] >= 0)
     edges = np.flatnonzero(np.diff(np.concatenate(([False], equal, [False])).astype(np.int8)))
     for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
-        if stop - start >= (LEAST_TURNS - 1) * period:
+        if stop - start >= (LEAST_ITERATIONS - 1) * period:
             yield Run(start, stop + period, period)

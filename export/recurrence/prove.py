@@ -20,7 +20,7 @@ from moe_export.export.recurrence.agreement import Agreement
 from moe_export.export.recurrence.counter import counts
 from moe_export.export.recurrence.form import Form
 from moe_export.export.recurrence.law import OfLength
-from moe_export.export.recurrence.loop import Turning
+from moe_export.export.recurrence.loop import InductionVariable
 from moe_export.export.recurrence.operand import atoms
 from moe_export.export.recurrence.reach import Reach, reach
 from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
@@ -35,7 +35,7 @@ aten = torch.ops.aten
 _PROVED = (1, 2, 3, 5, 13)
 _GREAT = (2053, 521, 131)  # multiples of nothing
 _MOST = 40_000  # operators of a run at a great length: a second
-_NEAR = 1e-9  # of the largest term; a sum that Python adds to loses digits in two thousand turns
+_NEAR = 1e-9  # of the largest term; a sum that Python adds to loses digits in two thousand iterations
 
 
 def prove(
@@ -49,8 +49,8 @@ def prove(
 ) -> tuple[Reach, ...]:
     """Hold the folded model against the model, at lengths that were not traced too.
 
-    Where a turn takes several places, what is left over behind whole turns is `rounded` away or filled up: there it
-    is looked at with up to eight places left.
+    Where an iteration takes several places, what is left over behind whole iterations is `rounded` away or filled up:
+    there it is looked at with up to eight places left.
 
     Args:
         subject: The model.
@@ -123,19 +123,19 @@ def _reached(
 
 @dataclass(frozen=True)
 class _Counted:
-    """A number that follows a law, the turns of its loop, and the line of the model."""
+    """A number that follows a law, the iterations of its loop, and the line of the model."""
 
     number: Any
-    turns: Any
+    iterations: Any
     line: str | None
 
     def at(self, length: int) -> np.ndarray[Any, Any]:
         """Its values at a length, and their largest terms; none where it needs other sizes, or divides by zero."""
-        turns = _integer(self.turns, length)
+        iterations = _integer(self.iterations, length)
         values = []
-        for turn in range(turns if turns is not None else 0):
+        for iteration in range(iterations if iterations is not None else 0):
             try:
-                values.append(_value(self.number, turn, length))
+                values.append(_value(self.number, iteration, length))
             except (ArithmeticError, TypeError):
                 continue
         return np.array(values, dtype=np.float64).reshape(-1, 2)
@@ -146,15 +146,15 @@ def _integer(number: Any, length: int) -> int | None:
     return value if isinstance(value, int) else None
 
 
-def _value(number: Any, turn: int, length: int) -> tuple[float, float]:
-    if isinstance(number, Turning):
+def _value(number: Any, iteration: int, length: int) -> tuple[float, float]:
+    if isinstance(number, InductionVariable):
         first = _integer(number.first, length)
         if first is None:
             raise TypeError(number)
-        value = first + number.step * turn
+        value = first + number.step * iteration
         return value, abs(value)
     law = number.law if isinstance(number, OfLength) else number
-    return law.at(turn, length), law.size(turn, length)
+    return law.at(iteration, length), law.size(iteration, length)
 
 
 def _counted(whole: Skeleton) -> Iterator[_Counted]:
@@ -167,7 +167,7 @@ def _counted(whole: Skeleton) -> Iterator[_Counted]:
             if position not in item.loop.written:
                 for leaf in atoms((step.args, step.kwargs)):
                     if counts(leaf):
-                        yield _Counted(leaf, item.loop.turns, _line(item, position))
+                        yield _Counted(leaf, item.loop.iterations, _line(item, position))
 
 
 def _line(item: Folded, position: int) -> str | None:

@@ -234,7 +234,7 @@ def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) ->
             if not isinstance(error, NoLoopError) and refusal is not None:
                 # Numbers without a formula may look alike at great lengths, and what is found there is no loop.
                 raise (refusal if isinstance(refusal, NoLoopError) and refusal.of_number else error) from None
-            refusal = refusal or error  # there may be too few turns of it at such lengths
+            refusal = refusal or error  # there may be too few iterations of it at such lengths
             if max(row)[0] > _LONG:
                 break
     raise refusal or LengthError("the model takes none of the lengths that would be traced", None)
@@ -242,8 +242,8 @@ def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) ->
 
 def _of_chunks(error: LengthError, chunk: int) -> LengthError:
     return LengthError(
-        f"{error.reason}; it takes {chunk} places a turn: where the last turn has fewer, pad the input to a multiple "
-        "in front of the loop, and cut off the result",
+        f"{error.reason}; it takes {chunk} places per iteration: where the last iteration has fewer, "
+        "pad the input to a multiple in front of the loop, and cut off the result",
         error.where,
     )
 
@@ -326,8 +326,9 @@ def _placeholders(traced: Traced) -> list[str]:
 
 def _notes(whole: Skeleton, lengths: Sequence[Length], subject: Subject) -> list[str]:
     return [
-        f"loop at {_near(item.loop.line, subject)}: {len(item.loop.body)} operators a step, {item.loop.turns} steps "
-        f"for L = {_named(lengths[getattr(item.loop.turns, 'of', 0)])}, folded into one Scan"
+        f"loop at {_near(item.loop.line, subject)}: {len(item.loop.body)} operators a step, "
+        f"{item.loop.iterations} steps for L = {_named(lengths[getattr(item.loop.iterations, 'of', 0)])}, "
+        "folded into one Scan"
         for item in whole.items
         if isinstance(item, Folded)
     ]

@@ -1,7 +1,8 @@
-"""`indexed_anew`: what a loop computes anew in every turn, to read another place of it: it is the same value each time.
+"""`indexed_anew`: what a loop computes anew in every iteration, to read another place of it: it is the same value each
+time.
 
 for t in range(L):                       x.unsqueeze(2) is one value, made in front of the loop;
-    h = h + x[:, :, None, t]             turn t reads its place t
+    h = h + x[:, :, None, t]             iteration t reads its place t
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.recurrence.period import LEAST_TURNS
+from moe_export.export.recurrence.period import LEAST_ITERATIONS
 
 aten = torch.ops.aten
 _PLACES = (aten.select.int, aten.slice.Tensor, aten.unbind.int)
@@ -27,12 +28,12 @@ def indexed_anew(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, int]:
     """
     values = _values(nodes)
     times = Counter(values.values())
-    again = {node for node, value in values.items() if times[value] >= LEAST_TURNS}
+    again = {node for node, value in values.items() if times[value] >= LEAST_ITERATIONS}
     found = set[fx.Node]()
     for node in reversed(nodes):
         if node in again and any(user.target in _PLACES or user in found for user in node.users):
             found.add(node)
-    wanted = {values[node] for node in found}  # some turns may read it in another way
+    wanted = {values[node] for node in found}  # some iterations may read it in another way
     return {node: value for node, value in values.items() if value in wanted}
 
 

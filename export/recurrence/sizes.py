@@ -8,7 +8,7 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.lengths import Length, chunk_of
 from moe_export.export.tracing.trace import quiet
 
-# Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three turns of a
+# Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three iterations of a
 # loop with a stride. A second length grows with the first, but in other steps, so that a number of one is none of both.
 _TRACED = ((6, 7, 9), (15, 16, 18, 21), (24, 32, 48), (64, 128, 192, 256))
 _SECOND = ((7, 9, 10), (16, 19, 21, 22), (32, 48, 56), (64, 192, 256, 448))
@@ -17,7 +17,9 @@ _SECOND = ((7, 9, 10), (16, 19, 21, 22), (32, 48, 56), (64, 192, 256, 448))
 def rows(
     subject: Subject, lengths: Sequence[Length]
 ) -> Iterator[tuple[Sequence[tuple[int, ...]], int | None]]:
-    """Lengths to trace at, one row after the other, and the chunk that a turn takes where they are made for one."""
+    """Lengths to trace at, one row after the other, and the chunk that an iteration takes where they are made for
+    one.
+    """
     first, *further = (
         tuple(zip(*columns[: len(lengths)], strict=True)) for columns in zip(_TRACED, _SECOND, strict=True)
     )

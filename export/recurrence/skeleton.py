@@ -25,7 +25,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Value:
-    """A value outside loops: a place, or what a loop made in one turn, behind a path."""
+    """A value outside loops: a place, or what a loop made in one iteration, behind a path."""
 
     base: Place | Made
     path: tuple[View, ...] = ()
@@ -57,7 +57,9 @@ class Whole:
 
 @dataclass(frozen=True)
 class Row:
-    """A list of what a loop made, turn after turn: from turn `first`, `count` turns, forwards or backwards."""
+    """A list of what a loop made, iteration after iteration: from iteration `first`, `count` iterations, forwards or
+    backwards.
+    """
 
     loop: int
     position: int
@@ -202,18 +204,18 @@ class _Folding:
         loop = self._trace.loops[made.loop]
         number = self._loop(made.loop, node)
         if made.position not in loop.written:
-            return Value(*split_part(Made(number, made.position, made.turn), path))
-        if made.turn != loop.turns - 1:
+            return Value(*split_part(Made(number, made.position, made.iteration), path))
+        if made.iteration != loop.iterations - 1:
             kind = "written" if loop.written[made.position].kind == WRITE else "appended"
             raise LengthError(
-                f"what is {kind} in step {made.turn} is read after the loop as it was then",
+                f"what is {kind} in step {made.iteration} is read after the loop as it was then",
                 line_of(node.meta.get("stack_trace")),
             )
         whole: Any = Whole(number, made.position)
         return Value(whole, path)
 
     def _rows(self, leaves: list[Any], node: fx.Node) -> Iterator[Any]:
-        """Fold what one step made in turns that follow each other."""
+        """Fold what one step made in iterations that follow each other."""
         place = 0
         while place < len(leaves):
             stop = place + 1
@@ -226,14 +228,14 @@ class _Folding:
                 place += 1
                 continue
             first, last = leaves[place], leaves[stop - 1]
-            turns = (first.base.turn, last.base.turn)
+            iterations = (first.base.iteration, last.base.iteration)
             yield Row(
                 first.base.loop,
                 first.base.position,
                 (*first.base.part, *first.path),
-                min(turns),
+                min(iterations),
                 stop - place,
-                turns[0] > turns[1],
+                iterations[0] > iterations[1],
             )
             place = stop
 
@@ -245,12 +247,12 @@ def size_of(node: fx.Node) -> Size:
 
 
 def _follows(first: Any, before: Any, this: Any, distance: int) -> bool:
-    """Whether values are made by one step in turns that follow each other, in the direction of the first two."""
+    """Whether values are made by one step in iterations that follow each other, in the direction of the first two."""
     if not all(isinstance(leaf, Value) and isinstance(leaf.base, Made) for leaf in (first, before, this)):
         return False
-    if dataclasses.replace(first, base=dataclasses.replace(first.base, turn=0)) != dataclasses.replace(
-        this, base=dataclasses.replace(this.base, turn=0)
+    if dataclasses.replace(first, base=dataclasses.replace(first.base, iteration=0)) != dataclasses.replace(
+        this, base=dataclasses.replace(this.base, iteration=0)
     ):
         return False
-    steps = abs(this.base.turn - before.base.turn), abs(this.base.turn - first.base.turn)
+    steps = abs(this.base.iteration - before.base.iteration), abs(this.base.iteration - first.base.iteration)
     return steps == (1, distance)

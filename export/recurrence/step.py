@@ -220,7 +220,7 @@ class _Stepping:
             assert isinstance(state, fx.Node)
             pasts.append(self._past("state", self._seen[0][state]))
         rest = fx.map_arg((sequences, captured), lambda source: self._copies[source])
-        call = self._call(node, _OneTurn(body), pasts, *rest)
+        call = self._call(node, _OneIteration(body), pasts, *rest)
         self._presents += [self._call(node, _part, call, place) for place in range(len(states))]
         return call
 
@@ -279,7 +279,7 @@ class _Stepping:
         return self._call(node, node.target, *args)
 
 
-class _OneTurn:
+class _OneIteration:
     """A loop's body, run for the one step of sequences that are one step long."""
 
     def __init__(self, body: LoopBody) -> None:

@@ -22,7 +22,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from moe_export.export.recurrence.operand import SIZE, known
-from moe_export.export.recurrence.period import LEAST_TURNS
+from moe_export.export.recurrence.period import LEAST_ITERATIONS
 from moe_export.export.recurrence.repeated import indexed_anew
 
 aten = torch.ops.aten
@@ -68,7 +68,7 @@ class _Straightened:
         return new
 
     def _once(self, node: fx.Node) -> fx.Node:
-        """A copy; of what every turn computes anew, one behind what it is computed from, in front of the loop."""
+        """A copy; of what every iteration computes anew, one behind what it is computed from, in front of the loop."""
         value = self._anew.get(node)
         if value is None:
             return self._copied(node)
@@ -185,14 +185,16 @@ class _Straightened:
 
 
 def _numbers(program: ExportedProgram) -> dict[str, int | float]:
-    """The constants of code that are one number, `torch.tensor(t)`, where there are several: those of the turns."""
+    """The constants of code that are one number, `torch.tensor(t)`, where there are several: those of the
+    iterations.
+    """
     constants = program.graph_signature.inputs_to_lifted_tensor_constants
     tensors = {name: program.constants[target] for name, target in constants.items()}
     alike = Counter((tensor.shape, tensor.dtype) for tensor in tensors.values())
     return {
         name: tensor.flatten()[0].item()
         for name, tensor in tensors.items()
-        if alike[tensor.shape, tensor.dtype] >= LEAST_TURNS
+        if alike[tensor.shape, tensor.dtype] >= LEAST_ITERATIONS
         and tensor.dtype != torch.bool
         and not tensor.is_complex()
         and 0 < tensor.numel() <= _MOST_ENTRIES

@@ -31,7 +31,7 @@ from moe_export.export.scans.marked import Marked, integer, read_marked
 from moe_export.export.scans.products import small_products_first
 from moe_export.export.scans.results import results_inwards
 from moe_export.export.scans.segments import STEPS
-from moe_export.export.scans.turns import several_steps
+from moe_export.export.scans.unrolled import several_steps
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Lowering:
         form: `scan`, step by step; `chunked`, as products over chunks, where that is exact; `auto`, chunked where
             it is exact and computes less; `contrib`, ONNX Runtime's own operator where it computes the same, else
             as `auto`.
-        unroll: Steps that a turn of a `Scan` takes. More than one was not faster (docs/recurrence.md).
+        unroll: Steps that an iteration of a `Scan` takes. More than one was not faster (docs/recurrence.md).
     """
 
     form: str = "auto"
@@ -76,7 +76,7 @@ def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
             if lowering.form == "contrib":
                 notes.append(f"loop {integer(node, 'loop')}: a Scan{_why(reasons[:1])}")
             loop = _laid_out(model.graph, read_marked(model.graph, node))
-            _write(model.graph, _with_turns(model.graph, loop, lowering))
+            _write(model.graph, _with_iterations(model.graph, loop, lowering))
     if lowering.form in ("chunked", "contrib") and refused and not taken:
         where, why = refused[0]
         raise NotExportableError(
@@ -133,15 +133,15 @@ def _laid_out(graph: ir.Graph, loop: Marked) -> Marked:
         return loop
 
 
-def _with_turns(graph: ir.Graph, loop: Marked, lowering: Lowering) -> Marked:
-    """The loop with as many steps a turn as were asked for."""
+def _with_iterations(graph: ir.Graph, loop: Marked, lowering: Lowering) -> Marked:
+    """The loop with as many steps per iteration as were asked for."""
     if lowering.unroll == 1:
         return loop
     try:
         return read_marked(graph, several_steps(graph, loop, lowering.unroll))
     except RefusedError as reason:
         raise NotExportableError(
-            f"the loop cannot take {lowering.unroll} steps a turn: {reason}",
+            f"the loop cannot take {lowering.unroll} steps per iteration: {reason}",
             where=place_of(loop.end),
             hint="leave --unroll away",
         ) from reason

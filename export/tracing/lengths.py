@@ -19,13 +19,13 @@ from moe_export.export.tracing.dims import DimRequest
 Example = Mapping[str, torch.Tensor]
 
 # Evenly apart, and multiples of the usual strides and chunks, so that every loop over the length takes as many more
-# turns from the first to the second as from the second to the third.
+# iterations from the first to the second as from the second to the third.
 _TRIALS = ((12, 24, 36), (64, 128, 192))
 
 _APART = (6, 12)
 
 _LONGEST_LOOK = 200  # three chunks of 64
-_TURNS_OF_ONE = 6  # more operators at each of so many sizes are those of a loop place by place
+_ITERATIONS_OF_ONE = 6  # more operators at each of so many sizes are those of a loop place by place
 
 _SHORT = (16, 64)  # what a long example is cut down to: the first that the model takes
 
@@ -116,7 +116,7 @@ def looped_apart(subject: Subject, first: Length, second: Length) -> bool:
 
 
 def chunk_of(subject: Subject, length: Length) -> int | None:
-    """How many places a turn of the loop takes, if more than one: after as many, operators are added again."""
+    """How many places per iteration of the loop takes, if more than one: after as many, operators are added again."""
     added = list[bool]()  # from the first size on at which there are more than at the one before
     before: int | None = None
     for size in range(1, _LONGEST_LOOK):
@@ -124,7 +124,7 @@ def chunk_of(subject: Subject, length: Length) -> int | None:
         if added or (count is not None and before is not None and count > before):
             added.append(count is not None and before is not None and count > before)
         before = before if count is None else count
-        if all(added) and len(added) >= _TURNS_OF_ONE:
+        if all(added) and len(added) >= _ITERATIONS_OF_ONE:
             return None
         for chunk in range(2, (len(added) + 1) // 2):
             if added[chunk:] == added[:-chunk] and not all(added):

@@ -2,9 +2,9 @@
 
     form   L   eager   unrolled   by hand …   ours
 
-D = 256 and N = 16 (4 heads of 64 for Mamba-2), batch 1; times are medians, in ms. All forms take turns, several runs in
-a row each: after a single run of the unrolled graph, whose nodes and values fill the caches, the next form would pay
-for reading its own again (1.6 ms instead of 1.0), which no server does that runs one model.
+D = 256 and N = 16 (4 heads of 64 for Mamba-2), batch 1; times are medians, in ms. All forms take iterations, several
+runs in a row each: after a single run of the unrolled graph, whose nodes and values fill the caches, the next form
+would pay for reading its own again (1.6 ms instead of 1.0), which no server does that runs one model.
 """
 
 from __future__ import annotations

@@ -59,14 +59,14 @@ SCAN = """g (float[3] s, float[l, 3] x) => (float[3] last, float[l, 3] y) {
 
 
 @pytest.mark.parametrize("length", [1, 5, 64])
-def test_a_loop_costs_what_its_turns_cost(length):
+def test_a_loop_costs_what_its_iterations_cost(length):
     inputs = {"s": np.zeros(3, dtype=np.float32), "x": np.ones((length, 3), dtype=np.float32)}
     cost = cost_of(parsed(SCAN), inputs)
     assert cost.total.flops == length * 3 * 3
     assert cost.total.nodes == 4
     assert (
         cost.total.activation_bytes == 4 * (3 + 3 * length) + 4 * 3 * 2
-    )  # its results, and two values of a turn
+    )  # its results, and two values of an iteration
 
 
 def test_no_run_costs_nothing():

@@ -302,7 +302,7 @@ def test_a_sequence_that_a_loop_carries():
         """g (float[t,8] x) => (float[s,8] y) {
   first = Slice(x, zeros, ones, zeros)
   start = SequenceConstruct(first)
-  rows = Loop<body = turn (int64 n, bool going, seq(float) s) => (bool on, seq(float) more) {
+  rows = Loop<body = iteration (int64 n, bool going, seq(float) s) => (bool on, seq(float) more) {
     on = Identity(going)
     at = Unsqueeze(n, zeros)
     row = Gather<axis=0>(x, at)

@@ -60,7 +60,7 @@ INPUTS2 = {"x": ["b", "l", H, P], "dt": ["b", "l", H], "B": ["b", "l", N], "C": 
 
 
 def mamba_scan() -> onnx.ModelProto:
-    """A step a turn, discretised in the body."""
+    """A step an iteration, discretised in the body."""
     g, body = Builder(), Builder("body")
     last, row = g.ints(-1), g.ints(1)
     decay = body("Exp", body("Mul", body("Unsqueeze", "delta_t", last), g.constant(A1)))
@@ -77,7 +77,7 @@ def mamba_scan() -> onnx.ModelProto:
 
 
 def mamba_scan_wide() -> onnx.ModelProto:
-    """A step a turn, discretised in the body, the state (n, d): operators run along the longer axis."""
+    """A step an iteration, discretised in the body, the state (n, d): operators run along the longer axis."""
     g, body = Builder(), Builder("body")
     row, column = g.ints(2), g.ints(3)
     delta, u, c = (g("Unsqueeze", name, row) for name in ("delta", "u", "C"))
@@ -102,7 +102,7 @@ def mamba_scan_wide() -> onnx.ModelProto:
 
 
 def mamba_scan_steps(steps: int = 16) -> onnx.ModelProto:
-    """Several steps a turn, discretised together."""
+    """Several steps per iteration, discretised together."""
     g, body = Builder(), Builder("body")
     last, row = g.ints(-1), g.ints(2)
     length = g("Shape", "u", start=1, end=2)
@@ -119,12 +119,12 @@ def mamba_scan_steps(steps: int = 16) -> onnx.ModelProto:
     sizes = {"delta_t": D, "u_t": D, "B_t": N, "C_t": N}
     inputs = {"h": ["b", 1, D, N], **{name: ["b", steps, size] for name, size in sizes.items()}}
     first = g("ConstantOfShape", g("Concat", g("Shape", "u", start=0, end=1), g.ints(1, D, N), axis=0))
-    turns = [
+    iterations = [
         g("Reshape", g("Pad", name, pads), g.ints(0, -1, steps, size))
         for name, size in (("delta", D), ("u", D), ("B", N), ("C", N))
     ]
     _, ys = g.many(
-        "Scan", 2, first, *turns, num_scan_inputs=4, scan_input_axes=[1] * 4, scan_output_axes=[1],
+        "Scan", 2, first, *iterations, num_scan_inputs=4, scan_input_axes=[1] * 4, scan_output_axes=[1],
         body=body.graph(inputs, {h: ["b", 1, D, N], y: ["b", steps, D]}),
     )  # fmt: skip
     ys = g("Slice", g("Reshape", ys, g.ints(0, -1, D)), g.ints(0), length, g.ints(1))

@@ -350,12 +350,12 @@ def _print(
 
 
 def site_lines(sites: Sequence[Site]) -> Iterator[str]:
-    """A line an einsum; the turns of a loop are one line with their number."""
-    turns: dict[tuple[str | None, int | None, str, str, str], int] = {}
+    """A line an einsum; the iterations of a loop are one line with their number."""
+    iterations: dict[tuple[str | None, int | None, str, str, str], int] = {}
     for site in sites:
         key = (site.file, site.line, site.module, site.equation, site.became)
-        turns[key] = turns.get(key, 0) + 1
-    for (file, line, module, equation, became), count in turns.items():
+        iterations[key] = iterations.get(key, 0) + 1
+    for (file, line, module, equation, became), count in iterations.items():
         place = f"{os.path.relpath(Path(file).resolve())}:{line}" if file else "?"
         where = f"{place} in {strip_scope(module, SCOPE)}" if strip_scope(module, SCOPE) != SCOPE else place
         yield f"einsum {equation!r} at {where}: {became}" + (f"  (x {count})" if count > 1 else "")

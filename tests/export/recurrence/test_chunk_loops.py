@@ -1,4 +1,4 @@
-"""Loops that take several places a turn, the last of them filled up: any length, not only multiples of one."""
+"""Loops that take several places per iteration, the last of them filled up: any length, not only multiples of one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Filled(nn.Module):
 
 
 class Ragged(nn.Module):
-    """The last chunk may be shorter: it is a turn of its own behind the loop."""
+    """The last chunk may be shorter: it is an iteration of its own behind the loop."""
 
     def __init__(self, chunk: int = CHUNK) -> None:
         super().__init__()
@@ -66,17 +66,17 @@ def exported(subject: Subject) -> Graph:
 
 
 @pytest.mark.parametrize(
-    ("module", "turns"),
+    ("module", "iterations"),
     [
         pytest.param(Filled(True), "(L + 2) // 3 steps", marks=pytest.mark.slow),
         pytest.param(Filled(False), "(L + 2) // 3 steps", marks=pytest.mark.slow),
     ],
     ids=["filled up", "filled up where it is short"],
 )
-def test_chunks_hold_for_any_length(module: nn.Module, turns: str) -> None:
+def test_chunks_hold_for_any_length(module: nn.Module, iterations: str) -> None:
     subject = subject_of(module)
     graph = exported(subject)
-    assert turns in graph.notes[0]
+    assert iterations in graph.notes[0]
     proto = ir.to_proto(graph.model).SerializeToString()
     session = onnxruntime.InferenceSession(proto, providers=["CPUExecutionProvider"])
     for length in (1, 2, 3, 4, 6, 11, 12, 40):
@@ -92,7 +92,7 @@ def test_a_length_that_the_tracer_takes_for_a_number_all_the_same_is_that_of_the
     assert "the loop over x:1 cannot be folded" in graph.notes[0]
 
 
-def test_the_places_of_a_turn_are_seen_in_the_operators() -> None:
+def test_the_places_of_an_iteration_are_seen_in_the_operators() -> None:
     length = Length((("x", 1),))
     assert chunk_of(subject_of(Filled(True)), length) == CHUNK
     assert chunk_of(subject_of(Filled(False)), length) == CHUNK

@@ -141,7 +141,7 @@ def test_a_decay_of_exactly_zero_forgets_and_is_no_nan() -> None:
         pytest.param("retention", 3, marks=pytest.mark.slow),
     ],
 )
-def test_several_steps_a_turn(name: str, unroll: int) -> None:
+def test_several_steps_an_iteration(name: str, unroll: int) -> None:
     """With what is left over, and the last state after the last step that there is."""
     subject, graph = exported(name, "scan", unroll)
     runtime = session(graph)

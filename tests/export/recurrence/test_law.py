@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from moe_export.export.recurrence.law_fit import law_of, law_of_length, law_of_turns
+from moe_export.export.recurrence.law_fit import law_of, law_of_iterations, law_of_length
 
 LENGTHS = (6, 7, 9)
 FOUND: dict[str, Callable[[int, int], float]] = {
@@ -41,7 +41,7 @@ NONE: dict[str, Callable[[int, int], float]] = {
     "in turn": lambda t, n: (0.5, 0.25)[t % 2],
     "of three": lambda t, n: float(t % 3),
     "first apart": lambda t, n: 0.9 if t else 0.0,
-    "two that take turns": lambda t, n: (t // 2) / n if t % 2 else 1 - (t // 2) / n,
+    "two that take iterations": lambda t, n: (t // 2) / n if t % 2 else 1 - (t // 2) / n,
     "scattered": lambda t, n: math.sin(1000 * t * t),
     "another at each length": lambda t, n: t * (0.1, 0.2, 0.7, 0.4)[n % 4],
     "cubes": lambda t, n: (t + 1) ** 3 + t,
@@ -68,9 +68,9 @@ def test_there_is_no_law(name: str) -> None:
     assert law_of({n: [function(t, n) for t in range(n)] for n in LENGTHS}) is None
 
 
-def test_a_law_of_one_trace_holds_for_its_first_turns() -> None:
-    law, turns = law_of_turns((1.0, 0.5, 0.25, 0.125, 0.0625, 0.7, 0.7))
-    assert (str(law), turns) == ("0.5 ** t", 5)
+def test_a_law_of_one_trace_holds_for_its_first_iterations() -> None:
+    law, iterations = law_of_iterations((1.0, 0.5, 0.25, 0.125, 0.0625, 0.7, 0.7))
+    assert (str(law), iterations) == ("0.5 ** t", 5)
 
 
 def test_a_sum_that_python_adds_to_is_as_good_as_a_product() -> None:
@@ -78,7 +78,7 @@ def test_a_sum_that_python_adds_to_is_as_good_as_a_product() -> None:
     assert str(law_of(columns)) == "(t + 1) / 10"
 
 
-def test_four_turns_are_too_few() -> None:
+def test_four_iterations_are_too_few() -> None:
     assert law_of({4: [0.1, 0.2, 0.3, 0.4]}) is None
 
 

@@ -1,4 +1,4 @@
-"""What every turn computes anew, to read another place of it, is one value in front of the loop."""
+"""What every iteration computes anew, to read another place of it, is one value in front of the loop."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ aten = torch.ops.aten
 
 
 class Anew(nn.Module):
-    """The whole of x is transposed and squashed in every turn; y is squashed, and its places are not read."""
+    """The whole of x is transposed and squashed in every iteration; y is squashed, and its places are not read."""
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         h = torch.zeros_like(x[:, 0])
@@ -29,7 +29,7 @@ def operators(module: nn.Module, *inputs: Tensor) -> list[object]:
     return [node.target for node in straighten(program).nodes if node.op == "call_function"]
 
 
-def test_a_value_is_made_once_in_front_of_the_turns_that_read_its_places() -> None:
+def test_a_value_is_made_once_in_front_of_the_iterations_that_read_its_places() -> None:
     names = operators(Anew(), torch.randn(2, 4, 3), torch.randn(2, 3))
     assert names.count(aten.sigmoid.default) == 1
     assert names.count(aten.tanh.default) == 4

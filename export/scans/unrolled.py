@@ -1,11 +1,12 @@
-"""`several_steps`: a marked loop whose turns take several steps each, so that a runtime starts a turn less often.
+"""`several_steps`: a marked loop whose iterations take several steps each, so that a runtime starts an iteration less
+often.
 
-    before   Element(x)[d] ─▶ a = f(x) ─▶ h' = a * h ─▶ y = g(h')                     a turn is a step
+    before   Element(x)[d] ─▶ a = f(x) ─▶ h' = a * h ─▶ y = g(h')                     an iteration is a step
     after    Element(x)[u, d] ─▶ a[u] = f(x) ─▶ h1 = a[0] * h, h2 = a[1] * h1, … ─▶ y[u] = g(h1, h2, …)
 
-What does not depend on a state, and what only depends on it, is computed for all steps of a turn at once; only the way
-from state to state is written step by step. Any length: the last turn is filled up, what it hands out too much is cut
-off, and the last states are those after the last step that there is.
+What does not depend on a state, and what only depends on it, is computed for all steps of an iteration at once; only
+the way from state to state is written step by step. Any length: the last iteration is filled up, what it hands out too
+much is cut off, and the last states are those after the last step that there is.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from moe_export.export.scans.time import OverTime, Timed, can, moved
 
 
 def several_steps(graph: ir.Graph, loop: Marked, steps: int) -> ir.Node:
-    """Write the loop again with several steps a turn.
+    """Write the loop again with several steps per iteration.
 
     Returns:
         The end of the new loop. The old one is left without users.
@@ -56,7 +57,7 @@ class _Writer:
             raise RefusedError("a loop without sequences or states")
         self._loop, self._steps = loop, steps
         self._graph = graph
-        self._nodes = Nodes(graph, loop.end, f"turns_{loop.number}")
+        self._nodes = Nodes(graph, loop.end, f"iterations_{loop.number}")
         way, ahead, behind = _way(loop)
         if not all(can(node) for node in loop.body):
             raise RefusedError("an operator has no form over time")
@@ -93,10 +94,10 @@ class _Writer:
         collected = [self._collected(behind.of(value), place) for place, value in enumerate(loop.collected)]
         return self._end(states, last, collected)
 
-    # Into the turn
+    # Into the iteration
 
     def _element(self, mark: ir.Node) -> Timed:
-        """The steps of a turn: (…, u, …); what is of unknown size stands in front of them."""
+        """The steps of an iteration: (…, u, …); what is of unknown size stands in front of them."""
         nodes, source = self._nodes, mark.inputs[0]
         shape = mark.outputs[0].shape
         if source is None or shape is None:
@@ -158,7 +159,7 @@ class _Writer:
         return columns, following
 
     def _part(self, over: OverTime, step: int, value: ir.Value) -> Timed:
-        """What one step reads of a value of all steps of the turn."""
+        """What one step reads of a value of all steps of the iteration."""
         timed = over.of(value)
         if timed.axis is None:
             return timed
@@ -179,7 +180,7 @@ class _Writer:
         return Timed(self._joined[key], column[0].axis, column[0].rank)
 
     def _last(self, column: Sequence[Timed]) -> Timed:
-        """The state after the last step that there is: the last turn may have fewer."""
+        """The state after the last step that there is: the last iteration may have fewer."""
         nodes = self._nodes
         if self._there is None:
             steps = nodes.scalar(self._steps)
@@ -192,10 +193,10 @@ class _Writer:
         joined = self._column(column)
         return Timed(nodes("Gather", joined.value, self._there, axis=joined.axis), joined.axis, joined.rank)
 
-    # Out of the turn
+    # Out of the iteration
 
     def _collected(self, timed: Timed, place: int) -> tuple[ir.Value, int]:
-        """What a turn hands out, and where the steps are in it: behind what is of unknown size."""
+        """What an iteration hands out, and where the steps are in it: behind what is of unknown size."""
         shape = self._loop.collected[place].shape
         if timed.axis is None or shape is None:
             raise RefusedError("what is handed out is the same in each step")
@@ -230,7 +231,7 @@ class _Writer:
         return end
 
     def _unrolled(self, value: ir.Value, place: int, at: int) -> ir.Value:
-        """What all turns hand out, step by step: (turn, …, u, …) → (…, l, …)."""
+        """What all iterations hand out, step by step: (iteration, …, u, …) → (…, l, …)."""
         nodes, loop = self._nodes, self._loop
         shape = loop.collected[place].shape
         assert shape is not None
