@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from moe_export.export.sizes import fixed
+
 _aten = torch.ops.aten
 
 CARRIERS = {
@@ -67,15 +69,15 @@ def as_choice(node: fx.Node) -> Choice | None:
         return None
     argument = 2 if node.target is _aten.topk.default else 1
     axis = node.args[argument] if len(node.args) > argument else node.kwargs.get("dim", -1)
-    experts = str(value.shape[-1])
-    if not isinstance(axis, int) or axis % value.dim() != value.dim() - 1 or not experts.isdigit():
+    experts = fixed(value.shape[-1])
+    if not isinstance(axis, int) or axis % value.dim() != value.dim() - 1 or experts is None:
         return None
     parts = {
         user.args[1]: user for user in node.users if user.target is not _aten.argmax.default and is_part(user)
     }
     if node.target is _aten.argmax.default:
-        return Choice(node, scores, node, None, int(experts))
-    return Choice(node, scores, parts[1], parts.get(0), int(experts)) if 1 in parts else None
+        return Choice(node, scores, node, None, experts)
+    return Choice(node, scores, parts[1], parts.get(0), experts) if 1 in parts else None
 
 
 def is_part(node: fx.Node) -> bool:

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.axes.shapes import shape_of
+from moe_export.export.sizes import fixed, same_shape, same_size
+
 _aten = torch.ops.aten
 
 # Ops that pass a mark on without moving it: 0 stays false, 1 stays true.
@@ -93,7 +96,7 @@ def _masked(node: fx.Node) -> Marks | None:
         return None
     for source in node.all_input_nodes:
         inner = marks_of(source)
-        if inner is not None and str(source.meta["val"].shape) == str(node.meta["val"].shape):
+        if inner is not None and same_shape(shape_of(source), shape_of(node)):
             among = _among(node, source, inner)
             if among is not None:
                 return dataclasses.replace(inner, exact=False, among=among)
@@ -110,14 +113,14 @@ def _among(node: fx.Node, source: fx.Node, inner: Marks) -> fx.Node | None:
     value = others[0].meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dtype is not torch.bool:
         return None
-    same = str(value.shape) == str(node.meta["val"].shape)
+    same = same_shape(value.shape, shape_of(node))
     return others[0] if same and marks_of(others[0]) is None else None
 
 
 def _merged(node: fx.Node, inner: Marks) -> Marks | None:
     """The axes before that of the experts taken apart in another way."""
-    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape  # type: ignore[union-attr]
-    if inner.axes[-1:] != ("expert",) or len(after) != 3 or str(before[-1]) != str(after[-1]):
+    before, after = shape_of(node.args[0]), shape_of(node)
+    if inner.axes[-1:] != ("expert",) or len(after) != 3 or not same_size(before[-1], after[-1]):
         return None
     return Marks(inner.indices, ("token", "slot", "expert"), exact=False, kept=node)
 
@@ -156,7 +159,7 @@ def _reordered(node: fx.Node, axes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _squeezed(node: fx.Node, inner: Marks, axis: int) -> Marks | None:
-    if str(node.meta["val"].shape) == str(node.args[0].meta["val"].shape):  # type: ignore[union-attr]
+    if same_shape(shape_of(node), shape_of(node.args[0])):
         return inner  # nothing of size 1 there
     if inner.axes[axis] not in ("one", "slot"):
         return None
@@ -189,6 +192,6 @@ def index_axes(node: fx.Node) -> tuple[str, ...]:
         return ()
     if not value.dim():
         return ()
-    slots = value.dim() > 1 and str(value.shape[-1]).isdigit()
+    slots = value.dim() > 1 and fixed(value.shape[-1]) is not None
     tokens = value.dim() - slots
     return ("token",) * tokens + ("slot",) * slots

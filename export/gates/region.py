@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import fx
 
+from moe_export.export.axes.shapes import shape_of
+from moe_export.export.sizes import same_size
 from moe_export.export.torch_compat.metadata import is_module_path
 from moe_export.export.tracing.weight_inputs import is_weight
 
@@ -48,10 +50,10 @@ def is_size(node: fx.Node) -> bool:
 
 def size_source(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | None:
     """A tensor and the axis at which its size is this integer."""
-    wanted = str(size.meta["val"])
+    wanted = size.meta["val"]
     for node in tensors:
-        for axis, found in enumerate(node.meta["val"].shape):
-            if str(found) == wanted:
+        for axis, found in enumerate(shape_of(node)):
+            if same_size(found, wanted):
                 return node, axis
     return None
 
@@ -89,11 +91,6 @@ def needed(outputs: tuple[fx.Node, ...], inputs: set[fx.Node]) -> list[fx.Node]:
                 seen.add(source)
                 stack.append(source)
     return [node for node in outputs[0].graph.nodes if node in seen]
-
-
-def shape_of(node: object) -> tuple[str, ...]:
-    value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(str(size) for size in value.shape) if isinstance(value, torch.Tensor) else ()
 
 
 def is_float(node: fx.Node) -> bool:

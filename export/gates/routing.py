@@ -16,15 +16,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from moe_export.export.axes.choice import CARRIERS, Choice, as_choice, is_part
+from moe_export.export.axes.shapes import shape_of
 from moe_export.export.frontend.source import line_of
-from moe_export.export.gates.region import ancestors, frontier, inside, scope_of, shape_of
+from moe_export.export.gates.region import ancestors, frontier, inside, scope_of
 from moe_export.export.gates.tokens import as_token_choice
 from moe_export.export.gates.weights import weights_of
+from moe_export.export.sizes import expression_of, same_shape, same_size
 from moe_export.export.tracing.trace import Traced
 
 _aten = torch.ops.aten
@@ -127,7 +130,7 @@ def _picks_results(user: fx.Node, indices: fx.Node, choice: Choice) -> bool:
     sizes, axis = shape_of(user.args[0]), user.args[1]
     assert isinstance(axis, int)
     behind = axis % len(sizes) < len(sizes) - 1
-    return behind and len(sizes) > len(shape_of(choice.scores)) and sizes[axis] == str(choice.experts)
+    return behind and len(sizes) > len(shape_of(choice.scores)) and same_size(sizes[axis], choice.experts)
 
 
 def _is_returned_by_a_gate(choice: Choice) -> bool:
@@ -157,12 +160,13 @@ def _without_group_choices(choices: list[Choice]) -> list[Choice]:
 
 def _by_gate(choices: list[Choice]) -> Iterator[tuple[Choice, ...]]:
     """One `topk` is a gate; so are the `argmax`es of one module over the same experts (first choice, second...)."""
-    singles: dict[tuple[tuple[str, ...], tuple[str, ...], int], list[Choice]] = {}
+    singles: dict[tuple[Any, ...], list[Choice]] = {}
     for choice in choices:
         if choice.operator.target is _aten.topk.default:
             yield (choice,)
         else:
-            key = (scope_of(choice.operator), shape_of(choice.indices), choice.experts)
+            sizes = tuple(map(expression_of, shape_of(choice.indices)))
+            key = (scope_of(choice.operator), sizes, choice.experts)
             singles.setdefault(key, []).append(choice)
     yield from (tuple(group) for group in singles.values())
 
@@ -221,7 +225,7 @@ def routing_outputs(routing: Routing, traced: Traced) -> list[tuple[str, str | N
         carriers, stack = {start}, [start]
         while stack:
             for user in stack.pop().users:
-                if user.target in CARRIERS and user not in carriers and shape_of(user)[-1:] == k:
+                if user.target in CARRIERS and user not in carriers and same_shape(shape_of(user)[-1:], k):
                     carriers.add(user)
                     stack.append(user)
         return [name for name, node in named if node in carriers]

@@ -15,6 +15,7 @@ from torch import fx
 
 from moe_export.export.axes.choice import CARRIERS, Choice, is_part
 from moe_export.export.gates.region import ancestors
+from moe_export.export.sizes import fixed
 
 _aten = torch.ops.aten
 
@@ -38,9 +39,9 @@ def as_token_choice(node: fx.Node) -> Choice | None:
         return None
     given: Any = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim", -1)
     axis = int(given) % value.dim()
-    others = [str(size) for place, size in enumerate(value.shape) if place != axis]
-    experts = [int(size) for size in others if size.isdigit() and size != "1"]
-    if str(value.shape[axis]).isdigit() or len(experts) != 1 or not _is_routed(scores):
+    others = [fixed(size) for place, size in enumerate(value.shape) if place != axis]
+    experts = [size for size in others if size not in (None, 1)]
+    if fixed(value.shape[axis]) is not None or len(experts) != 1 or not _is_routed(scores):
         return None
     if not _picks_rows(parts[1]):
         return None

@@ -10,7 +10,9 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.choice import Choice, is_part
-from moe_export.export.gates.region import ancestors, is_float, is_within, shape_of
+from moe_export.export.axes.shapes import shape_of
+from moe_export.export.gates.region import ancestors, is_float, is_within
+from moe_export.export.sizes import same_shape
 
 _aten = torch.ops.aten
 
@@ -53,7 +55,7 @@ def _normalises(node: fx.Node, chain: list[fx.Node | None], choice: Choice, scop
     if (
         node.target not in _NORMALISERS
         or not (node.args[0] is current or node.target is _aten.mul.Tensor)
-        or shape_of(node) != shape_of(current)
+        or not same_shape(shape_of(node), shape_of(current))
         or not is_float(node)
         or not is_within(node, scope)
     ):
@@ -89,20 +91,20 @@ def _read_by_indices(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node
         if of_indices.isdisjoint(node.all_input_nodes):
             continue
         of_indices.add(node)
-        fits = shape_of(node) == shape and is_float(node) and is_within(node, scope)
+        fits = same_shape(shape_of(node), shape) and is_float(node) and is_within(node, scope)
         if fits and node in of_scores and node not in taken:
             return node
     return None
 
 
 def _is_over_experts(node: fx.Node, choice: Choice) -> bool:
-    return shape_of(node)[-1:] == (str(choice.experts),)
+    return same_shape(shape_of(node)[-1:], (choice.experts,))
 
 
 def _maximum_of(choice: Choice) -> fx.Node | None:
     """`argmax` beside a `max` of the same scores, as in Switch Transformers."""
     for user in choice.scores.users:
-        if user.target is _aten.amax.default and shape_of(user) == shape_of(choice.indices):
+        if user.target is _aten.amax.default and same_shape(shape_of(user), shape_of(choice.indices)):
             found: fx.Node = user
             return found
         if user.target is _aten.max.dim:

@@ -41,6 +41,7 @@ TOGETHER = ("running", "large", "pictures", "comparing", "reports", "commands")
 # What lies in `export`, rooms and single files, in order: one imports those before it.
 EXPORT = (
     "torch_compat",
+    "sizes",
     "adapters",
     "weights",
     "frontend",
