@@ -215,7 +215,7 @@ def _nothing(result: Any, options: Options) -> None:
 def _loops_are_proved(model: Model, options: Options) -> None:
     """A folded model says for each length up to where it was compared, and keeps the trace that gates are cut from."""
     folded = model.recurrent
-    assert len(folded.lengths) == len(folded.limits)
+    assert len(folded.lengths) == len(folded.reached)
     assert bool(folded.lengths) == (folded.unrolled is not None)
 
 

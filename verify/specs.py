@@ -52,15 +52,9 @@ class DimRange:
             )
 
     def clamp(self, size: int) -> int:
-        """The nearest size that the range allows.
-
-        A minimum of 2 is what tracers write on every dimension, because they treat size 1 as special; it is
-        no wish of the model's author, so 1 counts as allowed. A larger minimum is meant, and so is a range
-        of a single size.
-        """
-        lowest = 1 if self.minimum <= 2 and self.minimum != self.maximum else self.minimum
+        """The nearest size that the range allows."""
         highest = size if self.maximum is None else self.maximum
-        return max(lowest, min(size, highest))
+        return max(self.minimum, min(size, highest))
 
 
 @dataclass(frozen=True)

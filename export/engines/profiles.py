@@ -134,20 +134,12 @@ def parse_bounds(text: str) -> tuple[int, int | None]:
     return int(match[1]), int(match[2]) if match[2] else None
 
 
-def dim_facts(
-    dims: Sequence[Any], exact: bool = False, conditions: Sequence[Condition] = ()
-) -> dict[str, str]:
-    """The sizes that a graph is right for, as its metadata stores them: `dim.seq` → `16:`, `domain` → `seq % 8 == 0`.
-
-    A minimum of 2 is what tracers write on every dimension, so it counts as 1 unless the bounds are `exact`.
-    """
+def dim_facts(dims: Sequence[Any], conditions: Sequence[Condition] = ()) -> dict[str, str]:
+    """The sizes that a graph is right for, as its metadata has them: `dim.seq` → `16:`, `domain` → `seq % 8 == 0`."""
     facts = {"domain": str(Domain(tuple(conditions)))} if conditions else {}
-    for dim in dims:
-        caution = not exact and dim.minimum == 2 != dim.maximum
-        facts[f"dim.{dim.name}"] = (
-            f"{1 if caution else dim.minimum}:{'' if dim.maximum is None else dim.maximum}"
-        )
-    return facts
+    return facts | {
+        f"dim.{dim.name}": f"{dim.minimum}:{'' if dim.maximum is None else dim.maximum}" for dim in dims
+    }
 
 
 def complete_ranges(dims: Sequence[FreeDim], ranges: Ranges) -> dict[str, Range]:

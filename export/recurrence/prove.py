@@ -64,19 +64,22 @@ def prove(
         For each length, how far it is right.
 
     Raises:
-        LengthError: It fails, or gives other values, at a length that is no greater than the example's or the traces'.
+        LengthError: It fails, or gives other values, at a length that is no greater than the example's or the traces',
+            and not only at 1.
     """
     agreement = Agreement(subject, folded, lengths)
     longest = max(traced)
     further = [tuple(size + more for size in longest) for more in (range(9, 17) if rounded else (9,))]
     for sizes in (*_proved(len(lengths)), *traced, *further):
-        _same(agreement, sizes)
+        if sizes != (1,):
+            _same(agreement, sizes)
+    least = _least(agreement, lengths, subject)
     if not agreement.same_types(longest):
         raise LengthError("without the loop its results are of other types", None)
     numbers = list(dict.fromkeys(_counted(whole)))
     if numbers:
         _prove_numbers(subject, agreement, lengths, longest, numbers)
-    return _reached(subject, agreement, lengths, longest)
+    return tuple(replace(each, least=least) for each in _reached(subject, agreement, lengths, longest))
 
 
 def _proved(count: int) -> list[tuple[int, ...]]:
@@ -94,6 +97,19 @@ def _same(agreement: Agreement, sizes: tuple[int, ...]) -> None:
         raise LengthError(f"without the loop it fails at length {shown}: {error}", None) from error
     if same is False:
         raise LengthError(f"what it computes depends on the length in another way at length {shown}", None)
+
+
+def _least(agreement: Agreement, lengths: Sequence[Length], subject: Subject) -> int:
+    """The least length at which a fold over one length is right: 1, or 2 if the example is no single step."""
+    if len(lengths) > 1:
+        return 1
+    try:
+        _same(agreement, (1,))
+    except LengthError:
+        if lengths[0].of(subject.inputs) == 1:
+            raise
+        return 2
+    return 1
 
 
 def _reached(

@@ -31,10 +31,12 @@ class Reach:
     Attributes:
         compared: The greatest length at which it was compared and right; 0 if at none beyond the usual ones.
         limit: The greatest length at which it is right, if it is not right at all that were compared.
+        least: The least: 2 where a model has a way of its own for a single step, `if x.shape[1] == 1`.
     """
 
     compared: int
     limit: int | None = None
+    least: int = 1
 
 
 def reach(

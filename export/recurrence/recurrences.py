@@ -55,22 +55,24 @@ class Recurrent:
         unrolled: The trace of the model at a short length, if it was folded.
         notes: For the report.
         lengths: What was folded over, if anything was.
-        limits: The greatest size of each of them at which that is right; None where no limit was found.
+        reached: For which sizes of each of them that is right.
     """
 
     subject: Subject
     unrolled: Traced | None = None
     notes: tuple[str, ...] = ()
     lengths: tuple[Length, ...] = ()
-    limits: tuple[int | None, ...] = ()
+    reached: tuple[Reach, ...] = ()
 
     def conditions(self, folded: Traced) -> tuple[Condition, ...]:
         """What folding assumed of sizes, in the names of the folded model's dimensions."""
         found = []
-        for length, limit in zip(self.lengths, self.limits, strict=True):
+        for length, reached in zip(self.lengths, self.reached, strict=True):
             name, axis = length.axes[0]
-            if limit is not None:
-                found.append(Condition(f"{folded.inputs[name][axis]} <= {limit}"))
+            if reached.least > 1:
+                found.append(Condition(f"{folded.inputs[name][axis]} >= {reached.least}"))
+            if reached.limit is not None:
+                found.append(Condition(f"{folded.inputs[name][axis]} <= {reached.limit}"))
         return tuple(found)
 
     def dims(self, request: DimRequest) -> DimRequest:
@@ -298,7 +300,7 @@ def _folded_at(
     )
     reached = prove(subject, folded, lengths, tuple(examples), whole, rounded=again)
     notes = (*_notes(whole, lengths, subject), *_limits(lengths, reached))
-    return Recurrent(folded, traced, notes, tuple(lengths), tuple(each.limit for each in reached))
+    return Recurrent(folded, traced, notes, tuple(lengths), reached)
 
 
 def _limits(lengths: Sequence[Length], reached: Sequence[Reach]) -> list[str]:

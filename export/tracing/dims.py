@@ -92,7 +92,7 @@ def limits_of(dims: Sequence[Dim], conditions: Sequence[Condition]) -> list[str]
     bounds = [
         f"{dim.name} {dim.minimum}..{'' if dim.maximum is None else dim.maximum}"
         for dim in dims
-        if dim.minimum > 2 or dim.maximum is not None  # tracers write 2 on every dimension
+        if dim.minimum > 1 or dim.maximum is not None
     ]
     return [*bounds, *map(str, conditions)]
 

@@ -229,7 +229,7 @@ class Probes:
         return np.array(sorted({*powers, *near, *(3 * size + 1 for size in near)}), dtype=np.int64)
 
     def _within(self, name: str, sizes: NDArray[Any]) -> NDArray[Any]:
-        # 1 and 0 are what tracers take for special; they are tried in any case, and no condition is kept for them.
+        # 1 and 0 are what tracers take for special, and say in every trace; what is wrong at 1 is found by running it.
         dim = self._dims[name]
         lowest, highest = max(2, dim.minimum), dim.maximum or _SPARSE
         kept = sizes[(sizes >= lowest) & (sizes <= highest)]
@@ -271,6 +271,8 @@ def _in_words(dim: Dim, own: Sequence[Condition], probes: Probes) -> tuple[Dim, 
         return dim, list(own)
     if right[0] > max(2, dim.minimum):
         dim = replace(dim, minimum=int(right[0]))
+    elif any(probes.always(each) and not each.holds({dim.name: 1}) for each in own):
+        dim = replace(dim, minimum=max(2, dim.minimum))
     if right[-1] < sizes[-1]:
         dim = replace(dim, maximum=int(right[-1]))
     inside = sizes[(sizes >= right[0]) & (sizes <= right[-1])]

@@ -67,6 +67,23 @@ def needed(
     return kept
 
 
+def wrong_at_one(traced: Traced, subject: Subject) -> list[Condition]:
+    """`seq >= 2` for each dimension at whose size 1 the trace is wrong.
+
+    Tracers take every free size for 2 or more and write nothing down: `if x.shape[1] > 1` has one way in a trace.
+    A trace with loops that stand for themselves (`recurrence`) computes nothing, and shows that at the traced sizes.
+    """
+    if subject.weights is not None and subject.weights.absent:
+        return []
+    beside = _Beside(traced, subject)
+    sizes = {dim.name: dim.traced for dim in traced.dims}
+    asked = [dim.name for dim in traced.dims if dim.minimum <= 1 < dim.traced]
+    wrong = [name for name in asked if beside.same(sizes | {name: 1}, shapes=False) is False]
+    if not wrong or not beside.same(sizes, shapes=False):
+        return []
+    return [Condition(f"{name} >= 2") for name in wrong]
+
+
 class _Pool:
     """Combinations of sizes at which a question may be asked, small ones first.
 
@@ -147,8 +164,8 @@ class _Beside:
         self._traced, self._subject = traced, subject
         self._wide: Subject | None = None
 
-    def same(self, sizes: Sizes) -> bool | None:
-        """Whether both compute the same, in shapes that the trace recorded; None where the model refuses."""
+    def same(self, sizes: Sizes, *, shapes: bool = True) -> bool | None:
+        """Whether both compute the same, in `shapes` that the trace recorded; None where the model refuses."""
         example = _at(self._traced, sizes)
         if example is None:
             return None
@@ -159,7 +176,8 @@ class _Beside:
             except Exception:
                 return None
             try:
-                found = run_program(self._traced, [tensor.clone() for tensor in given], sizes=sizes)
+                inputs = [tensor.clone() for tensor in given]
+                found = run_program(self._traced, inputs, sizes=sizes if shapes else None)
             except Exception:
                 return False
             if not _alike(wanted, found):

@@ -26,7 +26,7 @@ from moe_export.export.tracing.constants import constants_of
 from moe_export.export.tracing.dims import Dim, DimRequest
 from moe_export.export.tracing.guards import Probes, conditions_of, simplified
 from moe_export.export.tracing.lengths import operators
-from moe_export.export.tracing.needless import MOST_ELEMENTS, needed
+from moe_export.export.tracing.needless import MOST_ELEMENTS, needed, wrong_at_one
 from moe_export.export.tracing.slices import has_constant_bounds, sized_bounds
 from moe_export.export.tracing.trace import Traced, quiet, resized, trace
 from moe_export.export.tracing.widen import accepts
@@ -47,7 +47,12 @@ def widest_trace(subject: Subject, request: DimRequest | None = None) -> Traced:
     Raises:
         NotExportableError: As `trace`.
     """
-    request = request or DimRequest()
+    best = _widest(subject, request or DimRequest())
+    with quiet():
+        return within(best, wrong_at_one(best, subject))
+
+
+def _widest(subject: Subject, request: DimRequest) -> Traced:
     best = first = _with_domain(trace(subject, request), subject)
     fixed = {each.size for each in first.fixed if each.model_takes_others}
     way = _sized if has_constant_bounds(first.program.graph, fixed) else trace

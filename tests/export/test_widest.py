@@ -121,3 +121,32 @@ def test_how_a_processor_rounds_decides_about_no_condition(tmp_path, dtype):
 
     subject = make_subject(Rounded(), (torch.randn(2, 7, 4).to(dtype),), {}, source=tmp_path, how="")
     assert limits_of((traced := widest_trace(subject)).dims, traced.conditions) == []
+
+
+class OneStep(nn.Module):
+    """One token has a way of its own, as a cached step has; a mask that hides nothing of one token is none."""
+
+    def __init__(self, differs):
+        super().__init__()
+        self.differs = differs
+
+    def forward(self, x):
+        scores = x @ x.transpose(1, 2)
+        if x.shape[1] != 1:
+            scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -1e9)
+            if self.differs:
+                scores = 2 * scores
+        return scores
+
+
+def test_what_is_different_for_one_token_begins_at_two(tmp_path):
+    subject, traced = widest(tmp_path, OneStep(differs=True), 2, 5)
+    assert limits_of(traced.dims, traced.conditions) == ["seq 2.."]
+    assert right(subject, traced, 1, 2)
+    assert not right(subject, traced, 2, 1)
+
+
+def test_what_is_the_same_for_one_token_begins_at_one(tmp_path):
+    subject, traced = widest(tmp_path, OneStep(differs=False), 2, 5)
+    assert limits_of(traced.dims, traced.conditions) == []
+    assert right(subject, traced, 2, 1)

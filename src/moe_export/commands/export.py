@@ -78,7 +78,7 @@ def run_export(request: ExportRequest) -> int:
             _check_file(path)
             with console.step(f"verifying {name}" if request.verify else f"loading {name}"):
                 found, report = _verified(written, path, request)
-            learned = _learned(graph, found, exact=report is not None)
+            learned = _learned(graph, found)
             if learned:
                 _write(found, path, facts | learned, request.functions, storage)
             checked.append(found)
@@ -155,10 +155,10 @@ def _write(
     return (*stored.notes(storage.mode), *notes)
 
 
-def _learned(graph: Graph, found: Graph, *, exact: bool) -> dict[str, str]:
+def _learned(graph: Graph, found: Graph) -> dict[str, str]:
     """What verification found out about the sizes that a graph is right for, if that is news to its file."""
-    before = dim_facts(graph.traced.dims, conditions=graph.traced.conditions)
-    learned = dim_facts(found.traced.dims, exact, found.traced.conditions)
+    before = dim_facts(graph.traced.dims, graph.traced.conditions)
+    learned = dim_facts(found.traced.dims, found.traced.conditions)
     return learned if learned != before else {}
 
 
@@ -252,7 +252,7 @@ def _facts(graph: Graph, subject: Subject, options: Options) -> dict[str, str]:
         "kind": graph.kind,
         "module": graph.path,
         "dtype": graph.dtype,
-        **dim_facts(graph.traced.dims, conditions=graph.traced.conditions),
+        **dim_facts(graph.traced.dims, graph.traced.conditions),
     }
 
 

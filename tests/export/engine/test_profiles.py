@@ -104,14 +104,6 @@ def test_metadata_is_written_as_it_is_read(model):
     assert (dims["batch"].minimum, dims["batch"].maximum) == (1, 64)
 
 
-def test_the_caution_of_tracers_is_no_bound():
-    from moe_export.export.tracing.dims import Dim
-
-    dims = [Dim("batch", "s1", 4, 2, None), Dim("pair", "s2", 2, 2, 2)]
-    assert dim_facts(dims) == {"dim.batch": "1:", "dim.pair": "2:2"}
-    assert dim_facts(dims, exact=True) == {"dim.batch": "2:", "dim.pair": "2:2"}
-
-
 def test_every_input_gets_a_shape_at_each_corner(model):
     shapes = input_shapes(model("batch, seq, 4", "batch"))
     found = shapes_at(shapes, {"batch": Range(1, 2, 8), "seq": Range(1, 128, 1024)})

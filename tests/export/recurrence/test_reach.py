@@ -79,3 +79,25 @@ def test_a_limit_that_the_code_computes(tmp_path):
 
     graph = export_subject(subject_of(tmp_path, Window()), Options(opset=17))[0]
     assert [str(each) for each in graph.traced.domain.conditions] == ["seq <= 340"]
+
+
+class ASingleStep(nn.Module):
+    """A running sum, with a way of its own for one step."""
+
+    def forward(self, x):
+        h, out = torch.zeros(x.shape[0], 3), []
+        for t in range(x.shape[1]):
+            h = 0.9 * h + x[:, t]
+            out.append(h)
+        return torch.stack(out, 1) + (x.shape[1] > 1)
+
+
+def test_a_way_of_its_own_for_one_step_is_the_least_length(tmp_path):
+    graph = export_subject(subject_of(tmp_path, ASingleStep()), Options(opset=17))[0]
+    assert [str(each) for each in graph.traced.domain.conditions] == ["seq >= 2"]
+
+
+def test_an_example_of_one_step_with_a_way_of_its_own_is_not_folded(tmp_path):
+    subject = make_subject(ASingleStep(), (torch.randn(2, 1, 3),), {}, source=tmp_path, how="")
+    graph = export_subject(subject, Options(opset=17))[0]
+    assert graph.traced.inputs["x"][1] == 1
