@@ -170,6 +170,17 @@ def trace(subject: Subject, request: DimRequest | None = None, *, as_called: boo
         program, computed, reason = _export(subject, example, request, as_called=as_called)
         refuse_random(program, subject, example)
         dims, inputs = _read_dims(program, example, request)
+        stuck = {
+            (name, axis)
+            for name, shape in inputs.items()
+            for axis, size in enumerate(shape)
+            if isinstance(size, int) and size != subject.inputs[name].shape[axis]
+        }
+        if (
+            stuck and not stuck & request.picked.keys()
+        ):  # widened for nothing: what is fixed stays the example's 1
+            again = trace(subject, replace(request, fixed=request.fixed | stuck), as_called=as_called)
+            return replace(again, fixed=_fixed(subject, again.example, again.inputs, request))
         fixed = _fixed(subject, example, inputs, request)
     traced = Traced(program, inputs, example, subject.outputs, dims, fixed, computed)
     _require_picked(traced, request, reason)
