@@ -16,10 +16,10 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from moe_export.export.recurrence.counter import Counter, counts
 from moe_export.export.recurrence.fold_body import BodyWriter, kept_meta, view_call, write_counting
 from moe_export.export.recurrence.fold_results import outputs_of
 from moe_export.export.recurrence.form import Form, FormError
+from moe_export.export.recurrence.induction_sequences import InductionSequences, counts
 from moe_export.export.recurrence.loop import Loop, Made, Step
 from moe_export.export.recurrence.loop_body import LoopBody
 from moe_export.export.recurrence.operand import PART, View, atoms
@@ -275,7 +275,11 @@ class _Builder:
         if any(counts(leaf) for leaf in atoms((item.args, item.kwargs))):
             step = Step(item.target, item.args, item.kwargs)
             return write_counting(
-                self.call, step, item.node, self.argument, Counter(self.call, self.number, 1).scalar
+                self.call,
+                step,
+                item.node,
+                self.argument,
+                InductionSequences(self.call, self.number, 1).scalar,
             )
         return self.call(item.target, *self.argument(item.args), **self.argument(item.kwargs))
 

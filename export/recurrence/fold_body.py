@@ -11,9 +11,9 @@ import torch
 from torch import fx
 
 from moe_export.export.frontend.source import line_of
-from moe_export.export.recurrence.counter import Counter, counts, why_not, write_step
+from moe_export.export.recurrence.closed_form import OfLength
 from moe_export.export.recurrence.form import Form, moved, scaled
-from moe_export.export.recurrence.law import OfLength
+from moe_export.export.recurrence.induction_sequences import InductionSequences, counts, why_not, write_step
 from moe_export.export.recurrence.loop import Carried, InductionVariable, Local, Loop, Made, Outside, Step
 from moe_export.export.recurrence.loop_body import Along
 from moe_export.export.recurrence.operand import PART, SELECT, SLICE, View, atoms
@@ -99,7 +99,7 @@ class BodyWriter:
         self._order: dict[str, list[fx.Node]] = {"state": [], "element": [], "captured": []}
         self._steps: dict[int, fx.Node] = {}
         self._meta: dict[str, Any] = {}
-        self._counter = Counter(outer.call, outer.number, loop.iterations)
+        self._inductions = InductionSequences(outer.call, outer.number, loop.iterations)
 
     def write(self, collected: list[Any]) -> fx.Graph:
         """Write the graph; `collected` are operands to hand out besides the next states."""
@@ -134,11 +134,13 @@ class BodyWriter:
         """The number of an iteration, read from the numbers of all iterations."""
         key = (number, dtype)
         if isinstance(number, OfLength):
-            return self._capture(key, lambda: Counter(self._outer.call, self._outer.number, 1).scalar(*key))
+            return self._capture(
+                key, lambda: InductionSequences(self._outer.call, self._outer.number, 1).scalar(*key)
+            )
         known = ("element", key) in self._inputs
         node = self._input("element", key)
         if not known:
-            self.sequences.append(self._counter.sequence(number, dtype))
+            self.sequences.append(self._inductions.sequence(number, dtype))
             self.alongs.append(Along(0))
         return node
 

@@ -1,7 +1,7 @@
 """`generalised`: what the skeletons of one model, traced at several lengths, have in common.
 
-They are equal but for some numbers. Each integer among those becomes its `Form`, each number of the steps its law;
-where they differ in anything else, the model truly depends on the length.
+They are equal but for some numbers. Each integer among those becomes its `Form`, each number of the steps its closed
+form; where they differ in anything else, the model truly depends on the length.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from torch import fx
 
 from moe_export.export.frontend.source import line_of
+from moe_export.export.recurrence.closed_form import ClosedForm, OfLength
+from moe_export.export.recurrence.closed_form_fit import closed_form_of, closed_form_of_length
 from moe_export.export.recurrence.form import form_of_one
-from moe_export.export.recurrence.law import Law, OfLength
-from moe_export.export.recurrence.law_fit import law_of, law_of_length
 from moe_export.export.recurrence.loop import Series
 from moe_export.export.recurrence.operand import View
 from moe_export.export.recurrence.skeleton import Call, Folded, LengthError, Scaled, Size, Skeleton, size_of
@@ -70,7 +70,7 @@ def _merged(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: st
     if any(type(value) is not type(first) for value in values):
         raise LengthError(f"it computes {_shown(values)} at lengths {_sizes(lengths)}", where)
     if isinstance(first, Series):
-        return _law(lengths, values, where)
+        return _closed_form(lengths, values, where)
     if dataclasses.is_dataclass(first):
         return _merged_fields(lengths, values, where)
     if isinstance(first, (tuple, list)):
@@ -92,18 +92,22 @@ def _merged_numbers(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], w
         if form is not None:
             return form
     if all(isinstance(value, float) for value in values) and len(lengths[0]) == 1:
-        law = law_of_length({size: value for (size,), value in zip(lengths, values, strict=True)})
-        if law is not None:
-            return OfLength(law)
+        closed_form = closed_form_of_length(
+            {size: value for (size,), value in zip(lengths, values, strict=True)}
+        )
+        if closed_form is not None:
+            return OfLength(closed_form)
     raise LengthError(f"a number is {_shown(values)} at lengths {_sizes(lengths)}", where)
 
 
-def _law(lengths: Sequence[tuple[int, ...]], series: Sequence[Series], where: str | None) -> Law:
-    """The law of a number of the steps, which holds at all lengths."""
+def _closed_form(
+    lengths: Sequence[tuple[int, ...]], series: Sequence[Series], where: str | None
+) -> ClosedForm:
+    """The closed form of a number of the steps, which holds at all lengths."""
     if len(lengths[0]) > 1:
         raise LengthError("its steps compute with their number, and it loops over two lengths", where)
-    law = law_of({size: each.values for (size,), each in zip(lengths, series, strict=True)})
-    if law is None:
+    closed_form = closed_form_of({size: each.values for (size,), each in zip(lengths, series, strict=True)})
+    if closed_form is None:
         seen = [
             f"{_shown(each.values[:3])}, ... at length {size}"
             for (size,), each in zip(lengths, series, strict=True)
@@ -111,7 +115,7 @@ def _law(lengths: Sequence[tuple[int, ...]], series: Sequence[Series], where: st
         raise LengthError(
             f"its steps compute with {'; '.join(seen[:2])}, and no formula is known that gives both", where
         )
-    return law
+    return closed_form
 
 
 def _scaled(

@@ -15,9 +15,15 @@ import torch
 from torch import fx
 
 from moe_export.export.frontend.source import line_of
-from moe_export.export.recurrence.column import holds_for, is_integer, is_number, number_of, number_or_series
-from moe_export.export.recurrence.counter import counts, why_not
-from moe_export.export.recurrence.law_fit import Point, fits
+from moe_export.export.recurrence.closed_form_fit import Point, fits
+from moe_export.export.recurrence.induction_sequences import counts, why_not
+from moe_export.export.recurrence.induction_variable import (
+    holds_for,
+    is_integer,
+    is_number,
+    number_of,
+    number_or_series,
+)
 from moe_export.export.recurrence.loop import (
     APPEND,
     WRITE,
@@ -262,7 +268,9 @@ class _Growth:
         if isinstance(part, InductionVariable):
             return bool(leaf == part.first + part.step * iteration)
         if isinstance(part, Series):
-            return is_number(leaf) and fits(part.law, [Point(iteration, 0, leaf)], max(map(abs, part.values)))
+            return is_number(leaf) and fits(
+                part.closed_form, [Point(iteration, 0, leaf)], max(map(abs, part.values))
+            )
         if not isinstance(leaf, Read):
             return type(leaf) is type(part) and bool(leaf == part)
         if isinstance(part, Local):

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import fx
 
-from moe_export.export.recurrence.law import Law
+from moe_export.export.recurrence.closed_form import ClosedForm
 from moe_export.export.recurrence.operand import PART, View
 
 WRITE, APPEND = "write", "append"
@@ -33,11 +33,11 @@ class Series:
 
     Attributes:
         values: Of each iteration.
-        law: That gives them at the length of this trace alone.
+        closed_form: That gives them at the length of this trace alone.
     """
 
     values: tuple[float, ...]
-    law: Law = field(compare=False)
+    closed_form: ClosedForm = field(compare=False)
 
 
 @dataclass(frozen=True)

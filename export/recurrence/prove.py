@@ -1,8 +1,8 @@
 """`prove`: a folded model held against the model, in PyTorch, before any ONNX is made.
 
-Its results are compared at short lengths. Numbers that steps compute with follow a law that was seen in a few steps;
-`min(1, t / 100)` would look like `t / 100` there. So the model is run once at a great length, and each number that
-the laws give there must be among those that it computes with.
+Its results are compared at short lengths. Numbers that steps compute with follow a closed form that was seen in a few
+steps; `min(1, t / 100)` would look like `t / 100` there. So the model is run once at a great length, and each number
+that the closed forms give there must be among those that it computes with.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import torch
 from moe_export.export.frontend.source import line_of
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.recurrence.agreement import Agreement
-from moe_export.export.recurrence.counter import counts
+from moe_export.export.recurrence.closed_form import OfLength
 from moe_export.export.recurrence.form import Form
-from moe_export.export.recurrence.law import OfLength
+from moe_export.export.recurrence.induction_sequences import counts
 from moe_export.export.recurrence.loop import InductionVariable
 from moe_export.export.recurrence.operand import atoms
 from moe_export.export.recurrence.reach import Reach, reach
@@ -139,7 +139,7 @@ def _reached(
 
 @dataclass(frozen=True)
 class _Counted:
-    """A number that follows a law, the iterations of its loop, and the line of the model."""
+    """A number that follows a closed form, the iterations of its loop, and the line of the model."""
 
     number: Any
     iterations: Any
@@ -169,8 +169,8 @@ def _value(number: Any, iteration: int, length: int) -> tuple[float, float]:
             raise TypeError(number)
         value = first + number.step * iteration
         return value, abs(value)
-    law = number.law if isinstance(number, OfLength) else number
-    return law.at(iteration, length), law.size(iteration, length)
+    closed_form = number.closed_form if isinstance(number, OfLength) else number
+    return closed_form.at(iteration, length), closed_form.size(iteration, length)
 
 
 def _counted(whole: Skeleton) -> Iterator[_Counted]:

@@ -25,8 +25,8 @@ from moe_export.errors import NotExportableError
 from moe_export.export.adapters.transformers_cache import find_cached_model
 from moe_export.export.frontend.source import line_of
 from moe_export.export.frontend.subject import Subject, make_subject
-from moe_export.export.recurrence.counter import COUNT
 from moe_export.export.recurrence.fold import FoldedModule
+from moe_export.export.recurrence.induction_sequences import COUNT
 from moe_export.export.recurrence.loop_body import LoopBody
 from moe_export.export.recurrence.recurrences import Recurrent
 from moe_export.export.recurrence.step_cache import step_with_cache

@@ -83,7 +83,7 @@ def test_integers_and_their_ratios_need_no_float64() -> None:
     "name",
     ["one that stops", *(pytest.param(name, marks=pytest.mark.slow) for name in ("a table", "shifts"))],
 )
-def test_numbers_without_a_law_are_refused_with_the_steps_and_the_line(name: str) -> None:
+def test_numbers_without_a_closed_form_are_refused_with_the_steps_and_the_line(name: str) -> None:
     step, reason = counting.REFUSED[name]
     with pytest.raises(NotExportableError, match=reason) as caught:
         fold_recurrences(subject_of(step), DimRequest(), "scan")

@@ -14,7 +14,7 @@ def test_canary_an_operator_names_its_arguments():
     with canary(
         FILE,
         "OpOverload._schema lists the arguments of an operator",
-        todo="see OpOverload in torch/_ops.py; export/recurrence/counter.py is who asks",
+        todo="see OpOverload in torch/_ops.py; export/recurrence/induction_sequences.py is who asks",
     ):
         from moe_export.export.torch_compat.operators import arguments_of
 

@@ -1,4 +1,4 @@
-"""`law_of`: the law behind the numbers that the steps of traces at several lengths compute with.
+"""`closed_form_of`: the closed form behind the numbers that the steps of traces at several lengths compute with.
 
 Laws are proposed from a few of the values, with their constants as round as they can be, and judged by all values of
 all lengths: each must come out to the last digits of float64. Not to the last bit: Python rounds `lo + (hi - lo) * t
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from moe_export.export.recurrence.law import Applied, Law, Line, Power, Ratio
+from moe_export.export.recurrence.closed_form import Applied, ClosedForm, Line, Power, Ratio
 
 LEAST = 5  # iterations: three constants and two values that confirm them
 
@@ -45,8 +45,8 @@ class Point(NamedTuple):
     value: float
 
 
-def law_of(columns: Mapping[int, Sequence[float]]) -> Law | None:
-    """The law that gives these values; None if no form of law does.
+def closed_form_of(columns: Mapping[int, Sequence[float]]) -> ClosedForm | None:
+    """The closed form that gives these values; None if none of the known forms does.
 
     Args:
         columns: Length → the value of each iteration, at least five of them and not all the same.
@@ -60,31 +60,31 @@ def law_of(columns: Mapping[int, Sequence[float]]) -> Law | None:
     if not all(abs(point.value) < _HUGE for point in points) or min(map(len, rows)) < LEAST:
         return None
     largest = max(abs(point.value) for point in points)
-    return next((law for law in _proposed(rows) if fits(law, points, largest)), None)
+    return next((closed_form for closed_form in _proposed(rows) if fits(closed_form, points, largest)), None)
 
 
 @functools.lru_cache(maxsize=4096)
-def _law_of_few(values: tuple[float, ...]) -> Law | None:
-    return law_of({0: values})
+def _closed_form_of_few(values: tuple[float, ...]) -> ClosedForm | None:
+    return closed_form_of({0: values})
 
 
 @functools.lru_cache(maxsize=4096)  # every place of a run is tried as the start of a loop
-def law_of_iterations(values: tuple[float, ...]) -> tuple[Law | None, int]:
-    """The law of the iterations of one trace, and for how many iterations from the first it holds."""
+def closed_form_of_iterations(values: tuple[float, ...]) -> tuple[ClosedForm | None, int]:
+    """The closed form of the iterations of one trace, and for how many iterations from the first it holds."""
     if len(set(values[:LEAST])) == 1:
         return None, 0
-    few = _law_of_few(values[:LEAST])
-    law = few and (law_of({0: values}) or few)  # more values, fewer digits lost
-    if law is None:
+    few = _closed_form_of_few(values[:LEAST])
+    closed_form = few and (closed_form_of({0: values}) or few)  # more values, fewer digits lost
+    if closed_form is None:
         return None, 0
     points = [Point(iteration, 0, float(value)) for iteration, value in enumerate(values)]
     largest = max(abs(point.value) for point in points)
-    fitting = itertools.takewhile(lambda point: fits(law, [point], largest), points)
-    return law, sum(1 for _ in fitting)
+    fitting = itertools.takewhile(lambda point: fits(closed_form, [point], largest), points)
+    return closed_form, sum(1 for _ in fitting)
 
 
-def law_of_length(values: Mapping[int, float]) -> Ratio | Applied | None:
-    """The law of a number that is the same in every iteration; None if it has none of the usual forms.
+def closed_form_of_length(values: Mapping[int, float]) -> Ratio | Applied | None:
+    """The closed form of a number that is the same in every iteration; None if it has none of the usual forms.
 
     Args:
         values: Length → value; at least three, of which one gives the only constant that is not small.
@@ -93,7 +93,9 @@ def law_of_length(values: Mapping[int, float]) -> Ratio | Applied | None:
     if not all(math.isfinite(value) and value for value in values.values()):
         return None
     largest = max(abs(value) for value in values.values())
-    return next((law for law in _of_length(points[0]) if fits(law, points, largest)), None)
+    return next(
+        (closed_form for closed_form in _of_length(points[0]) if fits(closed_form, points, largest)), None
+    )
 
 
 def _of_length(first: Point) -> Iterator[Ratio | Applied]:
@@ -105,36 +107,36 @@ def _of_length(first: Point) -> Iterator[Ratio | Applied]:
         *(Ratio(a, b) for a, b in itertools.permutations(near, 2)),
         *(Applied(name, Ratio(line, one)) for name in names for line in near),
     ]
-    for law in plain:
+    for closed_form in plain:
         try:
-            scales = list(_round(first.value / law.at(0, first.length)))
+            scales = list(_round(first.value / closed_form.at(0, first.length)))
         except ArithmeticError:
             continue
-        yield from (replace(law, scale=scale) for scale in scales)
+        yield from (replace(closed_form, scale=scale) for scale in scales)
 
 
-def fits(law: Law, points: Sequence[Point], largest: float) -> bool:
-    """Whether a law gives these values, to the last digits of float64.
+def fits(closed_form: ClosedForm, points: Sequence[Point], largest: float) -> bool:
+    """Whether a closed form gives these values, to the last digits of float64.
 
     Args:
-        law: The law.
+        closed_form: The closed form.
         points: Iterations and lengths with their values.
         largest: How large the values become.
     """
     try:
         for iteration, length, value in points:
-            size = max(law.size(iteration, length), abs(value))
+            size = max(closed_form.size(iteration, length), abs(value))
             digits = _LAST_DIGITS * (
                 1 + iteration / 8
             )  # a sum that Python adds to is rounded in every iteration
-            if size > _CANCELLED * largest or abs(law.at(iteration, length) - value) > digits * size:
+            if size > _CANCELLED * largest or abs(closed_form.at(iteration, length) - value) > digits * size:
                 return False
         return True
     except (ArithmeticError, TypeError, ValueError):  # a negative base: a complex number
         return False
 
 
-def _proposed(rows: Sequence[Sequence[Point]]) -> Iterator[Law]:
+def _proposed(rows: Sequence[Sequence[Point]]) -> Iterator[ClosedForm]:
     yield from _ratios(rows)
     yield from _powers(rows)
     yield from _squares(rows[-1])

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.recurrence.closed_form import Applied, ClosedForm, Line, OfLength, Power, Ratio
 from moe_export.export.recurrence.form import Form
-from moe_export.export.recurrence.law import Applied, Law, Line, OfLength, Power, Ratio
 from moe_export.export.recurrence.loop import InductionVariable, Series, Step
 from moe_export.export.recurrence.operand import atoms, operator_name
 from moe_export.export.torch_compat.operators import arguments_of
@@ -43,7 +43,7 @@ _FILLING = {
 
 
 def counts(argument: Any) -> bool:
-    """Whether an operand is a number that changes from iteration to iteration, or by a law with the length."""
+    """Whether an operand is a number that changes from iteration to iteration, or by a closed form with the length."""
     return isinstance(argument, (InductionVariable, Series, Ratio, Power, Applied, OfLength))
 
 
@@ -160,7 +160,7 @@ def write_step(
     )
 
 
-class Counter:
+class InductionSequences:
     """Writes numbers that count the iterations of a loop as sequences, one entry per iteration.
 
     Args:
@@ -173,7 +173,7 @@ class Counter:
         self._call, self._number, self._iterations = call, number, iterations
         self._known: dict[Any, fx.Node] = {}
 
-    def sequence(self, number: InductionVariable | Law, dtype: torch.dtype) -> fx.Node:
+    def sequence(self, number: InductionVariable | ClosedForm, dtype: torch.dtype) -> fx.Node:
         """The numbers of all iterations, (iterations,), in a type."""
         if isinstance(number, InductionVariable):
             return self._as(self._integers(self._number(number.first), number.step), dtype)
@@ -184,7 +184,7 @@ class Counter:
 
     def scalar(self, number: OfLength, dtype: torch.dtype) -> fx.Node:
         """A number of the length, (), in a type. There is one iteration."""
-        return self._call(aten.select.int, self.sequence(number.law, dtype), 0, 0)
+        return self._call(aten.select.int, self.sequence(number.closed_form, dtype), 0, 0)
 
     def _as(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
         return self._once("as", node, dtype, lambda: self._call(aten.to.dtype, node, dtype))
@@ -236,19 +236,23 @@ class Counter:
             node = self._call(aten.div.Tensor, node, under)
         return node if ratio.scale == 1 else self._call(aten.mul.Tensor, node, self._exactly(ratio.scale))
 
-    def _in_float64(self, law: Law) -> fx.Node:
-        if isinstance(law, Ratio):
-            return self._ratio(law, torch.float64)
-        if isinstance(law, Power):
-            exponent = self._line(law.exponent, torch.float64)
-            node = self._power(law.base, exponent)
-        elif isinstance(law.function, str):
-            node = self._call(_FUNCTIONS[law.function], self._in_float64(law.inner))
+    def _in_float64(self, closed_form: ClosedForm) -> fx.Node:
+        if isinstance(closed_form, Ratio):
+            return self._ratio(closed_form, torch.float64)
+        if isinstance(closed_form, Power):
+            exponent = self._line(closed_form.exponent, torch.float64)
+            node = self._power(closed_form.base, exponent)
+        elif isinstance(closed_form.function, str):
+            node = self._call(_FUNCTIONS[closed_form.function], self._in_float64(closed_form.inner))
         else:
-            node = self._call(aten.pow.Tensor_Scalar, self._in_float64(law.inner), law.function)
-        if law.scale != 1:
-            node = self._call(aten.mul.Tensor, node, self._exactly(law.scale))
-        return self._call(aten.add.Tensor, node, self._exactly(law.shift)) if law.shift else node
+            node = self._call(
+                aten.pow.Tensor_Scalar, self._in_float64(closed_form.inner), closed_form.function
+            )
+        if closed_form.scale != 1:
+            node = self._call(aten.mul.Tensor, node, self._exactly(closed_form.scale))
+        return (
+            self._call(aten.add.Tensor, node, self._exactly(closed_form.shift)) if closed_form.shift else node
+        )
 
     def _exactly(self, value: float) -> Any:
         """A number in float64, of the integers that it consists of: the exporter writes numbers as float32."""

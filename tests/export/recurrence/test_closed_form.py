@@ -1,4 +1,4 @@
-"""The law behind numbers of steps: found from three short lengths, right at thousands of steps; or none."""
+"""The closed form behind numbers of steps: found from three short lengths, right at thousands of steps; or none."""
 
 from __future__ import annotations
 
@@ -7,7 +7,11 @@ from collections.abc import Callable
 
 import pytest
 
-from moe_export.export.recurrence.law_fit import law_of, law_of_iterations, law_of_length
+from moe_export.export.recurrence.closed_form_fit import (
+    closed_form_of,
+    closed_form_of_iterations,
+    closed_form_of_length,
+)
 
 LENGTHS = (6, 7, 9)
 FOUND: dict[str, Callable[[int, int], float]] = {
@@ -51,35 +55,35 @@ NONE: dict[str, Callable[[int, int], float]] = {
 
 
 @pytest.mark.parametrize("text", list(FOUND))
-def test_a_law_is_found_and_right_at_any_length(text: str) -> None:
+def test_a_closed_form_is_found_and_right_at_any_length(text: str) -> None:
     function = FOUND[text]
-    law = law_of({n: [function(t, n) for t in range(n)] for n in LENGTHS})
-    assert str(law) == text
+    closed_form = closed_form_of({n: [function(t, n) for t in range(n)] for n in LENGTHS})
+    assert str(closed_form) == text
     for n in (2, 5, 100, 5000):
         for t in (0, 1, n // 2, n - 1):
             wanted = function(t, n)
-            assert law is not None
-            assert math.isclose(law.at(t, n), wanted, rel_tol=1e-12, abs_tol=1e-12)
+            assert closed_form is not None
+            assert math.isclose(closed_form.at(t, n), wanted, rel_tol=1e-12, abs_tol=1e-12)
 
 
 @pytest.mark.parametrize("name", list(NONE))
-def test_there_is_no_law(name: str) -> None:
+def test_there_is_no_closed_form(name: str) -> None:
     function = NONE[name]
-    assert law_of({n: [function(t, n) for t in range(n)] for n in LENGTHS}) is None
+    assert closed_form_of({n: [function(t, n) for t in range(n)] for n in LENGTHS}) is None
 
 
-def test_a_law_of_one_trace_holds_for_its_first_iterations() -> None:
-    law, iterations = law_of_iterations((1.0, 0.5, 0.25, 0.125, 0.0625, 0.7, 0.7))
-    assert (str(law), iterations) == ("0.5 ** t", 5)
+def test_a_closed_form_of_one_trace_holds_for_its_first_iterations() -> None:
+    closed_form, iterations = closed_form_of_iterations((1.0, 0.5, 0.25, 0.125, 0.0625, 0.7, 0.7))
+    assert (str(closed_form), iterations) == ("0.5 ** t", 5)
 
 
 def test_a_sum_that_python_adds_to_is_as_good_as_a_product() -> None:
     columns = {n: [sum([0.1] * (t + 1)) for t in range(n)] for n in (15, 16, 18, 21)}
-    assert str(law_of(columns)) == "(t + 1) / 10"
+    assert str(closed_form_of(columns)) == "(t + 1) / 10"
 
 
 def test_four_iterations_are_too_few() -> None:
-    assert law_of({4: [0.1, 0.2, 0.3, 0.4]}) is None
+    assert closed_form_of({4: [0.1, 0.2, 0.3, 0.4]}) is None
 
 
 @pytest.mark.parametrize(
@@ -93,9 +97,9 @@ def test_four_iterations_are_too_few() -> None:
     ],
 )
 def test_a_number_of_the_length_alone(text: str, function: Callable[[int], float]) -> None:
-    law = law_of_length({n: function(n) for n in LENGTHS})
-    assert str(law) == text
+    closed_form = closed_form_of_length({n: function(n) for n in LENGTHS})
+    assert str(closed_form) == text
 
 
-def test_any_numbers_of_three_lengths_have_no_law() -> None:
-    assert law_of_length({6: 0.3, 7: 0.31, 9: 0.34}) is None
+def test_any_numbers_of_three_lengths_have_no_closed_form() -> None:
+    assert closed_form_of_length({6: 0.3, 7: 0.31, 9: 0.34}) is None

@@ -1,13 +1,11 @@
-"""`number_or_series`: the part that a number plays in the iterations of a loop: constant, counting, or following a
-law.
-"""
+"""`number_or_series`: what a number does over the iterations of a loop: stay, count, or follow a closed form."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from moe_export.export.recurrence.law_fit import law_of_iterations
+from moe_export.export.recurrence.closed_form_fit import closed_form_of_iterations
 from moe_export.export.recurrence.loop import InductionVariable, Series
 
 
@@ -47,16 +45,16 @@ def number_of(column: Sequence[Any]) -> tuple[Any, int, str]:
 
 
 def number_or_series(column: Sequence[Any]) -> tuple[Any, int, str]:
-    """A number of a step: constant, counting, or by a law; and for how many iterations it is."""
+    """A number of a step: constant, counting, or by a closed form; and for how many iterations it is."""
     part, iterations, reason = number_of(column)
     if iterations == len(column) or not all(is_number(value) for value in column):
         return part, iterations, reason
-    law, iterations_of_law = law_of_iterations(tuple(column))
+    closed_form, iterations_of_form = closed_form_of_iterations(tuple(column))
     before, after = column[iterations - 1 : iterations + 1]
     reason = (
         f"step {iterations - 1} computes with {before!r}, step {iterations} with {after!r}, "
         "and no formula is known for it"
     )
-    if law is None or iterations_of_law <= iterations:
+    if closed_form is None or iterations_of_form <= iterations:
         return part, iterations, reason
-    return Series(tuple(column[:iterations_of_law]), law), iterations_of_law, reason
+    return Series(tuple(column[:iterations_of_form]), closed_form), iterations_of_form, reason

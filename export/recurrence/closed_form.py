@@ -1,12 +1,13 @@
-"""`Law`: a number that Python computed from the number of the step, as a function of the iteration and of the length.
+"""`ClosedForm`: a number that Python computed from that of the step, as a function of the iteration and the length.
 
-    x[:, t] / (t + 1)       an integer that counts: a `InductionVariable`, which needs no law
+    x[:, t] / (t + 1)       an integer that counts: an `InductionVariable`, which needs no closed form
     1 - t / L               Ratio     (L - t) / L
     0.9 ** (L - 1 - t)      Power     0.9 ** (L - t - 1)
     math.cos(t / 100)       Applied   cos(t / 100)
 
-A trace has the values only. `law_fit` finds the law behind them; `counter` writes it as a sequence that the loop runs
-over: integers and their ratios without float64, everything else in float64, rounded once to what the step computes in.
+A trace has the values only. `closed_form_fit` finds the closed form behind them; `induction_sequences` writes it as a
+sequence that the loop runs over: integers and their ratios without float64, everything else in float64, rounded once to
+what the step computes in.
 
 Letters: t iteration of the loop, from 0; L length.
 """
@@ -139,14 +140,14 @@ def _outer(shift: float, scale: float, text: str) -> str:
     return f"{shift!r} {'-' if scale == -1 else '+'} {text}"
 
 
-Law = Ratio | Power | Applied
+ClosedForm = Ratio | Power | Applied
 
 
 @dataclass(frozen=True)
 class OfLength:
     """A number that is the same in every iteration, and another at another length: `1 / L`."""
 
-    law: Law
+    closed_form: ClosedForm
 
     def __str__(self) -> str:
-        return str(self.law)
+        return str(self.closed_form)
