@@ -1,4 +1,4 @@
-"""`folded_module`: a skeleton becomes a module again, each loop one call, the length read off an input.
+"""`folded_module`: a rolled graph becomes a module again, each loop one call, the length read off an input.
 
     before   select(a, 1, 0) mul add … select(a, 1, 9) mul add  stack
     after    loop_0([h0], [a, b], [A], L) → [h, ys]
@@ -23,15 +23,15 @@ from moe_export.export.recurrence.induction_sequences import InductionSequences,
 from moe_export.export.recurrence.loop import Loop, Made, Step
 from moe_export.export.recurrence.loop_body import LoopBody
 from moe_export.export.recurrence.operand import PART, View, atoms
-from moe_export.export.recurrence.skeleton import (
+from moe_export.export.recurrence.rolled import (
     Call,
     Folded,
     LengthError,
     Place,
+    RolledGraph,
     Row,
     Scaled,
     Size,
-    Skeleton,
     Value,
     Whole,
 )
@@ -94,7 +94,7 @@ def _attach(root: nn.Module, target: str, tensor: torch.Tensor) -> None:
 
 
 def folded_module(
-    skeleton: Skeleton,
+    rolled: RolledGraph,
     program: ExportedProgram,
     lengths: Sequence[Sequence[tuple[str, int]]],
     prefix: str,
@@ -102,8 +102,8 @@ def folded_module(
     """Build the module.
 
     Args:
-        skeleton: With integers as forms of the length.
-        program: Whose weights and inputs it has; one of those that the skeleton was made from.
+        rolled: With integers as forms of the length.
+        program: Whose weights and inputs it has; one of those that the rolled graph was made from.
         lengths: For each length, placeholders, and the axis of each, that have it; it is read off the first.
         prefix: What the paths of the weights begin with in the program and not in the module.
 
@@ -114,7 +114,7 @@ def folded_module(
     same = [[(inputs.index(name), axis) for name, axis in places] for places in lengths]
     module = FoldedModule(program, prefix, same)
     try:
-        _Builder(skeleton, program, module, [places[0] for places in lengths], prefix).build()
+        _Builder(rolled, program, module, [places[0] for places in lengths], prefix).build()
     except FormError as error:
         raise LengthError(
             f"its steps read or write places that no one number counts: {error}", None
@@ -126,13 +126,13 @@ def folded_module(
 class _Builder:
     def __init__(
         self,
-        skeleton: Skeleton,
+        rolled: RolledGraph,
         program: ExportedProgram,
         module: FoldedModule,
         lengths: Sequence[tuple[str, int]],
         prefix: str,
     ) -> None:
-        self._skeleton, self._program, self._module = skeleton, program, module
+        self._rolled, self._program, self._module = rolled, program, module
         self._lengths_at, self._prefix = lengths, prefix
         self.graph = module.graph
         self._places: dict[str | int, fx.Node] = {}
@@ -140,8 +140,8 @@ class _Builder:
         self._products: dict[Scaled, fx.Node] = {}
         self._sizes: dict[fx.Node, fx.Node] = {}
         self._views: dict[Any, fx.Node] = {}
-        self._loops = {item.number: item.loop for item in skeleton.items if isinstance(item, Folded)}
-        self._wanted = outputs_of(skeleton)
+        self._loops = {item.number: item.loop for item in rolled.items if isinstance(item, Folded)}
+        self._wanted = outputs_of(rolled)
         self._results: dict[int, fx.Node] = {}
         self._meta: dict[str, Any] = {}
 
@@ -154,14 +154,14 @@ class _Builder:
                 self._places[node.name] = self.graph.placeholder(node.name)
         for name, (target, _) in self._module.targets.items():
             self._places[name] = self.graph.get_attr(target.removeprefix(self._prefix))
-        for index, item in enumerate(self._skeleton.items):
+        for index, item in enumerate(self._rolled.items):
             if isinstance(item, Folded):
                 self._meta = kept_meta(item.loop.first)
                 self._results[item.number] = self._loop(item)
             else:
                 self._meta = kept_meta(item.node)
                 self._places[index] = self._call(item)
-        self.graph.output(self.argument(self._skeleton.outputs))
+        self.graph.output(self.argument(self._rolled.outputs))
         self.graph.eliminate_dead_code()
 
     # Numbers and values
@@ -255,7 +255,7 @@ class _Builder:
 
     def item(self, place: Place) -> Any:
         """The item at a place; None for an input."""
-        return self._skeleton.items[place.key] if isinstance(place.key, int) else None
+        return self._rolled.items[place.key] if isinstance(place.key, int) else None
 
     # Items
 

@@ -17,7 +17,7 @@ from moe_export.export.recurrence.induction_sequences import InductionSequences,
 from moe_export.export.recurrence.loop import Carried, InductionVariable, Local, Loop, Made, Outside, Step
 from moe_export.export.recurrence.loop_body import Along
 from moe_export.export.recurrence.operand import PART, SELECT, SLICE, View, atoms
-from moe_export.export.recurrence.skeleton import (
+from moe_export.export.recurrence.rolled import (
     Call,
     LengthError,
     Place,

@@ -14,7 +14,7 @@ from moe_export.export.recurrence.form import moved, scaled
 from moe_export.export.recurrence.loop import WRITE, Carried, Local, Loop, Made, Outside
 from moe_export.export.recurrence.loop_body import Along
 from moe_export.export.recurrence.operand import SELECT, SLICE, View
-from moe_export.export.recurrence.skeleton import Call, Folded, LengthError, Row, Skeleton, Whole
+from moe_export.export.recurrence.rolled import Call, Folded, LengthError, RolledGraph, Row, Whole
 
 aten = torch.ops.aten
 
@@ -165,15 +165,15 @@ def _row_column(row: Row, item: Call, loop: Loop) -> tuple[Any, Along, bool]:
     return Local(row.position, row.path), Along(axis, row.backwards), True
 
 
-def outputs_of(skeleton: Skeleton) -> dict[int, Collected]:
-    """What must be collected from each loop, as the rest of the skeleton reads it."""
-    loops = {item.number: item.loop for item in skeleton.items if isinstance(item, Folded)}
+def outputs_of(rolled: RolledGraph) -> dict[int, Collected]:
+    """What must be collected from each loop, as the rest of the rolled graph reads it."""
+    loops = {item.number: item.loop for item in rolled.items if isinstance(item, Folded)}
     found = {number: Collected(number, loop) for number, loop in loops.items()}
-    for item in skeleton.items:
+    for item in rolled.items:
         rows = [item.args, item.kwargs] if isinstance(item, Call) else [item.loop.body, item.loop.starts]
         for part in _parts(rows):
             _want(part, item, found, loops)
-    for part in _parts(skeleton.outputs):
+    for part in _parts(rolled.outputs):
         _want(part, None, found, loops)
     return found
 

@@ -1,4 +1,4 @@
-"""`generalised`: what the skeletons of one model, traced at several lengths, have in common.
+"""`generalised`: what the rolled graphs of one model, traced at several lengths, have in common.
 
 They are equal but for some numbers. Each integer among those becomes its `Form`, each number of the steps its closed
 form; where they differ in anything else, the model truly depends on the length.
@@ -20,24 +20,24 @@ from moe_export.export.recurrence.closed_form_fit import closed_form_of, closed_
 from moe_export.export.recurrence.form import form_of_one
 from moe_export.export.recurrence.loop import Series
 from moe_export.export.recurrence.operand import View
-from moe_export.export.recurrence.skeleton import Call, Folded, LengthError, Scaled, Size, Skeleton, size_of
+from moe_export.export.recurrence.rolled import Call, Folded, LengthError, RolledGraph, Scaled, Size, size_of
 
 
 class UnlikeError(LengthError):
     """The traces hold other operators or views, or more, outside of the loops that they have in common."""
 
 
-def generalised(skeletons: Mapping[tuple[int, ...], Skeleton]) -> Skeleton:
-    """The skeleton of every length, from those of some.
+def generalised(all_rolled: Mapping[tuple[int, ...], RolledGraph]) -> RolledGraph:
+    """The rolled graph of every length, from those of some.
 
     Args:
-        skeletons: By their length, or by their lengths where there are several.
+        all_rolled: By their length, or by their lengths where there are several.
 
     Raises:
         LengthError: They differ in more than integers that follow the length.
     """
-    lengths = list(skeletons)
-    rows = [skeleton.items for skeleton in skeletons.values()]
+    lengths = list(all_rolled)
+    rows = [rolled.items for rolled in all_rolled.values()]
     for items in zip(*rows, strict=False):
         if len({_kind(item) for item in items}) > 1:
             raise UnlikeError(
@@ -48,8 +48,8 @@ def generalised(skeletons: Mapping[tuple[int, ...], Skeleton]) -> Skeleton:
             "the model computes more at another length, outside of any loop", _line(rows[0][-1])
         )
     items = tuple(_merged(lengths, columns, _line(columns[0])) for columns in zip(*rows, strict=True))
-    outputs = _merged(lengths, [skeleton.outputs for skeleton in skeletons.values()], None)
-    return Skeleton(items, outputs)
+    outputs = _merged(lengths, [rolled.outputs for rolled in all_rolled.values()], None)
+    return RolledGraph(items, outputs)
 
 
 def _kind(item: Call | Folded) -> Any:

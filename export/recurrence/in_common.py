@@ -10,13 +10,13 @@ from torch import fx
 
 from moe_export.export.frontend.source import line_of
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.recurrence.canonicalize import canonicalize
 from moe_export.export.recurrence.generalised import UnlikeError, generalised
-from moe_export.export.recurrence.grow import Refusal
 from moe_export.export.recurrence.loops import Repeats, find_loops
+from moe_export.export.recurrence.match_iterations import Refusal
 from moe_export.export.recurrence.operand import operator_name
 from moe_export.export.recurrence.period import LEAST_ITERATIONS
-from moe_export.export.recurrence.skeleton import LengthError, Skeleton, skeleton
-from moe_export.export.recurrence.straighten import straighten
+from moe_export.export.recurrence.rolled import LengthError, RolledGraph
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.trace import Traced, trace
 
@@ -35,7 +35,7 @@ def repeats_of(traces: Sequence[Traced]) -> list[Repeats]:
     Raises:
         NoLoopError: None was.
     """
-    repeats = [Repeats(straighten(traced.program)) for traced in traces]
+    repeats = [Repeats(canonicalize(traced.program)) for traced in traces]
     find_loops(repeats)
     if not repeats[0].loops:
         raise _no_loop(repeats)
@@ -44,7 +44,7 @@ def repeats_of(traces: Sequence[Traced]) -> list[Repeats]:
 
 def in_common(
     first: Traced, others: Sequence[Subject], sizes: Sequence[tuple[int, ...]], request: DimRequest
-) -> Skeleton:
+) -> RolledGraph:
     """What the traces at all lengths have in common.
 
     Only the first trace has its other dimensions free, which takes the tracer ten times as long. Where the others
@@ -71,13 +71,13 @@ def in_common(
     return _common(sizes, [first, *(trace(other, request, as_called=True) for other in others)])
 
 
-def _common(sizes: Sequence[tuple[int, ...]], traces: Sequence[Traced]) -> Skeleton:
+def _common(sizes: Sequence[tuple[int, ...]], traces: Sequence[Traced]) -> RolledGraph:
     """What the traces have in common."""
     if any(traced.program.graph_signature.buffers_to_mutate for traced in traces):
         raise LengthError("the model changes a buffer while it runs", None)
     repeats = repeats_of(traces)
     try:
-        return generalised({size: skeleton(each) for size, each in zip(sizes, repeats, strict=True)})
+        return generalised({size: roll(each) for size, each in zip(sizes, repeats, strict=True)})
     except UnlikeError as error:
         nearest = _nearest(repeats[-1])
         if nearest is None or nearest.nodes <= getattr(_nearest(repeats[0]), "nodes", 0):

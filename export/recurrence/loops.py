@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 from torch import fx
 
-from moe_export.export.recurrence.grow import Refusal, grow
 from moe_export.export.recurrence.loop import Loop, Made
+from moe_export.export.recurrence.match_iterations import Refusal, match_iterations
 from moe_export.export.recurrence.period import LEAST_ITERATIONS, Run, runs, sequence, signature, tokens
 
 
 @dataclass
 class Repeats:
-    """A straightened trace and what was found in it.
+    """A canonical trace and what was found in it.
 
     Attributes:
         nodes: The computations, in trace order.
@@ -110,11 +110,11 @@ def _best(trace: Repeats, run: Run) -> Loop | None:
     """
     best: Loop | None = None
     for start in range(run.start, min(run.start + 2 * run.period, run.stop - 3 * run.period + 1)):
-        grown = grow(trace.nodes, start, run.period, run.stop, trace.locate)
-        if isinstance(grown, Refusal):
-            trace.refusals.append(replace(grown, nodes=run.stop - start))
-        elif best is None or _rank(grown) > _rank(best):
-            best = grown
+        matched = match_iterations(trace.nodes, start, run.period, run.stop, trace.locate)
+        if isinstance(matched, Refusal):
+            trace.refusals.append(replace(matched, nodes=run.stop - start))
+        elif best is None or _rank(matched) > _rank(best):
+            best = matched
     return best
 
 

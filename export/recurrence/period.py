@@ -1,7 +1,7 @@
 """Where a traced graph repeats itself: runs of nodes that are equal at a distance, in trace order.
 
 Equal means: same operator, same nesting of arguments, same shape and dtype. Whether such a run is a loop is seen in
-what its nodes read (`grow`).
+what its nodes read (`match_iterations`).
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from moe_export.export.recurrence.induction_sequences import counts
 from moe_export.export.recurrence.loop import InductionVariable
 from moe_export.export.recurrence.operand import atoms
 from moe_export.export.recurrence.reach import Reach, reach
-from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
+from moe_export.export.recurrence.rolled import Folded, LengthError, RolledGraph
 from moe_export.export.recurrence.watch import Watch
 from moe_export.export.torch_compat.dispatch import OperatorMode
 from moe_export.export.tracing.constants import constants_of
@@ -43,7 +43,7 @@ def prove(
     folded: Subject,
     lengths: Sequence[Length],
     traced: Sequence[tuple[int, ...]],
-    whole: Skeleton,
+    whole: RolledGraph,
     *,
     rounded: bool,
 ) -> tuple[Reach, ...]:
@@ -173,7 +173,7 @@ def _value(number: Any, iteration: int, length: int) -> tuple[float, float]:
     return closed_form.at(iteration, length), closed_form.size(iteration, length)
 
 
-def _counted(whole: Skeleton) -> Iterator[_Counted]:
+def _counted(whole: RolledGraph) -> Iterator[_Counted]:
     for item in whole.items:
         if not isinstance(item, Folded):
             line = line_of(item.node.meta.get("stack_trace"))

@@ -1,6 +1,6 @@
 """`fold_recurrences`: a model that loops over a length in Python becomes one that does not, for any length.
 
-subject ─▶ lengths ─▶ trace at three lengths ─▶ straighten ─▶ loops ─▶ skeletons ─▶ folded module ─▶ subject
+subject ─▶ lengths ─▶ trace at three lengths ─▶ canonicalize ─▶ loops ─▶ rolled graphs ─▶ folded module ─▶ subject
            (run it)                                                        │             │
                                                      integers as forms of the length     held against the model
 """
@@ -26,8 +26,8 @@ from moe_export.export.recurrence.generalised import UnlikeError
 from moe_export.export.recurrence.in_common import NoLoopError, in_common, repeats_of
 from moe_export.export.recurrence.prove import prove
 from moe_export.export.recurrence.reach import Reach
+from moe_export.export.recurrence.rolled import Folded, LengthError, RolledGraph
 from moe_export.export.recurrence.sizes import rows
-from moe_export.export.recurrence.skeleton import Folded, LengthError, Skeleton
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.lengths import (
     Length,
@@ -326,7 +326,7 @@ def _placeholders(traced: Traced) -> list[str]:
     ]
 
 
-def _notes(whole: Skeleton, lengths: Sequence[Length], subject: Subject) -> list[str]:
+def _notes(whole: RolledGraph, lengths: Sequence[Length], subject: Subject) -> list[str]:
     return [
         f"loop at {_near(item.loop.line, subject)}: {len(item.loop.body)} operators a step, "
         f"{item.loop.iterations} steps for L = {_named(lengths[getattr(item.loop.iterations, 'of', 0)])}, "

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from moe_export.export.recurrence.canonicalize import canonicalize
 from moe_export.export.recurrence.form import form_of
-from moe_export.export.recurrence.straighten import straighten
 from moe_export.export.tracing.trace import quiet
 
 aten = torch.ops.aten
@@ -26,7 +26,7 @@ class Anew(nn.Module):
 def operators(module: nn.Module, *inputs: Tensor) -> list[object]:
     with quiet():
         program = torch.export.export(module, inputs).run_decompositions({})
-    return [node.target for node in straighten(program).nodes if node.op == "call_function"]
+    return [node.target for node in canonicalize(program).nodes if node.op == "call_function"]
 
 
 def test_a_value_is_made_once_in_front_of_the_iterations_that_read_its_places() -> None:

@@ -1,4 +1,4 @@
-"""`straighten`: a traced graph whose Python loops are plain to see, computing the same.
+"""`canonicalize`: a traced graph in which the iterations of Python loops look alike, computing the same.
 
     before   slice(x, 0, 0, max) → select(·, 1, t);  copy(select(y, 1, t), v) → select_scatter(y, ·, 1, t)
     after    select(x, 1, t);                        select_scatter(y, v, 1, t)
@@ -36,12 +36,12 @@ _ANY_STRIDES: dict[Any, Any] = dict.fromkeys(
 )
 
 
-def straighten(program: ExportedProgram) -> fx.Graph:
+def canonicalize(program: ExportedProgram) -> fx.Graph:
     """The program's graph in normal form: same placeholders, same outputs, every node with its metadata."""
-    return _Straightened(program).graph
+    return _Canonicalized(program).graph
 
 
-class _Straightened:
+class _Canonicalized:
     """Copies nodes in order; a node that a rule takes away is known by the value that stands for it."""
 
     def __init__(self, program: ExportedProgram) -> None:

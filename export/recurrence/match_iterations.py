@@ -1,4 +1,4 @@
-"""`grow`: from a place where a traced graph repeats itself, the longest loop that its data flow allows.
+"""`match_iterations`: from a place where a traced graph repeats itself, the longest loop that its data flow allows.
 
 Iteration by iteration, each operand must play one part: a value of the same iteration, of an earlier iteration, of the
 same place outside, or of a place outside whose index moves by the same step. Where that ends, the loop ends; if that is
@@ -68,7 +68,9 @@ class Refusal:
     of_number: bool = False
 
 
-def grow(nodes: Sequence[fx.Node], start: int, period: int, stop: int, locate: Locate) -> Loop | Refusal:
+def match_iterations(
+    nodes: Sequence[fx.Node], start: int, period: int, stop: int, locate: Locate
+) -> Loop | Refusal:
     """The longest loop whose first iteration is `nodes[start : start + period]`.
 
     Args:
@@ -78,10 +80,10 @@ def grow(nodes: Sequence[fx.Node], start: int, period: int, stop: int, locate: L
         stop: Where the nodes cease to repeat.
         locate: What an earlier loop made, for a node in it.
     """
-    return _Growth(nodes, start, period, (stop - start) // period, locate).loop()
+    return _Matching(nodes, start, period, (stop - start) // period, locate).loop()
 
 
-class _Growth:
+class _Matching:
     def __init__(self, nodes: Sequence[fx.Node], start: int, period: int, most: int, locate: Locate) -> None:
         self._nodes, self._start, self._period, self._locate = nodes, start, period, locate
         self._rows = [

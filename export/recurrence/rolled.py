@@ -1,4 +1,4 @@
-"""`Skeleton`: a traced graph as plain data, with its loops folded."""
+"""`RolledGraph`: a traced graph as plain data, with its loops folded."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class Folded:
 
 
 @dataclass(frozen=True)
-class Skeleton:
+class RolledGraph:
     """A whole graph.
 
     Attributes:
@@ -104,13 +104,13 @@ class LengthError(RefusedError):
     """The traces differ in more than integers that follow the length: why, and on which line of the model."""
 
 
-def skeleton(trace: Repeats) -> Skeleton:
+def roll(trace: Repeats) -> RolledGraph:
     """Fold the loops that were found.
 
     Raises:
         LengthError: Something outside reads what a loop does not have after its end.
     """
-    return _Folding(trace).skeleton()
+    return _Folding(trace).graph()
 
 
 class _Folding:
@@ -120,7 +120,7 @@ class _Folding:
         self._places: dict[fx.Node, Place] = {}
         self._order: dict[int, int] = {}  # the loop's number as it was found → its number in the graph
 
-    def skeleton(self) -> Skeleton:
+    def graph(self) -> RolledGraph:
         starts = {loop.first: number for number, loop in enumerate(self._trace.loops)}
         inside = {node for loop in self._trace.loops for row in loop.nodes for node in row}
         outputs: Any = ()
@@ -136,7 +136,7 @@ class _Folding:
                 kwargs = {key: self._rewritten(value, node) for key, value in node.kwargs.items()}
                 self._places[node] = Place(len(self._items))
                 self._items.append(Call(node.target, args, kwargs, node))
-        return Skeleton(tuple(self._items), outputs)
+        return RolledGraph(tuple(self._items), outputs)
 
     def _fold(self, found: int) -> None:
         loop = self._trace.loops[found]
