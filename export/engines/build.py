@@ -114,7 +114,7 @@ def build_engines(
         ranges: `{"seq": (1, 512, 4096)}`: least, best and greatest size of a dynamic dimension; a list of such for
             several profiles. A dimension that is not named has 1:1:8 (`batch`) or 1:128:1024, within what the
             graph's metadata says it is right for.
-        module: `tensorrt_rtx` or `tensorrt`; None chooses by the capabilities.
+        module: `tensorrt-rtx` or `tensorrt`; None chooses by the capabilities.
         settings: What else may be chosen.
         step: Called with the name of each long step; shows progress.
 

@@ -2,7 +2,7 @@
 
 Both have the same API (`Builder`, `OnnxParser`, profiles). What differs is here and nowhere else:
 
-| | TensorRT-RTX (`tensorrt_rtx`) | TensorRT (`tensorrt`) |
+| | TensorRT-RTX (`tensorrt-rtx`) | TensorRT (`tensorrt`) |
 |---|---|---|
 | builds for | compute capabilities by name, without a GPU; all from Ampere on; the GPU present | the GPU present |
 | typing | always strongly typed | strongly typed by a flag before version 11 |
@@ -20,7 +20,7 @@ from moe_export.errors import MissingBackendError, UsageError
 
 CURRENT = "current"  # the GPU of this machine
 PORTABLE = "portable"  # every GPU from Ampere on, with TensorRT-RTX
-RTX, FULL = "tensorrt_rtx", "tensorrt"
+RTX, FULL = "tensorrt-rtx", "tensorrt"
 _INSTALL = {RTX: "pip install 'moe-export[rtx]'", FULL: "pip install 'moe-export[tensorrt]'"}
 _ERROR = 1  # severities: 0 internal error, 1 error, 2 warning, 3 info, 4 verbose
 
@@ -30,7 +30,7 @@ class Module:
     """An imported TensorRT.
 
     Attributes:
-        name: `tensorrt_rtx` or `tensorrt`.
+        name: `tensorrt-rtx` or `tensorrt`.
         trt: The module itself.
     """
 
@@ -97,7 +97,7 @@ def load_module(name: str | None = None, capabilities: Sequence[str] = ()) -> Mo
     """Import TensorRT.
 
     Args:
-        name: `tensorrt_rtx` or `tensorrt`; None takes TensorRT-RTX, or, to build for the GPU that is present, full
+        name: `tensorrt-rtx` or `tensorrt`; None takes TensorRT-RTX, or, to build for the GPU that is present, full
             TensorRT if it is installed.
         capabilities: What it is to build for.
 
@@ -110,12 +110,13 @@ def load_module(name: str | None = None, capabilities: Sequence[str] = ()) -> Mo
     if name is None and set(capabilities) == {CURRENT} and _installed(FULL):
         name = FULL
     name = name or RTX
+    imported = name.replace("-", "_")
     try:
-        return Module(name, import_module(name))
+        return Module(name, import_module(imported))
     except ImportError as error:
         raise MissingBackendError(
             f"{name} is not installed: {error}"
-            if error.name == name
+            if error.name == imported
             else f"{name} cannot be loaded: {error}",
             hint=f"{_INSTALL[name]}, on a machine with or without a GPU"
             if name == RTX

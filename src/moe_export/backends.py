@@ -8,15 +8,10 @@ from typing import Literal
 Kind = Literal["model", "graph", "engine", "golden"]
 
 KINDS: Mapping[str, Kind] = {".onnx": "graph", ".engine": "engine", ".safetensors": "golden"}
+ONNXRUNTIME = ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt")
 BACKENDS: Mapping[Kind, tuple[str, ...]] = {
     "model": ("torch", "torch-float64"),
-    "graph": (
-        "onnxruntime",
-        "onnxruntime-cpu",
-        "onnxruntime-cuda",
-        "onnxruntime-tensorrt",
-        "onnx-reference",
-    ),
+    "graph": (*ONNXRUNTIME, "onnx-reference"),
     "engine": ("tensorrt", "tensorrt-rtx"),
     "golden": (),
 }

@@ -191,7 +191,10 @@ def test_a_dimension_that_cannot_be_dynamic(refused, write, texts):
     ("args", "said"),
     [
         (["--opset", "x"], "Invalid value for '--opset': 'x' is not a valid integer."),
-        (["--provider", "tpu"], "'tpu' is not one of 'cpu', 'cuda', 'tensorrt'."),
+        (
+            ["--backend", "tpu"],
+            "'tpu' is not one of 'onnxruntime-cpu', 'onnxruntime-cuda', 'onnxruntime-tensorrt'.",
+        ),
         (["--nonsense"], "--nonsense"),
     ],
 )
@@ -264,7 +267,7 @@ def test_cuda_on_a_machine_without(refused, write, texts):
 
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    lines = refused(4, write(texts["model"]), "--provider", "cuda")
+    lines = refused(4, write(texts["model"]), "--backend", "onnxruntime-cuda")
     assert "cuda" in lines[0]
 
 

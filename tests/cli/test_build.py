@@ -23,12 +23,12 @@ def test_engines_are_written_beside_the_graph_with_a_report(command, finished, t
     assert [found["file"] for found in report["engines"]] == ["moe.sm89.engine", "moe.sm120.engine"]
     for found in report["engines"]:
         assert (tmp_path / "out" / found["file"]).stat().st_size == found["size"] > 1000
-        assert (found["module"], found["version"]) == ("tensorrt_rtx", VERSION)
+        assert (found["module"], found["version"]) == ("tensorrt-rtx", VERSION)
         assert found["profiles"] == [{"batch": [1, 16, 64]}]
         assert found["status"] == STATUS
         assert found["seconds"] > 0
         assert found["memory"]["activations"] > 0
-        assert f"out/{found['file']}  (tensorrt_rtx {VERSION}, " in done.out
+        assert f"out/{found['file']}  (tensorrt-rtx {VERSION}, " in done.out
     assert "profile: batch 1:16:64" in done.out
     assert "report: out/moe.engines.json" in done.out
 
@@ -112,7 +112,7 @@ def test_a_graph_says_at_which_sizes_it_is_right(finished):
         (("--engine", "sm89", "--range", "seq=8:4:2"), "the sizes are not in order", "seq=1:512:4096"),
         (("--engine", "sm89", "--range", "seq"), "is not NAME=MIN:OPT:MAX", "seq=1:512:4096"),
         (("--engine", "sm89", "--workspace", "much"), "--workspace: 'much' is no amount", "1GB"),
-        (("--engine", "sm89", "--timing-cache", "t"), "a timing cache is of no use to tensorrt_rtx", "runs first"),
+        (("--engine", "sm89", "--timing-cache", "t"), "a timing cache is of no use to tensorrt-rtx", "runs first"),
     ],
 )  # fmt: skip
 def test_wrong_use_says_what_exists(command, finished, args, said, hint, listing, tmp_path):
@@ -165,11 +165,11 @@ def test_a_builder_that_is_not_there_is_missing(command, finished):
 
 @pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
 def test_what_must_run_and_cannot_is_a_missing_backend(command, finished, write, texts, listing, tmp_path):
-    done = command("build", finished / "block.onnx", "--engine", "sm89", "--require", "tensorrt", "-o", "out")
+    done = command("build", finished / "block.onnx", "--engine", "sm89", "--require-run", "-o", "out")
     assert done.code == 4
-    assert "built, not run: no GPU (--require tensorrt)" in done.err
+    assert "built, not run: no GPU (--require-run)" in done.err
     assert listing(tmp_path / "out") == ["block.engines.json", "block.sm89.engine"]
-    done = command(finished / "block.py", "--engine", "sm89", "--require", "tensorrt", "-o", "exported", "-q")
+    done = command(finished / "block.py", "--engine", "sm89", "--require-run", "-o", "exported", "-q")
     assert done.code == 4
     assert "block.sm89.engine" in listing(tmp_path / "exported")
 

@@ -1,4 +1,4 @@
-"""`moe-export check --target tensorrt`: what is refused, where, and what avoids it, without building."""
+"""`moe-export check`: what is refused, where, and what avoids it, without building."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def refused(command, write):
 
 
 def test_each_refusal_names_the_node_the_line_and_a_way_out(command, refused):
-    done = command("check", refused, "--target", "tensorrt")
+    done = command("check", refused)
     assert done.code == 1
     assert "that TensorRT refuses" in done.out
     (nonzero,) = [line for line in done.out.splitlines() if "TensorRT-RTX has no NonZero" in line]
@@ -40,7 +40,7 @@ def test_each_refusal_names_the_node_the_line_and_a_way_out(command, refused):
 
 
 def test_json_holds_the_same(command, refused):
-    done = command("check", refused, "--target", "tensorrt", "--json")
+    done = command("check", refused, "--json")
     document = json.loads(done.out)
     assert done.code == 1
     assert document["verdict"] == "refused"
@@ -57,25 +57,25 @@ def test_the_builder_refuses_the_same(command, refused, listing, tmp_path):
 
 
 def test_it_claims_no_more_than_it_saw(command, finished):
-    done = command("check", finished / "moe.onnx", "--target", "tensorrt")
+    done = command("check", finished / "moe.onnx")
     assert done.code == 0
     assert (
         "nothing that TensorRT is known to refuse; only a build (moe-export build) shows that it builds"
         in done.out
     )
-    document = json.loads(command("check", finished / "moe.onnx", "--target", "tensorrt", "--json").out)
+    document = json.loads(command("check", finished / "moe.onnx", "--json").out)
     assert document["verdict"] == "nothing known is refused; not built"
 
 
 def test_quiet_is_the_exit_code(command, refused):
-    done = command("check", refused, "--target", "tensorrt", "--quiet")
+    done = command("check", refused, "--quiet")
     assert (done.code, done.out, done.err) == (1, "", "")
 
 
 def test_it_needs_no_tensorrt(finished):
     code = (
         "import sys; sys.modules['tensorrt_rtx'] = None; from moe_export.cli import run; "
-        f"raise SystemExit(run(['check', {str(finished / 'moe.onnx')!r}, '--target', 'tensorrt']))"
+        f"raise SystemExit(run(['check', {str(finished / 'moe.onnx')!r}]))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -83,6 +83,6 @@ def test_it_needs_no_tensorrt(finished):
 
 def test_what_is_no_graph_is_wrong_use(command, tmp_path):
     (tmp_path / "text.onnx").write_text("hello")
-    assert command("check", "text.onnx", "--target", "tensorrt").code == 2
-    assert "is no ONNX model" in command("check", "text.onnx", "--target", "tensorrt").err
-    assert command("check", "nowhere.onnx", "--target", "tensorrt").code == 2
+    assert command("check", "text.onnx").code == 2
+    assert "is no ONNX model" in command("check", "text.onnx").err
+    assert command("check", "nowhere.onnx").code == 2

@@ -1,4 +1,4 @@
-"""`diff` counts what differs; `view --svg` and `diff --svg` write pictures that parse."""
+"""`diff` counts what differs; `view -o` and `diff -o` write pictures that parse."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_a_graph_that_does_not_run_is_still_compared(command, save):
 def test_side_by_side(command, save, tmp_path):
     before = save("before.onnx", BEFORE, modules=("layer", "act"))
     after = save("after.onnx", FIXED, modules=("layer", "act", "late"))
-    done = command("diff", before, after, "--svg", tmp_path / "both.svg")
+    done = command("diff", before, after, "-o", tmp_path / "both.svg")
     assert done.code == 0
     assert f"written: {tmp_path / 'both.svg'}" in done.out
     text = (tmp_path / "both.svg").read_text(encoding="utf-8")
@@ -124,7 +124,7 @@ def test_side_by_side(command, save, tmp_path):
 
 
 def test_a_picture_of_a_graph(command, finished, tmp_path):
-    done = command("view", finished / "moe.onnx", "--svg", tmp_path / "new" / "moe.svg")
+    done = command("view", finished / "moe.onnx", "-o", tmp_path / "new" / "moe.svg")
     assert done.code == 0
     assert "opset 17" in done.out
     root = ElementTree.fromstring((tmp_path / "new" / "moe.svg").read_text(encoding="utf-8"))
@@ -134,7 +134,7 @@ def test_a_picture_of_a_graph(command, finished, tmp_path):
 def test_the_level_is_chosen(command, finished, tmp_path):
     for level in ("nodes", "blocks"):
         path = tmp_path / f"{level}.svg"
-        assert command("view", finished / "moe.onnx", "--svg", path, "--level", level).code == 0
+        assert command("view", finished / "moe.onnx", "-o", path, "--level", level).code == 0
     nodes, blocks = ((tmp_path / f"{level}.svg").read_text().count("<rect") for level in ("nodes", "blocks"))
     assert nodes > blocks
 
@@ -146,10 +146,10 @@ def test_the_level_is_chosen(command, finished, tmp_path):
         (("diff", "{bad}", "{good}"), "is no ONNX model"),
         (("diff", "{good}", "{good}", "--size", "n"), "--size 'n' is not DIM=SIZE,..."),
         (("diff", "{good}", "{good}", "--size", "m=3"), "theirs are: n"),
-        (("diff", "{good}", "{good}", "--svg", "out.png"), "is a .svg file, not out.png"),
-        (("view", "{good}", "--svg", "out.png"), "is a .svg file, not out.png"),
-        (("view", "{bad}", "--svg", "out.svg"), "is no ONNX model"),
-        (("view", "{good}", "--level", "nodes"), "give --svg"),
+        (("diff", "{good}", "{good}", "-o", "out.png"), "is a .svg file, not out.png"),
+        (("view", "{good}", "-o", "out.png"), "is a .svg file, not out.png"),
+        (("view", "{bad}", "-o", "out.svg"), "is no ONNX model"),
+        (("view", "{good}", "--level", "nodes"), "give -o"),
     ],
 )
 def test_what_cannot_be_done_is_said(command, save, tmp_path, arguments, message):

@@ -40,11 +40,11 @@ def foreign():
 VERIFY = "verify block.onnx --against block.py --no-localise"
 WRITES = {
     "record": (f"{VERIFY} --record", "golden.safetensors", "tensors"),
-    "report": (f"{VERIFY} --report", "report.json", "report"),
-    "junit": (f"{VERIFY} --junit", "report.xml", "text"),
-    "html": (f"{VERIFY} --html", "page.html", "text"),
-    "svg": ("view block.onnx --svg", "graph.svg", "text"),
-    "diff": ("diff block.onnx block.onnx --svg", "both.svg", "text"),
+    "report": (f"{VERIFY} -o", "report.json", "report"),
+    "junit": (f"{VERIFY} -o", "report.xml", "text"),
+    "html": (f"{VERIFY} -o", "page.html", "text"),
+    "svg": ("view block.onnx -o", "graph.svg", "text"),
+    "diff": ("diff block.onnx block.onnx -o", "both.svg", "text"),
     "rewrite": ("rewrite foreign.onnx -o", "rewritten.onnx", "graph"),
 }
 
@@ -74,23 +74,19 @@ def test_a_strangers_file_stays_and_ours_is_replaced(command, folder, listing, n
     [
         ("verify block.py --record", "block.py"),
         (f"{VERIFY} --record", "block.onnx"),
-        (f"{VERIFY} --report", "block.onnx"),
-        (f"{VERIFY} --report", "block.py"),
-        (f"{VERIFY} --junit", "block.onnx"),
-        (f"{VERIFY} --html", "block.py"),
         ("verify block.onnx --against golden.safetensors --no-localise --record", "golden.safetensors"),
-        ("judge own.json --report", "own.json"),
+        ("judge own.json -o", "own.json"),
         ("rewrite block.onnx -o", "block.onnx"),
         ("rewrite foreign.onnx -o", "foreign.onnx"),
         ("rewrite sums.py -o", "sums.py"),
-        ("verify link.onnx --against block.py --no-localise --report", "block.onnx"),
+        ("verify link.onnx --against block.py --no-localise --record", "block.onnx"),
     ],
 )
 def test_no_command_overwrites_what_it_reads(command, folder, listing, words, file):
     if "golden" in words:
         assert command("verify", "block.py", "--record", "golden.safetensors").code == 0
     if "own.json" in words:
-        assert command(*VERIFY.split(), "--report", "own.json").code == 0
+        assert command(*VERIFY.split(), "-o", "own.json").code == 0
     (folder / "link.onnx").symlink_to(folder / "block.onnx")
     content, names = (folder / file).read_bytes(), listing(folder)
     done = command(*words.split(), file)
@@ -104,8 +100,9 @@ def test_a_graph_of_ours_is_no_place_for_a_report(command, folder):
     """Ours is not enough: it must be of the kind that takes its place."""
     shutil.copy(folder / "block.onnx", folder / "other.onnx")
     content = (folder / "other.onnx").read_bytes()
-    done = command(*VERIFY.split(), "--report", "other.onnx")
+    done = command(*VERIFY.split(), "-o", "other.onnx")
     assert (done.code, (folder / "other.onnx").read_bytes()) == (2, content)
+    assert "a report is a .json, .xml or .html file, not other.onnx" in done.err
 
 
 @pytest.mark.parametrize("name", ["net.onnx", "net.report.json"])
@@ -191,7 +188,7 @@ def test_a_reproduction_beside_strangers(command, folder, listing):
 
 
 def test_pipes_and_terminals_take_whatever_comes(command, folder):
-    done = command(*VERIFY.split(), "--quiet", "--report", "/dev/null")
+    done = command(*VERIFY.split(), "--quiet", "-o", "/dev/null")
     assert (done.code, done.err) == (0, "")
 
 
@@ -201,7 +198,7 @@ def test_a_report_is_whole_or_not_there(command, folder, monkeypatch, listing):
     names = listing(folder)
     monkeypatch.setattr(junit, "junit", lambda reports: "\ud800")  # no UTF-8
     with pytest.raises(UnicodeEncodeError):
-        command(*VERIFY.split(), "--junit", "report.xml")
+        command(*VERIFY.split(), "-o", "report.xml")
     assert listing(folder) == names
 
 

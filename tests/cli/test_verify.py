@@ -185,7 +185,7 @@ def test_cuda_on_a_machine_without(command, finished):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     done = command(
-        "verify", finished / "block.onnx", "--against", finished / "block.py", "--provider", "cuda"
+        "verify", finished / "block.onnx", "--against", finished / "block.py", "--backend", "onnxruntime-cuda"
     )
     assert done.code == 4
     assert done.err.startswith("error: ")
@@ -212,7 +212,7 @@ def test_the_files_that_are_verified_do_not_change(command, finished):
 
 def test_a_time_limit_is_an_exit_code_of_its_own(command, finished, tmp_path):
     done = command("verify", finished / "block.onnx", "--against", finished / "block.py", "--time-limit", "0",
-                   "--report", tmp_path / "r.json")  # fmt: skip
+                   "-o", tmp_path / "r.json")  # fmt: skip
     assert done.code == 5
     assert "onnxruntime-cpu against torch: unfinished (1 of " in done.out
     assert command("judge", tmp_path / "r.json", "--rtol", "1").code == 5

@@ -74,7 +74,7 @@ def test_several_artifacts_at_once(command, finished):
     ("side", "said"),
     [
         ("moe.onnx@torch", "torch cannot run"),
-        ("moe.py@onnxruntime", "a model file has torch, torch-float64"),
+        ("moe.py@onnxruntime-cpu", "a model file has torch, torch-float64"),
         ("moe.onnx@tensorrt", "a graph has onnxruntime"),
         ("g.safetensors@torch", "a golden file has no backend"),
     ],
@@ -205,7 +205,7 @@ def test_tolerances_of_one_output(command, finished, write, texts):
 def reported(command, finished, write, texts, tmp_path):
     """A report of a comparison that failed."""
     other = write("torch.manual_seed(1)\n" + texts["model"])
-    args = ["--report", "r.json", "--junit", "r.xml", "--html", "r.html"]
+    args = ["-o", "r.json", "-o", "r.xml", "-o", "r.html"]
     done = command("verify", finished / "block.onnx", "--against", other, *args)
     assert done.code == 1
     return tmp_path

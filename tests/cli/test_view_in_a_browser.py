@@ -145,7 +145,7 @@ def test_a_report_prints(told, browser):
 
 def test_words_of_a_picture_stay_in_their_boxes(command, finished, tmp_path, browser):
     """Widths of text are estimates: a real font shows that they are enough."""
-    assert command("view", finished / "moe.onnx", "--svg", tmp_path / "moe.svg", "--level", "nodes").code == 0
+    assert command("view", finished / "moe.onnx", "-o", tmp_path / "moe.svg", "--level", "nodes").code == 0
     browser.get((tmp_path / "moe.svg").as_uri())
     assert browser.execute_script(_OUTSIDE) == []
     assert [entry["message"] for entry in browser.get_log("browser")] == []

@@ -37,7 +37,7 @@ def own_inputs(folder):
 def check(torchrun, path, folder):
     report, traffic = folder / "report.json", folder / "traffic.json"
     ranks = read_manifest(path).ranks
-    done = torchrun(ranks, path, *own_inputs(folder), "--report", report, "--traffic", traffic)
+    done = torchrun(ranks, path, *own_inputs(folder), "--output", report, "--traffic", traffic)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
     assert found["verdict"] == "equal"

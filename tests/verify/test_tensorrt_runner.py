@@ -79,9 +79,9 @@ def test_an_engine_of_another_version_is_refused(built):
     plan = bytearray(path.read_bytes())
     plan[24:28] = bytes([1, 2, 0, 36])
     path.write_bytes(plan)
-    with pytest.raises(UsageError, match=r"was built by tensorrt_rtx 1\.2\.0\.36, and this is ") as error:
+    with pytest.raises(UsageError, match=r"was built by tensorrt-rtx 1\.2\.0\.36, and this is ") as error:
         open_engine(path)
-    assert "build it again here, or install tensorrt_rtx 1.2.0.36" in error.value.hint
+    assert "build it again here, or install tensorrt-rtx 1.2.0.36" in error.value.hint
 
 
 def test_what_is_no_engine_is_refused(tmp_path):
@@ -97,7 +97,7 @@ def test_without_a_gpu_an_engine_is_not_run(built):
     path = built("sm89")
     with pytest.raises(MissingBackendError, match="built, not run: no GPU"):
         open_engine(path)
-    assert run_status(path, graph_of(path), "sm89", "tensorrt_rtx") == ("built, not run: no GPU", None)
+    assert run_status(path, graph_of(path), "sm89", "tensorrt-rtx") == ("built, not run: no GPU", None)
 
 
 def test_the_graph_of_an_engine_stands_beside_it(built, tmp_path):
@@ -137,7 +137,7 @@ def test_an_engine_for_other_gpus_is_refused(built):
     here = "sm{}{}".format(*torch.cuda.get_device_capability())
     other = next(name for name in ("sm75", "sm120") if name != here)
     path = built(other)
-    assert run_status(path, graph_of(path), other, "tensorrt_rtx")[0] == f"built, not run: this GPU is {here}"
+    assert run_status(path, graph_of(path), other, "tensorrt-rtx")[0] == f"built, not run: this GPU is {here}"
     with pytest.raises(UsageError, match=f"this GPU (is |\\()?{here}") as error:
         open_engine(path)
     assert f"--engine {here}" in error.value.hint

@@ -55,7 +55,7 @@ class Group:
         _check_environment(ranks)
         here = {"gloo": dist.is_gloo_available, "nccl": dist.is_nccl_available}
         if not dist.is_available() or not here[backend]():
-            raise MissingBackendError(f"torch.distributed has no {backend} here", hint="--backend gloo")
+            raise MissingBackendError(f"torch.distributed has no {backend} here", hint="--transport gloo")
         self.rank, self.ranks, self.backend = int(os.environ["RANK"]), ranks, backend
         self._dist, self._torch, self._seconds = dist, torch, seconds
         if backend == "nccl":

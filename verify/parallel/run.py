@@ -37,6 +37,7 @@ from moe_export.verify.runners.onnxruntime_runner import OnnxRuntimeRunner
 from moe_export.verify.specs import Array
 
 TRAFFIC = "moe-export/traffic/1"
+_BACKENDS = ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt")
 _TOKENS = 8  # tokens of the example of which each is tried alone
 
 
@@ -96,7 +97,7 @@ def conduct(group: Group, manifest: Manifest, rank: Rank, options: argparse.Name
     path = Path(options.against) if options.against else manifest.whole
     if path is None:
         raise UsageError("the manifest names no graph of the whole model", hint="--against model.onnx")
-    reference: Runner = OnnxRuntimeRunner(path, options.provider)
+    reference: Runner = OnnxRuntimeRunner(path, _provider(options))
     conductor = Conductor(group, rank)
     if not options.quiet:
         print(f"{conductor.name}: all are here", flush=True)
@@ -114,8 +115,8 @@ def conduct(group: Group, manifest: Manifest, rank: Rank, options: argparse.Name
     )
     if conductor.lost is not None:
         raise conductor.lost
-    if options.report:
-        put_text(Path(options.report), report.to_json(), inputs=(manifest.path, path), force=options.force)
+    if options.output:
+        put_text(Path(options.output), report.to_json(), inputs=(manifest.path, path), force=options.force)
     if options.traffic:
         runs = [[asdict(sent) | {"bytes": sent.bytes} for sent in run] for run in conductor.sent]
         text = json.dumps({"schema": TRAFFIC, "runs": runs}) + "\n"
@@ -199,6 +200,11 @@ def _to_others(sent: Sent) -> int:
     return sum(sent.rows) - sent.rows[sent.rank]
 
 
+def _provider(options: argparse.Namespace) -> str:
+    """Where onnxruntime runs."""
+    return str(options.backend).removeprefix("onnxruntime-")
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(
@@ -208,10 +214,8 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("folder", help="of the ranks' graphs, or their MODEL.parallel.json")
     made.add_argument("--against", metavar="MODEL.ONNX", help="the whole model's graph [the manifest's]")
-    made.add_argument("--backend", choices=["gloo", "nccl"], default="gloo", help="what carries exchanges")
-    made.add_argument(
-        "--provider", choices=["cpu", "cuda", "tensorrt"], default="cpu", help="where graphs run"
-    )
+    made.add_argument("--transport", choices=["gloo", "nccl"], default="gloo", help="what carries exchanges")
+    made.add_argument("--backend", choices=_BACKENDS, default=_BACKENDS[0], help="what runs the graphs")
     made.add_argument("--timeout", type=float, default=8.0, help="seconds that one exchange may take [8]")
     made.add_argument("--join", type=float, default=60.0, help="seconds to wait for all ranks to come [60]")
     made.add_argument(
@@ -222,7 +226,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--thorough", action="store_true", help="every kind of values, at more sizes")
     made.add_argument("--rtol", type=float, help="relative tolerance [float32: 1e-5]")
     made.add_argument("--atol", type=float, help="absolute tolerance [float32: 1e-5]")
-    made.add_argument("--report", metavar="FILE", help="write the report as JSON")
+    made.add_argument("-o", "--output", metavar="FILE.json", help="write the report")
     made.add_argument("--traffic", metavar="FILE", help="write what every rank gave, run by run, as JSON")
     made.add_argument(
         "--force", action="store_true", help="overwrite files that moe-export did not write, and inputs"
@@ -237,8 +241,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     group: Group | None = None
     try:
         manifest = read_manifest(find_manifest(options.folder))
-        group = Group(manifest.ranks, options.backend, options.timeout, options.join)
-        rank = open_rank(manifest, group.rank, options.provider)
+        group = Group(manifest.ranks, options.transport, options.timeout, options.join)
+        rank = open_rank(manifest, group.rank, _provider(options))
         code = conduct(group, manifest, rank, options) if group.rank == 0 else follow(group, rank)
         group.end()
         return code

@@ -34,7 +34,7 @@ def read_report(text: str) -> Report:
     if schema != SCHEMA:
         raise UsageError(
             f"the report's schema is {schema!r}, and this reads {SCHEMA!r}",
-            hint="moe-export verify ... --report report.json writes one",
+            hint="moe-export verify ... -o report.json writes one",
         )
     try:
         budget = document["flips_allowed"]

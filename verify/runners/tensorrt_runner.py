@@ -18,7 +18,7 @@ from moe_export.verify.runner import RunFailedError, shorten
 from moe_export.verify.runners.engine_header import read_header
 from moe_export.verify.specs import Array, DimRange, TensorSpec, describe, numpy_dtype
 
-RTX = "tensorrt_rtx"
+RTX = "tensorrt-rtx"
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -36,7 +36,7 @@ class Backend(Protocol):
 
     @property
     def name(self) -> str:
-        """`tensorrt_rtx` or `tensorrt`."""
+        """`tensorrt-rtx` or `tensorrt`."""
         ...
 
     @property
@@ -65,7 +65,7 @@ class TensorRtRunner:
             one dimension.
 
     Attributes:
-        name: "tensorrt_rtx" or "tensorrt".
+        name: "tensorrt-rtx" or "tensorrt".
         inputs: The inputs; a free axis is called `<input>_dim<axis>`.
         outputs: The outputs.
         dims: What the profile allows of each free axis; `traced` is the size that it is fastest at.

@@ -35,7 +35,7 @@ class Request:
     Attributes:
         capabilities: What to build for, in lower case.
         profiles: Ranges of dimensions, one dict a profile.
-        module: `tensorrt_rtx`, `tensorrt`, or None for whichever fits.
+        module: `tensorrt-rtx`, `tensorrt`, or None for whichever fits.
         settings: The rest.
         layers: Whether to write what each engine is made of.
         require: Whether engines that cannot be run here are an error.
@@ -86,7 +86,7 @@ def take_request(options: dict[str, Any]) -> Request | None:
         module.name,
         settings,
         given["layers"],
-        bool(given["require"]),
+        given["require_run"],
     )
 
 

@@ -1,4 +1,4 @@
-"""`moe-export check graph.onnx --target tensorrt`: what TensorRT is known to refuse, without building."""
+"""`moe-export check graph.onnx`: what TensorRT is known to refuse, without building."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SCHEMA = "moe-export/check/1"
 NOTHING = "nothing that TensorRT is known to refuse; only a build (moe-export build) shows that it builds"
 
 
-def run_check(graph: str, target: str, quiet: bool, as_json: bool, debug: bool) -> int:
+def run_check(graph: str, quiet: bool, as_json: bool, debug: bool) -> int:
     """Run the command; the exit code: 1 if something is refused."""
     console = Console(quiet, as_json)
     model, _ = read_graph(graph)
     findings = find_refusals(model)
-    console.json(json.dumps(_document(graph, target, findings), indent=2))
+    console.json(json.dumps(_document(graph, findings), indent=2))
     if not findings.refused:
         console.say(f"{graph}: {NOTHING}")
     else:
@@ -48,11 +48,11 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _document(graph: str, target: str, findings: Findings) -> dict[str, object]:
+def _document(graph: str, findings: Findings) -> dict[str, object]:
     return {
         "schema": SCHEMA,
         "graph": graph,
-        "target": target,
+        "target": "tensorrt",
         "verdict": "refused" if findings.refused else "nothing known is refused; not built",
         "refused": [_facts(refusal) for refusal in findings.refused],
         "doubts": [_facts(refusal) for refusal in findings.doubts],

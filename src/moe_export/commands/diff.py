@@ -35,7 +35,7 @@ def run_diff(
     before: str,
     after: str,
     sizes: tuple[str, ...],
-    svg: str | None,
+    output: str | None,
     level: Level | None,
     quiet: bool,
     as_json: bool,
@@ -44,16 +44,16 @@ def run_diff(
 ) -> int:
     """Run the command; the exit code: 0, whether or not they differ."""
     console = Console(quiet, as_json)
-    if svg is not None:
-        require_svg(svg, [Path(before), Path(after)], force)
+    if output is not None:
+        require_svg(output, [Path(before), Path(after)], force)
     with console.step("counting"):
         found = difference(Path(before), Path(after), parse_one_set(sizes))
-    if svg is not None:
-        write_svg(svg, *sketches_of(found, level), force=force)
+    if output is not None:
+        write_svg(output, *sketches_of(found, level), force=force)
     console.json(json.dumps({"schema": SCHEMA, **found.to_dict()}, indent=2))
     _show(found, console)
-    if svg is not None:
-        console.say(f"written: {svg}")
+    if output is not None:
+        console.say(f"written: {output}")
     return 0
 
 

@@ -215,7 +215,7 @@ def _verified_whole(graph: Graph, path: Path, request: ExportRequest) -> tuple[G
             return replace(graph, notes=(*graph.notes, note)), None
         raise MissingBackendError(
             f"{path.name} cannot be verified: onnxruntime on {provider} has no {kernel['op']} for this dtype",
-            hint="--no-verify writes it unverified; --provider cuda may have the operator, and float32 has it",
+            hint="--no-verify writes it unverified; --backend onnxruntime-cuda may have it, and float32 has",
         ) from error
 
 

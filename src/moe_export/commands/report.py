@@ -19,7 +19,6 @@ from moe_export.commands.console import Console
 from moe_export.commands.diff import figures_of, operators_of, sketches_of
 from moe_export.commands.export import run_export
 from moe_export.commands.request import ExportRequest
-from moe_export.commands.sizes import parse_bytes
 from moe_export.errors import MissingBackendError, UsageError
 from moe_export.export.engines.build import read_graph
 from moe_export.export.frontend.load import load_subject
@@ -59,12 +58,12 @@ def run_report(
     require_free(target, "text", force=options["force"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(graphs or temporary)
-        asked = {**options, "model": model, "output": folder, "quiet": True}
-        code = run_export(ExportRequest.of(asked))
+        request = ExportRequest.of({**options, "model": model, "output": folder, "quiet": True})
+        code = run_export(request)
         stem = Path(model.partition(":")[0]).stem
         document = json.loads((folder / f"{stem}.report.json").read_text(encoding="utf-8"))
         with console.user_code(), console.step("drawing"):
-            content = _content(document, folder, model, baseline, options)
+            content = _content(document, request, baseline, options)
     put_text(target, page(content), force=options["force"])
     console.json(json.dumps(document, indent=2))
     console.say(f"{document['model']}: {document['verdict']}")
@@ -73,10 +72,10 @@ def run_report(
 
 
 def _content(
-    document: dict[str, Any], folder: Path, model: str, baseline: bool, options: dict[str, Any]
+    document: dict[str, Any], request: ExportRequest, baseline: bool, options: dict[str, Any]
 ) -> Content:
-    memory = parse_bytes(options["memory"], "--memory")
-    subject = load_subject(model, init=options["init"], inputs=options["inputs"], memory=memory)
+    model, folder = request.model, request.folder
+    subject = load_subject(model, init=request.init, inputs=request.inputs, memory=request.memory)
     away = _AWAY if subject.weights is not None and subject.weights.absent else ""
     costs: dict[str, Sequence[tuple[str, int, int, int, int]] | str] = {}
     at: dict[str, str] = {}
@@ -97,17 +96,17 @@ def _content(
         [] if away else _routings(subject),
         reproduce_commands(model, whole["file"], options),
         _versions(document, model, folder),
-        (away or _change(subject, folder / whole["file"], options)) if baseline else None,
-        away or _timings(subject, folder, whole, options["provider"]),
+        (away or _change(subject, folder / whole["file"], request)) if baseline else None,
+        away or _timings(subject, folder, whole, request.provider),
         machine(),
     )
 
 
-def _change(subject: Subject, after: Path, options: dict[str, Any]) -> Change | str:
+def _change(subject: Subject, after: Path, request: ExportRequest) -> Change | str:
     """What the rewriting changed."""
     with tempfile.TemporaryDirectory() as folder:
         found = compare_with_baseline(
-            subject, after, Path(folder), options["opset"], options["dynamic"], options["static"]
+            subject, after, Path(folder), request.options.opset, request.dynamic, request.static
         )
         if isinstance(found, str):
             return found

@@ -21,16 +21,12 @@ class Wanted:
     """Which reports to write, besides the text.
 
     Attributes:
-        json: A file for the report as JSON.
-        junit: A file for JUnit XML.
-        html: A file for the page.
+        files: JSON, JUnit XML or a page each, by its ending.
         github: Annotations on stdout, and the step summary.
         force: Overwrite inputs, and files that are not ours.
     """
 
-    json: str | None = None
-    junit: str | None = None
-    html: str | None = None
+    files: tuple[Path, ...] = ()
     github: bool = False
     force: bool = False
 
@@ -40,18 +36,26 @@ class Wanted:
         Raises:
             UsageError: A file is in the way.
         """
-        for file, kind in ((self.json, "report"), (self.junit, "text"), (self.html, "text")):
-            if file:
-                require_free(Path(file), kind, inputs=inputs, force=self.force)
+        for file in self.files:
+            require_free(file, ENDINGS[file.suffix], inputs=inputs, force=self.force)
+
+
+ENDINGS = {".json": "report", "": "report", ".xml": "text", ".html": "text"}
+"""What a report is, by its file's ending; `/dev/stderr` has none."""
 
 
 def take_wanted(options: dict[str, Any]) -> Wanted:
-    """Take these options out of a command's."""
-    github = options.pop("github")
+    """Take these options out of a command's.
+
+    Raises:
+        UsageError: The ending of a file says nothing.
+    """
+    github, files = options.pop("github"), tuple(map(Path, options.pop("output")))
+    for file in files:
+        if file.suffix not in ENDINGS:
+            raise UsageError(f"a report is a .json, .xml or .html file, not {file}")
     return Wanted(
-        json=options.pop("report"),
-        junit=options.pop("junit"),
-        html=options.pop("html"),
+        files=files,
         force=options.pop("force"),
         github=bool(os.environ.get("GITHUB_ACTIONS")) if github is None else github,
     )
@@ -75,14 +79,11 @@ def write_reports(
     from moe_export.verify.reports.junit import junit
     from moe_export.verify.reports.page import page
 
-    if wanted.json:
-        if len(reports) > 1:
-            raise UsageError("--report takes one comparison", hint="one command for each --against")
-        put_text(Path(wanted.json), reports[0].to_json(), inputs=inputs, force=wanted.force)
-    if wanted.junit:
-        put_text(Path(wanted.junit), junit(reports), inputs=inputs, force=wanted.force)
-    if wanted.html:
-        put_text(Path(wanted.html), page(reports), inputs=inputs, force=wanted.force)
+    for file in wanted.files:
+        if ENDINGS[file.suffix] == "report" and len(reports) > 1:
+            raise UsageError(f"{file} takes one comparison", hint="one command for each --against")
+        make = {".xml": junit, ".html": page}.get(file.suffix, _one)
+        put_text(file, make(reports), inputs=inputs, force=wanted.force)
     if not wanted.github:
         return
     if not console.as_json:  # stdout is one JSON document then; GitHub reads commands from it line by line
@@ -91,5 +92,9 @@ def write_reports(
                 print(line, flush=True)
     target = os.environ.get("GITHUB_STEP_SUMMARY")
     if target:
-        with Path(target).open("a", encoding="utf-8") as file:
-            file.writelines(f"{summary(report)}\n" for report in reports)
+        with Path(target).open("a", encoding="utf-8") as step_summary:
+            step_summary.writelines(f"{summary(report)}\n" for report in reports)
+
+
+def _one(reports: Sequence[Report]) -> str:
+    return reports[0].to_json()

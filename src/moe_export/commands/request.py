@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from moe_export.backends import ONNXRUNTIME
 from moe_export.commands.build import Request, take_request
 from moe_export.commands.parallel import take_parallel
 from moe_export.commands.sizes import parse_bytes
@@ -115,6 +116,7 @@ class ExportRequest:
         return cls(
             folder=folder,
             storage=storage,
+            provider=(left.pop("backend", None) or ONNXRUNTIME[0]).removeprefix("onnxruntime-"),
             memory=parse_bytes(left.pop("memory", "1GiB"), "--memory"),
             tolerance=parse_tolerance(
                 left.pop("rtol", None), left.pop("atol", None), left.pop("tolerances", ())

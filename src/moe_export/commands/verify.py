@@ -77,15 +77,15 @@ class VerifyRequest:
         """
         from moe_export.comparing.request import Request
 
-        provider, record, repro = given["provider"], given["record"], given["repro"]
+        record, repro = given["record"], given["repro"]
         if not given["against"] and record is None:
             raise UsageError(
                 "Missing option '--against'", hint="or --record golden.safetensors, to store a run"
             )
         explained = given["localise"] or given["inside"] or repro is not None
         asked = cls(
-            candidate=parse_artifact(given["graph"], given["backend"], provider),
-            references=tuple(parse_artifact(text, None, provider) for text in given["against"]),
+            candidate=parse_artifact(given["graph"], given["backend"]),
+            references=tuple(parse_artifact(text) for text in given["against"]),
             request=Request(
                 tolerance=parse_tolerance(given["rtol"], given["atol"], given["tolerances"]),
                 settings=parse_settings(**{name: given[name] for name in SETTINGS}),

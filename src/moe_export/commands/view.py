@@ -23,7 +23,7 @@ SUFFIX = ".svg"
 
 def run_view(
     graph: str,
-    svg: str | None,
+    output: str | None,
     level: Level | None,
     port: int,
     browse: bool,
@@ -34,16 +34,16 @@ def run_view(
 ) -> int:
     """Run the command; the exit code."""
     path = Path(graph)
-    if svg is not None:
-        require_svg(svg, [path], force)
+    if output is not None:
+        require_svg(output, [path], force)
         model, _ = read_graph(path)
         sketch = sketch_of(model, path.name, level)
-        write_svg(svg, [sketch], force=force)
-        Console(quiet, as_json).say(f"{path}: {sketch.subtitle}\nwritten: {svg}")
+        write_svg(output, [sketch], force=force)
+        Console(quiet, as_json).say(f"{path}: {sketch.subtitle}\nwritten: {output}")
         Console(quiet, as_json).json(json.dumps(asdict(sketch), indent=2))
         return 0
     if level is not None:
-        raise UsageError("--level is for a picture", hint="give --svg FILE.svg, too")
+        raise UsageError("--level is for a picture", hint="give -o FILE.svg, too")
     if not path.is_file():
         raise UsageError(f"no such file: {path}", hint="give the path of an .onnx file")
     _require_graph(path)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from moe_export.backends import BACKENDS, KINDS, Kind
+from moe_export.backends import BACKENDS, KINDS, ONNXRUNTIME, Kind
 from moe_export.errors import UsageError
 from moe_export.verify import (
     Array,
@@ -32,7 +32,6 @@ from moe_export.verify.runners.onnxruntime_runner import specs_of
 from moe_export.verify.specs import is_float, numpy_dtype
 
 GraphRunner: TypeAlias = OnnxRuntimeRunner | TensorRtRunner | OnnxReferenceRunner
-_MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 
 
 @dataclass(frozen=True)
@@ -63,16 +62,15 @@ class Artifact:
     @property
     def provider(self) -> str:
         """Where onnxruntime runs it."""
-        return (self.backend or "").removeprefix("onnxruntime").removeprefix("-") or "cpu"
+        return (self.backend or "").removeprefix("onnxruntime-") or "cpu"
 
 
-def parse_artifact(text: str, backend: str | None = None, provider: str = "cpu") -> Artifact:
+def parse_artifact(text: str, backend: str | None = None) -> Artifact:
     """`model.onnx`, or with a backend `model.onnx@onnxruntime-cuda`.
 
     Args:
         text: The file.
         backend: The backend where `text` names none.
-        provider: Where onnxruntime runs where neither says so.
 
     Raises:
         UsageError: There is no such backend for this kind of file.
@@ -84,8 +82,8 @@ def parse_artifact(text: str, backend: str | None = None, provider: str = "cpu")
     if backend is not None and backend not in BACKENDS[kind]:
         has = ", ".join(BACKENDS[kind]) or "no backend: its outputs are stored"
         raise UsageError(f"{backend} cannot run {text}, a {_SAID[kind]}", hint=f"a {_SAID[kind]} has {has}")
-    if kind == "graph" and backend in {None, "onnxruntime"}:
-        backend = f"onnxruntime-{provider}"
+    if kind == "graph" and backend is None:
+        backend = ONNXRUNTIME[0]
     return Artifact(text, kind, backend)
 
 
@@ -108,7 +106,7 @@ def graph_runner(artifact: Artifact, dtype: str = "float32") -> GraphRunner:
     if artifact.kind == "engine":
         from moe_export.running.engines import open_engine
 
-        return open_engine(artifact.path, _MODULES[artifact.backend] if artifact.backend else None)
+        return open_engine(artifact.path, artifact.backend)
     if artifact.backend == "onnx-reference":
         return OnnxReferenceRunner(artifact.path)
     from moe_export.running.choices import runner_of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from moe_export.backends import BACKENDS
+from moe_export.backends import BACKENDS, ONNXRUNTIME
 from moe_export.options.option import EXPORTING, Option
 
 _COMPARING = (*EXPORTING, "verify")
@@ -19,10 +19,13 @@ ARTIFACTS = (
            metavar="MODEL.PY[:CLASS]", required=True),
     Option("gate", "--gate", "Comparison", "The graph is the gate of this module of the model.", ("verify", "mutate"),
            ("comparison",), metavar="MODULE", first=True),
-    Option("backend", "--backend", "Comparison", "What runs the first artifact.", ("verify",), ("comparison",),
-           type=click.Choice([name for names in BACKENDS.values() for name in names]), first=True),
-    Option("provider", "--provider", "Comparison", "Where onnxruntime runs.", _COMPARING, ("comparison",),
-           type=click.Choice(["cpu", "cuda", "tensorrt"]), default="cpu"),
+    Option("backend", "--backend", "Comparison",
+           "What runs the graphs here, to compare them: not what they are written for (--target).", EXPORTING,
+           ("comparison",), type=click.Choice(ONNXRUNTIME), otherwise=ONNXRUNTIME[0]),
+    Option("backend", "--backend", "Comparison",
+           "What runs the first artifact, as FILE@BACKEND does for any: torch or torch-float64; onnxruntime-cpu, -cuda"
+           " or -tensorrt, or onnx-reference; tensorrt-rtx or tensorrt.", ("verify",), ("comparison",),
+           type=click.Choice([name for names in BACKENDS.values() for name in names]), metavar="BACKEND", first=True),
 )
 CASES = (
     Option("verify", "--no-verify", "Comparison", "Compare nothing.", EXPORTING, type=bool, first=True),

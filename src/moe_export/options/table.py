@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from moe_export.options.comparison import ARTIFACTS, CASES, DIFFERING, MUTANTS, TOLERANCES
-from moe_export.options.engines import CHECKING, ENGINES
+from moe_export.options.engines import ENGINES
 from moe_export.options.making import GRAPH, MODEL, PIPELINE, RANKS, WEIGHTS
 from moe_export.options.option import GROUPS, Option
 from moe_export.options.output import PLACES, PRINTED, REPORTS
@@ -15,7 +15,7 @@ from moe_export.options.showing import MEASURING, PICTURES, PLANNING, REWRITING
 OPTIONS: tuple[Option, ...] = (
     *(*MODEL, *GRAPH, *WEIGHTS, *RANKS, *PIPELINE),
     *(*ARTIFACTS, *CASES, *TOLERANCES, *DIFFERING, *MUTANTS),
-    *(*ENGINES, *CHECKING),
+    *ENGINES,
     *(*REWRITING, *MEASURING, *PICTURES, *PLANNING),
     *(*PLACES, *REPORTS, *PRINTED),
 )

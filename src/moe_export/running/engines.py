@@ -99,11 +99,11 @@ def example_input(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
 
 
 def not_run(statuses: list[str]) -> MissingBackendError | None:
-    """The error of `--require tensorrt` for engines that were not run; None if all were."""
+    """The error of `--require-run` for engines that were not run; None if all were."""
     missing = [status for status in statuses if status.startswith("built, not run")]
     if not missing:
         return None
     return MissingBackendError(
-        f"{missing[0]} (--require tensorrt)",
+        f"{missing[0]} (--require-run)",
         hint="they are written; where their GPU is: moe-export verify model.sm89.engine --against model.py",
     )

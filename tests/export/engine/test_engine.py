@@ -19,7 +19,7 @@ def test_an_engine_is_built_for_each_capability(linear):
     assert [engine.capability for engine in engines] == ["sm86", "sm120"]
     for engine in engines:
         assert engine.size == len(engine.plan) > 1000
-        assert (engine.module, engine.version) == ("tensorrt_rtx", load_module().version)
+        assert (engine.module, engine.version) == ("tensorrt-rtx", load_module().version)
         assert [str(found) for found in engine.profiles[0].values()] == ["1:16:64"]
     assert engines[0].plan != engines[1].plan
 
@@ -64,7 +64,7 @@ def test_without_a_gpu_none_is_built_for_it(linear):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU here")
     with pytest.raises(MissingBackendError, match="cannot build for the GPU of this machine") as error:
-        build_engines(linear, ["current"], module="tensorrt_rtx")
+        build_engines(linear, ["current"], module="tensorrt-rtx")
     assert "sm89" in error.value.hint
 
 
@@ -109,7 +109,7 @@ except MissingBackendError as error:
 
 def test_without_the_module_it_says_what_to_install():
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("4 tensorrt_rtx ")
+    assert done.stdout.startswith("4 tensorrt-rtx ")
     assert "pip install 'moe-export[rtx]'" in done.stdout
 
 
