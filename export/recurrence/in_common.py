@@ -16,7 +16,7 @@ from moe_export.export.recurrence.loops import Repeats, find_loops
 from moe_export.export.recurrence.match_iterations import Refusal
 from moe_export.export.recurrence.operand import operator_name
 from moe_export.export.recurrence.period import LEAST_ITERATIONS
-from moe_export.export.recurrence.rolled import LengthError, RolledGraph
+from moe_export.export.recurrence.rolled import LengthError, RolledGraph, roll
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.trace import Traced, trace
 
