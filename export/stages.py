@@ -34,8 +34,8 @@ from moe_export.export.options import Options
 from moe_export.export.precision.mixed import lower_precision
 from moe_export.export.recurrence.loop_body import DOMAIN as LOOPS
 from moe_export.export.recurrence.recurrences import Recurrent, fold_recurrences, left_if_fixed
+from moe_export.export.scans.expand import Expansion, expand_loops
 from moe_export.export.scans.order import loops_first
-from moe_export.export.scans.write import Lowering, write_scans
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.notes import notes_on
 from moe_export.export.tracing.trace import Traced, quiet
@@ -172,7 +172,7 @@ def _translate(program: Program, options: Options) -> Draft:
 def _expand(draft: Draft, options: Options) -> Draft:
     model = draft.model.clone()
     experts = write_experts(model, draft.program.blocks, options.experts, options.target)
-    loops = write_scans(model, Lowering(options.recurrence, options.unroll))
+    loops = expand_loops(model, Expansion(options.recurrence, options.unroll))
     return replace(draft, model=model, notes=(*draft.notes, *experts, *loops))
 
 

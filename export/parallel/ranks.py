@@ -24,7 +24,7 @@ from moe_export.export.parallel.lower import partial_sum
 from moe_export.export.parallel.placement import Layer, Placement, place
 from moe_export.export.parallel.stages import ALL_REDUCE, LAYER, Staged, cut, exchanges_of
 from moe_export.export.pipeline import Graph
-from moe_export.export.scans.write import Lowering, write_scans
+from moe_export.export.scans.expand import Expansion, expand_loops
 from moe_export.export.stages import Draft, Program, between, run, with_stage
 
 Exchanging = Literal["all_reduce", "all_to_all"]
@@ -208,7 +208,7 @@ class _Maker:
         model = draft.model.clone()
         write_experts(model, draft.program.blocks, options.experts, options.target, write, self.bodies)
         model.opset_imports[DOMAIN] = 1
-        write_scans(model, Lowering(options.recurrence, options.unroll))
+        expand_loops(model, Expansion(options.recurrence, options.unroll))
         return dataclasses.replace(draft, model=model)
 
     def _layer_of(self, block: Opaque) -> int:

@@ -89,7 +89,7 @@ class _Canonicalized:
             for axis, size in enumerate(node.meta["val"].shape):
                 if known(size) is None and str(size) not in self._sizes:
                     call = self.graph.call_function(aten.sym_size.int, (self._values[node], axis))
-                    self._sizes[str(size)] = _marked(call, size)
+                    self._sizes[str(size)] = _as_region(call, size)
 
     def _size(self, node: fx.Node) -> fx.Node | None:
         """The one node for this integer of the shape arithmetic."""
@@ -97,7 +97,7 @@ class _Canonicalized:
         if node.op != "call_function" or not isinstance(value, torch.SymInt):
             return None
         found = self._expressed(value.node.expr)
-        return _marked(found, value) if isinstance(found, fx.Node) else None
+        return _as_region(found, value) if isinstance(found, fx.Node) else None
 
     def _expressed(self, expression: Any) -> Any:
         """Sums and products of sizes of inputs; None for anything else."""
@@ -202,7 +202,7 @@ def _numbers(program: ExportedProgram) -> dict[str, int | float]:
     }
 
 
-def _marked(node: fx.Node, value: Any) -> fx.Node:
+def _as_region(node: fx.Node, value: Any) -> fx.Node:
     node.meta[SIZE] = True
     node.meta.setdefault("val", value)
     return node

@@ -1,8 +1,8 @@
 """`LoopBody`: one iteration of a folded loop as a callable, run iteration by iteration in PyTorch, or once between
 markers in a trace.
 
-A trace of it holds the body once, its inputs and outputs marked by opaque nodes that carry their shapes; the ONNX
-side cuts the body out between the marks and makes it the body of a `Scan`:
+A trace of it holds the body once, between opaque nodes, its boundary, that carry the shapes of its inputs and outputs;
+the ONNX side cuts this region out and makes it the body of a `Scan`:
 
     State(h0) ─▶ h ─┐
     Element(xs) ─▶ x ┴▶ the body ─▶ h', y ─▶ End(h, x, h', y) ─▶ h after the last iteration, all y along an axis
@@ -35,7 +35,7 @@ class LoopBody:
     collected`.
 
     Args:
-        number: Tells the loops of a model apart; no two marks may ever be taken for one.
+        number: Tells the loops of a model apart; no two boundary nodes may ever be taken for one.
         graph: Inputs: states, elements, captured values; outputs: next states, then collected values.
         states: How many states.
         elements: Which axis of each sequence is time.
@@ -67,7 +67,7 @@ class LoopBody:
     ) -> list[Tensor]:
         run = self._one_by_one
         if torch.compiler.is_exporting():
-            run = self._marked if self.least > 0 else self._marked_with_an_iteration
+            run = self._as_region if self.least > 0 else self._as_region_with_an_iteration
         return run(list(states), list(sequences), list(captured), iterations)
 
     def once(self, values: Sequence[Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -108,17 +108,17 @@ class LoopBody:
             for value, along in zip(values, self.collected, strict=True)
         ]
 
-    def _marked_with_an_iteration(
+    def _as_region_with_an_iteration(
         self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], iterations: Any
     ) -> list[Tensor]:
-        """The marked loop with at least one iteration; without one, the states stay and nothing is collected."""
+        """The loop region with at least one iteration; without one, the states stay and nothing is collected."""
         some = torch.sym_max(iterations, 1)  # type: ignore[no-untyped-call]
         longer = [
             torch.cat([sequence, sequence.new_zeros(_with(_without(sequence.shape, along.axis), along.axis, 1))],
                       along.axis).narrow(along.axis, 0, some)
             for sequence, along in zip(sequences, self.elements, strict=True)
         ]  # fmt: skip
-        results = self._marked(states, longer, captured, some)
+        results = self._as_region(states, longer, captured, some)
         any_iteration = torch.scalar_tensor(iterations, dtype=torch.int64) > 0
         last = [torch.where(any_iteration, new, old) for new, old in zip(results, states, strict=False)]
         columns = results[self.states :]
@@ -130,7 +130,7 @@ class LoopBody:
             ),
         ]
 
-    def _marked(
+    def _as_region(
         self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], iterations: Any
     ) -> list[Tensor]:
         if not sequences:  # something must tell the scan how many iterations there are

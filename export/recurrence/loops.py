@@ -37,7 +37,7 @@ class Repeats:
 
     def __post_init__(self) -> None:
         self.nodes = sequence(self.graph)
-        self.marks = tokens(self.nodes)
+        self.tokens = tokens(self.nodes)
         self._made: dict[fx.Node, Made] = {}
 
     def locate(self, node: fx.Node) -> Made | None:
@@ -54,7 +54,7 @@ class Repeats:
                 if node is not None:
                     self._made[node] = Made(number, position, iteration)
                     taken.add(node)
-        self.marks = np.where([node in taken for node in self.nodes], -1, self.marks)
+        self.tokens = np.where([node in taken for node in self.nodes], -1, self.tokens)
 
 
 def find_loops(traces: Sequence[Repeats]) -> None:
@@ -95,7 +95,7 @@ def _grows(iterations: Sequence[int]) -> bool:
 def _candidates(trace: Repeats, period: int) -> dict[Any, list[Loop]]:
     """Loops of this period by the operators of their body, in trace order."""
     found: dict[Any, list[Loop]] = defaultdict(list)
-    for run in runs(trace.marks, period):
+    for run in runs(trace.tokens, period):
         start = run.start
         while (loop := _best(trace, Run(start, run.stop, period))) is not None:
             found[signature([node for node in loop.nodes[0] if node is not None])].append(loop)

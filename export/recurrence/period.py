@@ -56,11 +56,11 @@ def _token(node: fx.Node) -> Any:
     return node.target, layout(node.args), layout(node.kwargs), shape
 
 
-def runs(marks: np.ndarray[Any, np.dtype[np.int64]], period: int) -> Iterator[Run]:
-    """The maximal runs of this period that are at least three iterations long. A negative mark equals nothing."""
-    if len(marks) < LEAST_ITERATIONS * period:
+def runs(tokens: np.ndarray[Any, np.dtype[np.int64]], period: int) -> Iterator[Run]:
+    """The maximal runs of this period that are at least three iterations long. A negative token equals nothing."""
+    if len(tokens) < LEAST_ITERATIONS * period:
         return
-    equal = (marks[period:] == marks[:-period]) & (marks[period:] >= 0)
+    equal = (tokens[period:] == tokens[:-period]) & (tokens[period:] >= 0)
     edges = np.flatnonzero(np.diff(np.concatenate(([False], equal, [False])).astype(np.int8)))
     for start, stop in zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True):
         if stop - start >= (LEAST_ITERATIONS - 1) * period:

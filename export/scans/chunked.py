@@ -1,4 +1,4 @@
-"""`write_chunked`: a linear recurrence with a decay a head, as matrix products over chunks of its steps.
+"""`expand_chunked`: a linear recurrence with a decay a head, as matrix products over chunks of its steps.
 
     h(t) = a(t) h(t-1) + B(t) u(t)        within a chunk of T steps, from its state h at the start:
     y(t) = C(t) h(t)                      y = (D * C B^T) u + (d * C) h         D(t, s) = a(s+1) … a(t), 0 for s > t
@@ -26,12 +26,12 @@ import onnx_ir as ir
 
 from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
-from moe_export.export.scans.all_steps import AllSteps, Part
+from moe_export.export.scans.batched import BatchedValue
 from moe_export.export.scans.linear import Linear, LinearState, read_linear
-from moe_export.export.scans.marked import Marked
+from moe_export.export.scans.loop_region import LoopRegion
+from moe_export.export.scans.parallel_form import ParallelForm, Part
 from moe_export.export.scans.segments import STEPS, Segments
 from moe_export.export.scans.terms import Reading
-from moe_export.export.scans.time import Timed
 
 _LEAST = -1e30  # the logarithm of a decay of 0: -inf times the 0 of another segment would be no number
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
@@ -42,8 +42,8 @@ def pays(linear: Linear) -> bool:
     return all(state.size((*state.over, *state.only)) >= STEPS for state in linear.states)
 
 
-def write_chunked(graph: ir.Graph, loop: Marked, only_if_it_pays: bool = False) -> None:
-    """Replace a marked loop by products over chunks.
+def expand_chunked(graph: ir.Graph, loop: LoopRegion, only_if_it_pays: bool = False) -> None:
+    """Replace a loop region by products over chunks.
 
     Raises:
         RefusedError: It is no such recurrence; the graph then computes what it did.
@@ -57,11 +57,11 @@ def write_chunked(graph: ir.Graph, loop: Marked, only_if_it_pays: bool = False) 
 
 
 class _Writer:
-    def __init__(self, graph: ir.Graph, loop: Marked, linear: Linear) -> None:
+    def __init__(self, graph: ir.Graph, loop: LoopRegion, linear: Linear) -> None:
         if all(state.outputs[0].dtype not in _DTYPES for state in loop.states):
             raise RefusedError("states of a type that is not exact enough")
         self._loop, self._linear = loop, linear
-        self.steps = AllSteps(graph, loop, "chunks")
+        self.steps = ParallelForm(graph, loop, "chunks")
         self.nodes, self.over = self.steps.nodes, self.steps.over
         self.filling = self.nodes("Mod", self.nodes("Neg", self.steps.length), self.nodes.ints(STEPS))
         self._axis = loop.axes[0] if loop.axes else 0
@@ -71,8 +71,8 @@ class _Writer:
 
     def _state(self, number: int) -> ir.Value:
         """Write what is read from one state; its last value."""
-        state, mark, nodes = self._linear.states[number], self._loop.states[number], self.nodes
-        dtype = mark.outputs[0].dtype
+        state, boundary, nodes = self._linear.states[number], self._loop.states[number], self.nodes
+        dtype = boundary.outputs[0].dtype
         assert dtype is not None
         segments = Segments(nodes, self._decay(state), dtype, len(state.batch) + 2)
         readings = [reading for reading in self._linear.readings if reading.state == number]
@@ -80,7 +80,7 @@ class _Writer:
             segments.within(reading.new)
         rows = self._chunks(self.steps.product(state.row), state, state.over)  # (c, g, s, n)
         column = self._chunks(self.steps.product(state.column), state, state.only)  # (c, g, s, p)
-        starts, last = self._pass_on(state, mark, rows, column, segments)
+        starts, last = self._pass_on(state, boundary, rows, column, segments)
         for reading in readings:
             self._read(reading, state, (rows, column, starts), segments)
         return last
@@ -97,7 +97,7 @@ class _Writer:
             return None
         total, axes = self.steps.logarithms(state.decay)
         least = self.nodes.constant(np.array(_LEAST, self.steps.dtype.numpy()))
-        total = Timed(self.nodes("Max", total.value, least), total.axis, total.rank)
+        total = BatchedValue(self.nodes("Max", total.value, least), total.axis, total.rank)
         return self._chunks((total, axes), state, None)
 
     def _chunks(
@@ -107,23 +107,23 @@ class _Writer:
         inner: tuple[int, ...] | None,
     ) -> ir.Value:
         """(c, g, t, inner) of a value over time: batch axes that it lacks have size 1, inner axes are joined."""
-        timed, axes = part
+        batched, axes = part
         nodes = self.nodes
-        timed = self.steps.in_every_step(timed)
-        assert timed.axis is not None
+        batched = self.steps.in_every_step(batched)
+        assert batched.axis is not None
         free = [axis for axis in axes if not isinstance(state.shape[axis], int)]
-        ahead = [axis for place, axis in enumerate(axes) if place < timed.axis]
+        ahead = [axis for place, axis in enumerate(axes) if place < batched.axis]
         if not set(free) <= set(ahead):
             order = [*free, None, *(axis for axis in axes if axis not in free)]
             now: list[int | None] = [*axes]
-            now.insert(timed.axis, None)
-            timed = Timed(
-                nodes.transposed(timed.value, [now.index(axis) for axis in order]), len(free), timed.rank
+            now.insert(batched.axis, None)
+            batched = BatchedValue(
+                nodes.transposed(batched.value, [now.index(axis) for axis in order]), len(free), batched.rank
             )
             axes = [axis for axis in order if axis is not None]
-        at = timed.axis
+        at = batched.axis
         assert at is not None
-        value = nodes.filled(timed.value, at, timed.rank + 1, self.filling)
+        value = nodes.filled(batched.value, at, batched.rank + 1, self.filling)
         behind = state.sizes(axes[at:])
         value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, STEPS, *behind))
         places: dict[Any, int] = {axis: place + 2 * (place >= at) for place, axis in enumerate(axes)}
@@ -147,7 +147,7 @@ class _Writer:
     # States from chunk to chunk
 
     def _pass_on(
-        self, state: LinearState, mark: ir.Node, rows: ir.Value, column: ir.Value, segments: Segments
+        self, state: LinearState, boundary: ir.Node, rows: ir.Value, column: ir.Value, segments: Segments
     ) -> tuple[ir.Value, ir.Value]:
         """The state at the start of each chunk, (c, g, n, p), and the one behind the last."""
         nodes, size = self.nodes, state.size
@@ -159,7 +159,7 @@ class _Writer:
         added = nodes("MatMul", self._steps_last(rows, state), column)
         order = [*state.batch, *state.over, *state.only]
         shape = [state.shape[axis] for axis in state.batch]
-        first = nodes.transposed(mark.inputs[0], order) if mark.inputs[0] is not None else None
+        first = nodes.transposed(boundary.inputs[0], order) if boundary.inputs[0] is not None else None
         assert first is not None
         inner = (len(state.over), len(state.only))
         if inner != (1, 1):
@@ -196,7 +196,7 @@ class _Writer:
         total = nodes("Add", inside, before)  # (c, g, t, p)
         self.steps.know(reading, self._unchunked(total, reading, state))
 
-    def _unchunked(self, value: ir.Value, reading: Reading, state: LinearState) -> Timed:
+    def _unchunked(self, value: ir.Value, reading: Reading, state: LinearState) -> BatchedValue:
         """(c, g, t, p) as a value over time with the axes that the step gives it."""
         nodes = self.nodes
         if len(state.only) > 1:
@@ -221,7 +221,7 @@ class _Writer:
         sizes = [state.size(joined) for joined in reading.axes[front:]]
         value = nodes("Reshape", value, nodes.ints(*[0] * front, -1, *sizes))
         value = nodes("Slice", value, nodes.ints(0), self.steps.length, nodes.ints(front))
-        return Timed(value, front, len(reading.axes))
+        return BatchedValue(value, front, len(reading.axes))
 
 
 def _kept(shape: Sequence[int | ir.SymbolicDim]) -> list[int]:

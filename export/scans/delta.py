@@ -21,14 +21,14 @@ import onnx_ir as ir
 
 from moe_export.errors import RefusedError
 from moe_export.export.scans.linear import Linear, LinearState, Reader
-from moe_export.export.scans.marked import Marked
+from moe_export.export.scans.loop_region import LoopRegion
 from moe_export.export.scans.terms import Factor, Reading, Seen, axes_of, broadcast
 
 _Product = tuple[Factor, ...]
 _MINUS = Factor(ir.Value(name="minus"), ())
 
 
-def read_delta(loop: Marked) -> Linear:
+def read_delta(loop: LoopRegion) -> Linear:
     """Read a loop whose states are linear recurrences or delta rules.
 
     Raises:
@@ -144,13 +144,13 @@ def _without(product: Iterable[Factor], part: Iterable[Factor]) -> _Product:
     return tuple((left - gone).elements())
 
 
-def _only_through(values: Iterable[ir.Value], loop: Marked) -> None:
+def _only_through(values: Iterable[ir.Value], loop: LoopRegion) -> None:
     """Make sure that what a loop hands out knows of its states through these values alone."""
-    marks, known = {mark.outputs[0] for mark in loop.states}, set(values)
+    boundaries, known = {boundary.outputs[0] for boundary in loop.states}, set(values)
     stack = list(loop.collected)
     while stack:
         value = stack.pop()
-        if value in marks:
+        if value in boundaries:
             raise RefusedError("what a delta rule subtracts is handed out, too")
         node = value.producer()
         if value not in known and node is not None and node in loop.body:

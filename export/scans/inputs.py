@@ -14,8 +14,8 @@ from typing import Any
 
 import onnx_ir as ir
 
-from moe_export.export.scans.marked import new_element, with_elements
-from moe_export.export.scans.time import amount_of
+from moe_export.export.scans.batched import amount_of
+from moe_export.export.scans.loop_region import new_element, with_elements
 
 _POINTWISE = {
     "Abs", "Add", "Cast", "Div", "Exp", "Log", "Mul", "Neg", "Reciprocal", "Relu", "Sigmoid", "Softplus", "Sqrt",
@@ -40,21 +40,24 @@ class _Moved:
 
 
 def move_inwards(graph: ir.Graph, end: ir.Node) -> None:
-    """Move what only feeds a marked loop into it, in place, where that makes the loop read less."""
+    """Move what only feeds a loop region into it, in place, where that makes the loop read less."""
     states, count = (int(end.attributes[name].as_int()) for name in ("states", "elements"))
-    marks = [value.producer() for value in end.inputs[states : states + count] if value is not None]
+    boundaries = [value.producer() for value in end.inputs[states : states + count] if value is not None]
     reads = _Reads(graph, end, int(end.attributes["loop"].as_int()))
-    for mark in marks:
-        assert mark is not None
-        source, axis = mark.inputs[0], int(mark.attributes["axis"].as_int())
+    for boundary in boundaries:
+        assert boundary is not None
+        source, axis = boundary.inputs[0], int(boundary.attributes["axis"].as_int())
         assert source is not None
-        moved = _plan(source, axis, mark)
-        new = reads.mark(source, axis, mark) if moved.node is None else reads.write(moved, mark)
-        if new is not mark.outputs[0]:
-            mark.outputs[0].replace_all_uses_with(new)
-    elements = [node.outputs[0] for node in reads.marks]
+        moved = _plan(source, axis, boundary)
+        new = reads.boundary(source, axis, boundary) if moved.node is None else reads.write(moved, boundary)
+        if new is not boundary.outputs[0]:
+            boundary.outputs[0].replace_all_uses_with(new)
+    elements = [node.outputs[0] for node in reads.boundaries]
     with_elements(end, elements)
-    graph.remove([mark for mark in marks if mark is not None and mark not in reads.marks], safe=True)
+    graph.remove(
+        [boundary for boundary in boundaries if boundary is not None and boundary not in reads.boundaries],
+        safe=True,
+    )
 
 
 def _plan(value: ir.Value, axis: int | None, user: ir.Node) -> _Moved:
@@ -113,9 +116,9 @@ class _Reads:
     def __init__(self, graph: ir.Graph, end: ir.Node, loop: int) -> None:
         self._graph, self._end, self._loop = graph, end, loop
         self._known: dict[tuple[Any, ...], ir.Node] = {}
-        self.marks: list[ir.Node] = []
+        self.boundaries: list[ir.Node] = []
 
-    def mark(self, value: ir.Value, axis: int, like: ir.Node) -> ir.Value:
+    def boundary(self, value: ir.Value, axis: int, like: ir.Node) -> ir.Value:
         """An element of a value along an axis."""
         backwards = int(like.attributes["backwards"].as_int())
         key = (value, axis, backwards)
@@ -130,20 +133,20 @@ class _Reads:
                     value,
                     axis,
                     loop=self._loop,
-                    place=len(self.marks),
+                    place=len(self.boundaries),
                     backwards=backwards,
                 )
             )
             self._known[key] = node
-            self.marks.append(node)
+            self.boundaries.append(node)
         return self._known[key].outputs[0]
 
-    def write(self, moved: _Moved, mark: ir.Node) -> ir.Value:
+    def write(self, moved: _Moved, boundary: ir.Node) -> ir.Value:
         """The value of a step."""
         if moved.node is None:
-            return moved.value if moved.axis is None else self.mark(moved.value, moved.axis, mark)
+            return moved.value if moved.axis is None else self.boundary(moved.value, moved.axis, boundary)
         assert moved.axis is not None
-        inputs: list[ir.Value | None] = [self.write(operand, mark) for operand in moved.operands]
+        inputs: list[ir.Value | None] = [self.write(operand, boundary) for operand in moved.operands]
         attributes = dict(moved.node.attributes)
         if moved.node.op_type == "Transpose":
             time = moved.operands[0].axis
@@ -153,16 +156,16 @@ class _Reads:
                 return inputs[0]
             attributes["perm"] = ir.AttrInt64s("perm", order)
         if moved.node.op_type == "Unsqueeze":
-            inputs.append(self._axes(moved, mark))
+            inputs.append(self._axes(moved, boundary))
         node = ir.node(moved.node.op_type, inputs, attributes=attributes)
         node.metadata_props.update(moved.node.metadata_props)
         shape = [size for place, size in enumerate(moved.value.shape or ()) if place != moved.axis]
         node.outputs[0].shape, node.outputs[0].type = ir.Shape(shape), moved.value.type
         node.outputs[0].name = f"{moved.value.name}_step_{self._loop}"
-        self._graph.insert_before(mark, node)
+        self._graph.insert_before(boundary, node)
         return node.outputs[0]
 
-    def _axes(self, moved: _Moved, mark: ir.Node) -> ir.Value:
+    def _axes(self, moved: _Moved, boundary: ir.Node) -> ir.Value:
         assert moved.node is not None
         assert moved.axis is not None
         added = _added(moved.node, moved.value) or []
@@ -171,5 +174,5 @@ class _Reads:
         constant.outputs[0].name = f"{moved.value.name}_axes_{self._loop}"
         constant.outputs[0].shape = ir.Shape([len(axes)])
         constant.outputs[0].type = ir.TensorType(ir.DataType.INT64)
-        self._graph.insert_before(mark, constant)
+        self._graph.insert_before(boundary, constant)
         return constant.outputs[0]

@@ -1,4 +1,4 @@
-"""`widest_last`: a marked loop whose states have their longest axis last, where runtimes work along it.
+"""`widest_last`: a loop region whose states have their longest axis last, where runtimes work along it.
 
     before   h[d, n] = exp(delta[d, 1] * A[d, n]) * h + (delta * u)[d, 1] * B[1, n]      y = h @ C[n, 1]
     after    h[n, d] = exp(delta[1, d] * A[n, d]) * h + (delta * u)[1, d] * B[n, 1]      y = C[1, n] @ h
@@ -23,11 +23,11 @@ import onnx_ir as ir
 from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
-from moe_export.export.scans.marked import Marked
-from moe_export.export.scans.time import POINTWISE, REDUCTIONS, axes_of, number_of, rank_of
+from moe_export.export.scans.batched import POINTWISE, REDUCTIONS, axes_of, number_of, rank_of
+from moe_export.export.scans.loop_region import LoopRegion
 
 
-def widest_last(graph: ir.Graph, loop: Marked) -> ir.Node:
+def widest_last(graph: ir.Graph, loop: LoopRegion) -> ir.Node:
     """Write the loop again with the last two axes of its states exchanged, where the longer is not the last.
 
     Returns:
@@ -39,21 +39,21 @@ def widest_last(graph: ir.Graph, loop: Marked) -> ir.Node:
     return _Writer(graph, loop).write()
 
 
-def _is_narrow(mark: ir.Node) -> bool:
-    last = list(mark.outputs[0].shape or ())[-2:]
+def _is_narrow(boundary: ir.Node) -> bool:
+    last = list(boundary.outputs[0].shape or ())[-2:]
     return len(last) == 2 and isinstance(last[0], int) and isinstance(last[1], int) and last[1] < last[0]
 
 
 class _Writer:
-    def __init__(self, graph: ir.Graph, loop: Marked) -> None:
+    def __init__(self, graph: ir.Graph, loop: LoopRegion) -> None:
         self._graph, self._loop = graph, loop
         self._nodes = Nodes(graph, loop.end, f"layout_{loop.number}")
-        self._chosen = [mark for mark in loop.states if _is_narrow(mark)]
+        self._chosen = [boundary for boundary in loop.states if _is_narrow(boundary)]
         if not self._chosen:
             raise RefusedError("no state whose longest axis is not the last")
         self._body = {value for node in loop.body for value in node.outputs}
-        self._elements = {mark.outputs[0]: mark for mark in loop.elements}
-        self._marks: dict[
+        self._elements = {boundary.outputs[0]: boundary for boundary in loop.elements}
+        self._boundaries: dict[
             ir.Value, ir.Node
         ] = {}  # of elements and states that the new loop has, by their value
         self._swapped: dict[ir.Value, ir.Value] = {}
@@ -64,34 +64,34 @@ class _Writer:
     def write(self) -> ir.Node:
         """The end of the new loop."""
         loop = self._loop
-        for mark in self._chosen:
-            self._new_state(mark)
+        for boundary in self._chosen:
+            self._new_state(boundary)
         following = [
-            self._exchanged(value) if mark in self._chosen else self._as_it_is(value)
-            for mark, value in zip(loop.states, loop.following, strict=True)
+            self._exchanged(value) if boundary in self._chosen else self._as_it_is(value)
+            for boundary, value in zip(loop.states, loop.following, strict=True)
         ]
         collected = [self._as_it_is(value) for value in loop.collected]
         return self._end(following, collected)
 
     def _depending(self) -> set[ir.Value]:
         """What depends on a state that changes."""
-        found = {mark.outputs[0] for mark in self._chosen}
+        found = {boundary.outputs[0] for boundary in self._chosen}
         for node in self._loop.body:
             if any(value in found for value in node.inputs if value is not None):
                 found.update(node.outputs)
         return found
 
-    def _new_state(self, mark: ir.Node) -> None:
-        old = mark.outputs[0]
-        assert mark.inputs[0] is not None
+    def _new_state(self, boundary: ir.Node) -> None:
+        old = boundary.outputs[0]
+        assert boundary.inputs[0] is not None
         rank = rank_of(old)
-        first = self._nodes.transposed(mark.inputs[0], _order(rank))
-        node = ir.node(STATE, [first], attributes=dict(mark.attributes), domain=DOMAIN)
+        first = self._nodes.transposed(boundary.inputs[0], _order(rank))
+        node = ir.node(STATE, [first], attributes=dict(boundary.attributes), domain=DOMAIN)
         new = node.outputs[0]
         new.name, new.shape, new.type = f"{old.name}_exchanged", _exchanged_shape(old), old.type
         self._graph.insert_before(self._loop.end, node)
         self._swapped[old] = new
-        self._marks[old] = node
+        self._boundaries[old] = node
 
     # The values with their last two axes exchanged
 
@@ -112,7 +112,7 @@ class _Writer:
             return self._exchanged_element(value)
         node = value.producer()
         if value not in self._body or node is None:
-            if any(mark.outputs[0] is value for mark in self._loop.states):
+            if any(boundary.outputs[0] is value for boundary in self._loop.states):
                 raise RefusedError("two states of different layouts meet")
             return self._nodes.transposed(value, _order(rank))
         if node.domain not in ("", "ai.onnx"):
@@ -135,8 +135,8 @@ class _Writer:
 
     def _exchanged_element(self, value: ir.Value) -> ir.Value:
         """An element one of whose axes has size 1: the axis is put on the other side, outside the loop."""
-        mark, rank = self._elements[value], rank_of(value)
-        source, axis = mark.inputs[0], number_of(mark, "axis", 0)
+        boundary, rank = self._elements[value], rank_of(value)
+        source, axis = boundary.inputs[0], number_of(boundary, "axis", 0)
         ones = [
             place for place in (rank - 2, rank - 1) if value.shape is not None and value.shape[place] == 1
         ]
@@ -145,27 +145,27 @@ class _Writer:
         from_, to = (ones[0], 2 * rank - 3 - ones[0])
         where = from_ + (from_ >= axis)
         view = self._without(source, where, rank + 1)
-        return self._element_with_one(mark, view, axis - (where < axis), to, value.type)
+        return self._element_with_one(boundary, view, axis - (where < axis), to, value.type)
 
     def _element_with_one(
-        self, mark: ir.Node, source: ir.Value, axis: int, place: int, kind: ir.TypeProtocol | None
+        self, boundary: ir.Node, source: ir.Value, axis: int, place: int, kind: ir.TypeProtocol | None
     ) -> ir.Value:
         """An element of a sequence, with one more axis of size 1, which is put in outside the loop.
 
         Args:
-            mark: Of an element of the same steps.
+            boundary: Of an element of the same steps.
             source: The sequence, without that axis.
             axis: Of time in it.
             place: Of the axis, in the element.
             kind: Of the element.
         """
         with_one = self._nodes.unsqueezed(source, [place + (place >= axis)])
-        node = ir.node(mark.op_type, [with_one], attributes=dict(mark.attributes), domain=DOMAIN)
+        node = ir.node(boundary.op_type, [with_one], attributes=dict(boundary.attributes), domain=DOMAIN)
         node.attributes["axis"] = ir.AttrInt64("axis", axis + (place < axis))
         new = node.outputs[0]
-        new.name, new.type = f"{self._nodes.prefix}_element_{len(self._marks)}", kind
+        new.name, new.type = f"{self._nodes.prefix}_element_{len(self._boundaries)}", kind
         self._graph.insert_before(self._loop.end, node)
-        self._marks[new] = node
+        self._boundaries[new] = node
         return new
 
     def _without(self, source: ir.Value, axis: int, rank: int) -> ir.Value:
@@ -192,11 +192,11 @@ class _Writer:
             return self._nodes.unsqueezed(self._exchanged(value), sorted(added))
         if len(added & ends) == 1:
             added ^= ends
-        mark = self._elements.get(value)
-        if mark is not None and mark.inputs[0] is not None and len(added) == 1:
+        boundary = self._elements.get(value)
+        if boundary is not None and boundary.inputs[0] is not None and len(added) == 1:
             (place,) = added
-            axis = number_of(mark, "axis", 0)
-            return self._element_with_one(mark, mark.inputs[0], axis, place, value.type)
+            axis = number_of(boundary, "axis", 0)
+            return self._element_with_one(boundary, boundary.inputs[0], axis, place, value.type)
         return self._nodes.unsqueezed(self._as_it_is(value), sorted(added))
 
     def _squeeze(self, node: ir.Node, rank: int) -> ir.Value:
@@ -232,11 +232,11 @@ class _Writer:
 
     def _same(self, value: ir.Value) -> ir.Value:
         if value in self._elements:
-            self._marks[value] = self._elements[value]
+            self._boundaries[value] = self._elements[value]
             return value
         node = value.producer()
         if value not in self._body or node is None:
-            if any(mark.outputs[0] is value for mark in self._chosen):
+            if any(boundary.outputs[0] is value for boundary in self._chosen):
                 raise RefusedError("a state is handed out, or computed with, in its own layout")
             return value
         if len(node.outputs) != 1:
@@ -278,8 +278,8 @@ class _Writer:
     def _end(self, following: Sequence[ir.Value], collected: Sequence[ir.Value]) -> ir.Node:
         loop, nodes = self._loop, self._nodes
         views = [self._view(value, axis) for value, axis in zip(collected, loop.axes, strict=True)]
-        states = [self._marks.get(mark.outputs[0], mark) for mark in loop.states]
-        elements = [node for node in self._marks.values() if node.op_type != STATE]
+        states = [self._boundaries.get(boundary.outputs[0], boundary) for boundary in loop.states]
+        elements = [node for node in self._boundaries.values() if node.op_type != STATE]
         numbers: dict[str, Any] = {
             **dict(loop.end.attributes),
             "elements": ir.AttrInt64("elements", len(elements)),

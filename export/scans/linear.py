@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
-from moe_export.export.scans.marked import Marked
+from moe_export.export.scans.loop_region import LoopRegion
 from moe_export.export.scans.terms import (
     Axes,
     Factor,
@@ -78,7 +78,7 @@ class Linear:
     readings: tuple[Reading, ...]
 
 
-def read_linear(loop: Marked) -> Linear:
+def read_linear(loop: LoopRegion) -> Linear:
     """Read a loop as a linear recurrence.
 
     Raises:
@@ -90,7 +90,7 @@ def read_linear(loop: Marked) -> Linear:
 class Reader:
     """Reads a body node by node: what is a state, what is read from one, and what is computed from that (`done`)."""
 
-    def __init__(self, loop: Marked) -> None:
+    def __init__(self, loop: LoopRegion) -> None:
         self.loop = loop
         self.dependent = loop.dependent()
         self._body = {value for node in loop.body for value in node.outputs}
@@ -100,12 +100,14 @@ class Reader:
 
     def read(self) -> Linear:
         shapes = []
-        for number, mark in enumerate(self.loop.states):
-            shape = mark.outputs[0].shape
+        for number, boundary in enumerate(self.loop.states):
+            shape = boundary.outputs[0].shape
             if shape is None:
                 raise RefusedError("a state of unknown shape")
             shapes.append(tuple(shape))
-            self._seen[mark.outputs[0]] = Seen(number, False, tuple((axis,) for axis in range(len(shape))))
+            self._seen[boundary.outputs[0]] = Seen(
+                number, False, tuple((axis,) for axis in range(len(shape)))
+            )
         following = {value: number for number, value in enumerate(self.loop.following)}
         done: set[ir.Value] = set()  # readings, and what is computed from them
         for node in self.loop.body:

@@ -1,4 +1,4 @@
-"""`write_linear_attention`: linear recurrences and delta rules as `com.microsoft.LinearAttention` of ONNX Runtime.
+"""`expand_linear_attention`: linear recurrences and delta rules as `com.microsoft.LinearAttention` of ONNX Runtime.
 
     S' = exp(g) S + k v            gated; linear without g           y = q S'
     S' = exp(g) S + beta k (v - k exp(g) S)        gated_delta; delta without g
@@ -21,12 +21,12 @@ import math
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
-from moe_export.export.scans.all_steps import AllSteps, Part
+from moe_export.export.scans.batched import BatchedValue
 from moe_export.export.scans.delta import read_delta
 from moe_export.export.scans.linear import LinearState
-from moe_export.export.scans.marked import Marked
+from moe_export.export.scans.loop_region import LoopRegion
+from moe_export.export.scans.parallel_form import ParallelForm, Part
 from moe_export.export.scans.terms import Reading
-from moe_export.export.scans.time import Timed
 
 DOMAIN = "com.microsoft"
 _FEW_HEADS, _SMALL_HEAD = 32, 128
@@ -34,14 +34,14 @@ _FEW_HEADS, _SMALL_HEAD = 32, 128
 each channel) took 24 ms for 512 steps, as a Scan 3.7."""
 
 
-def write_linear_attention(graph: ir.Graph, loop: Marked) -> None:
-    """Replace a marked loop by the operator, one for each way that a state is read.
+def expand_linear_attention(graph: ir.Graph, loop: LoopRegion) -> None:
+    """Replace a loop region by the operator, one for each way that a state is read.
 
     Raises:
         RefusedError: It is no such recurrence; the graph then computes what it did.
     """
     linear = read_delta(loop)
-    if any(mark.outputs[0].dtype != ir.DataType.FLOAT for mark in loop.states):
+    if any(boundary.outputs[0].dtype != ir.DataType.FLOAT for boundary in loop.states):
         raise RefusedError("states of another type than float32")
     if any(reading.new != linear.readings[0].new for reading in linear.readings):
         raise RefusedError("one state is read before its step, another after it")
@@ -49,11 +49,11 @@ def write_linear_attention(graph: ir.Graph, loop: Marked) -> None:
         raise RefusedError("a state with several axes of unknown size")
     if not any(_pays(state) for state in linear.states):
         raise RefusedError("its decays make many small heads of the state, for which a Scan is faster")
-    steps = AllSteps(graph, loop, "attention")
+    steps = ParallelForm(graph, loop, "attention")
     last = []
-    for number, (state, mark) in enumerate(zip(linear.states, loop.states, strict=True)):
+    for number, (state, boundary) in enumerate(zip(linear.states, loop.states, strict=True)):
         readings = [reading for reading in linear.readings if reading.state == number]
-        last.append(_Attention(steps, state, mark).write(readings))
+        last.append(_Attention(steps, state, boundary).write(readings))
     steps.replace(last)
 
 
@@ -70,10 +70,10 @@ def _free(state: LinearState) -> list[int]:
 class _Attention:
     """One state."""
 
-    def __init__(self, steps: AllSteps, state: LinearState, mark: ir.Node) -> None:
+    def __init__(self, steps: ParallelForm, state: LinearState, boundary: ir.Node) -> None:
         self._steps, self._nodes, self._state = steps, steps.nodes, state
-        assert mark.inputs[0] is not None
-        self._first = mark.inputs[0]
+        assert boundary.inputs[0] is not None
+        self._first = boundary.inputs[0]
         self._batch = _free(state)
         self._heads = [axis for axis in state.batch if axis not in self._batch]
         self._order = [*self._batch, *self._heads, *state.over, *state.only]
@@ -122,14 +122,14 @@ class _Attention:
     def _packed(self, part: Part, inner: tuple[int, ...]) -> ir.Value:
         """(batch, length, heads * inner) of a value over time; axes that it lacks are repeated."""
         nodes, state = self._nodes, self._state
-        timed, axes = self._steps.in_every_step(part[0]), part[1]
+        batched, axes = self._steps.in_every_step(part[0]), part[1]
         wanted = [*self._batch, None, *self._heads, *inner]
         now: list[int | None] = [*axes]
-        assert timed.axis is not None
-        now.insert(timed.axis, None)
+        assert batched.axis is not None
+        now.insert(batched.axis, None)
         if not set(now) <= set(wanted):
             raise RefusedError("a factor has an axis that the operator's has not")
-        value = nodes.transposed(timed.value, [now.index(axis) for axis in wanted if axis in now])
+        value = nodes.transposed(batched.value, [now.index(axis) for axis in wanted if axis in now])
         lacking = [place for place, axis in enumerate(wanted) if axis not in now]
         value = nodes.unsqueezed(value, lacking)
         if lacking:
@@ -158,7 +158,7 @@ class _Attention:
         """With steps of zeros in front or behind."""
         return self._nodes("Pad", value, self._nodes.ints(0, ahead, 0, 0, behind, 0))
 
-    def _unpacked(self, value: ir.Value, reading: Reading) -> Timed:
+    def _unpacked(self, value: ir.Value, reading: Reading) -> BatchedValue:
         """(batch, length, heads * d_v) as a value over time with the axes that the step gives it."""
         nodes, state = self._nodes, self._state
         axes = [*self._heads, *state.only]
@@ -178,4 +178,4 @@ class _Attention:
                 -1 if joined == tuple(self._batch) else state.size(joined) for joined in reading.axes[at:]
             ]
             value = nodes("Reshape", value, nodes.ints(*[0] * (at + 1), *sizes))
-        return Timed(value, at, len(reading.axes))
+        return BatchedValue(value, at, len(reading.axes))

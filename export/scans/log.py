@@ -14,32 +14,32 @@ import onnx_ir as ir
 
 from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
-from moe_export.export.scans.marked import Marked
-from moe_export.export.scans.time import OverTime, Timed
+from moe_export.export.scans.batched import BatchedOverTime, BatchedValue
+from moe_export.export.scans.loop_region import LoopRegion
 
 _VIEWS = {"Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
 
-def logarithm(nodes: Nodes, over: OverTime, value: ir.Value, loop: Marked) -> Timed:
+def logarithm(nodes: Nodes, over: BatchedOverTime, value: ir.Value, loop: LoopRegion) -> BatchedValue:
     """The logarithm of a value of a step, over time.
 
     Raises:
         RefusedError: The value is not known to be positive.
     """
-    mark = next((mark for mark in loop.elements if mark.outputs[0] is value), None)
-    if mark is not None:
+    boundary = next((boundary for boundary in loop.elements if boundary.outputs[0] is value), None)
+    if boundary is not None:
         source = over.of(value)
-        return Timed(_outside(nodes, source.value), source.axis, source.rank)
+        return BatchedValue(_outside(nodes, source.value), source.axis, source.rank)
     if value not in {output for node in loop.body for output in node.outputs}:
         same = over.of(value)
-        return Timed(_outside(nodes, value), None, same.rank)
+        return BatchedValue(_outside(nodes, value), None, same.rank)
     node = value.producer()
     assert node is not None
     if node.op_type == "Exp" and node.inputs[0] is not None:
         return over.of(node.inputs[0])
     if node.op_type == "Sigmoid" and node.inputs[0] is not None:
         inner = over.of(node.inputs[0])
-        return Timed(_log_sigmoid(nodes, inner.value), inner.axis, inner.rank)
+        return BatchedValue(_log_sigmoid(nodes, inner.value), inner.axis, inner.rank)
     raise RefusedError(f"its decay, a {node.op_type}, is not known to be positive")
 
 

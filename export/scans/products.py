@@ -14,13 +14,13 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from moe_export.export.onnx.nodes import Nodes
-from moe_export.export.scans.marked import Marked
-from moe_export.export.scans.time import size_of
+from moe_export.export.scans.batched import size_of
+from moe_export.export.scans.loop_region import LoopRegion
 
 _Shape = tuple[int | ir.SymbolicDim, ...]
 
 
-def small_products_first(graph: ir.Graph, loop: Marked) -> None:
+def small_products_first(graph: ir.Graph, loop: LoopRegion) -> None:
     """Write each product of three or more factors again where another order computes less, in place."""
     dependent = loop.dependent()
     inside = {node for node in loop.body if _is_product(node) and node.outputs[0] not in dependent}

@@ -17,9 +17,7 @@ import onnx_ir as ir
 from moe_export.errors import RefusedError
 from moe_export.export.onnx.bodies import reads
 from moe_export.export.onnx.nodes import Nodes
-from moe_export.export.scans.marked import Marked, new_element, read_marked, with_elements
-from moe_export.export.scans.order import written_last
-from moe_export.export.scans.time import (
+from moe_export.export.scans.batched import (
     POINTWISE,
     REDUCTIONS,
     amount_of,
@@ -27,6 +25,8 @@ from moe_export.export.scans.time import (
     number_of,
     rank_of,
 )
+from moe_export.export.scans.loop_region import LoopRegion, new_element, read_region, with_elements
+from moe_export.export.scans.order import written_last
 
 _FAR = 8  # nodes behind a result that are looked at
 
@@ -52,17 +52,17 @@ class _Behind:
 
 
 def results_inwards(graph: ir.Graph, end: ir.Node) -> None:
-    """Move what sums up a marked loop's results into its steps, in place."""
-    loop = read_marked(graph, end)
+    """Move what sums up a loop region's results into its steps, in place."""
+    loop = read_region(graph, end)
     for number in range(len(loop.collected)):
         chain = _chain(graph, loop, number)
         if chain:
             written_last(graph, end)  # what the chain reads stands in front of the loop now
             _take_in(graph, loop, number, chain)
-            loop = read_marked(graph, end)
+            loop = read_region(graph, end)
 
 
-def _chain(graph: ir.Graph, loop: Marked, number: int) -> list[_Behind]:
+def _chain(graph: ir.Graph, loop: LoopRegion, number: int) -> list[_Behind]:
     """The nodes to take in; none where nothing is gained."""
     value, axis = loop.end.outputs[len(loop.states) + number], loop.axes[number]
     late = _made_after(graph, loop.end)
@@ -148,9 +148,9 @@ def _place(operand: ir.Value | None, from_end: int, value: ir.Value, axis: int) 
     return place
 
 
-def _take_in(graph: ir.Graph, loop: Marked, number: int, chain: Sequence[_Behind]) -> None:
+def _take_in(graph: ir.Graph, loop: LoopRegion, number: int, chain: Sequence[_Behind]) -> None:
     end, nodes = loop.end, Nodes(graph, loop.end, f"result_{loop.number}_{number}")
-    marks: list[ir.Node] = []
+    boundaries: list[ir.Node] = []
     value = loop.collected[number]
     for behind in chain:
         if behind.node.op_type == "Transpose":
@@ -159,7 +159,9 @@ def _take_in(graph: ir.Graph, loop: Marked, number: int, chain: Sequence[_Behind
             value = nodes.transposed(value, [each - (each > (time or 0)) for each in order])
         else:
             inputs = [
-                value if each is behind.value else _operand(nodes, loop, number, behind, each, place, marks)
+                value
+                if each is behind.value
+                else _operand(nodes, loop, number, behind, each, place, boundaries)
                 for each, place in zip(behind.node.inputs, behind.places, strict=False)
             ]
             (value,) = nodes.copy(behind.node, inputs)
@@ -167,8 +169,8 @@ def _take_in(graph: ir.Graph, loop: Marked, number: int, chain: Sequence[_Behind
         value.shape = ir.Shape([*sizes[: behind.axis], *sizes[behind.axis + 1 :]])
         value.type = behind.output.type
     states = len(loop.states)
-    with_elements(end, [mark.outputs[0] for mark in (*loop.elements, *marks)])
-    end.replace_input_with(2 * states + len(loop.elements) + len(marks) + number, value)
+    with_elements(end, [boundary.outputs[0] for boundary in (*loop.elements, *boundaries)])
+    end.replace_input_with(2 * states + len(loop.elements) + len(boundaries) + number, value)
     axes = list(end.attributes["axes"].as_ints())
     axes[number] = chain[-1].axis
     end.attributes["axes"] = ir.AttrInt64s("axes", axes)
@@ -181,12 +183,12 @@ def _take_in(graph: ir.Graph, loop: Marked, number: int, chain: Sequence[_Behind
 
 def _operand(
     nodes: Nodes,
-    loop: Marked,
+    loop: LoopRegion,
     number: int,
     behind: _Behind,
     value: ir.Value | None,
     place: int | None,
-    marks: list[ir.Node],
+    boundaries: list[ir.Node],
 ) -> ir.Value | None:
     """An operand as a step has it: its element; or itself, without its axis of size 1 where time is."""
     if value is None:
@@ -197,11 +199,11 @@ def _operand(
         axes = [each % rank_of(behind.value) for each in axes_of(value)]
         return nodes.ints(*(each - (each > time) for each in axes))
     if place is not None:
-        mark = new_element(
+        boundary = new_element(
             nodes.graph, loop.end, value, place, loop=loop.number,
-            place=len(loop.elements) + len(marks), backwards=int(loop.backwards[number]),
+            place=len(loop.elements) + len(boundaries), backwards=int(loop.backwards[number]),
         )  # fmt: skip
-        marks.append(mark)
-        return mark.outputs[0]
+        boundaries.append(boundary)
+        return boundary.outputs[0]
     at = rank_of(value) + behind.axis - rank_of(behind.output)
     return value if at < 0 else nodes("Squeeze", value, nodes.ints(at))

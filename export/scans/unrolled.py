@@ -1,4 +1,4 @@
-"""`several_steps`: a marked loop whose iterations take several steps each, so that a runtime starts an iteration less
+"""`several_steps`: a loop region whose iterations take several steps each, so that a runtime starts an iteration less
 often.
 
     before   Element(x)[d] ─▶ a = f(x) ─▶ h' = a * h ─▶ y = g(h')                     an iteration is a step
@@ -20,11 +20,11 @@ import onnx_ir as ir
 from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.recurrence.loop_body import DOMAIN, ELEMENT, END, STATE
-from moe_export.export.scans.marked import Marked, integer
-from moe_export.export.scans.time import OverTime, Timed, can, moved
+from moe_export.export.scans.batched import BatchedOverTime, BatchedValue, can, moved
+from moe_export.export.scans.loop_region import LoopRegion, integer
 
 
-def several_steps(graph: ir.Graph, loop: Marked, steps: int) -> ir.Node:
+def several_steps(graph: ir.Graph, loop: LoopRegion, steps: int) -> ir.Node:
     """Write the loop again with several steps per iteration.
 
     Returns:
@@ -36,7 +36,7 @@ def several_steps(graph: ir.Graph, loop: Marked, steps: int) -> ir.Node:
     return _Writer(graph, loop, steps).write()
 
 
-def _way(loop: Marked) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
+def _way(loop: LoopRegion) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
     """The body's nodes: on the way from state to state, before it, behind it. In graph order."""
     dependent = loop.dependent()
     wanted: set[ir.Value] = set(loop.following)
@@ -52,7 +52,7 @@ def _way(loop: Marked) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
 
 
 class _Writer:
-    def __init__(self, graph: ir.Graph, loop: Marked, steps: int) -> None:
+    def __init__(self, graph: ir.Graph, loop: LoopRegion, steps: int) -> None:
         if not loop.elements or not loop.states:
             raise RefusedError("a loop without sequences or states")
         self._loop, self._steps = loop, steps
@@ -66,7 +66,7 @@ class _Writer:
         self._behind = {value for node in behind for value in node.outputs}
         self._parts: dict[ir.Value, Sequence[ir.Value]] = {}
         self._joined: dict[ir.Value, ir.Value] = {}
-        self._marks: list[ir.Node] = []
+        self._boundaries: list[ir.Node] = []
         self._there: ir.Value | None = None
 
     def write(self) -> ir.Node:
@@ -77,16 +77,16 @@ class _Writer:
         self._length = nodes("Shape", first.inputs[0], start=axis, end=axis + 1)
         self._length.type = ir.TensorType(ir.DataType.INT64)
         self._filling = nodes("Mod", nodes("Neg", self._length), nodes.ints(self._steps))
-        elements = {mark.outputs[0]: self._element(mark) for mark in loop.elements}
+        elements = {boundary.outputs[0]: self._element(boundary) for boundary in loop.elements}
         at = min(one.axis or 0 for one in elements.values())
-        states = [self._state(mark, at) for mark in loop.states]
-        over = OverTime(nodes, elements, self._ahead)
+        states = [self._state(boundary, at) for boundary in loop.states]
+        over = BatchedOverTime(nodes, elements, self._ahead)
         columns, following = self._written_out(states, over)
 
-        def whole(value: ir.Value) -> Timed:
+        def whole(value: ir.Value) -> BatchedValue:
             return self._column(columns[value]) if value in columns else over.of(value)
 
-        behind = OverTime(nodes, {}, self._behind, whole)
+        behind = BatchedOverTime(nodes, {}, self._behind, whole)
         last = [
             self._last(column) if _is_used(loop.end, place) else column[-1]
             for place, column in enumerate(following)
@@ -96,58 +96,58 @@ class _Writer:
 
     # Into the iteration
 
-    def _element(self, mark: ir.Node) -> Timed:
+    def _element(self, boundary: ir.Node) -> BatchedValue:
         """The steps of an iteration: (…, u, …); what is of unknown size stands in front of them."""
-        nodes, source = self._nodes, mark.inputs[0]
-        shape = mark.outputs[0].shape
+        nodes, source = self._nodes, boundary.inputs[0]
+        shape = boundary.outputs[0].shape
         if source is None or shape is None:
             raise RefusedError("a sequence of unknown shape")
-        axis = integer(mark, "axis")
-        if integer(mark, "backwards"):
+        axis = integer(boundary, "axis")
+        if integer(boundary, "backwards"):
             source = nodes.flipped(source, axis)
         free = [place for place, size in enumerate(shape) if not isinstance(size, int)]
         at = max(axis, 1 + max(free, default=-1))
-        timed = moved(nodes, Timed(source, axis, len(shape)), at)
-        value = nodes.filled(timed.value, at, len(shape) + 1, self._filling)
+        batched = moved(nodes, BatchedValue(source, axis, len(shape)), at)
+        value = nodes.filled(batched.value, at, len(shape) + 1, self._filling)
         sizes = [int(size) for size in shape[at:]]  # type: ignore[arg-type]
         value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, self._steps, *sizes))
         value = nodes.transposed(value, [at, *range(at), *range(at + 1, len(shape) + 2)])
         size: list[Any] = [*shape[:at], self._steps, *shape[at:]]
-        return Timed(self._mark(ELEMENT, value, size, source.type), at, len(shape))
+        return BatchedValue(self._boundary(ELEMENT, value, size, source.type), at, len(shape))
 
-    def _mark(self, kind: str, value: ir.Value, shape: Sequence[Any], dtype: Any) -> ir.Value:
-        numbers = {"loop": self._loop.number, "place": len(self._marks), "axis": 0, "backwards": 0}
+    def _boundary(self, kind: str, value: ir.Value, shape: Sequence[Any], dtype: Any) -> ir.Value:
+        numbers = {"loop": self._loop.number, "place": len(self._boundaries), "axis": 0, "backwards": 0}
         node = ir.node(kind, [value], attributes=numbers, domain=DOMAIN)
         output = node.outputs[0]
-        output.name = f"{self._nodes.prefix}_{kind.lower()}_{len(self._marks)}"
+        output.name = f"{self._nodes.prefix}_{kind.lower()}_{len(self._boundaries)}"
         output.shape, output.type = ir.Shape(shape), dtype
         self._graph.insert_before(self._loop.end, node)
-        self._marks.append(node)
+        self._boundaries.append(node)
         return output
 
-    def _state(self, mark: ir.Node, at: int) -> Timed:
+    def _state(self, boundary: ir.Node, at: int) -> BatchedValue:
         """A state with a place for time, so that no step has to add or take one."""
-        shape, value = mark.outputs[0].shape, mark.inputs[0]
+        shape, value = boundary.outputs[0].shape, boundary.inputs[0]
         if shape is None or value is None:
             raise RefusedError("a state of unknown shape")
         place = min(at, len(shape))
         size: list[Any] = [*shape[:place], 1, *shape[place:]]
         value = self._nodes.unsqueezed(value, [place])
-        return Timed(self._mark(STATE, value, size, mark.outputs[0].type), place, len(shape))
+        return BatchedValue(self._boundary(STATE, value, size, boundary.outputs[0].type), place, len(shape))
 
     # From state to state
 
     def _written_out(
-        self, states: Sequence[Timed], over: OverTime
-    ) -> tuple[dict[ir.Value, list[Timed]], list[list[Timed]]]:
+        self, states: Sequence[BatchedValue], over: BatchedOverTime
+    ) -> tuple[dict[ir.Value, list[BatchedValue]], list[list[BatchedValue]]]:
         """The way from state to state, step by step: each value of it in each step, and the next states."""
-        marks = [mark.outputs[0] for mark in self._loop.states]
-        columns: dict[ir.Value, list[Timed]] = {value: [] for value in (*marks, *self._way)}
-        following: list[list[Timed]] = [[] for _ in marks]
+        boundaries = [boundary.outputs[0] for boundary in self._loop.states]
+        columns: dict[ir.Value, list[BatchedValue]] = {value: [] for value in (*boundaries, *self._way)}
+        following: list[list[BatchedValue]] = [[] for _ in boundaries]
         now = list(states)
         for step in range(self._steps):
-            known = dict(zip(marks, now, strict=True))
-            inside = OverTime(self._nodes, known, set(self._way), partial(self._part, over, step))
+            known = dict(zip(boundaries, now, strict=True))
+            inside = BatchedOverTime(self._nodes, known, set(self._way), partial(self._part, over, step))
             for value, column in columns.items():
                 column.append(inside.of(value))
             reached = [inside.of(value) for value in self._loop.following]
@@ -158,18 +158,18 @@ class _Writer:
                 column.append(new)
         return columns, following
 
-    def _part(self, over: OverTime, step: int, value: ir.Value) -> Timed:
+    def _part(self, over: BatchedOverTime, step: int, value: ir.Value) -> BatchedValue:
         """What one step reads of a value of all steps of the iteration."""
-        timed = over.of(value)
-        if timed.axis is None:
-            return timed
-        if timed.value not in self._parts:
+        batched = over.of(value)
+        if batched.axis is None:
+            return batched
+        if batched.value not in self._parts:
             sizes = self._nodes.ints(*[1] * self._steps)
-            parts = self._nodes.parts("Split", self._steps, timed.value, sizes, axis=timed.axis)
-            self._parts[timed.value] = parts
-        return Timed(self._parts[timed.value][step], timed.axis, timed.rank)
+            parts = self._nodes.parts("Split", self._steps, batched.value, sizes, axis=batched.axis)
+            self._parts[batched.value] = parts
+        return BatchedValue(self._parts[batched.value][step], batched.axis, batched.rank)
 
-    def _column(self, column: Sequence[Timed]) -> Timed:
+    def _column(self, column: Sequence[BatchedValue]) -> BatchedValue:
         """A value of each step, joined."""
         key = column[0].value
         if column[0].axis is None:
@@ -177,9 +177,9 @@ class _Writer:
         if key not in self._joined:
             values = [one.value for one in column]
             self._joined[key] = self._nodes("Concat", *values, axis=column[0].axis)
-        return Timed(self._joined[key], column[0].axis, column[0].rank)
+        return BatchedValue(self._joined[key], column[0].axis, column[0].rank)
 
-    def _last(self, column: Sequence[Timed]) -> Timed:
+    def _last(self, column: Sequence[BatchedValue]) -> BatchedValue:
         """The state after the last step that there is: the last iteration may have fewer."""
         nodes = self._nodes
         if self._there is None:
@@ -189,30 +189,35 @@ class _Writer:
             places = nodes("Unsqueeze", nodes("Sub", here, nodes.scalar(1)), nodes.ints(1))
             for value in (starts, here, places):
                 value.type = ir.TensorType(ir.DataType.INT64)
-            self._there = self._mark(ELEMENT, places, [1], places.type)
+            self._there = self._boundary(ELEMENT, places, [1], places.type)
         joined = self._column(column)
-        return Timed(nodes("Gather", joined.value, self._there, axis=joined.axis), joined.axis, joined.rank)
+        return BatchedValue(
+            nodes("Gather", joined.value, self._there, axis=joined.axis), joined.axis, joined.rank
+        )
 
     # Out of the iteration
 
-    def _collected(self, timed: Timed, place: int) -> tuple[ir.Value, int]:
+    def _collected(self, batched: BatchedValue, place: int) -> tuple[ir.Value, int]:
         """What an iteration hands out, and where the steps are in it: behind what is of unknown size."""
         shape = self._loop.collected[place].shape
-        if timed.axis is None or shape is None:
+        if batched.axis is None or shape is None:
             raise RefusedError("what is handed out is the same in each step")
         free = [at for at, size in enumerate(shape) if not isinstance(size, int)]
         at = max(self._loop.axes[place], 1 + max(free, default=-1))
-        return moved(self._nodes, timed, at).value, at
+        return moved(self._nodes, batched, at).value, at
 
     def _end(
-        self, states: Sequence[Timed], last: Sequence[Timed], collected: Sequence[tuple[ir.Value, int]]
+        self,
+        states: Sequence[BatchedValue],
+        last: Sequence[BatchedValue],
+        collected: Sequence[tuple[ir.Value, int]],
     ) -> ir.Node:
         loop, nodes = self._loop, self._nodes
-        marks = [node for node in self._marks if node.op_type == STATE]
-        elements = [node for node in self._marks if node.op_type == ELEMENT]
-        inputs = [node.outputs[0] for node in (*marks, *elements)]
+        boundaries = [node for node in self._boundaries if node.op_type == STATE]
+        elements = [node for node in self._boundaries if node.op_type == ELEMENT]
+        inputs = [node.outputs[0] for node in (*boundaries, *elements)]
         numbers: dict[str, Any] = {
-            "states": len(marks), "elements": len(elements), "loop": loop.number,
+            "states": len(boundaries), "elements": len(elements), "loop": loop.number,
             "axes": [0] * max(1, len(collected)), "backwards": [0] * max(1, len(collected)),
         }  # fmt: skip
         results = [*(one.value for one in last), *(value for value, _ in collected)]
@@ -222,7 +227,7 @@ class _Writer:
         for number, (old, new) in enumerate(zip(loop.end.outputs, end.outputs, strict=True)):
             new.name, new.type = f"{nodes.prefix}_result_{number}", old.type
             if number < len(states):
-                new.shape = marks[number].outputs[0].shape
+                new.shape = boundaries[number].outputs[0].shape
                 result = nodes("Squeeze", new, nodes.ints(states[number].axis or 0))
             else:
                 result = self._unrolled(new, number - len(states), collected[number - len(states)][1])
@@ -241,7 +246,7 @@ class _Writer:
         value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, *sizes))
         value = nodes("Slice", value, nodes.ints(0), self._length, nodes.ints(at))
         axis = loop.axes[place]
-        value = moved(nodes, Timed(value, at, rank), axis).value
+        value = moved(nodes, BatchedValue(value, at, rank), axis).value
         return nodes.flipped(value, axis) if loop.backwards[place] else value
 
 

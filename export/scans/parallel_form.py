@@ -1,4 +1,5 @@
-"""`AllSteps`: a marked loop without its order: what its steps compute apart from the states, for all of them at once.
+"""`ParallelForm`: a loop region without its order: what its steps compute apart from the states, for all of them at
+once.
 
     product     of factors that have some of the state's axes        B[l, n] * dt[l, h]   →   (l, h, n)
     logarithms  the same of a decay, as a sum                        exp(dt[l, h] * A[h]) →   (l, h)
@@ -16,16 +17,16 @@ import onnx_ir as ir
 
 from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
+from moe_export.export.scans.batched import BatchedOverTime, BatchedValue, moved
 from moe_export.export.scans.log import logarithm
-from moe_export.export.scans.marked import Marked, integer
+from moe_export.export.scans.loop_region import LoopRegion, integer
 from moe_export.export.scans.terms import Factor, Reading, axes_of
-from moe_export.export.scans.time import OverTime, Timed, moved
 
-Part = tuple[Timed, list[int]]
+Part = tuple[BatchedValue, list[int]]
 """A value over time, and which axes of the state it has, in ascending order."""
 
 
-class AllSteps:
+class ParallelForm:
     """The steps of a loop, over time.
 
     Attributes:
@@ -43,13 +44,13 @@ class AllSteps:
         RefusedError: No step reads an element of a sequence.
     """
 
-    def __init__(self, graph: ir.Graph, loop: Marked, prefix: str) -> None:
+    def __init__(self, graph: ir.Graph, loop: LoopRegion, prefix: str) -> None:
         self._loop = loop
         self.nodes = nodes = Nodes(graph, loop.end, f"{prefix}_{loop.number}")
-        sources = {mark.outputs[0]: _source(nodes, mark) for mark in loop.elements}
+        sources = {boundary.outputs[0]: _source(nodes, boundary) for boundary in loop.elements}
         if not sources:
             raise RefusedError("its steps read nothing of their own")
-        self.over = OverTime(nodes, sources, {value for node in loop.body for value in node.outputs})
+        self.over = BatchedOverTime(nodes, sources, {value for node in loop.body for value in node.outputs})
         first = next(iter(sources.values()))
         assert first.axis is not None
         self.length = nodes("Shape", first.value, start=first.axis, end=first.axis + 1)
@@ -63,7 +64,7 @@ class AllSteps:
         axes = sorted(axes_of(factors))
         parts = [self._spread(factor.labels, self.over.of(factor.value), axes) for factor in factors]
         if not parts:
-            return Timed(self.nodes.constant(np.ones((), self.dtype.numpy())), None, 0), []
+            return BatchedValue(self.nodes.constant(np.ones((), self.dtype.numpy())), None, 0), []
         return self._joined("Mul", parts), axes
 
     def logarithms(self, factors: Sequence[Factor]) -> Part:
@@ -89,27 +90,27 @@ class AllSteps:
         for value, axis, backwards in zip(
             self._loop.collected, self._loop.axes, self._loop.backwards, strict=True
         ):
-            timed = self.over.of(value)
-            if timed.axis is None:
+            batched = self.over.of(value)
+            if batched.axis is None:
                 raise RefusedError("what is handed out is the same in each step")
-            result = moved(self.nodes, timed, axis).value
+            result = moved(self.nodes, batched, axis).value
             results.append(self.nodes.flipped(result, axis) if backwards else result)
         for old, new in zip(self._loop.end.outputs, [*last, *results], strict=True):
             new.shape, new.type = old.shape, old.type
             old.replace_all_uses_with(new, replace_graph_outputs=True)
 
-    def know(self, reading: Reading, timed: Timed) -> None:
+    def know(self, reading: Reading, batched: BatchedValue) -> None:
         """Tell what is read from a state, the state before products are added to it, with the axes of the reading."""
         for term in reading.terms:
             other = self._summed(term, reading)
-            axis = timed.axis
+            axis = batched.axis
             assert axis is not None
-            timed = Timed(
-                self.nodes("Add", timed.value, moved(self.nodes, other, axis).value), axis, timed.rank
+            batched = BatchedValue(
+                self.nodes("Add", batched.value, moved(self.nodes, other, axis).value), axis, batched.rank
             )
-        self.over.know(reading.value, timed)
+        self.over.know(reading.value, batched)
 
-    def _summed(self, term: Sequence[Factor], reading: Reading) -> Timed:
+    def _summed(self, term: Sequence[Factor], reading: Reading) -> BatchedValue:
         """The sum of a product over the axes that a state is read over, with the axes of the reading.
 
         What lacks these axes is multiplied by the sum, rather than the sum taken of something larger.
@@ -117,11 +118,11 @@ class AllSteps:
         over = sorted(reading.over)
         if any(len(joined) > 1 for joined in reading.axes) or not reading.over <= axes_of(term):
             raise RefusedError("what is read is more than a product with a state")
-        timed, axes = self.product([factor for factor in term if factor.axes & reading.over])
-        timed = moved(self.nodes, self.in_every_step(timed), 0)
+        batched, axes = self.product([factor for factor in term if factor.axes & reading.over])
+        batched = moved(self.nodes, self.in_every_step(batched), 0)
         gone = self.nodes.ints(*(1 + axes.index(axis) for axis in over))
         left = [axis for axis in axes if axis not in reading.over]
-        total = Timed(self.nodes("ReduceSum", timed.value, gone, keepdims=0), 0, len(left))
+        total = BatchedValue(self.nodes("ReduceSum", batched.value, gone, keepdims=0), 0, len(left))
         others, more = self.product([factor for factor in term if not factor.axes & reading.over])
         both = sorted({*left, *more})
         parts = [self._spread(left, total, both), self._spread(more, others, both)]
@@ -130,61 +131,69 @@ class AllSteps:
         result = moved(self.nodes, self._joined("Mul", parts), 0)
         value = self.nodes.transposed(result.value, [0, *(1 + both.index(axis) for axis in order)])
         lacking = [1 + place for place, joined in enumerate(reading.axes) if not set(joined) & set(both)]
-        return Timed(self.nodes.unsqueezed(value, lacking), 0, len(reading.axes))
+        return BatchedValue(self.nodes.unsqueezed(value, lacking), 0, len(reading.axes))
 
-    def in_every_step(self, timed: Timed) -> Timed:
+    def in_every_step(self, batched: BatchedValue) -> BatchedValue:
         """With time, in front, if it had none: the same in each step."""
-        if timed.axis is not None:
-            return timed
+        if batched.axis is not None:
+            return batched
         nodes = self.nodes
         shape = (
-            nodes("Concat", self.length, nodes.ints(*[1] * timed.rank), axis=0) if timed.rank else self.length
+            nodes("Concat", self.length, nodes.ints(*[1] * batched.rank), axis=0)
+            if batched.rank
+            else self.length
         )
-        return Timed(nodes("Expand", nodes.unsqueezed(timed.value, [0]), shape), 0, timed.rank)
+        return BatchedValue(nodes("Expand", nodes.unsqueezed(batched.value, [0]), shape), 0, batched.rank)
 
-    def _joined(self, op: str, parts: Sequence[Timed]) -> Timed:
+    def _joined(self, op: str, parts: Sequence[BatchedValue]) -> BatchedValue:
         """The sum or product of values of one rank; those that are the same in each step first."""
         parts = sorted(parts, key=lambda part: part.axis is not None)
         total = parts[0]
         for part in parts[1:]:
             if total.axis is None and part.axis is not None:
                 value = self.nodes.unsqueezed(total.value, [part.axis])
-                total = Timed(self.nodes(op, part.value, value), part.axis, part.rank)
+                total = BatchedValue(self.nodes(op, part.value, value), part.axis, part.rank)
             else:
                 other = part if total.axis is None else moved(self.nodes, part, total.axis)
-                total = Timed(self.nodes(op, total.value, other.value), total.axis, total.rank)
+                total = BatchedValue(self.nodes(op, total.value, other.value), total.axis, total.rank)
         return total
 
-    def _spread(self, labels: Sequence[int | None], timed: Timed, axes: Sequence[int]) -> Timed:
+    def _spread(
+        self, labels: Sequence[int | None], batched: BatchedValue, axes: Sequence[int]
+    ) -> BatchedValue:
         """A factor with exactly these axes of the state, in this order."""
         nodes = self.nodes
         kept = [place for place, label in enumerate(labels) if label is not None]
         names = [label for label in labels if label is not None]
-        if len(kept) < timed.rank:
-            timed = moved(nodes, timed, 0)
-            gone = [place + (timed.axis is not None) for place in range(timed.rank) if place not in kept]
-            timed = Timed(nodes("Squeeze", timed.value, nodes.ints(*gone)), timed.axis, len(kept))
+        if len(kept) < batched.rank:
+            batched = moved(nodes, batched, 0)
+            gone = [place + (batched.axis is not None) for place in range(batched.rank) if place not in kept]
+            batched = BatchedValue(
+                nodes("Squeeze", batched.value, nodes.ints(*gone)), batched.axis, len(kept)
+            )
         if names != sorted(names):
-            timed = moved(nodes, timed, 0)
-            front = [] if timed.axis is None else [0]
+            batched = moved(nodes, batched, 0)
+            front = [] if batched.axis is None else [0]
             order = [names.index(name) + len(front) for name in sorted(names)]
-            timed = Timed(nodes.transposed(timed.value, [*front, *order]), timed.axis, timed.rank)
+            batched = BatchedValue(
+                nodes.transposed(batched.value, [*front, *order]), batched.axis, batched.rank
+            )
             names = sorted(names)
         missing = [place for place, axis in enumerate(axes) if axis not in names]
         if not missing:
-            return timed
-        if timed.axis is None:
-            return Timed(nodes.unsqueezed(timed.value, missing), None, len(axes))
-        at = list(axes).index(names[timed.axis - 1]) + 1 if timed.axis else 0
+            return batched
+        if batched.axis is None:
+            return BatchedValue(nodes.unsqueezed(batched.value, missing), None, len(axes))
+        at = list(axes).index(names[batched.axis - 1]) + 1 if batched.axis else 0
         places = [place + (place >= at) for place in missing]
-        return Timed(nodes.unsqueezed(timed.value, places), at, len(axes))
+        return BatchedValue(nodes.unsqueezed(batched.value, places), at, len(axes))
 
 
-def _source(nodes: Nodes, mark: ir.Node) -> Timed:
+def _source(nodes: Nodes, boundary: ir.Node) -> BatchedValue:
     """The sequence that an element is taken from, first step first."""
-    value, axis = mark.inputs[0], integer(mark, "axis")
-    if value is None or mark.outputs[0].shape is None:
+    value, axis = boundary.inputs[0], integer(boundary, "axis")
+    if value is None or boundary.outputs[0].shape is None:
         raise RefusedError("a sequence of unknown shape")
-    if integer(mark, "backwards"):
+    if integer(boundary, "backwards"):
         value = nodes.flipped(value, axis)
-    return Timed(value, axis, len(mark.outputs[0].shape))
+    return BatchedValue(value, axis, len(boundary.outputs[0].shape))

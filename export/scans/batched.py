@@ -1,4 +1,4 @@
-"""`OverTime`: what a step computes from what it reads, computed for many steps at once.
+"""`BatchedOverTime`: what a step computes from what it reads, computed for many steps at once.
 
     step     Unsqueeze(dt[h]) ─▶ * x[h, p]                of one step
     many     Unsqueeze(dt[l, h]) ─▶ * x[l, h, p]          of l steps: a batch dimension, wherever it stands
@@ -30,7 +30,7 @@ _SYMBOLIC = 64  # a size that nobody knows, for comparing amounts
 
 
 @dataclass(frozen=True)
-class Timed:
+class BatchedValue:
     """A value of every step.
 
     Attributes:
@@ -49,7 +49,7 @@ class Timed:
         return self.rank - (self.axis or 0)
 
 
-class OverTime:
+class BatchedOverTime:
     """Computes values of many steps, as they are asked for.
 
     Args:
@@ -62,14 +62,14 @@ class OverTime:
     def __init__(
         self,
         nodes: Nodes,
-        known: Mapping[ir.Value, Timed],
+        known: Mapping[ir.Value, BatchedValue],
         body: set[ir.Value],
-        outside: Callable[[ir.Value], Timed] | None = None,
+        outside: Callable[[ir.Value], BatchedValue] | None = None,
     ) -> None:
         self._nodes, self._known, self._body = nodes, dict(known), body
         self._outside = outside or _same
 
-    def of(self, value: ir.Value) -> Timed:
+    def of(self, value: ir.Value) -> BatchedValue:
         """The value of many steps.
 
         Raises:
@@ -80,15 +80,15 @@ class OverTime:
                 return self._outside(value)
             node = value.producer()
             assert node is not None
-            for output, timed in zip(node.outputs, self.step(node), strict=True):
-                self._known[output] = timed
+            for output, batched in zip(node.outputs, self.step(node), strict=True):
+                self._known[output] = batched
         return self._known[value]
 
-    def know(self, value: ir.Value, timed: Timed) -> None:
+    def know(self, value: ir.Value, batched: BatchedValue) -> None:
         """Tell what a value of a step is over time."""
-        self._known[value] = timed
+        self._known[value] = batched
 
-    def step(self, node: ir.Node) -> Sequence[Timed]:
+    def step(self, node: ir.Node) -> Sequence[BatchedValue]:
         """One operator over time."""
         operands = [self.of(value) for value in node.inputs if value is not None]
         rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
@@ -102,13 +102,13 @@ def can(node: ir.Node) -> bool:
     return node.op_type in _RULES and node.domain in ("", "ai.onnx")
 
 
-def moved(nodes: Nodes, timed: Timed, axis: int) -> Timed:
+def moved(nodes: Nodes, batched: BatchedValue, axis: int) -> BatchedValue:
     """The same with its time at another axis."""
-    if timed.axis is None or timed.axis == axis:
-        return timed
-    order = [place for place in range(timed.rank + 1) if place != timed.axis]
-    order.insert(axis, timed.axis)
-    return Timed(nodes.transposed(timed.value, order), axis, timed.rank)
+    if batched.axis is None or batched.axis == axis:
+        return batched
+    order = [place for place in range(batched.rank + 1) if place != batched.axis]
+    order.insert(axis, batched.axis)
+    return BatchedValue(nodes.transposed(batched.value, order), axis, batched.rank)
 
 
 def rank_of(value: ir.Value) -> int:
@@ -132,50 +132,54 @@ def amount_of(value: ir.Value, axis: int) -> int:
     return size_of([size for place, size in enumerate(value.shape or ()) if place != axis])
 
 
-def _same(value: ir.Value) -> Timed:
-    return Timed(value, None, rank_of(value))
+def _same(value: ir.Value) -> BatchedValue:
+    return BatchedValue(value, None, rank_of(value))
 
 
-def _aligned(nodes: Nodes, timed: Timed, behind: int) -> ir.Value:
+def _aligned(nodes: Nodes, batched: BatchedValue, behind: int) -> ir.Value:
     """A value whose time, if it has one, has `behind` axes behind it; ready to be broadcast against such."""
-    if timed.axis is None:
-        return nodes.unsqueezed(timed.value, [timed.rank - behind]) if timed.rank > behind else timed.value
-    if timed.rank >= behind:
-        return moved(nodes, timed, timed.rank - behind).value
-    value = moved(nodes, timed, 0).value
-    return nodes.unsqueezed(value, range(1, 1 + behind - timed.rank))
+    if batched.axis is None:
+        return (
+            nodes.unsqueezed(batched.value, [batched.rank - behind])
+            if batched.rank > behind
+            else batched.value
+        )
+    if batched.rank >= behind:
+        return moved(nodes, batched, batched.rank - behind).value
+    value = moved(nodes, batched, 0).value
+    return nodes.unsqueezed(value, range(1, 1 + behind - batched.rank))
 
 
-def _behind(operands: Sequence[Timed], least: int = 0) -> int:
+def _behind(operands: Sequence[BatchedValue], least: int = 0) -> int:
     """How many axes shall stand behind the time: as the largest operand has it."""
     largest = max((one for one in operands if one.axis is not None), key=lambda one: one.rank)
     return max(least, largest.behind)
 
 
-Rule = Callable[[Nodes, ir.Node, Sequence[Timed]], Sequence[Timed]]
+Rule = Callable[[Nodes, ir.Node, Sequence[BatchedValue]], Sequence[BatchedValue]]
 
 
-def _pointwise(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+def _pointwise(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     rank = max(one.rank for one in operands)
     behind = _behind(operands)
     (result,) = nodes.copy(node, [_aligned(nodes, one, behind) for one in operands])
-    return [Timed(result, rank - behind, rank)]
+    return [BatchedValue(result, rank - behind, rank)]
 
 
-def _matmul(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+def _matmul(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     left, right = operands
     if min(left.rank, right.rank) < 2:
         raise RefusedError("a product with a vector")
     rank = max(left.rank, right.rank)
     if right.axis is None and right.rank == 2 and left.behind >= 1:
         (result,) = nodes.copy(node, [left.value, right.value])
-        return [Timed(result, left.axis, rank)]
+        return [BatchedValue(result, left.axis, rank)]
     behind = _behind(operands, 2)
     (result,) = nodes.copy(node, [_aligned(nodes, one, behind) for one in operands])
-    return [Timed(result, rank - behind, rank)]
+    return [BatchedValue(result, rank - behind, rank)]
 
 
-def _gemm(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+def _gemm(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     """`Gemm` of a value over time and a weight → `MatMul` and `Add`."""
     left, right, *bias = operands
     numbers = {key: node.attributes[key].value for key in node.attributes}
@@ -191,7 +195,7 @@ def _gemm(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Ti
     value = nodes("MatMul", moved(nodes, left, 0).value, weight)
     if bias:
         value = nodes("Add", value, bias[0].value)
-    return [Timed(value, 0, 2)]
+    return [BatchedValue(value, 0, 2)]
 
 
 def axes_of(value: ir.Value | None) -> list[int]:
@@ -206,7 +210,7 @@ def _shifted(axes: Sequence[int], rank: int, at: int) -> list[int]:
     return [axis % rank + (axis % rank >= at) for axis in axes]
 
 
-def _unsqueeze(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+def _unsqueeze(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     one = operands[0]
     assert one.axis is not None
     axes = axes_of(node.inputs[1])
@@ -214,10 +218,10 @@ def _unsqueeze(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequen
     added = {axis % rank for axis in axes}
     old = [place for place in range(rank) if place not in added]  # where the step's axes go
     at = old[one.axis - 1] + 1 if one.axis else 0
-    return [Timed(nodes.unsqueezed(one.value, sorted(_shifted(axes, rank, at))), at, rank)]
+    return [BatchedValue(nodes.unsqueezed(one.value, sorted(_shifted(axes, rank, at))), at, rank)]
 
 
-def _squeeze(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+def _squeeze(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     one = operands[0]
     assert one.axis is not None
     if len(node.inputs) < 2:
@@ -225,10 +229,10 @@ def _squeeze(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence
     gone = {axis % one.rank for axis in axes_of(node.inputs[1])}
     at = one.axis - sum(axis < one.axis for axis in gone)
     axes = sorted(_shifted(sorted(gone), one.rank, one.axis))
-    return [Timed(nodes("Squeeze", one.value, nodes.ints(*axes)), at, one.rank - len(gone))]
+    return [BatchedValue(nodes("Squeeze", one.value, nodes.ints(*axes)), at, one.rank - len(gone))]
 
 
-def _reduction(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+def _reduction(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     one = operands[0]
     assert one.axis is not None
     if len(node.inputs) < 2:
@@ -237,20 +241,20 @@ def _reduction(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequen
     kept = number_of(node, "keepdims", 1)
     at = one.axis if kept else one.axis - sum(axis < one.axis for axis in axes)
     (result,) = nodes.copy(node, [one.value, nodes.ints(*_shifted(axes, one.rank, one.axis))])
-    return [Timed(result, at, one.rank if kept else one.rank - len(axes))]
+    return [BatchedValue(result, at, one.rank if kept else one.rank - len(axes))]
 
 
 def number_of(node: ir.Node, name: str, default: int) -> int:
     return int(node.attributes[name].as_int()) if name in node.attributes else default
 
 
-def _transpose(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+def _transpose(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     one = moved(nodes, operands[0], 0)
     order = [axis + 1 for axis in node.attributes["perm"].as_ints()]
-    return [Timed(nodes.transposed(one.value, [0, *order]), 0, one.rank)]
+    return [BatchedValue(nodes.transposed(one.value, [0, *order]), 0, one.rank)]
 
 
-def _along(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+def _along(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     """Operators along one axis of one operand: `Softmax`, `Split`, `Gather` and `Slice` by constants."""
     one, *others = operands
     if one.axis is None or any(other.axis is not None for other in others):
@@ -264,21 +268,21 @@ def _along(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[T
     if node.op_type == "Gather" and others[0].rank != 1:
         if others[0].rank:
             raise RefusedError("a Gather by a matrix")
-        return [Timed(results[0], one.axis - (axis < one.axis), rank - 1)]
-    return [Timed(result, one.axis, rank) for result in results]
+        return [BatchedValue(results[0], one.axis - (axis < one.axis), rank - 1)]
+    return [BatchedValue(result, one.axis, rank) for result in results]
 
 
-def _slice(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+def _slice(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     one, *others = operands
     if one.axis is None or len(others) < 3 or any(other.axis is not None for other in others):
         raise RefusedError("a Slice by numbers that change")
     axes = nodes.ints(*_shifted(axes_of(node.inputs[3]), one.rank, one.axis))
     values = [other.value for other in others]
     (result,) = nodes.copy(node, [one.value, *values[:2], axes, *values[3:]])
-    return [Timed(result, one.axis, one.rank)]
+    return [BatchedValue(result, one.axis, one.rank)]
 
 
-def _concat(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+def _concat(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     if any(one.axis is None for one in operands):
         raise RefusedError("a Concat with what is the same in each step")
     behind, rank = _behind(operands), operands[0].rank
@@ -287,10 +291,10 @@ def _concat(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[
     assert producer is not None
     (axis,) = _shifted([number_of(node, "axis", 0)], rank, rank - behind)
     producer.attributes["axis"] = ir.AttrInt64("axis", axis)
-    return [Timed(result, rank - behind, rank)]
+    return [BatchedValue(result, rank - behind, rank)]
 
 
-def _reshape(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence[Timed]:
+def _reshape(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     """Time stays where the axes in front of it do, else goes to the front; other sizes are numbers, or stay."""
     old, new = (value.shape if value is not None else None for value in (node.inputs[0], node.outputs[0]))
     if old is None or new is None:
@@ -305,7 +309,7 @@ def _reshape(nodes: Nodes, node: ir.Node, operands: Sequence[Timed]) -> Sequence
             raise RefusedError("a Reshape to sizes that are computed")
         target += [size if isinstance(size, int) else 0] if place >= at else []
     value = moved(nodes, operands[0], at).value
-    return [Timed(nodes("Reshape", value, nodes.ints(*target)), at, len(new))]
+    return [BatchedValue(nodes("Reshape", value, nodes.ints(*target)), at, len(new))]
 
 
 _RULES: dict[str, Rule] = {

@@ -1,4 +1,4 @@
-"""`write_scans`: the marked loops of a translated model become ONNX `Scan` nodes, in place.
+"""`expand_loops`: the loop regions of a translated model become ONNX `Scan` nodes, in place.
 
     before   h = State(h0)   x = Element(xs)   …body…   last, ys = End(h, x, h', y)
     after    last, ys = Scan(h0, xs) { (h, x) => (h', y): …body… }
@@ -22,12 +22,12 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from moe_export.errors import NotExportableError, RefusedError
 from moe_export.export.onnx.provenance import mark_block, place_of
 from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
-from moe_export.export.scans.chunked import write_chunked
+from moe_export.export.scans.chunked import expand_chunked
 from moe_export.export.scans.inputs import move_inwards
 from moe_export.export.scans.layout import widest_last
 from moe_export.export.scans.linear_attention import DOMAIN as CONTRIB
-from moe_export.export.scans.linear_attention import write_linear_attention
-from moe_export.export.scans.marked import Marked, integer, read_marked
+from moe_export.export.scans.linear_attention import expand_linear_attention
+from moe_export.export.scans.loop_region import LoopRegion, integer, read_region
 from moe_export.export.scans.products import small_products_first
 from moe_export.export.scans.results import results_inwards
 from moe_export.export.scans.segments import STEPS
@@ -35,7 +35,7 @@ from moe_export.export.scans.unrolled import several_steps
 
 
 @dataclass(frozen=True)
-class Lowering:
+class Expansion:
     """How loops are written.
 
     Attributes:
@@ -49,8 +49,8 @@ class Lowering:
     unroll: int = 1
 
 
-def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
-    """Replace every marked loop, in the order of the graph.
+def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str]:
+    """Replace every loop region, in the order of the graph.
 
     Returns:
         Notes for the report: which form, and why.
@@ -58,7 +58,7 @@ def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
     Raises:
         NotExportableError: The chunked form, or the contrib one, was asked for, and no loop has it.
     """
-    lowering = lowering or Lowering()
+    lowering = lowering or Expansion()
     forms = _FORMS.get(lowering.form, ())
     notes, refused, taken = [], [], 0
     for node in list(model.graph):
@@ -66,7 +66,7 @@ def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
             mark_block(node, "recurrence")
             results_inwards(model.graph, node)
             move_inwards(model.graph, node)
-            small_products_first(model.graph, read_marked(model.graph, node))
+            small_products_first(model.graph, read_region(model.graph, node))
             place, reasons = _at_once(model.graph, node, forms)
             refused += [(place_of(node), reason) for reason in reasons[:1]]
             taken += place == 0
@@ -75,7 +75,7 @@ def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
                 continue
             if lowering.form == "contrib":
                 notes.append(f"loop {integer(node, 'loop')}: a Scan{_why(reasons[:1])}")
-            loop = _laid_out(model.graph, read_marked(model.graph, node))
+            loop = _laid_out(model.graph, read_region(model.graph, node))
             _write(model.graph, _with_iterations(model.graph, loop, lowering))
     if lowering.form in ("chunked", "contrib") and refused and not taken:
         where, why = refused[0]
@@ -93,18 +93,18 @@ def write_scans(model: ir.Model, lowering: Lowering | None = None) -> list[str]:
 class _Form:
     """A form that takes all steps at once: how it is written, and what the report says of it."""
 
-    write: Callable[[ir.Graph, Marked], None]
+    write: Callable[[ir.Graph, LoopRegion], None]
     note: str
 
 
 _CHUNKS = f"products over chunks of {STEPS} steps"
 _WHERE_IT_PAYS = _Form(
-    partial(write_chunked, only_if_it_pays=True), f"a decay for many entries of the state; {_CHUNKS}"
+    partial(expand_chunked, only_if_it_pays=True), f"a decay for many entries of the state; {_CHUNKS}"
 )
 _FORMS: dict[str, tuple[_Form, ...]] = {
     "auto": (_WHERE_IT_PAYS,),
-    "chunked": (_Form(write_chunked, _CHUNKS),),
-    "contrib": (_Form(write_linear_attention, f"{CONTRIB}.LinearAttention"), _WHERE_IT_PAYS),
+    "chunked": (_Form(expand_chunked, _CHUNKS),),
+    "contrib": (_Form(expand_linear_attention, f"{CONTRIB}.LinearAttention"), _WHERE_IT_PAYS),
 }
 
 
@@ -113,7 +113,7 @@ def _at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> tuple[int
     reasons: list[str] = []
     for place, form in enumerate(forms):
         try:
-            form.write(graph, read_marked(graph, end))
+            form.write(graph, read_region(graph, end))
         except RefusedError as reason:
             reasons.append(str(reason))
         else:
@@ -125,20 +125,20 @@ def _why(reasons: Sequence[str]) -> str:
     return f" (not {CONTRIB}.LinearAttention: {reasons[0]})" if reasons else ""
 
 
-def _laid_out(graph: ir.Graph, loop: Marked) -> Marked:
+def _laid_out(graph: ir.Graph, loop: LoopRegion) -> LoopRegion:
     """The loop with the longest axes of its states last, where that can be."""
     try:
-        return read_marked(graph, widest_last(graph, loop))
+        return read_region(graph, widest_last(graph, loop))
     except RefusedError:
         return loop
 
 
-def _with_iterations(graph: ir.Graph, loop: Marked, lowering: Lowering) -> Marked:
+def _with_iterations(graph: ir.Graph, loop: LoopRegion, lowering: Expansion) -> LoopRegion:
     """The loop with as many steps per iteration as were asked for."""
     if lowering.unroll == 1:
         return loop
     try:
-        return read_marked(graph, several_steps(graph, loop, lowering.unroll))
+        return read_region(graph, several_steps(graph, loop, lowering.unroll))
     except RefusedError as reason:
         raise NotExportableError(
             f"the loop cannot take {lowering.unroll} steps per iteration: {reason}",
@@ -147,26 +147,26 @@ def _with_iterations(graph: ir.Graph, loop: Marked, lowering: Lowering) -> Marke
         ) from reason
 
 
-def _write(graph: ir.Graph, loop: Marked) -> None:
-    end, marks = loop.end, (*loop.states, *loop.elements)
-    inputs = [_body_input(mark, place) for place, mark in enumerate(marks)]
-    for mark, value in zip(marks, inputs, strict=True):
-        mark.outputs[0].replace_all_uses_with(value)
+def _write(graph: ir.Graph, loop: LoopRegion) -> None:
+    end, boundaries = loop.end, (*loop.states, *loop.elements)
+    inputs = [_body_input(boundary, place) for place, boundary in enumerate(boundaries)]
+    for boundary, value in zip(boundaries, inputs, strict=True):
+        boundary.outputs[0].replace_all_uses_with(value)
     nodes = list(loop.body)
     graph.remove(nodes)
-    outputs = _body_outputs(end.inputs[len(marks) :], nodes)
+    outputs = _body_outputs(end.inputs[len(boundaries) :], nodes)
     body = ir.Graph(inputs, outputs, nodes=nodes, name=f"loop_{loop.number}")
-    scan = _scan(end, marks, len(loop.states), body)
+    scan = _scan(end, boundaries, len(loop.states), body)
     graph.insert_before(end, scan)
     for old, new in zip(end.outputs, scan.outputs, strict=True):
         old.replace_all_uses_with(new, replace_graph_outputs=True)
-    graph.remove([end, *marks], safe=False)
+    graph.remove([end, *boundaries], safe=False)
 
 
-def _body_input(mark: ir.Node, place: int) -> ir.Value:
-    old = mark.outputs[0]
-    kind = "state" if mark.op_type == STATE else "element"
-    return ir.Value(name=f"{kind}_{integer(mark, 'loop')}_{place}", shape=old.shape, type=old.type)
+def _body_input(boundary: ir.Node, place: int) -> ir.Value:
+    old = boundary.outputs[0]
+    kind = "state" if boundary.op_type == STATE else "element"
+    return ir.Value(name=f"{kind}_{integer(boundary, 'loop')}_{place}", shape=old.shape, type=old.type)
 
 
 def _body_outputs(results: Sequence[ir.Value | None], nodes: list[ir.Node]) -> list[ir.Value]:
@@ -185,22 +185,22 @@ def _body_outputs(results: Sequence[ir.Value | None], nodes: list[ir.Node]) -> l
     return outputs
 
 
-def _scan(end: ir.Node, marks: Sequence[ir.Node], states: int, body: ir.Graph) -> ir.Node:
-    elements = marks[states:]
+def _scan(end: ir.Node, boundaries: Sequence[ir.Node], states: int, body: ir.Graph) -> ir.Node:
+    elements = boundaries[states:]
     collected = len(end.outputs) - states
     axes = list(end.attributes["axes"].as_ints())[:collected]
     backwards = list(end.attributes["backwards"].as_ints())[:collected]
     attributes: dict[str, Any] = {
         "body": body,
         "num_scan_inputs": len(elements),
-        "scan_input_axes": [integer(mark, "axis") for mark in elements],
-        "scan_input_directions": [integer(mark, "backwards") for mark in elements],
+        "scan_input_axes": [integer(boundary, "axis") for boundary in elements],
+        "scan_input_directions": [integer(boundary, "backwards") for boundary in elements],
     }
     if collected:
         attributes |= {"scan_output_axes": axes, "scan_output_directions": backwards}
     scan = ir.node(
         "Scan",
-        [mark.inputs[0] for mark in marks],
+        [boundary.inputs[0] for boundary in boundaries],
         attributes={key: value for key, value in attributes.items() if not _is_default(key, value)},
         num_outputs=len(end.outputs),
     )

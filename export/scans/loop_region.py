@@ -1,4 +1,4 @@
-"""`Marked`: a loop between its marks in a translated graph, as plain data; what its steps depend on.
+"""`LoopRegion`: a loop between its boundary nodes in a translated graph, as plain data; what its steps depend on.
 
 h = State(h0)   x = Element(xs)   …body…   last, ys = End(h, x, h', y)
 """
@@ -15,14 +15,14 @@ from moe_export.export.recurrence.loop_body import DOMAIN, ELEMENT, STATE
 
 
 @dataclass(frozen=True)
-class Marked:
-    """A marked loop.
+class LoopRegion:
+    """A loop region.
 
     Attributes:
         end: The node that closes it; its outputs are the last states, then what was collected.
-        states: Marks of the states.
-        elements: Marks of the sequences, one element of which a step reads.
-        body: The nodes that depend on a mark and that the end depends on, in graph order.
+        states: Boundary nodes of the states.
+        elements: Boundary nodes of the sequences, one element of which a step reads.
+        body: The nodes that depend on a boundary node and that the end depends on, in graph order.
         following: The next states.
         collected: What each step hands out; `axes` and `backwards` say where its time goes.
     """
@@ -43,25 +43,25 @@ class Marked:
 
     def dependent(self) -> set[ir.Value]:
         """The values that depend on a state."""
-        return _dependent([mark.outputs[0] for mark in self.states], self.body)
+        return _dependent([boundary.outputs[0] for boundary in self.states], self.body)
 
 
 def integer(node: ir.Node, name: str) -> int:
-    """An attribute of a mark."""
+    """An attribute of a boundary node."""
     return int(node.attributes[name].as_int())
 
 
-def read_marked(graph: ir.Graph, end: ir.Node) -> Marked:
-    """Read a marked loop off the graph."""
+def read_region(graph: ir.Graph, end: ir.Node) -> LoopRegion:
+    """Read a loop region off the graph."""
     states, elements = integer(end, "states"), integer(end, "elements")
-    marks = [_mark(value) for value in end.inputs[: states + elements]]
+    boundaries = [_boundary(value) for value in end.inputs[: states + elements]]
     results = [value for value in end.inputs[states + elements :] if value is not None]
     count = len(results) - states
-    return Marked(
+    return LoopRegion(
         end,
-        tuple(marks[:states]),
-        tuple(marks[states:]),
-        tuple(_between(graph, marks, end)),
+        tuple(boundaries[:states]),
+        tuple(boundaries[states:]),
+        tuple(_between(graph, boundaries, end)),
         tuple(results[:states]),
         tuple(results[states:]),
         tuple(int(axis) for axis in end.attributes["axes"].as_ints())[:count],
@@ -72,7 +72,7 @@ def read_marked(graph: ir.Graph, end: ir.Node) -> Marked:
 def new_element(
     graph: ir.Graph, before: ir.Node, value: ir.Value, axis: int, *, loop: int, place: int, backwards: int
 ) -> ir.Node:
-    """A mark of a sequence, one element of which a step reads; written in front of a node.
+    """The boundary node of a sequence, one element of which a step reads; written in front of a node.
 
     Args:
         graph: Where.
@@ -84,12 +84,12 @@ def new_element(
         backwards: 1 if the last is read first.
     """
     numbers = {"loop": loop, "place": place, "axis": axis, "backwards": backwards}
-    mark = ir.node(ELEMENT, [value], attributes=numbers, domain=DOMAIN)
-    element = mark.outputs[0]
+    boundary = ir.node(ELEMENT, [value], attributes=numbers, domain=DOMAIN)
+    element = boundary.outputs[0]
     element.shape = ir.Shape([size for at, size in enumerate(value.shape or ()) if at != axis])
     element.type, element.name = value.type, f"{value.name}_element_{loop}_{axis}"
-    graph.insert_before(before, mark)
-    return mark
+    graph.insert_before(before, boundary)
+    return boundary
 
 
 def with_elements(end: ir.Node, elements: Sequence[ir.Value]) -> None:
@@ -102,7 +102,7 @@ def with_elements(end: ir.Node, elements: Sequence[ir.Value]) -> None:
     end.attributes["elements"] = ir.AttrInt64("elements", len(elements))
 
 
-def _mark(value: ir.Value | None) -> ir.Node:
+def _boundary(value: ir.Value | None) -> ir.Node:
     node = value.producer() if value is not None else None
     assert node is not None
     assert node.domain == DOMAIN
@@ -110,16 +110,18 @@ def _mark(value: ir.Value | None) -> ir.Node:
     return node
 
 
-def _between(graph: ir.Graph, marks: Sequence[ir.Node], end: ir.Node) -> list[ir.Node]:
-    """The nodes that depend on a mark and that the end depends on, in graph order."""
+def _between(graph: ir.Graph, boundaries: Sequence[ir.Node], end: ir.Node) -> list[ir.Node]:
+    """The nodes that depend on a boundary node and that the end depends on, in graph order."""
     needed: set[ir.Node] = set()
     stack = [value.producer() for value in end.inputs if value is not None]
     while stack:
         node = stack.pop()
-        if node is not None and node not in needed and node not in marks:
+        if node is not None and node not in needed and node not in boundaries:
             needed.add(node)
             stack += [value.producer() for value in reads(node)]
-    dependent = _dependent([mark.outputs[0] for mark in marks], (node for node in graph if node in needed))
+    dependent = _dependent(
+        [boundary.outputs[0] for boundary in boundaries], (node for node in graph if node in needed)
+    )
     return [node for node in graph if node in needed and node.outputs[0] in dependent]
 
 
