@@ -41,6 +41,7 @@ NAVIGATION = {
         "docs/tasks/add-a-lowering",
         "docs/tasks/add-a-backend",
         "docs/tasks/add-a-model",
+        "docs/tasks/add-an-option",
         "CHANGELOG",
     ),
 }

@@ -1,4 +1,4 @@
-"""What the pages type has the options that there are."""
+"""Every option of every command is used on some page: typed in a command that the tests run, or explained."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from pages import PAGES, commands, fences, name_of
 
 from moe_export.cli import cli
 from moe_export.options.option import COMMANDS
+from moe_export.options.table import options_of
 
 OURS = re.compile(r'(?:^|[ ;&|(])moe-export (?P<args>(?:"[^"]*"|[^;|&>"])*)')
+INLINE = re.compile(r"`([^`\n]*?--[^`]*?)`", re.DOTALL)
 
 
 def typed(text):
@@ -42,3 +44,33 @@ def test_a_command_of_a_page_has_the_options_that_it_is_given(page, name, words)
     known = {word for option in options for word in (*option.opts, *option.secondary_opts)}
     known |= {"-h", "--help", "--help-all", "--version"}
     assert options_in(words) <= known, page
+
+
+def used():
+    """`(command, option)` of what the pages type, and options that they explain, for whatever command has them."""
+    for _, name, words in in_consoles():
+        yield from ((name, word) for word in options_in(words))
+    for page in PAGES:
+        text = re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+        for span in INLINE.findall(text):
+            calls = list(typed(f" {span}"))
+            yield from ((name, word) for name, words in calls for word in options_in(words))
+            head = span.split()[0]
+            names = COMMANDS if span.startswith("-") else (head,) if head in COMMANDS else ()
+            yield from ((name, word) for word in options_in(span.split()) for name in names)
+
+
+EVERYWHERE = {"Model", "Output"}
+"""Groups whose options mean the same in every command: a use in one of these is enough. So it is of `report`, which
+takes what an export takes."""
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_option_of_a_command_is_used_on_a_page(name):
+    found = set(used())
+    for option in options_of(name):
+        anywhere = option.group in EVERYWHERE or (
+            set(option.commands) >= {"export", "report"} and name == "report"
+        )
+        names = option.commands if anywhere else (name,)
+        assert any((each, word) in found for each in names for word in option.words), option.word

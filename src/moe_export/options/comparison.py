@@ -23,7 +23,7 @@ ARTIFACTS = (
            "What runs the graphs here, to compare them: not what they are written for (--target).", EXPORTING,
            ("comparison",), type=click.Choice(ONNXRUNTIME), otherwise=ONNXRUNTIME[0]),
     Option("backend", "--backend", "Comparison",
-           "What runs the first artifact, as FILE@BACKEND does for any: torch or torch-float64; onnxruntime-cpu, -cuda"
+           "What runs the first artifact, as `FILE@BACKEND` does for any: torch, torch-float64; onnxruntime-cpu, -cuda"
            " or -tensorrt, or onnx-reference; tensorrt-rtx or tensorrt.", ("verify",), ("comparison",),
            type=click.Choice([name for names in BACKENDS.values() for name in names]), metavar="BACKEND", first=True),
 )
