@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.export import Dim, ExportedProgram
 
-from moe_export.export.torch_compat.caches import made_once
+from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.tracing.trace import quiet
 
 _aten = torch.ops.aten
@@ -56,7 +56,7 @@ def trace_batched(body: fx.GraphModule, example: Sequence[torch.Tensor], shared:
 
 
 def _export(module: nn.Module, inputs: tuple[Any, ...], spec: tuple[Any, ...]) -> ExportedProgram:
-    with quiet(), torch.no_grad(), made_once():
+    with quiet(), torch.no_grad(), cache_patches():
         program = torch.export.export(module, inputs, dynamic_shapes=spec, strict=False)
         functional: ExportedProgram = program.run_decompositions({})
         return functional

@@ -119,7 +119,7 @@ def _reads(result: fx.Node, weights: fx.Node) -> bool:
 
 
 def _seed(crowd: _Crowd, node: fx.Node, weights: fx.Node) -> Rows | None:
-    """Tokens repeated for every expert, and the weights turned to (E, N)."""
+    """Tokens repeated for every expert, and the weights transposed to (E, N)."""
     source = arguments(node)[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None

@@ -27,7 +27,7 @@ from moe_export.export.gates.region import scope_of
 from moe_export.export.onnx.decompositions import decompose
 from moe_export.export.onnx.provenance import mark_block
 from moe_export.export.onnx.reshapes import settle_axes, settle_reshapes
-from moe_export.export.torch_compat.caches import made_once
+from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import fixes_size
 from moe_export.export.tracing.trace import quiet
 
@@ -129,7 +129,7 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
     program, _ = rewrite_program(program)
     decompose(program.graph)
     try:
-        with quiet(), torch.no_grad(), made_once():
+        with quiet(), torch.no_grad(), cache_patches():
             exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
     except Exception as error:
         raise NotExportableError(

@@ -31,7 +31,7 @@ from moe_export.export.frontend.script import Call, run_file
 from moe_export.export.frontend.source import calls_user_code, last_user_line
 from moe_export.export.frontend.subject import Apart, Subject, make_subject
 from moe_export.export.torch_compat.nesting import pytree
-from moe_export.export.weights.stand_in import MEMORY, StandIns, attach_weights
+from moe_export.export.weights.lazy import MEMORY, LazyWeights, attach_weights
 
 calls_user_code(__file__)
 
@@ -238,7 +238,7 @@ def _from_names(module: ModuleType, path: Path, memory: int, make: Make) -> Subj
     return make(model, _tensors(tuple(example)), {}, source=path, how=how, weights=weights)
 
 
-def _weights(module: ModuleType, model: nn.Module, path: Path, memory: int) -> StandIns | None:
+def _weights(module: ModuleType, model: nn.Module, path: Path, memory: int) -> LazyWeights | None:
     """The weights of a model on the meta device, from the files that `weights` names, seen from the model's file."""
     named: Any = getattr(module, "weights", None)
     if not isinstance(named, (str, Path)):

@@ -29,7 +29,7 @@ from torch import nn
 from moe_export.export.frontend.source import is_user_file
 from moe_export.export.torch_compat.modules import tables_of
 from moe_export.export.torch_compat.operators import writes_to
-from moe_export.export.weights.stand_in import stand_in_of
+from moe_export.export.weights.lazy import lazy_weight_of
 
 _MOST_WEIGHTS = 2**30  # bytes that the weights may have to be copied for the first call
 _BY_VALUE = (
@@ -234,7 +234,7 @@ class _Walk:
         self.items.append(_Items(owner, where, kind(owner)))
 
     def _see_tensor(self, tensor: torch.Tensor, where: str) -> None:
-        if tensor.is_meta or tensor.layout is not torch.strided or stand_in_of(tensor) is not None:
+        if tensor.is_meta or tensor.layout is not torch.strided or lazy_weight_of(tensor) is not None:
             return
         if isinstance(tensor, nn.Parameter):
             self.weights.append((tensor, where))

@@ -24,7 +24,7 @@ from moe_export.export.frontend.source import calls_user_code, is_user_file, las
 from moe_export.export.frontend.state import State
 from moe_export.export.frontend.train_mode import note_on_mode
 from moe_export.export.torch_compat.nesting import pytree
-from moe_export.export.weights.stand_in import StandIns
+from moe_export.export.weights.lazy import LazyWeights
 from moe_export.export.weights.zero import without_weights
 
 calls_user_code(__file__)
@@ -70,7 +70,7 @@ class Subject:
     state: State = field(repr=False)
     _spec: pytree.TreeSpec = field(repr=False)
     _template: tuple[Any, ...] = field(repr=False)
-    weights: StandIns | None = field(default=None, repr=False)
+    weights: LazyWeights | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
     apart: Apart | None = field(default=None, repr=False)
 
@@ -129,7 +129,7 @@ def make_subject(
     *,
     source: Path,
     how: str,
-    weights: StandIns | None = None,
+    weights: LazyWeights | None = None,
 ) -> Subject:
     """Bind example arguments to a module, run it once, and name its inputs and outputs.
 

@@ -20,10 +20,10 @@ from moe_export.export.frontend.pytree import identifier, unique
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.gates.region import is_size, needed, size_source
 from moe_export.export.gates.routing import Routing
-from moe_export.export.gates.values import stand_in_values
+from moe_export.export.gates.values import values_of_shapes
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing.trace import Traced, quiet
-from moe_export.export.weights.stand_in import absent_among, stand_in_of
+from moe_export.export.weights.lazy import absent_among, lazy_weight_of
 
 INDICES, WEIGHTS, SCORES = "topk_idx", "topk_weight", "scores"
 
@@ -103,7 +103,7 @@ def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
     them then is whether a computation runs, and which of its rows depend on which.
     """
     if absent_among([*traced.program.state_dict.values(), *traced.program.constants.values()]):
-        return stand_in_values(traced, nodes)
+        return values_of_shapes(traced, nodes)
     wanted = {node.name for node in nodes}
     found: dict[str, torch.Tensor] = {}
     program = traced.program
@@ -182,7 +182,7 @@ def _constant(
             f"the gate depends on the model's input {node.name} besides what enters its module"
         )
     value = constants[node.name].detach()
-    if stand_in_of(value) is None:  # what calls of the model do to its own is none of the gate's
+    if lazy_weight_of(value) is None:  # what calls of the model do to its own is none of the gate's
         value = value.clone()
     root.register_buffer(node.name, value)
     return graph.get_attr(node.name)

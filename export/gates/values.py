@@ -13,7 +13,7 @@ from torch import fx
 from moe_export.export.tracing.trace import Traced
 
 
-def stand_in_values(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
+def values_of_shapes(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
     """For each node a value of its shape at the example sizes: the example itself, random floats, zero integers.
 
     A weight is random in its last axes and the same along its first, so that a stack of experts takes the memory of

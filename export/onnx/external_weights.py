@@ -1,7 +1,7 @@
 """Write the weights of a graph as external data, one after another, without having them.
 
-Each recipe is read in pieces, turned and cast, and goes into a file of at most `shard` bytes, at an offset that memory
-can be mapped at. A file is called after its content: a graph never points to what another run has put there.
+Each recipe is read in pieces, transposed and cast, and goes into a file of at most `shard` bytes, at an offset that
+memory can be mapped at. A file is called after its content: a graph never points to what another run has put there.
 
 ```
 recipe ─▶ pieces ─▶ model.onnx.<content>.0.data  at 4096 * n        copy
@@ -25,7 +25,7 @@ from moe_export.disk import PAGE
 from moe_export.errors import UsageError
 from moe_export.export.onnx.bodies import initializers
 from moe_export.export.weights.data_file import DataFile
-from moe_export.export.weights.recipe import Held, Place, Recipe, RecipeTensor, Stored, recipe_of
+from moe_export.export.weights.recipe import ByteRange, Held, Recipe, RecipeTensor, Stored, recipe_of
 from moe_export.external_data import FACT, fingerprint, remember
 
 DATA_SUFFIX = ".data"
@@ -112,9 +112,9 @@ def stream_weights(model: ir.Model, path: Path, storage: Storage) -> Streamed:
     return Streamed((len(copied), total), (referenced[0], referenced[1]), reasons, files)
 
 
-def _reference(recipe: Recipe, folder: Path, storage: Storage) -> tuple[Place | None, str]:
+def _reference(recipe: Recipe, folder: Path, storage: Storage) -> tuple[ByteRange | None, str]:
     """Where a graph may point for a weight; else why it may not."""
-    place = recipe.place()
+    place = recipe.byte_range()
     if storage.mode == "copy":
         return None, "as asked"
     if place is None:
@@ -194,9 +194,9 @@ def _shards(weights: list[tuple[ir.Value, Recipe]], shard: int) -> Iterator[list
 def _write(group: list[tuple[ir.Value, Recipe]], writer: DataFile) -> list[int]:
     """Write the weights of one file; where each begins. What is stored once is written once."""
     places: list[int] = []
-    seen: dict[Place, int] = {}
+    seen: dict[ByteRange, int] = {}
     for _, recipe in group:
-        place = recipe.place()
+        place = recipe.byte_range()
         if place is not None and place in seen:
             places.append(seen[place])
             continue

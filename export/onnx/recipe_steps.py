@@ -22,7 +22,7 @@ from moe_export.export.weights.recipe import (
     RecipeTensor,
     Reshaped,
     Stacked,
-    Turned,
+    Transposed,
     recipe_of,
 )
 
@@ -116,9 +116,9 @@ def one_step(node: ir.Node, known: Mapping[ir.Value, Known]) -> Recipe | None:
 def _transpose(node: ir.Node, source: Recipe, rest: Sequence[Array | None]) -> Recipe:
     given = node.attributes.get("perm")
     order = tuple(given.as_ints()) if given is not None else tuple(reversed(range(len(source.shape))))
-    if isinstance(source, Turned):
+    if isinstance(source, Transposed):
         order, source = tuple(source.order[axis] for axis in order), source.source
-    return source if order == tuple(range(len(order))) else Turned(source, order)
+    return source if order == tuple(range(len(order))) else Transposed(source, order)
 
 
 def _cast(node: ir.Node, source: Recipe, rest: Sequence[Array | None]) -> Recipe:

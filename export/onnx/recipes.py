@@ -1,4 +1,4 @@
-"""Where the weights of a graph come from: stand-ins, or much of a live module, become recipes."""
+"""Where the weights of a graph come from: lazy weights, or much of a live module, become recipes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch.export import ExportedProgram
 
 from moe_export.errors import NotExportableError
 from moe_export.export.onnx.bodies import initializers
+from moe_export.export.weights.lazy import SMALL, is_whole, lazy_weight_of
 from moe_export.export.weights.recipe import Converted, Held, Recipe, RecipeTensor, recipe_of
-from moe_export.export.weights.stand_in import SMALL, is_whole, stand_in_of
 
 STREAMED = 2**31 - 2**24
 """Bytes of weights from which those of a live module are streamed: protobuf cannot hold 2 GiB."""
@@ -22,7 +22,7 @@ def is_streamed(program: ExportedProgram) -> bool:
     """Whether a program's weights are written from where they are, not from a graph in memory."""
     tensors = [*program.state_dict.values(), *program.constants.values()]
     tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
-    if any(stand_in_of(tensor) is not None for tensor in tensors):
+    if any(lazy_weight_of(tensor) is not None for tensor in tensors):
         return True
     return sum(int(tensor.nbytes) for tensor in tensors if tensor.layout is torch.strided) > STREAMED
 
@@ -42,7 +42,7 @@ def place_recipes(model: ir.Model) -> None:
 
 
 def _recipe(raw: torch.Tensor, tensor: ir.TensorProtocol) -> Recipe:
-    item = stand_in_of(raw)
+    item = lazy_weight_of(raw)
     if item is None or (item.full and not is_whole(raw, item)):
         return Held(tensor.numpy, tensor.dtype, tuple(raw.shape))
     if not is_whole(raw, item):

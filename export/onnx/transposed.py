@@ -35,7 +35,7 @@ def product_notes(model: ir.Model) -> list[str]:
 
 
 @dataclass(frozen=True)
-class _Turned:
+class _Transposed:
     """An operand that is transposed, and perhaps cast then."""
 
     transpose: ir.Node
@@ -67,7 +67,7 @@ def _mend(product: ir.Node) -> None:
             _cast_first(turned, turned.cast)
 
 
-def _turned(value: ir.Value | None) -> _Turned | None:
+def _turned(value: ir.Value | None) -> _Transposed | None:
     """The transpose behind an operand; None for another graph's, which no body draws into its products."""
     node = value.producer() if value is not None else None
     cast = node if node is not None and node.op_type == "Cast" and not node.domain else None
@@ -79,12 +79,12 @@ def _turned(value: ir.Value | None) -> _Turned | None:
         return None
     order = node.attributes.get("perm")
     if order is not None:
-        return _Turned(node, cast, tuple(order.as_ints()))
+        return _Transposed(node, cast, tuple(order.as_ints()))
     shape = node.inputs[0].shape
-    return None if shape is None else _Turned(node, cast, tuple(reversed(range(len(shape)))))
+    return None if shape is None else _Transposed(node, cast, tuple(reversed(range(len(shape)))))
 
 
-def _cast_of(turned: _Turned, cast: ir.Node) -> ir.Node:
+def _cast_of(turned: _Transposed, cast: ir.Node) -> ir.Node:
     """The cast, of what was not transposed yet."""
     node = ir.node("Cast", [turned.source], dict(cast.attributes), name=cast.name)
     node.outputs[0].shape, node.outputs[0].type = turned.source.shape, cast.outputs[0].type
@@ -92,7 +92,7 @@ def _cast_of(turned: _Turned, cast: ir.Node) -> ir.Node:
     return node
 
 
-def _cast_first(turned: _Turned, cast: ir.Node) -> None:
+def _cast_first(turned: _Transposed, cast: ir.Node) -> None:
     """Cast, then transpose; the old transpose stays for its other readers."""
     first = _cast_of(turned, cast)
     name = f"{cast.name}_transpose" if cast.name else None
@@ -102,7 +102,7 @@ def _cast_first(turned: _Turned, cast: ir.Node) -> None:
     _remove_unread(turned.transpose)
 
 
-def _change_places(product: ir.Node, turned: _Turned, vector: ir.Value) -> None:
+def _change_places(product: ir.Node, turned: _Transposed, vector: ir.Value) -> None:
     """The vector from the left."""
     before = [] if turned.cast is None else [_cast_of(turned, turned.cast)]
     matrix = before[0].outputs[0] if before else turned.source

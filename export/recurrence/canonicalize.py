@@ -48,7 +48,7 @@ class _Canonicalized:
         self.graph = fx.Graph()
         self._values: dict[fx.Node, Any] = {}
         self._sizes: dict[str, Any] = {}  # expression → node
-        self._made_once: dict[int, fx.Node] = {}
+        self._only_one_of: dict[int, fx.Node] = {}
         nodes = list(program.graph.nodes)
         self._anew = indexed_anew(nodes)
         self._constants = _numbers(program)
@@ -72,13 +72,13 @@ class _Canonicalized:
         value = self._anew.get(node)
         if value is None:
             return self._copied(node)
-        if value not in self._made_once:
+        if value not in self._only_one_of:
             last = max(self._values[source] for source in node.all_input_nodes)
             if last.op == "placeholder":
                 last = [other for other in self.graph.nodes if other.op == "placeholder"][-1]
             with self.graph.inserting_after(last):
-                self._made_once[value] = self._copied(node)
-        return self._made_once[value]
+                self._only_one_of[value] = self._copied(node)
+        return self._only_one_of[value]
 
     def _read_sizes(self, program: ExportedProgram, nodes: list[fx.Node]) -> None:
         """One node for each symbol that is a size of an input."""

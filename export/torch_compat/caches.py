@@ -32,10 +32,10 @@ _KEY = "CompositeImplicitAutograd"
 
 
 @contextmanager
-def made_once() -> Iterator[None]:
+def cache_patches() -> Iterator[None]:
     """Inside, `torch.export` and `torch.onnx.export` compute what they compute, faster."""
     with ExitStack() as stack:
-        for instead in (_registry, _stand_ins, _types):
+        for instead in (_registry, _registrations, _types):
             stack.enter_context(instead())
         yield
 
@@ -49,7 +49,7 @@ def _registry() -> Iterator[None]:
         theirs = ONNXRegistry.__dict__["from_torchlib"]
     except (ImportError, KeyError):
         theirs = None
-    if not isinstance(theirs, classmethod):  # inside another `made_once`, or another PyTorch
+    if not isinstance(theirs, classmethod):  # inside another `cache_patches`, or another PyTorch
         yield
         return
     make: Callable[..., Any] = theirs.__func__
@@ -84,7 +84,7 @@ def _domains_only() -> Iterator[None]:
 
 
 @contextmanager
-def _stand_ins() -> Iterator[None]:
+def _registrations() -> Iterator[None]:
     """`_materialize_cpp_cia_ops` looks every operator up only if there are others than the last time."""
     try:
         from torch._export import utils

@@ -27,7 +27,7 @@ from moe_export.errors import NotExportableError
 from moe_export.export.frontend.pytree import unique
 from moe_export.export.frontend.source import last_model_line
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.torch_compat.caches import made_once
+from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import depends_on_values
 from moe_export.export.torch_compat.operators import is_functional
 from moe_export.export.torch_compat.sizes import fake_results_cached
@@ -203,7 +203,7 @@ def _decomposing(*, free: bool) -> Iterator[None]:
     """
     with (
         torch.no_grad(),
-        made_once(),
+        cache_patches(),
         torch.backends.opt_einsum.flags(enabled=False),
         fake_results_cached(not free),
     ):

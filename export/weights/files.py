@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
-from moe_export.export.weights.recipe import Recipe, Reshaped, Stored, Turned, np_dtype
+from moe_export.export.weights.recipe import Recipe, Reshaped, Stored, Transposed, np_dtype
 
 _SAFETENSORS: Mapping[str, ir.DataType] = {
     "F64": ir.DataType.DOUBLE, "F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16,
@@ -128,7 +128,7 @@ def _of_torch(path: Path) -> dict[str, Recipe]:
 
 
 def _of_tensor(path: Path, name: str, tensor: Any) -> Recipe:
-    """A tensor of a checkpoint: contiguous, or a turned view of what is."""
+    """A tensor of a checkpoint: contiguous, or a transposed view of what is."""
     from onnx_ir import tensor_adapters
 
     from moe_export.export.torch_compat.checkpoints import offset_of
@@ -151,4 +151,4 @@ def _of_tensor(path: Path, name: str, tensor: Any) -> Recipe:
         return stored
     if tensor.is_contiguous():  # axes of size 1 have any stride
         return Reshaped(stored, tuple(tensor.shape))
-    return Turned(stored, tuple(order.index(axis) for axis in range(tensor.dim())))
+    return Transposed(stored, tuple(order.index(axis) for axis in range(tensor.dim())))

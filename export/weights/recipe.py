@@ -1,7 +1,7 @@
 """`Recipe`: a weight that is not in memory, as where it is stored and what is done to it on the way to the graph.
 
 ```
-Stored(file, offset) ─▶ Turned ─▶ Converted ─▶ Part ─▶ Stacked ─▶ pieces, each read, turned and cast by itself
+Stored(file, offset) ─▶ Transposed ─▶ Converted ─▶ Part ─▶ Stacked ─▶ pieces, each read, transposed and cast by itself
 Held(tensor)         ─┘
 ```
 A recipe is read in parts along one axis, so that a stack of E experts needs the memory of a few of them, and a recipe
@@ -33,7 +33,7 @@ _LARGE = 2**20
 
 
 @dataclass(frozen=True)
-class Place:
+class ByteRange:
     """Bytes of a file that are a tensor as it is used."""
 
     file: Path
@@ -60,7 +60,7 @@ class Recipe(ABC):
     def steps(self) -> tuple[str, ...]:
         """What is done to what is stored, in words: `transposed`, `cast`, `stacked`."""
 
-    def place(self) -> Place | None:
+    def byte_range(self) -> ByteRange | None:
         """Where it is stored as it is used; None if it is nowhere."""
         return None
 
@@ -120,8 +120,8 @@ class Stored(Recipe):
     def steps(self) -> tuple[str, ...]:
         return ()
 
-    def place(self) -> Place | None:
-        return Place(self.file, self.offset, self.nbytes)
+    def byte_range(self) -> ByteRange | None:
+        return ByteRange(self.file, self.offset, self.nbytes)
 
 
 def _read_into(descriptor: int, target: Array, offset: int, file: Path) -> None:
@@ -152,7 +152,7 @@ class Held(Recipe):
 
 
 @dataclass(frozen=True, eq=False)
-class Turned(Recipe):
+class Transposed(Recipe):
     """The axes in another order, as in ONNX's Transpose."""
 
     source: Recipe
@@ -227,8 +227,8 @@ class Reshaped(Recipe):
     def steps(self) -> tuple[str, ...]:
         return self.source.steps()
 
-    def place(self) -> Place | None:
-        return self.source.place()
+    def byte_range(self) -> ByteRange | None:
+        return self.source.byte_range()
 
 
 def _lead(shape: Sequence[int]) -> int:
@@ -263,14 +263,14 @@ class Part(Recipe):
         return self.source.read(axis, start, stop)
 
     def steps(self) -> tuple[str, ...]:
-        return self.source.steps() if self.place() or self.source.steps() else ("cut out",)
+        return self.source.steps() if self.byte_range() or self.source.steps() else ("cut out",)
 
-    def place(self) -> Place | None:
-        whole = self.source.place()
+    def byte_range(self) -> ByteRange | None:
+        whole = self.source.byte_range()
         if whole is None or self.axis != min(_lead(self.source.shape), self.axis):
             return None
         row = whole.length // self.source.shape[self.axis]
-        return Place(whole.file, whole.offset + self.start * row, (self.stop - self.start) * row)
+        return ByteRange(whole.file, whole.offset + self.start * row, (self.stop - self.start) * row)
 
 
 @dataclass(frozen=True, eq=False)
@@ -295,16 +295,16 @@ class Stacked(Recipe):
     def steps(self) -> tuple[str, ...]:
         return (*dict.fromkeys(step for part in self.parts for step in part.steps()), "stacked")
 
-    def place(self) -> Place | None:
+    def byte_range(self) -> ByteRange | None:
         """Parts that lie one behind another in a file are a stack already."""
-        places = [part.place() for part in self.parts]
+        places = [part.byte_range() for part in self.parts]
         if any(place is None for place in places):
             return None
         found = [place for place in places if place is not None]
         for one, other in itertools.pairwise(found):
             if (one.file, one.offset + one.length) != (other.file, other.offset):
                 return None
-        return Place(found[0].file, found[0].offset, sum(place.length for place in found))
+        return ByteRange(found[0].file, found[0].offset, sum(place.length for place in found))
 
 
 @dataclass(frozen=True, eq=False)

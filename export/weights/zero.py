@@ -14,7 +14,7 @@ import torch
 
 from moe_export.export.torch_compat.dispatch import OperatorMode
 from moe_export.export.torch_compat.nesting import pytree
-from moe_export.export.weights.stand_in import StandIns, stand_in_of
+from moe_export.export.weights.lazy import LazyWeights, lazy_weight_of
 
 _aten = torch.ops.aten
 
@@ -64,7 +64,7 @@ class ZeroProducts(OperatorMode):
     def _is_zero(self, value: Any) -> bool:
         if not isinstance(value, torch.Tensor):
             return False
-        item = stand_in_of(value)
+        item = lazy_weight_of(value)
         if item is not None:
             return not item.full
         return bool(self._zeros) and value.untyped_storage().data_ptr() in self._zeros
@@ -85,6 +85,6 @@ def _shape_only(value: Any) -> Any:
     return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
-def without_weights(weights: StandIns | None) -> AbstractContextManager[Any]:
+def without_weights(weights: LazyWeights | None) -> AbstractContextManager[Any]:
     """What a model is run in: `ZeroProducts` if a weight is not in memory."""
     return ZeroProducts() if weights is not None and weights.absent else nullcontext()

@@ -15,7 +15,7 @@ from moe_export.errors import UsageError
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.gates.dispatch import find_dispatches
 from moe_export.export.weights.files import open_weights
-from moe_export.export.weights.stand_in import SMALL, absent_among, attach_weights, filled, stand_in_of
+from moe_export.export.weights.lazy import SMALL, absent_among, attach_weights, filled, lazy_weight_of
 from moe_export.export.weights.zero import ZeroProducts
 
 
@@ -63,7 +63,7 @@ def test_a_checkpoint_of_torch(tmp_path, state, inner):
     torch.save({"state_dict": state, "epoch": 3} if inner else state, tmp_path / "w.pt")
     recipes = open_weights(tmp_path / "w.pt")
     same(recipes, state)
-    assert recipes["a"].place().file == tmp_path / "w.pt"
+    assert recipes["a"].byte_range().file == tmp_path / "w.pt"
     assert recipes["f"].steps() == ("transposed",)
 
 
@@ -151,7 +151,7 @@ def test_weights_that_fit_are_read(tied):
     weights = attach_weights(empty, path, 2**30, path)
     assert not weights.absent
     assert torch.equal(empty.head.weight, full.head.weight)
-    assert stand_in_of(empty.head.weight) is not None  # and still known by where they are stored
+    assert lazy_weight_of(empty.head.weight) is not None  # and still known by where they are stored
 
 
 def test_weights_that_are_missing_or_have_another_shape(tied, tmp_path):

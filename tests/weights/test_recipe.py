@@ -23,11 +23,11 @@ def stored(tmp_path):
 def recipes(source, array):
     half, wide = ir.DataType.FLOAT16, ir.DataType.FLOAT
     parts = tuple(wr.Reshaped(wr.Part(source, 0, e, e + 1), (6, 5)) for e in range(4))
-    turned = tuple(wr.Turned(part, (1, 0)) for part in parts)
+    turned = tuple(wr.Transposed(part, (1, 0)) for part in parts)
     return {
         "stored": (source, array),
-        "turned": (wr.Turned(source, (0, 2, 1)), array.transpose(0, 2, 1)),
-        "turned first": (wr.Turned(source, (2, 0, 1)), array.transpose(2, 0, 1)),
+        "turned": (wr.Transposed(source, (0, 2, 1)), array.transpose(0, 2, 1)),
+        "turned first": (wr.Transposed(source, (2, 0, 1)), array.transpose(2, 0, 1)),
         "cast": (wr.Converted(source, wide), array.astype(np.float32)),
         "folded": (wr.Reshaped(source, (24, 5)), array.reshape(24, 5)),
         "unfolded": (wr.Reshaped(source, (2, 2, 6, 5)), array.reshape(2, 2, 6, 5)),
@@ -79,7 +79,7 @@ def test_a_recipe_is_what_numpy_makes(stored, name):
 )
 def test_what_is_used_as_stored_has_a_place(stored, name, place):
     recipe, right = recipes(*stored)[name]
-    found = recipe.place()
+    found = recipe.byte_range()
     assert (None if found is None else (found.offset, found.length)) == place
     if found is not None:
         content = found.file.read_bytes()[found.offset : found.offset + found.length]
@@ -100,7 +100,7 @@ def test_a_recipe_says_what_is_done(stored, name, steps):
 
 
 def test_large_tensors_come_in_bounded_pieces(stored):
-    recipe = wr.Turned(stored[0], (0, 2, 1))
+    recipe = wr.Transposed(stored[0], (0, 2, 1))
     assert [piece.nbytes for piece in recipe.pieces(limit=130)] == [120, 120]
 
 
@@ -116,7 +116,7 @@ def test_what_is_finite_stays_finite_in_half_precision(tmp_path):
 def test_types_that_numpy_lacks(tmp_path):
     array = np.arange(6, dtype=np.float32).astype(ml_dtypes.bfloat16).reshape(2, 3)
     (tmp_path / "w").write_bytes(array.tobytes())
-    recipe = wr.Turned(wr.Stored(tmp_path / "w", 0, ir.DataType.BFLOAT16, (2, 3)), (1, 0))
+    recipe = wr.Transposed(wr.Stored(tmp_path / "w", 0, ir.DataType.BFLOAT16, (2, 3)), (1, 0))
     assert np.array_equal(recipe.array(), array.T)
 
 

@@ -17,7 +17,7 @@ from moe_export.disk import PAGE
 from moe_export.errors import UsageError
 from moe_export.export.onnx.external_weights import Storage, data_facts, stream_weights
 from moe_export.export.onnx.serialize import rename_model, staging, write_model
-from moe_export.export.weights.recipe import RecipeTensor, Stored, Turned
+from moe_export.export.weights.recipe import RecipeTensor, Stored, Transposed
 from moe_export.external_data import check_external_data
 
 
@@ -49,7 +49,7 @@ def weights(tmp_path):
     file.parent.mkdir()
     file.write_bytes(b"".join(array.tobytes() for array in arrays))
     stored = [Stored(file, 80000 * number, ir.DataType.FLOAT, (100, 200)) for number in range(3)]
-    recipes = {"a": stored[0], "b": Turned(stored[1], (1, 0)), "c": stored[2]}
+    recipes = {"a": stored[0], "b": Transposed(stored[1], (1, 0)), "c": stored[2]}
     return file.parent, recipes, {"a": arrays[0], "b": arrays[1].T, "c": arrays[2]}
 
 

@@ -38,7 +38,7 @@ from moe_export.export.gates.routing import find_routings, routing_outputs
 from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing.trace import Traced, quiet, trace
-from moe_export.export.weights.stand_in import in_memory
+from moe_export.export.weights.lazy import in_memory
 from moe_export.verify import (
     Array,
     DimRange,

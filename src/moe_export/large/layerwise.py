@@ -29,7 +29,7 @@ from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.pipeline import Graph
 from moe_export.export.tracing.dims import Dim
 from moe_export.export.tracing.trace import quiet
-from moe_export.export.weights.stand_in import in_memory
+from moe_export.export.weights.lazy import in_memory
 from moe_export.large.layerwise_graph import CutGraph, Part, nearest
 from moe_export.large.layerwise_part import PartRunner
 from moe_export.large.layerwise_torch import Ran, Seen, called_once, find_blocks, run_blocks

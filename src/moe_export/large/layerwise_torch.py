@@ -15,7 +15,7 @@ from moe_export.errors import UsageError
 from moe_export.export.frontend.pytree import leaves
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.nesting import pytree
-from moe_export.export.weights.stand_in import StandIns, filled
+from moe_export.export.weights.lazy import LazyWeights, filled
 from moe_export.large.layerwise_products import WideProducts
 from moe_export.verify import Array, Choice
 from moe_export.verify.runners.torch_modes import ChoiceWatcher
@@ -91,7 +91,7 @@ def run_blocks(subject: Subject, inputs: Mapping[str, Array], blocks: list[str],
 
 
 @contextmanager
-def _outside(weights: StandIns | None, blocks: list[str], memory: int) -> Iterator[None]:
+def _outside(weights: LazyWeights | None, blocks: list[str], memory: int) -> Iterator[None]:
     """The weights that belong to no block, for as long as the model runs."""
     if weights is None:
         yield
@@ -112,7 +112,7 @@ def _outside(weights: StandIns | None, blocks: list[str], memory: int) -> Iterat
 
 
 def _run(
-    subject: Subject, inputs: Mapping[str, torch.Tensor], blocks: list[str], weights: StandIns | None
+    subject: Subject, inputs: Mapping[str, torch.Tensor], blocks: list[str], weights: LazyWeights | None
 ) -> Ran:
     seen: dict[str, Seen] = {}
     with ExitStack() as stack:
@@ -127,7 +127,7 @@ def _run(
 
 
 def _hooks(
-    module: nn.Module, path: str, seen: dict[str, Seen], watcher: ChoiceWatcher, weights: StandIns | None
+    module: nn.Module, path: str, seen: dict[str, Seen], watcher: ChoiceWatcher, weights: LazyWeights | None
 ) -> list[Any]:
     items = [item for item in weights.under(path) if not item.full] if weights is not None else []
     before = 0

@@ -18,7 +18,7 @@ from moe_export.export.frontend.arguments import parse_init, parse_input
 from moe_export.export.frontend.load import split_spec
 from moe_export.export.frontend.script import run_file
 from moe_export.export.frontend.source import last_model_line, last_user_line
-from moe_export.export.torch_compat.caches import made_once
+from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing.every_expert_hit import every_expert_hit
 from moe_export.export.tracing.idioms import traceable_idioms, user_lines
@@ -156,7 +156,7 @@ def trace_weightless(model: Weightless) -> ExportedProgram:
             with (
                 quiet(),
                 torch.no_grad(),
-                made_once(),
+                cache_patches(),
                 torch.backends.opt_einsum.flags(enabled=False),
                 traceable_idioms(),
                 symbolic_numbers(model.module),

@@ -11,7 +11,7 @@ from canaries import canary
 from torch._export import utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from moe_export.export.torch_compat.caches import made_once
+from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.tracing.trace import quiet
 from moe_export.models import mamba, sparse_moe
 
@@ -30,7 +30,7 @@ def table(registry):
 @pytest.mark.parametrize("opset", [18, 21])
 def test_the_table_of_functions_is_pytorchs_own(opset):
     theirs = ONNXRegistry.from_torchlib(opset)
-    with made_once():
+    with cache_patches():
         ours, again = (ONNXRegistry().from_torchlib(opset_version=opset) for _ in range(2))
     assert len(table(theirs)) > 400
     assert table(ours) == table(again) == table(theirs)
@@ -43,7 +43,7 @@ def test_a_function_that_one_export_adds_is_not_in_the_next():
         return x
 
     target = torch.ops.aten.silu.default
-    with made_once():
+    with cache_patches():
         one = ONNXRegistry.from_torchlib(18)
         one.register_op(target, silu)
         other = ONNXRegistry.from_torchlib(18)
@@ -52,12 +52,12 @@ def test_a_function_that_one_export_adds_is_not_in_the_next():
 
 
 def test_the_second_table_is_not_made_again(monkeypatch):
-    with made_once():
+    with cache_patches():
         ONNXRegistry.from_torchlib(18)
     parsed = []
     original = inspect.signature
     monkeypatch.setattr(inspect, "signature", lambda *args, **kwargs: parsed.append(args) or original(*args))
-    with made_once():
+    with cache_patches():
         ONNXRegistry.from_torchlib(18)
     assert not parsed
     ONNXRegistry.from_torchlib(18)
@@ -65,12 +65,12 @@ def test_the_second_table_is_not_made_again(monkeypatch):
 
 
 def test_an_operator_of_a_new_library_is_found():
-    with made_once():
+    with cache_patches():
         before = utils._collect_all_valid_cia_ops()
     library = torch.library.Library("moe_export_new", "DEF")
     library.define("twice(Tensor x) -> Tensor")
     library.impl("twice", lambda x: x + x, "CompositeImplicitAutograd")
-    with made_once():
+    with cache_patches():
         after = utils._collect_all_valid_cia_ops()
     assert after == utils._collect_all_valid_cia_ops()
     assert {str(op) for op in after - before} == {"moe_export_new.twice.default"}
@@ -85,14 +85,14 @@ def test_everything_is_as_before_when_it_ends():
         )
 
     before = patched()
-    with made_once():
+    with cache_patches():
         inside = patched()
         assert all(one is not other for one, other in zip(before, inside, strict=True))
-        with made_once():  # one in another
+        with cache_patches():  # one in another
             ONNXRegistry.from_torchlib(18)
         assert patched() == inside
     assert patched() == before
-    with pytest.raises(ZeroDivisionError), made_once():
+    with pytest.raises(ZeroDivisionError), cache_patches():
         raise ZeroDivisionError
     assert patched() == before
 
@@ -108,7 +108,7 @@ def test_a_graph_is_the_same_byte_by_byte(example):
         return str(program.graph), written.model_proto.SerializeToString(deterministic=True)
 
     theirs = exported()
-    with made_once():
+    with cache_patches():
         assert exported() == theirs
         assert exported() == theirs
 
@@ -129,14 +129,14 @@ def test_canary_the_table_of_functions_is_made_by_a_class_method():
 
         assert isinstance(ONNXRegistry.__dict__["from_torchlib"], classmethod)
         assert isinstance(TracedOnnxFunction.__dict__["function_ir"], property)
-        with made_once():
+        with cache_patches():
             assert isinstance(ONNXRegistry.__dict__["from_torchlib"], staticmethod)
 
 
 def test_canary_operators_that_stand_for_others_are_looked_up_by_one_function():
     with slower("torch._export.utils._materialize_cpp_cia_ops looks all operators up by their dispatch key"):
         theirs = utils._materialize_cpp_cia_ops
-        with made_once():
+        with cache_patches():
             assert utils._materialize_cpp_cia_ops is not theirs
         assert torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
 
@@ -144,5 +144,5 @@ def test_canary_operators_that_stand_for_others_are_looked_up_by_one_function():
 def test_canary_types_of_kernels_are_written_with_collections_abc():
     with slower("torch._ops writes types with the `Callable` of collections.abc"):
         theirs = torch._ops.Callable
-        with made_once():
+        with cache_patches():
             assert torch._ops.Callable is not theirs

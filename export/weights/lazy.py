@@ -1,4 +1,4 @@
-"""`StandIns`: the weights of a model, in its module, without their bytes.
+"""`LazyWeights`: the weights of a model, in its module, without their bytes until somebody fills them.
 
 A module on the meta device cannot be run, and much of the export asks what a model does by running it. So each large
 weight gets a tensor over memory that was never written: reading it gives zeros and takes no room. Its values can be
@@ -35,7 +35,7 @@ _NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000)
 
 
 @dataclass(eq=False)
-class StandIn:
+class LazyWeight:
     """One weight: memory of its size, empty or filled.
 
     Attributes:
@@ -56,7 +56,7 @@ class StandIn:
         if self.full:
             return
         self.full = True
-        place = self.recipe.place()
+        place = self.recipe.byte_range()
         if place is not None:
             read_exactly(place.file, memoryview(self.memory)[: place.length], place.offset)
             return
@@ -75,7 +75,7 @@ class StandIn:
 
 
 @dataclass(eq=False)
-class StandIns:
+class LazyWeights:
     """The weights of one module.
 
     Attributes:
@@ -85,12 +85,12 @@ class StandIns:
     """
 
     files: tuple[Path, ...]
-    items: Mapping[str, StandIn]
-    names: Mapping[str, StandIn]
+    items: Mapping[str, LazyWeight]
+    names: Mapping[str, LazyWeight]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all weights that are stood in for."""
+        """Bytes of all lazy weights."""
         return sum(item.recipe.nbytes for item in self.items.values())
 
     @property
@@ -98,7 +98,7 @@ class StandIns:
         """Whether a weight is not in memory."""
         return any(not item.full for item in self.items.values())
 
-    def under(self, path: str) -> list[StandIn]:
+    def under(self, path: str) -> list[LazyWeight]:
         """The weights of a module and of those inside it."""
         return list(
             dict.fromkeys(
@@ -107,11 +107,11 @@ class StandIns:
         )
 
 
-_known: weakref.WeakValueDictionary[int, StandIn] = weakref.WeakValueDictionary()
+_known: weakref.WeakValueDictionary[int, LazyWeight] = weakref.WeakValueDictionary()
 
 
-def stand_in_of(tensor: Any) -> StandIn | None:
-    """What stands in for a weight, told from a tensor that is all of it, under whatever name and wrapper."""
+def lazy_weight_of(tensor: Any) -> LazyWeight | None:
+    """The lazy weight behind a tensor, told from a tensor that is all of it, under whatever name and wrapper."""
     if not isinstance(tensor, torch.Tensor) or tensor.layout is not torch.strided or tensor.is_meta:
         return None
     try:
@@ -121,7 +121,7 @@ def stand_in_of(tensor: Any) -> StandIn | None:
     return found
 
 
-def is_whole(tensor: torch.Tensor, item: StandIn) -> bool:
+def is_whole(tensor: torch.Tensor, item: LazyWeight) -> bool:
     """Whether a tensor is the weight itself, not a view of another shape."""
     own = item.tensor
     return (tensor.shape, tensor.stride(), tensor.dtype) == (own.shape, own.stride(), own.dtype)
@@ -129,13 +129,13 @@ def is_whole(tensor: torch.Tensor, item: StandIn) -> bool:
 
 def absent_among(tensors: Iterable[Any]) -> bool:
     """Whether one of these tensors is a weight that is not in memory."""
-    return any(item is not None and not item.full for item in map(stand_in_of, tensors))
+    return any(item is not None and not item.full for item in map(lazy_weight_of, tensors))
 
 
 @contextmanager
 def filled(tensors: Iterable[Any]) -> Iterator[None]:
     """Have the values of these tensors in memory for a while."""
-    items = [item for item in map(stand_in_of, tensors) if item is not None and not item.full]
+    items = [item for item in map(lazy_weight_of, tensors) if item is not None and not item.full]
     try:
         for item in items:
             item.fill()
@@ -150,7 +150,7 @@ def in_memory(module: nn.Module) -> AbstractContextManager[None]:
     return filled([*module.parameters(), *module.buffers()])
 
 
-def attach_weights(module: nn.Module, path: Path, memory: int, source: Path) -> StandIns:
+def attach_weights(module: nn.Module, path: Path, memory: int, source: Path) -> LazyWeights:
     """Give a module on the meta device its weights, from files.
 
     Args:
@@ -177,9 +177,9 @@ def attach_weights(module: nn.Module, path: Path, memory: int, source: Path) -> 
             if len(missing) < len(wanted)
             else f"the file has: {', '.join(list(stored)[:4])}",
         )
-    large: dict[str, StandIn] = {}
-    names: dict[str, StandIn] = {}
-    made: dict[int, tuple[torch.Tensor, StandIn | None]] = {}
+    large: dict[str, LazyWeight] = {}
+    names: dict[str, LazyWeight] = {}
+    made: dict[int, tuple[torch.Tensor, LazyWeight | None]] = {}
     for name, owner, key, tensor in wanted:
         if id(tensor) not in made:
             first = tied[id(tensor)]
@@ -191,8 +191,10 @@ def attach_weights(module: nn.Module, path: Path, memory: int, source: Path) -> 
         if item is not None:
             names[name] = item
         setattr(owner, key, value)
-    files = tuple(sorted({place.file for item in stored.values() if (place := item.place()) is not None}))
-    found = StandIns(files or (path,), large, names)
+    files = tuple(
+        sorted({place.file for item in stored.values() if (place := item.byte_range()) is not None})
+    )
+    found = LazyWeights(files or (path,), large, names)
     if found.nbytes <= memory:
         for item in found.items.values():
             item.fill()
@@ -209,7 +211,7 @@ def _owners(module: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, torc
 
 def _made(
     name: str, meta: torch.Tensor, recipe: Recipe, path: Path, source: Path
-) -> tuple[torch.Tensor, StandIn | None]:
+) -> tuple[torch.Tensor, LazyWeight | None]:
     if tuple(meta.shape) != recipe.shape:
         raise UsageError(
             f"{name} is {list(recipe.shape)} in {path.name}, and {list(meta.shape)} in the model",
@@ -228,7 +230,7 @@ def _made(
     else:
         memory = mmap.mmap(-1, recipe.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
         tensor = torch.frombuffer(memory, dtype=meta.dtype).reshape(meta.shape)
-        item = StandIn(name, recipe, tensor, memory)
+        item = LazyWeight(name, recipe, tensor, memory)
         _known[tensor.untyped_storage().data_ptr()] = item
     if isinstance(meta, nn.Parameter):
         return nn.Parameter(tensor, requires_grad=False), item
