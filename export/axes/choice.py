@@ -20,7 +20,7 @@ CARRIERS = {
     _aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.contiguous.default, _aten.detach.default,
     _aten.alias.default, _aten.slice.Tensor, _aten.select.int,
 }  # fmt: skip
-"""What rearranges the chosen indices, or marks made of them, and hands them on."""
+"""What rearranges the chosen indices, or one-hot masks made of them, and hands them on."""
 
 
 @dataclass(frozen=True)

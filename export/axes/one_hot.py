@@ -1,4 +1,4 @@
-"""Read off a mask which token-expert pairs it marks: symbolically, through whatever order the code put it in.
+"""One-hot masks: which token-expert pairs a mask selects, read symbolically, in whatever order the code put its axes.
 
 Letters: N tokens, k slots (choices of a token), E experts.
 """
@@ -17,7 +17,7 @@ from moe_export.export.sizes import fixed, same_shape, same_size
 
 _aten = torch.ops.aten
 
-# Ops that pass a mark on without moving it: 0 stays false, 1 stays true.
+# Ops that pass a mask on without moving its entries: 0 stays false, 1 stays true.
 _SAME = {
     _aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device,
     _aten.clone.default, _aten.alias.default, _aten.detach.default,
@@ -35,15 +35,15 @@ _NONZERO = {_aten.ne.Scalar, _aten.gt.Scalar, _aten.greater.Scalar}
 
 
 @dataclass(frozen=True)
-class Marks:
+class OneHotMask:
     """A value that is true, or 1, where a pair chose an expert.
 
     Attributes:
         indices: The chosen experts, (N, k) or (N,).
         axes: What each dimension runs over: "token", "slot", "expert".
-        expert: The one expert that is marked, once no axis runs over experts any more.
-        exact: Every pair is marked; False where some are left out, or the axes were merged.
-        kept: Where it is not exact: the marks that are left, (N, k, E) or (N, E).
+        expert: The one expert that is selected, once no axis runs over experts any more.
+        exact: Every pair is selected; False where some are left out, or the axes were merged.
+        remaining: Where it is not exact: the entries that are left, (N, k, E) or (N, E).
         among: Where it is not exact: the pairs that count, as bool of the shape of the indices.
     """
 
@@ -51,12 +51,12 @@ class Marks:
     axes: tuple[str, ...]
     expert: int | None = None
     exact: bool = True
-    kept: fx.Node | None = None
+    remaining: fx.Node | None = None
     among: fx.Node | None = None
 
 
-def marks_of(node: fx.Node) -> Marks | None:
-    """What a mask marks; None if it is no mark of chosen experts, or in a form that is not known."""
+def one_hot_mask_of(node: fx.Node) -> OneHotMask | None:
+    """A mask as a one-hot mask of chosen experts; None if it is none, or in a form that is not known."""
     if node.op != "call_function":
         return None
     target, source = node.target, node.args[0]
@@ -64,49 +64,49 @@ def marks_of(node: fx.Node) -> Marks | None:
         return None
     if target is _aten.one_hot.default:
         axes = index_axes(source)
-        return Marks(source, (*axes, "expert")) if axes else None
+        return OneHotMask(source, (*axes, "expert")) if axes else None
     if target is _aten.eq.Scalar and isinstance(node.args[1], int):
         axes = index_axes(source)
         if axes:
-            return Marks(source, axes, node.args[1])
+            return OneHotMask(source, axes, node.args[1])
     if target in _SCATTERS and node.args[1:] in ((1, node.args[2], 1), (-1, node.args[2], 1)):
         return _scattered(node)
     if target in _PRODUCTS:
         return _masked(node)
     if target not in _MOVES and target not in _SAME and target not in _NONZERO:
         return None
-    inner = marks_of(source)
+    inner = one_hot_mask_of(source)
     return _moved(node, inner) if inner is not None else None
 
 
-def _scattered(node: fx.Node) -> Marks | None:
+def _scattered(node: fx.Node) -> OneHotMask | None:
     """`zeros(N, E).scatter(1, idx, 1)`: whether the token chose the expert."""
     base, indices = node.args[0], node.args[2]
     assert isinstance(base, fx.Node)
     assert isinstance(indices, fx.Node)
     if base.target not in _ZEROS or index_axes(indices) != ("token", "slot"):
         return None
-    return Marks(indices, ("token", "expert"))
+    return OneHotMask(indices, ("token", "expert"))
 
 
-def _masked(node: fx.Node) -> Marks | None:
+def _masked(node: fx.Node) -> OneHotMask | None:
     """Marks times another mask: a capacity leaves out some of the pairs."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dtype.is_floating_point:
         return None
     for source in node.all_input_nodes:
-        inner = marks_of(source)
+        inner = one_hot_mask_of(source)
         if inner is not None and same_shape(shape_of(source), shape_of(node)):
             among = _among(node, source, inner)
             if among is not None:
                 return dataclasses.replace(inner, exact=False, among=among)
             canonical = inner.axes in (("token", "slot", "expert"), ("token", "expert"))
-            return dataclasses.replace(inner, exact=False, kept=node if canonical else None)
+            return dataclasses.replace(inner, exact=False, remaining=node if canonical else None)
     return None
 
 
-def _among(node: fx.Node, source: fx.Node, inner: Marks) -> fx.Node | None:
-    """In `(indices == e) & kept`: what the marks of one expert are taken from, the same for each of them."""
+def _among(node: fx.Node, source: fx.Node, inner: OneHotMask) -> fx.Node | None:
+    """In `(indices == e) & kept`: what the mask of one expert is combined with, the same for each of them."""
     others = [each for each in node.all_input_nodes if each is not source]
     if not inner.exact or inner.expert is None or inner.axes != index_axes(inner.indices) or len(others) != 1:
         return None
@@ -114,19 +114,19 @@ def _among(node: fx.Node, source: fx.Node, inner: Marks) -> fx.Node | None:
     if not isinstance(value, torch.Tensor) or value.dtype is not torch.bool:
         return None
     same = same_shape(value.shape, shape_of(node))
-    return others[0] if same and marks_of(others[0]) is None else None
+    return others[0] if same and one_hot_mask_of(others[0]) is None else None
 
 
-def _merged(node: fx.Node, inner: Marks) -> Marks | None:
+def _merged(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
     """The axes before that of the experts taken apart in another way."""
     before, after = shape_of(node.args[0]), shape_of(node)
     if inner.axes[-1:] != ("expert",) or len(after) != 3 or not same_size(before[-1], after[-1]):
         return None
-    return Marks(inner.indices, ("token", "slot", "expert"), exact=False, kept=node)
+    return OneHotMask(inner.indices, ("token", "slot", "expert"), exact=False, remaining=node)
 
 
-def _moved(node: fx.Node, inner: Marks) -> Marks | None:
-    """The marks after one more operator."""
+def _moved(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
+    """The mask after one more operator."""
     target, args, rank = node.target, node.args, len(inner.axes)
     if (
         target in _SAME
@@ -158,7 +158,7 @@ def _reordered(node: fx.Node, axes: tuple[str, ...]) -> tuple[str, ...]:
     return tuple(moved)
 
 
-def _squeezed(node: fx.Node, inner: Marks, axis: int) -> Marks | None:
+def _squeezed(node: fx.Node, inner: OneHotMask, axis: int) -> OneHotMask | None:
     if same_shape(shape_of(node), shape_of(node.args[0])):
         return inner  # nothing of size 1 there
     if inner.axes[axis] not in ("one", "slot"):
@@ -166,13 +166,13 @@ def _squeezed(node: fx.Node, inner: Marks, axis: int) -> Marks | None:
     return dataclasses.replace(inner, axes=inner.axes[:axis] + inner.axes[axis + 1 :])
 
 
-def _without(inner: Marks, axis: int, index: int) -> Marks | None:
+def _without(inner: OneHotMask, axis: int, index: int) -> OneHotMask | None:
     if inner.axes[axis] != "expert":
         return None
     return dataclasses.replace(inner, axes=inner.axes[:axis] + inner.axes[axis + 1 :], expert=index)
 
 
-def _reduced(node: fx.Node, inner: Marks) -> Marks | None:
+def _reduced(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
     """Reduced over the slots: whether the token chose the expert at all (a token chooses it once at most)."""
     axes = node.args[1]
     kept = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)

@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import names_experts
-from moe_export.export.axes.one_hot import marks_of
+from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
@@ -77,51 +77,55 @@ class Experts:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class GraphIndex:
     """What is known of a whole graph, once for all of its loops.
 
     Attributes:
         sums: Where any loop adds rows; what is behind it belongs to no single expert any more.
-        twins: Each node → the first node that computes the same.
-        fixing: Chosen indices → expert → the nodes that single it out of the marks: `idx == e`, `marks[..., e]`.
+        value_numbers: Each node → the first node that computes the same.
+        fixing: Chosen indices → expert → the nodes that single it out of the mask: `idx == e`, `mask[..., e]`.
     """
 
     sums: frozenset[fx.Node]
-    twins: Mapping[fx.Node, fx.Node]
+    value_numbers: Mapping[fx.Node, fx.Node]
     fixing: Mapping[fx.Node, Mapping[int, set[fx.Node]]]
 
     @staticmethod
-    def of(graph: fx.Graph, chains: Sequence[Chain]) -> Surroundings:
-        twins = same_values(graph) if chains else {}
+    def of(graph: fx.Graph, chains: Sequence[Chain]) -> GraphIndex:
+        value_numbers = value_numbering(graph) if chains else {}
         sums = frozenset(iteration.after for chain in chains for iteration in chain.iterations)
-        return Surroundings(sums, twins, _fixing_nodes(graph, twins) if chains else {})
+        return GraphIndex(sums, value_numbers, _fixing_nodes(graph, value_numbers) if chains else {})
 
 
-def understand(chain: Chain, around: Surroundings) -> Experts:
+def understand(chain: Chain, graph_index: GraphIndex) -> Experts:
     """Find out what a chain computes.
 
     Args:
         chain: The iterations of a loop.
-        around: The graph that it stands in.
+        graph_index: The graph that it stands in.
 
     Raises:
         RefusedError: The experts differ in more than their weights, or the chain is incomplete; says why.
     """
-    ordered = sorted(chain.iterations, key=lambda iteration: iteration.selection.marks.expert or 0)
-    numbers = [iteration.selection.marks.expert for iteration in ordered]
+    ordered = sorted(chain.iterations, key=lambda iteration: iteration.selection.one_hot.expert or 0)
+    numbers = [iteration.selection.one_hot.expert for iteration in ordered]
     if numbers != list(range(len(numbers))):
         raise RefusedError(f"the loop runs over experts {numbers}, not over 0 to {len(numbers) - 1}")
-    indices = around.twins[chain.indices]
-    if any(around.twins[iteration.selection.marks.indices] is not indices for iteration in ordered):
+    indices = graph_index.value_numbers[chain.indices]
+    if any(
+        graph_index.value_numbers[iteration.selection.one_hot.indices] is not indices for iteration in ordered
+    ):
         raise RefusedError("the experts are chosen by different indices")
     if any(iteration.through is not chain.through for iteration in ordered):
         raise RefusedError("the experts' rows are added to different places")
     overwrites = any(iteration.overwrites for iteration in ordered)
     if overwrites and chain.indices.meta["val"].dim() > 1:
         raise RefusedError("rows are overwritten, not added to, and a token may have several experts")
-    fixing = around.fixing.get(indices, {})
-    walks = [_Walk(iteration, fixing.get(number, set()), around) for number, iteration in enumerate(ordered)]
-    shared, weights, kinds = _sort_leaves(walks, around.twins)
+    fixing = graph_index.fixing.get(indices, {})
+    walks = [
+        _Walk(iteration, fixing.get(number, set()), graph_index) for number, iteration in enumerate(ordered)
+    ]
+    shared, weights, kinds = _sort_leaves(walks, graph_index.value_numbers)
     before = chain.iterations[0].before
     # Every row is written once, or holds nothing yet.
     settled = overwrites and (names_experts(indices, len(ordered)) or before.target in _ANYTHING)
@@ -138,31 +142,33 @@ def understand(chain: Chain, around: Surroundings) -> Experts:
     )
 
 
-def same_values(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+def value_numbering(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
     """Each node → the first node that computes the same; loops compute the same thing in every iteration."""
     first: dict[str, fx.Node] = {}
-    twins: dict[fx.Node, fx.Node] = {}
+    value_numbers: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
-        twins[node] = node
+        value_numbers[node] = node
         if node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(
             node.target, "tags", ()
         ):
-            key = repr((str(node.target), fx.map_arg((node.args, node.kwargs), lambda arg: twins[arg])))
-            twins[node] = first.setdefault(key, node)
-    return twins
+            key = repr(
+                (str(node.target), fx.map_arg((node.args, node.kwargs), lambda arg: value_numbers[arg]))
+            )
+            value_numbers[node] = first.setdefault(key, node)
+    return value_numbers
 
 
 def _fixing_nodes(
-    graph: fx.Graph, twins: Mapping[fx.Node, fx.Node]
+    graph: fx.Graph, value_numbers: Mapping[fx.Node, fx.Node]
 ) -> dict[fx.Node, dict[int, set[fx.Node]]]:
     found: dict[fx.Node, dict[int, set[fx.Node]]] = {}
     for node in graph.nodes:
-        marks = marks_of(node) if node.target in (_aten.eq.Scalar, _aten.select.int) else None
-        if marks is None or marks.expert is None:
+        one_hot = one_hot_mask_of(node) if node.target in (_aten.eq.Scalar, _aten.select.int) else None
+        if one_hot is None or one_hot.expert is None:
             continue
-        before = marks_of(node.args[0])
+        before = one_hot_mask_of(node.args[0])
         if before is None or before.expert is None:
-            found.setdefault(twins[marks.indices], {}).setdefault(marks.expert, set()).add(node)
+            found.setdefault(value_numbers[one_hot.indices], {}).setdefault(one_hot.expert, set()).add(node)
     return found
 
 
@@ -174,11 +180,11 @@ class _Walk:
         leaves: Nodes from outside, in the order of their first use.
     """
 
-    def __init__(self, iteration: Iteration, fixing: set[fx.Node], around: Surroundings) -> None:
+    def __init__(self, iteration: Iteration, fixing: set[fx.Node], graph_index: GraphIndex) -> None:
         self._rows = iteration.selection
         self._fixing = fixing
-        self._twins = around.twins
-        self._dependent = _dependents(iteration, fixing, around.sums)
+        self._value_numbers = graph_index.value_numbers
+        self._dependent = _dependents(iteration, fixing, graph_index.sums)
         self._value = iteration.value
         self.nodes: list[fx.Node] = []
         self.leaves: list[fx.Node] = []
@@ -208,7 +214,7 @@ class _Walk:
         """Whether a node only rearranges weights: `w.t()`, `w[e].t()`; the weights are the leaves then."""
         if node not in self._of_weights:
             inputs = node.all_input_nodes
-            own = node.target is _aten.select.int and node.args[1:] == (0, self._rows.marks.expert)
+            own = node.target is _aten.select.int and node.args[1:] == (0, self._rows.one_hot.expert)
             self._of_weights[node] = (
                 node.op == "call_function"
                 and not own
@@ -219,13 +225,13 @@ class _Walk:
         return self._of_weights[node]
 
     def _is_weight(self, node: fx.Node) -> bool:
-        if node.target is _aten.select.int and node.args[1:] == (0, self._rows.marks.expert):
+        if node.target is _aten.select.int and node.args[1:] == (0, self._rows.one_hot.expert):
             source = node.args[0]
             return isinstance(source, fx.Node) and (self._is_weight(source) or self._is_of_weights(source))
         return node.op == "placeholder" and is_weight(node)
 
     def _twin(self, node: fx.Node) -> fx.Node:
-        return node if node in self._dependent else self._twins[node]
+        return node if node in self._dependent else self._value_numbers[node]
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
         """What a node takes, but for the rows, which the body is given."""
@@ -239,12 +245,16 @@ class _Walk:
             return "slot"
         by_mask = user is not None and user.target is _aten.index.Tensor and list(user.args[1]) == [node]  # type: ignore[arg-type]
         mask = self._rows.mask
-        return "token" if by_mask and mask is not None and self._twins[node] is self._twins[mask] else None
+        return (
+            "token"
+            if by_mask and mask is not None and self._value_numbers[node] is self._value_numbers[mask]
+            else None
+        )
 
     def _step(self, node: fx.Node) -> tuple[Any, ...]:
         args = node.args
         if node in self._fixing:  # the one number in which the iterations differ
-            args = tuple("expert" if arg == self._rows.marks.expert else arg for arg in args)
+            args = tuple("expert" if arg == self._rows.one_hot.expert else arg for arg in args)
 
         def refer(source: fx.Node) -> Any:
             kind = self._row_kind(source, node)
@@ -299,7 +309,7 @@ def _dependents(iteration: Iteration, fixing: set[fx.Node], sums: Collection[fx.
 
 
 def _sort_leaves(
-    walks: list[_Walk], twins: Mapping[fx.Node, fx.Node]
+    walks: list[_Walk], value_numbers: Mapping[fx.Node, fx.Node]
 ) -> tuple[tuple[fx.Node, ...], tuple[Weight, ...], list[str]]:
     """Compare the iterations, and tell what all share from what each has of its own."""
     first = walks[0]
@@ -320,17 +330,17 @@ def _sort_leaves(
             shared.append(column[0])
             kinds.append("shared")
         else:
-            weights.append(_weight(column, twins))
+            weights.append(_weight(column, value_numbers))
             kinds.append("weight")
     return tuple(shared), tuple(weights), kinds
 
 
-def _weight(column: tuple[fx.Node, ...], twins: Mapping[fx.Node, fx.Node]) -> Weight:
+def _weight(column: tuple[fx.Node, ...], value_numbers: Mapping[fx.Node, fx.Node]) -> Weight:
     if all(leaf.op == "placeholder" for leaf in column):
         _require_same_shapes(column)
         return Weight(separate=column)
     bases = {
-        twins[leaf.all_input_nodes[0]]
+        value_numbers[leaf.all_input_nodes[0]]
         for leaf in column
         if leaf.target is _aten.select.int and leaf.args[1] == 0
     }

@@ -27,7 +27,7 @@ from torch import fx, nn
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
-from moe_export.export.experts.body import Experts, same_values
+from moe_export.export.experts.body import Experts, value_numbering
 from moe_export.export.experts.capacity_check import check_core
 from moe_export.export.experts.capacity_experts import Core, core_of, write_core
 from moe_export.export.experts.capacity_facts import Facts
@@ -86,14 +86,14 @@ def find_capacity(graph: fx.Graph, refused: list[str]) -> Iterator[Experts]:
         graph: The traced program; values of pairs are written into it.
         refused: Gets a line for each block that stays as it was written.
     """
-    twins: Mapping[fx.Node, fx.Node] | None = None
+    value_numbers: Mapping[fx.Node, fx.Node] | None = None
     for node in list(graph.nodes):
         for end in _contractions(node):
             if len(end.only(0)) != 1 or len(end.only(1)) != 1 or not 1 <= len(end.shared(kept=False)) <= 2:
                 continue
-            twins = twins or same_values(graph)
+            value_numbers = value_numbers or value_numbering(graph)
             why: Exception | None = None
-            for masks in _masks(end, twins):
+            for masks in _masks(end, value_numbers):
                 try:
                     yield _understood(masks)
                 except RefusedError as error:
@@ -131,7 +131,7 @@ def _contractions(node: fx.Node) -> Iterator[_Contraction]:
     yield found.turned
 
 
-def _masks(end: _Contraction, twins: Mapping[fx.Node, fx.Node]) -> Iterator[_Masks]:
+def _masks(end: _Contraction, value_numbers: Mapping[fx.Node, fx.Node]) -> Iterator[_Masks]:
     """The mask of a combination, in each way to read its axes; none if the first operand is none."""
     groups = {letter: f"g{place}" for place, letter in enumerate(end.shared(kept=True))}
     for names, merged in _readings(end, end.operands[0]):
@@ -149,7 +149,7 @@ def _masks(end: _Contraction, twins: Mapping[fx.Node, fx.Node]) -> Iterator[_Mas
                 for axis, size in zip(view.axes, shape_of(view.node), strict=True)
                 if len(axis) == 1
             }
-        labels = Labels(sizes, twins)
+        labels = Labels(sizes, value_numbers)
         if not (str(sizes["e"]).isdigit() and str(sizes["h"]).isdigit()):
             continue
         try:

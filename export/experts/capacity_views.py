@@ -49,11 +49,11 @@ class Labels:
 
     Attributes:
         sizes: Of each label.
-        twins: Each node → the first node that computes the same.
+        value_numbers: Each node → the first node that computes the same.
     """
 
     sizes: dict[str, Any]
-    twins: Mapping[fx.Node, fx.Node]
+    value_numbers: Mapping[fx.Node, fx.Node]
 
     def note(self, label: str, size: Any) -> None:
         """Say how long an axis is that was found on the way."""
@@ -69,7 +69,7 @@ class Labels:
         while True:
             inner = self._inner(view)
             if inner is None or (values and _rounds(view.node)):
-                return View(self.twins.get(view.node, view.node), view.axes)
+                return View(self.value_numbers.get(view.node, view.node), view.axes)
             view = inner
 
     def operands(self, view: View) -> list[View] | None:

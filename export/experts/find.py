@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.chosen import name_once
-from moe_export.export.axes.one_hot import Marks, marks_of
-from moe_export.export.experts.kept import indices_among, indices_of
+from moe_export.export.axes.one_hot import OneHotMask, one_hot_mask_of
+from moe_export.export.experts.masked_indices import masked_indices, masked_indices_among
 from moe_export.export.frontend.source import line_of
 
 _aten = torch.ops.aten
@@ -25,12 +25,12 @@ class Selection:
     """The pairs that chose one expert, as row numbers or as a boolean mask.
 
     Attributes:
-        marks: Which expert, of which indices.
+        one_hot: Which expert, of which indices.
         token, slot: Nodes (R,) with the pairs' tokens and slots; None where the code has no such node.
         mask: A boolean node (N,) that is used as an index itself.
     """
 
-    marks: Marks
+    one_hot: OneHotMask
     token: fx.Node | None
     slot: fx.Node | None
     mask: fx.Node | None
@@ -70,7 +70,7 @@ class Chain:
 
     @property
     def indices(self) -> fx.Node:
-        return self.iterations[0].selection.marks.indices
+        return self.iterations[0].selection.one_hot.indices
 
     @property
     def through(self) -> fx.Node | None:
@@ -103,37 +103,41 @@ def find_chains(graph: fx.Graph) -> tuple[Chain, ...]:
 def _selections(graph: fx.Graph) -> Iterator[Selection]:
     indices: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
     for node in list(graph.nodes):
-        marks = marks_of(node)
-        if marks is None or marks.expert is None or "expert" in marks.axes:
+        one_hot = one_hot_mask_of(node)
+        if one_hot is None or one_hot.expert is None or "expert" in one_hot.axes:
             continue
-        token, slot = _row_numbers(node, marks)
-        is_index = marks.axes == ("token",) and any(_indexes_by(user, node) for user in node.users)
+        token, slot = _row_numbers(node, one_hot)
+        is_index = one_hot.axes == ("token",) and any(_indexes_by(user, node) for user in node.users)
         if token is None and not is_index:
             continue
-        if not marks.exact:
-            left = marks.kept or marks.among
+        if not one_hot.exact:
+            left = one_hot.remaining or one_hot.among
             if left is None:
                 continue
-            key = (marks.indices, left)
+            key = (one_hot.indices, left)
             if key not in indices:
-                indices[key] = indices_of(left) if left is marks.kept else indices_among(marks.indices, left)
-            marks = Marks(indices[key], marks.axes, marks.expert)
-        yield Selection(marks, token, slot, node if is_index else None)
+                indices[key] = (
+                    masked_indices(left)
+                    if left is one_hot.remaining
+                    else masked_indices_among(one_hot.indices, left)
+                )
+            one_hot = OneHotMask(indices[key], one_hot.axes, one_hot.expert)
+        yield Selection(one_hot, token, slot, node if is_index else None)
 
 
-def _row_numbers(mask: fx.Node, marks: Marks) -> tuple[fx.Node | None, fx.Node | None]:
+def _row_numbers(mask: fx.Node, one_hot: OneHotMask) -> tuple[fx.Node | None, fx.Node | None]:
     """The nodes with the token and the slot of each pair, where the mask goes through `nonzero` or `where`.
 
     A number along one of several axes of tokens names no token; `flat_tokens` has made one axis of those it can.
     """
-    if marks.axes.count("token") > 1:
+    if one_hot.axes.count("token") > 1:
         return None, None
     found: dict[str, fx.Node] = {}
     for user in mask.users:
         for part in user.users:
-            axis = _part_axis(user, part, len(marks.axes))
+            axis = _part_axis(user, part, len(one_hot.axes))
             if axis is not None:
-                found[marks.axes[axis]] = part
+                found[one_hot.axes[axis]] = part
     return found.get("token"), found.get("slot")
 
 
@@ -186,9 +190,9 @@ def _rows_differ(selection: Selection, through: fx.Node | None) -> bool:
     `out[token] += rows` reads, adds and writes: of a token that is there twice, the last row is kept. What adds both
     may stand in its place only where there is no such token.
     """
-    if through is None and "slot" not in selection.marks.axes:
+    if through is None and "slot" not in selection.one_hot.axes:
         return True  # a mask of tokens
-    return through is None and name_once(selection.marks.indices)
+    return through is None and name_once(selection.one_hot.indices)
 
 
 def _is_numbers(node: fx.Node) -> bool:

@@ -145,18 +145,20 @@ def _written(body: fx.GraphModule, arguments: Sequence[torch.Tensor], spec: list
 def _with_nodes(program: ExportedProgram, blocks: Sequence[Experts]) -> ExportedProgram:
     """A copy of the program in which each block is one node."""
     module = copied_module(program)
-    twins = dict(zip(program.graph.nodes, module.graph.nodes, strict=True))
+    copies = dict(zip(program.graph.nodes, module.graph.nodes, strict=True))
     for number, experts in enumerate(blocks):
-        _replace(module.graph, experts, number, twins)
+        _replace(module.graph, experts, number, copies)
     return with_module(program, module)
 
 
-def _replace(graph: fx.Graph, experts: Experts, number: int, twins: dict[fx.Node, fx.Node]) -> None:
-    result = twins[experts.result]
-    start = twins[experts.start] if experts.start is not None else twins[experts.indices]
-    inputs = [twins[node] for node in (experts.indices, *experts.shared)]
+def _replace(graph: fx.Graph, experts: Experts, number: int, copies: dict[fx.Node, fx.Node]) -> None:
+    result = copies[experts.result]
+    start = copies[experts.start] if experts.start is not None else copies[experts.indices]
+    inputs = [copies[node] for node in (experts.indices, *experts.shared)]
     for weight in experts.weights:
-        inputs += [twins[node] for node in weight.separate] if weight.stack is None else [twins[weight.stack]]
+        inputs += (
+            [copies[node] for node in weight.separate] if weight.stack is None else [copies[weight.stack]]
+        )
     value = result.meta["val"]
     with graph.inserting_before(result):
         shape: list[Any] = []
@@ -171,13 +173,13 @@ def _replace(graph: fx.Graph, experts: Experts, number: int, twins: dict[fx.Node
         opaque.meta = dict(result.meta)
         replacement = opaque
         if experts.overwrites:
-            replacement = _where_chosen(graph, twins[experts.indices], experts.count, opaque, start)
+            replacement = _where_chosen(graph, copies[experts.indices], experts.count, opaque, start)
         elif experts.start is not None and start.target not in ZEROS:
             replacement = graph.call_function(_aten.add.Tensor, (start, opaque))
         if replacement is not opaque:
             replacement.meta = dict(result.meta)
     result.replace_all_uses_with(replacement)
-    twins[experts.result] = replacement
+    copies[experts.result] = replacement
 
 
 def _where_chosen(graph: fx.Graph, indices: fx.Node, count: int, rows: fx.Node, others: fx.Node) -> fx.Node:

@@ -8,7 +8,7 @@ from torch import fx
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import experts_of
-from moe_export.export.experts.body import Experts, Surroundings
+from moe_export.export.experts.body import Experts, GraphIndex
 from moe_export.export.experts.capacity import find_capacity
 from moe_export.export.experts.dense import find_dense
 from moe_export.export.experts.find import find_chains
@@ -48,10 +48,10 @@ def _loops(graph: fx.Graph, refused: list[str]) -> dict[fx.Node, Loop]:
     """Every loop over experts that is understood by itself, by the node that it ends in."""
     loops: dict[fx.Node, Loop] = {}
     chains = find_chains(graph)
-    around = Surroundings.of(graph, chains)
+    graph_index = GraphIndex.of(graph, chains)
     for chain in chains:
         try:
-            for part, experts in understand_loops(chain, around):
+            for part, experts in understand_loops(chain, graph_index):
                 loops[part.iterations[-1].after] = Loop(experts, part.through)
         except RefusedError as error:
             refused.append(_stays("loop over", chain.line, str(error)))

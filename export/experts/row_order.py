@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from moe_export.errors import RefusedError
-from moe_export.export.axes.one_hot import marks_of
+from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.row_shapes import over, pointwise
 from moe_export.export.experts.rows import PairBody, Region, Rows
@@ -177,7 +177,7 @@ def counts(region: Region, node: fx.Node) -> Rows | None:
     return Rows(0, None, lambda body: body.expert, "counts")
 
 
-def marks(region: Region, node: fx.Node) -> Rows | None:
+def one_hot(region: Region, node: fx.Node) -> Rows | None:
     """`one_hot` of the experts: (N, k, E) or (S, E)."""
     source = arguments(node)[0]
     assert isinstance(source, fx.Node)
@@ -188,7 +188,7 @@ def marks(region: Region, node: fx.Node) -> Rows | None:
     def make(body: PairBody) -> fx.Node:
         return body.call(_aten.one_hot.default, body.value(source), region.count)
 
-    return Rows(*rows.where, make, "marks", rows.constant)
+    return Rows(*rows.where, make, "one-hot", rows.constant)
 
 
 def running(region: Region, node: fx.Node) -> Rows | None:
@@ -201,27 +201,27 @@ def running(region: Region, node: fx.Node) -> Rows | None:
 
 
 def counted(region: Region, node: fx.Node) -> Rows | None:
-    """The sum of the pairs' marks over all pairs, or of the tokens' marks over all tokens."""
+    """The sum of the pairs' one-hot masks over all pairs, or of the tokens' over all tokens."""
     source, axes = arguments(node)[0], arguments(node)[1] if len(arguments(node)) > 1 else []
     rows = region.rows[source]
-    over_all = {"marks": list(range(rows.lead)), "token marks": [0]}.get(rows.number)
+    over_all = {"one-hot": list(range(rows.lead)), "token one-hot": [0]}.get(rows.number)
     if over_all is None or sorted(axes) != over_all or rank_of(node) != 1:
         return None
     return Rows(0, None, lambda body: body.expert, "counts")
 
 
-def token_marks(region: Region, node: fx.Node) -> Rows | None:
+def token_one_hot(region: Region, node: fx.Node) -> Rows | None:
     """`zeros(N, E).scatter(1, idx, 1)`: which experts each token chose."""
-    marks = marks_of(node)
+    one_hot = one_hot_mask_of(node)
     if (
-        marks is None
-        or region.rows[marks.indices].number != "expert"
-        or region.rows[marks.indices].where != (2, None)
+        one_hot is None
+        or region.rows[one_hot.indices].number != "expert"
+        or region.rows[one_hot.indices].where != (2, None)
     ):
         return None
     if str(shape_of(node)[-1]) != str(region.count):
         return None
-    return Rows(0, None, lambda body: body.expert, "token marks")
+    return Rows(0, None, lambda body: body.expert, "token one-hot")
 
 
 def behind(region: Region, node: fx.Node) -> Rows | None:

@@ -21,13 +21,13 @@ from moe_export.export.experts.row_order import (
     embedding,
     index,
     index_select,
-    marks,
+    one_hot,
     put,
     remainder,
     running,
     segment,
     sort,
-    token_marks,
+    token_one_hot,
 )  # fmt: skip
 from moe_export.export.experts.row_products import einsum, linear, matmul
 from moe_export.export.experts.row_shapes import (
@@ -98,13 +98,13 @@ _RULES: Mapping[Any, Rule] = {
     _aten.expand.default: expand,
     _aten.sum.dim_IntList: _summed,
     _aten.cumsum.default: running,
-    _aten.one_hot.default: marks,
+    _aten.one_hot.default: one_hot,
     _aten.index.Tensor: index,
     _aten.index_select.default: index_select,
     _aten.embedding.default: embedding,
     _aten.remainder.Scalar: remainder,
     _aten.einsum.default: einsum,
     _aten.ge.Tensor: behind,
-    _aten.scatter.value: token_marks,
+    _aten.scatter.value: token_one_hot,
     operator.getitem: part,
 }  # fmt: skip

@@ -51,7 +51,7 @@ class Rows:
         order: The node that sorts the pairs; None for pairs in their own order.
         make: Writes the value for the R pairs of a body.
         number: What an integer means: "expert", "token", "slot", "pair" (its flat number), "place" (the row of a
-            pair in the order `unsorts`); "sort" for a sort's pair of results; "marks" for a one-hot of the experts;
+            pair in the order `unsorts`); "sort" for a sort's pair of results; "one-hot" for a one-hot of the experts;
             "counts" or "ends" of the experts' rows for lead 0. "" for anything else.
         constant: It is the same for all rows of one expert.
         weighs: It depends on weights of experts.

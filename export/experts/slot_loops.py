@@ -22,7 +22,7 @@ from torch import fx
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
-from moe_export.export.experts.body import Experts, Surroundings, understand
+from moe_export.export.experts.body import Experts, GraphIndex, understand
 from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.frontend.source import line_of
 
@@ -31,7 +31,7 @@ _ALL = 2**63 - 1
 _ROWS = 3  # of a body's arguments: token, slot, expert
 
 
-def understand_loops(chain: Chain, around: Surroundings) -> list[tuple[Chain, Experts]]:
+def understand_loops(chain: Chain, graph_index: GraphIndex) -> list[tuple[Chain, Experts]]:
     """Find out what a chain computes; see `understand`.
 
     Returns:
@@ -42,24 +42,24 @@ def understand_loops(chain: Chain, around: Surroundings) -> list[tuple[Chain, Ex
     """
     slots: dict[fx.Node, list[Iteration]] = {}
     for iteration in chain.iterations:
-        slots.setdefault(around.twins[iteration.selection.marks.indices], []).append(iteration)
+        slots.setdefault(graph_index.value_numbers[iteration.selection.one_hot.indices], []).append(iteration)
     if len(slots) == 1 or any(rank_of(indices) != 1 for indices in slots):
-        return [(chain, understand(chain, around))]
+        return [(chain, understand(chain, graph_index))]
     if any(iteration.through is not None for iteration in chain.iterations):
         raise RefusedError("the experts are chosen by different indices, and their rows are lined up")
     if any(iteration.overwrites for iteration in chain.iterations):
         raise RefusedError("rows are overwritten, not added to, and a token may have several experts")
     parts = [Chain(tuple(iterations)) for iterations in slots.values()]
-    blocks = [understand(part, around) for part in parts]
+    blocks = [understand(part, graph_index) for part in parts]
     try:
-        return [(chain, _joined(blocks, chain, around.twins))]
+        return [(chain, _joined(blocks, chain, graph_index.value_numbers))]
     except RefusedError:
         if [iteration for part in parts for iteration in part.iterations] != list(chain.iterations):
             raise
         return list(zip(parts, blocks, strict=True))
 
 
-def _joined(blocks: Sequence[Experts], chain: Chain, twins: Mapping[fx.Node, fx.Node]) -> Experts:
+def _joined(blocks: Sequence[Experts], chain: Chain, value_numbers: Mapping[fx.Node, fx.Node]) -> Experts:
     """One block of those of all slots."""
     first = blocks[0]
     for slot, block in enumerate(blocks):
@@ -71,11 +71,12 @@ def _joined(blocks: Sequence[Experts], chain: Chain, twins: Mapping[fx.Node, fx.
     own = [place for place, column in enumerate(columns) if len(set(column)) > 1]
     body = _for_pairs(first.body, own)
     shared = [
-        _over_slots(column, twins) if place in own else column[0] for place, column in enumerate(columns)
+        _over_slots(column, value_numbers) if place in own else column[0]
+        for place, column in enumerate(columns)
     ]
     return dataclasses.replace(
         first,
-        indices=_over_slots([block.indices for block in blocks], twins),
+        indices=_over_slots([block.indices for block in blocks], value_numbers),
         body=body,
         shared=tuple(shared),
         start=chain.iterations[0].before,
@@ -107,10 +108,10 @@ def _for_pairs(body: fx.GraphModule, own: Sequence[int]) -> fx.GraphModule:
     return body
 
 
-def _over_slots(column: Sequence[fx.Node], twins: Mapping[fx.Node, fx.Node]) -> fx.Node:
+def _over_slots(column: Sequence[fx.Node], value_numbers: Mapping[fx.Node, fx.Node]) -> fx.Node:
     """The values of each slot, (N, ...), as one (N, k, ...): where it was taken apart, or put together."""
     first = column[0]
-    whole = _taken_apart(column, twins)
+    whole = _taken_apart(column, value_numbers)
     if whole is not None:
         return whole
     targets = {(node.target, repr((arguments(node)[1:], node.kwargs))) for node in column}
@@ -120,11 +121,11 @@ def _over_slots(column: Sequence[fx.Node], twins: Mapping[fx.Node, fx.Node]) -> 
         axes = arguments(first)[1:]
         if not shift or axes[0] % (rank_of(first)) > 0:
             moved = (axes[0] % rank_of(first) + 1,) if shift else axes
-            return _call(column, first.target, (_over_slots(sources, twins), *moved), first.kwargs)
+            return _call(column, first.target, (_over_slots(sources, value_numbers), *moved), first.kwargs)
     return _call(column, _aten.stack.default, (list(column), 1), {})
 
 
-def _taken_apart(column: Sequence[fx.Node], twins: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
+def _taken_apart(column: Sequence[fx.Node], value_numbers: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
     """(N, k, ...) where each of the values is `whole[:, slot]`."""
     whole = set()
     for slot, node in enumerate(column):
@@ -135,7 +136,7 @@ def _taken_apart(column: Sequence[fx.Node], twins: Mapping[fx.Node, fx.Node]) ->
             return None
         while source.target is _aten.slice.Tensor and arguments(source)[1:] == (0, 0, _ALL):
             source = arguments(source)[0]
-        whole.add(twins[source])
+        whole.add(value_numbers[source])
     return whole.pop() if len(whole) == 1 else None
 
 

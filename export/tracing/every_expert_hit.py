@@ -25,7 +25,7 @@ from torch.fx.experimental import symbolic_shapes
 from torch.overrides import TorchFunctionMode
 
 from moe_export.export.axes.chosen import experts_of
-from moe_export.export.axes.one_hot import marks_of
+from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import undecided
 from moe_export.export.tracing.expert_slices import Count, Counts, counts_of, joined, sliced, split
@@ -215,40 +215,40 @@ def _is_unknown(sizes: Any) -> bool:
     )
 
 
-def _truth(node: fx.Node | None, is_mark: Callable[[fx.Node], bool] | None = None) -> bool | None:
+def _truth(node: fx.Node | None, is_one_hot: Callable[[fx.Node], bool] | None = None) -> bool | None:
     """Whether a condition holds for an expert that has tokens; None if it is no question about that."""
     if node is None:
         return None
     target, args = node.target, node.args
     if target is _aten.logical_not.default or target is _aten.bitwise_not.default:
-        inner = _truth(args[0], is_mark)  # type: ignore[arg-type]
+        inner = _truth(args[0], is_one_hot)  # type: ignore[arg-type]
         return None if inner is None else not inner
     if target in _ABOVE and args[1] == 0:
-        return True if _is_amount(args[0], is_mark) else None
+        return True if _is_amount(args[0], is_one_hot) else None
     if target is _aten.ge.Scalar and args[1] == 1:
-        return True if _is_amount(args[0], is_mark) else None
+        return True if _is_amount(args[0], is_one_hot) else None
     if target is _aten.eq.Scalar and args[1] == 0:
-        return False if _is_amount(args[0], is_mark) else None
-    if _is_amount(node, is_mark):
+        return False if _is_amount(args[0], is_one_hot) else None
+    if _is_amount(node, is_one_hot):
         return True
-    return _truth(args[0], is_mark) if target in _AS_ITS_SOURCE and isinstance(args[0], fx.Node) else None
+    return _truth(args[0], is_one_hot) if target in _AS_ITS_SOURCE and isinstance(args[0], fx.Node) else None
 
 
-def _is_amount(node: Any, is_mark: Callable[[fx.Node], bool] | None = None) -> bool:
+def _is_amount(node: Any, is_one_hot: Callable[[fx.Node], bool] | None = None) -> bool:
     """Whether a value says how many, or whether any, pairs chose an expert."""
-    is_mark = is_mark or _is_mark
+    is_one_hot = is_one_hot or _is_one_hot
     while isinstance(node, fx.Node):
         if node.target in _SOME:
             source = node.args[0]
-            return isinstance(source, fx.Node) and (is_mark(source) or _is_amount(source, is_mark))
+            return isinstance(source, fx.Node) and (is_one_hot(source) or _is_amount(source, is_one_hot))
         if node.target not in _AS_ITS_SOURCE:
             return False
         node = node.args[0]
     return False
 
 
-def _is_mark(node: fx.Node) -> bool:
-    return marks_of(node) is not None
+def _is_one_hot(node: fx.Node) -> bool:
+    return one_hot_mask_of(node) is not None
 
 
 def _is_count(node: fx.Node | None) -> bool:
@@ -259,7 +259,7 @@ def _is_count(node: fx.Node | None) -> bool:
 
 
 def _hit_experts(node: fx.Node | None) -> int | None:
-    """E, if a value lists the experts that were hit: `nonzero` of a count or a mark over experts."""
+    """E, if a value lists the experts that were hit: `nonzero` of a count or a mask over experts."""
     while node is not None and node.target in _AS_ITS_SOURCE - {_aten.index.Tensor}:
         node = node.args[0] if isinstance(node.args[0], fx.Node) else None
     if node is None or node.target is not _aten.nonzero.default:
@@ -281,9 +281,9 @@ def _hit_experts(node: fx.Node | None) -> int | None:
 def _indices_of(node: fx.Node | None) -> fx.Node | None:
     """The chosen experts that an amount was counted from."""
     while node is not None:
-        marks = marks_of(node)
-        if marks is not None:
-            return marks.indices
+        one_hot = one_hot_mask_of(node)
+        if one_hot is not None:
+            return one_hot.indices
         node = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
     return None
 

@@ -31,8 +31,8 @@ def _one_hot(tensor: torch.Tensor, num_classes: Any = -1) -> Any:
     """
     if not isinstance(num_classes, torch.SymInt):
         return torch.nn.functional.one_hot(tensor, num_classes)
-    marks = torch.arange(num_classes, device=tensor.device)  # type: ignore[call-overload]
-    return (tensor.unsqueeze(-1) == marks).to(torch.int64)
+    classes = torch.arange(num_classes, device=tensor.device)  # type: ignore[call-overload]
+    return (tensor.unsqueeze(-1) == classes).to(torch.int64)
 
 
 def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:

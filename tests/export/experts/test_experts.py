@@ -15,7 +15,7 @@ from opened import session_of, subject_of
 from torch import nn
 
 from moe_export.errors import NotExportableError
-from moe_export.export.axes.one_hot import marks_of
+from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.engines.build import build_engines
 from moe_export.export.experts.choose import LOWERINGS, choose
 from moe_export.export.experts.emit import Bodies, write_experts
@@ -257,8 +257,8 @@ class Kept(idioms.Block):
     """Tokens that an expert has no room for, or that are far, are left out of its mask: `(indices == e) & kept`."""
 
     def moe(self, x, weights, indices):
-        marks = nn.functional.one_hot(indices[:, 0], self.num_experts)
-        place = ((marks.cumsum(0) - 1) * marks).sum(-1)
+        one_hot = nn.functional.one_hot(indices[:, 0], self.num_experts)
+        place = ((one_hot.cumsum(0) - 1) * one_hot).sum(-1)
         kept = (place < 2)[:, None] & (x.norm(dim=-1, keepdim=True) < 5)
         kept = kept & (weights > 0)
         out = x.clone()
@@ -466,17 +466,17 @@ def test_an_ordinary_index_add_is_no_expert():
     assert placed.refused == ()
 
 
-def test_marks_are_read_through_any_order_of_axes():
+def test_one_hot_masks_are_read_through_any_order_of_axes():
     class Mark(nn.Module):
         def forward(self, x):
             indices = torch.topk(x, 2, dim=-1)[1]
-            marks = nn.functional.one_hot(indices, 16).to(torch.bool)
-            moved = marks.permute(2, 0, 1).transpose(1, 2)
+            one_hot = nn.functional.one_hot(indices, 16).to(torch.bool)
+            moved = one_hot.permute(2, 0, 1).transpose(1, 2)
             return moved[4], (indices == 4).any(-1)
 
     traced = trace(make_subject(Mark(), (torch.randn(5, 16),), {}, source=Path(__file__), how="test"))
     outputs = next(node for node in traced.program.graph.nodes if node.op == "output").args[0]
-    first, second = (marks_of(node) for node in outputs)
+    first, second = (one_hot_mask_of(node) for node in outputs)
     assert (first.axes, first.expert) == (("slot", "token"), 4)
     assert (second.axes, second.expert) == (("token",), 4)
     assert first.indices is second.indices

@@ -1,4 +1,4 @@
-"""Marks of which some were taken away, as a capacity does, back to indices: -1 stands for no expert.
+"""Masked indices: a one-hot mask without some of its entries, as a capacity leaves it, as indices; -1 is no expert.
 
 Letters: N tokens, k slots, E experts.
 """
@@ -13,31 +13,31 @@ from torch import fx
 _aten = torch.ops.aten
 
 
-def indices_of(marks: fx.Node) -> fx.Node:
-    """Write the expert of each pair behind its marks (N, k, E) or (N, E), of which at most one is set.
+def masked_indices(one_hot: fx.Node) -> fx.Node:
+    """Write the expert of each pair behind its one-hot mask (N, k, E) or (N, E), in which at most one entry is set.
 
     The nodes are put into the graph; nothing else uses them until a block is found.
     """
-    graph = marks.graph
-    with graph.inserting_after(marks):
-        numbers = _call(graph, marks, _aten._to_copy.default, (marks,), dtype=torch.float32)
+    graph = one_hot.graph
+    with graph.inserting_after(one_hot):
+        numbers = _call(graph, one_hot, _aten._to_copy.default, (one_hot,), dtype=torch.float32)
     last = numbers
     for target, inputs in (
         (_aten.argmax.default, (numbers, -1, False)),
         (_aten.amax.default, (numbers, [-1], False)),
     ):
         with graph.inserting_after(last):
-            last = _call(graph, marks, target, inputs)
-    most, first = last, last.prev  # (N, k): the largest mark, and where it is
+            last = _call(graph, one_hot, target, inputs)
+    most, first = last, last.prev  # (N, k): the largest entry, and where it is
     with graph.inserting_after(last):
-        is_set = _call(graph, marks, _aten.gt.Scalar, (most, 0))
+        is_set = _call(graph, one_hot, _aten.gt.Scalar, (most, 0))
     with graph.inserting_after(is_set):
-        nobody = _call(graph, marks, _aten.full_like.default, (first, -1))
+        nobody = _call(graph, one_hot, _aten.full_like.default, (first, -1))
     with graph.inserting_after(nobody):
-        return _call(graph, marks, _aten.where.self, (is_set, first, nobody))
+        return _call(graph, one_hot, _aten.where.self, (is_set, first, nobody))
 
 
-def indices_among(indices: fx.Node, kept: fx.Node) -> fx.Node:
+def masked_indices_among(indices: fx.Node, kept: fx.Node) -> fx.Node:
     """Write the indices of the pairs that are kept, (N, k) or (N,), and -1 for the others."""
     graph = indices.graph
     last = next(node for node in reversed(graph.nodes) if node in (indices, kept))
