@@ -38,6 +38,8 @@ NAVIGATION = {
         "CONTRIBUTING",
         "docs/architecture",
         "docs/tasks/add-a-rule",
+        "docs/tasks/add-an-operator",
+        "docs/tasks/find-a-wrong-scan",
         "docs/tasks/add-a-lowering",
         "docs/tasks/add-a-backend",
         "docs/tasks/add-a-model",
