@@ -96,8 +96,10 @@ def judge_command(**options: Any) -> int:
 def mutate_command(**options: Any) -> int:
     """Test the gate itself: break a right graph in every way, one at a time; exit 1 if one goes unnoticed."""
     from moe_export.commands.mutate import run_mutate
+    from moe_export.comparing.mutation_process import Request
 
-    return run_mutate(**options)
+    console = options.pop("console")
+    return run_mutate(Request(**options), console)
 
 
 @cli.command("rewrite")

@@ -81,7 +81,10 @@ def test_what_must_stay_is_told_and_exits_3(tmp_path: Path, capsys: pytest.Captu
     [
         (["nowhere.onnx", "-o", "out.onnx"], "there is no file nowhere.onnx"),
         (["nowhere.onnx"], "-o is missing"),
-        (["nowhere.onnx", "-o", "out.onnx", "--max-intermediate", "much"], "'much' is no amount of memory"),
+        (
+            ["nowhere.onnx", "-o", "out.onnx", "--max-intermediate", "much"],
+            "--max-intermediate is a size, not 'much'",
+        ),
     ],
 )
 def test_wrong_use(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:

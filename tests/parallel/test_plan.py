@@ -8,11 +8,11 @@ import pytest
 from parallel_stack import EXPERTS, INNER, LAYERS, STACK, WIDTH, routed
 
 from moe_export.cli import run
-from moe_export.commands.sizes import parse_bytes
 from moe_export.errors import UsageError
 from moe_export.large.planning import human, numbers, plan, weights_of
 from moe_export.large.planning_count import count
 from moe_export.large.planning_model import load_weightless, trace_weightless
+from moe_export.options.memory import parse_bytes
 from moe_export.verify.parallel.in_graph import open_rank
 from moe_export.verify.parallel.manifest import read_manifest
 from moe_export.verify.parallel.rank import Together

@@ -30,12 +30,9 @@ def run_bench(
     compiled: bool,
     init: tuple[str, ...],
     inputs: tuple[str, ...],
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
+    console: Console,
 ) -> int:
     """Run the command; the exit code: 0, whatever was found."""
-    console = Console(quiet, as_json)
     path = Path(graph)
     model, _ = read_graph(path)
     chosen = complete_ranges(
@@ -67,7 +64,7 @@ def run_bench(
         "backends": [timing.to_dict() for timing in timings],
     }
     console.json(json.dumps(document, indent=2))
-    if not (quiet or as_json):
+    if not (console.quiet or console.as_json):
         _show(document["sizes"], timings, path)
         _show_cost(cost, reason)
     return 0

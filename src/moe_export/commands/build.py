@@ -13,7 +13,6 @@ import click
 
 import moe_export
 from moe_export.commands.console import Console
-from moe_export.commands.rewrite import parse_bytes
 from moe_export.errors import UsageError
 from moe_export.export.engines.build import Engine, build_engines, read_graph
 from moe_export.export.engines.module import check_capabilities, load_module
@@ -21,6 +20,7 @@ from moe_export.export.engines.profiles import Range, free_dims, parse_range
 from moe_export.export.engines.settings import Settings, check_settings
 from moe_export.export.onnx.serialize import staging
 from moe_export.options.engines import ENGINES
+from moe_export.options.memory import parse_bytes
 from moe_export.options.table import names_in
 from moe_export.own_files import require_free
 from moe_export.running.engines import not_run, run_status
@@ -73,7 +73,7 @@ def take_request(options: dict[str, Any]) -> Request | None:
     settings = Settings(
         strip_weights=given["strip_weights"],
         refit=given["refit"],
-        workspace=parse_bytes(given["workspace"], "--workspace"),
+        workspace=None if given["workspace"] is None else parse_bytes(given["workspace"], "--workspace"),
         tf32=given["tf32"],
         timing_cache=Path(given["timing_cache"]) if given["timing_cache"] else None,
     )
@@ -171,16 +171,13 @@ def engine_lines(documents: Iterable[Mapping[str, Any]], folder: Path) -> list[s
 def run_build(
     graph: str,
     output: str | None,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
+    console: Console,
     force: bool = False,
     **options: Any,
 ) -> int:
     """Run the command; the exit code."""
     request = take_request(options)
     assert request is not None  # --engine is required here
-    console = Console(quiet, as_json)
     path = Path(graph)
     model, _ = read_graph(path)
     check_names(request, (dim.name for dim in free_dims(model)))

@@ -15,9 +15,8 @@ SCHEMA = "moe-export/check/1"
 NOTHING = "nothing that TensorRT is known to refuse; only a build (moe-export build) shows that it builds"
 
 
-def run_check(graph: str, quiet: bool, as_json: bool, debug: bool) -> int:
+def run_check(graph: str, console: Console) -> int:
     """Run the command; the exit code: 1 if something is refused."""
-    console = Console(quiet, as_json)
     model, _ = read_graph(graph)
     findings = find_refusals(model)
     console.json(json.dumps(_document(graph, findings), indent=2))

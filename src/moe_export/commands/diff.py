@@ -37,13 +37,10 @@ def run_diff(
     sizes: tuple[str, ...],
     output: str | None,
     level: Level | None,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
+    console: Console,
     force: bool = False,
 ) -> int:
     """Run the command; the exit code: 0, whether or not they differ."""
-    console = Console(quiet, as_json)
     if output is not None:
         require_svg(output, [Path(before), Path(after)], force)
     with console.step("counting"):

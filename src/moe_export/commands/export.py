@@ -57,7 +57,7 @@ SCHEMA = "moe-export/export-report/1"
 
 def run_export(request: ExportRequest) -> int:
     """Run the command; the exit code."""
-    console, storage = Console(request.quiet, request.as_json), request.storage
+    console, storage = request.console, request.storage
     with console.user_code(), _place(request) as temporary, ReadAhead() as ahead:
         with console.step(f"loading {request.model}"):
             subject = _loaded(request, ahead)

@@ -20,13 +20,10 @@ def run_judge(
     atol: float | None,
     tolerances: tuple[str, ...],
     flips: str | None,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
+    console: Console,
     wanted: Wanted,
 ) -> int:
     """Run the command; the exit code."""
-    console = Console(quiet, as_json)
     try:
         text = Path(file).read_text(encoding="utf-8")
     except OSError as error:
@@ -39,7 +36,7 @@ def run_judge(
     check_names(tolerance, [row.output for row in before.rows])
     found = judge_again(before, tolerance, None if flips is None else FlipBudget.parse(flips))
     console.json(json.dumps(found.to_dict(), indent=2))
-    if not (quiet or as_json):
+    if not (console.quiet or console.as_json):
         show(found, sys.stdout)
     write_reports([found], wanted, console, [Path(file)])
     return found.exit_code

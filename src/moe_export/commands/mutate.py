@@ -16,36 +16,15 @@ from moe_export.verify.mutants.mutant import KINDS
 SCHEMA = "moe-export/mutation-report/1"
 
 
-def run_mutate(
-    graph: str,
-    against: str,
-    init: tuple[str, ...],
-    inputs: tuple[str, ...],
-    rtol: float | None,
-    atol: float | None,
-    seed: int,
-    thorough: bool,
-    limit: int,
-    kinds: tuple[str, ...],
-    inside: bool,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
-    dtype: str = "float32",
-    gate: str | None = None,
-) -> int:
+def run_mutate(request: Request, console: Console) -> int:
     """Run the command; the exit code."""
-    console = Console(quiet, as_json)
-    unknown = [kind for kind in kinds if kind not in KINDS]
+    unknown = [kind for kind in request.kinds if kind not in KINDS]
     if unknown:
         raise UsageError(f"no kind of mutant is called '{unknown[0]}'", hint=f"the kinds: {', '.join(KINDS)}")
-    request = Request(
-        graph, against, init, inputs, rtol, atol, seed, thorough, limit, kinds, inside, dtype, gate
-    )
-    with console.step(f"trying mutants of {graph}"):
+    with console.step(f"trying mutants of {request.graph}"):
         trial = try_apart(request)
     score = Score(trial.results, trial.cases)
-    console.json(json.dumps(score.to_dict(graph, against), indent=2))
+    console.json(json.dumps(score.to_dict(request.graph, request.against), indent=2))
     for line in score.lines():
         console.say(line)
     return score.exit_code

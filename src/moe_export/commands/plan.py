@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from moe_export.commands.console import Console
-from moe_export.commands.sizes import parse_bytes
+from moe_export.options.memory import parse_bytes
 
 
 def run_plan(
@@ -14,16 +14,13 @@ def run_plan(
     gpus: int,
     init: tuple[str, ...],
     inputs: tuple[str, ...],
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
+    console: Console,
 ) -> int:
     """Run the command; the exit code."""
     from moe_export.large.planning import lines, plan
     from moe_export.large.planning_count import count
     from moe_export.large.planning_model import load_weightless, trace_weightless
 
-    console = Console(quiet, as_json)
     size = parse_bytes(gpu_memory, "--gpu-memory")
     with console.user_code():
         with console.step(f"loading {model}"):

@@ -46,19 +46,19 @@ def run_report(
     output: str | None,
     graphs: str | None,
     baseline: bool,
-    quiet: bool,
-    as_json: bool,
+    console: Console,
     **options: Any,
 ) -> int:
     """Run the command; the exit code is that of the export."""
-    console = Console(quiet, as_json)
     target = Path(output or f"{Path(model.partition(':')[0]).stem}.report{SUFFIX}")
     if target.suffix != SUFFIX:
         raise UsageError(f"a report is a {SUFFIX} file, not {target}")
     require_free(target, "text", force=options["force"])
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(graphs or temporary)
-        request = ExportRequest.of({**options, "model": model, "output": folder, "quiet": True})
+        request = ExportRequest.of(
+            {**options, "model": model, "output": folder, "console": Console(quiet=True)}
+        )
         code = run_export(request)
         stem = Path(model.partition(":")[0]).stem
         document = json.loads((folder / f"{stem}.report.json").read_text(encoding="utf-8"))

@@ -9,8 +9,8 @@ from typing import Any
 
 from moe_export.backends import ONNXRUNTIME
 from moe_export.commands.build import Request, take_request
+from moe_export.commands.console import Console
 from moe_export.commands.parallel import take_parallel
-from moe_export.commands.sizes import parse_bytes
 from moe_export.comparison_settings import SETTINGS, ComparisonSettings, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.export.frontend.subject import Subject
@@ -18,6 +18,7 @@ from moe_export.export.onnx.external_weights import Storage
 from moe_export.export.options import Options
 from moe_export.export.parallel.ranks import Parallel
 from moe_export.export.tracing.dims import parse_dynamic
+from moe_export.options.memory import parse_bytes
 from moe_export.options.table import options_of
 from moe_export.verify import Tolerance
 
@@ -52,8 +53,7 @@ class ExportRequest:
         force: Whether files of others are overwritten.
         stop_after: The stage at which to stop.
         show: Whether to print what it made.
-        quiet: Print errors alone.
-        as_json: Print the report alone.
+        console: How much is printed.
     """
 
     model: str
@@ -77,8 +77,7 @@ class ExportRequest:
     force: bool = False
     stop_after: str | None = None
     show: bool = False
-    quiet: bool = False
-    as_json: bool = False
+    console: Console = field(default_factory=Console)
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> ExportRequest:
@@ -95,7 +94,7 @@ class ExportRequest:
         if left.get("show") and left.get("stop_after") is None:
             hint = "--stop-after trace --show prints the traced model"
             raise UsageError("--show goes with --stop-after", hint=hint)
-        if left.get("stop_after") is not None and left.get("as_json"):
+        if left.get("stop_after") is not None and left["console"].as_json:
             raise UsageError(
                 "--json prints the report, and --stop-after makes none", hint="--stop-after STAGE --show"
             )
@@ -107,7 +106,6 @@ class ExportRequest:
         gates, gate = left.pop("gates", True), left.pop("gate", None)
         if gate is not None and not gates:
             raise UsageError("--gate and --no-gate contradict each other", hint="leave one of them away")
-        left.pop("debug", None)  # who prints errors asks for it
         storage = Storage(
             left.pop("weights", "copy"),
             parse_bytes(left.pop("shard_size", "4GB"), "--shard-size"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 
@@ -15,9 +14,8 @@ from moe_export.einsum_rewrite.notation import deduce
 from moe_export.einsum_rewrite.planner import make_plan
 from moe_export.einsum_rewrite.python_source import to_python
 from moe_export.errors import UsageError
+from moe_export.options.memory import parse_bytes
 from moe_export.options.sizes import parse_one_set
-
-UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
 def run_rewrite(
@@ -31,15 +29,12 @@ def run_rewrite(
     diff: bool,
     in_place: bool,
     check: bool,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
+    console: Console,
     force: bool = False,
 ) -> int:
     """Run the command; the exit code."""
-    console = Console(quiet, as_json)
     suffix = PurePath(source).suffix
-    limit = parse_bytes(max_intermediate)
+    limit = None if max_intermediate is None else parse_bytes(max_intermediate, "--max-intermediate")
     if suffix == ".onnx":
         from moe_export.commands.rewrite_onnx import run_rewrite_onnx
         from moe_export.einsum_rewrite.onnx_model import Options
@@ -75,19 +70,6 @@ def _run_equation(text: str, sizes: Sequence[str], target: str, console: Console
 
 def _indented(text: str) -> str:
     return "\n".join(f"    {line}" for line in text.splitlines())
-
-
-def parse_bytes(text: str | None, option: str = "--max-intermediate") -> int | None:
-    """`1GB` → 1,000,000,000; `512MiB` → 536,870,912."""
-    if text is None:
-        return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?\s*", text, re.IGNORECASE)
-    if match is None:
-        raise UsageError(f"{option}: {text!r} is no amount of memory", hint="for example: 1GB, 512MiB")
-    unit = UNITS[match[2].upper()]
-    if match[3]:
-        unit = 1024 ** list(UNITS).index(match[2].upper())
-    return int(float(match[1]) * unit)
 
 
 def _operands(equation: Equation, sizes: Mapping[str, int]) -> list[list[Size]]:

@@ -23,13 +23,10 @@ def run_routing(
     ranks: str | None,
     init: tuple[str, ...],
     inputs: tuple[str, ...],
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
+    console: Console,
     force: bool = False,
 ) -> int:
     """Run the command; the exit code."""
-    console = Console(quiet, as_json)
     if output is not None and Path(output).suffix not in FORMATS:
         raise UsageError(f"a picture is a {' or a '.join(FORMATS)} file, not {output}")
     path = Path(output or f"{split_spec(model)[0].stem}.routing.svg")

@@ -6,6 +6,7 @@ from typing import Any
 
 import click
 
+from moe_export.commands.console import Console
 from moe_export.options.option import GROUPS, Option
 from moe_export.options.table import options_of
 
@@ -34,6 +35,7 @@ class TableOption(click.Option):
             help=_help(told),
             metavar=told.metavar,
             required=told.required,
+            expose_value=told.name != "debug",  # whoever prints an error looks for it
             show_default=told.default is not None and not told.is_flag,
             **kind,
         )
@@ -78,6 +80,11 @@ class TableCommand(click.Command):
             ctx.meta[self._all] = True
             click.echo(ctx.get_help(), color=ctx.color)
             ctx.exit()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run it, with a console instead of the options that say how much is printed."""
+        ctx.params["console"] = Console(ctx.params.pop("quiet"), ctx.params.pop("as_json"))
+        return super().invoke(ctx)
 
     _all = "moe_export.help_all"
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 from moe_export.commands.console import Console
 from moe_export.commands.reports import Wanted, take_wanted, write_reports
-from moe_export.commands.sizes import parse_bytes
 from moe_export.comparing.artifacts import Artifact, parse_artifact
 from moe_export.comparison_settings import SETTINGS, check_names, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.export.onnx.serialize import staging
+from moe_export.options.memory import parse_bytes
 from moe_export.own_files import put, require_free
 from moe_export.reports.reproduce import reproduce_command
 from moe_export.verify import Report, RoutingPair, show
@@ -51,8 +51,7 @@ class VerifyRequest:
         record: Where inputs and right outputs are stored.
         repro: The folder of a script that shows a fault.
         command: The command that reproduces it.
-        quiet: Print errors alone.
-        as_json: Print the report alone.
+        console: How much is printed.
     """
 
     candidate: Artifact
@@ -62,8 +61,7 @@ class VerifyRequest:
     record: Path | None
     repro: Path | None
     command: str
-    quiet: bool
-    as_json: bool
+    console: Console
 
     @classmethod
     def of(cls, given: Mapping[str, Any]) -> VerifyRequest:
@@ -99,8 +97,7 @@ class VerifyRequest:
             record=None if record is None else Path(record),
             repro=None if repro is None else Path(repro),
             command=reproduce_command(given["graph"], given),
-            quiet=given["quiet"],
-            as_json=given["as_json"],
+            console=given["console"],
         )
         asked.require_free()
         return asked
@@ -129,7 +126,7 @@ class VerifyRequest:
 
 def run_verify(asked: VerifyRequest) -> int:
     """Run the command; the exit code, the worst of several."""
-    console, request = Console(asked.quiet, asked.as_json), asked.request
+    console, request = asked.console, asked.request
     if not asked.references:
         return _record_alone(asked, console)
     with console.user_code():
@@ -141,7 +138,7 @@ def run_verify(asked: VerifyRequest) -> int:
         _save(request.recorder, request.recorder.routing, reports[0].about, asked, console)
     console.json(json.dumps(_document(reports, request), indent=2))
     for report in reports:
-        if not (asked.quiet or asked.as_json):
+        if not (console.quiet or console.as_json):
             show(report, sys.stdout)
     for why in request.why or ():
         console.say(f"\n{why}")

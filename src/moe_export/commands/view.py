@@ -27,9 +27,7 @@ def run_view(
     level: Level | None,
     port: int,
     browse: bool,
-    quiet: bool,
-    as_json: bool,
-    debug: bool,
+    console: Console,
     force: bool = False,
 ) -> int:
     """Run the command; the exit code."""
@@ -39,8 +37,8 @@ def run_view(
         model, _ = read_graph(path)
         sketch = sketch_of(model, path.name, level)
         write_svg(output, [sketch], force=force)
-        Console(quiet, as_json).say(f"{path}: {sketch.subtitle}\nwritten: {output}")
-        Console(quiet, as_json).json(json.dumps(asdict(sketch), indent=2))
+        console.say(f"{path}: {sketch.subtitle}\nwritten: {output}")
+        console.json(json.dumps(asdict(sketch), indent=2))
         return 0
     if level is not None:
         raise UsageError("--level is for a picture", hint="give -o FILE.svg, too")
@@ -55,7 +53,7 @@ def run_view(
             hint="leave --port away for a free one",
         ) from None
     try:
-        Console(quiet, as_json).say(f"{viewer.url}  (Ctrl-C to stop)")
+        console.say(f"{viewer.url}  (Ctrl-C to stop)")
         if browse:
             webbrowser.open(viewer.url)
         viewer.wait()

@@ -1,4 +1,4 @@
-"""Sizes of files and of memory as people write them: `4GB`, `512MiB`, `1000000`."""
+"""Amounts of memory, and sizes of files, as people type them: `4GB`, `512MiB`, `1000000`."""
 
 from __future__ import annotations
 
