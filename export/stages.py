@@ -23,12 +23,12 @@ import onnx_ir as ir
 import torch
 
 from moe_export.einsum_rewrite import Site, rewrite_program
-from moe_export.export.experts.emit import write_experts
-from moe_export.export.experts.place import DOMAIN as EXPERTS
-from moe_export.export.experts.place import NUMBER, OPERATOR, Block, place_experts
+from moe_export.export.experts.expand import expand_experts
+from moe_export.export.experts.outline import DOMAIN as EXPERTS
+from moe_export.export.experts.outline import NUMBER, OPERATOR, Block, outline_experts
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.simplify import as_numpy, simplify
-from moe_export.export.onnx.translate import check, finish, translate
+from moe_export.export.onnx.translate import check, name_at_opset, translate
 from moe_export.export.onnx.transposed import mend_products, product_notes
 from moe_export.export.options import Options
 from moe_export.export.precision.mixed import lower_precision
@@ -154,9 +154,11 @@ def _trace(model: Model, options: Options) -> Program:
 def _outline(program: Program, options: Options) -> Program:
     if options.experts == "keep":
         return program
-    placed = place_experts(program.traced)
-    notes = (*program.notes, *placed.refused)
-    return replace(program, traced=placed.traced, blocks=placed.blocks, refused=placed.refused, notes=notes)
+    outlined = outline_experts(program.traced)
+    notes = (*program.notes, *outlined.refused)
+    return replace(
+        program, traced=outlined.traced, blocks=outlined.blocks, refused=outlined.refused, notes=notes
+    )
 
 
 def _einsums(program: Program, options: Options) -> Program:
@@ -171,14 +173,14 @@ def _translate(program: Program, options: Options) -> Draft:
 
 def _expand(draft: Draft, options: Options) -> Draft:
     model = draft.model.clone()
-    experts = write_experts(model, draft.program.blocks, options.experts, options.target)
+    experts = expand_experts(model, draft.program.blocks, options.experts, options.target)
     loops = expand_loops(model, Expansion(options.recurrence, options.unroll))
     return replace(draft, model=model, notes=(*draft.notes, *experts, *loops))
 
 
 def _name(draft: Draft, options: Options) -> Draft:
     model = draft.model.clone()
-    finish(model, draft.program.traced, options.opset, draft.program.model.subject.source.parent)
+    name_at_opset(model, draft.program.traced, options.opset, draft.program.model.subject.source.parent)
     return replace(draft, model=model, notes=(*draft.notes, *product_notes(model)))
 
 

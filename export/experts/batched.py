@@ -1,7 +1,7 @@
 """Write out what an opaque MoE node means with the experts as a batch axis: `dense`, `gather` and `blocks`.
 
 These take a body for B experts at once: pairs (B, R), weights (B, ...) → rows (B, R, H). None of their shapes depends
-on the data, and none needs NonZero, TopK or a scatter with a reduction. Letters as in `experts/writer`.
+on the data, and none needs NonZero, TopK or a scatter with a reduction. Letters as in `experts/builder`.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.experts.lower import Opaque, finish
-from moe_export.export.experts.parts import SLOT, PartsWriter
+from moe_export.export.experts.body_parts import SLOT, PartsBuilder
+from moe_export.export.experts.builder import Builder, apart, combine, count_by_expert, every_pair, with_lead
+from moe_export.export.experts.one_at_a_time import Opaque, combine_in_order
 from moe_export.export.experts.weights import ExpertWeights
-from moe_export.export.experts.writer import Writer, apart, combine, count_by_expert, every_pair, with_lead
 
 ROWS = 8
 """The fewest rows of a block: fewer would gather more weights than a small batch of tokens can pay for."""
@@ -25,11 +25,11 @@ _BROADCASTS = {
 """Operators that take a first axis of size 1 for one of any size."""
 
 
-def dense(w: Writer, block: Opaque) -> ir.Value:
+def dense(w: Builder, block: Opaque) -> ir.Value:
     """Every expert computes every token, and a mask picks: E / k times the work, in one matrix product a layer."""
     parts = block.batched()
-    writer = PartsWriter(w, parts, block.indices, block.shared, block.metadata)
-    ready = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, writer)
+    builder = PartsBuilder(w, parts, block.indices, block.shared, block.metadata)
+    ready = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, builder)
     # A token may have an expert twice, or none: a row is a pair then.
     by_pair = block.valid is not None or (block.slots > 1 and not _distinct(block.indices))
     choices = w.op("Reshape", block.indices, w.ints(1, -1, 1 if by_pair else block.slots))
@@ -47,10 +47,10 @@ def dense(w: Writer, block: Opaque) -> ir.Value:
         token, slot = row, w.op("ArgMax", hot, axis=2, keepdims=0, name="slot")
     every_token = w.op("Expand", token, shape, name="token")
     own_rows = any(node.op_type not in _BROADCASTS for node in parts.core)
-    own_rows = own_rows or any(parts.body.inputs[SLOT] in node.inputs for node in parts.before)
-    entering = writer.before(w, every_token if own_rows else w.op("Unsqueeze", token, w.ints(0)), slot)
-    leaving = writer.core(w, entering, w.op("Unsqueeze", every_expert, w.ints(1)), ready)
-    result = writer.after(w, leaving, every_token, slot)
+    own_rows = own_rows or any(parts.body.inputs[SLOT] in node.inputs for node in parts.prologue)
+    entering = builder.prologue(w, every_token if own_rows else w.op("Unsqueeze", token, w.ints(0)), slot)
+    leaving = builder.core(w, entering, w.op("Unsqueeze", every_expert, w.ints(1)), ready)
+    result = builder.epilogue(w, leaving, every_token, slot)
     masked = w.op("Unsqueeze", mask, w.ints(*range(2, 2 + len(block.hidden))))
     nothing = w.op("CastLike", w.scalar(0), result)
     summed = w.op("ReduceSum", w.op("Where", masked, result, nothing), w.ints(0), keepdims=0, name="summed")
@@ -66,21 +66,23 @@ def _distinct(indices: ir.Value) -> bool:
     return producer is not None and producer.op_type == "TopK"
 
 
-def gather(w: Writer, block: Opaque) -> ir.Value:
+def gather(w: Builder, block: Opaque) -> ir.Value:
     """Each pair gathers its expert's weights: no sorting, for a token or two."""
     parts = block.batched()
-    writer = PartsWriter(w, parts, block.indices, block.shared, block.metadata)
+    builder = PartsBuilder(w, parts, block.indices, block.shared, block.metadata)
     flat = w.op("Reshape", block.indices, w.ints(-1))
-    stacks = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, writer)
+    stacks = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, builder)
     ready = [w.op("Gather", stack, flat, axis=0) for stack in stacks]
     pairs = w.op("Unsqueeze", every_pair(w, flat), w.ints(1))  # (S, 1)
     token, slot = apart(w, pairs, block.slots)
     expert = w.op("Unsqueeze", flat, w.ints(1))
-    leaving = writer.core(w, writer.before(w, token, slot), expert, ready)
-    return combine(w, writer.after(w, leaving, token, slot, (-1, 1)), block.slots, block.hidden, block.valid)
+    leaving = builder.core(w, builder.prologue(w, token, slot), expert, ready)
+    return combine(
+        w, builder.epilogue(w, leaving, token, slot, (-1, 1)), block.slots, block.hidden, block.valid
+    )
 
 
-def blocks(w: Writer, block: Opaque) -> ir.Value:
+def blocks(w: Builder, block: Opaque) -> ir.Value:
     """Pairs sorted by expert into blocks of T rows, no block with two experts; each gathers its expert's weights.
 
     T = max(ROWS, ceil(S / E)), so that, whatever the routing, min(S, E) + (S - min(S, E)) / ROWS blocks are enough,
@@ -88,7 +90,7 @@ def blocks(w: Writer, block: Opaque) -> ir.Value:
     bounds B and T apart finds B T <= 2 S + 2 E ROWS.
     """
     parts = block.batched()
-    writer = PartsWriter(w, parts, block.indices, block.shared, block.metadata)
+    builder = PartsBuilder(w, parts, block.indices, block.shared, block.metadata)
     counted = count_by_expert(w, block.indices, block.count)
     size = w.op("Size", counted.flat)
     experts, one = w.scalar(block.count), w.scalar(1)
@@ -108,14 +110,14 @@ def blocks(w: Writer, block: Opaque) -> ir.Value:
     shape = w.op("Concat", w.op("Unsqueeze", number, w.ints(0)), row_size, axis=0)
     token, slot = apart(w, w.op("Reshape", order, shape, allowzero=1, name="order"), block.slots)
     expert = _expert_of_block(w, number, ends, block.count)
-    stacks = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, writer)
+    stacks = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, builder)
     ready = [w.op("Gather", stack, expert, axis=0) for stack in stacks]
-    leaving = writer.core(w, writer.before(w, token, slot), w.op("Unsqueeze", expert, w.ints(1)), ready)
+    leaving = builder.core(w, builder.prologue(w, token, slot), w.op("Unsqueeze", expert, w.ints(1)), ready)
     joined = [_joined(w, value, inner) for value, inner in zip(leaving, parts.leaving, strict=True)]
-    return finish(w, block, writer, joined, positions, (1, -1))
+    return combine_in_order(w, block, builder, joined, positions, (1, -1))
 
 
-def _expert_of_block(w: Writer, number: ir.Value, ends: ir.Value, count: int) -> ir.Value:
+def _expert_of_block(w: Builder, number: ir.Value, ends: ir.Value, count: int) -> ir.Value:
     """(B,): as many experts stand before a block as end before it; blocks that nobody needs take the last."""
     every = w.op("Unsqueeze", w.op("Range", w.scalar(0), number, w.scalar(1)), w.ints(1))
     passed = w.op("Cast", w.op("LessOrEqual", ends, every), to=ir.DataType.INT32)
@@ -123,7 +125,7 @@ def _expert_of_block(w: Writer, number: ir.Value, ends: ir.Value, count: int) ->
     return w.op("Min", expert, w.scalar(count - 1), name="expert")
 
 
-def _joined(w: Writer, value: ir.Value, inner: ir.Value) -> ir.Value:
+def _joined(w: Builder, value: ir.Value, inner: ir.Value) -> ir.Value:
     """(B, R, ...) → (B * R, ...)."""
     assert inner.shape is not None
     return with_lead(w, value, (-1,), [size if isinstance(size, int) else None for size in inner.shape[2:]])

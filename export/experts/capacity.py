@@ -194,16 +194,16 @@ def _understood(masks: _Masks) -> Experts:
     slots, tokens, given = _dispatch(masks, facts, pairs)
     core = core_of(slots, masks.outputs, labels)
     check_core(core, slots, masks.outputs, labels)
-    writer = PairWriter(end, labels)
-    widths = [int(writer.indices(pair).meta["val"].shape[-1]) for pair in pairs]
-    weights = writer.flat([_spread(writer, pair) for pair in pairs])
-    chosen = writer.flat([writer.indices(pair) for pair in pairs])
-    is_set = writer.call(_aten.ne.Scalar, weights, 0)
-    nobody = writer.call(_aten.full_like.default, chosen, -1)
-    indices = writer.call(_aten.where.self, is_set, chosen, nobody)
-    shared = [writer.tokens(tokens), weights]
+    builder = PairWriter(end, labels)
+    widths = [int(builder.indices(pair).meta["val"].shape[-1]) for pair in pairs]
+    weights = builder.flat([_spread(builder, pair) for pair in pairs])
+    chosen = builder.flat([builder.indices(pair) for pair in pairs])
+    is_set = builder.call(_aten.ne.Scalar, weights, 0)
+    nobody = builder.call(_aten.full_like.default, chosen, -1)
+    indices = builder.call(_aten.where.self, is_set, chosen, nobody)
+    shared = [builder.tokens(tokens), weights]
     if given is not None:
-        shared.append(writer.flat([_spread(writer, pair) for pair in given]))
+        shared.append(builder.flat([_spread(builder, pair) for pair in given]))
     assert sum(widths) == int(weights.meta["val"].shape[-1])
     return Experts(
         indices=indices,
@@ -217,13 +217,13 @@ def _understood(masks: _Masks) -> Experts:
     )
 
 
-def _spread(writer: PairWriter, pair: Proved) -> fx.Node:
+def _spread(builder: PairWriter, pair: Proved) -> fx.Node:
     """(g, s, k): the value of each pair, in full size."""
-    value, indices = writer.value(pair), writer.indices(pair)
+    value, indices = builder.value(pair), builder.indices(pair)
     if str(value.meta["val"].shape) == str(indices.meta["val"].shape):
         return value
-    ones = writer.call(_aten.ones_like.default, indices, dtype=writer.dtype)
-    return writer.call(_aten.mul.Tensor, value, ones)
+    ones = builder.call(_aten.ones_like.default, indices, dtype=builder.dtype)
+    return builder.call(_aten.mul.Tensor, value, ones)
 
 
 def _dispatch(

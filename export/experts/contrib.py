@@ -23,9 +23,9 @@ from torch import fx
 
 from moe_export.errors import NotExportableError
 from moe_export.export.experts.body import Experts
-from moe_export.export.experts.lower import Opaque
+from moe_export.export.experts.builder import Builder
+from moe_export.export.experts.one_at_a_time import Opaque
 from moe_export.export.experts.weights import ExpertWeights
-from moe_export.export.experts.writer import Writer
 
 _aten = torch.ops.aten
 _ACTIVATIONS = {_aten.relu.default: "relu", _aten.silu.default: "silu", _aten.gelu.default: "gelu"}
@@ -159,7 +159,7 @@ class _Reader:
         ]
 
 
-def contrib(w: Writer, block: Opaque) -> ir.Value:
+def contrib(w: Builder, block: Opaque) -> ir.Value:
     """One `com.microsoft.MoE`."""
     form = read_feed_forward(block.meaning)
     if block.valid is not None:
@@ -206,6 +206,6 @@ def contrib(w: Writer, block: Opaque) -> ir.Value:
 
 
 def _optional(
-    w: Writer, stacks: Mapping[int, np.ndarray], position: int | None, name: str
+    w: Builder, stacks: Mapping[int, np.ndarray], position: int | None, name: str
 ) -> ir.Value | None:
     return None if position is None else w.constant(stacks[position], f"{w.prefix}.{name}")

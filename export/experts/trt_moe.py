@@ -21,10 +21,10 @@ import onnx.parser
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
+from moe_export.export.experts.builder import Builder
 from moe_export.export.experts.contrib import FeedForward, read_feed_forward
-from moe_export.export.experts.lower import Opaque
+from moe_export.export.experts.one_at_a_time import Opaque
 from moe_export.export.experts.weights import ExpertWeights
-from moe_export.export.experts.writer import Writer
 
 DOMAIN, OPERATOR = "trt", "TRT_MoE"
 SILU = 1
@@ -70,7 +70,7 @@ TRT_MoE <activation_type> (hidden, experts, scores, gate, up, down) => (mixed)
 """
 
 
-def trt_moe(w: Writer, block: Opaque) -> ir.Value:
+def trt_moe(w: Builder, block: Opaque) -> ir.Value:
     """One `TRT_MoE`.
 
     Raises:

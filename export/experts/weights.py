@@ -1,8 +1,8 @@
 """The weights of the experts as a lowering takes them: apart or stacked, prepared offline where they are known.
 
-A body may transpose or cast a weight before it uses it (`experts/parts`: `prepared`). Where the weight is a constant,
-or is computed from constants alone, that is done here, once, and the graph holds the result. Of weights that are not in
-memory it is done when they are written (`onnx/recipe_steps`).
+A body may transpose or cast a weight before it uses it (`experts/body_parts`: `prepared`). Where the weight is a
+constant, or is computed from constants alone, that is done here, once, and the graph holds the result. Of weights that
+are not in memory it is done when they are written (`onnx/recipe_steps`).
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
-from moe_export.export.experts.parts import Parts, PartsWriter
-from moe_export.export.experts.writer import Writer
+from moe_export.export.experts.body_parts import BodyParts, PartsBuilder
+from moe_export.export.experts.builder import Builder
 from moe_export.export.onnx.recipe_steps import Known, follow, known_tensor, realised, row_of, stacked
 from moe_export.export.weights.recipe import Recipe
 
@@ -35,7 +35,7 @@ class ExpertWeights:
         opset: Of the graph.
     """
 
-    def __init__(self, w: Writer, weights: Sequence[Weight], count: int, opset: int) -> None:
+    def __init__(self, w: Builder, weights: Sequence[Weight], count: int, opset: int) -> None:
         self._w = w
         self._weights = weights
         self._count = count
@@ -61,16 +61,16 @@ class ExpertWeights:
     def _stacks(self) -> list[Known]:
         return [stacked(array) if isinstance(array, list) else array for array in self._arrays]  # type: ignore[misc]
 
-    def apart(self, parts: Parts, writer: PartsWriter) -> list[list[ir.Value]]:
+    def apart(self, parts: BodyParts, builder: PartsBuilder) -> list[list[ir.Value]]:
         """For each expert its weights, as the core takes them."""
         if not self.known:
             return [
-                writer.prepared(self._w, [self._one(weight, expert) for weight in self._weights])
+                builder.prepared(self._w, [self._one(weight, expert) for weight in self._weights])
                 for expert in range(self._count)
             ]
         return [self._constants_of(parts, expert) for expert in range(self._count)]
 
-    def _constants_of(self, parts: Parts, expert: int) -> list[ir.Value]:
+    def _constants_of(self, parts: BodyParts, expert: int) -> list[ir.Value]:
         found = []
         for value, array in zip(parts.ready, self._prepared(parts, expert), strict=True):
             weight = self._weights[parts.weights.index(value)] if value in parts.weights else None
@@ -84,11 +84,11 @@ class ExpertWeights:
                 found.append(self._w.constant(array, f"{self._w.prefix}.{expert}.{value.name}"))
         return found
 
-    def stacked(self, parts: Parts) -> list[ir.Value]:
+    def stacked(self, parts: BodyParts) -> list[ir.Value]:
         """One (E, ...) for each weight, as the core of one expert takes it (but for the first axis).
 
         Weights that are not known yet come as they are: the body must prepare what it takes from the stack, by
-        `PartsWriter.prepared`.
+        `PartsBuilder.prepared`.
         """
         if not self.known:
             return [self._stack(weight) for weight in self._weights]
@@ -98,10 +98,10 @@ class ExpertWeights:
             for value, column in zip(parts.ready, columns, strict=True)
         ]
 
-    def batched(self, parts: Parts, writer: PartsWriter) -> list[ir.Value]:
+    def batched(self, parts: BodyParts, builder: PartsBuilder) -> list[ir.Value]:
         """One (E, ...) for each weight, as the core of a body for several experts takes it."""
         if not self.known:
-            return writer.prepared(self._w, [self._stack(weight) for weight in self._weights])
+            return builder.prepared(self._w, [self._stack(weight) for weight in self._weights])
         values = dict(zip(parts.weights, self._stacks(), strict=True))
         found = follow(parts.prepared, {**_constants(parts.body), **values}, parts.ready, self._opset)
         return [
@@ -109,7 +109,7 @@ class ExpertWeights:
             for value, array in zip(parts.ready, found, strict=True)
         ]
 
-    def _prepared(self, parts: Parts, expert: int) -> list[Known]:
+    def _prepared(self, parts: BodyParts, expert: int) -> list[Known]:
         own: dict[ir.Value, Known] = {
             value: array[expert] if isinstance(array, list) else row_of(array, expert)
             for value, array in zip(parts.weights, self._arrays, strict=True)

@@ -1,6 +1,6 @@
 """Cut a gate out of a traced model: a module from what enters the gate to its indices and weights.
 
-The cut is a `Subject` like any other and takes the same way: trace, rewrite, emit, verify. Its reference is the
+The cut is a `Subject` like any other and takes the same way: trace, rewrite, translate, verify. Its reference is the
 cut itself, run by PyTorch as the model was traced, before anything was rewritten.
 """
 

@@ -1,4 +1,5 @@
-"""A `Traced` becomes an `onnx_ir.Model`: `translate`, then `finish` at the opset that was asked for, then `check`.
+"""A `Traced` becomes an `onnx_ir.Model`: `translate`, then `name_at_opset` at the opset that was asked for, then
+`check`.
 
 The translation operator by operator is torch's; the names, the opset, the metadata and the checks are ours.
 """
@@ -78,7 +79,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
     return result.model
 
 
-def finish(model: ir.Model, traced: Traced, opset: int, folder: Path) -> None:
+def name_at_opset(model: ir.Model, traced: Traced, opset: int, folder: Path) -> None:
     """Names, metadata and the opset of a translated model, in place.
 
     Args:

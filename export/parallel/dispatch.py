@@ -3,10 +3,10 @@
     before ─▶ sorted by rank and expert ═▶ core of the experts here ═▶ back in place ─▶ after ─▶ summed over slots
              (rows, experts, numbers)    exchange                  exchange
 
-The parts are those of `experts/parts`: what every pair needs before runs where the token is, and what only the expert
-can do where the expert is. Rows come as many as there are, and their numbers with them; or, with a capacity, C for
-each rank always: pairs that find no place add nothing, as in GShard, and what is left of C is filled with rows of no
-expert.
+The parts are those of `experts/body_parts`: what every pair needs before runs where the token is, and what only the
+expert can do where the expert is. Rows come as many as there are, and their numbers with them; or, with a capacity, C
+for each rank always: pairs that find no place add nothing, as in GShard, and what is left of C is filled with rows of
+no expert.
 
 Letters: N tokens, k slots, S = N*k pairs, E experts, R ranks, P rows that came, C capacity.
 """
@@ -21,11 +21,11 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
-from moe_export.export.experts.lower import Opaque, finish
-from moe_export.export.experts.parts import EXPERT, Parts, PartsWriter
+from moe_export.export.experts.body_parts import EXPERT, BodyParts, PartsBuilder
+from moe_export.export.experts.builder import Builder, Sorted, known_sizes, sort_by_expert
+from moe_export.export.experts.one_at_a_time import Opaque, combine_in_order
 from moe_export.export.experts.weights import ExpertWeights
-from moe_export.export.experts.writer import Sorted, Writer, known_sizes, sort_by_expert
-from moe_export.export.parallel.lower import (
+from moe_export.export.parallel.partial_sum import (
     DOMAIN,
     Own,
     in_range,
@@ -92,7 +92,7 @@ class _Sent:
     valid: ir.Value
 
 
-def there_and_back(w: Writer, form: str, block: Opaque, way: ThereAndBack) -> ir.Value:
+def there_and_back(w: Builder, form: str, block: Opaque, way: ThereAndBack) -> ir.Value:
     """The result (N, H) of a block for this rank's tokens.
 
     Args:
@@ -105,8 +105,8 @@ def there_and_back(w: Writer, form: str, block: Opaque, way: ThereAndBack) -> ir
         NotExportableError: The form computes no rows that came from elsewhere, or an expert reads more than rows.
     """
     _refuse(form, block)
-    writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
-    sent = _sent(w, block, way, writer)
+    builder = PartsBuilder(w, block.parts, block.indices, block.shared, block.metadata)
+    sent = _sent(w, block, way, builder)
     known: list[ir.Value] = [] if way.capacity else [sent.counts]
     facts = {"layer": way.layer, "capacity": way.capacity or 0}
     came = w.many(
@@ -118,7 +118,7 @@ def there_and_back(w: Writer, form: str, block: Opaque, way: ThereAndBack) -> ir
     for value in (*known, *came[len(sent.rows) + 1 :]):
         value.type, value.shape = ir.TensorType(ir.DataType.INT64), ir.Shape([way.placement.ranks])
     here = w.inner("here")
-    made = _computed(here, form, block, way, writer, came)
+    made = _computed(here, form, block, way, builder, came)
     w.take(here)
     for value, given in zip(made, block.parts.leaving, strict=True):
         _as_rows(value, given)
@@ -135,7 +135,7 @@ def there_and_back(w: Writer, form: str, block: Opaque, way: ThereAndBack) -> ir
     for value, given in zip(back, block.parts.leaving, strict=True):
         _as_rows(value, given)
     rows = with_zero_row(w, block, back)
-    return finish(w, dataclasses.replace(block, valid=sent.valid), writer, rows, sent.positions)
+    return combine_in_order(w, dataclasses.replace(block, valid=sent.valid), builder, rows, sent.positions)
 
 
 def _as_rows(value: ir.Value, like: ir.Value) -> None:
@@ -170,10 +170,10 @@ def _refuse(form: str, block: Opaque) -> None:
         )
 
 
-_NOWHERE = Writer(ir.Graph([], [], nodes=[]), "nowhere")
+_NOWHERE = Builder(ir.Graph([], [], nodes=[]), "nowhere")
 
 
-def _sent(w: Writer, block: Opaque, way: ThereAndBack, writer: PartsWriter) -> _Sent:
+def _sent(w: Builder, block: Opaque, way: ThereAndBack, builder: PartsBuilder) -> _Sent:
     order, bounds = way.in_order, way.bounds
     place = np.full(block.count + 1, block.count, dtype=np.int64)
     place[order] = np.arange(block.count)
@@ -194,9 +194,9 @@ def _sent(w: Writer, block: Opaque, way: ThereAndBack, writer: PartsWriter) -> _
     )
     if way.capacity is None:
         valid = _valid(w, block, w.op("Less", pairs.positions, number))
-        rows = writer.before(w, pairs.token, pairs.slot)
+        rows = builder.prologue(w, pairs.token, pairs.slot)
         return _typed(_Sent(rows, experts, counts, pairs.positions, valid), block)
-    return _typed(_filled(w, block, way, writer, (pairs, experts, starts, counts, limits)), block)
+    return _typed(_filled(w, block, way, builder, (pairs, experts, starts, counts, limits)), block)
 
 
 def _typed(sent: _Sent, block: Opaque) -> _Sent:
@@ -207,23 +207,23 @@ def _typed(sent: _Sent, block: Opaque) -> _Sent:
     return sent
 
 
-def _bins(w: Writer, pairs: Sorted, places: ir.Value, slots: int) -> ir.Value:
+def _bins(w: Builder, pairs: Sorted, places: ir.Value, slots: int) -> ir.Value:
     """(P,) the place of each sorted pair's expert."""
     pair = pairs.token if slots == 1 else w.op("Add", w.op("Mul", pairs.token, w.ints(slots)), pairs.slot)
     return w.op("Gather", w.op("Reshape", places, w.ints(-1)), pair, axis=0, name="bins")
 
 
-def _valid(w: Writer, block: Opaque, has_row: ir.Value) -> ir.Value:
+def _valid(w: Builder, block: Opaque, has_row: ir.Value) -> ir.Value:
     valid = w.op("Reshape", has_row, w.op("Shape", block.indices), allowzero=1, name="has_row")
     valid.shape, valid.type = block.indices.shape, ir.TensorType(ir.DataType.BOOL)
     return valid
 
 
 def _filled(
-    w: Writer,
+    w: Builder,
     block: Opaque,
     way: ThereAndBack,
-    writer: PartsWriter,
+    builder: PartsBuilder,
     found: tuple[Sorted, ir.Value, ir.Value, ir.Value, ir.Value],
 ) -> _Sent:
     """C rows for each rank: the first C of its pairs, and rows of nobody behind them."""
@@ -251,16 +251,16 @@ def _filled(
     fits = w.op("And", w.op("Less", offset, w.scalar(capacity)), w.op("Less", pairs.positions, number))
     position = w.op("Add", w.op("Mul", rank, w.scalar(capacity)), offset)
     position = w.op("Where", fits, position, w.scalar(ranks * capacity), name="filled_positions")
-    return _Sent(writer.before(w, token, slot), expert, counts, position, _valid(w, block, fits))
+    return _Sent(builder.prologue(w, token, slot), expert, counts, position, _valid(w, block, fits))
 
 
-def _column(w: Writer, value: ir.Value) -> ir.Value:
+def _column(w: Builder, value: ir.Value) -> ir.Value:
     """(n,) → (n, 1), by `Reshape`: ONNX's inference takes what is unsqueezed for a shape, and adds its entries up."""
     return w.op("Reshape", value, w.ints(-1, 1))
 
 
 def _computed(
-    w: Writer, form: str, block: Opaque, way: ThereAndBack, writer: PartsWriter, came: Sequence[ir.Value]
+    w: Builder, form: str, block: Opaque, way: ThereAndBack, builder: PartsBuilder, came: Sequence[ir.Value]
 ) -> list[ir.Value]:
     """What the experts here make of the rows that came, in the order in which they came."""
     own, entering = way.own, list(came[: len(block.parts.entering)])
@@ -274,11 +274,11 @@ def _computed(
         return _dense(w, here, entering, bins)
     pairs, _ = own_pairs(w, sort_by_expert(w, bins, len(own) + 1, 1), len(own))
     rows = [w.op("Gather", value, pairs.token, axis=0) for value in entering]
-    made = made_one_at_a_time(w, form, here, writer, rows, pairs)
+    made = made_one_at_a_time(w, form, here, builder, rows, pairs)
     return [w.op("Gather", value, pairs.positions, axis=0) for value in with_zero_row(w, block, made)]
 
 
-def _no_result(w: Writer, leaving: ir.Value, rows: ir.Value) -> ir.Value:
+def _no_result(w: Builder, leaving: ir.Value, rows: ir.Value) -> ir.Value:
     """(P, ...) of zeros: a rank without experts gets no rows, or rows of nobody."""
     assert leaving.shape is not None
     assert leaving.dtype is not None
@@ -288,7 +288,7 @@ def _no_result(w: Writer, leaving: ir.Value, rows: ir.Value) -> ir.Value:
     return w.op("ConstantOfShape", shape, value=zero)
 
 
-def _dense(w: Writer, own: Own, entering: Sequence[ir.Value], bins: ir.Value) -> list[ir.Value]:
+def _dense(w: Builder, own: Own, entering: Sequence[ir.Value], bins: ir.Value) -> list[ir.Value]:
     """Every expert here computes every row, and a mask picks: no shape depends on the data."""
     block = own.block
     parts = block.batched()
@@ -299,8 +299,8 @@ def _dense(w: Writer, own: Own, entering: Sequence[ir.Value], bins: ir.Value) ->
             where=block.meaning.line,
             hint="--experts slices and --experts loop take one expert at a time",
         )
-    writer = PartsWriter(w, parts, block.indices, block.shared, block.metadata)
-    ready = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, writer)
+    builder = PartsBuilder(w, parts, block.indices, block.shared, block.metadata)
+    ready = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, builder)
     every_expert = w.constant(np.arange(block.count)[:, None], f"{w.prefix}.experts_here")  # (E, 1)
     rows = w.op("Shape", bins)
     shape = w.op("Concat", w.ints(block.count), rows, axis=0)
@@ -314,7 +314,7 @@ def _dense(w: Writer, own: Own, entering: Sequence[ir.Value], bins: ir.Value) ->
         if sizes != _sizes(block.parts.entering[number], 1):  # other axes of size 1
             spread = w.op("Reshape", spread, w.op("Concat", shape, w.ints(*sizes), axis=0))
         wide.append(spread)
-    made = writer.core(w, wide, every_expert, ready)
+    made = builder.core(w, wide, every_expert, ready)
     mask = w.op("Equal", w.op("Unsqueeze", bins, w.ints(0)), every_expert)  # (E, P)
     found = []
     for value, inner in zip(made, parts.leaving, strict=True):
@@ -327,7 +327,7 @@ def _dense(w: Writer, own: Own, entering: Sequence[ir.Value], bins: ir.Value) ->
     return found
 
 
-def _matched(several: Parts, one: Parts) -> list[int | None] | None:
+def _matched(several: BodyParts, one: BodyParts) -> list[int | None] | None:
     """Which of the rows that one expert's core takes are those that several experts' core takes, in order.
 
     Sizes may differ by axes of 1: the body was written anew with an axis of experts. None in the list is a value of
@@ -354,7 +354,7 @@ def _matched(several: Parts, one: Parts) -> list[int | None] | None:
     return None if left else found
 
 
-def _is_measured(value: ir.Value, parts: Parts) -> bool:
+def _is_measured(value: ir.Value, parts: BodyParts) -> bool:
     """Whether the core looks at the sizes of a value, and at nothing else of it."""
     core = set(parts.core)
     return all(node.op_type == "Shape" for node, _ in value.uses() if node in core)
@@ -378,10 +378,10 @@ def _of_row(value: ir.Value, lead: int) -> tuple[object, ...]:
     return value.dtype, *(value.shape or ())[lead:]
 
 
-def _behind(w: Writer, shape: ir.Value, value: ir.Value) -> ir.Value:
+def _behind(w: Builder, shape: ir.Value, value: ir.Value) -> ir.Value:
     """(E, P) and the sizes of a row behind it."""
     return w.op("Concat", shape, w.op("Shape", value, start=1), axis=0)
 
 
-def _zero(w: Writer, value: ir.Value) -> ir.Value:
+def _zero(w: Builder, value: ir.Value) -> ir.Value:
     return w.op("CastLike", w.scalar(0), value)

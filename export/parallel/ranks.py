@@ -10,17 +10,17 @@ from typing import Literal
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError, UsageError
+from moe_export.export.experts.builder import Builder
 from moe_export.export.experts.choose import choose
-from moe_export.export.experts.emit import Bodies, module_of, write_experts
-from moe_export.export.experts.lower import Opaque
-from moe_export.export.experts.place import DOMAIN, NUMBER, OPERATOR
-from moe_export.export.experts.writer import Writer
+from moe_export.export.experts.expand import Bodies, expand_experts, module_of
+from moe_export.export.experts.one_at_a_time import Opaque
+from moe_export.export.experts.outline import DOMAIN, NUMBER, OPERATOR
 from moe_export.export.onnx.provenance import strip_scope
 from moe_export.export.onnx.translate import check
 from moe_export.export.options import Options
 from moe_export.export.parallel.collectives import Collectives, write_collectives
 from moe_export.export.parallel.dispatch import ThereAndBack, there_and_back
-from moe_export.export.parallel.lower import partial_sum
+from moe_export.export.parallel.partial_sum import partial_sum
 from moe_export.export.parallel.placement import Layer, Placement, place
 from moe_export.export.parallel.stages import ALL_REDUCE, LAYER, Staged, cut, exchanges_of
 from moe_export.export.pipeline import Graph
@@ -194,7 +194,7 @@ class _Maker:
         return staged
 
     def _expanded(self, draft: Draft, rank: int, options: Options) -> Draft:
-        def write(w: Writer, form: str, block: Opaque) -> ir.Value:
+        def write(w: Builder, form: str, block: Opaque) -> ir.Value:
             layer = self._layer_of(block)
             own = self.placement.experts_of(layer, rank)
             if options.experts == "auto":
@@ -206,7 +206,7 @@ class _Maker:
             return w.op(ALL_REDUCE, given, domain=DOMAIN, name="all_reduced", **{LAYER: layer})
 
         model = draft.model.clone()
-        write_experts(model, draft.program.blocks, options.experts, options.target, write, self.bodies)
+        expand_experts(model, draft.program.blocks, options.experts, options.target, write, self.bodies)
         model.opset_imports[DOMAIN] = 1
         expand_loops(model, Expansion(options.recurrence, options.unroll))
         return dataclasses.replace(draft, model=model)

@@ -16,7 +16,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedN
 from moe_export.errors import NotExportableError
 from moe_export.export.onnx.bodies import with_inner
 from moe_export.export.onnx.provenance import place_of
-from moe_export.export.parallel.lower import DOMAIN
+from moe_export.export.parallel.partial_sum import DOMAIN
 
 ALL_REDUCE, ALL_TO_ALL = "AllReduce", "AllToAll"
 LAYER, BACK, CAPACITY = "layer", "back", "capacity"

@@ -23,10 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from moe_export.export.experts.choose import LOWERINGS, choose
-from moe_export.export.experts.emit import write_experts
-from moe_export.export.experts.place import place_experts
+from moe_export.export.experts.expand import expand_experts
+from moe_export.export.experts.outline import outline_experts
 from moe_export.export.frontend.subject import make_subject
-from moe_export.export.onnx.translate import finish, translate
+from moe_export.export.onnx.translate import name_at_opset, translate
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.tracing.trace import trace
 
@@ -76,11 +76,11 @@ def models(experts: int, k: int, folder: Path) -> dict[str, Path]:
     subject = make_subject(Block(experts, k), (torch.randn(32, H),), {}, source=Path(__file__), how="bench")
     kept = export_subject(subject, Options(gates=False, simplify=False, experts="keep"))[0].model
     made = {"as written": kept}
-    placed = place_experts(trace(subject))
+    outlined = outline_experts(trace(subject))
     for name in RUN_HERE:
-        made[name] = translate(placed.traced, 17)
-        write_experts(made[name], placed.blocks, name)
-        finish(made[name], placed.traced, 17, folder)
+        made[name] = translate(outlined.traced, 17)
+        expand_experts(made[name], outlined.blocks, name)
+        name_at_opset(made[name], outlined.traced, 17, folder)
     files = {}
     for name, model in made.items():
         files[name] = folder / f"{name.replace(' ', '_')}.onnx"

@@ -14,10 +14,10 @@ from opened import session_of, subject_of
 from torch import nn
 
 from moe_export.export.engines.build import build_engines
-from moe_export.export.experts.emit import write_experts
-from moe_export.export.experts.place import place_experts
+from moe_export.export.experts.expand import expand_experts
+from moe_export.export.experts.outline import outline_experts
 from moe_export.export.frontend.subject import make_subject
-from moe_export.export.onnx.translate import finish, translate
+from moe_export.export.onnx.translate import name_at_opset, translate
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.tracing.trace import trace
 
@@ -87,13 +87,13 @@ def test_tokens_are_dropped_where_the_model_drops_them():
 )
 def test_every_form_is_right(idiom):
     module = idiom().eval()
-    placed = place_experts(trace(subject_of(module)))
-    assert placed.refused == ()
-    assert len(placed.blocks) == 1
+    outlined = outline_experts(trace(subject_of(module)))
+    assert outlined.refused == ()
+    assert len(outlined.blocks) == 1
     for form in ("dense", "blocks", "gather", "loop"):
-        model = translate(placed.traced, 17)
-        write_experts(model, placed.blocks, form)
-        finish(model, placed.traced, 17, Path(__file__).parent)
+        model = translate(outlined.traced, 17)
+        expand_experts(model, outlined.blocks, form)
+        name_at_opset(model, outlined.traced, 17, Path(__file__).parent)
         assert not values_with(model, 4) or form == "dense" or idiom is models.Groups
         assert_equal(session_of(model), module)
 
@@ -105,11 +105,11 @@ def test_a_little_of_the_other_experts_is_no_rounding(tmp_path, dtype):
             return self.stacked(slots) + 0.01 * slots.softmax(0)
 
     example = (torch.randn(2, 9, 16).to(dtype),)
-    placed = place_experts(
+    outlined = outline_experts(
         trace(make_subject(Slightly().eval().to(dtype), example, {}, source=tmp_path, how=""))
     )
-    assert placed.blocks == ()
-    assert "the experts mix their rows" in placed.refused[0]
+    assert outlined.blocks == ()
+    assert "the experts mix their rows" in outlined.refused[0]
 
 
 REASONS = {
@@ -122,9 +122,9 @@ REASONS = {
 
 @pytest.mark.parametrize("idiom", REASONS, ids=lambda idiom: idiom.__name__)
 def test_what_is_not_proved_stays_as_written_and_says_why(idiom):
-    placed = place_experts(trace(subject_of(idiom().eval())))
-    (reason,) = placed.refused
-    assert placed.blocks == ()
+    outlined = outline_experts(trace(subject_of(idiom().eval())))
+    (reason,) = outlined.refused
+    assert outlined.blocks == ()
     assert "as it was written: " in reason or "as they were written: " in reason
     assert f"{models.__file__}:" in reason
     assert REASONS[idiom] in reason

@@ -18,10 +18,10 @@ from moe_export.errors import NotExportableError
 from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.engines.build import build_engines
 from moe_export.export.experts.choose import LOWERINGS, choose
-from moe_export.export.experts.emit import Bodies, write_experts
-from moe_export.export.experts.place import place_experts
+from moe_export.export.experts.expand import Bodies, expand_experts
+from moe_export.export.experts.outline import outline_experts
 from moe_export.export.frontend.subject import make_subject
-from moe_export.export.onnx.translate import finish, translate
+from moe_export.export.onnx.translate import name_at_opset, translate
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.tracing.trace import trace
 
@@ -38,13 +38,13 @@ def lowered(
     module: nn.Module, names: Iterable[str] = ("slices", "blocks")
 ) -> dict[str, tuple[onnxruntime.InferenceSession, list[str], ir.Model]]:
     """One trace, written in several forms."""
-    placed = place_experts(trace(subject_of(module)))
-    assert len(placed.blocks) == 1
-    translated, bodies, found = translate(placed.traced, 17), Bodies(), {}
+    outlined = outline_experts(trace(subject_of(module)))
+    assert len(outlined.blocks) == 1
+    translated, bodies, found = translate(outlined.traced, 17), Bodies(), {}
     for name in names:
         model = translated.clone()
-        notes = write_experts(model, placed.blocks, name, bodies=bodies)
-        finish(model, placed.traced, 17, Path(__file__).parent)
+        notes = expand_experts(model, outlined.blocks, name, bodies=bodies)
+        name_at_opset(model, outlined.traced, 17, Path(__file__).parent)
         found[name] = (session_of(model), notes, model)
     return found
 
@@ -461,9 +461,9 @@ def test_an_ordinary_index_add_is_no_expert():
             rows = torch.where(x[:, 0, 0] > 0)[0]
             return torch.zeros_like(x).index_add(0, rows, x[rows])
 
-    placed = place_experts(trace(subject_of(Scatter().eval())))
-    assert placed.blocks == ()
-    assert placed.refused == ()
+    outlined = outline_experts(trace(subject_of(Scatter().eval())))
+    assert outlined.blocks == ()
+    assert outlined.refused == ()
 
 
 def test_one_hot_masks_are_read_through_any_order_of_axes():

@@ -1,11 +1,11 @@
 """Take an expert's body apart: what every pair needs before, what only the expert can do, what is done with its rows.
 
-    token, slot, shared ─▶ before ─▶ core ─▶ after ─▶ rows
-                                      ▲
-                          weights ─▶ prepared
+    token, slot, shared ─▶ prologue ─▶ core ─▶ epilogue ─▶ rows
+                                        ▲
+                            weights ─▶ prepared
 
-The body works row by row, so `before` and `after` may run on all S pairs at once, in whatever order they stand, and
-only `core` is written once an expert. `prepared` reads nothing but weights (a transpose, most of the time) and is
+The body works row by row, so `prologue` and `epilogue` may run on all S pairs at once, in whatever order they stand,
+and only `core` is written once an expert. `prepared` reads nothing but weights (a transpose, most of the time) and is
 done on the weights of all experts, offline where they are constants.
 
 A value goes from one part to the next only if its leading axes are the rows; what holds a number of rows as its
@@ -19,14 +19,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moe_export.export.experts.writer import Writer, with_lead, write_nodes
+from moe_export.export.experts.builder import Builder, with_lead, write_nodes
 
 TOKEN, SLOT, EXPERT = 0, 1, 2
 """Positions of a body's inputs; shared values and weights come behind."""
 
 
 @dataclass(frozen=True)
-class Parts:
+class BodyParts:
     """A body taken apart. Nodes and values are those of the body's own graph; nodes are in its order.
 
     Attributes:
@@ -35,9 +35,9 @@ class Parts:
         weights: The inputs that belong to one expert.
         prepared: Nodes that read weights only.
         common: Nodes that read neither pairs nor anything of an expert's own.
-        before, core, after: See above.
-        entering: Row values that `core` takes from `before`; token and slot among them where it reads these.
-        leaving: Row values that `core` gives, for `after` or as the result.
+        prologue, core, epilogue: See above.
+        entering: Row values that `core` takes from `prologue`; token and slot among them where it reads these.
+        leaving: Row values that `core` gives, for `epilogue` or as the result.
         ready: Weights as `core` takes them: inputs of the body, or results of `prepared`.
     """
 
@@ -46,15 +46,15 @@ class Parts:
     weights: tuple[ir.Value, ...]
     prepared: tuple[ir.Node, ...]
     common: tuple[ir.Node, ...]
-    before: tuple[ir.Node, ...]
+    prologue: tuple[ir.Node, ...]
     core: tuple[ir.Node, ...]
-    after: tuple[ir.Node, ...]
+    epilogue: tuple[ir.Node, ...]
     entering: tuple[ir.Value, ...]
     leaving: tuple[ir.Value, ...]
     ready: tuple[ir.Value, ...]
 
 
-def take_apart(body: ir.Graph, shared: int) -> Parts:
+def split_body(body: ir.Graph, shared: int) -> BodyParts:
     """Take a body apart.
 
     Args:
@@ -69,19 +69,19 @@ def take_apart(body: ir.Graph, shared: int) -> Parts:
     nodes = _without(nodes, prepared)
     pairs = _below(nodes, {inputs[TOKEN], inputs[SLOT]})
     core = _core(nodes, {*ready, inputs[EXPERT]}, {*_given(pairs)}, inputs[TOKEN])
-    after = _without(_below(nodes, _given(core)), core)
-    before = _without([node for node in nodes if node in set(pairs)], [*core, *after])
-    taken, used = _taken(core), {*_taken(after), *body.outputs}
-    reachable = {inputs[TOKEN], inputs[SLOT], *_given(before)}
-    return Parts(
+    epilogue = _without(_below(nodes, _given(core)), core)
+    prologue = _without([node for node in nodes if node in set(pairs)], [*core, *epilogue])
+    taken, used = _taken(core), {*_taken(epilogue), *body.outputs}
+    reachable = {inputs[TOKEN], inputs[SLOT], *_given(prologue)}
+    return BodyParts(
         body=body,
         shared=inputs[3 : 3 + shared],
         weights=weights,
         prepared=tuple(prepared),
-        common=tuple(_without(nodes, [*before, *core, *after])),
-        before=tuple(before),
+        common=tuple(_without(nodes, [*prologue, *core, *epilogue])),
+        prologue=tuple(prologue),
         core=tuple(core),
-        after=tuple(after),
+        epilogue=tuple(epilogue),
         entering=tuple(value for value in taken if value in reachable),
         leaving=tuple(value for value in _given(core) if value in used),
         ready=tuple(value for value in taken if value in ready),
@@ -184,7 +184,7 @@ def _given(nodes: Iterable[ir.Node]) -> list[ir.Value]:
     return [value for node in nodes for value in node.outputs]
 
 
-class PartsWriter:
+class PartsBuilder:
     """Writes the parts of a body into a graph; each method may be called often, on other rows.
 
     Args:
@@ -197,8 +197,8 @@ class PartsWriter:
 
     def __init__(
         self,
-        w: Writer,
-        parts: Parts,
+        w: Builder,
+        parts: BodyParts,
         indices: ir.Value,
         shared: Sequence[ir.Value],
         metadata: Mapping[str, str],
@@ -211,20 +211,20 @@ class PartsWriter:
             self._known[value] = w.copied(value)
         self._write(w, parts.common, self._known)
 
-    def prepared(self, w: Writer, weights: Sequence[ir.Value]) -> list[ir.Value]:
+    def prepared(self, w: Builder, weights: Sequence[ir.Value]) -> list[ir.Value]:
         """Weights of the body, or stacks of them for a body with a batch axis → as the core takes them."""
         known = {**self._known, **dict(zip(self._parts.weights, weights, strict=True))}
         self._write(w, self._parts.prepared, known)
         return [known[value] for value in self._parts.ready]
 
-    def before(self, w: Writer, token: ir.Value, slot: ir.Value) -> list[ir.Value]:
+    def prologue(self, w: Builder, token: ir.Value, slot: ir.Value) -> list[ir.Value]:
         """The row values that the core takes, for the given pairs."""
         known = self._with_rows(token, slot)
-        self._write(w, _needed(self._parts.before, self._parts.entering), known)
+        self._write(w, _needed(self._parts.prologue, self._parts.entering), known)
         return [known[value] for value in self._parts.entering]
 
     def core(
-        self, w: Writer, entering: Sequence[ir.Value], expert: ir.Value, ready: Sequence[ir.Value]
+        self, w: Builder, entering: Sequence[ir.Value], expert: ir.Value, ready: Sequence[ir.Value]
     ) -> list[ir.Value]:
         """What the expert makes of the row values."""
         known = dict(self._known)
@@ -234,9 +234,9 @@ class PartsWriter:
         self._write(w, self._parts.core, known)
         return [known[value] for value in self._parts.leaving]
 
-    def after(
+    def epilogue(
         self,
-        w: Writer,
+        w: Builder,
         leaving: Sequence[ir.Value],
         token: ir.Value,
         slot: ir.Value,
@@ -254,15 +254,15 @@ class PartsWriter:
         """
         known = self._with_rows(token, slot)
         known.update(zip(self._parts.leaving, leaving, strict=True))
-        wanted = [*_taken(self._parts.after), self._parts.body.outputs[0]]
-        needed = _needed(self._parts.before, wanted)
+        wanted = [*_taken(self._parts.epilogue), self._parts.body.outputs[0]]
+        needed = _needed(self._parts.prologue, wanted)
         for node in needed if lead is not None else ():
             source = known.get(node.inputs[0]) if node.inputs and node.inputs[0] is not None else None
             if source is not None and source.shape is not None and self._picks_by_pair(node, source):
                 rest = [size if isinstance(size, int) else None for size in source.shape[2:]]
                 known[node.outputs[0]] = with_lead(w, source, lead or (), rest)
         self._write(w, [node for node in needed if node.outputs[0] not in known], known)
-        self._write(w, self._parts.after, known)
+        self._write(w, self._parts.epilogue, known)
         return known[self._parts.body.outputs[0]]
 
     def _picks_by_pair(self, node: ir.Node, source: ir.Value) -> bool:
@@ -280,7 +280,7 @@ class PartsWriter:
         inputs = self._parts.body.inputs
         return {**self._known, inputs[TOKEN]: token, inputs[SLOT]: slot}
 
-    def _write(self, w: Writer, nodes: Iterable[ir.Node], known: dict[ir.Value, ir.Value]) -> None:
+    def _write(self, w: Builder, nodes: Iterable[ir.Node], known: dict[ir.Value, ir.Value]) -> None:
         write_nodes(w, nodes, known, self._metadata)
 
 

@@ -16,13 +16,13 @@ from moe_export.errors import NotExportableError
 from moe_export.export.axes.chosen import names_experts
 from moe_export.export.experts import contrib
 from moe_export.export.experts.batch import trace_batched
+from moe_export.export.experts.body_parts import BodyParts, split_body
+from moe_export.export.experts.builder import Builder
 from moe_export.export.experts.choose import LOWERINGS, choose, instead
-from moe_export.export.experts.lower import Opaque, guarded
-from moe_export.export.experts.parts import Parts, take_apart
-from moe_export.export.experts.place import DOMAIN, NUMBER, OPERATOR, Block
+from moe_export.export.experts.one_at_a_time import Opaque, guarded
+from moe_export.export.experts.outline import DOMAIN, NUMBER, OPERATOR, Block
 from moe_export.export.experts.trt_moe import add_meaning
 from moe_export.export.experts.weights import Weight
-from moe_export.export.experts.writer import Writer
 from moe_export.export.gates.region import scope_of
 from moe_export.export.onnx.decompositions import decompose
 from moe_export.export.onnx.provenance import mark_block
@@ -31,11 +31,11 @@ from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import fixes_size
 from moe_export.export.tracing.trace import quiet
 
-Write = Callable[[Writer, str, Opaque], ir.Value]
+Write = Callable[[Builder, str, Opaque], ir.Value]
 """Writes a block in the form of a name; the result."""
 
 
-def write_experts(
+def expand_experts(
     model: ir.Model,
     blocks: Sequence[Block],
     choice: str,
@@ -66,21 +66,21 @@ def write_experts(
         block = blocks[number]
         name, reason = choose(choice, block.experts.count, target), ""
         opaque = _opaque(node, block, model, bodies)
-        writer, form = Writer(model.graph, f"experts_{number}"), write or _write
+        builder, form = Builder(model.graph, f"experts_{number}"), write or _write
         try:
-            result = form(writer, name, opaque)
+            result = form(builder, name, opaque)
         except NotExportableError as error:
             if choice != "auto":
                 raise NotExportableError(
                     error.what, where=error.where or block.experts.line, hint=error.hint
                 ) from error
-            writer, result, name, reason = _simpler(model, number, opaque, name, error, form)
-        for made in writer.nodes:
+            builder, result, name, reason = _simpler(model, number, opaque, name, error, form)
+        for made in builder.nodes:
             made.metadata_props.update(node.metadata_props)
             mark_block(made, "experts", module_of(block))
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_nodes_and_values(
-            model.graph, node, [node], writer.nodes, node.outputs, [result]
+            model.graph, node, [node], builder.nodes, node.outputs, [result]
         )
         notes.append(f"{block.experts.count} experts at {block.experts.line}: lowered as {name!r}{reason}")
     if notes:
@@ -96,7 +96,7 @@ def write_experts(
 
 def _simpler(
     model: ir.Model, number: int, block: Opaque, name: str, error: NotExportableError, write: Write
-) -> tuple[Writer, ir.Value, str, str]:
+) -> tuple[Builder, ir.Value, str, str]:
     """A block in the next simpler form that can write it: its nodes, result, form, and why no other."""
     reason = ""
     while True:
@@ -104,9 +104,9 @@ def _simpler(
         simpler = instead(name, block.count)
         if simpler == name:
             raise error
-        writer, name = Writer(model.graph, f"experts_{number}"), simpler
+        builder, name = Builder(model.graph, f"experts_{number}"), simpler
         try:
-            return writer, write(writer, name, block), name, reason
+            return builder, write(builder, name, block), name, reason
         except NotExportableError as another:
             error = another
 
@@ -118,13 +118,13 @@ def module_of(block: Block) -> str:
     return both[-1] if both else ""
 
 
-def _write(writer: Writer, name: str, block: Opaque) -> ir.Value:
+def _write(builder: Builder, name: str, block: Opaque) -> ir.Value:
     if not names_experts(block.meaning.indices, block.count):
-        block = guarded(writer, block)
-    return LOWERINGS[name](writer, block)
+        block = guarded(builder, block)
+    return LOWERINGS[name](builder, block)
 
 
-def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
+def _body(program: ExportedProgram, block: Block, opset: int) -> BodyParts:
     """A body in ONNX, taken apart."""
     program, _ = rewrite_program(program)
     decompose(program.graph)
@@ -140,24 +140,24 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> Parts:
     assert exported is not None
     settle_reshapes(exported.model.graph)
     settle_axes(exported.model.graph)
-    return take_apart(exported.model.graph, len(block.experts.shared))
+    return split_body(exported.model.graph, len(block.experts.shared))
 
 
 class Bodies:
-    """Bodies in ONNX: layers that are alike have one program (see `place_experts`), which is translated once."""
+    """Bodies in ONNX: layers that are alike have one program (see `outline_experts`), which is translated once."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[int, int], tuple[ExportedProgram, Parts]] = {}
-        self._batched: dict[tuple[int, int], tuple[Block, Parts]] = {}
+        self._made: dict[tuple[int, int], tuple[ExportedProgram, BodyParts]] = {}
+        self._batched: dict[tuple[int, int], tuple[Block, BodyParts]] = {}
 
-    def of(self, block: Block, opset: int) -> Parts:
+    def of(self, block: Block, opset: int) -> BodyParts:
         """The body of a block."""
         key = (id(block.program), opset)
         if key not in self._made:
             self._made[key] = (block.program, _body(block.program, block, opset))
         return self._made[key][1]
 
-    def batched(self, block: Block, opset: int) -> Parts:
+    def batched(self, block: Block, opset: int) -> BodyParts:
         """The body of a block for several experts at once."""
         key = (id(block), opset)
         if key not in self._batched:

@@ -1,7 +1,7 @@
-"""Put one opaque node in the place of each MoE block that was understood; what it means is written out at emission.
+"""Outline each MoE block that was understood: one opaque node takes its place, and is expanded after translation.
 
 The node is `moe_export::Experts(indices, *shared, *weights)` with the block's number as its attribute. torch's
-exporter carries it into ONNX as it is, and `experts/lower` replaces it there.
+exporter carries it into ONNX as it is, and `experts/one_at_a_time` replaces it there.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ class Block:
 
 
 @dataclass(frozen=True)
-class Placed:
+class Outlined:
     """A traced model with its MoE blocks made opaque.
 
     Attributes:
-        traced: The model; its program can be emitted, not run.
+        traced: The model; its program can be translated, not run.
         blocks: By the number that their node carries.
         refused: Why other loops over experts stay as they were written, with their lines.
     """
@@ -61,7 +61,7 @@ class Placed:
     refused: tuple[str, ...]
 
 
-def place_experts(traced: Traced) -> Placed:
+def outline_experts(traced: Traced) -> Outlined:
     """Find the MoE blocks of a model and replace each by one opaque node; refuse with a reason what is not one."""
     blocks: list[Block] = []
     traced, found, reasons = _found(traced)
@@ -76,9 +76,9 @@ def place_experts(traced: Traced) -> Placed:
         except RefusedError as error:
             refused.append(f"the loop over experts at {experts.line} stays as it was written: {error}")
     if not blocks:
-        return Placed(traced, (), tuple(refused))
+        return Outlined(traced, (), tuple(refused))
     program = _with_nodes(traced.program, [block.experts for block in blocks])
-    return Placed(dataclasses.replace(traced, program=program), tuple(blocks), tuple(refused))
+    return Outlined(dataclasses.replace(traced, program=program), tuple(blocks), tuple(refused))
 
 
 def _found(traced: Traced) -> tuple[Traced, tuple[Experts, ...], tuple[str, ...]]:

@@ -1,7 +1,7 @@
 """Write out what an opaque MoE node means, an expert at a time: `slices` and `loop`.
 
 See docs/experts.md for the forms and when each is chosen; `experts/batched` has the others.
-Letters as in `experts/writer`.
+Letters as in `experts/builder`.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.export.experts.body import Experts
-from moe_export.export.experts.parts import Parts, PartsWriter
-from moe_export.export.experts.weights import ExpertWeights, Weight
-from moe_export.export.experts.writer import (
+from moe_export.export.experts.body_parts import BodyParts, PartsBuilder
+from moe_export.export.experts.builder import (
     INT64,
+    Builder,
     Sorted,
-    Writer,
     apart,
     combine,
     every_pair,
     known_sizes,
     sort_by_expert,
 )
+from moe_export.export.experts.weights import ExpertWeights, Weight
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Opaque:
     indices: ir.Value
     shared: Sequence[ir.Value]
     weights: Sequence[Weight]
-    parts: Parts
-    batched: Callable[[], Parts]
+    parts: BodyParts
+    batched: Callable[[], BodyParts]
     count: int
     slots: int
     hidden: Sequence[int | None]
@@ -60,7 +60,7 @@ class Opaque:
     valid: ir.Value | None = None
 
 
-def guarded(w: Writer, block: Opaque) -> Opaque:
+def guarded(w: Builder, block: Opaque) -> Opaque:
     """The block with indices that are all in range, and a mark for the pairs that count.
 
     A pair of no expert adds nothing, as in a loop over experts that none of them takes.
@@ -77,26 +77,26 @@ def guarded(w: Writer, block: Opaque) -> Opaque:
     return dataclasses.replace(block, indices=safe, valid=valid)
 
 
-Lowering = Callable[[Writer, Opaque], ir.Value]
+Lowering = Callable[[Builder, Opaque], ir.Value]
 
 
-def slices(w: Writer, block: Opaque) -> ir.Value:
+def slices(w: Builder, block: Opaque) -> ir.Value:
     """One part of the sorted pairs an expert; each with weights of its own, that are copied nowhere."""
     return _sorted(w, block, slices_of)
 
 
-def _sorted(w: Writer, block: Opaque, way: Callable[..., list[ir.Value]]) -> ir.Value:
+def _sorted(w: Builder, block: Opaque, way: Callable[..., list[ir.Value]]) -> ir.Value:
     """The pairs sorted by expert, what `slices_of` or `loop_of` makes of them, put back in their places."""
     pairs = sort_by_expert(w, block.indices, block.count, block.slots)
-    writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
-    rows = way(w, block, writer, writer.before(w, pairs.token, pairs.slot), pairs)
-    return finish(w, block, writer, rows, pairs.positions)
+    builder = PartsBuilder(w, block.parts, block.indices, block.shared, block.metadata)
+    rows = way(w, block, builder, builder.prologue(w, pairs.token, pairs.slot), pairs)
+    return combine_in_order(w, block, builder, rows, pairs.positions)
 
 
 def slices_of(
-    w: Writer,
+    w: Builder,
     block: Opaque,
-    writer: PartsWriter,
+    builder: PartsBuilder,
     entering: Sequence[ir.Value],
     pairs: Sorted,
     numbers: Sequence[int] | None = None,
@@ -106,26 +106,26 @@ def slices_of(
     Args:
         w: Where to write.
         block: Of these experts.
-        writer: Of its parts.
+        builder: Of its parts.
         entering: The rows that enter the core.
         pairs: How they are sorted.
         numbers: What the experts call themselves; 0, 1, ... by default.
     """
     parts = [w.many("Split", value, pairs.counts, outputs=block.count, axis=0) for value in entering]
-    ready = ExpertWeights(w, block.weights, block.count, block.opset).apart(block.parts, writer)
+    ready = ExpertWeights(w, block.weights, block.count, block.opset).apart(block.parts, builder)
     leaving = []
     for expert, number in enumerate(range(block.count) if numbers is None else numbers):
         inner = w.inner(str(expert))
         mine = [column[expert] for column in parts]
-        leaving.append(writer.core(inner, mine, w.ints(number), ready[expert]))
+        leaving.append(builder.core(inner, mine, w.ints(number), ready[expert]))
         w.take(inner)
     return [w.op("Concat", *column, axis=0) for column in zip(*leaving, strict=True)]
 
 
-def finish(
-    w: Writer,
+def combine_in_order(
+    w: Builder,
     block: Opaque,
-    writer: PartsWriter,
+    builder: PartsBuilder,
     rows: Sequence[ir.Value],
     positions: ir.Value,
     lead: Sequence[int] = (-1,),
@@ -135,7 +135,7 @@ def finish(
     Args:
         w: Where to write.
         block: What is written.
-        writer: Of its parts.
+        builder: Of its parts.
         rows: What the core gave, pair by pair in the experts' order.
         positions: (S,) where each pair's rows stand.
         lead: The axes that the body has for its pairs: (-1,), or (1, -1) for a body with a batch axis.
@@ -146,18 +146,18 @@ def finish(
         back = [w.op("Unsqueeze", value, w.ints(0)) for value in back]
         pairs = w.op("Unsqueeze", pairs, w.ints(0))
     token, slot = apart(w, pairs, block.slots)
-    return combine(w, writer.after(w, back, token, slot, lead), block.slots, block.hidden, block.valid)
+    return combine(w, builder.epilogue(w, back, token, slot, lead), block.slots, block.hidden, block.valid)
 
 
-def loop(w: Writer, block: Opaque) -> ir.Value:
+def loop(w: Builder, block: Opaque) -> ir.Value:
     """A `Loop` over the experts that were hit; each iteration takes its weights from the stack."""
     return _sorted(w, block, loop_of)
 
 
 def loop_of(
-    w: Writer,
+    w: Builder,
     block: Opaque,
-    writer: PartsWriter,
+    builder: PartsBuilder,
     entering: Sequence[ir.Value],
     pairs: Sorted,
     numbers: Sequence[int] | None = None,
@@ -168,7 +168,7 @@ def loop_of(
     called = None if numbers is None else w.constant(np.array(numbers, dtype=np.int64), f"{w.prefix}.numbers")
     hits = w.op("Squeeze", w.op("NonZero", pairs.counts), w.ints(0), name="hits")
     iteration = Iteration(w.inner("iteration"), block.parts.leaving)
-    inner = iteration.writer
+    inner = iteration.builder
     expert = inner.op("Gather", hits, iteration.number, axis=0, name="expert")
     bounds = [
         inner.op("Unsqueeze", inner.op("Gather", value, expert), w.ints(0))
@@ -176,16 +176,16 @@ def loop_of(
     ]
     mine = [inner.op("Slice", value, *bounds, w.ints(0)) for value in entering]
     ready = [inner.op("Gather", stack, expert, axis=0) for stack in stacks]
-    ready = ready if weights.known else writer.prepared(inner, ready)
+    ready = ready if weights.known else builder.prepared(inner, ready)
     number = expert if called is None else inner.op("Gather", called, expert)
-    body = iteration.graph(writer.core(inner, mine, inner.op("Unsqueeze", number, w.ints(0)), ready))
+    body = iteration.graph(builder.core(inner, mine, inner.op("Unsqueeze", number, w.ints(0)), ready))
     always = w.constant(np.array(True), f"{w.prefix}.true")
     starts = [no_rows(w, value, pairs.token) for value in block.parts.leaving]
     parts = w.many("Loop", w.op("Size", hits), always, *starts, outputs=len(starts), body=body)
     return [w.op("ConcatFromSequence", value, axis=0) for value in parts]
 
 
-def no_rows(w: Writer, value: ir.Value, pairs: ir.Value) -> ir.Value:
+def no_rows(w: Builder, value: ir.Value, pairs: ir.Value) -> ir.Value:
     """A sequence that starts with no rows: there may be no token at all.
 
     The rows are cut out of a value (S,) that is only known at run time: what is constant would be folded, and
@@ -203,9 +203,9 @@ def no_rows(w: Writer, value: ir.Value, pairs: ir.Value) -> ir.Value:
 class Iteration:
     """The body of a `Loop` that puts the rows of one expert behind those of the experts before it."""
 
-    def __init__(self, writer: Writer, leaving: Sequence[ir.Value]) -> None:
-        name = writer.prefix
-        self.writer = writer
+    def __init__(self, builder: Builder, leaving: Sequence[ir.Value]) -> None:
+        name = builder.prefix
+        self.builder = builder
         self.number = ir.Value(name=f"{name}.number", type=ir.TensorType(INT64), shape=ir.Shape(()))
         self._going = ir.Value(name=f"{name}.going", type=ir.TensorType(ir.DataType.BOOL), shape=ir.Shape(()))
         self._sequences = []
@@ -218,9 +218,9 @@ class Iteration:
         """The finished body; `rows` are those of this iteration."""
         longer = []
         for sequence, value in zip(self._sequences, rows, strict=True):
-            longer.append(self.writer.op("SequenceInsert", sequence, value))
+            longer.append(self.builder.op("SequenceInsert", sequence, value))
             longer[-1].type = sequence.type
-        going = self.writer.op("Identity", self._going)
+        going = self.builder.op("Identity", self._going)
         going.type = self._going.type
         inputs = [self.number, self._going, *self._sequences]
-        return ir.Graph(inputs, [going, *longer], nodes=self.writer.nodes, name="expert")
+        return ir.Graph(inputs, [going, *longer], nodes=self.builder.nodes, name="expert")

@@ -19,7 +19,7 @@ from moe_export.export.weights.recipe import Recipe, RecipeTensor
 INT64 = ir.DataType.INT64
 
 
-class Writer:
+class Builder:
     """Writes nodes, with constants as initializers that are made once.
 
     Attributes:
@@ -40,13 +40,13 @@ class Writer:
     def nodes(self) -> Sequence[ir.Node]:
         return self._written
 
-    def take(self, other: Writer) -> None:
-        """Put the nodes of another writer behind those of this one."""
+    def take(self, other: Builder) -> None:
+        """Put the nodes of another builder behind those of this one."""
         self._written += other.nodes
 
-    def inner(self, prefix: str) -> Writer:
-        """A writer for a subgraph: nodes of its own, the same constants."""
-        return Writer(self.graph, f"{self.prefix}.{prefix}", self._constants)
+    def inner(self, prefix: str) -> Builder:
+        """A builder for a subgraph: nodes of its own, the same constants."""
+        return Builder(self.graph, f"{self.prefix}.{prefix}", self._constants)
 
     def op(
         self,
@@ -120,7 +120,7 @@ class Counted:
     counts: ir.Value
 
 
-def count_by_expert(w: Writer, indices: ir.Value, count: int) -> Counted:
+def count_by_expert(w: Builder, indices: ir.Value, count: int) -> Counted:
     """Count pairs by expert: one-hot and a cumulative sum, the same order on every machine.
 
     Args:
@@ -142,7 +142,7 @@ def count_by_expert(w: Writer, indices: ir.Value, count: int) -> Counted:
     )
 
 
-def every_pair(w: Writer, values: ir.Value, name: str = "pairs") -> ir.Value:
+def every_pair(w: Builder, values: ir.Value, name: str = "pairs") -> ir.Value:
     """The numbers 0 to S - 1, for a value (S,)."""
     return w.op("Range", w.scalar(0), w.op("Size", values), w.scalar(1), name=name)
 
@@ -165,7 +165,7 @@ class Sorted:
     positions: ir.Value
 
 
-def sort_by_expert(w: Writer, indices: ir.Value, count: int, slots: int) -> Sorted:
+def sort_by_expert(w: Builder, indices: ir.Value, count: int, slots: int) -> Sorted:
     """Sort pairs by expert, by counting.
 
     One-hot, cumulative sum, unique positions, one scatter without a reduction: no TopK (TensorRT stops at
@@ -187,7 +187,7 @@ def sort_by_expert(w: Writer, indices: ir.Value, count: int, slots: int) -> Sort
     return Sorted(token, slot, counted.counts, starts, ends, positions)
 
 
-def apart(w: Writer, pairs: ir.Value, slots: int) -> tuple[ir.Value, ir.Value]:
+def apart(w: Builder, pairs: ir.Value, slots: int) -> tuple[ir.Value, ir.Value]:
     """Token and slot of pairs that are numbered token by token."""
     if slots == 1:
         return pairs, w.op("Sub", pairs, pairs, name="slot")
@@ -209,7 +209,7 @@ def known_sizes(sizes: Iterable[object]) -> list[int]:
     return [size for size in found if isinstance(size, int)]
 
 
-def with_lead(w: Writer, value: ir.Value, lead: Sequence[int], sizes: Sequence[int | None]) -> ir.Value:
+def with_lead(w: Builder, value: ir.Value, lead: Sequence[int], sizes: Sequence[int | None]) -> ir.Value:
     """A value (..., *sizes) with other axes in front.
 
     Args:
@@ -226,7 +226,7 @@ def with_lead(w: Writer, value: ir.Value, lead: Sequence[int], sizes: Sequence[i
 
 
 def combine(
-    w: Writer, rows: ir.Value, slots: int, hidden: Sequence[int | None], valid: ir.Value | None = None
+    w: Builder, rows: ir.Value, slots: int, hidden: Sequence[int | None], valid: ir.Value | None = None
 ) -> ir.Value:
     """Rows of all S pairs, token by token → their sums (N, H) over the slots of each token.
 
@@ -245,7 +245,7 @@ def combine(
 
 
 def write_nodes(
-    w: Writer, nodes: Iterable[ir.Node], known: dict[ir.Value, ir.Value], metadata: Mapping[str, str]
+    w: Builder, nodes: Iterable[ir.Node], known: dict[ir.Value, ir.Value], metadata: Mapping[str, str]
 ) -> None:
     """Write nodes of another graph once more.
 

@@ -9,7 +9,7 @@ from opened import session_of, subject_of
 from torch import nn
 from torch.nn import functional as F
 
-from moe_export.export.experts.place import place_experts
+from moe_export.export.experts.outline import outline_experts
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.tracing.trace import trace
 
@@ -37,7 +37,7 @@ def layer(seed, limit):
 def test_a_body_is_traced_once_however_many_layers_have_it():
     model = nn.Sequential(layer(1, 0.3), layer(2, 0.3), layer(3, 0.1), layer(4, 0.3)).eval()
     subject = subject_of(model)
-    one, two, three, four = place_experts(trace(subject)).blocks
+    one, two, three, four = outline_experts(trace(subject)).blocks
     assert one.program is two.program is four.program
     assert three.program is not one.program
     assert one.experts is not two.experts

@@ -1,8 +1,8 @@
 """Write the part of an MoE block that one rank computes: its own experts, on the pairs that chose them.
 
-`slices` and `loop` sort the pairs as the forms of the whole block do (see `experts/lower`), with one more bin behind
-the experts for pairs of nobody here: no row of these is computed. The other forms have shapes that no data decide, so
-they compute every pair and mask what is not theirs.
+`slices` and `loop` sort the pairs as the forms of the whole block do (see `experts/one_at_a_time`), with one more bin
+behind the experts for pairs of nobody here: no row of these is computed. The other forms have shapes that no data
+decide, so they compute every pair and mask what is not theirs.
 
 Letters: N tokens, k slots, S = N*k pairs, E experts of this rank, P pairs of these, H hidden size.
 """
@@ -17,11 +17,11 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
+from moe_export.export.experts.body_parts import EXPERT, PartsBuilder
+from moe_export.export.experts.builder import Builder, Sorted, known_sizes, sort_by_expert
 from moe_export.export.experts.choose import LOWERINGS
-from moe_export.export.experts.lower import Opaque, finish, guarded, loop_of, slices_of
-from moe_export.export.experts.parts import EXPERT, PartsWriter
+from moe_export.export.experts.one_at_a_time import Opaque, combine_in_order, guarded, loop_of, slices_of
 from moe_export.export.experts.weights import Weight, known_array
-from moe_export.export.experts.writer import Sorted, Writer, known_sizes, sort_by_expert
 from moe_export.export.onnx.recipe_steps import row_of, stacked
 
 DOMAIN = "moe_export"
@@ -43,7 +43,7 @@ class Own:
     experts: tuple[int, ...]
 
 
-def own_part(w: Writer, block: Opaque, experts: Sequence[int]) -> Own:
+def own_part(w: Builder, block: Opaque, experts: Sequence[int]) -> Own:
     """A block whose pairs of other ranks name no expert.
 
     Args:
@@ -71,7 +71,7 @@ def own_part(w: Writer, block: Opaque, experts: Sequence[int]) -> Own:
     return Own(mine, tuple(experts))
 
 
-def in_range(w: Writer, block: Opaque) -> ir.Value:
+def in_range(w: Builder, block: Opaque) -> ir.Value:
     """The indices of a block as 0 to E - 1, and E where they name no expert: int64, of the same shape."""
     count = w.scalar(block.count)
     indices = w.op("Cast", block.indices, to=ir.DataType.INT64)
@@ -81,7 +81,7 @@ def in_range(w: Writer, block: Opaque) -> ir.Value:
     return w.op("Where", inside, indices, count)
 
 
-def of_experts(w: Writer, weight: Weight, experts: Sequence[int], opset: int) -> Weight:
+def of_experts(w: Builder, weight: Weight, experts: Sequence[int], opset: int) -> Weight:
     if not isinstance(weight, ir.Value):
         return [weight[expert] for expert in experts]
     array = known_array(weight, opset)
@@ -90,7 +90,7 @@ def of_experts(w: Writer, weight: Weight, experts: Sequence[int], opset: int) ->
     return w.constant(stacked([row_of(array, expert) for expert in experts]), f"{weight.name}.own")
 
 
-def partial_sum(w: Writer, form: str, block: Opaque, experts: Sequence[int]) -> ir.Value:
+def partial_sum(w: Builder, form: str, block: Opaque, experts: Sequence[int]) -> ir.Value:
     """What one rank adds to the result (N, H) of a block.
 
     Args:
@@ -122,7 +122,7 @@ def partial_sum(w: Writer, form: str, block: Opaque, experts: Sequence[int]) -> 
     return LOWERINGS[form](w, guarded(w, dataclasses.replace(own.block, valid=None)))
 
 
-def _nothing(w: Writer, block: Opaque) -> ir.Value:
+def _nothing(w: Builder, block: Opaque) -> ir.Value:
     """(N, H) of zeros, for a rank without experts."""
     rows = w.op("Shape", block.indices, start=0, end=1)
     dtype = block.parts.body.outputs[0].dtype or ir.DataType.FLOAT
@@ -132,7 +132,7 @@ def _nothing(w: Writer, block: Opaque) -> ir.Value:
     )
 
 
-def own_pairs(w: Writer, pairs: Sorted, count: int) -> tuple[Sorted, ir.Value]:
+def own_pairs(w: Builder, pairs: Sorted, count: int) -> tuple[Sorted, ir.Value]:
     """The sorted pairs of the first `count` bins, and their number (1,), which is the position of every other pair."""
     number = w.op("Slice", pairs.ends, w.ints(count - 1), w.ints(count), w.ints(0), name="own")
     first = [w.op("Slice", value, w.ints(0), number, w.ints(0)) for value in (pairs.token, pairs.slot)]
@@ -144,24 +144,24 @@ def own_pairs(w: Writer, pairs: Sorted, count: int) -> tuple[Sorted, ir.Value]:
     return Sorted(first[0], first[1], counts, starts, ends, positions), number
 
 
-def own_rows(w: Writer, form: str, own: Own) -> ir.Value:
+def own_rows(w: Builder, form: str, own: Own) -> ir.Value:
     """The pairs of these experts alone, expert by expert."""
     block = own.block
     pairs, _ = own_pairs(w, sort_by_expert(w, block.indices, block.count + 1, block.slots), block.count)
-    writer = PartsWriter(w, block.parts, block.indices, block.shared, block.metadata)
-    rows = made_one_at_a_time(w, form, own, writer, writer.before(w, pairs.token, pairs.slot), pairs)
-    return finish(w, block, writer, with_zero_row(w, block, rows), pairs.positions)
+    builder = PartsBuilder(w, block.parts, block.indices, block.shared, block.metadata)
+    rows = made_one_at_a_time(w, form, own, builder, builder.prologue(w, pairs.token, pairs.slot), pairs)
+    return combine_in_order(w, block, builder, with_zero_row(w, block, rows), pairs.positions)
 
 
 def made_one_at_a_time(
-    w: Writer, form: str, own: Own, writer: PartsWriter, entering: Sequence[ir.Value], pairs: Sorted
+    w: Builder, form: str, own: Own, builder: PartsBuilder, entering: Sequence[ir.Value], pairs: Sorted
 ) -> list[ir.Value]:
     """What the experts make of rows (P, ...) that are sorted by expert, in a form of `ONE_AT_A_TIME`."""
     way = slices_of if form == "slices" else loop_of
-    return way(w, own.block, writer, entering, pairs, own.experts)
+    return way(w, own.block, builder, entering, pairs, own.experts)
 
 
-def with_zero_row(w: Writer, block: Opaque, rows: Sequence[ir.Value]) -> list[ir.Value]:
+def with_zero_row(w: Builder, block: Opaque, rows: Sequence[ir.Value]) -> list[ir.Value]:
     """(P, ...) → (P + 1, ...): the last row is what pairs of nobody here read."""
     found = []
     for number, (value, inner) in enumerate(zip(rows, block.parts.leaving, strict=True)):
