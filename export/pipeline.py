@@ -17,8 +17,8 @@ from moe_export.export.axes.choice import may_choose
 from moe_export.export.frontend.ended import no_exit
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in, numbers_of
-from moe_export.export.gates.neck import behind
 from moe_export.export.gates.routing import Routing, find_routings, routing_outputs
+from moe_export.export.gates.single_entry_cut import after_single_entry_cut
 from moe_export.export.onnx.functions import described
 from moe_export.export.onnx.opset import check_opset
 from moe_export.export.options import Options
@@ -144,7 +144,7 @@ def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Opt
 def _where_it_holds(routing: Routing, traced: Traced) -> Routing:
     """The gate, begun behind what holds for a size only that the model's trace fixed, as a loop's steps."""
     fixed = _of_the_trace(traced)
-    return behind(routing, lambda node: not numbers_of(node) & fixed)
+    return after_single_entry_cut(routing, lambda node: not numbers_of(node) & fixed)
 
 
 def _of_the_trace(traced: Traced) -> set[int]:

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from moe_export.errors import NotExportableError, UsageError
-from moe_export.export.onnx.provenance import place_of
+from moe_export.export.onnx.provenance import source_location
 
 LOWEST = 17
 EXPORTER_LOWEST = 18
@@ -257,5 +257,5 @@ def _initializer(node: ir.Node, array: np.ndarray, kind: str) -> ir.Value:
 
 def _refusal(node: ir.Node, why: str) -> NotExportableError:
     return NotExportableError(
-        f"operator {node.op_type} {why}", where=place_of(node), hint="export with --opset 18 or newer"
+        f"operator {node.op_type} {why}", where=source_location(node), hint="export with --opset 18 or newer"
     )

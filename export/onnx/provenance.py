@@ -95,7 +95,7 @@ def strip_scope(path: str, scope: str) -> str:
     return path.removeprefix(f"{scope}.") if path != scope else path
 
 
-def place_of(node: ir.Node) -> str:
+def source_location(node: ir.Node) -> str:
     """Where a node comes from, for an error: its source line and module, else its name."""
     line = node.metadata_props.get(SOURCE) or line_of(stack_trace_of(node))
     module = node.metadata_props.get(MODULE)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
-from moe_export.export.onnx.provenance import place_of
+from moe_export.export.onnx.provenance import source_location
 from moe_export.export.parallel.stages import ALL_REDUCE, is_exchange
 
 Collectives = Literal["runner", "graph"]
@@ -44,7 +44,8 @@ def write_collectives(model: ir.Model, ranks: int, target: str) -> None:
             assert given is not None
             if node.op_type == ALL_REDUCE and value.dtype not in _TYPES:
                 raise NotExportableError(
-                    f"collectives sum float32, float16 and float64, not {value.dtype}", where=place_of(node)
+                    f"collectives sum float32, float16 and float64, not {value.dtype}",
+                    where=source_location(node),
                 )
             made.append(_collective(node, given, ranks, target.startswith("tensorrt")))
             made[-1].outputs[0].type, made[-1].outputs[0].shape = value.type, value.shape

@@ -15,7 +15,7 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedN
 
 from moe_export.errors import NotExportableError
 from moe_export.export.onnx.bodies import with_inner
-from moe_export.export.onnx.provenance import place_of
+from moe_export.export.onnx.provenance import source_location
 from moe_export.export.parallel.partial_sum import DOMAIN
 
 ALL_REDUCE, ALL_TO_ALL = "AllReduce", "AllToAll"
@@ -85,7 +85,7 @@ def cut(model: ir.Model) -> Staged:
         if is_exchange(node) and node.graph is not model.graph:
             raise NotExportableError(
                 "experts inside the body of a loop cannot be spread over ranks: a graph cannot end there",
-                where=place_of(node),
+                where=source_location(node),
                 hint="--recurrence unrolled writes the loop out, for one length",
             )
     _settle_outputs(model.graph)

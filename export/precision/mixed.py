@@ -25,7 +25,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 from moe_export.errors import UsageError
 from moe_export.export.onnx.bodies import bodies
 from moe_export.export.onnx.provenance import MODULE
-from moe_export.export.precision.write import write_casts
+from moe_export.export.precision.casts import write_casts
 
 DTYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
 _NAMES = {ir.DataType.FLOAT16: "tensor(float16)", ir.DataType.BFLOAT16: "tensor(bfloat16)"}

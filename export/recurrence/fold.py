@@ -26,8 +26,8 @@ from moe_export.export.recurrence.operand import PART, View, atoms
 from moe_export.export.recurrence.rolled import (
     Call,
     Folded,
+    ItemRef,
     LengthError,
-    Place,
     RolledGraph,
     Row,
     Scaled,
@@ -238,7 +238,7 @@ class _Builder:
 
     def _base(self, value: Value) -> fx.Node:
         base: Any = value.base
-        if isinstance(base, Place):
+        if isinstance(base, ItemRef):
             return self._places[base.key]
         if isinstance(base, Whole):
             return self._wanted[base.loop].buffer(self, base.position)
@@ -253,7 +253,7 @@ class _Builder:
         """The loop with this number."""
         return self._loops[number]
 
-    def item(self, place: Place) -> Any:
+    def item(self, place: ItemRef) -> Any:
         """The item at a place; None for an input."""
         return self._rolled.items[place.key] if isinstance(place.key, int) else None
 

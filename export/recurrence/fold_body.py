@@ -19,8 +19,8 @@ from moe_export.export.recurrence.loop_body import Along
 from moe_export.export.recurrence.operand import PART, SELECT, SLICE, View, atoms
 from moe_export.export.recurrence.rolled import (
     Call,
+    ItemRef,
     LengthError,
-    Place,
     Scaled,
     Size,
     Value,
@@ -43,7 +43,7 @@ class Outer(Protocol):
     def viewed(self, node: fx.Node, path: tuple[View, ...]) -> fx.Node: ...
     def result(self, loop: int, index: int) -> fx.Node: ...
     def loop(self, number: int) -> Loop: ...
-    def item(self, place: Place) -> Any: ...
+    def item(self, place: ItemRef) -> Any: ...
 
 
 def kept_meta(node: fx.Node | None) -> dict[str, Any]:
@@ -237,7 +237,7 @@ class BodyWriter:
     def _part(self, base: Any, view: View) -> tuple[Value, View]:
         """A part of an even `split` that moves with the iterations → a window that does."""
         variable = view.numbers[0]
-        item = self._outer.item(base) if isinstance(base, Place) else None
+        item = self._outer.item(base) if isinstance(base, ItemRef) else None
         if isinstance(item, Call) and item.target is aten.split.Tensor:
             source, width, axis = (*item.args, 0)[:3]
             value = item.node.args[0].meta["val"]  # type: ignore[union-attr]

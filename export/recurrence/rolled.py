@@ -17,7 +17,7 @@ from moe_export.export.recurrence.operand import SIZE, Read, View, atoms, filled
 
 
 @dataclass(frozen=True)
-class Place:
+class ItemRef:
     """What an item or an input stands for: an input or weight by name, else the item with this number."""
 
     key: str | int
@@ -27,7 +27,7 @@ class Place:
 class Value:
     """A value outside loops: a place, or what a loop made in one iteration, behind a path."""
 
-    base: Place | Made
+    base: ItemRef | Made
     path: tuple[View, ...] = ()
 
 
@@ -117,7 +117,7 @@ class _Folding:
     def __init__(self, trace: Repeats) -> None:
         self._trace = trace
         self._items: list[Call | Folded] = []
-        self._places: dict[fx.Node, Place] = {}
+        self._places: dict[fx.Node, ItemRef] = {}
         self._order: dict[int, int] = {}  # the loop's number as it was found → its number in the graph
 
     def graph(self) -> RolledGraph:
@@ -126,7 +126,7 @@ class _Folding:
         outputs: Any = ()
         for node in self._trace.graph.nodes:
             if node.op == "placeholder":
-                self._places[node] = Place(node.name)
+                self._places[node] = ItemRef(node.name)
             elif node.op == "output":
                 outputs = self._rewritten(node.args[0], node)
             elif node in starts:
@@ -134,7 +134,7 @@ class _Folding:
             elif node not in inside and SIZE not in node.meta and Read(node) == read_of(node):
                 args = tuple(self._rewritten(argument, node) for argument in node.args)
                 kwargs = {key: self._rewritten(value, node) for key, value in node.kwargs.items()}
-                self._places[node] = Place(len(self._items))
+                self._places[node] = ItemRef(len(self._items))
                 self._items.append(Call(node.target, args, kwargs, node))
         return RolledGraph(tuple(self._items), outputs)
 

@@ -20,7 +20,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import NotExportableError, RefusedError
-from moe_export.export.onnx.provenance import mark_block, place_of
+from moe_export.export.onnx.provenance import mark_block, source_location
 from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
 from moe_export.export.scans.chunked import expand_chunked
 from moe_export.export.scans.inputs import move_inwards
@@ -68,7 +68,7 @@ def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str
             move_inwards(model.graph, node)
             small_products_first(model.graph, read_region(model.graph, node))
             place, reasons = _at_once(model.graph, node, forms)
-            refused += [(place_of(node), reason) for reason in reasons[:1]]
+            refused += [(source_location(node), reason) for reason in reasons[:1]]
             taken += place == 0
             if place is not None:
                 notes.append(f"loop {integer(node, 'loop')}: {forms[place].note}{_why(reasons)}")
@@ -142,7 +142,7 @@ def _with_iterations(graph: ir.Graph, loop: LoopRegion, lowering: Expansion) -> 
     except RefusedError as reason:
         raise NotExportableError(
             f"the loop cannot take {lowering.unroll} steps per iteration: {reason}",
-            where=place_of(loop.end),
+            where=source_location(loop.end),
             hint="leave --unroll away",
         ) from reason
 

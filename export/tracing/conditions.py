@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 from moe_export.export.torch_compat.sizes import has_remainder
 from moe_export.export.tracing.dims import Dim
 
-Place = tuple[int, int]  # which input, and an axis of it
+AxisRef = tuple[int, int]  # which input, and an axis of it
 Shape = tuple[int | str, ...]
 _LARGEST = 16  # a range is looked past at sizes up to so many times the example's
 
@@ -30,8 +30,8 @@ def only_there(
     program: ExportedProgram,
     dims: Sequence[Dim],
     shapes: Sequence[Shape],
-    takes: Callable[[Mapping[Place, int]], bool],
-) -> set[Place]:
+    takes: Callable[[Mapping[AxisRef, int]], bool],
+) -> set[AxisRef]:
     """Places whose sizes are not free: the model takes others, and the trace does not hold for them.
 
     Args:

@@ -9,7 +9,7 @@ import torch
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.dims import DimRequest
 
-Place = tuple[str, int]  # an input, and an axis of it
+AxisRef = tuple[str, int]  # an input, and an axis of it
 
 
 def widened(subject: Subject, request: DimRequest) -> dict[str, torch.Tensor]:
@@ -28,7 +28,7 @@ def widened(subject: Subject, request: DimRequest) -> dict[str, torch.Tensor]:
     return example
 
 
-def _groups(example: Mapping[str, torch.Tensor], request: DimRequest) -> list[list[Place]]:
+def _groups(example: Mapping[str, torch.Tensor], request: DimRequest) -> list[list[AxisRef]]:
     """Sets of dimensions of size 1 to widen together, the likeliest first."""
     ones = [
         (name, axis)
@@ -40,7 +40,9 @@ def _groups(example: Mapping[str, torch.Tensor], request: DimRequest) -> list[li
     return [group for group in together if len(group) > 1] + [[one] for one in ones]
 
 
-def _repeated(example: Mapping[str, torch.Tensor], group: list[Place], count: int) -> dict[str, torch.Tensor]:
+def _repeated(
+    example: Mapping[str, torch.Tensor], group: list[AxisRef], count: int
+) -> dict[str, torch.Tensor]:
     trial = dict(example)
     for name, axis in group:
         trial[name] = trial[name].repeat_interleave(count, dim=axis)

@@ -29,9 +29,7 @@ from moe_export.export.tracing.lengths import operators
 from moe_export.export.tracing.needless import MOST_ELEMENTS, needed, wrong_at_one
 from moe_export.export.tracing.slices import has_constant_bounds, sized_bounds
 from moe_export.export.tracing.trace import Traced, quiet, resized, trace
-from moe_export.export.tracing.widen import accepts
-
-Place = tuple[str, int]  # an input, and an axis of it
+from moe_export.export.tracing.widen import AxisRef, accepts
 
 _MOST_CHUNK = 512  # a constant that is larger is a table's length or a width, and three times it a slow run
 _MORE_OPERATORS = 1.5  # a loop that is unrolled is longer at a greater length, and so is its trace
@@ -154,7 +152,7 @@ def _with_domain(traced: Traced, subject: Subject) -> Traced:
 class _Group:
     """Axes that have one size together, and the constants at which the trace changes there."""
 
-    places: tuple[Place, ...]
+    places: tuple[AxisRef, ...]
     constants: tuple[int, ...]
 
 

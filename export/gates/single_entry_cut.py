@@ -1,7 +1,7 @@
-"""`behind`: a gate that begins later, behind a computation that holds for the traced size only.
+"""`after_single_entry_cut`: a gate that begins later, behind a computation that holds for the traced size only.
 
     x ─▶ step ─▶ step ─▶ … ─▶ stack ─▶ linear ─▶ softmax ─▶ topk
-                                └ the neck: everything that the choice depends on goes through it
+                                └ the cut: all that the choice depends on enters through this one value
 
 A gate that stands in a model's own `forward` begins at the model's inputs. Where a loop over time lies between, the
 trace has a step for each place of the example, and would compute for as many at any length. Behind the loop's result
@@ -20,8 +20,8 @@ from moe_export.export.gates.region import is_size, needed, size_source
 from moe_export.export.gates.routing import CONTRACTIONS, Routing
 
 
-def behind(routing: Routing, holds: Callable[[fx.Node], bool]) -> Routing:
-    """The gate from the first neck on behind which every node holds for other sizes.
+def after_single_entry_cut(routing: Routing, holds: Callable[[fx.Node], bool]) -> Routing:
+    """The gate from the first cut on behind which every node holds for other sizes.
 
     As it is where all of it holds, or where too little would be left: the scores are computed from a weight.
 
@@ -42,10 +42,10 @@ def behind(routing: Routing, holds: Callable[[fx.Node], bool]) -> Routing:
     end = max((at for at, node in enumerate(order) if node.target in CONTRACTIONS), default=0)
     if start < 0:
         return routing
-    for at, neck in enumerate(order[:end]):
-        if at <= start or not isinstance(neck.meta.get("val"), torch.Tensor):
+    for at, cut in enumerate(order[:end]):
+        if at <= start or not isinstance(cut.meta.get("val"), torch.Tensor):
             continue
         open_still = [node for before, node in enumerate(order[:at]) if last[before] > at]
-        if all(is_size(node) and size_source(node, [neck]) is not None for node in open_still):
-            return dataclasses.replace(routing, inputs=(neck,), inner=True)
+        if all(is_size(node) and size_source(node, [cut]) is not None for node in open_still):
+            return dataclasses.replace(routing, inputs=(cut,), inner=True)
     return routing
