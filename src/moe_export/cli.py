@@ -109,9 +109,11 @@ def rewrite_command(**options: Any) -> int:
 
     Several files may be given with --check, --diff and --in-place.
     """
-    from moe_export.commands.rewrite import run_rewrite
+    from moe_export.commands.rewrite import check_kind, run_rewrite
 
     sources = options.pop("sources")
+    for source in sources:
+        check_kind(source, options)
     if len(sources) > 1 and not (options["check"] or options["diff"] or options["in_place"]):
         raise click.UsageError("several files go with --check, --diff or --in-place")
     return max(run_rewrite(source=source, **options) for source in sources)

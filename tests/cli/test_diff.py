@@ -149,7 +149,7 @@ def test_the_level_is_chosen(command, finished, tmp_path):
         (("diff", "{good}", "{good}", "-o", "out.png"), "is a .svg file, not out.png"),
         (("view", "{good}", "-o", "out.png"), "is a .svg file, not out.png"),
         (("view", "{bad}", "-o", "out.svg"), "is no ONNX model"),
-        (("view", "{good}", "--level", "nodes"), "give -o"),
+        (("view", "{good}", "--level", "nodes"), "--level goes with --output"),
     ],
 )
 def test_what_cannot_be_done_is_said(command, save, tmp_path, arguments, message):

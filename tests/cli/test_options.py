@@ -107,3 +107,37 @@ def test_sizes_are_typed_in_one_way():
 def test_a_gate_and_no_gate_contradict_each_other(command, write, texts):
     done = command(write(texts["gate"]), "--gate", "gate", "--no-gate")
     assert (done.code, "--gate and --no-gate contradict each other" in done.err) == (2, True)
+
+
+TOGETHER = [(name, option) for name in COMMANDS for option in options_of(name) if option.goes_with]
+
+
+@pytest.mark.parametrize(("name", "option"), TOGETHER, ids=lambda each: getattr(each, "name", each))
+def test_an_option_that_would_have_no_effect_is_refused(command, name, option):
+    needed = next(other for other in options_of(name) if other.name == option.goes_with)
+    if needed.required:
+        return
+    value = [] if option.is_flag else [getattr(option.type, "choices", [None, "x"])[-1]]
+    done = command(name, "nothing.py", option.word, *value)
+    assert (done.code, done.err.splitlines()[0]) == (2, f"error: {option.word} goes with {needed.word}")
+
+
+@pytest.mark.parametrize(
+    ("source", "words", "said"),
+    [
+        ("net.onnx", ["--check"], "--check is of a Python file, not of net.onnx"),
+        ("net.py", ["--prove"], "--prove is of an ONNX file, not of net.py"),
+        ("ij,jk->ik", ["--in-place"], "--in-place is of a Python file, not of ij,jk->ik"),
+        ("net.py", ["--check", "--size", "b=2"], "--size is of an equation, not of net.py"),
+    ],
+)
+def test_an_option_of_another_kind_of_file_is_refused(command, source, words, said):
+    done = command("rewrite", source, *words)
+    assert (done.code, done.err) == (2, f"error: {said}\n")
+
+
+def test_a_golden_file_has_the_cases_that_it_has(command, finished, tmp_path):
+    golden = tmp_path / "golden.safetensors"
+    assert command("verify", finished / "block.py", "--record", golden, "--quiet").code == 0
+    done = command("verify", finished / "block.onnx", "--against", golden, "--thorough")
+    assert (done.code, "--thorough has no effect: the cases are those of" in done.err) == (2, True)

@@ -56,17 +56,12 @@ def take_request(options: dict[str, Any]) -> Request | None:
         None if no engine is asked for.
 
     Raises:
-        UsageError: A range or an amount that cannot be read; an option of engines without `--engine`.
+        UsageError: A range or an amount that cannot be read.
         MissingBackendError: TensorRT is not installed.
     """
     given = {name: options.pop(name) for name in names_in(ENGINES)}
     engine = given.pop("engine")
     if engine is None:
-        for option in ENGINES:
-            if given.get(option.name):
-                raise UsageError(
-                    f"{option.word} is for engines, and none is asked for", hint="add --engine sm89"
-                )
         return None
     wanted = [name.strip().lower() for name in engine.split(",")]
     profiles = [dict(map(parse_range, _parts(text))) for text in given["ranges"]]

@@ -28,15 +28,12 @@ def take_parallel(options: dict[str, Any]) -> Parallel | None:
     """Take these options out of a command's; None where no ranks were asked for.
 
     Raises:
-        UsageError: An option goes with ranks, and there are none; or with another way to exchange.
+        UsageError: An option goes with another way to exchange.
     """
     from moe_export.export.parallel.ranks import Parallel, check_parallel
 
     given = {name: options.pop(name) for name in names_in(RANKS)}
     if given["expert_parallel"] is None:
-        for option in RANKS:
-            if given[option.name] != option.unset:
-                raise UsageError(f"{option.word} goes with --expert-parallel", hint="--expert-parallel 4")
         return None
     if options["dtype"] != "float32":
         raise UsageError(

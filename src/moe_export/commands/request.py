@@ -91,15 +91,10 @@ class ExportRequest:
             MissingBackendError: An engine is asked for, and TensorRT is not installed.
         """
         left = dict(given)
-        if left.get("show") and left.get("stop_after") is None:
-            hint = "--stop-after trace --show prints the traced model"
-            raise UsageError("--show goes with --stop-after", hint=hint)
         if left.get("stop_after") is not None and left["console"].as_json:
             raise UsageError(
                 "--json prints the report, and --stop-after makes none", hint="--stop-after STAGE --show"
             )
-        if left.get("float32") and left.get("dtype", "float32") == "float32":
-            raise UsageError("--float32 goes with --dtype", hint="--dtype float16 --float32 MODULE")
         engines = take_request(left) if "engine" in left else None
         parallel = take_parallel(left) if "expert_parallel" in left else None
         folder = Path(left.pop("output"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import PurePath
+from typing import Any
 
 from moe_export.commands.console import Console
 from moe_export.einsum_rewrite import plan_einsum
@@ -16,6 +17,9 @@ from moe_export.einsum_rewrite.python_source import to_python
 from moe_export.errors import UsageError
 from moe_export.options.memory import parse_bytes
 from moe_export.options.sizes import parse_one_set
+from moe_export.options.table import options_of
+
+_KINDS = {".onnx": "Of an ONNX file", ".py": "Of a Python file"}
 
 
 def run_rewrite(
@@ -46,6 +50,19 @@ def run_rewrite(
 
         return run_rewrite_python(source, output, diff, in_place, check, force, console)
     return _run_equation(source, sizes, target, console)
+
+
+def check_kind(source: str, given: Mapping[str, Any]) -> None:
+    """Refuse an option of another kind of source, which would have no effect.
+
+    Raises:
+        UsageError: There is one.
+    """
+    kind = _KINDS.get(PurePath(source).suffix, "Of an equation")
+    for option in options_of("rewrite"):
+        other = option.group.startswith("Of ") and option.group != kind
+        if other and given[option.name] != option.unset:
+            raise UsageError(f"{option.word} is {option.group[0].lower()}{option.group[1:]}, not of {source}")
 
 
 def _run_equation(text: str, sizes: Sequence[str], target: str, console: Console) -> int:

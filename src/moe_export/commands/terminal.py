@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import click
 
 from moe_export.commands.console import Console
+from moe_export.errors import UsageError
 from moe_export.options.option import GROUPS, Option
 from moe_export.options.table import options_of
 
@@ -22,7 +24,7 @@ class TableOption(click.Option):
         told: What the table says of it.
     """
 
-    def __init__(self, told: Option) -> None:
+    def __init__(self, told: Option, needed: Option | None = None) -> None:
         self.told = told
         pair = "/--no-" in told.spelling  # click's way to write a flag and its opposite
         kind: dict[str, Any] = {"type": told.type, "multiple": told.repeatable, "default": told.default}
@@ -32,7 +34,7 @@ class TableOption(click.Option):
             kind = {"default": told.default}
         super().__init__(
             [*((told.spelling,) if pair else told.words), told.name],
-            help=_help(told),
+            help=_help(told, needed),
             metavar=told.metavar,
             required=told.required,
             expose_value=told.name != "debug",  # whoever prints an error looks for it
@@ -41,10 +43,13 @@ class TableOption(click.Option):
         )
 
 
-def _help(told: Option) -> str:
+def _help(told: Option, needed: Option | None) -> str:
+    text = told.help.removesuffix(".")
+    if needed is not None and not needed.required:
+        text = f"With {needed.word}: {text[0].lower()}{text[1:]}"
     repeatable = " (repeatable)." if told.repeatable else "."
     otherwise = f"  [default: {told.otherwise}]" if told.otherwise else ""
-    return f"{told.help.removesuffix('.')}{repeatable}{otherwise}"
+    return f"{text}{repeatable}{otherwise}"
 
 
 class TableCommand(click.Command):
@@ -52,7 +57,8 @@ class TableCommand(click.Command):
 
     def __init__(self, name: str, *, params: list[click.Parameter] | None = None, **attributes: Any) -> None:
         self.told = options_of(name)
-        own = [TableOption(option) for option in self.told]
+        by_name = {option.name: option for option in self.told}
+        own = [TableOption(option, by_name.get(option.goes_with)) for option in self.told]
         super().__init__(name, params=[*(params or ()), *own], **attributes)
 
     @property
@@ -82,7 +88,12 @@ class TableCommand(click.Command):
             ctx.exit()
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run it, with a console instead of the options that say how much is printed."""
+        """Run it, with a console instead of the options that say how much is printed.
+
+        Raises:
+            UsageError: An option means nothing without another one.
+        """
+        check_together(self.told, ctx.params)
         ctx.params["console"] = Console(ctx.params.pop("quiet"), ctx.params.pop("as_json"))
         return super().invoke(ctx)
 
@@ -109,3 +120,17 @@ class TableCommand(click.Command):
         if hidden:
             formatter.write_paragraph()
             formatter.write_text(f"{hidden} more options: {ctx.command_path} --help-all")
+
+
+def check_together(options: Sequence[Option], given: Mapping[str, Any]) -> None:
+    """Refuse an option that would have no effect: the one that it goes with is not given.
+
+    Raises:
+        UsageError: There is one.
+    """
+    by_name = {option.name: option for option in options}
+    for option in options:
+        needed = by_name[option.goes_with] if option.goes_with else option
+        if given.get(option.name, option.unset) != option.unset and given[needed.name] == needed.unset:
+            value = needed.metavar or next(each for each in needed.type.choices if each != needed.default)
+            raise UsageError(f"{option.word} goes with {needed.word}", hint=f"{needed.word} {value}")

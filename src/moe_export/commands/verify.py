@@ -17,6 +17,7 @@ from moe_export.comparison_settings import SETTINGS, check_names, parse_settings
 from moe_export.errors import UsageError
 from moe_export.export.onnx.serialize import staging
 from moe_export.options.memory import parse_bytes
+from moe_export.options.table import options_of
 from moe_export.own_files import put, require_free
 from moe_export.reports.reproduce import reproduce_command
 from moe_export.verify import Report, RoutingPair, show
@@ -36,6 +37,7 @@ REPRO = {
     "model.errors.json": "report",
 }
 """What `--repro` may write, and what each is (see `own_files`)."""
+_MORE_CASES = {"thorough", "sizes", "input_files", "seeds"}
 SEVERAL = "moe-export/verify-reports/1"
 
 
@@ -99,6 +101,7 @@ class VerifyRequest:
             command=reproduce_command(given["graph"], given),
             console=given["console"],
         )
+        asked.check_stored(given)
         asked.require_free()
         return asked
 
@@ -108,6 +111,20 @@ class VerifyRequest:
         return [artifact.file for artifact in (self.candidate, *self.references)] + list(
             self.request.settings.files
         )
+
+    def check_stored(self, given: Mapping[str, Any]) -> None:
+        """Refuse an option that asks for cases where they are stored: it would have no effect.
+
+        Raises:
+            UsageError: There is one.
+        """
+        golden = [each for each in (self.candidate, *self.references) if each.kind == "golden"]
+        for option in options_of("verify") if golden else ():
+            if option.name in _MORE_CASES and given[option.name] != option.unset:
+                raise UsageError(
+                    f"{option.word} has no effect: the cases are those of {golden[0].text}",
+                    hint="record a golden file with it: moe-export verify model.py --record golden.safetensors",
+                )
 
     def require_free(self) -> None:
         """Refuse to overwrite what is not ours.

@@ -40,8 +40,6 @@ def run_view(
         console.say(f"{path}: {sketch.subtitle}\nwritten: {output}")
         console.json(json.dumps(asdict(sketch), indent=2))
         return 0
-    if level is not None:
-        raise UsageError("--level is for a picture", hint="give -o FILE.svg, too")
     if not path.is_file():
         raise UsageError(f"no such file: {path}", hint="give the path of an .onnx file")
     _require_graph(path)

@@ -53,8 +53,8 @@ GRAPH = (
            "What the graph computes in; gates, norms and recurrences stay float32 (docs/precision.md), and the"
            " tolerance is that of the type (docs/verify.md).", (*EXPORTING, "verify", "mutate"),
            ("precision", "comparison"), type=_PRECISIONS, default="float32", first=True),
-    Option("float32", "--float32", "Graph", "With --dtype: this module stays float32.", EXPORTING, ("precision",),
-           metavar="MODULE", repeatable=True),
+    Option("float32", "--float32", "Graph", "This module stays float32.", EXPORTING, ("precision",), metavar="MODULE",
+           repeatable=True, goes_with="dtype"),
 )
 WEIGHTS = (
     Option("weights", "--weights", "Weights",
@@ -73,19 +73,20 @@ RANKS = (
            ("ranks",), type=click.IntRange(1), metavar="N", first=True),
     Option("exchange", "--exchange", "Experts over ranks",
            "Every rank sees all tokens, and partial sums are added; or each has tokens of its own, and their rows"
-           " travel.", EXPORTING, ("ranks",), type=click.Choice(["all_reduce", "all_to_all"]), default="all_reduce"),
+           " travel.", EXPORTING, ("ranks",), type=click.Choice(["all_reduce", "all_to_all"]), default="all_reduce",
+           goes_with="expert_parallel"),
     Option("exchange_rows", "--exchange-rows", "Experts over ranks",
            "With all_to_all: rows that a rank sends to another, always; pairs beyond are dropped.", EXPORTING,
-           ("ranks",), default="dynamic", metavar="ROWS|dynamic"),
+           ("ranks",), default="dynamic", metavar="ROWS|dynamic", goes_with="expert_parallel"),
     Option("placement", "--placement", "Experts over ranks", "The rank of each expert.", EXPORTING, ("ranks",),
-           otherwise="in order, evenly", metavar="FILE.json"),
+           otherwise="in order, evenly", metavar="FILE.json", goes_with="expert_parallel"),
     Option("collectives", "--collectives", "Experts over ranks",
            "Who exchanges: whoever runs the ranks' graphs, or nodes of the engine's own in them.", EXPORTING,
-           ("ranks",), type=click.Choice(["runner", "graph"]), default="runner"),
+           ("ranks",), type=click.Choice(["runner", "graph"]), default="runner", goes_with="expert_parallel"),
 )
 PIPELINE = (
     Option("stop_after", "--stop-after", "Pipeline",
            "Run the pipeline up to this stage and write nothing (docs/architecture.md).", ("export",),
            type=click.Choice(STAGES)),
-    Option("show", "--show", "Pipeline", "With --stop-after: print what the stage made.", ("export",), type=bool),
+    Option("show", "--show", "Pipeline", "Print what the stage made.", ("export",), type=bool, goes_with="stop_after"),
 )

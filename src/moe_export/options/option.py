@@ -19,6 +19,9 @@ GROUPS = (
     "Where they differ",
     "Mutants",
     "Rewriting",
+    "Of an ONNX file",
+    "Of a Python file",
+    "Of an equation",
     "Measuring",
     "Picture",
     "Experts over ranks",
@@ -78,6 +81,7 @@ class Option:
         metavar: How help shows its value.
         repeatable: Whether it may be given several times.
         required: Whether it must be given.
+        goes_with: The name in Python of the option without which this one means nothing.
         first: Whether the first screen of a long help shows it.
     """
 
@@ -93,6 +97,7 @@ class Option:
     metavar: str | None = None
     repeatable: bool = False
     required: bool = False
+    goes_with: str = ""
     first: bool = False
 
     @property

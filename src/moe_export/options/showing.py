@@ -10,21 +10,22 @@ _LEVELS = click.Choice(["blocks", "nodes"])
 
 # fmt: off
 REWRITING = (
-    Option("sizes", "--size", "Rewriting", "Sizes of the labels of an EQUATION.", ("rewrite",), otherwise="symbols",
+    Option("sizes", "--size", "Of an equation", "Sizes of the labels.", ("rewrite",), otherwise="symbols",
            metavar="b=2,d=256", repeatable=True),
     Option("target", "--target", "Rewriting", "The engine to plan for.", ("rewrite",), ("einsums",),
            type=click.Choice(["onnx", "onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "torch"]),
            default="onnxruntime-cpu"),
-    Option("keep_einsum", "--keep-einsum", "Rewriting", "Leave einsums that are one plain matrix product.",
+    Option("keep_einsum", "--keep-einsum", "Of an ONNX file", "Leave einsums that are one plain matrix product.",
            ("rewrite",), type=bool),
-    Option("max_intermediate", "--max-intermediate", "Rewriting",
+    Option("max_intermediate", "--max-intermediate", "Of an ONNX file",
            "The most memory that one intermediate may take.", ("rewrite",), metavar="1GB"),
-    Option("prove", "--prove", "Rewriting", "Show the evidence for each rewritten einsum.", ("rewrite",), type=bool),
-    Option("diff", "--diff", "Rewriting", "Python: print the changes instead of writing them.", ("rewrite",),
+    Option("prove", "--prove", "Of an ONNX file", "Show the evidence for each rewritten einsum.", ("rewrite",),
            type=bool),
-    Option("in_place", "--in-place", "Rewriting", "Python: write the file itself.", ("rewrite",), type=bool),
-    Option("check", "--check", "Rewriting",
-           "Python: write nothing; exit 1 if something is left to rewrite.", ("rewrite",), type=bool),
+    Option("diff", "--diff", "Of a Python file", "Print the changes instead of writing them.", ("rewrite",),
+           type=bool),
+    Option("in_place", "--in-place", "Of a Python file", "Write the file itself.", ("rewrite",), type=bool),
+    Option("check", "--check", "Of a Python file",
+           "Write nothing; exit 1 if something is left to rewrite.", ("rewrite",), type=bool),
 )
 MEASURING = (
     Option("against", "--against", "Measuring", "Measure the model in PyTorch, too.", ("bench",),
@@ -33,7 +34,8 @@ MEASURING = (
            otherwise="batch=1, others 128", metavar="batch=4,seq=128", repeatable=True),
     Option("repeat", "--repeat", "Measuring", "Runs that are measured.", ("bench",), type=click.IntRange(1),
            default=50),
-    Option("compiled", "--compile", "Measuring", "With --against: torch.compile, too.", ("bench",), type=bool),
+    Option("compiled", "--compile", "Measuring", "Measure torch.compile, too.", ("bench",), type=bool,
+           goes_with="against"),
 )
 PICTURES = (
     Option("gate", "--gate", "Picture", "Only this gate, by its module path.", ("routing",), otherwise="every gate",
@@ -44,7 +46,7 @@ PICTURES = (
            "Draw the ranks that an export with --expert-parallel wrote, and what they send one another.", ("routing",),
            metavar="MODEL.parallel.json"),
     Option("level", "--level", "Picture", "What is a box.", ("view",), type=_LEVELS,
-           otherwise="nodes for a small graph, else blocks"),
+           otherwise="nodes for a small graph, else blocks", goes_with="output"),
     Option("level", "--level", "Picture", "What is a box.", ("diff",), type=_LEVELS,
            otherwise="blocks where both graphs tell modules, else nodes"),
     Option("port", "--port", "Picture", "Port on this machine; 0 for a free one.", ("view",),
