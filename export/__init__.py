@@ -6,7 +6,7 @@ model.py ─▶ load ─▶ fold ─▶ trace ─▶ … ─▶ translate ─▶
           Subject   Model  Program          Draft        (all stages: `stages.PIPELINE`, docs/architecture.md)
 ```
 
-Rooms from below: `torch_compat`, `adapters`, `weights`, `frontend`, `axes`, `tracing`, `onnx`, `gates`, `recurrence`,
+Rooms from below: `torch_compat`, `weights`, `frontend`, `axes`, `tracing`, `onnx`, `gates`, `recurrence`,
 `experts`, `scans`, `precision`, `engines`. They are put together by `options`, `stages` and `pipeline`, above which
 `parallel` makes a graph a rank. docs/architecture.md says what each is for; a file imports none from above it.
 

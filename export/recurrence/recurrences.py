@@ -16,18 +16,18 @@ import torch
 
 from moe_export.domain import Condition
 from moe_export.errors import NotExportableError, UsageError
-from moe_export.export.adapters.cumulative import cumulative_step_by_step
-from moe_export.export.adapters.delta_rule import delta_rules_step_by_step
-from moe_export.export.adapters.recurrent_layers import recurrent_layers_step_by_step
-from moe_export.export.adapters.scans import scans_step_by_step
 from moe_export.export.frontend.subject import Subject, make_subject
+from moe_export.export.recurrence.cumulative import cumulative_step_by_step
+from moe_export.export.recurrence.delta_rule import delta_rules_step_by_step
 from moe_export.export.recurrence.fold import folded_module
 from moe_export.export.recurrence.generalised import UnlikeError
 from moe_export.export.recurrence.in_common import NoLoopError, in_common, repeats_of
 from moe_export.export.recurrence.prove import prove
 from moe_export.export.recurrence.reach import Reach
+from moe_export.export.recurrence.recurrent_layers import recurrent_layers_step_by_step
 from moe_export.export.recurrence.rolled import Folded, LengthError, RolledGraph
 from moe_export.export.recurrence.sizes import rows
+from moe_export.export.recurrence.user_scans import scans_step_by_step
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.lengths import (
     Length,

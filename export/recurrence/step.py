@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, fx, nn
 
 from moe_export.errors import NotExportableError
-from moe_export.export.adapters.transformers_cache import find_cached_model
 from moe_export.export.frontend.source import line_of
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.fold import FoldedModule
@@ -31,6 +30,7 @@ from moe_export.export.recurrence.loop_body import LoopBody
 from moe_export.export.recurrence.recurrences import Recurrent
 from moe_export.export.recurrence.step_cache import step_with_cache
 from moe_export.export.recurrence.step_model import StepModel, prove_steps
+from moe_export.export.recurrence.transformers_cache import find_cached_model
 from moe_export.export.tracing.lengths import Length
 from moe_export.export.tracing.trace import quiet
 

@@ -3,7 +3,7 @@
     subject   logits[l] = model(ids[l])
     step      logits[1], presents = model(ids[1], a cache of pasts)
 
-What the step computes is the library's own path of one token (`adapters/transformers_cache`); that it gives what the
+What the step computes is the library's own path of one token (`recurrence/transformers_cache`); that it gives what the
 model gives for all tokens at once is proved by running both.
 
 Letters: l length, p tokens before.
@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_export.errors import NotExportableError
-from moe_export.export.adapters.transformers import traceable_experts
-from moe_export.export.adapters.transformers_cache import CachedModel, empty, find_cached_model
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.step_model import PROVED, StepModel, prove_as_given
+from moe_export.export.recurrence.transformers_cache import CachedModel, empty, find_cached_model
 from moe_export.export.tracing.lengths import Length
 from moe_export.export.tracing.trace import quiet
+from moe_export.export.tracing.transformers_experts import traceable_experts
 from moe_export.float64 import in_float64
 
 _ROOM = 2**31  # bytes of weights that may be held a second time, as float64

@@ -13,14 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_export.export.adapters.other_forms import InOtherForms
-from moe_export.export.adapters.transformers import traceable_experts
 from moe_export.export.frontend.source import inside_call, is_user_file
 from moe_export.export.torch_compat.length import symbolic_length
 from moe_export.export.torch_compat.modules import conversions
 from moe_export.export.torch_compat.operators import GROUPED_MM
 from moe_export.export.torch_compat.sizes import require
 from moe_export.export.torch_compat.stack_traces import Frames, kept_frames
+from moe_export.export.tracing.other_forms import InOtherForms
+from moe_export.export.tracing.transformers_experts import traceable_experts
 
 
 def _one_hot(tensor: torch.Tensor, num_classes: Any = -1) -> Any:

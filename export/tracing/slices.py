@@ -20,7 +20,7 @@ import torch
 from onnxscript.onnx_opset import opset18 as op
 from torch import fx
 
-from moe_export.export.adapters.other_forms import InOtherForms
+from moe_export.export.tracing.other_forms import InOtherForms
 
 _aten = torch.ops.aten
 _PLAIN = (int, slice, torch.SymInt)

@@ -42,7 +42,6 @@ TOGETHER = ("running", "large", "pictures", "comparing", "reports", "commands")
 EXPORT = (
     "torch_compat",
     "sizes",
-    "adapters",
     "weights",
     "frontend",
     "axes",

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from moe_export.export import Options, export_subject
-from moe_export.export.adapters.recurrent_layers import recurrent_layers_step_by_step
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.onnx.serialize import write_model
+from moe_export.export.recurrence.recurrent_layers import recurrent_layers_step_by_step
 from moe_export.verify import OnnxRuntimeRunner
 
 LAYERS = {

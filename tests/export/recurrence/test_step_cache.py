@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from moe_export.errors import NotExportableError
-from moe_export.export.adapters.transformers_cache import find_cached_model
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.recurrence.step_cache import step_with_cache
+from moe_export.export.recurrence.transformers_cache import find_cached_model
 from moe_export.export.tracing.dims import DimRequest
 
 pytestmark = pytest.mark.filterwarnings("ignore")

@@ -12,9 +12,9 @@ import torch
 import user_scans as ways
 from torch import nn
 
-from moe_export.export.adapters.scans import scan, scans_step_by_step
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.recurrence.user_scans import scan, scans_step_by_step
 
 LENGTHS = (1, 2, 7, 16, 63, 64, 257)
 

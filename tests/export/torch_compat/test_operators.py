@@ -47,8 +47,8 @@ def test_canary_grouped_products_have_these_two_names():
         "torch.nn.functional.grouped_mm calls torch._grouped_mm, and a function mode sees one of them",
         todo="give the names that it has now to GROUPED_MM; src/moe_export/float64.py tells them by their names",
     ):
-        from moe_export.export.adapters.other_forms import InOtherForms
         from moe_export.export.torch_compat.operators import GROUPED_MM
+        from moe_export.export.tracing.other_forms import InOtherForms
 
         called = []
         forms = dict.fromkeys(GROUPED_MM, lambda *_, **__: called.append(True))

@@ -30,11 +30,11 @@ def test_canary_gated_delta_rules_have_two_forms():
     with canary(
         FILE,
         "models with gated delta rules have torch_chunk_gated_delta_rule and torch_recurrent_gated_delta_rule",
-        todo="find the names of the two forms in modeling_qwen3_next.py; export/adapters/delta_rule.py has them",
+        todo="find the names of the two forms in modeling_qwen3_next.py; export/recurrence/delta_rule.py has them",
     ):
         from transformers.models.qwen3_next import modeling_qwen3_next as file
 
-        from moe_export.export.adapters.delta_rule import delta_rules_step_by_step
+        from moe_export.export.recurrence.delta_rule import delta_rules_step_by_step
 
         before = file.torch_chunk_gated_delta_rule
         with delta_rules_step_by_step():

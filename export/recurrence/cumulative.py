@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_export.export.adapters.other_forms import InOtherForms
+from moe_export.export.tracing.other_forms import InOtherForms
 
 
 def cumulative_step_by_step() -> InOtherForms:

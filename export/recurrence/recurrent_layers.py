@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from moe_export.export.adapters.other_forms import InOtherForms
+from moe_export.export.tracing.other_forms import InOtherForms
 
 State: TypeAlias = tuple[Tensor, ...]
 Step = Callable[[Tensor, State, Sequence[Tensor]], State]
