@@ -8,8 +8,9 @@ STAMP := $(VENV)/.installed
 
 # `make test-torch` tries another PyTorch: `VERSION=2.14.1`, or the newest on the index.
 SHORT := -m "not slow" tests/export/torch_compat tests/verify/test_torch_compat.py tests/verify/test_onnxruntime_errors.py \
-	tests/export/test_models.py tests/export/test_trace.py tests/export/test_idioms.py tests/export/test_untranslated.py \
-	tests/export/test_size_numbers.py tests/export/experts/test_not_hit.py tests/export/experts/test_mixing.py \
+	tests/export/test_models.py tests/export/tracing/test_trace.py tests/export/tracing/test_idioms.py \
+	tests/export/onnx/test_untranslated.py \
+	tests/export/onnx/test_size_numbers.py tests/export/experts/test_not_hit.py tests/export/experts/test_mixing.py \
 	tests/export/recurrence/test_loops_that_count.py tests/export/recurrence/test_user_scans.py
 OTHER := build/torch-$(or $(VERSION),newest)
 

@@ -57,7 +57,7 @@ FAST = (models.FirstChoice, models.Groups, models.FloatMasks)
 
 @pytest.mark.parametrize(
     "idiom",
-    [pytest.param(each, one_hot=() if each in FAST else pytest.mark.slow) for each in models.SPARSE],
+    [pytest.param(each, marks=() if each in FAST else pytest.mark.slow) for each in models.SPARSE],
     ids=lambda idiom: idiom.__name__,
 )
 def test_masks_become_pairs_of_tokens_and_experts(idiom):

@@ -24,7 +24,7 @@ FAST = (unflattened.BooleanMask, unflattened.Places, unflattened.Looked, unflatt
 
 @pytest.mark.parametrize(
     "idiom",
-    [pytest.param(each, one_hot=() if each in FAST else pytest.mark.slow) for each in unflattened.LINES],
+    [pytest.param(each, marks=() if each in FAST else pytest.mark.slow) for each in unflattened.LINES],
     ids=lambda idiom: idiom.__name__,
 )
 def test_experts_are_seen_behind_tokens_of_two_axes(tools, tmp_path, idiom):

@@ -15,7 +15,7 @@ from moe_export.export.gates.dispatch import Dispatch, find_dispatches
 from moe_export.export.gates.picture import draw
 from moe_export.models.gshard_moe import top1gating
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def worked_example() -> tuple[Dispatch, torch.Tensor]:

@@ -12,7 +12,7 @@ from torch.export import Dim
 
 from moe_export.export.sizes import expression_of, fixed, same_dim, same_shape, same_size
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Sum(nn.Module):
