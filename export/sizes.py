@@ -12,22 +12,21 @@ from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import onnx_ir as ir
-import sympy
 import torch
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 Size: TypeAlias = int | torch.SymInt
 
 
-def expression_of(size: Any) -> int | sympy.Expr:
-    """A size of a trace as a key for tables: an integer, or its simplified expression.
+def expression_of(size: Any) -> Any:
+    """A size, or another number, of a trace as a key for tables: a plain number, or its simplified expression.
 
     Symbols of one name are one symbol here, even of two traces; `same_size` proves more, within one trace.
     """
-    if not isinstance(size, torch.SymInt):
-        return int(size)
-    number = size.node.maybe_as_int()
-    return size.node.expr if number is None else int(number)
+    number = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    if number is not None:
+        return int(number)
+    return size.node.expr if isinstance(size, (torch.SymInt, torch.SymFloat, torch.SymBool)) else size
 
 
 def fixed(size: object) -> int | None:

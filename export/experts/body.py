@@ -20,6 +20,7 @@ from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
+from moe_export.export.sizes import same_size
 from moe_export.export.tracing.weight_inputs import is_weight
 
 _aten = torch.ops.aten
@@ -349,7 +350,7 @@ def _weight(column: tuple[fx.Node, ...], value_numbers: Mapping[fx.Node, fx.Node
         (stack,) = bases
         assert isinstance(stack, fx.Node)
         size = stack.meta["val"].shape[0]
-        if str(size) != str(len(column)):
+        if not same_size(size, len(column)):
             raise RefusedError(
                 f"{stack.name} holds the weights of {size} experts, and {len(column)} are used"
             )

@@ -35,6 +35,7 @@ from moe_export.export.experts.capacity_pairs import PairWriter
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Term, proved, terms_of
 from moe_export.export.experts.capacity_views import Axis, Labels, View
 from moe_export.export.frontend.source import line_of
+from moe_export.export.sizes import fixed, same_shape, same_size
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.matmul.default, _aten.bmm.default, _aten.mm.default}
@@ -150,7 +151,7 @@ def _masks(end: _Contraction, value_numbers: Mapping[fx.Node, fx.Node]) -> Itera
                 if len(axis) == 1
             }
         labels = Labels(sizes, value_numbers)
-        if not (str(sizes["e"]).isdigit() and str(sizes["h"]).isdigit()):
+        if fixed(sizes["e"]) is None or fixed(sizes["h"]) is None:
             continue
         try:
             terms = terms_of(views[0], labels)
@@ -172,9 +173,8 @@ def _readings(end: _Contraction, mask: fx.Node) -> Iterator[tuple[dict[str, Axis
     while isinstance(source, fx.Node):
         sizes: tuple[Any, ...] = shape_of(source)
         for axis in range(len(sizes) - 1):
-            if str(sizes[axis] * sizes[axis + 1]) == str(merged) and "1" not in map(
-                str, sizes[axis : axis + 2]
-            ):
+            ones = any(same_size(size, 1) for size in sizes[axis : axis + 2])
+            if not ones and same_size(sizes[axis] * sizes[axis + 1], merged):
                 yield {letters[0]: ("e", "c")}, {"e": sizes[axis], "c": sizes[axis + 1]}
                 yield {letters[0]: ("c", "e")}, {"c": sizes[axis], "e": sizes[axis + 1]}
                 return
@@ -207,7 +207,7 @@ def _understood(masks: _Masks) -> Experts:
     assert sum(widths) == int(weights.meta["val"].shape[-1])
     return Experts(
         indices=indices,
-        count=int(str(labels.sizes["e"])),
+        count=int(labels.sizes["e"]),
         body=_body(core, shared, labels),
         shared=(*shared, *core.shared),
         weights=tuple(core.weights.values()),
@@ -220,7 +220,7 @@ def _understood(masks: _Masks) -> Experts:
 def _spread(builder: PairWriter, pair: Proved) -> fx.Node:
     """(g, s, k): the value of each pair, in full size."""
     value, indices = builder.value(pair), builder.indices(pair)
-    if str(value.meta["val"].shape) == str(indices.meta["val"].shape):
+    if same_shape(shape_of(value), shape_of(indices)):
         return value
     ones = builder.call(_aten.ones_like.default, indices, dtype=builder.dtype)
     return builder.call(_aten.mul.Tensor, value, ones)
@@ -294,7 +294,7 @@ def _fits(view: View, sizes: Mapping[str, Any]) -> bool:
         product: Any = 1
         for label in axis:
             product = product * sizes.get(label, size)
-        if str(product) != str(size):
+        if not same_size(product, size):
             return False
     return True
 

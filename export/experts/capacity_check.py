@@ -26,6 +26,7 @@ from moe_export.export.experts.capacity_experts import (
 )
 from moe_export.export.experts.capacity_views import Labels, View
 from moe_export.export.gates.region import is_size
+from moe_export.export.sizes import expression_of, fixed
 from moe_export.float64 import agree, doubled, in_float64
 
 _ROWS = 3
@@ -47,14 +48,15 @@ def check_core(core: Core, slots: View, outputs: View, labels: Labels) -> None:
     """
     generator = torch.Generator().manual_seed(0)
     trial = {
-        label: int(str(size)) if str(size).isdigit() else _ROWS + (label != "c")
+        label: number if (number := fixed(size)) is not None else _ROWS + (label != "c")
         for label, size in labels.sizes.items()
     }
 
     def random(sizes: Sequence[Any], like: fx.Node) -> torch.Tensor:
-        if not all(str(size).isdigit() for size in sizes):
+        numbers = [number for size in sizes if (number := fixed(size)) is not None]
+        if len(numbers) < len(sizes):
             raise RefusedError(f"the experts read {like.name}, whose size is free")
-        value = torch.randn([int(str(size)) for size in sizes], generator=generator)
+        value = torch.randn(numbers, generator=generator)
         return value.to(like.meta["val"].dtype)
 
     sizes = [_product(trial[label] for label in axis) for axis in slots.axes]
@@ -111,8 +113,8 @@ def _run(
     def known(node: fx.Node) -> Any:
         if node in values:
             return values[node]
-        if is_size(node) and str(node.meta["val"]) in free:
-            return free[str(node.meta["val"])]
+        if is_size(node) and (size := expression_of(node.meta["val"])) in free:
+            return free[size]
         raise RefusedError(f"the experts use a size of something outside them ({node.name})")
 
     for node in walk.nodes:

@@ -22,6 +22,7 @@ from moe_export.export.experts.body import Weight
 from moe_export.export.experts.capacity_views import Axis, Labels, View, pushed
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
+from moe_export.export.sizes import expression_of, fixed, same_shape, same_size
 from moe_export.export.tracing.weight_inputs import is_weight
 
 _aten = torch.ops.aten
@@ -84,7 +85,7 @@ def below_of(node: fx.Node) -> set[fx.Node]:
 
 
 def _stacked(slots: View, outputs: View, below: set[fx.Node], labels: Labels) -> Core:
-    count = str(labels.sizes["e"])
+    count = labels.sizes["e"]
     while any(len(axis) > 1 for axis in slots.axes):  # (e * c, m), then a reshape
         following = [view for user in slots.node.users if (view := pushed(slots, user, labels)) is not None]
         if len(following) != 1:
@@ -93,7 +94,7 @@ def _stacked(slots: View, outputs: View, below: set[fx.Node], labels: Labels) ->
     walk = walk_between(outputs.node, {slots.node: None}, below, lambda node: False)
     weights, shared = {}, []
     for leaf in walk.leaves:
-        if rank_of(leaf) > 1 and str(shape_of(leaf)[0]) == count:
+        if rank_of(leaf) > 1 and same_size(shape_of(leaf)[0], count):
             weights[leaf] = Weight(stack=leaf)
         else:
             shared.append(leaf)
@@ -101,7 +102,7 @@ def _stacked(slots: View, outputs: View, below: set[fx.Node], labels: Labels) ->
 
 
 def _of_parts(slots: View, joined: View, below: set[fx.Node], labels: Labels) -> Core:
-    count = int(str(labels.sizes["e"]))
+    count = int(labels.sizes["e"])
     parts: Sequence[fx.Node] = arguments(joined.node)[0]
     axis = int((*arguments(joined.node), 0)[1] or 0) % len(joined.axes)
     if joined.axes[axis] != ("e",) or len(parts) != count:
@@ -146,7 +147,7 @@ def _own(column: tuple[fx.Node, ...]) -> Weight:
 def _is_place(node: fx.Node, number: int, count: int) -> bool:
     """Whether a node is one expert's part of stacked weights."""
     source = arguments(node)[0] if node.args else None
-    if not isinstance(source, fx.Node) or str((*shape_of(source), 0)[0]) != str(count):
+    if not isinstance(source, fx.Node) or not same_shape(shape_of(source)[:1], [count]):
         return False
     return node.target is _aten.select.int and arguments(node)[1:] == (0, number)
 
@@ -217,7 +218,7 @@ def walk_between(
             places[node] = ("seed", len(walk.seeds))
             walk.seeds.append(node)
         elif is_size(node) and node not in below:
-            places[node] = ("size", hash(str(node.meta["val"])))
+            places[node] = ("size", hash(expression_of(node.meta["val"])))
         elif node.op == "placeholder" or is_part(node) or (node not in below and not _is_of_weights(node)):
             places[node] = ("leaf", len(walk.leaves))
             walk.leaves.append(node)
@@ -263,7 +264,7 @@ def write_core(
     free = {size: "c" in of for size, of in sizes_of(labels).items()}
 
     def copied(node: fx.Node) -> Any:
-        size = str(node.meta["val"]) if is_size(node) else ""
+        size = expression_of(node.meta["val"]) if is_size(node) else None
         if node not in copies and size in free:
             copies[node] = graph.call_function(_aten.sym_size.int, (rows, 0)) if free[size] else 1
         if node not in copies:
@@ -271,7 +272,7 @@ def write_core(
         return copies[node]
 
     for node in core.nodes:
-        if is_size(node) and str(node.meta["val"]) in free:
+        if is_size(node) and expression_of(node.meta["val"]) in free:
             continue
         args: Any = node.args
         if node.target in _SHAPED:
@@ -283,28 +284,28 @@ def write_core(
     )
 
 
-def _for_rows(sizes: Sequence[Any], core: Core, free: Mapping[str, bool], labels: Labels) -> list[Any]:
+def _for_rows(sizes: Sequence[Any], core: Core, free: Mapping[Any, bool], labels: Labels) -> list[Any]:
     """The sizes of a reshape, with one expert instead of all, and R rows instead of the slots."""
     found = list(sizes)
-    experts, slots = int(str(labels.sizes["e"])), str(labels.sizes["c"])
+    experts, slots = int(labels.sizes["e"]), fixed(labels.sizes["c"])
     if core.stacked and experts in found:
         found[found.index(experts)] = 1
     for place, size in enumerate(found):
-        written = str(size.meta["val"]) if isinstance(size, fx.Node) else str(size)
-        of_slots = free.get(written, slots.isdigit() and written in (slots, str(experts * int(slots))))
+        key = expression_of(size.meta["val"] if isinstance(size, fx.Node) else size)
+        of_slots = free.get(key, slots is not None and key in (slots, experts * slots))
         if of_slots and -1 not in found:
             found[place] = -1
     return found
 
 
-def sizes_of(labels: Labels) -> dict[str, frozenset[str]]:
-    """Sizes that follow from experts, groups and slots, as the tracer writes them; where free."""
+def sizes_of(labels: Labels) -> dict[Any, frozenset[str]]:
+    """The expressions of sizes that follow from experts, groups and slots, where free."""
     found: dict[str, frozenset[str]] = {}
     groups = [label for label in labels.sizes if label.startswith("g")]
     for mine in (["c"], *([group] for group in groups), [*groups, "c"], ["e", "c"], ["e", *groups, "c"]):
         size: Any = 1
         for label in mine:
             size = size * labels.sizes[label]
-        if not str(size).isdigit():
-            found.setdefault(str(size), frozenset(mine))
+        if fixed(size) is None:
+            found.setdefault(expression_of(size), frozenset(mine))
     return found

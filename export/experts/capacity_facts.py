@@ -28,6 +28,7 @@ from moe_export.export.experts.capacity_views import (
     product_of,
     summed_over,
 )
+from moe_export.export.sizes import fixed, same_size
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default, _aten.__and__.Tensor}
@@ -169,9 +170,9 @@ class Facts:
         """`zeros(N, E).scatter(1, idx, 1)`."""
         axis, index = arguments(view.node)[1:3]
         axis %= len(view.axes)
-        if view.axes[axis] != ("e",) or not str(shape_of(index)[axis]).isdigit():
+        if view.axes[axis] != ("e",) or fixed(shape_of(index)[axis]) is None:
             return None
-        if str(shape_of(index)[axis]) == "1":
+        if same_size(shape_of(index)[axis], 1):
             single = View(index, (*view.axes[:axis], (), *view.axes[axis + 1 :]))
             return Choice(self.labels.peeled(single), False)
         chosen = View(index, (*view.axes[:axis], ("k",), *view.axes[axis + 1 :]))
@@ -271,7 +272,7 @@ class Facts:
         wanted = [0, 0] * (len(view.axes) - axis - 1) + [1, 0]
         begins = (*arguments(view.node), 0, 0)[2] in (0, None) and len(arguments(view.node)) < 5
         along = int(arguments(running)[1]) % len(view.axes) == axis
-        same = str(shape_of(view.node)[axis]) == str(shape_of(marks)[axis])
+        same = same_size(shape_of(view.node)[axis], shape_of(marks)[axis])
         if list(pads) != wanted or (value and value[0]) or not (begins and along and same):
             return None
         over = view.axes[axis]

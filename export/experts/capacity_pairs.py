@@ -15,6 +15,7 @@ from torch import fx
 from moe_export.export.axes.shapes import arguments
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Step
 from moe_export.export.experts.capacity_views import FIXED, Axis, Labels, View
+from moe_export.export.sizes import fixed
 
 _aten = torch.ops.aten
 
@@ -141,7 +142,8 @@ class PairWriter:
                 del axes[place]
         if any(len(axis) > 1 for axis in axes):
             known = [self._labels.sizes[label] for axis in axes for label in axis]
-            sizes = [int(size) if str(size).isdigit() else -1 for size in map(str, known)]
+            numbers = [fixed(size) for size in known]
+            sizes = [-1 if number is None else number for number in numbers]
             if sizes.count(-1) > 1:
                 raise NotSparseError(f"{view.node.name} has an axis of which several sizes are free")
             node = self.call(_aten.reshape.default, node, sizes)

@@ -29,6 +29,7 @@ from moe_export.export.experts.capacity_views import (
     product_of,
     summed_over,
 )
+from moe_export.export.sizes import same_shape, same_size
 
 _aten = torch.ops.aten
 _PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default, _aten.__and__.Tensor}
@@ -163,7 +164,7 @@ def _factors(view: View, labels: Labels) -> Iterator[list[Step]]:
 def _is_outer(args: Sequence[Any]) -> bool:
     """Whether a product of (..., a, 1) and (..., 1, b) sums up nothing."""
     one, other = shape_of(args[0]), shape_of(args[1])
-    return len(one) == len(other) > 2 and str(one[-1]) == "1" and str(one[:-2]) == str(other[:-2])
+    return len(one) == len(other) > 2 and same_size(one[-1], 1) and same_shape(one[:-2], other[:-2])
 
 
 def _note_choices(parts: Sequence[View], labels: Labels) -> None:
@@ -210,7 +211,7 @@ def _scattered(view: View, labels: Labels) -> tuple[View, Any] | None:
     zeros, axis, index, _ = arguments(view.node)
     axis %= len(view.axes)
     sizes = {_aten.zeros.default: 0, _aten.new_zeros.default: 1}.get(zeros.target)
-    if sizes is None or view.axes[axis] != ("c",) or str(shape_of(index)[axis]) != "1":
+    if sizes is None or view.axes[axis] != ("c",) or not same_size(shape_of(index)[axis], 1):
         return None
     place = View(index, (*view.axes[:axis], (), *view.axes[axis + 1 :]))
     return labels.peeled(place), arguments(zeros)[sizes][axis]
@@ -266,7 +267,7 @@ def _pairs_of(term: Term) -> frozenset[str]:
 def _bounded(number: Number, set_there: frozenset[View], facts: Facts) -> bool:
     """Whether one of the facts compares the slot with the number of slots."""
     return any(
-        str(limit) == str(facts.labels.sizes["c"]) for limit in _limits(number, set_there, set_there, facts)
+        same_size(limit, facts.labels.sizes["c"]) for limit in _limits(number, set_there, set_there, facts)
     )
 
 

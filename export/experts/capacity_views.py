@@ -18,6 +18,7 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.sizes import same_shape, same_size
 
 _aten = torch.ops.aten
 Axis = tuple[str, ...]
@@ -87,7 +88,9 @@ class Labels:
         sizes = shape_of(node)
         axes = view.axes[len(view.axes) - len(sizes) :]
         outer = shape_of(view.node)[len(view.axes) - len(sizes) :]
-        spread = [str(size) == "1" != str(out) for size, out in zip(sizes, outer, strict=True)]
+        spread = [
+            same_size(size, 1) and not same_size(out, 1) for size, out in zip(sizes, outer, strict=True)
+        ]
         return View(node, tuple(() if is_one else axis for axis, is_one in zip(axes, spread, strict=True)))
 
     def _inner(self, view: View) -> View | None:
@@ -96,7 +99,7 @@ class Labels:
         if node.op != "call_function" or not isinstance(source, fx.Node):
             return None
         rule = _RULES.get(node.target)
-        whole = node.target is _aten.slice.Tensor and str(shape_of(node)) == str(shape_of(source))
+        whole = node.target is _aten.slice.Tensor and same_shape(shape_of(node), shape_of(source))
         if node.target in CASTS or whole:
             return View(source, view.axes)
         if node.target is operator.getitem and source.target is _aten.unbind.int:
@@ -115,13 +118,13 @@ class Labels:
         for size in sizes:
             group: list[str] = []
             product: Any = 1
-            while str(product) != str(size):
+            while not same_size(product, size):
                 if not labels:
                     return None
                 group.append(labels.pop(0))
                 product = product * self.sizes[group[-1]]
             found.append(tuple(group))
-        while labels and str(self.sizes[labels[0]]) == "1" and labels:
+        while labels and same_size(self.sizes[labels[0]], 1):
             labels.pop(0)
         return None if labels else tuple(found)
 
@@ -179,7 +182,7 @@ def _last_two(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
 def _expanded(view: View, source: fx.Node) -> View:
     sizes, outer = shape_of(source), shape_of(view.node)[len(view.axes) - rank_of(source) :]
     axes = view.axes[len(view.axes) - rank_of(source) :]
-    same = [str(size) == str(out) for size, out in zip(sizes, outer, strict=True)]
+    same = map(same_size, sizes, outer)
     return View(source, tuple(axis if is_same else () for axis, is_same in zip(axes, same, strict=True)))
 
 

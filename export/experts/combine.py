@@ -10,6 +10,7 @@ from torch import fx
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.row_products import einsum_letters, write_einsum
 from moe_export.export.experts.rows import Make, PairBody, Region, Rows
+from moe_export.export.sizes import same_shape, same_size
 
 _aten = torch.ops.aten
 
@@ -84,10 +85,9 @@ def _product(region: Region, node: fx.Node) -> Combination | None:
     weights, source = arguments(node)
     if not isinstance(source, fx.Node) or not isinstance(weights, fx.Node) or weights in region.rows:
         return None
-    shape = [str(size) for size in shape_of(weights)]
     if not _is_grid(region.rows.get(source)) or rank_of(source) != 3:
         return None
-    if shape != [region.tokens, "1", str(region.slots)]:
+    if not same_shape(shape_of(weights), [region.tokens, 1, region.slots]):
         return None
 
     def make(body: PairBody) -> fx.Node:
@@ -120,9 +120,9 @@ def _scatter(region: Region, node: fx.Node) -> Combination | None:
     tokens, rows = region.rows.get(index), region.rows.get(source)
     if tokens is None or rows is None or tokens.number != "token" or tokens.where != rows.where:
         return None
-    if not rows.weighs or rows.lead != 1 or str(shape_of(start)[0]) != region.tokens:
+    if not rows.weighs or rows.lead != 1 or not same_size(shape_of(start)[0], region.tokens):
         return None
-    if rank_of(index) > 1 and shape_of(index) != shape_of(source):
+    if rank_of(index) > 1 and not same_shape(shape_of(index), shape_of(source)):
         return None
     assert isinstance(source, fx.Node)
     return Combination(node, start, lambda body: body.value(source))

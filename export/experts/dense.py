@@ -26,6 +26,7 @@ from moe_export.export.experts.body import Experts
 from moe_export.export.experts.row_rules import rows_after
 from moe_export.export.experts.rows import PairBody, Region, Rows, runs_over_pairs
 from moe_export.export.frontend.source import line_of
+from moe_export.export.sizes import Size, fixed, same_shape, same_size
 
 _aten = torch.ops.aten
 _ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
@@ -41,12 +42,12 @@ class _Crowd(Region):
         return self.count
 
     @property
-    def pairs(self) -> str:
-        return str(self.indices.meta["val"].shape[0] * self.count)
+    def pairs(self) -> Size:
+        return self.tokens * self.count
 
     def leads(self, shape: tuple[object, ...], lead: int) -> bool:  # type: ignore[override]
-        begin = [str(size) for size in shape[:lead]]
-        return begin == ([self.pairs] if lead == 1 else [str(self.count), self.tokens])
+        begin = [self.pairs] if lead == 1 else [self.count, self.tokens]
+        return same_shape(shape[:lead], begin)
 
 
 class _CrowdBody(PairBody):
@@ -55,8 +56,8 @@ class _CrowdBody(PairBody):
     def _lined_up(self, node: fx.Node, rows: Rows, rank: int) -> fx.Node:
         if not runs_over_pairs(node, rows, rank):
             return self.share(node)
-        sizes = [str(size) for size in shape_of(node)[:2]]
-        if rows.lead == 2 and rank_of(node) == rank and sizes == [str(self.region.count), "1"]:
+        of_experts = same_shape(shape_of(node)[:2], [self.region.count, 1])
+        if rows.lead == 2 and rank_of(node) == rank and of_experts:
             return self.as_rows(self.stack(node))
         raise RefusedError(f"{node.name} is neither a weight of the experts nor a value of the tokens")
 
@@ -81,7 +82,7 @@ def _weights_of_chosen(node: fx.Node) -> fx.Node | None:
     if inner.target is not _aten.scatter.src or rank_of(inner) != 2 or arguments(inner)[1] not in (1, -1):
         return None
     start, index = arguments(inner)[0], arguments(inner)[2]
-    if not str(shape_of(inner)[1]).isdigit() or rank_of(index) != 2:
+    if fixed(shape_of(inner)[1]) is None or rank_of(index) != 2:
         return None
     value = "0" if start.target in _ZEROS else None
     if start.target in _FULL:
@@ -91,7 +92,7 @@ def _weights_of_chosen(node: fx.Node) -> fx.Node | None:
 
 
 def _understand(weights: fx.Node, indices: fx.Node) -> Experts | None:
-    crowd = _Crowd(indices, int(str(shape_of(weights)[1])), {})
+    crowd = _Crowd(indices, int(shape_of(weights)[1]), {})
     for node in weights.graph.nodes:
         if node.op != "call_function":
             continue
@@ -125,9 +126,9 @@ def _seed(crowd: _Crowd, node: fx.Node, weights: fx.Node) -> Rows | None:
         return None
     if node.target in (_aten.transpose.int, _aten.permute.default, _aten.t.default) and source is weights:
         return Rows(2, None, lambda body: _own_weight(body, weights))
-    if source in crowd.rows or str((*shape_of(source), 0)[0]) != crowd.tokens:
+    if source in crowd.rows or not same_shape(shape_of(source)[:1], [crowd.tokens]):
         source = _unsqueezed(source)
-    if source is None or str((*shape_of(source), 0)[0]) != crowd.tokens:
+    if source is None or not same_shape(shape_of(source)[:1], [crowd.tokens]):
         return None
     rest = rank_of(source) - 1
     if node.target is _aten.repeat.default and arguments(node)[1] == [crowd.count, *[1] * rest]:
@@ -160,7 +161,7 @@ def _product(crowd: _Crowd, node: fx.Node) -> Rows | None:
     rows = crowd.rows.get(source)
     if rows is None or rows.where != (2, None) or stack in crowd.rows:
         return None
-    if rank_of(source) != 3 or rank_of(stack) != 3 or str(shape_of(stack)[0]) != str(crowd.count):
+    if rank_of(source) != 3 or rank_of(stack) != 3 or not same_size(shape_of(stack)[0], crowd.count):
         return None
     return Rows(
         2,
@@ -222,4 +223,5 @@ def _drops(module: fx.GraphModule, body: PairBody, weights: fx.Node) -> bool:
 
 def _size(size: object) -> int:
     """A size to try out: those that are free are three."""
-    return int(str(size)) if str(size).isdigit() else 3
+    number = fixed(size)
+    return 3 if number is None else number

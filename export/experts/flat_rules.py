@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.shapes import arguments, rank_of
-from moe_export.export.experts.flat_values import Flattening, sizes_of
+from moe_export.export.experts.flat_values import Flattening
 
 _aten = torch.ops.aten
 
@@ -31,7 +31,7 @@ def _pointwise(flattening: Flattening, node: fx.Node) -> bool:
     sources = {
         source: flattening.expanded(source, node, rank) for source in node.all_input_nodes if rank_of(source)
     }
-    if sizes_of(node)[: flattening.axes] != flattening.lead or None in sources.values():
+    if not flattening.leads(node) or None in sources.values():
         return False
 
     def new(argument: fx.Node) -> Any:
@@ -142,7 +142,7 @@ def _reshaped(flattening: Flattening, node: fx.Node) -> bool:
     if source not in flattening.flat:
         return False
     rest = list(shape[flattening.axes :])
-    if sizes_of(node)[: flattening.axes] != flattening.lead or -1 in rest:
+    if not flattening.leads(node) or -1 in rest:
         return flattening.same(node, _aten.reshape.default, flattening.flat[source], shape)
     return flattening.known(node, _aten.reshape.default, flattening.flat[source], [-1, *rest])
 
@@ -192,7 +192,7 @@ def _linear(flattening: Flattening, node: fx.Node) -> bool:
 
 def _matmul(flattening: Flattening, node: fx.Node) -> bool:
     """Operands that begin with the axes of tokens, or are one matrix for all."""
-    if sizes_of(node)[: flattening.axes] != flattening.lead:
+    if not flattening.leads(node):
         return False
     made = []
     for source in arguments(node):

@@ -15,6 +15,7 @@ from torch import fx
 from moe_export.export.axes.one_hot import index_axes
 from moe_export.export.axes.shapes import rank_of, shape_of
 from moe_export.export.experts.body import ZEROS
+from moe_export.export.sizes import fixed, same_shape, same_size
 
 _aten = torch.ops.aten
 
@@ -32,7 +33,7 @@ class Flattening:
     def __init__(self, graph: fx.Graph, indices: fx.Node) -> None:
         self.graph, self.indices = graph, indices
         self.axes = index_axes(indices).count("token")
-        self.lead = sizes_of(indices)[: self.axes]
+        self.lead = shape_of(indices)[: self.axes]
         self._before, self.done = set(graph.nodes), set[fx.Node]()
         self.flat = {indices: self._reshaped(indices, indices.next)}
         self.places: dict[fx.Node, tuple[fx.Node, int]] = {}
@@ -73,11 +74,15 @@ class Flattening:
         node.replace_all_uses_with(made)
         return True
 
+    def leads(self, node: fx.Node) -> bool:
+        """Whether a value begins with the axes of tokens."""
+        return same_shape(shape_of(node)[: self.axes], self.lead)
+
     def rows(self, node: fx.Node, before: fx.Node) -> fx.Node | None:
         """A value that begins with the axes of tokens, flat; None if it does not."""
         if node in self.flat:
             return self.flat[node]
-        if sizes_of(node)[: self.axes] != self.lead:
+        if not self.leads(node):
             return None
         if node not in self._beside:
             made = self._reshaped(node, before)
@@ -95,10 +100,9 @@ class Flattening:
             return self.flat[node] if lined == self.axes else None
         if lined <= 0:
             return node
-        sizes = sizes_of(node)
-        if set(sizes[:lined]) == {"1"}:
+        if all(same_size(size, 1) for size in shape_of(node)[:lined]):
             return self._reshaped(node, before, first=1, axes=lined)
-        if lined == self.axes and sizes[:lined] == self.lead:
+        if lined == self.axes and self.leads(node):
             return self.rows(node, before)
         with self.graph.inserting_before(before):
             lead = [self._size(self.indices, axis) for axis in range(self.axes)]
@@ -135,16 +139,12 @@ class Flattening:
     def _size(self, node: fx.Node, axis: int) -> Any:
         """A size as a number, or as a node put where the graph is written to."""
         size = node.meta["val"].shape[axis]
-        if str(size).isdigit():
-            return int(size)
+        number = fixed(size)
+        if number is not None:
+            return number
         made = self.graph.call_function(_aten.sym_size.int, (node, axis))
         made.meta["val"] = size
         return made
-
-
-def sizes_of(node: fx.Node) -> list[str]:
-    """The shape of a node's value, as the tracer writes it; empty where it is no tensor."""
-    return [str(size) for size in shape_of(node)]
 
 
 def _flat_meta(node: fx.Node, axes: int) -> dict[str, Any]:

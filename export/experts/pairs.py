@@ -23,6 +23,7 @@ from moe_export.export.experts.row_rules import rows_after
 from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import ancestors
+from moe_export.export.sizes import fixed
 
 _aten = torch.ops.aten
 
@@ -101,9 +102,9 @@ def _lookups(node: fx.Node, loops: Mapping[fx.Node, Loop]) -> Iterator[tuple[fx.
     elif node.target is _aten.index_select.default and node.args[1] == 0:
         stack, index = node.args[0], node.args[2]
     if isinstance(stack, fx.Node) and isinstance(index, fx.Node) and rank_of(stack) >= _FIRST_RANK:
-        size = str(shape_of(stack)[0])
-        if size.isdigit():
-            yield index, int(size)
+        size = fixed(shape_of(stack)[0])
+        if size is not None:
+            yield index, size
 
 
 def _choices(index: fx.Node) -> tuple[fx.Node, ...]:
@@ -147,7 +148,7 @@ def understand_pairs(root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
     """
     why: RefusedError | None = None
     for indices in root.choices:
-        if rank_of(indices) == 2 and not str(shape_of(indices)[1]).isdigit():
+        if rank_of(indices) == 2 and fixed(shape_of(indices)[1]) is None:
             continue
         try:
             found = _understand(indices, root, loops)

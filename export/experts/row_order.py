@@ -16,6 +16,7 @@ from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.row_shapes import over, pointwise
 from moe_export.export.experts.rows import PairBody, Region, Rows
+from moe_export.export.sizes import same_shape, same_size
 
 _aten = torch.ops.aten
 
@@ -52,8 +53,8 @@ def _looked_up(region: Region, source: fx.Node, indices: list[Any]) -> Rows | No
     if source in region.rows:
         return _moved(region, region.rows[source], source, first) if len(indices) == 1 and first else None
     if len(indices) == 1 and first is not None and first.number == "expert":
-        size = str(shape_of(source)[0])
-        if size != str(region.count):
+        size = shape_of(source)[0]
+        if not same_size(size, region.count):
             raise RefusedError(
                 f"{source.name} holds the weights of {size} experts, and {region.count} are used"
             )
@@ -148,7 +149,7 @@ def put(region: Region, node: fx.Node) -> Rows | None:
         order is None
         or order.number != "pair"
         or order.order is None
-        or shape_of(base)[:1] != shape_of(index)[:1]
+        or not same_shape(shape_of(base)[:1], shape_of(index)[:1])
     ):
         return None
     assert isinstance(values, fx.Node)
@@ -160,7 +161,7 @@ def put(region: Region, node: fx.Node) -> Rows | None:
     counting = values.target in (_aten.arange.default, _aten.arange.start) and (
         values.target is _aten.arange.default or arguments(values)[0] == 0
     )
-    if counting and str(shape_of(values)[0]) == region.pairs:
+    if counting and same_size(shape_of(values)[0], region.pairs):
         return Rows(1, None, lambda body: body.token, "place", unsorts=order.order)
     return None
 
@@ -170,7 +171,7 @@ def counts(region: Region, node: fx.Node) -> Rows | None:
     source = arguments(node)[0]
     assert isinstance(source, fx.Node)
     rows = region.rows[source]
-    if rows.number != "expert" or rank_of(node) != 1 or str(shape_of(node)[0]) != str(region.count):
+    if rows.number != "expert" or not same_shape(shape_of(node), [region.count]):
         return None
     if node.target is _aten.histc.default and list(arguments(node)[2:4]) != [0, region.count - 1]:
         return None
@@ -182,7 +183,7 @@ def one_hot(region: Region, node: fx.Node) -> Rows | None:
     source = arguments(node)[0]
     assert isinstance(source, fx.Node)
     rows = region.rows[source]
-    if rows.number != "expert" or str(shape_of(node)[-1]) != str(region.count):
+    if rows.number != "expert" or not same_size(shape_of(node)[-1], region.count):
         return None
 
     def make(body: PairBody) -> fx.Node:
@@ -219,7 +220,7 @@ def token_one_hot(region: Region, node: fx.Node) -> Rows | None:
         or region.rows[one_hot.indices].where != (2, None)
     ):
         return None
-    if str(shape_of(node)[-1]) != str(region.count):
+    if not same_size(shape_of(node)[-1], region.count):
         return None
     return Rows(0, None, lambda body: body.expert, "token one-hot")
 
@@ -232,7 +233,7 @@ def behind(region: Region, node: fx.Node) -> Rows | None:
         return pointwise(region, node)
     if numbers.target is not _aten.unsqueeze.default or not _counts_up(arguments(numbers)[0]):
         return None
-    if [str(size) for size in shape_of(node)] != [region.pairs, str(region.count)]:
+    if not same_shape(shape_of(node), [region.pairs, region.count]):
         return None
     return Rows(0, None, lambda body: body.expert, "behind")
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.rows import PairBody, Region, Rows
+from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten
 
@@ -40,7 +41,7 @@ def linear(region: Region, node: fx.Node) -> Rows | None:
 
 def _has_pairs(region: Region, node: fx.Node) -> bool:
     """Whether a bias has a row for each pair."""
-    return any(str(size) == region.pairs for size in shape_of(node)[:-1])
+    return any(same_size(size, region.pairs) for size in shape_of(node)[:-1])
 
 
 def matmul(region: Region, node: fx.Node) -> Rows | None:
@@ -71,13 +72,13 @@ def multiply(
     """Matrices of rows times matrices of rows, either of which may be the expert's own one: one plain product."""
     if fixed[1] and not fixed[0]:
         matrix = body.bare(right, lead)
-        if str(outer[0]) != "1":
+        if not same_size(outer[0], 1):
             return body.call(_aten.matmul.default, left, matrix)
         flat = body.call(_aten.matmul.default, body.call(_aten.squeeze.dim, left, -2), matrix)
         return body.call(_aten.unsqueeze.default, flat, -2)
     if fixed[0] and not fixed[1]:
         matrix = body.bare(left, lead)
-        if str(outer[1]) == "1":
+        if same_size(outer[1], 1):
             flat = body.call(_aten.linear.default, body.call(_aten.squeeze.dim, right, -1), matrix)
             return body.call(_aten.unsqueeze.default, flat, -1)
         turned = body.call(_aten.linear.default, body.call(_aten.transpose.int, right, -2, -1), matrix)

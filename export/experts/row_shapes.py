@@ -12,6 +12,7 @@ from torch import fx
 
 from moe_export.export.axes.shapes import arguments, rank_of, rest_of, shape_of
 from moe_export.export.experts.rows import PairBody, Region, Rows
+from moe_export.export.sizes import same_shape, same_size
 
 _aten = torch.ops.aten
 
@@ -134,7 +135,7 @@ def reshaped(region: Region, node: fx.Node) -> Rows | None:
     grids = rank_of(node) > 1 and region.leads(shape_of(node), 2)
     stays = (
         rows.lead == 1
-        and shape_of(node)[1:2] == shape_of(source)[1:2]
+        and same_shape(shape_of(node)[1:2], shape_of(source)[1:2])
         and not _regroups(region, node, source)
     )
     if rows.order is None and grids and not (region.slots == 1 and stays):
@@ -156,7 +157,7 @@ def reshaped(region: Region, node: fx.Node) -> Rows | None:
 
 def _regroups(region: Region, node: fx.Node, source: fx.Node) -> bool:
     """Whether (S, H) becomes (N, k, H)."""
-    return rank_of(node) == rank_of(source) + 1 and str(shape_of(node)[1]) == str(region.slots)
+    return rank_of(node) == rank_of(source) + 1 and same_size(shape_of(node)[1], region.slots)
 
 
 def expand(region: Region, node: fx.Node) -> Rows | None:
@@ -166,9 +167,7 @@ def expand(region: Region, node: fx.Node) -> Rows | None:
     rest = rest_of(node, rows.lead)
     if rest is None or rank_of(source) != rank_of(node) or rows.lead == 0:
         return None
-    if [str(size) for size in shape_of(node)[: rows.lead]] != [
-        str(size) for size in shape_of(source)[: rows.lead]
-    ]:
+    if not same_shape(shape_of(node)[: rows.lead], shape_of(source)[: rows.lead]):
         return None
 
     def make(body: PairBody) -> fx.Node:

@@ -29,6 +29,7 @@ from torch import fx, nn
 from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, rest_of, shape_of
 from moe_export.export.experts.body import Weight
+from moe_export.export.sizes import Size, same_shape, same_size
 
 _aten = torch.ops.aten
 
@@ -92,19 +93,20 @@ class Region:
         return int(value.shape[1]) if value.dim() == 2 else 1
 
     @property
-    def tokens(self) -> str:
-        """N, as the tracer writes it."""
-        return str(self.indices.meta["val"].shape[0])
+    def tokens(self) -> Size:
+        """N."""
+        return shape_of(self.indices)[0]
 
     @property
-    def pairs(self) -> str:
-        """S, as the tracer writes it."""
-        return str(self.indices.meta["val"].numel())
+    def pairs(self) -> Size:
+        """S."""
+        count: Size = self.indices.meta["val"].numel()
+        return count
 
     def leads(self, shape: Sequence[object], lead: int) -> bool:
         """Whether a shape begins as values with so many leading axes do."""
-        begin = [str(size) for size in shape[:lead]]
-        return begin == ([self.pairs] if lead == 1 else [self.tokens, str(self.slots)])
+        begin = [self.pairs] if lead == 1 else [self.tokens, self.slots]
+        return same_shape(shape[:lead], begin)
 
     def common(self, nodes: Sequence[fx.Node], rank: int | None = None) -> Rows | None:
         """What the axes of a result run over, if all operands that depend on the indices agree.
@@ -131,7 +133,7 @@ class Region:
 def runs_over_pairs(node: fx.Node, rows: Rows, rank: int) -> bool:
     """Whether a value that does not depend on the indices has axes that are lined up with those of the pairs."""
     sizes = shape_of(node)[: max(0, rows.lead - (rank - rank_of(node)))]
-    return any(str(size) != "1" for size in sizes)
+    return not all(same_size(size, 1) for size in sizes)
 
 
 @dataclass
@@ -203,7 +205,7 @@ class PairBody:
             chain.append(node)
             node = arguments(node)[0]
         size = shape_of(node)[0]
-        if str(size) != str(self.region.count):
+        if not same_size(size, self.region.count):
             raise RefusedError(
                 f"{node.name} holds the weights of {size} experts, and {self.region.count} are used"
             )
@@ -281,10 +283,8 @@ class PairBody:
 
     def grid(self, node: fx.Node) -> fx.Node:
         """(N or 1, k or 1, ...) from outside → (R, 1, ...)."""
-        source, (first, second) = (
-            arguments(node)[0] if arguments(node) else None,
-            map(str, shape_of(node)[:2]),
-        )
+        source = arguments(node)[0] if arguments(node) else None
+        first, second = shape_of(node)[:2]
         if isinstance(source, fx.Node):
             if node.target is _aten.unsqueeze.default and arguments(node)[1] == 1:
                 return self.call(_aten.unsqueeze.default, self._by_token(source), 1)
@@ -294,15 +294,17 @@ class PairBody:
                 and rank_of(source) > 1
             ):
                 return self.call(_aten.unsqueeze.default, self.grid(source), rank_of(source))
-            same_rest = shape_of(source)[2:] == shape_of(node)[2:] and rank_of(source) == rank_of(node)
+            same_rest = rank_of(source) == rank_of(node) and same_shape(
+                shape_of(source)[2:], shape_of(node)[2:]
+            )
             if node.target is _aten.expand.default and same_rest:
                 return self.grid(source)
-        if first == "1":
+        if same_size(first, 1):
             found = self.call(
                 _aten.index.Tensor, self.call(_aten.squeeze.dim, self.share(node), 0), [self.slot]
             )
             return self.call(_aten.unsqueeze.default, found, 1)
-        if second == "1":
+        if same_size(second, 1):
             return self.call(_aten.index.Tensor, self.share(node), [self.token])
         found = self.call(_aten.index.Tensor, self.share(node), [self.token, self.slot])
         return self.call(_aten.unsqueeze.default, found, 1)
@@ -316,7 +318,7 @@ class PairBody:
         axis = arguments(node)[2] if len(arguments(node)) > 2 else node.kwargs.get("dim")
         if times != self.region.slots or axis != 0:
             return False
-        return str(shape_of(source)[0]) == self.region.tokens
+        return same_size(shape_of(source)[0], self.region.tokens)
 
     def module(self, result: fx.Node) -> fx.GraphModule:
         """The finished body."""
@@ -337,7 +339,9 @@ def _keeps_experts(node: fx.Node) -> bool:
         return int(arguments(node)[1]) % (rank_of(source) + 1) > 0
     if node.target is _aten.slice.Tensor:
         return (
-            len(arguments(node)) < 2 or arguments(node)[1] > 0 or shape_of(node)[:1] == shape_of(source)[:1]
+            len(arguments(node)) < 2
+            or arguments(node)[1] > 0
+            or same_shape(shape_of(node)[:1], shape_of(source)[:1])
         )
     if node.target is _aten.permute.default:
         return int(_first(arguments(node)[1])) % rank_of(source) == 0

@@ -25,6 +25,7 @@ from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts, GraphIndex, understand
 from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.frontend.source import line_of
+from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten
 _ALL = 2**63 - 1
@@ -132,7 +133,7 @@ def _taken_apart(column: Sequence[fx.Node], value_numbers: Mapping[fx.Node, fx.N
         if node.target is not _aten.select.int or arguments(node)[2] != slot:
             return None
         source, axis = arguments(node)[:2]
-        if axis % rank_of(source) != 1 or str(shape_of(source)[1]) != str(len(column)):
+        if axis % rank_of(source) != 1 or not same_size(shape_of(source)[1], len(column)):
             return None
         while source.target is _aten.slice.Tensor and arguments(source)[1:] == (0, 0, _ALL):
             source = arguments(source)[0]
