@@ -15,6 +15,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.axes.shapes import shape_of
+from moe_export.export.sizes import same_shape
+
 _aten = torch.ops.aten
 
 _NEAR = 0.5
@@ -30,7 +33,9 @@ def _log_sigmoid(node: fx.Node) -> None:
 def _log_add_exp(node: fx.Node) -> None:
     first, second = node.args
     before = _Before(node)
-    if _shape(first) != _shape(second):  # a zero of the other's shape: infinities stay what they are
+    if not same_shape(
+        shape_of(first), shape_of(second)
+    ):  # a zero of the other's shape: infinities stay what they are
         first, second = (
             before(_aten.add.Tensor, value, before(_aten.zeros_like.default, other))
             for value, other in ((first, second), (second, first))
@@ -67,10 +72,6 @@ class _Before:
         values = fx.map_arg(args, lambda argument: argument.meta["val"])
         made.meta["val"] = target(*values)
         return made
-
-
-def _shape(value: Any) -> list[str]:
-    return [str(size) for size in value.meta["val"].shape]
 
 
 LOG_RULES: dict[object, Callable[[fx.Node], None]] = {

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from moe_export.export.sizes import same_dim
+
 _BROADCASTING = {
     "Add", "And", "Div", "Equal", "Greater", "GreaterOrEqual", "Less", "LessOrEqual", "Max", "Mean", "Min", "Mod",
     "Mul", "Or", "Pow", "Sub", "Sum", "Where", "Xor",
@@ -42,11 +44,15 @@ def _broadcasts(user: ir.Node, small: ir.Value, large: ir.Value) -> bool:
         return False
     for place, size in enumerate(reversed(list(large.shape))):
         here = [_size(shape, place) for shape in shapes]
-        if str(size) not in here or "None" in here:
+        if not any(same_dim(size, other) for other in here) or not all(map(_is_known, here)):
             return False
     return True
 
 
-def _size(shape: ir.Shape, place: int) -> str:
+def _size(shape: ir.Shape, place: int) -> int | ir.SymbolicDim:
     """A size counted from the last; 1 where there is none."""
-    return str(shape[len(shape) - 1 - place]) if place < len(shape) else "1"
+    return shape[len(shape) - 1 - place] if place < len(shape) else 1
+
+
+def _is_known(size: int | ir.SymbolicDim) -> bool:
+    return isinstance(size, int) or size.value is not None

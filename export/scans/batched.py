@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from moe_export.errors import RefusedError
 from moe_export.export.onnx.nodes import Nodes
+from moe_export.export.sizes import same_dim
 
 POINTWISE = {
     "Abs", "Add", "And", "Cast", "Ceil", "Cos", "Div", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater",
@@ -299,7 +300,7 @@ def _reshape(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> S
     old, new = (value.shape if value is not None else None for value in (node.inputs[0], node.outputs[0]))
     if old is None or new is None:
         raise RefusedError("a Reshape of an unknown shape")
-    same = [str(left) == str(right) for left, right in zip(old, new, strict=False)]
+    same = [same_dim(left, right) for left, right in zip(old, new, strict=False)]
     at = operands[0].axis or 0
     if not all(same[:at]) or len(same) < at:
         at = 0

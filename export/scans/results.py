@@ -27,6 +27,7 @@ from moe_export.export.scans.batched import (
 )
 from moe_export.export.scans.loop_region import LoopRegion, new_element, read_region, with_elements
 from moe_export.export.scans.order import written_last
+from moe_export.export.sizes import same_dim
 
 _FAR = 8  # nodes behind a result that are looked at
 
@@ -143,7 +144,7 @@ def _place(operand: ir.Value | None, from_end: int, value: ir.Value, axis: int) 
     assert value.shape is not None
     if operand.shape[place] == 1:
         return None
-    if str(operand.shape[place]) != str(value.shape[axis]):
+    if not same_dim(operand.shape[place], value.shape[axis]):
         raise RefusedError("nobody knows whether an operand has an element for each step")
     return place
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
+from moe_export.export.sizes import same_dim
 
 Axes = tuple[
     tuple[int, ...], ...
@@ -106,8 +107,8 @@ def regrouped(axes: Sequence[tuple[int, ...]], node: ir.Node) -> list[tuple[int,
             result.append(())
             continue
         joined: list[int] = []
-        product: object = None
-        while place < len(old) and str(product) != str(size):
+        product: int | ir.SymbolicDim | None = None
+        while place < len(old) and not (product is not None and same_dim(product, size)):
             step = old[place]
             joined += axes[place]
             if product is None:
@@ -117,7 +118,7 @@ def regrouped(axes: Sequence[tuple[int, ...]], node: ir.Node) -> list[tuple[int,
             else:
                 raise RefusedError("a Reshape of sizes that are not known")
             place += 1
-        if str(product) != str(size):
+        if product is None or not same_dim(product, size):
             raise RefusedError("a Reshape that takes a state's axis apart")
         result.append(tuple(joined))
     return result

@@ -26,6 +26,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_export.export.axes.chosen import experts_of
 from moe_export.export.axes.one_hot import one_hot_mask_of
+from moe_export.export.sizes import fixed
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import undecided
 from moe_export.export.tracing.expert_slices import Count, Counts, counts_of, joined, sliced, split
@@ -161,7 +162,7 @@ class _AllHit(TorchFunctionMode):
         """The Python integers of a tensor (E,) of counts, or of its running sum."""
         if node in self._segments:
             return self._segments[node]
-        if node is None or tensor is None or tensor.dim() != 1 or not str(tensor.shape[0]).isdigit():
+        if node is None or tensor is None or tensor.dim() != 1 or fixed(tensor.shape[0]) is None:
             return None
         source, running = node, False
         while source.target in _AS_ITS_SOURCE | {_aten.cumsum.default} and isinstance(
@@ -272,7 +273,7 @@ def _hit_experts(node: fx.Node | None) -> int | None:
         source = source.args[0]
     if not _is_amount(source) or not isinstance(value, torch.Tensor) or value.dim() != 1:
         return None
-    if not str(value.shape[0]).isdigit():
+    if fixed(value.shape[0]) is None:
         return None
     # A mask may have a class more than there are experts, which is never hit.
     return min(int(value.shape[0]), experts_of(_indices_of(source)) or int(value.shape[0]))

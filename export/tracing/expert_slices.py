@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from moe_export.export.sizes import expression_of, same_shape
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -33,12 +35,12 @@ class Segments:
     """
 
     counts: torch.Tensor
-    found: dict[str, torch.Tensor] = field(default_factory=dict, compare=False)
+    found: dict[Any, torch.Tensor] = field(default_factory=dict, compare=False)
     rows: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
 
     def of(self, size: Any) -> torch.Tensor:
         """(S,): the expert of each of S rows."""
-        key = str(size)
+        key = expression_of(size)
         if key not in self.found:
             numbers = torch.arange(size, device=self.counts.device).unsqueeze(1)  # (S, 1)
             self.found[key] = (numbers >= self.counts.cumsum(0)).sum(1)  # (S, E) → (S,)
@@ -179,7 +181,7 @@ def joined(parts: Sequence[Any], known: Iterable[Segments]) -> torch.Tensor | No
         rows = [segments.rows.get(expert) for expert in range(int(segments.counts.shape[0]))]
         if len(rows) != len(parts) or any(row is None for row in rows):
             continue
-        if [str(part.shape[0]) for part in parts] == [str(row.shape[0]) for row in rows if row is not None]:
+        if same_shape([part.shape[0] for part in parts], [row.shape[0] for row in rows if row is not None]):
             (segment,) = list(segments.found.values())[:1]
             result: torch.Tensor = parts[0].new_zeros((segment.shape[0], *parts[0].shape[1:]))
             for row, part in zip(rows, parts, strict=True):
