@@ -1,4 +1,4 @@
-"""The graphs that nodes of an ONNX file hold: bodies of `If`, `Loop` and `Scan`, which read values around them."""
+"""Subgraphs of ONNX nodes: the bodies of `If`, `Loop` and `Scan`, which capture values from the graphs around them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def all_graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
 
 
 def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
-    """Every node, those of bodies behind the one that has them."""
+    """Every node; the nodes of a body follow the node that has it."""
     for node in graph.node:
         yield node
         for body in bodies(node).values():
@@ -33,14 +33,14 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
 
 
 def reads(node: onnx.NodeProto) -> Iterator[str]:
-    """Names that a node reads, those that its bodies take from outside included."""
+    """Names that a node reads, including what its bodies capture."""
     yield from (name for name in node.input if name)
     for body in bodies(node).values():
         yield from captured(body)
 
 
 def captured(graph: onnx.GraphProto) -> Iterator[str]:
-    """Names that a body takes from outside."""
+    """Names that a body captures from the graphs around it."""
     inside = {value.name for value in graph.input} | {tensor.name for tensor in graph.initializer}
     inside |= {name for node in graph.node for name in node.output}
     for node in graph.node:

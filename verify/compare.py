@@ -1,7 +1,7 @@
 """Run two engines side by side over all cases of a plan.
 
-Which cases there are is fixed before anything runs (see `inputs/cases`): no clock has a say in it. A time limit that
-a user sets cuts a plan off; then the verdict is "unfinished", and the report names what was not compared.
+The cases are fixed before anything runs (see `inputs/cases`), independently of how fast the machine is. A time limit
+set by the user cuts the plan off; then the verdict is "unfinished", and the report names what was not compared.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def compare(  # noqa: PLR0913  each has a name and a default
     """Compare `candidate` with `reference`.
 
     Args:
-        reference: The side that is right by definition.
-        candidate: The side in question.
+        reference: The engine that is right by definition.
+        candidate: The engine under test.
         cases: Inputs, the example first; asked for one at a time. The reserve is only run where too few sizes
             could be compared.
         tolerance: For floats; the dtypes' defaults if None.
@@ -99,7 +99,7 @@ def compare(  # noqa: PLR0913  each has a name and a default
 
 @dataclass(frozen=True)
 class _Judges:
-    """What a case is judged by."""
+    """What is needed to judge a case."""
 
     tolerance: Tolerance
     routing: Sequence[RoutingPair]
@@ -110,13 +110,13 @@ class _Judges:
     rounded: Runner | None
 
     def judge(self, case: Case, expected: Outputs, got: Outputs) -> tuple[Judgement, ...]:
-        """By the outputs alone; where they differ, under the same choices; where they still do, by float64."""
+        """Judge the outputs; if they differ, with the same choices; if they still do, against a float64 run."""
         if case.regime in UNASKED:
             return self._judge_known(case, expected, got)
         return self._judge(case, expected, got)
 
     def _judge_known(self, case: Case, expected: Outputs, got: Outputs) -> tuple[Judgement, ...]:
-        """By what the reference knows: where it is NaN, for values that nobody promised, nothing is compared."""
+        """Skip elements where the reference is NaN for values that the model need not support."""
         lost = {name: lost_of(array) for name, array in expected.items()}
         found = {
             name: without(array, lost[name]) if name in lost and lost[name].shape == array.shape else array
@@ -151,7 +151,7 @@ class _Judges:
     def _with_room(
         self, case: Case, judged: tuple[Judgement, ...], expected: Outputs, got: Outputs
     ) -> tuple[Judgement, ...]:
-        """Judged with room for what rounding the weights does."""
+        """Judge with room for the effect of rounding the weights."""
         wrong = {row.output for row in judged if not row.ok and row.kind == "float"}
         if self.rounded is None or not wrong:
             return judged
@@ -200,7 +200,7 @@ class _Judges:
         )
 
     def _nearby(self, case: Case, choices: Sequence[Choice]) -> tuple[Outputs, ...]:
-        """What the reference gives for inputs that are the same but for their last digit."""
+        """The reference's outputs for inputs that differ in the last digit only."""
         if not any(is_float(array.dtype) for array in case.inputs.values()):
             return ()
         found = (_under(self.reference, near, choices) for near in last_digits(case, self.narrow))
@@ -237,7 +237,7 @@ def _run_case(
 
 
 def _run(runner: Runner, case: Case, first: bool) -> Outputs | str:
-    """The outputs, or in one line why there are none."""
+    """The outputs, or one line saying why there are none."""
     try:
         return runner.run(case.inputs)
     except (DiedError, MissingBackendError):

@@ -1,6 +1,6 @@
-"""Operators for ONNX's reference implementation, where its own take less than ONNX allows.
+"""Operators for ONNX's reference implementation that support more of the standard than its own.
 
-Its `Scan` takes no axes and no directions; its `GatherElements` no indices that are fewer than the data.
+Its `Scan` ignores axes and directions; its `GatherElements` requires as many indices as the data has elements.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Scan(OpRun):
     _run_body: Any
 
     def need_context(self) -> bool:
-        """Bodies read values from outside."""
+        """Bodies capture values from the graph around them."""
         return True
 
     def _run(self, *args: Any, context: Any = None, bindings: Any = None, **_: Any) -> tuple[Any, ...]:

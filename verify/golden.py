@@ -1,4 +1,4 @@
-"""Golden tensors: inputs and outputs of a run, in one safetensors file, to compare with where that engine is not.
+"""Golden tensors: inputs and outputs of a run, in one safetensors file, for machines without that engine.
 
 The tensors are called `3.in.x`, `3.out.y` and, of what the engine chose among scores, `3.ids.0` and `3.scores.0`;
 3 is the number of the case. The metadata `moe_export.golden` is JSON:
@@ -31,7 +31,7 @@ _KEY = "moe_export.golden"
 
 @dataclass(frozen=True, eq=False)
 class GoldenCase:
-    """What one case came to: its inputs, the outputs, and what was chosen among scores."""
+    """One recorded case: inputs, outputs, and the choices among scores."""
 
     case: Case
     outputs: Mapping[str, Array]
@@ -46,7 +46,7 @@ class Golden:
         engine: What computed the outputs.
         cases: At least one.
         routing: Outputs that are expert ids, with weights and scores.
-        about: Facts of where it came from.
+        about: Where it came from.
     """
 
     engine: str
@@ -73,16 +73,16 @@ class Golden:
         return tuple(self.cases[0].outputs)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """The stored outputs for inputs that are stored."""
+        """The stored outputs for stored inputs."""
         return dict(self.find(inputs).outputs)
 
     def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
-        """The same, and what was chosen."""
+        """The same, with the choices."""
         stored = self.find(inputs)
         return dict(stored.outputs), stored.choices
 
     def find(self, inputs: Mapping[str, Array]) -> GoldenCase:
-        """The case of these inputs.
+        """The case with these inputs.
 
         Raises:
             UsageError: There is none.
@@ -99,7 +99,7 @@ def _same(one: Array, other: Array) -> bool:
 
 
 class Recorder:
-    """Keeps what goes into an engine and what comes out, case by case."""
+    """Records the inputs and outputs of an engine, case by case."""
 
     def __init__(self) -> None:
         self.recorded: list[GoldenCase] = []
@@ -108,18 +108,18 @@ class Recorder:
         self._case: Case | None = None
 
     def watch(self, cases: Iterable[Case]) -> Iterator[Case]:
-        """The same cases; the recorder knows which is running."""
+        """The same cases; the recorder notes which one is running."""
         for case in cases:
             self._case = case
             yield case
 
     def on(self, runner: Runner) -> Runner:
-        """The same engine; what it computes is kept, and what it chooses if it can say so (`run_watched`)."""
+        """The same engine; its outputs are recorded, and its choices if it supports `run_watched`."""
         self.engine = runner.name
         return _Recorded(runner, self)
 
     def keep(self, outputs: Mapping[str, Array], choices: tuple[Choice, ...]) -> None:
-        """Keep what the case under way came to."""
+        """Record the current case."""
         assert self._case is not None
         self.recorded.append(GoldenCase(self._case, outputs, choices))
 
@@ -127,10 +127,10 @@ class Recorder:
 def recorded(
     recorder: Recorder | None, runner: Runner, cases: Iterator[Case], routing: Sequence[RoutingPair] = ()
 ) -> tuple[Runner, Iterator[Case]]:
-    """A reference and its cases, watched by a recorder; as they are without one.
+    """A reference and its cases, recorded; unchanged if there is no recorder.
 
     Args:
-        recorder: Keeps what goes in and comes out.
+        recorder: Records inputs and outputs.
         runner: The reference.
         cases: What it will run.
         routing: Its outputs that are expert indices.
@@ -156,7 +156,7 @@ def save_golden(golden: Golden, path: Path) -> None:
     """Write a golden file.
 
     Raises:
-        UsageError: There is nothing to write, or it cannot be written there.
+        UsageError: There is nothing to write, or the file cannot be written.
     """
     from safetensors.numpy import save_file
 

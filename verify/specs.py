@@ -1,6 +1,6 @@
-"""What crosses the border between engines: NumPy arrays by name, and the types that describe them.
+"""What engines exchange: NumPy arrays by name, and the types that describe them.
 
-bfloat16 and the 8-bit floats have no NumPy type of their own; `ml_dtypes` lends them one.
+bfloat16 and the 8-bit floats have no NumPy type of their own; `ml_dtypes` provides them.
 """
 
 from __future__ import annotations

@@ -11,8 +11,8 @@ Shape = Sequence[int]
 def einsum_flops(equation: str, shapes: Sequence[Shape]) -> int:
     """FLOPs of one run: a multiplication for each product, and an addition where a label is summed in that step.
 
-    A label is summed as soon as neither the output nor a later operand has it. Of one operand, a sum counts one for
-    each element taken.
+    A label is summed as soon as neither the output nor a later operand has it. Summing a single operand counts one
+    FLOP for each element.
 
     Args:
         equation: As the node has it: `bij,bjk->bik`, with or without an ellipsis and an output.

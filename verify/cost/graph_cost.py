@@ -1,7 +1,7 @@
 """What a graph costs at one size: FLOPs, bytes of weights, and the memory that its values need at once.
 
 One run of ONNX Runtime's CPU provider with all optimisations off, and its profile, which tells the shapes of every
-node each time that it ran: also inside the bodies of `Scan` and `Loop`, and behind sizes that only the data decide.
+node each time that it ran: also inside the bodies of `Scan` and `Loop`, and where sizes depend on the data.
 
 Counted are a multiplication and an addition as one FLOP each (so 2 m n k for a matrix product), any other elementwise
 operator as one for each element that it gives, a reduction as one for each that it takes, and what moves data as none.
@@ -70,7 +70,7 @@ class Work:
         flops: Of one run.
         weight_bytes: Of the initializers that it reads.
         activation_bytes: See the module's docstring; of a block: of the values that its nodes make.
-        milliseconds: What its nodes took in the profiled run, unoptimised; a share, not a latency.
+        milliseconds: Time of its nodes in the profiled, unoptimised run: useful as a share, not as a latency.
     """
 
     nodes: int
@@ -124,7 +124,7 @@ def cost_of(
             path that its own `module` metadata lies in.
 
     Raises:
-        Exception: Whatever ONNX Runtime says of a graph that it cannot run.
+        Exception: Whatever ONNX Runtime raises for a graph that it cannot run.
     """
     proto = onnx.ModelProto()
     proto.CopyFrom(model if isinstance(model, onnx.ModelProto) else onnx.load(model))
@@ -165,7 +165,7 @@ def _outermost(module: str, blocks: Sequence[str]) -> str:
 
 
 def _named(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    """Every node under a name of its own, which it is given."""
+    """Every node by a unique name, which is assigned to it."""
     nodes = {f"n{number}": node for number, node in enumerate(all_nodes(graph))}
     for name, node in nodes.items():
         node.name = name
@@ -174,7 +174,7 @@ def _named(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
 
 @dataclass(frozen=True)
 class _Run:
-    """One time that a node ran."""
+    """One execution of a node."""
 
     inputs: tuple[Shape, ...]
     outputs: tuple[tuple[str, Shape], ...]
@@ -209,7 +209,7 @@ def _run(event: Mapping[str, Any]) -> _Run:
 
 
 class _Count:
-    """Counts over the runs of a graph's nodes."""
+    """Totals over the executions of a graph's nodes."""
 
     def __init__(
         self, graph: onnx.GraphProto, nodes: Mapping[str, onnx.NodeProto], runs: Mapping[str, Sequence[_Run]]

@@ -1,4 +1,4 @@
-"""Count what a PyTorch model does in one run: operators, elements, multiplications; the same on every machine."""
+"""Count the operators, elements and multiplications of one run of a PyTorch model: the same on every machine."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Run = Callable[[Mapping[str, Array]], Any]
 
 
 class WorkCounter(OperatorMode):
-    """Adds up the work of what runs under it."""
+    """Adds up the work of everything that runs inside it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ def _contracted(name: str, args: Sequence[Any]) -> int:
 
 
 def count(run: Run, case: Case) -> Work | None:
-    """The work of a run; None if the model refuses the case."""
+    """The work of one run; None if the model rejects the case."""
     counter = WorkCounter()
     with counter:
         try:
@@ -93,6 +93,6 @@ def price_of(run: Run, dims: Sequence[DimRange], case_at: Callable[[dict[str, in
 
 
 def _sizes(dim: DimRange) -> list[int]:
-    """Two further sizes: above where they are cheap, else below."""
+    """Two further sizes: larger if they are cheap, else smaller."""
     near = (2 * dim.traced, 3 * dim.traced) if dim.traced <= 32 else (dim.traced // 2, dim.traced // 4)
     return [size for size in dict.fromkeys(map(dim.clamp, near)) if size != dim.traced]

@@ -33,7 +33,7 @@ def cases(
 ) -> Iterator[Case]:
     """Make cases: the example, new values at its sizes, other sizes (see `sizes`), other kinds of values.
 
-    Which cases there are is decided by the arguments alone; their arrays are made when they are first looked at.
+    The arguments alone decide which cases there are; arrays are created when first accessed.
 
     New floats are normal with the mean and deviation of the example's (and stay non-negative where it is);
     integers, bools and floats that are a mask rather than measurements are drawn from the example's own
@@ -71,7 +71,7 @@ def cases(
 
 
 def _affordable(planned: Iterator[tuple[Case, bool]], price: Price, *, paid: bool) -> Iterator[Case]:
-    """The cases that must be, and of the others, in their order, as many as the budget has room for."""
+    """The mandatory cases, and as many of the others, in order, as the budget allows."""
     left = BUDGET
     for case, must in planned:
         cost = price(case.sizes)
@@ -84,7 +84,7 @@ def _affordable(planned: Iterator[tuple[Case, bool]], price: Price, *, paid: boo
 def case_maker(
     specs: Sequence[TensorSpec], example: Mapping[str, Array], seed: int = 0
 ) -> Callable[[dict[str, int]], Case]:
-    """What makes an ordinary case of any sizes."""
+    """A function that makes an ordinary case of any sizes."""
     maker = Maker(specs, {name: np.array(array) for name, array in example.items()}, seed)
     return lambda sizes: maker.make(label_of(sizes), sizes)
 
@@ -97,7 +97,7 @@ def _cases(
     seeds: int,
     at: Sequence[dict[str, int]],
 ) -> Iterator[tuple[Case, bool]]:
-    """Every case, in the order of what they find, and whether it must be run whatever it costs."""
+    """Every case, the most revealing first, and whether it is mandatory."""
     yield maker.given(traced), True
     yield maker.make(RESAMPLED, traced), True
     yield from ((maker.make(label_of(sizes), sizes), True) for sizes in at)
@@ -122,7 +122,7 @@ def _cases(
 
 
 def _long(maker: Maker, dims: Sequence[DimRange]) -> Iterator[Case]:
-    """One long size of each dimension, where it is known what that costs."""
+    """One long size of each dimension, where its price is known."""
     price = maker.known.price
     if price is None:
         return

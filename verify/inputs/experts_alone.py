@@ -1,8 +1,8 @@
 """Inputs that send every token to one expert, for each expert in turn.
 
-Which expert a token goes to, the reference itself says: tokens are drawn, it runs, and of each expert's tokens one is
-taken for all. Where a layer mixes tokens before the gate, the experts may come out other than planned; the inputs are
-as good as any.
+The reference itself decides which expert a token goes to: tokens are drawn, the reference runs, and one token of each
+expert is repeated throughout. Where a layer mixes tokens before the router, other experts may be chosen than planned;
+the inputs are still useful.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MOST = 64  # experts; of more, the first that are found
 
 
 class Watched(Protocol):
-    """An engine that says what it chose."""
+    """An engine that reports its choices."""
 
     def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
         """Outputs, and the choices in order."""

@@ -1,4 +1,4 @@
-"""The integers in a graph near which it may do something else: limits, moduli, ends of slices, lengths of tables."""
+"""The integers in a graph near which its behaviour may change: limits, moduli, ends of slices, lengths of tables."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SCALARS = 4  # elements of a constant that may be a limit, or the ends of a sli
 
 
 def graph_numbers(path: Path) -> tuple[int, ...]:
-    """The integers, each once: limits first, then the lengths of tables. None of what cannot be read."""
+    """The integers without duplicates: limits first, then the lengths of tables. Empty if the graph cannot be read."""
     import onnx
 
     try:

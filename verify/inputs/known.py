@@ -1,4 +1,4 @@
-"""What is known of the two artifacts before anything is compared: it fixes the plan, together with the seed."""
+"""What is known about the two artifacts before they are compared; with the seed, it determines the plan."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_export.verify.inputs.price import Price
 
 @dataclass(frozen=True)
 class Known:
-    """What decides which cases there are, besides inputs, dimensions and example.
+    """What determines the cases, besides inputs, dimensions and example.
 
     Attributes:
         price: What a case of given sizes costs; a guess by its elements if None.

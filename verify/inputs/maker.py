@@ -36,10 +36,10 @@ _ORDINARY = Meaning()
 
 
 class MadeOnce(Mapping[str, Array]):
-    """Read-only arrays by name, each made when it is first looked at.
+    """Read-only arrays by name, each created when it is first accessed.
 
     Args:
-        makers: What makes each.
+        makers: Creates each.
     """
 
     def __init__(self, makers: Mapping[str, Callable[[], Array]]) -> None:
@@ -70,7 +70,7 @@ class Case:
         seed: The seed of its values.
         sizes: The dynamic dimensions' sizes, by name; empty where nothing is dynamic.
         inputs: Read-only arrays, by input name.
-        reserve: Only worth running if the reference refused most of the other sizes.
+        reserve: Worth running only if the reference rejected most of the other sizes.
         regime: The kind of values (see `regimes`).
     """
 
@@ -97,7 +97,7 @@ class Maker:
     known: Known = field(default=NOTHING)
 
     def elements(self, sizes: Mapping[str, int]) -> int:
-        """Of all inputs at these sizes."""
+        """The number of elements of all inputs at these sizes."""
         return sum(math.prod(shape_at(spec, sizes)) for spec in self.specs)
 
     def can_make(self, sizes: Mapping[str, int]) -> bool:
@@ -119,7 +119,7 @@ class Maker:
         )
 
     def regimes(self, sizes: Mapping[str, int], thorough: bool, suffix: str) -> Iterator[Case]:
-        """A case for each regime that some input can follow."""
+        """A case for each regime that applies to some input."""
         for regime in REGIMES:
             if thorough or regime.always:
                 yield from self._if_any(regime.name, suffix, sizes, partial(self._followed, regime))
@@ -179,7 +179,7 @@ class Maker:
         sizes: Mapping[str, int],
         change: Callable[[str, TensorSpec, Mapping[str, int]], Array | None],
     ) -> Iterator[Case]:
-        """The case of a regime, if some input follows it."""
+        """The case of a regime, if it applies to some input."""
         label = f"{name}, {suffix}" if suffix else name
         changed = {spec.name: made for spec in self.specs if (made := change(label, spec, sizes)) is not None}
         if changed:
@@ -201,7 +201,7 @@ class Maker:
         reserve: bool = False,
         regime: str = NORMAL,
     ) -> Case:
-        """A case whose arrays are made when they are looked at."""
+        """A case whose arrays are created when accessed."""
         makers = {spec.name: partial(make, spec) for spec in self.specs}
         return Case(label, self.seed, dict(sizes), MadeOnce(makers), reserve, regime)
 
@@ -226,7 +226,7 @@ class Maker:
         return _sample(generator, example, shape)
 
     def _cut(self, spec: TensorSpec, within: Range, sizes: Mapping[str, int]) -> Range:
-        """The range, where the table that it comes from is as long as a dimension."""
+        """The range, clipped to a table that is as long as a dimension."""
         table = self._meaning(spec).table
         if table is None or table.dim is None or within != (table.low, table.high):
             return within

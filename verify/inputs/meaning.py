@@ -1,4 +1,4 @@
-"""What the values of an input mean, and so which others are worth trying: ids, masks, integers, measurements.
+"""What the values of an input mean, and therefore which others are worth trying: ids, masks, integers, measurements.
 
 An example shows a few values of many: three ids of a thousand, an offset of 0, a mask of ones, zeros where measurements
 belong. A graph that has lost the other rows, or ignores the offset, is right there.
@@ -41,7 +41,7 @@ class Table:
         low: The least.
         high: The greatest, at the traced sizes.
         dim: The dimension that the table grows with, if it does.
-        traced: The size of that.
+        traced: The traced size of that dimension.
     """
 
     low: int
@@ -72,12 +72,12 @@ class Meaning:
 
 
 class Asked:
-    """Asks a reference what it takes, as often as a budget allows.
+    """Finds out by running it which values a reference accepts, within a budget of runs.
 
     Args:
         run: Runs it.
-        example: Inputs that it takes.
-        times: How often it may be run.
+        example: Inputs that it accepts.
+        times: The most runs.
     """
 
     def __init__(self, run: Run, example: Mapping[str, Array], times: int) -> None:
@@ -85,7 +85,7 @@ class Asked:
         self._lost = self._not_finite(example)
 
     def takes(self, name: str, values: Iterable[Array], *, finite: bool = True) -> bool:
-        """Whether it takes each of some values of an input, and gives no more NaN or Inf than for the example."""
+        """Whether it accepts these values of an input, with no more NaN or Inf than for the example."""
         for array in values:
             lost = self._not_finite({**self._example, name: array})
             if lost is None or (finite and lost > (self._lost or 0)):
@@ -93,7 +93,7 @@ class Asked:
         return True
 
     def _not_finite(self, inputs: Mapping[str, Array]) -> int | None:
-        """How many elements are NaN or Inf; None where it refuses, or may not be asked any more."""
+        """How many elements are NaN or Inf; None if it rejects the values or the budget is used up."""
         if self._left <= 0:
             return None
         self._left -= 1
@@ -114,10 +114,10 @@ def meanings_of(
     tables: Mapping[str, Table],
     read: Iterable[str] = (),
 ) -> dict[str, Meaning]:
-    """What each input of integers is drawn from.
+    """The range from which each integer input is drawn.
 
     Args:
-        asked: Says what the reference takes.
+        asked: Knows which values the reference accepts.
         example: The example inputs.
         tables: Of inputs that are ids.
         read: Inputs that Python reads: loops and shapes depend on them.

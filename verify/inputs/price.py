@@ -1,7 +1,7 @@
-"""What a case costs, known before it runs, so that no clock decides which cases there are.
+"""The price of a case, known before it runs, so that the choice of cases does not depend on timing.
 
-A clock gives a slow or busy machine fewer cases, and an "equal" that rests on less. So the work of the reference is
-COUNTED at a few sizes, and a polynomial through the counts prices every other size:
+With a time budget, a slow or busy machine would run fewer cases, and its "equal" would mean less. So the work of the
+reference is COUNTED at a few sizes, and a polynomial through the counts prices every other size:
 
     work  = operators, elements that they make, multiplications of their products
     units = 5,000 an operator + 1 an element + 1/20 a multiplication      (about nanoseconds on one core)
@@ -31,11 +31,11 @@ _ASSUMED = 100  # operators of a model of which nothing is known
 
 @dataclass(frozen=True)
 class Work:
-    """What running a model once takes.
+    """The work of running a model once.
 
     Attributes:
         operators: Calls of operators.
-        elements: Elements that they made, in all.
+        elements: Elements of all their results.
         products: Multiplications in matrix products.
         largest: Elements of the largest tensor.
     """
@@ -54,7 +54,7 @@ class Work:
 
 
 def flat_price(elements: Callable[[Mapping[str, int]], int]) -> Price:
-    """The price where nothing was counted: some operators over everything that goes in."""
+    """The price where nothing was counted: a few operators over all inputs."""
 
     def price(sizes: Mapping[str, int]) -> float:
         given = elements(sizes)
@@ -70,7 +70,7 @@ def counted_price(
 
     Args:
         base: At the traced sizes.
-        traced: These.
+        traced: The traced sizes.
         counts: By dimension, with the others at their traced size; a dimension that could not be counted at two
             further sizes is taken to have all the work in proportion to it.
     """
@@ -91,7 +91,7 @@ def counted_price(
 
 
 def _growth(points: Iterable[tuple[int, float]], size: int, *, square: bool) -> float:
-    """How many times the first amount there is at another size, by a polynomial through the points."""
+    """The ratio to the first amount at another size, by a polynomial through the points."""
     (start, first), *more = points
     if not first or size == start:
         return 1.0

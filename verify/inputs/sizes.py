@@ -1,4 +1,4 @@
-"""Which sizes a dynamic dimension is tried at.
+"""Which sizes of a dynamic dimension are tried.
 
 Graphs go wrong at sizes that nobody tried: a 1 that was taken for a broadcast, a loop that was unrolled for the
 traced length, a chunk count that was baked in, a branch that the example did not take. So every dimension is tried, in
@@ -51,12 +51,12 @@ def sizes_to_try(
     holds: Holds | None = None,
     most: int = MOST,
 ) -> Iterator[tuple[dict[str, int], bool]]:
-    """Sizes other than the traced ones, each once, the most telling first.
+    """Sizes other than the traced ones, without duplicates, the most revealing first.
 
     Args:
         dims: The dimensions.
-        numbers: Near which the model or the graph may do something else, the most telling first; None where nothing is
-            known of either, and the first of the sizes above must do.
+        numbers: Near which the model or the graph may behave differently, the most revealing first; None if unknown,
+            where the first of the sizes above must do.
         holds: Whether the graph is said to be right at some sizes.
         most: How many sizes.
 

@@ -1,4 +1,4 @@
-"""What integer inputs are used for, seen while a PyTorch model runs: rows of which table they pick, what Python reads.
+"""How integer inputs are used, observed while a PyTorch model runs: which tables they index, which ones Python reads.
 
 An input is followed through views, casts and sums with a number to where it is an index:
 
@@ -34,7 +34,7 @@ _READ = {"_local_scalar_dense", "repeat_interleave", "bincount", "nonzero", "_as
 
 @dataclass(frozen=True)
 class _Origin:
-    """Which input a tensor comes from, and what was added to it; None where it is no longer the input itself."""
+    """The input that a tensor comes from, and the number added to it; None if it is no longer that input."""
 
     name: str
     added: int | None = 0
@@ -48,7 +48,7 @@ class IndexWatcher(OperatorMode):
 
     Attributes:
         tables: Input → the least and the greatest value that every table it indexes has a row for.
-        read: Inputs that Python, or the shape of a result, depends on.
+        read: Inputs on which Python code or the shape of a result depends.
     """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -103,7 +103,7 @@ def _indices(name: str, args: tuple[Any, ...]) -> Iterator[tuple[Any, int]]:
 
 
 def _through(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], origin: _Origin) -> _Origin:
-    """The origin of what an operator makes of a tensor."""
+    """The origin of an operator's result."""
     if name in _SAME:
         return origin
     if name in {"add", "sub"} and len(args) > 1 and origin.added is not None and kwargs.get("alpha", 1) == 1:

@@ -1,4 +1,4 @@
-"""Where a tolerance fails, how much may be asked: no more than PyTorch's own arithmetic achieves there.
+"""How exact an output beyond its tolerance has to be: no more exact than PyTorch's own arithmetic.
 
 A fixed tolerance refuses right graphs that are deep, or that cancel: two orders of one sum differ by what float32 loses
 in it. So an output beyond the default tolerance is held against the model in float64, element by element:
@@ -41,13 +41,13 @@ def stand(
     true: Array,
     nearby: Sequence[Mapping[str, Array]] = (),
 ) -> Judgement:
-    """The judgement of an output that is beyond its tolerance, by what either side is off by.
+    """The judgement of an output beyond its tolerance, by the errors of candidate and reference.
 
     Args:
-        found: What was judged by the tolerance; not equal.
+        found: The judgement by the tolerance; not equal.
         reference: The output, floats.
         candidate: Likewise, of the same shape.
-        true: The model's output in float64.
+        true: The float64 output.
         nearby: The reference's outputs for nearly the same inputs.
     """
     assert found.margin is not None
@@ -71,7 +71,7 @@ def stand(
 
 
 def _room(truth: Array, runs: Sequence[Array]) -> Array:
-    """What PyTorch's own arithmetic is off by in each row, (rows, 1) broadcast to (rows, elements)."""
+    """The error of PyTorch's own arithmetic in each row, (rows, 1) broadcast to (rows, elements)."""
     with np.errstate(invalid="ignore"):
         errors = np.max([np.nan_to_num(np.abs(run - truth), nan=np.inf).max(-1) for run in runs], axis=0)
         sizes = np.nan_to_num(np.abs(truth)).max(-1)

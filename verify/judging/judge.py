@@ -1,4 +1,4 @@
-"""Judge one output: are two arrays the same, as arrays of their kind should be?
+"""Judge one output: are two arrays equal, by the rules for their kind?
 
 Name, dtype and shape first (no broadcasting: (3, 1) is not (1, 3)). Then floats within a margin, with NaN and
 Inf in the same places; everything else exactly. The arithmetic of the judgement is float64.
@@ -20,7 +20,7 @@ Scalar: TypeAlias = "float | int | bool | str"
 
 @dataclass(frozen=True)
 class Worst:
-    """The element that is furthest beyond its tolerance; of equal arrays, the one that differs most."""
+    """The element furthest beyond its tolerance; in equal arrays, the one that differs most."""
 
     index: tuple[int, ...]
     candidate: Scalar
@@ -29,12 +29,12 @@ class Worst:
 
 @dataclass(frozen=True)
 class Standing:
-    """How an output that is beyond its tolerance stands to a float64 run (see `error_model`).
+    """How an output beyond its tolerance compares with a float64 run (see `error_model`).
 
     Args:
-        own: What the candidate is off by, at the element where it is worst compared with the reference.
-        theirs: What the reference is off by in that row.
-        ratio: The one over the other.
+        own: The candidate's error, at the element where it is worst relative to the reference's.
+        theirs: The reference's error in that row.
+        ratio: `own / theirs`.
         beyond: How many elements are beyond the tolerance.
     """
 
@@ -46,7 +46,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Judgement:
-    """What came of one output in one case.
+    """The judgement of one output in one case.
 
     Args:
         output: Its name.
@@ -114,7 +114,7 @@ def lost_of(array: Array) -> Array:
 
 
 def without(array: Array, lost: Array) -> Array:
-    """An array with 0 where the reference is lost."""
+    """An array with 0 where the reference is NaN."""
     return np.where(lost, np.zeros((), array.dtype), array) if lost.any() else array
 
 
@@ -123,8 +123,8 @@ def judge(output: str, reference: Array | None, candidate: Array | None, margin:
 
     Args:
         output: Its name.
-        reference: What it should be, any shape and dtype; None if the reference has no such output.
-        candidate: What it is; None if it is missing.
+        reference: The expected array, of any shape and dtype; None if the reference has no such output.
+        candidate: The actual array; None if it is missing.
         margin: Used for floats only.
     """
     if reference is None or candidate is None:

@@ -1,9 +1,9 @@
-"""Ties inside a model: where its experts are no output, and a tie that falls the other way moves everything after it.
+"""Ties inside a model: the chosen experts are no output, and a tie decided differently changes everything after it.
 
-Two engines may take either of two experts that score the same. The outputs then differ, and nothing is wrong. So a
+Two engines may take different experts of equal score. The outputs then differ although nothing is wrong. So a
 case whose outputs differ is run again, the candidate made to REPLAY the choices of the reference:
 
-    is each choice that the candidate would have made otherwise one between equal scores?   (counted as flips)
+    is each choice that the candidate would have made differently one between equal scores?   (counted as flips)
     are the outputs the same when both take the same experts?
 
 A case that passes both is equal. Where a candidate cannot replay choices (an engine), a case that is made of ties is
@@ -30,7 +30,7 @@ _NAME = "choice {}"
 
 @dataclass(frozen=True, eq=False)
 class Choice:
-    """The largest of some scores, (..., k) of (..., E), as one engine took them."""
+    """The largest scores, (..., k) of (..., E), as one engine chose them."""
 
     ids: Array
     scores: Array
@@ -49,7 +49,7 @@ class Choice:
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """One case again, the candidate with the choices of the reference.
+    """A case run again, the candidate with the choices of the reference.
 
     Args:
         expected: The reference's outputs.
@@ -73,7 +73,7 @@ class Replayer(Protocol):
 
 
 def judge_choices(replay: Replay, tolerance: Tolerance, *, stress: bool = False) -> list[Judgement]:
-    """The choices that the candidate would have made otherwise, each a routing called `choice 0`, ...
+    """The choices that the candidate would have made differently, each as a routing called `choice 0`, ...
 
     Args:
         replay: What was chosen, by either.
@@ -100,5 +100,5 @@ def is_choice(output: str) -> bool:
 
 
 def has_ties(replay: Replay, tolerance: Tolerance) -> bool:
-    """Whether some choice of the reference could have fallen the other way."""
+    """Whether some choice of the reference is a tie."""
     return any(choice.is_tied(tolerance.of("", choice.scores.dtype.name)) for choice in replay.choices)

@@ -1,4 +1,4 @@
-"""Judge a gate: the experts that a token goes to are a set, and each comes with its weight.
+"""Judge a router: the experts of a token are a set, each with its weight.
 
 Letters: T tokens (all leading axes, flattened), k experts a token, E experts.
 Engines order a token's experts as they please, so ids are compared as sets and weights by expert. Where two
@@ -30,7 +30,7 @@ def judge_routing(
             lack the axis of k if there are scores to tell by.
         reference: The reference's outputs; it has all that `pair` names.
         candidate: The candidate's outputs.
-        tolerance: Asked for the weights' margin and, for ties, for the scores'.
+        tolerance: Gives the margin of the weights and, for ties, of the scores.
     """
     ids, ours = reference[pair.indices], candidate.get(pair.indices)
     if ours is None:

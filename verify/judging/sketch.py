@@ -1,4 +1,4 @@
-"""A small picture of many differences, enough to judge them again at any tolerance.
+"""A compact summary of many differences, enough to judge them again at any tolerance.
 
 Whether |d| <= atol + rtol * |r| holds for every element is decided by few of them. An element with a smaller
 reference and no smaller difference than another is the harder one, at every tolerance; what no element beats is

@@ -53,7 +53,7 @@ class Tolerance:
         rtol: Relative part, for all outputs; None takes the default of each output's dtype.
         atol: Absolute part, likewise.
         outputs: Margins of single outputs, by name; these win over everything.
-        usual: What stands in for the defaults of the outputs' dtypes.
+        usual: Replaces the defaults of the outputs' dtypes.
     """
 
     rtol: float | None = None
@@ -65,7 +65,7 @@ class Tolerance:
         Margin(self.rtol or 0.0, self.atol or 0.0)  # refuse nonsense here, not in the middle of a comparison
 
     def unknown(self, outputs: Iterable[str]) -> list[str]:
-        """Outputs that have a margin of their own and are none of `outputs`: a name that was misspelt."""
+        """Outputs with a margin of their own that do not exist: a misspelt name."""
         return sorted(set(self.outputs) - set(outputs))
 
     def of(self, output: str, dtype: str) -> Margin:
@@ -78,7 +78,7 @@ class Tolerance:
         )
 
     def is_by_hand(self, output: str) -> bool:
-        """Whether somebody chose the margin of `output`: then nothing that lies beyond it is excused."""
+        """Whether the user chose the margin of `output`: then nothing beyond it is excused."""
         return output in self.outputs or self.rtol is not None or self.atol is not None
 
 
@@ -122,7 +122,7 @@ def parse_tolerances(texts: Iterable[str]) -> dict[str, Margin]:
     """`y=1e-3,1e-4`: rtol and atol of the output `y`.
 
     Raises:
-        UsageError: It is something else.
+        UsageError: The text has another form.
     """
     found: dict[str, Margin] = {}
     for text in texts:

@@ -1,4 +1,4 @@
-"""What a float64 run says about two sides that differ: which of them is off, and what may be asked of either.
+"""What a float64 run shows about outputs that differ: which one is wrong, and how exact either has to be.
 
 Values of a stress regime (16 times the ordinary, the ends of a dtype) make float32 lose digits, or overflow, on both
 sides. There the reference is no truth. So both are held against a float64 run of the original:
@@ -54,7 +54,7 @@ def weigh(
     nearby: Sequence[Mapping[str, Array]] = (),
     strict: bool = False,
 ) -> Judgement:
-    """The judgement of an output that differs, in the light of a float64 run.
+    """The judgement of an output that differs, given a float64 run.
 
     Args:
         found: What was judged without it; not equal.
@@ -86,7 +86,7 @@ def weigh(
 def judge_rounded(
     found: Judgement, reference: Array, candidate: Array, rounded: Array | None, narrow: str
 ) -> Judgement:
-    """The judgement of an output that differs, with room for what rounding the weights alone does to it.
+    """The judgement of an output that differs, with room for the effect of rounding the weights.
 
     Args:
         found: What was judged without it; not equal.

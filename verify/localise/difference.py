@@ -13,7 +13,7 @@ from moe_export.verify.specs import describe
 
 
 def differences(level: Level, node: onnx.NodeProto, theirs: Level, model: onnx.NodeProto) -> tuple[str, ...]:
-    """A line each; bodies are not compared.
+    """One line for each difference; bodies are not compared.
 
     Args:
         level: Where the node stands.

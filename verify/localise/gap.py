@@ -1,4 +1,4 @@
-"""How far a value is from the reference's, in units of what rounding explains.
+"""The distance of a value from the reference's, in units of the error that rounding explains.
 
 A value is measured against its own size, not against 1: an epsilon of 1e-6 that became 1e-5 is wrong by less than any
 absolute tolerance, and by a factor of ten.

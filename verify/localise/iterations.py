@@ -1,4 +1,4 @@
-"""Step through a Scan, a Loop or an If as the reference takes it: the inputs of its body, a iteration at a time."""
+"""Step through a Scan, a Loop or an If of the reference: the inputs of its body, one iteration at a time."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Iteration:
 
     Args:
         number: Which iteration; None in an If.
-        attribute: The attribute that holds the body that was taken.
-        inputs: What the body is given, by place.
-        values: The reference's values in it, by name: what it computes and what it is given.
+        attribute: The attribute of the body that ran.
+        inputs: The body's inputs, in order.
+        values: The reference's values in it, by name: computed and given.
     """
 
     number: int | None
@@ -31,7 +31,7 @@ class Iteration:
 
 
 def iterations(level: Level, node: onnx.NodeProto, known: Mapping[str, Value]) -> Iterator[Iteration]:
-    """The iterations that a node's body takes.
+    """The iterations of a node's body.
 
     Args:
         level: The reference's graph.

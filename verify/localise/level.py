@@ -1,7 +1,7 @@
-"""One level of a graph, its own or a body's, opened so that any value can be read or put in place of the computed one.
+"""One level of a graph, the graph itself or a body, opened so that any value can be read or replaced.
 
-A body is run by itself: what it takes from outside becomes its inputs. So the inside of a Scan, a Loop or an If, and of
-those inside them, is looked at in the same way as the graph around it, a iteration at a time.
+A body is run by itself: the values that it captures become inputs. So the inside of a Scan, a Loop or an If, nested
+ones included, is searched in the same way as the graph around it, one iteration at a time.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _FATAL = 4
 
 @dataclass(frozen=True)
 class Cut:
-    """A node by itself, or a few: a model, its inputs, and what it should give."""
+    """One or a few nodes as a model of their own, with inputs and expected outputs."""
 
     model: onnx.ModelProto
     inputs: Mapping[str, Value]
@@ -39,7 +39,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Level:
-    """A graph of a model, and what it can see from outside.
+    """A graph of a model, and the outer values that it can see.
 
     Args:
         model: Its opsets, its functions.

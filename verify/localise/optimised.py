@@ -1,4 +1,4 @@
-"""Whether a graph is wrong by itself, or only as onnxruntime optimises it; and then, from which level on and where."""
+"""Whether a graph is wrong by itself or only after onnxruntime's optimisation; then, from which level on and where."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def wrong_level(
 
 
 def find_optimiser_fault(model: onnx.ModelProto, inputs: Mapping[str, Value], level: str) -> OptimiserFault:
-    """Find the node of the optimised graph that does not do what the nodes that it replaced did.
+    """Find the node of the optimised graph that does not compute what the nodes it replaced did.
 
     Args:
         model: The graph as it is.

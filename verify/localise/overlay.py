@@ -1,7 +1,7 @@
 """Each node's error where Netron shows it: in a copy of the graph, or as an attachment to the graph itself.
 
-A click on a node of the copy shows its own error, how often that exceeds what rounding explains, and what it has
-inherited, under "Metadata". The attachment, a file that is dropped on Netron while it shows the graph, puts the same
+A click on a node of the copy shows its own error, by what factor that exceeds rounding, and the inherited error,
+under "Metadata". The attachment, a file that is dropped on Netron while it shows the graph, puts the same
 under "Metrics".
 """
 
@@ -24,7 +24,7 @@ OWN, RATIO, INHERITED, FAULTY = "own error", "own error / rounding", "inherited 
 
 
 def facts(error: NodeError) -> dict[str, str]:
-    """What is shown of a node."""
+    """What is shown for a node."""
     shown = {OWN: error.reason or f"{error.own:.3g}", RATIO: f"{error.ratio:.3g}"}
     return shown if math.isnan(error.whole) else {**shown, INHERITED: f"{error.inherited:.3g}"}
 
@@ -64,7 +64,7 @@ def write_overlay(
     Args:
         folder: Where to.
         model: The graph that is wrong.
-        localisation: What was found in it.
+        localisation: The result of the search in it.
         stem: What the files are called.
     """
     graph, attached = folder / f"{stem}.errors.onnx", folder / f"{stem}.errors.json"

@@ -1,4 +1,4 @@
-"""What the values of a graph should be: those of another graph, or those that somebody else computed."""
+"""The expected values of a graph: those of another graph, or values computed elsewhere."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ReferenceValues(Protocol):
 
 @dataclass(frozen=True)
 class GivenValues:
-    """Values that are at hand, as those of a PyTorch program.
+    """Values that were computed elsewhere, such as those of a PyTorch program.
 
     Args:
         given: By the names of the graph in question.
@@ -67,7 +67,7 @@ class GivenValues:
         return self.given.keys()
 
     def sizes(self) -> Mapping[str, int]:
-        """Nothing is gained by taking them in parts: they are in memory already."""
+        """Empty: the values are in memory already, so parts would save nothing."""
         return {}
 
     def values(self, names: Sequence[str]) -> dict[str, Value]:

@@ -1,4 +1,4 @@
-"""A fault as a folder that anybody can run: a small model, its inputs, what it should give, and a script.
+"""A fault as a self-contained folder: a small model, its inputs, the expected outputs, and a script.
 
 The script needs onnxruntime and NumPy, and exits with 1 as long as the fault is there.
 """
@@ -80,8 +80,8 @@ def write_repro(
     """Write the folder.
 
     Args:
-        folder: It is made if it is not there; files of these names in it are replaced.
-        cut: The model, its inputs, and what it should give.
+        folder: Created if missing; files of the same names are replaced.
+        cut: The model, its inputs, and the expected outputs.
         about: What is wrong, for the script's first lines.
         level: How far onnxruntime must optimise the model for the fault to show.
         rtols: Tolerance of an output, relative to its size; by its dtype if it is not here.

@@ -1,9 +1,9 @@
 """The first faulty node: where a graph starts to give wrong results.
 
 Every node is run on the reference's inputs, all of them in one session: a value that the reference knows is an input of
-that session wherever it is read, and an output where it is computed. What a node then gets wrong is its own error; what
-its outputs are wrong by in the graph as it is, but not here, it has inherited. The first node whose own error no
-rounding explains is the first faulty node. Nodes between two known values are judged together.
+that session wherever it is read, and an output where it is computed. The error that a node makes then is its own; the
+rest of its error in the graph as it is has been inherited. The first node whose own error rounding does not explain
+is the first faulty node. Nodes between two known values are judged together.
 
 The body of a faulty Scan, Loop or If is searched in the same way, iteration by iteration, on the inputs of the
 reference's iterations.
@@ -68,7 +68,7 @@ class NodeError:
 
     @property
     def inherited(self) -> float:
-        """How much of the whole error is not its own."""
+        """The part of the whole error that is not its own."""
         return max(self.whole - self.own, 0.0)
 
     def __str__(self) -> str:
@@ -93,7 +93,7 @@ class Localisation:
         faulty: The first node whose own error is too large; None if every node is right by itself.
         nodes: The error of every value that the reference knows, in the graph's order.
         seconds: How long it took.
-        cut: The first faulty node cut out, with the reference's inputs of it and what it should give.
+        cut: The first faulty node cut out, with the reference's inputs of it and the expected outputs.
     """
 
     faulty: NodeError | None
@@ -146,7 +146,7 @@ def find_faulty_node(
 
 
 def _parts(names: Sequence[str], sizes: Mapping[str, int], memory: int) -> list[list[str]]:
-    """Cut a list of values so that those of a part, theirs and the reference's, fit into the memory."""
+    """Split a list of values so that those of each part, with the reference's, fit into the memory."""
     parts: list[list[str]] = [[]]
     held = 0
     for name in names:
@@ -260,7 +260,7 @@ def _sorted_gap(reference: Value, got: Value, node: onnx.NodeProto) -> Gap:
 def own_gaps(
     level: Level, names: Sequence[str], values: Mapping[str, Value], optimised: str
 ) -> dict[str, tuple[Gap, Value | None]]:
-    """The own error of each value and what was computed; where a session fails, it is halved down to who fails."""
+    """The own error of each value and what was computed; a session that fails is halved down to the nodes that fail."""
     if not names:
         return {}
     try:

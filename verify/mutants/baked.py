@@ -1,4 +1,4 @@
-"""Mutants with the answer inside: a constant, taken from one run, in place of what should be computed."""
+"""Mutants with a baked answer: a constant from one run in place of a computation."""
 
 from __future__ import annotations
 

@@ -10,8 +10,8 @@
 | axis, perm, top-k, epsilon, slice | another axis, two axes exchanged, k or the order, ten times, off by one | |
 | constant | the value that the example gives in place of the computation | `baked` |
 
-A mutant that onnxruntime refuses was never alive, and one that gives the same in float64 whatever the inputs is no
-mutant: who counts leaves both out.
+A mutant that onnxruntime rejects is stillborn, and one that computes the same in float64 for all inputs is equivalent:
+neither counts.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Mutant:
         kind: One of `KINDS`.
         node: The node that is changed, or that reads the constant that is.
         what: What is wrong.
-        change: Makes it so, in a copy of the graph.
+        change: Applies the fault to a copy of the graph.
     """
 
     kind: str

@@ -1,8 +1,8 @@
 """Processes that exchange: `torch.distributed`, gloo between CPUs and NCCL between GPUs.
 
 Groups of the same processes: exchanges must end within a few seconds, while a rank may wait as long as it takes for
-the next case. A process that dies closes its connections, so the others learn it at once; one that hangs, when the
-time of an exchange is over, or by `watch`. Whichever it is, every process says which rank is gone, and ends.
+the next case. A process that dies closes its connections, so the others notice at once; one that hangs is noticed when
+an exchange times out, or by `watch`. Either way, every process says which rank is gone, and exits.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Group:
         ranks: How many the graphs are for.
         backend: `gloo` or `nccl`.
         seconds: How long one exchange may take.
-        joining: How long to wait for all processes to come.
+        joining: How long to wait for all processes.
 
     Raises:
         UsageError: This process was not started as one of several, or as one of another number.
@@ -80,7 +80,7 @@ class Group:
         return f"{self.ranks} processes ({self.backend})"
 
     def broadcast(self, what: Any = None) -> Any:
-        """What rank 0 says, on every rank."""
+        """The value of rank 0, on every rank."""
         box = [what]
         self._guarded(
             "waiting for rank 0", self._dist.broadcast_object_list, box, src=0, group=self._commands
@@ -88,7 +88,7 @@ class Group:
         return box[0]
 
     def gather(self, what: Any) -> list[Any]:
-        """What every rank says, on rank 0; nothing elsewhere."""
+        """The values of all ranks, on rank 0; nothing elsewhere."""
         found: list[Any] | None = [None] * self.ranks if self.rank == 0 else None
         self._guarded(
             "handing in outputs", self._dist.gather_object, what, found, dst=0, group=self._commands
@@ -107,7 +107,7 @@ class Group:
             return outputs
 
     def exchange(self, given: Given) -> Got:
-        """Give to the other ranks, and get from them."""
+        """Exchange values with the other ranks."""
         exchange = given.exchange
         what = f"exchange {given.number} ({exchange.kind}, layer {exchange.layer})"
         if exchange.kind == "all_reduce":
@@ -121,7 +121,7 @@ class Group:
         return Got(arrays, np.asarray(rows))
 
     def end(self) -> None:
-        """Part in peace: nobody leaves before all have stopped watching."""
+        """Shut down cleanly: no process exits before all have stopped watching."""
         self._watch.end()
         self._dist.barrier(group=self._commands)
         self._dist.destroy_process_group()
@@ -161,7 +161,7 @@ class Group:
             raise self._lost(what, time.monotonic() - start, error) from error
 
     def _lost(self, what: str, seconds: float, error: Exception) -> LostError:
-        """Say which rank is gone. A process that was killed may take a moment to be."""
+        """Say which rank is gone. A killed process may take a moment to disappear."""
         who = self._watch.lost()
         for _ in range(20):
             if who:

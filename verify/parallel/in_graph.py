@@ -1,8 +1,8 @@
 """One rank whose graph holds collectives of an engine's own, run by the ONNX project's evaluator.
 
 The engines that have these operators need several GPUs. What the graph means can be run anywhere: here the operators
-hand their values to the same exchange that carries them between graphs, so a file is verified as it is. How an
-engine's own kernels compute, this does not tell.
+hand their values to the same exchange that carries them between graphs, so a file is verified as it is. This says
+nothing about an engine's own kernels.
 """
 
 from __future__ import annotations
@@ -110,5 +110,5 @@ def _operators() -> list[Any]:
 
 
 def open_rank(manifest: Manifest, rank: int, provider: str = "cpu") -> Rank:
-    """A rank behind what can run its graphs."""
+    """A rank with the engine that can run its graphs."""
     return InGraphRank(manifest, rank) if manifest.in_graph else Rank(manifest, rank, provider)

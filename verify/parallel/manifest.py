@@ -1,6 +1,6 @@
 """Read `parallel.json`: which graphs the ranks run, and what they exchange between them.
 
-Whatever is wrong in the file is told with the name of its field. docs/parallel.md documents the fields.
+Every error names the field in which it was found. docs/parallel.md documents the fields.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Exchange:
 
 @dataclass(frozen=True)
 class Names:
-    """How one rank's graphs call what an exchange moves; see `Exchange`."""
+    """The names in one rank's graphs of the values of an exchange; see `Exchange`."""
 
     sends: tuple[str, ...]
     gives: tuple[str, ...]

@@ -1,6 +1,6 @@
-"""One rank: its graphs in order, and between them what it gives to the other ranks and gets from them.
+"""One rank: its graphs in order, and the exchanges with other ranks between them.
 
-Who carries it, this file does not know: `Rank.steps` gives each exchange to its caller and waits for the answer. All
+This file is independent of the transport: `Rank.steps` yields each exchange to its caller and waits for the answer. All
 ranks in one process (`Together`) run step by step side by side; `group` runs each in a process of its own.
 """
 
@@ -20,7 +20,7 @@ from moe_export.verify.specs import Array
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """What one rank gives into an exchange.
+    """The values that one rank sends in an exchange.
 
     Attributes:
         number: Of the exchange.
@@ -39,7 +39,7 @@ class Given:
 
 @dataclass(frozen=True, eq=False)
 class Got:
-    """What a rank gets from an exchange.
+    """The values that a rank receives in an exchange.
 
     Attributes:
         arrays: The sums; or the rows of all ranks, one rank's behind the other's.
@@ -55,7 +55,7 @@ Steps = Generator[Given, Got, dict[str, Array]]
 
 @dataclass(frozen=True)
 class Sent:
-    """What one rank gave into one exchange: measured, not computed.
+    """What one rank sent in one exchange: measured, not computed.
 
     Attributes:
         layer: Of the experts.
@@ -145,7 +145,7 @@ class Rank:
         return Sent(exchange.layer, exchange.kind, exchange.back, self.rank, rows, row_bytes)
 
     def _forget(self, values: dict[str, Array], stage: int) -> None:
-        """Values that no later stage reads are freed."""
+        """Free the values that no later stage reads."""
         later = {spec.name for runner in self._stages[stage + 1 :] for spec in runner.inputs}
         later |= {spec.name for spec in self._manifest.outputs}
         for place, exchange in enumerate(self._manifest.exchanges):
@@ -224,7 +224,7 @@ def _sums(given: Sequence[Given]) -> list[Got]:
 
 
 def check_same(found: Sequence[Mapping[str, Array]]) -> None:
-    """Every rank gives the model's outputs, and all the same.
+    """Check that every rank gives the model's outputs, bit for bit the same.
 
     Raises:
         RunFailedError: They do not.

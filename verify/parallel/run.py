@@ -1,4 +1,4 @@
-"""Run the graphs of all ranks for real, a process a rank, and compare them with the whole model.
+"""Run the graphs of all ranks, one process each, and compare them with the whole model.
 
     torchrun --nproc-per-node 4 -m moe_export.verify.parallel out/
 
@@ -84,7 +84,7 @@ def _run(group: Group, rank: Rank, inputs: Mapping[str, Array]) -> tuple[dict[st
 
 
 def follow(group: Group, rank: Rank) -> int:
-    """Every other rank: run what rank 0 says until it says an exit code."""
+    """Every other rank: run what rank 0 broadcasts, until that is an exit code."""
     while True:
         received = group.broadcast()
         if isinstance(received, int):
@@ -183,7 +183,7 @@ def _alone(case: Case) -> Iterator[Case]:
 
 
 def exchanged(runs: Sequence[Sequence[Sent]]) -> list[str]:
-    """A line an exchange: what the ranks gave, over all runs."""
+    """One line for each exchange: what the ranks sent, over all runs."""
     kinds: dict[tuple[int, str, bool, int], list[Sent]] = {}
     for sent in chain.from_iterable(runs):
         kinds.setdefault((sent.layer, sent.kind, sent.back, sent.row_bytes), []).append(sent)

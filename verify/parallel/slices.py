@@ -1,8 +1,8 @@
-"""Which part of a case is whose, where every rank has tokens of its own: rows of the batch, in order.
+"""How a case is split where every rank has tokens of its own: rows of the batch, in order.
 
 The first axis of the first input is the batch, if it is a dimension with a name; whatever else has it as its first
-axis is split with it. A batch that R does not divide is split unevenly. A rank that would have no row computes the
-last one again, and nobody reads what it gives: engines are not asked to compute nothing. Where there is no batch,
+axis is split with it. A batch that R does not divide is split unevenly. A rank without rows computes the
+last one again and its result is dropped, because engines may not support empty inputs. Where there is no batch,
 every rank has the whole case.
 """
 
@@ -40,7 +40,7 @@ class Slices:
         return first[0] if first and isinstance(first[0], str) and first[0].isidentifier() else None
 
     def split(self, inputs: Mapping[str, Array]) -> list[tuple[dict[str, Array], bool]]:
-        """For each rank its inputs, and whether anyone wants what it gives."""
+        """For each rank its inputs, and whether its outputs are used."""
         if self.batch is None:
             return [(dict(inputs), True)] * self.ranks
         size = len(inputs[self.inputs[0].name])
@@ -89,7 +89,7 @@ class Sliced:
         return f"{self.runner.name}, rank by rank"
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run on each part; the parts that nobody wants are left out."""
+        """Run on each part; outputs of unused parts are left out."""
         parts = [mine for mine, wanted in self.slices.split(inputs) if wanted]
         return self.slices.join([self.runner.run(mine) for mine in parts])
 

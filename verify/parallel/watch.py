@@ -1,7 +1,7 @@
 """Watch the processes of the other ranks on this machine: who ended first, or was stopped, and for how long.
 
-Connections tell that somebody is gone, not who was first: a rank that notices ends, too, and is gone for the next.
-And a rank that is stopped closes no connection. A process on another machine cannot be watched; there its connection
+A closed connection shows that a rank is gone, not which one was first: a rank that notices exits, too, and is gone for
+the next. And a stopped rank closes no connection. A process on another machine cannot be watched; there its connection
 is all that is known.
 """
 
@@ -57,7 +57,7 @@ class Process:
 
 
 class Watch:
-    """Watches in a thread of its own, which ends this process if it waits in vain.
+    """Watches in a thread of its own, which exits this process if it would wait in vain.
 
     Args:
         rank: Of this process.
@@ -74,7 +74,7 @@ class Watch:
         self._thread.start()
 
     def lost(self) -> str:
-        """Who was gone first, or is stopped: `rank 2 is gone`; nothing if nobody is."""
+        """The rank that is gone or stopped, `rank 2 is gone`; empty if none is."""
         if not self._first:
             self._look()
         if self._first:
@@ -82,7 +82,7 @@ class Watch:
         return ", ".join(f"rank {rank} is stopped" for rank in sorted(self._since))
 
     def end(self) -> None:
-        """Watch no longer: from now on processes end as they should."""
+        """Stop watching: from now on processes may exit."""
         self._end.set()
         self._thread.join()
 

@@ -28,7 +28,7 @@ UNFINISHED = 5
 
 @dataclass(frozen=True)
 class CaseResult:
-    """What came of one case.
+    """The result of one case.
 
     Args:
         label: The case's label; with `seed` it reproduces the inputs.
@@ -52,7 +52,7 @@ class CaseResult:
     def of(
         cls, case: Case, outcome: Outcome, reason: str | None, judgements: tuple[Judgement, ...] = ()
     ) -> CaseResult:
-        """The result of `case`, which lets go of its arrays."""
+        """The result of `case`, without its arrays."""
         return cls(case.label, case.seed, tuple(case.sizes.items()), outcome, reason, judgements, case.regime)
 
 
@@ -116,7 +116,7 @@ class Findings:
 
     @property
     def shortfall(self) -> str | None:
-        """Why agreement would prove nothing, or not all; None if it would."""
+        """Why agreement would not prove equality; None if it would."""
         if self.left_out:
             planned = len(self.cases) + len(self.left_out)
             cut = "; ".join(self.left_out)
@@ -194,7 +194,7 @@ class Findings:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What weakens the verdict: outputs that some case could not check; nodes that ran on another device."""
+        """Reservations about the verdict: outputs that some case could not check; nodes that ran on another device."""
         left = self.about.get(LEFT_TO_CPU)
         found = [f"{self.candidate} left {left} to the CPU"] if left else []
         if PRECISION in self.about and self.exit_code:
@@ -288,7 +288,7 @@ def _row(found: list[tuple[str, Judgement]]) -> Row:
 
 
 def _badness(judgement: Judgement) -> tuple[bool, float]:
-    """What is not excused first, then how many times the reference's error."""
+    """Sort key: what is not excused first, then the ratio to the reference's error."""
     return not judgement.ok, judgement.standing.ratio if judgement.standing else 0.0
 
 

@@ -1,4 +1,4 @@
-"""A report where GitHub shows it: an annotation on the model's line, and a table in the step's summary."""
+"""A report for GitHub: an annotation on the model's line, and a table in the step's summary."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def _row(row: Row) -> str:
 
 
 def _standings(report: Report) -> Iterator[str]:
-    """What either side is off by from a float64 run, of outputs beyond their tolerance."""
+    """The errors of candidate and reference against a float64 run, for outputs beyond their tolerance."""
     if not report.by_float64:
         return
     yield (

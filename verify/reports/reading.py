@@ -1,8 +1,8 @@
 """A report read back from JSON, and judged again at other tolerances without running anything.
 
-What a tolerance decides is in the report: the front of each output's differences (see `sketch`), what is wrong at
-every tolerance (`odd`), and the flips. At the limits of a dtype, what a float64 run excused stays excused; in ordinary
-cases it does so at the tolerance that was excused, and any other is strict.
+The report holds all that a tolerance decides on: the front of each output's differences (see `sketch`), elements that
+are wrong at every tolerance (`odd`), and the flips. At the limits of a dtype, what a float64 run excused stays
+excused; in ordinary cases it does so at the tolerance that was excused, and any other is strict.
 """
 
 from __future__ import annotations

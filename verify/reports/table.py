@@ -92,7 +92,7 @@ def figure(value: float) -> str:
 
 
 def _standings(report: Findings) -> list[str]:
-    """Outputs beyond the tolerance, and what either side is off by from the model in float64."""
+    """Outputs beyond their tolerance, and the errors of both against the model in float64."""
     lines = [("by float64", "tolerance", "own error", f"{report.reference}'s", "ratio", "at")]
     for label, judgement in report.by_float64:
         standing = judgement.standing
@@ -149,7 +149,7 @@ def _seeds(report: Findings) -> str:
 
 
 def _reproduce(report: Findings) -> Iterator[str]:
-    """How to run the first case that differs once more, and nothing else."""
+    """How to reproduce the first case that differs."""
     wrong = [
         case for case in report.cases if case.outcome == "failed" or not all(j.ok for j in case.judgements)
     ]
@@ -160,7 +160,7 @@ def _reproduce(report: Findings) -> Iterator[str]:
 
 
 def _reasons(report: Findings, outcome: Outcome) -> dict[str, list[str]]:
-    """The cases with this outcome, by what was raised: one mistake often shows at many sizes."""
+    """The cases with this outcome by error message: one mistake often shows at many sizes."""
     found: dict[str, list[str]] = {}
     for case in report.cases:
         if case.outcome == outcome:

@@ -1,8 +1,8 @@
-"""What the first bytes of a serialized engine of TensorRT-RTX say: who built it, for which GPUs, how long it is.
+"""The header of a serialized TensorRT-RTX engine: the version that built it, its GPUs, its length.
 
 TensorRT reads 64 bytes to tell whether an engine can be loaded (`IRuntime.engine_header_size`), on a machine with a
-GPU. They tell it on any machine, so that a wrong engine is refused in words before a driver is asked. Found by
-comparing engines that TensorRT-RTX 1.7 built for each capability:
+GPU. Read here they work on any machine, so that a wrong engine is refused with a reason before a driver loads. Their
+meaning was found by comparing engines that TensorRT-RTX 1.7 built for each capability:
 
 | bytes | |
 |---|---|
@@ -24,7 +24,7 @@ _GPUS: Mapping[str, int] = {"sm75": 0, "sm80": 1, "sm86": 2, "sm89": 3, "sm120":
 
 @dataclass(frozen=True)
 class EngineHeader:
-    """An engine's own account of itself.
+    """The facts in an engine's header.
 
     Attributes:
         version: The TensorRT-RTX that built it, `1.7.1.116`; it runs with that one only.

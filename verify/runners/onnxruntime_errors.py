@@ -1,6 +1,6 @@
-"""What an error of ONNX Runtime says: its classes stand in a module without documentation, and the rest is in the text.
+"""Errors of ONNX Runtime, read from their text: its exception classes are undocumented and say little.
 
-Seen in onnxruntime 1.31.1. A canary tells when another version says it in another way:
+Seen in onnxruntime 1.31.1. A canary fails when another version words them differently:
 `tests/verify/test_onnxruntime_errors.py`.
 """
 
@@ -18,10 +18,10 @@ def reason_of(error: Exception) -> str:
 
 
 def is_no_model(error: Exception) -> bool:
-    """Whether a file is no ONNX model, or ends early."""
+    """Whether the file is no ONNX model, or truncated."""
     return type(error).__name__ == "InvalidProtobuf" or "No graph was found" in str(error)
 
 
 def has_no_kernel(error: Exception) -> bool:
-    """Whether it cannot run an operator in a type, which another engine may be able to."""
+    """Whether an operator has no kernel for a type, which another engine may have."""
     return type(error).__name__ == "NotImplemented"

@@ -1,4 +1,4 @@
-"""ONNX Runtime as an engine, quiet on machines without a GPU and strict about what it is given."""
+"""ONNX Runtime as an engine: quiet on machines without a GPU, strict about its inputs."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ class OnnxRuntimeRunner:
 def left_to_the_cpu(session: Any) -> str:
     """Which nodes of an open session run on the CPU, counted by operator: "2 of 40 nodes: NonZero, Shape".
 
-    ONNX Runtime gives a node that a provider cannot run to the CPU without a word; sizes it leaves there on purpose.
+    ONNX Runtime silently falls back to the CPU for nodes that a provider cannot run; sizes stay there on purpose.
 
     Args:
         session: Opened with `record_placement`.

@@ -1,6 +1,6 @@
 """A serialized TensorRT engine as an engine to compare with: on a GPU, with buffers on the device.
 
-Not one line here needs to know which TensorRT built the engine; the caller brings the module (`Backend`). PyTorch holds
+This file is independent of which TensorRT built the engine; the caller supplies the module (`Backend`). PyTorch holds
 the buffers.
 """
 
@@ -32,7 +32,7 @@ _DTYPES = {
 
 
 class Backend(Protocol):
-    """What is needed of an imported TensorRT."""
+    """The parts of an imported TensorRT that are used."""
 
     @property
     def name(self) -> str:
@@ -197,12 +197,12 @@ def _torch() -> Any:
 
 
 def read_engine(path: Path, backend: Backend, gpu: str | None) -> bytes:
-    """The bytes of an engine that this TensorRT may load, as far as the engine itself tells.
+    """The bytes of an engine that this TensorRT may load, as far as its header shows.
 
     Args:
         path: The engine.
-        backend: What shall run it.
-        gpu: What shall run it, `sm89`; None where there is none.
+        backend: Will run it.
+        gpu: Will run it, `sm89`; None if there is none.
 
     Raises:
         UsageError: No such file; no engine; cut off; of another version; for other GPUs.

@@ -11,7 +11,7 @@ from moe_export.verify.torch_compat import OperatorMode
 
 
 class ChoiceWatcher(OperatorMode):
-    """Notes each choice of the largest along an axis, in order.
+    """Records each choice of the largest values along an axis, in order.
 
     Attributes:
         found: (positions, scores) of every `topk`, the axis of the choice moved to the end.
@@ -40,7 +40,7 @@ class ChoiceWatcher(OperatorMode):
 
 
 class ChoiceForcer(OperatorMode):
-    """Lets each choice of the largest along an axis be what was chosen before, in order.
+    """Replaces each choice of the largest values along an axis by an earlier one, in order.
 
     Args:
         ids: Positions, the axis of the choice at the end.
@@ -56,7 +56,7 @@ class ChoiceForcer(OperatorMode):
 
     @property
     def fits(self) -> bool:
-        """Whether every position was taken, and nothing else was chosen."""
+        """Whether every stored choice was used, and there was no other."""
         return not self._ids and not self._wrong
 
     def __torch_dispatch__(

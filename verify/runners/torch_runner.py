@@ -21,7 +21,7 @@ class TorchRunner:
 
     Args:
         call: Takes a dict of named tensors; returns a tensor, or a sequence with one tensor an output name.
-            Put the module in eval mode first: a dropout that is awake never agrees with anything.
+            Put the module in eval mode first: active dropout never agrees with anything.
         output_names: Names of the outputs, in order.
         name: What reports call it.
         dtype: Cast float inputs to this. "float64" asks how far off float32 is: floats that the model makes or
@@ -61,7 +61,7 @@ class TorchRunner:
         return {name: to_numpy(out) for name, out in zip(self._output_names, outputs, strict=True)}
 
     def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
-        """Run once, and say what the model chose: every `topk` along a last axis, in order."""
+        """Run once, and return the model's choices: every `topk` along a last axis, in order."""
         from moe_export.verify.runners.torch_modes import ChoiceWatcher
 
         with ChoiceWatcher() as watcher:
@@ -69,7 +69,7 @@ class TorchRunner:
         return outputs, tuple(Choice(to_numpy(ids), to_numpy(scores)) for ids, scores in watcher.found)
 
     def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> dict[str, Array] | None:
-        """Run once with what was chosen before in place of its own choices; None if it chooses something else."""
+        """Run once, replaying earlier choices; None if they do not fit the model's own."""
         from moe_export.verify.runners.torch_modes import ChoiceForcer
 
         with ChoiceForcer([to_torch(choice.ids, self._device) for choice in choices]) as forcer:
