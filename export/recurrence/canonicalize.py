@@ -21,9 +21,10 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from moe_export.export.recurrence.operand import SIZE, known
+from moe_export.export.recurrence.operand import SIZE
 from moe_export.export.recurrence.period import LEAST_ITERATIONS
 from moe_export.export.recurrence.repeated import indexed_anew
+from moe_export.export.sizes import expression_of, fixed
 
 aten = torch.ops.aten
 
@@ -47,7 +48,7 @@ class _Canonicalized:
     def __init__(self, program: ExportedProgram) -> None:
         self.graph = fx.Graph()
         self._values: dict[fx.Node, Any] = {}
-        self._sizes: dict[str, Any] = {}  # expression → node
+        self._sizes: dict[Any, Any] = {}  # expression → node
         self._only_one_of: dict[int, fx.Node] = {}
         nodes = list(program.graph.nodes)
         self._anew = indexed_anew(nodes)
@@ -87,9 +88,9 @@ class _Canonicalized:
             if node.op != "placeholder" or node.name not in inputs:
                 continue
             for axis, size in enumerate(node.meta["val"].shape):
-                if known(size) is None and str(size) not in self._sizes:
+                if fixed(size) is None and expression_of(size) not in self._sizes:
                     call = self.graph.call_function(aten.sym_size.int, (self._values[node], axis))
-                    self._sizes[str(size)] = _as_region(call, size)
+                    self._sizes[expression_of(size)] = _as_region(call, size)
 
     def _size(self, node: fx.Node) -> fx.Node | None:
         """The one node for this integer of the shape arithmetic."""
@@ -103,8 +104,7 @@ class _Canonicalized:
         """Sums and products of sizes of inputs; None for anything else."""
         if expression.is_Integer:
             return int(expression)
-        text = str(expression)
-        if text not in self._sizes and expression.func in (sympy.Add, sympy.Mul):
+        if expression not in self._sizes and expression.func in (sympy.Add, sympy.Mul):
             parts = [self._expressed(part) for part in expression.args]
             if any(part is None for part in parts):
                 return None
@@ -113,8 +113,8 @@ class _Canonicalized:
             for part in parts[1:]:
                 total = self.graph.call_function(call, (total, part))
                 total.meta[SIZE] = True
-            self._sizes[text] = total
-        return self._sizes.get(text)
+            self._sizes[expression] = total
+        return self._sizes.get(expression)
 
     def _simplified(self, node: fx.Node) -> fx.Node | None:
         """The existing node that stands for this one, if a rule knows it."""
@@ -151,7 +151,7 @@ class _Canonicalized:
     def _written_again(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
         """A write over a write at the same place: only the second one is left. Negative indices are resolved."""
         before, value, axis, index = args
-        size = known(before.meta["val"].shape[axis])
+        size = fixed(before.meta["val"].shape[axis])
         if isinstance(index, int) and size is not None:
             index %= size
         while before.target is aten.select_scatter.default and before.args[2:] == (axis, index):
@@ -173,7 +173,7 @@ class _Canonicalized:
         while isinstance(index, int) and source.target is aten.select_scatter.default:
             before, written, at_axis, at = source.args
             rank = len(before.meta["val"].shape)
-            size = known(before.meta["val"].shape[axis])
+            size = fixed(before.meta["val"].shape[axis])
             if not isinstance(at, int) or at_axis % rank != axis % rank or size is None:
                 break
             if at % size == index % size:
@@ -222,16 +222,16 @@ def _alike(left: fx.Node, right: Any) -> bool:
     return a is not None and a == b
 
 
-def _facts(meta: Mapping[str, Any]) -> tuple[tuple[str, ...], torch.dtype] | None:
+def _facts(meta: Mapping[str, Any]) -> tuple[tuple[Any, ...], torch.dtype] | None:
     value = meta.get("val")
     if not isinstance(value, torch.Tensor):
         return None
-    return tuple(str(size) for size in value.shape), value.dtype
+    return tuple(map(expression_of, value.shape)), value.dtype
 
 
 def _takes_all(args: tuple[Any, ...]) -> bool:
     """Whether slice arguments (tensor, axis, start, end, step) leave nothing out."""
     tensor, axis, start, end, step = (*args, *(None,) * 5)[:5]
-    size = known(tensor.meta["val"].shape[axis or 0])
+    size = fixed(tensor.meta["val"].shape[axis or 0])
     whole = end is None or (isinstance(end, int) and end >= (2**62 if size is None else size))
     return start in (None, 0) and whole and step in (None, 1)

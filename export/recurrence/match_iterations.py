@@ -39,8 +39,9 @@ from moe_export.export.recurrence.loop import (
     Written,
     split_part,
 )
-from moe_export.export.recurrence.operand import PART, SLICE, Read, View, atoms, filled, known
+from moe_export.export.recurrence.operand import PART, SLICE, Read, View, atoms, filled
 from moe_export.export.recurrence.period import LEAST_ITERATIONS
+from moe_export.export.sizes import fixed
 
 aten = torch.ops.aten
 
@@ -378,4 +379,4 @@ def _buffer_size(node: fx.Node, kind: str) -> int | None:
     """The size that a buffer has before its first write, along the axis that is written."""
     source = node.args[0] if kind == WRITE else node.args[0][0]  # type: ignore[index]
     axis = node.args[2] if kind == WRITE else node.args[1] if len(node.args) > 1 else 0
-    return known(source.meta["val"].shape[axis])  # type: ignore[union-attr]
+    return fixed(source.meta["val"].shape[axis])  # type: ignore[union-attr]

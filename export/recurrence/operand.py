@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.sizes import expression_of, fixed
+
 aten = torch.ops.aten
 
 SELECT, SLICE, PART = "select", "slice", "part"
@@ -47,11 +49,6 @@ class Read:
     fact: Any = field(default=None, compare=False)
 
 
-def known(size: Any) -> int | None:
-    """A size as an integer; None if it is symbolic. The tracer has symbols that are integers."""
-    return int(str(size)) if str(size).isdigit() else None
-
-
 def is_view(node: fx.Node) -> bool:
     """Whether a node is a step of a path, not a computation."""
     return node.op == "call_function" and (
@@ -77,9 +74,9 @@ def read_of(node: fx.Node) -> Read:
     return Read(node, tuple(reversed(path)), fact)
 
 
-def _fact(node: fx.Node) -> tuple[tuple[str, ...], torch.dtype] | None:
+def _fact(node: fx.Node) -> tuple[tuple[Any, ...], torch.dtype] | None:
     value = node.meta.get("val")
-    return (tuple(map(str, value.shape)), value.dtype) if isinstance(value, torch.Tensor) else None
+    return (tuple(map(expression_of, value.shape)), value.dtype) if isinstance(value, torch.Tensor) else None
 
 
 def _step(node: fx.Node, source: fx.Node) -> View:
@@ -88,7 +85,7 @@ def _step(node: fx.Node, source: fx.Node) -> View:
     value = source.meta["val"]
     arguments: list[Any] = [*node.args[1:], *(None,) * 4][:4]
     axis, numbers = (arguments[0] or 0) % value.dim(), arguments[1:]
-    size = known(value.shape[axis])
+    size = fixed(value.shape[axis])
     written: tuple[Any, ...] | None = (axis, *numbers[:2], 1 if numbers[2] is None else numbers[2])
     if any(isinstance(number, fx.Node) for number in numbers):
         written = None

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from moe_export.export.recurrence.operand import is_size, is_view, layout
+from moe_export.export.sizes import expression_of
 
 LEAST_ITERATIONS = 3  # two iterations suggest a rule, the third confirms it
 
@@ -52,7 +53,7 @@ def _token(node: fx.Node) -> Any:
     if isinstance(value, torch.Tensor):
         # A list that grows by `cat` has another size in every iteration.
         growing = node.target is torch.ops.aten.cat.default
-        shape = (None if growing else tuple(str(size) for size in value.shape), value.dtype)
+        shape = (None if growing else tuple(map(expression_of, value.shape)), value.dtype)
     return node.target, layout(node.args), layout(node.kwargs), shape
 
 

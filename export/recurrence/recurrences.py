@@ -272,7 +272,7 @@ def _folded_at(
         repeats_of([trace(other, static, as_called=True) for other in others[:2]])
     traced = trace(first, unpicked, as_called=True)
     fixed = [
-        [(name, axis) for name, axis in length.axes if str(traced.inputs[name][axis]).isdigit()]
+        [(name, axis) for name, axis in length.axes if isinstance(traced.inputs[name][axis], int)]
         for length in lengths
     ]
     if not all(fixed):

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 
+import sympy
 import torch
 from torch import nn
 from torch.export import Dim as TorchDim
@@ -364,8 +365,8 @@ def rename(expression: str, names: Mapping[str, str]) -> str:
 def _bounds(limits: object) -> tuple[int, int | None]:
     """Lower and upper bound as integers. The tracer's "at least 2" only means "not specialised": 1 is tried."""
     lower, upper = getattr(limits, "lower", None), getattr(limits, "upper", None)
-    low = int(lower) if lower is not None and str(lower).isdigit() else 1
-    high = int(upper) if upper is not None and str(upper).isdigit() else None
+    low = int(lower) if isinstance(lower, (int, sympy.Integer)) and lower >= 0 else 1
+    high = int(upper) if isinstance(upper, (int, sympy.Integer)) and upper >= 0 else None
     return (1 if low == 2 else low), (None if high is not None and high > 2**40 else high)
 
 

@@ -50,7 +50,9 @@ def test_no_size_is_compared_as_text():
         for path in sorted((ROOT / room).rglob("*.py"))
         for line in compared_as_text(path.read_text())
     ]
-    assert not found, "\n".join(["compare it by same_size, same_shape, same_dim or fixed of export/sizes:", *found])
+    assert not found, "\n".join(
+        ["compare it by same_size, same_shape, same_dim or fixed of export/sizes:", *found]
+    )
 
 
 @pytest.mark.parametrize(
