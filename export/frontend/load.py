@@ -3,8 +3,9 @@
 1. it defines `model` (an `nn.Module`, or a function returning one) and `example_inputs` (a tuple, a dict, or a
    function returning one);
 2. `model.py:ClassName` with `--init dim=512` and `--input x=2x10x512:float32`;
-3. otherwise it is run as a script, and the first outermost module that it calls, with the arguments of that
-   call, is the model.
+3. otherwise it is run as a script: what it gives to `torch.onnx.export`, `torch.export.export` or `torch.jit.trace` is
+   the model with its arguments, names and free dimensions; of a script without an export, the first outermost module
+   that it calls, with the arguments of that call.
 """
 
 from __future__ import annotations
@@ -268,7 +269,9 @@ def _call_user(function: Callable[[], Any], name: str, path: Path) -> Any:
 
 def _from_call(call: Call, path: Path, make: Make) -> Subject:
     how = f"the first module call of the script ({type(call.module).__name__})"
-    return make(call.module, call.args, call.kwargs, source=path, how=how)
+    if call.exporter is not None:
+        how = f"the script's own call of {call.exporter} ({type(call.module).__name__})"
+    return make(call.module, call.args, call.kwargs, source=path, how=how, asked=call.asked)
 
 
 def _from_class(

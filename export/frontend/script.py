@@ -1,7 +1,8 @@
 """Run a user's file and see what it defines, or which module it calls first.
 
-A script that only shows its module working (`model = Block(); print(model(x).shape)`) is a model file too: the
-first outermost `nn.Module` that it calls, with the real arguments of that call, is the model.
+A script that exports its module (`torch.onnx.export(model, (x,), "m.onnx", ...)`) has said all that is needed, and
+ends there (`export_calls`). One that only shows its module working (`model = Block(); print(model(x).shape)`) is a
+model file too: the first outermost `nn.Module` that it calls, with the real arguments of that call, is the model.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import contextlib
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +20,10 @@ from typing import Any
 from torch import nn
 
 from moe_export.errors import UsageError
+from moe_export.export.frontend.export_calls import NOTHING, Asked, exports, read
 from moe_export.export.frontend.kernel_shims import install_kernel_shims
 from moe_export.export.frontend.source import calls_user_code, last_user_line
+from moe_export.export.torch_compat.export_calls import export_calls
 from moe_export.export.torch_compat.modules import calls_of_modules
 
 calls_user_code(__file__)
@@ -28,15 +31,22 @@ calls_user_code(__file__)
 
 @dataclass(frozen=True)
 class Call:
-    """The first outermost module call of a script."""
+    """A script's own export call, or its first outermost module call.
+
+    Attributes:
+        exporter: What it exports with, `torch.onnx.export`; None of a call of the module.
+        asked: What an export call asks for besides.
+    """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    exporter: str | None = None
+    asked: Asked = NOTHING
 
 
-class _FirstCallSeen(BaseException):
-    """Ends a script at its first module call. No `Exception`, so that `except Exception` lets it pass."""
+class _CallSeen(BaseException):
+    """Ends a script at a call. No `Exception`, so that `except Exception` lets it pass."""
 
     def __init__(self, call: Call) -> None:
         super().__init__()
@@ -44,13 +54,15 @@ class _FirstCallSeen(BaseException):
 
 
 def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[ModuleType | None, Call | None]:
-    """Execute a file and return its namespace and the first outermost module call in it.
+    """Execute a file and return its namespace and its export call, or the first outermost module call in it.
+
+    An export call ends it. A file that has one is not ended before, whatever it calls.
 
     Args:
         path: The Python file. Its folder is importable while it runs, and stays so afterwards, because
             models import lazily.
         as_script: Run under the name `__main__`, so that the demonstration behind the main guard runs.
-        stop_at_call: End the file at its first module call instead of letting it run on.
+        stop_at_call: End a file that exports nothing at its first module call instead of letting it run on.
 
     Returns:
         The module (None if it was ended early) and the call (None if there was none).
@@ -70,11 +82,17 @@ def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[Module
     if as_script:
         module.__name__ = "__main__"
     calls: list[Call] = []
-    with _as_main(path, module, as_script), _watch_calls(calls, stop_at_call):
+    source = path.read_bytes()
+    try:
+        code = compile(source, str(path), "exec", dont_inherit=True)
+        stop_at_call = stop_at_call and not exports(source)
+    except (SyntaxError, ValueError) as error:
+        raise _file_error(path, error) from error
+    with _as_main(path, module, as_script), _watch_calls(calls, stop_at_call), export_calls(_end_at_export):
         try:
             # Compiled here and not by the loader, which would leave a __pycache__ beside the user's file.
-            exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
-        except _FirstCallSeen as seen:
+            exec(code, module.__dict__)
+        except _CallSeen as seen:
             return None, seen.call
         except (Exception, SystemExit) as error:
             if isinstance(error, SystemExit) and not error.code:
@@ -153,7 +171,13 @@ def _watch_calls(calls: list[Call], stop: bool) -> contextlib.AbstractContextMan
             call = Call(module, args, kwargs)
             calls.append(call)
             if stop:
-                raise _FirstCallSeen(call)
+                raise _CallSeen(call)
         return original(module, *args, **kwargs)
 
     return calls_of_modules(watched)
+
+
+def _end_at_export(exporter: str, given: Mapping[str, Any]) -> None:
+    found = read(given)
+    if found is not None:
+        raise _CallSeen(Call(*found[:3], exporter, found[3]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch.nn.parameter import is_lazy
 
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.frontend.accept import check_inputs, check_outputs, plain_module, register_dataclasses
+from moe_export.export.frontend.export_calls import NOTHING, Asked
 from moe_export.export.frontend.pytree import Leaf, identifier, leaves, unique
 from moe_export.export.frontend.source import calls_user_code, is_user_file, last_user_line
 from moe_export.export.frontend.state import State
@@ -55,6 +56,8 @@ class Subject:
         cached: What the first call alone changes.
         weights: Where the weights are, if the model came without them.
         notes: What is to be said of how the model was found.
+        free: `(input, axis)` → the name of each dimension that the user's own export call leaves free, None for the
+            usual name; None if it says nothing of dimensions.
         apart: The same model where nobody else touches it, if it was loaded with one.
     """
 
@@ -72,6 +75,7 @@ class Subject:
     _template: tuple[Any, ...] = field(repr=False)
     weights: LazyWeights | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+    free: Mapping[tuple[str, int], str | None] | None = None
     apart: Apart | None = field(default=None, repr=False)
 
     def of(self, module: nn.Module) -> Subject:
@@ -130,8 +134,18 @@ def make_subject(
     source: Path,
     how: str,
     weights: LazyWeights | None = None,
+    asked: Asked = NOTHING,
 ) -> Subject:
     """Bind example arguments to a module, run it once, and name its inputs and outputs.
+
+    Args:
+        module: The model.
+        args: By position.
+        kwargs: By name.
+        source: The file that it comes from.
+        how: How it was found there.
+        weights: Where its weights are, if it came without them.
+        asked: Names and free dimensions, as the user's own export call has them.
 
     Raises:
         UsageError: The arguments do not fit `forward`, or `forward` raises on them.
@@ -142,7 +156,9 @@ def make_subject(
     module.eval()
     register_dataclasses((args, kwargs))
     flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    names = unique(_argument_names(module, args, kwargs, source, flat))
+    names = _renamed(
+        _argument_names(module, args, kwargs, source, flat), asked.input_names, map(_is_tensor, flat)
+    )
     tensors = {name: value.detach() for name, value in zip(names, flat, strict=True) if _is_tensor(value)}
     if not tensors:
         raise UsageError(
@@ -155,6 +171,7 @@ def make_subject(
         ran = _first_calls(module, lambda: list(leaves(_run(module, args, kwargs, source))), source)
     found = ran.found
     outputs, dropped = _output_names(module, found, set(tensors))
+    outputs = _renamed(outputs, asked.output_names, (True for _ in outputs), taken=set(tensors))
     check_outputs(
         dict(zip(outputs, (leaf.value for leaf in found if leaf.is_tensor), strict=True)),
         _forward_line(module),
@@ -182,6 +199,7 @@ def make_subject(
         _spec=spec,
         _template=tuple(_SLOT if _is_tensor(value) else value for value in flat),
         weights=weights,
+        free=None if asked.free is None else _free_dims(tensors, asked),
     )
     if weights is not None and weights.absent:
         return subject
@@ -189,6 +207,26 @@ def make_subject(
     return replace(
         subject, notes=note_on_mode(module, awake, lambda: subject.call([t.clone() for t in example]))
     )
+
+
+def _renamed(
+    names: Sequence[str], asked: Sequence[str], takes: Iterable[bool], taken: Set[str] = frozenset()
+) -> list[str]:
+    """Names of which the first that take one are those that were asked for, as far as they go."""
+    wanted = iter(asked)
+    found = [
+        identifier(next(wanted, name)) if takes_one else name
+        for name, takes_one in zip(names, takes, strict=True)
+    ]
+    return unique(found, frozenset(taken))
+
+
+def _free_dims(tensors: Mapping[str, torch.Tensor], asked: Asked) -> dict[tuple[str, int], str | None]:
+    return {
+        (name, axis % max(1, tensor.dim())): dim
+        for (name, tensor), axes in zip(tensors.items(), asked.free or (), strict=False)
+        for axis, dim in axes.items()
+    }
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 
 from moe_export.domain import Condition
 from moe_export.errors import UsageError
+from moe_export.export.frontend.subject import Subject
 
 BATCH = "batch"
 SEQ = "seq"
@@ -59,6 +60,13 @@ def parse_dynamic(items: Sequence[str], static: bool, inputs: Mapping[str, torch
             )
         picked[name, axis] = match["name"]
     return DimRequest(static, picked)
+
+
+def requested(subject: Subject, items: Sequence[str], static: bool) -> DimRequest:
+    """What the command says of a model's dimensions, or else the user's own export call; errors as `parse_dynamic`."""
+    if subject.free is not None and not items and not static:
+        return DimRequest(static=True, picked=subject.free)
+    return parse_dynamic(items, static, subject.inputs)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.external_weights import Storage
 from moe_export.export.options import Options
 from moe_export.export.parallel.ranks import Parallel
-from moe_export.export.tracing.dims import parse_dynamic
+from moe_export.export.tracing.dims import requested
 from moe_export.options.memory import parse_bytes
 from moe_export.options.table import options_of
 from moe_export.verify import Tolerance
@@ -126,4 +126,4 @@ class ExportRequest:
 
     def options_for(self, subject: Subject) -> Options:
         """The options, with the dimensions of a model that are to be free."""
-        return replace(self.options, dims=parse_dynamic(self.dynamic, self.static, subject.inputs))
+        return replace(self.options, dims=requested(subject, self.dynamic, self.static))

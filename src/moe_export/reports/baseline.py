@@ -12,7 +12,7 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.serialize import write_model
 from moe_export.export.options import Options
 from moe_export.export.stages import Model, run, without
-from moe_export.export.tracing.dims import parse_dynamic
+from moe_export.export.tracing.dims import requested
 from moe_export.pictures.differing import Difference, difference
 
 
@@ -34,7 +34,7 @@ def compare_with_baseline(
     """
     path = folder / f"{subject.source.stem}.baseline.onnx"
     try:
-        dims = parse_dynamic(dynamic, static, subject.inputs)
+        dims = requested(subject, dynamic, static)
         stages = without("fold", "outline", "einsums", "expand", "simplify", "order", "precision")
         write_model(run(stages, Model.of(subject, dims), Options(opset=opset)).model, path)
     except Exception as error:  # whatever the exporter says of what is mended here
