@@ -190,3 +190,25 @@ def test_without_verification_nothing_is_claimed(command, write, tmp_path, texts
     assert done.code == 0
     assert "equal" not in done.out
     assert json.loads((tmp_path / "net.report.json").read_text())["verdict"] == "not verified"
+
+
+def test_a_script_that_ends_in_an_export_of_its_own(write, command, tmp_path, texts):
+    """The call itself would fail: there are more rows in its example than it says."""
+    script = write(
+        texts["block"]
+        + """
+if __name__ == "__main__":
+    torch.onnx.export(
+        Block(), (torch.randn(2, 3, 4),), "own.onnx", input_names=["hidden"], output_names=["scores"],
+        dynamic_shapes={"x": {0: torch.export.Dim("rows", max=1)}},
+    )
+""",
+        "script.py",
+    )
+    done = command(script, "-o", "out")
+    assert done.code == 0
+    assert "hidden [rows, 3, 4]" in done.out
+    model = onnx.load(tmp_path / "out" / "script.onnx")
+    assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["hidden", "scores"]
+    assert not (tmp_path / "own.onnx").exists()
+    assert command("verify", "out/script.onnx", "--against", script).code == 0
