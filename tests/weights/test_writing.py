@@ -202,7 +202,7 @@ from test_writing import *
 folder = Path({folder!r})
 number = int(sys.argv[1])
 stored = {{name: Stored(folder / f"source{{number}}.bin", 0, ir.DataType.FLOAT, (2000, 2000)) for name in "ab"}}
-recipes = {{"a": stored["a"], "b": Turned(stored["b"], (1, 0))}}
+recipes = {{"a": stored["a"], "b": Transposed(stored["b"], (1, 0))}}
 if len(sys.argv) > 2:
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), int(sys.argv[2])))
 print("ready", flush=True)
