@@ -22,6 +22,7 @@ from moe_export.export.frontend.source import line_of
 from moe_export.export.torch_compat.metadata import classes_of, forget, module_of, stack_trace_of, traced_as
 
 MODULE, SOURCE, OPERATOR, BLOCK, FX, EINSUM = "module", "source", "torch", "block", "fx", "einsum"
+_ADDRESS = re.compile(r"<(?:built-in )?function (\S+)(?: at 0x[0-9a-f]+)?>")
 _EQUATION = re.compile(r'File "<einsum (?P<equation>[^"]+)>"')
 
 
@@ -75,8 +76,13 @@ def _facts(node: ir.Node, scope: str, folder: Path) -> dict[str, str]:
         kind, _, path = node.metadata_props[BLOCK].partition(":")
         facts[BLOCK] = f"{kind}:{strip_scope(path, scope) if path else facts.get(MODULE, 'model')}"
     if classes:
-        facts[OPERATOR] = classes[-1]
+        facts[OPERATOR] = operator_name(classes[-1])
     return facts
+
+
+def operator_name(target: object) -> str:
+    """An operator as the metadata have it: `aten.add.Tensor`; a Python function by its name, not by its address."""
+    return _ADDRESS.sub(r"\1", str(target))
 
 
 def mark_block(node: ir.Node, kind: str, path: str = "") -> None:

@@ -31,6 +31,7 @@ from moe_export.export.onnx.provenance import (
     MODULE,
     OPERATOR,
     SOURCE,
+    operator_name,
     relative_line,
     shorten_metadata,
     strip_scope,
@@ -253,7 +254,7 @@ def _origin(node: fx.Node, folder: Path, scope: str) -> _Origin:
     line = line_of(node.stack_trace)
     stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values() if path]
     module = strip_scope(stack[-1], scope) if stack else ""
-    return _Origin(str(node.target), "" if line is None else relative_line(line, folder), module)
+    return _Origin(operator_name(node.target), "" if line is None else relative_line(line, folder), module)
 
 
 def _names(node: fx.Node) -> list[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import nn
 
-from moe_export.export.onnx.provenance import strip_scope
+from moe_export.export.onnx.provenance import operator_name, strip_scope
 
 
 class Inner(nn.Module):
@@ -56,3 +58,10 @@ def test_nothing_else_is_told(tools, tmp_path):
 def test_strip_scope():
     assert strip_scope("model.layers.0", "model") == "layers.0"
     assert strip_scope("model", "model") == "model"
+
+
+def test_an_operator_that_is_a_python_function_has_a_name_and_no_address():
+    assert operator_name(torch.sym_max) == "sym_max"
+    assert operator_name(operator.mul) == "mul"
+    assert operator_name(torch.ops.aten.add.Tensor) == "aten.add.Tensor"
+    assert operator_name("<function sym_max at 0x7f52c863dd00>") == "sym_max"
