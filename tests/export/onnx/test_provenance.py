@@ -39,11 +39,11 @@ def test_module_source_and_operator(tools):
         for node in model.graph
     ]
     assert found == [
-        ("Tanh", "blocks.0", f"test_provenance.py:{inner + 1}", "aten.tanh.default"),
-        ("Mul", "blocks.0", f"test_provenance.py:{inner + 1}", "aten.mul.Tensor"),
-        ("Tanh", "blocks.1", f"test_provenance.py:{inner + 1}", "aten.tanh.default"),
-        ("Mul", "blocks.1", f"test_provenance.py:{inner + 1}", "aten.mul.Tensor"),
-        ("Exp", "model", f"test_provenance.py:{outer + 3}", "aten.exp.default"),
+        ("Tanh", "blocks.0", f"onnx/test_provenance.py:{inner + 1}", "aten.tanh.default"),
+        ("Mul", "blocks.0", f"onnx/test_provenance.py:{inner + 1}", "aten.mul.Tensor"),
+        ("Tanh", "blocks.1", f"onnx/test_provenance.py:{inner + 1}", "aten.tanh.default"),
+        ("Mul", "blocks.1", f"onnx/test_provenance.py:{inner + 1}", "aten.mul.Tensor"),
+        ("Exp", "model", f"onnx/test_provenance.py:{outer + 3}", "aten.exp.default"),
     ]
 
 
