@@ -10,9 +10,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+from onnx.reference import ReferenceEvaluator
 
-from moe_export.export.onnx.evaluate import evaluate
 from moe_export.export.weights.recipe import (
     Array,
     Computed,
@@ -62,7 +63,7 @@ def realised(known: Known) -> Array:
 def follow(
     nodes: Sequence[ir.Node], values: Mapping[ir.Value, Known], wanted: Sequence[ir.Value], version: int
 ) -> list[Known]:
-    """What nodes give for weights, as `evaluate` does for arrays.
+    """What nodes give for weights, as `_evaluate` does for arrays.
 
     Args:
         nodes: In order.
@@ -75,7 +76,7 @@ def follow(
         taken = {value: known[value] for value in node.inputs if value is not None}
         if not any(isinstance(one, Recipe) for one in taken.values()):
             arrays = {value: realised(one) for value, one in taken.items()}
-            known.update(zip(node.outputs, evaluate([node], arrays, node.outputs, version), strict=True))
+            known.update(zip(node.outputs, _evaluate([node], arrays, node.outputs, version), strict=True))
             continue
         step = one_step(node, known)
         for output in node.outputs:
@@ -90,7 +91,7 @@ def _small(known: Known) -> Known:
 def _computed(node: ir.Node, taken: Mapping[ir.Value, Known], output: ir.Value, version: int) -> Known:
     def run() -> Array:
         arrays = {value: realised(one) for value, one in taken.items()}
-        return evaluate([node], arrays, [output], version)[0]
+        return _evaluate([node], arrays, [output], version)[0]
 
     shape = output.shape
     if shape is None or output.dtype is None or not shape.is_static():
@@ -221,3 +222,36 @@ def fold_steps(graph: ir.Graph) -> None:
         graph.register_initializer(made)
         if old is not None and not old.uses() and old.name in graph.initializers:
             del graph.initializers[str(old.name)]
+
+
+def _evaluate(
+    nodes: Sequence[ir.Node],
+    values: Mapping[ir.Value, Array],
+    wanted: Sequence[ir.Value],
+    version: int,
+) -> list[Array]:
+    """What nodes give for arrays that are known now.
+
+    Args:
+        nodes: In order.
+        values: What they take.
+        wanted: Values among those that the nodes take or give.
+        version: Opset.
+    """
+    known = dict(values)
+    for node in nodes:
+        if node.op_type == "Transpose":  # a view; the reference would copy
+            array = known[node.inputs[0]]  # type: ignore[index]
+            perm = node.attributes.get("perm")
+            known[node.outputs[0]] = array.transpose(perm.as_ints() if perm else None)
+            continue
+        names = [f"i{index}" if value is not None else "" for index, value in enumerate(node.inputs)]
+        results = [f"o{index}" for index in range(len(node.outputs))]
+        proto = onnx.helper.make_node(node.op_type, names, results, domain=node.domain)
+        proto.attribute.extend(ir.to_proto(attribute) for attribute in node.attributes.values())
+        feeds = {
+            name: known[value] for name, value in zip(names, node.inputs, strict=True) if value is not None
+        }
+        run = ReferenceEvaluator(proto, opsets={"": version}).run(None, feeds)
+        known.update(zip(node.outputs, map(np.asarray, run), strict=True))
+    return [known[value] for value in wanted]
