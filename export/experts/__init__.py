@@ -1,1 +1,1 @@
-"""Mixture-of-experts blocks: recognised in a traced program, and written out in the form that an engine wants."""
+"""Mixture-of-experts blocks: recognised in a traced program, outlined, and expanded as an engine wants them."""

@@ -1,4 +1,4 @@
-"""Write out what an opaque MoE node means with the experts as a batch axis: `dense`, `gather` and `blocks`.
+"""Expand an outlined MoE block with the experts as a batch axis: `dense`, `gather` and `blocks`.
 
 These take a body for B experts at once: pairs (B, R), weights (B, ...) → rows (B, R, H). None of their shapes depends
 on the data, and none needs NonZero, TopK or a scatter with a reduction. Letters as in `experts/builder`.

@@ -1,4 +1,4 @@
-"""Take an expert's body apart: what every pair needs before, what only the expert can do, what is done with its rows.
+"""Split an expert's body: a prologue for every pair, a core that only the expert can do, an epilogue on its rows.
 
     token, slot, shared ─▶ prologue ─▶ core ─▶ epilogue ─▶ rows
                                         ▲
@@ -27,7 +27,7 @@ TOKEN, SLOT, EXPERT = 0, 1, 2
 
 @dataclass(frozen=True)
 class BodyParts:
-    """A body taken apart. Nodes and values are those of the body's own graph; nodes are in its order.
+    """A body in its parts. Nodes and values are those of the body's own graph; nodes are in its order.
 
     Attributes:
         body: `(token, slot, expert, *shared, *weights) → rows`; the row axes stand first.
@@ -55,7 +55,7 @@ class BodyParts:
 
 
 def split_body(body: ir.Graph, shared: int) -> BodyParts:
-    """Take a body apart.
+    """Split a body into its parts.
 
     Args:
         body: `(token, slot, expert, *shared, *weights) → rows`.

@@ -1,4 +1,4 @@
-"""Which lowering writes out a block, by what the user asked for, the engine that the graph is for, and the experts."""
+"""Which lowering expands a block, by what the user asked for, the engine that the graph is for, and the experts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Write out an MoE block as one `com.microsoft.MoE`, ONNX Runtime's own operator: `contrib`.
+"""Expand an outlined MoE block as one `com.microsoft.MoE`, ONNX Runtime's own operator: `contrib`.
 
 The operator routes by itself, from logits (N, E): softmax over the k greatest. It is made to follow the model's routing
 by logits that are log(weight) at the chosen experts and far below elsewhere; its result is then scaled by the sum of

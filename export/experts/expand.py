@@ -1,4 +1,4 @@
-"""Replace the opaque MoE nodes of an ONNX model by the lowering that was chosen."""
+"""Expand outlined MoE blocks: opaque nodes of an ONNX model become those of the lowering that was chosen."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def expand_experts(
     write: Write | None = None,
     bodies: Bodies | None = None,
 ) -> list[str]:
-    """Write out every opaque node of a model, in place.
+    """Expand every opaque node of a model, in place.
 
     Args:
         model: As torch's exporter made it.

@@ -1,4 +1,4 @@
-"""Write out what an opaque MoE node means, an expert at a time: `slices` and `loop`.
+"""Expand an outlined MoE block one expert at a time: `slices` and `loop`.
 
 See docs/experts.md for the forms and when each is chosen; `experts/batched` has the others.
 Letters as in `experts/builder`.

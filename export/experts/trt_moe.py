@@ -1,4 +1,4 @@
-"""Write out an MoE block as one `TRT_MoE`, TensorRT's own layer (`IMoELayer`): `trt_moe`.
+"""Expand an outlined MoE block as one `TRT_MoE`, TensorRT's own layer (`IMoELayer`): `trt_moe`.
 
 The form for `--target tensorrt-sm100`. TensorRT's parser knows the node by its name, and builds it for compute
 capability 10.x and 11.x. Its inputs, with B = 1 and all N tokens in S:

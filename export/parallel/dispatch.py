@@ -1,4 +1,4 @@
-"""Write an MoE block whose tokens are this rank's own, and whose experts are everywhere: rows go there and back.
+"""Expand an MoE block whose tokens are this rank's own, and whose experts are everywhere: rows go there and back.
 
     before ─▶ sorted by rank and expert ═▶ core of the experts here ═▶ back in place ─▶ after ─▶ summed over slots
              (rows, experts, numbers)    exchange                  exchange

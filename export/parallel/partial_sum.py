@@ -1,4 +1,4 @@
-"""Write the part of an MoE block that one rank computes: its own experts, on the pairs that chose them.
+"""Expand the part of an MoE block that one rank computes: its own experts, on the pairs that chose them.
 
 `slices` and `loop` sort the pairs as the forms of the whole block do (see `experts/one_at_a_time`), with one more bin
 behind the experts for pairs of nobody here: no row of these is computed. The other forms have shapes that no data
