@@ -122,7 +122,7 @@ def test_what_seventeen_cannot_say(tools, function, reason):
         tools.graph(Calls(function), example, opset=17)
     said = str(caught.value)
     assert said.startswith(reason)
-    assert f"where: test_opset.py:{function.__code__.co_firstlineno}" in said
+    assert f"where: onnx/test_opset.py:{function.__code__.co_firstlineno}" in said
     assert "export with --opset 18 or newer" in said
     assert tools.graph(Calls(function), example, opset=18).model.opset_imports[""] == 18
 
