@@ -23,6 +23,7 @@ import torch
 from torch import nn
 from torch.export import Dim
 
+from moe_export.export.frontend.functions import as_module, needs_arguments
 from moe_export.export.torch_compat.export_calls import EXPORTERS
 
 Axes: TypeAlias = Mapping[int, str | None]
@@ -53,9 +54,11 @@ def read(given: Mapping[str, Any]) -> tuple[nn.Module, tuple[Any, ...], dict[str
         given: An exporter's arguments by their names.
 
     Returns:
-        None if no module is exported: a function, or what another exporter made.
+        None if it is what another exporter made.
     """
-    model = next((given[name] for name in ("model", "mod", "func") if name in given), None)
+    model: Any = next((given[name] for name in ("model", "mod", "func") if name in given), None)
+    if needs_arguments(model):
+        model = as_module(model)
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         return None
     args, kwargs = _arguments(given, model)

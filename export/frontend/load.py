@@ -1,8 +1,8 @@
 """`load_subject`: what a model file is, tried in a fixed order.
 
-1. it defines `model` (an `nn.Module`, or a function returning one) and `example_inputs` (a tuple, a dict, or a
-   function returning one);
-2. `model.py:ClassName` with `--init dim=512` and `--input x=2x10x512:float32`;
+1. it defines `model` (an `nn.Module`, a function without arguments that returns one, or a free function of tensors)
+   and `example_inputs` (a tuple, a dict, or a function returning one);
+2. `model.py:ClassName`, or a free function's name, with `--init dim=512` and `--input x=2x10x512:float32`;
 3. otherwise it is run as a script: what it gives to `torch.onnx.export`, `torch.export.export` or `torch.jit.trace` is
    the model with its arguments, names and free dimensions; of a script without an export, the first outermost module
    that it calls, with the arguments of that call.
@@ -28,6 +28,7 @@ from torch import nn
 from moe_export.errors import UsageError
 from moe_export.export.frontend.arguments import parse_init, parse_input
 from moe_export.export.frontend.ended import no_exit
+from moe_export.export.frontend.functions import as_module, needs_arguments
 from moe_export.export.frontend.script import Call, run_file
 from moe_export.export.frontend.source import calls_user_code, last_user_line
 from moe_export.export.frontend.subject import Apart, Subject, make_subject
@@ -213,6 +214,8 @@ def _has_both(module: ModuleType) -> bool:
 
 def _from_names(module: ModuleType, path: Path, memory: int, make: Make) -> Subject:
     model: Any = module.model
+    if needs_arguments(model):
+        model = as_module(model)
     if not isinstance(model, nn.Module):
         model = _call_user(model, "model", path)
     if not isinstance(model, nn.Module):
@@ -284,7 +287,9 @@ def _from_class(
     elif callable(found):
         options = dict(parse_init(item) for item in init)
         try:
-            model = found(**options)
+            model = (
+                as_module(partial(found, **options)) if needs_arguments(found, options) else found(**options)
+            )
         except Exception as error:
             raise UsageError(
                 f"{name}(**{options}) raised {type(error).__name__}: {error}",
