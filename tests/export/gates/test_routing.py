@@ -350,7 +350,7 @@ def test_what_is_no_gate(tools, module, example):
 
 
 def test_a_choice_among_tokens_is_a_gate_of_experts(tools):
-    """Expert-choice routing: the experts choose tokens; see test_routing_tokens.py."""
+    """Expert-choice routing: the experts choose tokens; see test_tokens.py."""
 
     class ExpertChoice(nn.Module):
         def __init__(self):
