@@ -56,6 +56,8 @@ def test_the_report(finished):
 def test_notes_tell_lines_without_absolute_paths(tmp_path):
     note = f"4 experts at {tmp_path}/inner/moe.py:93: lowered as 'slices'"
     assert _given_away(note, tmp_path) == "4 experts at inner/moe.py:93: lowered as 'slices'"
+    beside = "loop at ../lib/loop.py:47: 12 operators a step"
+    assert _given_away(beside, tmp_path) == beside
 
 
 def test_json_is_one_document_and_nothing_else(command, write, texts):

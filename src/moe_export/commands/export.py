@@ -50,7 +50,7 @@ from moe_export.verify import Report
 from moe_export.verify import show as show_report
 from moe_export.verify.reports.report import worst_code
 
-_PLACE = re.compile(r"/[^\s:]+\.py:\d+")
+_PLACE = re.compile(r"(?<![\w.])/[^\s:]+\.py:\d+")  # absolute: `../lib/loop.py:3` is somebody's already
 _NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)")
 SCHEMA = "moe-export/export-report/1"
 
