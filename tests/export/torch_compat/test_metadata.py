@@ -61,7 +61,7 @@ def test_canary_a_node_tells_its_modules_and_its_lines(nodes):
         linear = next(
             node
             for node in nodes
-            if node.op_type in ("Gemm", "MatMul") and "gate" in str(node.metadata_props)
+            if node.op_type in ("Gemm", "MatMul") and "gate" in (metadata.scopes_of(node) or ())
         )
         assert metadata.module_of(linear) == "gate.linear"
 
