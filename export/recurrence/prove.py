@@ -7,7 +7,7 @@ that the closed forms give there must be among those that it computes with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -28,7 +28,7 @@ from moe_export.export.recurrence.watch import Watch
 from moe_export.export.torch_compat.dispatch import OperatorMode
 from moe_export.export.tracing.constants import constants_of
 from moe_export.export.tracing.lengths import Length, operators, resized_together
-from moe_export.export.tracing.trace import quiet
+from moe_export.export.tracing.trace import quiet, resized
 
 aten = torch.ops.aten
 
@@ -110,6 +110,41 @@ def _least(agreement: Agreement, lengths: Sequence[Length], subject: Subject) ->
             raise
         return 2
     return 1
+
+
+def wrong_at_one(
+    subject: Subject,
+    folded: Subject,
+    lengths: Sequence[Length],
+    sizes: tuple[int, ...],
+    shapes: Mapping[str, Sequence[int | str]],
+) -> tuple[tuple[str, int], ...]:
+    """The free dimensions, other than the lengths, at whose size 1 a fold is wrong: an axis of an input for each.
+
+    The trace that it was made from took them for 2 or more; `if x.shape[0] == 1` has one way in it.
+
+    Args:
+        subject: The model.
+        folded: The same without its loops.
+        lengths: What was folded over.
+        sizes: Of the lengths.
+        shapes: Of the trace's inputs: numbers, and names of dimensions.
+    """
+    places: dict[str, list[tuple[str, int]]] = {}
+    for name, shape in shapes.items():
+        for axis, size in enumerate(shape):
+            if isinstance(size, str) and subject.inputs[name].shape[axis] > 1:
+                places.setdefault(size, []).append((name, axis))
+    found = []
+    for group in places.values():
+        single = replace(subject, inputs=resized(subject.inputs, dict.fromkeys(group, 1)))
+        try:
+            same = Agreement(single, folded, lengths).at(sizes)
+        except RuntimeError:
+            same = False
+        if same is False:
+            found.append(group[0])
+    return tuple(found)
 
 
 def _reached(

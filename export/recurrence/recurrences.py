@@ -22,7 +22,7 @@ from moe_export.export.recurrence.delta_rule import delta_rules_step_by_step
 from moe_export.export.recurrence.fold import folded_module
 from moe_export.export.recurrence.generalised import UnlikeError
 from moe_export.export.recurrence.in_common import NoLoopError, in_common, repeats_of
-from moe_export.export.recurrence.prove import prove
+from moe_export.export.recurrence.prove import prove, wrong_at_one
 from moe_export.export.recurrence.reach import Reach
 from moe_export.export.recurrence.recurrent_layers import recurrent_layers_step_by_step
 from moe_export.export.recurrence.rolled import Folded, LengthError, RolledGraph
@@ -56,6 +56,7 @@ class Recurrent:
         notes: For the report.
         lengths: What was folded over, if anything was.
         reached: For which sizes of each of them that is right.
+        not_single: Axes of inputs, not folded over, at whose size 1 it is wrong.
     """
 
     subject: Subject
@@ -63,10 +64,12 @@ class Recurrent:
     notes: tuple[str, ...] = ()
     lengths: tuple[Length, ...] = ()
     reached: tuple[Reach, ...] = ()
+    not_single: tuple[tuple[str, int], ...] = ()
 
     def conditions(self, folded: Traced) -> tuple[Condition, ...]:
         """What folding assumed of sizes, in the names of the folded model's dimensions."""
-        found = []
+        single = [folded.inputs[name][axis] for name, axis in self.not_single]
+        found = [Condition(f"{size} >= 2") for size in single if isinstance(size, str)]
         for length, reached in zip(self.lengths, self.reached, strict=True):
             name, axis = length.axes[0]
             if reached.least > 1:
@@ -300,7 +303,8 @@ def _folded_at(
     )
     reached = prove(subject, folded, lengths, tuple(examples), whole, rounded=again)
     notes = (*_notes(whole, lengths, subject), *_limits(lengths, reached))
-    return Recurrent(folded, traced, notes, tuple(lengths), reached)
+    single = wrong_at_one(subject, folded, lengths, max(examples), traced.inputs)
+    return Recurrent(folded, traced, notes, tuple(lengths), reached, single)
 
 
 def _limits(lengths: Sequence[Length], reached: Sequence[Reach]) -> list[str]:

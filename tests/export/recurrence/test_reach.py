@@ -104,3 +104,21 @@ def test_an_example_of_one_step_with_a_way_of_its_own_is_not_folded(tmp_path):
     graph = export_subject(subject, Options(opset=17))[0]
     assert graph.traced.inputs["x"][1] == 1
     assert [(each.axis, each.size) for each in graph.traced.fixed if each.model_takes_others] == [(1, 1)]
+
+
+class OneRow(nn.Module):
+    """A running sum, with a way of its own for a batch of one, in front of the loop."""
+
+    def forward(self, x):
+        h, out = torch.zeros(x.shape[0], 3), []
+        if x.shape[0] == 1:
+            x = x - 5
+        for t in range(x.shape[1]):
+            h = 0.9 * h + x[:, t]
+            out.append(h)
+        return torch.stack(out, 1)
+
+
+def test_a_way_of_its_own_for_a_batch_of_one_is_a_bound_beside_a_folded_loop(tmp_path):
+    graph = export_subject(subject_of(tmp_path, OneRow()), Options(opset=17))[0]
+    assert [str(each) for each in graph.traced.domain.conditions] == ["batch >= 2"]
