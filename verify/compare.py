@@ -208,8 +208,11 @@ class _Judges:
 
 
 def _under(runner: Runner, case: Case, choices: Sequence[Choice]) -> Outputs | None:
-    """The outputs of a case with these choices of experts, if the runner can replay them; None if there are none."""
-    run_under = getattr(runner, "run_under", None) if choices else None
+    """The outputs of a case as another program might compute them, with these choices of experts; None: there are none.
+
+    A runner that cannot replay choices, or whose model makes others, runs as it always does.
+    """
+    run_under = getattr(runner, "run_under", None)
     if run_under is not None:
         try:
             found: Outputs | None = run_under(case.inputs, choices)

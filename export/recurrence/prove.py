@@ -7,7 +7,7 @@ that the closed forms give there must be among those that it computes with.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -277,15 +277,15 @@ class _Used(OperatorMode):
         self.operators = 0
         self._numbers: set[float] = set()
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def ran(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> Any:
         self.operators += 1
-        leaves = (*args, *(kwargs or {}).values())
+        leaves = (*args, *kwargs.values())
         self._numbers.update(leaf for leaf in leaves if type(leaf) in (int, float))
         if func is aten.lift_fresh.default:  # torch.tensor(t)
             self._numbers.update(args[0].double().flatten()[:1].tolist())
-        return func(*args, **(kwargs or {}))
+        return result
 
     def missing(self, values: np.ndarray[Any, Any]) -> float | None:
         """The first of some values, (v, 2) with their largest terms, that no operator was called with."""

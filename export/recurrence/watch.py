@@ -12,7 +12,7 @@ against the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -38,18 +38,15 @@ class _Kinds(OperatorMode):
         self.numbers: dict[tuple[Any, Any], set[tuple[Any, ...]]] = {}
         self._before: Any = None
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def ran(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
         self.operators += 1
-        self.elements += found.numel() if isinstance(found, torch.Tensor) else 0
-        numbers = tuple(
-            each for each in (*args, *(kwargs or {}).values()) if type(each) in (int, float, bool)
-        )
+        self.elements += result.numel() if isinstance(result, torch.Tensor) else 0
+        numbers = tuple(each for each in (*args, *kwargs.values()) if type(each) in (int, float, bool))
         self.numbers.setdefault((self._before, func), set()).add(numbers)
         self._before = func
-        return found
+        return result
 
 
 class Watch:

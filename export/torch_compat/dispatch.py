@@ -9,6 +9,7 @@ Seen in torch 2.13.0 and 2.14.1.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -16,13 +17,32 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 
 class OperatorMode(TorchDispatchMode):
-    """While it is entered, `__torch_dispatch__(func, types, args, kwargs)` is called in the place of each operator."""
+    """While it is entered, `ran` is called after each operator.
+
+    A mode that runs something else in an operator's place has a `__torch_dispatch__(func, types, args, kwargs)` itself.
+    """
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()  # type: ignore[no-untyped-call]
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        return self.ran(func, args, kwargs, func(*args, **kwargs))
+
+    def ran(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> Any:
+        """What the caller of an operator gets: here, its result."""
+        return result
 
 
 def no_modes() -> AbstractContextManager[Any]:

@@ -6,7 +6,7 @@ Nothing is traced for this, so it costs little however long the example is.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,11 +67,11 @@ class _Count(OperatorMode):
         super().__init__()
         self.operators: int = 0
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    def ran(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> Any:
         self.operators += 1
-        return func(*args, **(kwargs or {}))
+        return result
 
 
 def operators(subject: Subject, example: Example) -> int | None:

@@ -213,3 +213,59 @@ def test_grouped_products_in_float64():
     groups = [rows[:2] @ stack[0], rows[2:5] @ stack[2]]
     assert wide.dtype == np.float64
     assert np.allclose(wide, torch.cat(groups).numpy(), atol=1e-5)
+
+
+def drift(total=torch.cumsum):
+    """A running sum against what it would be on average: large sums cancel, with all that was lost on the way."""
+
+    def call(tensors):
+        x = tensors["x"].abs()
+        steps = torch.arange(1, x.shape[1] + 1, dtype=x.dtype)
+        return total(x, 1) - 0.8 * steps[:, None]
+
+    return call
+
+
+def one_by_one(x, dim):
+    """A running sum in the dtype itself, as onnxruntime's CumSum adds up."""
+    return torch.from_numpy(np.cumsum(x.numpy(), dim, dtype=x.numpy().dtype))
+
+
+def at_a_long_length(candidate):
+    spec = TensorSpec("x", "float32", ("batch", "seq", 3))
+    example = {"x": GENERATOR.standard_normal((2, 16, 3), np.float32)}
+    return compare(
+        TorchRunner(drift(), ["y"]),
+        TorchRunner(candidate, ["y"], "candidate"),
+        cases([spec], [DimRange("batch", 2), DimRange("seq", 16)], example, at=[{"seq": 4096}]),
+        truth=TorchRunner(drift(), ["y"], "torch-float64", "float64"),
+    )
+
+
+def test_running_sums_need_not_be_kept_in_float64():
+    report = at_a_long_length(drift(one_by_one))
+    assert report.verdict == "equal"
+    assert report.by_float64
+
+
+@pytest.mark.parametrize("share", [1.0001, 0.9999])
+def test_running_sums_with_an_error_planted_in_them(share):
+    def wrong(tensors):
+        y = drift(one_by_one)(tensors)
+        y[:, -1:] += (share - 1) * 4096
+        return y
+
+    assert at_a_long_length(wrong).verdict == "not equal"
+
+
+def test_plain_accumulation_is_that_of_a_program_that_adds_one_by_one():
+    x = torch.rand(2, 4096, 3, generator=torch.Generator().manual_seed(0))
+    run = TorchRunner(lambda tensors: tensors["x"].cumsum(1), ["y"])
+    found = run.run_under({"x": x.numpy()}, ())["y"]
+    assert np.array_equal(found, one_by_one(x, 1).numpy())
+    assert not np.array_equal(found, run.run({"x": x.numpy()})["y"])
+    product = TorchRunner(lambda tensors: (0.5 + tensors["x"]).cumprod(-2), ["y"])
+    terms = 0.5 + x.numpy()
+    assert np.array_equal(
+        product.run_under({"x": x.numpy()}, ())["y"], np.cumprod(terms, 1, dtype=np.float32)
+    )

@@ -27,14 +27,9 @@ class WorkCounter(OperatorMode):
         super().__init__()
         self.operators = self.elements = self.products = self.largest = 0
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def ran(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         made = result.numel() if isinstance(result, torch.Tensor) else _elements(result)
         self.operators += 1
         self.elements += made

@@ -57,21 +57,16 @@ class IndexWatcher(OperatorMode):
         self.read: set[str] = set()
         self._known = {id(tensor): (tensor, _Origin(name)) for name, tensor in tensors.items()}
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def ran(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
         name = func.__name__.partition(".")[0].rstrip("_")
         origins = [found for leaf in leaves((args, kwargs)) if (found := self._origin(leaf))]
         if origins:
             self._note(name, args, origins)
             for leaf in leaves(result):
                 if isinstance(leaf, torch.Tensor) and not leaf.is_floating_point():
-                    self._known[id(leaf)] = (leaf, _through(name, args, kwargs or {}, origins[0]))
+                    self._known[id(leaf)] = (leaf, _through(name, args, kwargs, origins[0]))
         return result
 
     def _origin(self, leaf: Any) -> _Origin | None:

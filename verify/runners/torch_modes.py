@@ -1,13 +1,16 @@
-"""A PyTorch model's choices among scores, recorded or replayed while it runs."""
+"""What PyTorch's operators do while a model runs: choices recorded or replayed, running sums added up plainly."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from moe_export.verify.torch_compat import OperatorMode
+
+_aten = torch.ops.aten
 
 
 class ChoiceWatcher(OperatorMode):
@@ -21,21 +24,13 @@ class ChoiceWatcher(OperatorMode):
         super().__init__()
         self.found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def ran(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.topk.default:
-            dim = args[2] if len(args) > 2 else -1
-            largest = args[3] if len(args) > 3 else (kwargs or {}).get("largest", True)
-            if largest:
-                pair = (result[1].detach(), args[0].detach())
-                positions, scores = (value.movedim(dim, -1).clone() for value in pair)
-                self.found.append((positions, scores))
+        dim = _chosen_along(func, args, kwargs)
+        if dim is not None:
+            positions, scores = (value.detach().movedim(dim, -1).clone() for value in (result[1], args[0]))
+            self.found.append((positions, scores))
         return result
 
 
@@ -59,20 +54,11 @@ class ChoiceForcer(OperatorMode):
         """Whether every stored choice was used, and there was no other."""
         return not self._ids and not self._wrong
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
+    def ran(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.topk.default:
-            dim = args[2] if len(args) > 2 else -1
-            largest = args[3] if len(args) > 3 else (kwargs or {}).get("largest", True)
-            if largest:
-                return self._instead(args[0], dim, result)
-        return result
+        dim = _chosen_along(func, args, kwargs)
+        return result if dim is None else self._instead(args[0], dim, result)
 
     def _instead(self, scores: torch.Tensor, dim: int, own: Any) -> Any:
         if not self._ids:
@@ -83,3 +69,30 @@ class ChoiceForcer(OperatorMode):
             self._wrong = True
             return own
         return type(own)((scores.gather(dim, ids), ids))
+
+
+def _chosen_along(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> int | None:
+    """The axis along which an operator chooses the largest values; None if it does not."""
+    if func is not _aten.topk.default or not (args[3] if len(args) > 3 else kwargs.get("largest", True)):
+        return None
+    return args[2] if len(args) > 2 else -1
+
+
+_RUNNING: dict[Callable[..., Any], Any] = {_aten.cumsum.default: np.add, _aten.cumprod.default: np.multiply}
+
+
+class PlainAccumulation(OperatorMode):
+    """Running sums and products of float32 are added up one by one, each rounded to float32.
+
+    PyTorch keeps them in float64 on a CPU (`at::acc_type<float, is_cuda=false>` is double), and rounds what it gives.
+    ONNX's CumSum promises no such thing, and onnxruntime does not do it: https://onnx.ai/onnx/operators/onnx__CumSum.html
+    """
+
+    def ran(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> Any:
+        add = _RUNNING.get(func)
+        if add is None or result.dtype != torch.float32 or result.dim() == 0:
+            return result
+        terms = args[0].detach().cpu().to(torch.float32).numpy()
+        return torch.from_numpy(add.accumulate(terms, axis=args[1])).to(result.device)

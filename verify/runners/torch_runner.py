@@ -69,12 +69,16 @@ class TorchRunner:
         return outputs, tuple(Choice(to_numpy(ids), to_numpy(scores)) for ids, scores in watcher.found)
 
     def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> dict[str, Array] | None:
-        """Run once, replaying earlier choices; None if they do not fit the model's own."""
-        from moe_export.verify.runners.torch_modes import ChoiceForcer
+        """Run once as another program might: with earlier choices, if any, and running sums in the dtype itself.
 
-        with ChoiceForcer([to_torch(choice.ids, self._device) for choice in choices]) as forcer:
+        None if the choices do not fit the model's own.
+        """
+        from moe_export.verify.runners.torch_modes import ChoiceForcer, PlainAccumulation
+
+        forcer = ChoiceForcer([to_torch(choice.ids, self._device) for choice in choices])
+        with PlainAccumulation(), forcer if choices else nullcontext():
             outputs = self.run(inputs)
-        return outputs if forcer.fits else None
+        return outputs if forcer.fits or not choices else None
 
     def _mode(self) -> AbstractContextManager[None]:
         if self._dtype != "float64":

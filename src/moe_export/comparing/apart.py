@@ -198,7 +198,7 @@ class ApartRunner:
         return self._named(outputs), choices
 
     def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> dict[str, Array] | None:
-        """Run once with choices that were made before; None if the model chooses something else."""
+        """Run once as another program might (see `TorchRunner`); None if the model chooses something else."""
         found = self._apart.ask(self._kind, "run_under", self._ordered(inputs), tuple(choices))
         return None if found is None else self._named(found)
 

@@ -35,7 +35,7 @@ class Float64Runner:
         return self._narrowed(inputs, found), choices
 
     def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> dict[str, Array] | None:
-        """Run once with choices that were made before; None if the model chooses something else."""
+        """Run once as another program might (see `TorchRunner`); None if the model chooses something else."""
         found = self._wide().run_under(inputs, choices)
         return None if found is None else self._narrowed(inputs, found)
 

@@ -189,18 +189,20 @@ class Remembered:
         return self._once("run_watched", inputs)
 
     def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> Any:
-        """The outputs where these experts are taken."""
-        return self._runner.run_under(inputs, choices)
+        """The outputs where these experts are taken, if any are given."""
+        if choices:
+            return self._runner.run_under(inputs, choices)
+        return self._once("run_under", inputs, choices)
 
-    def _once(self, method: str, inputs: Mapping[str, Array]) -> Any:
+    def _once(self, method: str, inputs: Mapping[str, Array], *rest: Any) -> Any:
         if all(
             case.inputs is not inputs for case in self._cases
         ):  # nearly those of a case, made to be forgotten
-            return getattr(self._runner, method)(inputs)
+            return getattr(self._runner, method)(inputs, *rest)
         key = (method, id(inputs))
         if key not in self._answers:
             try:
-                self._answers[key] = getattr(self._runner, method)(inputs)
+                self._answers[key] = getattr(self._runner, method)(inputs, *rest)
             except Exception as error:  # whatever a model raises
                 self._answers[key] = error
         answer = self._answers[key]
