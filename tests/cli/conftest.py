@@ -141,7 +141,7 @@ def older():
     return older
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def texts():
     """The model files of this folder's tests."""
     return {"block": BLOCK, "model": MODEL, "gate": GATE}

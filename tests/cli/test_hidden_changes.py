@@ -19,7 +19,7 @@ from hidden_changes import CONSTANTS, TEMPLATES, source_of
 from moe_export.domain import Domain
 
 EVERY = [(template, constant) for template in TEMPLATES for constant in CONSTANTS]
-FEW = [pair for number, pair in enumerate(EVERY) if number % 10 == 0]
+FEW = [pair for number, pair in enumerate(EVERY) if number % 20 == 0]
 
 
 def stated(model: onnx.ModelProto) -> Domain:
@@ -81,7 +81,7 @@ def judged(command, tmp_path, template, constant):
 
 
 @pytest.mark.parametrize(("template", "constant"), FEW)
-def test_a_dozen_are_not_silently_wrong(command, tmp_path, template, constant):
+def test_some_are_not_silently_wrong(command, tmp_path, template, constant):
     judged(command, tmp_path, template, constant)
 
 

@@ -134,6 +134,7 @@ def test_a_graph_of_pytorchs_own_exporter(command, finished, tmp_path):
     assert f"block.py:{line_with(finished / 'block.py', 'self.linear(x).relu()')}" in done.out
 
 
+@pytest.mark.slow
 def test_a_graph_that_says_nothing_of_its_nodes(command, broken, tmp_path):
     def mute(graph):
         another_activation(graph)

@@ -12,10 +12,11 @@ from pages import PAGES, ROOT, fences, follow, name_of, prepare, steps
 OF_A_TERMINAL = re.compile(r"^(\$ |> )?(moe-export|make|pip|python3?|git|pre-commit|pytest) ", re.MULTILINE)
 
 
-# Pages that take longest, with engines, faulty graphs or a browser, are run with the slow tests.
+# Pages that take longest are run with the slow tests.
 LONG = {
-    "docs/engines", "docs/experts", "docs/error-localisation", "docs/seeing", "docs/tasks/build-an-engine",
-    "docs/tasks/export-my-mamba", "docs/verify", "docs/weights",
+    "docs/engines", "docs/experts", "docs/error-localisation", "docs/parallel", "docs/recurrence", "docs/seeing",
+    "docs/tasks/add-a-model", "docs/tasks/build-an-engine", "docs/tasks/check-in-ci", "docs/tasks/export-my-mamba",
+    "docs/verify", "docs/weights",
 }  # fmt: skip
 
 

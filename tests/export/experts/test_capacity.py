@@ -11,6 +11,7 @@ import onnxruntime
 import pytest
 import torch
 from opened import session_of, subject_of
+from slow_cases import only, slow
 from torch import nn
 
 from moe_export.export.engines.build import build_engines
@@ -52,13 +53,8 @@ def values_with(model: ir.Model, axes: int) -> list[str]:
     ]
 
 
-FAST = (models.FirstChoice, models.Groups, models.FloatMasks)
-
-
 @pytest.mark.parametrize(
-    "idiom",
-    [pytest.param(each, marks=() if each in FAST else pytest.mark.slow) for each in models.SPARSE],
-    ids=lambda idiom: idiom.__name__,
+    "idiom", only([models.Groups, models.FloatMasks], models.SPARSE), ids=lambda idiom: idiom.__name__
 )
 def test_masks_become_pairs_of_tokens_and_experts(idiom):
     module = idiom().eval()
@@ -98,7 +94,7 @@ def test_every_form_is_right(idiom):
         assert_equal(session_of(model), module)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [slow(torch.float16), torch.bfloat16, slow(torch.float32)], ids=str)
 def test_a_little_of_the_other_experts_is_no_rounding(tmp_path, dtype):
     class Slightly(models.FirstChoice):
         def each(self, slots):

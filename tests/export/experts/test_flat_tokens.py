@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import unflattened
+from slow_cases import only
 
 from moe_export.comparing.checking import verify_graph
 from moe_export.export import Options, export_subject
@@ -19,12 +20,9 @@ def exported(tools, tmp_path, module, x):
     return graph, OnnxRuntimeRunner(tmp_path / "model.onnx")
 
 
-FAST = (unflattened.BooleanMask, unflattened.Places, unflattened.Looked, unflattened.SlotsOutside)
-
-
 @pytest.mark.parametrize(
     "idiom",
-    [pytest.param(each, marks=() if each in FAST else pytest.mark.slow) for each in unflattened.LINES],
+    only([unflattened.Places, unflattened.SlotsOutside], unflattened.LINES),
     ids=lambda idiom: idiom.__name__,
 )
 def test_experts_are_seen_behind_tokens_of_two_axes(tools, tmp_path, idiom):

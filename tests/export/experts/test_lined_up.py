@@ -10,6 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from opened import session_of, subject_of
+from slow_cases import only
 from torch import nn
 
 from moe_export.export.engines.build import build_engines
@@ -18,12 +19,16 @@ from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.tracing.trace import trace
 
+EXPORTED = [models.MoeInfer, models.SplitByCounts, models.GroupedMatmul, models.Einsums, models.AllExperts]
+TRACED = [idiom for idiom in models.LINED_UP if idiom not in EXPORTED]
+
 
 def operators(model: ir.Model) -> list[str]:
     return [node.op_type for node in model.graph.all_nodes()]
 
 
-@pytest.mark.parametrize("idiom", models.LINED_UP, ids=lambda idiom: idiom.__name__)
+# Each time every idiom is recognised in its trace, or is exported.
+@pytest.mark.parametrize("idiom", only(EXPORTED, models.LINED_UP), ids=lambda idiom: idiom.__name__)
 def test_every_idiom_is_understood_and_right(idiom):
     module = idiom().eval()
     graph = export_subject(subject_of(module), Options(gates=False, simplify=False))[0]
@@ -96,7 +101,7 @@ def test_experts_that_choose_their_tokens_are_right_at_any_number_of_tokens():
         np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("idiom", models.LINED_UP, ids=lambda idiom: idiom.__name__)
+@pytest.mark.parametrize("idiom", only(TRACED, models.LINED_UP), ids=lambda idiom: idiom.__name__)
 def test_a_body_is_one_experts_work_on_rows_of_the_input(idiom):
     """Nothing of S rows is left outside: what the body reads has N rows, and weights are stored once."""
     module = idiom().eval()

@@ -7,6 +7,7 @@ import onnx_ir as ir
 import pytest
 import torch
 import torch.nn.functional as F
+from slow_cases import one_in, slow
 from torch import nn
 
 
@@ -70,18 +71,21 @@ def test_an_output_that_is_a_parameter_or_a_constant(tools):
 
 @pytest.mark.parametrize(
     "function",
-    [
-        lambda m, x: x.argmax(-1),
-        lambda m, x: x.argmax(-1).int(),
-        lambda m, x: x > 0,
-        lambda m, x: x.sum(),
-        lambda m, x: (x > 0).sum(),
-        lambda m, x: (x > 0).any(),
-        lambda m, x: x.double(),
-        lambda m, x: x[x > 0],
-        lambda m, x: torch.nonzero(x > 0),
-        lambda m, x: x.new_zeros(0, 3),
-    ],
+    one_in(
+        3,
+        [
+            lambda m, x: x.argmax(-1),
+            lambda m, x: x.argmax(-1).int(),
+            lambda m, x: x > 0,
+            lambda m, x: x.sum(),
+            lambda m, x: (x > 0).sum(),
+            lambda m, x: (x > 0).any(),
+            lambda m, x: x.double(),
+            lambda m, x: x[x > 0],
+            lambda m, x: torch.nonzero(x > 0),
+            lambda m, x: x.new_zeros(0, 3),
+        ],
+    ),
     ids=[
         "int64",
         "int32",
@@ -104,7 +108,7 @@ def test_sizes_that_only_the_data_knows_are_named_after_their_output(tools):
     assert [str(size) for size in graph.model.graph.outputs[0].shape] == ["rows_dim0", "2"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float16, slow(torch.float32), slow(torch.float64)])
 def test_models_in_other_precisions(tools, dtype):
     module = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.LayerNorm(8)).to(dtype)
     graph = tools.graph(module, torch.randn(2, 8).to(dtype))
@@ -119,7 +123,7 @@ def test_a_bfloat16_model_keeps_its_dtype(tools):
     assert graph.model.graph.outputs[0].dtype == ir.DataType.BFLOAT16
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.int32, slow(torch.int64)])
 def test_integer_inputs(tools, dtype):
     graph = tools.graph(nn.Embedding(10, 4), torch.zeros(2, 5, dtype=dtype))
     tools.equal(graph, torch.randint(0, 10, (3, 7), dtype=dtype))
@@ -150,9 +154,9 @@ def test_buffers_and_tied_weights(tools):
     ("module", "example", "other"),
     [
         (nn.LSTM(4, 8, 2, batch_first=True, bidirectional=True), (2, 5, 4), (3, 5, 4)),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), (2, 4), (3, 4)),
+        slow((nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), (2, 4), (3, 4))),
         (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), (2, 4), (3, 4)),
-        (nn.Sequential(nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.GELU()), (2, 4, 9), (3, 4, 12)),
+        slow((nn.Sequential(nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.GELU()), (2, 4, 9), (3, 4, 12))),
         (
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.AdaptiveAvgPool2d(1)),
             (2, 3, 8, 8),
@@ -181,8 +185,7 @@ def test_einops_layers(tools):
     tools.equal(graph, torch.randn(3, 32, 3))
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("rank", [3, 4])
+@pytest.mark.parametrize(("rank", "causal"), [slow((3, False)), (3, True), (4, False), slow((4, True))])
 def test_attention_keys_and_values_are_equally_long(tools, causal, rank):
     """PyTorch's kernel does not check it; a graph that offers two lengths would fail at the second."""
     q, k = (torch.randn(2, *([3] * (rank - 3)), length, 8) for length in (5, 6))

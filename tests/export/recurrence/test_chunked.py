@@ -12,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from slow_cases import one_in, only, slow
 
 from moe_export.errors import NotExportableError
 from moe_export.export.engines.build import build_engines
@@ -47,14 +48,8 @@ def exact(subject: Subject, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]
     return [tensor.numpy() for tensor in found]
 
 
-# An export takes seconds: what differs in more than its axes is run every time, the others with the slow tests.
-ALWAYS = {"mamba2", "retention", "backwards"}
-
-
-@pytest.fixture(
-    scope="module",
-    params=[name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in ways.LOOPS],
-)
+# An export takes seconds.
+@pytest.fixture(scope="module", params=only(["mamba2", "retention"], ways.LOOPS))
 def way(request: pytest.FixtureRequest) -> tuple[str, Subject, Graph]:
     return (request.param, *exported(request.param, "chunked"))
 
@@ -96,12 +91,7 @@ def test_auto_leaves_step_by_step_what_has_no_chunked_form() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high"),
-    [
-        (0.0, 3.0),
-        pytest.param(0.0, 1e-3, marks=pytest.mark.slow),
-        (10.0, 10.0),
-        pytest.param(0.0, 0.0, marks=pytest.mark.slow),
-    ],
+    [(0.0, 3.0), slow((0.0, 1e-3)), (10.0, 10.0), slow((0.0, 0.0))],
 )
 def test_strong_and_no_decay_as_exact_as_step_by_step(low: float, high: float) -> None:
     """dt * A down to -48 a step, at dt = 10 to -160: each segment of a chunk is summed by itself."""
@@ -133,13 +123,9 @@ def test_a_decay_of_exactly_zero_forgets_and_is_no_nan() -> None:
 
 @pytest.mark.parametrize(
     ("name", "unroll"),
-    [
-        ("mamba2_outside", 5),
-        ("squashed", 2),
-        pytest.param("backwards", 2, marks=pytest.mark.slow),
-        pytest.param("time_first", 5, marks=pytest.mark.slow),
-        pytest.param("retention", 3, marks=pytest.mark.slow),
-    ],
+    one_in(
+        5, [("mamba2_outside", 5), ("squashed", 2), ("backwards", 2), ("time_first", 5), ("retention", 3)]
+    ),
 )
 def test_several_steps_an_iteration(name: str, unroll: int) -> None:
     """With what is left over, and the last state after the last step that there is."""
@@ -191,7 +177,7 @@ def test_a_long_example_exports_as_fast_as_a_short_one() -> None:
 
 @pytest.mark.parametrize(
     ("recurrence", "unroll"),
-    [("scan", 1), pytest.param("scan", 4, marks=pytest.mark.slow), ("chunked", 1)],
+    [slow(("scan", 1)), slow(("scan", 4)), ("chunked", 1)],
     ids=["scan", "unroll", "chunked"],
 )
 def test_engines_take_any_length_to_4096(recurrence, unroll):

@@ -12,15 +12,15 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from slow_cases import only, slow
 
 from moe_export.errors import NotExportableError
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.pipeline import Graph
 
 LENGTHS = (1, 2, 7, 33, 257)
-# An export takes seconds: one loop of each rule is run every time, the others with the slow tests.
-ALWAYS = {"gated_delta", "delta", "decay_a_key", "with_bonus", "half_read_before", "mamba2"}
-LOOPS = [name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in ways.LOOPS]
+# An export takes seconds: one loop of each rule is run every time.
+LOOPS = only(["gated_delta", "delta", "with_bonus", "half_read_before"], ways.LOOPS)
 
 
 @functools.cache
@@ -65,7 +65,7 @@ def test_a_state_is_one_operator_and_no_scan(name: str) -> None:
     assert any("com.microsoft.LinearAttention" in note for note in graph.notes), graph.notes
 
 
-@pytest.mark.parametrize("name", [*ways.REFUSED, "signed", "squashed"])
+@pytest.mark.parametrize("name", [*ways.REFUSED, slow("signed"), slow("squashed")])
 def test_what_the_operator_does_not_compute_says_why(name: str) -> None:
     expected = (ways.REFUSED.get(name) or linear_loops.REFUSED[name])[2]
     with pytest.raises(NotExportableError, match=expected) as caught:
@@ -73,7 +73,7 @@ def test_what_the_operator_does_not_compute_says_why(name: str) -> None:
     assert "loops.py" in str(caught.value.where)
 
 
-@pytest.mark.parametrize("name", ["mamba2", "gated_delta", "decay_a_key"])
+@pytest.mark.parametrize("name", only(["gated_delta"], ["mamba2", "gated_delta", "decay_a_key"]))
 def test_auto_writes_no_operator_of_one_runtime(name: str) -> None:
     graph = exported(name, "auto")[1]
     assert {node.domain for node in graph.model.graph.all_nodes()} == {""}

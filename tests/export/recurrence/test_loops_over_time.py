@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from slow_cases import only
 
 from moe_export.errors import NotExportableError
 from moe_export.export.frontend.subject import Subject, make_subject
@@ -71,14 +72,8 @@ def length_first(subject: Subject) -> bool:
     return all(tensor.shape[0] == ways.L for tensor in subject.inputs.values())
 
 
-# A loop takes ten seconds to export: the others are run with the slow tests.
-ALWAYS = {"in_place", "layers", "gated_delta", "two_back", "growing_cat"}
-
-
-@pytest.fixture(
-    scope="module",
-    params=[name if name in ALWAYS else pytest.param(name, marks=pytest.mark.slow) for name in ways.LOOPS],
-)
+# A loop takes ten seconds to export.
+@pytest.fixture(scope="module", params=only(["in_place", "two_back", "growing_cat"], ways.LOOPS))
 def way(request: pytest.FixtureRequest) -> tuple[Subject, Graph]:
     subject = subject_of(*ways.LOOPS[request.param])
     return subject, exported(subject)
@@ -96,9 +91,7 @@ def test_the_loop_is_a_scan_and_nothing_is_left_of_the_marks(way: tuple[Subject,
     assert len(nodes) <= 60
 
 
-@pytest.mark.parametrize(
-    "name", ["in_place", *(pytest.param(name, marks=pytest.mark.slow) for name in ("strided", "layers"))]
-)
+@pytest.mark.parametrize("name", only(["strided"], ["in_place", "strided", "layers"]))
 def test_the_graph_does_not_depend_on_the_length_of_the_example(name: str) -> None:
     module, inputs = ways.LOOPS[name]
     subject = subject_of(module, inputs)

@@ -9,6 +9,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from slow_cases import slow
 from torch import Tensor, nn
 
 from moe_export.errors import NotExportableError
@@ -100,7 +101,7 @@ def exported(subject: Subject) -> Graph:
     return graph
 
 
-@pytest.mark.parametrize("name", ["mamba", "token_shift", "one_sequence", "counting"])
+@pytest.mark.parametrize("name", [slow("mamba"), "token_shift", slow("one_sequence"), "counting"])
 def test_steps_one_by_one_are_the_whole(name: str) -> None:
     """`one_sequence` is `TokenShift` with an example of batch 1."""
     sequences = 1 if name == "one_sequence" else 2

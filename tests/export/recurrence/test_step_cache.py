@@ -114,6 +114,7 @@ def test_windows_states_keys_and_values_of_a_hybrid() -> None:
     check(model, graph, 9)
 
 
+@pytest.mark.slow
 def test_states_that_a_model_keeps_elsewhere_are_refused() -> None:
     """RecurrentGemma keeps its recurrent states in its modules, and only keys and values in the cache."""
     model = hybrid_families.Last(hybrid_families.slow_path("RecurrentGemma"))
