@@ -12,6 +12,7 @@ import time
 import urllib.request
 
 import pytest
+from slow_cases import one_in
 
 import moe_export
 
@@ -22,7 +23,7 @@ def test_version(process):
 
 
 @pytest.mark.parametrize(
-    "args", [["--help"], ["export", "--help"], ["verify", "-h"], ["rewrite", "-h"], ["view", "-h"]]
+    "args", one_in(2, [["--help"], ["export", "--help"], ["verify", "-h"], ["rewrite", "-h"], ["view", "-h"]])
 )
 def test_help_is_fast_because_nothing_heavy_is_imported(args):
     code = (

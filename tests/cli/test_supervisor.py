@@ -14,6 +14,7 @@ import onnxruntime
 import pytest
 import torch
 from canaries import canary
+from slow_cases import one_in, slow
 
 from moe_export.equivalence import assert_equivalent
 from moe_export.errors import UsageError
@@ -34,11 +35,6 @@ example_inputs = (torch.ones(2, 3),)
 FIRST_CALL, WHILE_TRACING = 1, 4
 
 
-def slowly(*values):
-    """A case of a test that says no more than its others, and is a process that imports PyTorch."""
-    return pytest.param(*values, marks=pytest.mark.slow)
-
-
 @pytest.fixture
 def ending(write):
     """A model file that ends its process when it is imported, or at a call."""
@@ -54,12 +50,12 @@ def line_with(path, text):
 
 
 @pytest.mark.parametrize("code", ["0", "1", "", "'words'"])
-def test_forward_exits(process, command, ending, listing, tmp_path, code):
+def test_forward_exits(command, ending, listing, tmp_path, code):
     path = ending(forward=f"sys.exit({code})")
-    for done in (process(path), command(path)) if code == "0" else (command(path),):
-        assert done.code == 2
-        assert f"error: the model's code ended the process: sys.exit({code})\n" in done.err
-        assert f"where: {path}:{line_with(path, 'sys.exit')}\n" in done.err
+    done = command(path)
+    assert done.code == 2
+    assert f"error: the model's code ended the process: sys.exit({code})\n" in done.err
+    assert f"where: {path}:{line_with(path, 'sys.exit')}\n" in done.err
     assert listing(tmp_path) == ["net.py"]
 
 
@@ -73,7 +69,7 @@ def test_forward_exits_only_when_the_graph_is_compared(process, finished, write,
 
 @pytest.mark.parametrize(
     "words",
-    [["export"], *(slowly(words) for words in (["verify", "GRAPH", "--against"], ["routing"], ["plan"]))],
+    one_in(4, [["export"], ["verify", "GRAPH", "--against"], ["routing"], ["plan"]]),
 )
 def test_a_file_that_leaves_when_it_is_imported(process, ending, finished, words):
     path = ending(at_import="os._exit(0)")
@@ -87,10 +83,10 @@ def test_a_file_that_leaves_when_it_is_imported(process, ending, finished, words
 @pytest.mark.parametrize(
     ("number", "call", "code", "said"),
     [
-        ("SIGSEGV", FIRST_CALL, 2, "while loading "),
+        slow(("SIGSEGV", FIRST_CALL, 2, "while loading ")),
         ("SIGSEGV", WHILE_TRACING, 3, "while looking for loops over a length"),
-        slowly("SIGKILL", WHILE_TRACING, 3, "while looking for loops over a length"),
-        slowly("SIGABRT", FIRST_CALL, 2, "while loading "),
+        slow(("SIGKILL", WHILE_TRACING, 3, "while looking for loops over a length")),
+        slow(("SIGABRT", FIRST_CALL, 2, "while loading ")),
     ],
 )
 def test_a_signal_in_forward(process, ending, number, call, code, said):
@@ -124,6 +120,7 @@ def test_a_crash_behind_the_verdict_changes_nothing(process, ending):
     assert process("--help").code == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_the_model_forks_hands_over_no_verdict(process, ending):
     """Both go on with our code: the copy's verdict is not the command's."""
     path = ending(at_import="if os.fork() == 0:\n    raise RuntimeError('the copy fails')\nos.wait()")
@@ -246,6 +243,7 @@ def test_the_streams_are_the_terminals(ending, tmp_path, env):
     assert done.stdout.startswith("{")
 
 
+@pytest.mark.slow
 def test_a_spinner_that_dies_gives_the_cursor_back(ending, tmp_path, env):
     import pty
 

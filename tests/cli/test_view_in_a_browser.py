@@ -61,6 +61,7 @@ def labels(page: webdriver.Chrome) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_hybrid_shows_its_blocks(command, tmp_path, browser):
     from selenium.webdriver.support.ui import WebDriverWait
 

@@ -104,7 +104,7 @@ def _check(text: str, shapes: list[list[int]]) -> None:
     assert torch.equal(scope["out"], expected)
 
 
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(problems())
 def test_random_equations(problem: tuple[str, list[list[int]]]) -> None:
     _check(*problem)

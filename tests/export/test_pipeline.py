@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from slow_cases import slow
 from torch import nn
 
 from moe_export.export.onnx.simplify import as_numpy
@@ -141,7 +142,7 @@ def test_mixtral_of_transformers(tools):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["Bert", "GPT2"])
+@pytest.mark.parametrize("kind", ["Bert", slow("GPT2")])
 def test_dense_models_of_transformers(tools, kind):
     import transformers
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
+from slow_cases import slow
 from torch import nn
 
 from moe_export.export.frontend.load import load_subject
@@ -54,7 +55,7 @@ def text_of(value):
 
 
 @pytest.mark.parametrize("name", ["loop and einsum", "experts"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("dtype", [slow("float32"), "float16"])
 def test_no_stage_changes_what_it_was_given(name, dtype):
     subject = mixed() if name == "loop and einsum" else load_subject(str(ROOT / "models" / "sparse_moe.py"))
     options = Options(dtype=dtype)

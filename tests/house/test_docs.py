@@ -16,7 +16,7 @@ OF_A_TERMINAL = re.compile(r"^(\$ |> )?(moe-export|make|pip|python3?|git|pre-com
 LONG = {
     "docs/engines", "docs/experts", "docs/error-localisation", "docs/parallel", "docs/recurrence", "docs/seeing",
     "docs/tasks/add-a-model", "docs/tasks/build-an-engine", "docs/tasks/check-in-ci", "docs/tasks/export-my-mamba",
-    "docs/verify", "docs/weights",
+    "docs/tasks/export-my-moe", "docs/tasks/find-a-wrong-scan", "docs/verify", "docs/weights",
 }  # fmt: skip
 
 

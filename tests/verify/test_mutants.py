@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from slow_cases import one_in
 
 from moe_export.verify import DimRange, RoutingPair, TensorSpec, TorchRunner, cases, compare
 
@@ -43,7 +44,7 @@ def run(candidate, seed=0):
     return compare(TorchRunner(block, OUTPUTS), candidate, inputs, routing=[PAIR])
 
 
-@pytest.mark.parametrize("seed", range(25))
+@pytest.mark.parametrize("seed", one_in(5, range(25)))
 def test_the_right_graph_passes(graph, seed):
     report = run(graph(GRAPH, **CONSTANTS), seed)
     assert report.exit_code == 0, str(report)

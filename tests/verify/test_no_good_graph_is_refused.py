@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from slow_cases import slow
 from threads import onnxruntime_threads
 
 from moe_export.comparing.apart import fork_model
@@ -38,7 +39,7 @@ def refused(path: Path, folder: Path, seeds: int, options: Options, thorough: bo
     return found
 
 
-@pytest.mark.parametrize("path", MODELS[-2:], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", [MODELS[-2], slow(MODELS[-1])], ids=lambda path: path.stem)
 def test_few_seeds(path, tmp_path):
     assert refused(path, tmp_path, 3, Options()) == []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import numpy as np
@@ -22,15 +23,21 @@ GRAPH = """linear (float[rows, 4] x, int64[rows, 1] shift) => (float[rows, 4] y,
 without_gpu = pytest.mark.skipif(has_gpu(), reason="there is a GPU here")
 
 
+@functools.cache
+def plan(capability):
+    """An engine of the graph, built once for a capability."""
+    (engine,) = build_engines(onnx.parser.parse_model(HEAD + GRAPH), [capability], {"rows": (1, 4, 16)})
+    return engine.plan
+
+
 @pytest.fixture
 def built(tmp_path):
     """A graph and its engine for a capability."""
 
     def built(capability):
         onnx.save(onnx.parser.parse_model(HEAD + GRAPH), tmp_path / "linear.onnx")
-        (engine,) = build_engines(tmp_path / "linear.onnx", [capability], {"rows": (1, 4, 16)})
         path = tmp_path / f"linear.{capability}.engine"
-        path.write_bytes(engine.plan)
+        path.write_bytes(plan(capability))
         return path
 
     return built

@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from slow_cases import slow
 
 from moe_export.errors import NotExportableError
 from moe_export.export.frontend.subject import Subject, make_subject
@@ -61,7 +62,7 @@ def test_each_folds_for_any_length(name: str) -> None:
     check(subject_of(STEPS[name]))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("dtype", [slow(torch.float64), torch.float16])
 def test_numbers_are_rounded_as_the_model_rounds_them(dtype: torch.dtype) -> None:
     """In half precision PyTorch multiplies by a number in float32."""
     module = counting.Counting(STEPS["running mean"], STEPS["power"]).to(dtype)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from slow_cases import slow
 from torch import nn
 
 from moe_export.export import Options, export_subject
@@ -46,7 +47,7 @@ def subject_of(tmp_path, module):
     return make_subject(module, (torch.randn(2, 7, 3),), {}, source=tmp_path, how="")
 
 
-@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("last", [False, slow(True)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_operators_of_another_kind_are_seen_at_a_great_length(tmp_path, kind, last):
     subject = subject_of(tmp_path, Changing(kind, 234, last))
@@ -65,6 +66,7 @@ def test_the_limit_is_said(tmp_path):
     assert [str(each) for each in graph.traced.domain.conditions] == ["seq <= 143"]
 
 
+@pytest.mark.slow
 def test_a_limit_that_the_code_computes(tmp_path):
     class Window(nn.Module):
         def __init__(self):

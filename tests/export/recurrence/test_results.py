@@ -10,6 +10,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from slow_cases import only, slow
 from torch import Tensor, nn
 
 from moe_export.export.frontend.subject import make_subject
@@ -86,7 +87,7 @@ def check_inwards(name: str, backwards: bool) -> None:
     check(module, graph)
 
 
-@pytest.mark.parametrize("name", ["product", "one for all steps"])
+@pytest.mark.parametrize("name", ["product", slow("one for all steps")])
 def test_what_sums_up_is_done_in_the_step(name: str) -> None:
     check_inwards(name, False)
 
@@ -98,10 +99,7 @@ def test_every_way_forwards_and_backwards(name: str, backwards: bool) -> None:
     check_inwards(name, backwards)
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["over time", "read twice", *(pytest.param(name, marks=pytest.mark.slow) for name in list(STAY)[2:])],
-)
+@pytest.mark.parametrize("name", only(["over time", "read twice"], STAY))
 def test_what_others_read_or_mixes_steps_stays(name: str) -> None:
     module, graph = exported(STAY[name])
     assert handed_out(graph) == [[D, N]]

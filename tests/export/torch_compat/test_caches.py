@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch._ops
 from canaries import canary
+from slow_cases import slow
 from torch._export import utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
@@ -97,7 +98,7 @@ def test_everything_is_as_before_when_it_ends():
     assert patched() == before
 
 
-@pytest.mark.parametrize("example", [mamba, sparse_moe], ids=["mamba", "sparse_moe"])
+@pytest.mark.parametrize("example", [slow(mamba), sparse_moe], ids=["mamba", "sparse_moe"])
 def test_a_graph_is_the_same_byte_by_byte(example):
     def exported():
         with quiet(), torch.no_grad():

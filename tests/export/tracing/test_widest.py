@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from slow_cases import slow
 from torch import nn
 
 from moe_export.export.frontend.subject import make_subject
@@ -57,7 +58,7 @@ def right(subject, traced, *sizes):
     return torch.allclose(subject.call([x])[0], run_program(traced, [x])[0], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("length", [1, 7, 64])
+@pytest.mark.parametrize("length", [slow(1), 7, slow(64)])
 def test_one_chunk_in_the_example_and_any_number_in_the_graph(tmp_path, length):
     subject, traced = widest(tmp_path, Chunked(64), 2, length)
     assert traced.inputs["x"][:2] == ("batch", "seq")
@@ -80,7 +81,7 @@ def test_whole_chunks(tmp_path):
     assert not traced.domain.holds({"batch": 2, "seq": 9})
 
 
-@pytest.mark.parametrize("limit", [30, 48])
+@pytest.mark.parametrize("limit", [slow(30), 48])
 def test_where_the_model_does_something_else_the_graph_ends(tmp_path, limit):
     subject, traced = widest(tmp_path, Until(limit), 2, 10)
     assert limits_of(traced.dims, traced.conditions) == [f"seq 1..{limit}"]
@@ -109,7 +110,7 @@ def test_what_is_not_asked_to_be_free_stays(tmp_path):
     assert traced.dims == ()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [slow(torch.float16), torch.bfloat16])
 def test_how_a_processor_rounds_decides_about_no_condition(tmp_path, dtype):
     class Rounded(nn.Module):
         """Rounds otherwise than its trace, as some processors do where operators are taken apart."""
