@@ -33,6 +33,7 @@ def run(model: ir.Model, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
     return list(session.run(None, inputs))
 
 
+@pytest.mark.slow
 def test_hybrid_shows_its_blocks_at_the_top():
     model = graph_of("models/hybrid.py")
     inputs = {"input_ids": np.arange(22, dtype=np.int64).reshape(2, 11) % 7}
