@@ -153,7 +153,7 @@ def test_buffers_and_tied_weights(tools):
 @pytest.mark.parametrize(
     ("module", "example", "other"),
     [
-        (nn.LSTM(4, 8, 2, batch_first=True, bidirectional=True), (2, 5, 4), (3, 5, 4)),
+        slow((nn.LSTM(4, 8, 2, batch_first=True, bidirectional=True), (2, 5, 4), (3, 5, 4))),
         slow((nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), (2, 4), (3, 4))),
         (nn.utils.parametrizations.spectral_norm(nn.Linear(4, 4)), (2, 4), (3, 4)),
         slow((nn.Sequential(nn.Conv1d(4, 8, 3), nn.BatchNorm1d(8), nn.GELU()), (2, 4, 9), (3, 4, 12))),
