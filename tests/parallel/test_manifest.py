@@ -119,22 +119,3 @@ def test_what_is_no_manifest(tmp_path):
     path.write_text("[]")
     with pytest.raises(UsageError, match="it is a list, not an object"):
         read_manifest(path)
-
-
-def test_every_field_is_documented(exports):
-    """docs/parallel.md names each field that an export writes."""
-    text = (Path(__file__).resolve().parents[2] / "docs" / "parallel.md").read_text()
-    document = json.loads(exports.of("--expert-parallel", "2").read_text())
-    assert [name for name in fields(document) if f"`{name}`" not in text] == []
-
-
-def fields(value):
-    """Every name of a nested document, once."""
-    if isinstance(value, dict):
-        found = list(value)
-        for part in value.values():
-            found += fields(part)
-        return list(dict.fromkeys(found))
-    if isinstance(value, list):
-        return list(dict.fromkeys(name for part in value for name in fields(part)))
-    return []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -160,6 +161,25 @@ def test_a_rank_holds_its_experts_and_what_all_hold(exports):
     document = json.loads(manifest.path.read_text())
     sizes = [sum(tensor["bytes"] for tensor in graph["tensors"]) for graph in document["graphs"]]
     assert sizes == [graph["bytes"] for graph in document["graphs"]]
+
+
+def test_every_field_of_the_manifest_is_documented(exports):
+    """docs/parallel.md names each field that an export writes."""
+    text = (Path(__file__).resolve().parents[2] / "docs" / "parallel.md").read_text()
+    document = json.loads(exports.of("--expert-parallel", "2").read_text())
+    assert [name for name in fields(document) if f"`{name}`" not in text] == []
+
+
+def fields(value):
+    """Every name of a nested document, once."""
+    if isinstance(value, dict):
+        found = list(value)
+        for part in value.values():
+            found += fields(part)
+        return list(dict.fromkeys(found))
+    if isinstance(value, list):
+        return list(dict.fromkeys(name for part in value for name in fields(part)))
+    return []
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from slow_cases import slow
 from torch import nn
 
 from moe_export.errors import UsageError
@@ -21,7 +22,7 @@ def load(tools, name):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("dynamo", [True, False])
+@pytest.mark.parametrize("dynamo", [True, slow(False)])
 def test_pytorchs_own_exporters_fail_on_moe_gate(tools, dynamo, tmp_path):
     """The day they do not, this project's reason for a way around them is gone."""
     subject = load(tools, "moe_gate")

@@ -89,6 +89,7 @@ def test_a_length_whose_loop_stays_as_it_is_is_fixed_and_said_to_be() -> None:
     check(subject, graph, ((6, 5), (1, 5), (23, 5)))
 
 
+@pytest.mark.slow
 def test_such_a_length_that_was_asked_for_is_an_error() -> None:
     dims = DimRequest(picked={("target", 1): "steps"})
     with pytest.raises(NotExportableError, match="dimension 1 of target cannot be dynamic: it is fixed at 5"):
