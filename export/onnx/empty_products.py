@@ -17,8 +17,8 @@ import onnx_ir as ir
 
 from moe_export.domain import evaluate
 from moe_export.errors import UsageError
-from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.tracing.trace import Traced
+from moe_export.graph_builder import GraphBuilder
 
 _DATA_SIZE = re.compile(r"\bu\d+\b")
 _SPELLED = (("Max(", "max("), ("Min(", "min("), ("ceiling(", "ceil("))
@@ -41,10 +41,10 @@ def settle_empty_products(model: ir.Model, traced: Traced) -> None:
             if value.shape is not None
         ):
             continue
-        nodes = Nodes(node.graph, node, f"{node.name or 'product'}_filled")
+        nodes = GraphBuilder.in_front_of(node, f"{node.name or 'product'}_filled")
         for place, (value, rank, axis) in enumerate(zip((left, right), ranks, axes, strict=True)):
             pads = [0] * rank + [int(other == axis) for other in range(rank)]
-            node.replace_input_with(place, nodes("Pad", value, nodes.ints(*pads)))
+            node.replace_input_with(place, nodes.op("Pad", value, nodes.ints(*pads)))
 
 
 Size = int | ir.SymbolicDim

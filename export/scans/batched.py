@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
-from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.sizes import same_dim
+from moe_export.graph_builder import GraphBuilder
 
 POINTWISE = {
     "Abs", "Add", "And", "Cast", "Ceil", "Cos", "Div", "Elu", "Equal", "Erf", "Exp", "Floor", "Gelu", "Greater",
@@ -62,7 +62,7 @@ class BatchedOverTime:
 
     def __init__(
         self,
-        nodes: Nodes,
+        nodes: GraphBuilder,
         known: Mapping[ir.Value, BatchedValue],
         body: set[ir.Value],
         outside: Callable[[ir.Value], BatchedValue] | None = None,
@@ -103,13 +103,19 @@ def can(node: ir.Node) -> bool:
     return node.op_type in _RULES and node.domain in ("", "ai.onnx")
 
 
-def moved(nodes: Nodes, batched: BatchedValue, axis: int) -> BatchedValue:
+def moved(nodes: GraphBuilder, batched: BatchedValue, axis: int) -> BatchedValue:
     """The same with its time at another axis."""
     if batched.axis is None or batched.axis == axis:
         return batched
     order = [place for place in range(batched.rank + 1) if place != batched.axis]
     order.insert(axis, batched.axis)
     return BatchedValue(nodes.transposed(batched.value, order), axis, batched.rank)
+
+
+def flipped(nodes: GraphBuilder, value: ir.Value, axis: int) -> ir.Value:
+    """Last first along an axis."""
+    ends = nodes.ints(-(2**63) + 1)
+    return nodes.op("Slice", value, nodes.ints(-1), ends, nodes.ints(axis), nodes.ints(-1))
 
 
 def rank_of(value: ir.Value) -> int:
@@ -137,7 +143,7 @@ def _same(value: ir.Value) -> BatchedValue:
     return BatchedValue(value, None, rank_of(value))
 
 
-def _aligned(nodes: Nodes, batched: BatchedValue, behind: int) -> ir.Value:
+def _aligned(nodes: GraphBuilder, batched: BatchedValue, behind: int) -> ir.Value:
     """A value whose time, if it has one, has `behind` axes behind it; ready to be broadcast against such."""
     if batched.axis is None:
         return (
@@ -157,17 +163,19 @@ def _behind(operands: Sequence[BatchedValue], least: int = 0) -> int:
     return max(least, largest.behind)
 
 
-Rule = Callable[[Nodes, ir.Node, Sequence[BatchedValue]], Sequence[BatchedValue]]
+Rule = Callable[[GraphBuilder, ir.Node, Sequence[BatchedValue]], Sequence[BatchedValue]]
 
 
-def _pointwise(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+def _pointwise(
+    nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]
+) -> Sequence[BatchedValue]:
     rank = max(one.rank for one in operands)
     behind = _behind(operands)
     (result,) = nodes.copy(node, [_aligned(nodes, one, behind) for one in operands])
     return [BatchedValue(result, rank - behind, rank)]
 
 
-def _matmul(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+def _matmul(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     left, right = operands
     if min(left.rank, right.rank) < 2:
         raise RefusedError("a product with a vector")
@@ -180,7 +188,7 @@ def _matmul(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Se
     return [BatchedValue(result, rank - behind, rank)]
 
 
-def _gemm(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+def _gemm(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     """`Gemm` of a value over time and a weight → `MatMul` and `Add`."""
     left, right, *bias = operands
     numbers = {key: node.attributes[key].value for key in node.attributes}
@@ -192,10 +200,10 @@ def _gemm(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequ
         or any(b.axis is not None for b in bias)
     ):
         raise RefusedError("a Gemm that is scaled")
-    weight = nodes("Transpose", right.value, perm=[1, 0]) if numbers.get("transB", 0) else right.value
-    value = nodes("MatMul", moved(nodes, left, 0).value, weight)
+    weight = nodes.op("Transpose", right.value, perm=[1, 0]) if numbers.get("transB", 0) else right.value
+    value = nodes.op("MatMul", moved(nodes, left, 0).value, weight)
     if bias:
-        value = nodes("Add", value, bias[0].value)
+        value = nodes.op("Add", value, bias[0].value)
     return [BatchedValue(value, 0, 2)]
 
 
@@ -211,7 +219,9 @@ def _shifted(axes: Sequence[int], rank: int, at: int) -> list[int]:
     return [axis % rank + (axis % rank >= at) for axis in axes]
 
 
-def _unsqueeze(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+def _unsqueeze(
+    nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]
+) -> Sequence[BatchedValue]:
     one = operands[0]
     assert one.axis is not None
     axes = axes_of(node.inputs[1])
@@ -222,7 +232,7 @@ def _unsqueeze(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) ->
     return [BatchedValue(nodes.unsqueezed(one.value, sorted(_shifted(axes, rank, at))), at, rank)]
 
 
-def _squeeze(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+def _squeeze(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     one = operands[0]
     assert one.axis is not None
     if len(node.inputs) < 2:
@@ -230,10 +240,12 @@ def _squeeze(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> S
     gone = {axis % one.rank for axis in axes_of(node.inputs[1])}
     at = one.axis - sum(axis < one.axis for axis in gone)
     axes = sorted(_shifted(sorted(gone), one.rank, one.axis))
-    return [BatchedValue(nodes("Squeeze", one.value, nodes.ints(*axes)), at, one.rank - len(gone))]
+    return [BatchedValue(nodes.op("Squeeze", one.value, nodes.ints(*axes)), at, one.rank - len(gone))]
 
 
-def _reduction(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+def _reduction(
+    nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]
+) -> Sequence[BatchedValue]:
     one = operands[0]
     assert one.axis is not None
     if len(node.inputs) < 2:
@@ -249,13 +261,15 @@ def number_of(node: ir.Node, name: str, default: int) -> int:
     return int(node.attributes[name].as_int()) if name in node.attributes else default
 
 
-def _transpose(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+def _transpose(
+    nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]
+) -> Sequence[BatchedValue]:
     one = moved(nodes, operands[0], 0)
     order = [axis + 1 for axis in node.attributes["perm"].as_ints()]
     return [BatchedValue(nodes.transposed(one.value, [0, *order]), 0, one.rank)]
 
 
-def _along(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+def _along(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     """Operators along one axis of one operand: `Softmax`, `Split`, `Gather` and `Slice` by constants."""
     one, *others = operands
     if one.axis is None or any(other.axis is not None for other in others):
@@ -273,7 +287,7 @@ def _along(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Seq
     return [BatchedValue(result, one.axis, rank) for result in results]
 
 
-def _slice(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+def _slice(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     one, *others = operands
     if one.axis is None or len(others) < 3 or any(other.axis is not None for other in others):
         raise RefusedError("a Slice by numbers that change")
@@ -283,7 +297,7 @@ def _slice(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Seq
     return [BatchedValue(result, one.axis, one.rank)]
 
 
-def _concat(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+def _concat(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     if any(one.axis is None for one in operands):
         raise RefusedError("a Concat with what is the same in each step")
     behind, rank = _behind(operands), operands[0].rank
@@ -295,7 +309,7 @@ def _concat(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Se
     return [BatchedValue(result, rank - behind, rank)]
 
 
-def _reshape(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+def _reshape(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     """Time stays where the axes in front of it do, else goes to the front; other sizes are numbers, or stay."""
     old, new = (value.shape if value is not None else None for value in (node.inputs[0], node.outputs[0]))
     if old is None or new is None:
@@ -310,7 +324,7 @@ def _reshape(nodes: Nodes, node: ir.Node, operands: Sequence[BatchedValue]) -> S
             raise RefusedError("a Reshape to sizes that are computed")
         target += [size if isinstance(size, int) else 0] if place >= at else []
     value = moved(nodes, operands[0], at).value
-    return [BatchedValue(nodes("Reshape", value, nodes.ints(*target)), at, len(new))]
+    return [BatchedValue(nodes.op("Reshape", value, nodes.ints(*target)), at, len(new))]
 
 
 _RULES: dict[str, Rule] = {

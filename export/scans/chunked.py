@@ -25,13 +25,14 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
-from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.scans.batched import BatchedValue
+from moe_export.export.scans.filling import Filling
 from moe_export.export.scans.linear import Linear, LinearState, read_linear
 from moe_export.export.scans.loop_region import LoopRegion
 from moe_export.export.scans.parallel_form import ParallelForm, Part
 from moe_export.export.scans.segments import STEPS, Segments
 from moe_export.export.scans.terms import Reading
+from moe_export.graph_builder import GraphBuilder
 
 _LEAST = -1e30  # the logarithm of a decay of 0: -inf times the 0 of another segment would be no number
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
@@ -42,7 +43,7 @@ def pays(linear: Linear) -> bool:
     return all(state.size((*state.over, *state.only)) >= STEPS for state in linear.states)
 
 
-def expand_chunked(graph: ir.Graph, loop: LoopRegion, only_if_it_pays: bool = False) -> None:
+def expand_chunked(loop: LoopRegion, only_if_it_pays: bool = False) -> None:
     """Replace a loop region by products over chunks.
 
     Raises:
@@ -53,17 +54,17 @@ def expand_chunked(graph: ir.Graph, loop: LoopRegion, only_if_it_pays: bool = Fa
         raise RefusedError("its decay differs along the axes that are read over")
     if only_if_it_pays and not pays(linear):
         raise RefusedError("it has as many decays as entries of the state, or nearly")
-    _Writer(graph, loop, linear).write()
+    _Writer(loop, linear).write()
 
 
 class _Writer:
-    def __init__(self, graph: ir.Graph, loop: LoopRegion, linear: Linear) -> None:
+    def __init__(self, loop: LoopRegion, linear: Linear) -> None:
         if all(state.outputs[0].dtype not in _DTYPES for state in loop.states):
             raise RefusedError("states of a type that is not exact enough")
         self._loop, self._linear = loop, linear
-        self.steps = ParallelForm(graph, loop, "chunks")
+        self.steps = ParallelForm(loop, "chunks")
         self.nodes, self.over = self.steps.nodes, self.steps.over
-        self.filling = self.nodes("Mod", self.nodes("Neg", self.steps.length), self.nodes.ints(STEPS))
+        self._filling = Filling(self.nodes, self.steps.length, STEPS)
         self._axis = loop.axes[0] if loop.axes else 0
 
     def write(self) -> None:
@@ -97,7 +98,7 @@ class _Writer:
             return None
         total, axes = self.steps.logarithms(state.decay)
         least = self.nodes.constant(np.array(_LEAST, self.steps.dtype.numpy()))
-        total = BatchedValue(self.nodes("Max", total.value, least), total.axis, total.rank)
+        total = BatchedValue(self.nodes.op("Max", total.value, least), total.axis, total.rank)
         return self._chunks((total, axes), state, None)
 
     def _chunks(
@@ -123,9 +124,9 @@ class _Writer:
             axes = [axis for axis in order if axis is not None]
         at = batched.axis
         assert at is not None
-        value = nodes.filled(batched.value, at, batched.rank + 1, self.filling)
+        value = self._filling.behind(batched.value, at, batched.rank + 1)
         behind = state.sizes(axes[at:])
-        value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, STEPS, *behind))
+        value = nodes.op("Reshape", value, nodes.ints(*[0] * at, -1, STEPS, *behind))
         places: dict[Any, int] = {axis: place + 2 * (place >= at) for place, axis in enumerate(axes)}
         if inner and not set(inner) <= set(places):
             raise RefusedError("a factor lacks some of the axes that the others have")
@@ -136,7 +137,7 @@ class _Writer:
         value = nodes.unsqueezed(value, [*lacking, *([len(state.batch) + 2] if inner == () else [])])
         if inner is not None and len(inner) > 1:
             kept = [0] * (len(state.batch) + 1)
-            value = nodes("Reshape", value, nodes.ints(*kept, STEPS, state.size(inner)))
+            value = nodes.op("Reshape", value, nodes.ints(*kept, STEPS, state.size(inner)))
         return value
 
     def _steps_last(self, value: ir.Value, state: LinearState) -> ir.Value:
@@ -153,22 +154,22 @@ class _Writer:
         nodes, size = self.nodes, state.size
         if segments.has_decay:
             if size(state.over) <= size(state.only):
-                rows = nodes("Mul", rows, nodes.unsqueezed(segments.to_end(), [self._rank(state) - 1]))
+                rows = nodes.op("Mul", rows, nodes.unsqueezed(segments.to_end(), [self._rank(state) - 1]))
             else:
-                column = nodes("Mul", column, nodes.unsqueezed(segments.to_end(), [self._rank(state) - 1]))
-        added = nodes("MatMul", self._steps_last(rows, state), column)
+                column = nodes.op("Mul", column, nodes.unsqueezed(segments.to_end(), [self._rank(state) - 1]))
+        added = nodes.op("MatMul", self._steps_last(rows, state), column)
         order = [*state.batch, *state.over, *state.only]
         shape = [state.shape[axis] for axis in state.batch]
         first = nodes.transposed(boundary.inputs[0], order) if boundary.inputs[0] is not None else None
         assert first is not None
         inner = (len(state.over), len(state.only))
         if inner != (1, 1):
-            first = nodes("Reshape", first, nodes.ints(*_kept(shape), size(state.over), size(state.only)))
+            first = nodes.op("Reshape", first, nodes.ints(*_kept(shape), size(state.over), size(state.only)))
         decay = segments.whole() if segments.has_decay else None
         last, starts = _scan(nodes, first, decay, added, [*shape, size(state.over), size(state.only)])
         if inner != (1, 1):
             sizes = state.sizes((*state.over, *state.only))
-            last = nodes("Reshape", last, nodes.ints(*_kept(shape), *sizes))
+            last = nodes.op("Reshape", last, nodes.ints(*_kept(shape), *sizes))
         return starts, nodes.transposed(last, [order.index(axis) for axis in range(len(order))])
 
     # What is read
@@ -183,17 +184,17 @@ class _Writer:
         nodes = self.nodes
         rows, column, starts = parts
         read = self._chunks(self.steps.product(reading.factors), state, state.over)  # (c, g, t, n)
-        products = nodes("MatMul", read, self._steps_last(rows, state))
-        inside = nodes("MatMul", nodes("Mul", segments.within(reading.new), products), column)
+        products = nodes.op("MatMul", read, self._steps_last(rows, state))
+        inside = nodes.op("MatMul", nodes.op("Mul", segments.within(reading.new), products), column)
         if segments.has_decay:
             since = nodes.unsqueezed(segments.since(reading.new), [self._rank(state) - 1])
             if state.size(state.over) <= state.size(state.only):
-                before = nodes("MatMul", nodes("Mul", read, since), starts)
+                before = nodes.op("MatMul", nodes.op("Mul", read, since), starts)
             else:
-                before = nodes("Mul", nodes("MatMul", read, starts), since)
+                before = nodes.op("Mul", nodes.op("MatMul", read, starts), since)
         else:
-            before = nodes("MatMul", read, starts)
-        total = nodes("Add", inside, before)  # (c, g, t, p)
+            before = nodes.op("MatMul", read, starts)
+        total = nodes.op("Add", inside, before)  # (c, g, t, p)
         self.steps.know(reading, self._unchunked(total, reading, state))
 
     def _unchunked(self, value: ir.Value, reading: Reading, state: LinearState) -> BatchedValue:
@@ -201,7 +202,7 @@ class _Writer:
         nodes = self.nodes
         if len(state.only) > 1:
             sizes = state.sizes(state.only)
-            value = nodes("Reshape", value, nodes.ints(*[0] * (len(state.batch) + 2), *sizes))
+            value = nodes.op("Reshape", value, nodes.ints(*[0] * (len(state.batch) + 2), *sizes))
         place: dict[int, int] = {axis: 1 + at for at, axis in enumerate(state.batch)}
         place |= {axis: len(state.batch) + 2 + at for at, axis in enumerate(state.only)}
         if {axis for joined in reading.axes for axis in joined} != set(place):
@@ -219,8 +220,8 @@ class _Writer:
         extra = [len(state.batch) + 2] if not state.only else []
         value = nodes.transposed(value, [*order, *extra])
         sizes = [state.size(joined) for joined in reading.axes[front:]]
-        value = nodes("Reshape", value, nodes.ints(*[0] * front, -1, *sizes))
-        value = nodes("Slice", value, nodes.ints(0), self.steps.length, nodes.ints(front))
+        value = nodes.op("Reshape", value, nodes.ints(*[0] * front, -1, *sizes))
+        value = nodes.op("Slice", value, nodes.ints(0), self.steps.length, nodes.ints(front))
         return BatchedValue(value, front, len(reading.axes))
 
 
@@ -229,30 +230,26 @@ def _kept(shape: Sequence[int | ir.SymbolicDim]) -> list[int]:
 
 
 def _scan(
-    nodes: Nodes,
+    nodes: GraphBuilder,
     first: ir.Value,
     decay: ir.Value | None,
     added: ir.Value,
     shape: Sequence[int | ir.SymbolicDim],
 ) -> tuple[ir.Value, ir.Value]:
     """`h' = decay * h + added` chunk by chunk: the last h', and every h."""
-    kind = first.type
-    state = ir.Value(name=f"{nodes.prefix}_state", shape=ir.Shape(shape), type=kind)
-    inputs, sequences = [state], [added]
-    step = ir.Value(name=f"{nodes.prefix}_added", type=kind)
-    body: list[ir.Node] = []
-    product = state
+    body = nodes.inner("chunk")
+    state, factor, step = (
+        ir.Value(name=f"{body.prefix}.{name}", type=first.type) for name in ("state", "decay", "added")
+    )
+    inputs, sequences, product = [state, step], [added], state
     if decay is not None:
-        factor = ir.Value(name=f"{nodes.prefix}_decay", type=kind)
-        body.append(ir.node("Mul", [state, factor]))
-        product, inputs, sequences = body[0].outputs[0], [state, factor], [decay, added]
-    body += [ir.node("Add", [product, step]), ir.node("Identity", [state])]
-    for place, node in enumerate(body):
-        node.outputs[0].name, node.outputs[0].type = f"{nodes.prefix}_passed_{place}", kind
-    outputs = [node.outputs[0] for node in body[-2:]]
-    for value in outputs:
+        inputs, sequences, product = [state, factor, step], [decay, added], body.op("Mul", state, factor)
+    outputs = [body.op("Add", product, step), body.op("Identity", state)]
+    for value in (state, *outputs):
         value.shape = ir.Shape(shape)
-    graph = ir.Graph([*inputs, step], outputs, nodes=body, name=f"{nodes.prefix}_chunk")
-    last, starts = nodes.parts("Scan", 2, first, *sequences, body=graph, num_scan_inputs=len(sequences))
-    last.shape = ir.Shape(shape)
+    graph = ir.Graph(inputs, outputs, nodes=body.nodes, name=body.prefix)
+    last, starts = nodes.many(
+        "Scan", first, *sequences, outputs=2, body=graph, num_scan_inputs=len(sequences)
+    )
+    last.shape, last.type, starts.type = ir.Shape(shape), first.type, first.type
     return last, starts

@@ -66,7 +66,7 @@ def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str
             mark_block(node, "recurrence")
             results_inwards(model.graph, node)
             move_inwards(model.graph, node)
-            small_products_first(model.graph, read_region(model.graph, node))
+            small_products_first(read_region(model.graph, node))
             place, reasons = _at_once(model.graph, node, forms)
             refused += [(source_location(node), reason) for reason in reasons[:1]]
             taken += place == 0
@@ -93,7 +93,7 @@ def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str
 class _Form:
     """A form that takes all steps at once: how it is written, and what the report says of it."""
 
-    write: Callable[[ir.Graph, LoopRegion], None]
+    write: Callable[[LoopRegion], None]
     note: str
 
 
@@ -113,7 +113,7 @@ def _at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> tuple[int
     reasons: list[str] = []
     for place, form in enumerate(forms):
         try:
-            form.write(graph, read_region(graph, end))
+            form.write(read_region(graph, end))
         except RefusedError as reason:
             reasons.append(str(reason))
         else:
@@ -128,7 +128,7 @@ def _why(reasons: Sequence[str]) -> str:
 def _laid_out(graph: ir.Graph, loop: LoopRegion) -> LoopRegion:
     """The loop with the longest axes of its states last, where that can be."""
     try:
-        return read_region(graph, widest_last(graph, loop))
+        return read_region(graph, widest_last(loop))
     except RefusedError:
         return loop
 
@@ -138,7 +138,7 @@ def _with_iterations(graph: ir.Graph, loop: LoopRegion, lowering: Expansion) -> 
     if lowering.unroll == 1:
         return loop
     try:
-        return read_region(graph, several_steps(graph, loop, lowering.unroll))
+        return read_region(graph, several_steps(loop, lowering.unroll))
     except RefusedError as reason:
         raise NotExportableError(
             f"the loop cannot take {lowering.unroll} steps per iteration: {reason}",

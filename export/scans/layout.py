@@ -21,13 +21,13 @@ from typing import Any
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
-from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
 from moe_export.export.scans.batched import POINTWISE, REDUCTIONS, axes_of, number_of, rank_of
 from moe_export.export.scans.loop_region import LoopRegion
+from moe_export.graph_builder import GraphBuilder
 
 
-def widest_last(graph: ir.Graph, loop: LoopRegion) -> ir.Node:
+def widest_last(loop: LoopRegion) -> ir.Node:
     """Write the loop again with the last two axes of its states exchanged, where the longer is not the last.
 
     Returns:
@@ -36,7 +36,7 @@ def widest_last(graph: ir.Graph, loop: LoopRegion) -> ir.Node:
     Raises:
         RefusedError: There is nothing to gain, or the step has no such form; the graph then computes what it did.
     """
-    return _Writer(graph, loop).write()
+    return _Writer(loop).write()
 
 
 def _is_narrow(boundary: ir.Node) -> bool:
@@ -45,9 +45,9 @@ def _is_narrow(boundary: ir.Node) -> bool:
 
 
 class _Writer:
-    def __init__(self, graph: ir.Graph, loop: LoopRegion) -> None:
-        self._graph, self._loop = graph, loop
-        self._nodes = Nodes(graph, loop.end, f"layout_{loop.number}")
+    def __init__(self, loop: LoopRegion) -> None:
+        self._loop = loop
+        self._nodes = GraphBuilder.in_front_of(loop.end, f"layout_{loop.number}")
         self._chosen = [boundary for boundary in loop.states if _is_narrow(boundary)]
         if not self._chosen:
             raise RefusedError("no state whose longest axis is not the last")
@@ -86,12 +86,10 @@ class _Writer:
         assert boundary.inputs[0] is not None
         rank = rank_of(old)
         first = self._nodes.transposed(boundary.inputs[0], _order(rank))
-        node = ir.node(STATE, [first], attributes=dict(boundary.attributes), domain=DOMAIN)
-        new = node.outputs[0]
-        new.name, new.shape, new.type = f"{old.name}_exchanged", _exchanged_shape(old), old.type
-        self._graph.insert_before(self._loop.end, node)
+        new = self._nodes.op(STATE, first, domain=DOMAIN, **dict[str, Any](boundary.attributes))
+        new.shape, new.type = _exchanged_shape(old), old.type
         self._swapped[old] = new
-        self._boundaries[old] = node
+        self._boundaries[old] = self._nodes.nodes[-1]
 
     # The values with their last two axes exchanged
 
@@ -160,12 +158,10 @@ class _Writer:
             kind: Of the element.
         """
         with_one = self._nodes.unsqueezed(source, [place + (place >= axis)])
-        node = ir.node(boundary.op_type, [with_one], attributes=dict(boundary.attributes), domain=DOMAIN)
-        node.attributes["axis"] = ir.AttrInt64("axis", axis + (place < axis))
-        new = node.outputs[0]
-        new.name, new.type = f"{self._nodes.prefix}_element_{len(self._boundaries)}", kind
-        self._graph.insert_before(self._loop.end, node)
-        self._boundaries[new] = node
+        facts: dict[str, Any] = {**boundary.attributes, "axis": axis + (place < axis)}
+        new = self._nodes.op(boundary.op_type, with_one, domain=DOMAIN, **facts)
+        new.type = kind
+        self._boundaries[new] = self._nodes.nodes[-1]
         return new
 
     def _without(self, source: ir.Value, axis: int, rank: int) -> ir.Value:
@@ -175,13 +171,13 @@ class _Writer:
             added = [each % rank for each in axes_of(maker.inputs[1])]
             if added == [axis]:
                 return maker.inputs[0]
-        return self._nodes("Squeeze", source, self._nodes.ints(axis))
+        return self._nodes.op("Squeeze", source, self._nodes.ints(axis))
 
     def _product(self, node: ir.Node, rank: int) -> ir.Value:
         left, right = node.inputs
         assert left is not None
         assert right is not None
-        return self._nodes("MatMul", self._exchanged(right), self._exchanged(left))
+        return self._nodes.op("MatMul", self._exchanged(right), self._exchanged(left))
 
     def _unsqueeze(self, node: ir.Node, rank: int) -> ir.Value:
         value = node.inputs[0]
@@ -205,7 +201,7 @@ class _Writer:
         gone = {axis % rank_of(value) for axis in axes_of(node.inputs[1] if len(node.inputs) > 1 else None)}
         if gone & {rank_of(value) - 1, rank_of(value) - 2}:
             raise RefusedError("an axis of a state is dropped, and another takes its place")
-        return self._nodes("Squeeze", self._exchanged(value), self._nodes.ints(*sorted(gone)))
+        return self._nodes.op("Squeeze", self._exchanged(value), self._nodes.ints(*sorted(gone)))
 
     def _reduce(self, node: ir.Node, rank: int) -> ir.Value:
         value = node.inputs[0]
@@ -288,11 +284,10 @@ class _Writer:
             numbers["axes"] = ir.AttrInt64s("axes", [view.axis for view in views])
         inputs = [node.outputs[0] for node in (*states, *elements)]
         results = [*following, *(view.value for view in views)]
-        end = ir.node(END, [*inputs, *results], attributes=numbers, domain=DOMAIN, num_outputs=len(results))
-        end.metadata_props.update(loop.end.metadata_props)
-        self._graph.insert_before(loop.end, end)
-        for place, (old, new) in enumerate(zip(loop.end.outputs, end.outputs, strict=True)):
-            new.name, new.shape, new.type = f"{nodes.prefix}_result_{place}", old.shape, old.type
+        given = nodes.many(END, *inputs, *results, outputs=len(results), domain=DOMAIN, **numbers)
+        end = nodes.nodes[-1]
+        for place, (old, new) in enumerate(zip(loop.end.outputs, given, strict=True)):
+            new.shape, new.type = old.shape, old.type
             result = new
             if place < len(states) and loop.states[place] in self._chosen:
                 new.shape = _exchanged_shape(old)
@@ -300,7 +295,7 @@ class _Writer:
                 result.shape, result.type = old.shape, old.type
             elif place >= len(states) and (gone := views[place - len(states)].gone) is not None:
                 new.shape = None
-                result = nodes("Squeeze", new, nodes.ints(gone))
+                result = nodes.op("Squeeze", new, nodes.ints(gone))
                 result.name, old.name = old.name, None
                 result.shape, result.type = old.shape, old.type
             elif old.name:

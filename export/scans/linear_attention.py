@@ -34,7 +34,7 @@ _FEW_HEADS, _SMALL_HEAD = 32, 128
 each channel) took 24 ms for 512 steps, as a Scan 3.7."""
 
 
-def expand_linear_attention(graph: ir.Graph, loop: LoopRegion) -> None:
+def expand_linear_attention(loop: LoopRegion) -> None:
     """Replace a loop region by the operator, one for each way that a state is read.
 
     Raises:
@@ -49,7 +49,7 @@ def expand_linear_attention(graph: ir.Graph, loop: LoopRegion) -> None:
         raise RefusedError("a state with several axes of unknown size")
     if not any(_pays(state) for state in linear.states):
         raise RefusedError("its decays make many small heads of the state, for which a Scan is faster")
-    steps = ParallelForm(graph, loop, "attention")
+    steps = ParallelForm(loop, "attention")
     last = []
     for number, (state, boundary) in enumerate(zip(linear.states, loop.states, strict=True)):
         readings = [reading for reading in linear.readings if reading.state == number]
@@ -95,7 +95,7 @@ class _Attention:
             rate = self._packed(self._steps.product(state.rate), ())
         first = nodes.transposed(self._first, self._order)
         batch = [0] if self._batch else [1]
-        first = nodes("Reshape", first, nodes.ints(*batch, heads, size(state.over), size(state.only)))
+        first = nodes.op("Reshape", first, nodes.ints(*batch, heads, size(state.over), size(state.only)))
         rule = {(False, False): "linear", (True, False): "gated", (False, True): "delta"}.get(
             (decay is not None, rate is not None), "gated_delta"
         )
@@ -106,17 +106,18 @@ class _Attention:
         for reading in readings:
             query = self._packed(self._steps.product(reading.factors), state.over)
             query = self._padded(query, 0, 1) if before else query
-            found, present = nodes.parts(
-                "LinearAttention", 2, query, *steps[:2], first, *steps[2:], domain=DOMAIN,
+            found, present = nodes.many(
+                "LinearAttention", query, *steps[:2], first, *steps[2:], outputs=2, domain=DOMAIN,
                 q_num_heads=heads, kv_num_heads=heads, update_rule=rule, scale=1.0,
             )  # fmt: skip
+            found.type, present.type = query.type, first.type
             if before:
-                found = nodes("Slice", found, nodes.ints(0), self._steps.length, nodes.ints(1))
+                found = nodes.op("Slice", found, nodes.ints(0), self._steps.length, nodes.ints(1))
             self._steps.know(reading, self._unpacked(found, reading))
             last = last or present
         assert last is not None
         sizes = state.sizes([axis for axis in self._order if axis not in self._batch])
-        last = nodes("Reshape", last, nodes.ints(*[0] * len(self._batch), *sizes))
+        last = nodes.op("Reshape", last, nodes.ints(*[0] * len(self._batch), *sizes))
         return nodes.transposed(last, [self._order.index(axis) for axis in range(len(self._order))])
 
     def _packed(self, part: Part, inner: tuple[int, ...]) -> ir.Value:
@@ -137,10 +138,10 @@ class _Attention:
                 state.shape[axis] if axis is not None and place in lacking else 1
                 for place, axis in enumerate(wanted)
             ]
-            value = nodes("Expand", value, self._shape(sizes))
+            value = nodes.op("Expand", value, self._shape(sizes))
         if not self._batch:
             value = nodes.unsqueezed(value, [0])
-        return nodes("Reshape", value, nodes.ints(0, 0, state.size((*self._heads, *inner))))
+        return nodes.op("Reshape", value, nodes.ints(0, 0, state.size((*self._heads, *inner))))
 
     def _shape(self, sizes: list[int | ir.SymbolicDim]) -> ir.Value:
         """A list of sizes, of which the batch may be one."""
@@ -148,15 +149,14 @@ class _Attention:
         if all(isinstance(size, int) for size in sizes):
             return nodes.ints(*(size for size in sizes if isinstance(size, int)))
         (axis,) = self._batch
-        batch = nodes("Shape", self._first, start=axis, end=axis + 1)
-        batch.type = ir.TensorType(ir.DataType.INT64)
-        return nodes(
+        batch = nodes.op("Shape", self._first, start=axis, end=axis + 1)
+        return nodes.op(
             "Concat", batch, nodes.ints(*(size for size in sizes[1:] if isinstance(size, int))), axis=0
         )
 
     def _padded(self, value: ir.Value, ahead: int, behind: int) -> ir.Value:
         """With steps of zeros in front or behind."""
-        return self._nodes("Pad", value, self._nodes.ints(0, ahead, 0, 0, behind, 0))
+        return self._nodes.op("Pad", value, self._nodes.ints(0, ahead, 0, 0, behind, 0))
 
     def _unpacked(self, value: ir.Value, reading: Reading) -> BatchedValue:
         """(batch, length, heads * d_v) as a value over time with the axes that the step gives it."""
@@ -167,9 +167,9 @@ class _Attention:
             raise RefusedError("what is read lacks an axis of the state")
         now = [*self._batch, None, *axes]
         if not self._batch:
-            value = nodes("Squeeze", value, nodes.ints(0))
+            value = nodes.op("Squeeze", value, nodes.ints(0))
         if len(axes) != 1:
-            value = nodes("Reshape", value, nodes.ints(*[0] * (1 + len(self._batch)), *state.sizes(axes)))
+            value = nodes.op("Reshape", value, nodes.ints(*[0] * (1 + len(self._batch)), *state.sizes(axes)))
         at = int(bool(self._batch) and reading.axes[0] == tuple(self._batch))
         order = [*flat[:at], None, *flat[at:]]
         value = nodes.transposed(value, [now.index(axis) for axis in order])
@@ -177,5 +177,5 @@ class _Attention:
             sizes = [
                 -1 if joined == tuple(self._batch) else state.size(joined) for joined in reading.axes[at:]
             ]
-            value = nodes("Reshape", value, nodes.ints(*[0] * (at + 1), *sizes))
+            value = nodes.op("Reshape", value, nodes.ints(*[0] * (at + 1), *sizes))
         return BatchedValue(value, at, len(reading.axes))

@@ -13,14 +13,14 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
-from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.scans.batched import BatchedOverTime, BatchedValue
 from moe_export.export.scans.loop_region import LoopRegion
+from moe_export.graph_builder import GraphBuilder
 
 _VIEWS = {"Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transpose", "Unsqueeze"}
 
 
-def logarithm(nodes: Nodes, over: BatchedOverTime, value: ir.Value, loop: LoopRegion) -> BatchedValue:
+def logarithm(nodes: GraphBuilder, over: BatchedOverTime, value: ir.Value, loop: LoopRegion) -> BatchedValue:
     """The logarithm of a value of a step, over time.
 
     Raises:
@@ -43,7 +43,7 @@ def logarithm(nodes: Nodes, over: BatchedOverTime, value: ir.Value, loop: LoopRe
     raise RefusedError(f"its decay, a {node.op_type}, is not known to be positive")
 
 
-def _outside(nodes: Nodes, value: ir.Value) -> ir.Value:
+def _outside(nodes: GraphBuilder, value: ir.Value) -> ir.Value:
     """The logarithm of a value outside the loop."""
     tensor, node = value.const_value, value.producer()
     if tensor is not None:
@@ -64,5 +64,5 @@ def _outside(nodes: Nodes, value: ir.Value) -> ir.Value:
     raise RefusedError(f"its decay, a {node.op_type}, is not known to be positive")
 
 
-def _log_sigmoid(nodes: Nodes, value: ir.Value) -> ir.Value:
-    return nodes("Neg", nodes("Softplus", nodes("Neg", value)))
+def _log_sigmoid(nodes: GraphBuilder, value: ir.Value) -> ir.Value:
+    return nodes.op("Neg", nodes.op("Softplus", nodes.op("Neg", value)))

@@ -16,11 +16,11 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
-from moe_export.export.onnx.nodes import Nodes
-from moe_export.export.scans.batched import BatchedOverTime, BatchedValue, moved
+from moe_export.export.scans.batched import BatchedOverTime, BatchedValue, flipped, moved
 from moe_export.export.scans.log import logarithm
 from moe_export.export.scans.loop_region import LoopRegion, integer
 from moe_export.export.scans.terms import Factor, Reading, axes_of
+from moe_export.graph_builder import GraphBuilder
 
 Part = tuple[BatchedValue, list[int]]
 """A value over time, and which axes of the state it has, in ascending order."""
@@ -36,7 +36,6 @@ class ParallelForm:
         dtype: Of the states.
 
     Args:
-        graph: The loop's.
         loop: The loop.
         prefix: Of the names of what is written.
 
@@ -44,17 +43,16 @@ class ParallelForm:
         RefusedError: No step reads an element of a sequence.
     """
 
-    def __init__(self, graph: ir.Graph, loop: LoopRegion, prefix: str) -> None:
+    def __init__(self, loop: LoopRegion, prefix: str) -> None:
         self._loop = loop
-        self.nodes = nodes = Nodes(graph, loop.end, f"{prefix}_{loop.number}")
+        self.nodes = nodes = GraphBuilder.in_front_of(loop.end, f"{prefix}_{loop.number}")
         sources = {boundary.outputs[0]: _source(nodes, boundary) for boundary in loop.elements}
         if not sources:
             raise RefusedError("its steps read nothing of their own")
         self.over = BatchedOverTime(nodes, sources, {value for node in loop.body for value in node.outputs})
         first = next(iter(sources.values()))
         assert first.axis is not None
-        self.length = nodes("Shape", first.value, start=first.axis, end=first.axis + 1)
-        self.length.type = ir.TensorType(ir.DataType.INT64)
+        self.length = nodes.op("Shape", first.value, start=first.axis, end=first.axis + 1)
         dtype = loop.states[0].outputs[0].dtype
         assert dtype is not None
         self.dtype = dtype
@@ -94,7 +92,7 @@ class ParallelForm:
             if batched.axis is None:
                 raise RefusedError("what is handed out is the same in each step")
             result = moved(self.nodes, batched, axis).value
-            results.append(self.nodes.flipped(result, axis) if backwards else result)
+            results.append(flipped(self.nodes, result, axis) if backwards else result)
         for old, new in zip(self._loop.end.outputs, [*last, *results], strict=True):
             new.shape, new.type = old.shape, old.type
             old.replace_all_uses_with(new, replace_graph_outputs=True)
@@ -106,7 +104,7 @@ class ParallelForm:
             axis = batched.axis
             assert axis is not None
             batched = BatchedValue(
-                self.nodes("Add", batched.value, moved(self.nodes, other, axis).value), axis, batched.rank
+                self.nodes.op("Add", batched.value, moved(self.nodes, other, axis).value), axis, batched.rank
             )
         self.over.know(reading.value, batched)
 
@@ -122,7 +120,7 @@ class ParallelForm:
         batched = moved(self.nodes, self.in_every_step(batched), 0)
         gone = self.nodes.ints(*(1 + axes.index(axis) for axis in over))
         left = [axis for axis in axes if axis not in reading.over]
-        total = BatchedValue(self.nodes("ReduceSum", batched.value, gone, keepdims=0), 0, len(left))
+        total = BatchedValue(self.nodes.op("ReduceSum", batched.value, gone, keepdims=0), 0, len(left))
         others, more = self.product([factor for factor in term if not factor.axes & reading.over])
         both = sorted({*left, *more})
         parts = [self._spread(left, total, both), self._spread(more, others, both)]
@@ -139,11 +137,11 @@ class ParallelForm:
             return batched
         nodes = self.nodes
         shape = (
-            nodes("Concat", self.length, nodes.ints(*[1] * batched.rank), axis=0)
+            nodes.op("Concat", self.length, nodes.ints(*[1] * batched.rank), axis=0)
             if batched.rank
             else self.length
         )
-        return BatchedValue(nodes("Expand", nodes.unsqueezed(batched.value, [0]), shape), 0, batched.rank)
+        return BatchedValue(nodes.op("Expand", nodes.unsqueezed(batched.value, [0]), shape), 0, batched.rank)
 
     def _joined(self, op: str, parts: Sequence[BatchedValue]) -> BatchedValue:
         """The sum or product of values of one rank; those that are the same in each step first."""
@@ -152,10 +150,10 @@ class ParallelForm:
         for part in parts[1:]:
             if total.axis is None and part.axis is not None:
                 value = self.nodes.unsqueezed(total.value, [part.axis])
-                total = BatchedValue(self.nodes(op, part.value, value), part.axis, part.rank)
+                total = BatchedValue(self.nodes.op(op, part.value, value), part.axis, part.rank)
             else:
                 other = part if total.axis is None else moved(self.nodes, part, total.axis)
-                total = BatchedValue(self.nodes(op, total.value, other.value), total.axis, total.rank)
+                total = BatchedValue(self.nodes.op(op, total.value, other.value), total.axis, total.rank)
         return total
 
     def _spread(
@@ -169,7 +167,7 @@ class ParallelForm:
             batched = moved(nodes, batched, 0)
             gone = [place + (batched.axis is not None) for place in range(batched.rank) if place not in kept]
             batched = BatchedValue(
-                nodes("Squeeze", batched.value, nodes.ints(*gone)), batched.axis, len(kept)
+                nodes.op("Squeeze", batched.value, nodes.ints(*gone)), batched.axis, len(kept)
             )
         if names != sorted(names):
             batched = moved(nodes, batched, 0)
@@ -189,11 +187,11 @@ class ParallelForm:
         return BatchedValue(nodes.unsqueezed(batched.value, places), at, len(axes))
 
 
-def _source(nodes: Nodes, boundary: ir.Node) -> BatchedValue:
+def _source(nodes: GraphBuilder, boundary: ir.Node) -> BatchedValue:
     """The sequence that an element is taken from, first step first."""
     value, axis = boundary.inputs[0], integer(boundary, "axis")
     if value is None or boundary.outputs[0].shape is None:
         raise RefusedError("a sequence of unknown shape")
     if integer(boundary, "backwards"):
-        value = nodes.flipped(value, axis)
+        value = flipped(nodes, value, axis)
     return BatchedValue(value, axis, len(boundary.outputs[0].shape))

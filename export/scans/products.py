@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 import onnx_ir as ir
 
-from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.scans.batched import size_of
 from moe_export.export.scans.loop_region import LoopRegion
+from moe_export.graph_builder import GraphBuilder
 
 _Shape = tuple[int | ir.SymbolicDim, ...]
 
 
-def small_products_first(graph: ir.Graph, loop: LoopRegion) -> None:
+def small_products_first(loop: LoopRegion) -> None:
     """Write each product of three or more factors again where another order computes less, in place."""
     dependent = loop.dependent()
     inside = {node for node in loop.body if _is_product(node) and node.outputs[0] not in dependent}
@@ -29,7 +29,12 @@ def small_products_first(graph: ir.Graph, loop: LoopRegion) -> None:
             continue
         factors = _factors(node, inside)
         if len(factors) > 2 and all(factor.shape is not None for factor in factors):
-            _write(Nodes(graph, node, f"product_{loop.number}_{node.outputs[0].name}"), node, factors, inside)
+            _write(
+                GraphBuilder.in_front_of(node, f"product_{loop.number}_{node.outputs[0].name}"),
+                node,
+                factors,
+                inside,
+            )
 
 
 def _is_product(node: ir.Node) -> bool:
@@ -48,7 +53,7 @@ def _factors(node: ir.Node, inside: set[ir.Node]) -> list[ir.Value]:
     return found
 
 
-def _write(nodes: Nodes, node: ir.Node, factors: Sequence[ir.Value], inside: set[ir.Node]) -> None:
+def _write(nodes: GraphBuilder, node: ir.Node, factors: Sequence[ir.Value], inside: set[ir.Node]) -> None:
     parts: list[tuple[ir.Value | tuple[int, int], _Shape]] = []
     parts = [(factor, tuple(factor.shape or ())) for factor in factors]
     order: list[tuple[int, int]] = []
@@ -68,7 +73,7 @@ def _write(nodes: Nodes, node: ir.Node, factors: Sequence[ir.Value], inside: set
         return
     values = list(factors)
     for (first, second), (_, shape) in zip(order, parts[len(factors) :], strict=True):
-        value = nodes("Mul", values[first], values[second])
+        value = nodes.op("Mul", values[first], values[second])
         value.shape = ir.Shape(shape)
         values.append(value)
     values[-1].shape, values[-1].type = node.outputs[0].shape, node.outputs[0].type

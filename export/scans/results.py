@@ -16,7 +16,6 @@ import onnx_ir as ir
 
 from moe_export.errors import RefusedError
 from moe_export.export.onnx.bodies import reads
-from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.scans.batched import (
     POINTWISE,
     REDUCTIONS,
@@ -28,6 +27,7 @@ from moe_export.export.scans.batched import (
 from moe_export.export.scans.loop_region import LoopRegion, new_element, read_region, with_elements
 from moe_export.export.scans.order import written_last
 from moe_export.export.sizes import same_dim
+from moe_export.graph_builder import GraphBuilder
 
 _FAR = 8  # nodes behind a result that are looked at
 
@@ -150,7 +150,7 @@ def _place(operand: ir.Value | None, from_end: int, value: ir.Value, axis: int) 
 
 
 def _take_in(graph: ir.Graph, loop: LoopRegion, number: int, chain: Sequence[_Behind]) -> None:
-    end, nodes = loop.end, Nodes(graph, loop.end, f"result_{loop.number}_{number}")
+    end, nodes = loop.end, GraphBuilder.in_front_of(loop.end, f"result_{loop.number}_{number}")
     boundaries: list[ir.Node] = []
     value = loop.collected[number]
     for behind in chain:
@@ -162,7 +162,7 @@ def _take_in(graph: ir.Graph, loop: LoopRegion, number: int, chain: Sequence[_Be
             inputs = [
                 value
                 if each is behind.value
-                else _operand(nodes, loop, number, behind, each, place, boundaries)
+                else _operand(graph, nodes, loop, number, behind, each, place, boundaries)
                 for each, place in zip(behind.node.inputs, behind.places, strict=False)
             ]
             (value,) = nodes.copy(behind.node, inputs)
@@ -183,7 +183,8 @@ def _take_in(graph: ir.Graph, loop: LoopRegion, number: int, chain: Sequence[_Be
 
 
 def _operand(
-    nodes: Nodes,
+    graph: ir.Graph,
+    nodes: GraphBuilder,
     loop: LoopRegion,
     number: int,
     behind: _Behind,
@@ -201,10 +202,10 @@ def _operand(
         return nodes.ints(*(each - (each > time) for each in axes))
     if place is not None:
         boundary = new_element(
-            nodes.graph, loop.end, value, place, loop=loop.number,
+            graph, loop.end, value, place, loop=loop.number,
             place=len(loop.elements) + len(boundaries), backwards=int(loop.backwards[number]),
         )  # fmt: skip
         boundaries.append(boundary)
         return boundary.outputs[0]
     at = rank_of(value) + behind.axis - rank_of(behind.output)
-    return value if at < 0 else nodes("Squeeze", value, nodes.ints(at))
+    return value if at < 0 else nodes.op("Squeeze", value, nodes.ints(at))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.onnx.nodes import Nodes
+from moe_export.graph_builder import GraphBuilder
 
 STEPS = 32  # of a chunk: the segments cost T^2 a step, the scan over chunks 1 / T
 
@@ -23,7 +23,9 @@ STEPS = 32  # of a chunk: the segments cost T^2 a step, the scan over chunks 1 /
 class Segments:
     """The decays of a chunk, each asked for written once. Logarithms: (c, g, t)."""
 
-    def __init__(self, nodes: Nodes, logarithms: ir.Value | None, dtype: ir.DataType, rank: int) -> None:
+    def __init__(
+        self, nodes: GraphBuilder, logarithms: ir.Value | None, dtype: ir.DataType, rank: int
+    ) -> None:
         self._nodes, self._logs, self._dtype, self._rank = nodes, logarithms, dtype, rank
         self._made: dict[Any, ir.Value] = {}
 
@@ -47,11 +49,12 @@ class Segments:
         r, t, s = np.ix_(place, place, place)
         inside = ((r > s) & (r <= t - (not new)) & seen[None]).reshape(STEPS, STEPS * STEPS)
         unseen = np.where(seen, 0, -np.inf).reshape(1, -1)
-        flat = nodes("Reshape", self._logs, nodes.ints(-1, STEPS))
-        sums = nodes("Gemm", flat, self._constant(inside), self._constant(unseen))
-        shape = nodes("Shape", self._logs)
-        shape.type = ir.TensorType(ir.DataType.INT64)
-        return nodes("Reshape", nodes("Exp", sums), nodes("Concat", shape, nodes.ints(STEPS), axis=0))
+        flat = nodes.op("Reshape", self._logs, nodes.ints(-1, STEPS))
+        sums = nodes.op("Gemm", flat, self._constant(inside), self._constant(unseen))
+        shape = nodes.op("Shape", self._logs)
+        return nodes.op(
+            "Reshape", nodes.op("Exp", sums), nodes.op("Concat", shape, nodes.ints(STEPS), axis=0)
+        )
 
     def since(self, new: bool) -> ir.Value:
         """From the start of the chunk to step t, or to the one before; (c, g, t)."""
@@ -62,14 +65,14 @@ class Segments:
         if ("within", True) in self._made:  # the last row
             if "to end" not in self._made:
                 row = self._nodes.scalar(STEPS - 1)
-                self._made["to end"] = self._nodes("Gather", self.within(True), row, axis=self._rank - 1)
+                self._made["to end"] = self._nodes.op("Gather", self.within(True), row, axis=self._rank - 1)
             return self._made["to end"]
         return self._exponential("to end", np.tril(np.ones((STEPS, STEPS)), -1))
 
     def whole(self) -> ir.Value:
         """From the start to the end; (c, g, 1, 1)."""
         if "whole" not in self._made:
-            product = self._nodes(
+            product = self._nodes.op(
                 "Gather", self.since(True), self._nodes.ints(STEPS - 1), axis=self._rank - 1
             )
             self._made["whole"] = self._nodes.unsqueezed(product, [self._rank])
@@ -79,7 +82,9 @@ class Segments:
         key = (name, ones.tobytes())
         if key not in self._made:
             assert self._logs is not None
-            self._made[key] = self._nodes("Exp", self._nodes("MatMul", self._logs, self._constant(ones)))
+            self._made[key] = self._nodes.op(
+                "Exp", self._nodes.op("MatMul", self._logs, self._constant(ones))
+            )
         return self._made[key]
 
     def _constant(self, array: np.ndarray[Any, Any]) -> ir.Value:

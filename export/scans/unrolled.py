@@ -18,13 +18,14 @@ from typing import Any
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
-from moe_export.export.onnx.nodes import Nodes
 from moe_export.export.recurrence.loop_body import DOMAIN, ELEMENT, END, STATE
-from moe_export.export.scans.batched import BatchedOverTime, BatchedValue, can, moved
+from moe_export.export.scans.batched import BatchedOverTime, BatchedValue, can, flipped, moved
+from moe_export.export.scans.filling import Filling
 from moe_export.export.scans.loop_region import LoopRegion, integer
+from moe_export.graph_builder import GraphBuilder
 
 
-def several_steps(graph: ir.Graph, loop: LoopRegion, steps: int) -> ir.Node:
+def several_steps(loop: LoopRegion, steps: int) -> ir.Node:
     """Write the loop again with several steps per iteration.
 
     Returns:
@@ -33,7 +34,7 @@ def several_steps(graph: ir.Graph, loop: LoopRegion, steps: int) -> ir.Node:
     Raises:
         RefusedError: An operator of the step has no form over time; the graph then computes what it did.
     """
-    return _Writer(graph, loop, steps).write()
+    return _Writer(loop, steps).write()
 
 
 def _way(loop: LoopRegion) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
@@ -52,12 +53,11 @@ def _way(loop: LoopRegion) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]
 
 
 class _Writer:
-    def __init__(self, graph: ir.Graph, loop: LoopRegion, steps: int) -> None:
+    def __init__(self, loop: LoopRegion, steps: int) -> None:
         if not loop.elements or not loop.states:
             raise RefusedError("a loop without sequences or states")
         self._loop, self._steps = loop, steps
-        self._graph = graph
-        self._nodes = Nodes(graph, loop.end, f"iterations_{loop.number}")
+        self._nodes = GraphBuilder.in_front_of(loop.end, f"iterations_{loop.number}")
         way, ahead, behind = _way(loop)
         if not all(can(node) for node in loop.body):
             raise RefusedError("an operator has no form over time")
@@ -74,9 +74,8 @@ class _Writer:
         nodes, loop = self._nodes, self._loop
         first = loop.elements[0]
         axis = integer(first, "axis")
-        self._length = nodes("Shape", first.inputs[0], start=axis, end=axis + 1)
-        self._length.type = ir.TensorType(ir.DataType.INT64)
-        self._filling = nodes("Mod", nodes("Neg", self._length), nodes.ints(self._steps))
+        self._length = nodes.op("Shape", first.inputs[0], start=axis, end=axis + 1)
+        self._filling = Filling(nodes, self._length, self._steps)
         elements = {boundary.outputs[0]: self._element(boundary) for boundary in loop.elements}
         at = min(one.axis or 0 for one in elements.values())
         states = [self._state(boundary, at) for boundary in loop.states]
@@ -104,25 +103,27 @@ class _Writer:
             raise RefusedError("a sequence of unknown shape")
         axis = integer(boundary, "axis")
         if integer(boundary, "backwards"):
-            source = nodes.flipped(source, axis)
+            source = flipped(nodes, source, axis)
         free = [place for place, size in enumerate(shape) if not isinstance(size, int)]
         at = max(axis, 1 + max(free, default=-1))
         batched = moved(nodes, BatchedValue(source, axis, len(shape)), at)
-        value = nodes.filled(batched.value, at, len(shape) + 1, self._filling)
+        value = self._filling.behind(batched.value, at, len(shape) + 1)
         sizes = [int(size) for size in shape[at:]]  # type: ignore[arg-type]
-        value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, self._steps, *sizes))
+        value = nodes.op("Reshape", value, nodes.ints(*[0] * at, -1, self._steps, *sizes))
         value = nodes.transposed(value, [at, *range(at), *range(at + 1, len(shape) + 2)])
         size: list[Any] = [*shape[:at], self._steps, *shape[at:]]
         return BatchedValue(self._boundary(ELEMENT, value, size, source.type), at, len(shape))
 
     def _boundary(self, kind: str, value: ir.Value, shape: Sequence[Any], dtype: Any) -> ir.Value:
-        numbers = {"loop": self._loop.number, "place": len(self._boundaries), "axis": 0, "backwards": 0}
-        node = ir.node(kind, [value], attributes=numbers, domain=DOMAIN)
-        output = node.outputs[0]
-        output.name = f"{self._nodes.prefix}_{kind.lower()}_{len(self._boundaries)}"
+        numbers: dict[str, Any] = {
+            "loop": self._loop.number,
+            "place": len(self._boundaries),
+            "axis": 0,
+            "backwards": 0,
+        }
+        output = self._nodes.op(kind, value, domain=DOMAIN, **numbers)
         output.shape, output.type = ir.Shape(shape), dtype
-        self._graph.insert_before(self._loop.end, node)
-        self._boundaries.append(node)
+        self._boundaries.append(self._nodes.nodes[-1])
         return output
 
     def _state(self, boundary: ir.Node, at: int) -> BatchedValue:
@@ -165,7 +166,7 @@ class _Writer:
             return batched
         if batched.value not in self._parts:
             sizes = self._nodes.ints(*[1] * self._steps)
-            parts = self._nodes.parts("Split", self._steps, batched.value, sizes, axis=batched.axis)
+            parts = self._nodes.many("Split", batched.value, sizes, outputs=self._steps, axis=batched.axis)
             self._parts[batched.value] = parts
         return BatchedValue(self._parts[batched.value][step], batched.axis, batched.rank)
 
@@ -176,7 +177,7 @@ class _Writer:
             raise RefusedError("a value on the way that is the same in each step")
         if key not in self._joined:
             values = [one.value for one in column]
-            self._joined[key] = self._nodes("Concat", *values, axis=column[0].axis)
+            self._joined[key] = self._nodes.op("Concat", *values, axis=column[0].axis)
         return BatchedValue(self._joined[key], column[0].axis, column[0].rank)
 
     def _last(self, column: Sequence[BatchedValue]) -> BatchedValue:
@@ -184,15 +185,15 @@ class _Writer:
         nodes = self._nodes
         if self._there is None:
             steps = nodes.scalar(self._steps)
-            starts = nodes("Range", nodes.scalar(0), nodes("Squeeze", self._length, nodes.ints(0)), steps)
-            here = nodes("Min", nodes("Sub", self._length, starts), steps)
-            places = nodes("Unsqueeze", nodes("Sub", here, nodes.scalar(1)), nodes.ints(1))
-            for value in (starts, here, places):
-                value.type = ir.TensorType(ir.DataType.INT64)
+            starts = nodes.op(
+                "Range", nodes.scalar(0), nodes.op("Squeeze", self._length, nodes.ints(0)), steps
+            )
+            here = nodes.op("Min", nodes.op("Sub", self._length, starts), steps)
+            places = nodes.op("Unsqueeze", nodes.op("Sub", here, nodes.scalar(1)), nodes.ints(1))
             self._there = self._boundary(ELEMENT, places, [1], places.type)
         joined = self._column(column)
         return BatchedValue(
-            nodes("Gather", joined.value, self._there, axis=joined.axis), joined.axis, joined.rank
+            nodes.op("Gather", joined.value, self._there, axis=joined.axis), joined.axis, joined.rank
         )
 
     # Out of the iteration
@@ -221,14 +222,13 @@ class _Writer:
             "axes": [0] * max(1, len(collected)), "backwards": [0] * max(1, len(collected)),
         }  # fmt: skip
         results = [*(one.value for one in last), *(value for value, _ in collected)]
-        end = ir.node(END, [*inputs, *results], attributes=numbers, domain=DOMAIN, num_outputs=len(results))
-        end.metadata_props.update(loop.end.metadata_props)
-        self._graph.insert_before(loop.end, end)
-        for number, (old, new) in enumerate(zip(loop.end.outputs, end.outputs, strict=True)):
-            new.name, new.type = f"{nodes.prefix}_result_{number}", old.type
+        given = nodes.many(END, *inputs, *results, outputs=len(results), domain=DOMAIN, **numbers)
+        end = nodes.nodes[-1]
+        for number, (old, new) in enumerate(zip(loop.end.outputs, given, strict=True)):
+            new.type = old.type
             if number < len(states):
                 new.shape = boundaries[number].outputs[0].shape
-                result = nodes("Squeeze", new, nodes.ints(states[number].axis or 0))
+                result = nodes.op("Squeeze", new, nodes.ints(states[number].axis or 0))
             else:
                 result = self._unrolled(new, number - len(states), collected[number - len(states)][1])
             result.shape, result.type = old.shape, old.type
@@ -243,11 +243,11 @@ class _Writer:
         rank = len(shape)
         value = nodes.transposed(value, [*range(1, at + 1), 0, *range(at + 1, rank + 2)])
         sizes = [int(size) for size in shape[at:]]  # type: ignore[arg-type]
-        value = nodes("Reshape", value, nodes.ints(*[0] * at, -1, *sizes))
-        value = nodes("Slice", value, nodes.ints(0), self._length, nodes.ints(at))
+        value = nodes.op("Reshape", value, nodes.ints(*[0] * at, -1, *sizes))
+        value = nodes.op("Slice", value, nodes.ints(0), self._length, nodes.ints(at))
         axis = loop.axes[place]
         value = moved(nodes, BatchedValue(value, at, rank), axis).value
-        return nodes.flipped(value, axis) if loop.backwards[place] else value
+        return flipped(nodes, value, axis) if loop.backwards[place] else value
 
 
 def _is_used(end: ir.Node, place: int) -> bool:

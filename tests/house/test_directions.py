@@ -16,9 +16,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "models": set(),
-    "einsum_rewrite": {"errors"},
+    "einsum_rewrite": {"errors", "graph_builder"},
     "verify": {"errors", "domain", "external_data", "float64", "own_files"},
-    "export": {"errors", "disk", "domain", "external_data", "float64", "own_files", "einsum_rewrite"},
+    "export": {
+        "errors",
+        "disk",
+        "domain",
+        "external_data",
+        "float64",
+        "graph_builder",
+        "own_files",
+        "einsum_rewrite",
+    },
 }
 BELOW = {
     "models",
@@ -30,6 +39,7 @@ BELOW = {
     "domain",
     "external_data",
     "float64",
+    "graph_builder",
     "own_files",
     "backends",
     "options",

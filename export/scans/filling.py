@@ -1,0 +1,34 @@
+"""`Filling`: zeros behind the last step, up to a whole number of chunks or of iterations.
+
+length 70, chunks of 32    →    26 steps of zeros behind
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from moe_export.graph_builder import GraphBuilder
+
+
+class Filling:
+    """How many steps are lacking, and values with as many more.
+
+    Args:
+        nodes: Where nodes are written.
+        length: How many steps there are; int64, (1,).
+        steps: Of a chunk.
+    """
+
+    def __init__(self, nodes: GraphBuilder, length: ir.Value, steps: int) -> None:
+        self._nodes = nodes
+        self._lacking = nodes.op("Mod", nodes.op("Neg", length), nodes.ints(steps))
+        self._pads: dict[tuple[int, int], ir.Value] = {}
+
+    def behind(self, value: ir.Value, axis: int, rank: int) -> ir.Value:
+        """A value of this rank with the zeros behind it, along an axis."""
+        nodes, key = self._nodes, (axis, rank)
+        if key not in self._pads:
+            ahead, behind = [0] * (rank + axis), [0] * (rank - 1 - axis)
+            parts = [nodes.ints(*ahead), self._lacking, *([nodes.ints(*behind)] if behind else [])]
+            self._pads[key] = nodes.op("Concat", *parts, axis=0)
+        return nodes.op("Pad", value, self._pads[key])
