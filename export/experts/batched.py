@@ -1,7 +1,7 @@
 """Expand an outlined MoE block with the experts as a batch axis: `dense`, `gather` and `blocks`.
 
 These take a body for B experts at once: pairs (B, R), weights (B, ...) → rows (B, R, H). None of their shapes depends
-on the data, and none needs NonZero, TopK or a scatter with a reduction. Letters as in `experts/builder`.
+on the data, and none needs NonZero, TopK or a scatter with a reduction. Letters as in `experts/sorting`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.export.experts.body_parts import SLOT, PartsBuilder
-from moe_export.export.experts.builder import Builder, apart, combine, count_by_expert, every_pair, with_lead
 from moe_export.export.experts.one_at_a_time import Opaque, combine_in_order
+from moe_export.export.experts.sorting import apart, combine, count_by_expert, every_pair, with_lead
 from moe_export.export.experts.weights import ExpertWeights
+from moe_export.graph_builder import GraphBuilder
 
 ROWS = 8
 """The fewest rows of a block: fewer would gather more weights than a small batch of tokens can pay for."""
@@ -25,15 +26,15 @@ _BROADCASTS = {
 """Operators that take a first axis of size 1 for one of any size."""
 
 
-def dense(w: Builder, block: Opaque) -> ir.Value:
+def dense(w: GraphBuilder, block: Opaque) -> ir.Value:
     """Every expert computes every token, and a mask picks: E / k times the work, in one matrix product a layer."""
     parts = block.batched()
-    builder = PartsBuilder(w, parts, block.indices, block.shared, block.metadata)
+    builder = PartsBuilder(w, parts, block.indices, block.shared)
     ready = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, builder)
     # A token may have an expert twice, or none: a row is a pair then.
     by_pair = block.valid is not None or (block.slots > 1 and not _distinct(block.indices))
     choices = w.op("Reshape", block.indices, w.ints(1, -1, 1 if by_pair else block.slots))
-    every_expert = w.constant(np.arange(block.count), f"{w.prefix}.experts")
+    every_expert = w.constant(np.arange(block.count), "experts")
     hot = w.op(
         "Cast", w.op("Equal", choices, w.op("Reshape", every_expert, w.ints(-1, 1, 1))), to=ir.DataType.INT32
     )
@@ -66,10 +67,10 @@ def _distinct(indices: ir.Value) -> bool:
     return producer is not None and producer.op_type == "TopK"
 
 
-def gather(w: Builder, block: Opaque) -> ir.Value:
+def gather(w: GraphBuilder, block: Opaque) -> ir.Value:
     """Each pair gathers its expert's weights: no sorting, for a token or two."""
     parts = block.batched()
-    builder = PartsBuilder(w, parts, block.indices, block.shared, block.metadata)
+    builder = PartsBuilder(w, parts, block.indices, block.shared)
     flat = w.op("Reshape", block.indices, w.ints(-1))
     stacks = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, builder)
     ready = [w.op("Gather", stack, flat, axis=0) for stack in stacks]
@@ -82,7 +83,7 @@ def gather(w: Builder, block: Opaque) -> ir.Value:
     )
 
 
-def blocks(w: Builder, block: Opaque) -> ir.Value:
+def blocks(w: GraphBuilder, block: Opaque) -> ir.Value:
     """Pairs sorted by expert into blocks of T rows, no block with two experts; each gathers its expert's weights.
 
     T = max(ROWS, ceil(S / E)), so that, whatever the routing, min(S, E) + (S - min(S, E)) / ROWS blocks are enough,
@@ -90,7 +91,7 @@ def blocks(w: Builder, block: Opaque) -> ir.Value:
     bounds B and T apart finds B T <= 2 S + 2 E ROWS.
     """
     parts = block.batched()
-    builder = PartsBuilder(w, parts, block.indices, block.shared, block.metadata)
+    builder = PartsBuilder(w, parts, block.indices, block.shared)
     counted = count_by_expert(w, block.indices, block.count)
     size = w.op("Size", counted.flat)
     experts, one = w.scalar(block.count), w.scalar(1)
@@ -117,7 +118,7 @@ def blocks(w: Builder, block: Opaque) -> ir.Value:
     return combine_in_order(w, block, builder, joined, positions, (1, -1))
 
 
-def _expert_of_block(w: Builder, number: ir.Value, ends: ir.Value, count: int) -> ir.Value:
+def _expert_of_block(w: GraphBuilder, number: ir.Value, ends: ir.Value, count: int) -> ir.Value:
     """(B,): as many experts stand before a block as end before it; blocks that nobody needs take the last."""
     every = w.op("Unsqueeze", w.op("Range", w.scalar(0), number, w.scalar(1)), w.ints(1))
     passed = w.op("Cast", w.op("LessOrEqual", ends, every), to=ir.DataType.INT32)
@@ -125,7 +126,7 @@ def _expert_of_block(w: Builder, number: ir.Value, ends: ir.Value, count: int) -
     return w.op("Min", expert, w.scalar(count - 1), name="expert")
 
 
-def _joined(w: Builder, value: ir.Value, inner: ir.Value) -> ir.Value:
+def _joined(w: GraphBuilder, value: ir.Value, inner: ir.Value) -> ir.Value:
     """(B, R, ...) → (B * R, ...)."""
     assert inner.shape is not None
     return with_lead(w, value, (-1,), [size if isinstance(size, int) else None for size in inner.shape[2:]])

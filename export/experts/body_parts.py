@@ -14,12 +14,18 @@ content (a `Shape`) is computed where it is used.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.experts.builder import Builder, with_lead, write_nodes
+from moe_export.errors import NotExportableError
+from moe_export.export.experts.sorting import with_lead
+from moe_export.graph_builder import GraphBuilder
+
+_FEW = 8  # numbers of a constant that is shared with all that read the same
 
 TOKEN, SLOT, EXPERT = 0, 1, 2
 """Positions of a body's inputs; shared values and weights come behind."""
@@ -192,51 +198,44 @@ class PartsBuilder:
         parts: The body.
         indices: (N, k) or (N,): the chosen experts.
         shared: The graph's values for the body's shared inputs.
-        metadata: For the nodes that are written.
     """
 
     def __init__(
-        self,
-        w: Builder,
-        parts: BodyParts,
-        indices: ir.Value,
-        shared: Sequence[ir.Value],
-        metadata: Mapping[str, str],
+        self, w: GraphBuilder, parts: BodyParts, indices: ir.Value, shared: Sequence[ir.Value]
     ) -> None:
         self._parts = parts
         self._indices = indices
-        self._metadata = metadata
         self._known = dict(zip(parts.shared, shared, strict=True))
         for value in parts.body.initializers.values():
-            self._known[value] = w.copied(value)
-        self._write(w, parts.common, self._known)
+            self._known[value] = _copied(w, value)
+        _write_nodes(w, parts.common, self._known)
 
-    def prepared(self, w: Builder, weights: Sequence[ir.Value]) -> list[ir.Value]:
+    def prepared(self, w: GraphBuilder, weights: Sequence[ir.Value]) -> list[ir.Value]:
         """Weights of the body, or stacks of them for a body with a batch axis → as the core takes them."""
         known = {**self._known, **dict(zip(self._parts.weights, weights, strict=True))}
-        self._write(w, self._parts.prepared, known)
+        _write_nodes(w, self._parts.prepared, known)
         return [known[value] for value in self._parts.ready]
 
-    def prologue(self, w: Builder, token: ir.Value, slot: ir.Value) -> list[ir.Value]:
+    def prologue(self, w: GraphBuilder, token: ir.Value, slot: ir.Value) -> list[ir.Value]:
         """The row values that the core takes, for the given pairs."""
         known = self._with_rows(token, slot)
-        self._write(w, _needed(self._parts.prologue, self._parts.entering), known)
+        _write_nodes(w, _needed(self._parts.prologue, self._parts.entering), known)
         return [known[value] for value in self._parts.entering]
 
     def core(
-        self, w: Builder, entering: Sequence[ir.Value], expert: ir.Value, ready: Sequence[ir.Value]
+        self, w: GraphBuilder, entering: Sequence[ir.Value], expert: ir.Value, ready: Sequence[ir.Value]
     ) -> list[ir.Value]:
         """What the expert makes of the row values."""
         known = dict(self._known)
         known.update(zip(self._parts.entering, entering, strict=True))
         known.update(zip(self._parts.ready, ready, strict=True))
         known[self._parts.body.inputs[EXPERT]] = expert
-        self._write(w, self._parts.core, known)
+        _write_nodes(w, self._parts.core, known)
         return [known[value] for value in self._parts.leaving]
 
     def epilogue(
         self,
-        w: Builder,
+        w: GraphBuilder,
         leaving: Sequence[ir.Value],
         token: ir.Value,
         slot: ir.Value,
@@ -261,8 +260,8 @@ class PartsBuilder:
             if source is not None and source.shape is not None and self._picks_by_pair(node, source):
                 rest = [size if isinstance(size, int) else None for size in source.shape[2:]]
                 known[node.outputs[0]] = with_lead(w, source, lead or (), rest)
-        self._write(w, [node for node in needed if node.outputs[0] not in known], known)
-        self._write(w, self._parts.epilogue, known)
+        _write_nodes(w, [node for node in needed if node.outputs[0] not in known], known)
+        _write_nodes(w, self._parts.epilogue, known)
         return known[self._parts.body.outputs[0]]
 
     def _picks_by_pair(self, node: ir.Node, source: ir.Value) -> bool:
@@ -280,9 +279,38 @@ class PartsBuilder:
         inputs = self._parts.body.inputs
         return {**self._known, inputs[TOKEN]: token, inputs[SLOT]: slot}
 
-    def _write(self, w: Builder, nodes: Iterable[ir.Node], known: dict[ir.Value, ir.Value]) -> None:
-        write_nodes(w, nodes, known, self._metadata)
-
 
 def _needed(nodes: Sequence[ir.Node], values: Iterable[ir.Value]) -> list[ir.Node]:
     return list(reversed(_above(nodes, values)))
+
+
+def _copied(w: GraphBuilder, value: ir.Value) -> ir.Value:
+    """A constant of another graph, in this one."""
+    assert value.const_value is not None
+    array = value.const_value.numpy()
+    few = array.dtype == np.int64 and array.ndim == 1 and array.size <= _FEW
+    return w.constant(array, None if few else value.name)
+
+
+def _write_nodes(w: GraphBuilder, nodes: Iterable[ir.Node], known: dict[ir.Value, ir.Value]) -> None:
+    """Write nodes of another graph once more.
+
+    Args:
+        w: Where to write.
+        nodes: In order.
+        known: Values of the other graph → values of this one; what the nodes give is added.
+
+    Raises:
+        NotExportableError: A node holds a graph of its own.
+    """
+    for node in nodes:
+        if any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values()):
+            raise NotExportableError(f"an expert holds control flow of its own ({node.op_type})")
+        made = w.many(
+            node.op_type,
+            *(known[value] if value is not None else None for value in node.inputs),
+            outputs=len(node.outputs),
+            domain=node.domain,
+            **dict[str, Any](node.attributes),
+        )
+        known.update(zip(node.outputs, made, strict=True))

@@ -8,15 +8,15 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from moe_export.export.experts.batched import blocks, dense, gather
-from moe_export.export.experts.builder import Builder
 from moe_export.export.experts.contrib import contrib
 from moe_export.export.experts.one_at_a_time import Opaque, loop, slices
 from moe_export.export.experts.trt_moe import trt_moe
+from moe_export.graph_builder import GraphBuilder
 
 Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-sm100"]
 TARGETS: tuple[str, ...] = get_args(Target)
 
-LOWERINGS: dict[str, Callable[[Builder, Opaque], ir.Value]] = {
+LOWERINGS: dict[str, Callable[[GraphBuilder, Opaque], ir.Value]] = {
     "dense": dense,
     "slices": slices,
     "blocks": blocks,

@@ -23,9 +23,9 @@ from torch import fx
 
 from moe_export.errors import NotExportableError
 from moe_export.export.experts.body import Experts
-from moe_export.export.experts.builder import Builder
 from moe_export.export.experts.one_at_a_time import Opaque
 from moe_export.export.experts.weights import ExpertWeights
+from moe_export.graph_builder import GraphBuilder
 
 _aten = torch.ops.aten
 _ACTIVATIONS = {_aten.relu.default: "relu", _aten.silu.default: "silu", _aten.gelu.default: "gelu"}
@@ -159,7 +159,7 @@ class _Reader:
         ]
 
 
-def contrib(w: Builder, block: Opaque) -> ir.Value:
+def contrib(w: GraphBuilder, block: Opaque) -> ir.Value:
     """One `com.microsoft.MoE`."""
     form = read_feed_forward(block.meaning)
     if block.valid is not None:
@@ -173,9 +173,9 @@ def contrib(w: Builder, block: Opaque) -> ir.Value:
     first = stacks[form.first]
     if form.gated is not None:  # the CPU kernel takes rows of gate and value in turns
         first = np.stack([first, stacks[form.gated]], axis=2).reshape(block.count, -1, first.shape[-1])
-    matrices = [w.constant(first, f"{w.prefix}.fc1"), _optional(w, stacks, form.first_bias, "fc1_bias")]
+    matrices = [w.constant(first, "fc1"), _optional(w, stacks, form.first_bias, "fc1_bias")]
     matrices += [
-        w.constant(stacks[form.second], f"{w.prefix}.fc2"),
+        w.constant(stacks[form.second], "fc2"),
         _optional(w, stacks, form.second_bias, "fc2_bias"),
     ]
     tokens = block.shared[form.tokens - 3]
@@ -183,13 +183,13 @@ def contrib(w: Builder, block: Opaque) -> ir.Value:
     number = w.op("Shape", indices, start=0, end=1)
     size = w.op("Concat", number, w.ints(block.count), axis=0)
     dtype = tokens.dtype or ir.DataType.FLOAT
-    low = w.op("Expand", w.constant(np.array(_UNCHOSEN, dtype.numpy()), f"{w.prefix}.unchosen"), size)
+    low = w.op("Expand", w.constant(np.array(_UNCHOSEN, dtype.numpy()), "unchosen"), size)
     if form.scores is None:
-        one = w.constant(np.array(1, dtype.numpy()), f"{w.prefix}.one")
+        one = w.constant(np.array(1, dtype.numpy()), "one")
         scores = w.op("Expand", one, w.op("Shape", indices))
     else:
         scores = w.op("Reshape", block.shared[form.scores - 3], w.ints(-1, block.slots))
-    least = w.constant(np.array(_LEAST, dtype.numpy()), f"{w.prefix}.least")
+    least = w.constant(np.array(_LEAST, dtype.numpy()), "least")
     logits = w.op(
         "ScatterElements", low, indices, w.op("Log", w.op("Max", scores, least)), axis=1, name="logits"
     )
@@ -206,6 +206,6 @@ def contrib(w: Builder, block: Opaque) -> ir.Value:
 
 
 def _optional(
-    w: Builder, stacks: Mapping[int, np.ndarray], position: int | None, name: str
+    w: GraphBuilder, stacks: Mapping[int, np.ndarray], position: int | None, name: str
 ) -> ir.Value | None:
-    return None if position is None else w.constant(stacks[position], f"{w.prefix}.{name}")
+    return None if position is None else w.constant(stacks[position], name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Sequence
 
 import onnx_ir as ir
@@ -17,7 +16,6 @@ from moe_export.export.axes.chosen import names_experts
 from moe_export.export.experts import contrib
 from moe_export.export.experts.batch import trace_batched
 from moe_export.export.experts.body_parts import BodyParts, split_body
-from moe_export.export.experts.builder import Builder
 from moe_export.export.experts.choose import LOWERINGS, choose, instead
 from moe_export.export.experts.one_at_a_time import Opaque, guarded
 from moe_export.export.experts.outline import DOMAIN, NUMBER, OPERATOR, Block
@@ -30,8 +28,9 @@ from moe_export.export.onnx.reshapes import settle_axes, settle_reshapes
 from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import fixes_size
 from moe_export.export.tracing.trace import quiet
+from moe_export.graph_builder import GraphBuilder
 
-Write = Callable[[Builder, str, Opaque], ir.Value]
+Write = Callable[[GraphBuilder, str, Opaque], ir.Value]
 """Writes a block in the form of a name; the result."""
 
 
@@ -62,11 +61,11 @@ def expand_experts(
     notes = []
     bodies = bodies or Bodies()
     for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]:
-        number = node.attributes[NUMBER].as_int()
-        block = blocks[number]
+        block = blocks[node.attributes[NUMBER].as_int()]
         name, reason = choose(choice, block.experts.count, target), ""
         opaque = _opaque(node, block, model, bodies)
-        builder, form = Builder(model.graph, f"experts_{number}"), write or _write
+        mark_block(node, "experts", module_of(block))
+        builder, form = _builder(model, node), write or _write
         try:
             result = form(builder, name, opaque)
         except NotExportableError as error:
@@ -74,10 +73,7 @@ def expand_experts(
                 raise NotExportableError(
                     error.what, where=error.where or block.experts.line, hint=error.hint
                 ) from error
-            builder, result, name, reason = _simpler(model, number, opaque, name, error, form)
-        for made in builder.nodes:
-            made.metadata_props.update(node.metadata_props)
-            mark_block(made, "experts", module_of(block))
+            builder, result, name, reason = _simpler(model, node, opaque, name, error, form)
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_nodes_and_values(
             model.graph, node, [node], builder.nodes, node.outputs, [result]
@@ -95,8 +91,8 @@ def expand_experts(
 
 
 def _simpler(
-    model: ir.Model, number: int, block: Opaque, name: str, error: NotExportableError, write: Write
-) -> tuple[Builder, ir.Value, str, str]:
+    model: ir.Model, node: ir.Node, block: Opaque, name: str, error: NotExportableError, write: Write
+) -> tuple[GraphBuilder, ir.Value, str, str]:
     """A block in the next simpler form that can write it: its nodes, result, form, and why no other."""
     reason = ""
     while True:
@@ -104,11 +100,15 @@ def _simpler(
         simpler = instead(name, block.count)
         if simpler == name:
             raise error
-        builder, name = Builder(model.graph, f"experts_{number}"), simpler
+        builder, name = _builder(model, node), simpler
         try:
             return builder, write(builder, name, block), name, reason
         except NotExportableError as another:
             error = another
+
+
+def _builder(model: ir.Model, node: ir.Node) -> GraphBuilder:
+    return GraphBuilder(model.graph, f"experts_{node.attributes[NUMBER].as_int()}", node)
 
 
 def module_of(block: Block) -> str:
@@ -118,7 +118,7 @@ def module_of(block: Block) -> str:
     return both[-1] if both else ""
 
 
-def _write(builder: Builder, name: str, block: Opaque) -> ir.Value:
+def _write(builder: GraphBuilder, name: str, block: Opaque) -> ir.Value:
     if not names_experts(block.meaning.indices, block.count):
         block = guarded(builder, block)
     return LOWERINGS[name](builder, block)
@@ -202,5 +202,4 @@ def _opaque(node: ir.Node, block: Block, model: ir.Model, bodies: Bodies) -> Opa
         hidden=[size if isinstance(size, int) else None for size in result.shape[1:]],
         opset=opset,
         meaning=experts,
-        metadata=copy.copy(node.metadata_props),
     )

@@ -1,13 +1,13 @@
 """Expand an outlined MoE block one expert at a time: `slices` and `loop`.
 
 See docs/experts.md for the forms and when each is chosen; `experts/batched` has the others.
-Letters as in `experts/builder`.
+Letters as in `experts/sorting`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,9 +15,8 @@ import onnx_ir as ir
 
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.body_parts import BodyParts, PartsBuilder
-from moe_export.export.experts.builder import (
+from moe_export.export.experts.sorting import (
     INT64,
-    Builder,
     Sorted,
     apart,
     combine,
@@ -26,6 +25,7 @@ from moe_export.export.experts.builder import (
     sort_by_expert,
 )
 from moe_export.export.experts.weights import ExpertWeights, Weight
+from moe_export.graph_builder import GraphBuilder
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,10 @@ class Opaque:
     hidden: Sequence[int | None]
     opset: int
     meaning: Experts
-    metadata: Mapping[str, str]
     valid: ir.Value | None = None
 
 
-def guarded(w: Builder, block: Opaque) -> Opaque:
+def guarded(w: GraphBuilder, block: Opaque) -> Opaque:
     """The block with indices that are all in range, and a mark for the pairs that count.
 
     A pair of no expert adds nothing, as in a loop over experts that none of them takes.
@@ -77,24 +76,24 @@ def guarded(w: Builder, block: Opaque) -> Opaque:
     return dataclasses.replace(block, indices=safe, valid=valid)
 
 
-Lowering = Callable[[Builder, Opaque], ir.Value]
+Lowering = Callable[[GraphBuilder, Opaque], ir.Value]
 
 
-def slices(w: Builder, block: Opaque) -> ir.Value:
+def slices(w: GraphBuilder, block: Opaque) -> ir.Value:
     """One part of the sorted pairs an expert; each with weights of its own, that are copied nowhere."""
     return _sorted(w, block, slices_of)
 
 
-def _sorted(w: Builder, block: Opaque, way: Callable[..., list[ir.Value]]) -> ir.Value:
+def _sorted(w: GraphBuilder, block: Opaque, way: Callable[..., list[ir.Value]]) -> ir.Value:
     """The pairs sorted by expert, what `slices_of` or `loop_of` makes of them, put back in their places."""
     pairs = sort_by_expert(w, block.indices, block.count, block.slots)
-    builder = PartsBuilder(w, block.parts, block.indices, block.shared, block.metadata)
+    builder = PartsBuilder(w, block.parts, block.indices, block.shared)
     rows = way(w, block, builder, builder.prologue(w, pairs.token, pairs.slot), pairs)
     return combine_in_order(w, block, builder, rows, pairs.positions)
 
 
 def slices_of(
-    w: Builder,
+    w: GraphBuilder,
     block: Opaque,
     builder: PartsBuilder,
     entering: Sequence[ir.Value],
@@ -123,7 +122,7 @@ def slices_of(
 
 
 def combine_in_order(
-    w: Builder,
+    w: GraphBuilder,
     block: Opaque,
     builder: PartsBuilder,
     rows: Sequence[ir.Value],
@@ -149,13 +148,13 @@ def combine_in_order(
     return combine(w, builder.epilogue(w, back, token, slot, lead), block.slots, block.hidden, block.valid)
 
 
-def loop(w: Builder, block: Opaque) -> ir.Value:
+def loop(w: GraphBuilder, block: Opaque) -> ir.Value:
     """A `Loop` over the experts that were hit; each iteration takes its weights from the stack."""
     return _sorted(w, block, loop_of)
 
 
 def loop_of(
-    w: Builder,
+    w: GraphBuilder,
     block: Opaque,
     builder: PartsBuilder,
     entering: Sequence[ir.Value],
@@ -165,7 +164,7 @@ def loop_of(
     """The same as `slices_of`, one iteration per expert that has rows."""
     weights = ExpertWeights(w, block.weights, block.count, block.opset)
     stacks = weights.stacked(block.parts)
-    called = None if numbers is None else w.constant(np.array(numbers, dtype=np.int64), f"{w.prefix}.numbers")
+    called = None if numbers is None else w.constant(np.array(numbers, dtype=np.int64), "numbers")
     hits = w.op("Squeeze", w.op("NonZero", pairs.counts), w.ints(0), name="hits")
     iteration = Iteration(w.inner("iteration"), block.parts.leaving)
     inner = iteration.builder
@@ -179,13 +178,13 @@ def loop_of(
     ready = ready if weights.known else builder.prepared(inner, ready)
     number = expert if called is None else inner.op("Gather", called, expert)
     body = iteration.graph(builder.core(inner, mine, inner.op("Unsqueeze", number, w.ints(0)), ready))
-    always = w.constant(np.array(True), f"{w.prefix}.true")
+    always = w.constant(np.array(True), "true")
     starts = [no_rows(w, value, pairs.token) for value in block.parts.leaving]
     parts = w.many("Loop", w.op("Size", hits), always, *starts, outputs=len(starts), body=body)
     return [w.op("ConcatFromSequence", value, axis=0) for value in parts]
 
 
-def no_rows(w: Builder, value: ir.Value, pairs: ir.Value) -> ir.Value:
+def no_rows(w: GraphBuilder, value: ir.Value, pairs: ir.Value) -> ir.Value:
     """A sequence that starts with no rows: there may be no token at all.
 
     The rows are cut out of a value (S,) that is only known at run time: what is constant would be folded, and
@@ -203,7 +202,7 @@ def no_rows(w: Builder, value: ir.Value, pairs: ir.Value) -> ir.Value:
 class Iteration:
     """The body of a `Loop` that puts the rows of one expert behind those of the experts before it."""
 
-    def __init__(self, builder: Builder, leaving: Sequence[ir.Value]) -> None:
+    def __init__(self, builder: GraphBuilder, leaving: Sequence[ir.Value]) -> None:
         name = builder.prefix
         self.builder = builder
         self.number = ir.Value(name=f"{name}.number", type=ir.TensorType(INT64), shape=ir.Shape(()))

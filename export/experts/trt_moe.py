@@ -21,10 +21,10 @@ import onnx.parser
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
-from moe_export.export.experts.builder import Builder
 from moe_export.export.experts.contrib import FeedForward, read_feed_forward
 from moe_export.export.experts.one_at_a_time import Opaque
 from moe_export.export.experts.weights import ExpertWeights
+from moe_export.graph_builder import GraphBuilder
 
 DOMAIN, OPERATOR = "trt", "TRT_MoE"
 SILU = 1
@@ -70,7 +70,7 @@ TRT_MoE <activation_type> (hidden, experts, scores, gate, up, down) => (mixed)
 """
 
 
-def trt_moe(w: Builder, block: Opaque) -> ir.Value:
+def trt_moe(w: GraphBuilder, block: Opaque) -> ir.Value:
     """One `TRT_MoE`.
 
     Raises:
@@ -80,13 +80,13 @@ def trt_moe(w: Builder, block: Opaque) -> ir.Value:
     arrays = ExpertWeights(w, block.weights, block.count, block.opset).stacks()
     stacks = dict(enumerate(arrays, 3 + len(block.shared)))
     gate, up, down = (
-        w.constant(np.ascontiguousarray(stacks[place].transpose(0, 2, 1)), f"{w.prefix}.{name}")
+        w.constant(np.ascontiguousarray(stacks[place].transpose(0, 2, 1)), name)
         for place, name in ((form.first, "gate"), (gated, "up"), (form.second, "down"))
     )
     tokens = block.shared[form.tokens - 3]
     chosen = w.op("Reshape", block.indices, w.ints(1, -1, block.slots))
     if form.scores is None:
-        one = w.constant(np.array(1, (tokens.dtype or ir.DataType.FLOAT).numpy()), f"{w.prefix}.one")
+        one = w.constant(np.array(1, (tokens.dtype or ir.DataType.FLOAT).numpy()), "one")
         scores = w.op("Expand", one, w.op("Shape", chosen))
     else:
         scores = w.op("Reshape", block.shared[form.scores - 3], w.ints(1, -1, block.slots))

@@ -14,9 +14,17 @@ import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
 from moe_export.export.experts.body_parts import BodyParts, PartsBuilder
-from moe_export.export.experts.builder import Builder
-from moe_export.export.onnx.recipe_steps import Known, follow, known_tensor, realised, row_of, stacked
+from moe_export.export.onnx.recipe_steps import (
+    Known,
+    as_tensor,
+    follow,
+    known_tensor,
+    realised,
+    row_of,
+    stacked,
+)
 from moe_export.export.weights.recipe import Recipe
+from moe_export.graph_builder import GraphBuilder
 
 Weight = Sequence[ir.Value] | ir.Value
 """E tensors, or one stack (E, ...) of them."""
@@ -35,7 +43,7 @@ class ExpertWeights:
         opset: Of the graph.
     """
 
-    def __init__(self, w: Builder, weights: Sequence[Weight], count: int, opset: int) -> None:
+    def __init__(self, w: GraphBuilder, weights: Sequence[Weight], count: int, opset: int) -> None:
         self._w = w
         self._weights = weights
         self._count = count
@@ -81,7 +89,7 @@ class ExpertWeights:
             ):
                 found.append(weight[expert])  # the model's own, under its own name
             else:
-                found.append(self._w.constant(array, f"{self._w.prefix}.{expert}.{value.name}"))
+                found.append(self._w.constant(as_tensor(array), f"{expert}.{value.name}"))
         return found
 
     def stacked(self, parts: BodyParts) -> list[ir.Value]:
@@ -94,7 +102,7 @@ class ExpertWeights:
             return [self._stack(weight) for weight in self._weights]
         columns = zip(*(self._prepared(parts, expert) for expert in range(self._count)), strict=True)
         return [
-            self._w.constant(stacked(column), f"{self._w.prefix}.{value.name}")
+            self._w.constant(as_tensor(stacked(column)), value.name)
             for value, column in zip(parts.ready, columns, strict=True)
         ]
 
@@ -105,7 +113,7 @@ class ExpertWeights:
         values = dict(zip(parts.weights, self._stacks(), strict=True))
         found = follow(parts.prepared, {**_constants(parts.body), **values}, parts.ready, self._opset)
         return [
-            self._w.constant(array, f"{self._w.prefix}.{value.name}")
+            self._w.constant(as_tensor(array), value.name)
             for value, array in zip(parts.ready, found, strict=True)
         ]
 

@@ -39,6 +39,11 @@ def known_tensor(tensor: ir.TensorProtocol) -> Known:
     return tensor.recipe if isinstance(tensor, RecipeTensor) else tensor.numpy()
 
 
+def as_tensor(known: Known) -> ir.TensorProtocol:
+    """A weight as the tensor of a constant."""
+    return RecipeTensor(known) if isinstance(known, Recipe) else ir.tensor(known)
+
+
 def row_of(known: Known, index: int) -> Known:
     """One row of the first axis, without that axis."""
     if not isinstance(known, Recipe):

@@ -16,14 +16,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
 from moe_export.export.experts.body_parts import EXPERT, BodyParts, PartsBuilder
-from moe_export.export.experts.builder import Builder, Sorted, known_sizes, sort_by_expert
 from moe_export.export.experts.one_at_a_time import Opaque, combine_in_order
+from moe_export.export.experts.sorting import Sorted, known_sizes, sort_by_expert
 from moe_export.export.experts.weights import ExpertWeights
 from moe_export.export.parallel.partial_sum import (
     DOMAIN,
@@ -35,6 +36,7 @@ from moe_export.export.parallel.partial_sum import (
     with_zero_row,
 )
 from moe_export.export.parallel.placement import Placement
+from moe_export.graph_builder import GraphBuilder
 
 ALL_TO_ALL = "AllToAll"
 
@@ -92,7 +94,7 @@ class _Sent:
     valid: ir.Value
 
 
-def there_and_back(w: Builder, form: str, block: Opaque, way: ThereAndBack) -> ir.Value:
+def there_and_back(w: GraphBuilder, form: str, block: Opaque, way: ThereAndBack) -> ir.Value:
     """The result (N, H) of a block for this rank's tokens.
 
     Args:
@@ -105,10 +107,10 @@ def there_and_back(w: Builder, form: str, block: Opaque, way: ThereAndBack) -> i
         NotExportableError: The form computes no rows that came from elsewhere, or an expert reads more than rows.
     """
     _refuse(form, block)
-    builder = PartsBuilder(w, block.parts, block.indices, block.shared, block.metadata)
+    builder = PartsBuilder(w, block.parts, block.indices, block.shared)
     sent = _sent(w, block, way, builder)
     known: list[ir.Value] = [] if way.capacity else [sent.counts]
-    facts = {"layer": way.layer, "capacity": way.capacity or 0}
+    facts: dict[str, Any] = {"layer": way.layer, "capacity": way.capacity or 0}
     came = w.many(
         ALL_TO_ALL, *sent.rows, sent.experts, *known, outputs=len(sent.rows) + 1 + len(known), domain=DOMAIN,
         back=0, **facts,
@@ -170,14 +172,14 @@ def _refuse(form: str, block: Opaque) -> None:
         )
 
 
-_NOWHERE = Builder(ir.Graph([], [], nodes=[]), "nowhere")
+_NOWHERE = GraphBuilder(ir.Graph([], [], nodes=[]), "nowhere")
 
 
-def _sent(w: Builder, block: Opaque, way: ThereAndBack, builder: PartsBuilder) -> _Sent:
+def _sent(w: GraphBuilder, block: Opaque, way: ThereAndBack, builder: PartsBuilder) -> _Sent:
     order, bounds = way.in_order, way.bounds
     place = np.full(block.count + 1, block.count, dtype=np.int64)
     place[order] = np.arange(block.count)
-    places = w.op("Gather", w.constant(place, f"{w.prefix}.place"), in_range(w, block), axis=0, name="placed")
+    places = w.op("Gather", w.constant(place, "place"), in_range(w, block), axis=0, name="placed")
     places.shape, places.type = block.indices.shape, ir.TensorType(ir.DataType.INT64)
     pairs, number = own_pairs(w, sort_by_expert(w, places, block.count + 1, block.slots), block.count)
     ends = w.op("Concat", w.ints(0), pairs.ends, axis=0)
@@ -189,9 +191,7 @@ def _sent(w: Builder, block: Opaque, way: ThereAndBack, builder: PartsBuilder) -
     local = np.array(
         [number for size in np.diff(bounds) for number in range(int(size))] + [-1], dtype=np.int64
     )
-    experts = w.op(
-        "Gather", w.constant(local, f"{w.prefix}.local"), _bins(w, pairs, places, block.slots), axis=0
-    )
+    experts = w.op("Gather", w.constant(local, "local"), _bins(w, pairs, places, block.slots), axis=0)
     if way.capacity is None:
         valid = _valid(w, block, w.op("Less", pairs.positions, number))
         rows = builder.prologue(w, pairs.token, pairs.slot)
@@ -207,20 +207,20 @@ def _typed(sent: _Sent, block: Opaque) -> _Sent:
     return sent
 
 
-def _bins(w: Builder, pairs: Sorted, places: ir.Value, slots: int) -> ir.Value:
+def _bins(w: GraphBuilder, pairs: Sorted, places: ir.Value, slots: int) -> ir.Value:
     """(P,) the place of each sorted pair's expert."""
     pair = pairs.token if slots == 1 else w.op("Add", w.op("Mul", pairs.token, w.ints(slots)), pairs.slot)
     return w.op("Gather", w.op("Reshape", places, w.ints(-1)), pair, axis=0, name="bins")
 
 
-def _valid(w: Builder, block: Opaque, has_row: ir.Value) -> ir.Value:
+def _valid(w: GraphBuilder, block: Opaque, has_row: ir.Value) -> ir.Value:
     valid = w.op("Reshape", has_row, w.op("Shape", block.indices), allowzero=1, name="has_row")
     valid.shape, valid.type = block.indices.shape, ir.TensorType(ir.DataType.BOOL)
     return valid
 
 
 def _filled(
-    w: Builder,
+    w: GraphBuilder,
     block: Opaque,
     way: ThereAndBack,
     builder: PartsBuilder,
@@ -229,7 +229,7 @@ def _filled(
     """C rows for each rank: the first C of its pairs, and rows of nobody behind them."""
     pairs, experts, starts, counts, limits = found
     capacity, ranks = way.capacity or 0, way.placement.ranks
-    within = w.constant(np.arange(capacity, dtype=np.int64), f"{w.prefix}.within")
+    within = w.constant(np.arange(capacity, dtype=np.int64), "within")
     taken = w.op("Less", within, _column(w, counts), name="taken")  # (R, C)
     source = w.op("Add", _column(w, starts), within)
     source = w.op("Reshape", w.op("Where", taken, source, w.scalar(0)), w.ints(-1), name="source")
@@ -254,13 +254,18 @@ def _filled(
     return _Sent(builder.prologue(w, token, slot), expert, counts, position, _valid(w, block, fits))
 
 
-def _column(w: Builder, value: ir.Value) -> ir.Value:
+def _column(w: GraphBuilder, value: ir.Value) -> ir.Value:
     """(n,) → (n, 1), by `Reshape`: ONNX's inference takes what is unsqueezed for a shape, and adds its entries up."""
     return w.op("Reshape", value, w.ints(-1, 1))
 
 
 def _computed(
-    w: Builder, form: str, block: Opaque, way: ThereAndBack, builder: PartsBuilder, came: Sequence[ir.Value]
+    w: GraphBuilder,
+    form: str,
+    block: Opaque,
+    way: ThereAndBack,
+    builder: PartsBuilder,
+    came: Sequence[ir.Value],
 ) -> list[ir.Value]:
     """What the experts here make of the rows that came, in the order in which they came."""
     own, entering = way.own, list(came[: len(block.parts.entering)])
@@ -278,7 +283,7 @@ def _computed(
     return [w.op("Gather", value, pairs.positions, axis=0) for value in with_zero_row(w, block, made)]
 
 
-def _no_result(w: Builder, leaving: ir.Value, rows: ir.Value) -> ir.Value:
+def _no_result(w: GraphBuilder, leaving: ir.Value, rows: ir.Value) -> ir.Value:
     """(P, ...) of zeros: a rank without experts gets no rows, or rows of nobody."""
     assert leaving.shape is not None
     assert leaving.dtype is not None
@@ -288,7 +293,7 @@ def _no_result(w: Builder, leaving: ir.Value, rows: ir.Value) -> ir.Value:
     return w.op("ConstantOfShape", shape, value=zero)
 
 
-def _dense(w: Builder, own: Own, entering: Sequence[ir.Value], bins: ir.Value) -> list[ir.Value]:
+def _dense(w: GraphBuilder, own: Own, entering: Sequence[ir.Value], bins: ir.Value) -> list[ir.Value]:
     """Every expert here computes every row, and a mask picks: no shape depends on the data."""
     block = own.block
     parts = block.batched()
@@ -299,9 +304,9 @@ def _dense(w: Builder, own: Own, entering: Sequence[ir.Value], bins: ir.Value) -
             where=block.meaning.line,
             hint="--experts slices and --experts loop take one expert at a time",
         )
-    builder = PartsBuilder(w, parts, block.indices, block.shared, block.metadata)
+    builder = PartsBuilder(w, parts, block.indices, block.shared)
     ready = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, builder)
-    every_expert = w.constant(np.arange(block.count)[:, None], f"{w.prefix}.experts_here")  # (E, 1)
+    every_expert = w.constant(np.arange(block.count)[:, None], "experts_here")  # (E, 1)
     rows = w.op("Shape", bins)
     shape = w.op("Concat", w.ints(block.count), rows, axis=0)
     wide = []
@@ -378,10 +383,10 @@ def _of_row(value: ir.Value, lead: int) -> tuple[object, ...]:
     return value.dtype, *(value.shape or ())[lead:]
 
 
-def _behind(w: Builder, shape: ir.Value, value: ir.Value) -> ir.Value:
+def _behind(w: GraphBuilder, shape: ir.Value, value: ir.Value) -> ir.Value:
     """(E, P) and the sizes of a row behind it."""
     return w.op("Concat", shape, w.op("Shape", value, start=1), axis=0)
 
 
-def _zero(w: Builder, value: ir.Value) -> ir.Value:
+def _zero(w: GraphBuilder, value: ir.Value) -> ir.Value:
     return w.op("CastLike", w.scalar(0), value)

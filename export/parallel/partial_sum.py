@@ -18,11 +18,12 @@ import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
 from moe_export.export.experts.body_parts import EXPERT, PartsBuilder
-from moe_export.export.experts.builder import Builder, Sorted, known_sizes, sort_by_expert
 from moe_export.export.experts.choose import LOWERINGS
 from moe_export.export.experts.one_at_a_time import Opaque, combine_in_order, guarded, loop_of, slices_of
+from moe_export.export.experts.sorting import Sorted, known_sizes, sort_by_expert
 from moe_export.export.experts.weights import Weight, known_array
-from moe_export.export.onnx.recipe_steps import row_of, stacked
+from moe_export.export.onnx.recipe_steps import as_tensor, row_of, stacked
+from moe_export.graph_builder import GraphBuilder
 
 DOMAIN = "moe_export"
 """Of the nodes that mark exchanges; none is left in a finished graph."""
@@ -43,7 +44,7 @@ class Own:
     experts: tuple[int, ...]
 
 
-def own_part(w: Builder, block: Opaque, experts: Sequence[int]) -> Own:
+def own_part(w: GraphBuilder, block: Opaque, experts: Sequence[int]) -> Own:
     """A block whose pairs of other ranks name no expert.
 
     Args:
@@ -53,9 +54,7 @@ def own_part(w: Builder, block: Opaque, experts: Sequence[int]) -> Own:
     """
     local = np.full(block.count + 1, len(experts), dtype=np.int64)
     local[list(experts)] = np.arange(len(experts))
-    indices = w.op(
-        "Gather", w.constant(local, f"{w.prefix}.local"), in_range(w, block), axis=0, name="own_expert"
-    )
+    indices = w.op("Gather", w.constant(local, "local"), in_range(w, block), axis=0, name="own_expert")
     valid = w.op("Less", indices, w.scalar(len(experts)), name="own_pair")
     for value in (indices, valid):
         value.shape = block.indices.shape
@@ -71,7 +70,7 @@ def own_part(w: Builder, block: Opaque, experts: Sequence[int]) -> Own:
     return Own(mine, tuple(experts))
 
 
-def in_range(w: Builder, block: Opaque) -> ir.Value:
+def in_range(w: GraphBuilder, block: Opaque) -> ir.Value:
     """The indices of a block as 0 to E - 1, and E where they name no expert: int64, of the same shape."""
     count = w.scalar(block.count)
     indices = w.op("Cast", block.indices, to=ir.DataType.INT64)
@@ -81,16 +80,17 @@ def in_range(w: Builder, block: Opaque) -> ir.Value:
     return w.op("Where", inside, indices, count)
 
 
-def of_experts(w: Builder, weight: Weight, experts: Sequence[int], opset: int) -> Weight:
+def of_experts(w: GraphBuilder, weight: Weight, experts: Sequence[int], opset: int) -> Weight:
     if not isinstance(weight, ir.Value):
         return [weight[expert] for expert in experts]
     array = known_array(weight, opset)
     if array is None:  # computed at run time: every rank computes the stack, and takes its part
         return w.op("Gather", weight, w.ints(*experts), axis=0)
-    return w.constant(stacked([row_of(array, expert) for expert in experts]), f"{weight.name}.own")
+    own = as_tensor(stacked([row_of(array, expert) for expert in experts]))
+    return w.constants.add(own, f"{weight.name}.own")
 
 
-def partial_sum(w: Builder, form: str, block: Opaque, experts: Sequence[int]) -> ir.Value:
+def partial_sum(w: GraphBuilder, form: str, block: Opaque, experts: Sequence[int]) -> ir.Value:
     """What one rank adds to the result (N, H) of a block.
 
     Args:
@@ -122,7 +122,7 @@ def partial_sum(w: Builder, form: str, block: Opaque, experts: Sequence[int]) ->
     return LOWERINGS[form](w, guarded(w, dataclasses.replace(own.block, valid=None)))
 
 
-def _nothing(w: Builder, block: Opaque) -> ir.Value:
+def _nothing(w: GraphBuilder, block: Opaque) -> ir.Value:
     """(N, H) of zeros, for a rank without experts."""
     rows = w.op("Shape", block.indices, start=0, end=1)
     dtype = block.parts.body.outputs[0].dtype or ir.DataType.FLOAT
@@ -132,7 +132,7 @@ def _nothing(w: Builder, block: Opaque) -> ir.Value:
     )
 
 
-def own_pairs(w: Builder, pairs: Sorted, count: int) -> tuple[Sorted, ir.Value]:
+def own_pairs(w: GraphBuilder, pairs: Sorted, count: int) -> tuple[Sorted, ir.Value]:
     """The sorted pairs of the first `count` bins, and their number (1,), which is the position of every other pair."""
     number = w.op("Slice", pairs.ends, w.ints(count - 1), w.ints(count), w.ints(0), name="own")
     first = [w.op("Slice", value, w.ints(0), number, w.ints(0)) for value in (pairs.token, pairs.slot)]
@@ -144,30 +144,30 @@ def own_pairs(w: Builder, pairs: Sorted, count: int) -> tuple[Sorted, ir.Value]:
     return Sorted(first[0], first[1], counts, starts, ends, positions), number
 
 
-def own_rows(w: Builder, form: str, own: Own) -> ir.Value:
+def own_rows(w: GraphBuilder, form: str, own: Own) -> ir.Value:
     """The pairs of these experts alone, expert by expert."""
     block = own.block
     pairs, _ = own_pairs(w, sort_by_expert(w, block.indices, block.count + 1, block.slots), block.count)
-    builder = PartsBuilder(w, block.parts, block.indices, block.shared, block.metadata)
+    builder = PartsBuilder(w, block.parts, block.indices, block.shared)
     rows = made_one_at_a_time(w, form, own, builder, builder.prologue(w, pairs.token, pairs.slot), pairs)
     return combine_in_order(w, block, builder, with_zero_row(w, block, rows), pairs.positions)
 
 
 def made_one_at_a_time(
-    w: Builder, form: str, own: Own, builder: PartsBuilder, entering: Sequence[ir.Value], pairs: Sorted
+    w: GraphBuilder, form: str, own: Own, builder: PartsBuilder, entering: Sequence[ir.Value], pairs: Sorted
 ) -> list[ir.Value]:
     """What the experts make of rows (P, ...) that are sorted by expert, in a form of `ONE_AT_A_TIME`."""
     way = slices_of if form == "slices" else loop_of
     return way(w, own.block, builder, entering, pairs, own.experts)
 
 
-def with_zero_row(w: Builder, block: Opaque, rows: Sequence[ir.Value]) -> list[ir.Value]:
+def with_zero_row(w: GraphBuilder, block: Opaque, rows: Sequence[ir.Value]) -> list[ir.Value]:
     """(P, ...) → (P + 1, ...): the last row is what pairs of nobody here read."""
     found = []
     for number, (value, inner) in enumerate(zip(rows, block.parts.leaving, strict=True)):
         assert inner.shape is not None
         assert inner.dtype is not None
         sizes = known_sizes(inner.shape[1:])
-        zero = w.constant(np.zeros((1, *sizes), inner.dtype.numpy()), f"{w.prefix}.zero_row_{number}")
+        zero = w.constant(np.zeros((1, *sizes), inner.dtype.numpy()), f"zero_row_{number}")
         found.append(w.op("Concat", value, zero, axis=0))
     return found

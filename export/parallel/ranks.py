@@ -10,7 +10,6 @@ from typing import Literal
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError, UsageError
-from moe_export.export.experts.builder import Builder
 from moe_export.export.experts.choose import choose
 from moe_export.export.experts.expand import Bodies, expand_experts, module_of
 from moe_export.export.experts.one_at_a_time import Opaque
@@ -26,6 +25,7 @@ from moe_export.export.parallel.stages import ALL_REDUCE, LAYER, Staged, cut, ex
 from moe_export.export.pipeline import Graph
 from moe_export.export.scans.expand import Expansion, expand_loops
 from moe_export.export.stages import Draft, Program, between, run, with_stage
+from moe_export.graph_builder import GraphBuilder
 
 Exchanging = Literal["all_reduce", "all_to_all"]
 
@@ -194,7 +194,7 @@ class _Maker:
         return staged
 
     def _expanded(self, draft: Draft, rank: int, options: Options) -> Draft:
-        def write(w: Builder, form: str, block: Opaque) -> ir.Value:
+        def write(w: GraphBuilder, form: str, block: Opaque) -> ir.Value:
             layer = self._layer_of(block)
             own = self.placement.experts_of(layer, rank)
             if options.experts == "auto":
