@@ -20,17 +20,18 @@ import onnx
 import onnx_ir as ir
 
 from moe_export.einsum_rewrite.equation import Equation
-from moe_export.einsum_rewrite.onnx_constants import FIRST_FREE_INITIALIZERS, Constants, Names
+from moe_export.einsum_rewrite.onnx_constants import FIRST_FREE_INITIALIZERS, MovedConstants
 from moe_export.einsum_rewrite.onnx_known import Known, bodies
 from moe_export.einsum_rewrite.onnx_ops import OLDEST
 from moe_export.einsum_rewrite.onnx_types import computing_type
-from moe_export.einsum_rewrite.onnx_writer import NodeWriter, write
+from moe_export.einsum_rewrite.onnx_writer import GraphEngine, write
 from moe_export.einsum_rewrite.plan import Plan
 from moe_export.einsum_rewrite.planner import make_plan
 from moe_export.einsum_rewrite.proof import Proof, prove_onnx
 from moe_export.einsum_rewrite.sites import Site, typed_equation, user_frame
 from moe_export.einsum_rewrite.targets import read_target
 from moe_export.errors import EquationError, NotExportableError
+from moe_export.graph_builder import Names
 
 Model = TypeVar("Model", onnx.ModelProto, ir.Model)
 
@@ -143,7 +144,7 @@ class _Pass:
         self._model, self._options = model, options
         self._names = Names(_taken(model))
         self._places = OutputPlaces()
-        self._constants: dict[ir.Graph | ir.Function, Constants] = {}
+        self._constants: dict[ir.Graph | ir.Function, MovedConstants] = {}
         self._found: dict[ir.Node, tuple[Site, Proof | None]] = {}
         self._order = [node for _, node in bodies(model) if _is_einsum(node)]
         self._refused: dict[ir.Node, Refused] = {}
@@ -199,9 +200,9 @@ class _Pass:
         ):
             return replace(site, kept=True), None
         proof = prove_onnx(plan, opset, site.where)
-        writer = NodeWriter(node, opset, constants, self._names)
-        result = write(plan, operands, writer, None if via is None or dtype is None else (via, dtype))
-        _replace(node, writer.nodes, result, self._places)
+        engine = GraphEngine(node, opset, constants)
+        result = write(plan, operands, engine, None if via is None or dtype is None else (via, dtype))
+        _replace(node, engine.nodes, result, self._places)
         return site, proof
 
     def _limit(self, dtype: ir.DataType | None) -> int | None:
@@ -210,10 +211,10 @@ class _Pass:
             return None
         return int(self._options.max_intermediate / (dtype.itemsize if dtype is not None else 4))
 
-    def _constants_of(self, root: ir.Graph | ir.Function) -> Constants:
+    def _constants_of(self, root: ir.Graph | ir.Function) -> MovedConstants:
         if root not in self._constants:
             inline = (self._model.ir_version or 0) < FIRST_FREE_INITIALIZERS
-            self._constants[root] = Constants(
+            self._constants[root] = MovedConstants(
                 root, self._names, inline=inline, read_external=self._options.fold_external
             )
         return self._constants[root]

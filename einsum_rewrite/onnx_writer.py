@@ -7,32 +7,34 @@ from typing import Any
 
 import onnx_ir as ir
 
-from moe_export.einsum_rewrite.onnx_constants import Array, Constants, Names
+from moe_export.einsum_rewrite.onnx_constants import MovedConstants
 from moe_export.einsum_rewrite.onnx_numpy import NumpyEngine
 from moe_export.einsum_rewrite.onnx_ops import run
 from moe_export.einsum_rewrite.plan import Plan
+from moe_export.graph_builder import Array, GraphBuilder
 
 MOVES = {"Transpose", "Reshape", "Flatten", "Unsqueeze", "Squeeze", "Slice"}
 """What is done to a constant when the graph is written; arithmetic is left to the engine's own folding."""
 
 
-class NodeWriter:
-    """Write the nodes for one site.
+class GraphEngine:
+    """Writes the nodes for one site.
 
     Args:
         node: The Einsum; new nodes inherit its metadata and its name.
         opset: The opset of the graph.
         constants: Where constants come from and go to.
-        names: Names that are free.
     """
 
-    def __init__(self, node: ir.Node, opset: int, constants: Constants, names: Names) -> None:
+    def __init__(self, node: ir.Node, opset: int, constants: MovedConstants) -> None:
         self.opset = opset
-        self.nodes: list[ir.Node] = []
-        self._origin = node
         self._constants = constants
-        self._names = names
-        self._stem = node.name or node.outputs[0].name or "einsum"
+        self._builder = GraphBuilder(constants, node.name or node.outputs[0].name or "einsum", node)
+
+    @property
+    def nodes(self) -> Sequence[ir.Node]:
+        """What was written, in order."""
+        return self._builder.nodes
 
     def call(self, op_type: str, *inputs: ir.Value, **attributes: Any) -> ir.Value:
         """Write a node; or, if it only rearranges a constant, rearrange it."""
@@ -40,22 +42,13 @@ class NodeWriter:
             tensors = [self._constants.known(value) for value in inputs]
             if all(tensor is not None for tensor in tensors):
                 return self._move(op_type, inputs, attributes)
-        name = self._names.fresh(f"{self._stem}_{op_type.lower()}")
-        node = ir.node(
-            op_type,
-            inputs,
-            attributes={key: _attribute(value) for key, value in attributes.items()},
-            name=name,
-            doc_string=self._origin.doc_string,
-            metadata_props=dict(self._origin.metadata_props),
+        return self._builder.op(
+            op_type, *inputs, **{key: _attribute(value) for key, value in attributes.items()}
         )
-        node.outputs[0].name = name
-        self.nodes.append(node)
-        return node.outputs[0]
 
     def ints(self, values: Sequence[int]) -> ir.Value:
         """A constant int64 vector."""
-        return self._constants.ints(values)
+        return self._builder.ints(*values)
 
     def _move(self, op_type: str, inputs: Sequence[ir.Value], attributes: Mapping[str, Any]) -> ir.Value:
         numbers = [self._constants.known(value) for value in inputs[1:]]
@@ -85,23 +78,23 @@ def _hashable(part: Any) -> Any:
 def write(
     plan: Plan,
     operands: Sequence[ir.Value],
-    writer: NodeWriter,
+    engine: GraphEngine,
     casts: tuple[ir.DataType, ir.DataType] | None = None,
 ) -> ir.Value:
-    """Write a plan; the value of the result, which a node of this writer makes.
+    """Write a plan; the value of the result, which a node of this engine makes.
 
     Args:
         plan: A plan for these operands.
         operands: What the Einsum took.
-        writer: Where the nodes go.
+        engine: Where the nodes go.
         casts: The type to compute in and the one to return to, where the operands' own will not do.
     """
     if casts is None:
-        result: ir.Value = run(plan, operands, writer)
+        result: ir.Value = run(plan, operands, engine)
     else:
-        wide = [writer.call("Cast", operand, to=int(casts[0])) for operand in operands]
-        result = writer.call("Cast", run(plan, wide, writer), to=int(casts[1]))
+        wide = [engine.call("Cast", operand, to=int(casts[0])) for operand in operands]
+        result = engine.call("Cast", run(plan, wide, engine), to=int(casts[1]))
     producer = result.producer()
-    if producer is None or all(producer is not node for node in writer.nodes):
-        result = writer.call("Identity", result)
+    if producer is None or all(producer is not node for node in engine.nodes):
+        result = engine.call("Identity", result)
     return result
