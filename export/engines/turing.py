@@ -10,13 +10,12 @@ this is for what must stay float32, as the logits of a router.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from moe_export.export.engines.refusal import all_nodes
+from moe_export.graph_builder import GraphBuilder
 
 CAPABILITY = "sm75"
 NOTE = "{count} float32 matrix products became multiply and sum: TensorRT-RTX has none for Turing; float16 is faster"
@@ -35,8 +34,7 @@ def without_float32_products(model: ir.Model) -> tuple[ir.Model, int]:
     if any(value.dtype is None for node in all_nodes(copy) for value in node.outputs):
         copy = ShapeInferencePass()(copy).model
     products = [node for node in all_nodes(copy) if node.op_type in {"MatMul", "Gemm"} and _is_float32(node)]
-    written = [_Writer(node).replace() for node in products]
-    return copy, sum(written)
+    return copy, sum(_Writer(node, node.graph).replace() for node in products if node.graph is not None)
 
 
 def _is_float32(node: ir.Node) -> bool:
@@ -45,67 +43,59 @@ def _is_float32(node: ir.Node) -> bool:
 
 
 class _Writer:
-    """Writes what stands for one product, in front of it."""
+    """Writes what stands for one product."""
 
-    def __init__(self, node: ir.Node) -> None:
-        self.node = node
-        self.nodes: list[ir.Node] = []
+    def __init__(self, node: ir.Node, graph: ir.Graph | ir.Function) -> None:
+        self._node, self._graph = node, graph
+        self._w = GraphBuilder(graph, f"{node.outputs[0].name}.product", node)
 
     def replace(self) -> bool:
         """Put the multiplication and the sum in the product's place; False if that cannot be."""
-        result = self._gemm() if self.node.op_type == "Gemm" else self._matmul()
-        graph = self.node.graph
-        if result is None or graph is None:
+        node, made = self._node, self._w.nodes
+        result = self._gemm() if node.op_type == "Gemm" else self._matmul()
+        if result is None:
             return False
-        old = self.node.outputs[0]
+        old = node.outputs[0]
         result.type, result.shape = old.type, old.shape
-        for made in self.nodes:
-            made.metadata_props.update(self.node.metadata_props)
-        self.nodes[-1].name = self.node.name
-        ir.convenience.replace_nodes_and_values(graph, self.node, [self.node], self.nodes, [old], [result])
+        made[-1].name = node.name
+        ir.convenience.replace_nodes_and_values(self._graph, node, [node], made, [old], [result])
         return True
 
     def _matmul(self) -> ir.Value | None:
-        a, b = self.node.inputs
+        a, b = self._node.inputs
         if a is None or b is None or a.shape is None or b.shape is None:
             return None
         if len(b.shape) == 1:  # (..., M, K), (K,)
-            return self._sum(self._add("Mul", [a, b]), -1)
+            return self._sum(self._w.op("Mul", a, b), -1)
         left = self._unsqueeze(a, -1)  # (..., M, K, 1)
         right = b if len(a.shape) == 1 else self._unsqueeze(b, -3)  # (..., 1, K, N)
-        return self._sum(self._add("Mul", [left, right]), -2)
+        return self._sum(self._w.op("Mul", left, right), -2)
 
     def _gemm(self) -> ir.Value | None:
-        a, b, c = (*self.node.inputs, None)[:3]
-        attributes = self.node.attributes
+        w, attributes = self._w, self._node.attributes
+        a, b, c = (*self._node.inputs, None)[:3]
         if a is None or b is None:
             return None
         if attributes.get_int("transA", 0):
-            a = self._add("Transpose", [a], perm=[1, 0])
+            a = w.op("Transpose", a, perm=[1, 0])
         if attributes.get_int("transB", 0):  # (M, 1, K) * (N, K)
-            out = self._sum(self._add("Mul", [self._unsqueeze(a, 1), b]), -1)
+            out = self._sum(w.op("Mul", self._unsqueeze(a, 1), b), -1)
         else:  # (M, K, 1) * (K, N)
-            out = self._sum(self._add("Mul", [self._unsqueeze(a, 2), b]), -2)
+            out = self._sum(w.op("Mul", self._unsqueeze(a, 2), b), -2)
         out = self._times(out, attributes.get_float("alpha", 1.0))
         if c is None:
             return out
-        return self._add("Add", [out, self._times(c, attributes.get_float("beta", 1.0))])
+        return w.op("Add", out, self._times(c, attributes.get_float("beta", 1.0)))
 
     def _times(self, value: ir.Value, factor: float) -> ir.Value:
-        return value if factor == 1.0 else self._add("Mul", [value, self._constant(np.float32(factor))])
+        return value if factor == 1.0 else self._w.op("Mul", value, self._constant(np.float32(factor)))
 
     def _unsqueeze(self, value: ir.Value, axis: int) -> ir.Value:
-        return self._add("Unsqueeze", [value, self._constant(np.array([axis], np.int64))])
+        return self._w.op("Unsqueeze", value, self._constant(np.array([axis], np.int64)))
 
     def _sum(self, value: ir.Value, axis: int) -> ir.Value:
-        return self._add("ReduceSum", [value, self._constant(np.array([axis], np.int64))], keepdims=0)
+        return self._w.op("ReduceSum", value, self._constant(np.array([axis], np.int64)), keepdims=0)
 
     def _constant(self, value: np.ndarray | np.generic) -> ir.Value:
-        return self._add("Constant", [], value=ir.tensor(np.asarray(value)))
-
-    def _add(self, op: str, inputs: Sequence[ir.Value], **attributes: object) -> ir.Value:
-        number = len(self.nodes)
-        made = ir.node(op, inputs, attributes, name=f"{self.node.name}.product_{number}")  # type: ignore[arg-type]
-        made.outputs[0].name = f"{self.node.outputs[0].name}.product_{number}"
-        self.nodes.append(made)
-        return made.outputs[0]
+        """In a node beside the product, which may be in a body."""
+        return self._w.op("Constant", value=ir.tensor(np.asarray(value)))
