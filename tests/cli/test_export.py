@@ -77,12 +77,14 @@ def test_quiet_prints_nothing(command, write, texts):
     assert (done.code, done.out, done.err) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_plain_text_where_it_is_no_terminal(command, write, texts):
     done = command(write(texts["model"]))
     assert "\x1b" not in done.out + done.err
     assert "\r" not in done.out + done.err
 
 
+@pytest.mark.slow
 def test_what_the_model_prints_is_shown_once(command, write, texts):
     text = texts["model"].replace("return self", "print('from forward'); return self")
     done = command(write(text))
@@ -102,7 +104,9 @@ def test_two_gates_are_numbered(command, write, listing, tmp_path, texts):
 
 
 @pytest.mark.parametrize(
-    ("gate", "files"), [(("--no-gate",), []), (("--gate", "gate"), ["moe.gate.onnx"])], ids=["none", "one"]
+    ("gate", "files"),
+    [(("--no-gate",), []), slow((("--gate", "gate"), ["moe.gate.onnx"]))],
+    ids=["none", "one"],
 )
 def test_choosing_gates(command, write, listing, tmp_path, texts, gate, files):
     path = write(texts["gate"], "moe.py")
@@ -139,6 +143,7 @@ def test_the_opset_is_the_one_asked_for(command, write, tmp_path, texts, opset):
     assert entry.version == opset
 
 
+@pytest.mark.slow
 def test_a_second_export_replaces_the_first(command, write, older, tmp_path, texts):
     path = write(texts["model"], "net.py")
     older(tmp_path / "net.onnx")
@@ -146,6 +151,7 @@ def test_a_second_export_replaces_the_first(command, write, older, tmp_path, tex
     assert onnx.load(tmp_path / "net.onnx").graph.node
 
 
+@pytest.mark.slow
 def test_a_script_that_changes_its_folder_does_not_change_where_files_go(
     command, write, listing, tmp_path, texts
 ):

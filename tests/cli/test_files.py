@@ -9,7 +9,7 @@ import sys
 
 import onnx
 import pytest
-from slow_cases import only
+from slow_cases import only, slow
 
 from moe_export.own_files import kind_of
 
@@ -75,7 +75,7 @@ def test_a_strangers_file_stays_and_ours_is_replaced(command, folder, listing, n
     [
         ("verify block.py --record", "block.py"),
         (f"{VERIFY} --record", "block.onnx"),
-        ("verify block.onnx --against golden.safetensors --no-localise --record", "golden.safetensors"),
+        slow(("verify block.onnx --against golden.safetensors --no-localise --record", "golden.safetensors")),
         ("judge own.json -o", "own.json"),
         ("rewrite block.onnx -o", "block.onnx"),
         ("rewrite foreign.onnx -o", "foreign.onnx"),
@@ -106,7 +106,7 @@ def test_a_graph_of_ours_is_no_place_for_a_report(command, folder):
     assert "a report is a .json, .xml or .html file, not other.onnx" in done.err
 
 
-@pytest.mark.parametrize("name", ["net.onnx", "net.report.json"])
+@pytest.mark.parametrize("name", [slow("net.onnx"), "net.report.json"])
 def test_an_export_beside_strangers(command, write, texts, listing, tmp_path, name):
     path = write(texts["model"], "net.py")
     (tmp_path / name).write_bytes(foreign() if name.endswith("onnx") else b'{"accuracy": 0.9}')

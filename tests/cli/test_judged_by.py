@@ -91,6 +91,7 @@ def test_the_verdict_of_a_gate_says_what_it_was_compared_with(command, graph):
     assert said["about"]["compared with"] == "the gate of gate alone, not the model"
 
 
+@pytest.mark.slow
 def test_a_gate_that_says_nothing_of_itself(command, graph):
     path = graph("moe.gate")
     says(path, kind="model")
@@ -105,6 +106,7 @@ def test_a_gate_that_there_is_not(command, graph):
     assert "the gates of the model: gate" in done.err
 
 
+@pytest.mark.slow
 def test_a_reference_graph_in_half_precision_says_what_may_be_asked(command, write, texts):
     model = write(texts["model"], "net.py")
     for dtype in ("float32", "bfloat16"):

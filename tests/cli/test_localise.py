@@ -104,6 +104,7 @@ def test_the_reproduction(command, broken, tmp_path):
     assert "elements are wrong" in shown.stdout
 
 
+@pytest.mark.slow
 def test_a_gate_and_experts(command, broken):
     def smallest(graph):
         node = next(node for node in graph.node if node.op_type == "TopK")
@@ -119,6 +120,7 @@ def test_a_gate_and_experts(command, broken):
     assert "(module gate)" in done.out
 
 
+@pytest.mark.slow
 def test_a_graph_of_pytorchs_own_exporter(command, finished, tmp_path):
     """Its metadata say the same at length."""
     subject = load_subject(str(finished / "block.py"), init=(), inputs=())

@@ -103,6 +103,7 @@ def test_golden_tensors(command, finished, tmp_path, name):
     assert command("verify", finished / f"{other}.onnx", "--against", golden).code in {1, 2}
 
 
+@pytest.mark.slow
 def test_a_comparison_is_recorded_while_it_runs(command, finished, tmp_path):
     graph, golden = finished / "moe.gate.onnx", tmp_path / "golden.safetensors"
     done = command("verify", graph, "--against", finished / "moe.py", "--record", golden)

@@ -49,7 +49,7 @@ def exact(subject: Subject, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]
 
 
 # An export takes seconds.
-@pytest.fixture(scope="module", params=only(["mamba2", "retention"], ways.LOOPS))
+@pytest.fixture(scope="module", params=only(["mamba2"], ways.LOOPS))
 def way(request: pytest.FixtureRequest) -> tuple[str, Subject, Graph]:
     return (request.param, *exported(request.param, "chunked"))
 

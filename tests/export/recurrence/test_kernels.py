@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from slow_cases import slow
 
 from moe_export.errors import NotExportableError
 from moe_export.export.frontend import mamba_kernels as kernels
@@ -89,7 +90,7 @@ def exported(subject: Subject, time: int) -> Graph:
     )[0]
 
 
-@pytest.mark.parametrize(("source", "time", "form"), [(MAMBA, 2, "Scan"), (MAMBA2, 1, "over chunks")])
+@pytest.mark.parametrize(("source", "time", "form"), [(MAMBA, 2, "Scan"), slow((MAMBA2, 1, "over chunks"))])
 def test_a_file_that_calls_them_is_exported_for_any_length(
     tmp_path: Path, source: str, time: int, form: str
 ) -> None:
