@@ -77,7 +77,6 @@ def test_quiet_prints_nothing(command, write, texts):
     assert (done.code, done.out, done.err) == (0, "", "")
 
 
-@pytest.mark.slow
 def test_plain_text_where_it_is_no_terminal(command, write, texts):
     done = command(write(texts["model"]))
     assert "\x1b" not in done.out + done.err
@@ -105,7 +104,7 @@ def test_two_gates_are_numbered(command, write, listing, tmp_path, texts):
 
 @pytest.mark.parametrize(
     ("gate", "files"),
-    [(("--no-gate",), []), slow((("--gate", "gate"), ["moe.gate.onnx"]))],
+    [slow((("--no-gate",), [])), (("--gate", "gate"), ["moe.gate.onnx"])],
     ids=["none", "one"],
 )
 def test_choosing_gates(command, write, listing, tmp_path, texts, gate, files):
@@ -151,7 +150,6 @@ def test_a_second_export_replaces_the_first(command, write, older, tmp_path, tex
     assert onnx.load(tmp_path / "net.onnx").graph.node
 
 
-@pytest.mark.slow
 def test_a_script_that_changes_its_folder_does_not_change_where_files_go(
     command, write, listing, tmp_path, texts
 ):
