@@ -91,8 +91,10 @@ class Bounds:
 
     def _bound(self, bound: int | None, size: Any) -> Any:
         """-13 → max(0, size - 13); 13 → size - max(0, size - 13), so that the sizes of all slices are alike."""
-        if not bound or bound >= sys.maxsize:
-            return bound or None
+        if not bound:  # of 0 and None, one is the beginning and the other the end
+            return bound
+        if bound >= sys.maxsize:
+            return None
         beyond = torch.sym_max(size - abs(bound), 0)  # type: ignore[no-untyped-call]
         return self._note(size, beyond if bound < 0 else size - beyond, bound)
 

@@ -36,6 +36,7 @@ FORMS = {
     "up to far": lambda self, x: x[:, 1:-13],
     "between two of the last": lambda self, x: x[:, -13:-3],
     "every third of the last": lambda self, x: x[:, -13::3],
+    "none of the last": lambda self, x: x[:, -13:0].sum(1) + x[:, -13:].sum(1),
     "the last turned round": lambda self, x: x[:, -13:].flip(1),
     "the last by position": lambda self, x: x[:, torch.arange(x.shape[1])[-13:]],
     "the last of more": lambda self, x: F.pad(x, (0, 0, 5, 0))[:, -13:],
