@@ -29,7 +29,7 @@ from moe_export.export.onnx.reshapes import plain_transposes, settle_axes, settl
 from moe_export.export.onnx.size_numbers import exact_sizes
 from moe_export.export.onnx.transposed import mend_products
 from moe_export.export.onnx.untranslated import untranslated
-from moe_export.export.torch_compat.caches import cache_patches
+from moe_export.export.torch_compat.caches import cache_patches, decomposed_if_needed
 from moe_export.export.torch_compat.exact_rules import exact_constants
 from moe_export.export.tracing.slices import TRANSLATIONS
 from moe_export.export.tracing.trace import Traced, quiet, rename
@@ -50,7 +50,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
     """
     try:
         with quiet(), torch.no_grad(), cache_patches(), exact_constants():
-            program = decomposed(traced.program)
+            program = decomposed_if_needed(decomposed(traced.program))
             lowest = max(opset, EXPORTER_LOWEST)
             streamed = is_streamed(program)
             result = torch.onnx.export(

@@ -6,7 +6,9 @@ Of a small graph this was more than half of the time:
 - all operators that stand for others, as attributes, dozens of times a decomposition: there are more of them only when
   a library registers some;
 - the types in the signatures of operators' kernels, 11,000 times a decomposition: nobody reads them; `typing` keeps
-  what it was asked for, `collections.abc` does not.
+  what it was asked for, `collections.abc` does not;
+- the program itself: an exporter has it decomposed, which traces all of it once more, whether or not there is an
+  operator in it to decompose.
 
 Why: none of it is public, and nothing public makes it faster. Where PyTorch has it no more, or has it otherwise, its
 own way is taken: that is slower, and as right.
@@ -19,12 +21,14 @@ from __future__ import annotations
 import collections.abc
 import sys
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 from unittest import mock
 
 import torch
+from torch import fx
+from torch.export import ExportedProgram
 
 _REGISTRIES: dict[tuple[int, bool], Any] = {}
 _MATERIALIZED: list[list[str]] = []
@@ -117,3 +121,36 @@ def _types() -> Iterator[None]:
             yield
     else:
         yield
+
+
+def decomposed_if_needed(program: ExportedProgram) -> ExportedProgram:
+    """A program that is not traced once more by an exporter that has nothing to decompose in it.
+
+    Args:
+        program: The caller's own; changed in place.
+    """
+
+    def run_decompositions(
+        table: Mapping[Any, Any] | None = None, *rest: Any, **others: Any
+    ) -> ExportedProgram:
+        if table is not None and not _has_any(program.graph, table):
+            program.graph.eliminate_dead_code()
+            return program
+        return type(program).run_decompositions(program, table, *rest, **others)  # type: ignore[arg-type]
+
+    program.run_decompositions = run_decompositions  # type: ignore[method-assign]
+    return program
+
+
+def _has_any(graph: fx.Graph, table: Mapping[Any, Any]) -> bool:
+    """Whether there may be something to decompose. A graph inside another may have it, and so may a value of which the
+    type is to be found out."""
+    return any(
+        node.op == "call_module"
+        or (node.op != "output" and "val" not in node.meta)
+        or (
+            node.op == "call_function"
+            and (node.target in table or isinstance(node.target, torch._ops.HigherOrderOperator))
+        )
+        for node in graph.nodes
+    )

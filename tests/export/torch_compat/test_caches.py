@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from slow_cases import slow
 from torch._export import utils
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-from moe_export.export.torch_compat.caches import cache_patches
+from moe_export.export.torch_compat.caches import cache_patches, decomposed_if_needed
 from moe_export.export.tracing.trace import quiet
 from moe_export.models import mamba, sparse_moe
 
@@ -114,6 +115,69 @@ def test_a_graph_is_the_same_byte_by_byte(example):
         assert exported() == theirs
 
 
+def exported(forward, *args):
+    """A program as the stages hand it over: decomposed, its composite operators kept."""
+
+    class Model(torch.nn.Module):
+        def forward(self, *given):
+            return forward(*given)
+
+    with quiet(), torch.no_grad():
+        return torch.export.export(Model(), args, strict=False).run_decompositions({})
+
+
+X = torch.linspace(-1, 1, 6).reshape(2, 3)
+
+
+def test_a_program_with_nothing_to_decompose_is_not_traced_again():
+    program = decomposed_if_needed(exported(lambda x: x.exp() + 1, X))
+    with quiet():
+        assert program.run_decompositions(torch.export.default_decompositions()) is program
+        assert program.run_decompositions() is not program  # any operator might stand for others
+
+
+def unseen(program):
+    """As a rule of ours leaves it that writes a number without an example value."""
+    with program.graph.inserting_before(next(node for node in program.graph.nodes if node.op == "output")):
+        program.graph.call_function(torch.ops.aten.sym_size.int, (next(iter(program.graph.nodes)), 0))
+    return program
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        lambda: exported(lambda x: torch.nn.functional.one_hot(x, 9), torch.tensor([2, 0])),
+        lambda: exported(lambda x: torch.cond(x.sum() > 0, lambda x: x + 1, lambda x: x - 1, (x,)), X),
+        lambda: unseen(exported(lambda x: x + 1, X)),
+    ],
+    ids=["an operator", "a graph inside", "a value without a type"],
+)
+def test_one_that_may_have_something_is(program):
+    theirs = program()
+    ours = decomposed_if_needed(program())
+    with quiet():
+        found, wanted = (
+            each.run_decompositions(torch.export.default_decompositions()) for each in (ours, theirs)
+        )
+    assert found is not ours
+    assert str(found.graph) == str(wanted.graph)
+
+
+@pytest.mark.parametrize("example", [slow(mamba), sparse_moe], ids=["mamba", "sparse_moe"])
+def test_the_operators_of_a_graph_are_the_same_either_way(example):
+    def operators(through):
+        with quiet(), torch.no_grad(), cache_patches():
+            program = torch.export.export(example.model, example.example_inputs, strict=False)
+            written = torch.onnx.export(
+                through(program.run_decompositions({})), dynamo=True, opset_version=18, verbose=False
+            )
+        return Counter(node.op_type for node in written.model_proto.graph.node)
+
+    theirs = operators(lambda program: program)
+    assert sum(theirs.values()) > 20
+    assert operators(decomposed_if_needed) == theirs
+
+
 def slower(relied_on):
     return canary(
         "export/torch_compat/caches.py",
@@ -147,3 +211,18 @@ def test_canary_types_of_kernels_are_written_with_collections_abc():
         theirs = torch._ops.Callable
         with cache_patches():
             assert torch._ops.Callable is not theirs
+
+
+def test_canary_an_exporter_asks_the_program_to_decompose_itself(monkeypatch):
+    with slower("torch.onnx.export calls `run_decompositions(table)` of the program that it is given"):
+        traces = []
+        original = torch.export.ExportedProgram.run_decompositions
+        program = decomposed_if_needed(exported(lambda x: x.exp() @ x.T, X))
+        monkeypatch.setattr(
+            torch.export.ExportedProgram,
+            "run_decompositions",
+            lambda *args: traces.append(args) or original(*args),
+        )
+        with quiet():
+            torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False)
+        assert not traces
