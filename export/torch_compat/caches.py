@@ -136,15 +136,18 @@ def decomposed_if_needed(program: ExportedProgram) -> ExportedProgram:
         if table is not None and not _has_any(program.graph, table):
             program.graph.eliminate_dead_code()
             return program
-        return type(program).run_decompositions(program, table, *rest, **others)  # type: ignore[arg-type]
+        decomposed: ExportedProgram = type(program).run_decompositions(program, table, *rest, **others)
+        return decomposed
 
-    program.run_decompositions = run_decompositions  # type: ignore[method-assign]
+    program.run_decompositions = run_decompositions
     return program
 
 
 def _has_any(graph: fx.Graph, table: Mapping[Any, Any]) -> bool:
-    """Whether there may be something to decompose. A graph inside another may have it, and so may a value of which the
-    type is to be found out."""
+    """Whether there may be something to decompose.
+
+    A graph inside another may have it, and so may a node of which the example value is to be found out.
+    """
     return any(
         node.op == "call_module"
         or (node.op != "output" and "val" not in node.meta)
