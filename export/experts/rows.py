@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
@@ -43,6 +43,33 @@ _RESHAPES = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.defau
 Make = Callable[["PairBody"], fx.Node]
 
 
+Number = Literal[
+    "expert",
+    "token",
+    "slot",
+    "pair",
+    "place",
+    "sort",
+    "one-hot",
+    "token one-hot",
+    "counts",
+    "ends",
+    "behind",
+    "",
+]
+"""What an integer means, or a bool.
+
+expert, token, slot, pair: those of a pair, the last being its flat number
+place: the row of a pair in the order that `Rows.unsorts` names
+sort: a sort's two results
+one-hot: which expert a pair chose; "token one-hot": which experts a token chose (lead 0)
+counts, ends: of the experts' rows (lead 0)
+behind: whether a row lies behind those of an expert (lead 0)
+
+Empty: anything else.
+"""
+
+
 @dataclass(frozen=True)
 class Rows:
     """What is known of a value that depends on the chosen indices.
@@ -51,9 +78,7 @@ class Rows:
         lead: How many leading axes run over pairs: 1, or 2 for a grid. 0 for a value (E,) about all experts.
         order: The node that sorts the pairs; None for pairs in their own order.
         make: Writes the value for the R pairs of a body.
-        number: What an integer means: "expert", "token", "slot", "pair" (its flat number), "place" (the row of a
-            pair in the order `unsorts`); "sort" for a sort's pair of results; "one-hot" for a one-hot of the experts;
-            "counts" or "ends" of the experts' rows for lead 0. "" for anything else.
+        number: What an integer means (see `Number`).
         constant: It is the same for all rows of one expert.
         weighs: It depends on weights of experts.
         unsorts: The order that places belong to.
@@ -62,7 +87,7 @@ class Rows:
     lead: int
     order: fx.Node | None
     make: Make
-    number: str = ""
+    number: Number = ""
     constant: bool = False
     weighs: bool = False
     unsorts: fx.Node | None = None

@@ -7,7 +7,7 @@ Inf in the same places; everything else exactly. The arithmetic of the judgement
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 
@@ -44,13 +44,18 @@ class Standing:
     beyond: int
 
 
+Kind = Literal["float", "exact", "routing", "presence"]
+"""How an output is compared: within a margin; exactly (integers and bools); as expert ids; not at all, as it is missing
+or extra."""
+
+
 @dataclass(frozen=True)
 class Judgement:
     """The judgement of one output in one case.
 
     Args:
         output: Its name.
-        kind: "float", "exact" (integers and bools), "routing" (expert ids) or "presence" (missing, extra).
+        kind: How it was compared (see `Kind`).
         dtype: The reference's dtype; the candidate's if the output is extra.
         reason: Why it is not equal; None if it is.
         max_abs: Largest |candidate - reference| where both are finite; NaN if nothing could be compared.
@@ -76,7 +81,7 @@ class Judgement:
     """
 
     output: str
-    kind: str
+    kind: Kind
     dtype: str
     reason: str | None
     max_abs: float = float("nan")
@@ -145,7 +150,7 @@ def form_mismatch(reference: Array, candidate: Array) -> str | None:
     return None
 
 
-def refused(output: str, reference: Array, reason: str, kind: str | None = None) -> Judgement:
+def refused(output: str, reference: Array, reason: str, kind: Kind | None = None) -> Judgement:
     """The judgement of an output that cannot be compared element by element: all of it is bad."""
     kind = kind or ("float" if is_float(reference.dtype) else "exact")
     size = reference.size
