@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
+from moe_export.export.experts.choose import Choice, Target
 from moe_export.export.recurrence.recurrences import Mode
 from moe_export.export.tracing.dims import DimRequest
 
@@ -32,10 +34,10 @@ class Options:
     dims: DimRequest = field(default_factory=DimRequest)
     gates: bool | str = True
     simplify: bool = True
-    experts: str = "auto"
+    experts: Choice = "auto"
     recurrence: Mode = "auto"
     unroll: int = 1
     decode: bool = False
-    target: str = "onnxruntime-cpu"
-    dtype: str = "float32"
+    target: Target = "onnxruntime-cpu"
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     float32: tuple[str, ...] = ()

@@ -14,9 +14,11 @@ from moe_export.export.experts.trt_moe import trt_moe
 from moe_export.graph_builder import GraphBuilder
 
 Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-sm100"]
-TARGETS: tuple[str, ...] = get_args(Target)
+TARGETS: tuple[Target, ...] = get_args(Target)
+Lowering = Literal["dense", "slices", "blocks", "gather", "loop", "contrib", "trt_moe"]
+Choice = Literal["auto", "keep", Lowering]
 
-LOWERINGS: dict[str, Callable[[GraphBuilder, Opaque], ir.Value]] = {
+LOWERINGS: dict[Lowering, Callable[[GraphBuilder, Opaque], ir.Value]] = {
     "dense": dense,
     "slices": slices,
     "blocks": blocks,
@@ -30,7 +32,7 @@ SLICES_UP_TO = 64
 """Experts; above, a graph that grows with them is no longer worth its speed."""
 
 
-def choose(choice: str, count: int, target: str) -> str:
+def choose(choice: Choice, count: int, target: Target) -> Lowering:
     """The lowering that `auto` stands for.
 
     Args:
@@ -38,6 +40,7 @@ def choose(choice: str, count: int, target: str) -> str:
         count: E.
         target: The engine. On a GPU no shape may depend on the data: the host would wait for the device.
     """
+    assert choice != "keep"  # then there are no blocks
     if choice != "auto":
         return choice
     if target != "onnxruntime-cpu":
@@ -45,7 +48,7 @@ def choose(choice: str, count: int, target: str) -> str:
     return "slices" if count <= SLICES_UP_TO else "loop"
 
 
-def instead(name: str, count: int) -> str:
+def instead(name: Lowering, count: int) -> Lowering:
     """The lowering that `auto` falls back to where one cannot write a block."""
-    simpler = {"trt_moe": "blocks", "loop": "slices"}
+    simpler: dict[Lowering, Lowering] = {"trt_moe": "blocks", "loop": "slices"}
     return simpler.get(name) or choose("auto", count, "onnxruntime-cpu")

@@ -16,7 +16,7 @@ from moe_export.export.axes.chosen import names_experts
 from moe_export.export.experts import contrib
 from moe_export.export.experts.batch import trace_batched
 from moe_export.export.experts.body_parts import BodyParts, split_body
-from moe_export.export.experts.choose import LOWERINGS, choose, instead
+from moe_export.export.experts.choose import LOWERINGS, Choice, Lowering, Target, choose, instead
 from moe_export.export.experts.one_at_a_time import Opaque, guarded
 from moe_export.export.experts.outline import DOMAIN, NUMBER, OPERATOR, Block
 from moe_export.export.experts.trt_moe import add_meaning
@@ -30,15 +30,15 @@ from moe_export.export.torch_compat.failures import fixes_size
 from moe_export.export.tracing.trace import quiet
 from moe_export.graph_builder import GraphBuilder
 
-Write = Callable[[GraphBuilder, str, Opaque], ir.Value]
+Write = Callable[[GraphBuilder, Lowering, Opaque], ir.Value]
 """Writes a block in the form of a name; the result."""
 
 
 def expand_experts(
     model: ir.Model,
     blocks: Sequence[Block],
-    choice: str,
-    target: str = "onnxruntime-cpu",
+    choice: Choice,
+    target: Target = "onnxruntime-cpu",
     write: Write | None = None,
     bodies: Bodies | None = None,
 ) -> list[str]:
@@ -91,8 +91,8 @@ def expand_experts(
 
 
 def _simpler(
-    model: ir.Model, node: ir.Node, block: Opaque, name: str, error: NotExportableError, write: Write
-) -> tuple[GraphBuilder, ir.Value, str, str]:
+    model: ir.Model, node: ir.Node, block: Opaque, name: Lowering, error: NotExportableError, write: Write
+) -> tuple[GraphBuilder, ir.Value, Lowering, str]:
     """A block in the next simpler form that can write it: its nodes, result, form, and why no other."""
     reason = ""
     while True:
@@ -118,7 +118,7 @@ def module_of(block: Block) -> str:
     return both[-1] if both else ""
 
 
-def _write(builder: GraphBuilder, name: str, block: Opaque) -> ir.Value:
+def _write(builder: GraphBuilder, name: Lowering, block: Opaque) -> ir.Value:
     if not names_experts(block.meaning.indices, block.count):
         block = guarded(builder, block)
     return LOWERINGS[name](builder, block)

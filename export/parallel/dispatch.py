@@ -23,6 +23,7 @@ import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
 from moe_export.export.experts.body_parts import EXPERT, BodyParts, PartsBuilder
+from moe_export.export.experts.choose import Lowering
 from moe_export.export.experts.one_at_a_time import Opaque, combine_in_order
 from moe_export.export.experts.sorting import Sorted, known_sizes, sort_by_expert
 from moe_export.export.experts.weights import ExpertWeights
@@ -94,7 +95,7 @@ class _Sent:
     valid: ir.Value
 
 
-def there_and_back(w: GraphBuilder, form: str, block: Opaque, way: ThereAndBack) -> ir.Value:
+def there_and_back(w: GraphBuilder, form: Lowering, block: Opaque, way: ThereAndBack) -> ir.Value:
     """The result (N, H) of a block for this rank's tokens.
 
     Args:
@@ -146,7 +147,7 @@ def _as_rows(value: ir.Value, like: ir.Value) -> None:
     value.type, value.shape = like.type, ir.Shape([None, *like.shape[1:]])
 
 
-def _refuse(form: str, block: Opaque) -> None:
+def _refuse(form: Lowering, block: Opaque) -> None:
     parts = block.parts
     if form not in ("slices", "loop", "dense"):
         raise NotExportableError(
@@ -261,7 +262,7 @@ def _column(w: GraphBuilder, value: ir.Value) -> ir.Value:
 
 def _computed(
     w: GraphBuilder,
-    form: str,
+    form: Lowering,
     block: Opaque,
     way: ThereAndBack,
     builder: PartsBuilder,

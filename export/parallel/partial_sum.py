@@ -18,7 +18,7 @@ import onnx_ir as ir
 
 from moe_export.errors import NotExportableError
 from moe_export.export.experts.body_parts import EXPERT, PartsBuilder
-from moe_export.export.experts.choose import LOWERINGS
+from moe_export.export.experts.choose import LOWERINGS, Lowering
 from moe_export.export.experts.one_at_a_time import Opaque, combine_in_order, guarded, loop_of, slices_of
 from moe_export.export.experts.sorting import Sorted, known_sizes, sort_by_expert
 from moe_export.export.experts.weights import Weight, known_array
@@ -90,7 +90,7 @@ def of_experts(w: GraphBuilder, weight: Weight, experts: Sequence[int], opset: i
     return w.constants.add(own, f"{weight.name}.own")
 
 
-def partial_sum(w: GraphBuilder, form: str, block: Opaque, experts: Sequence[int]) -> ir.Value:
+def partial_sum(w: GraphBuilder, form: Lowering, block: Opaque, experts: Sequence[int]) -> ir.Value:
     """What one rank adds to the result (N, H) of a block.
 
     Args:
@@ -144,7 +144,7 @@ def own_pairs(w: GraphBuilder, pairs: Sorted, count: int) -> tuple[Sorted, ir.Va
     return Sorted(first[0], first[1], counts, starts, ends, positions), number
 
 
-def own_rows(w: GraphBuilder, form: str, own: Own) -> ir.Value:
+def own_rows(w: GraphBuilder, form: Lowering, own: Own) -> ir.Value:
     """The pairs of these experts alone, expert by expert."""
     block = own.block
     pairs, _ = own_pairs(w, sort_by_expert(w, block.indices, block.count + 1, block.slots), block.count)
@@ -154,7 +154,12 @@ def own_rows(w: GraphBuilder, form: str, own: Own) -> ir.Value:
 
 
 def made_one_at_a_time(
-    w: GraphBuilder, form: str, own: Own, builder: PartsBuilder, entering: Sequence[ir.Value], pairs: Sorted
+    w: GraphBuilder,
+    form: Lowering,
+    own: Own,
+    builder: PartsBuilder,
+    entering: Sequence[ir.Value],
+    pairs: Sorted,
 ) -> list[ir.Value]:
     """What the experts make of rows (P, ...) that are sorted by expert, in a form of `ONE_AT_A_TIME`."""
     way = slices_of if form == "slices" else loop_of

@@ -10,7 +10,7 @@ from typing import Literal
 import onnx_ir as ir
 
 from moe_export.errors import NotExportableError, UsageError
-from moe_export.export.experts.choose import choose
+from moe_export.export.experts.choose import Lowering, choose
 from moe_export.export.experts.expand import Bodies, expand_experts, module_of
 from moe_export.export.experts.one_at_a_time import Opaque
 from moe_export.export.experts.outline import DOMAIN, NUMBER, OPERATOR
@@ -194,7 +194,7 @@ class _Maker:
         return staged
 
     def _expanded(self, draft: Draft, rank: int, options: Options) -> Draft:
-        def write(w: GraphBuilder, form: str, block: Opaque) -> ir.Value:
+        def write(w: GraphBuilder, form: Lowering, block: Opaque) -> ir.Value:
             layer = self._layer_of(block)
             own = self.placement.experts_of(layer, rank)
             if options.experts == "auto":
