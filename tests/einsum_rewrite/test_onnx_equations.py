@@ -96,7 +96,7 @@ def test_few_nodes_and_few_transposes(dynamic: bool) -> None:
     rows = [row for row in ROWS if row[0].count(",") == 1]
     problems, _, _ = _problems(rows, 0, dynamic)
     model = rewrite_onnx(model_of(problems))
-    nodes = Counter(int(node.name.split("_")[0].removeprefix("einsum")) for node in model.graph.node)
+    nodes = Counter(int(node.name.split(".")[0].removeprefix("einsum")) for node in model.graph.node)
     transposes = [node for node in model.graph.node if node.op_type == "Transpose"]
     assert len(rows) == 342
     assert len(nodes) == 342
