@@ -106,7 +106,7 @@ class Plan:
     def largest(self) -> Amount:
         """Elements of the largest value that a step makes (operands do not count, the result does)."""
         made = [step.layout for step in self.steps] or [self.layout(self.result)]
-        return max((self._elements(layout) for layout in made), key=_bulk)
+        return max((self._elements(layout) for layout in made), key=lambda amount: amount.at({}, 32))
 
     @cached_property
     def moved(self) -> Amount:
@@ -156,7 +156,3 @@ class Plan:
             ("largest intermediate", f"{self.largest} elements, {size} in float32"),
             ("scaling", f"{self.scaling}"),
         ]
-
-
-def _bulk(amount: Amount) -> int:
-    return amount.at({}, 32)

@@ -80,7 +80,11 @@ def _infer(
         found = onnx.shape_inference.infer_shapes(model, data_prop=True)
     except onnx.shape_inference.InferenceError:
         return {}
-    return {output.name: _shape_of(output) for output in found.graph.output if _has_shape(output)}
+    return {
+        output.name: _shape_of(output)
+        for output in found.graph.output
+        if output.type.tensor_type.HasField("shape")
+    }
 
 
 def _captured(body: ir.Graph) -> list[ir.Value]:
@@ -102,10 +106,6 @@ def _set_shape(info: onnx.ValueInfoProto, shape: tuple[int, ...] | None) -> None
         info.type.tensor_type.shape.SetInParent()
         for size in shape:
             info.type.tensor_type.shape.dim.add(dim_value=size)
-
-
-def _has_shape(info: onnx.ValueInfoProto) -> bool:
-    return bool(info.type.tensor_type.HasField("shape"))
 
 
 def _shape_of(info: onnx.ValueInfoProto) -> tuple[int | None, ...]:

@@ -17,6 +17,7 @@ import ast
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, TypeAlias
 
 import torch
@@ -130,14 +131,9 @@ def _of_arguments(
     shapes: Any, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Iterator[Axes]:
     names = _parameters(model)
-    for place, (name, value) in enumerate(
-        [*zip(_padded(names, len(args)), args, strict=True), *kwargs.items()]
-    ):
+    named = [*zip_longest(names[: len(args)], args), *kwargs.items()]
+    for place, (name, value) in enumerate(named):
         yield from _walk(shapes.get(name) if isinstance(shapes, Mapping) else _at(shapes, place), value)
-
-
-def _padded(names: Sequence[str], count: int) -> list[str | None]:
-    return [names[place] if place < len(names) else None for place in range(count)]
 
 
 def _parameters(model: nn.Module) -> list[str]:

@@ -79,7 +79,9 @@ def _read_by_indices(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node
     """The first float of the indices' shape that depends on them and, past the choice, on scores."""
     shape = shape_of(choice.indices)
     scores = {
-        node for node in ancestors([choice.scores]) if is_float(node) and _is_over_experts(node, choice)
+        node
+        for node in ancestors([choice.scores])
+        if is_float(node) and same_shape(shape_of(node)[-1:], (choice.experts,))
     }
     of_indices, of_scores = {choice.indices}, set(scores)
     nodes: list[fx.Node] = list(choice.indices.graph.nodes)
@@ -95,10 +97,6 @@ def _read_by_indices(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node
         if fits and node in of_scores and node not in taken:
             return node
     return None
-
-
-def _is_over_experts(node: fx.Node, choice: Choice) -> bool:
-    return same_shape(shape_of(node)[-1:], (choice.experts,))
 
 
 def _maximum_of(choice: Choice) -> fx.Node | None:

@@ -267,17 +267,13 @@ def _documentation(
     path: str, nodes: Sequence[ir.Node], inputs: Sequence[ir.Value], outputs: Sequence[ir.Value]
 ) -> str:
     """What a function computes, with its shapes and lines."""
-    sources = _unique_texts(node.metadata_props.get(SOURCE, "") for node in nodes)
+    sources = [source for node in nodes if (source := node.metadata_props.get(SOURCE))]
     tensors = [value for value in inputs if not value.is_initializer()]
     weights = [value for value in inputs if value.is_initializer()]
     lines = [f"Module {path}" + (f", {sources[0]} and on." if sources else ".")]
     lines += described(tensors, outputs)
     lines += [f"{len(weights)} weights"] if weights else []
     return "\n".join(lines)
-
-
-def _unique_texts(texts: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(text for text in texts if text))
 
 
 def described(inputs: Iterable[ir.Value], outputs: Iterable[ir.Value]) -> Iterator[str]:

@@ -105,7 +105,8 @@ def number_type(node: fx.Node, step: Step) -> torch.dtype:
     dtype: torch.dtype = node.meta["val"].dtype
     if node.target in _FILLING:
         return dtype
-    tensors = [source.meta["val"] for source in node.all_input_nodes if _is_tensor(source)]
+    values = [source.meta.get("val") for source in node.all_input_nodes]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
     if dtype == torch.bool:
         integers = all(
             isinstance(leaf, InductionVariable) for leaf in atoms((step.args, step.kwargs)) if counts(leaf)
@@ -114,10 +115,6 @@ def number_type(node: fx.Node, step: Step) -> torch.dtype:
     if node.target in _WIDE and any(tensor.dim() for tensor in tensors):
         return torch.promote_types(dtype, torch.float32) if dtype.is_floating_point else dtype
     return dtype
-
-
-def _is_tensor(node: fx.Node) -> bool:
-    return isinstance(node.meta.get("val"), torch.Tensor)
 
 
 def write_step(

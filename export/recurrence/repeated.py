@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from moe_export.export.recurrence.period import LEAST_ITERATIONS
+from moe_export.export.tracing.randomness import may_be_random
 
 aten = torch.ops.aten
 _PLACES = (aten.select.int, aten.slice.Tensor, aten.unbind.int)
@@ -43,7 +44,7 @@ def _values(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
     values: dict[fx.Node, int] = {}
     for node in nodes:
         key: Any = node
-        if node.op == "call_function" and node.all_input_nodes and not _is_random(node):
+        if node.op == "call_function" and node.all_input_nodes and not may_be_random(node):
             key = (node.target, *(_named(argument, values) for argument in (node.args, node.kwargs)))
         values[node] = numbers.setdefault(key, len(numbers))
     return {
@@ -62,7 +63,3 @@ def _named(argument: Any, values: Mapping[fx.Node, int]) -> Any:
     if isinstance(argument, (tuple, list)):
         return tuple(_named(value, values) for value in argument)
     return repr(argument)
-
-
-def _is_random(node: fx.Node) -> bool:
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())

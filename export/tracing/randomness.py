@@ -25,7 +25,7 @@ def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[s
         return
     name = type(subject.module).__name__
     suspect = next(
-        (node for node in program.graph.nodes if _may_be_random(node) and not _is_asleep(node)), None
+        (node for node in program.graph.nodes if may_be_random(node) and not _is_asleep(node)), None
     )
     if absent and suspect is None:
         return  # zeros in the place of weights would hide what is drawn, so the program is asked
@@ -43,7 +43,8 @@ def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[s
     )
 
 
-def _may_be_random(node: fx.Node) -> bool:
+def may_be_random(node: fx.Node) -> bool:
+    """Whether an operator may draw random numbers, by its tag."""
     return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
 
 

@@ -73,16 +73,12 @@ class ZeroProducts(OperatorMode):
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], *, keep: bool
     ) -> torch.Tensor:
         """Zeros of the shape and dtype that an operator would give."""
-        shapes = pytree.tree_map(_shape_only, (args, kwargs))
+        shapes = pytree.tree_map_only(torch.Tensor, lambda value: value.to("meta"), (args, kwargs))
         like = func(*shapes[0], **shapes[1])
         made = torch.zeros(like.shape, dtype=like.dtype)
         if keep:
             self._zeros[made.untyped_storage().data_ptr()] = made
         return made
-
-
-def _shape_only(value: Any) -> Any:
-    return value.to("meta") if isinstance(value, torch.Tensor) else value
 
 
 def without_weights(weights: LazyWeights | None) -> AbstractContextManager[Any]:

@@ -83,8 +83,8 @@ def _lists(reference: Value, got: Value) -> Gap:
         return Gap(float("nan"), float("inf"), "a tensor where a sequence should be, or the other way round")
     if len(reference) != len(got):
         return Gap(float("nan"), float("inf"), f"{len(got)} elements, expected {len(reference)}")
-    return max((gap(old, new) for old, new in zip(reference, got, strict=True)), key=_by_ratio, default=NONE)
-
-
-def _by_ratio(found: Gap) -> float:
-    return found.ratio
+    return max(
+        (gap(old, new) for old, new in zip(reference, got, strict=True)),
+        key=lambda found: found.ratio,
+        default=NONE,
+    )

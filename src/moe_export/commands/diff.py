@@ -75,7 +75,8 @@ def figures_of(found: Difference) -> list[Row]:
 def operators_of(found: Difference) -> list[Row]:
     """The operators of which one has more, the greatest change first."""
     changed = {name: counts for name, counts in found.operators.items() if counts[0] != counts[1]}
-    return [_row(name, *counts) for name, counts in _by_change(changed)]
+    by_change = sorted(changed.items(), key=lambda item: (-abs(item[1][1] - item[1][0]), item[0]))
+    return [_row(name, *counts) for name, counts in by_change]
 
 
 def _show(found: Difference, console: Console) -> None:
@@ -96,11 +97,6 @@ def _show(found: Difference, console: Console) -> None:
 
 def _row(name: str, old: int | None, new: int | None) -> Row:
     return name, _figure(old), _figure(new), _change(old, new)
-
-
-def _by_change(changed: dict[str, tuple[int, int]]) -> list[tuple[str, tuple[int, int]]]:
-    """The greatest change first."""
-    return sorted(changed.items(), key=lambda item: (-abs(item[1][1] - item[1][0]), item[0]))
 
 
 def _figure(number: int | None) -> str:
