@@ -41,7 +41,7 @@ Make = Callable[..., Subject]
 
 
 def load_subject(
-    spec: str,
+    spec: str | Path,
     *,
     init: Sequence[str] = (),
     inputs: Sequence[str] = (),
@@ -54,7 +54,7 @@ def load_subject(
     loaded again to be verified.
 
     Args:
-        spec: `model.py`, or `model.py:ClassName`.
+        spec: `model.py`, or `model.py:ClassName`; or the path of the file.
         init: Arguments of the class, `name=value` (a Python literal; anything else is a string).
         inputs: Example inputs of the class, `name=2x10x512:float32`.
         memory: Weights that a file names (`weights = "model.safetensors"`) are read at once up to so many bytes.
@@ -65,7 +65,7 @@ def load_subject(
         UsageError: There is no such file, it cannot be run, or no model (or no single one) is in it.
     """
     with no_exit(), _same_numbers():
-        return _load(spec, init, inputs, memory, partial(_made, apart))
+        return _load(str(spec), init, inputs, memory, partial(_made, apart))
 
 
 def _made(

@@ -56,7 +56,7 @@ def test_model_and_example_inputs(write, model, example, names):
 
 def test_both_names_in_a_function_of_the_file(write):
     text = "def model():\n    return Block()\n\ndef example_inputs():\n    return {'x': torch.randn(3, 4)}\n"
-    subject = load_subject(str(write(BLOCK + text)))
+    subject = load_subject(write(BLOCK + text))
     assert subject.inputs["x"].shape == (3, 4)
 
 
