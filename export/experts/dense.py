@@ -34,7 +34,7 @@ _FULL = {_aten.full_like.default, _aten.full.default, _aten.new_full.default}
 _CASTS = {_aten._to_copy.default, _aten.clone.default, _aten.alias.default, _aten.to.dtype}
 
 
-class _Crowd(Region):
+class _DenseRegion(Region):
     """All tokens at all experts: (E, N, ...), or flat."""
 
     @property
@@ -50,7 +50,7 @@ class _Crowd(Region):
         return same_shape(shape[:lead], begin)
 
 
-class _CrowdBody(PairBody):
+class _DenseBody(PairBody):
     """What is the expert's own is a stack; nothing else may have an axis over experts or tokens."""
 
     def _lined_up(self, node: fx.Node, rows: Rows, rank: int) -> fx.Node:
@@ -92,18 +92,18 @@ def _weights_of_chosen(node: fx.Node) -> fx.Node | None:
 
 
 def _understand(weights: fx.Node, indices: fx.Node) -> Experts | None:
-    crowd = _Crowd(indices, int(shape_of(weights)[1]), {})
+    region = _DenseRegion(indices, int(shape_of(weights)[1]), {})
     for node in weights.graph.nodes:
         if node.op != "call_function":
             continue
-        result = _added_up(crowd, node)
+        result = _added_up(region, node)
         if result is not None and _reads(result, weights):
-            return _block(crowd, weights, node, result)
-        known = _seed(crowd, node, weights) or _product(crowd, node)
-        if known is None and not crowd.rows.keys().isdisjoint(node.all_input_nodes):
-            known = rows_after(crowd, node)
+            return _block(region, weights, node, result)
+        known = _seed(region, node, weights) or _product(region, node)
+        if known is None and not region.rows.keys().isdisjoint(node.all_input_nodes):
+            known = rows_after(region, node)
         if known is not None:
-            crowd.rows[node] = known
+            region.rows[node] = known
     return None
 
 
@@ -119,21 +119,21 @@ def _reads(result: fx.Node, weights: fx.Node) -> bool:
     return False
 
 
-def _seed(crowd: _Crowd, node: fx.Node, weights: fx.Node) -> Rows | None:
+def _seed(region: _DenseRegion, node: fx.Node, weights: fx.Node) -> Rows | None:
     """Tokens repeated for every expert, and the weights transposed to (E, N)."""
     source = arguments(node)[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
     if node.target in (_aten.transpose.int, _aten.permute.default, _aten.t.default) and source is weights:
         return Rows(2, None, lambda body: _own_weight(body, weights))
-    if source in crowd.rows or not same_shape(shape_of(source)[:1], [crowd.tokens]):
+    if source in region.rows or not same_shape(shape_of(source)[:1], [region.tokens]):
         source = _unsqueezed(source)
-    if source is None or not same_shape(shape_of(source)[:1], [crowd.tokens]):
+    if source is None or not same_shape(shape_of(source)[:1], [region.tokens]):
         return None
     rest = rank_of(source) - 1
-    if node.target is _aten.repeat.default and arguments(node)[1] == [crowd.count, *[1] * rest]:
+    if node.target is _aten.repeat.default and arguments(node)[1] == [region.count, *[1] * rest]:
         return Rows(1, None, lambda body: body.call(_aten.index.Tensor, body.share(source), [body.token]))
-    if node.target is _aten.expand.default and rank_of(node) == rest + 2 and crowd.leads(shape_of(node), 2):
+    if node.target is _aten.expand.default and rank_of(node) == rest + 2 and region.leads(shape_of(node), 2):
         return Rows(2, None, lambda body: _spread(body, source))
     return None
 
@@ -153,15 +153,15 @@ def _spread(body: PairBody, source: fx.Node) -> fx.Node:
     return body.call(_aten.unsqueeze.default, rows, 1)
 
 
-def _product(crowd: _Crowd, node: fx.Node) -> Rows | None:
+def _product(region: _DenseRegion, node: fx.Node) -> Rows | None:
     """(E, N, a) times the stack (E, a, b)."""
     if node.target not in (_aten.bmm.default, _aten.matmul.default):
         return None
     source, stack = arguments(node)
-    rows = crowd.rows.get(source)
-    if rows is None or rows.where != (2, None) or stack in crowd.rows:
+    rows = region.rows.get(source)
+    if rows is None or rows.where != (2, None) or stack in region.rows:
         return None
-    if rank_of(source) != 3 or rank_of(stack) != 3 or not same_size(shape_of(stack)[0], crowd.count):
+    if rank_of(source) != 3 or rank_of(stack) != 3 or not same_size(shape_of(stack)[0], region.count):
         return None
     return Rows(
         2,
@@ -171,7 +171,7 @@ def _product(crowd: _Crowd, node: fx.Node) -> Rows | None:
     )
 
 
-def _added_up(crowd: _Crowd, node: fx.Node) -> fx.Node | None:
+def _added_up(region: _DenseRegion, node: fx.Node) -> fx.Node | None:
     """The rows (E, N, ...) that a node adds up over the experts."""
     if (
         node.target is not _aten.sum.dim_IntList
@@ -180,19 +180,19 @@ def _added_up(crowd: _Crowd, node: fx.Node) -> fx.Node | None:
     ):
         return None
     source = arguments(node)[0]
-    rows = crowd.rows.get(source)
+    rows = region.rows.get(source)
     return source if rows is not None and rows.where == (2, None) and rows.weighs else None
 
 
-def _block(crowd: _Crowd, weights: fx.Node, result: fx.Node, rows: fx.Node) -> Experts | None:
-    body = _CrowdBody(crowd)
+def _block(region: _DenseRegion, weights: fx.Node, result: fx.Node, rows: fx.Node) -> Experts | None:
+    body = _DenseBody(region)
     value = body.call(_aten.squeeze.dim, body.value(rows), 1)
     module = body.module(value)
     if weights not in body.shared or not _drops(module, body, weights):
         return None
     return Experts(
-        indices=crowd.indices,
-        count=crowd.count,
+        indices=region.indices,
+        count=region.count,
         body=module,
         shared=tuple(body.shared),
         weights=tuple(body.weights),

@@ -21,34 +21,34 @@ class TableOption(click.Option):
     """An option of the table.
 
     Attributes:
-        told: What the table says of it.
+        option: What the table says of it.
     """
 
-    def __init__(self, told: Option, needed: Option | None = None) -> None:
-        self.told = told
-        pair = "/--no-" in told.spelling  # click's way to write a flag and its opposite
-        kind: dict[str, Any] = {"type": told.type, "multiple": told.repeatable, "default": told.default}
-        if told.is_flag and not pair:
-            kind = {"is_flag": True, "flag_value": not told.unset, "default": told.unset}
+    def __init__(self, option: Option, needed: Option | None = None) -> None:
+        self.option = option
+        pair = "/--no-" in option.spelling  # click's way to write a flag and its opposite
+        kind: dict[str, Any] = {"type": option.type, "multiple": option.repeatable, "default": option.default}
+        if option.is_flag and not pair:
+            kind = {"is_flag": True, "flag_value": not option.unset, "default": option.unset}
         elif pair:
-            kind = {"default": told.default}
+            kind = {"default": option.default}
         super().__init__(
-            [*((told.spelling,) if pair else told.words), told.name],
-            help=_help(told, needed),
-            metavar=told.metavar,
-            required=told.required,
-            expose_value=told.name != "debug",  # whoever prints an error looks for it
-            show_default=told.default is not None and not told.is_flag,
+            [*((option.spelling,) if pair else option.words), option.name],
+            help=_help(option, needed),
+            metavar=option.metavar,
+            required=option.required,
+            expose_value=option.name != "debug",  # whoever prints an error looks for it
+            show_default=option.default is not None and not option.is_flag,
             **kind,
         )
 
 
-def _help(told: Option, needed: Option | None) -> str:
-    text = told.help.removesuffix(".")
+def _help(option: Option, needed: Option | None) -> str:
+    text = option.help.removesuffix(".")
     if needed is not None and not needed.required:
         text = f"With {needed.word}: {text[0].lower()}{text[1:]}"
-    repeatable = " (repeatable)." if told.repeatable else "."
-    otherwise = f"  [default: {told.otherwise}]" if told.otherwise else ""
+    repeatable = " (repeatable)." if option.repeatable else "."
+    otherwise = f"  [default: {option.otherwise}]" if option.otherwise else ""
     return f"{text}{repeatable}{otherwise}"
 
 
@@ -56,16 +56,16 @@ class TableCommand(click.Command):
     """A command whose options are those of the table, in groups; `--help` shows the usual ones, `--help-all` all."""
 
     def __init__(self, name: str, *, params: list[click.Parameter] | None = None, **attributes: Any) -> None:
-        self.told = options_of(name)
-        by_name = {option.name: option for option in self.told}
-        own = [TableOption(option, by_name.get(option.goes_with)) for option in self.told]
+        self.options = options_of(name)
+        by_name = {option.name: option for option in self.options}
+        own = [TableOption(option, by_name.get(option.goes_with)) for option in self.options]
         super().__init__(name, params=[*(params or ()), *own], **attributes)
 
     @property
     def first(self) -> tuple[Option, ...]:
         """The options of the first screen: all if they fit on it."""
-        fits = len(self.told) + 2 <= MOST
-        return tuple(option for option in self.told if fits or option.first)
+        fits = len(self.options) + 2 <= MOST
+        return tuple(option for option in self.options if fits or option.first)
 
     def get_params(self, ctx: click.Context) -> list[click.Parameter]:
         """Click's, and `--help-all`."""
@@ -77,7 +77,7 @@ class TableCommand(click.Command):
             is_flag=True,
             is_eager=True,
             expose_value=False,
-            help=f"Show all {len(self.told)} options and exit.",
+            help=f"Show all {len(self.options)} options and exit.",
             callback=self._show_all,
         )
 
@@ -93,7 +93,7 @@ class TableCommand(click.Command):
         Raises:
             UsageError: An option means nothing without another one.
         """
-        check_together(self.told, ctx.params)
+        check_together(self.options, ctx.params)
         ctx.params["console"] = Console(ctx.params.pop("quiet"), ctx.params.pop("as_json"))
         return super().invoke(ctx)
 
@@ -101,13 +101,13 @@ class TableCommand(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options, group by group; how to see the others."""
-        shown = self.told if ctx.meta.get(self._all) else self.first
+        shown = self.options if ctx.meta.get(self._all) else self.first
         groups: dict[str, list[tuple[str, str]]] = {group: [] for group in GROUPS}
         helps = []
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if isinstance(param, TableOption):
-                groups[param.told.group] += [record] if record and param.told in shown else []
+                groups[param.option.group] += [record] if record and param.option in shown else []
             elif record and isinstance(param, click.Option):
                 helps.append(record)
         groups["Output"] += helps
@@ -116,7 +116,7 @@ class TableCommand(click.Command):
             if rows:
                 with formatter.section(group):
                     formatter.write_dl([(word.ljust(width), text) for word, text in rows], col_max=_COLUMN)
-        hidden = len(self.told) - len(shown)
+        hidden = len(self.options) - len(shown)
         if hidden:
             formatter.write_paragraph()
             formatter.write_text(f"{hidden} more options: {ctx.command_path} --help-all")
