@@ -32,13 +32,13 @@ from moe_export.export.onnx.translate import check, name_at_opset, translate
 from moe_export.export.onnx.transposed import mend_products, product_notes
 from moe_export.export.options import Options
 from moe_export.export.precision.mixed import lower_precision
-from moe_export.export.recurrence.loop_body import DOMAIN as LOOPS
 from moe_export.export.recurrence.recurrences import Recurrent, fold_recurrences, left_if_fixed
 from moe_export.export.scans.expand import Expansion, expand_loops
 from moe_export.export.scans.order import loops_first
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.notes import notes_on
 from moe_export.export.tracing.trace import Traced, quiet
+from moe_export.export.tracing.traced_loops import DOMAIN as LOOPS
 from moe_export.export.tracing.widest import widest_trace, within
 
 

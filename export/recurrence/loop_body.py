@@ -1,11 +1,8 @@
 """`LoopBody`: one iteration of a folded loop as a callable, run iteration by iteration in PyTorch, or once between
 markers in a trace.
 
-A trace of it holds the body once, between opaque nodes, its boundary, that carry the shapes of its inputs and outputs;
-the ONNX side cuts this region out and makes it the body of a `Scan`:
-
-    State(h0) ─▶ h ─┐
-    Element(xs) ─▶ x ┴▶ the body ─▶ h', y ─▶ End(h, x, h', y) ─▶ h after the last iteration, all y along an axis
+A trace of it holds the body once, between opaque nodes, its boundary, that carry the shapes of its inputs and outputs
+(`tracing.traced_loops`); the ONNX side cuts this region out and makes it the body of a `Scan`.
 """
 
 from __future__ import annotations
@@ -18,8 +15,7 @@ import torch
 import torch.onnx.ops
 from torch import Tensor, fx
 
-DOMAIN = "moe_export.loop"
-STATE, ELEMENT, END = "State", "Element", "End"
+from moe_export.export.tracing.traced_loops import DOMAIN, ELEMENT, END, STATE
 
 
 @dataclass(frozen=True)

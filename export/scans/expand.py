@@ -21,7 +21,6 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import NotExportableError, RefusedError
 from moe_export.export.onnx.provenance import mark_block, source_location
-from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
 from moe_export.export.scans.chunked import expand_chunked
 from moe_export.export.scans.inputs import move_inwards
 from moe_export.export.scans.layout import widest_last
@@ -32,6 +31,7 @@ from moe_export.export.scans.products import small_products_first
 from moe_export.export.scans.results import results_inwards
 from moe_export.export.scans.segments import STEPS
 from moe_export.export.scans.unrolled import several_steps
+from moe_export.export.tracing.traced_loops import DOMAIN, END, STATE
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from typing import Any
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
-from moe_export.export.recurrence.loop_body import DOMAIN, END, STATE
 from moe_export.export.scans.batched import POINTWISE, REDUCTIONS, axes_of, number_of, rank_of
 from moe_export.export.scans.loop_region import LoopRegion
+from moe_export.export.tracing.traced_loops import DOMAIN, END, STATE
 from moe_export.graph_builder import GraphBuilder
 
 

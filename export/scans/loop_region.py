@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moe_export.export.onnx.bodies import reads
-from moe_export.export.recurrence.loop_body import DOMAIN, ELEMENT, STATE
+from moe_export.export.tracing.traced_loops import DOMAIN, ELEMENT, STATE
 
 
 @dataclass(frozen=True)

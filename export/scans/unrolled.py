@@ -18,10 +18,10 @@ from typing import Any
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
-from moe_export.export.recurrence.loop_body import DOMAIN, ELEMENT, END, STATE
 from moe_export.export.scans.batched import BatchedOverTime, BatchedValue, can, flipped, moved
 from moe_export.export.scans.filling import Filling
 from moe_export.export.scans.loop_region import LoopRegion, integer
+from moe_export.export.tracing.traced_loops import DOMAIN, ELEMENT, END, STATE
 from moe_export.graph_builder import GraphBuilder
 
 

@@ -22,6 +22,7 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.dims import Dim
 from moe_export.export.tracing.guards import Probes
 from moe_export.export.tracing.trace import Traced, resized
+from moe_export.export.tracing.traced_loops import RunsLoops
 from moe_export.float64 import agree, doubled, in_float64
 
 Sizes = Mapping[str, int]
@@ -71,7 +72,6 @@ def wrong_at_one(traced: Traced, subject: Subject) -> list[Condition]:
     """`seq >= 2` for each dimension at whose size 1 the trace is wrong.
 
     Tracers take every free size for 2 or more and write nothing down: `if x.shape[1] > 1` has one way in a trace.
-    A trace with loops that stand for themselves (`recurrence`) computes nothing, and shows that at the traced sizes.
     """
     if subject.weights is not None and subject.weights.absent:
         return []
@@ -210,7 +210,7 @@ class _WrongShapeError(Exception):
     """A value has another shape than the trace recorded for it."""
 
 
-class _Exact(fx.Interpreter):
+class _Exact(RunsLoops):
     """Runs a traced program, and makes sure that each value has the shape that was recorded for it."""
 
     def __init__(self, traced: Traced, sizes: Sizes) -> None:
@@ -266,7 +266,7 @@ def run_program(
             target = str(spec.target)
             value = program.state_dict.get(target, program.constants.get(target))
             arguments.append(doubled(value) if wide and isinstance(value, torch.Tensor) else value)
-    runner = fx.Interpreter(program.graph_module) if sizes is None else _Exact(traced, sizes)
+    runner = RunsLoops(program.graph_module) if sizes is None else _Exact(traced, sizes)
     results = runner.run(*arguments)
     kinds = [spec.kind for spec in program.graph_signature.output_specs]
     return [value for kind, value in zip(kinds, results, strict=True) if kind is OutputKind.USER_OUTPUT]

@@ -68,6 +68,18 @@ class Bounds:
         tensor[sized] = value
         return None
 
+    def cut(
+        self, tensor: torch.Tensor, axis: int = 0, start: Any = None, stop: Any = None, step: int = 1
+    ) -> Any:
+        """ATen's own: a model whose loops were folded is a graph of operators."""
+        part = slice(start, stop, step)
+        sized = self._within(part, tensor.shape[axis])
+        return (
+            NotImplemented
+            if sized is part
+            else _aten.slice.Tensor(tensor, axis, sized.start, sized.stop, step)
+        )
+
     def _sized(self, tensor: torch.Tensor, index: Any) -> tuple[Any, ...] | None:
         """An index with the bounds of its slices as sizes; None where nothing changes."""
         parts = index if isinstance(index, tuple) else (index,)
@@ -107,7 +119,12 @@ class Bounds:
 def sized_bounds() -> Iterator[Bounds]:
     """While it runs, constant bounds of slices along an axis of free size are traced as sizes that lie within it."""
     bounds = Bounds()
-    with InOtherForms({torch.Tensor.__getitem__: bounds.item, torch.Tensor.__setitem__: bounds.set_item}):
+    forms: dict[Any, Any] = {
+        torch.Tensor.__getitem__: bounds.item,
+        torch.Tensor.__setitem__: bounds.set_item,
+        _aten.slice.Tensor: bounds.cut,
+    }
+    with InOtherForms(forms):
         yield bounds
 
 

@@ -38,3 +38,32 @@ def test_canary_an_opaque_node_is_carried_into_onnx():
         assert found.inputs[0] is model.graph.inputs[0]
         assert found.outputs[0].dtype.name == "FLOAT"
         assert is_opaque(classes_of(found)[-1].split(".")[1])
+
+
+def test_canary_what_an_opaque_node_says_is_read_as_it_is_written():
+    with canary(
+        "export/torch_compat/opaque.py",
+        "torch.onnx.ops.symbolic is traced as a node with its domain, its name and its encoded attributes",
+        todo="read what torch/onnx/ops/_symbolic_impl.py writes now",
+    ):
+        from moe_export.export.torch_compat.opaque import opaque_attributes, opaque_operator
+
+        class Marked(nn.Module):
+            def forward(self, x):
+                said = {"loop": 3, "axes": [1, 0], "backwards": [0, 1]}
+                (y,) = torch.onnx.ops.symbolic_multi_out(
+                    "moe_export.loop::End", (x,), said, dtypes=[x.dtype], shapes=[x.shape], version=1
+                )
+                return torch.onnx.ops.symbolic(
+                    "moe_export.loop::State", (y,), {"place": 2}, dtype=x.dtype, shape=x.shape, version=1
+                )
+
+        program = torch.export.export(Marked(), (torch.ones(3, 2),), strict=False).run_decompositions({})
+        said = [(opaque_operator(n), opaque_attributes(n)) for n in program.graph.nodes if opaque_operator(n)]
+        assert said == [
+            (("moe_export.loop", "End"), {"loop": 3, "axes": [1, 0], "backwards": [0, 1]}),
+            (("moe_export.loop", "State"), {"place": 2}),
+        ]
+        assert all(
+            opaque_operator(node) is None for node in program.graph.nodes if node.op != "call_function"
+        )

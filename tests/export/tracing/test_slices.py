@@ -96,6 +96,29 @@ def test_a_slice_is_right_at_every_size(tmp_path, name):
     assert computed == [] or name == "the last are written"  # the bounds are constants
 
 
+def folded(x):
+    state, collected = x.new_zeros(x.shape[0], 4), []
+    for step in range(x.shape[1]):
+        state = 0.5 * state + x[:, step].tanh()
+        collected.append(state)
+    return torch.stack(collected, 1)
+
+
+BEHIND_A_LOOP = {
+    "the last": lambda self, x: folded(x)[:, -13:],
+    "all but the last": lambda self, x: folded(x)[:, :-13],
+    "the first": lambda self, x: folded(x)[:, :13],
+}
+
+
+@pytest.mark.parametrize("name", one_in(3, BEHIND_A_LOOP))
+def test_a_slice_behind_a_folded_loop_is_right_at_every_size(tmp_path, name):
+    graph = exported(tmp_path, BEHIND_A_LOOP[name])
+    assert "Scan" in [node.op_type for node in graph.model.graph]
+    assert all(allowed(graph, length) for length in SIZES)
+    assert all(right_at(graph, Sliced(BEHIND_A_LOOP[name]), length) for length in SIZES)
+
+
 @pytest.mark.parametrize("name", one_in(2, OTHERS))
 def test_other_operators_are_right_or_limited(tmp_path, name):
     graph = exported(tmp_path, OTHERS[name])
