@@ -108,6 +108,6 @@ def test_an_equation_is_explained(capsys: pytest.CaptureFixture[str]) -> None:
         "matmul(y, x.transpose(-1, -2)).squeeze(1)",
         "why: a matrix product sums as it multiplies",
         "out = (x @ y.unsqueeze(-1)).squeeze(-1)",
-        "out_matmul = MatMul (x, out_unsqueeze)",
+        '"out.matmul" = MatMul (x, "out.unsqueeze")',
     ):
         assert part in said
