@@ -19,7 +19,7 @@ from moe_export.verify import (
     compare,
     judge,
 )
-from moe_export.verify.judging.error_model import TIMES, stand
+from moe_export.verify.judging.error_model import ANOTHER_WAY, TIMES, may_stand, stand
 from moe_export.verify.judging.replay import Choice, Replay
 from moe_export.verify.reports.page import page
 from moe_export.verify.reports.reading import judge_again, read_report
@@ -189,7 +189,7 @@ def test_float64_is_told_what_the_model_chose():
     def wrong(tensors):
         return block(tensors) * 1.2
 
-    x = {"x": np.ones((4, 8), np.float32)}
+    x = {"x": GENERATOR.standard_normal((4, 64), np.float32)}
     report = compare(
         TorchRunner(block, ["y"]),
         TorchRunner(wrong, ["y"], "other"),
@@ -269,3 +269,48 @@ def test_plain_accumulation_is_that_of_a_program_that_adds_one_by_one():
     assert np.array_equal(
         product.run_under({"x": x.numpy()}, ())["y"], np.cumprod(terms, 1, dtype=np.float32)
     )
+
+
+LARGEST = float(np.abs(TRUE).max())
+
+
+@pytest.mark.parametrize("share", [0.5, 0.98, 1.01, 4.0])
+@pytest.mark.parametrize("own", [0.0, 0.3, 0.99, 1.01, 5.0])
+def test_what_no_further_run_can_excuse_is_not_asked_of_any(share, own):
+    """Errors about the largest that PyTorch's own may be, 1 % of the largest value, and 8 times that."""
+    reference = TRUE.astype(np.float32)
+    candidate = reference.copy()
+    candidate[3, 5] += share * TIMES * ANOTHER_WAY * LARGEST
+    near = TRUE.copy()
+    near[3] += own * ANOTHER_WAY * LARGEST
+    found = judge("y", reference, candidate, MARGIN)
+    asked = may_stand(found, reference, candidate, TRUE)
+    assert asked == (share < 1)
+    equal = stand(found, reference, candidate, TRUE, [{"y": near.astype(np.float32)}]).ok
+    assert equal == (share < own < 1)
+    assert asked or not equal
+
+
+class Counting:
+    """A reference that counts its runs."""
+
+    def __init__(self, call):
+        self.runner, self.runs = TorchRunner(call, ["y"]), 0
+        self.name = "torch"
+
+    def run(self, inputs):
+        self.runs += 1
+        return self.runner.run(inputs)
+
+
+@pytest.mark.parametrize(("error", "more"), [(1.0, 0), (1e-2, 4)], ids=["hopeless", "close"])
+def test_runs_of_the_reference(error, more):
+    reference = Counting(cancelling(list(range(64))))
+    spec = TensorSpec("x", "float32", ("batch", 64))
+    example = {"x": GENERATOR.standard_normal((4, 64), np.float32)}
+    (case, *_) = cases([spec], [DimRange("batch", 4)], example)
+    truth = TorchRunner(cancelling(list(range(64))), ["y"], "torch-float64", "float64")
+    wrong = TorchRunner(lambda tensors: BACKWARDS(tensors) + error, ["y"], "candidate")
+    report = compare(reference, wrong, [case], truth=truth)
+    assert report.verdict == "not equal"
+    assert reference.runs == 1 + more

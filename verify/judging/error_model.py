@@ -35,6 +35,28 @@ ANOTHER_WAY = 0.01
 """A reference that is off by so much of the largest value took another branch, not another rounding."""
 
 
+def may_stand(found: Judgement, reference: Array, candidate: Array, true: Array) -> bool:
+    """Whether an output might be equal by its errors, whatever the reference's own turn out to be.
+
+    They are at most 1 % of the largest value; what is off by more than 8 times that needs no further runs.
+
+    Args:
+        found: The judgement by the tolerance; not equal.
+        reference: The output, floats.
+        candidate: Likewise, of the same shape.
+        true: The float64 output.
+    """
+    assert found.margin is not None
+    if found.odd:
+        return False
+    ref, ours, truth = (_rows(array) for array in (reference, candidate, true))
+    beyond, off = _beyond(found.margin, ref, ours, truth)
+    largest = float(np.nan_to_num(np.abs(truth)).max(initial=0.0))
+    allowed = np.maximum(_within(found.margin, truth), TIMES * ANOTHER_WAY * largest)
+    with np.errstate(invalid="ignore"):
+        return not ((beyond & ~np.isfinite(truth)).any() or (off > allowed).any())
+
+
 def stand(
     found: Judgement,
     reference: Array,
@@ -57,9 +79,8 @@ def stand(
     ref, ours, truth = (_rows(array) for array in (reference, candidate, true))
     others = [_rows(outputs[found.output]) for outputs in nearby if found.output in outputs]
     room = _room(truth, [ref, *(other for other in others if other.shape == truth.shape)])
+    beyond, off = _beyond(found.margin, ref, ours, truth)
     with np.errstate(invalid="ignore", over="ignore"):
-        beyond = np.abs(ours - ref) > found.margin.atol + found.margin.rtol * np.abs(ref)
-        off = np.where(beyond & np.isfinite(truth), np.abs(ours - truth), 0.0)
         allowed = np.maximum(_within(found.margin, truth), TIMES * room)
     lost = beyond & ~np.isfinite(truth)
     with np.errstate(over="ignore"):  # a reference without any error
@@ -81,6 +102,13 @@ def _room(truth: Array, runs: Sequence[Array]) -> Array:
     room = np.maximum(errors, typical * sizes if np.isfinite(typical) else 0.0)
     room = np.where(room > ANOTHER_WAY * sizes.max(), 0.0, room)
     return np.array(np.broadcast_to(room[:, None], truth.shape))
+
+
+def _beyond(margin: Margin, ref: Array, ours: Array, truth: Array) -> tuple[Array, Array]:
+    """Where two outputs are further apart than the tolerance; and how far the candidate is off there."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        beyond = np.abs(ours - ref) > margin.atol + margin.rtol * np.abs(ref)
+        return beyond, np.where(beyond & np.isfinite(truth), np.abs(ours - truth), 0.0)
 
 
 def _within(margin: Margin, truth: Array) -> Array:
