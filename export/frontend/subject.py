@@ -80,7 +80,8 @@ class Subject:
 
     def of(self, module: nn.Module) -> Subject:
         """The same with another module: a copy of its own, in other types or on another device."""
-        return replace(self, module=module, state=State.of(module), apart=None)
+        state = State.of(module, weights=self.state.has_weights)
+        return replace(self, module=module, state=state, apart=None)
 
     def call(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the model on flat tensors, in the order of `inputs`; the outputs in the order of `outputs`."""

@@ -20,6 +20,7 @@ import sympy
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 
 from moe_export.export.recurrence.operand import SIZE
 from moe_export.export.recurrence.period import LEAST_ITERATIONS
@@ -38,7 +39,10 @@ _ANY_STRIDES: dict[Any, Any] = dict.fromkeys(
 
 
 def canonicalize(program: ExportedProgram) -> fx.Graph:
-    """The program's graph in normal form: same placeholders, same outputs, every node with its metadata."""
+    """The program's graph in normal form: same placeholders, the model's own outputs, every node with its metadata.
+
+    A program also gives back what the model has written into: weights that it divides when it is first called.
+    """
     return _Canonicalized(program).graph
 
 
@@ -60,6 +64,15 @@ class _Canonicalized:
         for node in nodes:
             if node not in self._values and not _is_assertion(node):
                 self._values[node] = self._size(node) or self._simplified(node) or self._once(node)
+        kinds = [spec.kind for spec in program.graph_signature.output_specs]
+        output = self._values[nodes[-1]]
+        output.args = (
+            tuple(
+                value
+                for kind, value in zip(kinds, output.args[0], strict=True)
+                if kind is OutputKind.USER_OUTPUT
+            ),
+        )
         self.graph.eliminate_dead_code()
 
     def _copied(self, node: fx.Node) -> fx.Node:

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from slow_cases import only
+from torch import nn
 
 from moe_export.errors import NotExportableError
 from moe_export.export.frontend.subject import Subject, make_subject
@@ -161,3 +162,36 @@ def test_strong_decay_stays_finite() -> None:
         (wanted,) = subject.call_named({name: tensor.double() for name, tensor in example.items()})
     assert np.isfinite(found).all()
     np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=1e-4)
+
+
+class Rescaled(nn.Module):
+    """Divides its weight when it is first called in eval mode, as transformers' RWKV does."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.is_rescaled = nn.Linear(4, 4), False
+
+    def forward(self, x):
+        if not self.is_rescaled:
+            with torch.no_grad():
+                self.linear.weight.div_(2)
+            self.is_rescaled = True
+        h, found = torch.zeros(x.shape[0], 4), []
+        for t in range(x.shape[1]):
+            h = torch.tanh(self.linear(h) + x[:, t])
+            found.append(h)
+        return torch.stack(found, 1)
+
+
+@torch.no_grad()
+def test_a_weight_that_the_first_call_writes_into_is_no_output_of_the_loop(tools):
+    torch.manual_seed(0)
+    module = Rescaled().eval()
+    weight = module.linear.weight.clone()
+    graph = tools.graph(module, torch.randn(2, 7, 4))
+    assert "Scan" in [node.op_type for node in graph.model.graph]
+    for length in (1, 2, 7, 12):
+        module.is_rescaled, x = False, torch.randn(3, length, 4)
+        module.linear.weight.copy_(weight)
+        (found,) = tools.run(graph.model, x=x).values()
+        np.testing.assert_allclose(found, module(x).numpy(), rtol=1e-5, atol=1e-6)
