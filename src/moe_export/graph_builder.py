@@ -217,13 +217,16 @@ class GraphBuilder:
         """A constant () of int64."""
         return self.constants.shared(np.array(number, np.int64))
 
-    def constant(self, content: Array | ir.TensorProtocol, name: str | None = None) -> ir.Value:
+    def constant(self, content: Array | np.generic | ir.TensorProtocol, name: str | None = None) -> ir.Value:
         """A constant: with a name one of its own, without the one with this content.
 
         Args:
-            content: Of it; a tensor that is not in memory needs a name.
+            content: Of it; a tensor that is not in memory needs a name. NumPy makes a number of its own kind of what it
+                computes from an array (), which is as good.
             name: Behind the prefix.
         """
+        if isinstance(content, np.generic):
+            content = np.asarray(content)
         if name is None:
             return self.constants.shared(content if isinstance(content, np.ndarray) else content.numpy())
         tensor = ir.tensor(content) if isinstance(content, np.ndarray) else content

@@ -119,6 +119,16 @@ def test_types_follow_the_input_of_the_same_kind(graph: ir.Graph) -> None:
     assert w.op("Gelu", x, domain="com.microsoft").type is None
 
 
+@pytest.mark.parametrize("name", [None, "log"])
+def test_a_number_that_numpy_made_of_an_array_is_a_constant(graph: ir.Graph, name: str | None) -> None:
+    number = np.log(np.array(2, np.float32)).astype(np.float32)
+    assert not isinstance(number, np.ndarray)
+    value = GraphBuilder(graph, "new").constant(number, name)
+    assert value.const_value is not None
+    assert (value.const_value.numpy().shape, value.const_value.numpy().dtype) == ((), np.float32)
+    assert value.const_value.numpy() == number
+
+
 def test_a_small_constant_is_reshaped_at_once(graph: ir.Graph) -> None:
     w = GraphBuilder(graph, "new")
     column = w.unsqueezed(w.constant(np.ones(3, np.float32)), [1])
