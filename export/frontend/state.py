@@ -162,10 +162,9 @@ class State:
         """The state without copies of weights that are as they were."""
         return replace(self, _weights=tuple(saved for saved in self._weights if saved.differs()))
 
-    @property
-    def has_weights(self) -> bool:
-        """Whether a call writes into weights: the state of a copy of the model needs them, too."""
-        return bool(self._weights)
+    def like(self, module: nn.Module) -> State:
+        """The state of a copy of the model, with its weights where a call writes into them."""
+        return State.of(module, weights=bool(self._weights))
 
     def lost(self) -> frozenset[str]:
         """Weights that are no longer what they were, and too large to have been copied."""

@@ -80,8 +80,7 @@ class Subject:
 
     def of(self, module: nn.Module) -> Subject:
         """The same with another module: a copy of its own, in other types or on another device."""
-        state = State.of(module, weights=self.state.has_weights)
-        return replace(self, module=module, state=state, apart=None)
+        return replace(self, module=module, state=self.state.like(module), apart=None)
 
     def call(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the model on flat tensors, in the order of `inputs`; the outputs in the order of `outputs`."""

@@ -49,12 +49,12 @@ class Names:
         self._given: set[str] = set()
         self._counts: dict[str, int] = {}
 
-    def fresh(self, wish: str) -> str:
-        """`wish`, or `wish_1`, `wish_2`, ..."""
-        name = wish
+    def fresh(self, wanted: str) -> str:
+        """`wanted`, or `wanted_1`, `wanted_2`, ..."""
+        name = wanted
         while name in self._given or name in self._taken:
-            self._counts[wish] = self._counts.get(wish, 0) + 1
-            name = f"{wish}_{self._counts[wish]}"
+            self._counts[wanted] = self._counts.get(wanted, 0) + 1
+            name = f"{wanted}_{self._counts[wanted]}"
         self._given.add(name)
         return name
 

@@ -181,7 +181,6 @@ def _torch(job: Job) -> Run:
     import torch
 
     from moe_export.export.frontend.load import load_subject
-    from moe_export.export.frontend.state import State
     from moe_export.verify import TorchRunner
 
     kind, _, device = job.backend.partition("-")
@@ -191,7 +190,7 @@ def _torch(job: Job) -> Run:
     module: Any = subject.module.to(device or "cpu")
     if kind == "torch.compile":
         module = torch.compile(module, dynamic=False)
-    subject = dataclasses.replace(subject, module=module, state=State.of(subject.module))
+    subject = dataclasses.replace(subject, module=module, state=subject.state.like(subject.module))
     return TorchRunner(subject.call_named, subject.outputs, device=device or "cpu").run
 
 
