@@ -164,8 +164,11 @@ class _Folding:
                 return size_of(base)
             if isinstance(base, Made):
                 base = dataclasses.replace(base, loop=self._loop(base.loop, node))
-            else:
+            elif base in self._places:
                 base = self._places[base]
+            else:
+                reader = line_of(node.meta.get("stack_trace"))
+                raise LengthError("a loop reads what is computed after its beginning", reader)
             return Outside(base, tuple(self._view(view) for view in leaf.path))
 
         return filled(argument, iter([moved(leaf) for leaf in atoms(argument)]))

@@ -94,3 +94,31 @@ def test_such_a_length_that_was_asked_for_is_an_error() -> None:
     dims = DimRequest(picked={("target", 1): "steps"})
     with pytest.raises(NotExportableError, match="dimension 1 of target cannot be dynamic: it is fixed at 5"):
         export_subject(subject_of(Strange()), Options(gates=False, simplify=False, dims=dims))
+
+
+class Continued(torch.nn.Module):
+    """A loop over a second length that begins where the one over the first ends, each through a cell of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = (torch.nn.Parameter(torch.randn(3, 3) / 3) for _ in range(2))
+
+    def forward(self, x, y):
+        h = x.new_zeros(x.shape[0], 3)
+        for t in range(x.shape[1]):
+            h = 0.9 * h + x[:, t] @ self.first
+        g, found = h, []
+        for t in range(y.shape[1]):
+            g = 0.9 * g + y[:, t] @ self.second
+            found.append(g)
+        return torch.stack(found, 1), g - h
+
+
+@torch.no_grad()
+def test_a_loop_that_continues_another_is_right_or_its_length_is_said(tools):
+    torch.manual_seed(0)
+    module = Continued().eval()
+    graph = tools.graph(module, torch.randn(2, 6, 3), torch.randn(2, 4, 3))
+    free = graph.traced.inputs["y"][1] != 4
+    for length in (4, 9) if free else (4,):
+        tools.equal(graph, torch.randn(3, 5, 3), torch.randn(3, length, 3))
