@@ -1,7 +1,7 @@
-"""Write, for every pair of a token and a choice, what a mask holds for it: values (N, k) instead of (N, E, C).
+"""What a mask holds for every pair of a token and a choice: values (N, k) instead of (N, E, C).
 
 A term of a mask is computed from values over tokens and experts; what it holds for a pair is theirs at the chosen
-expert. The nodes are put into the graph; nothing else uses them until a block is found. Labels: `capacity_views`.
+expert. Labels: `capacity_views`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from torch import fx
 from moe_export.export.axes.shapes import arguments
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Step
 from moe_export.export.experts.capacity_views import FIXED, Axis, Labels, View
+from moe_export.export.experts.derived import derived
 from moe_export.export.sizes import fixed
 
 _aten = torch.ops.aten
 
 
 class PairWriter:
-    """Writes nodes before the node at which a block ends.
+    """Values of pairs, of the block that ends at one node.
 
     Args:
         end: That node.
@@ -36,11 +37,7 @@ class PairWriter:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Write one operator."""
-        with self._end.graph.inserting_before(self._end):
-            node = self._end.graph.call_function(target, args, kwargs)
-        values = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
-        node.meta = {**self._end.meta, "val": target(*values[0], **values[1])}
-        return node
+        return derived(self._end, target, *args, **kwargs)
 
     def indices(self, pair: Proved) -> fx.Node:
         """(g, s, k): the chosen experts."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import fx
@@ -23,6 +22,7 @@ from torch import fx
 from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts, GraphIndex, understand
+from moe_export.export.experts.derived import derived
 from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.frontend.source import line_of
 from moe_export.export.sizes import same_size
@@ -122,8 +122,8 @@ def _over_slots(column: Sequence[fx.Node], value_numbers: Mapping[fx.Node, fx.No
         axes = arguments(first)[1:]
         if not shift or axes[0] % (rank_of(first)) > 0:
             moved = (axes[0] % rank_of(first) + 1,) if shift else axes
-            return _call(column, first.target, (_over_slots(sources, value_numbers), *moved), first.kwargs)
-    return _call(column, _aten.stack.default, (list(column), 1), {})
+            return derived(first, first.target, _over_slots(sources, value_numbers), *moved, **first.kwargs)
+    return derived(first, _aten.stack.default, list(column), 1)
 
 
 def _taken_apart(column: Sequence[fx.Node], value_numbers: Mapping[fx.Node, fx.Node]) -> fx.Node | None:
@@ -139,18 +139,3 @@ def _taken_apart(column: Sequence[fx.Node], value_numbers: Mapping[fx.Node, fx.N
             source = arguments(source)[0]
         whole.add(value_numbers[source])
     return whole.pop() if len(whole) == 1 else None
-
-
-def _call(
-    column: Sequence[fx.Node], target: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> fx.Node:
-    """A node behind those that it takes."""
-    graph, like = column[0].graph, column[0]
-    taken: set[fx.Node] = set()
-    fx.map_arg(args, taken.add)
-    last = next(node for node in reversed(graph.nodes) if node in taken)
-    with graph.inserting_after(last):
-        made = graph.call_function(target, args, dict(kwargs))
-    values = fx.map_arg(args, lambda each: each.meta["val"])
-    made.meta = {**like.meta, "val": target(*values, **kwargs)}
-    return made

@@ -18,6 +18,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export.onnx.provenance import source_location
+from moe_export.graph_builder import Constants
 
 LOWEST = 17
 EXPORTER_LOWEST = 18
@@ -150,7 +151,7 @@ def _split(node: ir.Node) -> None:
         whole = -(-size // parts)
         sizes = np.array([whole] * (parts - 1) + [size - whole * (parts - 1)], dtype=np.int64)
         node.resize_inputs(2)
-        node.replace_input_with(1, _initializer(node, sizes, "split"))
+        node.replace_input_with(1, _beside(node, sizes, "split"))
 
 
 def _pad(node: ir.Node) -> None:
@@ -168,7 +169,7 @@ def _pad(node: ir.Node) -> None:
     pads = np.zeros(2 * rank, dtype=np.int64)
     for index, axis in enumerate(axes):
         pads[axis], pads[rank + axis] = given[index], given[len(axes) + index]
-    node.replace_input_with(1, _initializer(node, pads, "pads"))
+    node.replace_input_with(1, _beside(node, pads, "pads"))
     node.resize_inputs(3)
 
 
@@ -242,17 +243,10 @@ def _constant(value: ir.Value | None, node: ir.Node) -> np.ndarray:
     return np.asarray(tensor.numpy())
 
 
-def _initializer(node: ir.Node, array: np.ndarray, kind: str) -> ir.Value:
-    assert isinstance(node.graph, ir.Graph)
-    name = f"{node.outputs[0].name}_{kind}"
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape(array.shape),
-        type=ir.TensorType(ir.DataType.INT64),
-        const_value=ir.tensor(array, name=name),
-    )
-    node.graph.register_initializer(value)
-    return value
+def _beside(node: ir.Node, array: np.ndarray, kind: str) -> ir.Value:
+    """A constant where the node stands."""
+    assert node.graph is not None
+    return Constants(node.graph).add(ir.tensor(array), f"{node.outputs[0].name}_{kind}")
 
 
 def _refusal(node: ir.Node, why: str) -> NotExportableError:

@@ -16,6 +16,7 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.export.torch_compat.metadata import is_translation_of, traced_as
+from moe_export.graph_builder import Constants
 
 
 def settle_reshapes(graph: ir.Graph) -> None:
@@ -104,12 +105,5 @@ def plain_transposes(graph: ir.Graph) -> None:
 
 def _give(graph: ir.Graph, node: ir.Node, numbers: list[int], kind: str) -> None:
     """Numbers as the second input of a node."""
-    name = f"{node.outputs[0].name}_{kind}"
-    value = ir.Value(
-        name=name,
-        shape=ir.Shape([len(numbers)]),
-        type=ir.TensorType(ir.DataType.INT64),
-        const_value=ir.tensor(np.array(numbers, dtype=np.int64), name=name),
-    )
-    graph.register_initializer(value)
-    node.replace_input_with(1, value)
+    array = np.array(numbers, dtype=np.int64)
+    node.replace_input_with(1, Constants(graph).add(ir.tensor(array), f"{node.outputs[0].name}_{kind}"))

@@ -9,6 +9,7 @@ import onnx_ir as ir
 from moe_export.export.onnx.bodies import bodies
 from moe_export.export.onnx.recipes import narrowed
 from moe_export.export.weights.recipe import RecipeTensor
+from moe_export.graph_builder import Constants
 
 _NUMPY = {ir.DataType.FLOAT16: np.dtype(np.float16), ir.DataType.BFLOAT16: np.dtype(ml_dtypes.bfloat16)}
 FLOAT = ir.DataType.FLOAT
@@ -37,6 +38,7 @@ class _Writer:
     def __init__(self, graph: ir.Graph, wide: set[ir.Node], dtype: ir.DataType) -> None:
         self.graph, self.wide, self.dtype = graph, wide, dtype
         self.casts = 0
+        self._constants = Constants(graph)
         self._made: dict[tuple[ir.Value, ir.DataType], ir.Value] = {}
         self._narrow: set[ir.Value] = set()
 
@@ -85,23 +87,13 @@ class _Writer:
     def _weight(self, value: ir.Value, tensor: ir.TensorProtocol, dtype: ir.DataType) -> ir.Value:
         name = f"{value.name}.{dtype.name.lower()}"
         if isinstance(tensor, RecipeTensor):
-            return self._register(RecipeTensor(narrowed(tensor.recipe, dtype), name))
+            return self._constants.add(RecipeTensor(narrowed(tensor.recipe, dtype), name), name)
         array = tensor.numpy().astype(np.float32)
         if dtype in _NUMPY:
             limit = float(ml_dtypes.finfo(_NUMPY[dtype]).max)  # type: ignore[no-untyped-call]
             # A mask of -3e38 means "never"; as -inf it would make NaN of a row that is masked altogether.
             array = np.where(np.isfinite(array), np.clip(array, -limit, limit), array).astype(_NUMPY[dtype])
-        return self._register(ir.Tensor(array, dtype=dtype, name=name))
-
-    def _register(self, tensor: ir.TensorProtocol) -> ir.Value:
-        made = ir.Value(
-            name=tensor.name,
-            shape=ir.Shape(tensor.shape.numpy()),
-            type=ir.TensorType(tensor.dtype),
-            const_value=tensor,
-        )
-        self.graph.register_initializer(made)
-        return made
+        return self._constants.add(ir.Tensor(array, dtype=dtype), name)
 
     def _cast(self, value: ir.Value, dtype: ir.DataType) -> ir.Value:
         node = ir.node("Cast", [value], {"to": int(dtype)}, name=f"cast_{value.name}_{dtype.name.lower()}")

@@ -64,15 +64,20 @@ class Constants:
 
     Args:
         root: The main graph or the function.
-        names: Names that are free.
+        names: Names that are free; None for those that no initializer of the root has.
         prefix: Of the names of those that have none of their own.
         inline: Make `Constant` nodes in front of everything instead of initializers; functions have no initializers.
     """
 
     def __init__(
-        self, root: ir.Graph | ir.Function, names: Names, *, prefix: str = "", inline: bool = False
+        self,
+        root: ir.Graph | ir.Function,
+        names: Names | None = None,
+        *,
+        prefix: str = "",
+        inline: bool = False,
     ) -> None:
-        self.names = names
+        self.names = names or Names(root.initializers if isinstance(root, ir.Graph) else ())
         self._root, self._prefix = root, prefix
         self._inline = inline or isinstance(root, ir.Function)
         self._shared: dict[tuple[Any, ...], ir.Value] = {}
@@ -142,8 +147,7 @@ class GraphBuilder:
         typed: bool = False,
     ) -> None:
         if not isinstance(root, Constants):
-            taken = root.initializers if isinstance(root, ir.Graph) else ()
-            root = Constants(root, Names(taken), prefix=f"{prefix}.")
+            root = Constants(root, prefix=f"{prefix}.")
         self.nodes: list[ir.Node] = []
         self.prefix, self.constants = prefix, root
         self._origin, self._before, self._typed = origin, before, typed
