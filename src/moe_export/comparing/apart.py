@@ -1,21 +1,21 @@
-"""A reference that nobody touched: the model in a process of its own, where nothing but its own code runs.
+"""An untouched reference: the model in a process of its own, where nothing but its own code runs.
 
 ```
-load ─▶ the model, not yet run ─▶ first call ─▶ trace, fold, emit, ...      the process that exports
+load ─▶ the model, not yet run ─▶ first call ─▶ trace, fold, translate ...  the process that exports
               │ fork
               └──────────────────▶ first call ─▶ run, run, run              the reference
 ```
-A reference that shares state with what is traced agrees with it where both are wrong. So the process forks when the
-model's file has been run and the model has not. The reference has the same weights, whatever they were made from, and
-from then on nothing that the export does to modules, caches, globals or libraries can reach it. Its own calls each
-start from the state in which the model was loaded (`export.state`).
+A reference that shares state with the traced model would agree with it even where both are wrong. So the process forks
+after the model's file has been executed and before the model is first called. The reference has the same weights,
+however they were initialised, and nothing that the export later does to modules, caches, globals or libraries can
+reach it. Each of its calls starts from the state in which the model was loaded (`export.state`).
 
-It computes on one thread. OpenMP's threads do not live on in a fork; and what a model gives must not depend on how
-many there are.
+It computes on one thread: OpenMP's threads do not survive a fork, and a model's outputs must not depend on the number
+of threads.
 
-Measured: a fork takes 15 ms, a process that imports PyTorch and loads the file anew takes 2 to 4 s. Where processes
-cannot fork (Windows), or the file has started a GPU, which a fork cannot use, the reference is a copy of the model in
-the same process, made before it has run.
+Measured: a fork takes 15 ms, a new process that imports PyTorch and loads the file again 2 to 4 s. Where forking is
+impossible (Windows) or unsafe (macOS, or a file that has initialised CUDA, which a fork cannot use), the reference is a
+copy of the model in the same process, made before its first call.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ TORCH, FLOAT64, ROUNDED_FLOAT64 = "torch", "torch-float64", "torch-float64, roun
 
 
 class ModelRaisedError(Exception):
-    """What the model raised in the other process; a class of that name is made for each."""
+    """An exception of the model in the other process, raised as a subclass with the original class's name."""
 
 
 class Apart:
     """A model in another process.
 
     Args:
-        connection: To it.
-        pid: Its number.
+        connection: The pipe to that process.
+        pid: The id of that process.
     """
 
     def __init__(self, connection: Connection, pid: int) -> None:
@@ -67,34 +67,34 @@ class Apart:
         """Run the model once.
 
         Args:
-            kind: What is to run it (see `reference`).
-            method: `run`, `run_watched` or `run_under`.
-            arrays: Its inputs, in order.
-            more: What the method takes besides.
+            kind: Which runner to use (see `reference`).
+            method: The runner's method: `run`, `run_watched` or `run_under`.
+            arrays: The model's inputs, in order.
+            more: Further arguments of the method.
 
         Returns:
-            What the runner's method gives.
+            The result of the runner's method.
 
         Raises:
-            DiedError: The model brought the process down.
-            UsageError: The runner's own.
-            ModelRaisedError: Whatever the model raised.
+            DiedError: The process ended while the model ran.
+            UsageError: The runner refused the model's outputs.
+            ModelRaisedError: The model raised an exception.
         """
         try:
             self._connection.send((kind, method, list(arrays), more))
-            said, answer = self._connection.recv()
+            status, answer = self._connection.recv()
         except (EOFError, OSError) as error:
             raise DiedError(
                 f"the process that runs the model ended while it ran: {_how_it_ended(self._pid)}",
                 hint="run the model by itself on these inputs; a crash in an operator, exit() in forward and too "
                 "little memory all look like this",
             ) from error
-        if said == "done":
+        if status == "done":
             return answer
-        if said == "refused":
+        if status == "refused":
             what, where, hint = answer
             raise UsageError(what, where=where, hint=hint)
-        if said == "ended":
+        if status == "ended":
             raise DiedError(f"the model's code ended the process: {answer[0]}", where=answer[1])
         name, text = answer
         raise type(name, (ModelRaisedError,), {})(text)
@@ -105,7 +105,7 @@ class Apart:
 
 
 class Copy:
-    """A copy of a model in the same process, made before anything has run on it.
+    """A copy of a model in the same process, made before the model's first call.
 
     Args:
         subject: The copy.
@@ -116,7 +116,7 @@ class Copy:
         self._runners: dict[str, Any] = {}
 
     def ask(self, kind: str, method: str, arrays: Sequence[Array], *more: Any) -> Any:
-        """Run it once, as `Apart.ask`."""
+        """Run the model once, like `Apart.ask`."""
         if kind not in self._runners:
             self._runners[kind] = _runner(self._subject, self._subject.outputs, kind)
         inputs = dict(zip(self._subject.inputs, arrays, strict=True))
@@ -134,7 +134,7 @@ def fork_model(bind: Bind, module: nn.Module) -> Apart | Copy | None:
         module: The model.
 
     Returns:
-        A copy where this process cannot be forked.
+        The fork; where this process cannot be forked, what `copy_model` returns.
     """
     if not hasattr(os, "fork") or sys.platform == "darwin" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return copy_model(bind, module)  # macOS's own libraries do not survive a fork
@@ -142,7 +142,7 @@ def fork_model(bind: Bind, module: nn.Module) -> Apart | Copy | None:
     with warnings.catch_warnings():
         warnings.simplefilter(
             "ignore", DeprecationWarning
-        )  # of other threads: none of their locks is used there
+        )  # Python warns of forking with threads; the child takes none of their locks
         pid = os.fork()
     if pid == 0:
         here.close()
@@ -155,19 +155,19 @@ def copy_model(bind: Bind, module: nn.Module) -> Copy | None:
     """Copy a model before it runs; None if it has parts that cannot be copied."""
     try:
         copied = copy.deepcopy(module)
-    except Exception:  # whatever they raise
+    except Exception:  # a __deepcopy__ of the user's may raise anything
         return None
     return Copy(bind(copied))
 
 
 def reference(subject: Subject, outputs: Sequence[str], kind: str = TORCH) -> Any:
-    """What runs a model to hold others against: in its own process if it has one.
+    """The runner of a model as a reference, in the model's own process if it has one.
 
     Args:
-        subject: The model; its inputs may have other names there than in its file.
-        outputs: Names for its outputs.
-        kind: `torch`; `torch-float64`, whose outputs are float64, or rounded to the model's own types; or a narrow
-            type, which its weights are rounded to.
+        subject: The model; its inputs may be renamed, but keep the order of its file.
+        outputs: Names for its outputs, in order.
+        kind: `TORCH`; `FLOAT64`, with float64 outputs; `ROUNDED_FLOAT64`, with outputs rounded to the model's own
+            types; or `float16` or `bfloat16`, which only its weights are rounded to.
     """
     if subject.apart is None:
         return _runner(subject, outputs, kind)
@@ -179,7 +179,7 @@ class ApartRunner:
 
     Args:
         apart: The process.
-        kind: What runs the model there.
+        kind: Which runner that process uses (see `reference`).
         inputs: Names of its inputs, in order.
         outputs: Names for its outputs, in order.
     """
@@ -193,7 +193,7 @@ class ApartRunner:
         return self._named(self._apart.ask(self._kind, "run", self._ordered(inputs)))
 
     def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
-        """Run once, and say what the model chose."""
+        """Run once; return the outputs and the choices of experts that the model made, in order."""
         outputs, choices = self._apart.ask(self._kind, "run_watched", self._ordered(inputs))
         return self._named(outputs), choices
 
@@ -222,22 +222,22 @@ def _runner_name(kind: str) -> str:
 
 
 def _serve(connection: Connection, make: Callable[[], Subject]) -> NoReturn:
-    """In the fork: answer until nobody asks any more."""
+    """In the fork: answer requests until the pipe is closed."""
     code = 1
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL)
         nowhere = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):  # what the model prints, the other process prints too
+        for descriptor in (0, 1, 2):  # the parent runs the model too, and prints the same
             os.dup2(nowhere, descriptor)
         sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  until the end
-        faulthandler.disable()  # what ends it is said by the other process
+        faulthandler.disable()  # the parent reports how this process ended
         torch.set_num_threads(1)
         with quiet():
             _answer(connection, make())
         code = 0
     finally:
-        os._exit(code)  # no cleaning up: that is for the process that this is a copy of
+        os._exit(code)  # exit handlers and finalizers belong to the parent
 
 
 def _answer(connection: Connection, subject: Subject) -> None:
@@ -253,13 +253,13 @@ def _answer(connection: Connection, subject: Subject) -> None:
             reply = ("refused", (error.what, error.where, error.hint))
         except SystemExit as error:
             reply = ("ended", (f"sys.exit({error.code!r})", last_user_line(error)))
-        except Exception as error:  # whatever a model raises
+        except Exception as error:  # a model may raise anything
             reply = ("raised", (type(error).__name__, str(error)))
         connection.send(reply)
 
 
 def _end(connection: Connection, pid: int, owner: int) -> None:
-    if os.getpid() != owner:  # in another fork of the same process, which has a copy of this
+    if os.getpid() != owner:  # another fork inherited this finalizer; the process is not its to end
         return
     connection.close()
     with suppress(ProcessLookupError):

@@ -1,6 +1,6 @@
-"""What `verify` can compare: a model file, a graph, an engine, golden tensors, each behind some engine (backend).
+"""What `verify` can compare: a model file, an ONNX graph, an engine or a golden file, each with the backend it runs on.
 
-Nothing heavy is imported to read a command line; PyTorch only for a model file.
+Parsing a command line imports nothing heavy; PyTorch is imported only for a model file.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class Artifact:
     """One of the two artifacts of a comparison.
 
     Attributes:
-        text: As the user wrote it, without a backend.
-        kind: What it is, by its name.
-        backend: What runs it; None for the usual.
+        text: The path as the user wrote it, without the backend.
+        kind: What it is, by the suffix of the file.
+        backend: What runs it; None for the default.
     """
 
     text: str
@@ -50,27 +50,27 @@ class Artifact:
 
     @property
     def path(self) -> Path:
-        """The file; of a model, perhaps with `:Class` behind it."""
+        """The file; for a model it may still end in `:Class`."""
         return Path(self.text)
 
     @property
     def file(self) -> Path:
-        """The file, without the class in it."""
+        """The file, without a `:Class` at its end."""
         head, _, tail = self.text.rpartition(":")
         return Path(head) if head and tail.isidentifier() else self.path
 
     @property
     def provider(self) -> str:
-        """Where onnxruntime runs it."""
+        """The device on which onnxruntime runs it: `cpu` or `cuda`."""
         return (self.backend or "").removeprefix("onnxruntime-") or "cpu"
 
 
 def parse_artifact(text: str, backend: str | None = None) -> Artifact:
-    """`model.onnx`, or with a backend `model.onnx@onnxruntime-cuda`.
+    """Parse `model.onnx`, or with a backend `model.onnx@onnxruntime-cuda`.
 
     Args:
-        text: The file.
-        backend: The backend where `text` names none.
+        text: The file, as the user wrote it.
+        backend: The backend to use if `text` names none.
 
     Raises:
         UsageError: There is no such backend for this kind of file.
@@ -81,13 +81,13 @@ def parse_artifact(text: str, backend: str | None = None) -> Artifact:
     kind = KINDS.get(Path(text).suffix, "model")
     if backend is not None and backend not in BACKENDS[kind]:
         has = ", ".join(BACKENDS[kind]) or "no backend: its outputs are stored"
-        raise UsageError(f"{backend} cannot run {text}, a {_SAID[kind]}", hint=f"a {_SAID[kind]} has {has}")
+        raise UsageError(f"{backend} cannot run {text}, a {_NOUN[kind]}", hint=f"a {_NOUN[kind]} has {has}")
     if kind == "graph" and backend is None:
         backend = ONNXRUNTIME[0]
     return Artifact(text, kind, backend)
 
 
-_SAID: Mapping[Kind, str] = {
+_NOUN: Mapping[Kind, str] = {
     "model": "model file",
     "graph": "graph",
     "engine": "serialized engine",
@@ -115,7 +115,7 @@ def graph_runner(artifact: Artifact, dtype: str = "float32") -> GraphRunner:
 
 
 def running_type(path: Path, asked: str) -> str:
-    """The narrowest type that a graph computes in, for whatever runs it: as the user says, else as it says itself.
+    """The narrowest type that a graph is run in: the one that the user named, else the one in its metadata.
 
     It decides how half precision is run where an engine has no kernels for it, never how the outputs are judged.
     """
@@ -130,7 +130,7 @@ def narrowest(path: Path) -> str:
 
     try:
         graph = onnx.load(path, load_external_data=False).graph
-    except Exception:  # whoever runs the file says what is wrong with it
+    except Exception:  # running the file reports what is wrong with it
         return "float32"
     types: set[int] = set()
     for body in all_graphs(graph):
@@ -141,7 +141,10 @@ def narrowest(path: Path) -> str:
 
 
 def metadata(path: Path) -> dict[str, str]:
-    """A graph's own facts, `moe_export.*`; of an engine, those of the graph beside it."""
+    """A graph's metadata, such as `moe_export.kind`; for an engine, the metadata of the graph that it was built from.
+
+    Empty if the graph cannot be found or read.
+    """
     import onnx
 
     if path.suffix == ".engine":
@@ -151,7 +154,7 @@ def metadata(path: Path) -> dict[str, str]:
         return {} if graph is None else metadata(graph)
     try:
         model = onnx.load(path, load_external_data=False)
-    except Exception:  # whoever runs the file says what is wrong with it
+    except Exception:  # running the file reports what is wrong with it
         return {}
     return {entry.key: entry.value for entry in model.metadata_props}
 
@@ -159,10 +162,10 @@ def metadata(path: Path) -> dict[str, str]:
 def graph_example(
     artifact: Artifact, runner: GraphRunner, facts: Mapping[str, str], seed: int
 ) -> tuple[dict[str, Array], list[DimRange]]:
-    """Inputs for a graph where no model shows what its inputs are like.
+    """Random inputs, and the free dimensions, for a graph that no model gives example inputs for.
 
-    Floats are normal. Integers that pick rows of a table stay within it, others are 0 and 1, and bools are true. A
-    free dimension is 2 where it comes first, else 10, within what the graph's own facts allow.
+    Floats are standard normal. Integers that index a table are drawn from its rows, other integers are 0 or 1, and
+    bools are true. A free dimension is 2 as the first axis, else 10, within the bounds in the graph's metadata.
     """
     dims = list(runner.dims) if isinstance(runner, TensorRtRunner) else _dims(runner.inputs, facts)
     sizes = {dim.name: dim.traced for dim in dims}
@@ -193,7 +196,7 @@ def _dims(specs: Sequence[TensorSpec], facts: Mapping[str, str]) -> list[DimRang
 
 
 def table_sizes(path: Path) -> dict[str, int]:
-    """Inputs that index a constant, as they are or in another form, and how many rows it has."""
+    """Inputs that index a constant, directly or after a cast or reshape → the constant's size along that axis."""
     import onnx
 
     graph = onnx.load(path, load_external_data=False).graph
@@ -216,13 +219,13 @@ def table_sizes(path: Path) -> dict[str, int]:
 def known_of_graph(
     runner: Runner, example: Mapping[str, Array], tables: Mapping[str, int], path: Path
 ) -> Known:
-    """What is known where the reference is a graph: what it takes.
+    """What is known about a reference that is a graph: which values its inputs accept.
 
     Args:
-        runner: Runs it.
-        example: Inputs that were made up for it.
-        tables: The rows of the tables that its inputs index.
-        path: Its file.
+        runner: Runs the reference.
+        example: Inputs of `graph_example`.
+        tables: The number of rows of the table that an input indexes, by input name (see `table_sizes`).
+        path: The ONNX file whose integer constants are worth trying as sizes and values.
     """
     rows = {name: Table(0, count - 1) for name, count in tables.items() if name in example}
     asked = Asked(runner.run, example, MOST_ASKED)
@@ -259,7 +262,10 @@ def _is_positions(name: str, makers: Mapping[str, Any]) -> bool:
 
 
 def about_precision(candidate: Artifact, judged: str) -> dict[str, str]:
-    """That a graph computes in less than it is judged by, and what says otherwise: it does not say so itself."""
+    """A note for the report if a graph computes in a narrower type than it is judged by, and the option for it.
+
+    The tolerance is never widened on the graph's own word: only `--dtype` does that.
+    """
     narrow = narrowest(candidate.path) if candidate.kind == "graph" else "float32"
     if judged != "float32" or narrow == "float32":
         return {}
@@ -270,5 +276,5 @@ def about_precision(candidate: Artifact, judged: str) -> dict[str, str]:
 
 
 def about_artifacts(candidate: Artifact, reference: Artifact) -> dict[str, str]:
-    """Where the two artifacts are."""
+    """The names of the two artifacts, for the report."""
     return {"candidate": candidate.text, "reference": reference.text}

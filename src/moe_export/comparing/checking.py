@@ -1,4 +1,4 @@
-"""Hold a graph against the model it came from: where the export room and the verify room meet."""
+"""Compare a graph with the model it came from: where the export room and the verify room meet."""
 
 from __future__ import annotations
 
@@ -49,19 +49,19 @@ def verify_graph(
     provider: str = "cpu",
     settings: ComparisonSettings = DEFAULT_SETTINGS,
 ) -> tuple[Report, tuple[Dim, ...]]:
-    """Compare a finished graph with its reference, at its own dimensions' sizes.
+    """Compare an exported graph with its reference over the sizes of its dynamic dimensions.
 
     Args:
-        graph: The graph, and what it must compute.
+        graph: The graph and its reference.
         path: The file that it was written to.
-        tolerance: For floats.
+        tolerance: For floats; a graph in half precision gets the wider defaults of its type.
         seed: Of the inputs.
         provider: Where onnxruntime runs, `cpu` or `cuda`.
         settings: How much to try.
 
     Returns:
-        The report, and the dimensions with the least size that the graph was found right at, where that is below
-        the tracer's bound: the bound is often only the tracer's caution, so sizes below it are tried first.
+        The report, and the graph's dimensions. A dimension's minimum is lowered to the smallest size at which the graph
+        was found right: the tracer's bound is often only caution, so sizes below it are tried first.
     """
     candidate = runner_of(path, provider, graph.dtype)
     tolerance = tolerance_of(graph.dtype, tolerance)
@@ -105,7 +105,7 @@ def verify_graph(
 
 
 def _as_given(graph: Graph) -> tuple[Mapping[str, torch.Tensor], dict[str, int]]:
-    """The user's own example, and its sizes; what was traced in its place, where the graph does not take it."""
+    """The user's own example and its sizes; the traced example where the graph does not accept the user's."""
     traced = graph.traced
     own = {name: graph.reference.inputs[name] for name in traced.example if name in graph.reference.inputs}
     sizes = {
@@ -128,11 +128,13 @@ def _as_given(graph: Graph) -> tuple[Mapping[str, torch.Tensor], dict[str, int]]
 def _with_the_same_experts(
     graph: Graph, report: Report, tolerance: Tolerance, seed: int, provider: str
 ) -> Report | None:
-    """Compare a narrow graph with its float32 form under the same choices, which is held against the model first.
+    """Compare a half-precision graph with its float32 form, both made to take the same experts.
+
+    Half precision may choose other experts than the model, so its outputs alone decide nothing. The float32 form is
+    compared with the model first. A choice that differs must be between experts whose scores are within the tolerance.
 
     Returns:
-        The report; None if the graph chooses nothing. Each choice that differs must be between experts whose scores
-        are within the tolerance.
+        The report, that of the float32 form if that is not equal to the model; None if the graph chooses nothing.
     """
     assert graph.wide is not None
     found = replaying_and_chooser(graph.wide, graph.model, provider)
@@ -189,19 +191,22 @@ def verify_file(  # noqa: PLR0913  each has a name
     Args:
         candidate: The graph.
         reference: The model.
-        example: Example inputs by the graph's names, of the graph's traced sizes.
+        example: Example inputs by the graph's names, of the sizes in `dims`.
         dims: The graph's dynamic dimensions.
-        routing: Outputs that are expert indices, with weights and scores.
+        routing: Outputs that are expert indices, each with the output of its weights and that of its scores, if any.
         tolerance: For floats.
         seed: Of the inputs.
         outputs: The reference's outputs under the graph's names; its own names if None.
-        graph: The candidate's file, if it is an ONNX graph: it can replay the reference's choices.
-        provider: Where onnxruntime runs it then.
+        graph: The candidate's file, if it is an ONNX graph that can replay the reference's choices.
+        provider: Where onnxruntime replays them, `cpu` or `cuda`.
         settings: How much to try.
-        recorder: Keeps what the reference computes.
+        recorder: Records the reference's inputs and outputs for a golden file.
         about: Facts for the report.
         narrow: The narrowest type that the candidate computes in.
         domain: The sizes that the candidate claims to be right for, besides the bounds of `dims`; None for all.
+
+    Raises:
+        UsageError: The settings name a case that does not exist, or the user's own inputs do not fit.
     """
     specs = [
         TensorSpec(spec.name, spec.dtype, spec.shape)

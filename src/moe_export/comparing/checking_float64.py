@@ -1,4 +1,4 @@
-"""A model in float64: what tells which side of a difference is off."""
+"""A model in float64: it shows which of two results that differ is the inaccurate one."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from moe_export.verify.specs import is_float
 
 
 class Float64Runner:
-    """A model in float64; its weights are copied when it is first asked.
+    """A model in float64; its weights are copied at the first run.
 
     Args:
         subject: The model.
-        outputs: Names of its outputs.
-        rounded: Whether outputs come in the model's own types, so that they can be compared like any other outputs.
+        outputs: Names for its outputs, in order.
+        rounded: Whether float outputs are rounded to the model's own types, so that they compare like any others.
     """
 
     name = "torch-float64"
@@ -30,7 +30,7 @@ class Float64Runner:
         return self._narrowed(inputs, self._wide().run(inputs))
 
     def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
-        """The outputs and the choices on the way; what is chosen from stays in float64."""
+        """Run once; return the outputs and the choices that the model made, whose scores stay float64."""
         found, choices = self._wide().run_watched(inputs)
         return self._narrowed(inputs, found), choices
 

@@ -23,11 +23,11 @@ from moe_export.verify.inputs.experts_alone import Watched
 
 
 class WatchedGraph:
-    """A graph that says what it chooses.
+    """A graph as a runner that also returns its choices of experts.
 
     Args:
-        path: The graph.
-        provider: Where onnxruntime runs it.
+        path: The ONNX file.
+        provider: Where onnxruntime runs it, `cpu` or `cuda`.
     """
 
     def __init__(self, path: Path, provider: str = "cpu") -> None:
@@ -38,11 +38,11 @@ class WatchedGraph:
         self._replaying = runner_of_model(with_forced_choices(model), provider)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Outputs alone."""
+        """Run once; return the outputs alone."""
         return self.run_watched(inputs)[0]
 
     def run_watched(self, inputs: Mapping[str, Array]) -> tuple[dict[str, Array], tuple[Choice, ...]]:
-        """Outputs, and the choices in order."""
+        """Run once; return the outputs, and the choices in the order of the graph's `TopK`s."""
         outputs = self._makes.run(inputs)
         ids = [outputs.pop(name) for name in self._choices.made]
         if not ids:
@@ -53,14 +53,14 @@ class WatchedGraph:
 
 
 class GraphReplayer:
-    """Runs a graph under the choices that the reference makes on the same inputs.
+    """Runs a graph with the choices that the reference makes on the same inputs.
 
-    The graph's `TopK`s are the reference's choices in the same order; nothing is replayed if their numbers differ.
+    The graph's `TopK`s correspond to the reference's choices in order; nothing is replayed if there are more or fewer.
 
     Args:
-        reference: The engine whose choices count.
+        reference: The runner whose choices count.
         path: The graph; None for what cannot replay choices, such as an engine.
-        provider: Where onnxruntime runs.
+        provider: Where onnxruntime runs, `cpu` or `cuda`.
         renamed: The graph's output names → the reference's, where they differ.
     """
 
@@ -77,10 +77,13 @@ class GraphReplayer:
         self._choices = Choices(0)
 
     def replay(self, inputs: Mapping[str, Array]) -> Replay | None:
-        """One case again; None if the reference chooses nothing or refuses the inputs."""
+        """Run one case again; None if the reference chooses nothing or refuses the inputs.
+
+        `got` of the result is None if the graph cannot replay the choices.
+        """
         try:
             expected, choices = self._reference.run_watched(inputs)
-        except Exception:  # what the reference raises is judged where it is run for its own sake
+        except Exception:  # a reference that raises is reported by its own run, not here
             return None
         if not choices:
             return None
@@ -95,6 +98,7 @@ class GraphReplayer:
         own = tuple(got.pop(name) for name in self._choices.made)
         for name in self._choices.scores:
             got.pop(name)
+        # as many choices, but not the same ones: another k, or other tokens
         if any(mine.size != choice.ids.size for mine, choice in zip(own, choices, strict=True)):
             return Replay(expected, None, choices)
         return Replay(
@@ -111,17 +115,17 @@ class GraphReplayer:
 
 
 class MirroredReplayer:
-    """Replays the candidate's choices in the reference: the same question, where only the reference can replay.
+    """Replays the candidate's choices in the reference, where only the reference is a graph that can replay.
 
     Args:
-        replayer: Runs the reference; its own reference is the candidate.
+        replayer: Runs the reference graph, with the candidate as its own `reference`.
     """
 
     def __init__(self, replayer: GraphReplayer) -> None:
         self._replayer = replayer
 
     def replay(self, inputs: Mapping[str, Array]) -> Replay | None:
-        """One case again; None if the candidate chooses nothing."""
+        """Run one case again; None if the candidate chooses nothing."""
         replay = self._replayer.replay(inputs)
         if replay is None or replay.got is None:
             return replay
@@ -129,7 +133,7 @@ class MirroredReplayer:
 
 
 def _shaped(forced: Mapping[str, Array], graph: OnnxRuntimeRunner) -> dict[str, Array]:
-    """The choices in the rank that the graph has them in: (batch, seq, k) for (tokens, k)."""
+    """The choices as int64, flattened from (batch, seq, k) to (tokens, k) where the graph's input has rank 2."""
     ranks = {spec.name: len(spec.shape) for spec in graph.inputs}
     return {
         name: np.asarray(ids.reshape(-1, ids.shape[-1]) if ranks[name] == 2 else ids, np.int64)
@@ -138,7 +142,10 @@ def _shaped(forced: Mapping[str, Array], graph: OnnxRuntimeRunner) -> dict[str, 
 
 
 def watchable(artifact: Artifact, runner: Runner, recorder: Recorder | None) -> Runner:
-    """What runs a graph; if it is recorded, with its choices, where onnxruntime can say them."""
+    """The runner itself; a `WatchedGraph` instead where runs are recorded and onnxruntime runs the graph.
+
+    A golden file then stores the choices, too.
+    """
     if recorder is None or artifact.kind != "graph" or not (artifact.backend or "").startswith("onnxruntime"):
         return runner
     return WatchedGraph(artifact.path, artifact.provider)

@@ -1,4 +1,4 @@
-"""A model whose weights are rounded to a narrower type, and nothing else: what half precision costs it at least."""
+"""A model with only its weights rounded to a narrower type: the least error that half precision costs it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from moe_export.verify import Array, TorchRunner
 
 
 class RoundedRunner:
-    """A model with rounded weights; they are copied when it is first asked.
+    """A model with rounded weights, which computes in its own types; the weights are copied at the first run.
 
     Args:
         subject: The model.
-        outputs: Names of its outputs.
-        dtype: What its float weights are rounded to: `float16`, `bfloat16`. It computes in its own types.
+        outputs: Names for its outputs, in order.
+        dtype: The type that its float weights are rounded to, `float16` or `bfloat16`.
     """
 
     def __init__(self, subject: Subject, outputs: Sequence[str], dtype: str) -> None:

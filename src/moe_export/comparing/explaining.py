@@ -1,4 +1,4 @@
-"""What `verify` says of a graph that is not equal to its model: the first faulty node, a reproduction, an overlay."""
+"""Why a graph is not equal to its model, as `verify` reports it: the first faulty node, a reproduction, an overlay."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ from moe_export.verify.localise.search import Localisation, find_faulty_node
 from moe_export.verify.runner import one_line
 
 INSIDE = 3
-"""So many cases are looked into for nodes that are wrong although the outputs are right."""
+"""The number of cases searched for nodes that are wrong although the outputs are right."""
 
 
 class Remembering:
-    """A runner that remembers what it was given, so that a case which differs can be looked into.
+    """A runner that keeps the inputs of every run, so that a case which differs can be examined afterwards.
 
     Args:
-        runner: The one that runs.
+        runner: The runner that it passes them on to.
     """
 
     def __init__(self, runner: GraphRunner) -> None:
@@ -57,11 +57,11 @@ class Explanation:
     """Why a graph is not equal.
 
     Attributes:
-        at: The case that was looked into.
-        found: The first faulty node, or in a sentence why none can be named.
-        model: The graph that was looked into.
+        at: The label of the case that was examined.
+        found: The first faulty node, or a sentence that says why none can be named.
+        model: The graph, as `open_graph` returns it.
         inputs: The case's inputs.
-        expected: What it should give.
+        expected: The outputs that it should have; empty where only a node is wrong.
     """
 
     at: str
@@ -82,26 +82,26 @@ class Explanation:
         return {"case": self.at, "faulty_node": None, "reason": self.found}
 
     def write(self, folder: Path) -> list[Path]:
-        """Write the reproduction, and the graph with each node's error.
+        """Write the reproduction, and the graph with each node's error, into a folder.
 
         Returns:
-            The files.
+            The files that were written.
         """
         localisation, level = None, "none"
         if isinstance(self.found, OptimiserFault):
             level = self.found.level
         elif isinstance(self.found, Localisation):
             localisation = self.found
-        whole = Cut(self.model, dict(self.inputs), _of(self.model, self.expected))
+        whole = Cut(self.model, dict(self.inputs), _outputs_of(self.model, self.expected))
         cut = whole if localisation is None or localisation.cut is None else localisation.cut
         try:
             files = write_repro(folder, cut, str(self), level=level)
-        except ValueError:  # a node that reads a sequence
+        except ValueError:  # a sequence cannot be stored as a tensor, so the whole graph is the reproduction
             files = write_repro(folder, whole, str(self), level=level)
         return files if localisation is None else [*files, *write_overlay(folder, self.model, localisation)]
 
 
-def _of(model: onnx.ModelProto, expected: Mapping[str, Array]) -> dict[str, Value]:
+def _outputs_of(model: onnx.ModelProto, expected: Mapping[str, Array]) -> dict[str, Value]:
     return {output.name: expected[output.name] for output in model.graph.output if output.name in expected}
 
 
@@ -114,19 +114,19 @@ def explain(
     tolerance: Tolerance,
     routing: Sequence[tuple[str, str | None, str | None]],
 ) -> Explanation | None:
-    """Look into the first case that a graph got wrong.
+    """Find out why a graph got a case wrong: the first one that it did.
 
     Args:
         path: The graph.
-        candidate: What ran it.
-        report: What was found.
+        candidate: The runner that ran it in the comparison.
+        report: The result of the comparison.
         subject: The model that it was made from.
         reference: What it was compared with, under the graph's names: the model, or a gate of it.
         tolerance: For floats.
-        routing: Outputs that are expert indices.
+        routing: Outputs that are expert indices, with those of their weights and scores.
 
     Returns:
-        What was found; None if no case is wrong.
+        The explanation; None if no case is wrong.
     """
     ran = [case for case in report.cases if case.outcome != "refused"]
     wrong = (
@@ -146,12 +146,12 @@ def explain(
 
         def is_right(outputs: Mapping[str, Value]) -> bool:
             one = Case(case.label, case.seed, dict(case.sizes), given)
-            found = compare(_Said(expected), _Said(outputs), [one], tolerance=tolerance, routing=pairs)
+            found = compare(_Fixed(expected), _Fixed(outputs), [one], tolerance=tolerance, routing=pairs)
             return found.verdict != "not equal"
 
         try:
             found = localise(model, given, subject, reference, is_right)
-        except Exception as error:  # the report stands without it
+        except Exception as error:  # the report is complete without an explanation
             return Explanation(case.label, f"no node can be named: {one_line(error)}", model, given, expected)
     return Explanation(case.label, found, model, given, expected)
 
@@ -159,12 +159,12 @@ def explain(
 def look_inside(
     path: Path, candidate: Remembering, report: Report, subject: Subject, reference: Subject
 ) -> Explanation | None:
-    """Look for a node that is wrong although the outputs are right, or too little wrong to tell.
+    """Look for a node that is wrong although the outputs are within the tolerance.
 
     Args:
         path: The graph.
-        candidate: What ran it.
-        report: What was found; its first ordinary cases are looked into.
+        candidate: The runner that ran it in the comparison.
+        report: The result of the comparison; the first `INSIDE` ordinary cases are examined.
         subject: The model that it was made from.
         reference: What it was compared with, under the graph's names.
 
@@ -180,7 +180,7 @@ def look_inside(
         for case, inputs in pairs:
             given = {value.name: inputs[value.name] for value in model.graph.input if value.name in inputs}
             known = program_values(model, given, traced)
-            if known is None:  # a size that the trace was not made for
+            if known is None:  # no node can be matched, e.g. at a size that the trace was not made for
                 continue
             found = find_faulty_node(model, given, known)
             if found.faulty is not None:
@@ -191,10 +191,10 @@ def look_inside(
     return None
 
 
-class _Said:
-    """A runner that only says what somebody else has computed."""
+class _Fixed:
+    """A runner that returns outputs computed elsewhere, whatever the inputs."""
 
-    name = "said"
+    name = "fixed"
 
     def __init__(self, outputs: Mapping[str, Any]) -> None:
         self._outputs = dict(outputs)

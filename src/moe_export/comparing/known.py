@@ -1,7 +1,7 @@
-"""What is known of two artifacts before they are compared: what cases cost, what inputs mean.
+"""What is known about two artifacts before they are compared: what cases cost, what inputs mean.
 
-It is found by running the reference, as often as its counted work allows, so that the plan is the same on every
-machine.
+It is found out by running the reference. The number of runs follows from its counted work, not from measured time, so
+the plan is the same on every machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from moe_export.verify.inputs.torch_tables import watch_indices
 from moe_export.verify.runners.torch_runner import to_torch
 from moe_export.verify.specs import is_float
 
-_SHARE = 0.25  # of the budget of all cases, spent on that
+_SHARE = 0.25  # of the budget of all cases, spent on finding out which values the inputs accept
 
 
 def known_of_model(
@@ -39,16 +39,17 @@ def known_of_model(
     graph: Path | None = None,
     domain: Domain | None = None,
 ) -> Known:
-    """What is known of a model.
+    """What is known about a model, and about the graph that it is compared with.
 
     Args:
-        model: Runs here to be counted and watched; it is asked where it is compared.
+        model: The model. Its work is counted, and its index operations watched, in this process; which values its
+            inputs accept is asked of the process that runs it as the reference.
         specs: The inputs.
         dims: The free dimensions.
         example: Its example inputs.
         seed: Of the values.
         graph: The file of the other artifact, if it is an ONNX graph.
-        domain: For which sizes that is said to be right; nothing is said if it is not for the example's.
+        domain: The sizes that the graph claims to be right for; ignored if it excludes the example's.
     """
     make = case_maker(specs, example, seed)
     price = price_of(TorchRunner(model.call_named, model.outputs).run, dims, make)
@@ -82,7 +83,10 @@ def _table(
     dims: Sequence[DimRange],
     grown: Mapping[str, Mapping[str, tuple[int, int]]],
 ) -> Table:
-    """A table, and the dimension that it grows with."""
+    """The table that an input indexes, with the dimension that it grows with, if it does.
+
+    The bounds of the indices are compared between the example and one run with that dimension at twice its size plus 1.
+    """
     low, high = within
     for dim in dims:
         more = grown[dim.name].get(name)
@@ -92,9 +96,9 @@ def _table(
 
 
 def _unfilled(asked: Asked, example: Mapping[str, Array]) -> frozenset[str]:
-    """Inputs whose zeros, or ones, stand where measurements belong: the reference takes those and gives no NaN.
+    """Float inputs whose example is a placeholder, all zeros or all ones: the reference accepts random values for them.
 
-    Ones beside an input that is measured may be a mask, and stay.
+    Ones beside an input with measured values may be a mask, and are kept.
     """
     floats = {name: array for name, array in example.items() if is_float(array.dtype) and array.size > 1}
     measured = any(is_measured(array) for array in floats.values())

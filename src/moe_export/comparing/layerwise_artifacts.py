@@ -1,4 +1,4 @@
-"""`verify GRAPH --against MODEL`, where the model's weights do not fit in memory, or block by block was asked for."""
+"""`verify GRAPH --against MODEL` block by block: the model's weights do not fit in memory, or the user asked for it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from moe_export.verify.runners.onnxruntime_runner import specs_of
 
 @dataclass(frozen=True)
 class Declared:
-    """A graph as its file declares it, without an engine that has loaded it."""
+    """A graph's name, inputs and outputs as its file declares them, read without loading it into an engine."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -28,7 +28,11 @@ class Declared:
 
 
 def by_blocks(subject: Subject, candidate: Artifact, asked: str | None) -> bool:
-    """Whether a graph is compared with a model block by block."""
+    """Whether a candidate is compared with a model block by block.
+
+    Only a graph of a whole model can be. It is where the user asked for `layers`, or asked for nothing and the model's
+    weights are not in memory.
+    """
     if candidate.kind != "graph" or metadata(candidate.path).get("moe_export.kind", "model") != "model":
         return False
     absent = subject.weights is not None and subject.weights.absent
@@ -39,17 +43,18 @@ def compare_blocks(subject: Subject, candidate: Artifact, request: Request, call
     """Compare a graph with a model block by block.
 
     Raises:
-        UsageError: The graph cannot be read, takes other inputs, or another engine than onnxruntime's CPU was named.
+        UsageError: The graph cannot be read or takes other inputs, or its backend is not onnxruntime on the CPU.
     """
     if (candidate.backend or "onnxruntime-cpu") != "onnxruntime-cpu":
         raise UsageError(
             f"block by block, graphs are run by onnxruntime on the CPU, not by {candidate.backend}",
-            hint="--memory with more bytes than the weights have compares the whole",
+            hint="with --memory larger than the weights, the graph is compared as a whole",
         )
     facts = metadata(candidate.path)
     declared = _declared(candidate.path)
-    held = reference_of(subject, declared, facts, request.gate)  # type: ignore[arg-type]  # it is asked for names only
-    matched = match_graph(declared, held.subject, held.routing)  # type: ignore[arg-type]  # likewise
+    # both read only the names and shapes that `Declared` has
+    counterpart = reference_of(subject, declared, facts, request.gate)  # type: ignore[arg-type]
+    matched = match_graph(declared, counterpart.subject, counterpart.routing)  # type: ignore[arg-type]
     return verify_blocks(
         candidate.path,
         matched.subject,

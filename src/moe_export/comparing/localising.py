@@ -1,9 +1,9 @@
 """Error localisation for a graph that is not equal to its model: where the export room and the search for a node meet.
 
-What a graph's values should be is known from the traced program, run value by value: a node says which operator of
-which line of which module it computes, and the values of that operator are its own. Where that leaves several nodes in
-question (an operator became many, a loop became a body), the model is exported again; if that graph is right and made
-in the same way, every value has its counterpart there, in bodies too.
+The right values come from running the traced program: a node's metadata name the operator, the source line and the
+module that it computes, so the value of that operator is what the node should give. Where several nodes remain suspect
+(an operator became many, a loop became a body), the model is exported again; if that graph is right and was made in the
+same way, every value has its counterpart there, in bodies too.
 """
 
 from __future__ import annotations
@@ -53,29 +53,29 @@ from moe_export.verify.specs import Array
 
 _OPTIONS = "moe_export.options"
 _DECIDING = {"fold", "outline", "expand", "simplify"}
-"""The stages whose choices decide which nodes a graph has; its opset and its type are its own."""
+"""The stages whose options decide which nodes a graph has. Its opset and its type can be read from the graph itself."""
 _REWRITING = tuple(option.name for option in options_of("export") if _DECIDING & set(option.read_by))
-_LIKE = 0.1
-"""The share of nodes, and at least three, that two graphs of the same making may differ in."""
+_MAY_DIFFER = 0.1
+"""The share of nodes that two graphs made in the same way may differ in; three nodes are always allowed."""
 
 IsRight = Callable[[Mapping[str, Value]], bool]
 
 
 def graph_options(options: Options) -> str:
-    """The choices that decide which nodes a graph has, as a graph's metadata keep them."""
+    """The options that decide which nodes a graph has, as JSON for the graph's metadata."""
     return json.dumps({name: getattr(options, name) for name in _REWRITING})
 
 
 def open_graph(path: Path, folder: Path) -> onnx.ModelProto:
-    """A graph ready to be looked into: weights inside, half precision by float32 kernels, its origins in short.
+    """A graph ready for error localisation: weights loaded, functions inlined, half precision run by float32 kernels.
 
     Args:
         path: The file.
-        folder: The model's folder, which its source lines are relative to.
+        folder: The model's folder, which source lines in the metadata are made relative to.
     """
     model = ir.load(path)
     if any(map(stack_trace_of, model.graph.all_nodes())):
-        shorten_metadata(model, SCOPE, folder)  # torch's own exporter says it at length
+        shorten_metadata(model, SCOPE, folder)  # torch's own exporter writes whole stack traces
     return _ready(model)
 
 
@@ -90,21 +90,22 @@ def localise(
     reference: Subject,
     is_right: IsRight,
 ) -> Localisation | OptimiserFault | str:
-    """Find out what makes a graph wrong on inputs that it was seen to be wrong on.
+    """Find the first faulty node of a graph, on inputs that it is known to be wrong on.
 
     Args:
-        model: The graph, of `open_graph`.
+        model: The graph, from `open_graph`.
         inputs: The inputs, by the graph's names.
         subject: The model that it was made from.
-        reference: What it computes, under its names: the model, or a gate of it.
+        reference: What it should compute, under the graph's names: the model, or a gate of it.
         is_right: Judges the graph's outputs for these inputs.
 
     Returns:
-        The first faulty node; or in a sentence why none can be named.
+        The first faulty node, of the graph itself or as onnxruntime optimises it; or a sentence that says why none can
+        be named.
     """
     level = wrong_level(model, inputs, is_right)
     if level is None:
-        return "on onnxruntime's CPU the graph is right with these inputs: what is wrong is the engine"
+        return "onnxruntime's CPU gives the right outputs for these inputs: the engine is at fault"
     if level != "none":
         return find_optimiser_fault(model, inputs, level)
     traced = trace(reference)
@@ -113,22 +114,23 @@ def localise(
     if found is not None and found.faulty is not None and _stands_alone(model, found.faulty):
         differs = tuple(_weight_differences(model, found.faulty, traced))
         return replace(found, faulty=replace(found.faulty, differs=differs))
-    good = _same_making(model, inputs, subject, is_right)
+    good = _reexported_values(model, inputs, subject, is_right)
     if good is not None:
         found = find_faulty_node(model, inputs, good)
     if found is None and _dtype(model) != "float32":
-        return "in low precision nodes are held against those of a new export, and that is not right either"
-    nobody = "the graph does not say which operators of the model its nodes compute, so none can be named"
-    return found or nobody
+        return "nodes in low precision are compared with those of a new export, and that is not right either"
+    unnamed = "the graph does not say which operators of the model its nodes compute, so none can be named"
+    return found or unnamed
 
 
 def _stands_alone(model: onnx.ModelProto, error: NodeError) -> bool:
+    """Whether the fault is down to a single node without bodies."""
     node = next((node for node in model.graph.node if error.value in node.output), None)
     return not error.also and node is not None and not bodies(node)
 
 
 def _weight_differences(model: onnx.ModelProto, error: NodeError, traced: Traced) -> Iterator[str]:
-    """How the weights that a node reads differ from the model's of the same name."""
+    """How the weights that a node reads differ from the model's weights of the same names, one line each."""
     node = next(node for node in model.graph.node if error.value in node.output)
     for tensor in model.graph.initializer:
         weight = traced.program.state_dict.get(tensor.name)
@@ -139,10 +141,13 @@ def _weight_differences(model: onnx.ModelProto, error: NodeError, traced: Traced
                 yield line
 
 
-def _same_making(
+def _reexported_values(
     model: onnx.ModelProto, inputs: Mapping[str, Array], subject: Subject, is_right: IsRight
 ) -> GraphValues | None:
-    """The values of the graph that an export gives now, if it is right and made in the same way."""
+    """The values of a new export of the model with the graph's own options.
+
+    None if that fails, is not right for these inputs, or has other nodes.
+    """
     facts = {entry.key: entry.value for entry in model.metadata_props}
     if model.producer_name != "moe-export":
         return None
@@ -158,24 +163,24 @@ def _same_making(
     try:
         with quiet():
             graphs = export_subject(subject, options)
-        good = _ready(next(graph.model for graph in graphs if _is(graph, kind, path)))
+        good = _ready(next(graph.model for graph in graphs if _is_of(graph, kind, path)))
         if not alike(model, good):
             return None
         found = Level.of(good).read([output.name for output in good.graph.output], inputs)
         return GraphValues(good, inputs) if is_right(found) else None
-    except Exception:  # what cannot be exported, or does not run, says nothing about the graph in question
+    except Exception:  # an export that fails or does not run says nothing about the graph in question
         return None
 
 
-def _is(graph: Graph, kind: str, path: str) -> bool:
+def _is_of(graph: Graph, kind: str, path: str) -> bool:
     return graph.kind == kind and (kind != "gate" or graph.path == path)
 
 
 def alike(model: onnx.ModelProto, other: onnx.ModelProto) -> bool:
-    """Whether two graphs were made in the same way: nearly all nodes of both are the same."""
+    """Whether two graphs were made in the same way: nearly all nodes have the same operator, inputs and outputs."""
     mine, theirs = _nodes(model), _nodes(other)
     unlike = max((mine - theirs).total(), (theirs - mine).total())
-    return unlike <= max(3, _LIKE * theirs.total())
+    return unlike <= max(3, _MAY_DIFFER * theirs.total())
 
 
 def _nodes(model: onnx.ModelProto) -> Counter[tuple[Any, ...]]:
@@ -185,17 +190,20 @@ def _nodes(model: onnx.ModelProto) -> Counter[tuple[Any, ...]]:
 def program_values(
     model: onnx.ModelProto, inputs: Mapping[str, Array], traced: Traced
 ) -> ReferenceValues | None:
-    """The values of a traced program under the names that a graph made from it has for them.
+    """Run a traced program, and return its values under the names of a graph that was made from it.
 
-    A graph in low precision rounds where the program does not, so nothing in it is matched. In any other, a value is
-    that of an operator if its node says so (operator, source line, module) and has its name; names that an
-    export has counted anew are matched by their order among those of the same origin. None if no value matches.
+    A node is matched with an operator of the same origin (operator, source line, module) by the operator's name; where
+    an export has renumbered the names, by its position among the nodes of that origin. Nothing is matched in a
+    low-precision graph, which rounds where the program does not.
+
+    Returns:
+        The values; None if no value but the outputs can be matched, or the program does not run on these inputs.
     """
     if _dtype(model) != "float32" or not _takes(traced, inputs):
         return None
     try:
         recorded = _run(traced, inputs)
-    except Exception:  # whatever an operator raises at sizes that the trace was not made for
+    except Exception:  # at sizes that the trace was not made for, an operator may raise anything
         return None
     nodes = [node for node in traced.program.graph.nodes if node.op == "call_function"]
     folder = traced_folder(model, nodes)
@@ -227,12 +235,12 @@ def program_values(
 
 
 def _dtype(model: onnx.ModelProto) -> str:
-    """The narrowest type that a graph computes in, as it says itself."""
+    """The narrowest type that a graph computes in, according to its metadata."""
     return next((entry.value for entry in model.metadata_props if entry.key == "moe_export.dtype"), "float32")
 
 
 def _takes(traced: Traced, inputs: Mapping[str, Array]) -> bool:
-    """Whether inputs have the sizes that the trace fixed: at others it may run, and mean nothing."""
+    """Whether inputs have the sizes that the trace fixed; at others the program may run, with meaningless values."""
     return all(
         not isinstance(want, int) or want == got
         for name, shape in traced.inputs.items()
@@ -243,7 +251,7 @@ def _takes(traced: Traced, inputs: Mapping[str, Array]) -> bool:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What a node computes: an operator of a line of a module."""
+    """What a node computes: an operator, at a source line, in a module."""
 
     operator: str
     source: str
@@ -258,26 +266,30 @@ def _origin(node: fx.Node, folder: Path, scope: str) -> _Origin:
 
 
 def _names(node: fx.Node) -> list[str]:
-    """The name of a node's value; of one with several, theirs in order."""
+    """The name of a node's value; for a node with several values, their names in order, "" for an unused one."""
     parts = {int(str(user.args[1])): user.name for user in node.users if user.target is operator.getitem}
     return [parts.get(index, "") for index in range(1 + max(parts))] if parts else [node.name]
 
 
 def _returned(traced: Traced, recorded: Mapping[str, Array], outputs: set[str]) -> dict[str, Value]:
+    """The program's outputs by the graph's output names."""
     names = traced.program.graph_signature.user_outputs
     pairs = zip(traced.outputs, names, strict=False)
     return {mine: recorded[other] for mine, other in pairs if mine in outputs and other in recorded}
 
 
 def _is_last_of(node: onnx.NodeProto, target: str) -> bool:
-    """Whether a node ends what an operator became: it has the operator's name, those before it have numbers."""
+    """Whether a node is the last of those made from an operator: torch's exporter names only that one after it."""
     parts = target.split(".")
     stem = parts[1] if len(parts) > 1 else target
     return re.fullmatch(rf"node_{re.escape(stem)}_*\d*", node.name) is not None
 
 
 def traced_folder(model: onnx.ModelProto, nodes: Iterable[fx.Node]) -> Path:
-    """The folder that a graph's source lines are relative to, told from the program's."""
+    """The folder that a graph's source lines are relative to, found by matching them with the program's.
+
+    The current folder if none matches.
+    """
     lines = {entry.value for node in model.graph.node for entry in node.metadata_props if entry.key == SOURCE}
     for node in nodes:
         line = line_of(node.stack_trace)
@@ -290,7 +302,7 @@ def traced_folder(model: onnx.ModelProto, nodes: Iterable[fx.Node]) -> Path:
 
 
 class _Recorder(fx.Interpreter):
-    """Runs a program and keeps every tensor in it."""
+    """Runs a program and records the tensor of every operator, as an array by the node's name."""
 
     def __init__(self, module: torch.nn.Module, graph: fx.Graph) -> None:
         super().__init__(module, garbage_collect_values=True, graph=graph)

@@ -1,4 +1,4 @@
-"""A model under the names and sizes of a graph of it: what every comparison of the two starts from."""
+"""A model under the names and sizes of its graph: the start of every comparison of the two."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Matched:
         subject: The model; its inputs and outputs have the graph's names.
         routing: Outputs that are expert indices, with their weights and scores.
         example: The model's example inputs for the graph's inputs.
-        dims: The graph's dynamic dimensions, with the example's sizes, within what an engine's profile takes.
+        dims: The graph's dynamic dimensions, with the example's sizes, within the range of an engine's profile.
     """
 
     subject: Subject
@@ -43,12 +43,12 @@ class Matched:
 
     @property
     def pairs(self) -> list[RoutingPair]:
-        """The routing as the verify room has it."""
+        """The routing in the verify room's type."""
         return [RoutingPair(*pair) for pair in self.routing]
 
     @property
     def ranges(self) -> list[DimRange]:
-        """The dimensions as the verify room has them."""
+        """The dimensions in the verify room's type."""
         return [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in self.dims]
 
     @property
@@ -60,16 +60,16 @@ class Matched:
 def match_graph(
     runner: GraphRunner, subject: Subject, routing: Routing = (), facts: Mapping[str, str] | None = None
 ) -> Matched:
-    """Put a model under the names of a graph that is open.
+    """Rename a model's inputs and outputs to those of a graph.
 
-    A graph of another exporter has names of its own, in the model's order. Where one side has more inputs or outputs
-    than the other, nothing is matched by position.
+    A graph of another exporter has names of its own, in the model's order, so names are matched by position; never
+    where one side has more inputs or outputs than the other.
 
     Args:
         runner: The graph, or the engine.
-        subject: What it computes.
-        routing: Outputs of the model that are expert indices.
-        facts: What the graph says of itself: between which sizes it is right.
+        subject: The model or gate that it computes.
+        routing: Outputs of the model that are expert indices, with those of their weights and scores.
+        facts: The graph's metadata, with the range of each dimension that it is right for.
 
     Raises:
         UsageError: The graph takes other inputs than the model, or fixes sizes that are not the example's.
@@ -89,12 +89,12 @@ def match_graph(
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What a graph is held against.
+    """What a graph is compared with.
 
     Attributes:
         subject: The model, or a gate of it.
-        routing: Outputs that are expert indices.
-        part: What of the model it is, in words, if it is not all of it.
+        routing: Outputs that are expert indices, with those of their weights and scores.
+        part: The part of the model, in words, if it is not the whole.
     """
 
     subject: Subject
@@ -103,7 +103,7 @@ class Reference:
 
     @property
     def about(self) -> dict[str, str]:
-        """The fact for a report."""
+        """The part, as a fact for the report; empty for the whole model."""
         return {PART: self.part} if self.part else {}
 
 
@@ -112,20 +112,20 @@ def reference_of(
 ) -> Reference:
     """The model, or a gate of it; and which outputs are expert indices.
 
-    The user says which gate. A graph says so itself only where its inputs and outputs are not the model's: it never
-    chooses what it is held against. What the indices are is read off the model's own trace.
+    The user names the gate. The graph's own metadata count only where its inputs and outputs are not the model's: a
+    graph never chooses what it is compared with. The expert indices are found in the model's trace, not in the graph.
 
     Args:
         subject: The model.
         runner: The graph.
-        facts: The graph's own.
-        gate: The module whose gate the graph is, if the user says so.
+        facts: The graph's metadata.
+        gate: The module whose gate the graph is, if the user named one.
 
     Raises:
         UsageError: The model has no such gate.
     """
-    said = facts.get("moe_export.module", "") if facts.get("moe_export.kind") == "gate" else None
-    path = gate if gate is not None else None if said is None or is_whole(runner, subject) else said
+    claimed = facts.get("moe_export.module", "") if facts.get("moe_export.kind") == "gate" else None
+    path = gate if gate is not None else None if claimed is None or is_whole(runner, subject) else claimed
     try:
         traced = trace(subject)
         routings = find_routings(traced)
@@ -147,7 +147,7 @@ def reference_of(
 
 
 def is_whole(runner: GraphRunner, subject: Subject) -> bool:
-    """Whether a graph has the inputs and outputs of the whole model, under whatever names."""
+    """Whether a graph's inputs and outputs have the dtypes and shapes of the whole model's; names may differ."""
     inputs, outputs = list(runner.inputs), list(runner.outputs)
     names = by_position([spec.name for spec in inputs], list(subject.inputs))
     own = {name: subject.inputs[name] for name in names.values() if name in subject.inputs}
@@ -163,7 +163,7 @@ def is_whole(runner: GraphRunner, subject: Subject) -> bool:
 
 
 def _fits(spec: TensorSpec, tensor: torch.Tensor) -> bool:
-    """Whether a tensor has the type of a graph's value, and its sizes where the graph fixes them."""
+    """Whether a tensor has the dtype and rank of a graph's value, and its sizes where the graph fixes them."""
     sizes = zip(spec.shape, tensor.shape, strict=False)
     return (
         spec.dtype == str(tensor.dtype).removeprefix("torch.")
@@ -173,10 +173,9 @@ def _fits(spec: TensorSpec, tensor: torch.Tensor) -> bool:
 
 
 def _example(runner: GraphRunner, subject: Subject) -> dict[str, torch.Tensor]:
-    """The model's example inputs for the graph's inputs, which must have their names.
+    """The model's example for the inputs that the graph has, by name.
 
-    An input of the model that the graph does not have is one that its outputs do not depend on; it stays at
-    its example value.
+    The graph may lack an input that no output depends on; the model gets its example value for that.
     """
     names = [spec.name for spec in runner.inputs]
     unknown = [name for name in names if name not in subject.inputs]
@@ -198,7 +197,7 @@ def _dims(specs: Sequence[TensorSpec], example: Mapping[str, torch.Tensor]) -> l
         if not fits:
             raise UsageError(
                 f"the graph takes {spec}, but the model's example has shape {list(sizes)}",
-                hint="give the model file example inputs of the sizes that the graph was exported for",
+                hint="give the model file example inputs with the sizes that the graph was exported for",
             )
         for want, size in zip(spec.shape, sizes, strict=True):
             if isinstance(want, str) and re.fullmatch(r"[A-Za-z_]\w*", want):
@@ -207,17 +206,17 @@ def _dims(specs: Sequence[TensorSpec], example: Mapping[str, torch.Tensor]) -> l
 
 
 def stated_domain(facts: Mapping[str, str]) -> Domain:
-    """For which sizes a graph says that it is right, besides the bounds of its dimensions.
+    """The sizes that a graph's metadata claim it is right for, besides the bounds of its dimensions.
 
     Raises:
-        UsageError: What it says is no condition.
+        UsageError: A condition cannot be parsed.
     """
     text = facts.get("moe_export.domain", "")
     return Domain.of(text) if text else Domain()
 
 
 def _stated(dims: list[Dim], facts: Mapping[str, str]) -> list[Dim]:
-    """The dimensions between the sizes that the graph says it is right for, if the example is."""
+    """The dimensions with the bounds in the graph's metadata; bounds that exclude the example are ignored."""
     found = []
     for dim in dims:
         bounds = parse_bounds(facts.get(f"moe_export.dim.{dim.name}", ""))
@@ -228,7 +227,7 @@ def _stated(dims: list[Dim], facts: Mapping[str, str]) -> list[Dim]:
 
 
 def _within(dims: list[Dim], runner: GraphRunner) -> list[Dim]:
-    """The dimensions within what an engine's profile takes."""
+    """The dimensions with the bounds of an engine's profile; those of a graph unchanged."""
     if not isinstance(runner, TensorRtRunner):
         return dims
     taken = {dim.name: dim for dim in runner.dims}

@@ -1,4 +1,4 @@
-"""`MutantResult`: the result of one mutant, as data that goes from process to process."""
+"""`MutantResult`: the result of one mutant, as plain data that can be sent between processes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ class MutantResult:
     """The result of one mutant.
 
     Attributes:
-        kind: What kind it was.
+        kind: The kind of mutant.
         node: The node that was changed, or that reads the constant that was.
-        what: What was wrong.
+        what: The change, in words.
         outcome: `caught`; `survived`; `equivalent` (the same in float64 in every case); `below rounding` (in float64 it
             moves no output by as much as one rounding of the graph's type, so no output can show it); or `stillborn`
-            (no graph that onnxruntime opens).
-        by: The case that caught it, or why it was stillborn.
-        off: How far the outputs of one that was not caught are off in float64, relative to the largest value.
+            (onnxruntime does not open the graph).
+        by: The label of the case that caught it, or why it was stillborn.
+        off: For a mutant that was not caught, the largest error of its outputs in float64, relative to the largest
+            value; NaN if no case runs in float64.
     """
 
     kind: str
@@ -36,5 +37,5 @@ class MutantResult:
 
 
 def result_of(mutant: Mutant, outcome: str, by: str = "", off: float = 0.0) -> MutantResult:
-    """The result of a mutant."""
+    """The result of a mutant, from the mutant and its outcome."""
     return MutantResult(mutant.kind, mutant.node, mutant.what, outcome, by, off)

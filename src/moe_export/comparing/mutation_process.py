@@ -1,4 +1,4 @@
-"""Mutants in a process of their own: some of them bring onnxruntime down, and the process with it.
+"""Run mutants in a process of their own: some crash onnxruntime, and the process with it.
 
 A mutant whose process died counts as caught, and a new process continues with the next. Nothing heavy is imported here.
 """
@@ -24,18 +24,18 @@ DIED = "onnxruntime died"
 
 @dataclass(frozen=True)
 class Request:
-    """What `mutate` was asked for.
+    """The arguments of `mutate`.
 
     Attributes:
-        graph: The right graph.
-        against: The model that it was made from.
+        graph: The file of the right graph.
+        against: The file of the model that it was made from.
         init, inputs: As for `verify`.
         rtol, atol: As for `verify`.
         seed: Of the inputs, and of the elements that are changed.
-        thorough: Whether the check tries every kind of values.
-        limit: At most so many mutants of each kind; 0 for all.
-        kinds: Only these kinds; none for all.
-        inside: Whether the check looks at nodes, too.
+        thorough: Whether the check tries every regime.
+        limit: The most mutants of each kind; 0 for all.
+        kinds: The kinds of mutants to try; empty for all.
+        inside: Whether the check compares nodes, too.
         dtype, gate: As for `verify`.
     """
 
@@ -59,8 +59,8 @@ class Trial:
     """The results of all mutants.
 
     Attributes:
-        results: In the order of the mutants.
-        cases: How many cases the check has.
+        results: One for each mutant, in order.
+        cases: The number of cases of the check.
     """
 
     results: tuple[MutantResult, ...]
@@ -71,7 +71,7 @@ def try_apart(request: Request) -> Trial:
     """Try every mutant of a graph.
 
     Raises:
-        MoeExportError: The check itself cannot be run.
+        MoeExportError: The check itself cannot be run, or the process died before the first mutant.
     """
     results: list[MutantResult] = []
     facts: dict[str, Any] = {}
@@ -81,7 +81,7 @@ def try_apart(request: Request) -> Trial:
 
 
 def _one_process(request: Request, results: list[MutantResult], facts: dict[str, Any]) -> None:
-    """Try mutants from the first without a result, in one process, for as long as that lives."""
+    """Try mutants in a new process, starting with the first that has no result, until all are tried or it dies."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(request, len(results), there), daemon=True)
@@ -102,20 +102,20 @@ def _one_process(request: Request, results: list[MutantResult], facts: dict[str,
                 running = None
     except EOFError:
         process.join()
-        if running is None:  # it died before it tried anything: nothing would be different the next time
+        if running is None:  # it died before it tried a mutant, and a new process would do the same
             raise MoeExportError(
                 f"the process that tries mutants of {request.graph} died with exit code {process.exitcode}"
             ) from None
         results.append(MutantResult(running.kind, running.node, running.what, "caught", DIED))
     finally:
         here.close()
-        if "done" not in facts:  # interrupted, perhaps in the middle of a long run
+        if "done" not in facts:  # interrupted: the process may be in the middle of a long run
             process.terminate()
         process.join()
 
 
 def _work(request: Request, first: int, connection: Connection) -> None:
-    """In the other process: send which mutant is tried, then its result."""
+    """In the other process: for each mutant, send that it is being tried (no outcome), then its result."""
     from moe_export.comparing.mutation_testing import all_mutants, open_check
     from moe_export.export.tracing.trace import quiet
     from moe_export.verify import Tolerance

@@ -1,6 +1,6 @@
 """Mutation tests of the check: mutants of a right graph, each compared with the model as `verify` would.
 
-The cases and what the model gives for them are computed once; a mutant is run until a case shows a difference.
+The cases and the model's outputs for them are computed once; a mutant is run until a case shows a difference.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ from moe_export.verify.mutants.weights import weight_mutants
 from moe_export.verify.runner import one_line
 
 _SAME = 1e-12
-"""In float64, relative to the largest value: below this two graphs compute the same."""
-_ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}
+"""Two graphs compute the same if they differ by no more than this in float64, relative to the largest value."""
+_ROUNDING = {"float32": 2.0**-23, "float16": 2.0**-10, "bfloat16": 2.0**-7}  # 1 to the next larger number
 
 Replayer = Callable[[Any, Path], Any]
 
@@ -61,14 +61,14 @@ class Check:
 
     Attributes:
         model: The right graph.
-        cases: The inputs.
-        reference: The model; a runner that answers each case once and remembers.
+        cases: The cases of the comparison.
+        reference: The model, as a runner that computes each case once and remembers the outputs.
         truth: The model in float64, likewise.
-        replayer: Given the reference and a graph's file, replays the model's choices in the graph.
+        replayer: Makes a runner that replays the model's choices in a graph, from the reference and the graph's file.
         tolerance: For floats.
         routing: Outputs that are expert indices.
         dtype: The narrowest type that the graph computes in.
-        inside: Cases by label, with what the model computes on the way, for a check that looks at nodes, too.
+        inside: For a check that compares nodes, too: label, inputs and the model's intermediate values of some cases.
     """
 
     model: onnx.ModelProto
@@ -85,7 +85,7 @@ class Check:
         """Compare a graph with the model, up to the first case that differs.
 
         Raises:
-            UsageError: onnxruntime does not open the graph, or it takes other inputs.
+            UsageError: onnxruntime does not open the graph, or the graph takes other inputs.
         """
         wrong: list[CaseResult] = []
 
@@ -134,9 +134,9 @@ class Check:
         return result_of(mutant, "below rounding" if off <= rounding else "survived", off=off)
 
     def difference(self, mutant: Mutant) -> float:
-        """How far a mutant is from the right graph in float64, over all cases, relative to the largest value.
+        """The largest difference from the right graph in float64 over all cases, relative to the largest value.
 
-        NaN if no case can be run in float64: then nothing is proved.
+        Infinite if the mutant fails or gives another shape; NaN if no case can be run in float64, which proves nothing.
         """
         wrong = mutant.of(self.model)
         found: list[float] = []
@@ -148,13 +148,14 @@ class Check:
                 continue
             try:
                 ours = run_in_float64(wrong, inputs)
-            except Exception:  # a mutant that fails is no equal
+            except Exception:  # a mutant that fails is not equivalent
                 return float("inf")
-            found += [_off(np.asarray(a), np.asarray(b)) for a, b in zip(right, ours, strict=True)]
+            found += [_relative_error(np.asarray(a), np.asarray(b)) for a, b in zip(right, ours, strict=True)]
         return max(found, default=float("nan"))
 
 
-def _off(right: Array, ours: Array) -> float:
+def _relative_error(right: Array, ours: Array) -> float:
+    """The largest error relative to the largest value; infinite if shapes, NaNs or infinities differ."""
     if right.shape != ours.shape:
         return float("inf")
     right, ours = right.astype(np.float64), ours.astype(np.float64)
@@ -167,11 +168,11 @@ def _off(right: Array, ours: Array) -> float:
 
 
 class Remembered:
-    """A runner that answers each case once; what it raised is remembered, too.
+    """A runner that computes each case once, and then repeats the outputs or the exception.
 
     Args:
-        runner: The one that runs.
-        cases: The cases; they stay in memory, so that each is known by its inputs.
+        runner: The runner that it asks.
+        cases: The cases. They must stay alive: a case is recognised by the identity of its inputs.
     """
 
     def __init__(self, runner: Any, cases: Sequence[Case]) -> None:
@@ -185,25 +186,24 @@ class Remembered:
         return dict(self._once("run", inputs))
 
     def run_watched(self, inputs: Mapping[str, Array]) -> Any:
-        """The outputs and the choices on the way."""
+        """The outputs, and the choices that the model made."""
         return self._once("run_watched", inputs)
 
     def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> Any:
-        """The outputs where these experts are taken, if any are given."""
+        """The outputs under given choices of experts; remembered only where no choices are given."""
         if choices:
             return self._runner.run_under(inputs, choices)
         return self._once("run_under", inputs, choices)
 
     def _once(self, method: str, inputs: Mapping[str, Array], *rest: Any) -> Any:
-        if all(
-            case.inputs is not inputs for case in self._cases
-        ):  # nearly those of a case, made to be forgotten
+        # inputs derived from a case are not kept alive, so their id may be reused
+        if all(case.inputs is not inputs for case in self._cases):
             return getattr(self._runner, method)(inputs, *rest)
         key = (method, id(inputs))
         if key not in self._answers:
             try:
                 self._answers[key] = getattr(self._runner, method)(inputs, *rest)
-            except Exception as error:  # whatever a model raises
+            except Exception as error:  # a model may raise anything
                 self._answers[key] = error
         answer = self._answers[key]
         if isinstance(answer, Exception):
@@ -216,8 +216,8 @@ def all_mutants(model: onnx.ModelProto, example: Mapping[str, Array], seed: int 
 
     Args:
         model: The graph.
-        example: Inputs, for what is taken from a run.
-        seed: Of the elements that are changed.
+        example: Inputs to run the graph on: some mutants replace a value by a constant from that run.
+        seed: Chooses the elements of weights that are changed.
 
     Raises:
         UsageError: The graph does not run on the example.
@@ -246,7 +246,7 @@ def open_check(  # noqa: PLR0913  each has a name
     dtype: str = "float32",
     gate_of: str | None = None,
 ) -> Check:
-    """The check that `verify` would make, with the cases that it would take.
+    """The check that `verify` would make, with the same cases.
 
     Args:
         path: The right graph.
@@ -255,19 +255,19 @@ def open_check(  # noqa: PLR0913  each has a name
         inputs: Example inputs of its class.
         tolerance: For floats.
         seed: Of the inputs.
-        thorough: Whether every kind of values is tried.
-        inside: Whether nodes are looked at, too.
-        dtype: What the graph may compute in.
-        gate_of: The module whose gate it is.
+        thorough: Whether every regime is tried.
+        inside: Whether nodes are compared, too.
+        dtype: The narrowest type that the graph may compute in.
+        gate_of: The module whose gate the graph is.
 
     Raises:
-        UsageError: The graph cannot be read, or is not equal to the model to begin with.
+        UsageError: The graph cannot be read, or is not equal to the model even before it is mutated.
     """
     facts = metadata(path)
     runner = runner_of(path, "cpu", running_type(path, dtype))
     original = load_subject(against, init=init, inputs=inputs, apart=apart.fork_model)
-    held = reference_of(original, runner, facts, gate_of)
-    matched = match_graph(runner, held.subject, held.routing, facts)
+    counterpart = reference_of(original, runner, facts, gate_of)
+    matched = match_graph(runner, counterpart.subject, counterpart.routing, facts)
     subject = matched.subject
     cases: list[Case] = []
 
@@ -302,14 +302,14 @@ def open_check(  # noqa: PLR0913  each has a name
     )
     if report.exit_code:
         raise UsageError(
-            f"{path} is {report.verdict} to {against} to begin with",
-            hint=f"moe-export verify {path} --against {against} says where",
+            f"{path} is {report.verdict} to {against} even before it is mutated",
+            hint=f"moe-export verify {path} --against {against} shows where",
         )
     return replace(check, inside=_inside(check, subject)) if inside else check
 
 
 def _inside(check: Check, subject: Subject) -> list[tuple[str, Mapping[str, Array], ReferenceValues]]:
-    """What the model computes on the way, in the first ordinary cases."""
+    """Label, inputs and the model's intermediate values of the first `INSIDE` ordinary cases."""
     traced = trace(subject)
     found: list[tuple[str, Mapping[str, Array], ReferenceValues]] = []
     for case in [case for case in check.cases if case.regime == NORMAL]:

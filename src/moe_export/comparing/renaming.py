@@ -14,7 +14,7 @@ class Renamed:
 
     Attributes:
         runner: The engine.
-        inputs: Input names of the other artifact → the engine's; what is not named is not given.
+        inputs: Input names of the other artifact → the engine's; inputs that are missing here are dropped.
         outputs: The engine's output names → those of the other artifact.
     """
 
@@ -34,7 +34,7 @@ class Renamed:
 
 
 def by_position(own: Sequence[str], wanted: Sequence[str]) -> dict[str, str]:
-    """Own names → wanted ones: by position if they are as many and not the same set, else unchanged."""
+    """Own names → wanted names: by position if there are as many and the sets differ, else unchanged."""
     if len(own) != len(wanted) or set(own) == set(wanted):
         return {name: name for name in own}
     return dict(zip(own, wanted, strict=True))

@@ -1,4 +1,4 @@
-"""`Request`: what is asked of a comparison besides its two artifacts."""
+"""`Request`: the arguments of a comparison besides its two artifacts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """What is asked besides the two artifacts.
+    """The arguments of a comparison besides its two artifacts.
 
     Attributes:
         tolerance: For floats.
@@ -23,13 +23,13 @@ class Request:
         settings: How much to try.
         init: Arguments of a model file's class.
         inputs: Example inputs of a model file's class.
-        recorder: Keeps what the reference computes.
-        why: Keeps what was found out about graphs that are not equal to their model; None to look for nothing.
-        inside: Whether nodes are looked at where the outputs are right.
-        memory: Bytes that the weights of a model file may have to be read as a whole.
-        how: `whole` or `layers`, if one was asked for.
-        dtype: What the candidate may compute in: `float16` and `bfloat16` widen the tolerance.
-        gate: The module whose gate the candidate is.
+        recorder: Records the reference's inputs and outputs for a golden file.
+        why: A list that explanations of graphs which are not equal to their model are added to; None for none.
+        inside: Whether nodes are compared, too, where the outputs are right.
+        memory: Bytes of weights up to which a model file is loaded as a whole.
+        how: `whole` or `layers` (block by block), if the user chose; else None.
+        dtype: The narrowest type that the candidate may compute in: `float16` and `bfloat16` widen the tolerance.
+        gate: The module whose gate the candidate is; None to decide by its inputs and outputs.
     """
 
     tolerance: Tolerance = field(default_factory=Tolerance)

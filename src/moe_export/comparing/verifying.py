@@ -1,12 +1,12 @@
-"""Compare two artifacts, whatever they are: which of them gives the inputs, and what else is known of either.
+"""Compare two artifacts of any kind: where the inputs come from, and what else is known about each.
 
 | candidate | reference | inputs |
 |---|---|---|
-| any | golden file | the stored ones (nor PyTorch nor the model is needed) |
+| any | golden file | the stored ones (neither PyTorch nor the model is needed) |
 | golden file | any | the stored ones |
 | graph, engine | model file | the model's example, at the graph's free dimensions |
 | model file | model file, graph | the reference's or the other's example |
-| graph, engine | graph, engine | made up from the reference's inputs |
+| graph, engine | graph, engine | random, for the reference's input shapes (an engine's, if the candidate is one) |
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def _with_golden(candidate: Artifact, reference: Artifact, request: Request) -> 
 
 
 def _opened(artifact: Artifact, stored: Golden, request: Request) -> tuple[Runner, Mapping[str, str]]:
-    """The artifact that is not stored, under the names of the golden file, and how its outputs were called."""
+    """The other artifact as a runner under the golden file's names, and its own output names → the file's."""
     if artifact.kind == "golden":
         return load_golden(artifact.path), {}
     if artifact.kind == "model":
@@ -104,7 +104,7 @@ def _opened(artifact: Artifact, stored: Golden, request: Request) -> tuple[Runne
         runner = graph
         inputs, outputs = [spec.name for spec in graph.inputs], [spec.name for spec in graph.outputs]
     taken = list(stored.cases[0].case.inputs)
-    if set(inputs) <= set(taken):  # an input that a graph's outputs do not depend on is not there
+    if set(inputs) <= set(taken):  # a graph lacks inputs that its outputs do not depend on
         renamed = {name: name for name in inputs}
     elif len(inputs) == len(taken):
         renamed = dict(zip(taken, inputs, strict=True))
@@ -123,9 +123,8 @@ def _graphs(candidate: Artifact, reference: Artifact, request: Request) -> Repor
     narrow = _asked_or_of(reference, request)
     theirs = graph_runner(reference, narrowest(reference.path) if reference.kind == "graph" else "float32")
     ours = graph_runner(candidate, running_type(candidate.path, narrow))
-    shown = (
-        (candidate, ours) if candidate.kind == "engine" else (reference, theirs)
-    )  # an engine has a profile
+    # the example must be within the profile of an engine
+    shown = (candidate, ours) if candidate.kind == "engine" else (reference, theirs)
     example, dims = graph_example(*shown, facts, request.seed)
     inputs = by_position([spec.name for spec in ours.inputs], [spec.name for spec in theirs.inputs])
     if set(inputs.values()) != {spec.name for spec in theirs.inputs}:
@@ -160,7 +159,7 @@ def _graphs(candidate: Artifact, reference: Artifact, request: Request) -> Repor
 def _replayer(
     candidate: Artifact, reference: Artifact, inputs: Mapping[str, str], outputs: Mapping[str, str]
 ) -> GraphReplayer | None:
-    """Where onnxruntime runs both, and their inputs have the same names."""
+    """A replayer if onnxruntime runs both and their inputs have the same names; else None."""
     runs = all((artifact.backend or "").startswith("onnxruntime") for artifact in (candidate, reference))
     if not runs or any(own != name for own, name in inputs.items()):
         return None
@@ -174,7 +173,16 @@ def narrowed(
     others: Sequence[TensorSpec],
     names: Mapping[str, str],
 ) -> tuple[list[TensorSpec], list[DimRange]]:
-    """The inputs with the sizes that the other artifact fixes; a dimension fixed in one place is fixed in all."""
+    """The inputs and free dimensions, with the sizes that the other artifact fixes put in.
+
+    A dimension that it fixes in one place is fixed in all.
+
+    Args:
+        specs: The inputs of one artifact, under the names used in the comparison.
+        dims: Their free dimensions.
+        others: The inputs of the other artifact.
+        names: The other artifact's input names → those used in the comparison.
+    """
     fixed: dict[str, int] = {}
     by_name = {names.get(spec.name, spec.name): spec for spec in others}
     for spec in specs:
@@ -192,7 +200,7 @@ def narrowed(
 
 
 def _cut(array: Array, spec: TensorSpec) -> Array:
-    """The example at the sizes that were fixed after it was made: repeated, or cut."""
+    """The example repeated or cut to the sizes that were fixed after it was made."""
     for axis, size in enumerate(spec.shape):
         if isinstance(size, int) and array.shape[axis] != size:
             array = array.take(range(size), axis=axis, mode="wrap")
@@ -200,7 +208,7 @@ def _cut(array: Array, spec: TensorSpec) -> Array:
 
 
 def _asked_or_of(reference: Artifact, request: Request) -> str:
-    """What the user asked to judge by, else the narrowest type that a reference graph computes in."""
+    """The type to judge by: the one that the user named, else the narrowest that a reference graph computes in."""
     if request.dtype != "float32" or reference.kind != "graph":
         return request.dtype
     return narrowest(reference.path)

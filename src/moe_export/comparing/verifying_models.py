@@ -1,4 +1,4 @@
-"""Comparisons with a model file: PyTorch runs it, and its trace says which outputs are expert ids."""
+"""Comparisons with a model file: PyTorch runs it, and its trace shows which outputs are expert ids."""
 
 from __future__ import annotations
 
@@ -53,14 +53,18 @@ from moe_export.verify.golden import recorded
 
 @dataclass(frozen=True, eq=False)
 class OpenModel:
-    """A model, and what runs it."""
+    """A loaded model, and the runner of it."""
 
     subject: Subject
     runner: Runner
 
 
 def open_model(artifact: Artifact, request: Request) -> OpenModel:
-    """Load a model file, in float64 if that is its backend."""
+    """Load a model file; with the backend `torch-float64` it runs in float64, and its outputs are rounded.
+
+    Raises:
+        UsageError: The file cannot be loaded, or has no model.
+    """
     subject = load_subject(
         artifact.text,
         init=request.init,
@@ -99,19 +103,23 @@ def compare_subject(original: Subject, candidate: Artifact, request: Request, ca
         candidate: The graph or the engine.
         request: How to compare; its recorder and its settings are used.
         called: What the report calls the model.
+
+    Raises:
+        UsageError: The graph takes other inputs than the model, or the model has no gate of the name asked for.
+        MissingBackendError: The candidate cannot be run here.
     """
     dtype, facts = request.dtype, metadata(candidate.path)
     runner = graph_runner(candidate, running_type(candidate.path, dtype))
-    held = reference_of(original, runner, facts, request.gate)
-    subject = held.subject
+    counterpart = reference_of(original, runner, facts, request.gate)
+    subject = counterpart.subject
     with in_memory(subject.module):
         settings = request.settings if subject is original else replace(request.settings, own=None)
-        matched = match_graph(runner, subject, held.routing, facts)
+        matched = match_graph(runner, subject, counterpart.routing, facts)
         replays = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
         tolerance = tolerance_of(dtype, request.tolerance)
         remembering = Remembering(runner)
         report = verify_file(
-            cast(GraphRunner, remembering),  # it has what a runner of graphs has
+            cast(GraphRunner, remembering),  # it has the same attributes as a runner of graphs
             matched.subject,
             example=matched.example,
             dims=matched.dims,
@@ -126,7 +134,7 @@ def compare_subject(original: Subject, candidate: Artifact, request: Request, ca
                 "candidate": candidate.text,
                 "reference": called,
                 **line_of(original),
-                **held.about,
+                **counterpart.about,
                 **about_precision(candidate, dtype),
             },
             narrow=dtype,
@@ -145,12 +153,12 @@ def compare_subject(original: Subject, candidate: Artifact, request: Request, ca
 def _float64_against_graph(
     candidate: Artifact, reference: Artifact, request: Request, original: Subject
 ) -> Report:
-    """The float64 run is the reference itself, rounded to the model's types."""
+    """Compare with the model's float64 run, rounded to the model's types, as the reference itself."""
     dtype, facts = request.dtype, metadata(candidate.path)
     runner = graph_runner(candidate, running_type(candidate.path, dtype))
-    held = reference_of(original, runner, facts, request.gate)
-    own = own_inputs(reference, original) if held.subject is original else None
-    matched = match_graph(runner, held.subject, held.routing, facts)
+    counterpart = reference_of(original, runner, facts, request.gate)
+    own = own_inputs(reference, original) if counterpart.subject is original else None
+    matched = match_graph(runner, counterpart.subject, counterpart.routing, facts)
     subject = matched.subject
     settings = replace(request.settings, own=own)
     wide = apart.reference(subject, subject.outputs, apart.ROUNDED_FLOAT64)
@@ -176,7 +184,7 @@ def _float64_against_graph(
             about={
                 **about_artifacts(candidate, reference),
                 **line_of(original),
-                **held.about,
+                **counterpart.about,
                 **about_precision(candidate, dtype),
             },
             narrow=dtype,
@@ -217,7 +225,7 @@ def _two_models(candidate: Artifact, reference: Artifact, request: Request) -> R
 
 
 def _model_against_graph(candidate: Artifact, reference: Artifact, request: Request) -> Report:
-    """The graph is right by definition; the model gives the example."""
+    """Compare a model with a graph that is right by definition; the model gives the example."""
     opened, graph = open_model(candidate, request), graph_runner(reference)
     matched = match_graph(graph, opened.subject, facts=metadata(reference.path))
     subject = matched.subject
@@ -253,7 +261,11 @@ def _model_against_graph(candidate: Artifact, reference: Artifact, request: Requ
 
 
 def record_model(artifact: Artifact, request: Request) -> tuple[RoutingPair, ...]:
-    """Run a model alone over all cases; the request's recorder keeps what comes. Which outputs are expert ids."""
+    """Run a model alone over all cases, into the request's recorder, which must be given.
+
+    Returns:
+        Outputs that are expert ids, each with the output of its weights and that of its scores, if any.
+    """
     assert request.recorder is not None
     opened = open_model(artifact, request)
     traced = _traced(opened.subject)
@@ -279,7 +291,7 @@ def _traced(subject: Subject) -> Traced | None:
     try:
         return trace(subject)
     except MoeExportError:
-        return None  # it can be run all the same, at the example's sizes
+        return None  # the model can still be run, at the example's sizes
 
 
 def _specs_of(subject: Subject, traced: Traced | None) -> tuple[list[TensorSpec], list[DimRange]]:
@@ -297,7 +309,7 @@ def _pairs(traced: Traced) -> list[tuple[str, str | None, str | None]]:
 
 
 def line_of(subject: Subject) -> dict[str, str]:
-    """`file:line` of the model's `forward`, where the user wrote it."""
+    """`file:line` of the model's `forward`; line 1 of the model's file where `forward` is a library's."""
     code = getattr(getattr(type(subject.module), "forward", None), "__code__", None)
     if code is None or not is_user_file(code.co_filename):
         return {"line": f"{subject.source}:1"}
@@ -305,7 +317,11 @@ def line_of(subject: Subject) -> dict[str, str]:
 
 
 def own_inputs(artifact: Artifact, subject: Subject) -> Own | None:
-    """The function `inputs(seed)` of a model's file, as arrays by the model's input names; None without one."""
+    """The function `inputs(seed)` of a model's file, returning arrays by the model's input names; None without one.
+
+    Raises:
+        UsageError: The returned function raises it where `inputs` raises or returns other inputs than the model's.
+    """
     path, _ = split_spec(artifact.text)
     try:
         text = path.read_text(encoding="utf-8")
