@@ -1,1 +1,1 @@
-"""One artifact that runs: sessions of onnxruntime, engines on their GPU, inputs, times."""
+"""Running one artifact: onnxruntime sessions, engines on their GPU, inputs, timings."""

@@ -1,4 +1,4 @@
-"""Measure one backend in a process of its own, so that its memory is its own and a crash is only its own."""
+"""Measure one backend in a process of its own, so that memory is counted separately and a crash ends nothing else."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ class Job:
     """What to measure.
 
     Attributes:
-        backend: `torch`, `torch.compile`, either with `-cuda` behind it, `onnxruntime-cpu`, `onnxruntime-cuda`,
+        backend: `torch` or `torch.compile`, each optionally followed by `-cuda`; `onnxruntime-cpu`, `onnxruntime-cuda`,
             `onnxruntime-tensorrt` or `engine`.
         path: The graph, the engine, or the model's file.
-        inputs: What it is run on, by name.
+        inputs: The inputs of every run, by name.
         dtype: The narrowest type that a graph computes in.
         init, shapes: Arguments and inputs of a model given as a class, as on the command line.
-        warmup, repeat: Runs before, and runs that are measured.
-        flops: Of one run; 0 if that is not known.
-        bytes_moved: The least that one run reads and writes.
+        warmup, repeat: The number of runs before measuring, and of measured runs.
+        flops: FLOPs of one run; 0 if unknown.
+        bytes_moved: The fewest bytes that one run reads and writes.
     """
 
     backend: str
@@ -50,23 +50,23 @@ class Job:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether it is to run on a GPU."""
+        """Whether the backend runs on a GPU."""
         return self.backend == "engine" or self.backend.endswith(("-cuda", "-tensorrt"))
 
 
 @dataclass(frozen=True)
 class Timing:
-    """What was measured.
+    """The measurements of one backend.
 
     Attributes:
-        name: What was run.
-        milliseconds: Each run's latency, copies to and from a device included; empty if it did not run.
-        memory: Bytes, weights included: growth of the process's peak memory; on a GPU what is taken of its memory
-            after the runs and was not before, the context of CUDA not counted.
-        reason: Why it did not run.
-        bound: The least milliseconds that the machine, as fast as it was just then, needs for the graph's FLOPs, or to
-            read its weights once; 0 if that is not known.
-        note: What a reader of its figures should know.
+        name: The backend, or the engine's file.
+        milliseconds: The latency of each run, including copies to and from a device; empty if it did not run.
+        memory: Bytes, weights included: the growth of the process's peak memory; on a GPU the growth of the memory in
+            use, without the CUDA context.
+        reason: Why it did not run; empty if it did.
+        bound: The least milliseconds for the job's FLOPs, or for moving its bytes, at the speed that the machine had
+            right after the runs; 0 if unknown.
+        note: A remark on the figures, e.g. which nodes a GPU provider left to the CPU.
     """
 
     name: str
@@ -77,11 +77,11 @@ class Timing:
     note: str = ""
 
     def quantile(self, share: float) -> float:
-        """The latency in ms that this share of the runs stays below."""
+        """The latency in ms below which this share of the runs stays: 0.5 is the median."""
         return float(np.quantile(self.milliseconds, share))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data: median, p10, p90 in ms, calls a second, bytes; or why it did not run."""
+        """Plain data: median, p10 and p90 in ms, calls per second, bytes; or why it did not run."""
         if self.reason:
             return {"name": self.name, "reason": self.reason}
         median = self.quantile(0.5)
@@ -98,7 +98,7 @@ class Timing:
 
 
 def measure(job: Job) -> Timing:
-    """Measure in a new process."""
+    """Measure a job in a new process; a job that fails gives a `Timing` with the reason."""
     name = Path(job.path).name if job.backend == "engine" else job.backend
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         try:
@@ -107,14 +107,14 @@ def measure(job: Job) -> Timing:
             return Timing(name, reason=error.what)
         except BrokenProcessPool:
             return Timing(name, reason="it crashed the process")
-        except Exception as error:  # whatever an engine raises
+        except Exception as error:  # a model or an engine may raise anything
             return Timing(
                 name, reason=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             )
 
 
 def _measure(job: Job) -> Timing:
-    import torch  # in every process, so in nobody's memory
+    import torch  # before the first reading, so that no backend's memory includes it
 
     used = _device_memory if job.on_gpu and torch.cuda.is_available() else _peak
     before = used()
@@ -133,9 +133,10 @@ def _measure(job: Job) -> Timing:
 
 
 def _bound(job: Job) -> float:
-    """The least milliseconds for a job's FLOPs and bytes on this machine, as fast as it is now.
+    """The least milliseconds for a job's FLOPs or bytes at this machine's present speed.
 
-    The speed of a matrix product of 2 n³ FLOPs, and of a copy of 256 MB; medians of five.
+    Speeds are those of an (n, n) matrix product, 2 n³ FLOPs, and of a copy that reads and writes 128 MiB each; medians
+    of five.
     """
     import torch
 
@@ -154,7 +155,7 @@ def _bound(job: Job) -> float:
             if device == "cuda":
                 torch.cuda.synchronize()
             found.append(time.perf_counter() - start)
-        return float(np.median(found[1:]))
+        return float(np.median(found[1:]))  # the first run allocates and loads kernels
 
     flops_rate = 2 * size**3 / seconds(lambda: matrix @ matrix)
     bytes_rate = 2 * source.nbytes / seconds(lambda: target.copy_(source))
@@ -162,7 +163,7 @@ def _bound(job: Job) -> float:
 
 
 def _open(job: Job) -> tuple[Run, str]:
-    """What runs it, and what is to be said of that."""
+    """The function that runs a job once, and a note on it for the reader."""
     if job.backend.startswith("torch"):
         return _torch(job), ""
     if job.backend == "engine":
@@ -195,7 +196,7 @@ def _torch(job: Job) -> Run:
 
 
 def _peak() -> int:
-    """The most memory that this process has had so far, in bytes."""
+    """The peak memory of this process so far, in bytes."""
     import resource
 
     status = Path("/proc/self/status")
@@ -207,7 +208,7 @@ def _peak() -> int:
 
 
 def _device_memory() -> int:
-    """Bytes of the GPU's memory that are taken, by whomever."""
+    """Bytes of the GPU's memory in use, by all processes."""
     import torch
 
     free, total = torch.cuda.mem_get_info()

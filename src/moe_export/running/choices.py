@@ -1,4 +1,4 @@
-"""Verify a graph in low precision: against its float32 form, both taking the same experts."""
+"""Runners that compare a low-precision graph with its float32 form, both taking the same experts."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from moe_export.verify import Array, OnnxRuntimeRunner
 
 @dataclass(frozen=True)
 class ReplayingRunner:
-    """The float32 graph, replaying the choices of the graph in low precision.
+    """The float32 graph, replaying the choices of the low-precision graph.
 
     Attributes:
-        wide: The float32 graph with choices as inputs.
-        chooser: The other graph, with its choices as outputs.
-        choices: What they are called.
+        wide: The float32 graph, with choices as inputs.
+        chooser: The low-precision graph, with its choices as outputs.
+        choices: The names of these inputs and outputs.
     """
 
     wide: OnnxRuntimeRunner
@@ -49,19 +49,23 @@ class ReplayingRunner:
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:
-        """The outputs of each choice and of the scores that it was made by."""
+        """For each choice, the output with the chosen experts and the output with the scores it was made by."""
         return tuple(zip(self.choices.made, self.choices.scores, strict=True))
 
 
 def replaying_and_chooser(
     wide: ir.Model, narrow: ir.Model, provider: str
 ) -> tuple[ReplayingRunner, OnnxRuntimeRunner, OnnxRuntimeRunner] | None:
-    """The two graphs to compare, and the float32 graph as it is; None if the graph chooses nothing.
+    """The two graphs to compare, and the unchanged float32 graph.
 
     Args:
         wide: The graph in float32.
         narrow: The same graph in low precision.
-        provider: Where onnxruntime runs.
+        provider: Where onnxruntime runs, `cpu` or `cuda`.
+
+    Returns:
+        The float32 graph with replay, the low-precision graph and the unchanged float32 graph; None if the graph
+        chooses nothing, or the two do not have as many choices.
     """
     count = len(find_choices(narrow))
     if not count or count != len(find_choices(wide)):
@@ -72,14 +76,14 @@ def replaying_and_chooser(
 
 
 def runner_of(path: Path, provider: str, dtype: str = "float32") -> OnnxRuntimeRunner:
-    """Onnxruntime on a file; on its CPU a half precision graph runs operator by operator in float32, rounded."""
+    """Onnxruntime on a file; on the CPU each operator of a half-precision graph runs in float32, and is rounded."""
     if provider != "cpu" or dtype == "float32":
         return OnnxRuntimeRunner(path, provider)
     return _runner(ir.load(path), provider, f", rounding to {dtype}")
 
 
 def runner_of_model(model: ir.Model, provider: str) -> OnnxRuntimeRunner:
-    """Onnxruntime on a graph in memory, as `runner_of` on a file."""
+    """Onnxruntime on a graph in memory, like `runner_of` on a file."""
     return _runner(model, provider)
 
 

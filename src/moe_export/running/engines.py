@@ -1,4 +1,4 @@
-"""Run built engines: against the graph that they were built from, or wherever a graph is compared with a model."""
+"""Run built engines: to compare them with the graph they were built from, or in place of a graph in any comparison."""
 
 from __future__ import annotations
 
@@ -39,11 +39,15 @@ def graph_of(engine: Path) -> Path | None:
 
 
 def open_engine(path: Path, module: str | None = None) -> TensorRtRunner:
-    """An engine, ready to run; its free axes have the names of the graph beside it.
+    """An engine, ready to run; its free axes get their names from the graph beside it, if there is one.
+
+    Args:
+        path: The engine's file.
+        module: `tensorrt` or `tensorrt-rtx`; None to decide by the file's header.
 
     Raises:
-        UsageError: It is no engine, of another version, or for other GPUs.
-        MissingBackendError: No TensorRT, or no GPU.
+        UsageError: The file is no engine, or one of another version or for other GPUs.
+        MissingBackendError: TensorRT is not installed, or there is no GPU.
     """
     if module is None:
         module = FULL if path.is_file() and header_of(path) is None else RTX
@@ -53,16 +57,22 @@ def open_engine(path: Path, module: str | None = None) -> TensorRtRunner:
 
 
 def header_of(engine: Path) -> EngineHeader | None:
-    """What the first bytes of an engine say of it; None of one that TensorRT-RTX did not build."""
+    """The header of an engine's file; None if TensorRT-RTX did not build it."""
     with engine.open("rb") as file:
         return read_header(file.read(LENGTH))
 
 
 def run_status(engine: Path, graph: Path, capability: str, module: str) -> tuple[str, Report | None]:
-    """Run an engine beside the graph that it was built from, on onnxruntime's CPU.
+    """Compare an engine with the graph that it was built from, which onnxruntime runs on the CPU.
+
+    Args:
+        engine: The engine's file.
+        graph: The graph's file.
+        capability: The GPU that the engine was built for, such as `sm89`; or `current`, `portable`.
+        module: `tensorrt` or `tensorrt-rtx`.
 
     Returns:
-        What happened, in words, and the report if it ran: `built, not run: no GPU` on a machine without one.
+        The verdict and the report; or why the engine did not run, such as `built, not run: no GPU`, and None.
     """
     here = present_gpu()
     if here is None:
@@ -75,7 +85,7 @@ def run_status(engine: Path, graph: Path, capability: str, module: str) -> tuple
 
 
 def compare_with_graph(candidate: TensorRtRunner, graph: Path, seed: int = 0) -> Report:
-    """Compare an engine with its graph at the sizes of its profile."""
+    """Compare an engine with its graph, at sizes within the engine's profile."""
     reference = OnnxRuntimeRunner(graph)
     sizes = {dim.name: dim.traced for dim in candidate.dims}
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in candidate.dims]
@@ -90,7 +100,7 @@ def compare_with_graph(candidate: TensorRtRunner, graph: Path, seed: int = 0) ->
 
 
 def example_input(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
-    """Seeded normal floats of a size, or zeros: an id of 0 is in every table."""
+    """Standard normal floats (seed 0) of the given sizes; zeros for integers, since every table has a row 0."""
     shape: list[Any] = [sizes[size] if isinstance(size, str) else size for size in spec.shape]
     dtype = numpy_dtype(spec.dtype)
     if spec.dtype.startswith(("float", "bfloat")):
@@ -99,11 +109,12 @@ def example_input(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
 
 
 def not_run(statuses: list[str]) -> MissingBackendError | None:
-    """The error of `--require-run` for engines that were not run; None if all were."""
+    """The error of `--require-run` for engines that were not run, from their `run_status`; None if all were."""
     missing = [status for status in statuses if status.startswith("built, not run")]
     if not missing:
         return None
     return MissingBackendError(
         f"{missing[0]} (--require-run)",
-        hint="they are written; where their GPU is: moe-export verify model.sm89.engine --against model.py",
+        hint="the engines are written; on a machine with their GPU: "
+        "moe-export verify model.sm89.engine --against model.py",
     )

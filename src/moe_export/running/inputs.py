@@ -1,4 +1,4 @@
-"""Inputs to run a graph on, at sizes that one names."""
+"""Inputs to run a graph on, at given sizes."""
 
 from __future__ import annotations
 
@@ -13,11 +13,14 @@ from moe_export.verify.specs import Array
 
 
 def inputs_at(model: ir.Model, sizes: Mapping[str, int]) -> dict[str, Array]:
-    """Inputs of a graph, by name: seeded normal floats, and zeros for all else.
+    """Inputs of a graph, by name: standard normal floats (seed 0), and zeros for all other types.
 
     Args:
         model: The graph.
-        sizes: Of each of its free dimensions, by name.
+        sizes: Sizes of its free dimensions, by name; the default is 1 for `batch` and 128 for any other.
+
+    Raises:
+        UsageError: There is no such dimension, or the graph is not right at that size.
     """
     ranges = complete_ranges(free_dims(model), {name: (size, size, size) for name, size in sizes.items()})
     shapes = shapes_at(input_shapes(model), ranges)
