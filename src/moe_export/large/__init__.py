@@ -1,1 +1,1 @@
-"""Models that do not fit into memory: verified block by block, planned without their weights."""
+"""Models that do not fit in memory: verified block by block, planned without their weights."""

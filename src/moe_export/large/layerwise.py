@@ -1,13 +1,13 @@
-"""Verify a model that does not fit in memory: block by block, each with its own weights against its own graph.
+"""Verify a model that does not fit in memory block by block, each block with its own weights and its part of the graph.
 
 ```
-torch:  layers.0 ─▶ layers.1 ─▶ ... ─▶ head       weights of one block at a time are in memory
+torch:  layers.0 ─▶ layers.1 ─▶ ... ─▶ head         the weights of one block at a time are in memory
            │ its output  │
-graph:  [part of]   [part of]                       each part takes what PyTorch gave, and is judged by what it gives
+graph:  [part of]   [part of]                       each part takes PyTorch's values, and its outputs are compared
 ```
-The model is run once a case as its author wrote it, each block's weights read when it is called and given back after
-it. The graph is cut where values leave a block (`layerwise_graph`); each part is run by onnxruntime on what PyTorch
-handed on, replaying PyTorch's choices of experts. So a fault is found in its block and in no other.
+The model is run once per case as its author wrote it; a block's weights are loaded when it is called and freed when it
+returns. The graph is cut where values leave a block (`layerwise_graph`); onnxruntime runs each part on PyTorch's values
+at the cut, replaying PyTorch's choices of experts. So a fault shows up in its own block and in no other.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ from moe_export.verify.runner import one_line
 from moe_export.verify.specs import is_float
 
 MOST = 2**34
-"""Bytes that one block may have."""
+"""The most bytes of weights that one block may have, and the model outside its blocks."""
 HEAD = "after the blocks"
 _MANY = 16
-"""Times the example's length: enough tokens for every expert to have some."""
+"""The second case has this many times the example's length, so that most experts get tokens."""
 
 
 def filled_weights(graph: Graph) -> AbstractContextManager[None]:
-    """The weights of a graph's reference, in memory for a while: those of a gate are few."""
+    """A context in which the weights of a graph's reference are in memory; used for gates, which have few."""
     return in_memory(graph.reference.module)
 
 
@@ -68,7 +68,7 @@ class Parts:
     """Which graphs are verified block by block, and how.
 
     Attributes:
-        asked: `whole` or `layers`, if the user said so.
+        asked: `whole` or `layers`, if the user chose; else None.
         storage: Where the graphs' weights are.
     """
 
@@ -76,7 +76,7 @@ class Parts:
     storage: Storage
 
     def wanted(self, graph: Graph, path: Path) -> bool:
-        """Whether a graph, at `path` for now, is not run as a whole."""
+        """Whether a graph, temporarily at `path`, cannot or should not be run as a whole."""
         folder = self.storage.folder or path.parent
         if graph.kind == "gate":
             return not link_weights(graph.model, path, folder)
@@ -87,7 +87,7 @@ class Parts:
         return not link_weights(graph.model, path, folder)
 
     def verified(self, graph: Graph, path: Path, tolerance: Tolerance, seed: int) -> tuple[Graph, Report]:
-        """What is found block by block."""
+        """Verify a graph block by block; return it with a note on what was compared, and the report."""
         report = verify_blocks(
             path,
             graph.reference,
@@ -100,8 +100,8 @@ class Parts:
         return replace(graph, notes=(*graph.notes, report.about["blocks"])), report
 
     def unverified(self, graph: Graph) -> tuple[Graph, None]:
-        """The graph, with a note that nobody has loaded it."""
-        note = "the graph was checked, and not loaded: its weights are more than --memory takes"
+        """The graph, with a note that it was never loaded."""
+        note = "the graph was checked but not loaded: its weights are larger than --memory"
         return replace(graph, notes=(*graph.notes, note)), None
 
 
@@ -119,17 +119,17 @@ def verify_blocks(
 
     Args:
         path: The graph.
-        reference: The model, its inputs called as the graph's; its weights may be in files.
+        reference: The model, its inputs named like the graph's; its weights may be in files.
         example: Inputs of the traced sizes.
         dims: The graph's dynamic dimensions.
         tolerance: For floats.
         seed: Of the inputs.
-        folder: Where files that the graph refers to are, if it stands elsewhere for now.
+        folder: The folder of the files that the graph refers to, if the graph is temporarily elsewhere.
         about: Facts for the report.
 
     Returns:
-        A report with a row a block. Its verdict is "equal" only if every block, and what is before and after them,
-        could be compared; `about["blocks"]` says which were.
+        A report with one result per part and case. Its verdict is "equal" only if every block, and the parts before and
+        after them, could be compared; `about["blocks"]` says which were.
 
     Raises:
         UsageError: A block is larger than memory; the graph's data files are not those that it was written with.
@@ -140,7 +140,8 @@ def verify_blocks(
         with_nodes = {
             _list_of(part.block) for part in graph.parts() if part.nodes and part.name == part.block
         }
-        if any(_list_of(block) not in with_nodes for block in blocks):  # experts that were written as one
+        # a list without any nodes of its own, such as experts that the export wrote as one, is part of what holds it
+        if any(_list_of(block) not in with_nodes for block in blocks):
             blocks = [block for block in blocks if _list_of(block) in with_nodes]
             graph = CutGraph(path, blocks, folder)
         first, others = _two_cases(graph, example, dims, seed)
@@ -164,7 +165,7 @@ def verify_blocks(
 def _two_cases(
     graph: CutGraph, example: Mapping[str, torch.Tensor], dims: Sequence[Dim], seed: int
 ) -> tuple[Case, list[Case]]:
-    """The example, and what else to try, one of it: many tokens, so that every expert has some; any other size."""
+    """The example, and up to three cases of other sizes to choose a second from, one with many tokens first."""
     specs = graph.specs()
     arrays = {spec.name: as_numpy(example[spec.name]) for spec in specs}
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
@@ -178,21 +179,21 @@ def _two_cases(
 def _runs(
     reference: Subject, first: Case, others: Sequence[Case], blocks: list[str]
 ) -> Iterator[tuple[Case, Ran]]:
-    """The example, and the first other case that the model takes."""
+    """PyTorch's runs of the example, and of the first other case that the model accepts."""
     yield first, run_blocks(reference, first.inputs, blocks, MOST)
     for case in others:
         try:
             ran = run_blocks(reference, case.inputs, blocks, MOST)
         except MoeExportError:
             raise
-        except Exception:  # whatever the model raises at sizes that it does not take
+        except Exception:  # the model may raise anything at sizes that it does not accept
             continue
         yield case, ran
         return
 
 
 def _described(blocks: Sequence[str], results: Sequence[CaseResult], graph: CutGraph) -> str:
-    """Which blocks were compared, in a sentence that claims no more."""
+    """A sentence on which blocks were compared, and which were not."""
     missing = [block for block in blocks if any(r.outcome == "refused" and _is_of(r, block) for r in results)]
     if not blocks:
         return "the model has no repeated blocks that are called once each: it was compared in one part"
@@ -205,7 +206,7 @@ def _described(blocks: Sequence[str], results: Sequence[CaseResult], graph: CutG
 
 
 def _unchosen(blocks: Sequence[str], runs: Sequence[Ran]) -> str:
-    """Experts that no token went to: their weights were multiplied by nothing."""
+    """A clause on experts that no token chose: their weights have not been tested."""
     lines = []
     for block in blocks:
         choices = zip(*(run.blocks[block].chose for run in runs), strict=False)
@@ -223,11 +224,13 @@ def _is_of(result: CaseResult, block: str) -> bool:
 
 @dataclass
 class _State:
-    """One case on its way through the graph.
+    """The progress of one case through the parts of the graph.
 
     Attributes:
-        values: What is known of the graph's values: PyTorch's where they could be matched.
-        outputs: Of the graph, as its own parts gave them.
+        case: The case.
+        ran: PyTorch's run of it.
+        values: Values of the graph so far: PyTorch's where they could be matched, else the graph's own.
+        outputs: The graph's outputs, from its own parts.
     """
 
     case: Case
@@ -242,7 +245,7 @@ def _list_of(block: str) -> str:
 
 
 class _Walk:
-    """Runs the parts of a graph on what PyTorch gave."""
+    """Runs the parts of a graph, in order, on PyTorch's values, and judges them."""
 
     def __init__(self, graph: CutGraph, tolerance: Tolerance, states: Sequence[_State]) -> None:
         self._graph, self._tolerance, self._states = graph, tolerance, states
@@ -253,7 +256,7 @@ class _Walk:
         """Run one part on every case; a result for each."""
         self._number += 1
         if self._stopped or not part.nodes:
-            reason = self._stopped or "no node of the graph says that it is of it"
+            reason = self._stopped or "no node of the graph comes from it"
             return [self._result(state, part, "refused", reason) for state in self._states]
         runner = PartRunner(self._graph, part)
         results = []
@@ -272,7 +275,10 @@ class _Walk:
     def _judged(
         self, state: _State, part: Part, seen: Seen, got: Mapping[str, Array], own: tuple[Choice, ...]
     ) -> CaseResult:
-        """Hold what a part gives against what the block gave, or, before it, took; PyTorch's values go on."""
+        """Compare a block's part with the block's outputs, or the part before a block with the block's inputs.
+
+        Later parts get PyTorch's values in place of the part's.
+        """
         expected = seen.gave if part.name == part.block else seen.took
         state.values |= got
         rows: list[Judgement] = []
@@ -286,17 +292,18 @@ class _Walk:
         if own:
             rows += self._choices(part, seen, own, expected)
         if not rows and part.block and part.name == part.block:
-            reason = "nothing that leaves it in the graph is an output of the module"
+            reason = "no value that leaves it in the graph is an output of the module"
             return self._result(state, part, "refused", reason)
         return self._result(state, part, "compared", rows=rows)
 
     def _choices(
         self, part: Part, seen: Seen, own: Sequence[Choice], gave: Sequence[Array]
     ) -> Iterator[Judgement]:
-        """Choices that differ, and scores that do.
+        """Judgements of scores that differ and of choices that differ.
 
-        Scores may be float32 and come of float16: they are held to the narrowest type that the block gives. A choice
-        may differ between scores that are no further apart than the graph's and PyTorch's scores are, twice.
+        Float32 scores may come from float16 values, so they are judged by the narrowest type that the block returns. A
+        choice may differ between experts whose scores are closer than twice the largest difference between the graph's
+        and PyTorch's scores: each of the two may be off by that much.
         """
         types = [leaf.dtype for leaf in gave if is_float(leaf.dtype)]
         for index, (choice, mine) in enumerate(zip(seen.chose, own, strict=True)):
@@ -313,7 +320,7 @@ class _Walk:
                 yield replace(row, output=f"choice {index} of {part.name}")
 
     def finish(self) -> list[CaseResult]:
-        """The outputs of the graph, as its own parts gave them, against the model's."""
+        """Compare the graph's outputs, from its own parts, with the model's."""
         self._number += 1
         results = []
         for state in self._states:
@@ -350,7 +357,10 @@ class _Walk:
 
 
 def _matched(got: Mapping[str, Array], expected: Sequence[Array], tolerance: Tolerance) -> dict[str, int]:
-    """Which of a module's tensors each value is: of several that could be one, the nearest, and all that are equal."""
+    """The index of the module's tensor that each of a part's values is, by the value's name.
+
+    Of several values nearest to the same tensor, the closest is matched, and all that equal it within the tolerance.
+    """
     found: dict[int, list[tuple[float, str]]] = {}
     for name, value in got.items():
         best = nearest(value, expected)

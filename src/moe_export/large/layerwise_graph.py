@@ -1,7 +1,8 @@
-"""A graph cut where values leave its blocks, each part by itself: what it takes, what it gives, which weights it reads.
+"""A graph cut where values leave its blocks: the inputs, outputs and weights of each part.
 
-A node belongs to the block whose module path it says it comes from (`provenance`). Nodes of no block go to whoever
-needs them: what stands before a block is a part of its own, so that an embedding is not the first layer's fault.
+A node belongs to the block whose module path is in its metadata (`provenance`). Nodes of no block belong to the part
+that needs them first; those before a block are a part of their own, so that a wrong embedding is not blamed on the
+first layer.
 """
 
 from __future__ import annotations
@@ -32,10 +33,10 @@ class Part:
 
     Attributes:
         name: `layers.0`, or `before layers.0`; "" for what comes after the last block.
-        block: The block that it is, or stands before; "" for none.
-        nodes: In order.
-        takes: Values of other parts, and inputs of the graph.
-        gives: Values for other parts, and outputs of the graph.
+        block: The block that the part is, or comes before; "" for none.
+        nodes: In the graph's order.
+        takes: Names of the part's inputs: values of other parts, and inputs of the graph.
+        gives: Names of the part's outputs: values for other parts, and outputs of the graph.
     """
 
     name: str
@@ -51,7 +52,15 @@ class CutGraph:
     Args:
         path: The graph's file.
         blocks: Module paths, in the order in which they are called.
-        folder: Where its referenced files are, if the graph only stands elsewhere for now.
+        folder: The folder of the files that the graph refers to, if the graph is temporarily elsewhere.
+
+    Attributes:
+        weights: Where each weight outside the graph's file is stored, by name.
+        outputs: The names of the graph's outputs.
+        covered: Indices of the nodes in the parts made so far.
+
+    Raises:
+        UsageError: The graph's data files are not those that it was written with.
     """
 
     def __init__(self, path: Path, blocks: Sequence[str], folder: Path | None = None) -> None:
@@ -76,7 +85,7 @@ class CutGraph:
 
     @property
     def count(self) -> int:
-        """Nodes of the graph."""
+        """The number of nodes of the graph."""
         return len(self._nodes)
 
     def parts(self) -> Iterator[Part]:
@@ -104,15 +113,15 @@ class CutGraph:
             yield self._part("", "", rest, known)
 
     def specs(self) -> tuple[TensorSpec, ...]:
-        """The graph's inputs."""
+        """The graph's inputs, without its weights."""
         return specs_of([value for value in self._proto.graph.input if value.name in self._inputs])
 
     def model_of(self, part: Part, values: Mapping[str, Array]) -> onnx.ModelProto:
-        """A part as a model; its large weights are inputs.
+        """A part as a model of its own, with the weights outside the graph's file as inputs.
 
         Args:
-            part: Of this graph.
-            values: Among them what it takes, for their types.
+            part: A part of this graph.
+            values: Values by name, among them the part's inputs, whose dtypes and ranks are taken from here.
         """
         needed = {name for node in part.nodes for name in reads(node)}
         weights = sorted(needed & self._large)
@@ -141,7 +150,7 @@ class CutGraph:
         return model
 
     def weights_of(self, part: Part) -> dict[str, Recipe]:
-        """The large weights that a part reads."""
+        """The weights outside the graph's file that a part reads, by name."""
         needed = {name for node in part.nodes for name in reads(node)}
         return {name: recipe for name, recipe in self.weights.items() if name in needed}
 
@@ -151,7 +160,7 @@ class CutGraph:
         return max(found, key=len, default="")
 
     def _leaving(self, block: str) -> list[str]:
-        """Values of a block that something outside it reads."""
+        """Values of a block that are read outside it or are outputs of the graph."""
         found = [
             name
             for at, mine in enumerate(self._of)
@@ -163,7 +172,7 @@ class CutGraph:
         return list(dict.fromkeys([*found, *own]))
 
     def _part(self, name: str, block: str, gives: Sequence[str], known: set[str]) -> Part:
-        """The nodes that some values take, up to what is known."""
+        """The part that computes the values in `gives` from values in `known`."""
         needed: set[int] = set()
         takes: dict[str, None] = {}
         stack = list(gives)
@@ -186,12 +195,12 @@ class CutGraph:
 
 
 def _input_like(name: str, array: Array) -> onnx.ValueInfoProto:
-    """An input of the type and rank of an array, of any size."""
+    """An input with the dtype and rank of an array, and free sizes."""
     return helper.make_tensor_value_info(name, ir.DataType.from_numpy(array.dtype), [None] * array.ndim)
 
 
 def _weights(model: ir.Model, path: Path, folder: Path | None) -> Mapping[str, Recipe]:
-    """The weights outside a graph, by name."""
+    """Where each weight outside the graph's file is stored, by name."""
     found: dict[str, Recipe] = {}
     for value in initializers(model):
         tensor, recipe = value.const_value, recipe_of(value)
@@ -206,11 +215,15 @@ def _weights(model: ir.Model, path: Path, folder: Path | None) -> Mapping[str, R
 
 
 def nearest(value: Array, leaves: Sequence[Array]) -> tuple[int, float] | None:
-    """Which of a module's tensors a value is most likely, and how far off it is; None if none has its size and type.
+    """The tensor of a module that a value is most likely to be.
 
     Args:
-        value: Of the graph.
-        leaves: What the module took or gave.
+        value: A value of the graph.
+        leaves: The tensors that the module took or returned.
+
+    Returns:
+        The tensor's index and its mean absolute difference from the value; None if no tensor has the value's dtype and
+        number of elements. A tensor of another shape counts only where none has the value's shape.
     """
     best: tuple[int, float] | None = None
     for index, leaf in enumerate(leaves):

@@ -1,4 +1,4 @@
-"""One part of a graph in onnxruntime, its weights read when it is first run and gone with it."""
+"""One part of a graph in onnxruntime; its weights are loaded at the first run and freed with the runner."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from moe_export.verify import Array, Choice, OnnxRuntimeRunner
 
 
 class PartRunner:
-    """Runs a part of a graph.
+    """Runs a part of a graph. Its weights are inputs of the session, so that onnxruntime neither copies nor folds them.
 
     Args:
         graph: The graph.
-        part: Of it. Its weights are inputs of the session, so that onnxruntime neither copies nor folds them.
+        part: The part of it.
     """
 
     def __init__(self, graph: CutGraph, part: Part) -> None:
@@ -34,11 +34,15 @@ class PartRunner:
         """Run once.
 
         Args:
-            values: What the part takes, and more.
-            chose: The choices to replay, if the part makes as many.
+            values: Values by name, among them the part's inputs.
+            chose: The choices to replay; ignored if the part does not make as many.
 
         Returns:
-            What it gives, and what it would have chosen itself where it replayed them, with its scores.
+            The part's outputs by name; and the choices that it would have made itself, with its scores, for those that
+            it replayed.
+
+        Raises:
+            MoeExportError: onnxruntime cannot open or run the part.
         """
         if self._runner is None:
             self._open(values, len(chose))

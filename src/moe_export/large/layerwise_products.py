@@ -1,8 +1,8 @@
-"""`WideProducts`: PyTorch's matrix products of half-precision numbers on the CPU, at the speed of float32.
+"""`WideProducts`: half-precision matrix products of PyTorch on the CPU, at the speed of float32.
 
-A processor without instructions for float16 has PyTorch multiply element by element, summing in float32 and rounding
-once at the end; a layer of experts takes minutes. Here both sides are widened, a stretch of columns or one expert at
-a time, multiplied by the float32 kernel and rounded once: the same sums in another order.
+On a processor without float16 instructions, PyTorch multiplies element by element, sums in float32 and rounds once at
+the end; a layer of experts takes minutes. Here both operands are widened, a block of columns or one expert at a time,
+multiplied by the float32 kernel and rounded once: the same sums in another order.
 
 Letters: N rows, K summed, M columns, E experts.
 """
@@ -19,11 +19,11 @@ from moe_export.export.torch_compat.dispatch import OperatorMode
 _aten = torch.ops.aten
 _HALF = (torch.float16, torch.bfloat16)
 _AT_ONCE = 2**24
-"""Elements that are widened at once: 64 MiB."""
+"""The number of elements that are widened at once: 64 MiB as float32."""
 
 
 class WideProducts(OperatorMode):
-    """Inside, products of two half-precision matrices are computed in float32; all else is as it was."""
+    """A mode in which products of half-precision matrices are computed in float32; every other call is unchanged."""
 
     def __torch_dispatch__(
         self,
@@ -38,7 +38,7 @@ class WideProducts(OperatorMode):
 
 
 def _half(*values: Any) -> bool:
-    """Whether all are half-precision matrices of one type, on the CPU."""
+    """Whether all are half-precision tensors of one dtype, on the CPU."""
     return all(
         isinstance(value, torch.Tensor) and value.dtype in _HALF and value.device.type == "cpu"
         for value in values
@@ -68,7 +68,7 @@ def _bmm(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor | None:
 def _grouped_mm(
     x: torch.Tensor, w: torch.Tensor, offs: torch.Tensor | None = None, *others: Any, **named: Any
 ) -> Any:
-    """Rows (N, K), sorted by expert, each by its own of (E, K, M); `offs` (E,) says where each expert's rows end."""
+    """Rows (N, K), sorted by expert, each times its matrix of (E, K, M); `offs` (E,) are the ends of experts' rows."""
     given = [value for value in (*others, *named.values()) if value is not None]
     if not _half(x, w) or offs is None or given or (x.dim(), w.dim()) != (2, 3):
         return None
@@ -82,6 +82,7 @@ def _grouped_mm(
 
 
 def _product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """(N, K) @ (K, M) + bias (N, M), summed in float32, in the dtype of `x`."""
     found = x.new_empty(x.shape[0], w.shape[1])
     wide = x.float()
     step = max(1, _AT_ONCE // max(1, w.shape[0]))

@@ -1,4 +1,4 @@
-"""A model run once, as its author wrote it, with the weights of one block at a time; what each block took and gave."""
+"""Run a model as its author wrote it, with the weights of one block at a time, and record each block's values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _REPEATED = (nn.ModuleList, nn.Sequential)
 
 @dataclass
 class Seen:
-    """What a block took, gave and chose in one call."""
+    """The inputs, outputs and choices of experts of a block's last call, and the number of its calls."""
 
     took: list[Array] = field(default_factory=list)
     gave: list[Array] = field(default_factory=list)
@@ -36,11 +36,11 @@ class Seen:
 
 @dataclass
 class Ran:
-    """One run.
+    """The record of one run of a model.
 
     Attributes:
-        blocks: By path, in the order in which they were called.
-        outputs: Of the model.
+        blocks: The blocks by path, in the order in which they were called.
+        outputs: The model's outputs by name.
     """
 
     blocks: dict[str, Seen]
@@ -48,7 +48,7 @@ class Ran:
 
 
 def find_blocks(module: nn.Module) -> list[str]:
-    """The layers of a model: members of its outermost lists of two and more modules of one class."""
+    """The paths of a model's layers: the members of its outermost lists of two or more modules of one class."""
     found: list[str] = []
     for path, child in module.named_modules():
         if any(path == outer or path.startswith(f"{outer}.") for outer in found):
@@ -59,7 +59,12 @@ def find_blocks(module: nn.Module) -> list[str]:
 
 
 def called_once(subject: Subject, blocks: list[str]) -> list[str]:
-    """Those lists of blocks of which each is called once, in the order of the calls; weights need not be there."""
+    """The blocks of those lists whose members are all called exactly once, in the order of the calls.
+
+    Args:
+        subject: The model; its weights need not be in memory.
+        blocks: Paths of blocks.
+    """
     ran = _run(subject, subject.inputs, blocks, None)
     lists: dict[str, list[str]] = {}
     for block in blocks:
@@ -78,12 +83,12 @@ def run_blocks(subject: Subject, inputs: Mapping[str, Array], blocks: list[str],
 
     Args:
         subject: The model; its weights may be in files.
-        inputs: By name.
-        blocks: Each is called once.
-        memory: Bytes that the weights outside of blocks may have, and those of one block.
+        inputs: The inputs by name.
+        blocks: Paths of blocks, each of which is called once.
+        memory: The most bytes of weights of one block, and of the model outside its blocks.
 
     Raises:
-        UsageError: A block, or what is outside of them, is larger.
+        UsageError: A block, or the rest of the model, has more.
     """
     weights = subject.weights
     with _outside(weights, blocks, memory):
@@ -92,7 +97,7 @@ def run_blocks(subject: Subject, inputs: Mapping[str, Array], blocks: list[str],
 
 @contextmanager
 def _outside(weights: LazyWeights | None, blocks: list[str], memory: int) -> Iterator[None]:
-    """The weights that belong to no block, for as long as the model runs."""
+    """Keep the weights that belong to no block in memory while the model runs."""
     if weights is None:
         yield
         return

@@ -1,10 +1,10 @@
-"""What splitting experts over ranks costs, by calculation: bytes a rank, bytes exchanged, what fits.
+"""Calculate what splitting experts over ranks costs: bytes per rank, bytes exchanged, the batch that fits.
 
 Letters: R ranks, E experts, N tokens, k choices, S = N*k pairs.
 
-A rank holds all that is no expert's, and its share of every layer's experts. With `all_reduce` every rank has all N
-tokens and computes the S / R pairs of its experts, if the routing is even; with `all_to_all` the N tokens are each
-rank's own, and so are the S rows that it sends and, if the routing is even, the S rows that it gets.
+A rank holds everything outside the experts, and its share of every layer's experts. With `all_reduce` every rank has
+all N tokens and computes the S / R pairs of its experts, if the routing is even. With `all_to_all` each rank has N
+tokens of its own; it sends S rows and, if the routing is even, receives S rows.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from typing import Any
 from moe_export.export.parallel.placement import even
 from moe_export.large.planning_count import Counted, ExpertsCount
 
-_MOST_BATCH = 2**20
+_MOST_BATCH = 2**20  # the search for the largest batch ends here, and prints it with a "+"
 
 
 @dataclass(frozen=True)
 class Split:
-    """One way.
+    """The costs of one number of ranks; for each way to exchange, `all_reduce` and `all_to_all`, where they differ.
 
     Attributes:
         ranks: R.
-        experts: Experts that the fullest rank holds, of each layer.
+        experts: For each layer, the number of experts on the fullest rank.
         weights: Bytes of the fullest rank's weights.
-        activations: Bytes that the values of the example's batch need at once on a rank, for each way to exchange.
-        reduced: Bytes a token that a rank gives into partial sums, all layers together.
-        on_wire: Bytes a token that a rank sends if the sum goes round a ring: 2 (R - 1) / R of that.
-        rows: Bytes a token that a rank sends to other ranks as rows, there and back, if the routing is even.
-        flops: Of the example's batch on a rank, for each way to exchange.
-        batch: The largest batch that fits beside the weights, for each way; 0 if none does.
+        activations: Peak bytes of a rank's values for the example's batch, for each way to exchange.
+        reduced: Bytes per token that a rank adds to partial sums, over all layers.
+        on_wire: Bytes per token that a rank sends if the sums go round a ring: 2 (R - 1) / R times `reduced`.
+        rows: Bytes per token that a rank sends to other ranks as rows, there and back, if the routing is even.
+        flops: A rank's FLOPs for the example's batch, for each way to exchange.
+        batch: The largest batch that fits beside the weights, for each way to exchange; 0 if none does.
     """
 
     ranks: int
@@ -53,13 +53,13 @@ class Split:
 
 @dataclass(frozen=True)
 class Plan:
-    """All ways.
+    """The costs of a model on each number of ranks.
 
     Attributes:
         counted: The model.
         memory: Bytes of one device.
-        splits: By the number of ranks.
-        batch: The dimension that is the batch; None if the model fixes it.
+        splits: In order of the number of ranks.
+        batch: The symbol of the batch dimension, the first free one; None if the model fixes all sizes.
     """
 
     counted: Counted
@@ -69,17 +69,17 @@ class Plan:
 
     @property
     def fits_from(self) -> int | None:
-        """The fewest ranks on which a batch of 1 fits, one way or the other; None if it fits on none."""
+        """The fewest ranks on which a batch of 1 fits with either way to exchange; None if it fits on none."""
         return next((split.ranks for split in self.splits if max(split.batch.values())), None)
 
 
 def plan(counted: Counted, memory: int, gpus: int) -> Plan:
-    """Calculate every way of splitting.
+    """Calculate the costs on 1, 2, 4, ... ranks.
 
     Args:
         counted: The model.
         memory: Bytes of one device.
-        gpus: Devices at most: 1, 2, 4, ... and that many are tried.
+        gpus: The largest number of ranks, which need not be a power of 2.
     """
     batch = next(iter(counted.dims), None)
     return Plan(
@@ -88,7 +88,7 @@ def plan(counted: Counted, memory: int, gpus: int) -> Plan:
 
 
 def numbers(gpus: int) -> list[int]:
-    """1, 2, 4, ... and the last."""
+    """1, 2, 4, ... up to `gpus`, and `gpus` itself."""
     found = [1]
     while found[-1] * 2 <= gpus:
         found.append(found[-1] * 2)
@@ -114,7 +114,7 @@ def _split(counted: Counted, memory: int, ranks: int, batch: str | None) -> Spli
 
 
 def weights_of(counted: Counted, ranks: int) -> list[int]:
-    """(R,) bytes of each rank's weights, the experts placed evenly in order."""
+    """(R,) bytes of each rank's weights, with the experts placed evenly and in order."""
     found = [counted.dense_bytes] * ranks
     for block in counted.blocks:
         for expert, rank in enumerate(even(block.experts, ranks)):
@@ -123,7 +123,14 @@ def weights_of(counted: Counted, ranks: int) -> list[int]:
 
 
 def activations(counted: Counted, ranks: int, way: str, sizes: Mapping[str, int]) -> int:
-    """Bytes that the values need at once: outside of the experts, or within a block beside what is kept for later."""
+    """Peak bytes of a rank's values: outside the experts, or within a block along with the values needed after it.
+
+    Args:
+        counted: The model.
+        ranks: R.
+        way: `all_reduce` or `all_to_all`.
+        sizes: The size of each free dimension, by symbol.
+    """
     most, at = counted.memory(sizes)
     for block, kept in zip(counted.blocks, at, strict=True):
         most = max(
@@ -133,12 +140,13 @@ def activations(counted: Counted, ranks: int, way: str, sizes: Mapping[str, int]
 
 
 def _pairs(block: ExpertsCount, ranks: int, way: str, sizes: Mapping[str, int]) -> int:
+    """The pairs that a rank computes if the routing is even: S / R with `all_reduce`, S with `all_to_all`."""
     pairs = block.tokens(sizes) * block.slots
     return ceil(pairs / min(ranks, block.experts)) if way == "all_reduce" else pairs
 
 
 def _travelling(block: ExpertsCount, way: str, sizes: Mapping[str, int]) -> int:
-    """Bytes of rows in the hands of an exchange, as they were and as they come."""
+    """Bytes of a block's exchange on a rank: the partial sum; or the rows sent and the rows received."""
     if way == "all_reduce":
         return block.tokens(sizes) * block.partial
     return 2 * block.tokens(sizes) * block.slots * max(block.there, block.back)
@@ -150,7 +158,10 @@ def _work(counted: Counted, ranks: int, way: str) -> int:
 
 
 def _largest(counted: Counted, memory: int, ranks: int, way: str, batch: str | None) -> int:
-    """The largest batch whose values fit, the other dimensions as in the example."""
+    """The largest batch whose values fit into `memory` bytes, the other dimensions as in the example.
+
+    At most `_MOST_BATCH`; 0 if none fits. For a model of fixed sizes 1 if the example fits, else 0.
+    """
 
     def fits(size: int) -> bool:
         sizes = counted.dims if batch is None else {**counted.dims, batch: size}
@@ -170,11 +181,11 @@ def _largest(counted: Counted, memory: int, ranks: int, way: str, batch: str | N
 
 
 def lines(found: Plan, names: Sequence[str] = ()) -> list[str]:
-    """The plan as text.
+    """The plan as lines of text.
 
     Args:
         found: The plan.
-        names: Further lines on the model, put first.
+        names: Lines on the model that come first.
     """
     counted = found.counted
     text = [*names, f"{counted.parameters:,} parameters, {human(counted.bytes)}; "
@@ -240,7 +251,7 @@ def _verdict(found: Plan) -> str:
 
 
 def human(size: float) -> str:
-    """`24.0 KB`, `80 GB`: powers of 1000, as memory is sold."""
+    """A number of bytes as `24.0 KB` or `80.0 GB`, in powers of 1000 as devices are sold."""
     for unit in ("B", "KB", "MB", "GB", "TB"):
         if size < 1000 or unit == "TB":
             return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"

@@ -1,7 +1,7 @@
-"""Counted on a traced program, at any sizes, without running it: parameters, FLOPs, memory of values, rows exchanged.
+"""Count parameters, FLOPs, memory of values and rows exchanged on a traced program, at any sizes, without running it.
 
-What belongs to experts is counted by pairs of a token and an expert: the trace shows each expert once, or all tokens
-at all experts, and a rank computes the pairs of its own.
+Experts are counted per pair of a token and an expert: the trace shows each expert once, or all tokens at all experts,
+while a rank computes only the pairs of its own experts.
 
 Letters: N tokens, k choices, S = N*k pairs, E experts.
 """
@@ -29,8 +29,8 @@ _VIEWS = {
     _aten.alias.default, _aten.detach.default, _aten.t.default, _aten.split.Tensor, _aten.split_with_sizes.default,
     _aten._unsafe_view.default, _aten.flatten.using_ints, _aten.unflatten.int, _aten.numpy_T.default,
 }  # fmt: skip
-_TOKEN, _SLOT, _EXPERT = 0, 1, 2
-_ROWS = 7  # of a body that is looked at: a number that no weight's size is likely to be
+_TOKEN, _SLOT, _EXPERT = 0, 1, 2  # the first inputs of an expert's body
+_ROWS = 7  # rows that a body is run on: a size that no weight is likely to have
 
 Sizes = Mapping[str, int]
 
@@ -40,17 +40,17 @@ class ExpertsCount:
     """A block of experts.
 
     Attributes:
-        module: The path of the module that the result is made in.
-        line: `file:line`.
+        module: The path of the module that computes the result.
+        line: `file:line` of the block in the user's code; None if unknown.
         experts: E.
         slots: k.
         bytes_each: (E,) bytes of the parameters that belong to each expert.
-        flops: Of one pair.
-        values: Bytes that the values of one pair take, all of them at once.
+        flops: FLOPs of one pair.
+        values: Bytes of all values of one pair together.
         partial: Bytes of a token in the partial sum.
-        there: Bytes of a row on its way to its expert: row values, and the expert's number.
+        there: Bytes of a row on its way to its expert: the row's values, and the expert's int64 index.
         back: Bytes of a row on its way back.
-        tokens: N at given sizes.
+        tokens: N at given sizes of the free dimensions.
     """
 
     module: str
@@ -68,17 +68,17 @@ class ExpertsCount:
 
 @dataclass(frozen=True)
 class Counted:
-    """A model.
+    """The counts of a model.
 
     Attributes:
-        parameters: How many there are.
-        bytes: Of all parameters and buffers that the model reads.
-        blocks: Its experts, in order.
-        dims: Each free dimension's symbol, and its size in the example.
-        names: What it is called.
-        flops: Of all that belongs to no expert, at given sizes.
-        memory: The most bytes that the values of that take at once, and the same at the result of each block.
-        refused: Why other code that looks like experts is none.
+        parameters: The number of parameters.
+        bytes: Bytes of all parameters and buffers that the model reads.
+        blocks: Its blocks of experts, in order.
+        dims: The symbol of each free dimension → its size in the example.
+        names: The symbol of each free dimension → its name.
+        flops: FLOPs outside the experts, at given sizes.
+        memory: At given sizes, the peak bytes of values outside the experts, and their bytes at each block's result.
+        refused: Why other code that looks like experts was not recognised.
     """
 
     parameters: int
@@ -92,12 +92,12 @@ class Counted:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of the parameters that every rank has."""
+        """Bytes of the parameters and buffers that every rank holds: those of no expert."""
         return self.bytes - sum(sum(block.bytes_each) for block in self.blocks)
 
 
 def count(program: ExportedProgram) -> Counted:
-    """Count a traced program."""
+    """Count a traced program, whose weights may be on the meta device."""
     graph = program.graph
     found, refused = find_experts(graph)
     places = {node: place for place, node in enumerate(graph.nodes)}
@@ -123,12 +123,12 @@ def count(program: ExportedProgram) -> Counted:
 
 
 def value_of(node: fx.Node) -> Any:
-    """What the trace says of a node: a tensor without values, a size."""
+    """The value that the trace recorded for a node: a tensor without data, a size, or None."""
     return node.meta.get("val")
 
 
 def _weights(experts: Experts, held: Mapping[fx.Node, Any]) -> dict[fx.Node, list[int]]:
-    """Parameters that belong to experts, and to which."""
+    """Parameters that belong to experts → the indices of these experts; -1 for all experts of a stacked parameter."""
     owners: dict[fx.Node, list[int]] = {}
     for weight in experts.weights:
         nodes = weight.separate or (weight.stack,) * (weight.stack is not None)
@@ -149,7 +149,7 @@ def _block(experts: Experts, held: Mapping[fx.Node, Any]) -> ExpertsCount:
             for owner in owners:
                 each[owner] += size // len(owners)
     indices, result = value_of(experts.indices), value_of(experts.result)
-    seen = _look(experts)
+    seen = _costs_of_row(experts)
     scopes = scope_of(experts.result)
     return ExpertsCount(
         module=scopes[-1].removeprefix("model.") if scopes else "model",
@@ -160,14 +160,14 @@ def _block(experts: Experts, held: Mapping[fx.Node, Any]) -> ExpertsCount:
         flops=seen.flops,
         values=seen.values,
         partial=_row_bytes(result),
-        there=seen.there + 8,
+        there=seen.there + 8,  # the expert's index as int64
         back=seen.back,
         tokens=lambda sizes: size_at(indices.shape[0], sizes),
     )
 
 
 def _outside(graph: fx.Graph, found: Sequence[Experts]) -> list[fx.Node]:
-    """The nodes that the outputs need where each block is computed from what it means; blocks themselves left out."""
+    """The nodes that the outputs need, without the blocks; of each block, only indices, shared values and start."""
     blocks = {experts.result: experts for experts in found}
     stack = [node for node in graph.nodes if node.op == "output"]
     needed = set(stack)
@@ -185,8 +185,8 @@ def _outside(graph: fx.Graph, found: Sequence[Experts]) -> list[fx.Node]:
 
 
 @dataclass(frozen=True)
-class _Seen:
-    """What a body does for one row: FLOPs, bytes of its values, of those that enter its core and leave it."""
+class _RowCosts:
+    """The costs of one row in a body: FLOPs, bytes of its values, bytes that enter the body's core and leave it."""
 
     flops: int
     values: int
@@ -194,8 +194,8 @@ class _Seen:
     back: int
 
 
-def _look(experts: Experts) -> _Seen:
-    """Run the body of one expert on a few rows without values, and see what is rows and what crosses into its core."""
+def _costs_of_row(experts: Experts) -> _RowCosts:
+    """Run one expert's body on `_ROWS` rows on the meta device, and count what depends on rows."""
     body, first = experts.body.graph, 3 + len(experts.shared)
     arguments = [torch.zeros(_ROWS, dtype=torch.int64, device="meta")] * 2
     arguments.append(torch.zeros(1, dtype=torch.int64, device="meta"))
@@ -223,7 +223,7 @@ def _look(experts: Experts) -> _Seen:
     result = next(node for node in body.nodes if node.op == "output").args[0]
     leaving = {node for node in core if node is result or any(user not in core for user in node.users)}
     made = [node for node in nodes if node in rows and node.op != "placeholder"]
-    return _Seen(
+    return _RowCosts(
         flops=sum(_flops(node, {}, values) for node in made) // _ROWS,
         values=sum(_bytes(values[node], {}) for node in made if node.target not in _VIEWS) // _ROWS,
         there=sum(_bytes(values[node], {}) for node in entering) // _ROWS,
@@ -232,7 +232,7 @@ def _look(experts: Experts) -> _Seen:
 
 
 def _core(nodes: Sequence[fx.Node], own: set[fx.Node]) -> set[fx.Node]:
-    """What takes something of the expert's own, and what stands between such nodes."""
+    """The nodes that read a value of the expert's own (a weight), and all nodes between such nodes."""
     core = {
         node for node in nodes if node not in own and any(source in own for source in node.all_input_nodes)
     }
@@ -245,7 +245,7 @@ def _core(nodes: Sequence[fx.Node], own: set[fx.Node]) -> set[fx.Node]:
 
 
 def _below(nodes: Sequence[fx.Node], begin: set[fx.Node], without: set[fx.Node]) -> set[fx.Node]:
-    """What depends on some nodes, these among it, and on none of others."""
+    """`begin`, and all nodes that depend on it but on no node of `without`."""
     found, left_out = set(begin), set(without)
     for node in nodes:
         sources = node.all_input_nodes
@@ -257,13 +257,13 @@ def _below(nodes: Sequence[fx.Node], begin: set[fx.Node], without: set[fx.Node])
 
 
 def _plain(value: Any) -> torch.Tensor:
-    """A tensor of the same type and, where sizes are free, of the example's."""
+    """An empty meta tensor of the same dtype; free sizes are the example's, and at least 2."""
     shape = [size if isinstance(size, int) else max(2, _hint(size)) for size in value.shape]
     return torch.empty(shape, dtype=value.dtype, device="meta")
 
 
 def _dims(graph: fx.Graph) -> tuple[dict[str, int], dict[str, str]]:
-    """The size of each free dimension in the example, and what it is called."""
+    """By the symbol of each free dimension, its size in the example, and its name."""
     found: dict[str, int] = {}
     names: dict[str, str] = {}
     for node in graph.nodes:
@@ -283,7 +283,7 @@ def _hint(size: Any) -> int:
 
 
 def size_at(size: Any, sizes: Sizes) -> int:
-    """A size of the trace where its dimensions have other ones."""
+    """A size of the trace at given sizes of the free dimensions; the example's if it depends on anything else."""
     if not isinstance(size, torch.SymInt):
         return int(size)
     expression = size.node.expr
@@ -308,7 +308,7 @@ def _row_bytes(value: Any) -> int:
 
 
 def _flops(node: fx.Node, sizes: Sizes, values: Mapping[fx.Node, Any] | None = None) -> int:
-    """Two for each product of a matrix product; one for each element of anything else that computes floats."""
+    """FLOPs of a node: 2 for each multiply-add of a matrix product, 1 for each element of any other float result."""
     known: Callable[[Any], Any] = value_of if values is None else values.__getitem__
     value = known(node) if node.op == "call_function" else None
     if not isinstance(value, torch.Tensor) or node.target in _VIEWS or not value.dtype.is_floating_point:
@@ -331,7 +331,7 @@ def _flops(node: fx.Node, sizes: Sizes, values: Mapping[fx.Node, Any] | None = N
 
 
 def _einsum(equation: str, operands: Sequence[Any], sizes: Sizes) -> int:
-    """The product of all labels' sizes; an ellipsis counts as the axes that it stands for."""
+    """Multiply-adds of an einsum: the product of all labels' sizes, an ellipsis being the axes that it stands for."""
     found: dict[str, int] = {}
     for term, value in zip(equation.replace(" ", "").partition("->")[0].split(","), operands, strict=True):
         before, dots, after = term.partition("...")
@@ -346,7 +346,7 @@ def _einsum(equation: str, operands: Sequence[Any], sizes: Sizes) -> int:
 def _memory(
     graph: fx.Graph, outside: Sequence[fx.Node], results: Sequence[fx.Node], sizes: Sizes
 ) -> tuple[int, tuple[int, ...]]:
-    """The most bytes that values take at once, run in order, each freed behind its last reader; and at each result."""
+    """Peak bytes of the values of a run in order, each freed after its last reader; and the bytes at each result."""
     kept = {*outside, *results}
     nodes = [node for node in graph.nodes if node in kept and node.op == "call_function"]
     owner: dict[fx.Node, fx.Node] = {}

@@ -1,4 +1,4 @@
-"""A model without its weights: loaded and traced on the meta device, where tensors have shapes and no bytes."""
+"""A model without its weights: loaded and traced on the meta device, where tensors have shapes but no data."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from moe_export.export.tracing.weight_inputs import with_weights_marked
 
 @dataclass(frozen=True)
 class Weightless:
-    """A model on the meta device, with how it is called.
+    """A model on the meta device, and the arguments that it is called with.
 
     Attributes:
-        module: In eval mode.
-        args, kwargs: Of its call, on the meta device, too.
-        source: The file.
-        made: Whether its weights were ever made: a file that needs values while it runs is run with them.
+        module: The model in eval mode.
+        args, kwargs: The arguments of its call, on the meta device, too.
+        source: The model's file.
+        made: Whether its weights were created on the way: a file that needs values while it runs is run with them.
     """
 
     module: nn.Module
@@ -46,19 +46,24 @@ class Weightless:
 
 
 def load_weightless(spec: str, init: Sequence[str] = (), inputs: Sequence[str] = ()) -> Weightless:
-    """Load the model that `spec` names, as `load_subject` does, and never make its weights if that can be.
+    """Load the model that `spec` names, as `load_subject` does, without creating its weights if possible.
+
+    Args:
+        spec: A file, or `file.py:CLASS`.
+        init: Arguments of the class, as `name=value`.
+        inputs: Example inputs of the class, as `name=2x10x512:float32`.
 
     Raises:
-        UsageError: There is no such file, it cannot be run, or no model is in it.
+        UsageError: There is no such file, it cannot be run, or it has no model.
     """
     path, name = split_spec(spec)
     if not path.is_file():
         raise UsageError(f"no such file: {path}")
     try:
         with quiet(), torch.device("meta"):
-            found = _found(path, name, init, inputs)
+            found = _model_and_call(path, name, init, inputs)
         made = False
-    except Exception:  # whatever it needed values for; it is run as it is, and says what else is wrong
+    except Exception:  # the file may need values; if anything else is wrong, the run with weights reports it
         found, made = _with_weights(path, name, init, inputs), True
     module, args, kwargs = found
     args, kwargs = pytree.tree_map(
@@ -71,7 +76,7 @@ def _with_weights(
     path: Path, name: str | None, init: Sequence[str], inputs: Sequence[str]
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     try:
-        return _found(path, name, init, inputs)
+        return _model_and_call(path, name, init, inputs)
     except MoeExportError:
         raise
     except Exception as error:
@@ -81,7 +86,7 @@ def _with_weights(
         ) from error
 
 
-def _found(
+def _model_and_call(
     path: Path, name: str | None, init: Sequence[str], inputs: Sequence[str]
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     module, call = run_file(path, as_script=False, stop_at_call=False)
@@ -115,7 +120,7 @@ def _of_class(
         raise UsageError(f"{path.name} has no class {name}")
     model = made if isinstance(made, nn.Module) else made(**dict(parse_init(item) for item in init))
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{name} in {path.name} is no nn.Module")
+        raise UsageError(f"{name} in {path.name} is not an nn.Module")
     if not inputs:
         raise UsageError(
             f"{name} needs example inputs: {name}.forward{inspect.signature(model.forward)}",
@@ -126,7 +131,7 @@ def _of_class(
 
 
 class _Flat(nn.Module):
-    """Tensors in, tensors out."""
+    """A model as a module that takes only the tensors among its arguments, and returns its output tensors flat."""
 
     def __init__(self, model: nn.Module, template: Sequence[Any], spec: pytree.TreeSpec) -> None:
         super().__init__()
@@ -142,10 +147,10 @@ class _Flat(nn.Module):
 
 
 def trace_weightless(model: Weightless) -> ExportedProgram:
-    """The traced program of a model, its dimensions free as far as it lets them be.
+    """The traced program of a model, with free dimensions where tracing succeeds that way, else all fixed.
 
     Raises:
-        NotExportableError: It cannot be traced without values.
+        NotExportableError: The model cannot be traced without values.
     """
     flat, spec = pytree.tree_flatten((model.args, dict(model.kwargs)))
     tensors = tuple(leaf for leaf in flat if isinstance(leaf, torch.Tensor))
