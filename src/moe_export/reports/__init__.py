@@ -1,1 +1,1 @@
-"""One export as one page."""
+"""The report of an export, as one HTML page."""

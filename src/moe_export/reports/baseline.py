@@ -1,7 +1,7 @@
-"""The baseline export: what a model would be as ONNX without this project, the same trace translated op by op.
+"""The baseline export: the same trace translated operator by operator, without any rewriting by this project.
 
-Einsums stay `Einsum`, experts stay as they are written, a loop over a length is as many copies of its step. Nothing
-verifies this graph; it is shown beside the one that was written, so that a reader sees what was changed.
+Einsums stay `Einsum`, experts stay as they are written, and a loop over a length becomes that many copies of its step.
+This graph is not verified; it is shown beside the exported one, so that a reader sees what was changed.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from moe_export.pictures.differing import Difference, difference
 def compare_with_baseline(
     subject: Subject, after: Path, folder: Path, opset: int, dynamic: tuple[str, ...], static: bool
 ) -> Difference | str:
-    """Write the graph without any rewriting, and hold the one with it against it.
+    """Write the baseline export, and compare the exported graph with it.
 
     Args:
         subject: The model.
         after: The graph that was exported.
-        folder: Where the other one goes.
-        opset: Of both.
+        folder: The folder for the baseline export.
+        opset: The opset of both.
         dynamic: Dimensions that the user named.
         static: Whether all others are fixed.
 
     Returns:
-        What differs; or why there is no graph without the rewriting.
+        The difference; or the first line of the error if there is no baseline export.
     """
     path = folder / f"{subject.source.stem}.baseline.onnx"
     try:
         dims = requested(subject, dynamic, static)
         stages = without("fold", "outline", "einsums", "expand", "simplify", "order", "precision")
         write_model(run(stages, Model.of(subject, dims), Options(opset=opset)).model, path)
-    except Exception as error:  # whatever the exporter says of what is mended here
+    except Exception as error:  # without the rewriting, the exporter may fail in any way
         return str(error).strip().splitlines()[0]
     return difference(path, after, {})

@@ -1,7 +1,8 @@
-"""One export as one HTML page: no script, no other file, light and dark, and for a printer.
+"""The report of an export as one HTML page without scripts or other files, in light and dark, and for printing.
 
-Everything that comes from a model is escaped; pictures are told in words, too. Routing pictures have their own page in
-an `img`, so that their styles stay with them; pictures of graphs take part in light and dark.
+Everything that comes from a model is escaped, and pictures are described in words. Routing pictures are embedded as
+`img`, so that their styles do not leak into the page; pictures of graphs are inline, so that they follow light and
+dark.
 """
 
 from __future__ import annotations
@@ -51,12 +52,12 @@ nav ul { padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-sty
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture that stands for itself.
+    """A picture that is embedded as a document of its own.
 
     Attributes:
-        svg: The file's content.
-        words: What it shows, for one who does not see it.
-        caption: What stands below.
+        svg: The SVG document.
+        words: The text alternative.
+        caption: The text below it.
     """
 
     svg: str
@@ -66,13 +67,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Change:
-    """The graph without any rewriting beside the one that was written.
+    """The baseline export beside the exported graph.
 
     Attributes:
-        figures: Rows of (what, before, after, difference).
-        operators: The same for each operator of which one has more.
-        picture: Both side by side, an SVG to stand in the page.
-        at: The sizes that FLOPs and bytes were counted at.
+        figures: Rows of (name, before, after, difference), as text.
+        operators: The same for each operator that one graph has more nodes of.
+        picture: Both graphs side by side, as inline SVG.
+        at: The sizes that FLOPs and bytes were counted at, as text.
     """
 
     figures: Sequence[tuple[str, str, str, str]]
@@ -83,20 +84,20 @@ class Change:
 
 @dataclass(frozen=True)
 class Content:
-    """What the page tells.
+    """The contents of the page.
 
     Attributes:
-        document: The report of the export, as `model.report.json` has it.
+        document: The report of the export, as in `model.report.json`.
         costs: For each graph's file, rows of (part, nodes, FLOPs, bytes of weights, bytes of activations); or the
             reason why there are none.
-        at: For each graph's file the sizes that this was counted at.
-        graphs: For each graph's file its picture, an SVG to stand in the page.
-        routings: Of the gates.
-        commands: How to reproduce it.
-        versions: Of what made it, by name.
-        change: What the rewriting changed; why that is not known; or None if nobody asked.
-        timings: Rows of (what ran, how often, median in milliseconds); or why there are none.
-        machine: What was measured on.
+        at: For each graph's file the sizes that its costs were counted at.
+        graphs: For each graph's file its picture, as inline SVG.
+        routings: The pictures of the gates.
+        commands: The commands that reproduce the export and the comparison.
+        versions: The versions of the software that made the export, by name.
+        change: What the rewriting changed; the reason if there is no baseline export; None if none was asked for.
+        timings: Rows of (runner, number of runs, median in milliseconds); or the reason why there are none.
+        machine: The machine that the timings were measured on.
     """
 
     document: Mapping[str, Any]
@@ -126,7 +127,7 @@ _SECTIONS = (
 
 
 def page(content: Content) -> str:
-    """The page."""
+    """The page as an HTML document."""
     document = content.document
     title = f"{document['model']}: {document['verdict']}"
     bodies = dict(zip(_SECTIONS, _sections(content), strict=True))
@@ -168,7 +169,7 @@ def _sections(content: Content) -> Iterator[str]:
     yield "\n".join(_cost(file, found, content.at.get(file, "")) for file, found in content.costs.items())
     yield _time(content)
     yield _engines([engine for graph in graphs for engine in graph.get("engines", ())])
-    yield _again(content)
+    yield _reproduce(content)
 
 
 def _verification(graph: Mapping[str, Any]) -> Iterator[str]:
@@ -207,7 +208,7 @@ def _verdict(row: Mapping[str, Any]) -> str:
 
 
 def _number(value: Any) -> str:
-    known = isinstance(value, (int, float)) and not isnan(value)  # there is none for integers
+    known = isinstance(value, (int, float)) and not isnan(value)  # integer outputs have no error
     return f"{value:.2g}" if known else "-"
 
 
@@ -224,7 +225,7 @@ def _graph(graph: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[st
 
 
 def _figure(picture: str, name: str) -> str:
-    """A picture that may be wider than the page; who has no pointer scrolls it with the keys."""
+    """A picture that may be wider than the page; `tabindex` makes it scrollable with the keyboard."""
     return f'<figure class="wide" tabindex="0" aria-label="{escape(name)}">{picture}</figure>'
 
 
@@ -239,7 +240,7 @@ def _change(change: Change | str | None) -> str:
     parts = [_table(caption, heads, [list(map(escape, row)) for row in change.figures], numbers=(1, 2, 3))]
     if change.operators:
         rows = [[f"<code>{escape(name)}</code>", *map(escape, cells)] for name, *cells in change.operators]
-        table = _table("Operators of which one has more", heads, rows, numbers=(1, 2, 3))
+        table = _table("Operators that one graph has more of", heads, rows, numbers=(1, 2, 3))
         parts.append(f"<details><summary>{len(rows)} operators differ in number</summary>{table}</details>")
     return "\n".join([*parts, _figure(change.picture, "Before and after")])
 
@@ -306,16 +307,16 @@ def _engines(engines: Sequence[Mapping[str, Any]]) -> str:
     return _table("TensorRT engines", heads, rows, numbers=(2, 3)) if rows else ""
 
 
-def _again(content: Content) -> str:
+def _reproduce(content: Content) -> str:
     rows = [[escape(name), f"<code>{escape(value)}</code>"] for name, value in content.versions.items()]
     lines = "\n".join(map(escape, content.commands))
-    return f"<pre><code>{lines}</code></pre>\n{_table('Made by and of', ('what', 'version'), rows)}"
+    return f"<pre><code>{lines}</code></pre>\n{_table('Versions', ('software', 'version'), rows)}"
 
 
 def _table(
     caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()
 ) -> str:
-    """A table; cells are HTML, all else is text."""
+    """A table; the cells in `rows` are HTML, everything else is text. `numbers` are the columns to align right."""
     kinds = [' class="number"' if place in numbers else "" for place in range(len(heads))]
     head = "".join(
         f'<th scope="col"{kind}>{escape(name)}</th>' if name else "<td></td>"

@@ -1,4 +1,4 @@
-"""How to reproduce a run: its command, as an export and as a comparison, with every option that was given."""
+"""The commands that reproduce an export, a comparison or one case, with every option that was given."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from moe_export.options.option import Option
 from moe_export.options.table import options_of, typed
 
 _ALWAYS = ("opset", "seed")
-"""Typed even where they are the usual ones, which may change."""
+"""Options that are always written out, since their defaults may change."""
 _COMPARED = {"load", "comparison"}
 
 
 def reproduce_commands(model: str, graph: str, given: Mapping[str, Any]) -> list[str]:
-    """What to type for the same graphs, and to compare them again.
+    """The command for the same export, and the command to compare its graph again.
 
     Args:
-        model: `MODEL.PY[:CLASS]`.
-        graph: The file of the whole model.
-        given: The options of an export, by their names in Python.
+        model: The model as the user named it, `MODEL.PY[:CLASS]`.
+        graph: The file name of the whole model's graph.
+        given: The options of the export, by their names in Python; `opset` and `seed` among them.
     """
     exporting = options_of("export")
     own = (option for option in exporting if option.group != "Output")
@@ -36,10 +36,10 @@ def reproduce_commands(model: str, graph: str, given: Mapping[str, Any]) -> list
 
 
 def reproduce_command(graph: str, given: Mapping[str, Any]) -> str:
-    """What to type for one case of a comparison again, but for `--against`, the seed and the case.
+    """The command to run a case of a comparison again, without `--against`, `--seed` and `--case`.
 
     Args:
-        graph: What was compared.
+        graph: The candidate.
         given: The options of `verify`, by their names in Python.
     """
     return shlex.join(["moe-export", "verify", graph, *_words(compared(), given)])

@@ -1,6 +1,6 @@
-"""How long one run takes: the model in PyTorch, its graph in ONNX Runtime, in this process, at the example's sizes.
+"""Time the model in PyTorch and its graph in ONNX Runtime, in this process, at the example's sizes.
 
-A few runs, to put a figure beside another; `moe-export bench` measures each in a process of its own.
+A few runs for a rough comparison; `moe-export bench` measures each in a process of its own.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.simplify import as_numpy
 from moe_export.verify import Array, OnnxRuntimeRunner, Runner, TorchRunner
 
-_WARM_UP, _MOST, _SECONDS = 3, 50, 0.5
+_WARM_UP, _MOST, _SECONDS = 3, 50, 0.5  # unmeasured runs; measured runs, and seconds for them, at most
 
 
 def timings_of(subject: Subject, graph: Path, provider: str) -> list[tuple[str, int, float]]:
-    """Rows of (what ran, how often, the median in milliseconds).
+    """Rows of (runner, number of runs, median in milliseconds).
 
     Args:
         subject: The model.
         graph: Its graph, in float32.
-        provider: Where onnxruntime runs.
+        provider: Where onnxruntime runs, `cpu` or `cuda`.
 
     Raises:
-        Exception: Whatever an engine raises.
+        Exception: The model or onnxruntime failed.
     """
     inputs = {name: as_numpy(tensor) for name, tensor in subject.inputs.items()}
     model = TorchRunner(subject.call_named, subject.outputs, "PyTorch, eager")
@@ -50,7 +50,7 @@ def _measured(runner: Runner, inputs: Mapping[str, Array]) -> tuple[int, float]:
 
 
 def machine() -> str:
-    """The processor and its cores, as figures should be told with."""
+    """The processor, the number of its cores, and the system, to be shown beside timings."""
     name = platform.processor() or platform.machine()
     facts = Path("/proc/cpuinfo")
     if facts.is_file():
