@@ -1,1 +1,1 @@
-"""A graph to look at: laid out as a picture, beside another, in Netron."""
+"""Looking at graphs: one as a picture, two side by side, or one in Netron."""

@@ -1,8 +1,8 @@
-"""What differs between two graphs: how many nodes of each operator, weights, FLOPs, memory, inputs and outputs, names.
+"""The differences between two graphs: nodes of each operator, weights, FLOPs, memory, inputs and outputs, value names.
 
-Both run at the same sizes, those of the inputs that only one of them leaves free being the other's fixed ones; inputs
-are matched by name, or by position where the names differ. What is counted is that of the graph with its functions
-written out, the nodes in bodies of loops among them, each once.
+Both are measured at the same sizes: where one leaves a size free that the other fixes, the fixed size is used. Inputs
+are matched by name, or by position where the names differ. Graphs are counted with their functions inlined; a node in
+the body of a loop counts once.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ FIGURES = ("nodes", "parameters", "weight_bytes", "flops", "activation_bytes")
 
 @dataclass(frozen=True)
 class MeasuredGraph:
-    """One of two graphs.
+    """One of two graphs, and its counts.
 
     Attributes:
-        name: Of its file.
-        model: Its functions written out.
-        operators: How many nodes of each, `domain::Name` outside ONNX's own.
-        figures: `FIGURES`; None for what could not be counted.
-        sizes: Of its free dimensions, at which it was counted.
-        reason: Why FLOPs and memory are not known, if they are not.
-        uncounted: Operators whose FLOPs are not known.
+        name: The name of its file.
+        model: The graph, with its functions inlined.
+        operators: The number of nodes of each operator; `domain::Name` outside ONNX's own domain.
+        figures: The numbers in `FIGURES` by name; None for one that could not be counted.
+        sizes: The sizes of its free dimensions at which it was counted.
+        reason: Why FLOPs and memory are unknown; empty if they are known.
+        uncounted: Operators whose FLOPs are unknown.
     """
 
     name: str
@@ -51,12 +51,12 @@ class MeasuredGraph:
 
     @property
     def opsets(self) -> dict[str, int]:
-        """The versions of operator sets, by domain; `onnx` for ONNX's own."""
+        """The versions of its operator sets by domain; `onnx` is ONNX's own."""
         return {domain or "onnx": version for domain, version in sorted(self.model.opset_imports.items())}
 
     @property
     def values(self) -> set[str]:
-        """The names of what its nodes give, but for the graph's outputs."""
+        """The names of its nodes' values, except the graph's outputs."""
         return {
             value.name
             for node in self.model.graph
@@ -88,18 +88,20 @@ class Difference:
 
     @property
     def ports(self) -> dict[str, tuple[str | None, str | None]]:
-        """Inputs and outputs that differ, by name: before and after, None where there is none."""
+        """Inputs and outputs that differ, by name: their types before and after, None where a graph lacks it."""
         before, after = self.before.ports, self.after.ports
         renamed = _renamed(list(before), list(after))
-        told = {f"{old} → {new.partition(' ')[2]}": (before[old], after[new]) for old, new in renamed.items()}
+        pairs = {
+            f"{old} → {new.partition(' ')[2]}": (before[old], after[new]) for old, new in renamed.items()
+        }
         rest = dict.fromkeys(
             name for name in (*before, *after) if name not in renamed and name not in renamed.values()
         )
-        return told | {n: (before.get(n), after.get(n)) for n in rest if before.get(n) != after.get(n)}
+        return pairs | {n: (before.get(n), after.get(n)) for n in rest if before.get(n) != after.get(n)}
 
     @property
     def values(self) -> dict[str, list[str]]:
-        """Names of values that only one has, and how many both have; empty if they share none."""
+        """Names of values that only one graph has, and that both have; empty if they share none."""
         before, after = self.before.values, self.after.values
         if not before & after:
             return {}
@@ -134,10 +136,10 @@ def difference(before: Path, after: Path, sizes: Mapping[str, int]) -> Differenc
     Args:
         before: An ONNX file.
         after: Another.
-        sizes: Of free dimensions of either, by name. Default: 1 for `batch`, else 128.
+        sizes: Sizes of free dimensions of either graph, by name. The default is 1 for `batch`, else 128.
 
     Raises:
-        UsageError: A file is no ONNX model; or neither has a dimension of that name.
+        UsageError: A file is not an ONNX model, or neither graph has a dimension of that name.
     """
     old, new = read_graph(before)[0], read_graph(after)[0]
     known = {dim.name for model in (old, new) for dim in free_dims(model)}
@@ -153,7 +155,7 @@ def difference(before: Path, after: Path, sizes: Mapping[str, int]) -> Differenc
 
 
 def _sizes(model: ir.Model, other: ir.Model, asked: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of a graph's free dimensions: as asked, else as the other has them fixed, else as usual."""
+    """The sizes of a graph's free dimensions: the user's, else those that the other graph fixes, else the defaults."""
     free = free_dims(model)
     wanted = {dim.name: asked[dim.name] for dim in free if dim.name in asked}
     own, others = input_shapes(model), input_shapes(other)
@@ -167,7 +169,11 @@ def _sizes(model: ir.Model, other: ir.Model, asked: Mapping[str, int]) -> dict[s
 
 
 def usual_sizes(model: ir.Model, wanted: Mapping[str, int] | None = None) -> dict[str, int]:
-    """A size for each free dimension: as wanted, else 1 for `batch` and 128 for another, within what is right."""
+    """A size for each free dimension: the wanted one, else 1 for `batch` and 128 for others, within the graph's bounds.
+
+    Raises:
+        UsageError: The graph has no such dimension, or is not right at a wanted size.
+    """
     asked = {name: (size, size, size) for name, size in (wanted or {}).items()}
     return {name: found.best for name, found in complete_ranges(free_dims(model), asked).items()}
 
@@ -196,7 +202,7 @@ def _measured(path: Path, model: ir.Model, sizes: Mapping[str, int]) -> Measured
 def _cost(path: Path, model: ir.Model, sizes: Mapping[str, int]) -> tuple[Cost | None, str]:
     try:
         return cost_of(onnx.load(path), inputs_at(model, sizes)), ""
-    except Exception as error:  # whatever ONNX Runtime says of the graph
+    except Exception as error:  # ONNX Runtime may refuse the graph; its other counts are still shown
         return None, str(error).strip().splitlines()[0]
 
 
@@ -206,7 +212,7 @@ def _type_text(value: ir.Value) -> str:
 
 
 def _renamed(before: Sequence[str], after: Sequence[str]) -> dict[str, str]:
-    """Inputs and outputs that have another name in the other graph, by their place."""
+    """Old name → new name of renamed inputs and outputs, by position; empty if there are not as many of each."""
     if [name.partition(" ")[0] for name in before] != [name.partition(" ")[0] for name in after]:
         return {}
     return {
@@ -215,7 +221,7 @@ def _renamed(before: Sequence[str], after: Sequence[str]) -> dict[str, str]:
 
 
 def marks_of(own: Sketch, other: Sketch) -> dict[str, str]:
-    """What a picture says of the parts of one graph beside another: those that it alone has, and those that differ."""
+    """The marks of a graph's parts beside another graph, by key: `ONLY` if only this graph has it, else `DIFFERS`."""
     theirs = {part.same: part for part in other.parts}
     marks = {}
     for part in own.parts:
@@ -227,7 +233,7 @@ def marks_of(own: Sketch, other: Sketch) -> dict[str, str]:
 
 
 def listed(names: Iterable[str], most: int = 5) -> str:
-    """The first few of many names, and how many more there are."""
+    """The first `most` names, and the number of further ones: `a, b and 3 more`."""
     names = list(names)
     rest = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + rest

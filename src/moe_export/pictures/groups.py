@@ -1,11 +1,12 @@
-"""Which nodes of a graph a picture draws as one box: a module of the model, or nodes between modules.
+"""Group the nodes of a graph into the boxes of a picture: a module of the model, or nodes between modules.
 
-A node's module is read off its metadata (ours, or those of torch's exporter), or off a name with slashes. Modules are
-boxes from the outside in: containers are opened, then the largest module, again and again, so long as the picture stays
-small. Nodes of a module that was opened, and of none, are boxes of their own, together where one feeds the next.
+A node's module is read from its metadata (ours, or those of torch's exporter), or from a name with slashes. Modules are
+opened from the outside in: containers first, then the largest module, repeatedly, as long as the picture stays small.
+The nodes that belong directly to an opened module, or to none, get boxes of their own, shared by nodes that feed each
+other.
 
-No two boxes feed each other: a node that would close a circle begins another box of its module.
-What only computes sizes (`Shape`, and what follows from it) is no box, and leads to none.
+The boxes form no cycle: a node that would close one begins another box of its module. Nodes that only compute sizes
+(`Shape`, and what follows from it) get no box and no edges.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from moe_export.export.onnx.provenance import BLOCK, MODULE
 from moe_export.export.torch_compat.metadata import module_of, scopes_of
 
 MANY = 24
-"""Boxes, at about so many of which no more modules are opened."""
-_MOST, _SMALL = 40, 8
+"""The number of boxes up to which modules are opened."""
+_MOST, _SMALL = 40, 8  # boxes, if a pure container is opened; nodes up to which a module is never opened
 _SIZES = {"Shape", "Size"}
 _OF_SIZES = {
     "Gather", "Concat", "Slice", "Squeeze", "Unsqueeze", "Add", "Sub", "Mul", "Div", "Mod", "Cast", "Max", "Min",
@@ -36,10 +37,11 @@ class Group:
     """Nodes that are drawn as one box.
 
     Attributes:
-        path: Of the module; "" for nodes of none.
-        whole: It is a module, or all of it that is in one piece; not nodes of one that was opened.
-        nodes: In the graph's order.
-        sizes: Nodes of the module that compute sizes only: counted, not linked.
+        path: The path of the module; "" for nodes of none.
+        whole: True for a closed module, or a part of one that was split to avoid a cycle; False for nodes directly in
+            an opened module.
+        nodes: Its nodes, in the graph's order.
+        sizes: Nodes of the module that only compute sizes: counted, but not linked.
     """
 
     path: str
@@ -49,10 +51,10 @@ class Group:
 
 
 def path_of(node: ir.Node) -> tuple[str, ...] | None:
-    """The module of a node, outermost part first; a block of experts or a recurrence is the innermost one.
+    """The module path of a node, outermost name first; a block of experts or a recurrence counts as the innermost one.
 
     Returns:
-        None if the node tells nothing; () for a node of no module within the model.
+        The path; () for a node of no module within the model; None if the node does not say.
     """
     facts = node.metadata_props
     kind, _, owner = facts.get(BLOCK, "").partition(":")
@@ -68,14 +70,14 @@ def path_of(node: ir.Node) -> tuple[str, ...] | None:
 
 
 def paths_of(nodes: Sequence[ir.Node]) -> dict[ir.Node, tuple[str, ...]]:
-    """The module of each node; one that tells nothing is of the module that all its neighbours are in."""
-    told = {node: path_of(node) for node in nodes}
+    """The module of each node; a node that does not say belongs to the innermost module around all its neighbours."""
+    stated = {node: path_of(node) for node in nodes}
     found: dict[ir.Node, tuple[str, ...]] = {}
     for node in nodes:
-        own = told[node]
+        own = stated[node]
         if own is None:
             makers = [found.get(maker) for maker in map(ir.Value.producer, reads(node)) if maker is not None]
-            readers = [told.get(use.node) for value in node.outputs for use in value.uses()]
+            readers = [stated.get(use.node) for value in node.outputs for use in value.uses()]
             around = [path for path in (*makers, *readers) if path is not None]
             own = _common(around) if around else ()
         found[node] = own
@@ -92,7 +94,7 @@ def _common(paths: Sequence[tuple[str, ...]]) -> tuple[str, ...]:
 
 
 def sizes_of(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that compute sizes, from sizes and constants only."""
+    """The nodes that compute sizes, from sizes and constants only: `Shape`, `Size` and arithmetic on them."""
     found: set[ir.Node] = set()
     for node in graph:
         taken = [value.producer() for value in node.inputs if value is not None]
@@ -108,16 +110,16 @@ def _reads_input(node: ir.Node) -> bool:
 
 
 def knows_modules(graph: ir.Graph) -> bool:
-    """Whether the nodes tell modules at all."""
+    """Whether any node says which module it belongs to."""
     return any(path_of(node) for node in graph)
 
 
 def groups_of(graph: ir.Graph, opened: Collection[tuple[str, ...]] | None = None) -> list[Group]:
-    """The boxes of a graph at block level, in an order in which every edge leads forward.
+    """The boxes of a graph at block level, in topological order.
 
     Args:
         graph: The graph.
-        opened: Modules whose parts are boxes, each with those around it. Default: `opened_of(graph)`.
+        opened: Modules that are opened; all modules around them must be, too. The default is `opened_of(graph)`.
     """
     nodes = _drawn(graph)
     chosen = set(opened_of(graph) if opened is None else opened) | {()}
@@ -132,7 +134,7 @@ def groups_of(graph: ir.Graph, opened: Collection[tuple[str, ...]] | None = None
 
 
 def opened_of(graph: ir.Graph) -> set[tuple[str, ...]]:
-    """The modules that are opened, so that about `MANY` boxes are shown."""
+    """The modules to open, so that about `MANY` boxes are shown."""
     nodes = _drawn(graph)
     paths = paths_of(nodes)
     sizes = Counter(path[:length] for path in paths.values() for length in range(1, len(path) + 1))
@@ -158,7 +160,7 @@ def _drawn(graph: ir.Graph) -> list[ir.Node]:
 
 
 def _shown(paths: Iterable[tuple[str, ...]], opened: set[tuple[str, ...]]) -> list[tuple[str, ...]]:
-    """The modules that are boxes now."""
+    """The modules that are closed boxes if `opened` are opened."""
     return list(dict.fromkeys(path[: len(_opened(path, opened)) + 1] for path in paths if path not in opened))
 
 
@@ -174,7 +176,7 @@ def _grouped(
     nodes: Sequence[ir.Node], paths: dict[ir.Node, tuple[str, ...]], opened: set[tuple[str, ...]]
 ) -> list[Group]:
     groups: list[Group] = []
-    above: list[int] = []  # the groups that lead to each, as bits
+    above: list[int] = []  # for each group the bit set of its ancestors, to find cycles
     last: dict[_Key, int] = {}
     home: dict[ir.Node, int] = {}
     for node in nodes:

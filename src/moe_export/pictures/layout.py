@@ -1,12 +1,13 @@
-"""Where the boxes and lines of a graph's picture go: in layers, from top to bottom.
+"""A layered layout, from top to bottom, of the boxes and lines of a graph's picture.
 
-    layers ─▶ points on the way of long edges ─▶ order within a layer ─▶ across ─▶ down
+    layers ─▶ bends of long edges ─▶ order within a layer ─▶ x coordinates ─▶ y coordinates
 
-*Layers*: a box lies below all that it reads, by the longest way; what no input leads to moves down to its readers.
-Between two layers of boxes lies a layer of labels, so that a label has a place of its own, and covers nothing.
-*Order*: by the mean place of the neighbours, up and down in turn; the order with the fewest crossings is kept.
-*Across*: each layer as near to its neighbours as the order and the distances allow, which is an isotonic regression;
-then items that follow one another, first of all the bends of an edge, get the same place where there is room.
+*Layers*: a box lies below everything that it reads, by the longest path; boxes that no input leads to move down to
+their readers. Between two layers of boxes lies a layer of labels, so that no label covers anything.
+*Order*: by the mean position of the neighbours, downwards and upwards by turns; the order with the fewest crossings is
+kept.
+*x coordinates*: each layer is put as near to its neighbours as the order and the gaps allow, which is an isotonic
+regression; then successive items, the bends of an edge above all, are aligned where there is room.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from itertools import accumulate, pairwise
 
 Point = tuple[float, float]
 _APART, _BESIDE = 26.0, 14.0  # between boxes; beside the line of a long edge
-_GAP, _MOST_GAP = 13.0, 44.0
-_TURNS, _SWEEPS, _ROUNDS = 12, 40, 6
-_MOST_STEPS = 1_000_000  # of one item; a very large picture gets fewer sweeps
+_GAP, _MOST_GAP = 13.0, 44.0  # between layers, where all edges go straight down; where they go far sideways
+_ORDERINGS, _SWEEPS, _ROUNDS = 12, 40, 6  # iterations over the order; over x coordinates; over alignments
+_MOST_STEPS = 1_000_000  # moves of single items; a very large picture gets fewer sweeps
 _SLOT = 16.0  # between the ends of two edges at a box
 
 
 @dataclass(frozen=True)
 class Box:
-    """Something to place.
+    """A box to place.
 
     Attributes:
-        key: Its own.
+        key: A unique key.
         width, height: In pixels.
-        top: It stays in the first layer.
+        top: Whether it stays in the first layer.
     """
 
     key: str
@@ -42,7 +43,7 @@ class Box:
 
 @dataclass(frozen=True)
 class Edge:
-    """A line from one box to another, with room for a label of this size; the boxes' keys."""
+    """A line between two boxes, by their keys, with room for a label of `width` × `height` pixels."""
 
     source: str
     target: str
@@ -52,13 +53,13 @@ class Edge:
 
 @dataclass(frozen=True)
 class Placed:
-    """A layout.
+    """A layout, in pixels; its upper left corner is (0, 0).
 
     Attributes:
-        boxes: Centre of each box, by key.
-        lines: For each edge the points that it goes through, from its source's lower side to its target's upper one.
+        boxes: The centre of each box, by key.
+        lines: For each edge the points that it goes through, from its source's lower edge to its target's upper edge.
         labels: For each edge the centre of its label.
-        width, height: Of all of it; it begins at (0, 0).
+        width, height: The size of the whole layout.
     """
 
     boxes: Mapping[str, Point]
@@ -87,8 +88,8 @@ def place(boxes: Sequence[Box], edges: Sequence[Edge]) -> Placed:
     """Place boxes and the edges between them.
 
     Args:
-        boxes: In an order in which every edge leads forward.
-        edges: Between these boxes, no two from and to the same ones.
+        boxes: The boxes in topological order.
+        edges: The edges between them, at most one for each pair of boxes.
     """
     ranks = _ranks(boxes, edges)
     items = {box.key: _Item(2 * ranks[box.key], box.width, box.height, True) for box in boxes}
@@ -133,7 +134,7 @@ def _ranks(boxes: Sequence[Box], edges: Sequence[Edge]) -> dict[str, int]:
 
 
 def _chain(source: _Item, target: _Item, edge: Edge) -> list[_Item]:
-    """An edge as items, one a layer: its ends, its label in the layer below its source, and bends."""
+    """An edge as one item per layer: its ends, its label in the layer below its source, and bends."""
     chain = [source]
     for layer in range(source.layer + 1, target.layer):
         is_label = layer == source.layer + 1
@@ -147,11 +148,11 @@ def _chain(source: _Item, target: _Item, edge: Edge) -> list[_Item]:
 
 
 def _order(layers: list[list[_Item]]) -> None:
-    """Sort each layer, in place, for few crossings."""
+    """Sort each layer in place, so that few edges cross."""
     _number(layers)
     best, fewest = [list(layer) for layer in layers], _crossings(layers)
-    for turn in range(_TURNS):
-        down = turn % 2 == 0
+    for iteration in range(_ORDERINGS):
+        down = iteration % 2 == 0
         for layer in layers if down else reversed(layers):
             layer.sort(key=lambda item: _middle(item.above if down else item.below, item.place))
             _number([layer])
@@ -206,7 +207,7 @@ def _across(layers: Sequence[Sequence[_Item]]) -> None:
 
 
 def _spines(layers: Sequence[Sequence[_Item]]) -> list[list[_Item]]:
-    """Items that are to be right below one another: each with its middle neighbour above, none across another pair."""
+    """Chains of items to be aligned: each item with its middle neighbour above, such that no two chains cross."""
     spine_of: dict[_Item, list[_Item]] = {}
     for layer in layers:
         last = -1
@@ -214,7 +215,7 @@ def _spines(layers: Sequence[Sequence[_Item]]) -> list[list[_Item]]:
         for item in layer:
             above = sorted(item.above, key=lambda other: other.place)
             middles = above[(len(above) - 1) // 2 : len(above) // 2 + 1]
-            middles.sort(key=lambda other: -len(spine_of.get(other, ())))  # of two the longer spine goes on
+            middles.sort(key=lambda other: -len(spine_of.get(other, ())))  # of two, prefer the longer spine
             for other in middles:
                 taken = other in spine_of and spine_of[other][-1] is not other
                 crosses = not low[item.place] <= other.place <= high[item.place]
@@ -227,7 +228,10 @@ def _spines(layers: Sequence[Sequence[_Item]]) -> list[list[_Item]]:
 
 
 def _limits(layer: Sequence[_Item]) -> tuple[list[float], list[float]]:
-    """For each item of a layer: between which places above may it be, for no edge between two bends to be crossed."""
+    """For each item, the least and greatest place in the layer above that it can be aligned with.
+
+    An alignment must not cross an edge between two bends.
+    """
     ends = [None if item.is_box or item.above[0].is_box else item.above[0].place for item in layer]
     low = list(accumulate((-1.0 if end is None else end for end in ends), max))
     high = list(accumulate((float("inf") if end is None else end for end in reversed(ends)), min))[::-1]
@@ -235,7 +239,7 @@ def _limits(layer: Sequence[_Item]) -> tuple[list[float], list[float]]:
 
 
 def _straighten(spine: Sequence[_Item], layers: Sequence[Sequence[_Item]]) -> None:
-    """Give items of a spine the same x, run by run, as long as their neighbours leave room for it."""
+    """Give successive items of a spine the same x, as far as their neighbours leave room for it."""
     run: list[_Item] = []
     low, high = float("-inf"), float("inf")
     for item in spine:
@@ -249,7 +253,7 @@ def _straighten(spine: Sequence[_Item], layers: Sequence[Sequence[_Item]]) -> No
 
 
 def _align(run: Sequence[_Item], low: float, high: float) -> None:
-    """Bends come as near to what they connect as there is room; boxes stay about where they are."""
+    """Give a run the same x between `low` and `high`: near the ends of the edge for bends, else near its mean x."""
     if low <= high:
         ends = [*run[0].above, *run[-1].below] if not any(item.is_box for item in run) else run
         x = min(high, max(low, sum(item.x for item in ends) / len(ends)))
@@ -258,7 +262,7 @@ def _align(run: Sequence[_Item], low: float, high: float) -> None:
 
 
 def _room(item: _Item, layer: Sequence[_Item]) -> tuple[float, float]:
-    """Between which places an item may move."""
+    """The least and greatest x of an item between its neighbours in the layer."""
     low, high = float("-inf"), float("inf")
     if item.place:
         left = layer[item.place - 1]
@@ -278,7 +282,7 @@ def _gaps(layer: Sequence[_Item]) -> list[float]:
 
 
 def _wanted(item: _Item, up: bool, down: bool) -> tuple[float, float]:
-    """Where an item would lie by its neighbours, and how much it matters: long edges are to be straight."""
+    """The mean x of an item's neighbours, and its weight; bends weigh more, so that long edges become straight."""
     around = [*(item.above if up else ()), *(item.below if down else ())]
     if not around:
         return item.x, 0.05
@@ -288,11 +292,14 @@ def _wanted(item: _Item, up: bool, down: bool) -> tuple[float, float]:
 
 
 def _fitted(wanted: Sequence[tuple[float, float]], gaps: Sequence[float]) -> list[float]:
-    """The places nearest to the wanted ones, by weighted squares, that keep the order and the gaps."""
+    """The x coordinates nearest to the wanted ones, by weighted least squares, that keep the order and the gaps.
+
+    Pool adjacent violators: items that would violate a gap are merged into a pool, and moved to its weighted mean.
+    """
     offsets = [0.0]
     for gap in gaps:
         offsets.append(offsets[-1] + gap)
-    pools: list[tuple[float, float, int]] = []  # mean, weight, how many
+    pools: list[tuple[float, float, int]] = []  # mean, weight, number of items
     for (x, weight), offset in zip(wanted, offsets, strict=False):
         mean, total, count = x - offset, weight, 1
         while pools and pools[-1][0] > mean:
@@ -305,7 +312,7 @@ def _fitted(wanted: Sequence[tuple[float, float]], gaps: Sequence[float]) -> lis
 
 
 def _down(layers: Sequence[Sequence[_Item]]) -> float:
-    """Give every item its y; the height of all. A gap grows with the way that edges go sideways in it."""
+    """Give every item its y, and return the total height. A gap grows with the sideways distance of its edges."""
     y = 0.0
     for layer in layers:
         height = max((item.height for item in layer), default=0.0)
@@ -319,7 +326,7 @@ def _down(layers: Sequence[Sequence[_Item]]) -> float:
 def _lines(
     chains: Sequence[Sequence[_Item]], layers: Sequence[Sequence[_Item]]
 ) -> tuple[tuple[Point, ...], ...]:
-    """The points of each edge: beside a box that it passes it goes straight down."""
+    """The points of each edge; beside a box that it passes, it goes straight down."""
     tall = {
         item: max(other.height for other in layer) / 2
         for layer in layers
@@ -340,7 +347,10 @@ def _lines(
 
 
 def _slots(ends: Sequence[tuple[_Item, float, int]]) -> dict[int, float]:
-    """Where along its box each edge begins or ends, relative to the box's middle, in the order of where it leads."""
+    """For each edge, by number, the offset of its end from the middle of its box, in the order of where edges lead.
+
+    The edge to the item nearest to the box's middle starts at the middle if that lies straight below or above.
+    """
     groups: dict[_Item, list[tuple[float, int]]] = {}
     for box, x, number in ends:
         groups.setdefault(box, []).append((x, number))

@@ -1,7 +1,7 @@
-"""A graph as an SVG picture: boxes and lines, light or dark as its reader has it; no script, no font of its own.
+"""A graph as an SVG picture of boxes and lines, light or dark as the reader prefers, without scripts or fonts.
 
-What a box is shows by its outline and its words, not by its colour alone. Every box and every line has a `<title>`,
-which browsers show when one points at it, and screen readers say.
+Boxes are told apart by outline and text, not by colour alone. Every box and every line has a `<title>`, which browsers
+show on hover and screen readers read out.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ Marks = Mapping[str, str]
 
 @dataclass(frozen=True)
 class _Column:
-    """One graph of a picture, placed."""
+    """One graph of a picture, with its layout."""
 
     sketch: Sketch
     placed: Placed
@@ -78,16 +78,16 @@ class _Column:
 def svg_of(
     sketches: Sequence[Sketch], marks: Sequence[Marks] = (), ident: str = "graph", head: Sequence[str] = ()
 ) -> str:
-    """One picture of one graph, or of several side by side.
+    """A picture of one graph, or of several side by side.
 
     Args:
-        sketches: What to show.
-        marks: For each sketch, what is said of some of its parts, by key: `only here`, or `differs`.
-        ident: Begins the picture's ids, so that several fit into one page.
-        head: Words over each graph, such as `before`.
+        sketches: The graphs to show.
+        marks: For each sketch, the marks of some of its parts, by key: `only here` or `differs`.
+        ident: The prefix of the picture's ids, so that a page can hold several pictures.
+        head: A word above each graph, such as `before`.
 
     Returns:
-        An SVG document without an XML declaration, to be written as UTF-8 or put into a page.
+        An SVG document without an XML declaration, to be written as UTF-8 or put into an HTML page.
     """
     marks = marks or [{}] * len(sketches)
     columns = [_column(sketch, mark) for sketch, mark in zip(sketches, marks, strict=True)]
@@ -134,7 +134,7 @@ def _column(sketch: Sketch, marks: Marks) -> _Column:
 
 
 def text_width(text: str, size: float) -> float:
-    """About how wide text is, in pixels: no font is at hand, so rather more than less."""
+    """The approximate width of text in pixels; no font is available to measure it, so it is rather over-estimated."""
     ems = sum(
         0.36 if char in _NARROW else 0.9 if char in _WIDE else 0.7 if char.isupper() else 0.6 for char in text
     )
@@ -186,7 +186,7 @@ def _draw(column: _Column, left: float, word: str) -> list[str]:
 
 
 def _path(line: Sequence[Point]) -> str:
-    """A curve that leaves and enters every point straight down."""
+    """An SVG path through the points of a line, vertical at every point."""
     (x, y), *rest = line
     steps = [f"M{x:.1f} {y:.1f}"]
     for to, below in rest:
@@ -230,7 +230,7 @@ def _class(mark: str) -> str:
 
 
 def _legend(columns: Sequence[_Column]) -> tuple[list[str], float]:
-    """The kinds of boxes that are there, each with its name; and how wide that is."""
+    """A legend of the kinds of boxes in the picture, as SVG, and its width in pixels."""
     kinds = [
         "input" if part.kind == "output" else part.kind for each in columns for part in each.sketch.parts
     ]
@@ -246,5 +246,5 @@ def _legend(columns: Sequence[_Column]) -> tuple[list[str], float]:
 
 
 def _text(text: str) -> str:
-    """Text as XML takes it: escaped, and without the characters that XML has none for."""
+    """Text escaped for XML, with characters that XML does not allow replaced by U+FFFD."""
     return escape(_NO_XML.sub("\ufffd", text))

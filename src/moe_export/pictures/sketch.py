@@ -1,7 +1,8 @@
-"""What a picture of a graph shows, before anything has a place: parts, links between them, and what they say.
+"""What a picture of a graph shows, before layout: parts, the links between them, and their texts.
 
-A part is a node (`nodes`) or a module (`blocks`) of the graph, an input or an output of it. Weights are no parts: the
-part that reads them says so. A link is all that one part gives to another, and tells the shapes.
+A part is a node (`nodes`) or a module (`blocks`) of the graph, or one of its inputs or outputs. Weights are not parts;
+they are listed on the part that reads them. A link stands for all values from one part to another, and shows their
+shapes.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from moe_export.pictures.groups import Group, groups_of, knows_modules, sizes_of
 Level = Literal["blocks", "nodes"]
 Kind = Literal["input", "output", "module", "experts", "recurrence", "loose"]
 FEW = 60
-"""Nodes up to which each is drawn."""
+"""The number of nodes up to which each node is drawn by default."""
 MOST = 1500
+"""The number of nodes above which drawing each node is refused."""
 _TELLING = (
     "Einsum", "Scan", "Loop", "If", "MatMul", "Gemm", "Conv", "TopK", "Softmax", "ScatterND", "Gather", "Attention",
     "LayerNormalization", "RMSNormalization", "MoE", "TRT_MoE",
 )  # fmt: skip
-"""Operators that say what a module does, named first."""
-_LONG = 30
+"""Operators that show what a module does; they are named first."""
+_LONG = 30  # characters of the end of a title; with 8 more a text fits as it is
 
 
 @dataclass(frozen=True)
@@ -37,12 +39,12 @@ class Part:
     """A box of the picture.
 
     Attributes:
-        key: Its own.
-        kind: Decides how it looks.
-        title, lines: What it says.
-        about: More, for a reader who points at it.
-        same: What makes it the same part in another graph.
-        operators: How many nodes of each operator are in it, bodies included.
+        key: A key that is unique in the sketch.
+        kind: The kind of box, which decides its style.
+        title, lines: Its text.
+        about: The text shown on hover.
+        same: A key that the corresponding part of another graph has, too.
+        operators: The number of nodes of each operator in it, bodies included.
     """
 
     key: str
@@ -56,7 +58,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Link:
-    """A line of the picture: from part to part, by key; `label` at most once for what one part gives."""
+    """A line of the picture, between two parts.
+
+    Attributes:
+        source, target: The parts' keys.
+        label: The shape of the first value that no earlier link from `source` shows; "" if there is none.
+        about: The text shown on hover: names, types and shapes of all values.
+        sizes: Whether all values are sizes.
+    """
 
     source: str
     target: str
@@ -67,13 +76,13 @@ class Link:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What a picture shows.
+    """What a picture of one graph shows.
 
     Attributes:
-        title, subtitle: Of the picture.
-        parts: In an order in which links lead forward.
-        links: Between them.
-        level: Of detail.
+        title, subtitle: The two lines above the graph.
+        parts: The boxes, in topological order.
+        links: The lines between them.
+        level: The level of detail.
     """
 
     title: str
@@ -86,16 +95,16 @@ class Sketch:
 def sketch_of(
     model: ir.Model, title: str, level: Level | None = None, opened: Collection[tuple[str, ...]] | None = None
 ) -> Sketch:
-    """What a picture of a model shows.
+    """The sketch of a model.
 
     Args:
-        model: Its functions are written out.
-        title: Of the picture.
-        level: Default: nodes for a graph of at most `FEW`, or one that tells no modules; else blocks.
-        opened: Modules whose parts are blocks  [chosen so that the picture is neither empty nor full].
+        model: The model, with its functions inlined.
+        title: The title of the picture.
+        level: The default is nodes for a graph of at most `FEW` nodes or without modules, else blocks.
+        opened: Modules that are opened at the level of blocks. The default is `opened_of(model.graph)`.
 
     Raises:
-        UsageError: Too many nodes to draw each.
+        UsageError: The graph has more than `MOST` nodes at the level of nodes.
     """
     graph = model.graph
     nodes = [node for node in graph if node.op_type != "Constant"]
@@ -105,7 +114,7 @@ def sketch_of(
         hint = (
             "--level blocks"
             if knows_modules(graph)
-            else "its nodes tell no modules that could be drawn instead"
+            else "its nodes name no modules that could be drawn instead"
         )
         raise UsageError(f"{title}: {len(nodes)} nodes are too many for a picture ({MOST})", hint=hint)
     groups = [Group("", False, [node]) for node in nodes] if level == "nodes" else groups_of(graph, opened)
@@ -127,12 +136,15 @@ def sketch_of(
 
 
 def count_of(values: Iterable[ir.Value]) -> int:
-    """How many numbers weights hold; constants of a single dimension are sizes, axes, and the like."""
+    """The number of elements of all weights among `values`."""
     return sum(prod(_sizes(value)) for value in values if is_weight(value))
 
 
 def is_weight(value: ir.Value) -> bool:
-    """Whether a value is a trained tensor, by its type: floats, or anything of two dimensions and more."""
+    """Whether an initializer is a weight: floats of one dimension or more, or any type of two dimensions or more.
+
+    One-dimensional integers are sizes, axes and the like.
+    """
     tensor = value.const_value
     if tensor is None:
         return False
@@ -145,7 +157,7 @@ def _sizes(value: ir.Value) -> tuple[int, ...]:
 
 
 def shape_text(value: ir.Value) -> str:
-    """`batch × seq × 32`; "" where the shape is not known, `scalar` where there is none."""
+    """A shape as `batch × seq × 32`; `scalar` for rank 0, "" for an unknown shape."""
     if value.shape is None:
         return ""
     sizes = [str(size) if isinstance(size, int) else size.value or "?" for size in value.shape]
@@ -226,7 +238,7 @@ def _block_lines(group: Group, operators: Counter[str]) -> list[str]:
 
 
 def _results(group: Group) -> list[ir.Value]:
-    """What a group gives to others, those with a name of the model's first."""
+    """The values of a group that others read: those named by the model first, then those with generated names."""
     own = {inner for node in group.nodes for inner in with_inner(node)}
     found = [
         value
@@ -267,12 +279,12 @@ def _about(group: Group, operators: Counter[str], title: str) -> str:
 
 
 def _short(text: str) -> str:
-    """Not too long for a box: the end of a path tells the most."""
+    """A text shortened in the middle to fit a box: the end of a path says the most."""
     return text if len(text) <= _LONG + 8 else f"{text[:8]}…{text[-_LONG:]}"
 
 
 def _links(graph: ir.Graph, named: Sequence[tuple[Group, Part]], level: Level) -> Iterable[Link]:
-    """The links, each pair of parts once."""
+    """The links, one for each pair of parts."""
     home = {node: part.key for group, part in named for node in group.nodes}
     sizes = sizes_of(graph)
     given: dict[tuple[str, str], list[ir.Value]] = {}
@@ -294,14 +306,14 @@ def _links(graph: ir.Graph, named: Sequence[tuple[Group, Part]], level: Level) -
                 add(value, part.key)
     for number, value in enumerate(graph.outputs):
         add(value, f"out {number}")
-    told: set[tuple[str, ir.Value]] = set()
+    labelled: set[tuple[str, ir.Value]] = set()
     for (source, target), values in given.items():
         fresh = [
             value
             for value in values
-            if (source, value) not in told and value.producer() not in sizes and shape_text(value)
+            if (source, value) not in labelled and value.producer() not in sizes and shape_text(value)
         ]
-        told.update((source, value) for value in fresh)
+        labelled.update((source, value) for value in fresh)
         label = shape_text(fresh[0]) if fresh else ""
         if len(fresh) > 1:
             label += f"  +{len(fresh) - 1}"

@@ -1,8 +1,8 @@
-"""Serve Netron for one graph: on the loopback address, offline.
+"""Serve Netron for one graph, on the loopback address, offline.
 
-Netron is a web page that comes as files of its package. They are served as they are, but for two things: the page is
-told which graph to open, and may fetch from here only (Content-Security-Policy), so that it neither asks where its
-reader is nor reports what it is used for.
+Netron is a web page in the files of its package. They are served unchanged but for two things: the page gets the graph
+to open in its metadata, and a Content-Security-Policy that allows requests to this server only, so that it neither
+looks up the user's location nor reports usage.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Viewer:
     """A server that shows one graph until it is stopped.
 
     Args:
-        graph: The file; what lies beside it is served only if its name begins with the graph's (external data).
-        port: 0 for a free one.
+        graph: The file. Files beside it are served only if their names begin with its name (external data).
+        port: The port; 0 for any free one.
 
     Raises:
-        OSError: The port is taken.
+        OSError: The port is in use.
     """
 
     def __init__(self, graph: Path, port: int = 0) -> None:
@@ -43,22 +43,22 @@ class Viewer:
 
     @property
     def url(self) -> str:
-        """Where the graph is to be seen."""
+        """The address of the page that shows the graph."""
         return f"http://{HOST}:{self._server.server_address[1]}"
 
     def wait(self) -> None:
-        """Return when the server ends."""
+        """Wait until the server stops."""
         while self._thread.is_alive():
             self._thread.join(0.5)
 
     def stop(self) -> None:
-        """End the server."""
+        """Stop the server and close its port."""
         self._server.shutdown()
         self._server.server_close()
 
 
 class _Handler(http.server.BaseHTTPRequestHandler):
-    """Netron's own files, and the graph's under `/data/`."""
+    """Serves Netron's own files, and the graph and its external data under `/data/`."""
 
     protocol_version = "HTTP/1.1"
     _types: ClassVar[dict[str, str]] = {".js": "text/javascript", ".onnx": "application/octet-stream"}
@@ -83,7 +83,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
         self.send_header("Content-Type", kind)
         self.send_header("Content-Length", str(len(content)))
         self.send_header("Content-Security-Policy", _POLICY)
-        self.send_header("Set-Cookie", "consent=0; SameSite=Strict")  # there is nothing to consent to
+        self.send_header("Set-Cookie", "consent=0; SameSite=Strict")  # skips Netron's cookie dialog
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
@@ -91,7 +91,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     do_HEAD = do_GET  # noqa: N815 (names of the base class)
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing: the terminal belongs to the command."""
+        """Log nothing: the terminal belongs to the command."""
 
     def _data(self, name: str) -> Path | None:
         own = name == Path(name).name and name.startswith(self._graph.name)
@@ -100,11 +100,11 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
     def _page(self, page: str) -> str:
         name = quote(self._graph.name)
-        told = (
+        tags = (
             f'<meta name="type" content="Python"><meta name="version" content="{_UNPACKAGED}">'
             f'<meta name="file" content="/data/{name}"><meta name="identifier" content="{name}">'
         )
-        return _VERSION.sub(lambda _: told, page, count=1)
+        return _VERSION.sub(lambda _: tags, page, count=1)
 
 
 def _page_file(path: str) -> Path | None:
