@@ -120,7 +120,7 @@ def test_the_verdict_stands_first_and_in_words(verdict):
 
 def test_what_is_not_known_is_told_with_its_reason():
     outline = follows_the_rules(page(replace(content(), change=NASTY, timings=NASTY)))
-    assert f"Without any rewriting there is no graph: {NASTY}" in "".join(outline.texts)
+    assert f"There is no baseline export to compare with: {NASTY}" in "".join(outline.texts)
     assert "Time" in outline.texts
     nobody_asked = follows_the_rules(page(replace(content(), change=None, timings=())))
     assert not {"Before and after", "Time"} & set(nobody_asked.texts)

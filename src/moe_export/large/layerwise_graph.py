@@ -74,7 +74,7 @@ class CutGraph:
         self._inputs = {value.name for value in self._proto.graph.input} - self._large
         self._small = {tensor.name: tensor for tensor in self._proto.graph.initializer}
         self._nodes = list(self._proto.graph.node)
-        self._of = [self._block_of(node) for node in self._nodes]
+        self._owner = [self._block_of(node) for node in self._nodes]
         self._maker = {name: at for at, node in enumerate(self._nodes) for name in node.output if name}
         self._reads = [tuple(reads(node)) for node in self._nodes]
         self._types = {
@@ -93,7 +93,7 @@ class CutGraph:
         known = set(self._inputs)
         for block in self._blocks:
             gives = self._leaving(block)
-            inside = [at for at, mine in enumerate(self._of) if mine == block]
+            inside = [at for at, owner in enumerate(self._owner) if owner == block]
             if not inside:
                 yield Part(block, block, (), (), ())
                 continue
@@ -101,7 +101,7 @@ class CutGraph:
                 name
                 for at in inside
                 for name in self._reads[at]
-                if name in self._maker and self._of[self._maker[name]] != block and name not in known
+                if name in self._maker and self._owner[self._maker[name]] != block and name not in known
             }
             if entering:
                 yield self._part(f"before {block}", block, sorted(entering), known)
@@ -163,12 +163,14 @@ class CutGraph:
         """Values of a block that are read outside it or are outputs of the graph."""
         found = [
             name
-            for at, mine in enumerate(self._of)
-            if mine != block
+            for at, owner in enumerate(self._owner)
+            if owner != block
             for name in self._reads[at]
-            if name in self._maker and self._of[self._maker[name]] == block
+            if name in self._maker and self._owner[self._maker[name]] == block
         ]
-        own = [name for name in self.outputs if name in self._maker and self._of[self._maker[name]] == block]
+        own = [
+            name for name in self.outputs if name in self._maker and self._owner[self._maker[name]] == block
+        ]
         return list(dict.fromkeys([*found, *own]))
 
     def _part(self, name: str, block: str, gives: Sequence[str], known: set[str]) -> Part:

@@ -32,8 +32,8 @@ class WideProducts(OperatorMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        instead = _INSTEAD.get(func)
-        found = instead(*args, **(kwargs or {})) if instead is not None else None
+        replacement = _REPLACEMENTS.get(func)
+        found = replacement(*args, **(kwargs or {})) if replacement is not None else None
         return func(*args, **(kwargs or {})) if found is None else found
 
 
@@ -93,7 +93,7 @@ def _product(x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> tor
     return found
 
 
-_INSTEAD: dict[Any, Callable[..., Any]] = {
+_REPLACEMENTS: dict[Any, Callable[..., Any]] = {
     _aten.mm.default: _mm,
     _aten.addmm.default: _addmm,
     _aten.bmm.default: _bmm,

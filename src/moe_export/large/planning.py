@@ -108,7 +108,7 @@ def _split(counted: Counted, memory: int, ranks: int, batch: str | None) -> Spli
         reduced=reduced if ranks > 1 else 0,
         on_wire=2 * wire * reduced,
         rows=sum(wire * block.slots * (block.there + block.back) for block in blocks),
-        flops={way: _work(counted, ranks, way) for way in ways},
+        flops={way: _flops(counted, ranks, way) for way in ways},
         batch={way: _largest(counted, memory - max(fullest), ranks, way, batch) for way in ways},
     )
 
@@ -152,7 +152,8 @@ def _travelling(block: ExpertsCount, way: str, sizes: Mapping[str, int]) -> int:
     return 2 * block.tokens(sizes) * block.slots * max(block.there, block.back)
 
 
-def _work(counted: Counted, ranks: int, way: str) -> int:
+def _flops(counted: Counted, ranks: int, way: str) -> int:
+    """A rank's FLOPs for the example's batch."""
     pairs = sum(_pairs(block, ranks, way, counted.dims) * block.flops for block in counted.blocks)
     return counted.flops(counted.dims) + pairs
 
@@ -242,12 +243,14 @@ def _verdict(found: Plan) -> str:
     least = last.weights
     dense = found.counted.dense_bytes
     if dense > found.memory:
-        return f"fits on no number of ranks: what every rank holds is {human(dense)}, without any expert"
+        return f"does not fit on any number of ranks: every rank needs {human(dense)} without any experts"
     if not found.counted.blocks:
         return "does not fit, and there are no experts to spread"
     if least > found.memory:
         return f"does not fit on {last.ranks} ranks: the fullest rank's weights are {human(least)}"
-    return f"does not fit on {last.ranks} ranks: the weights do, and the values of a batch of 1 beside them do not"
+    return (
+        f"does not fit on {last.ranks} ranks: the weights fit, but not the values of a batch of 1 beside them"
+    )
 
 
 def human(size: float) -> str:

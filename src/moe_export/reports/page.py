@@ -233,9 +233,9 @@ def _change(change: Change | str | None) -> str:
     if change is None:
         return ""
     if isinstance(change, str):
-        return f"<p>Without any rewriting there is no graph: {escape(change)}</p>"
+        return f"<p>There is no baseline export to compare with: {escape(change)}</p>"
     heads = ("", "before", "after", "difference")
-    what = "Without any rewriting (the same trace, operator by operator, not verified) and as written"
+    what = "The baseline export (the same trace, operator by operator, not verified) and the exported graph"
     caption = f"{what}, at {change.at}" if change.at else what
     parts = [_table(caption, heads, [list(map(escape, row)) for row in change.figures], numbers=(1, 2, 3))]
     if change.operators:
@@ -272,7 +272,7 @@ def _notes(graph: Mapping[str, Any]) -> Iterator[str]:
 
 def _cost(file: str, found: Sequence[tuple[str, int, int, int, int]] | str, at: str) -> str:
     if isinstance(found, str):
-        return f"<p><code>{escape(file)}</code>: not known, {escape(found)}</p>"
+        return f"<p><code>{escape(file)}</code>: unknown, {escape(found)}</p>"
     rows = [[escape(part), *(f"{number:,}" for number in numbers)] for part, *numbers in found]
     return _table(
         f"One run of {file} at {at or 'its sizes'}",
