@@ -164,9 +164,9 @@ def read_graph(model: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Model
     try:
         graph = ir.load(path)
     except Exception as error:
-        raise UsageError(f"{path} is no ONNX model: {error}") from error
+        raise UsageError(f"{path} is not an ONNX model: {error}") from error
     if not graph.graph.outputs:
-        raise UsageError(f"{path} is no ONNX model: it has no outputs", hint="give an .onnx file")
+        raise UsageError(f"{path} is not an ONNX model: it has no outputs", hint="give an .onnx file")
     return without_functions(graph), path
 
 

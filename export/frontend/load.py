@@ -299,7 +299,7 @@ def _from_class(
     else:
         raise UsageError(f"{path.name} has no class {name}", hint=_candidates_hint(path, module))
     if not isinstance(model, nn.Module):
-        raise UsageError(f"{name} in {path.name} is no nn.Module", hint=_candidates_hint(path, module))
+        raise UsageError(f"{name} in {path.name} is not an nn.Module", hint=_candidates_hint(path, module))
     if not inputs:
         raise UsageError(
             f"{name} needs example inputs: {name}.forward{inspect.signature(model.forward)}",

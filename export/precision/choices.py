@@ -1,13 +1,14 @@
-"""Two graphs of different precision under the same choice of experts.
+"""Routing replay: compare two graphs of different precision under the same choice of experts.
 
-In low precision two experts of nearly the same score may change places. One token that goes elsewhere moves the output
-far beyond any tolerance, and every token after it with it, though nothing is wrong. So the question is split in two:
+In low precision, two experts with nearly equal scores may change places. A single token routed differently moves the
+output, and that of every later token, far beyond any tolerance, although nothing is wrong. So the comparison asks two
+questions:
 
-    is each choice that differs one between experts whose scores are within the tolerance?   (counted as flips)
-    is the output the same when both graphs take the same experts?
+    do the choices differ only between experts whose scores are within the tolerance?   (counted as flips)
+    are the outputs equal when both graphs use the same experts?
 
-`with_forced_choices` makes the graph that takes the choices of another as inputs. Whichever axis a `TopK` chooses
-along, its positions and scores cross the border of the graph with that axis last.
+`with_forced_choices` builds a graph that takes another graph's choices as inputs. Whatever axis a `TopK` works along,
+that axis is the last one of these inputs and of the choices and scores that the graph returns.
 """
 
 from __future__ import annotations
@@ -21,31 +22,31 @@ FORCED, CHOICE, SCORES = "moe_export.forced.{}", "moe_export.choice.{}", "moe_ex
 
 @dataclass(frozen=True)
 class Choices:
-    """The names of `count` choices: in the graph that makes them, and in the one that is told."""
+    """The names of `count` choices, in the graph that makes them and in the graph that replays them."""
 
     count: int
 
     @property
     def forced(self) -> tuple[str, ...]:
-        """Inputs of the graph that is told."""
+        """Inputs of the replaying graph: the choices that it uses."""
         return tuple(FORCED.format(index) for index in range(self.count))
 
     @property
     def made(self) -> tuple[str, ...]:
-        """Outputs of both: what each would choose by itself."""
+        """Outputs of both graphs: the choices that each makes itself."""
         return tuple(CHOICE.format(index) for index in range(self.count))
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """Outputs of the graph that is told: what the choice is made by."""
+        """Outputs of the replaying graph: the scores that its own choices are based on."""
         return tuple(SCORES.format(index) for index in range(self.count))
 
 
 def find_choices(model: ir.Model) -> tuple[ir.Node, ...]:
-    """The nodes that choose the largest along an axis, as many as PyTorch makes choices while it runs.
+    """The `TopK` nodes that select the largest values, one for each choice that PyTorch makes when it runs the model.
 
-    One of which only the values are used counts, too (the best two scores of each group of experts): who watches
-    PyTorch run does not see what becomes of the positions.
+    A `TopK` of which only the values are used (the best two scores of each group of experts) counts as well, because
+    the choices recorded from PyTorch include it: the recorder cannot see whether the indices are used.
     """
     return tuple(
         node
@@ -55,7 +56,7 @@ def find_choices(model: ir.Model) -> tuple[ir.Node, ...]:
 
 
 def _axis(node: ir.Node) -> int | None:
-    """The axis that a choice is made along: -1 for the last one, else from the front; None if that is not known."""
+    """The axis that a `TopK` works along: -1 for the last, otherwise counted from the front; None if unknown."""
     axis, scores = node.attributes.get_int("axis", -1), node.inputs[0]
     if axis == -1:
         return axis
@@ -66,7 +67,7 @@ def _axis(node: ir.Node) -> int | None:
 
 
 def _moved(value: ir.Value, axis: int, to: int, name: str) -> tuple[ir.Value, list[ir.Node]]:
-    """A value with one axis moved elsewhere, and the node that does it, if one is needed."""
+    """A value with one axis moved to another position, and the `Transpose` that does it, if one is needed."""
     if axis == to or value.shape is None:
         return value, []
     axis %= len(value.shape)
@@ -82,7 +83,7 @@ def _moved(value: ir.Value, axis: int, to: int, name: str) -> tuple[ir.Value, li
 
 def _known(node: ir.Node) -> int:
     axis = _axis(node)
-    assert axis is not None  # of what `find_choices` found
+    assert axis is not None  # `find_choices` returns only nodes with a known axis
     return axis
 
 
@@ -95,7 +96,7 @@ def with_choices_out(model: ir.Model) -> ir.Model:
 
 
 def with_forced_choices(model: ir.Model) -> ir.Model:
-    """A copy of a graph whose choices are inputs; it returns what it would have chosen, and by which scores."""
+    """A copy of a graph that takes its choices as inputs; it also returns its own choices and their scores."""
     copy = model.clone()
     for index, node in enumerate(find_choices(copy)):
         scores, positions, axis = node.inputs[0], node.outputs[1], _known(node)
@@ -122,7 +123,7 @@ def with_forced_choices(model: ir.Model) -> ir.Model:
 
 
 def _return(model: ir.Model, value: ir.Value, axis: int, name: str) -> None:
-    """Return a value, the axis of its choice last."""
+    """Make a value an output of the model, with the axis of the choice last."""
     value, turned = _moved(value, axis, -1, f"turn_{name}")
     for turn in turned:
         model.graph.append(turn)

@@ -1,4 +1,4 @@
-"""Say in a test that an ONNX graph computes what a module does."""
+"""Assert in a test that an ONNX graph computes what a module does."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
     thorough: bool = False,
     backend: str | None = None,
 ) -> Report:
-    """Compare a graph with the module that it was made from, at other sizes and with other values, too.
+    """Compare a graph with the module it was exported from, at the example and at other sizes and values.
 
-    The graph is held against a copy of the module, made before anything else is done with it.
+    The reference is a copy of the module, made before anything else is done with it.
 
     Args:
-        module: The reference; it runs in eval mode, and is in its own mode afterwards.
+        module: The reference. It runs in eval mode; its own mode is restored afterwards.
         inputs: Example inputs: a tensor, a tuple of arguments, or a dict of named ones.
-        onnx_path: The graph, `.onnx`, or an `.engine`.
-        rtol: Relative tolerance; the dtypes' defaults if None.
-        atol: Absolute tolerance, likewise.
-        tolerances: Of single outputs, as on the command line: `y=1e-3,1e-4`.
-        flips: How many tokens may go to another expert in a tie: `0.5%`, or a number.
-        seed: Of the other values.
-        seeds: How many seeds.
-        thorough: Whether to try every kind of values, at more sizes.
-        backend: What runs the graph, as `onnxruntime-cuda`.
+        onnx_path: The `.onnx` graph or `.engine` file to test.
+        rtol: Relative tolerance; each dtype's default if None.
+        atol: Absolute tolerance; each dtype's default if None.
+        tolerances: Tolerances of single outputs, as on the command line: `y=1e-3,1e-4`.
+        flips: How many tokens may be routed to another expert in a tie: `0.5%`, or a number.
+        seed: The first seed of the generated values.
+        seeds: How many seeds to try.
+        thorough: Whether to try every kind of values, and at more sizes.
+        backend: The backend that runs the graph, such as `onnxruntime-cuda`; the default one if None.
 
     Returns:
         The report.
 
     Raises:
-        AssertionError: They are not equal, or too little could be compared; it shows the report.
-        UsageError: The graph cannot be read, or takes other inputs; or the module ended the process.
-        MissingBackendError: The graph cannot be run here.
+        AssertionError: They differ, or too little could be compared. The message is the report.
+        UsageError: The graph cannot be read or has other inputs than the module, or the module ended the process.
+        MissingBackendError: The backend that the graph needs is not available here.
     """
     from moe_export.comparing.apart import copy_model
     from moe_export.comparing.artifacts import parse_artifact

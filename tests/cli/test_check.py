@@ -97,5 +97,5 @@ def test_it_needs_no_tensorrt(finished):
 def test_what_is_no_graph_is_wrong_use(command, tmp_path):
     (tmp_path / "text.onnx").write_text("hello")
     assert command("check", "text.onnx").code == 2
-    assert "is no ONNX model" in command("check", "text.onnx").err
+    assert "is not an ONNX model" in command("check", "text.onnx").err
     assert command("check", "nowhere.onnx").code == 2

@@ -143,12 +143,12 @@ def test_the_level_is_chosen(command, finished, tmp_path):
     ("arguments", "message"),
     [
         (("diff", "{good}", "nowhere.onnx"), "no file nowhere.onnx"),
-        (("diff", "{bad}", "{good}"), "is no ONNX model"),
+        (("diff", "{bad}", "{good}"), "is not an ONNX model"),
         (("diff", "{good}", "{good}", "--size", "n"), "--size 'n' is not DIM=SIZE,..."),
         (("diff", "{good}", "{good}", "--size", "m=3"), "theirs are: n"),
         (("diff", "{good}", "{good}", "-o", "out.png"), "is a .svg file, not out.png"),
         (("view", "{good}", "-o", "out.png"), "is a .svg file, not out.png"),
-        (("view", "{bad}", "-o", "out.svg"), "is no ONNX model"),
+        (("view", "{bad}", "-o", "out.svg"), "is not an ONNX model"),
         (("view", "{good}", "--level", "nodes"), "--level goes with --output"),
     ],
 )

@@ -18,7 +18,7 @@ def reason_of(error: Exception) -> str:
 
 
 def is_no_model(error: Exception) -> bool:
-    """Whether the file is no ONNX model, or truncated."""
+    """Whether the file is truncated or not an ONNX model."""
     return type(error).__name__ == "InvalidProtobuf" or "No graph was found" in str(error)
 
 

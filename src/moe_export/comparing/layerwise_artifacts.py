@@ -70,7 +70,7 @@ def _declared(path: Path) -> Declared:
     try:
         graph = onnx.load(path, load_external_data=False).graph
     except Exception as error:
-        raise UsageError(f"{path} is no ONNX model: {error}") from error
+        raise UsageError(f"{path} is not an ONNX model: {error}") from error
     weights = {tensor.name for tensor in graph.initializer}
     inputs = [value for value in graph.input if value.name not in weights]
     return Declared(str(path), specs_of(inputs), specs_of(graph.output))

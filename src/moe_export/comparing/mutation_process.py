@@ -11,13 +11,10 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from moe_export.comparing.mutant_result import MutantResult, result_of
 from moe_export.errors import MoeExportError
-
-if TYPE_CHECKING:
-    pass
 
 DIED = "onnxruntime died"
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from moe_export.comparing.artifacts import (
     Artifact,
@@ -39,9 +38,6 @@ from moe_export.comparison_settings import (
 from moe_export.errors import UsageError
 from moe_export.verify import Array, DimRange, Report, Runner, TensorSpec, compare
 from moe_export.verify.golden import Golden, load_golden, recorded
-
-if TYPE_CHECKING:
-    pass
 
 
 def compare_artifacts(candidate: Artifact, reference: Artifact, request: Request) -> Report:
