@@ -6,13 +6,15 @@ Letters: N tokens, k slots (choices of a token), E experts.
 from __future__ import annotations
 
 import dataclasses
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from moe_export.export.axes.shapes import shape_of
+from moe_export.export.axes.shapes import arguments, is_numbering, shape_of
 from moe_export.export.sizes import fixed, same_shape, same_size
 
 _aten = torch.ops.aten
@@ -29,8 +31,7 @@ _MOVES = {
     _aten.select.int, _aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default, _aten.unsqueeze.default,
     _aten.squeeze.dim,
 }  # fmt: skip
-_PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.__and__.Tensor, _aten.logical_and.default}
-_SCATTERS = {_aten.scatter.value, _aten.scatter_.value}
+_ADD_AXES = {_aten.unsqueeze.default, _aten.view.default, _aten.reshape.default}
 _NONZERO = {_aten.ne.Scalar, _aten.gt.Scalar, _aten.greater.Scalar}
 
 
@@ -57,36 +58,66 @@ class OneHotMask:
 
 def one_hot_mask_of(node: fx.Node) -> OneHotMask | None:
     """A mask as a one-hot mask of chosen experts; None if it is none, or in a form that is not known."""
-    if node.op != "call_function":
+    if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
-    target, source = node.target, node.args[0]
-    if not isinstance(source, fx.Node):
-        return None
-    if target is _aten.one_hot.default:
-        axes = index_axes(source)
-        return OneHotMask(source, (*axes, "expert")) if axes else None
-    if target is _aten.eq.Scalar and isinstance(node.args[1], int):
-        axes = index_axes(source)
-        if axes:
-            return OneHotMask(source, axes, node.args[1])
-    if target in _SCATTERS and node.args[1:] in ((1, node.args[2], 1), (-1, node.args[2], 1)):
-        return _scattered(node)
-    if target in _PRODUCTS:
-        return _masked(node)
-    if target not in _MOVES and target not in _SAME and target not in _NONZERO:
-        return None
-    inner = one_hot_mask_of(source)
+    make = _MADE.get(node.target)
+    found = make(node) if make is not None else None
+    if found is not None or node.target not in _MOVES | _SAME | _NONZERO:
+        return found
+    inner = one_hot_mask_of(node.args[0])
     return _moved(node, inner) if inner is not None else None
+
+
+def _one_hot(node: fx.Node) -> OneHotMask | None:
+    indices = arguments(node)[0]
+    axes = index_axes(indices)
+    return OneHotMask(indices, (*axes, "expert")) if axes else None
+
+
+def _equal_to(node: fx.Node) -> OneHotMask | None:
+    """`idx == e`."""
+    indices, number = arguments(node)
+    axes = index_axes(indices)
+    return OneHotMask(indices, axes, number) if axes and isinstance(number, int) else None
 
 
 def _scattered(node: fx.Node) -> OneHotMask | None:
     """`zeros(N, E).scatter(1, idx, 1)`: whether the token chose the expert."""
-    base, indices = node.args[0], node.args[2]
-    assert isinstance(base, fx.Node)
-    assert isinstance(indices, fx.Node)
+    base, axis, indices, value = arguments(node)
+    if axis not in (1, -1) or value != 1:
+        return None
     if base.target not in _ZEROS or index_axes(indices) != ("token", "slot"):
         return None
     return OneHotMask(indices, ("token", "expert"))
+
+
+def _compared(node: fx.Node) -> OneHotMask | None:
+    """`idx[..., None] == arange(E)`, either side first; or `idx == arange(E)`, where a token has one choice."""
+    for chosen, compared in (node.args, node.args[::-1]):
+        numbers = compared
+        while isinstance(numbers, fx.Node) and numbers.target in _ADD_AXES | _SAME:
+            numbers = numbers.args[0]
+        if not isinstance(chosen, fx.Node) or not isinstance(numbers, fx.Node) or not is_numbering(numbers):
+            continue
+        tokens, experts = shape_of(chosen)[:-1], shape_of(numbers)
+        if not same_shape(shape_of(chosen)[-1:], (1,)) or not same_shape(shape_of(node), (*tokens, *experts)):
+            continue
+        whole = arguments(chosen)[0] if chosen.target in _ADD_AXES else chosen
+        if same_shape(shape_of(whole), tokens) and index_axes(whole):
+            return OneHotMask(whole, (*index_axes(whole), "expert"))
+        if index_axes(chosen)[-1:] == ("slot",):
+            return OneHotMask(chosen, (*index_axes(chosen)[:-1], "expert"))
+    return None
+
+
+def _unbound(node: fx.Node) -> OneHotMask | None:
+    """What `for mask in masks` takes, one mask an expert."""
+    unbind, place = arguments(node)
+    if unbind.target is not _aten.unbind.int:
+        return None
+    source, axis = (*arguments(unbind), 0)[:2]
+    inner = one_hot_mask_of(source)
+    return _without(inner, axis, place) if inner is not None else None
 
 
 def _masked(node: fx.Node) -> OneHotMask | None:
@@ -139,7 +170,7 @@ def _moved(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
     if target in (_aten.permute.default, _aten.transpose.int):
         return dataclasses.replace(inner, axes=_reordered(node, inner.axes))
     if target is _aten.select.int:
-        return _without(inner, int(args[1]) % rank, int(args[2]))  # type: ignore[arg-type]
+        return _without(inner, int(args[1]), int(args[2]))  # type: ignore[arg-type]
     if target in (_aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default):
         return _reduced(node, inner)
     if target is _aten.unsqueeze.default and args[1] == 0:
@@ -167,6 +198,7 @@ def _squeezed(node: fx.Node, inner: OneHotMask, axis: int) -> OneHotMask | None:
 
 
 def _without(inner: OneHotMask, axis: int, index: int) -> OneHotMask | None:
+    axis %= len(inner.axes)
     if inner.axes[axis] != "expert":
         return None
     return dataclasses.replace(inner, axes=inner.axes[:axis] + inner.axes[axis + 1 :], expert=index)
@@ -195,3 +227,15 @@ def index_axes(node: fx.Node) -> tuple[str, ...]:
     slots = value.dim() > 1 and fixed(value.shape[-1]) is not None
     tokens = value.dim() - slots
     return ("token",) * tokens + ("slot",) * slots
+
+
+_MADE: Mapping[Any, Callable[[fx.Node], OneHotMask | None]] = {
+    _aten.one_hot.default: _one_hot,
+    _aten.eq.Scalar: _equal_to,
+    _aten.eq.Tensor: _compared,
+    operator.getitem: _unbound,
+    **dict.fromkeys((_aten.scatter.value, _aten.scatter_.value), _scattered),
+    **dict.fromkeys(
+        (_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.__and__.Tensor, _aten.logical_and.default), _masked
+    ),
+}

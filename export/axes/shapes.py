@@ -1,4 +1,4 @@
-"""What a traced node reads, and the shape of what it gives, for those who follow the axes of values."""
+"""What a traced node reads, and what shows in it: the shape of its value, whether that is 0, 1, 2, ..."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ import torch
 from torch import fx
 
 from moe_export.export.sizes import Size, fixed
+
+_aten = torch.ops.aten
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -29,3 +31,12 @@ def rest_of(node: fx.Node, lead: int) -> list[int] | None:
     """The sizes behind the leading axes; None where one is not a plain number."""
     numbers = [fixed(size) for size in shape_of(node)[lead:]]
     return [number for number in numbers if number is not None] if None not in numbers else None
+
+
+def is_numbering(node: fx.Node) -> bool:
+    """Whether a value is 0, 1, 2, ..., n - 1."""
+    if node.target is _aten.arange.default:
+        return True
+    if node.target is _aten.arange.start:
+        return bool(node.args[0] == 0)
+    return node.target is _aten.arange.start_step and bool(node.args[0] == 0 and (*node.args, 1)[2] == 1)

@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.axes.shapes import arguments, is_numbering, rank_of, shape_of
 from moe_export.export.experts.capacity_views import (
     CASTS,
     Labels,
     View,
-    is_numbering,
     product_of,
     summed_over,
 )

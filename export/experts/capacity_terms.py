@@ -19,13 +19,12 @@ import torch
 from torch import fx
 
 from moe_export.errors import RefusedError
-from moe_export.export.axes.shapes import arguments, shape_of
+from moe_export.export.axes.shapes import arguments, is_numbering, shape_of
 from moe_export.export.experts.capacity_facts import Choice, Facts, Number
 from moe_export.export.experts.capacity_views import (
     CASTS,
     Labels,
     View,
-    is_numbering,
     product_of,
     summed_over,
 )

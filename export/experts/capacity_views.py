@@ -238,16 +238,6 @@ def pushed(view: View, user: fx.Node, labels: Labels) -> View | None:
     return None
 
 
-def is_numbering(node: fx.Node) -> bool:
-    """Whether a value is 0, 1, 2, ..."""
-    if node.target is _aten.arange.default:
-        return True
-    args = arguments(node)
-    if node.target is _aten.arange.start:
-        return bool(args[0] == 0)
-    return node.target is _aten.arange.start_step and args[0] == 0 and (*args, 1)[2] == 1
-
-
 def product_of(view: View, over: str = "") -> list[View] | None:
     """The factors of an einsum that only multiplies, or also sums over one letter, to which a label is given."""
     equation, operands = str(arguments(view.node)[0]).replace(" ", ""), list(arguments(view.node)[1])

@@ -13,7 +13,7 @@ from torch import fx
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.one_hot import one_hot_mask_of
-from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.axes.shapes import arguments, is_numbering, rank_of, shape_of
 from moe_export.export.experts.row_shapes import over, pointwise
 from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.sizes import same_shape, same_size
@@ -158,10 +158,7 @@ def put(region: Region, node: fx.Node) -> Rows | None:
         if rows.where != order.where or rank_of(values) != rank_of(node):
             return None
         return Rows(1, None, lambda body: body.value(values), rows.number, rows.constant, rows.weighs)
-    counting = values.target in (_aten.arange.default, _aten.arange.start) and (
-        values.target is _aten.arange.default or arguments(values)[0] == 0
-    )
-    if counting and same_size(shape_of(values)[0], region.pairs):
+    if is_numbering(values) and same_size(shape_of(values)[0], region.pairs):
         return Rows(1, None, lambda body: body.token, "place", unsorts=order.order)
     return None
 
@@ -231,18 +228,11 @@ def behind(region: Region, node: fx.Node) -> Rows | None:
     known = region.rows.get(ends)
     if known is None or known.number != "ends" or numbers in region.rows:
         return pointwise(region, node)
-    if numbers.target is not _aten.unsqueeze.default or not _counts_up(arguments(numbers)[0]):
+    if numbers.target is not _aten.unsqueeze.default or not is_numbering(arguments(numbers)[0]):
         return None
     if not same_shape(shape_of(node), [region.pairs, region.count]):
         return None
     return Rows(0, None, lambda body: body.expert, "behind")
-
-
-def _counts_up(node: fx.Node) -> bool:
-    """Whether a value is 0, 1, 2, ..."""
-    if node.target is _aten.arange.default:
-        return True
-    return node.target is _aten.arange.start and arguments(node)[0] == 0
 
 
 def segment(region: Region, node: fx.Node) -> Rows | None:

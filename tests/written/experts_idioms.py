@@ -127,6 +127,18 @@ class SkipByCountList(Block):
         return out
 
 
+class OverMasks(Block):
+    """lit-gpt's loop over the masks of all experts, written as a comparison with their numbers."""
+
+    def moe(self, x, weights, indices):
+        masks = (indices.unsqueeze(-1) == torch.arange(self.num_experts, device=x.device)).permute(2, 0, 1)
+        out = torch.zeros_like(x)
+        for mask, expert in zip(masks, self.experts, strict=True):
+            token, slot = torch.where(mask)
+            out[token] += weights[token, slot, None] * expert(x[token])
+        return out
+
+
 class TopOne(Block):
     """Switch: one expert a token, rows are put, not added."""
 
@@ -189,5 +201,6 @@ class AddedToInput(Block):
 
 
 IDIOMS = [
-    OverHits, OverHitNumbers, IfAny, SkipEmpty, SkipByCount, SkipByCountList, TopOne, FusedWeights, AddedToInput,
+    OverHits, OverHitNumbers, IfAny, SkipEmpty, SkipByCount, SkipByCountList, OverMasks, TopOne, FusedWeights,
+    AddedToInput,
 ]  # fmt: skip
