@@ -1,4 +1,4 @@
 """What the axes of values run over where a model routes: tokens, choices, experts.
 
-Read off FX nodes, while a trace is made and after, so these files know neither traces nor gates.
+Read off FX nodes, also while a trace is still being made, so these files import neither traces nor gates.
 """

@@ -20,7 +20,7 @@ CARRIERS = {
     _aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.contiguous.default, _aten.detach.default,
     _aten.alias.default, _aten.slice.Tensor, _aten.select.int,
 }  # fmt: skip
-"""What rearranges the chosen indices, or one-hot masks made of them, and hands them on."""
+"""Operators that only rearrange, select or cast chosen indices, or one-hot masks made from them."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Choice:
     """One operator that chooses: `topk`, `argmax` or `max` along the experts.
 
     Attributes:
-        scores: (..., e), what it chooses by.
-        indices: (..., k) from `topk`, (...) from `argmax` and `max`.
-        values: The chosen scores, where the operator returns them.
+        scores: (..., e) floats, the scores that it chooses by.
+        indices: (..., k) int64 from `topk`, (...) from `argmax` and `max`.
+        values: The chosen scores, of the indices' shape; None where the operator does not return them.
         experts: e.
         tokens: The axis of the tokens, where experts choose their tokens (`gates/tokens`); None where tokens choose.
     """
@@ -44,7 +44,7 @@ class Choice:
 
     @property
     def slots(self) -> int:
-        """K of `topk`, 1 of the others."""
+        """Choices a token: k for `topk`, 1 for the others."""
         if self.operator.target is not _aten.topk.default:
             return 1
         return int(self.indices.meta["val"].shape[-1])
@@ -54,12 +54,12 @@ _CHOOSES = {_aten.topk.default, _aten.argmax.default, _aten.max.dim}
 
 
 def may_choose(graph: fx.Graph) -> bool:
-    """Whether there is anything in a graph that `as_choice` could take for a choice."""
+    """Whether a graph has any operator that `as_choice` might accept."""
     return any(node.target in _CHOOSES for node in graph.nodes)
 
 
 def as_choice(node: fx.Node) -> Choice | None:
-    """An operator as a choice among experts, if it is one."""
+    """An operator as a choice among experts; None unless it chooses along the last, fixed axis of float scores."""
     if node.op != "call_function" or node.target not in _CHOOSES:
         return None
     scores = node.args[0]
@@ -81,4 +81,5 @@ def as_choice(node: fx.Node) -> Choice | None:
 
 
 def is_part(node: fx.Node) -> bool:
+    """Whether a node is the `getitem` that takes one result of an operator with several."""
     return getattr(node.target, "__name__", "") == "getitem"

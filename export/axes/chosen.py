@@ -1,7 +1,7 @@
-"""The gate behind the indices of a block: from how many experts it chooses, and whether they can name none of them.
+"""The gate that a block's indices come from: how many experts it chooses among, and whether an index may name none.
 
-What chooses among E scores by `topk` or `argmax` names one of E. Indices that come from elsewhere, or that were
-changed after the choice, may be -1 or E, for a token that is dropped or for padding.
+`topk` or `argmax` of E scores names one of E experts. Indices that come from elsewhere, or that were changed after
+the choice, may be -1 or E, for a token that is dropped or for padding.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from moe_export.export.axes.choice import CARRIERS, Choice, as_choice, is_part
 
 _aten = torch.ops.aten
 
-# What hands on all that it was given, from several sources or in several parts.
+# Operators that pass on every entry they are given, joined from several sources or split into several parts.
 _JOINS = {_aten.cat.default, _aten.stack.default, _aten.unbind.int, _aten.split.Tensor}
 
 
 def choices_of(indices: fx.Node) -> tuple[Choice, ...]:
-    """Every choice that indices come from; none where they are, or may be, anything else."""
+    """Every choice that indices come from; empty if any of them may come from anything else."""
     found: list[Choice] = []
     stack, seen = [indices], set()
     while stack:
@@ -38,7 +38,7 @@ def choices_of(indices: fx.Node) -> tuple[Choice, ...]:
 
 
 def experts_of(indices: fx.Node | None) -> int | None:
-    """How many experts there are to choose from, by the choices that indices come from; None if that is not seen."""
+    """How many experts there are to choose from, by the choices that indices come from; None if unknown."""
     return (
         max((choice.experts for choice in choices_of(indices)), default=None) if indices is not None else None
     )
@@ -51,7 +51,7 @@ def names_experts(indices: fx.Node, count: int) -> bool:
 
 
 def name_once(indices: fx.Node) -> bool:
-    """Whether no token is known to name an expert twice: it has one choice, or all of its choices are one `topk`.
+    """Whether it is certain that no token names an expert twice: one choice a token, or all from one `topk`.
 
     Of indices that come from elsewhere (an input, several choices side by side, a table), any two may be the same.
     """

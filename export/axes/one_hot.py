@@ -57,7 +57,7 @@ class OneHotMask:
 
 
 def one_hot_mask_of(node: fx.Node) -> OneHotMask | None:
-    """A mask as a one-hot mask of chosen experts; None if it is none, or in a form that is not known."""
+    """A value read as a one-hot mask of chosen experts; None if it is not one, or has an unknown form."""
     if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
         return None
     make = _MADE.get(node.target)
@@ -121,7 +121,7 @@ def _unbound(node: fx.Node) -> OneHotMask | None:
 
 
 def _masked(node: fx.Node) -> OneHotMask | None:
-    """Marks times another mask: a capacity leaves out some of the pairs."""
+    """A one-hot mask times another mask, such as that of a capacity, which leaves out some of the pairs."""
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dtype.is_floating_point:
         return None
@@ -137,7 +137,7 @@ def _masked(node: fx.Node) -> OneHotMask | None:
 
 
 def _among(node: fx.Node, source: fx.Node, inner: OneHotMask) -> fx.Node | None:
-    """In `(indices == e) & kept`: what the mask of one expert is combined with, the same for each of them."""
+    """The `kept` of `(indices == e) & kept`: which pairs count, the same for every expert."""
     others = [each for each in node.all_input_nodes if each is not source]
     if not inner.exact or inner.expert is None or inner.axes != index_axes(inner.indices) or len(others) != 1:
         return None
@@ -149,7 +149,7 @@ def _among(node: fx.Node, source: fx.Node, inner: OneHotMask) -> fx.Node | None:
 
 
 def _merged(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
-    """The axes before that of the experts taken apart in another way."""
+    """After a reshape that splits or joins the axes before that of the experts."""
     before, after = shape_of(node.args[0]), shape_of(node)
     if inner.axes[-1:] != ("expert",) or len(after) != 3 or not same_size(before[-1], after[-1]):
         return None
@@ -216,8 +216,8 @@ def _reduced(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
 
 
 def index_axes(node: fx.Node) -> tuple[str, ...]:
-    """What the axes of chosen experts run over: slots, where the last size is a number, and tokens, along several axes
-    perhaps; nothing for what is no integers.
+    """What each axis of chosen indices runs over: the last over slots, if it is one of several and of fixed size; all
+    others over tokens. Empty for anything but integers.
     """
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dtype.is_floating_point or value.dtype is torch.bool:

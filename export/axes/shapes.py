@@ -1,4 +1,4 @@
-"""What a traced node reads, and what shows in it: the shape of its value, whether that is 0, 1, 2, ..."""
+"""A traced node's arguments, the shape of its value, and whether that is 0, 1, 2, ..., for code that follows axes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ _aten = torch.ops.aten
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
-    """A node's arguments. An operator has those of its schema, which type checkers do not know."""
+    """A node's arguments, typed as `Any`: an operator's schema says what they are, but no type checker reads it."""
     return node.args
 
 
 def shape_of(node: object) -> tuple[Size, ...]:
-    """The shape of a node's value; empty where it is no tensor."""
+    """The shape of a node's value; empty if that is not a tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
@@ -28,7 +28,7 @@ def rank_of(node: fx.Node) -> int:
 
 
 def rest_of(node: fx.Node, lead: int) -> list[int] | None:
-    """The sizes behind the leading axes; None where one is not a plain number."""
+    """The sizes after the `lead` leading axes; None if one of them is not fixed."""
     numbers = [fixed(size) for size in shape_of(node)[lead:]]
     return [number for number in numbers if number is not None] if None not in numbers else None
 

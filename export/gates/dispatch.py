@@ -24,7 +24,7 @@ class Dispatch:
         line: `file:line` of the choice.
         experts: e.
         indices: (N, k) int64, the chosen experts; first choice first.
-        weights: (N, k) of float, or None where the gate gives none.
+        weights: (N, k) floats, or None where the gate gives none.
     """
 
     path: str
@@ -40,14 +40,14 @@ class Dispatch:
 
     @property
     def loads(self) -> np.ndarray:
-        """(e,) how many tokens each expert got."""
+        """(e,) int64, how many tokens each expert got."""
         return np.bincount(self.indices.reshape(-1), minlength=self.experts)
 
     @property
     def slots(self) -> np.ndarray:
-        """(N, k) the place of each token at its expert: as many tokens stand before it there.
+        """(N, k) int64, the slot that each token takes at its expert, counted from 0.
 
-        First choices take their places before second ones, earlier tokens before later ones, as in GShard.
+        First choices take their slots before second ones, earlier tokens before later ones, as in GShard.
         """
         flat = self.indices.T.reshape(-1)
         order = np.argsort(flat, kind="stable")
@@ -61,7 +61,7 @@ def find_dispatches(subject: Subject) -> tuple[Dispatch, ...]:
     """Run a model on its example inputs and read off where every gate sent every token.
 
     Raises:
-        UsageError: Its weights are in files, and more than are read as a whole.
+        UsageError: The model's weights were left in files because they are too large to load at once.
     """
     subject.require_weights()
     traced = trace(subject)

@@ -1,7 +1,7 @@
 """Cut a gate out of a traced model: a module from what enters the gate to its indices and weights.
 
-The cut is a `Subject` like any other and takes the same way: trace, rewrite, translate, verify. Its reference is the
-cut itself, run by PyTorch as the model was traced, before anything was rewritten.
+The cut is a `Subject` like any other and goes through the same stages: trace, rewrite, translate, verify. Its
+reference is the cut itself, run by PyTorch as the model was traced, before anything was rewritten.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def gate_subject(traced: Traced, routing: Routing, subject: Subject, *, with_sco
         traced: The whole model.
         routing: The gate in it.
         subject: Where the model came from; gives the names of the gate's inputs and the source.
-        with_scores: Also return the scores (tokens, e) that the choice was made by, for judging ties.
+        with_scores: Also return the `scores` (tokens, e) that the choice was made by, for judging ties.
 
     Returns:
         A subject with outputs `topk_idx` (..., k) and `topk_weight` (..., k), where there are weights.
@@ -72,18 +72,19 @@ def numbers_in(cut: Subject) -> set[int]:
 
 
 def numbers_of(node: fx.Node) -> set[int]:
-    """The integers that a node computes with; of one that takes an axis apart, its size."""
+    """The integers among a node's constants, and the size of an axis that it takes apart."""
     constants = [
         float(value)
         for value in pytree.tree_leaves((node.args[1:], node.kwargs))
         if isinstance(value, (int, float)) and value and math.isfinite(value)
     ]
+    # A mean over n is a product with the float nearest to 1 / n, whose inverse is n but for rounding.
     values = constants + [round(1 / value, 6) for value in constants]
     return {int(value) for value in values if value.is_integer()} | _taken_apart(node)
 
 
 def _taken_apart(node: fx.Node) -> set[int]:
-    """The size of the axis of which a node takes all places, or one that is not the first or the last."""
+    """The size of an axis that a node unbinds, or selects from at an index that is neither the first nor the last."""
     if node.target not in (torch.ops.aten.unbind.int, torch.ops.aten.select.int):
         return set()
     source, axis = (*node.args, 0)[:2]
@@ -99,8 +100,8 @@ def _taken_apart(node: fx.Node) -> set[int]:
 def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
     """The values that some nodes have on the example inputs.
 
-    Where weights are not in memory, values of the same shapes: random floats, zeros for integers. What is asked of
-    them then is whether a computation runs, and which of its rows depend on which.
+    Where weights are not in memory, values of the same shapes: random floats, zeros for integers. They suffice to ask
+    whether a computation runs, and which of its rows depend on which.
     """
     if absent_among([*traced.program.state_dict.values(), *traced.program.constants.values()]):
         return values_of_shapes(traced, nodes)
@@ -124,7 +125,7 @@ def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
 
 
 def _cut(traced: Traced, routing: Routing, with_scores: bool) -> tuple[fx.GraphModule, tuple[str, ...]]:
-    """Copy what the gate's outputs depend on into a graph of its own, behind its inputs."""
+    """Copy what the gate's outputs depend on, back to its inputs, into a graph of its own; also the outputs' names."""
     constants = _constants(traced)
     root = nn.Module()
     graph = fx.Graph()
@@ -152,9 +153,9 @@ def _cut(traced: Traced, routing: Routing, with_scores: bool) -> tuple[fx.GraphM
 
 
 def _joined(graph: fx.Graph, nodes: list[fx.Node], name: str, routing: Routing) -> fx.Node:
-    """(..., k) of one `topk`, or of k choices of one expert each, stacked behind each other."""
+    """(..., k) of one `topk`, or of k choices of one expert each, stacked along a new last axis."""
     choice = routing.choices[0]
-    if choice.tokens is not None:  # an expert's tokens stand last, as a token's experts do
+    if choice.tokens is not None:  # an expert's tokens go last, as a token's experts do
         return graph.call_function(torch.ops.aten.transpose.int, (nodes[0], choice.tokens, -1))
     if name == SCORES or choice.operator.target is torch.ops.aten.topk.default:
         return nodes[0]
@@ -182,14 +183,14 @@ def _constant(
             f"the gate depends on the model's input {node.name} besides what enters its module"
         )
     value = constants[node.name].detach()
-    if lazy_weight_of(value) is None:  # what calls of the model do to its own is none of the gate's
-        value = value.clone()
+    if lazy_weight_of(value) is None:
+        value = value.clone()  # a call of the model may change its buffers, and must not change the gate's
     root.register_buffer(node.name, value)
     return graph.get_attr(node.name)
 
 
 def _input_names(routing: Routing, traced: Traced, subject: Subject) -> list[str]:
-    """Names as the user knows them: the model's input, else forward's parameter of the gate's module."""
+    """Names that the user knows: those of the model's inputs, else the parameter of the gate module's `forward`."""
     user_inputs = [
         node
         for node in traced.program.graph.nodes

@@ -1,7 +1,7 @@
-"""Draw a routing: tokens left, the slots of the experts right, a line for each token sent; loads as bars beside them.
+"""Draw a routing: tokens on the left, experts' slots on the right, a line for each token sent; loads as bars beside.
 
 The picture follows the dispatch example of GShard (arXiv:2006.16668). Few tokens are drawn one by one, with the slots
-that they take; of many, each is a point of a strip, each expert a bar as long as its load, and the lines are thin.
+that they take; many tokens are points on a strip, joined to the experts by thin lines.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from moe_export.own_files import MARK
 
 FORMATS = (".png", ".svg")
 FEW = 32
-"""Tokens, and slots in all, that are drawn one by one."""
+"""Up to this many tokens and this many experts, each token and slot is drawn on its own."""
 _LEFT, _RIGHT = 0.0, 1.0
 _INK, _FAINT = "#222222", "#9a9a9a"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-"""Okabe and Ito's colours, which people with colour blindness can tell apart; with many experts they come again."""
+"""Okabe and Ito's colours, which people with colour blindness can tell apart; with many experts they repeat."""
 
 
 def draw(dispatches: Sequence[Dispatch], path: Path, capacity: int | None = None) -> None:
@@ -35,7 +35,7 @@ def draw(dispatches: Sequence[Dispatch], path: Path, capacity: int | None = None
             Default: as many as the fullest one needs.
 
     Raises:
-        UsageError: The file's ending is another one.
+        UsageError: `path` has another suffix.
         MissingBackendError: matplotlib is not installed.
     """
     if path.suffix not in FORMATS:
@@ -63,7 +63,7 @@ def draw(dispatches: Sequence[Dispatch], path: Path, capacity: int | None = None
 
 
 def _height(dispatch: Dispatch, capacity: int | None) -> float:
-    """Inches."""
+    """The height of a gate's row, in inches."""
     if _is_few(dispatch):
         rows = max(len(dispatch.indices), dispatch.experts * (_slots(dispatch, capacity) + 1) / 1.4)
         return float(min(14.0, 0.8 + 0.3 * rows))
@@ -113,7 +113,7 @@ def _draw_lines(axes: Any, dispatch: Dispatch, places: np.ndarray, middles: np.n
     weights = np.ones(dispatch.indices.shape) if dispatch.weights is None else np.abs(dispatch.weights)
     shares = weights / max(1e-9, float(weights.max(initial=0)))
     strength = 1.0 if few else max(0.06, min(0.7, 250 / max(1, dispatch.indices.size)))
-    # Where lines end: at their slot, or, of many, spread over the part of their expert.
+    # Lines end at their slot; many lines are spread over their expert's share of the axis.
     taken, loads = dispatch.slots, dispatch.loads
     rows = np.full(dispatch.experts, slots) if few else np.maximum(1, loads)
     heights = (
@@ -174,7 +174,7 @@ def _draw_slots(axes: Any, dispatch: Dispatch, middles: np.ndarray, slots: int) 
 
 
 def _draw_labels(axes: Any, middles: np.ndarray) -> None:
-    """Names of the experts; of many, every so many."""
+    """Names of the experts; from 64 experts on, of every second or fewer, so that the labels do not overlap."""
     step = max(1, len(middles) // 32)
     for expert in range(0, len(middles), step):
         axes.text(1.27, middles[expert], f"expert {expert}", ha="right", va="center", fontsize=7)

@@ -33,7 +33,7 @@ def is_within(node: fx.Node, scope: tuple[str, ...]) -> bool:
 
 
 def inside(outputs: Iterable[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
-    """The nodes of a scope that outputs depend on; sizes are left aside, they are read off the tensors."""
+    """The nodes of a scope that outputs depend on, outputs included; no sizes, which are read off the tensors."""
     stack, seen = list(outputs), set(outputs)
     while stack:
         for source in stack.pop().all_input_nodes:
@@ -44,12 +44,12 @@ def inside(outputs: Iterable[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
 
 
 def is_size(node: fx.Node) -> bool:
-    """Whether a node is a number of the shape arithmetic; a capacity is rounded from a fraction."""
+    """Whether a node is a number of the shape arithmetic; also a float, as a capacity is rounded from a fraction."""
     return isinstance(node.meta.get("val"), (int, torch.SymInt, torch.SymFloat, torch.SymBool))
 
 
 def size_source(size: fx.Node, tensors: Iterable[fx.Node]) -> tuple[fx.Node, int] | None:
-    """A tensor and the axis at which its size is this integer."""
+    """A tensor and one of its axes that has this size; None if no tensor has one."""
     wanted = size.meta["val"]
     for node in tensors:
         for axis, found in enumerate(shape_of(node)):
@@ -76,6 +76,7 @@ def frontier(outputs: list[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
 
 
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
+    """These nodes and everything that they depend on, except sizes and inputs of the model."""
     return set(inside(nodes, ()))
 
 

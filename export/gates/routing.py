@@ -2,12 +2,11 @@
 
 A gate is recognised by what it does, never by its name: scores over a fixed number of experts, a choice among
 them along the last dimension (`topk`, `argmax`, `max`), and indices that are then used to send tokens somewhere
-(or returned, for a model that is only a gate). Choosing the next word, or a class, is none of that: a word
-vector is looked up in a table, a class is returned behind a whole network.
+(or returned, for a model that is only a gate). Choosing the next word, or a class, does not count: a word vector
+is looked up in a table, and a class is returned at the end of a whole network.
 
-The weights are the chosen scores after the normalising that follows. What feeds a gate is cut off where values
-enter its module; if that module only chooses (its logits are computed outside), the module around it is taken, up
-to the model itself.
+The weights are the chosen scores after any normalisation. A gate begins where values enter its module; if that
+module only chooses (its logits are computed outside), the module around it is taken, up to the model itself.
 
 Letters: e experts, k choices a token.
 """
@@ -40,7 +39,7 @@ _DISPATCHERS = {
     _aten.index_select.default, _aten.index_put.default,
     _aten.searchsorted.Tensor, _aten.where.default, _aten.nonzero.default,
 }  # fmt: skip
-# What takes the choices of a token apart: first choices, second choices.
+# Operators that split the choices of tokens into first choices, second choices, …
 _TAKES_APART = {_aten.chunk.default, _aten.split.Tensor, _aten.unbind.int}
 _COMPARISONS = {_aten.eq.Scalar, _aten.ne.Scalar}
 _LOOKUPS = {_aten.index.Tensor, _aten.index_select.default}
@@ -62,9 +61,9 @@ class Routing:
         line: `file:line` of the choice.
         experts: e.
         choices: One `topk`, or one `argmax` for each of the k choices, first choice first.
-        weights: One value for each choice, or nothing where no weights could be told.
+        weights: One value for each choice, of the shape of its indices; empty where no weights were found.
         inputs: The values that enter the gate.
-        inner: They are made in the gate's module, rather than given to it.
+        inner: `inputs` are computed inside the gate's module, rather than passed to it.
     """
 
     path: str
@@ -112,7 +111,7 @@ def _dispatches(choice: Choice) -> bool:
         return True
     if any(_picks_results(user, node, choice) for user, node in uses):
         return True
-    # A loop over experts compares with each of them; one comparison only asks for a certain index.
+    # A loop over experts compares with each of them; a single comparison only asks for one particular index.
     compared = {user.args[1] for user, _ in uses if user.target in _COMPARISONS}
     return len(compared) > 1 or choice.experts == 1 == len(compared)
 
@@ -134,7 +133,7 @@ def _picks_results(user: fx.Node, indices: fx.Node, choice: Choice) -> bool:
 
 
 def _is_returned_by_a_gate(choice: Choice) -> bool:
-    """Whether the model is no more than a gate: a small computation of scores, and a choice that is returned."""
+    """Whether the model is nothing but a gate: a small computation of scores, and a choice that is returned."""
     if choice.operator.target is not _aten.topk.default:
         return False
     before = [node.target for node in ancestors([choice.scores])]
@@ -208,7 +207,7 @@ def _ends_in_choices(choice: Choice) -> bool:
 
 
 def routing_outputs(routing: Routing, traced: Traced) -> list[tuple[str, str | None, None]]:
-    """Outputs of the model that are this gate's indices, rearranged at most, with those that are its weights.
+    """Outputs of the model that are this gate's indices, at most rearranged, with those that are its weights.
 
     An index output counts only while its last dimension still is the k choices of one token.
     """

@@ -1,11 +1,11 @@
-"""`after_single_entry_cut`: a gate that begins later, behind a computation that holds for the traced size only.
+"""`after_single_entry_cut`: a gate that begins later, after a computation that holds for the traced size only.
 
     x ─▶ step ─▶ step ─▶ … ─▶ stack ─▶ linear ─▶ softmax ─▶ topk
                                 └ the cut: all that the choice depends on enters through this one value
 
-A gate that stands in a model's own `forward` begins at the model's inputs. Where a loop over time lies between, the
-trace has a step for each place of the example, and would compute for as many at any length. Behind the loop's result
-the gate is right for all.
+A gate in a model's own `forward` begins at the model's inputs. If a loop over time lies between them, the trace has
+one step for each position of the example, and would take that many steps at any length. A gate that begins at the
+loop's result is right for every length.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from moe_export.export.gates.routing import CONTRACTIONS, Routing
 
 
 def after_single_entry_cut(routing: Routing, holds: Callable[[fx.Node], bool]) -> Routing:
-    """The gate from the first cut on behind which every node holds for other sizes.
+    """The gate from the first cut on after which every node holds for other sizes.
 
-    As it is where all of it holds, or where too little would be left: the scores are computed from a weight.
+    Unchanged if all of it holds, or if no cut comes before the last product with a weight: a gate has to keep one.
 
     Args:
         routing: The gate.

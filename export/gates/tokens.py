@@ -1,7 +1,7 @@
 """Expert-choice routing (arXiv:2202.09368): every expert chooses its tokens, by `topk` along the tokens.
 
 Recognised by what it does: scores of a fixed number of experts for any number of tokens, a `topk` along the tokens,
-and indices that rows of tokens are then picked by, or marked, or put back by.
+and indices by which rows of tokens are then gathered, marked in a one-hot mask, or scattered back.
 
 Letters: n tokens, e experts, c tokens an expert chooses.
 """
@@ -24,7 +24,7 @@ _PICKS: dict[Any, int] = {
     _aten.index_add.default: 2, _aten.scatter_add.default: 2, _aten.scatter.src: 2, _aten.scatter.value: 2,
     _aten.scatter_reduce.two: 2, _aten.one_hot.default: 0,
 }  # fmt: skip
-"""What uses row numbers, and the argument in which it takes them."""
+"""Operators that use row numbers, and the position of the argument that holds them."""
 
 
 def as_token_choice(node: fx.Node) -> Choice | None:
@@ -65,7 +65,7 @@ def _picks_rows(indices: fx.Node) -> bool:
             place = _PICKS.get(user.target)
             if place is not None and _takes(user.args[place], node):
                 return True
-            if user.target is _aten.eq.Tensor:  # `idx[..., None] == arange(n)`: marks of the chosen tokens
+            if user.target is _aten.eq.Tensor:  # `idx[..., None] == arange(n)`: a one-hot mask
                 return True
             if user.target in CARRIERS and user not in seen:
                 seen.add(user)

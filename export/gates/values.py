@@ -1,6 +1,6 @@
 """Values of the right shapes for a traced program whose weights are not in memory.
 
-They serve what is asked of a computation whatever its numbers: whether it runs, and which rows depend on which.
+They answer what does not depend on the numbers: whether a computation runs, and which rows depend on which.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from moe_export.export.tracing.trace import Traced
 def values_of_shapes(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
     """For each node a value of its shape at the example sizes: the example itself, random floats, zero integers.
 
-    A weight is random in its last axes and the same along its first, so that a stack of experts takes the memory of
-    one of them.
+    A weight is random in its last axes and the same along its first, so that a stack of experts takes no more memory
+    than one of them.
     """
     inputs = [
         node
@@ -44,7 +44,7 @@ def _random(shape: list[int], dtype: torch.dtype, generator: torch.Generator) ->
 
 
 def _size(size: Any) -> int:
-    """The size that an axis has in the example."""
+    """The size that an axis has in the example; 2, which is never broadcast, if the trace does not say."""
     if isinstance(size, int):
         return size
     hint = size.node.hint if size.node.has_hint() else None

@@ -27,7 +27,7 @@ _WITH_ANOTHER = {_aten.div.Tensor, _aten.mul.Tensor}
 
 
 def weights_of(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node]) -> fx.Node | None:
-    """The weights that go with chosen indices, of the same shape; None if none can be told.
+    """The weights that go with chosen indices, of the same shape; None if there are none to be found.
 
     Args:
         choice: The choice.
@@ -46,10 +46,10 @@ def weights_of(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node]) -> 
 
 
 def _normalises(node: fx.Node, chain: list[fx.Node | None], choice: Choice, scope: tuple[str, ...]) -> bool:
-    """Whether a node makes better weights of weights, and does not use them yet.
+    """Whether a node normalises weights, rather than using them.
 
-    Divided by their own sum or times a scale they still are weights; times a mask of one expert's tokens they
-    are not. The mask depends on the indices by another way than the weights.
+    Divided by their own sum or times a scale they still are weights; times a mask of one expert's tokens they are not:
+    such a mask depends on the indices, but not through the weights.
     """
     current = chain[-1]
     if (
