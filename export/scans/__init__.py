@@ -1,1 +1,1 @@
-"""Folded loops in ONNX: as `Scan`s of few nodes and little memory, or as products over chunks."""
+"""Folded loops in ONNX: as small `Scan`s that need little memory, or as products over chunks."""

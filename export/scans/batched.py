@@ -3,7 +3,7 @@
     step     Unsqueeze(dt[h]) ─▶ * x[h, p]                of one step
     many     Unsqueeze(dt[l, h]) ─▶ * x[l, h, p]          of l steps: a batch dimension, wherever it stands
 
-Time is one more axis of every value that depends on a step; values that do not, stay as they are.
+Time is one more axis of every value that depends on the step; all other values stay unchanged.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ POINTWISE = {
 REDUCTIONS = {"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"}
 
 
-_SYMBOLIC = 64  # a size that nobody knows, for comparing amounts
+_SYMBOLIC = 64  # stands for an unknown size where amounts are compared
 
 
 @dataclass(frozen=True)
 class BatchedValue:
-    """A value of every step.
+    """A value of the step, for many steps at once.
 
     Attributes:
-        value: Of all steps, or of each step alike.
-        axis: Where time is in it; None if it is the same in each step.
-        rank: Of the value of one step.
+        value: The values of all steps along `axis`, or the one value that every step has.
+        axis: The axis of time in `value`; None if it is the same in each step.
+        rank: How many axes the value of one step has.
     """
 
     value: ir.Value
@@ -46,18 +46,18 @@ class BatchedValue:
 
     @property
     def behind(self) -> int:
-        """How many axes of a step stand behind the time."""
+        """How many axes come after time."""
         return self.rank - (self.axis or 0)
 
 
 class BatchedOverTime:
-    """Computes values of many steps, as they are asked for.
+    """Computes the values of many steps at once, as they are asked for.
 
     Args:
         nodes: Where nodes are written.
-        known: Values of a step whose values of many steps exist.
-        body: The values that a step makes.
-        outside: What everything else is; default: the same in each step.
+        known: Values of the step that are already batched over time.
+        body: The values that the step computes.
+        outside: Gives any other value, batched; by default it is the same in each step.
     """
 
     def __init__(
@@ -71,10 +71,10 @@ class BatchedOverTime:
         self._outside = outside or _same
 
     def of(self, value: ir.Value) -> BatchedValue:
-        """The value of many steps.
+        """A value of the step, batched over time.
 
         Raises:
-            RefusedError: An operator on the way has no form over time.
+            RefusedError: An operator that it is computed by cannot be batched.
         """
         if value not in self._known:
             if value not in self._body:
@@ -86,25 +86,29 @@ class BatchedOverTime:
         return self._known[value]
 
     def know(self, value: ir.Value, batched: BatchedValue) -> None:
-        """Tell what a value of a step is over time."""
+        """Record what a value of the step is when batched over time."""
         self._known[value] = batched
 
     def step(self, node: ir.Node) -> Sequence[BatchedValue]:
-        """One operator over time."""
+        """Write one operator of the step, batched over time; its results.
+
+        Raises:
+            RefusedError: It cannot be batched, or one of its operands cannot.
+        """
         operands = [self.of(value) for value in node.inputs if value is not None]
         rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
         if rule is None or len(operands) != len(node.inputs):
-            raise RefusedError(f"{node.op_type} has no form over time here")
+            raise RefusedError(f"{node.op_type} cannot be batched over time here")
         return rule(self._nodes, node, operands)
 
 
 def can(node: ir.Node) -> bool:
-    """Whether an operator may have a form over time."""
+    """Whether there is a rule to batch an operator over time; it may still refuse this one."""
     return node.op_type in _RULES and node.domain in ("", "ai.onnx")
 
 
 def moved(nodes: GraphBuilder, batched: BatchedValue, axis: int) -> BatchedValue:
-    """The same with its time at another axis."""
+    """The same value with time at `axis`; unchanged if it has no time."""
     if batched.axis is None or batched.axis == axis:
         return batched
     order = [place for place in range(batched.rank + 1) if place != batched.axis]
@@ -113,8 +117,8 @@ def moved(nodes: GraphBuilder, batched: BatchedValue, axis: int) -> BatchedValue
 
 
 def flipped(nodes: GraphBuilder, value: ir.Value, axis: int) -> ir.Value:
-    """Last first along an axis."""
-    ends = nodes.ints(-(2**63) + 1)
+    """A value reversed along an axis."""
+    ends = nodes.ints(-(2**63) + 1)  # beyond the first entry: -1 would mean the last one
     return nodes.op("Slice", value, nodes.ints(-1), ends, nodes.ints(axis), nodes.ints(-1))
 
 
@@ -122,20 +126,20 @@ def rank_of(value: ir.Value) -> int:
     """How many axes a value has.
 
     Raises:
-        RefusedError: Nobody knows.
+        RefusedError: Its shape is unknown.
     """
     if value.shape is None:
-        raise RefusedError(f"nobody knows the shape of {value.name}")
+        raise RefusedError(f"the shape of {value.name} is unknown")
     return len(value.shape)
 
 
 def size_of(sizes: Sequence[int | ir.SymbolicDim]) -> int:
-    """How many numbers a shape holds; what nobody knows counts as a few."""
+    """How many numbers a shape holds; an unknown size counts as 64."""
     return math.prod(size if isinstance(size, int) else _SYMBOLIC for size in sizes)
 
 
 def amount_of(value: ir.Value, axis: int) -> int:
-    """How many numbers of a value a step reads, where `axis` is time."""
+    """How many numbers one step reads of a value whose time is at `axis`."""
     return size_of([size for place, size in enumerate(value.shape or ()) if place != axis])
 
 
@@ -144,7 +148,7 @@ def _same(value: ir.Value) -> BatchedValue:
 
 
 def _aligned(nodes: GraphBuilder, batched: BatchedValue, behind: int) -> ir.Value:
-    """A value whose time, if it has one, has `behind` axes behind it; ready to be broadcast against such."""
+    """A value whose time, if it has one, is followed by `behind` axes, so that it broadcasts against others like it."""
     if batched.axis is None:
         return (
             nodes.unsqueezed(batched.value, [batched.rank - behind])
@@ -158,7 +162,7 @@ def _aligned(nodes: GraphBuilder, batched: BatchedValue, behind: int) -> ir.Valu
 
 
 def _behind(operands: Sequence[BatchedValue], least: int = 0) -> int:
-    """How many axes shall stand behind the time: as the largest operand has it."""
+    """How many axes are to follow time: as many as in the operand of the highest rank, but at least `least`."""
     largest = max((one for one in operands if one.axis is not None), key=lambda one: one.rank)
     return max(least, largest.behind)
 
@@ -193,13 +197,13 @@ def _gemm(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) 
     left, right, *bias = operands
     numbers = {key: node.attributes[key].value for key in node.attributes}
     if right.axis is not None or numbers.get("transA", 0):
-        raise RefusedError("a Gemm whose second factor changes")
+        raise RefusedError("a Gemm whose second factor changes from step to step")
     if (
         numbers.get("alpha", 1.0) != 1.0
         or numbers.get("beta", 1.0) != 1.0
         or any(b.axis is not None for b in bias)
     ):
-        raise RefusedError("a Gemm that is scaled")
+        raise RefusedError("a Gemm with an alpha or a beta")
     weight = nodes.op("Transpose", right.value, perm=[1, 0]) if numbers.get("transB", 0) else right.value
     value = nodes.op("MatMul", moved(nodes, left, 0).value, weight)
     if bias:
@@ -208,14 +212,19 @@ def _gemm(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) 
 
 
 def axes_of(value: ir.Value | None) -> list[int]:
+    """The axes in a constant operand, negative ones as they are.
+
+    Raises:
+        RefusedError: The operand is missing, or not a constant.
+    """
     tensor = value.const_value if value is not None else None
     if tensor is None:
-        raise RefusedError("axes that are computed")
+        raise RefusedError("axes that are not a constant")
     return [int(axis) for axis in tensor.numpy().reshape(-1)]
 
 
 def _shifted(axes: Sequence[int], rank: int, at: int) -> list[int]:
-    """Axes of a step as axes of many, where time is before the step's axis `at`."""
+    """Axes of a step's value as axes of the batched value, whose time comes before the step's axis `at`."""
     return [axis % rank + (axis % rank >= at) for axis in axes]
 
 
@@ -227,7 +236,7 @@ def _unsqueeze(
     axes = axes_of(node.inputs[1])
     rank = one.rank + len(axes)
     added = {axis % rank for axis in axes}
-    old = [place for place in range(rank) if place not in added]  # where the step's axes go
+    old = [place for place in range(rank) if place not in added]  # where the operand's axes end up
     at = old[one.axis - 1] + 1 if one.axis else 0
     return [BatchedValue(nodes.unsqueezed(one.value, sorted(_shifted(axes, rank, at))), at, rank)]
 
@@ -236,7 +245,7 @@ def _squeeze(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue
     one = operands[0]
     assert one.axis is not None
     if len(node.inputs) < 2:
-        raise RefusedError("a Squeeze of whatever is 1")
+        raise RefusedError("a Squeeze that names no axes")
     gone = {axis % one.rank for axis in axes_of(node.inputs[1])}
     at = one.axis - sum(axis < one.axis for axis in gone)
     axes = sorted(_shifted(sorted(gone), one.rank, one.axis))
@@ -249,7 +258,7 @@ def _reduction(
     one = operands[0]
     assert one.axis is not None
     if len(node.inputs) < 2:
-        raise RefusedError("a reduction over everything")
+        raise RefusedError("a reduction that names no axes")
     axes = sorted({axis % one.rank for axis in axes_of(node.inputs[1])})
     kept = number_of(node, "keepdims", 1)
     at = one.axis if kept else one.axis - sum(axis < one.axis for axis in axes)
@@ -258,6 +267,7 @@ def _reduction(
 
 
 def number_of(node: ir.Node, name: str, default: int) -> int:
+    """An integer attribute of a node, or its default."""
     return int(node.attributes[name].as_int()) if name in node.attributes else default
 
 
@@ -273,7 +283,7 @@ def _along(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue])
     """Operators along one axis of one operand: `Softmax`, `Split`, `Gather` and `Slice` by constants."""
     one, *others = operands
     if one.axis is None or any(other.axis is not None for other in others):
-        raise RefusedError(f"{node.op_type} by numbers that change")
+        raise RefusedError(f"{node.op_type} by numbers that change from step to step")
     rank = one.rank
     (axis,) = _shifted([number_of(node, "axis", -1 if "oftmax" in node.op_type else 0)], rank, one.axis)
     results = nodes.copy(node, [one.value, *(other.value for other in others)])
@@ -290,7 +300,7 @@ def _along(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue])
 def _slice(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     one, *others = operands
     if one.axis is None or len(others) < 3 or any(other.axis is not None for other in others):
-        raise RefusedError("a Slice by numbers that change")
+        raise RefusedError("a Slice by numbers that change from step to step")
     axes = nodes.ints(*_shifted(axes_of(node.inputs[3]), one.rank, one.axis))
     values = [other.value for other in others]
     (result,) = nodes.copy(node, [one.value, *values[:2], axes, *values[3:]])
@@ -299,7 +309,7 @@ def _slice(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue])
 
 def _concat(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
     if any(one.axis is None for one in operands):
-        raise RefusedError("a Concat with what is the same in each step")
+        raise RefusedError("a Concat with a value that is the same in each step")
     behind, rank = _behind(operands), operands[0].rank
     (result,) = nodes.copy(node, [_aligned(nodes, one, behind) for one in operands])
     producer = result.producer()
@@ -310,7 +320,10 @@ def _concat(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]
 
 
 def _reshape(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
-    """Time stays where the axes in front of it do, else goes to the front; other sizes are numbers, or stay."""
+    """Time keeps its place if the axes in front of it keep theirs, else it moves to the front.
+
+    A size after time that is not a number has to stay what and where it is: 0 in the target copies it.
+    """
     old, new = (value.shape if value is not None else None for value in (node.inputs[0], node.outputs[0]))
     if old is None or new is None:
         raise RefusedError("a Reshape of an unknown shape")
@@ -321,7 +334,7 @@ def _reshape(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue
     target = [0] * (at + 1)
     for place, size in enumerate(new):
         if place >= at and not isinstance(size, int) and not (place < len(same) and same[place]):
-            raise RefusedError("a Reshape to sizes that are computed")
+            raise RefusedError("a Reshape to computed sizes")
         target += [size if isinstance(size, int) else 0] if place >= at else []
     value = moved(nodes, operands[0], at).value
     return [BatchedValue(nodes.op("Reshape", value, nodes.ints(*target)), at, len(new))]

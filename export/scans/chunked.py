@@ -1,11 +1,11 @@
-"""`expand_chunked`: a linear recurrence with a decay a head, as matrix products over chunks of its steps.
+"""`expand_chunked`: a linear recurrence with one decay a head, as matrix products over chunks of its steps.
 
     h(t) = a(t) h(t-1) + B(t) u(t)        within a chunk of T steps, from its state h at the start:
     y(t) = C(t) h(t)                      y = (D * C B^T) u + (d * C) h         D(t, s) = a(s+1) … a(t), 0 for s > t
                                           h' = d(T) h + (e * B)^T u             d(t) = a(1) … a(t), e(s) = D(T, s)
 
 Everything but the last line is computed for all chunks at once; a `Scan` over the chunks passes the states on. Any
-length: the last chunk is filled with steps that keep the state.
+length is allowed: the last chunk is filled up with steps that keep the state.
 
 The decays are kept as logarithms. D is the exponential of the sums of the segments s+1 … t, each summed by itself, as
 one product with a matrix of ones and zeros: all terms have one sign, so no digit is lost however strong the decay is,
@@ -34,33 +34,37 @@ from moe_export.export.scans.segments import STEPS, Segments
 from moe_export.export.scans.terms import Reading
 from moe_export.graph_builder import GraphBuilder
 
-_LEAST = -1e30  # the logarithm of a decay of 0: -inf times the 0 of another segment would be no number
+_LEAST = -1e30  # stands for log 0: -inf times the 0 that leaves it out of another segment would be NaN
 _DTYPES = (ir.DataType.FLOAT, ir.DataType.DOUBLE)
 
 
 def pays(linear: Linear) -> bool:
-    """Whether the chunks compute less than the steps: a decay for at least as many entries as a chunk has steps."""
+    """Whether chunks compute less than single steps: one decay serves at least as many entries as a chunk has steps."""
     return all(state.size((*state.over, *state.only)) >= STEPS for state in linear.states)
 
 
 def expand_chunked(loop: LoopRegion, only_if_it_pays: bool = False) -> None:
     """Replace a loop region by products over chunks.
 
+    Args:
+        loop: The loop region.
+        only_if_it_pays: Also refuse a loop for which `pays` is false.
+
     Raises:
-        RefusedError: It is no such recurrence; the graph then computes what it did.
+        RefusedError: It is not such a recurrence; the graph still computes what it did.
     """
     linear = read_linear(loop)
     if any(state.decays_over for state in linear.states):
         raise RefusedError("its decay differs along the axes that are read over")
     if only_if_it_pays and not pays(linear):
-        raise RefusedError("it has as many decays as entries of the state, or nearly")
+        raise RefusedError(f"one decay serves fewer than {STEPS} entries of the state")
     _Writer(loop, linear).write()
 
 
 class _Writer:
     def __init__(self, loop: LoopRegion, linear: Linear) -> None:
         if all(state.outputs[0].dtype not in _DTYPES for state in loop.states):
-            raise RefusedError("states of a type that is not exact enough")
+            raise RefusedError("states that are neither float32 nor float64")
         self._loop, self._linear = loop, linear
         self.steps = ParallelForm(loop, "chunks")
         self.nodes, self.over = self.steps.nodes, self.steps.over
@@ -71,7 +75,7 @@ class _Writer:
         self.steps.replace([self._state(number) for number in range(len(self._linear.states))])
 
     def _state(self, number: int) -> ir.Value:
-        """Write what is read from one state; its last value."""
+        """Write everything that is read from one state; returns its last value."""
         state, boundary, nodes = self._linear.states[number], self._loop.states[number], self.nodes
         dtype = boundary.outputs[0].dtype
         assert dtype is not None
@@ -129,7 +133,7 @@ class _Writer:
         value = nodes.op("Reshape", value, nodes.ints(*[0] * at, -1, STEPS, *behind))
         places: dict[Any, int] = {axis: place + 2 * (place >= at) for place, axis in enumerate(axes)}
         if inner and not set(inner) <= set(places):
-            raise RefusedError("a factor lacks some of the axes that the others have")
+            raise RefusedError("a factor lacks an axis that the others have")
         batch = [places[axis] for axis in state.batch if axis in places]
         last = [places[axis] for axis in inner or ()]
         value = nodes.transposed(value, [at, *batch, at + 1, *last])
@@ -141,7 +145,7 @@ class _Writer:
         return value
 
     def _steps_last(self, value: ir.Value, state: LinearState) -> ir.Value:
-        """(…, s, n) → (…, n, s), right before a product: runtimes take both as one."""
+        """(…, s, n) → (…, n, s), right before a product: runtimes fuse the two."""
         behind = self._rank(state) - 1
         return self.nodes.transposed(value, [*range(behind - 1), behind, behind - 1])
 
@@ -150,7 +154,7 @@ class _Writer:
     def _pass_on(
         self, state: LinearState, boundary: ir.Node, rows: ir.Value, column: ir.Value, segments: Segments
     ) -> tuple[ir.Value, ir.Value]:
-        """The state at the start of each chunk, (c, g, n, p), and the one behind the last."""
+        """The state after the last chunk, and the states at the start of each chunk, (c, g, n, p)."""
         nodes, size = self.nodes, state.size
         if segments.has_decay:
             if size(state.over) <= size(state.only):
@@ -207,13 +211,13 @@ class _Writer:
         place |= {axis: len(state.batch) + 2 + at for at, axis in enumerate(state.only)}
         if {axis for joined in reading.axes for axis in joined} != set(place):
             raise RefusedError("what is read lacks an axis of the state")
-        front = 0  # axes in front of time: as many as the step's result has there, and all that nobody knows
+        front = 0  # axes in front of time: as many as the loop's result has there, and all of unknown size
         for at, joined in enumerate(reading.axes):
             sizes_known = all(isinstance(state.shape[axis], int) for axis in joined)
             if len(joined) == 1 and at == front and (at < self._axis or not sizes_known):
                 front += 1
             elif not sizes_known:
-                raise RefusedError("an axis of unknown size stands behind others")
+                raise RefusedError("an axis of unknown size comes after others")
         order = [place[joined[0]] for joined in reading.axes[:front]]
         behind = [axis for joined in reading.axes[front:] for axis in joined]
         order += [0, len(state.batch) + 1, *(place[axis] for axis in behind)]
@@ -236,7 +240,7 @@ def _scan(
     added: ir.Value,
     shape: Sequence[int | ir.SymbolicDim],
 ) -> tuple[ir.Value, ir.Value]:
-    """`h' = decay * h + added` chunk by chunk: the last h', and every h."""
+    """`h' = decay * h + added` chunk by chunk: the last h', and the h of every chunk."""
     body = nodes.inner("chunk")
     state, factor, step = (
         ir.Value(name=f"{body.prefix}.{name}", type=first.type) for name in ("state", "decay", "added")

@@ -38,7 +38,7 @@ def read_delta(loop: LoopRegion) -> Linear:
 
 
 class _DeltaReader(Reader):
-    """Reads states that are computed from what was read from them, too."""
+    """A `Reader` that also takes states that are computed from what was read from them."""
 
     def read(self) -> Linear:
         linear = super().read()
@@ -49,7 +49,7 @@ class _DeltaReader(Reader):
         return any(reading.value is value for reading in self.readings)
 
     def mixed(self, node: ir.Node) -> Seen:
-        """`a h + k * rate * (v - r)`: a product is added that was computed from what was read."""
+        """`a h + k * rate * (v - r)`: adds a product that was computed from what was read."""
         state, other, place = self.seen(node)
         if node.op_type not in ("Add", "Sub") or (node.op_type == "Sub" and place):
             raise RefusedError(f"{node.op_type} mixes a state with what was read from one")
@@ -69,7 +69,7 @@ class _DeltaReader(Reader):
         )
         self.readings.remove(reading)
         if reading.new or reading.terms or reading.state != number:
-            raise RefusedError("what a delta rule subtracts is read from another state than the one before")
+            raise RefusedError("what a delta rule subtracts is not read from the state before the step")
         over = self.over(number)
         if reading.over != over:
             raise RefusedError("a state is read over different axes")
@@ -92,7 +92,16 @@ class _DeltaReader(Reader):
         return [factor for factor in product if factor.value in self.dependent]
 
     def _parts(self, term: _Product, others: list[_Product]) -> tuple[_Product, Reading, _Product, _Product]:
-        """What is subtracted, as a product with a reading, what that is multiplied by, and what is added."""
+        """Take apart what a delta rule adds.
+
+        Args:
+            term: The product that was computed from what was read.
+            others: What else the step adds: nothing, or `rate k v` of a rule that is multiplied out.
+
+        Returns:
+            What the reading is multiplied by after it was subtracted (`rate k`); the reading; the factors that it was
+            multiplied by before (`a`); the product that is stored (`rate k v`).
+        """
         computed = self._computed(term)
         if len(computed) > 1:
             raise RefusedError("a step multiplies what it reads by what it reads")
@@ -128,14 +137,14 @@ class _DeltaReader(Reader):
         part, reading = found[0]
         others = tuple(other for other in parts if other is not part)
         if part.labels != tuple(axis[0] if len(axis) == 1 else None for axis in reading.axes):
-            raise RefusedError("what is read is stored at another place")
+            raise RefusedError("what is read is stored along other axes")
         if self._computed(others):
             raise RefusedError("a step multiplies what it reads by what it reads")
         return reading, others
 
 
 def _without(product: Iterable[Factor], part: Iterable[Factor]) -> _Product:
-    """The factors of a product that are not those of another, which has to be in it."""
+    """The factors of a product without those of `part`, which has to be contained in it."""
     left, gone = Counter(product), Counter(part)
     if gone - left:
         raise RefusedError(
@@ -145,7 +154,7 @@ def _without(product: Iterable[Factor], part: Iterable[Factor]) -> _Product:
 
 
 def _only_through(values: Iterable[ir.Value], loop: LoopRegion) -> None:
-    """Make sure that what a loop hands out knows of its states through these values alone."""
+    """Make sure that what a loop collects depends on its states only through these values."""
     boundaries, known = {boundary.outputs[0] for boundary in loop.states}, set(values)
     stack = list(loop.collected)
     while stack:

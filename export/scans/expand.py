@@ -3,8 +3,8 @@
     before   h = State(h0)   x = Element(xs)   …body…   last, ys = End(h, x, h', y)
     after    last, ys = Scan(h0, xs) { (h, x) => (h', y): …body… }
 
-What in the body does not depend on a state or an element stays outside and is computed once; the body reads it, and
-the weights, from the graph around it.
+Whatever does not depend on a state or an element stays outside and is computed once; the body reads it, and the
+weights, from the graph around it.
 
 Source: https://onnx.ai/onnx/operators/onnx__Scan.html (since opset 16 without sequence lengths)
 """
@@ -40,8 +40,8 @@ class Expansion:
 
     Attributes:
         form: `scan`, step by step; `chunked`, as products over chunks, where that is exact; `auto`, chunked where
-            it is exact and computes less; `contrib`, ONNX Runtime's own operator where it computes the same, else
-            as `auto`.
+            it is exact and computes less, else `scan`; `contrib`, ONNX Runtime's own operator where it computes the
+            same, else as `auto`.
         unroll: Steps that an iteration of a `Scan` takes. More than one was not faster (docs/recurrence.md).
     """
 
@@ -50,13 +50,14 @@ class Expansion:
 
 
 def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str]:
-    """Replace every loop region, in the order of the graph.
+    """Replace every loop region, in graph order and in place.
 
     Returns:
         Notes for the report: which form, and why.
 
     Raises:
-        NotExportableError: The chunked form, or the contrib one, was asked for, and no loop has it.
+        NotExportableError: The form `chunked` or `contrib` was asked for, and no loop can take it; or a loop cannot
+            take several steps per iteration.
     """
     lowering = lowering or Expansion()
     forms = _FORMS.get(lowering.form, ())
@@ -91,7 +92,7 @@ def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str
 
 @dataclass(frozen=True)
 class _Form:
-    """A form that takes all steps at once: how it is written, and what the report says of it."""
+    """A form that computes all steps at once: how it is written, and what the report calls it."""
 
     write: Callable[[LoopRegion], None]
     note: str
@@ -109,7 +110,7 @@ _FORMS: dict[str, tuple[_Form, ...]] = {
 
 
 def _at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> tuple[int | None, list[str]]:
-    """Write a loop in the first of these forms that it has: which, and why none before."""
+    """Write a loop in the first of these forms that does not refuse it; which one, and the reasons of those before."""
     reasons: list[str] = []
     for place, form in enumerate(forms):
         try:
@@ -126,7 +127,7 @@ def _why(reasons: Sequence[str]) -> str:
 
 
 def _laid_out(graph: ir.Graph, loop: LoopRegion) -> LoopRegion:
-    """The loop with the longest axes of its states last, where that can be."""
+    """The loop with the longest axis of its states last; unchanged where that is not possible."""
     try:
         return read_region(graph, widest_last(loop))
     except RefusedError:
@@ -134,7 +135,11 @@ def _laid_out(graph: ir.Graph, loop: LoopRegion) -> LoopRegion:
 
 
 def _with_iterations(graph: ir.Graph, loop: LoopRegion, lowering: Expansion) -> LoopRegion:
-    """The loop with as many steps per iteration as were asked for."""
+    """The loop with as many steps per iteration as were asked for.
+
+    Raises:
+        NotExportableError: An operator of the step cannot be computed for several steps at once.
+    """
     if lowering.unroll == 1:
         return loop
     try:
@@ -143,7 +148,7 @@ def _with_iterations(graph: ir.Graph, loop: LoopRegion, lowering: Expansion) -> 
         raise NotExportableError(
             f"the loop cannot take {lowering.unroll} steps per iteration: {reason}",
             where=source_location(loop.end),
-            hint="leave --unroll away",
+            hint="leave out --unroll",
         ) from reason
 
 
@@ -170,7 +175,7 @@ def _body_input(boundary: ir.Node, place: int) -> ir.Value:
 
 
 def _body_outputs(results: Sequence[ir.Value | None], nodes: list[ir.Node]) -> list[ir.Value]:
-    """A value of its own for every output: inputs, outer values and values given out twice are copied."""
+    """A value of its own for every output: inputs, outer values and values returned twice are copied."""
     made = {value for node in nodes for value in node.outputs}
     outputs: list[ir.Value] = []
     for result in results:
@@ -211,5 +216,5 @@ def _scan(end: ir.Node, boundaries: Sequence[ir.Node], states: int, body: ir.Gra
 
 
 def _is_default(key: str, value: object) -> bool:
-    """Axes and directions that are all 0 say nothing."""
+    """Whether an attribute is what `Scan` assumes without it: axes and directions that are all 0."""
     return key.startswith("scan_") and isinstance(value, list) and not any(value)

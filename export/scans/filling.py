@@ -1,6 +1,6 @@
-"""`Filling`: zeros behind the last step, up to a whole number of chunks or of iterations.
+"""`Filling`: zeros after the last step, up to a whole number of chunks or of iterations.
 
-length 70, chunks of 32    →    26 steps of zeros behind
+length 70, chunks of 32    →    26 steps of zeros at the end
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from moe_export.graph_builder import GraphBuilder
 
 
 class Filling:
-    """How many steps are lacking, and values with as many more.
+    """Counts the steps that the last chunk lacks, and pads values by as many.
 
     Args:
         nodes: Where nodes are written.
         length: How many steps there are; int64, (1,).
-        steps: Of a chunk.
+        steps: How many steps a chunk has.
     """
 
     def __init__(self, nodes: GraphBuilder, length: ir.Value, steps: int) -> None:
@@ -25,7 +25,7 @@ class Filling:
         self._pads: dict[tuple[int, int], ir.Value] = {}
 
     def behind(self, value: ir.Value, axis: int, rank: int) -> ir.Value:
-        """A value of this rank with the zeros behind it, along an axis."""
+        """A value of this rank with the missing steps appended as zeros along an axis."""
         nodes, key = self._nodes, (axis, rank)
         if key not in self._pads:
             ahead, behind = [0] * (rank + axis), [0] * (rank - 1 - axis)

@@ -1,10 +1,10 @@
-"""`move_inwards`: what is computed for all steps at once, only to be read step by step, is computed in the step.
+"""`move_inwards`: values computed for all steps at once, only to be read step by step, are computed in the step.
 
     before   exp(delta[b, l, d, 1] * A[d, n]) ─▶ Element (b, d, n)        b * l * d * n values are written and read
     after    Element(delta) (b, d) ─▶ unsqueeze ─▶ * A ─▶ exp             b * l * d values are read
 
-Only operators that work value by value are moved, and only where the step then reads less: a product that is
-broadcast, and what follows it. The same work is done, in a cache instead of in memory.
+Only elementwise operators and views are moved, and only where the step then reads less: a product that is broadcast,
+and what follows it. The amount of work stays the same, but it is done in cache rather than in memory.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _POINTWISE = {
 
 @dataclass(frozen=True)
 class _Moved:
-    """A value over time as the step gets it: read (no node), or computed by `node` from `operands`.
+    """How the step gets a value over time: it reads it (no node), or computes it by `node` from `operands`.
 
     Attributes:
-        axis: Of time.
-        amount: Values that a step reads for it.
+        axis: The axis of time in `value`; None if it has none.
+        amount: How many numbers a step reads for it.
     """
 
     value: ir.Value
@@ -40,7 +40,7 @@ class _Moved:
 
 
 def move_inwards(graph: ir.Graph, end: ir.Node) -> None:
-    """Move what only feeds a loop region into it, in place, where that makes the loop read less."""
+    """Move computations that only feed a loop region into it, in place, where the loop then reads less."""
     states, count = (int(end.attributes[name].as_int()) for name in ("states", "elements"))
     boundaries = [value.producer() for value in end.inputs[states : states + count] if value is not None]
     reads = _Reads(graph, end, int(end.attributes["loop"].as_int()))
@@ -61,14 +61,14 @@ def move_inwards(graph: ir.Graph, end: ir.Node) -> None:
 
 
 def _plan(value: ir.Value, axis: int | None, user: ir.Node) -> _Moved:
-    """The way to get a value in a step that reads least."""
+    """The way to get a value in a step that reads the fewest numbers."""
     amount = 0 if axis is None else amount_of(value, axis)
     as_read = _Moved(value, axis, amount)
     node = value.producer()
     if axis is None or node is None or node.domain not in ("", "ai.onnx") or len(node.outputs) != 1:
         return as_read
     if any(other is not user for other, _ in value.uses()) or value.is_graph_output():
-        return as_read  # it is computed anyway
+        return as_read  # others read it too, so it is computed anyway
     axes = _operand_axes(node, value, axis)
     if axes is None:
         return as_read
@@ -111,7 +111,7 @@ def _added(node: ir.Node, value: ir.Value) -> list[int] | None:
 
 
 class _Reads:
-    """Writes elements and the moved operators in front of the loop's end; one element for each value and axis."""
+    """Writes elements and the moved operators in front of a boundary node; one element for each value and axis."""
 
     def __init__(self, graph: ir.Graph, end: ir.Node, loop: int) -> None:
         self._graph, self._end, self._loop = graph, end, loop
@@ -119,7 +119,7 @@ class _Reads:
         self.boundaries: list[ir.Node] = []
 
     def boundary(self, value: ir.Value, axis: int, like: ir.Node) -> ir.Value:
-        """An element of a value along an axis."""
+        """An element of a value along an axis, read in the direction of another boundary node."""
         backwards = int(like.attributes["backwards"].as_int())
         key = (value, axis, backwards)
         if key not in self._known:
@@ -142,7 +142,7 @@ class _Reads:
         return self._known[key].outputs[0]
 
     def write(self, moved: _Moved, boundary: ir.Node) -> ir.Value:
-        """The value of a step."""
+        """Write how the step gets a value; the value of one step."""
         if moved.node is None:
             return moved.value if moved.axis is None else self.boundary(moved.value, moved.axis, boundary)
         assert moved.axis is not None

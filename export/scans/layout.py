@@ -1,15 +1,15 @@
-"""`widest_last`: a loop region whose states have their longest axis last, where runtimes work along it.
+"""`widest_last`: a loop region whose states have their longest axis last, along which runtimes work.
 
     before   h[d, n] = exp(delta[d, 1] * A[d, n]) * h + (delta * u)[d, 1] * B[1, n]      y = h @ C[n, 1]
     after    h[n, d] = exp(delta[1, d] * A[n, d]) * h + (delta * u)[1, d] * B[n, 1]      y = C[1, n] @ h
 
 A Mamba state has d in the thousands and n = 16: along n, each broadcast is set up anew for 16 numbers. The step is
-written again with the last two axes of the state, and of all that is computed with it, exchanged: operators that work
-value by value stay what they are, a product exchanges its factors, an axis of size 1 is put on the other side.
+rewritten with the last two axes of the state, and of everything computed with it, exchanged: elementwise operators stay
+what they are, a matrix product swaps its factors, an axis of size 1 moves to the other side.
 (onnxruntime 1.31, one thread, D = 256, N = 16, L = 512: 6.3 ms before, 3.6 after.)
 
-Where the sequences themselves would have to be transposed, or the step computes something else with a state, the loop
-stays as it is.
+Where the sequences themselves would have to be transposed, or the step computes anything else with a state, the loop
+stays unchanged.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from moe_export.graph_builder import GraphBuilder
 
 
 def widest_last(loop: LoopRegion) -> ir.Node:
-    """Write the loop again with the last two axes of its states exchanged, where the longer is not the last.
+    """Rewrite a loop with the last two axes of its states exchanged, where the longer is not the last.
 
     Returns:
         The end of the new loop. The old one is left without users.
 
     Raises:
-        RefusedError: There is nothing to gain, or the step has no such form; the graph then computes what it did.
+        RefusedError: There is nothing to gain, or the step cannot be rewritten; the graph still computes what it did.
     """
     return _Writer(loop).write()
 
@@ -74,7 +74,7 @@ class _Writer:
         return self._end(following, collected)
 
     def _depending(self) -> set[ir.Value]:
-        """What depends on a state that changes."""
+        """The values that depend on a state whose axes are exchanged."""
         found = {boundary.outputs[0] for boundary in self._chosen}
         for node in self._loop.body:
             if any(value in found for value in node.inputs if value is not None):
@@ -124,7 +124,9 @@ class _Writer:
         return rule(self, node, rank)
 
     def _operand(self, value: ir.Value | None) -> ir.Value | None:
-        """An operand that is broadcast: axes that it lacks are in front, so a list goes along the last but one."""
+        """An operand that is broadcast, which lacks leading axes only: a vector, along the last axis before, gets one
+        more axis to lie along the last but one.
+        """
         if value is None or rank_of(value) == 0:
             return None if value is None else self._as_it_is(value)
         if rank_of(value) == 1:
@@ -132,7 +134,7 @@ class _Writer:
         return self._exchanged(value)
 
     def _exchanged_element(self, value: ir.Value) -> ir.Value:
-        """An element one of whose axes has size 1: the axis is put on the other side, outside the loop."""
+        """An element one of whose last two axes has size 1: outside the loop, that axis moves to the other side."""
         boundary, rank = self._elements[value], rank_of(value)
         source, axis = boundary.inputs[0], number_of(boundary, "axis", 0)
         ones = [
@@ -148,14 +150,14 @@ class _Writer:
     def _element_with_one(
         self, boundary: ir.Node, source: ir.Value, axis: int, place: int, kind: ir.TypeProtocol | None
     ) -> ir.Value:
-        """An element of a sequence, with one more axis of size 1, which is put in outside the loop.
+        """An element of a sequence that gets one more axis of size 1 outside the loop.
 
         Args:
-            boundary: Of an element of the same steps.
+            boundary: The boundary node of an element read in the same steps.
             source: The sequence, without that axis.
-            axis: Of time in it.
-            place: Of the axis, in the element.
-            kind: Of the element.
+            axis: The axis of time in `source`.
+            place: Where the new axis is in the element.
+            kind: The type of the element.
         """
         with_one = self._nodes.unsqueezed(source, [place + (place >= axis)])
         facts: dict[str, Any] = {**boundary.attributes, "axis": axis + (place < axis)}
@@ -165,7 +167,7 @@ class _Writer:
         return new
 
     def _without(self, source: ir.Value, axis: int, rank: int) -> ir.Value:
-        """A sequence without an axis of size 1; the value before, if that was only put in."""
+        """A sequence without an axis of size 1: what it was before an `Unsqueeze` added the axis, else squeezed."""
         maker = source.producer()
         if maker is not None and maker.op_type == "Unsqueeze" and maker.inputs[0] is not None:
             added = [each % rank for each in axes_of(maker.inputs[1])]
@@ -233,7 +235,7 @@ class _Writer:
         node = value.producer()
         if value not in self._body or node is None:
             if any(boundary.outputs[0] is value for boundary in self._chosen):
-                raise RefusedError("a state is handed out, or computed with, in its own layout")
+                raise RefusedError("a state is returned, or computed with, in its own layout")
             return value
         if len(node.outputs) != 1:
             raise RefusedError(f"{node.op_type} has several results")
@@ -248,7 +250,7 @@ class _Writer:
         return made
 
     def _drops_an_end(self, node: ir.Node, operand: ir.Value) -> bool:
-        """Whether a node drops one of the last two axes of a value of a state: what is left has no order of the two."""
+        """Whether a node drops one of the two exchanged axes of a value, after which their order is immaterial."""
         drops = node.op_type == "Squeeze" or (
             node.op_type in REDUCTIONS and not number_of(node, "keepdims", 1)
         )
@@ -260,7 +262,7 @@ class _Writer:
     # The loop
 
     def _view(self, value: ir.Value, axis: int) -> _View:
-        """A `Squeeze` that ends a step is left to all steps at once."""
+        """A result of the step without the `Squeeze` that it may end in: that is done once, outside the loop."""
         node = value.producer()
         if node is None or node.op_type != "Squeeze" or value not in self._written or value.uses():
             return _View(value, axis)
@@ -306,12 +308,12 @@ class _Writer:
 
 @dataclass(frozen=True)
 class _View:
-    """What a step hands out, and how it becomes what was collected.
+    """A result of the step, and how the loop's result is made of it.
 
     Attributes:
-        value: Of a step.
-        axis: Of time, where all are collected.
-        gone: The axis of size 1 that is dropped then, outside the loop; None for none.
+        value: What a step returns.
+        axis: The axis of time along which the steps are collected.
+        gone: The axis of size 1 that is dropped afterwards, outside the loop; None for none.
     """
 
     value: ir.Value

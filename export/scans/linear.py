@@ -1,11 +1,11 @@
-"""`read_linear`: whether a loop is a linear recurrence that is only read through products, and in what terms.
+"""`read_linear`: whether a loop is a linear recurrence that is only read through products, and which ones.
 
     h' = a * h + B u        h: axes of the state, some of them batch (g), some only in u (p), some read over (n)
     y  = sum over n of C h'
 
-Each of a, B, u and C is a product of factors, and a factor has some of the state's axes: that is what tells a decay
-a head (a[g]) from a decay for each entry of the state. Found by what the body computes, however it is spelled:
-views, sums of products, matrix products.
+Each of a, B, u and C is a product of factors, and a factor has some of the state's axes: that is what distinguishes one
+decay a head (a[g]) from one decay for each entry of the state. Recognised by what the body computes, however it is
+spelled: views, sums of products, matrix products. An axis is "read over" if y sums over it.
 
 Source of the form: state space duality, arXiv:2405.21060, section 3.
 """
@@ -39,12 +39,12 @@ class LinearState:
     """`h' = decay * h + row * column`.
 
     Attributes:
-        shape: Of the state.
-        decay: Factors; none of them for no decay.
+        shape: The state's shape.
+        decay: The factors of a; empty for no decay.
         row: B: factors with axes that are read over.
         column: u: the other factors.
         batch, over, only: The axes g, n and p.
-        rate: Of a delta rule (`delta`), `h' = decay * h + rate * row * (column - row decay h)`; else None.
+        rate: For a delta rule (`delta`), `h' = decay * h + rate * row * (column - row decay h)`; else None.
     """
 
     shape: tuple[int | ir.SymbolicDim, ...]
@@ -57,11 +57,11 @@ class LinearState:
     rate: tuple[Factor, ...] | None = None
 
     def size(self, axes: Sequence[int]) -> int:
-        """The product of the sizes of axes."""
+        """The product of the sizes of axes; unknown ones count as 1."""
         return math.prod(self.sizes(axes))
 
     def sizes(self, axes: Sequence[int]) -> list[int]:
-        """The sizes of axes, as far as they are numbers."""
+        """The sizes of axes, without unknown ones."""
         return [size for axis in axes if isinstance(size := self.shape[axis], int)]
 
     @property
@@ -72,7 +72,7 @@ class LinearState:
 
 @dataclass(frozen=True)
 class Linear:
-    """A loop in these terms."""
+    """A loop as linear recurrences, one for each state, and everything that is read from them."""
 
     states: tuple[LinearState, ...]
     readings: tuple[Reading, ...]
@@ -82,13 +82,13 @@ def read_linear(loop: LoopRegion) -> Linear:
     """Read a loop as a linear recurrence.
 
     Raises:
-        RefusedError: It is none; says why.
+        RefusedError: It is not one, and why.
     """
     return Reader(loop).read()
 
 
 class Reader:
-    """Reads a body node by node: what is a state, what is read from one, and what is computed from that (`done`)."""
+    """Reads a body node by node: values that are a state, values read from one, and values computed from those."""
 
     def __init__(self, loop: LoopRegion) -> None:
         self.loop = loop
@@ -125,7 +125,7 @@ class Reader:
         return Linear(tuple(states), tuple(self.readings))
 
     def mixed(self, node: ir.Node) -> Seen:
-        """A state together with what was read from one."""
+        """Handle a node that takes a state together with a value read from one; here such a node is refused."""
         raise RefusedError(f"{node.op_type} mixes a state with what was read from one")
 
     def _check(self, done: set[ir.Value]) -> None:
@@ -149,17 +149,21 @@ class Reader:
             self._take(value, found, following)
 
     def _take(self, value: ir.Value, found: Seen, following: dict[ir.Value, int]) -> None:
-        """Remember a value that is a state."""
+        """Record a value that is a view of a state, scaled and added to."""
         self._seen[value] = found
         if value in following:
             number = following[value]
             if found.new or found.state != number or found.axes != plain(found.axes):
-                raise RefusedError("a state follows from another one")
+                raise RefusedError("a state is computed from another one, or its axes are moved")
             self.next[number] = found
             self._seen[value] = Seen(number, True, found.axes)
 
     def state(self, number: int, shape: tuple[int | ir.SymbolicDim, ...]) -> LinearState:
-        """A state whose step adds one product to it."""
+        """The recurrence of a state.
+
+        Raises:
+            RefusedError: Its step does not add exactly one product to it.
+        """
         found = self.next.get(number)
         if found is None or len(found.terms) != 1:
             raise RefusedError("a step does not add one product to its state")
@@ -172,9 +176,7 @@ class Reader:
         """The axes that a state is read over."""
         overs = {reading.over for reading in self.readings if reading.state == number}
         if len(overs) != 1:
-            raise RefusedError(
-                "a state is read over different axes" if overs else "nobody reads a state in the loop"
-            )
+            raise RefusedError("a state is read over different axes" if overs else "no step reads the state")
         return overs.pop()
 
     def made(
@@ -186,24 +188,24 @@ class Reader:
         column: tuple[Factor, ...],
         rate: tuple[Factor, ...] | None = None,
     ) -> LinearState:
-        """A state of these factors, its axes told apart."""
+        """A state of these factors, its axes sorted into batch, read over and only in the column."""
         over = self.over(number)
         reads = [factor for reading in self.readings if reading.state == number for factor in reading.factors]
         batch = axes_of((*decay, *reads, *row, *(rate or ()))) - over
         only = set(range(len(shape))) - batch - over
         if not only <= axes_of(column):
-            batch |= only  # an axis that nothing has: broadcast
+            batch |= only  # no factor has some of these axes: what is added is broadcast along them
             only = set()
         for axis in (*over, *only):
             if not isinstance(shape[axis], int):
-                raise RefusedError("a size of the state is not known")
+                raise RefusedError("a size of the state is unknown")
         g, n, p = (tuple(sorted(some)) for some in (batch, over, only))
         return LinearState(shape, decay, row, column, g, n, p, rate)
 
     # Steps on a state
 
     def seen(self, node: ir.Node) -> tuple[Seen, ir.Value | None, int]:
-        """The operand that is a state, the other operand, and the place of the first."""
+        """The operand that is a state, the other operand, and which operand the state is."""
         places = [place for place, value in enumerate(node.inputs) if value in self._seen]
         if len(places) > 1:
             raise RefusedError(f"{node.op_type} of two states")
@@ -214,7 +216,7 @@ class Reader:
         return self._seen[value], others[0] if others else None, place
 
     def factors(self, value: ir.Value | None, axes: Axes) -> tuple[Factor, ...]:
-        """A value that is broadcast against axes, as a product."""
+        """The factors of a value that is broadcast against axes of the state."""
         assert value is not None
         if value.shape is None or len(value.shape) > len(axes):
             raise RefusedError("a factor with more axes than the state")
@@ -229,11 +231,11 @@ class Reader:
         return self.split(Factor(value, tuple(labels)))
 
     def whole(self, value: ir.Value) -> bool:
-        """Whether a value is one factor, whatever it is computed from."""
+        """Whether a value counts as one factor, even if it is a product."""
         return value in self.dependent
 
     def split(self, factor: Factor) -> tuple[Factor, ...]:
-        """Through products and views."""
+        """The factors that a factor is the product of, seen through views."""
         value, labels = factor.value, factor.labels
         node = value.producer()
         if node is None or value not in self._body or self.whole(value):
@@ -309,7 +311,7 @@ def _summed(reader: Reader, node: ir.Node) -> Reading:
 def _contracted(reader: Reader, node: ir.Node) -> Reading:
     state, other, place = reader.seen(node)
     if other is None or other.shape is None or len(other.shape) > len(state.axes):
-        raise RefusedError("a state is read by something larger")
+        raise RefusedError("a state is read by something with more axes")
     shape, axes = other.shape, state.axes
     if place == 0 and len(shape) == 1:
         over, labels, result = axes[-1], axes[-1:], axes[:-1]

@@ -3,13 +3,13 @@
     S' = exp(g) S + k v            gated; linear without g           y = q S'
     S' = exp(g) S + beta k (v - k exp(g) S)        gated_delta; delta without g
 
-    state   (batch, heads, d_k, d_v)    d_k: the axes that are read over, d_v: those that nothing but the value has
+    state   (batch, heads, d_k, d_v)    d_k: the axes that are read over, d_v: those that only the value has
     q, k    (batch, length, heads * d_k)             v, y    (batch, length, heads * d_v)
     g       (batch, length, heads) or (batch, length, heads * d_k)         beta    (batch, length, heads)
 
-It takes the decay's logarithm, so that is taken from how the model computes the decay, not from its value; a decay that
-is not known to be positive has none. The operator reads its state after each step; a loop that reads it before is given
-one more step, in front, that stores nothing.
+The operator takes the decay's logarithm, which is read off how the model computes the decay, not computed from its
+value; a decay that is not known to be positive is refused. The operator reads its state after each step; a loop that
+reads it before is given one more step at the start, which stores nothing.
 
 Source: the operator's schema in onnxruntime 1.31 (com.microsoft.LinearAttention).
 """
@@ -30,19 +30,19 @@ from moe_export.export.scans.terms import Reading
 
 DOMAIN = "com.microsoft"
 _FEW_HEADS, _SMALL_HEAD = 32, 128
-"""The CPU kernel takes .1 us or more a head and step, whatever its size: 256 heads of 16 entries (Mamba-1, a head for
-each channel) took 24 ms for 512 steps, as a Scan 3.7."""
+"""The CPU kernel takes at least 0.1 µs a head and step, however small the head: 256 heads of 16 entries (Mamba-1, one
+head a channel) took 24 ms for 512 steps, a Scan 3.7 ms. So it is used up to 32 heads, or with 128 entries a head."""
 
 
 def expand_linear_attention(loop: LoopRegion) -> None:
     """Replace a loop region by the operator, one for each way that a state is read.
 
     Raises:
-        RefusedError: It is no such recurrence; the graph then computes what it did.
+        RefusedError: It is not such a recurrence; the graph still computes what it did.
     """
     linear = read_delta(loop)
     if any(boundary.outputs[0].dtype != ir.DataType.FLOAT for boundary in loop.states):
-        raise RefusedError("states of another type than float32")
+        raise RefusedError("states that are not float32")
     if any(reading.new != linear.readings[0].new for reading in linear.readings):
         raise RefusedError("one state is read before its step, another after it")
     if any(len(_free(state)) > 1 for state in linear.states):
@@ -63,12 +63,12 @@ def _pays(state: LinearState) -> bool:
 
 
 def _free(state: LinearState) -> list[int]:
-    """The axes of unknown size: the batch."""
+    """The axes of unknown size, which become the operator's batch."""
     return [axis for axis in state.batch if not isinstance(state.shape[axis], int)]
 
 
 class _Attention:
-    """One state."""
+    """Writes the operator for one state of a loop."""
 
     def __init__(self, steps: ParallelForm, state: LinearState, boundary: ir.Node) -> None:
         self._steps, self._nodes, self._state = steps, steps.nodes, state
@@ -79,7 +79,7 @@ class _Attention:
         self._order = [*self._batch, *self._heads, *state.over, *state.only]
 
     def write(self, readings: list[Reading]) -> ir.Value:
-        """Write the operator for each reading; the last state."""
+        """Write the operator for each reading; returns the last state."""
         state, nodes, size = self._state, self._nodes, self._state.size
         heads = size(self._heads)
         before = not readings[0].new
@@ -129,7 +129,7 @@ class _Attention:
         assert batched.axis is not None
         now.insert(batched.axis, None)
         if not set(now) <= set(wanted):
-            raise RefusedError("a factor has an axis that the operator's has not")
+            raise RefusedError("a factor has an axis for which the operator has no place")
         value = nodes.transposed(batched.value, [now.index(axis) for axis in wanted if axis in now])
         lacking = [place for place, axis in enumerate(wanted) if axis not in now]
         value = nodes.unsqueezed(value, lacking)
@@ -144,7 +144,7 @@ class _Attention:
         return nodes.op("Reshape", value, nodes.ints(0, 0, state.size((*self._heads, *inner))))
 
     def _shape(self, sizes: list[int | ir.SymbolicDim]) -> ir.Value:
-        """A list of sizes, of which the batch may be one."""
+        """A shape as int64, of which the first size may be the unknown batch."""
         nodes = self._nodes
         if all(isinstance(size, int) for size in sizes):
             return nodes.ints(*(size for size in sizes if isinstance(size, int)))
@@ -155,7 +155,7 @@ class _Attention:
         )
 
     def _padded(self, value: ir.Value, ahead: int, behind: int) -> ir.Value:
-        """With steps of zeros in front or behind."""
+        """A packed value with steps of zeros before the first or after the last."""
         return self._nodes.op("Pad", value, self._nodes.ints(0, ahead, 0, 0, behind, 0))
 
     def _unpacked(self, value: ir.Value, reading: Reading) -> BatchedValue:

@@ -1,10 +1,10 @@
-"""`logarithm`: the logarithm of a decay that the model computes as an exponential, without computing both.
+"""`logarithm`: the logarithm of a decay, read off how the model computes it rather than computed from its value.
 
     exp(dt * A)   → dt * A
     sigmoid(f)    → -softplus(-f)
     0.97          → log(0.97)
 
-Anything else may be 0 or negative, and has none.
+Anything else may be 0 or negative, and is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _VIEWS = {"Expand", "Gather", "Identity", "Reshape", "Slice", "Squeeze", "Transp
 
 
 def logarithm(nodes: GraphBuilder, over: BatchedOverTime, value: ir.Value, loop: LoopRegion) -> BatchedValue:
-    """The logarithm of a value of a step, over time.
+    """The logarithm of a value of the step, batched over time.
 
     Raises:
         RefusedError: The value is not known to be positive.

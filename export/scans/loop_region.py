@@ -1,4 +1,4 @@
-"""`LoopRegion`: a loop between its boundary nodes in a translated graph, as plain data; what its steps depend on.
+"""`LoopRegion`: a loop between its boundary nodes in a translated graph, as plain data.
 
 h = State(h0)   x = Element(xs)   …body…   last, ys = End(h, x, h', y)
 """
@@ -24,7 +24,9 @@ class LoopRegion:
         elements: Boundary nodes of the sequences, one element of which a step reads.
         body: The nodes that depend on a boundary node and that the end depends on, in graph order.
         following: The next states.
-        collected: What each step hands out; `axes` and `backwards` say where its time goes.
+        collected: What each step returns besides the states.
+        axes: For each collected value, where its axis of time goes.
+        backwards: For each collected value, whether the last step comes first.
     """
 
     end: ir.Node
@@ -38,7 +40,7 @@ class LoopRegion:
 
     @property
     def number(self) -> int:
-        """Tells the loops of a model apart."""
+        """A number that no other loop of the model has."""
         return integer(self.end, "loop")
 
     def dependent(self) -> set[ir.Value]:
@@ -47,12 +49,12 @@ class LoopRegion:
 
 
 def integer(node: ir.Node, name: str) -> int:
-    """An attribute of a boundary node."""
+    """An integer attribute of a boundary node."""
     return int(node.attributes[name].as_int())
 
 
 def read_region(graph: ir.Graph, end: ir.Node) -> LoopRegion:
-    """Read a loop region off the graph."""
+    """Read a loop region off the graph, given its end node."""
     states, elements = integer(end, "states"), integer(end, "elements")
     boundaries = [_boundary(value) for value in end.inputs[: states + elements]]
     results = [value for value in end.inputs[states + elements :] if value is not None]
@@ -72,16 +74,16 @@ def read_region(graph: ir.Graph, end: ir.Node) -> LoopRegion:
 def new_element(
     graph: ir.Graph, before: ir.Node, value: ir.Value, axis: int, *, loop: int, place: int, backwards: int
 ) -> ir.Node:
-    """The boundary node of a sequence, one element of which a step reads; written in front of a node.
+    """Write the boundary node of a sequence, one element of which a step reads.
 
     Args:
-        graph: Where.
-        before: The node.
+        graph: The graph that it is written into.
+        before: The node that it is written in front of.
         value: The sequence.
-        axis: Of time in it.
+        axis: The axis of time in it.
         loop: The loop's number.
-        place: The element's.
-        backwards: 1 if the last is read first.
+        place: The element's number in the loop.
+        backwards: 1 if the last element is read first.
     """
     numbers = {"loop": loop, "place": place, "axis": axis, "backwards": backwards}
     boundary = ir.node(ELEMENT, [value], attributes=numbers, domain=DOMAIN)
@@ -93,7 +95,7 @@ def new_element(
 
 
 def with_elements(end: ir.Node, elements: Sequence[ir.Value]) -> None:
-    """Give the end of a loop other elements; its states and results stay."""
+    """Replace the elements among a loop end's inputs; its states and results stay."""
     states, count = integer(end, "states"), integer(end, "elements")
     inputs = [*end.inputs[:states], *elements, *end.inputs[states + count :]]
     end.resize_inputs(len(inputs))

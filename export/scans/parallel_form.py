@@ -1,11 +1,10 @@
-"""`ParallelForm`: a loop region without its order: what its steps compute apart from the states, for all of them at
-once.
+"""`ParallelForm`: what the steps of a loop region compute apart from the states, for all steps at once.
 
     product     of factors that have some of the state's axes        B[l, n] * dt[l, h]   →   (l, h, n)
-    logarithms  the same of a decay, as a sum                        exp(dt[l, h] * A[h]) →   (l, h)
+    logarithms  of the factors of a decay, summed                    exp(dt[l, h] * A[h]) →   (l, h)
     replace     the loop's last states and its results               last, ys = End(…)    →   what was computed
 
-The forms that need no step by step (`chunked`, `linear_attention`) compute their states from these.
+The forms that do not go step by step (`chunked`, `linear_attention`) compute their states from these.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ Part = tuple[BatchedValue, list[int]]
 
 
 class ParallelForm:
-    """The steps of a loop, over time.
+    """The steps of a loop, batched over time.
 
     Attributes:
         nodes: Where nodes are written.
-        over: The values of a step, over time.
+        over: The values of the step, batched over time.
         length: How many steps there are; int64, (1,).
-        dtype: Of the states.
+        dtype: The type of the first state.
 
     Args:
         loop: The loop.
-        prefix: Of the names of what is written.
+        prefix: What the names of written nodes begin with.
 
     Raises:
         RefusedError: No step reads an element of a sequence.
@@ -48,7 +47,7 @@ class ParallelForm:
         self.nodes = nodes = GraphBuilder.in_front_of(loop.end, f"{prefix}_{loop.number}")
         sources = {boundary.outputs[0]: _source(nodes, boundary) for boundary in loop.elements}
         if not sources:
-            raise RefusedError("its steps read nothing of their own")
+            raise RefusedError("its steps read no sequence")
         self.over = BatchedOverTime(nodes, sources, {value for node in loop.body for value in node.outputs})
         first = next(iter(sources.values()))
         assert first.axis is not None
@@ -58,7 +57,7 @@ class ParallelForm:
         self.dtype = dtype
 
     def product(self, factors: Sequence[Factor]) -> Part:
-        """The product of factors; 1 if there are none."""
+        """The product of factors, with the axes that any of them has; 1 if there are none."""
         axes = sorted(axes_of(factors))
         parts = [self._spread(factor.labels, self.over.of(factor.value), axes) for factor in factors]
         if not parts:
@@ -69,7 +68,7 @@ class ParallelForm:
         """The logarithm of a product of decays, each of which is known to be positive.
 
         Raises:
-            RefusedError: One is not.
+            RefusedError: One of them is not.
         """
         axes = sorted(axes_of(factors))
         parts = [
@@ -79,10 +78,10 @@ class ParallelForm:
         return self._joined("Add", parts), axes
 
     def replace(self, last: Sequence[ir.Value]) -> None:
-        """Put the last states, and what each step hands out, in the place of the loop's outputs.
+        """Use the last states, and what each step returns, instead of the loop's outputs.
 
         Raises:
-            RefusedError: Each step hands out the same.
+            RefusedError: What the steps return is the same in each step.
         """
         results = []
         for value, axis, backwards in zip(
@@ -90,7 +89,7 @@ class ParallelForm:
         ):
             batched = self.over.of(value)
             if batched.axis is None:
-                raise RefusedError("what is handed out is the same in each step")
+                raise RefusedError("a result is the same in each step")
             result = moved(self.nodes, batched, axis).value
             results.append(flipped(self.nodes, result, axis) if backwards else result)
         for old, new in zip(self._loop.end.outputs, [*last, *results], strict=True):
@@ -98,7 +97,12 @@ class ParallelForm:
             old.replace_all_uses_with(new, replace_graph_outputs=True)
 
     def know(self, reading: Reading, batched: BatchedValue) -> None:
-        """Tell what is read from a state, the state before products are added to it, with the axes of the reading."""
+        """Record what a reading is.
+
+        Args:
+            reading: What is read.
+            batched: What is read from the state before the reading's products are added to it, with the reading's axes.
+        """
         for term in reading.terms:
             other = self._summed(term, reading)
             axis = batched.axis
@@ -111,7 +115,7 @@ class ParallelForm:
     def _summed(self, term: Sequence[Factor], reading: Reading) -> BatchedValue:
         """The sum of a product over the axes that a state is read over, with the axes of the reading.
 
-        What lacks these axes is multiplied by the sum, rather than the sum taken of something larger.
+        Factors without these axes are multiplied by the sum afterwards, so that less is summed.
         """
         over = sorted(reading.over)
         if any(len(joined) > 1 for joined in reading.axes) or not reading.over <= axes_of(term):
@@ -132,7 +136,7 @@ class ParallelForm:
         return BatchedValue(self.nodes.unsqueezed(value, lacking), 0, len(reading.axes))
 
     def in_every_step(self, batched: BatchedValue) -> BatchedValue:
-        """With time, in front, if it had none: the same in each step."""
+        """A value that has time: one that is the same in each step is repeated along a new first axis."""
         if batched.axis is not None:
             return batched
         nodes = self.nodes
@@ -144,7 +148,7 @@ class ParallelForm:
         return BatchedValue(nodes.op("Expand", nodes.unsqueezed(batched.value, [0]), shape), 0, batched.rank)
 
     def _joined(self, op: str, parts: Sequence[BatchedValue]) -> BatchedValue:
-        """The sum or product of values of one rank; those that are the same in each step first."""
+        """The sum or product of values of one rank; those without time are joined first, as they are smaller."""
         parts = sorted(parts, key=lambda part: part.axis is not None)
         total = parts[0]
         for part in parts[1:]:

@@ -3,7 +3,7 @@
     before   (delta[d, 1] * B[1, n]) * u[d, 1]     2 d n products a step
     after    (delta[d, 1] * u[d, 1]) * B[1, n]     d n + d
 
-Only products of the step itself, none that a state is part of.
+Only products inside the step that do not depend on a state.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _Shape = tuple[int | ir.SymbolicDim, ...]
 
 
 def small_products_first(loop: LoopRegion) -> None:
-    """Write each product of three or more factors again where another order computes less, in place."""
+    """Rewrite each product of three or more factors where another order computes less, in place."""
     dependent = loop.dependent()
     inside = {node for node in loop.body if _is_product(node) and node.outputs[0] not in dependent}
     for node in loop.body:
@@ -81,7 +81,7 @@ def _write(nodes: GraphBuilder, node: ir.Node, factors: Sequence[ir.Value], insi
 
 
 def _cost(node: ir.Node, inside: set[ir.Node]) -> int:
-    """Products that a tree computes as it is."""
+    """How many multiplications a tree of products takes as written."""
     total = size_of(tuple(node.outputs[0].shape or ()))
     for value in node.inputs:
         producer = value.producer() if value is not None else None

@@ -1,10 +1,10 @@
-"""`results_inwards`: what is only summed up of each step's result is summed up in the step.
+"""`results_inwards`: what only sums up each step's result is moved into the step.
 
     before   ys = loop(… h(t) …) (b, l, d, n)   y = ys @ C[…, None]          b * l * d * n values are written and read
     after    y = loop(… h(t) @ C(t)[:, None] …) (b, l, d, 1)                 b * l * d values are written
 
-The nodes behind a result are followed as long as nobody else reads what is between them, and the loop takes those
-after which the least is left. It is the mirror of `scans/inputs`.
+The nodes after a result are followed as long as each value between them has one reader, and the loop takes in those up
+to the smallest value. It is the mirror image of `scans/inputs`.
 """
 
 from __future__ import annotations
@@ -29,17 +29,18 @@ from moe_export.export.scans.order import written_last
 from moe_export.export.sizes import same_dim
 from moe_export.graph_builder import GraphBuilder
 
-_FAR = 8  # nodes behind a result that are looked at
+_MOST_NODES = 8  # followed after a result: a product, its sum and the views around them are fewer
 
 
 @dataclass(frozen=True)
 class _Behind:
-    """A node behind a result.
+    """A node that follows a result.
 
     Attributes:
-        node: The node; `value` is what it reads of the loop, its output follows.
-        axis: Of time in its output.
-        places: Of time in each of its operands; None for those that have none, or one of size 1.
+        node: The node.
+        value: The operand that comes from the loop.
+        axis: The axis of time in the node's output.
+        places: The axis of time in each operand; None for one without it, or with size 1 there.
     """
 
     node: ir.Node
@@ -53,22 +54,22 @@ class _Behind:
 
 
 def results_inwards(graph: ir.Graph, end: ir.Node) -> None:
-    """Move what sums up a loop region's results into its steps, in place."""
+    """Move nodes that sum up a loop region's results into its steps, in place."""
     loop = read_region(graph, end)
     for number in range(len(loop.collected)):
         chain = _chain(graph, loop, number)
         if chain:
-            written_last(graph, end)  # what the chain reads stands in front of the loop now
+            written_last(graph, end)  # so that what the chain reads comes before the loop
             _take_in(graph, loop, number, chain)
             loop = read_region(graph, end)
 
 
 def _chain(graph: ir.Graph, loop: LoopRegion, number: int) -> list[_Behind]:
-    """The nodes to take in; none where nothing is gained."""
+    """The nodes to take in; empty where nothing is gained."""
     value, axis = loop.end.outputs[len(loop.states) + number], loop.axes[number]
     late = _made_after(graph, loop.end)
     least, best, found = amount_of(value, axis), 0, list[_Behind]()
-    while len(found) < _FAR:
+    while len(found) < _MOST_NODES:
         uses = tuple(value.uses())
         if len(uses) != 1 or value.is_graph_output():
             break
@@ -91,7 +92,7 @@ def _chain(graph: ir.Graph, loop: LoopRegion, number: int) -> list[_Behind]:
 
 
 def _made_after(graph: ir.Graph, end: ir.Node) -> set[ir.Value]:
-    """What depends on the loop."""
+    """The values that depend on the loop."""
     found = set(end.outputs)
     for node in graph:
         if not found.isdisjoint(reads(node)):
@@ -103,7 +104,7 @@ def _behind(node: ir.Node, value: ir.Value, axis: int) -> _Behind:
     """A node as part of a step.
 
     Raises:
-        RefusedError: It mixes steps, or nobody knows how it treats them.
+        RefusedError: It mixes steps, or no rule says how it treats them.
     """
     if node.domain not in ("", "ai.onnx") or len(node.outputs) != 1 or node.outputs[0].shape is None:
         raise RefusedError(f"{node.op_type} behind a loop")
@@ -136,7 +137,7 @@ def _order(node: ir.Node, value: ir.Value) -> list[int]:
 
 
 def _place(operand: ir.Value | None, from_end: int, value: ir.Value, axis: int) -> int | None:
-    """Where time is in an operand that is broadcast with the value."""
+    """The axis of time in an operand that is broadcast with the value; None if it has none, or size 1 there."""
     if operand is None or rank_of(operand) + from_end < 0:
         return None
     place = rank_of(operand) + from_end
@@ -145,7 +146,7 @@ def _place(operand: ir.Value | None, from_end: int, value: ir.Value, axis: int) 
     if operand.shape[place] == 1:
         return None
     if not same_dim(operand.shape[place], value.shape[axis]):
-        raise RefusedError("nobody knows whether an operand has an element for each step")
+        raise RefusedError("it is unknown whether an operand has an element for each step")
     return place
 
 
@@ -192,7 +193,7 @@ def _operand(
     place: int | None,
     boundaries: list[ir.Node],
 ) -> ir.Value | None:
-    """An operand as a step has it: its element; or itself, without its axis of size 1 where time is."""
+    """An operand as the step sees it: an element of it if it has time, else itself without the axis of size 1."""
     if value is None:
         return None
     if behind.node.op_type in REDUCTIONS or behind.node.op_type == "Squeeze":  # the axes

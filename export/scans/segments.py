@@ -2,8 +2,8 @@
 
 The decay from step s to step t is the exponential of the sum of the segment s+1 … t. Each segment is summed by itself,
 all of them as one product with a matrix of ones and zeros: all terms have one sign, so no digit is lost however strong
-the decay is, and the exponential of a sum <= 0 never overflows. The difference of two cumulative sums, as it is usually
-written, is wrong by up to 1e-3 where the decay is strong.
+the decay is, and the exponential of a sum <= 0 never overflows. The usual difference of two cumulative sums is wrong by
+up to 1e-3 where the decay is strong.
 
 Letters: c chunks, g batch axes of the state, t, s steps of a chunk.
 """
@@ -17,11 +17,19 @@ import onnx_ir as ir
 
 from moe_export.graph_builder import GraphBuilder
 
-STEPS = 32  # of a chunk: the segments cost T^2 a step, the scan over chunks 1 / T
+STEPS = 32
+"""How many steps T a chunk has: the segments cost T^2 a step, the scan over the chunks 1 / T."""
 
 
 class Segments:
-    """The decays of a chunk, each asked for written once. Logarithms: (c, g, t)."""
+    """The decays of a chunk, each written once, when it is first asked for.
+
+    Args:
+        nodes: Where nodes are written.
+        logarithms: The logarithm of each step's decay, (c, g, t); None for no decay.
+        dtype: The type that is computed in.
+        rank: How many axes `logarithms` has.
+    """
 
     def __init__(
         self, nodes: GraphBuilder, logarithms: ir.Value | None, dtype: ir.DataType, rank: int
@@ -34,7 +42,7 @@ class Segments:
         return self._logs is not None
 
     def within(self, new: bool) -> ir.Value:
-        """D: from step s to step t, or to the one before t; (c, g, t, s)."""
+        """D: the decay from step s to step t, or to the one before t if not `new`; (c, g, t, s), 0 for later s."""
         key = ("within", new)
         if key not in self._made:
             self._made[key] = self._within(new)
@@ -57,12 +65,12 @@ class Segments:
         )
 
     def since(self, new: bool) -> ir.Value:
-        """From the start of the chunk to step t, or to the one before; (c, g, t)."""
+        """The decay from the start of the chunk to step t, or to the one before if not `new`; (c, g, t)."""
         return self._exponential("since", np.triu(np.ones((STEPS, STEPS)), 0 if new else 1))
 
     def to_end(self) -> ir.Value:
-        """From step s to the end of the chunk; (c, g, s)."""
-        if ("within", True) in self._made:  # the last row
+        """The decay from step s to the end of the chunk; (c, g, s)."""
+        if ("within", True) in self._made:  # it is the last row of that
             if "to end" not in self._made:
                 row = self._nodes.scalar(STEPS - 1)
                 self._made["to end"] = self._nodes.op("Gather", self.within(True), row, axis=self._rank - 1)
@@ -70,7 +78,7 @@ class Segments:
         return self._exponential("to end", np.tril(np.ones((STEPS, STEPS)), -1))
 
     def whole(self) -> ir.Value:
-        """From the start to the end; (c, g, 1, 1)."""
+        """The decay of a whole chunk; (c, g, 1, 1)."""
         if "whole" not in self._made:
             product = self._nodes.op(
                 "Gather", self.since(True), self._nodes.ints(STEPS - 1), axis=self._rank - 1

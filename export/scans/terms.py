@@ -1,4 +1,4 @@
-"""What a value of a loop's body is in terms of the loop's states: factors, views of a state, what is read from one.
+"""The values of a loop's body in terms of its states: factors, views of a state, and what is read from one.
 
 Factor    B[n]                     a value, and which axis of a state each of its axes is
 Seen      a * h[h, p, n] + B u     a value that is a state, scaled, with products added, in some order of axes
@@ -15,9 +15,8 @@ import onnx_ir as ir
 from moe_export.errors import RefusedError
 from moe_export.export.sizes import same_dim
 
-Axes = tuple[
-    tuple[int, ...], ...
-]  # for each axis of a value the axes of the state that it stands for; () has size 1
+Axes = tuple[tuple[int, ...], ...]
+"""For each axis of a value, the axes of the state that it stands for; () for an axis of size 1."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +28,19 @@ class Factor:
 
     @property
     def axes(self) -> set[int]:
-        """The state's axes that it has."""
+        """The axes of the state that it has."""
         return {label for label in self.labels if label is not None}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """A value of the body in terms of a state: `view of (product of scale) * h + sum of products`."""
+    """A value of the body as a view of a state: `(product of scale) * h + (sum of the products in terms)`.
+
+    Attributes:
+        state: The state's number.
+        new: Whether h is the state after the step, rather than before it.
+        axes: The view: the state's axes that each axis of the value stands for.
+    """
 
     state: int
     new: bool
@@ -46,7 +51,12 @@ class Seen:
 
 @dataclass(frozen=True)
 class Reading:
-    """`value[axes] = sum over `over` of (factors * h + terms)`; of the step's new state, or of the one before."""
+    """What is read from a state: `value[axes] = sum over `over` of (factors * h + terms)`.
+
+    Attributes:
+        state: The state's number.
+        new: Whether h is the state after the step, rather than before it.
+    """
 
     value: ir.Value
     state: int
@@ -63,12 +73,12 @@ def axes_of(factors: Iterable[Factor]) -> set[int]:
 
 
 def plain(axes: Axes) -> Axes:
-    """As many axes as these, each the state's own."""
+    """As many axes as these, each of them the state's axis of the same number."""
     return tuple((place,) for place in range(len(axes)))
 
 
 def broadcast(value: ir.Value | None, labels: Sequence[int | None]) -> Factor:
-    """A value as it is broadcast against axes of these labels."""
+    """A value that is broadcast against axes with these labels, as a factor."""
     if value is None or value.shape is None:
         raise RefusedError("a factor of unknown shape")
     kept = labels[len(labels) - len(value.shape) :]
@@ -78,7 +88,7 @@ def broadcast(value: ir.Value | None, labels: Sequence[int | None]) -> Factor:
 
 
 def outer(node: ir.Node, labels: tuple[int | None, ...]) -> tuple[Factor, Factor] | None:
-    """A matrix product over an axis of size 1, as a product that is broadcast."""
+    """The factors of a matrix product over an axis of size 1, which is a product that is broadcast; None for others."""
     left, right = node.inputs
     if left is None or right is None or left.shape is None or right.shape is None:
         return None
@@ -88,15 +98,23 @@ def outer(node: ir.Node, labels: tuple[int | None, ...]) -> tuple[Factor, Factor
 
 
 def constant(value: ir.Value | None, rank: int) -> list[int]:
-    """The axes that an operator is told by a constant."""
+    """The axes in a constant operand, counted from the front.
+
+    Raises:
+        RefusedError: The operand is missing, or not a constant.
+    """
     tensor = value.const_value if value is not None else None
     if tensor is None:
-        raise RefusedError("axes that are computed")
+        raise RefusedError("axes that are not a constant")
     return [int(axis) % rank for axis in tensor.numpy().reshape(-1)]
 
 
 def regrouped(axes: Sequence[tuple[int, ...]], node: ir.Node) -> list[tuple[int, ...]]:
-    """The axes after a reshape that only joins some, or adds some of size 1."""
+    """The axes after a reshape that only joins axes, or adds some of size 1.
+
+    Raises:
+        RefusedError: It does anything else, or nothing is known of the sizes.
+    """
     old, new = node.inputs[0].shape if node.inputs[0] else None, node.outputs[0].shape
     if old is None or new is None:
         raise RefusedError("a Reshape of an unknown shape")
@@ -116,7 +134,7 @@ def regrouped(axes: Sequence[tuple[int, ...]], node: ir.Node) -> list[tuple[int,
             elif isinstance(product, int) and isinstance(step, int):
                 product *= step
             else:
-                raise RefusedError("a Reshape of sizes that are not known")
+                raise RefusedError("a Reshape of unknown sizes")
             place += 1
         if product is None or not same_dim(product, size):
             raise RefusedError("a Reshape that takes a state's axis apart")

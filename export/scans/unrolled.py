@@ -4,9 +4,9 @@ often.
     before   Element(x)[d] ─▶ a = f(x) ─▶ h' = a * h ─▶ y = g(h')                     an iteration is a step
     after    Element(x)[u, d] ─▶ a[u] = f(x) ─▶ h1 = a[0] * h, h2 = a[1] * h1, … ─▶ y[u] = g(h1, h2, …)
 
-What does not depend on a state, and what only depends on it, is computed for all steps of an iteration at once; only
-the way from state to state is written step by step. Any length: the last iteration is filled up, what it hands out too
-much is cut off, and the last states are those after the last step that there is.
+Only the path from state to state is written step by step; what comes before it (no state yet) and after it (no further
+state) is computed for all steps of an iteration at once. Any length is allowed: the last iteration is filled up with
+zeros, surplus results are cut off, and the last states are those after the last real step.
 """
 
 from __future__ import annotations
@@ -26,30 +26,30 @@ from moe_export.graph_builder import GraphBuilder
 
 
 def several_steps(loop: LoopRegion, steps: int) -> ir.Node:
-    """Write the loop again with several steps per iteration.
+    """Rewrite a loop with several steps per iteration.
 
     Returns:
         The end of the new loop. The old one is left without users.
 
     Raises:
-        RefusedError: An operator of the step has no form over time; the graph then computes what it did.
+        RefusedError: An operator of the step cannot be batched over time; the graph still computes what it did.
     """
     return _Writer(loop, steps).write()
 
 
-def _way(loop: LoopRegion) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
-    """The body's nodes: on the way from state to state, before it, behind it. In graph order."""
+def _split_body(loop: LoopRegion) -> tuple[list[ir.Node], list[ir.Node], list[ir.Node]]:
+    """The body's nodes in graph order: on the path from state to state, before it (no state), and after it."""
     dependent = loop.dependent()
     wanted: set[ir.Value] = set(loop.following)
-    way: list[ir.Node] = []
+    path: list[ir.Node] = []
     for node in reversed(loop.body):
         if any(output in wanted for output in node.outputs) and node.outputs[0] in dependent:
-            way.append(node)
+            path.append(node)
             wanted.update(value for value in node.inputs if value is not None)
-    way.reverse()
+    path.reverse()
     ahead = [node for node in loop.body if node.outputs[0] not in dependent]
-    behind = [node for node in loop.body if node.outputs[0] in dependent and node not in way]
-    return way, ahead, behind
+    behind = [node for node in loop.body if node.outputs[0] in dependent and node not in path]
+    return path, ahead, behind
 
 
 class _Writer:
@@ -58,16 +58,16 @@ class _Writer:
             raise RefusedError("a loop without sequences or states")
         self._loop, self._steps = loop, steps
         self._nodes = GraphBuilder.in_front_of(loop.end, f"iterations_{loop.number}")
-        way, ahead, behind = _way(loop)
+        path, ahead, behind = _split_body(loop)
         if not all(can(node) for node in loop.body):
-            raise RefusedError("an operator has no form over time")
-        self._way = [value for node in way for value in node.outputs]
+            raise RefusedError("an operator of the step cannot be batched over time")
+        self._path = [value for node in path for value in node.outputs]
         self._ahead = {value for node in ahead for value in node.outputs}
         self._behind = {value for node in behind for value in node.outputs}
         self._parts: dict[ir.Value, Sequence[ir.Value]] = {}
         self._joined: dict[ir.Value, ir.Value] = {}
         self._boundaries: list[ir.Node] = []
-        self._there: ir.Value | None = None
+        self._last_step: ir.Value | None = None  # the place of the last real step in an iteration, (1,)
 
     def write(self) -> ir.Node:
         """The end of the new loop."""
@@ -96,7 +96,7 @@ class _Writer:
     # Into the iteration
 
     def _element(self, boundary: ir.Node) -> BatchedValue:
-        """The steps of an iteration: (…, u, …); what is of unknown size stands in front of them."""
+        """The steps of an iteration, (…, u, …); axes of unknown size come before u."""
         nodes, source = self._nodes, boundary.inputs[0]
         shape = boundary.outputs[0].shape
         if source is None or shape is None:
@@ -127,7 +127,7 @@ class _Writer:
         return output
 
     def _state(self, boundary: ir.Node, at: int) -> BatchedValue:
-        """A state with a place for time, so that no step has to add or take one."""
+        """A state with an axis of size 1 for time, so that no step has to add or drop one."""
         shape, value = boundary.outputs[0].shape, boundary.inputs[0]
         if shape is None or value is None:
             raise RefusedError("a state of unknown shape")
@@ -141,14 +141,14 @@ class _Writer:
     def _written_out(
         self, states: Sequence[BatchedValue], over: BatchedOverTime
     ) -> tuple[dict[ir.Value, list[BatchedValue]], list[list[BatchedValue]]]:
-        """The way from state to state, step by step: each value of it in each step, and the next states."""
+        """Write the path from state to state step by step; each of its values in each step, and the states after it."""
         boundaries = [boundary.outputs[0] for boundary in self._loop.states]
-        columns: dict[ir.Value, list[BatchedValue]] = {value: [] for value in (*boundaries, *self._way)}
+        columns: dict[ir.Value, list[BatchedValue]] = {value: [] for value in (*boundaries, *self._path)}
         following: list[list[BatchedValue]] = [[] for _ in boundaries]
         now = list(states)
         for step in range(self._steps):
             known = dict(zip(boundaries, now, strict=True))
-            inside = BatchedOverTime(self._nodes, known, set(self._way), partial(self._part, over, step))
+            inside = BatchedOverTime(self._nodes, known, set(self._path), partial(self._part, over, step))
             for value, column in columns.items():
                 column.append(inside.of(value))
             reached = [inside.of(value) for value in self._loop.following]
@@ -160,7 +160,7 @@ class _Writer:
         return columns, following
 
     def _part(self, over: BatchedOverTime, step: int, value: ir.Value) -> BatchedValue:
-        """What one step reads of a value of all steps of the iteration."""
+        """One step's part of a value that all steps of the iteration have."""
         batched = over.of(value)
         if batched.axis is None:
             return batched
@@ -171,38 +171,38 @@ class _Writer:
         return BatchedValue(self._parts[batched.value][step], batched.axis, batched.rank)
 
     def _column(self, column: Sequence[BatchedValue]) -> BatchedValue:
-        """A value of each step, joined."""
+        """The values of all steps of an iteration, joined along time."""
         key = column[0].value
         if column[0].axis is None:
-            raise RefusedError("a value on the way that is the same in each step")
+            raise RefusedError("a value on the path from state to state is the same in each step")
         if key not in self._joined:
             values = [one.value for one in column]
             self._joined[key] = self._nodes.op("Concat", *values, axis=column[0].axis)
         return BatchedValue(self._joined[key], column[0].axis, column[0].rank)
 
     def _last(self, column: Sequence[BatchedValue]) -> BatchedValue:
-        """The state after the last step that there is: the last iteration may have fewer."""
+        """The state after the last real step: the last iteration may have fewer than the others."""
         nodes = self._nodes
-        if self._there is None:
+        if self._last_step is None:
             steps = nodes.scalar(self._steps)
             starts = nodes.op(
                 "Range", nodes.scalar(0), nodes.op("Squeeze", self._length, nodes.ints(0)), steps
             )
             here = nodes.op("Min", nodes.op("Sub", self._length, starts), steps)
             places = nodes.op("Unsqueeze", nodes.op("Sub", here, nodes.scalar(1)), nodes.ints(1))
-            self._there = self._boundary(ELEMENT, places, [1], places.type)
+            self._last_step = self._boundary(ELEMENT, places, [1], places.type)
         joined = self._column(column)
         return BatchedValue(
-            nodes.op("Gather", joined.value, self._there, axis=joined.axis), joined.axis, joined.rank
+            nodes.op("Gather", joined.value, self._last_step, axis=joined.axis), joined.axis, joined.rank
         )
 
     # Out of the iteration
 
     def _collected(self, batched: BatchedValue, place: int) -> tuple[ir.Value, int]:
-        """What an iteration hands out, and where the steps are in it: behind what is of unknown size."""
+        """What an iteration returns, and the axis of its steps, which comes after all axes of unknown size."""
         shape = self._loop.collected[place].shape
         if batched.axis is None or shape is None:
-            raise RefusedError("what is handed out is the same in each step")
+            raise RefusedError("a result is the same in each step")
         free = [at for at, size in enumerate(shape) if not isinstance(size, int)]
         at = max(self._loop.axes[place], 1 + max(free, default=-1))
         return moved(self._nodes, batched, at).value, at
@@ -236,7 +236,7 @@ class _Writer:
         return end
 
     def _unrolled(self, value: ir.Value, place: int, at: int) -> ir.Value:
-        """What all iterations hand out, step by step: (iteration, …, u, …) → (…, l, …)."""
+        """What all iterations return, as one sequence of steps: (iteration, …, u, …) → (…, l, …)."""
         nodes, loop = self._nodes, self._loop
         shape = loop.collected[place].shape
         assert shape is not None
