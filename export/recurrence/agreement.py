@@ -1,4 +1,4 @@
-"""`Agreement`: a folded model held against the model, both in float64, at lengths of one's choice."""
+"""`Agreement`: a folded model compared with its model, both in float64, at any lengths."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from moe_export.export.tracing.lengths import Length, resized_together
 from moe_export.export.tracing.trace import quiet
 from moe_export.float64 import agree, doubled, in_float64
 
-# A constant that the trace keeps as a float32 tensor is off by 6e-8 of what Python's number is.
+# A trace may keep a Python number as a float32 tensor, which is off by up to 6e-8 of it.
 _NEAR = 1e-6
 _NEAR_FLOAT32 = 1e-4  # for a model that cannot be run in float64
 
 
 class Agreement:
-    """Runs both, and compares.
+    """Runs both models and compares their outputs.
 
     Args:
         subject: The model.
-        folded: The same without its loops.
-        lengths: What was folded over.
+        folded: The same model with its loops folded.
+        lengths: The lengths that were folded over.
     """
 
     def __init__(self, subject: Subject, folded: Subject, lengths: Sequence[Length]) -> None:
@@ -31,10 +31,10 @@ class Agreement:
         self._wide: tuple[Subject, Subject] | None = None
 
     def at(self, sizes: Sequence[int]) -> bool | None:
-        """Whether both compute the same at these lengths; None where the model refuses them.
+        """Whether both compute the same at these lengths; None if the model itself fails there.
 
         Raises:
-            RuntimeError: The folded model fails there, and why.
+            RuntimeError: Only the folded model fails there; the first line of its error.
         """
         example = resized_together(self._lengths, self._subject.inputs, sizes)
         with quiet(), torch.no_grad():
@@ -53,7 +53,7 @@ class Agreement:
         return agree(wanted, found, _NEAR_FLOAT32)
 
     def same_types(self, sizes: Sequence[int]) -> bool:
-        """Whether the outputs have the same types in the model's own precision, at lengths that it takes."""
+        """Whether both have outputs of the same dtypes in the model's own precision, at lengths that it accepts."""
         example = resized_together(self._lengths, self._subject.inputs, sizes)
         with quiet(), torch.no_grad():
             kinds = [

@@ -3,9 +3,9 @@
     before   slice(x, 0, 0, max) → select(·, 1, t);  copy(select(y, 1, t), v) → select_scatter(y, ·, 1, t)
     after    select(x, 1, t);                        select_scatter(y, v, 1, t)
 
-Sizes are read off the inputs in front of everything else; slices of everything, aliases and assertions go; a read
-of what was just written is the value that was written; a view becomes a reshape, which takes any strides. Every rule
-holds at the traced sizes, whatever they are.
+Sizes are read off the inputs before anything else; slices of a whole axis, aliases and assertions are removed; a read
+of what was just written becomes the written value; a view becomes a reshape, which takes any strides. Every rule holds
+at the traced sizes, whatever they are.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from moe_export.export.sizes import expression_of, fixed
 aten = torch.ops.aten
 
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
-_MOST_ENTRIES = 1024  # of a constant that may be one number
+_MOST_ENTRIES = 1024  # of a constant that is checked for holding a single number
 _SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default}
-# What a folded loop makes is laid out in memory in another way than what the model filled step by step.
+# A folded loop's results are laid out in memory differently from a buffer that the model fills step by step.
 _ANY_STRIDES: dict[Any, Any] = dict.fromkeys(
     (aten.view.default, aten._unsafe_view.default), aten.reshape.default
 )
@@ -41,13 +41,13 @@ _ANY_STRIDES: dict[Any, Any] = dict.fromkeys(
 def canonicalize(program: ExportedProgram) -> fx.Graph:
     """The program's graph in normal form: same placeholders, the model's own outputs, every node with its metadata.
 
-    A program also gives back what the model has written into: weights that it divides when it is first called.
+    A program also returns what the model writes into (weights that it divides when first called), which is dropped.
     """
     return _Canonicalized(program).graph
 
 
 class _Canonicalized:
-    """Copies nodes in order; a node that a rule takes away is known by the value that stands for it."""
+    """Copies nodes in order; a node that a rule removes is mapped to the value that replaces it."""
 
     def __init__(self, program: ExportedProgram) -> None:
         self.graph = fx.Graph()
@@ -82,7 +82,7 @@ class _Canonicalized:
         return new
 
     def _once(self, node: fx.Node) -> fx.Node:
-        """A copy; of what every iteration computes anew, one behind what it is computed from, in front of the loop."""
+        """A copy of a node; of a value that every iteration computes anew, one copy right after its operands."""
         value = self._anew.get(node)
         if value is None:
             return self._copied(node)
@@ -114,7 +114,7 @@ class _Canonicalized:
         return _as_region(found, value) if isinstance(found, fx.Node) else None
 
     def _expressed(self, expression: Any) -> Any:
-        """Sums and products of sizes of inputs; None for anything else."""
+        """A number, or the node of a sum or product of input sizes; None for any other expression."""
         if expression.is_Integer:
             return int(expression)
         if expression not in self._sizes and expression.func in (sympy.Add, sympy.Mul):
@@ -130,7 +130,7 @@ class _Canonicalized:
         return self._sizes.get(expression)
 
     def _simplified(self, node: fx.Node) -> fx.Node | None:
-        """The existing node that stands for this one, if a rule knows it."""
+        """The node that replaces this one, if a rule applies; else None."""
         if node.op != "call_function":
             return None
         args: Any = fx.map_arg(node.args, lambda source: self._values[source])
@@ -150,7 +150,7 @@ class _Canonicalized:
         return self._filled(node, args[0]) if node.target is aten.clone.default else None
 
     def _filled(self, node: fx.Node, source: fx.Node) -> fx.Node | None:
-        """A constant of which all entries are one number, as what `torch.full` gives."""
+        """A constant whose entries are all one number, as the `torch.full` that makes it; None for others."""
         if source.name not in self._constants:
             return None
         number = self._constants[source.name]
@@ -162,7 +162,7 @@ class _Canonicalized:
         return call
 
     def _written_again(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
-        """A write over a write at the same place: only the second one is left. Negative indices are resolved."""
+        """A write over a write at the same place: only the second one stays. Negative indices are resolved."""
         before, value, axis, index = args
         size = fixed(before.meta["val"].shape[axis])
         if isinstance(index, int) and size is not None:
@@ -181,7 +181,7 @@ class _Canonicalized:
         return call
 
     def _read(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
-        """A read behind writes: what was written there, else a read of what was before them."""
+        """A read after writes: the value that was written there, else a read of the buffer before them."""
         source, axis, index = args
         while isinstance(index, int) and source.target is aten.select_scatter.default:
             before, written, at_axis, at = source.args
@@ -198,8 +198,8 @@ class _Canonicalized:
 
 
 def _numbers(program: ExportedProgram) -> dict[str, int | float]:
-    """The constants of code that are one number, `torch.tensor(t)`, where there are several: those of the
-    iterations.
+    """Constants in the code that hold one number, `torch.tensor(t)`, by placeholder; only of a shape and dtype that at
+    least three constants share: those may be one for each iteration.
     """
     constants = program.graph_signature.inputs_to_lifted_tensor_constants
     tensors = {name: program.constants[target] for name, target in constants.items()}

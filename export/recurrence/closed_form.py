@@ -1,13 +1,13 @@
-"""`ClosedForm`: a number that Python computed from that of the step, as a function of the iteration and the length.
+"""`ClosedForm`: a number that Python computed from the step's number, as a function of the iteration and the length.
 
     x[:, t] / (t + 1)       an integer that counts: an `InductionVariable`, which needs no closed form
     1 - t / L               Ratio     (L - t) / L
     0.9 ** (L - 1 - t)      Power     0.9 ** (L - t - 1)
     math.cos(t / 100)       Applied   cos(t / 100)
 
-A trace has the values only. `closed_form_fit` finds the closed form behind them; `induction_sequences` writes it as a
-sequence that the loop runs over: integers and their ratios without float64, everything else in float64, rounded once to
-what the step computes in.
+A trace only has the values. `closed_form_fit` finds their closed form; `induction_sequences` writes it as a sequence
+that the loop runs over: integers and their ratios without float64, everything else in float64, rounded once to the type
+that the step computes in.
 
 Letters: t iteration of the loop, from 0; L length.
 """
@@ -59,7 +59,7 @@ class Ratio:
         return self.scale * (self.numerator.at(iteration, length) / self.denominator.at(iteration, length))
 
     def size(self, iteration: int, length: int) -> float:
-        """The largest of the terms that the value is computed from."""
+        """The magnitude of the largest term of the value, to which its rounding error is relative."""
         below = abs(self.denominator.at(iteration, length))
         line = self.numerator
         terms = (line.iteration * iteration, line.length * length, line.rest)
@@ -87,7 +87,7 @@ class Power:
         return self.shift + self.scale * power
 
     def size(self, iteration: int, length: int) -> float:
-        """The largest of the terms that the value is computed from."""
+        """The magnitude of the largest term of the value, to which its rounding error is relative."""
         return max(abs(self.shift), abs(self.at(iteration, length)))
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class Power:
 
 @dataclass(frozen=True)
 class Applied:
-    """`shift + scale * function(inner)`; a function that is a number is an exponent."""
+    """`shift + scale * function(inner)`; a number in the place of the function's name is an exponent."""
 
     function: str | float
     inner: Ratio | Power
@@ -109,7 +109,7 @@ class Applied:
         return self.shift + self.scale * self._applied(self.inner.at(iteration, length))
 
     def size(self, iteration: int, length: int) -> float:
-        """The largest of the terms that the value is computed from, more where rounding the argument weighs more."""
+        """The magnitude of the largest term of the value; more where the function amplifies its argument's rounding."""
         inner = self.inner.at(iteration, length)
         size = max(abs(self.shift), abs(self.scale * self._applied(inner)))
         if self.function in ("cos", "sin", "exp"):
@@ -145,7 +145,7 @@ ClosedForm = Ratio | Power | Applied
 
 @dataclass(frozen=True)
 class OfLength:
-    """A number that is the same in every iteration, and another at another length: `1 / L`."""
+    """A number that is the same in every iteration, but changes with the length: `1 / L`."""
 
     closed_form: ClosedForm
 

@@ -1,8 +1,8 @@
-"""`closed_form_of`: the closed form behind the numbers that the steps of traces at several lengths compute with.
+"""`closed_form_of`: the closed form of the numbers that the steps of traces at several lengths compute with.
 
-Laws are proposed from a few of the values, with their constants as round as they can be, and judged by all values of
-all lengths: each must come out to the last digits of float64. Not to the last bit: Python rounds `lo + (hi - lo) * t
-/ n` in another order than `lo + (hi - lo) * (t / n)`, and a trace does not say which one it was.
+Closed forms are proposed from a few of the values, with constants as round as possible, and judged by all values of all
+lengths: each must come out to the last digits of float64. Not to the last bit: `lo + (hi - lo) * t / n` and
+`lo + (hi - lo) * (t / n)` are rounded in a different order, and a trace does not say which one it was.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import numpy as np
 
 from moe_export.export.recurrence.closed_form import Applied, ClosedForm, Line, Power, Ratio
 
-LEAST = 5  # iterations: three constants and two values that confirm them
+LEAST = 5  # iterations: a form has up to three constants, and two more values confirm them
 
 _LAST_DIGITS = 8 * 2.0**-52
-_ROUND = (1, 10, 100, 10**3, 10**4, 10**5, 10**6, 10**7)  # denominators of constants
-_NEAR = 1e-6  # how far a constant may be from what the values say; the judge is stricter
-_LARGEST = 2**40  # of an integer in a ratio
-_HUGE = 1e100  # no number of a float32, and its square is one of a float64
-_PLAIN = 2**30  # any number is a fraction of larger integers to the last digits
-_CANCELLED = (
-    2.0**16
-)  # how much larger than the values their terms may be: what is left of them must say something
+_ROUND = (1, 10, 100, 10**3, 10**4, 10**5, 10**6, 10**7)  # largest denominators of constants
+_NEAR = 1e-6  # how far a proposed constant may be from what the values say; `fits` is stricter
+_LARGEST = 2**40  # common denominator of the integers of a ratio
+_HUGE = 1e100  # beyond any float32, while its square is still a float64
+_PLAIN = 2**30  # numerator times denominator: with larger ones, some fraction comes near any number
+_CANCELLED = 2.0**16
+"""How much larger than the values their terms may be: beyond that, cancellation leaves too few digits to judge by."""
 _OUTER = ((0.0, 1.0), (0.0, -1.0), (1.0, -1.0), (0.5, 0.5), (0.5, -0.5))
+"""Shift and scale around a function: f, -f, 1 - f, (1 + f) / 2, (1 - f) / 2."""
 _EXPONENTS = (2.0, -1.0, 0.5, -0.5, 3.0, -2.0, 1.5, -1.5)
 
 
@@ -68,13 +68,13 @@ def _closed_form_of_few(values: tuple[float, ...]) -> ClosedForm | None:
     return closed_form_of({0: values})
 
 
-@functools.lru_cache(maxsize=4096)  # every place of a run is tried as the start of a loop
+@functools.lru_cache(maxsize=4096)  # every place in a run is tried as the start of a loop
 def closed_form_of_iterations(values: tuple[float, ...]) -> tuple[ClosedForm | None, int]:
     """The closed form of the iterations of one trace, and for how many iterations from the first it holds."""
     if len(set(values[:LEAST])) == 1:
         return None, 0
     few = _closed_form_of_few(values[:LEAST])
-    closed_form = few and (closed_form_of({0: values}) or few)  # more values, fewer digits lost
+    closed_form = few and (closed_form_of({0: values}) or few)  # more values determine the constants better
     if closed_form is None:
         return None, 0
     points = [Point(iteration, 0, float(value)) for iteration, value in enumerate(values)]
@@ -87,7 +87,7 @@ def closed_form_of_length(values: Mapping[int, float]) -> Ratio | Applied | None
     """The closed form of a number that is the same in every iteration; None if it has none of the usual forms.
 
     Args:
-        values: Length → value; at least three, of which one gives the only constant that is not small.
+        values: Length → value, for at least three lengths; the first value determines the scale.
     """
     points = [Point(0, length, value) for length, value in values.items()]
     if not all(math.isfinite(value) and value for value in values.values()):
@@ -126,9 +126,8 @@ def fits(closed_form: ClosedForm, points: Sequence[Point], largest: float) -> bo
     try:
         for iteration, length, value in points:
             size = max(closed_form.size(iteration, length), abs(value))
-            digits = _LAST_DIGITS * (
-                1 + iteration / 8
-            )  # a sum that Python adds to is rounded in every iteration
+            # A sum that Python adds to is rounded again in every iteration.
+            digits = _LAST_DIGITS * (1 + iteration / 8)
             if size > _CANCELLED * largest or abs(closed_form.at(iteration, length) - value) > digits * size:
                 return False
         return True
@@ -154,7 +153,7 @@ _INVERSE: Mapping[str, Callable[[float], float]] = {
 
 
 def _inverted(row: Sequence[Point], shift: float, scale: float, function: str | float) -> Iterator[Point]:
-    """What a function was applied to, as long as the values rise or fall: from there on it has two places."""
+    """What a function was applied to, while the values only rise or only fall: after that, it is ambiguous."""
     values = [point.value for point in row]
     rising = 1 if values[1] > values[0] else -1
     for place, point in enumerate(row):
@@ -170,7 +169,7 @@ def _inverted(row: Sequence[Point], shift: float, scale: float, function: str | 
         yield point._replace(value=inner)
 
 
-# Ratios: (a t + b L + c) / (d t + e L + f), whose six factors are a null vector of the values
+# Ratios: (a t + b L + c) / (d t + e L + f) = v: (a, …, f) is a null vector of the rows (t, L, 1, -v t, -v L, -v)
 
 
 def _ratios(rows: Sequence[Sequence[Point]]) -> Iterator[Ratio]:
@@ -196,7 +195,7 @@ def _ratios(rows: Sequence[Sequence[Point]]) -> Iterator[Ratio]:
 
 
 def _rounded(above: _Array, below: _Array, points: Sequence[Point]) -> Iterator[Ratio]:
-    """Ratios with integers near these factors, and what is left as a scale."""
+    """Ratios with integers near these factors, and the remaining factor as an integer or a scale."""
     pivot, other = (int(np.flatnonzero(row)[0]) for row in (above, below))
     pairs = [(_line(above / above[pivot], most), _line(below / below[other], most)) for most in _ROUND]
     found = list(dict.fromkeys((a, b) for a, b in pairs if a is not None and b is not None))
@@ -216,7 +215,7 @@ def _rounded(above: _Array, below: _Array, points: Sequence[Point]) -> Iterator[
 
 
 def _line(factors: _Array, most: int) -> tuple[Line, int] | None:
-    """A line with integers in this proportion, and what the factors were multiplied by."""
+    """A line whose integers are near these factors times a common number, and that number; None if there is none."""
     near = [Fraction(float(factor)).limit_denominator(most) for factor in factors]
     far = any(abs(float(a) - b) > _NEAR * abs(b) for a, b in zip(near, factors, strict=True))
     if far or not all(map(_is_plain, near)):
@@ -245,7 +244,7 @@ def _positive(ratio: Ratio, points: Sequence[Point]) -> Ratio:
 
 
 def _round(value: float) -> Iterator[float]:
-    """A constant, roundest first: with few digits, as part of pi, as it is."""
+    """Candidates for a constant, roundest first: with few digits, as a fraction of pi, unrounded."""
     for digits in range(1, 13):
         near = float(f"{value:.{digits}g}")
         if abs(near - value) <= _NEAR * abs(value):
@@ -288,7 +287,7 @@ def _powers(rows: Sequence[Sequence[Point]]) -> Iterator[Power]:
         shifts = [0.0]
         if shift:
             if base < 0:
-                continue  # any two numbers in alternation would be one; they are rather two steps per iteration
+                continue  # two alternating numbers would be one; rather, an iteration has two steps
             start = float(values[place] - steps[place] / (base - 1))
             shifts = list(itertools.islice(_round(start), 4))
         for each, sign in itertools.product(shifts, (1, -1)):
@@ -297,7 +296,7 @@ def _powers(rows: Sequence[Sequence[Point]]) -> Iterator[Power]:
 
 
 def _with_base(rows: Sequence[Sequence[Point]], base: float, sign: int, shift: float) -> Iterator[Power]:
-    """Powers of a base: the exponents and the scale."""
+    """Powers of a base with the exponents and scales that the values suggest."""
     if base == 0:
         return
     logarithm, scales = math.log(abs(base)), []
@@ -328,5 +327,5 @@ def _with_base(rows: Sequence[Sequence[Point]], base: float, sign: int, shift: f
 
 
 def _parity(base: float, exponent: int) -> float:
-    """The sign of a power."""
+    """The sign of `base ** exponent`."""
     return -1.0 if base < 0 and exponent % 2 else 1.0

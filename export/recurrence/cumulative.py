@@ -1,8 +1,8 @@
 """Cumulative operators step by step while loops are folded: `logcumsumexp` and `cumprod`.
 
 minGRU and its like compute h(t) = a(t) h(t - 1) + b(t) by cumulative sums of logarithms. The exporter writes
-`logcumsumexp(x)` as `log(cumsum(exp(x - max(x))))`, which is -inf wherever x is 88 below the maximum over all time, and
-has no form of `cumprod`. As loops both fold into a Scan that computes what PyTorch does.
+`logcumsumexp(x)` as `log(cumsum(exp(x - max(x))))`, which is -inf in float32 wherever x is 88 below the maximum over
+all time, and cannot write `cumprod`. As loops, both fold into a Scan that computes what PyTorch does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from moe_export.export.tracing.other_forms import InOtherForms
 
 
 def cumulative_step_by_step() -> InOtherForms:
-    """While it is entered, cumulative operators run as loops over their axis."""
+    """A context manager in which cumulative operators run as loops over their axis."""
     return InOtherForms(_FORMS)
 
 

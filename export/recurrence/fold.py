@@ -3,7 +3,7 @@
     before   select(a, 1, 0) mul add … select(a, 1, 9) mul add  stack
     after    loop_0([h0], [a, b], [A], L) → [h, ys]
 
-The module runs in PyTorch at every length, so that the fold can be held against the original before any ONNX is made.
+The module runs in PyTorch at every length, so that it can be compared with the original before any ONNX is made.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class FoldedModule(nn.Module):
     Args:
         program: The traced model.
         prefix: What the paths of its weights begin with.
-        same: For each length, inputs by place, and an axis of each, that have it.
+        same: For each length, the (input number, axis) pairs whose size it is.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FoldedModule(nn.Module):
         for places in self._same:
             sizes = [inputs[place].shape[axis] for place, axis in places]
             for size in sizes[1:]:
-                require(size == sizes[0])  # so that a tracer knows
+                require(size == sizes[0])  # so that a tracer knows it, too
         with fx.traceback.preserve_node_meta():
             return fx.Interpreter(self, graph=self.graph).run(*inputs)
 
@@ -102,13 +102,13 @@ def folded_module(
     """Build the module.
 
     Args:
-        rolled: With integers as forms of the length.
-        program: Whose weights and inputs it has; one of those that the rolled graph was made from.
-        lengths: For each length, placeholders, and the axis of each, that have it; it is read off the first.
-        prefix: What the paths of the weights begin with in the program and not in the module.
+        rolled: The rolled graph, with its integers as forms of the length.
+        program: One of the programs that it was made from; gives the weights and inputs.
+        lengths: For each length, the (placeholder, axis) pairs whose size it is; it is read off the first.
+        prefix: What the paths of the weights begin with in the program, but not in the module.
 
     Raises:
-        LengthError: A loop reads or writes in a way that has no folded form.
+        LengthError: A loop reads or writes in a way that cannot be folded.
     """
     inputs = [name for name in program.graph_signature.user_inputs if isinstance(name, str)]
     same = [[(inputs.index(name), axis) for name, axis in places] for places in lengths]
@@ -117,7 +117,7 @@ def folded_module(
         _Builder(rolled, program, module, [places[0] for places in lengths], prefix).build()
     except FormError as error:
         raise LengthError(
-            f"its steps read or write places that no one number counts: {error}", None
+            f"no single formula gives the places that its steps read or write: {error}", None
         ) from error
     module.graph.lint()
     return module
@@ -167,7 +167,7 @@ class _Builder:
     # Numbers and values
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
-        """Write a node that carries the metadata of the item at hand."""
+        """Write a node with the metadata of the item that is being written."""
         node = self.graph.call_function(target, args, kwargs)
         node.meta = dict(self._meta)
         return node
@@ -205,7 +205,7 @@ class _Builder:
         return self._numbers[number]
 
     def _size(self, node: Any) -> Any:
-        """Compute a size of the inputs as the trace does."""
+        """Compute a size as the trace computes it from those of the inputs."""
         if not isinstance(node, fx.Node):
             return node
         if node.op == "placeholder":
@@ -228,7 +228,7 @@ class _Builder:
         return self.viewed(self._base(value), value.path)
 
     def viewed(self, node: fx.Node, path: tuple[View, ...]) -> fx.Node:
-        """A node behind views."""
+        """A node with views applied to it."""
         for view in path:
             key = (node, view)
             if key not in self._views:
@@ -260,7 +260,7 @@ class _Builder:
     # Items
 
     def argument(self, argument: Any) -> Any:
-        """Arguments of a call outside loops, with nodes for values and numbers for forms."""
+        """Arguments of a call outside loops: nodes in the place of values, numbers or nodes in the place of forms."""
         if isinstance(argument, dict):
             return {key: self.argument(value) for key, value in argument.items()}
         if isinstance(argument, tuple):
@@ -284,7 +284,7 @@ class _Builder:
         return self.call(item.target, *self.argument(item.args), **self.argument(item.kwargs))
 
     def _collecting(self, item: Call) -> fx.Node:
-        """`stack` or `cat` of what loops made, and perhaps of other values before and behind it."""
+        """`stack` or `cat` of what loops made, and of other values before and after it."""
         axis = item.args[1] if len(item.args) > 1 else item.kwargs.get("dim", 0)
         stacking = item.target is aten.stack.default
         parts = []

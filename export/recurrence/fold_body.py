@@ -28,12 +28,12 @@ from moe_export.export.recurrence.rolled import (
 
 aten = torch.ops.aten
 
-_WIDEST_WINDOW = 64
+_WIDEST_WINDOW = 64  # places that an iteration reads at once: each of them becomes an input of the body
 _KEPT_META = ("stack_trace", "nn_module_stack", "source_fn_stack", "custom")
 
 
 class Outer(Protocol):
-    """What the parts of a loop need of the graph around it."""
+    """What the parts of a loop need from the graph around it; `fold` has the only one."""
 
     graph: fx.Graph
 
@@ -47,7 +47,7 @@ class Outer(Protocol):
 
 
 def kept_meta(node: fx.Node | None) -> dict[str, Any]:
-    """Where a node comes from, for the node that stands for it."""
+    """The metadata of a node that says where it comes from, for the node that replaces it."""
     return {key: node.meta[key] for key in _KEPT_META if key in node.meta} if node is not None else {}
 
 
@@ -65,10 +65,10 @@ def write_counting(
     operand: Callable[[Any], Any],
     element: Callable[[Any, torch.dtype], fx.Node],
 ) -> fx.Node:
-    """Write a step that computes with numbers that count (`write_step`).
+    """Write a step that computes with numbers that change from iteration to iteration (`write_step`).
 
     Raises:
-        LengthError: Its operator takes numbers only.
+        LengthError: Its operator cannot take a tensor in the place of such a number.
     """
     assert node is not None
     reason = why_not(step, node)
@@ -81,10 +81,11 @@ class BodyWriter:
     """Writes one iteration as a graph: states, elements and captured values in, next states and collected values out.
 
     Attributes:
-        initial: Nodes outside that the states start from.
-        sequences: Nodes outside that the loop runs over, with the axis of each in `alongs`.
-        captured: Nodes outside that are the same in every iteration.
-        states: The index of each carried value.
+        initial: Outside nodes that the states start from.
+        sequences: Outside nodes that the loop runs over.
+        alongs: For each sequence, its axis of time.
+        captured: Outside nodes that are the same in every iteration.
+        states: The index of the state that holds each carried value.
     """
 
     def __init__(self, outer: Outer, loop: Loop) -> None:
@@ -102,7 +103,7 @@ class BodyWriter:
         self._inductions = InductionSequences(outer.call, outer.number, loop.iterations)
 
     def write(self, collected: list[Any]) -> fx.Graph:
-        """Write the graph; `collected` are operands to hand out besides the next states."""
+        """Write the graph; `collected` are the operands that it returns besides the next states."""
         chains = [start for start in self._loop.starts if start.carried.position not in self._loop.written]
         chains.sort(key=lambda start: start.carried.distance)
         links: list[Any] = []  # what each state becomes: a Carried, or the state of that index
@@ -131,7 +132,7 @@ class BodyWriter:
         return self._call(step.target, *self._argument(step.args), **self._argument(step.kwargs))
 
     def _count(self, number: Any, dtype: torch.dtype) -> fx.Node:
-        """The number of an iteration, read from the numbers of all iterations."""
+        """A number of the iteration, as the element of a sequence with the numbers of all iterations."""
         key = (number, dtype)
         if isinstance(number, OfLength):
             return self._capture(
@@ -145,7 +146,7 @@ class BodyWriter:
         return node
 
     def _sort_inputs(self) -> None:
-        """States, then elements, then captured values, whatever the order in which they were met."""
+        """Put states first, then elements, then captured values, in whatever order they were met."""
         body = next(node for node in self.graph.nodes if node.op != "placeholder")
         for kind in ("state", "element", "captured"):
             for node in self._order[kind]:
@@ -235,7 +236,7 @@ class BodyWriter:
         return self._outer.value(Value(whole))
 
     def _part(self, base: Any, view: View) -> tuple[Value, View]:
-        """A part of an even `split` that moves with the iterations → a window that does."""
+        """A part of an even `split` that moves with the iterations, as a window that moves over the split value."""
         variable = view.numbers[0]
         item = self._outer.item(base) if isinstance(base, ItemRef) else None
         if isinstance(item, Call) and item.target is aten.split.Tensor:
@@ -245,10 +246,10 @@ class BodyWriter:
                 start = InductionVariable(scaled(variable.first, width), variable.step * width)
                 end = InductionVariable(moved(start.first, width), start.step)
                 return source, View(SLICE, (int(axis) % value.dim(), start, end, 1))
-        raise LengthError("the loop runs over parts that are not even", self._loop.line)
+        raise LengthError("the loop runs over parts of different sizes", self._loop.line)
 
     def _element(self, source: fx.Node, view: View) -> fx.Node:
-        """One index per iteration."""
+        """A value of which each iteration reads one index."""
         axis, index = view.numbers
         key = (source, axis, index)
         known = ("element", key) in self._inputs
@@ -270,7 +271,7 @@ class BodyWriter:
         return self._outer.viewed(source, (View(SLICE, (axis, low, end, step)),))
 
     def _window(self, source: fx.Node, view: View) -> fx.Node:
-        """Several indices per iteration: `x[:, t * 4 : t * 4 + 4]`, or a window that moves."""
+        """A value of which each iteration reads several indices: `x[:, t * 4 : t * 4 + 4]`, or a sliding window."""
         axis, start, end, step = view.numbers
         if not (
             isinstance(start, InductionVariable)

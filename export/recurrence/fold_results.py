@@ -1,4 +1,4 @@
-"""What a folded loop hands out: its last states, and what it made in every iteration, stacked along an axis."""
+"""What a folded loop returns: its last states, and values of every iteration, stacked along an axis."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ aten = torch.ops.aten
 
 
 class Collected:
-    """What a loop hands out besides its last states: operands of the body, stacked along an axis."""
+    """What a loop returns besides its last states: operands of the body, stacked along an axis."""
 
     def __init__(self, number: int, loop: Loop) -> None:
         self._number, self._loop = number, loop
@@ -32,19 +32,19 @@ class Collected:
         return [operand for operand, _ in self._columns]
 
     def alongs(self) -> list[Along]:
-        """Where the time axis of each goes."""
+        """For each operand, where its axis of time goes."""
         return [along for _, along in self._columns]
 
     def want(self, operand: Any, along: Along) -> None:
-        """Note that somebody outside needs an operand of every iteration."""
+        """Record that something outside reads an operand of every iteration."""
         self._columns.setdefault((operand, along), len(self._columns))
 
     def column(self, outer: Outer, operand: Any, along: Along) -> fx.Node:
-        """An operand of every iteration, stacked."""
+        """The node of an operand of every iteration, stacked."""
         return outer.result(self._number, len(self.states) + self._columns[operand, along])
 
     def is_last(self, made: Made) -> bool:
-        """Whether a value is that of the last iteration, and a carried one."""
+        """Whether a value is carried, and that of the last iteration: then it is one of the loop's last states."""
         return made.iteration == moved(self._loop.iterations, -1) and any(
             start.carried == Carried(made.position, made.part, 1) for start in self._loop.starts
         )
@@ -59,19 +59,19 @@ class Collected:
         return outer.viewed(column, (View(SELECT, (0, made.iteration)),))
 
     def row(self, outer: Outer, row: Row, item: Call) -> fx.Node:
-        """The values of all iterations, or of some that follow each other, as `item` joins them."""
+        """The values of all iterations, or of consecutive ones, as `item` joins them."""
         operand, along, flat = _row_column(row, item, self._loop)
         node = self.column(outer, operand, along)
         if row.first != 0 or row.count != self._loop.iterations:
             first = row.first
-            if row.backwards:  # the last iteration stands first
+            if row.backwards:  # the last iteration comes first
                 first = moved(self._loop.iterations, scaled(moved(row.first, row.count), -1))
             end = moved(first, row.count)
             node = outer.viewed(node, (View(SLICE, (along.axis, first, end, 1)),))
         return outer.call(aten.flatten.using_ints, node, along.axis, along.axis + 1) if flat else node
 
     def buffer(self, outer: Outer, position: int) -> fx.Node:
-        """A buffer as it is after the loop."""
+        """A written or appended buffer as it is after the loop."""
         write = _write(self._loop, position)
         node = self.column(outer, write.operand, write.along)
         if write.flat:
@@ -92,7 +92,7 @@ class Collected:
         return self._between(outer, write, before, node)
 
     def _between(self, outer: Outer, write: _Write, before: fx.Node, node: fx.Node) -> fx.Node:
-        """The part of a buffer before what was written, what was written, and the part behind."""
+        """The part of a buffer before what was written, what was written, and the part after it."""
         axis = write.along.axis
         parts = [node]
         if write.first != 0:
@@ -105,7 +105,14 @@ class Collected:
 
 @dataclasses.dataclass(frozen=True)
 class _Write:
-    """How a loop fills a buffer: `operand` of each iteration along an axis, from `first` on, `stride` apart."""
+    """How a loop fills a buffer: with `operand` of each iteration along an axis, from `first` on, `stride` apart.
+
+    Attributes:
+        flat: Whether an iteration writes several places, so that time and the axis are joined afterwards.
+        covered: How many places are written in all.
+        size: The buffer's size along the axis; None if it is appended to, or symbolic.
+        start: The buffer before the loop.
+    """
 
     operand: Any
     along: Along
@@ -139,7 +146,7 @@ def _write(loop: Loop, position: int) -> _Write:
     if flat:
         width = moved(step.args[4].first, scaled(first.first, -1))
         if step.args[4].step != first.step or width not in (1, abs(first.step)):
-            raise LengthError("the loop writes over what it wrote the step before", loop.line)
+            raise LengthError("a step writes over part of what the step before it wrote", loop.line)
     low = first.first
     if first.step < 0:
         low = moved(low, scaled(moved(loop.iterations, -1), first.step))
@@ -161,12 +168,12 @@ def _row_column(row: Row, item: Call, loop: Loop) -> tuple[Any, Along, bool]:
     if item.target is aten.stack.default:
         return Local(row.position, row.path), Along(axis, row.backwards), False
     if item.target is not aten.cat.default:
-        raise LengthError(f"{item.target} takes what a loop makes in every step", loop.line)
+        raise LengthError(f"{item.target} takes the values of all steps: only stack and cat can", loop.line)
     return Local(row.position, row.path), Along(axis, row.backwards), True
 
 
 def outputs_of(rolled: RolledGraph) -> dict[int, Collected]:
-    """What must be collected from each loop, as the rest of the rolled graph reads it."""
+    """For each loop, what must be collected because the rest of the rolled graph reads it."""
     loops = {item.number: item.loop for item in rolled.items if isinstance(item, Folded)}
     found = {number: Collected(number, loop) for number, loop in loops.items()}
     for item in rolled.items:

@@ -7,27 +7,26 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-_LARGEST_DIVISOR = 8
+_LARGEST_DIVISOR = 8  # of the stride of a loop, `range(0, L, 8)`
 _LARGEST_CHUNK = 64
-_LEAST_FOR_CHUNKS = (
-    4  # two values draw a form of chunks, and one more would fit some of their sizes by chance
-)
+_LEAST_FOR_CHUNKS = 4
+"""Values: two determine the form for each chunk size, and a third would fit one of the many chunk sizes by chance."""
 
 
 class FormError(ValueError):
-    """A sum of two integers is no form, though each of them is."""
+    """The sum of two forms is not a form."""
 
 
 @dataclass(frozen=True)
 class Form:
-    """`factor * ((slope * L + offset) // divisor) + plus * L + shift`; of several lengths, L is number `of`.
+    """`factor * ((slope * L + offset) // divisor) + plus * L + shift`; if there are several lengths, L is number `of`.
 
     Example:
         >>> form_of({8: 7, 9: 8, 11: 10})
         Form(slope=1, offset=-1, divisor=1, factor=1, shift=0, plus=0, of=0)
         >>> print(form_of({8: 4, 9: 5, 11: 6}))  # the iterations of range(0, L, 2)
         (L + 1) // 2
-        >>> print(form_of({13: 3, 18: 2, 24: 0, 31: 1}))  # what fills it up to a multiple of 4
+        >>> print(form_of({13: 3, 18: 2, 24: 0, 31: 1}))  # the padding to a multiple of 4
         4 * ((L + 3) // 4) - L
     """
 
@@ -61,13 +60,18 @@ def form_of(values: Mapping[int, int]) -> Form | None:
     """The simplest form that takes these values at these lengths; None if there is none.
 
     Args:
-        values: Length → value; at least three, so that the form is confirmed, not only drawn.
+        values: Length → value, for at least three lengths: two determine a form, the others confirm it.
     """
     return _line(values) or _rounded(values)
 
 
 def form_of_one(sizes: Sequence[tuple[int, ...]], values: Sequence[int]) -> Form | None:
-    """The simplest form of one of several lengths, from values at three or more sizes of them."""
+    """The simplest form, of one of several lengths, that takes these values; None if there is none.
+
+    Args:
+        sizes: For each value, a size of every length; at least three.
+        values: The values.
+    """
     columns = [dict(zip(column, values, strict=True)) for column in zip(*sizes, strict=True)]
     for form_in in (_line, _rounded):
         for number, column in enumerate(columns):
@@ -78,7 +82,7 @@ def form_of_one(sizes: Sequence[tuple[int, ...]], values: Sequence[int]) -> Form
 
 
 def _of_chunks(values: Mapping[int, int], form: Form) -> Form | None:
-    """The form times a factor, plus a shift: from whole chunks, or from chunks begun."""
+    """A form with the factor and shift that give these values: of full chunks, or of chunks begun; else None."""
     rounded = {length: (form.slope * length + form.offset) // form.divisor for length in values}
     rest = {length: value - form.plus * length for length, value in values.items()}
     first, last = min(values), max(values)
@@ -119,7 +123,7 @@ def moved(number: Any, by: Any) -> Any:
     """The sum of two numbers, either of which may be a form.
 
     Raises:
-        FormError: They are rounded differently, or of different lengths, so that their sum is no form.
+        FormError: They are rounded differently, or are of different lengths, so that their sum is not a form.
     """
     if isinstance(by, Form) and not isinstance(number, Form):
         number, by = by, number

@@ -1,7 +1,7 @@
 """`generalised`: what the rolled graphs of one model, traced at several lengths, have in common.
 
-They are equal but for some numbers. Each integer among those becomes its `Form`, each number of the steps its closed
-form; where they differ in anything else, the model truly depends on the length.
+They are equal except for some numbers. Each integer among those becomes a `Form`, each number of the steps a closed
+form; where they differ in anything else, the model really depends on the length.
 """
 
 from __future__ import annotations
@@ -24,28 +24,30 @@ from moe_export.export.recurrence.rolled import Call, Folded, LengthError, Rolle
 
 
 class UnlikeError(LengthError):
-    """The traces hold other operators or views, or more, outside of the loops that they have in common."""
+    """The traces differ in operators or views, or in how many they have, outside of the loops that they share."""
 
 
 def generalised(all_rolled: Mapping[tuple[int, ...], RolledGraph]) -> RolledGraph:
-    """The rolled graph of every length, from those of some.
+    """The rolled graph for every length, from those at a few.
 
     Args:
-        all_rolled: By their length, or by their lengths where there are several.
+        all_rolled: By the sizes of the lengths that are folded over.
 
     Raises:
-        LengthError: They differ in more than integers that follow the length.
+        LengthError: They differ in more than numbers that follow the length.
     """
     lengths = list(all_rolled)
     rows = [rolled.items for rolled in all_rolled.values()]
     for items in zip(*rows, strict=False):
         if len({_kind(item) for item in items}) > 1:
             raise UnlikeError(
-                f"the model computes other things at lengths {_sizes(lengths[:2], ' and ')}", _line(items[0])
+                f"the model runs different operators at lengths {_sizes(lengths[:2], ' and ')}",
+                _line(items[0]),
             )
     if len({len(row) for row in rows}) > 1:
         raise UnlikeError(
-            "the model computes more at another length, outside of any loop", _line(rows[0][-1])
+            "outside of any loop, the model runs more operators at one length than at another",
+            _line(rows[0][-1]),
         )
     items = tuple(_merged(lengths, columns, _line(columns[0])) for columns in zip(*rows, strict=True))
     outputs = _merged(lengths, [rolled.outputs for rolled in all_rolled.values()], None)
@@ -86,7 +88,7 @@ def _merged(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: st
 
 
 def _merged_numbers(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: str | None) -> Any:
-    """A number that follows the length."""
+    """A number as a function of the length."""
     if isinstance(values[0], int) and not isinstance(values[0], bool):
         form = form_of_one(lengths, values)
         if form is not None:
@@ -103,9 +105,9 @@ def _merged_numbers(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], w
 def _closed_form(
     lengths: Sequence[tuple[int, ...]], series: Sequence[Series], where: str | None
 ) -> ClosedForm:
-    """The closed form of a number of the steps, which holds at all lengths."""
+    """The closed form of a number of the steps, for all lengths."""
     if len(lengths[0]) > 1:
-        raise LengthError("its steps compute with their number, and it loops over two lengths", where)
+        raise LengthError("its steps compute with their number, which works over one length only", where)
     closed_form = closed_form_of({size: each.values for (size,), each in zip(lengths, series, strict=True)})
     if closed_form is None:
         seen = [
@@ -121,7 +123,7 @@ def _closed_form(
 def _scaled(
     lengths: Sequence[tuple[int, ...]], values: Sequence[Any], first: Size, where: str | None
 ) -> Scaled:
-    """A size that follows the length as a product: the number that the other sizes are multiplied by."""
+    """A size that is a product of sizes of the inputs and a number that follows the length."""
     sizes = tuple(size_of(node) for node in _factors(first.node))
     rest = math.prod(size.size for size in sizes)
     if rest and all(isinstance(value, int) and value % rest == 0 for value in values):
@@ -132,7 +134,7 @@ def _scaled(
 
 
 def _factors(node: fx.Node) -> list[fx.Node]:
-    """The sizes in a product, without its numbers."""
+    """The factors of a product that are sizes, without those that are numbers."""
     if node.target is not operator.mul:
         return [node]
     return [factor for part in node.args if isinstance(part, fx.Node) for factor in _factors(part)]
@@ -145,7 +147,7 @@ def _merged_fields(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], wh
     changes = {
         part.name: _merged(lengths, [getattr(value, part.name) for value in values], where)
         for part in dataclasses.fields(first)
-        # The size of an axis that is free in the first trace is a number in the others.
+        # Only the first trace has free axes: their sizes are None there, and numbers in the others.
         if part.compare and not (part.name == "size" and getattr(first, part.name) is None)
     }
     return dataclasses.replace(first, **changes)

@@ -1,4 +1,4 @@
-"""`in_common`: the loops that traces of a model at several lengths have in common, or why nothing in them is one."""
+"""`in_common`: the loops that traces of a model at several lengths have in common, or why there are none."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ from moe_export.export.tracing.trace import Traced, trace
 
 
 class NoLoopError(LengthError):
-    """Nothing in the traces repeats itself as a loop does; perhaps for a number that its steps compute with."""
+    """Nothing in the traces repeats as a loop does.
+
+    Attributes:
+        of_number: Whether the only obstacle is a number that the steps compute with.
+    """
 
     def __init__(self, reason: str, where: str | None, *, of_number: bool = False) -> None:
         super().__init__(reason, where)
@@ -30,10 +34,10 @@ class NoLoopError(LengthError):
 
 
 def repeats_of(traces: Sequence[Traced]) -> list[Repeats]:
-    """What repeats itself in each of the traces, with the loops that were found.
+    """What repeats in each of the traces, with the loops that were found.
 
     Raises:
-        NoLoopError: None was.
+        NoLoopError: No loop was found.
     """
     repeats = [Repeats(canonicalize(traced.program)) for traced in traces]
     find_loops(repeats)
@@ -47,17 +51,17 @@ def in_common(
 ) -> RolledGraph:
     """What the traces at all lengths have in common.
 
-    Only the first trace has its other dimensions free, which takes the tracer ten times as long. Where the others
-    then are too different, they are traced in the same way.
+    Only the first trace has its other dimensions free, which takes the tracer ten times as long. Where the others then
+    differ too much from it, they are traced again in the same way.
 
     Args:
         first: The first trace.
-        others: The model at the other lengths.
-        sizes: The lengths, the first one's first.
+        others: The model with examples of the other lengths.
+        sizes: The lengths of all traces, starting with that of `first`.
         request: What was free in the first trace.
 
     Raises:
-        NoLoopError: Nothing repeats itself in them.
+        NoLoopError: Nothing in them repeats as a loop does.
         LengthError: They differ in more than numbers that follow the length.
     """
     static = replace(request, static=True, picked={})
@@ -86,7 +90,7 @@ def _common(sizes: Sequence[tuple[int, ...]], traces: Sequence[Traced]) -> Rolle
 
 
 def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
-    """The reason of the repetition that came closest to a loop."""
+    """The reason why the repetition that came closest to a loop is not one."""
     nearest = _nearest(repeats[-1])
     if nearest is None:
         return _unlike(repeats[0].nodes, repeats[-1].nodes)
@@ -95,13 +99,13 @@ def _no_loop(repeats: Sequence[Repeats]) -> NoLoopError:
 
 
 def _nearest(trace: Repeats) -> Refusal | None:
-    """Of what repeats itself in a trace outside of its loops, what came closest to a loop."""
+    """The refusal of the most repeated nodes outside of a trace's loops: they came closest to a loop."""
     outside = [refusal for refusal in trace.refusals if trace.locate(refusal.node) is None]
     return max(outside, key=lambda refusal: refusal.nodes, default=None)
 
 
 def _unlike(fewer: Sequence[fx.Node], more: Sequence[fx.Node]) -> NoLoopError:
-    """Nothing repeats itself: the line of the model that computes more at a greater length, and what it computes."""
+    """If nothing repeats: the line of the model that computes more at a greater length, and what it computes."""
     short, long = (
         Counter(line_of(node.meta.get("stack_trace")) for node in nodes) for nodes in (fewer, more)
     )

@@ -1,12 +1,12 @@
-"""Steps that compute with their number: the numbers as a sequence outside the loop, one element of which a step reads.
+"""Steps that compute with their number: the numbers as a sequence outside the loop, of which each step reads one.
 
     x[:, t] / (t + 1)        arange(iterations) + 1 ─▶ n      div(x[t], n[t])
     h * 0.9 ** (L - 1 - t)   0.9 ** (L - 1 - arange(iterations)) ─▶ p      mul(h, p[t])
 
-The operator takes a tensor where it took a number: `pow(x, 3)` becomes `pow(x, tensor)`. Integers stay int64 up to the
-last, and their ratios are divided in the type that the step computes in, so that an engine without float64 computes
-them as exactly. Powers, roots and functions are computed in float64 and rounded once: in float32, `0.999 ** t` loses
-a digit in a hundred steps, and `1 - 0.999 ** t` three in the first.
+The operator takes a tensor where it took a number: `pow(x, 3)` becomes `pow(x, tensor)`. Integers stay int64 as long as
+possible, and their ratios are divided in the type that the step computes in, so that an engine without float64 computes
+them just as exactly. Powers, roots and functions are computed in float64 and rounded once: in float32, `0.999 ** t`
+loses a digit in a hundred steps, and `1 - 0.999 ** t` three in the first.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _FUNCTIONS = {
 }  # fmt: skip
 _NUMBER = ("number", "Optional[number]")
 _TENSOR = ("Tensor", "Optional[Tensor]")
-# Operators that make a tensor of a number: where the number stands.
+# Operators that make a tensor from a number, and the argument that holds the number.
 _FILLING = {
     aten.full.default: "fill_value",
     aten.new_full.default: "fill_value",
@@ -43,18 +43,24 @@ _FILLING = {
 
 
 def counts(argument: Any) -> bool:
-    """Whether an operand is a number that changes from iteration to iteration, or by a closed form with the length."""
+    """Whether an operand is a number that changes from iteration to iteration, or with the length by a closed form."""
     return isinstance(argument, (InductionVariable, Series, Ratio, Power, Applied, OfLength))
 
 
 _SUMS = (aten.add.Tensor, aten.sub.Tensor)
-# Arithmetic that takes a number in float32 also where its tensors are of half precision.
+# Arithmetic that computes with a number in float32 even if its tensors are in half precision.
 _WIDE = (*_SUMS, aten.mul.Tensor, aten.div.Tensor)
 
 
 @dataclass(frozen=True)
 class _Taking:
-    """An operator that takes tensors in the place of numbers, its arguments by name, and which of them are to be."""
+    """How a step is called with tensors in the place of numbers.
+
+    Attributes:
+        target: The operator's overload that takes tensors there.
+        arguments: Its arguments by name.
+        tensors: Which of them have to be tensors instead of numbers.
+    """
 
     target: Any
     arguments: Mapping[str, Any]
@@ -65,8 +71,8 @@ def why_not(step: Step, node: fx.Node) -> str | None:
     """Why a step cannot read its numbers from a sequence; None if it can.
 
     Args:
-        step: Of which an operand counts.
-        node: One iteration of it in the trace.
+        step: A step with an operand that `counts`.
+        node: The step in one iteration of the trace.
     """
     name = operator_name(node.target)
     if _taking(step) is None:
@@ -74,7 +80,7 @@ def why_not(step: Step, node: fx.Node) -> str | None:
     dtype = number_type(node, step)
     numbers = [leaf for leaf in atoms((step.args, step.kwargs)) if counts(leaf)]
     if not dtype.is_floating_point and not all(isinstance(number, InductionVariable) for number in numbers):
-        return f"{name} takes an integer that is no multiple of the number of the step"
+        return f"{name} takes an integer that does not change by the same amount in every step"
     return None
 
 
@@ -83,7 +89,7 @@ def _taking(step: Step) -> _Taking | None:
     named = dict(zip((argument.name for argument in arguments), step.args, strict=False)) | step.kwargs
     counting = {name for name, value in named.items() if any(counts(leaf) for leaf in atoms(value))}
     if any(not counts(named[name]) for name in counting):
-        return None  # inside a list of sizes or places
+        return None  # inside a list, such as sizes, which no tensor can stand for
     if step.target in _FILLING:
         return _Taking(step.target, named, frozenset()) if counting == {_FILLING[step.target]} else None
     if step.target in _SUMS and counting == {"alpha"}:
@@ -101,7 +107,7 @@ def _taking(step: Step) -> _Taking | None:
 
 
 def number_type(node: fx.Node, step: Step) -> torch.dtype:
-    """The type that a step computes in, to which its numbers are rounded."""
+    """The dtype that a step computes in, to which its numbers are rounded."""
     dtype: torch.dtype = node.meta["val"].dtype
     if node.target in _FILLING:
         return dtype
@@ -124,10 +130,10 @@ def write_step(
 
     Args:
         call: Writes one node of the body.
-        step: The step.
-        node: One iteration of it in the trace.
-        operand: Writes an operand that does not count.
-        element: Gives the element of a sequence of numbers, from the number and its type.
+        step: The step, one that `why_not` has no objection to.
+        node: The step in one iteration of the trace.
+        operand: Writes an operand that does not count (`counts`).
+        element: From a number that counts and a dtype, gives the node of its value in the iteration.
     """
     taking = _taking(step)
     assert taking is not None
@@ -158,12 +164,12 @@ def write_step(
 
 
 class InductionSequences:
-    """Writes numbers that count the iterations of a loop as sequences, one entry per iteration.
+    """Writes numbers that change from iteration to iteration as sequences with one entry per iteration.
 
     Args:
         call: Writes one node outside of the loop.
-        number: Gives an integer of the length, as a number or the node that computes it.
-        iterations: The number of iterations, an integer of the length.
+        number: From an integer or a `Form`, gives the integer or the node that computes it.
+        iterations: The number of iterations, an integer or a `Form`.
     """
 
     def __init__(self, call: Callable[..., fx.Node], number: Callable[[Any], Any], iterations: Any) -> None:
@@ -171,7 +177,7 @@ class InductionSequences:
         self._known: dict[Any, fx.Node] = {}
 
     def sequence(self, number: InductionVariable | ClosedForm, dtype: torch.dtype) -> fx.Node:
-        """The numbers of all iterations, (iterations,), in a type."""
+        """The numbers of all iterations: (iterations,) of this dtype."""
         if isinstance(number, InductionVariable):
             return self._as(self._integers(self._number(number.first), number.step), dtype)
         if isinstance(number, Ratio) and number.scale == 1:
@@ -180,7 +186,7 @@ class InductionSequences:
         return self._as(self._in_float64(number), dtype)
 
     def scalar(self, number: OfLength, dtype: torch.dtype) -> fx.Node:
-        """A number of the length, (), in a type. There is one iteration."""
+        """A number that depends on the length only: () of this dtype. `iterations` has to be 1."""
         return self._call(aten.select.int, self.sequence(number.closed_form, dtype), 0, 0)
 
     def _as(self, node: fx.Node, dtype: torch.dtype) -> fx.Node:
@@ -210,9 +216,9 @@ class InductionSequences:
         return node
 
     def _line(self, line: Line, dtype: torch.dtype, least: int | None = None) -> Any:
-        """A line in a type: a sequence, or one number where it is the same in every iteration.
+        """A line of this dtype: a sequence, or one number if it is the same in every iteration.
 
-        The length is taken to be `least` where it is less.
+        A length below `least` counts as `least`.
         """
         rest: Any = Form(line.length, line.rest) if line.length else line.rest
         number = self._number(rest)
@@ -225,7 +231,7 @@ class InductionSequences:
         above, below = ratio.numerator, ratio.denominator
         least = None
         if not below.iteration and below.length > 0 and below.length + below.rest == 0:
-            least = 2  # t / (L - 1) is 0 / 0 at length 1; a model that computes there says max(L - 1, 1)
+            least = 2  # t / (L - 1) is 0 / 0 at length 1; a model that runs there writes max(L - 1, 1)
         node, under = self._line(above, dtype, least), self._line(below, dtype, least)
         if not above.iteration:
             node = self._call(aten.mul.Tensor, self._as(self._integers(1, 0), dtype), node)
@@ -252,7 +258,10 @@ class InductionSequences:
         )
 
     def _exactly(self, value: float) -> Any:
-        """A number in float64, of the integers that it consists of: the exporter writes numbers as float32."""
+        """A float64, written as the quotient of two integers, because the exporter writes Python floats as float32.
+
+        The number itself if float32 holds it exactly, or if the integers are too large.
+        """
         above, below = value.as_integer_ratio()
         if abs(above) < 2**24 or abs(above) >= 2**63 or below >= 2**126:
             return value

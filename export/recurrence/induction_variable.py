@@ -1,4 +1,4 @@
-"""`number_or_series`: what a number does over the iterations of a loop: stay, count, or follow a closed form."""
+"""`number_or_series`: how a number changes over the iterations of a loop: not at all, evenly, or by a closed form."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ from moe_export.export.recurrence.loop import InductionVariable, Series
 
 
 def is_integer(value: Any) -> bool:
-    """Whether a value is an integer, and no truth value."""
+    """Whether a value is an integer, and not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value is an integer or a float."""
+    """Whether a value is an integer or a float, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def holds_for(column: Sequence[Any], holds: Callable[[int], bool]) -> int:
-    """For how many iterations from the first something holds."""
+    """For how many iterations, from the first on, something holds."""
     return next((iteration for iteration in range(len(column)) if not holds(iteration)), len(column))
 
 
 def number_of(column: Sequence[Any]) -> tuple[Any, int, str]:
-    """A constant, or an integer that moves by one step; and for how many iterations it does."""
+    """A constant or an `InductionVariable`, for how many iterations it holds, and what ends it there."""
     first = column[0]
     if len(column) > 1 and is_integer(first) and is_integer(column[1]) and first != column[1]:
         step = column[1] - first
@@ -36,16 +36,16 @@ def number_of(column: Sequence[Any]) -> tuple[Any, int, str]:
         return (
             InductionVariable(first, step),
             iterations,
-            "a number in it does not change evenly from iteration to iteration",
+            "a number in it does not change by the same amount in every iteration",
         )
     iterations = holds_for(
         column, lambda iteration: type(column[iteration]) is type(first) and column[iteration] == first
     )
-    return first, iterations, f"step {iterations} has another constant than the step before"
+    return first, iterations, f"step {iterations} has a different constant than the step before"
 
 
 def number_or_series(column: Sequence[Any]) -> tuple[Any, int, str]:
-    """A number of a step: constant, counting, or by a closed form; and for how many iterations it is."""
+    """A constant, an `InductionVariable` or a `Series`, for how many iterations it holds, and what ends it there."""
     part, iterations, reason = number_of(column)
     if iterations == len(column) or not all(is_number(value) for value in column):
         return part, iterations, reason

@@ -29,11 +29,11 @@ class InductionVariable:
 
 @dataclass(frozen=True)
 class Series:
-    """A number that changes from iteration to iteration as no `InductionVariable` does: `t / L`, `0.9 ** t`.
+    """A number that changes from iteration to iteration, but not evenly: `t / L`, `0.9 ** t`.
 
     Attributes:
-        values: Of each iteration.
-        closed_form: That gives them at the length of this trace alone.
+        values: The value in each iteration.
+        closed_form: One that gives them at the length of this trace; at others it may not.
     """
 
     values: tuple[float, ...]
@@ -42,7 +42,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Local:
-    """A value of the same iteration: the step at `position`, behind a path."""
+    """A value of the same iteration: `path` applied to the result of the step at `position`."""
 
     position: int
     path: tuple[View, ...] = ()
@@ -50,7 +50,7 @@ class Local:
 
 @dataclass(frozen=True)
 class Carried:
-    """A value of an earlier iteration, `distance` iterations before."""
+    """A value of the iteration `distance` iterations ago: `path` applied to the result of the step at `position`."""
 
     position: int
     path: tuple[View, ...]
@@ -59,9 +59,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class Made:
-    """The value that the step at `position` of a loop has in its iteration `iteration`; a part of it, if that is a
-    tuple.
-    """
+    """What the step at `position` of loop `loop` gives in iteration `iteration`; one `part` of it, if it is a tuple."""
 
     loop: int
     position: int
@@ -70,7 +68,7 @@ class Made:
 
 
 def split_part(made: Made, path: tuple[View, ...]) -> tuple[Made, tuple[View, ...]]:
-    """Move the first step of a path into what a loop made, where it takes a part of a tuple."""
+    """Move the first view of a path into `made` if it takes a part of a tuple; the result and the rest of the path."""
     if path and path[0].kind == PART:
         return replace(made, part=path[:1]), path[1:]
     return made, path
@@ -78,7 +76,7 @@ def split_part(made: Made, path: tuple[View, ...]) -> tuple[Made, tuple[View, ..
 
 @dataclass(frozen=True)
 class Outside:
-    """A value from outside the loop, the same in each iteration but for the numbers of its path.
+    """A value from outside the loop, the same in each iteration except for the numbers in its path.
 
     Attributes:
         base: A node, or what an earlier loop made.
@@ -90,9 +88,7 @@ class Outside:
 
 @dataclass(frozen=True)
 class Start:
-    """The value that a carried value has before the first iteration; one for each iteration of distance, the first
-    first.
-    """
+    """What a carried value is before the first iteration: `distance` values, oldest first."""
 
     carried: Carried
     values: tuple[Outside, ...]
@@ -109,10 +105,11 @@ class Step:
 
 @dataclass(frozen=True)
 class Written:
-    """A step that computes nothing, but writes into a carried buffer (`y[:, t] = v`) or appends to it.
+    """A step that only writes into a carried buffer (`y[:, t] = v`) or appends to it.
 
     Attributes:
-        size: Of the buffer before the loop, along the axis that is written; None if symbolic.
+        kind: `WRITE` or `APPEND`.
+        size: The buffer's size before the loop, along the written axis; None if symbolic.
     """
 
     kind: str
@@ -126,10 +123,10 @@ class Loop:
     Attributes:
         body: The operators of an iteration, in order.
         starts: The carried values with what they start from.
-        iterations: How many.
-        written: Positions that write into a carried buffer, or append to it.
+        iterations: How many iterations it has.
+        written: The positions of steps that only write into a carried buffer, or append to it.
         line: `file:line` of the first operator.
-        nodes: The traced nodes, a row per iteration; None where the last iteration's value is used by nobody.
+        nodes: The traced nodes, a row per iteration; None where nothing uses the last iteration's value.
     """
 
     body: tuple[Step, ...]

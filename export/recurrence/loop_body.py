@@ -1,8 +1,8 @@
 """`LoopBody`: one iteration of a folded loop as a callable, run iteration by iteration in PyTorch, or once between
-markers in a trace.
+boundary nodes in a trace.
 
-A trace of it holds the body once, between opaque nodes, its boundary, that carry the shapes of its inputs and outputs
-(`tracing.traced_loops`); the ONNX side cuts this region out and makes it the body of a `Scan`.
+A trace of it holds the body once, between opaque boundary nodes that carry the shapes of its inputs and outputs
+(`tracing.traced_loops`); the ONNX side cuts this loop region out and makes it the body of a `Scan`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,23 @@ from moe_export.export.tracing.traced_loops import DOMAIN, ELEMENT, END, STATE
 
 @dataclass(frozen=True)
 class Along:
-    """An axis over time: forwards, or from the last iteration to the first."""
+    """The axis of time, and whether it runs from the last iteration to the first."""
 
     axis: int
     backwards: bool = False
 
 
 class LoopBody:
-    """A callable `(states, sequences, captured, iterations) → states after the last iteration, then what was
-    collected`.
+    """A callable `(states, sequences, captured, iterations) → states after the last iteration, then collected values`.
 
     Args:
-        number: Tells the loops of a model apart; no two boundary nodes may ever be taken for one.
+        number: Different for each loop of a model, so that boundary nodes of two loops are never merged into one.
         graph: Inputs: states, elements, captured values; outputs: next states, then collected values.
-        states: How many states.
-        elements: Which axis of each sequence is time.
-        collected: Where the time axis of each collected output goes.
-        least: How many iterations there are at the length 1. Runtimes fail on a `Scan` without an iteration, so where
-            there may be none, an iteration on zeros stands in, and nobody sees what it gives.
+        states: How many states there are.
+        elements: The axis of time of each sequence.
+        collected: Where the axis of time of each collected output goes.
+        least: How many iterations there are at length 1. Runtimes fail on a `Scan` without an iteration, so if there
+            may be none, one iteration on zeros takes its place, and its results are dropped.
     """
 
     def __init__(
@@ -93,7 +92,7 @@ class LoopBody:
         ]
 
     def _empty(self, states: list[Tensor], sequences: list[Tensor], captured: list[Any]) -> list[Tensor]:
-        """What no iteration collects: the body is run once on zeros to know the shapes."""
+        """The collected values of no iteration: the body is run once on zeros to get their shapes."""
         elements = [
             sequence.new_zeros([size for axis, size in enumerate(sequence.shape) if axis != along.axis])
             for sequence, along in zip(sequences, self.elements, strict=True)
@@ -107,7 +106,7 @@ class LoopBody:
     def _as_region_with_an_iteration(
         self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], iterations: Any
     ) -> list[Tensor]:
-        """The loop region with at least one iteration; without one, the states stay and nothing is collected."""
+        """The loop region with at least one iteration; if there is none, states are kept and nothing is collected."""
         some = torch.sym_max(iterations, 1)  # type: ignore[no-untyped-call]
         longer = [
             torch.cat([sequence, sequence.new_zeros(_with(_without(sequence.shape, along.axis), along.axis, 1))],
@@ -129,7 +128,7 @@ class LoopBody:
     def _as_region(
         self, states: list[Tensor], sequences: list[Tensor], captured: list[Any], iterations: Any
     ) -> list[Tensor]:
-        if not sequences:  # something must tell the scan how many iterations there are
+        if not sequences:  # a `Scan` takes its number of iterations from its sequences
             sequences = [torch.zeros(iterations)]
         alongs = self.elements or (Along(0),)
         inner = [self._mark(STATE, place, state, state.shape) for place, state in enumerate(states)]

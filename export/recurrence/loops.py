@@ -1,7 +1,7 @@
-"""`find_loops`: the loops of one model over one length, seen in its traces at several lengths.
+"""`find_loops`: the loops of a model over a length, found in its traces at several lengths.
 
-A loop over layers or heads repeats as well; a loop over the length is one whose number of iterations is another in each
-trace.
+A loop over layers or heads repeats as well; a loop over the length is one whose number of iterations differs from trace
+to trace.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Repeats:
     Attributes:
         nodes: The computations, in trace order.
         loops: The loops, in the order in which they were found.
-        refusals: Nodes that repeat and are no loop.
+        refusals: Why other nodes that repeat are not a loop.
     """
 
     graph: fx.Graph
@@ -41,11 +41,11 @@ class Repeats:
         self._made: dict[fx.Node, Made] = {}
 
     def locate(self, node: fx.Node) -> Made | None:
-        """What a loop made, for a node in it."""
+        """The loop, position and iteration of a node; None outside of the loops found so far."""
         return self._made.get(node)
 
     def take(self, loop: Loop) -> None:
-        """Accept a loop; its nodes repeat nothing else."""
+        """Accept a loop; its nodes then count as a repetition of nothing else."""
         number = len(self.loops)
         self.loops.append(loop)
         taken = set()
@@ -58,12 +58,12 @@ class Repeats:
 
 
 def find_loops(traces: Sequence[Repeats]) -> None:
-    """Find the loops that all traces have, with more iterations at greater lengths, and take them.
+    """Find the loops that all traces have, with more iterations at greater lengths, and record them in the traces.
 
     Args:
         traces: One for each length, shortest first; the k-th loop of each is the same loop of the model.
     """
-    # Again after each find: a loop may read, iteration by iteration, what another one made.
+    # Repeat while something is found: a loop may read, iteration by iteration, what another one made.
     while _find_more(traces):
         pass
 
@@ -105,8 +105,9 @@ def _candidates(trace: Repeats, period: int) -> dict[Any, list[Loop]]:
 
 
 def _best(trace: Repeats, run: Run) -> Loop | None:
-    """The best of the loops that begin within the first iterations of a run: most iterations, fewest values in and
-    out.
+    """The best of the loops that begin within the first two periods of a run; None if there is none, and why is noted.
+
+    The best has the most iterations, then the fewest carried values, then the fewest values that are used outside.
     """
     best: Loop | None = None
     for start in range(run.start, min(run.start + 2 * run.period, run.stop - 3 * run.period + 1)):

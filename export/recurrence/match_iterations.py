@@ -1,8 +1,8 @@
 """`match_iterations`: from a place where a traced graph repeats itself, the longest loop that its data flow allows.
 
-Iteration by iteration, each operand must play one part: a value of the same iteration, of an earlier iteration, of the
-same place outside, or of a place outside whose index moves by the same step. Where that ends, the loop ends; if that is
-before the third iteration, there is no loop, and the reason is what a user can be told.
+In every iteration, an operand must play the same part: a value of the same iteration, of an earlier one, of the same
+place outside, or of a place outside whose index moves by a constant step. Where that ends, the loop ends; if that is
+before the third iteration, there is no loop, and the reason is reported to the user.
 """
 
 from __future__ import annotations
@@ -52,14 +52,14 @@ Locate = Callable[[fx.Node], Made | None]
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why nodes that repeat are no loop.
+    """Why nodes that repeat are not a loop.
 
     Attributes:
-        reason: For the user, in terms of iterations.
-        node: Where it is seen.
-        iterations: How many iterations the rest would allow.
-        nodes: How many nodes repeat themselves there.
-        of_number: Whether it is about a number that the steps compute with.
+        reason: For the user, in terms of steps.
+        node: The node at which it shows.
+        iterations: For how many iterations the nodes could be a loop.
+        nodes: How many nodes repeat there.
+        of_number: Whether the reason is a number that the steps compute with.
     """
 
     reason: str
@@ -79,7 +79,7 @@ def match_iterations(
         start: Where the first iteration begins.
         period: Its number of nodes.
         stop: Where the nodes cease to repeat.
-        locate: What an earlier loop made, for a node in it.
+        locate: Gives the place of a node in an earlier loop; None if it is in none.
     """
     return _Matching(nodes, start, period, (stop - start) // period, locate).loop()
 
@@ -137,7 +137,7 @@ class _Matching:
         for carried in self._misfits:
             if carried.position not in written:
                 return Refusal(
-                    "its first iteration starts from a value of another shape or type",
+                    "its first iteration starts from a value of a different shape or type than the others",
                     self._rows[0][carried.position], 0,
                 )  # fmt: skip
         last = self._unfinished_iteration(body, starts, iterations, written)
@@ -154,7 +154,7 @@ class _Matching:
     # The part of one operand
 
     def _part(self, column: list[Any], starts: dict[Carried, tuple[Outside, ...]]) -> tuple[Any, int, str]:
-        """The part that a leaf plays in every iteration, for how many iterations, and what ends it there."""
+        """The part that an operand plays in every iteration, for how many iterations, and what ends it there."""
         third = column[2]
         if not isinstance(third, Read):
             return number_or_series(column)
@@ -179,7 +179,7 @@ class _Matching:
         if any(leaf.fact != third.fact for leaf in early):
             self._misfits.add(carried)
         if any(leaf.base in self._place for leaf in early):
-            return None, 0, reason or "its first step reads another value of the loop than the next"
+            return None, 0, reason or "its first step reads a different value of the loop than the next"
         values = tuple(Outside(self._base(leaf.base), leaf.path) for leaf in early)
         if starts.setdefault(carried, values) != values:
             return None, 0, "one value of the loop starts from two values"
@@ -190,7 +190,7 @@ class _Matching:
         if place is None:
             return f"step {iteration} reads a value from outside where the step before reads one of the loop"
         if place[0] == iteration:
-            return f"step {iteration} reads another value of its own than the step before"
+            return f"step {iteration} reads a different value of its own than the step before"
         return f"step {iteration} reads step {place[0]}'s value"
 
     def _base(self, node: fx.Node) -> fx.Node | Made:
@@ -231,10 +231,10 @@ class _Matching:
         return (
             Outside(base, tuple(path)),
             iterations,
-            f"step {iterations} reads another value than the step before",
+            f"step {iterations} reads a different value than the step before",
         )
 
-    # The last iteration, of which only the part is left that somebody uses
+    # The last iteration, of which the trace only keeps what is used
 
     def _unfinished_iteration(
         self,
@@ -287,7 +287,7 @@ class _Matching:
 
 
 def _leaves(node: fx.Node) -> list[Any]:
-    """What a node reads; kept with the node, as every place of a run is tried as the start of a loop."""
+    """What a node reads; cached in the node, as every place in a run is tried as the start of a loop."""
     if _LEAVES not in node.meta:
         node.meta[_LEAVES] = atoms((node.args, node.kwargs))
     leaves: list[Any] = node.meta[_LEAVES]
@@ -319,7 +319,7 @@ def _same_place(left: Any, right: Any) -> bool:
 
 
 def at_iteration(part: Outside, iteration: int) -> Outside:
-    """The place outside that an operand reads in one iteration."""
+    """What an operand reads outside in one iteration: its induction variables replaced by numbers."""
 
     def number(value: Any) -> Any:
         return value.first + value.step * iteration if isinstance(value, InductionVariable) else value
@@ -334,7 +334,7 @@ def at_iteration(part: Outside, iteration: int) -> Outside:
 
 
 def _in_range(step: Step, iteration: int) -> bool:
-    """Whether everything that a step would read at this iteration exists."""
+    """Whether everything that a step would read in an iteration exists."""
     for part in atoms_of(step):
         if isinstance(part, Outside):
             if isinstance(part.base, Made) and isinstance(part.base.iteration, InductionVariable):
@@ -353,7 +353,7 @@ def _view_in_range(view: View) -> bool:
 
 
 def _writes(body: tuple[Step, ...], position: int) -> str | None:
-    """Whether a step only writes the iteration's value into a buffer that nothing in the loop reads."""
+    """`WRITE` or `APPEND` if a step only writes the iteration's value into a buffer that nothing in the loop reads."""
     step = body[position]
     if step.target not in _WRITING:
         return None
@@ -376,7 +376,7 @@ def _writes(body: tuple[Step, ...], position: int) -> str | None:
 
 
 def _buffer_size(node: fx.Node, kind: str) -> int | None:
-    """The size that a buffer has before its first write, along the axis that is written."""
+    """The size of a buffer before its first write, along the written axis; None if symbolic."""
     source = node.args[0] if kind == WRITE else node.args[0][0]  # type: ignore[index]
     axis = node.args[2] if kind == WRITE else node.args[1] if len(node.args) > 1 else 0
     return fixed(source.meta["val"].shape[axis])  # type: ignore[union-attr]

@@ -1,8 +1,8 @@
-"""What a traced node reads: a base value behind a path of views, as plain data.
+"""What a traced node reads: a path of views applied to a base value, as plain data.
 
-Views by constant indices (`select`, `slice`, an element of a tuple) are no nodes of their own here: they are steps
-of a path. So `x[:, 3, 0]` reads the base `x` by `select(1, 3)`, `select(1, 0)`, and the iterations of a loop differ in
-one number.
+Views by constant indices (`select`, `slice`, an element of a tuple) are not nodes of their own here, but steps of a
+path. So `x[:, 3, 0]` reads the base `x` by `select(1, 3)`, `select(1, 0)`, and the iterations of a loop differ in one
+number only.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Read:
 
 
 def is_view(node: fx.Node) -> bool:
-    """Whether a node is a step of a path, not a computation."""
+    """Whether a node is a step of a path rather than a computation."""
     return node.op == "call_function" and (
         node.target in (aten.select.int, aten.slice.Tensor) or node.target is operator.getitem
     )
@@ -62,7 +62,7 @@ def is_size(node: fx.Node) -> bool:
 
 
 def read_of(node: fx.Node) -> Read:
-    """Follow views back to the value that they look at."""
+    """Follow views back to the value that they are views of."""
     path: list[View] = []
     fact = _fact(node)
     while is_view(node):
@@ -108,7 +108,7 @@ def _clamped(index: Any, size: int | None) -> Any:
 
 
 def atoms(argument: Any) -> list[Any]:
-    """The leaves of nested arguments in a fixed order; nodes as `Read`."""
+    """The leaves of nested arguments in a fixed order, nodes as `Read`s."""
     if isinstance(argument, fx.Node):
         return [read_of(argument)]
     if isinstance(argument, Mapping):
@@ -119,9 +119,9 @@ def atoms(argument: Any) -> list[Any]:
 
 
 def layout(argument: Any) -> Any:
-    """The nesting of arguments, with a mark for each leaf; nodes are alike, and so are numbers.
+    """The nesting of arguments, with the kind of each leaf: all nodes are equal, all integers are, all floats are.
 
-    A size of the inputs is a number: where it is not free, the trace has a number in its place.
+    A size of the inputs counts as an integer: in a trace where it is not free, an integer is in its place.
     """
     if isinstance(argument, fx.Node):
         return "int" if SIZE in argument.meta else "node"
@@ -144,5 +144,5 @@ def filled(argument: Any, leaves: Iterator[Any]) -> Any:
 
 
 def operator_name(target: Any) -> str:
-    """An operator as the model's code calls it: `add`."""
+    """An operator by the name that the model's code calls it by: `add`."""
     return str(getattr(target, "__name__", target)).split(".")[0]

@@ -1,6 +1,6 @@
-"""Where a traced graph repeats itself: runs of nodes that are equal at a distance, in trace order.
+"""Where a traced graph repeats itself: runs of nodes that equal those one period later, in trace order.
 
-Equal means: same operator, same nesting of arguments, same shape and dtype. Whether such a run is a loop is seen in
+Equal means: same operator, same nesting of arguments, same shape and dtype. Whether such a run is a loop depends on
 what its nodes read (`match_iterations`).
 """
 
@@ -37,13 +37,13 @@ def sequence(graph: fx.Graph) -> list[fx.Node]:
 
 
 def tokens(nodes: Sequence[fx.Node]) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """One number a node; equal numbers for nodes that could be the same step of two iterations."""
+    """(nodes,) int64: equal numbers for nodes that could be the same step of two iterations."""
     numbers: dict[Any, int] = {}
     return np.array([numbers.setdefault(_token(node), len(numbers)) for node in nodes], dtype=np.int64)
 
 
 def signature(nodes: Sequence[fx.Node]) -> tuple[Any, ...]:
-    """What tells one body from another, in any trace of the same model: operators and nesting, no sizes."""
+    """What distinguishes one body from another in any trace of the same model: operators and nesting, but no sizes."""
     return tuple((node.target, layout(node.args), layout(node.kwargs)) for node in nodes)
 
 
@@ -51,7 +51,7 @@ def _token(node: fx.Node) -> Any:
     shape: Any = None
     value = node.meta.get("val")
     if isinstance(value, torch.Tensor):
-        # A list that grows by `cat` has another size in every iteration.
+        # A list that grows by `cat` has a different size in every iteration.
         growing = node.target is torch.ops.aten.cat.default
         shape = (None if growing else tuple(map(expression_of, value.shape)), value.dtype)
     return node.target, layout(node.args), layout(node.kwargs), shape

@@ -1,7 +1,7 @@
-"""`prove`: a folded model held against the model, in PyTorch, before any ONNX is made.
+"""`prove`: a folded model is compared with its model in PyTorch, before any ONNX is made.
 
-Its results are compared at short lengths. Numbers that steps compute with follow a closed form that was seen in a few
-steps; `min(1, t / 100)` would look like `t / 100` there. So the model is run once at a great length, and each number
+Their results are compared at short lengths. But a closed form of numbers that steps compute with was found in a few
+steps, in which `min(1, t / 100)` looks like `t / 100`. So the model is also run once at a great length, and each number
 that the closed forms give there must be among those that it computes with.
 """
 
@@ -33,9 +33,9 @@ from moe_export.export.tracing.trace import quiet, resized
 aten = torch.ops.aten
 
 _PROVED = (1, 2, 3, 5, 13)
-_GREAT = (2053, 521, 131)  # multiples of nothing
-_MOST = 40_000  # operators of a run at a great length: a second
-_NEAR = 1e-9  # of the largest term; a sum that Python adds to loses digits in two thousand iterations
+_GREAT = (2053, 521, 131)  # primes, so that they are no multiple of a chunk
+_MOST = 40_000  # operators of a run at a great length, which then takes about a second
+_NEAR = 1e-9  # of the largest term: a sum that Python adds to loses digits in two thousand iterations
 
 
 def prove(
@@ -47,25 +47,23 @@ def prove(
     *,
     rounded: bool,
 ) -> tuple[Reach, ...]:
-    """Hold the folded model against the model, at lengths that were not traced too.
-
-    Where an iteration takes several places, what is left over behind whole iterations is `rounded` away or filled up:
-    there it is looked at with up to eight places left.
+    """Compare the folded model with the model, also at lengths that were not traced.
 
     Args:
         subject: The model.
-        folded: The same without its loops.
-        lengths: What was folded over.
-        traced: The lengths of the traces.
+        folded: The same model with its loops folded.
+        lengths: The lengths that were folded over.
+        traced: The sizes of these lengths in the traces.
         whole: What the traces have in common.
-        rounded: Whether the lengths may be rounded.
+        rounded: Whether an iteration may take several places, so that what is left over after the last full iteration
+            is dropped or filled up: then eight consecutive lengths are compared, for the remainders.
 
     Returns:
-        For each length, how far it is right.
+        For each length, how far the fold is right.
 
     Raises:
-        LengthError: It fails, or gives other values, at a length that is no greater than the example's or the traces',
-            and not only at 1.
+        LengthError: The folded model fails, or gives other values, at a length that is no greater than the example's
+            or the traces', and not only at 1.
     """
     agreement = Agreement(subject, folded, lengths)
     longest = max(traced)
@@ -75,7 +73,7 @@ def prove(
             _same(agreement, sizes)
     least = _least(agreement, lengths, subject)
     if not agreement.same_types(longest):
-        raise LengthError("without the loop its results are of other types", None)
+        raise LengthError("folded, it gives results of other types", None)
     numbers = list(dict.fromkeys(_counted(whole)))
     if numbers:
         _prove_numbers(subject, agreement, lengths, longest, numbers)
@@ -83,7 +81,7 @@ def prove(
 
 
 def _proved(count: int) -> list[tuple[int, ...]]:
-    """Sizes of each length, the second of two growing while the first gets shorter."""
+    """The sizes to compare at; of two lengths, the first grows while the second shrinks, and both are 1 once."""
     if count == 1:
         return [(size,) for size in _PROVED]
     return [(1, 1), *zip(_PROVED, reversed(_PROVED), strict=True)]
@@ -94,13 +92,17 @@ def _same(agreement: Agreement, sizes: tuple[int, ...]) -> None:
     try:
         same = agreement.at(sizes)
     except RuntimeError as error:
-        raise LengthError(f"without the loop it fails at length {shown}: {error}", None) from error
+        raise LengthError(f"folded, it fails at length {shown}: {error}", None) from error
     if same is False:
-        raise LengthError(f"what it computes depends on the length in another way at length {shown}", None)
+        raise LengthError(f"folded, it gives other values at length {shown}", None)
 
 
 def _least(agreement: Agreement, lengths: Sequence[Length], subject: Subject) -> int:
-    """The least length at which a fold over one length is right: 1, or 2 if the example is no single step."""
+    """The least length at which a fold over one length is right: 1, or 2 if it is wrong at 1 and the example is longer.
+
+    Raises:
+        LengthError: The fold is wrong at 1, and the example is a single step.
+    """
     if len(lengths) > 1:
         return 1
     try:
@@ -119,16 +121,16 @@ def wrong_at_one(
     sizes: tuple[int, ...],
     shapes: Mapping[str, Sequence[int | str]],
 ) -> tuple[tuple[str, int], ...]:
-    """The free dimensions, other than the lengths, at whose size 1 a fold is wrong: an axis of an input for each.
+    """The free dimensions, other than the lengths, for which a fold is wrong at size 1: an (input, axis) for each.
 
-    The trace that it was made from took them for 2 or more; `if x.shape[0] == 1` has one way in it.
+    The trace that it was made from assumes that they are 2 or more, and has only that branch of `if x.shape[0] == 1`.
 
     Args:
         subject: The model.
-        folded: The same without its loops.
-        lengths: What was folded over.
-        sizes: Of the lengths.
-        shapes: Of the trace's inputs: numbers, and names of dimensions.
+        folded: The same model with its loops folded.
+        lengths: The lengths that were folded over.
+        sizes: Their sizes to compare at.
+        shapes: The shapes of the trace's inputs: numbers, and names of dimensions.
     """
     places: dict[str, list[tuple[str, int]]] = {}
     for name, shape in shapes.items():
@@ -150,7 +152,7 @@ def wrong_at_one(
 def _reached(
     subject: Subject, agreement: Agreement, lengths: Sequence[Length], longest: tuple[int, ...]
 ) -> tuple[Reach, ...]:
-    """How far the fold is right, over each length."""
+    """How far the fold is right, for each length."""
     short = resized_together(lengths, subject.inputs, longest)
     with quiet():
         constants = constants_of(replace(subject, inputs=short), widths=False)
@@ -181,7 +183,10 @@ class _Counted:
     line: str | None
 
     def at(self, length: int) -> np.ndarray[Any, Any]:
-        """Its values at a length, and their largest terms; none where it needs other sizes, or divides by zero."""
+        """(v, 2) float64: its values at a length, and the magnitudes of their largest terms.
+
+        Values that depend on other sizes, or that divide by zero, are left out.
+        """
         iterations = _integer(self.iterations, length)
         values = []
         for iteration in range(iterations if iterations is not None else 0):
@@ -233,7 +238,13 @@ def _prove_numbers(
     longest: tuple[int, ...],
     numbers: Sequence[_Counted],
 ) -> None:
-    """Numbers are of one length: where there are several, steps that compute with theirs are refused before."""
+    """Compare numbers that follow a closed form with those of a run at the greatest length that is cheap enough.
+
+    Only the first length matters: if there are several, steps that compute with their number were refused before.
+
+    Raises:
+        LengthError: The model does not compute with one of them.
+    """
     seen = longest[0]
     used = _used(subject, resized_together(lengths, subject.inputs, longest))
     great = [size for size in _GREAT if used is not None and used.operators * size <= _MOST * seen]
@@ -241,7 +252,7 @@ def _prove_numbers(
         there = _used(subject, resized_together(lengths, subject.inputs, (size, *longest[1:])))
         if used is None or there is None:
             continue
-        # The tracer takes some operators apart, into others that compute with other numbers.
+        # Some numbers of a trace are never seen here: the tracer decomposes operators into others with other numbers.
         seen_there = [number for number in numbers if used.missing(number.at(seen)) is None]
         for number in seen_there:
             missing = there.missing(number.at(size))
@@ -256,11 +267,11 @@ def _prove_numbers(
 
 
 def _used(subject: Subject, example: dict[str, torch.Tensor]) -> _Used | None:
-    """The numbers that a model's operators are called with; None if it refuses the example."""
+    """The numbers that a model's operators are called with; None if it fails on the example."""
     used = _Used()
     with quiet(), torch.no_grad():
         try:
-            with used:  # what puts the model's state back afterwards is none of its operators
+            with used:  # restoring the model's state afterwards runs operators that are not the model's
                 subject.call_leaves([example[name].clone() for name in subject.inputs])
         except Exception:
             return None
@@ -270,7 +281,7 @@ def _used(subject: Subject, example: dict[str, torch.Tensor]) -> _Used | None:
 
 
 class _Used(OperatorMode):
-    """Notes the numbers that operators are called with."""
+    """Records the numbers that operators are called with, and how many operators ran."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -288,7 +299,11 @@ class _Used(OperatorMode):
         return result
 
     def missing(self, values: np.ndarray[Any, Any]) -> float | None:
-        """The first of some values, (v, 2) with their largest terms, that no operator was called with."""
+        """The first value that no operator was called with; None if there is none.
+
+        Args:
+            values: (v, 2) float64, values and the magnitudes of their largest terms.
+        """
         wanted, terms = values.T
         known = np.sort(np.array([-np.inf, *self._numbers, np.inf]))
         after = np.clip(np.searchsorted(known, wanted), 1, len(known) - 1)

@@ -1,13 +1,13 @@
 """`reach`: up to which length a fold is right.
 
-A fold is made from traces at a few short lengths, and a model may do something else later on:
+A fold is made from traces at a few short lengths, and a model may do something else at greater ones:
 
     if t >= 60: break        range(min(length, 48))        0.99 if t < 60 else 0.5        if x.shape[1] > 48: ...
 
-Where it may is written in its code (`constants_of`). So the folded model is held against the model at each of these
-lengths and one more, and at one that goes beyond them all; then at the first length at which the model runs other
-operators than at short ones (`watch`), up to 4,096. Where they part, the limit is between the last length at which they
-agree and the first at which they do not.
+The lengths at which it may are constants in its code (`constants_of`). So the folded model is compared with the model
+at each of these and at the next length, and at one beyond them all; then at the first length, up to 4,096, at which the
+model runs other operators than at short ones (`watch`). If they differ somewhere, the limit is searched for between the
+last length at which they agree and the first at which they do not.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from moe_export.export.recurrence.agreement import Agreement
 from moe_export.export.recurrence.watch import Watch
 
 _MOST = 20_000  # operators of the longest run: about half a second
-_MOST_TOGETHER = 2 * _MOST
+_MOST_TOGETHER = 2 * _MOST  # operators of all runs
 _LONGEST = 4096
-_SHORTEST = 14  # up to 13 every fold is proved, whatever the constants are
+_SHORTEST = 14  # `prove` compares at lengths up to 13 anyway
 
 
 @dataclass(frozen=True)
 class Reach:
-    """How far a fold was looked at, over one length.
+    """For which sizes of one length a fold is right.
 
     Attributes:
-        compared: The greatest length at which it was compared and right; 0 if at none beyond the usual ones.
-        limit: The greatest length at which it is right, if it is not right at all that were compared.
-        least: The least: 2 where a model has a way of its own for a single step, `if x.shape[1] == 1`.
+        compared: The greatest length at which it was compared and right.
+        limit: The greatest length at which it is right; None if it was right wherever it was compared.
+        least: The least: 2 if the model treats a single step differently, `if x.shape[1] == 1`.
     """
 
     compared: int
@@ -47,15 +47,15 @@ def reach(
     place: int,
     operators: int,
 ) -> Reach:
-    """Look how far a fold is right.
+    """Find up to which length a fold is right.
 
     Args:
-        agreement: Runs both.
-        watch: Runs the model.
+        agreement: Compares the folded model with the model.
+        watch: Watches which operators the model runs.
         constants: The integers in the model's code, the likeliest first.
-        longest: The greatest lengths that were traced, one for each length that was folded over.
-        place: Which of them is looked at.
-        operators: How many operators the model runs at those.
+        longest: The greatest sizes that were traced, one for each length that was folded over.
+        place: Which of these lengths is examined.
+        operators: How many operators the model runs at `longest`.
     """
     a_step = max(1, operators // max(1, longest[place]))
     most = min(_LONGEST, _MOST // a_step)
@@ -96,7 +96,7 @@ def _answer(right: Callable[[int], bool | None], size: int) -> bool | None:
 
 
 def _last_right(right: Callable[[int], bool | None], bad: int, good: int, least: int) -> int:
-    """The last length before a wrong one, by halving: what a model does from some step on, it goes on doing."""
+    """The last length that is right before a wrong one, by bisection: once a model deviates, it keeps deviating."""
     good = min(good, bad - 1) if _answer(right, min(good, bad - 1)) else least
     while bad - good > 1:
         middle = (good + bad) // 2

@@ -2,7 +2,7 @@
 
 subject ─▶ lengths ─▶ trace at three lengths ─▶ canonicalize ─▶ loops ─▶ rolled graphs ─▶ folded module ─▶ subject
            (run it)                                                        │             │
-                                                     integers as forms of the length     held against the model
+                                                     integers as forms of the length     compared with the model
 """
 
 from __future__ import annotations
@@ -40,23 +40,23 @@ from moe_export.export.tracing.trace import SCOPE, Traced, quiet, trace
 from moe_export.export.tracing.widen import widened
 
 Mode = Literal["auto", "scan", "chunked", "contrib", "unrolled"]
-_INSISTING = ("scan", "chunked", "contrib")
+_INSISTING = ("scan", "chunked", "contrib")  # modes in which a loop that cannot be folded is an error
 
-_LONG = 22  # a trace at lengths above is only made of a model that takes no shorter ones
-_MOST_AGAIN = 1500  # operators of a trace at further lengths, where shorter ones showed no loop: 20 s
+_LONG = 22  # above it, a model is only traced if it accepts no shorter lengths
+_MOST_AGAIN = 1500  # operators of a trace at further lengths, after shorter ones showed no loop: 20 s
 
 
 @dataclass(frozen=True)
 class Recurrent:
-    """What came of it.
+    """The result of folding a model's loops.
 
     Attributes:
-        subject: The folded model, or the given one.
+        subject: The folded model; the given one if nothing was folded.
         unrolled: The trace of the model at a short length, if it was folded.
-        notes: For the report.
-        lengths: What was folded over, if anything was.
-        reached: For which sizes of each of them that is right.
-        not_single: Axes of inputs, not folded over, at whose size 1 it is wrong.
+        notes: Notes for the report.
+        lengths: The lengths that were folded over; empty if there are none.
+        reached: For which sizes of each of them the fold is right.
+        not_single: (input, axis) pairs, not folded over, for which the fold is wrong at size 1.
     """
 
     subject: Subject
@@ -67,7 +67,7 @@ class Recurrent:
     not_single: tuple[tuple[str, int], ...] = ()
 
     def conditions(self, folded: Traced) -> tuple[Condition, ...]:
-        """What folding assumed of sizes, in the names of the folded model's dimensions."""
+        """The conditions on sizes that the fold needs, in the names of the folded model's dimensions."""
         single = [folded.inputs[name][axis] for name, axis in self.not_single]
         found = [Condition(f"{size} >= 2") for size in single if isinstance(size, str)]
         for length, reached in zip(self.lengths, self.reached, strict=True):
@@ -79,9 +79,9 @@ class Recurrent:
         return tuple(found)
 
     def dims(self, request: DimRequest) -> DimRequest:
-        """What may be free: of the folded model, only what was free where it was traced for it, and the length.
+        """What may be free in the folded model: what was free in the trace that it was made from, and the lengths.
 
-        Another length that is looped over stands in it step by step, so that nothing in it depends on that size.
+        Any other length that the model loops over is unrolled in it, so nothing in it depends on that size any more.
         """
         if self.unrolled is None:
             return request
@@ -91,7 +91,7 @@ class Recurrent:
         return replace(request, fixed=frozenset(fixed - self.axes()))
 
     def axes(self) -> set[tuple[str, int]]:
-        """The axes of inputs that were folded over."""
+        """The (input, axis) pairs that were folded over."""
         return {place for length in self.lengths for place in length.axes}
 
 
@@ -100,8 +100,8 @@ def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto")
 
     Args:
         subject: The model.
-        request: Which dimensions are to be free; a length that is not stays unrolled.
-        mode: `unrolled` leaves the model as it is; `auto` too, with a note, where a loop cannot be folded.
+        request: Which dimensions are to be free; a loop over a length that is not stays unrolled.
+        mode: `unrolled` leaves the model unchanged; so does `auto`, with a note, if a loop cannot be folded.
 
     Raises:
         NotExportableError: A loop cannot be folded, and the mode is `scan`, `chunked` or `contrib`, or its length
@@ -119,12 +119,12 @@ def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto")
 
 
 def left_if_fixed(recurrent: Recurrent, folded: Traced, subject: Subject, mode: Mode) -> Recurrent:
-    """The model as it was given, where the tracer takes the length of the folded one for a number all the same.
+    """The given model instead of the folded one, if the tracer still fixes a length of the folded one.
 
-    The folded model is traced at a length of ours, not at that of the example.
+    Such a trace would be of no use: it is made at a length that we chose, not at that of the example.
 
     Raises:
-        NotExportableError: The mode is `scan`, `chunked` or `contrib`.
+        NotExportableError: That is so, and the mode is `scan`, `chunked` or `contrib`.
     """
     fixed = [
         length
@@ -135,7 +135,7 @@ def left_if_fixed(recurrent: Recurrent, folded: Traced, subject: Subject, mode: 
         return recurrent
     message = (
         f"the loop over {_named(fixed[0])} cannot be folded: "
-        "without it, the tracer still takes the length for a number"
+        "the tracer fixes the length of the folded model, too"
     )
     if mode in _INSISTING:
         raise NotExportableError(
@@ -151,7 +151,9 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
         return Recurrent(subject)
     try:
         if subject.weights is not None and subject.weights.absent:
-            raise LengthError("that is proved by running the model, and its weights are not in memory", None)
+            raise LengthError(
+                "a fold is proved by running the model, and its weights are not in memory", None
+            )
         done, staying = _over_most(subject, request, lengths)
         return replace(done, notes=(*done.notes, *_staying(done, lengths, staying)))
     except LengthError as error:
@@ -168,7 +170,7 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
 def _over_most(
     subject: Subject, request: DimRequest, lengths: Sequence[Length]
 ) -> tuple[Recurrent, LengthError | None]:
-    """Fold over the first length, and over one that is looped over apart from it; or why not over that one too."""
+    """Fold over the first length and over one with loops of its own; also the reason if that one cannot be folded."""
     with quiet():
         apart = next((other for other in lengths[1:] if looped_apart(subject, lengths[0], other)), None)
     staying: LengthError | None = None
@@ -190,7 +192,7 @@ def _at(error: LengthError) -> str:
 
 
 def _staying(done: Recurrent, lengths: Sequence[Length], staying: LengthError | None) -> list[str]:
-    """Notes on what else is fixed: lengths that are looped over, as the width of an image read by rows, and others."""
+    """Notes on sizes that stay fixed: other lengths that are looped over (an image's width), and the tracer's."""
     if done.unrolled is None:
         return []
     looped = {place for length in lengths for place in length.axes} - done.axes()
@@ -215,7 +217,7 @@ def _named(length: Length) -> str:
 
 def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) -> Recurrent:
     refusal: LengthError | None = None
-    in_chunks = False  # whether lengths were traced that are made for chunks; then no others show more
+    in_chunks = False  # whether lengths for chunks were traced; if they were, others show nothing more
     for row, chunk in rows(subject, lengths):
         if in_chunks and chunk is None:
             break
@@ -229,7 +231,7 @@ def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) ->
         try:
             return _folded_at(subject, request, lengths, examples, again=refusal is not None)
         except LengthError as error:
-            if len(lengths) > 1:  # one of them alone may fold, which is tried next
+            if len(lengths) > 1:  # the caller tries each of them alone next
                 raise
             if chunk is not None:
                 in_chunks, refusal = True, _of_chunks(error, chunk)
@@ -239,7 +241,7 @@ def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) ->
             if not isinstance(error, NoLoopError) and refusal is not None:
                 # Numbers without a formula may look alike at great lengths, and what is found there is no loop.
                 raise (refusal if isinstance(refusal, NoLoopError) and refusal.of_number else error) from None
-            refusal = refusal or error  # there may be too few iterations of it at such lengths
+            refusal = refusal or error  # a loop may have too few iterations at these lengths
             if max(row)[0] > _LONG:
                 break
     raise refusal or LengthError("the model takes none of the lengths that would be traced", None)
@@ -247,8 +249,8 @@ def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) ->
 
 def _of_chunks(error: LengthError, chunk: int) -> LengthError:
     return LengthError(
-        f"{error.reason}; it takes {chunk} places per iteration: where the last iteration has fewer, "
-        "pad the input to a multiple in front of the loop, and cut off the result",
+        f"{error.reason}; it takes {chunk} places per iteration: if the last iteration has fewer, "
+        "pad the input to a multiple before the loop, and cut off the result",
         error.where,
     )
 
@@ -270,7 +272,7 @@ def _folded_at(
     first, *others = (
         replace(subject, inputs=example) for example in _same_elsewhere(subject, examples, unpicked)
     )
-    if again:  # a trace with free sizes takes longest
+    if again:  # see whether there is a loop at all before the trace with free sizes, which takes longest
         static = replace(unpicked, static=True, picked={})
         repeats_of([trace(other, static, as_called=True) for other in others[:2]])
     traced = trace(first, unpicked, as_called=True)
@@ -293,7 +295,7 @@ def _folded_at(
             )
         except UsageError as error:
             reason = str(error).splitlines()[0]
-            raise LengthError(f"without the loop it fails: {reason}", None) from error
+            raise LengthError(f"folded, it fails: {reason}", None) from error
     folded = replace(
         made,
         inputs=dict(zip(subject.inputs, made.inputs.values(), strict=True)),
@@ -318,7 +320,7 @@ def _limits(lengths: Sequence[Length], reached: Sequence[Reach]) -> list[str]:
 def _same_elsewhere(
     subject: Subject, examples: Mapping[tuple[int, ...], Mapping[str, torch.Tensor]], request: DimRequest
 ) -> list[Mapping[str, torch.Tensor]]:
-    """The examples with other dimensions widened as the tracer widens them, so that all have the same."""
+    """The examples with their other dimensions widened as the tracer widens them, so that they agree in these."""
     with quiet():
         return [widened(replace(subject, inputs=example), request) for example in examples.values()]
 
@@ -341,5 +343,5 @@ def _notes(whole: RolledGraph, lengths: Sequence[Length], subject: Subject) -> l
 
 
 def _near(line: str | None, subject: Subject) -> str:
-    """A line as seen from the model's folder."""
+    """A `file:line` relative to the model's folder."""
     return os.path.relpath(line, subject.source.parent) if line else "?"

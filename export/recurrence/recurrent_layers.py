@@ -1,7 +1,7 @@
 """PyTorch's recurrent layers as loops over time while loops are folded: `nn.LSTM`, `nn.GRU`, `nn.RNN`.
 
-A trace unrolls them, and fixes their length; as loops they fold, a Scan for each layer and direction. The gates' inputs
-of all steps are one product in front of the loop. Packed sequences are left to PyTorch.
+A trace unrolls them and fixes their length; as loops they fold, into a Scan for each layer and direction. The gates'
+inputs are computed for all steps by one product before the loop. Packed sequences are left to PyTorch.
 
 Source: https://docs.pytorch.org/docs/stable/generated/torch.nn.LSTM.html (i, f, g, o), and GRU (r, z, n).
 Letters: l steps, b batch, h hidden size.
@@ -20,17 +20,17 @@ from moe_export.export.tracing.other_forms import InOtherForms
 
 State: TypeAlias = tuple[Tensor, ...]
 Step = Callable[[Tensor, State, Sequence[Tensor]], State]
-"""The gates' inputs of a step (b, n*h), the state, and what it is multiplied with and added → the next state."""
+"""The gates' inputs of a step (b, n*h), the state, and the weights and biases applied to it → the next state."""
 
 
 def recurrent_layers_step_by_step() -> InOtherForms:
-    """While it is entered, recurrent layers run as loops over time."""
+    """A context manager in which recurrent layers run as loops over time."""
     return InOtherForms(_FORMS)
 
 
 def _layers(step: Step) -> Callable[..., Any]:
     def form(*args: Any, **kwargs: Any) -> Any:
-        # Of packed sequences, the second argument is their lengths, and the weights come later.
+        # With packed sequences, the second argument is their lengths, and the weights come later.
         if len(args) != 9 or kwargs or not isinstance(args[2], (list, tuple)):
             return NotImplemented
         return _all_layers(step, args)
@@ -43,7 +43,7 @@ def _all_layers(step: Step, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
     x, first, weights, biases, layers, dropout, training, bidirectional, batch_first = arguments
     states: tuple[Tensor, ...] = tuple(first) if isinstance(first, (list, tuple)) else (first,)
     directions = 2 if bidirectional else 1
-    own = len(weights) // (layers * directions)  # with a projection there is one more
+    own = len(weights) // (layers * directions)  # weights of each; one more if there is a projection
     x = x.transpose(0, 1) if batch_first and x.dim() == 3 else x
     last: list[State] = []
     for layer in range(layers):
@@ -65,7 +65,7 @@ def _all_layers(step: Step, arguments: tuple[Any, ...]) -> tuple[Tensor, ...]:
 def _one(
     step: Step, x: Tensor, state: State, weights: Sequence[Tensor], biases: bool, *, backwards: bool
 ) -> tuple[Tensor, State]:
-    """One layer in one direction."""
+    """One layer in one direction: (l, b, outputs), and the last state."""
     of_input, of_state, rest = weights[0], weights[1], weights[2:]
     given = F.linear(x, of_input, rest[0] if biases else None)  # (l, b, n*h)
     used = [of_state, rest[1] if biases else None, *rest[2 if biases else 0 :]]

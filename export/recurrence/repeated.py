@@ -1,7 +1,6 @@
-"""`indexed_anew`: what a loop computes anew in every iteration, to read another place of it: it is the same value each
-time.
+"""`indexed_anew`: a value that a loop computes anew in every iteration, each time the same, to read a different place.
 
-for t in range(L):                       x.unsqueeze(2) is one value, made in front of the loop;
+for t in range(L):                       x.unsqueeze(2) is one value, computed before the loop;
     h = h + x[:, :, None, t]             iteration t reads its place t
 """
 
@@ -22,10 +21,10 @@ _PLACES = (aten.select.int, aten.slice.Tensor, aten.unbind.int)
 
 
 def indexed_anew(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, int]:
-    """Nodes that compute the same value as others, of which other places are read; by a number for each value.
+    """Nodes that compute the same value as at least two others, to read a place of it; with a number for the value.
 
     Args:
-        nodes: Of a graph in which nothing is changed in place.
+        nodes: The nodes of a graph in which nothing is changed in place.
     """
     values = _values(nodes)
     times = Counter(values.values())
@@ -34,12 +33,12 @@ def indexed_anew(nodes: Sequence[fx.Node]) -> Mapping[fx.Node, int]:
     for node in reversed(nodes):
         if node in again and any(user.target in _PLACES or user in found for user in node.users):
             found.add(node)
-    wanted = {values[node] for node in found}  # some iterations may read it in another way
+    wanted = {values[node] for node in found}  # also of iterations that read the value in another way
     return {node: value for node, value in values.items() if value in wanted}
 
 
 def _values(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
-    """A number for the value of each computation; the same for one operator on the same values."""
+    """A number for the value of each computation (value numbering): equal for one operator on equal values."""
     numbers: dict[Any, int] = {}
     values: dict[fx.Node, int] = {}
     for node in nodes:
@@ -55,7 +54,7 @@ def _values(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
 
 
 def _named(argument: Any, values: Mapping[fx.Node, int]) -> Any:
-    """Nested arguments as text, each node by the number of its value."""
+    """Nested arguments as hashable data, each node by the number of its value."""
     if isinstance(argument, fx.Node):
         return f"%{values[argument]}"
     if isinstance(argument, Mapping):

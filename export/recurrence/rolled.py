@@ -18,14 +18,14 @@ from moe_export.export.recurrence.operand import SIZE, Read, View, atoms, filled
 
 @dataclass(frozen=True)
 class ItemRef:
-    """What an item or an input stands for: an input or weight by name, else the item with this number."""
+    """A reference to an input or weight by name, or to an item of the graph by number."""
 
     key: str | int
 
 
 @dataclass(frozen=True)
 class Value:
-    """A value outside loops: a place, or what a loop made in one iteration, behind a path."""
+    """A value outside loops: `path` applied to an item, an input, or what a loop made in one iteration."""
 
     base: ItemRef | Made
     path: tuple[View, ...] = ()
@@ -33,7 +33,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Size:
-    """A size of the inputs, or a sum or product of such; `node` computes it, `size` is what it is in the trace."""
+    """A size of the inputs, or a sum or product of such; `node` computes it, and it is `size` in the trace."""
 
     node: fx.Node
     size: int
@@ -49,7 +49,7 @@ class Scaled:
 
 @dataclass(frozen=True)
 class Whole:
-    """What a written or appended buffer is after the loop."""
+    """A buffer that a loop writes into or appends to, as it is after the loop."""
 
     loop: int
     position: int
@@ -57,9 +57,7 @@ class Whole:
 
 @dataclass(frozen=True)
 class Row:
-    """A list of what a loop made, iteration after iteration: from iteration `first`, `count` iterations, forwards or
-    backwards.
-    """
+    """A list of a loop's values in `count` consecutive iterations, `first` being the earliest; perhaps in reverse."""
 
     loop: int
     position: int
@@ -81,7 +79,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Folded:
-    """A loop, its outside operands in terms of places."""
+    """A loop whose outside operands are `ItemRef`s, sizes and values of earlier loops."""
 
     loop: Loop
     number: int
@@ -89,11 +87,11 @@ class Folded:
 
 @dataclass(frozen=True)
 class RolledGraph:
-    """A whole graph.
+    """A whole graph with its loops folded.
 
     Attributes:
-        items: In an order in which they can run.
-        outputs: Of the graph.
+        items: Operators and loops, in an order in which they can run.
+        outputs: The graph's outputs, nested as the model returns them.
     """
 
     items: tuple[Call | Folded, ...]
@@ -108,7 +106,7 @@ def roll(trace: Repeats) -> RolledGraph:
     """Fold the loops that were found.
 
     Raises:
-        LengthError: Something outside reads what a loop does not have after its end.
+        LengthError: Something outside reads a value that a loop no longer has after its end, or does not have yet.
     """
     return _Folding(trace).graph()
 
@@ -154,7 +152,7 @@ class _Folding:
         self._items.append(Folded(dataclasses.replace(loop, body=body, starts=starts), self._order[found]))
 
     def _outside(self, argument: Any, node: fx.Node) -> Any:
-        """The same operands, with what is outside in terms of places."""
+        """The same operands, with references to items in the place of nodes outside."""
 
         def moved(leaf: Any) -> Any:
             if not isinstance(leaf, Outside):
@@ -168,7 +166,7 @@ class _Folding:
                 base = self._places[base]
             else:
                 reader = line_of(node.meta.get("stack_trace"))
-                raise LengthError("a loop reads what is computed after its beginning", reader)
+                raise LengthError("a loop reads what is computed after it begins", reader)
             return Outside(base, tuple(self._view(view) for view in leaf.path))
 
         return filled(argument, iter([moved(leaf) for leaf in atoms(argument)]))
@@ -209,16 +207,16 @@ class _Folding:
         if made.position not in loop.written:
             return Value(*split_part(Made(number, made.position, made.iteration), path))
         if made.iteration != loop.iterations - 1:
-            kind = "written" if loop.written[made.position].kind == WRITE else "appended"
+            kind = "written into" if loop.written[made.position].kind == WRITE else "appended to"
             raise LengthError(
-                f"what is {kind} in step {made.iteration} is read after the loop as it was then",
+                f"a buffer that the loop has {kind} is read after it as it was after step {made.iteration}",
                 line_of(node.meta.get("stack_trace")),
             )
         whole: Any = Whole(number, made.position)
         return Value(whole, path)
 
     def _rows(self, leaves: list[Any], node: fx.Node) -> Iterator[Any]:
-        """Fold what one step made in iterations that follow each other."""
+        """Fold the values of one step in three or more consecutive iterations into a `Row`."""
         place = 0
         while place < len(leaves):
             stop = place + 1
@@ -244,13 +242,13 @@ class _Folding:
 
 
 def size_of(node: fx.Node) -> Size:
-    """The size of a node, whatever graph it stands in."""
+    """A node of the shape arithmetic as a `Size`; 0 in the trace if that is unknown."""
     hint = node.meta["val"].node.hint if "val" in node.meta else None
     return Size(node, int(hint) if hint is not None else 0)
 
 
 def _follows(first: Any, before: Any, this: Any, distance: int) -> bool:
-    """Whether values are made by one step in iterations that follow each other, in the direction of the first two."""
+    """Whether a value comes from the same step as those before it, one iteration further in the same direction."""
     if not all(isinstance(leaf, Value) and isinstance(leaf.base, Made) for leaf in (first, before, this)):
         return False
     if dataclasses.replace(first, base=dataclasses.replace(first.base, iteration=0)) != dataclasses.replace(

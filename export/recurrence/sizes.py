@@ -8,8 +8,8 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.lengths import Length, chunk_of
 from moe_export.export.tracing.trace import quiet
 
-# Short, so that tracing is quick; not evenly apart, so that rounded lengths show; long enough for three iterations of a
-# loop with a stride. A second length grows with the first, but in other steps, so that a number of one is none of both.
+# Short, so that tracing is quick; not evenly spaced, so that rounded lengths show; long enough for three iterations of
+# a loop with a stride. A second length grows in other steps than the first, so that a number follows only one of them.
 _TRACED = ((6, 7, 9), (15, 16, 18, 21), (24, 32, 48), (64, 128, 192, 256))
 _SECOND = ((7, 9, 10), (16, 19, 21, 22), (32, 48, 56), (64, 192, 256, 448))
 
@@ -17,8 +17,11 @@ _SECOND = ((7, 9, 10), (16, 19, 21, 22), (32, 48, 56), (64, 192, 256, 448))
 def rows(
     subject: Subject, lengths: Sequence[Length]
 ) -> Iterator[tuple[Sequence[tuple[int, ...]], int | None]]:
-    """Lengths to trace at, one row after the other, and the chunk that an iteration takes where they are made for
-    one.
+    """The lengths to trace at, one row of sizes after the other, each with the chunk size it is meant for, if any.
+
+    Args:
+        subject: The model.
+        lengths: One or two lengths that are looped over; each row has a size for each of them.
     """
     first, *further = (
         tuple(zip(*columns[: len(lengths)], strict=True)) for columns in zip(_TRACED, _SECOND, strict=True)
@@ -28,7 +31,8 @@ def rows(
         with quiet():
             chunk = chunk_of(subject, lengths[0])
         if chunk is not None:
-            # The last chunk full, begun and nearly full; then never full, as a model may fill up only what is not.
+            # The last chunk begun, half full, full and nearly full; then without the full one: a model may pad only
+            # where it is not.
             for less in (0, 1):
                 sizes = (3 * chunk + 1, 4 * chunk + chunk // 2, 6 * chunk - less, 8 * chunk - 1)
                 yield tuple((size,) for size in sizes), chunk

@@ -3,11 +3,10 @@
     folded   y[l] = loop(h0, conv(pad(x[l])))              the states of loops start from zeros
     step     y, h', w' = body(h, conv(w, x)), body's h', the last inputs of w and x
 
-What a step needs of the steps before is what a loop carries, and what is padded in front of a time axis: the window
+What a step needs from earlier steps is what a loop carries, and what is padded at the start of a time axis: the window
 of a causal convolution, or the token before. Both become `past_*` inputs and `present_*` outputs, and so does the
-number of the step where steps compute with it. Everything else is taken to be computed step by step; whether that is
-so is proved by running it: N steps against one run of N. A model that keeps a cache of its own takes another way
-(`step_cache`).
+number of the step if steps compute with it. Everything else is assumed to be computed step by step, which is then
+proved by comparing N steps with one run on N. A model that keeps a cache of its own is handled by `step_cache`.
 
 Letters: l length, w places of a window.
 """
@@ -36,7 +35,7 @@ from moe_export.export.tracing.trace import quiet
 
 aten = torch.ops.aten
 
-_PROBES = (6, 9)  # lengths at which the time axis of each value is seen
+_PROBES = (6, 9)  # lengths to run at: an axis whose size differs between them is time
 _CONVOLUTIONS = (aten.conv1d.default, aten.convolution.default)
 _MAKERS = (aten.zeros.default, aten.new_zeros.default, aten.zeros_like.default)
 
@@ -49,7 +48,7 @@ def step_of(subject: Subject, recurrent: Recurrent) -> StepModel:
         recurrent: The same with its loops folded.
 
     Raises:
-        NotExportableError: It reads other steps than through a loop or a window in front; names the line.
+        NotExportableError: There is no folded loop, or a step reads others by more than a loop or a window before it.
     """
     cached = find_cached_model(subject.module)
     if cached is not None:
@@ -58,15 +57,15 @@ def step_of(subject: Subject, recurrent: Recurrent) -> StepModel:
     module = folded.module
     if len(recurrent.lengths) > 1:
         raise NotExportableError(
-            "the model loops over two lengths, so there is no one step of it",
+            "the model loops over two lengths, so it has no single step",
             where=str(subject.source),
-            hint="leave --step away, or export the part whose steps are wanted as a model of its own",
+            hint="leave out --step, or export the part that is wanted step by step as a model of its own",
         )
     if not recurrent.lengths or not isinstance(module, FoldedModule):
         raise NotExportableError(
-            "the model has no loop over a length that could be folded, so there is no step of it",
+            "the model has no loop over a length that could be folded, so it has no step",
             where=str(subject.source),
-            hint="leave --step away; the notes of the export say why a loop was not folded",
+            hint="leave out --step; the notes of the export say why a loop was not folded",
         )
     (length,) = recurrent.lengths
     with quiet(), torch.no_grad():
@@ -81,7 +80,7 @@ def step_of(subject: Subject, recurrent: Recurrent) -> StepModel:
         )
         names = [*one, *stepping.names]
         made = replace(made, inputs=dict(zip(names, made.inputs.values(), strict=True)))
-        widened = replace(subject, inputs=folded.inputs)  # as large as the states were seen
+        widened = replace(subject, inputs=folded.inputs)  # of the batch that the states were made for
         prove_steps(widened, made, dict(zip(stepping.names, stepping.firsts, strict=True)), length)
         batch = _batch(module, folded, stepping, length)
     return StepModel(made, tuple(stepping.names), batch)
@@ -90,7 +89,7 @@ def step_of(subject: Subject, recurrent: Recurrent) -> StepModel:
 def _batch(
     module: FoldedModule, folded: Subject, stepping: _Stepping, length: Length
 ) -> tuple[tuple[str, int], ...]:
-    """The axes that grow with the first axis of the inputs, or with the second where the first is time."""
+    """The (input or state, axis) pairs that are the batch: inputs' first axis, or the second if the first is time."""
     axis = 1 if any(place[1] == 0 for place in length.axes) else 0
     places = tuple(
         (name, axis) for name, tensor in folded.inputs.items()
@@ -129,7 +128,7 @@ class StepModule(nn.Module):
 
 
 def _values(module: FoldedModule, inputs: tuple[Tensor, ...]) -> dict[fx.Node, Any]:
-    """Every value of a run."""
+    """The value of every node in a run."""
     found: dict[fx.Node, Any] = {}
 
     class Watch(fx.Interpreter):
@@ -142,7 +141,13 @@ def _values(module: FoldedModule, inputs: tuple[Tensor, ...]) -> dict[fx.Node, A
 
 
 class _Stepping:
-    """Copies the folded graph, with loops run once and windows handed from step to step."""
+    """Copies the folded graph, with loops run for one iteration and windows passed from step to step.
+
+    Attributes:
+        graph: The graph of a step.
+        names: The names of its states, `past_*`.
+        firsts: What each state is before the first step.
+    """
 
     def __init__(self, module: FoldedModule, seen: Sequence[Mapping[fx.Node, Any]]) -> None:
         self.graph = fx.Graph()
@@ -167,11 +172,11 @@ class _Stepping:
 
     @property
     def presents(self) -> list[str]:
-        """The names of the states behind the step."""
+        """The names of the states after the step."""
         return [name.replace("past_", "present_", 1) for name in self.names]
 
     def time(self, node: fx.Node) -> int | None:
-        """The axis whose size follows the length."""
+        """The axis of a node's value whose size follows the length; None if there is not exactly one."""
         short, long = (values[node] for values in self._seen)
         if not isinstance(short, Tensor):
             return None
@@ -207,7 +212,7 @@ class _Stepping:
         assert isinstance(states, (list, tuple))
         if body.least != 1:
             raise NotExportableError(
-                "a loop whose first step is apart has no model of a step",
+                "a loop whose first step differs from the others has no model of a step",
                 where=line_of(node.meta.get("stack_trace")),
             )
         if any(along.backwards for along in (*body.elements, *body.collected)):
@@ -225,14 +230,14 @@ class _Stepping:
         return call
 
     def _count(self, node: fx.Node) -> fx.Node:
-        """The number of the step, (1,): a state that starts from 0, one for all loops."""
+        """The number of the step, (1,) int64: a state that starts from 0, shared by all loops."""
         if self._counted is None:
             self._counted = self._past("count", torch.zeros(1, dtype=torch.int64))
             self._presents.append(self._call(node, aten.add.Tensor, self._counted, 1))
         return self._counted
 
     def _window(self, node: fx.Node, source: fx.Node, size: int, behind: bool) -> fx.Node:
-        """A padding in front of time: what was there before, in its place."""
+        """A padding at the start of time, replaced by what came before the step."""
         axis = self.time(source)
         assert axis is not None
         example = self._seen[0][source]
@@ -241,14 +246,14 @@ class _Stepping:
         )
         whole = self._call(node, aten.cat.default, [past, self._copies[source]], axis)
         self._presents.append(self._call(node, aten.slice.Tensor, whole, axis, 1, 2**63 - 1))
-        if behind:  # padded by as much less at the end: the step before
+        if behind:  # as much is cut off at the end: each step reads the one before
             return self._call(node, aten.slice.Tensor, whole, axis, 0, 1)
         if node.target in _CONVOLUTIONS:
             return self._convolution(node, whole)
         return whole
 
     def _padding(self, node: fx.Node) -> tuple[fx.Node, int, bool] | None:
-        """What a node pads in front of time, by how much, and whether it takes as much away at the end."""
+        """What a node pads at the start of time, by how much, and whether it cuts off as much at the end; else None."""
         source: Any = node.args[0] if node.op == "call_function" and node.args else None
         if node.target is aten.cat.default and len(source) == 2:
             first, source = source
@@ -280,7 +285,7 @@ class _Stepping:
 
 
 class _OneIteration:
-    """A loop's body, run for the one step of sequences that are one step long."""
+    """A loop's body as a callable, run for the single step of sequences that are one step long."""
 
     def __init__(self, body: LoopBody) -> None:
         self.body = body

@@ -1,12 +1,12 @@
-"""`step_with_cache`: the model of one token for a model that keeps a cache, the cache's tensors in and out.
+"""`step_with_cache`: the step of a model that keeps a cache: one token, with the cache's tensors as inputs and outputs.
 
     subject   logits[l] = model(ids[l])
     step      logits[1], presents = model(ids[1], a cache of pasts)
 
-What the step computes is the library's own path of one token (`recurrence/transformers_cache`); that it gives what the
-model gives for all tokens at once is proved by running both.
+The step is the library's own path for one token (`recurrence/transformers_cache`); that it gives what the model gives
+for all tokens at once is proved by running both.
 
-Letters: l length, p tokens before.
+Letters: l length.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from moe_export.export.tracing.trace import quiet
 from moe_export.export.tracing.transformers_experts import traceable_experts
 from moe_export.float64 import in_float64
 
-_ROOM = 2**31  # bytes of weights that may be held a second time, as float64
-_BEFORE = (5, 7)  # tokens before the example of the step; the second if the batch is as large as the first
+_ROOM = 2**31  # bytes of weights that may be copied to float64
+_BEFORE = (5, 7)  # tokens in the example's cache: 7 if the batch is 5, so that the two sizes differ
 
 
 def step_with_cache(subject: Subject, cached: CachedModel) -> StepModel:
@@ -36,16 +36,17 @@ def step_with_cache(subject: Subject, cached: CachedModel) -> StepModel:
 
     Args:
         subject: The model; axis 1 of its inputs is the length.
-        cached: Its part that keeps the cache.
+        cached: The part of it that keeps the cache.
 
     Raises:
-        NotExportableError: It cannot be called with a cache, or one token at a time gives something else.
+        NotExportableError: No input has a length, the model cannot be called with a cache, or one token at a time
+            gives something else.
     """
     length = Length(tuple((name, 1) for name, tensor in subject.inputs.items() if tensor.dim() > 1))
     if not length.axes:
         raise NotExportableError(
-            "no input has a length, so there is no step of it", where=str(subject.source),
-            hint="leave --step away",
+            "no input has a length, so the model has no step", where=str(subject.source),
+            hint="leave out --step",
         )  # fmt: skip
     with quiet(), torch.no_grad():
         _prove(subject, length, max(PROVED, _window(cached) + 3))
@@ -57,7 +58,7 @@ def step_with_cache(subject: Subject, cached: CachedModel) -> StepModel:
 
 
 def _step(subject: Subject, cached: CachedModel, length: Length) -> tuple[Subject, dict[str, Tensor]]:
-    """The step as a model, and what its states are before the first one."""
+    """The step as a model, and its states before the first step by name."""
     batch = next(tensor.shape[0] for tensor in subject.inputs.values() if tensor.dim() > 1)
     cache = _filled(subject, cached, length, _BEFORE[batch == _BEFORE[0]])
     pasts = {f"past_{kept.name}": kept.of(cache).clone() for kept in cached.kept}
@@ -71,7 +72,7 @@ def _step(subject: Subject, cached: CachedModel, length: Length) -> tuple[Subjec
 
 
 def _prove(subject: Subject, length: Length, count: int) -> None:
-    """In float64 where there is room: a deep model makes much of the last digit of float32."""
+    """Compare steps with the whole, in float64 if there is memory: a deep model amplifies the last digit of float32."""
     size = sum(parameter.nbytes for parameter in subject.module.parameters())
     if size > _ROOM:
         _prove_as_it_is(subject, length, count)
@@ -100,18 +101,18 @@ def _filled(subject: Subject, cached: CachedModel, length: Length, size: int) ->
         raise NotExportableError(
             f"{type(cached.model).__name__} cannot be called with a cache: {error}",
             where=str(subject.source),
-            hint="leave masks out of the inputs, or leave --step away",
+            hint="leave masks out of the inputs, or leave out --step",
         ) from error
 
 
 def _window(cached: CachedModel) -> int:
-    """The window of attention, where it is short enough to be tried."""
+    """The attention window if it is short enough to run beyond it, else 0."""
     window = getattr(cached.model.config, "sliding_window", None) or 0
     return window if isinstance(window, int) and window <= 64 else 0
 
 
 class CachedStep(nn.Module):
-    """The model called with one token and the tensors of a cache; its outputs and the cache behind it, by name."""
+    """The model called with one token and the tensors of a cache; its outputs and the cache after it, by name."""
 
     def __init__(self, subject: Subject, cached: CachedModel, outputs: Sequence[str]) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """`StepModel`: the model of one step, and the proof that N of its steps are one run of the model on N.
 
-They are held against each other in float64, whatever the model's type: a convolution of all steps and one of each round
-otherwise in float16, and how much otherwise is a matter of the processor.
+They are compared in float64, whatever the model's type: a convolution over all steps and one for each step round
+differently in float16, and by how much depends on the processor.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.lengths import Length
 from moe_export.float64 import agree, doubled, in_float64
 
-PROVED = 7  # steps
-_NEAR = 1e-6  # of the largest value: Python's numbers may be tensors of float32 in a trace
-_NEAR_FLOAT32 = 1e-4  # where an operator has no float64
+PROVED = 7
+"""How many steps are compared by default."""
+_NEAR = 1e-6  # of the largest value: a trace may keep Python numbers as float32 tensors
+_NEAR_FLOAT32 = 1e-4  # if an operator does not support float64
 
 
 @dataclass(frozen=True)
@@ -29,10 +30,10 @@ class StepModel:
     """The model of a step.
 
     Attributes:
-        subject: Its inputs are those of the model, one step long, then `past_*`; its outputs end in `present_*`.
+        subject: The step: its inputs are the model's, one step long, then `past_*`; its outputs end in `present_*`.
         pasts: The names of the states, in order.
-        batch: The axes of inputs and states that are the batch.
-        past: The axes of states that have an entry a step so far.
+        batch: The (input or state, axis) pairs that are the batch.
+        past: The (state, axis) pairs that have one entry for each step so far.
     """
 
     subject: Subject
@@ -41,7 +42,7 @@ class StepModel:
     past: tuple[tuple[str, int], ...] = ()
 
     def dims(self, request: DimRequest) -> DimRequest:
-        """The batch free, if it is to be, and how many steps there were; everything else is as long as a step."""
+        """What is free in the step: the number of steps so far, and the batch if that was requested; nothing else."""
         wanted = all(request.wants(*place) for place in self.batch if place[0] not in self.pasts)
         free = dict.fromkeys(self.batch, "batch") if wanted else {}
         return DimRequest(True, {**free, **dict.fromkeys(self.past, "past")})
@@ -50,26 +51,27 @@ class StepModel:
 def prove_steps(
     subject: Subject, step: Subject, firsts: Mapping[str, Tensor], length: Length, count: int = PROVED
 ) -> None:
-    """Run the steps one by one, against the model on all of them.
+    """Compare steps run one by one with the model run on all of them.
 
-    Before each one the step is run on other inputs: what a module keeps to itself between calls is not in a graph.
+    Before each step, the step is run on other inputs: state that a module keeps between calls is not in a graph, so it
+    must not matter.
 
     Args:
         subject: The model.
         step: Its step.
-        firsts: What the states are before the first step, by name.
+        firsts: The states before the first step, by name.
         length: The axes of the model's inputs that are the length.
         count: How many steps.
 
     Raises:
-        NotExportableError: They give something else.
+        NotExportableError: They give different values.
     """
     wide = [each.of(copy.deepcopy(each.module).double()) for each in (subject, step)]
     wide = [replace(each, inputs={name: doubled(x) for name, x in each.inputs.items()}) for each in wide]
     try:
         with in_float64():
             pairs = _steps(wide[0], wide[1], {name: doubled(x) for name, x in firsts.items()}, length, count)
-    except Exception:  # an operator without float64
+    except Exception:  # an operator does not support float64
         prove_as_given(subject, step, firsts, length, count)
     else:
         _held(pairs, _NEAR, subject, count)
@@ -78,7 +80,7 @@ def prove_steps(
 def prove_as_given(
     subject: Subject, step: Subject, firsts: Mapping[str, Tensor], length: Length, count: int
 ) -> None:
-    """The same in the types that both have; arguments and errors as of `prove_steps`."""
+    """The same in the model's own types; arguments and errors as in `prove_steps`."""
     pairs = _steps(subject, step, firsts, length, count)
     exact = all(tensor.dtype is torch.float64 for tensor in firsts.values() if tensor.is_floating_point())
     _held(pairs, _NEAR if exact else _NEAR_FLOAT32, subject, count)
@@ -90,15 +92,15 @@ def _held(pairs: Mapping[str, tuple[Tensor, Tensor]], near: float, subject: Subj
             raise NotExportableError(
                 f"{name} has no model of a step: {count} steps one by one give something else than all at once",
                 where=str(subject.source),
-                hint="it reads other steps than through a loop, a causal convolution or a cache, "
-                "or takes a mask of all tokens, which is no input of one: leave that out",
+                hint="its steps may read each other only through a loop, a causal convolution or a cache; "
+                "a mask of all tokens has to be left out of the inputs",
             )
 
 
 def _steps(
     subject: Subject, step: Subject, firsts: Mapping[str, Tensor], length: Length, count: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
-    """Each output of the model on all steps, and of the steps one by one."""
+    """For each output: the model's on all steps, and that of the steps one by one, joined."""
     example = length.resized(subject.inputs, count)
     wanted = dict(zip(subject.outputs, subject.call_named(example), strict=True))
     pasts = {name: first.clone() for name, first in firsts.items()}

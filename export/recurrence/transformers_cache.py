@@ -1,9 +1,9 @@
-"""transformers' models that keep a cache: one token, with what the cache holds as inputs and outputs.
+"""transformers models that keep a cache: one token, with what the cache holds as inputs and outputs.
 
-transformers hands a model a cache, in which each layer keeps what it needs of the tokens before: keys and values, the
-window of a convolution, the state of a recurrence. The step of such a model is its own call with one token and a cache
-made of given tensors; positions, masks and windows of attention are its own work. A layer that keeps the keys of a
-window only is given the keys of all tokens: the mask of its model leaves out what is too old.
+transformers passes a model a cache, in which each layer keeps what it needs from earlier tokens: keys and values, the
+window of a convolution, the state of a recurrence. The step of such a model is a call of it with one token and a cache
+made from given tensors; the model itself computes positions, masks and attention windows. A layer that only keeps the
+keys of a window is given the keys of all tokens: the model's mask leaves out those that are too old.
 
 Source: https://huggingface.co/docs/transformers/cache_explanation
 """
@@ -34,9 +34,9 @@ class Kept:
     """One tensor of a cache.
 
     Attributes:
-        layer: Which layer keeps it.
-        attribute: Under which name.
-        part: Its number, where the layer keeps several under one name.
+        layer: The number of the layer that keeps it.
+        attribute: The layer's attribute that holds it.
+        part: Its key, if the attribute is a dict of tensors.
     """
 
     layer: int
@@ -45,22 +45,22 @@ class Kept:
 
     @property
     def name(self) -> str:
-        """Such as `key_0`, `state_3`; layers count from 0."""
+        """Its name in inputs and outputs, such as `key_0` or `state_3`; layers count from 0."""
         kind = _CALLED.get(self.attribute, self.attribute)
         return f"{kind}_{self.layer}" + (f"_{self.part}" if self.part else "")
 
     @property
     def grows(self) -> int | None:
-        """The axis along which it has an entry a token."""
+        """The axis along which it has one entry a token; None if it does not grow."""
         return 2 if self.attribute in _GROWING else None
 
     def of(self, cache: Any) -> Tensor:
-        """Read it."""
+        """Read it from a cache."""
         found: Tensor = self._place(cache.layers[self.layer])[self._key]
         return found
 
     def put(self, layer: Any, tensor: Tensor) -> None:
-        """Write it."""
+        """Write it into a layer of a cache."""
         self._place(layer)[self._key] = tensor
 
     def _place(self, layer: Any) -> dict[Any, Tensor]:
@@ -73,7 +73,12 @@ class Kept:
 
 
 class CachedModel:
-    """A model of transformers inside a module, and what its cache is made of."""
+    """A transformers model inside a module, and what its cache is made of.
+
+    Attributes:
+        model: The model.
+        kept: The tensors of its cache; empty until `fill` has run.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -81,7 +86,7 @@ class CachedModel:
         self.kept: tuple[Kept, ...] = ()
 
     def fill(self, call: Any) -> Any:
-        """Run `call` with an empty cache; the cache behind it. Its layout is what `kept` then says."""
+        """Run `call`, which calls the model, with an empty cache; the filled cache, whose layout `kept` then is."""
         caches: Any = sys.modules[_CACHES]
         cache = caches.DynamicCache(config=self.model.config)
         cache.layers = [self._without_window(layer, caches) for layer in cache.layers]
@@ -99,7 +104,7 @@ class CachedModel:
         return caches.DynamicLayer() if isinstance(layer, caches.DynamicSlidingWindowLayer) else layer
 
     def cache_of(self, tensors: Sequence[Tensor]) -> Any:
-        """A cache that holds tensors, in the order of `kept`."""
+        """A new cache that holds copies of tensors, given in the order of `kept`."""
         caches: Any = sys.modules[_CACHES]
         cache = caches.DynamicCache(config=self.model.config)
         cache.layers = [_twin(layer) for layer in self._layers]
@@ -109,7 +114,7 @@ class CachedModel:
 
     @contextmanager
     def given(self, cache: Any) -> Iterator[None]:
-        """While it runs, the model is called with this cache, whatever its caller says."""
+        """While this context is active, the model is called with this cache, whatever its caller passes."""
 
         def with_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
             return args, {**kwargs, _ARGUMENT: cache, "use_cache": True}
@@ -122,9 +127,9 @@ class CachedModel:
 
 
 def find_cached_model(module: nn.Module) -> CachedModel | None:
-    """The outermost model of transformers in a module, if it takes a cache that grows; None if there is none.
+    """The outermost transformers model in a module, if it takes a cache that grows; None if there is none.
 
-    transformers is not imported for it: a model that uses it has done so.
+    transformers is not imported for this: a module that uses it has already done so.
     """
     kind = getattr(sys.modules.get(_MODELS), "PreTrainedModel", None)
     caches = sys.modules.get(_CACHES)
@@ -149,13 +154,13 @@ def _tensors(place: int, layer: Any) -> Iterator[Kept]:
 
 
 def _twin(layer: Any) -> Any:
-    """A layer of its own with the same settings, ready to be written into."""
+    """A copy of a cache's layer with the same settings, which can be written into."""
     twin = copy.copy(layer)
     for name, value in vars(twin).items():
         if isinstance(value, dict):
             setattr(twin, name, dict(value))
     if isinstance(getattr(twin, "keys", None), Tensor):
-        # The method asks whether there is a token at all, which would become part of a trace.
+        # The original method asks whether there are any tokens, a condition that would become part of a trace.
         twin.get_seq_length = functools.partial(_length, twin)
     return twin
 
@@ -166,5 +171,5 @@ def _length(layer: Any) -> int:
 
 
 def empty(kept: Kept, tensor: Tensor) -> Tensor:
-    """What a cache holds before the first token."""
+    """What a tensor of a cache is before the first token: zeros, or no entries if it grows."""
     return torch.zeros_like(tensor) if kept.grows is None else tensor.narrow(kept.grows, 0, 0)

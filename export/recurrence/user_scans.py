@@ -1,10 +1,10 @@
 """Parallel scans that users write as `torch.autograd.Function`s, step by step while loops are folded.
 
 Training code computes `h(t) = a(t) h(t - 1) + x(t)` in passes over ever longer spans (Blelloch's scan, as in mambapy's
-`pscan` and its many copies). The passes are different at every length, so a trace of them holds for one length. The
-function is no black box, though: what it computes can be found out by running it. Each function of two tensors of one
-shape is run on random values at several lengths, and if along some axis it gives what the loop gives, the loop is
-traced in its place, which folds into one Scan, for any length.
+`pscan` and its many copies). The passes differ at every length, so a trace of them only holds for one length. But what
+the function computes can be found out by running it: each function of two tensors of the same shape is run on random
+values at several lengths, and if along some axis it gives what the loop gives, the loop is traced in its place, which
+folds into one Scan, for any length.
 
 Source of the passes: G. Blelloch, Prefix sums and their applications, CMU-CS-90-190.
 """
@@ -24,11 +24,11 @@ from moe_export.export.torch_compat.functions import forwards
 
 _LENGTHS = (1, 2, 3, 5, 8, 13)
 _SIZES = (2, 3, 4, 2, 3)  # of the other axes
-_CLOSE = 1e-9
+_CLOSE = 1e-9  # of the largest value, in float64: passes and steps only differ in rounding
 
 
 def scans_step_by_step() -> AbstractContextManager[None]:
-    """While it runs, autograd functions of users that are linear scans run as loops over time."""
+    """A context manager in which users' autograd functions that are linear scans run as loops over time."""
     return forwards(_instead_of)
 
 
@@ -36,9 +36,9 @@ def scan(decay: Tensor, added: Tensor, axis: int) -> Tensor:
     """`h(t) = decay(t) h(t - 1) + added(t)` from zeros, for each t.
 
     Args:
-        decay: Of any shape.
-        added: Of the same shape.
-        axis: Of time.
+        decay: Floats of any shape.
+        added: Floats of the same shape.
+        axis: The axis of time.
 
     Returns:
         Every h, of the same shape.
@@ -52,7 +52,7 @@ def scan(decay: Tensor, added: Tensor, axis: int) -> Tensor:
 
 
 def _instead_of(original: Callable[..., Any]) -> Callable[..., Any]:
-    """The function itself, or the loop that it was found to be; found out when it is first called."""
+    """A function that calls the original, or the loop if the original, when first called, turns out to be that loop."""
     known: dict[int, tuple[int, bool] | None] = {}
 
     def forward(context: Any, *arguments: Any) -> Any:

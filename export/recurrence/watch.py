@@ -1,12 +1,12 @@
 """`Watch`: the first length at which a model runs operators of another kind than at short ones.
 
-    if t >= limits[kind]: break             fewer operators than steps
+    if t >= limits[kind]: break             fewer operators than its steps would run
     a = 0.99 if t < 17 * self.n else 0.5    a product by 0.5, which no short run has
-    if x.shape[1] > reader.window(): ...    an operator behind another one that it never follows at short lengths
+    if x.shape[1] > reader.window(): ...    an operator after one that it never follows at short lengths
 
-A step of the model costs a tenth of what one of the folded model costs in Python, so this looks far beyond what can be
-compared: up to 4,096 steps, or 40,000 operators. It proves nothing: where operators change, the folded model is held
-against the model.
+A step of the model costs a tenth of what one of the folded model costs in Python, so this looks far beyond the lengths
+that can be compared: up to 4,096 steps, or 40,000 operators. It proves nothing: where operators change, the folded
+model is compared with the model.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from moe_export.export.torch_compat.dispatch import OperatorMode
 from moe_export.export.tracing.lengths import Length, resized_together
 from moe_export.export.tracing.trace import quiet
 
-_MOST = 2e8  # units of the longest run, half of what one case of a comparison may cost (verify/price)
-_OPERATOR = 5_000.0  # units: what eager PyTorch needs to start one, in elements that it could make meanwhile
+_MOST = 2e8  # elements computed in the longest run: half the price of a case of a comparison (verify/inputs/price)
+_OPERATOR = 5_000.0  # elements that could be computed while eager PyTorch starts an operator
 _LONGEST = 4096
-_SLACK = 0.1  # of the operators: chunks add theirs some steps at a time
+_SLACK = 0.1  # of the number of operators, which grows unevenly where chunks add theirs every few steps
 
 
 class _Kinds(OperatorMode):
-    """Notes operators by what comes before them, and the numbers that they are called with."""
+    """Records the numbers that each operator is called with, by the operator that ran before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ class _Kinds(OperatorMode):
 
 
 class Watch:
-    """Runs a model at lengths of one's choice, and compares what it runs with what it ran at short ones.
+    """Runs a model at any length, and compares the operators that it runs with those at short lengths.
 
     Args:
         subject: The model.
-        lengths: What was folded over.
-        longest: The greatest lengths that were traced, one for each.
-        place: Which of them is looked at.
+        lengths: The lengths that were folded over.
+        longest: The greatest sizes that were traced, one for each of them.
+        place: Which of these lengths is examined.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Watch:
         self._runs = [self._run(size) for size in (self._short, 2 * self._short)]
 
     def first_unlike(self) -> int | None:
-        """A length at which the operators are others, and before which they are not; None if they never are."""
+        """A length at which the operators differ, while at the one before they do not; None if none is found."""
         good, far = 2 * self._short, self._far()
         if far <= good or self._alike(far):
             return None
@@ -82,7 +82,7 @@ class Watch:
         return bad
 
     def _far(self) -> int:
-        """The greatest length that a run may have: operators grow evenly, elements perhaps with the square."""
+        """The greatest length that is cheap enough to run: operators grow linearly, elements maybe with the square."""
         first, second = self._runs
         if first is None or second is None:
             return 0
@@ -100,7 +100,7 @@ class Watch:
         return counts[0] + (counts[1] - counts[0]) * (size - self._short) / self._short
 
     def _alike(self, size: int) -> bool:
-        """Whether the operators at a length are those of short ones, or the model does not take it."""
+        """Whether the operators at a length are like those at short ones; also true if the model fails there."""
         first, second = self._runs
         there = self._run(size)
         if first is None or second is None or there is None:
@@ -119,7 +119,7 @@ class Watch:
         kinds = _Kinds()
         with quiet(), torch.no_grad():
             try:
-                with kinds:  # what puts the model's state back afterwards is none of its operators
+                with kinds:  # restoring the model's state afterwards runs operators that are not the model's
                     self._subject.call_leaves([example[name].clone() for name in self._subject.inputs])
             except Exception:
                 return None
