@@ -1,7 +1,7 @@
 """Trace the body of one expert, and the same body for several experts at once.
 
 For several, the body is vectorised by `torch.func.vmap` over the pairs, the expert's number and its weights. A few
-operators fix sizes there, so they are spelled out first (`_SPELLED`).
+operators would fix B or R there, so they are written in terms of others first (`_SPELLED`).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ def trace_batched(body: fx.GraphModule, example: Sequence[torch.Tensor], shared:
     """The functional program of a body for B experts: pairs (B, R), numbers (B, 1), weights (B, ...) → (B, R, ...).
 
     Args:
-        body: Of one expert.
+        body: The body of one expert.
         example: Its arguments.
-        shared: How many of them every expert reads.
+        shared: How many of them are shared by all experts.
 
     Raises:
-        Exception: An operator of the body cannot be vectorised for any B and R; torch says which.
+        Exception: An operator of the body cannot be vectorised for every B and R; torch says which.
     """
     values = [
         value.clone() if 3 <= index < 3 + shared else torch.stack([value, value])
@@ -63,7 +63,7 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], spec: tuple[Any, ...]) -
 
 
 class _Batched(nn.Module):
-    """A body over a first axis of experts."""
+    """A body, vectorised over a first axis of experts."""
 
     def __init__(self, body: fx.GraphModule, shared: int) -> None:
         super().__init__()
@@ -77,14 +77,14 @@ class _Batched(nn.Module):
 
 
 class _Spelled(fx.Interpreter):
-    """Runs a body with the operators of `_SPELLED` written out."""
+    """Runs a body with the operators of `_SPELLED` replaced."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(_SPELLED.get(target, target), args, kwargs)
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """Of rows with axes before them, which the operator would merge by their sizes."""
+    """`linear` of rows with axes in front of them, which the operator would merge into one, and so fix their sizes."""
     if x.dim() == 2:
         return torch.nn.functional.linear(x, weight, bias)
     lined_up = weight.mT.reshape(*[1] * (x.dim() - 2), *weight.mT.shape)

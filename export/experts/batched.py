@@ -16,22 +16,22 @@ from moe_export.export.experts.weights import ExpertWeights
 from moe_export.graph_builder import GraphBuilder
 
 ROWS = 8
-"""The fewest rows of a block: fewer would gather more weights than a small batch of tokens can pay for."""
+"""The fewest rows of a block: with fewer, a small batch of tokens would not be worth gathering that many weights."""
 
 _BROADCASTS = {
     "MatMul", "Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "Cast", "Sigmoid", "Tanh", "Erf", "Exp", "Log",
     "Sqrt", "Relu", "LeakyRelu", "Elu", "Gelu", "Softplus", "HardSigmoid", "HardSwish", "Clip", "Neg", "Abs",
     "Reciprocal", "Identity", "Softmax", "LayerNormalization", "RMSNormalization", "Swish", "Mish", "Selu", "Celu",
 }  # fmt: skip
-"""Operators that take a first axis of size 1 for one of any size."""
+"""Operators that broadcast a first axis of size 1 to any size."""
 
 
 def dense(w: GraphBuilder, block: Opaque) -> ir.Value:
-    """Every expert computes every token, and a mask picks: E / k times the work, in one matrix product a layer."""
+    """Every expert computes every token, and a mask selects: E / k times the work, in one matrix product a layer."""
     parts = block.batched()
     builder = PartsBuilder(w, parts, block.indices, block.shared)
     ready = ExpertWeights(w, block.weights, block.count, block.opset).batched(parts, builder)
-    # A token may have an expert twice, or none: a row is a pair then.
+    # If a token may have an expert twice, or none, a row is a pair rather than a token.
     by_pair = block.valid is not None or (block.slots > 1 and not _distinct(block.indices))
     choices = w.op("Reshape", block.indices, w.ints(1, -1, 1 if by_pair else block.slots))
     every_expert = w.constant(np.arange(block.count), "experts")
@@ -47,6 +47,7 @@ def dense(w: GraphBuilder, block: Opaque) -> ir.Value:
     else:
         token, slot = row, w.op("ArgMax", hot, axis=2, keepdims=0, name="slot")
     every_token = w.op("Expand", token, shape, name="token")
+    # Each expert needs rows of its own, (E, rows), if its core does not broadcast, or if they depend on the slot.
     own_rows = any(node.op_type not in _BROADCASTS for node in parts.core)
     own_rows = own_rows or any(parts.body.inputs[SLOT] in node.inputs for node in parts.prologue)
     entering = builder.prologue(w, every_token if own_rows else w.op("Unsqueeze", token, w.ints(0)), slot)
@@ -59,7 +60,7 @@ def dense(w: GraphBuilder, block: Opaque) -> ir.Value:
 
 
 def _distinct(indices: ir.Value) -> bool:
-    """Whether a token has an expert once at most, as it has where `TopK` chose."""
+    """Whether a token is known to have each expert at most once, as after `TopK`."""
     producer = indices.producer()
     while producer is not None and producer.op_type in ("Identity", "Cast"):
         (indices,) = producer.inputs  # type: ignore[assignment]
@@ -68,7 +69,7 @@ def _distinct(indices: ir.Value) -> bool:
 
 
 def gather(w: GraphBuilder, block: Opaque) -> ir.Value:
-    """Each pair gathers its expert's weights: no sorting, for a token or two."""
+    """Each pair gathers its expert's weights: nothing is sorted, which suits a token or two."""
     parts = block.batched()
     builder = PartsBuilder(w, parts, block.indices, block.shared)
     flat = w.op("Reshape", block.indices, w.ints(-1))
@@ -84,11 +85,11 @@ def gather(w: GraphBuilder, block: Opaque) -> ir.Value:
 
 
 def blocks(w: GraphBuilder, block: Opaque) -> ir.Value:
-    """Pairs sorted by expert into blocks of T rows, no block with two experts; each gathers its expert's weights.
+    """Pairs sorted by expert into B blocks of T rows, each of one expert, whose weights it gathers.
 
-    T = max(ROWS, ceil(S / E)), so that, whatever the routing, min(S, E) + (S - min(S, E)) / ROWS blocks are enough,
-    and 2 E are: a shape that is known from N, at most twice the work, and at most twice the weights. An engine that
-    bounds B and T apart finds B T <= 2 S + 2 E ROWS.
+    T = max(ROWS, ceil(S / E)), so that min(S, E) + (S - min(S, E)) / ROWS blocks are enough whatever the routing, and
+    so are 2 E: the smaller is B. The shape follows from N alone, with at most twice the work and twice the weights. An
+    engine that bounds B and T separately finds B T <= 2 S + 2 E ROWS.
     """
     parts = block.batched()
     builder = PartsBuilder(w, parts, block.indices, block.shared)
@@ -119,7 +120,7 @@ def blocks(w: GraphBuilder, block: Opaque) -> ir.Value:
 
 
 def _expert_of_block(w: GraphBuilder, number: ir.Value, ends: ir.Value, count: int) -> ir.Value:
-    """(B,): as many experts stand before a block as end before it; blocks that nobody needs take the last."""
+    """(B,) the expert of each block: how many experts' blocks all come before it; the last one for unused blocks."""
     every = w.op("Unsqueeze", w.op("Range", w.scalar(0), number, w.scalar(1)), w.ints(1))
     passed = w.op("Cast", w.op("LessOrEqual", ends, every), to=ir.DataType.INT32)
     expert = w.op("Cast", w.op("ReduceSum", passed, w.ints(1), keepdims=0), to=ir.DataType.INT64)

@@ -1,4 +1,4 @@
-"""Take the computation of one expert out of a chain of iterations, and make sure that every expert's is the same.
+"""Extract the computation of one expert from a chain of iterations, and make sure that every expert's is the same.
 
 A body is a function of the pairs' tokens and slots, of the expert's number, of values that all experts share, and
 of the expert's own weights: `body(token (R,), slot (R,), expert (1,), *shared, *weights) → (R, H)`.
@@ -46,17 +46,16 @@ class Experts:
     """An MoE block as it was understood.
 
     Attributes:
-        indices: (N, k) or (N,): the chosen experts.
+        indices: (N, k) or (N,), the chosen experts.
         count: E.
-        body: See the module's docstring.
-        shared: Nodes that every expert reads, in the body's order.
-        weights: In the body's order.
-        start: (N, H), what is added to; None for nothing.
-        overwrites: Nothing is added to `start`: a token that has an expert gets its rows, another keeps its own.
-        wraps: An index from -E to -1 counts from the last expert, as where weights are looked up by `w[idx]`; else it
-            names no expert.
+        body: The computation of one expert (see the module's docstring).
+        shared: Nodes that every expert reads, in the order of the body's inputs.
+        weights: The experts' own weights, in the order of the body's inputs.
+        start: (N, H), what the experts' rows are added to; None for nothing.
+        overwrites: The row of a token that has an expert replaces its row of `start`, instead of being added to it.
+        wraps: An index from -E to -1 counts from the last expert, as in a lookup `w[idx]`; otherwise it names none.
         result: The node that the block ends in.
-        line: `file:line`.
+        line: `file:line` of the block.
     """
 
     indices: fx.Node
@@ -79,12 +78,12 @@ class Experts:
 
 @dataclass(frozen=True)
 class GraphIndex:
-    """What is known of a whole graph, once for all of its loops.
+    """What is known about a whole graph, computed once for all of its loops.
 
     Attributes:
-        sums: Where any loop adds rows; what is behind it belongs to no single expert any more.
+        sums: The nodes in which a loop adds an expert's rows; what follows one belongs to no single expert any more.
         value_numbers: Each node → the first node that computes the same.
-        fixing: Chosen indices → expert → the nodes that single it out of the mask: `idx == e`, `mask[..., e]`.
+        fixing: Chosen indices → expert → the nodes that select its part of the mask: `idx == e`, `mask[..., e]`.
     """
 
     sums: frozenset[fx.Node]
@@ -103,10 +102,10 @@ def understand(chain: Chain, graph_index: GraphIndex) -> Experts:
 
     Args:
         chain: The iterations of a loop.
-        graph_index: The graph that it stands in.
+        graph_index: The graph that it is in.
 
     Raises:
-        RefusedError: The experts differ in more than their weights, or the chain is incomplete; says why.
+        RefusedError: The experts differ in more than their weights, or the chain is incomplete.
     """
     ordered = sorted(chain.iterations, key=lambda iteration: iteration.selection.one_hot.expert or 0)
     numbers = [iteration.selection.one_hot.expert for iteration in ordered]
@@ -128,7 +127,7 @@ def understand(chain: Chain, graph_index: GraphIndex) -> Experts:
     ]
     shared, weights, kinds = _sort_leaves(walks, graph_index.value_numbers)
     before = chain.iterations[0].before
-    # Every row is written once, or holds nothing yet.
+    # Then `start` does not matter: every row is overwritten, or was never set.
     settled = overwrites and (names_experts(indices, len(ordered)) or before.target in _ANYTHING)
     return Experts(
         indices=indices,
@@ -144,7 +143,7 @@ def understand(chain: Chain, graph_index: GraphIndex) -> Experts:
 
 
 def value_numbering(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Each node → the first node that computes the same; loops compute the same thing in every iteration."""
+    """Each node → the first node that computes the same: the iterations of a loop compute some values again."""
     first: dict[str, fx.Node] = {}
     value_numbers: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
@@ -174,9 +173,10 @@ def _fixing_nodes(
 
 
 class _Walk:
-    """The nodes of one iteration in a fixed order, with what they take from outside.
+    """The nodes of one iteration in a fixed order, and the nodes outside that they read.
 
     Attributes:
+        nodes: The nodes, each after those that it reads.
         steps: Each node's target and arguments, with references by position, so that iterations can be compared.
         leaves: Nodes from outside, in the order of their first use.
     """
@@ -198,7 +198,7 @@ class _Walk:
         stack = [(root, False)]
         while stack:
             node, done = stack.pop()
-            node = self._twin(node)
+            node = self._canonical(node)
             if node in self._positions:
                 continue
             if node not in self._dependent and not self._is_of_weights(node):
@@ -212,7 +212,7 @@ class _Walk:
                 stack += [(source, False) for source in reversed(self._sources(node))]
 
     def _is_of_weights(self, node: fx.Node) -> bool:
-        """Whether a node only rearranges weights: `w.t()`, `w[e].t()`; the weights are the leaves then."""
+        """Whether a node only rearranges weights (`w.t()`, `w[e].t()`); then the weights themselves are the leaves."""
         if node not in self._of_weights:
             inputs = node.all_input_nodes
             own = node.target is _aten.select.int and node.args[1:] == (0, self._rows.one_hot.expert)
@@ -231,11 +231,12 @@ class _Walk:
             return isinstance(source, fx.Node) and (self._is_weight(source) or self._is_of_weights(source))
         return node.op == "placeholder" and is_weight(node)
 
-    def _twin(self, node: fx.Node) -> fx.Node:
+    def _canonical(self, node: fx.Node) -> fx.Node:
+        """The first node that computes the same, unless the node belongs to this iteration alone."""
         return node if node in self._dependent else self._value_numbers[node]
 
     def _sources(self, node: fx.Node) -> list[fx.Node]:
-        """What a node takes, but for the rows, which the body is given."""
+        """A node's inputs, except tokens and slots of the rows, which are inputs of the body."""
         return [source for source in node.all_input_nodes if self._row_kind(source, node) is None]
 
     def _row_kind(self, node: fx.Node, user: fx.Node | None) -> str | None:
@@ -259,12 +260,12 @@ class _Walk:
 
         def refer(source: fx.Node) -> Any:
             kind = self._row_kind(source, node)
-            return (kind, 0) if kind is not None else self._positions[self._twin(source)]
+            return (kind, 0) if kind is not None else self._positions[self._canonical(source)]
 
         return (node.target, repr(fx.map_arg((args, node.kwargs), refer)))
 
     def module(self, kinds: list[str]) -> fx.GraphModule:
-        """The body. `kinds` says of each leaf whether it is shared or a weight; the shared ones come first."""
+        """The body; `kinds` says for each leaf whether it is "shared" or a "weight". Shared inputs come first."""
         graph = fx.Graph()
         rows = {name: graph.placeholder(name) for name in ("token", "slot", "expert")}
         copies: dict[fx.Node, fx.Node] = {}
@@ -276,7 +277,7 @@ class _Walk:
 
         def copied(source: fx.Node, user: fx.Node | None) -> fx.Node:
             kind = self._row_kind(source, user)
-            return rows[kind] if kind else copies[self._twin(source)]
+            return rows[kind] if kind else copies[self._canonical(source)]
 
         for node in self.nodes:
             if node in self._fixing:
@@ -289,7 +290,7 @@ class _Walk:
 
 
 def _for_any_expert(graph: fx.Graph, node: fx.Node, source: fx.Node, expert: fx.Node) -> fx.Node:
-    """A node that singles out expert e, for an expert (1,) that is only known at run time."""
+    """A node that selects expert e's part of a mask, for an expert (1,) that is only known at run time."""
     if node.target is _aten.eq.Scalar:
         return graph.call_function(_aten.eq.Tensor, (source, expert))
     axis = node.args[1]
@@ -298,7 +299,7 @@ def _for_any_expert(graph: fx.Graph, node: fx.Node, source: fx.Node, expert: fx.
 
 
 def _dependents(iteration: Iteration, fixing: set[fx.Node], sums: Collection[fx.Node]) -> set[fx.Node]:
-    """Every node that depends on the pairs or the number of one expert, up to the addition."""
+    """Every node that depends on the pairs or the number of one expert, up to where its rows are added."""
     stack: list[fx.Node] = [*iteration.selection.rows, *fixing]
     seen = set(stack)
     while stack:
@@ -312,7 +313,14 @@ def _dependents(iteration: Iteration, fixing: set[fx.Node], sums: Collection[fx.
 def _sort_leaves(
     walks: list[_Walk], value_numbers: Mapping[fx.Node, fx.Node]
 ) -> tuple[tuple[fx.Node, ...], tuple[Weight, ...], list[str]]:
-    """Compare the iterations, and tell what all share from what each has of its own."""
+    """Compare the iterations, and separate the values that all share from the weights that each has.
+
+    Returns:
+        The shared nodes, the weights, and for each leaf "shared" or "weight".
+
+    Raises:
+        RefusedError: The iterations differ in more than their weights.
+    """
     first = walks[0]
     for number, walk in enumerate(walks):
         if len(walk.steps) != len(first.steps) or len(walk.leaves) != len(first.leaves):
@@ -326,7 +334,7 @@ def _sort_leaves(
     kinds: list[str] = []
     for column in zip(*(walk.leaves for walk in walks), strict=True):
         if is_size(column[0]):
-            raise RefusedError(f"the experts use a size of something outside them ({column[0].name})")
+            raise RefusedError(f"the experts use a size of a value outside them ({column[0].name})")
         if all(leaf is column[0] for leaf in column):
             shared.append(column[0])
             kinds.append("shared")
@@ -355,7 +363,7 @@ def _weight(column: tuple[fx.Node, ...], value_numbers: Mapping[fx.Node, fx.Node
                 f"{stack.name} holds the weights of {size} experts, and {len(column)} are used"
             )
         return Weight(stack=stack)
-    raise RefusedError(f"{column[0].name} differs from expert to expert, and is no weight of one")
+    raise RefusedError(f"{column[0].name} differs from expert to expert, but is not each one's weight")
 
 
 def _require_same_shapes(column: tuple[fx.Node, ...]) -> None:

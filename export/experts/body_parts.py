@@ -1,15 +1,15 @@
-"""Split an expert's body: a prologue for every pair, a core that only the expert can do, an epilogue on its rows.
+"""Split an expert's body: a prologue for every pair, a core that needs the expert's weights, an epilogue on its rows.
 
     token, slot, shared ─▶ prologue ─▶ core ─▶ epilogue ─▶ rows
                                         ▲
                             weights ─▶ prepared
 
-The body works row by row, so `prologue` and `epilogue` may run on all S pairs at once, in whatever order they stand,
-and only `core` is written once an expert. `prepared` reads nothing but weights (a transpose, most of the time) and is
-done on the weights of all experts, offline where they are constants.
+The body works row by row, so `prologue` and `epilogue` may run on all S pairs at once, in any order, and only `core` is
+written once an expert. `prepared` reads nothing but weights (usually it is a transpose) and is applied to the weights
+of all experts, offline if they are constants.
 
-A value goes from one part to the next only if its leading axes are the rows; what holds a number of rows as its
-content (a `Shape`) is computed where it is used.
+A value passes from one part to the next only if its leading axes are the rows; a value that contains the number of rows
+(a `Shape`) is computed where it is used.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from moe_export.errors import NotExportableError
 from moe_export.export.experts.sorting import with_lead
 from moe_export.graph_builder import GraphBuilder
 
-_FEW = 8  # numbers of a constant that is shared with all that read the same
+_FEW = 8  # entries of an integer vector that all its readers share, so that it needs no name of its own
 
 TOKEN, SLOT, EXPERT = 0, 1, 2
-"""Positions of a body's inputs; shared values and weights come behind."""
+"""Positions of a body's inputs; shared values and weights come after them."""
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,14 @@ class BodyParts:
     """A body in its parts. Nodes and values are those of the body's own graph; nodes are in its order.
 
     Attributes:
-        body: `(token, slot, expert, *shared, *weights) → rows`; the row axes stand first.
+        body: `(token, slot, expert, *shared, *weights) → rows`; the axes of the rows come first.
         shared: The inputs that every expert reads.
         weights: The inputs that belong to one expert.
         prepared: Nodes that read weights only.
-        common: Nodes that read neither pairs nor anything of an expert's own.
-        prologue, core, epilogue: See above.
-        entering: Row values that `core` takes from `prologue`; token and slot among them where it reads these.
-        leaving: Row values that `core` gives, for `epilogue` or as the result.
+        common: Nodes that depend neither on pairs nor on the expert.
+        prologue, core, epilogue: See the module's docstring.
+        entering: Row values that `core` takes from `prologue`; also token and slot, if it reads them.
+        leaving: Row values that `core` passes to `epilogue`, or that are the result.
         ready: Weights as `core` takes them: inputs of the body, or results of `prepared`.
     """
 
@@ -61,7 +61,7 @@ class BodyParts:
 
 
 def split_body(body: ir.Graph, shared: int) -> BodyParts:
-    """Split a body into its parts.
+    """Split a body into its parts. `GatherND` by one index is replaced by `Gather` in the body, in place.
 
     Args:
         body: `(token, slot, expert, *shared, *weights) → rows`.
@@ -95,7 +95,7 @@ def split_body(body: ir.Graph, shared: int) -> BodyParts:
 
 
 def _gather_rows(body: ir.Graph) -> None:
-    """`x[token]` as a plain Gather: torch's exporter writes GatherND with one index."""
+    """Write `x[token]` as a plain Gather, in place: torch's exporter writes GatherND with one index."""
     for node in list(body):
         if node.op_type == "GatherND" and not node.attributes.get_int("batch_dims", 0):
             index = _unsqueezed(node.inputs[1])
@@ -108,7 +108,7 @@ def _gather_rows(body: ir.Graph) -> None:
 
 
 def _unsqueezed(value: ir.Value | None) -> ir.Value | None:
-    """What a value was before a last axis of size 1 was put behind it."""
+    """The value that a last axis of size 1 was added to; None for any other value."""
     node = value.producer() if value is not None else None
     if node is None or node.op_type != "Unsqueeze" or value is None or value.shape is None:
         return None
@@ -120,7 +120,9 @@ def _unsqueezed(value: ir.Value | None) -> ir.Value | None:
 def _core(
     nodes: Sequence[ir.Node], own: set[ir.Value], of_pairs: set[ir.Value], token: ir.Value
 ) -> list[ir.Node]:
-    """The nodes that take something of the expert's own, those between them, and those that hand on no rows."""
+    """The nodes that read the expert's number or weights, those between them, and those that exchange values with them
+    whose leading axes are not the rows.
+    """
     core = {node for node in nodes if any(value in own for value in node.inputs)}
     while True:
         before = len(core)
@@ -138,7 +140,7 @@ def _core(
 
 
 def _is_led(value: ir.Value | None, token: ir.Value) -> bool:
-    """Whether a value's leading axes are the rows, as token's are."""
+    """Whether a value's leading axes are the rows, like those of `token`."""
     assert token.shape is not None
     if value is None or value.shape is None or len(value.shape) < len(token.shape):
         return False
@@ -191,12 +193,12 @@ def _given(nodes: Iterable[ir.Node]) -> list[ir.Value]:
 
 
 class PartsBuilder:
-    """Writes the parts of a body into a graph; each method may be called often, on other rows.
+    """Writes the parts of a body into a graph; each method may be called several times, for different rows.
 
     Args:
-        w: Where what all pairs have in common goes.
+        w: Where the nodes that all pairs share are written.
         parts: The body.
-        indices: (N, k) or (N,): the chosen experts.
+        indices: (N, k) or (N,), the chosen experts.
         shared: The graph's values for the body's shared inputs.
     """
 
@@ -211,7 +213,7 @@ class PartsBuilder:
         _write_nodes(w, parts.common, self._known)
 
     def prepared(self, w: GraphBuilder, weights: Sequence[ir.Value]) -> list[ir.Value]:
-        """Weights of the body, or stacks of them for a body with a batch axis → as the core takes them."""
+        """The weights as the core takes them, from those of one expert, or from stacks for a body with a batch axis."""
         known = {**self._known, **dict(zip(self._parts.weights, weights, strict=True))}
         _write_nodes(w, self._parts.prepared, known)
         return [known[value] for value in self._parts.ready]
@@ -225,7 +227,14 @@ class PartsBuilder:
     def core(
         self, w: GraphBuilder, entering: Sequence[ir.Value], expert: ir.Value, ready: Sequence[ir.Value]
     ) -> list[ir.Value]:
-        """What the expert makes of the row values."""
+        """What the expert computes from the row values.
+
+        Args:
+            w: Where to write.
+            entering: The row values.
+            expert: The expert's number, (1,), or (B, 1) for a body with a batch axis.
+            ready: Its weights, as `prepared` gives them.
+        """
         known = dict(self._known)
         known.update(zip(self._parts.entering, entering, strict=True))
         known.update(zip(self._parts.ready, ready, strict=True))
@@ -246,10 +255,10 @@ class PartsBuilder:
         Args:
             w: Where to write.
             leaving: What the core gave.
-            token: Of each pair.
-            slot: Of each pair.
-            lead: If these are all pairs, token by token: their shape, with -1 for S. A value (N, k, ...) is then
-                only reshaped where the body picks its entries by token and slot.
+            token: The token of each pair.
+            slot: The slot of each pair.
+            lead: If these are all pairs, token by token: their shape, with -1 for S. Then a value (N, k, ...) that the
+                body indexes by token and slot is only reshaped.
         """
         known = self._with_rows(token, slot)
         known.update(zip(self._parts.leaving, leaving, strict=True))
@@ -265,7 +274,7 @@ class PartsBuilder:
         return known[self._parts.body.outputs[0]]
 
     def _picks_by_pair(self, node: ir.Node, source: ir.Value) -> bool:
-        """Whether a node is `source[token, slot]`, and `source` has an entry for each pair and no more."""
+        """Whether a node is `source[token, slot]`, and `source` has exactly one entry for each pair."""
         sizes, pairs = source.shape, self._indices.shape
         if node.op_type != "GatherND" or sizes is None or pairs is None or len(pairs) != 2:
             return False
@@ -285,7 +294,7 @@ def _needed(nodes: Sequence[ir.Node], values: Iterable[ir.Value]) -> list[ir.Nod
 
 
 def _copied(w: GraphBuilder, value: ir.Value) -> ir.Value:
-    """A constant of another graph, in this one."""
+    """Write a constant of another graph into this one."""
     assert value.const_value is not None
     array = value.const_value.numpy()
     few = array.dtype == np.int64 and array.ndim == 1 and array.size <= _FEW
@@ -293,12 +302,12 @@ def _copied(w: GraphBuilder, value: ir.Value) -> ir.Value:
 
 
 def _write_nodes(w: GraphBuilder, nodes: Iterable[ir.Node], known: dict[ir.Value, ir.Value]) -> None:
-    """Write nodes of another graph once more.
+    """Write copies of another graph's nodes.
 
     Args:
         w: Where to write.
-        nodes: In order.
-        known: Values of the other graph → values of this one; what the nodes give is added.
+        nodes: The nodes, in graph order.
+        known: Values of the other graph → values of this one; the nodes' outputs are added.
 
     Raises:
         NotExportableError: A node holds a graph of its own.

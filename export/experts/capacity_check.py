@@ -1,9 +1,9 @@
-"""Whether the computation of one expert is what the code does for each of them.
+"""Whether the extracted computation of one expert is what the code does for each of them.
 
-Both are run on random rows, and with random weights, expert by expert and at another number of slots, in float64
-whatever the model's type: in float16 a difference of one in twenty would pass for rounding. What agrees
-there does not mix experts, and the axes of each weight are what they were taken for. That rows do not mix is tried
-for every block, however it was written (`experts.mixing.check_rows`).
+Both are run on random rows and with random weights, expert by expert and with another number of slots, in float64
+whatever the model's type: in float16 a difference of one in twenty would pass for rounding. If they agree, the code
+does not mix experts, and the axes of each weight are what they were taken for. That rows do not mix is checked for
+every block, however it was written (`experts.mixing.check_rows`).
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from moe_export.export.sizes import expression_of, fixed
 from moe_export.float64 import agree, doubled, in_float64
 
 _ROWS = 3
-"""Slots that code is tried on, where their number is free."""
-_EXACT = 1e-9  # of the largest value: float64 rounds at 1e-16, and what differs is far above
+"""How many slots the code is run with if their number is free; other free axes get one more, so that they differ."""
+_EXACT = 1e-9  # of the largest value: float64 rounds at 1e-16, and a real difference is far larger
 
 
 def check_core(core: Core, slots: View, outputs: View, labels: Labels) -> None:
-    """Run the code and one expert's part of it on random rows.
+    """Run the code and the computation of one expert on random rows, and compare them.
 
     Args:
         core: What one expert computes.
         slots: (e, g, c, m), in any order: the rows that the experts are given.
-        outputs: (e, g, c, h), in any order: what the code makes of them.
-        labels: Of the block.
+        outputs: (e, g, c, h), in any order: what the code computes from them.
+        labels: The labels of the block.
 
     Raises:
-        RefusedError: They differ.
+        RefusedError: They differ, or the code cannot be run on such rows.
     """
     generator = torch.Generator().manual_seed(0)
     trial = {
@@ -77,14 +77,14 @@ def check_core(core: Core, slots: View, outputs: View, labels: Labels) -> None:
             module(rows[number], *(_value(node, core, number, here, whole) for node in inputs))
             for number in range(trial["e"])
         ]
-        rounded = 1e-3 if expected.dtype == torch.float32 else 5e-2
+        rounded = 1e-3 if expected.dtype == torch.float32 else 5e-2  # half precision has two to three digits
         return agree(list(wanted), found, _EXACT if wide else rounded)
 
     with torch.no_grad():
         try:
             with in_float64():
                 same = alike(True)
-        except Exception:  # an operator without float64
+        except Exception:  # an operator does not support float64
             same = _as_it_is(alike)
     if not same:
         raise RefusedError("the experts mix their rows, or differ in more than their weights")
@@ -115,7 +115,7 @@ def _run(
             return values[node]
         if is_size(node) and (size := expression_of(node.meta["val"])) in free:
             return free[size]
-        raise RefusedError(f"the experts use a size of something outside them ({node.name})")
+        raise RefusedError(f"the experts use a size of a value outside them ({node.name})")
 
     for node in walk.nodes:
         values[node] = node.target(*fx.map_arg(node.args, known), **fx.map_arg(node.kwargs, known))  # type: ignore[operator]
@@ -126,7 +126,7 @@ def _run(
 def _by_expert(
     value: torch.Tensor, view: View, last: str, labels: Labels, trial: Mapping[str, int]
 ) -> torch.Tensor:
-    """(E, R, m), the rows in the order of groups and slots."""
+    """A value as (E, R, `last`), its rows in the order of groups and slots."""
     flat = [label for axis in view.axes for label in axis]
     value = value.reshape([trial[label] for label in flat])
     groups = sorted(label for label in flat if label.startswith("g"))
@@ -135,7 +135,7 @@ def _by_expert(
 
 
 def _alone(core: Core, labels: Labels) -> tuple[fx.GraphModule, list[fx.Node]]:
-    """The computation of one expert by itself: `(rows, *shared, *weights)`."""
+    """The computation of one expert, `(rows, *shared, *weights) → rows`, and the nodes of its inputs after `rows`."""
     graph = fx.Graph()
     rows = graph.placeholder("rows")
     inputs = [*core.shared, *core.weights]

@@ -1,8 +1,8 @@
-"""The experts between two masks: from rows in their slots (E, C, M) to what each expert makes of them (E, C, H).
+"""The experts between two masks: from rows in their slots (E, C, M) to what each expert computes from them (E, C, H).
 
-Either a part is taken for each expert (`chunk`, `split`, `[e]`), computed by a module of its own, and put together
-again, or all experts are computed at once with stacked weights. The computation of one expert on R rows is copied
-out of that; `capacity_check` tries whether it does the same.
+Either each expert's part is taken (`chunk`, `split`, `[e]`), computed by a module of its own, and put back together,
+or all experts are computed at once with stacked weights. The computation of one expert on R rows is copied out of
+that; `capacity_check` checks that it does the same.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ class Core:
     """What one expert computes.
 
     Attributes:
-        seed: The node whose place the rows take, and its axes.
+        seed: The node that the rows replace, and its axes.
         result: The node that is computed, and its axes; "h" is the last one.
-        nodes: What lies between, in graph order.
-        shared: What it reads that all experts have in common.
-        weights: What each expert has of its own: the leaf that stands for it, and all of them.
-        stacked: Whether seed and result have an axis over experts, of which one expert has one place.
+        nodes: The nodes between, in graph order.
+        shared: The nodes it reads that all experts have in common.
+        weights: The node it reads for each weight of the expert → that weight of all experts.
+        stacked: Whether seed and result have an axis over experts, on which one expert is a single entry.
     """
 
     seed: View
@@ -57,8 +57,8 @@ def core_of(slots: View, outputs: View, labels: Labels) -> Core:
 
     Args:
         slots: (e, g, c, m), in any order: the rows that the experts are given.
-        outputs: (e, g, c, h), in any order.
-        labels: Of the block.
+        outputs: (e, g, c, h), in any order: what they compute.
+        labels: The labels of the block.
 
     Raises:
         RefusedError: The experts differ in more than their weights.
@@ -70,11 +70,12 @@ def core_of(slots: View, outputs: View, labels: Labels) -> Core:
     else:
         core = _stacked(slots, outputs, below, labels)
     if core.result.axes[-1] != ("h",):
-        raise RefusedError("what the experts give does not end in its features")
+        raise RefusedError("the last axis of the experts' results is not that of their features")
     return core
 
 
 def below_of(node: fx.Node) -> set[fx.Node]:
+    """A node and everything that depends on it."""
     stack, seen = [node], {node}
     while stack:
         for user in stack.pop().users:
@@ -86,7 +87,7 @@ def below_of(node: fx.Node) -> set[fx.Node]:
 
 def _stacked(slots: View, outputs: View, below: set[fx.Node], labels: Labels) -> Core:
     count = labels.sizes["e"]
-    while any(len(axis) > 1 for axis in slots.axes):  # (e * c, m), then a reshape
+    while any(len(axis) > 1 for axis in slots.axes):  # (e * c, m): go on to the reshape that splits it
         following = [view for user in slots.node.users if (view := pushed(slots, user, labels)) is not None]
         if len(following) != 1:
             raise RefusedError("slots and experts share an axis")
@@ -106,7 +107,7 @@ def _of_parts(slots: View, joined: View, below: set[fx.Node], labels: Labels) ->
     parts: Sequence[fx.Node] = arguments(joined.node)[0]
     axis = int((*arguments(joined.node), 0)[1] or 0) % len(joined.axes)
     if joined.axes[axis] != ("e",) or len(parts) != count:
-        raise RefusedError(f"{len(parts)} results are put together, of {count} experts")
+        raise RefusedError(f"{len(parts)} results are put together, and there are {count} experts")
     axes: tuple[Axis, ...] = joined.axes[:axis] + joined.axes[axis + 1 :]
     if joined.node.target is _aten.cat.default:
         axes = (*joined.axes[:axis], (), *joined.axes[axis + 1 :])
@@ -133,7 +134,7 @@ def _of_parts(slots: View, joined: View, below: set[fx.Node], labels: Labels) ->
 
 
 def _own(column: tuple[fx.Node, ...]) -> Weight:
-    """The weights of all experts, from what stands in the same place in each one's code."""
+    """The weights of all experts, from the nodes in the same place of each one's code."""
     if all(leaf.op == "placeholder" for leaf in column):
         if len({tuple(leaf.meta["val"].shape) for leaf in column}) > 1:
             raise RefusedError("the experts' weights differ in shape")
@@ -141,7 +142,7 @@ def _own(column: tuple[fx.Node, ...]) -> Weight:
     bases = {leaf.all_input_nodes[0] for leaf in column}
     if len(bases) == 1:
         return Weight(stack=bases.pop())
-    raise RefusedError(f"{column[0].name} differs from expert to expert, and is no weight of one")
+    raise RefusedError(f"{column[0].name} differs from expert to expert, but is not each one's weight")
 
 
 def _is_place(node: fx.Node, number: int, count: int) -> bool:
@@ -153,7 +154,7 @@ def _is_place(node: fx.Node, number: int, count: int) -> bool:
 
 
 def _seeds(slots: View, labels: Labels) -> Sequence[tuple[fx.Node, tuple[int, tuple[Axis, ...]]]]:
-    """Every part of the slots that belongs to one expert, its number and axes."""
+    """Every part of the slots that belongs to one expert, with the expert's number and the part's axes."""
     found: list[tuple[fx.Node, tuple[int, tuple[Axis, ...]]]] = []
     waiting = [slots]
     while waiting:
@@ -192,7 +193,14 @@ def _taken(view: View, user: fx.Node) -> Sequence[tuple[fx.Node, tuple[int, tupl
 
 @dataclass
 class Walk:
-    """The nodes from some seeds to a result, what they read, and both in a form that can be compared."""
+    """The nodes from some seeds to a result.
+
+    Attributes:
+        nodes: The nodes, each after those that it reads.
+        leaves: Nodes that they read from outside, in the order of their first use.
+        seeds: The seeds that they read, in the order of their first use.
+        steps: Each node's target and arguments, with references by position, so that walks can be compared.
+    """
 
     nodes: list[fx.Node]
     leaves: list[fx.Node]
@@ -206,7 +214,14 @@ def walk_between(
     below: set[fx.Node],
     is_part: Callable[[fx.Node], bool],
 ) -> Walk:
-    """The nodes between, each after what it reads; weights that are only rearranged are among them."""
+    """The nodes between seeds and a result, including those that only rearrange weights.
+
+    Args:
+        result: The last node.
+        seeds: Where to stop.
+        below: The nodes that depend on the rows.
+        is_part: Whether a node is one expert's part of stacked weights, and so a leaf.
+    """
     walk = Walk([], [], [], [])
     places: dict[fx.Node, tuple[str, int]] = {}
     stack = [(result, False)]
@@ -245,14 +260,17 @@ def write_core(
     """Write what one expert computes.
 
     Args:
-        graph: The body.
+        graph: The graph to write into.
         core: The computation.
-        rows: (R, M).
-        known: The body's inputs for what the core reads; weights without an axis over experts.
-        labels: Of the block.
+        rows: (R, M), the expert's rows.
+        known: Node that the core reads → the graph's input for it; weights come without an axis over experts.
+        labels: The labels of the block.
 
     Returns:
         (R, H).
+
+    Raises:
+        RefusedError: The core uses a size that does not follow from experts, groups and slots.
     """
     widths = {"c": -1, "m": int(labels.sizes["m"])}
     copies: dict[fx.Node, Any] = dict(known)
@@ -268,7 +286,7 @@ def write_core(
         if node not in copies and size in free:
             copies[node] = graph.call_function(_aten.sym_size.int, (rows, 0)) if free[size] else 1
         if node not in copies:
-            raise RefusedError(f"the experts use a size of something outside them ({node.name})")
+            raise RefusedError(f"the experts use a size of a value outside them ({node.name})")
         return copies[node]
 
     for node in core.nodes:
@@ -285,7 +303,7 @@ def write_core(
 
 
 def _for_rows(sizes: Sequence[Any], core: Core, free: Mapping[Any, bool], labels: Labels) -> list[Any]:
-    """The sizes of a reshape, with one expert instead of all, and R rows instead of the slots."""
+    """The sizes of a reshape for one expert instead of all, and R rows instead of the slots."""
     found = list(sizes)
     experts, slots = int(labels.sizes["e"]), fixed(labels.sizes["c"])
     if core.stacked and experts in found:
@@ -299,7 +317,7 @@ def _for_rows(sizes: Sequence[Any], core: Core, free: Mapping[Any, bool], labels
 
 
 def sizes_of(labels: Labels) -> dict[Any, frozenset[str]]:
-    """The expressions of sizes that follow from experts, groups and slots, where free."""
+    """Free sizes that are products of experts, groups and slots: expression → the labels of the factors."""
     found: dict[str, frozenset[str]] = {}
     groups = [label for label in labels.sizes if label.startswith("g")]
     for mine in (["c"], *([group] for group in groups), [*groups, "c"], ["e", "c"], ["e", *groups, "c"]):

@@ -1,7 +1,8 @@
-"""What is known of the values of a mask: which are 0 or 1, which mark the chosen expert, which number the marks.
+"""What is known of the values of a mask: which are 0 or 1, which mark the chosen expert, which count the marks.
 
-A capacity gives every chosen token a slot of its expert: the number of tokens that chose it before. That no two
-tokens share a slot is read off how the number was computed, a running count of marks,
+A capacity gives every chosen token a slot of its expert: the number of tokens that chose the expert before it. That no
+two tokens share a slot is read off how the number was computed: as a running count of marks (the ones of a one-hot
+mask M),
 
     count(M)[s, e] = how many s' <= s have M[s', e] = 1
 
@@ -45,10 +46,10 @@ _SUMS = {_aten.sum.dim_IntList, _aten.amax.default, _aten.any.dim}
 
 @dataclass(frozen=True)
 class Choice:
-    """A value that is 0 but at chosen experts.
+    """A value that is 0 except at chosen experts.
 
     Attributes:
-        indices: The chosen experts, their axes labelled; with an axis "k" where the marks are of several choices.
+        indices: The chosen experts, their axes labelled; with an axis "k" if the marks are of several choices.
         several: Whether a token may have several marks.
     """
 
@@ -58,13 +59,20 @@ class Choice:
 
 @dataclass(frozen=True)
 class Number:
-    """A whole number, where the facts hold: a constant, plus running counts of marks, plus totals of marks."""
+    """A whole number where some facts hold: a constant, plus running counts of marks, plus totals of marks.
+
+    Attributes:
+        constant: The constant.
+        counts: The marks of each running count, and the labels that it runs over.
+        totals: The marks of each total over all tokens.
+    """
 
     constant: int = 0
     counts: tuple[tuple[View, frozenset[str]], ...] = ()
     totals: tuple[View, ...] = ()
 
     def plus(self, other: Number, sign: int = 1) -> Number | None:
+        """The sum, or with `sign` -1 the difference; None if a count or total would be subtracted."""
         if sign < 0 and (other.counts or other.totals):
             return None
         return Number(
@@ -73,17 +81,17 @@ class Number:
 
 
 class Facts:
-    """What can be proved of the values of one block's masks.
+    """What can be proved about the values of one block's masks. A fact is a value that is not 0.
 
     Args:
-        labels: Of the block.
+        labels: The labels of the block.
     """
 
     def __init__(self, labels: Labels) -> None:
         self.labels = labels
 
     def set_where(self, view: View) -> frozenset[View]:
-        """What is not 0 wherever this is not 0; itself among it."""
+        """The values that are not 0 wherever this one is not 0, itself included."""
         view = self.labels.peeled(view)
         found = {view}
         for operand in self._kept_by(view):
@@ -91,7 +99,7 @@ class Facts:
         return frozenset(found)
 
     def closed(self, facts: frozenset[View]) -> frozenset[View]:
-        """Facts with what follows from sums over the experts: one that is not 0 is not 0 at the chosen expert."""
+        """Facts and what follows from sums over the experts: if one is not 0, nor is the chosen expert's term."""
         found = facts
         for view in facts:
             if view.node.target not in _SUMS or view.node.op != "call_function":
@@ -105,7 +113,7 @@ class Facts:
         return found if found == facts else self.closed(found)
 
     def _kept_by(self, view: View) -> list[View]:
-        """The inputs that are not 0 wherever a value is not 0."""
+        """The inputs of a value's operator that are not 0 wherever the value is not 0."""
         node, args = view.node, arguments(view.node)
         target: Any = node.target
         if target in _PRODUCTS:
@@ -142,7 +150,7 @@ class Facts:
         return False
 
     def choice(self, view: View) -> Choice | None:
-        """What a value marks, if it is a one-hot mark of experts, or such marks added up over the choices."""
+        """What a value marks, if it is a one-hot mask of experts, or such masks added up over choices; else None."""
         view = self.labels.peeled(view)
         node, args = view.node, arguments(view.node)
         if node.op != "call_function":
@@ -178,7 +186,7 @@ class Facts:
         return self._distinct(chosen)
 
     def _several(self, view: View) -> Choice | None:
-        """One-hot marks (N, k, E) added up over the choices."""
+        """One-hot masks (N, k, E) added up over the choices."""
         if "k" in view.labels:
             return None
         for source in summed_over(view, "k"):
@@ -188,13 +196,13 @@ class Facts:
         return None
 
     def _distinct(self, chosen: View) -> Choice | None:
-        """Marks of several choices of a token: experts that `topk` chose are different ones."""
+        """Marks of several choices of a token, which have to come from `topk`, so that the experts differ."""
         found = self.labels.peeled(chosen)
         places = [place for place, axis in enumerate(found.axes) if axis == ("k",)]
         return Choice(found, True) if len(places) == 1 and places[0] == _topk_axis(found.node) else None
 
     def number(self, view: View, facts: frozenset[View]) -> Number | None:
-        """A whole number at the places where all facts are not 0; None if it is not known there."""
+        """What a value is where all facts are not 0, as a whole number; None if that is not known."""
         view = self.labels.peeled(view)
         if view in facts and self.is_mask(view):
             return Number(1)
@@ -229,7 +237,7 @@ class Facts:
         return found[0].plus(found[1], -1 if view.node.target is _aten.sub.Tensor else 1)
 
     def _product(self, view: View, facts: frozenset[View]) -> Number | None:
-        """A product of which all factors but one are 1."""
+        """A product in which all factors but one are known to be 1."""
         is_einsum = view.node.target is _aten.einsum.default
         parts = product_of(view) if is_einsum else self.labels.operands(view)
         if parts is None:
@@ -241,7 +249,7 @@ class Facts:
         return rest[0] if len(rest) == 1 else (Number(1) if not rest else None)
 
     def _at_least(self, view: View, facts: frozenset[View]) -> Number | None:
-        """`clamp(min=0)` of what is not negative."""
+        """`clamp(min=0)` of a number that is not negative: the number itself."""
         args, kwargs = arguments(view.node), view.node.kwargs
         least = args[1] if len(args) > 1 else kwargs.get("min", 0)
         if len(args) > 2 or kwargs.get("max") is not None or least not in (0, None):
@@ -262,7 +270,7 @@ class Facts:
         return self.number(View(source, (*view.axes[:axis], ("e",), *view.axes[axis + 1 :])), facts)
 
     def _before(self, view: View, facts: frozenset[View]) -> Number | None:
-        """`pad(M, (1, 0)).cumsum()[:-1]`: the marks before this one, one less than up to it where it is set."""
+        """`pad(M, (1, 0)).cumsum()[:-1]`: the marks before a token, one less than up to it if it is marked itself."""
         running, axis = arguments(view.node)[0], int((*arguments(view.node), 0)[1]) % len(view.axes)
         padded = arguments(running)[0] if running.target is _aten.cumsum.default else None
         if padded is None or padded.target not in (_aten.constant_pad_nd.default, _aten.pad.default):
@@ -289,7 +297,7 @@ class Facts:
         return None
 
     def _at_choice(self, view: View, facts: frozenset[View]) -> Number | None:
-        """Values added up over the experts, of which all but the chosen one's are 0."""
+        """A sum over the experts in which only the chosen expert's term is not 0."""
         if view.node.target is _aten.einsum.default:
             summed = [product_of(view, over="e") or []]
         elif view.node.target in (_aten.sum.dim_IntList, _aten.amax.default):
@@ -325,7 +333,7 @@ _NUMBERS: dict[Any, Callable[[Facts, View, frozenset[View]], Number | None]] = {
 
 
 def _topk_axis(node: fx.Node) -> int | None:
-    """The axis of the choices, if a value is the indices that `topk` gave."""
+    """The axis of the choices, if a value is the indices of a `topk`; else None."""
     source = arguments(node)[0] if node.target is operator.getitem else None
     if source is None or source.target is not _aten.topk.default or arguments(node)[1] != 1:
         return None
@@ -333,7 +341,7 @@ def _topk_axis(node: fx.Node) -> int | None:
 
 
 def is_not_negative(number: Number) -> bool:
-    """Whether a number is 0 or more at a marked token: its own mark is counted."""
+    """Whether a number is 0 or more at a marked token, whose own mark makes each running count at least 1."""
     return number.constant + len(number.counts) >= 0
 
 

@@ -1,10 +1,10 @@
-"""Take a mask over tokens, experts and slots apart: a term a choice of the tokens, proved to be sparse.
+"""Split a mask over tokens, experts and slots into terms, one for each choice of the tokens, and prove it sparse.
 
     mask[s, e, c] = sum over terms of  factor[s, e] * ... * [place[s, e] == c]
 
-Each term is 0 but at the expert that the token chose, and there but at one slot. Two terms, or two tokens, never
-share a slot of an expert; then the mask does no more than to hand rows to experts and back, and what a slot's
-expert computes belongs to one pair of a token and a choice. Letters and labels: `capacity_views`.
+Each term is 0 except at one slot of the expert that the token chose. If no two terms and no two tokens share a slot of
+an expert, the mask only passes rows to experts and back, and what an expert computes in a slot belongs to one pair of a
+token and a choice. Letters and labels: `capacity_views`.
 """
 
 from __future__ import annotations
@@ -37,16 +37,16 @@ _KEEP_ZERO = {_aten.ne.Scalar, _aten.gt.Scalar, _aten.greater.Scalar, _aten.neg.
 
 
 class NotSparseError(RefusedError):
-    """Why a mask is left as it was written."""
+    """A mask is not known to be sparse, and is left as it was written."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """What is done next to a term, of which the first value is 1: a product, a quotient, or one operator.
+    """One step in computing a term's value, which starts as 1: a product, a quotient, or any one operator.
 
     Attributes:
         what: "times", "divided by" or "then".
-        view: The other factor, without an axis over slots; for "then" the operator's result.
+        view: The other factor, without an axis over slots; for "then" the operator's result, without axes.
     """
 
     what: str
@@ -58,9 +58,9 @@ class Term:
     """One choice of every token.
 
     Attributes:
-        steps: How its value is computed; from 0 they lead to 0.
+        steps: How its value is computed; they keep 0 at 0.
         place: The slot, a value without an axis over slots.
-        slots: C: a number, or the node that computes it.
+        slots: C, a number or the node that computes it.
     """
 
     steps: tuple[Step, ...]
@@ -69,19 +69,20 @@ class Term:
 
     @property
     def factors(self) -> tuple[View, ...]:
-        """What is not 0 where the term is not 0."""
+        """The values that are not 0 where the term is not 0."""
         return tuple(step.view for step in self.steps if step.what == "times")
 
 
 @dataclass(frozen=True)
 class Proved:
-    """A term, and what was proved of it.
+    """A term, and what was proved about it.
 
     Attributes:
-        facts: What is not 0 where the term is not 0.
+        term: The term.
+        facts: The values that are not 0 where the term is not 0.
         choice: The expert that was chosen.
         number: Its slot.
-        bounded: Whether its slot is known to exist.
+        bounded: Whether the slot is known to be less than C.
     """
 
     term: Term
@@ -96,10 +97,10 @@ def terms_of(view: View, labels: Labels) -> list[Term]:
 
     Args:
         view: (..., s, ..., e, ..., c, ...), in any order.
-        labels: Of the block; gets the size of the axis over choices where there is one.
+        labels: The labels of the block; gets the size of the axis over choices, if there is one.
 
     Raises:
-        NotSparseError: It has another form.
+        NotSparseError: It is not a sum of products with a slot.
     """
     view = labels.peeled(view, values=True)
     node, args = view.node, arguments(view.node)
@@ -115,18 +116,18 @@ def terms_of(view: View, labels: Labels) -> list[Term]:
             return [dataclasses.replace(term, steps=(*term.steps, then)) for term in inner]
         for factors in _factors(view, labels):
             return _times(factors, labels)
-    raise NotSparseError(f"{node.name} is no sum of slots that tokens were given")
+    raise NotSparseError(f"{node.name} is not a sum of slots that were assigned to tokens")
 
 
 def _adds_masks(args: Sequence[Any]) -> bool:
-    """Whether all that is added is a mask; 0, with which a loop begins, adds nothing."""
+    """Whether only masks are added; a 0, with which a loop begins, is allowed, too."""
     return len(args) == 2 and all(isinstance(each, fx.Node) or each == 0 for each in args)
 
 
 def _keeps_zero(node: fx.Node) -> bool:
-    """Whether an operator gives 0 for 0, element by element.
+    """Whether an elementwise operator maps 0 to 0.
 
-    Of a sum in which at most one term is not 0 it gives the sum of the same of each term.
+    Applied to a sum in which at most one term is not 0, it is the sum of what it gives for each term.
     """
     if node.target in CASTS:
         return node.meta["val"].dtype is torch.bool
@@ -161,7 +162,7 @@ def _factors(view: View, labels: Labels) -> Iterator[list[Step]]:
 
 
 def _is_outer(args: Sequence[Any]) -> bool:
-    """Whether a product of (..., a, 1) and (..., 1, b) sums up nothing."""
+    """Whether a matrix product is one of (..., a, 1) and (..., 1, b), which sums nothing up."""
     one, other = shape_of(args[0]), shape_of(args[1])
     return len(one) == len(other) > 2 and same_size(one[-1], 1) and same_shape(one[:-2], other[:-2])
 
@@ -178,17 +179,17 @@ def _is_zero_tensor(node: Any) -> bool:
 
 
 def _times(steps: list[Step], labels: Labels) -> list[Term]:
-    """The terms of the one factor with slots, times the others."""
+    """The terms of the one factor that has slots, times the other factors."""
     with_slots = [step for step in steps if "c" in labels.peeled(step.view).labels]
     if len(with_slots) != 1 or with_slots[0].what != "times":
-        raise NotSparseError("a product of masks of which not one alone has slots")
+        raise NotSparseError("a product in which not exactly one factor has slots")
     others = tuple(step for step in steps if step is not with_slots[0])
     found = terms_of(with_slots[0].view, labels)
     return [dataclasses.replace(term, steps=(*term.steps, *others)) for term in found]
 
 
 def _place(view: View, labels: Labels) -> tuple[View, Any] | None:
-    """In `place[..., None] == arange(C)` and `one_hot(place, C)`: place and C."""
+    """The place and C of `place[..., None] == arange(C)` or `one_hot(place, C)`; None for anything else."""
     node, args = view.node, arguments(view.node)
     if node.target is _aten.one_hot.default and view.axes[-1:] == (("c",),):
         return labels.peeled(View(args[0], view.axes[:-1])), args[1]
@@ -206,7 +207,7 @@ def _place(view: View, labels: Labels) -> tuple[View, Any] | None:
 
 
 def _scattered(view: View, labels: Labels) -> tuple[View, Any] | None:
-    """`zeros(..., C).scatter(-1, place[..., None], 1)`: place and C."""
+    """The place and C of `zeros(..., C).scatter(-1, place[..., None], 1)`; None for anything else."""
     zeros, axis, index, _ = arguments(view.node)
     axis %= len(view.axes)
     sizes = {_aten.zeros.default: 0, _aten.new_zeros.default: 1}.get(zeros.target)
@@ -220,7 +221,7 @@ def proved(terms: Sequence[Term], facts: Facts) -> tuple[Proved, ...]:
     """Prove that no two tokens and no two terms share a slot.
 
     Raises:
-        NotSparseError: It cannot be proved; says of what.
+        NotSparseError: It cannot be proved, and why.
     """
     found = tuple(_proved(term, facts) for term in terms)
     for place, one in enumerate(found):
@@ -250,7 +251,7 @@ def _proved(term: Term, facts: Facts) -> Proved:
             raise NotSparseError("a slot may be negative")
         return Proved(term, set_there, choice, number, _bounded(number, set_there, facts))
     where = (
-        "the slot is no count of the tokens before"
+        "the slot is not a count of the tokens before"
         if choices
         else "it is not known which experts were chosen"
     )
@@ -258,7 +259,7 @@ def _proved(term: Term, facts: Facts) -> Proved:
 
 
 def _pairs_of(term: Term) -> frozenset[str]:
-    """What a term's pairs run over: tokens, and choices where they have an axis."""
+    """The labels that a term's pairs run over: tokens, and choices if they have an axis."""
     labels = set(term.place.labels).union(*(view.labels for view in term.factors))
     return frozenset({"s"} | (labels & {"k"}))
 
@@ -273,7 +274,7 @@ def _bounded(number: Number, set_there: frozenset[View], facts: Facts) -> bool:
 def _limits(
     number: Number, compared: Iterable[View], set_there: frozenset[View], facts: Facts
 ) -> Iterator[Any]:
-    """What comparisons say that a number is less than, where the facts hold; the same for all tokens."""
+    """What a number is less than by some comparisons, where the facts hold; each limit is the same for all tokens."""
     for view in compared:
         args = arguments(view.node)
         if view.node.target not in (_aten.lt.Scalar, _aten.le.Scalar):
@@ -287,8 +288,8 @@ def _limits(
 def _below(one: Proved, other: Proved, facts: Facts) -> bool:
     """Whether every slot of `one` is below every slot of `other` at the same expert.
 
-    With the constant aside, a slot of `one` is at most its totals and the number of its marks; one of `other` is
-    more than its totals.
+    Apart from the constant, a slot of `one` is at most its totals plus the number of its marks, and a slot of `other`
+    is more than its totals.
     """
     if one.number.constant != other.number.constant:
         return False
@@ -299,10 +300,10 @@ def _below(one: Proved, other: Proved, facts: Facts) -> bool:
 
 
 def _counts_at_most(one: Proved, total: View, facts: Facts) -> bool:
-    """Whether a total of marks is at least what any mark of `one` is counted as.
+    """Whether a total of marks is at least the count at any mark of `one`.
 
-    It is if the marks are all of those counted, or those of them that the slots of the expert have room for: the
-    first ones then.
+    It is if the total is over all marks that are counted, or over those that fit into the expert's slots, which are the
+    first ones.
     """
     ((marks, _),) = one.number.counts
     if total not in one.facts:
@@ -317,6 +318,6 @@ def _counts_at_most(one: Proved, total: View, facts: Facts) -> bool:
 
 
 def _is_first(one: Proved, compared: View, facts: Facts) -> bool:
-    """Whether a comparison holds for the first marks of each expert: those whose slot is below a limit."""
+    """Whether a comparison holds exactly for the first marks of each expert: those whose slot is below a limit."""
     marks = one.number.counts[0][0]
     return any(True for _ in _limits(one.number, [compared], frozenset({compared, marks}), facts))

@@ -1,10 +1,10 @@
 """What each axis of a value in a mask computation runs over, followed from a result to what it was computed from.
 
 GShard's masks (N, E, C) are built from values over tokens, experts and slots in any order of axes. The einsum that
-uses a mask says what its axes are; every operator above it hands that on to its inputs.
+uses a mask says what its axes are; every operator before it passes that on to its inputs.
 
 Labels: "s" token, "g0", "g1" groups of tokens, "e" expert, "c" slot of an expert, "k" choice of a token. An axis has
-several labels where a reshape merged axes, and none where its size is 1.
+several labels if a reshape merged axes, and none if its size is 1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CASTS = {
 }  # fmt: skip
 _VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.flatten.using_ints}
 FIXED = "#"
-"""Begins the label of an axis of which one place is taken: "#1"."""
+"""Begins the label of an axis at which one index is selected: "#1"."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class View:
 
     @property
     def labels(self) -> frozenset[str]:
+        """The labels of all axes."""
         return frozenset(label for axis in self.axes for label in axis)
 
 
@@ -49,7 +50,7 @@ class Labels:
     """The labels of one block.
 
     Attributes:
-        sizes: Of each label.
+        sizes: The size that each label stands for.
         value_numbers: Each node → the first node that computes the same.
     """
 
@@ -57,15 +58,15 @@ class Labels:
     value_numbers: Mapping[fx.Node, fx.Node]
 
     def note(self, label: str, size: Any) -> None:
-        """Say how long an axis is that was found on the way."""
+        """Record the size of a label that was found on the way, unless it is known already."""
         self.sizes.setdefault(label, size)
 
     def peeled(self, view: View, *, values: bool = False) -> View:
-        """The value behind everything that only moves or casts it.
+        """The value that this one is a rearrangement or cast of.
 
         Args:
             view: Any value.
-            values: Stop at a cast that changes fractions: to whole numbers, to true and false.
+            values: Stop at a cast that may change values: to integers or to bool.
         """
         while True:
             inner = self._inner(view)
@@ -74,7 +75,10 @@ class Labels:
             view = inner
 
     def operands(self, view: View) -> list[View] | None:
-        """The inputs of an elementwise operator that are tensors, lined up with its result from the right."""
+        """The tensor operands of an elementwise operator, with the axes that they are aligned with from the right.
+
+        None if one of them has more axes than the result.
+        """
         found = []
         for node in view.node.all_input_nodes:
             if isinstance(node.meta.get("val"), torch.Tensor):
@@ -84,7 +88,9 @@ class Labels:
         return found
 
     def aligned(self, node: fx.Node, view: View) -> View:
-        """An operand of an elementwise operator."""
+        """An operand of an elementwise operator, with the axes of its result that it is aligned with; () for an axis of
+        size 1 that is broadcast.
+        """
         sizes = shape_of(node)
         axes = view.axes[len(view.axes) - len(sizes) :]
         outer = shape_of(view.node)[len(view.axes) - len(sizes) :]
@@ -110,7 +116,7 @@ class Labels:
         return rule(view, source) if rule is not None else None
 
     def reshaped(self, axes: Sequence[Axis], sizes: Sequence[object]) -> tuple[Axis, ...] | None:
-        """The axes before a reshape: labels in their order, put together again to axes of the given sizes."""
+        """The axes after a reshape to these sizes, or before a reshape from them; None if labels have to be split."""
         labels = [label for axis in axes for label in axis]
         if any(label not in self.sizes for label in labels):
             return None
@@ -130,7 +136,7 @@ class Labels:
 
 
 def _rounds(node: fx.Node) -> bool:
-    """Whether a cast loses more than precision."""
+    """Whether a cast is to integers or bool, and so loses more than precision."""
     before, after = arguments(node)[0].meta["val"], node.meta["val"]
     return (
         node.target in CASTS
@@ -216,7 +222,7 @@ _RULES: dict[Any, Any] = {
 
 
 def pushed(view: View, user: fx.Node, labels: Labels) -> View | None:
-    """A value after one more operator, if that only moves or casts it."""
+    """A value after one more operator that only rearranges or casts it; None for any other operator."""
     args, axes = arguments(user), list(view.axes)
     if not args or args[0] is not view.node:
         return None
@@ -239,7 +245,10 @@ def pushed(view: View, user: fx.Node, labels: Labels) -> View | None:
 
 
 def product_of(view: View, over: str = "") -> list[View] | None:
-    """The factors of an einsum that only multiplies, or also sums over one letter, to which a label is given."""
+    """The factors of an einsum that only multiplies, or that also sums over one letter if `over` is its label.
+
+    None for any other einsum.
+    """
     equation, operands = str(arguments(view.node)[0]).replace(" ", ""), list(arguments(view.node)[1])
     terms, arrow, out = equation.partition("->")
     if not arrow or "." in equation or len(set(out)) < len(out) or len(out) != len(view.axes):
@@ -257,7 +266,7 @@ def product_of(view: View, over: str = "") -> list[View] | None:
 
 
 def summed_over(view: View, label: str) -> Iterator[View]:
-    """In a sum over one axis: what is added up, with a label for that axis."""
+    """What a reduction over exactly one axis reduces, with `label` for that axis; nothing for any other."""
     args = arguments(view.node)
     dims = _dims(view.node)
     if len(dims) != 1 or len(args) < 2:

@@ -29,18 +29,18 @@ LOWERINGS: dict[Lowering, Callable[[GraphBuilder, Opaque], ir.Value]] = {
 }
 
 SLICES_UP_TO = 64
-"""Experts; above, a graph that grows with them is no longer worth its speed."""
+"""Experts: with more of them, the speed of `slices` is no longer worth a graph that grows with their number."""
 
 
 def choose(choice: Choice, count: int, target: Target) -> Lowering:
-    """The lowering that `auto` stands for.
+    """The lowering to use: the user's, or the one that `auto` stands for.
 
     Args:
-        choice: What the user asked for.
+        choice: What the user asked for; not `keep`.
         count: E.
-        target: The engine. On a GPU no shape may depend on the data: the host would wait for the device.
+        target: The engine. On a GPU no shape may depend on the data, or the host would wait for the device.
     """
-    assert choice != "keep"  # then there are no blocks
+    assert choice != "keep"  # with it, nothing is outlined
     if choice != "auto":
         return choice
     if target != "onnxruntime-cpu":
@@ -49,6 +49,6 @@ def choose(choice: Choice, count: int, target: Target) -> Lowering:
 
 
 def instead(name: Lowering, count: int) -> Lowering:
-    """The lowering that `auto` falls back to where one cannot write a block."""
+    """The lowering that `auto` falls back to if `name` cannot write a block; `name` itself if there is none."""
     simpler: dict[Lowering, Lowering] = {"trt_moe": "blocks", "loop": "slices"}
     return simpler.get(name) or choose("auto", count, "onnxruntime-cpu")

@@ -20,9 +20,9 @@ class Combination:
     """The end of a block.
 
     Attributes:
-        result: (N, ...), the sums.
-        start: What they are added to; None for nothing.
-        make: Writes the rows (R, ...) that are added.
+        result: (N, ...), the node of the sums.
+        start: What the rows are added to; None for nothing.
+        make: Writes the rows (R, ...) that are added up.
     """
 
     result: fx.Node
@@ -31,7 +31,7 @@ class Combination:
 
 
 def combination(region: Region, node: fx.Node) -> Combination | None:
-    """What a node adds up, if it adds up the rows of experts over the slots of each token."""
+    """The combination in a node, if that adds up the experts' rows over the slots of each token; else None."""
     if node.target is _aten.sum.dim_IntList:
         return _sum(region, node)
     if node.target is _aten.einsum.default:

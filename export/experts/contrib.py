@@ -1,8 +1,8 @@
 """Expand an outlined MoE block as one `com.microsoft.MoE`, ONNX Runtime's own operator: `contrib`.
 
-The operator routes by itself, from logits (N, E): softmax over the k greatest. It is made to follow the model's routing
-by logits that are log(weight) at the chosen experts and far below elsewhere; its result is then scaled by the sum of
-the weights. That needs weights that are not negative, and a body that is one of the operator's:
+The operator does its own routing, from logits (N, E): softmax over the k greatest. It is made to follow the model's
+routing by logits that are log(weight) at the chosen experts and far lower elsewhere; its result is then scaled by the
+sum of the weights. That needs weights that are not negative, and a body that is one of the operator's:
 
     w[token, slot] * (W2 act(W1 x[token] + b1) + b2)            act: relu, gelu (of tanh), silu, identity
     w[token, slot] * W2 (silu(W1 x[token]) * (W3 x[token]))     SwiGLU
@@ -30,16 +30,17 @@ from moe_export.graph_builder import GraphBuilder
 _aten = torch.ops.aten
 _ACTIVATIONS = {_aten.relu.default: "relu", _aten.silu.default: "silu", _aten.gelu.default: "gelu"}
 _LEAST, _UNCHOSEN = 1e-30, -1e30
+"""The weight that stands for 0, whose logarithm would be -inf; the logit of experts that were not chosen."""
 DOMAIN = "com.microsoft"
 
 
 @dataclass(frozen=True)
 class FeedForward:
-    """A body that the operator computes. Weights and shared values are positions among the body's inputs.
+    """A body that the operator computes. Weights and shared values are given by position among the body's inputs.
 
     Attributes:
-        activation: The operator's name for it.
-        first, second, gated: Position of each matrix (out, in); `gated` is W3, or None.
+        activation: The activation, by the operator's name for it.
+        first, second, gated: W1, W2 and W3, each (out, in); `gated` is None if there is no W3.
         first_bias, second_bias: Their biases, or None.
         tokens: The shared value (N, H) that the experts read.
         scores: The shared value (N, k) of weights; None if rows are added as they are.
@@ -56,10 +57,10 @@ class FeedForward:
 
 
 def read_feed_forward(experts: Experts) -> FeedForward:
-    """Read a body as the operator's.
+    """Read a body as one that the operator computes.
 
     Raises:
-        NotExportableError: It is another one.
+        NotExportableError: The operator does not compute such a body.
     """
     reader = _Reader(experts)
     found = reader.read()
@@ -74,7 +75,7 @@ def read_feed_forward(experts: Experts) -> FeedForward:
 
 
 class _Reader:
-    """Matches the nodes of a body, from its result upwards."""
+    """Matches the nodes of a body, from its result back to its inputs."""
 
     def __init__(self, experts: Experts) -> None:
         graph = experts.body.graph
@@ -101,7 +102,7 @@ class _Reader:
         return None
 
     def _scored(self, node: fx.Node) -> tuple[int | None, fx.Node]:
-        """The weights that rows are multiplied by, and the rows before that."""
+        """The weights that rows are multiplied by, if any, and the rows before that."""
         if node.target is _aten.mul.Tensor:
             for one, other in (node.args, reversed(node.args)):
                 scores = self._scores(one)
@@ -110,7 +111,7 @@ class _Reader:
         return None, node
 
     def _scores(self, node: object) -> int | None:
-        """`w[token, slot]` as a column."""
+        """The position of w, if a node is `w[token, slot]` as a column."""
         shaped = {_aten.unsqueeze.default, _aten.view.default, _aten.reshape.default, _aten.slice.Tensor}
         while isinstance(node, fx.Node) and node.target in shaped:
             node = node.args[0]
@@ -120,7 +121,7 @@ class _Reader:
         return self._shared(node.args[0]) if picked == self._inputs[:2] else None
 
     def _rows(self, node: fx.Node) -> int | None:
-        """`x[token]`."""
+        """The position of x, if a node is `x[token]`."""
         if node.target is _aten.index.Tensor and list(node.args[1]) == self._inputs[:1]:  # type: ignore[arg-type]
             return self._shared(node.args[0])
         if node.target is _aten.index_select.default and node.args[1:] == (0, self._inputs[0]):
@@ -142,7 +143,7 @@ class _Reader:
         return value, places[0], places[1] if len(places) > 1 else None
 
     def _activated(self, node: fx.Node) -> Sequence[tuple[str, fx.Node, fx.Node | None]]:
-        """An activation, its input, and what it is multiplied by; each way to read it."""
+        """Each way to read a node as an activation: its name, its input, and what it is multiplied by."""
         if node.target is _aten.linear.default:
             return [("identity", node, None)]
         if node.target is _aten.gelu.default and node.kwargs.get("approximate") != "tanh":
@@ -160,7 +161,11 @@ class _Reader:
 
 
 def contrib(w: GraphBuilder, block: Opaque) -> ir.Value:
-    """One `com.microsoft.MoE`."""
+    """One `com.microsoft.MoE`.
+
+    Raises:
+        NotExportableError: The operator does not compute such experts or such a routing, or the weights are not known.
+    """
     form = read_feed_forward(block.meaning)
     if block.valid is not None:
         raise NotExportableError(
@@ -171,7 +176,7 @@ def contrib(w: GraphBuilder, block: Opaque) -> ir.Value:
     arrays = ExpertWeights(w, block.weights, block.count, block.opset).stacks()
     stacks = dict(enumerate(arrays, 3 + len(block.shared)))
     first = stacks[form.first]
-    if form.gated is not None:  # the CPU kernel takes rows of gate and value in turns
+    if form.gated is not None:  # the CPU kernel expects the rows of gate and value interleaved
         first = np.stack([first, stacks[form.gated]], axis=2).reshape(block.count, -1, first.shape[-1])
     matrices = [w.constant(first, "fc1"), _optional(w, stacks, form.first_bias, "fc1_bias")]
     matrices += [

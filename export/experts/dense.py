@@ -1,14 +1,14 @@
-"""MoE blocks in which every expert computes every token, and weights that are 0 drop what was not chosen.
+"""Dense dispatch: MoE blocks in which every expert computes every token, and weights of 0 drop what was not chosen.
 
-All E experts run on all N tokens, lined up as (E, N, ...) or (E*N, ...), by `bmm` with stacked weights; a matrix of
-weights (N, E) multiplies what goes in, or what comes out, and the experts are added up. The weights are 0 for experts
-that were not chosen (the chosen ones scattered into zeros, or into -inf before a sigmoid), so the sum is over the
+All E experts run on all N tokens, laid out as (E, N, ...) or (E*N, ...), by `bmm` with stacked weights; a matrix of
+weights (N, E) multiplies the inputs or the outputs, and the experts are added up. The weights are 0 for experts that
+were not chosen (the chosen ones are scattered into zeros, or into -inf before a sigmoid), so the sum is over the
 chosen ones:
 
     out[n] = sum over e of body(n, e) = sum over the slots s of body(n, idx[n, s])
 
-if the body is 0 where the weight is 0. That is tried out on random numbers: an expert with a bias behind its weighted
-input is not 0 then, and stays as it was written.
+if the body is 0 where the weight is 0. That is checked on random numbers: an expert with a bias after its weighted
+input is not 0 there, and stays as it was written.
 
 Letters: N tokens, k slots, E experts, R rows of a body.
 """
@@ -35,7 +35,7 @@ _CASTS = {_aten._to_copy.default, _aten.clone.default, _aten.alias.default, _ate
 
 
 class _DenseRegion(Region):
-    """All tokens at all experts: (E, N, ...), or flat."""
+    """All tokens at all experts, (E, N, ...) or (E*N, ...)."""
 
     @property
     def slots(self) -> int:
@@ -51,7 +51,7 @@ class _DenseRegion(Region):
 
 
 class _DenseBody(PairBody):
-    """What is the expert's own is a stack; nothing else may have an axis over experts or tokens."""
+    """A body in which only stacks of weights may have an axis over experts, and only shared values one over tokens."""
 
     def _lined_up(self, node: fx.Node, rows: Rows, rank: int) -> fx.Node:
         if not runs_over_pairs(node, rows, rank):
@@ -73,7 +73,7 @@ def find_dense(graph: fx.Graph) -> Iterator[Experts]:
 
 
 def _weights_of_chosen(node: fx.Node) -> fx.Node | None:
-    """The chosen indices (N, k), if a matrix (N, E) is 0 wherever an expert was not chosen."""
+    """The chosen indices (N, k), if a node is a matrix (N, E) that is 0 wherever an expert was not chosen."""
     inner, base = node, "0"
     if node.target is _aten.sigmoid.default:
         inner, base = arguments(node)[0], "-inf"
@@ -120,7 +120,7 @@ def _reads(result: fx.Node, weights: fx.Node) -> bool:
 
 
 def _seed(region: _DenseRegion, node: fx.Node, weights: fx.Node) -> Rows | None:
-    """Tokens repeated for every expert, and the weights transposed to (E, N)."""
+    """What a node runs over, if it is tokens repeated for every expert, or the weights transposed to (E, N)."""
     source = arguments(node)[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
@@ -139,7 +139,7 @@ def _seed(region: _DenseRegion, node: fx.Node, weights: fx.Node) -> Rows | None:
 
 
 def _unsqueezed(node: fx.Node) -> fx.Node | None:
-    """In `x.unsqueeze(0)` and `x[None]`: x."""
+    """The x of `x.unsqueeze(0)` and `x[None]`; None for any other node."""
     return arguments(node)[0] if node.target is _aten.unsqueeze.default and arguments(node)[1] == 0 else None
 
 
@@ -172,7 +172,7 @@ def _product(region: _DenseRegion, node: fx.Node) -> Rows | None:
 
 
 def _added_up(region: _DenseRegion, node: fx.Node) -> fx.Node | None:
-    """The rows (E, N, ...) that a node adds up over the experts."""
+    """The rows (E, N, ...) that a node adds up over the experts; None if it does not."""
     if (
         node.target is not _aten.sum.dim_IntList
         or list(arguments(node)[1] or []) != [0]
@@ -222,6 +222,6 @@ def _drops(module: fx.GraphModule, body: PairBody, weights: fx.Node) -> bool:
 
 
 def _size(size: object) -> int:
-    """A size to try out: those that are free are three."""
+    """A size for the random numbers: 3 if it is free."""
     number = fixed(size)
     return 3 if number is None else number

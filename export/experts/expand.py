@@ -1,4 +1,4 @@
-"""Expand outlined MoE blocks: opaque nodes of an ONNX model become those of the lowering that was chosen."""
+"""Expand outlined MoE blocks: opaque nodes of an ONNX model become the nodes of a lowering."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from moe_export.export.tracing.trace import quiet
 from moe_export.graph_builder import GraphBuilder
 
 Write = Callable[[GraphBuilder, Lowering, Opaque], ir.Value]
-"""Writes a block in the form of a name; the result."""
+"""Writes a block by a lowering's name; returns the block's result."""
 
 
 def expand_experts(
@@ -45,18 +45,18 @@ def expand_experts(
     """Expand every opaque node of a model, in place.
 
     Args:
-        model: As torch's exporter made it.
-        blocks: What the nodes mean, by their number.
+        model: The model as torch's exporter made it.
+        blocks: What the opaque nodes mean, by their number.
         choice: The lowering, or `auto`.
         target: The engine that the graph is for, by which `auto` chooses.
-        write: Writes a block; the whole of it by default.
-        bodies: Those of the blocks that are translated already, where several graphs are made of one trace.
+        write: Writes a block; by default all of it, rather than one rank's part.
+        bodies: Bodies that are translated already, if several graphs are made from one trace.
 
     Returns:
         A line for each block, for the report.
 
     Raises:
-        NotExportableError: A body has no ONNX form.
+        NotExportableError: A body cannot be translated to ONNX, or the requested lowering cannot write a block.
     """
     notes = []
     bodies = bodies or Bodies()
@@ -93,7 +93,7 @@ def expand_experts(
 def _simpler(
     model: ir.Model, node: ir.Node, block: Opaque, name: Lowering, error: NotExportableError, write: Write
 ) -> tuple[GraphBuilder, ir.Value, Lowering, str]:
-    """A block in the next simpler form that can write it: its nodes, result, form, and why no other."""
+    """Write a block by the next simpler lowering that can: its builder, result and name, and why no other could."""
     reason = ""
     while True:
         reason += f", not {name!r}: {error.what}"
@@ -125,7 +125,7 @@ def _write(builder: GraphBuilder, name: Lowering, block: Opaque) -> ir.Value:
 
 
 def _body(program: ExportedProgram, block: Block, opset: int) -> BodyParts:
-    """A body in ONNX, taken apart."""
+    """A body in ONNX, split into its parts."""
     program, _ = rewrite_program(program)
     decompose(program.graph)
     try:
@@ -144,7 +144,7 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> BodyParts:
 
 
 class Bodies:
-    """Bodies in ONNX: layers that are alike have one program (see `outline_experts`), which is translated once."""
+    """Bodies in ONNX: equal layers share one program (see `outline_experts`), which is translated once."""
 
     def __init__(self) -> None:
         self._made: dict[tuple[int, int], tuple[ExportedProgram, BodyParts]] = {}

@@ -1,4 +1,4 @@
-"""The rules of `flat_tokens`: for each operator, what it computes for tokens with one axis."""
+"""The rules of `flat_tokens`: for each operator, how to write it for tokens along one axis."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from moe_export.export.experts.flat_values import Flattening
 _aten = torch.ops.aten
 
 Rule = Callable[[Flattening, fx.Node], bool]
-"""Write what a node computes for flat tokens; whether that is known."""
+"""Writes what a node computes for flat tokens; False, with nothing written, if the rule does not apply."""
 
 
 def _like(flattening: Flattening, node: fx.Node) -> bool:
-    """Copies, casts, and what else takes its first operand element by element."""
+    """Copies, casts, and other operators on one operand that keep the axes of tokens."""
     source = arguments(node)[0]
     if source not in flattening.flat:
         return False
@@ -42,7 +42,10 @@ def _pointwise(flattening: Flattening, node: fx.Node) -> bool:
 
 
 def _along(position: int, extra: int = 0) -> Rule:
-    """An operator along axes that are none of the tokens."""
+    """An operator along axes, given by the argument at `position`, none of which is one of the tokens.
+
+    `extra` axes are added by the operator and count among those that the argument refers to.
+    """
 
     def rule(flattening: Flattening, node: fx.Node) -> bool:
         source = arguments(node)[0]
@@ -67,7 +70,7 @@ def _along(position: int, extra: int = 0) -> Rule:
 
 
 def _gathered(flattening: Flattening, node: fx.Node) -> bool:
-    """`gather` and `scatter` along an axis behind those of the tokens."""
+    """`gather` and `scatter` along an axis after those of the tokens."""
     operands: Any = (arguments(node)[0], *arguments(node)[2:])
     axis = arguments(node)[1]
     if not isinstance(axis, int) or axis % rank_of(node) < flattening.axes:
@@ -106,7 +109,7 @@ def _put(flattening: Flattening, node: fx.Node) -> bool:
 
 
 def _where_set(flattening: Flattening, node: fx.Node) -> bool:
-    """The places of a mask's rows, a list with a value an axis."""
+    """The indices of a mask's true entries: a list with one tensor an axis."""
     source = arguments(node)[0]
     if source not in flattening.flat:
         return False
@@ -136,7 +139,7 @@ def _part(flattening: Flattening, node: fx.Node) -> bool:
 
 
 def _reshaped(flattening: Flattening, node: fx.Node) -> bool:
-    """Of the same elements in the same order."""
+    """A reshape: flattening keeps elements and order, so it may start from the flat value."""
     source = arguments(node)[0]
     shape = arguments(node)[1]
     if source not in flattening.flat:
@@ -148,7 +151,7 @@ def _reshaped(flattening: Flattening, node: fx.Node) -> bool:
 
 
 def _own_size(flattening: Flattening, node: fx.Node) -> bool:
-    """How many rows were picked, or a size behind those of the tokens."""
+    """The number of rows that a mask picked, or the size of an axis after those of the tokens."""
     source = arguments(node)[0]
     axis = arguments(node)[1]
     if source in flattening.places:
@@ -191,7 +194,7 @@ def _linear(flattening: Flattening, node: fx.Node) -> bool:
 
 
 def _matmul(flattening: Flattening, node: fx.Node) -> bool:
-    """Operands that begin with the axes of tokens, or are one matrix for all."""
+    """A product of operands that begin with the axes of tokens, or of one that is a single matrix for all tokens."""
     if not flattening.leads(node):
         return False
     made = []

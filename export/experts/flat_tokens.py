@@ -1,12 +1,12 @@
-"""Tokens along several axes, (batch, time), become one axis: whoever looks for experts behind it knows one.
+"""Tokens along several axes, (batch, time), become one axis, so that recognising experts only has to know one.
 
 ```
 idx (b, t, k) ─▶ reshape (b*t, k) ─▶ what follows from it, on b*t tokens ─▶ reshape (b, t, ...) ─▶ the rest of the model
 ```
-Code that keeps its axes, `out[mask] += expert(x[mask])` with a mask (b, t), computes what flattened code does:
+Code that keeps its axes, `out[mask] += expert(x[mask])` with a mask (b, t), computes what flattened code does, as
 flattening keeps the order of the rows. So each choice of experts is followed from operator to operator; a rule says
-how the same is computed on flat tokens, and what no rule knows is handed values of the shape that it had. Values
-beside them, `x` and the weights of the gate, are flattened where they are used.
+how the same is computed on flat tokens, and an operator without a rule gets values of their original shape. Other
+operands, such as `x` and the weights of the gate, are flattened where they are used.
 
 Letters: b, t axes of tokens, k slots, R rows that were picked.
 """
@@ -48,7 +48,7 @@ def _choices(graph: fx.Graph) -> list[fx.Node]:
 
 
 def _flatten(graph: fx.Graph, indices: fx.Node) -> None:
-    """Follow one choice through the graph."""
+    """Follow one choice through the graph, and rewrite what depends on it, in place."""
     nodes = list(graph.nodes)
     flattening = Flattening(graph, indices)
     for node in nodes:

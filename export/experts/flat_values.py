@@ -1,4 +1,4 @@
-"""What follows from a choice of experts, with one axis of tokens: values, and how they are written, for `flat_tokens`.
+"""Values that follow from a choice of experts, with one axis of tokens, and how they are written, for `flat_tokens`.
 
 Letters: b, t axes of tokens, k slots, R rows that were picked.
 """
@@ -24,10 +24,14 @@ class Flattening:
     """The values that follow from one choice.
 
     Attributes:
-        flat: Node → the same with one axis of tokens; their axes come first.
-        places: A row's place along an axis of tokens, from a mask → its place on the flat axis, and which axis it was.
-        masks: The places of a mask's rows, a list → those of the same mask over flat tokens.
-        done: Nodes that a rule knew.
+        graph: The graph that is rewritten.
+        indices: The choice, (b, t, k).
+        axes: How many axes tokens have.
+        lead: The sizes of these axes.
+        flat: Node whose first axes are those of tokens → the same value with one axis of tokens.
+        places: Indices along one axis of tokens, from a mask → indices along the flat axis, and which axis it was.
+        masks: The list of all indices of a mask's true entries → that of the same mask over flat tokens.
+        done: Nodes that a rule has rewritten.
     """
 
     def __init__(self, graph: fx.Graph, indices: fx.Node) -> None:
@@ -41,14 +45,14 @@ class Flattening:
         self.masks: dict[fx.Node, fx.Node] = {}
 
     def follows(self, node: fx.Node) -> bool:
-        """Whether a node takes something that follows from the choice."""
+        """Whether a node reads a value that follows from the choice."""
         return any(
             source in self.flat or source in self.places or source in self.masks
             for source in node.all_input_nodes
         )
 
     def hand_back(self, node: fx.Node, flat: fx.Node) -> None:
-        """Give those that no rule knows the value with its own axes."""
+        """Give nodes that no rule has rewritten the value with its original axes."""
         others = [user for user in node.users if user in self._before and user not in self.done]
         if not others:
             return
@@ -61,14 +65,14 @@ class Flattening:
             user.replace_input_with(node, back)
 
     def known(self, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> bool:
-        """Write a value with flat tokens."""
+        """Write a value that has tokens, now along one axis; always True, as the result of a rule."""
         made = self._call(node, target, args, kwargs)
         made.meta = _flat_meta(node, self.axes)
         self.flat[node] = made
         return True
 
     def same(self, node: fx.Node, target: Any, *args: Any, **kwargs: Any) -> bool:
-        """Write a value that has no axes of tokens in another way."""
+        """Write a value that has no axes of tokens from flat operands; always True, as the result of a rule."""
         made = self._call(node, target, args, kwargs)
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
@@ -86,7 +90,7 @@ class Flattening:
             return None
         if node not in self._beside:
             made = self._reshaped(node, before)
-            if node.target in ZEROS:  # it is still seen to be nothing
+            if node.target in ZEROS:  # it has to stay recognisable as zeros
                 with self.graph.inserting_before(before):
                     zeros = self.graph.call_function(_aten.zeros_like.default, (made,))
                 zeros.meta, made = dict(made.meta), zeros
@@ -94,8 +98,14 @@ class Flattening:
         return self._beside[node]
 
     def expanded(self, node: fx.Node, before: fx.Node, rank: int) -> fx.Node | None:
-        """An operand of an operator that lines operands up from the right, for flat tokens."""
-        lined = self.axes - (rank - rank_of(node))  # how many of its axes are those of tokens
+        """An operand of an operator that broadcasts, for flat tokens; None if it cannot be aligned.
+
+        Args:
+            node: The operand.
+            before: The node that new nodes are written in front of.
+            rank: How many axes the operator's result has.
+        """
+        lined = self.axes - (rank - rank_of(node))  # how many of its axes are aligned with those of tokens
         if node in self.flat:
             return self.flat[node] if lined == self.axes else None
         if lined <= 0:
@@ -112,7 +122,11 @@ class Flattening:
         return self._reshaped(wide, before)
 
     def picks(self, indices: Sequence[Any]) -> tuple[Sequence[Any], int] | None:
-        """Indices that pick rows by a mask, or by its places, for flat tokens; and how many axes they stood for."""
+        """Indices that pick tokens by a mask, or by the indices of its true entries, for flat tokens.
+
+        Returns:
+            The new indices, and how many axes the old ones index. None for any other indices.
+        """
         first = indices[0]
         if len(indices) == 1 and first in self.flat and first.meta["val"].dtype is torch.bool:
             return [self.flat[first]], rank_of(first)
@@ -128,7 +142,7 @@ class Flattening:
             return self.graph.call_function(target, tuple(args), dict(kwargs))
 
     def _reshaped(self, node: fx.Node, before: fx.Node, first: int = -1, axes: int | None = None) -> fx.Node:
-        """A value whose first axes are one."""
+        """A value whose first axes are merged into one."""
         axes = self.axes if axes is None else axes
         with self.graph.inserting_before(before):
             rest = [self._size(node, axis) for axis in range(axes, rank_of(node))]
@@ -137,7 +151,7 @@ class Flattening:
         return made
 
     def _size(self, node: fx.Node, axis: int) -> Any:
-        """A size as a number, or as a node put where the graph is written to."""
+        """A size as a number, or as a node that is written at the graph's insertion point."""
         size = node.meta["val"].shape[axis]
         number = fixed(size)
         if number is not None:
@@ -148,7 +162,7 @@ class Flattening:
 
 
 def _flat_meta(node: fx.Node, axes: int) -> dict[str, Any]:
-    """What is known of a value whose first axes become one."""
+    """The metadata of a value whose first axes are merged into one."""
     value = node.meta["val"]
     shape = [math.prod(value.shape[:axes]), *value.shape[axes:]]
     return {**node.meta, "val": value.new_empty(shape)}

@@ -1,4 +1,4 @@
-"""A loop over experts inside code that lines up all pairs: its body becomes a part of the whole block's body."""
+"""A loop over experts inside code that lays out all pairs as rows: its body becomes part of the whole block's body."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _aten = torch.ops.aten
 
 
 def inlined(region: Region, loop: Experts, *, adds: bool) -> Rows | None:
-    """What the result of a loop runs over, if the loop runs over the lined-up pairs of this region.
+    """What the result of a loop runs over, if the loop runs over the pairs of this region as rows; else None.
 
     Args:
-        region: What is known of the values before.
-        loop: A loop that was understood by itself: its "tokens" are lined-up pairs, with one expert each.
+        region: What is known of the values before it.
+        loop: A loop that was understood by itself: its "tokens" are pairs, with one expert each.
         adds: Whether it adds its rows to other rows.
     """
     rows = region.rows.get(loop.indices)
@@ -36,7 +36,7 @@ def inlined(region: Region, loop: Experts, *, adds: bool) -> Rows | None:
 
 
 def _write(body: PairBody, rows: Rows, loop: Experts) -> fx.Node:
-    """Write the loop's body: what it reads by its own row number is the value of that pair."""
+    """Write the loop's body; where it reads a value by its own row number, it gets the value of that pair."""
     inputs = [node for node in loop.body.graph.nodes if node.op == "placeholder"]
     token, _, expert, *rest = inputs
     shared = dict(zip(rest, loop.shared, strict=False))
@@ -51,7 +51,7 @@ def _write(body: PairBody, rows: Rows, loop: Experts) -> fx.Node:
             return body.share(shared[node])
         if node is token and rows.order is None:
             return body.pair()
-        raise RefusedError("the experts use the numbers of sorted rows")
+        raise RefusedError("the experts compute with the numbers of sorted rows")
 
     for node in loop.body.graph.nodes:
         if node.op != "call_function":
@@ -68,7 +68,7 @@ def _write(body: PairBody, rows: Rows, loop: Experts) -> fx.Node:
 
 
 def _read_by(node: fx.Node, token: fx.Node, shared: dict[fx.Node, fx.Node]) -> fx.Node | None:
-    """The value of the whole graph that a node reads by row numbers."""
+    """The outside value that a node reads by row numbers; None if it does not."""
     source: Any = arguments(node)[0] if arguments(node) else None
     by_index = node.target is _aten.index.Tensor and list(arguments(node)[1]) == [token]
     by_select = node.target is _aten.index_select.default and arguments(node)[1:3] == (0, token)
@@ -78,7 +78,7 @@ def _read_by(node: fx.Node, token: fx.Node, shared: dict[fx.Node, fx.Node]) -> f
 def _read_by_pair(
     node: fx.Node, body: PairBody, copies: dict[fx.Node, fx.Node], shared: dict[fx.Node, fx.Node]
 ) -> fx.Node | None:
-    """The value (S, ...) of the whole graph that a node reads by the flat numbers of the pairs."""
+    """The outside value (S, ...) that a node reads by the flat numbers of the pairs; None if it does not."""
     if node.target is not _aten.index.Tensor or len(arguments(node)[1]) != 1:
         return None
     source, (index,) = arguments(node)

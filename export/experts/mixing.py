@@ -1,7 +1,7 @@
-"""Does an expert mix rows? What it gives for a token must not depend on the tokens that it is run with.
+"""Does an expert mix rows? What it gives for a token must not depend on the other tokens that it is run with.
 
 Decided by running the body on five pairs together and one by one, in float64 whatever the model's type: in float16 the
-two differ by what a processor's matrix product rounds, which says nothing of the model and is another on another one.
+two differ by the rounding of matrix products, which says nothing about the model and varies between processors.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from moe_export.export.experts.body import Experts
 from moe_export.float64 import agree, doubled, in_float64
 
 _PAIRS = 5
-_EXACT = 1e-9  # of the largest value: float64 rounds at 1e-16, and what is mixed is far above
-_ROUNDED = 1e-4  # where an operator has no float64
+_EXACT = 1e-9  # of the largest value: float64 rounds at 1e-16, and mixed rows differ by far more
+_ROUNDED = 1e-4  # if an operator does not support float64
 
 
 def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None:
@@ -26,10 +26,10 @@ def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None
 
     Args:
         experts: The block.
-        values: What its nodes are on the example inputs.
+        values: The values of its indices, shared nodes and weights on the example inputs.
 
     Raises:
-        RefusedError: The body mixes rows.
+        RefusedError: The body mixes rows, or cannot be run on these pairs.
     """
     indices = values[experts.indices]
     generator = torch.Generator().manual_seed(0)
@@ -44,7 +44,7 @@ def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None
     try:
         with torch.no_grad(), in_float64():
             agrees = _agrees(copy.deepcopy(experts.body).double(), token, slot, wide, _EXACT)
-    except Exception:  # an operator without float64
+    except Exception:  # an operator does not support float64
         agrees = None
     if agrees is None:
         try:

@@ -30,20 +30,20 @@ from moe_export.graph_builder import GraphBuilder
 
 @dataclass(frozen=True)
 class Opaque:
-    """An opaque node, taken apart.
+    """What an opaque node stands for, in terms of the graph around it.
 
     Attributes:
-        indices: (N, k) or (N,).
+        indices: (N, k) or (N,) int64, the chosen experts.
         shared: Values that every expert reads.
         weights: For each weight of the body its E tensors, or one stack (E, ...) of them.
-        parts: ONNX of one expert.
-        batched: Makes ONNX of several experts at once: pairs (B, R), weights (B, ...) → rows (B, R, H).
+        parts: The ONNX of one expert.
+        batched: Makes the ONNX of several experts at once: pairs (B, R), weights (B, ...) → rows (B, R, H).
         count: E.
         slots: k.
-        hidden: The sizes behind the rows of the result; None where one is free.
-        opset: Of the graph.
+        hidden: The sizes of a row of the result; None for one that is free.
+        opset: The graph's opset.
         meaning: What was recognised.
-        valid: Of the shape of the indices: the pairs that count; None for all.
+        valid: Bool, of the shape of the indices: the pairs that count; None if all do.
     """
 
     indices: ir.Value
@@ -60,9 +60,9 @@ class Opaque:
 
 
 def guarded(w: GraphBuilder, block: Opaque) -> Opaque:
-    """The block with indices that are all in range, and a mark for the pairs that count.
+    """The block with indices that are all in range, and `valid` for the pairs that count.
 
-    A pair of no expert adds nothing, as in a loop over experts that none of them takes.
+    A pair whose index names no expert adds nothing, just as no iteration of a loop over the experts takes it.
     """
     indices = block.indices
     zero, count = (w.op("CastLike", w.scalar(number), indices) for number in (0, block.count))
@@ -80,15 +80,15 @@ Lowering = Callable[[GraphBuilder, Opaque], ir.Value]
 
 
 def slices(w: GraphBuilder, block: Opaque) -> ir.Value:
-    """One part of the sorted pairs an expert; each with weights of its own, that are copied nowhere."""
+    """Each expert computes its part of the sorted pairs, with its own weights, which are not copied into a stack."""
     return _sorted(w, block, slices_of)
 
 
-def _sorted(w: GraphBuilder, block: Opaque, way: Callable[..., list[ir.Value]]) -> ir.Value:
-    """The pairs sorted by expert, what `slices_of` or `loop_of` makes of them, put back in their places."""
+def _sorted(w: GraphBuilder, block: Opaque, compute: Callable[..., list[ir.Value]]) -> ir.Value:
+    """Sort the pairs by expert, let `compute` (`slices_of` or `loop_of`) run the experts, and combine the results."""
     pairs = sort_by_expert(w, block.indices, block.count, block.slots)
     builder = PartsBuilder(w, block.parts, block.indices, block.shared)
-    rows = way(w, block, builder, builder.prologue(w, pairs.token, pairs.slot), pairs)
+    rows = compute(w, block, builder, builder.prologue(w, pairs.token, pairs.slot), pairs)
     return combine_in_order(w, block, builder, rows, pairs.positions)
 
 
@@ -100,15 +100,15 @@ def slices_of(
     pairs: Sorted,
     numbers: Sequence[int] | None = None,
 ) -> list[ir.Value]:
-    """What the experts make of rows (P, ...) that are sorted by expert, a part an expert.
+    """What the experts' cores give for rows (P, ...) that are sorted by expert; each computes its own part of them.
 
     Args:
         w: Where to write.
-        block: Of these experts.
-        builder: Of its parts.
+        block: The block of these experts.
+        builder: Writes the parts of its body.
         entering: The rows that enter the core.
         pairs: How they are sorted.
-        numbers: What the experts call themselves; 0, 1, ... by default.
+        numbers: The numbers that the bodies get for their experts; 0, 1, ... by default.
     """
     parts = [w.many("Split", value, pairs.counts, outputs=block.count, axis=0) for value in entering]
     ready = ExpertWeights(w, block.weights, block.count, block.opset).apart(block.parts, builder)
@@ -133,10 +133,10 @@ def combine_in_order(
 
     Args:
         w: Where to write.
-        block: What is written.
-        builder: Of its parts.
+        block: The block that is written.
+        builder: Writes the parts of its body.
         rows: What the core gave, pair by pair in the experts' order.
-        positions: (S,) where each pair's rows stand.
+        positions: (S,) the row of each pair in that order.
         lead: The axes that the body has for its pairs: (-1,), or (1, -1) for a body with a batch axis.
     """
     back = [w.op("Gather", value, positions, axis=0) for value in rows]
@@ -161,7 +161,7 @@ def loop_of(
     pairs: Sorted,
     numbers: Sequence[int] | None = None,
 ) -> list[ir.Value]:
-    """The same as `slices_of`, one iteration per expert that has rows."""
+    """The same as `slices_of`, as a `Loop` with one iteration for each expert that has rows."""
     weights = ExpertWeights(w, block.weights, block.count, block.opset)
     stacks = weights.stacked(block.parts)
     called = None if numbers is None else w.constant(np.array(numbers, dtype=np.int64), "numbers")
@@ -185,10 +185,10 @@ def loop_of(
 
 
 def no_rows(w: GraphBuilder, value: ir.Value, pairs: ir.Value) -> ir.Value:
-    """A sequence that starts with no rows: there may be no token at all.
+    """A sequence that starts with an empty tensor of rows: there may be no token at all, and no iteration.
 
-    The rows are cut out of a value (S,) that is only known at run time: what is constant would be folded, and
-    constant folders have no sequences.
+    The empty tensor is cut out of `pairs` (S,), which is only known at run time: a constant would be folded, and
+    constant folders do not support sequences.
     """
     assert value.shape is not None
     assert value.dtype is not None
@@ -200,7 +200,12 @@ def no_rows(w: GraphBuilder, value: ir.Value, pairs: ir.Value) -> ir.Value:
 
 
 class Iteration:
-    """The body of a `Loop` that puts the rows of one expert behind those of the experts before it."""
+    """The body of a `Loop` that appends the rows of one expert to those of the experts before it.
+
+    Attributes:
+        builder: Where the body's nodes are written.
+        number: The number of the iteration, () int64.
+    """
 
     def __init__(self, builder: GraphBuilder, leaving: Sequence[ir.Value]) -> None:
         name = builder.prefix

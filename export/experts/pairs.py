@@ -1,4 +1,4 @@
-"""Find MoE blocks that compute all token-expert pairs at once, and take the computation of one expert out of them.
+"""Find MoE blocks that compute all token-expert pairs at once, and extract the computation of one expert.
 
 Weights are looked up by the chosen experts (`w[idx]`, then `bmm` or an einsum), or multiplied with rows that are
 sorted by expert (`grouped_mm`); a block ends where the rows of a token's k slots are added up. See `experts/rows`.
@@ -28,19 +28,19 @@ from moe_export.export.sizes import fixed
 _aten = torch.ops.aten
 
 _LOOKUPS = {_aten.index.Tensor, _aten.index_select.default}
-_FIRST_RANK = 3  # weights are matrices: (E, a, b); what has less may be a bias, or a vocabulary
+_FIRST_RANK = 3  # weights are stacks of matrices (E, a, b); a matrix may be a bias, or a vocabulary
 
 
 @dataclass(frozen=True)
 class Root:
-    """Integers that weights of experts are used by.
+    """Integers by which weights of experts are looked up.
 
     Attributes:
-        index: Those integers.
-        choices: What may be the choice of experts that they come from, (N, k) or (N,), in graph order.
+        index: The integers.
+        choices: Candidates for the choice of experts that they come from, (N, k) or (N,), in graph order.
         count: E.
-        wraps: Whether -1 is the last expert to that use.
-        line: `file:line` of that use.
+        wraps: Whether the lookup takes -1 for the last expert.
+        line: `file:line` of the lookup.
     """
 
     index: fx.Node
@@ -55,8 +55,8 @@ class Loop:
     """A loop over experts that was understood by itself.
 
     Attributes:
-        experts: What it computes; its "tokens" may be lined-up pairs.
-        through: (S,), where the rows of lined-up pairs are added; None for the places that they were read from.
+        experts: What it computes; its "tokens" may be pairs.
+        through: (S,), the rows to which a loop over pairs adds theirs; None if it adds to those that it reads.
     """
 
     experts: Experts
@@ -72,7 +72,7 @@ class Found:
 
 
 def find_roots(graph: fx.Graph, loops: Mapping[fx.Node, Loop]) -> tuple[Root, ...]:
-    """Every use of weights by integers that are computed, in graph order.
+    """Every lookup of weights by computed integers, in graph order.
 
     Args:
         graph: The traced program.
@@ -83,7 +83,7 @@ def find_roots(graph: fx.Graph, loops: Mapping[fx.Node, Loop]) -> tuple[Root, ..
         for index, count in _lookups(node, loops):
             if index not in found:
                 choices = _choices(index)
-                if node in loops:  # by itself it is understood already
+                if node in loops:  # as a loop by itself, it is understood already
                     choices = tuple(choice for choice in choices if choice is not index)
                 wraps = node.target is _aten.index.Tensor
                 found[index] = Root(index, choices, count, wraps, line_of(node.meta.get("stack_trace")))
@@ -91,7 +91,7 @@ def find_roots(graph: fx.Graph, loops: Mapping[fx.Node, Loop]) -> tuple[Root, ..
 
 
 def _lookups(node: fx.Node, loops: Mapping[fx.Node, Loop]) -> Iterator[tuple[fx.Node, int]]:
-    """The integers that weights of experts are used by, and E."""
+    """The integers by which a node looks up weights of experts, and E."""
     if node in loops:
         yield loops[node].experts.indices, loops[node].experts.count
         return
@@ -108,7 +108,7 @@ def _lookups(node: fx.Node, loops: Mapping[fx.Node, Loop]) -> Iterator[tuple[fx.
 
 
 def _choices(index: fx.Node) -> tuple[fx.Node, ...]:
-    """What integers come from by arithmetic on integers, the earliest first."""
+    """The values of rank 1 or 2 that integers are computed from by arithmetic on integers, in graph order."""
     stack, seen = [index], {index}
     while stack:
         for source in stack.pop().all_input_nodes:
@@ -123,7 +123,7 @@ _COUNTING = {_aten.arange.default, _aten.arange.start, _aten.arange.start_step}
 
 
 def _is_integers(node: fx.Node) -> bool:
-    """Whether a node is a tensor of integers, or a sort of one."""
+    """Whether a node is a tensor of integers, a sort of one, or one of the counts that code keeps as floats."""
     value = node.meta.get("val")
     if isinstance(value, (tuple, list)):
         return node.target is not _aten.topk.default and all(
@@ -141,10 +141,10 @@ def _is_integers(node: fx.Node) -> bool:
 
 
 def understand_pairs(root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
-    """The block in which weights are used; None if there is none.
+    """The block in which weights are looked up; None if there is none.
 
     Raises:
-        RefusedError: It uses the choice in a way that has no body; says why.
+        RefusedError: No candidate for the choice leads to a body; the reason for the first one.
     """
     why: RefusedError | None = None
     for indices in root.choices:
@@ -152,7 +152,7 @@ def understand_pairs(root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
             continue
         try:
             found = _understand(indices, root, loops)
-        except RefusedError as error:  # a token's number, say, of which its expert's is computed
+        except RefusedError as error:  # perhaps a token's number, from which its expert's is computed
             why = why or error
             continue
         if found is not None:
@@ -188,7 +188,7 @@ def _understand(indices: fx.Node, root: Root, loops: Mapping[fx.Node, Loop]) -> 
 
 
 def _refuse_mixed(region: Region, block: Experts) -> None:
-    """Refuse a block whose experts read what was computed from rows of several pairs."""
+    """Refuse a block whose experts read a value that was computed from rows of several pairs."""
     behind = ancestors(block.shared)
     mixed = [
         node for node, rows in region.rows.items() if rows.weighs and not rows.constant and node in behind
@@ -204,7 +204,7 @@ def _number(body: PairBody, lead: int) -> fx.Node:
 
 
 def _follow(region: Region, loops: Mapping[fx.Node, Loop]) -> Combination | None:
-    """Follow the choice through the graph, up to where the slots of a token are added up."""
+    """Follow the choice through the graph, up to where the slots of a token are added up; None if they never are."""
     places = _Places(region.indices.graph)
     ends: dict[fx.Node, list[fx.Node]] = {}
     for node, loop in loops.items():
@@ -232,12 +232,12 @@ class _Places:
         self._order = {node: place for place, node in enumerate(graph.nodes)}
 
     def after(self, nodes: Iterable[fx.Node]) -> list[tuple[int, fx.Node]]:
-        """Nodes with their places, each once, the first one first."""
+        """(place, node) of these nodes, each once, in graph order."""
         return sorted((self._order[node], node) for node in set(nodes))
 
 
 def _loop(region: Region, node: fx.Node, loop: Loop) -> Combination | None:
-    """Take a loop in; one that adds its rows to those of their tokens is the end."""
+    """Add a loop to the region; its combination, if it adds its rows to those of their tokens."""
     rows = inlined(region, loop.experts, adds=loop.through is not None)
     if rows is None:
         return None
@@ -252,7 +252,7 @@ def _loop(region: Region, node: fx.Node, loop: Loop) -> Combination | None:
 
 
 def _single(region: Region) -> Combination | None:
-    """With one slot a token nothing is added up: a block ends in the one value that others use."""
+    """With one slot a token, nothing is added up: the block ends in the one value that is used outside."""
     if region.slots != 1:
         return None
     ends = [
@@ -268,5 +268,5 @@ def _single(region: Region) -> Combination | None:
     if not ends:
         return None
     if len(ends) > 1:
-        raise RefusedError("several values of the experts are used behind them")
+        raise RefusedError("several values of the experts are used after them")
     return Combination(ends[0], None, lambda body: body.value(ends[0]))

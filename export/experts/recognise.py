@@ -1,4 +1,4 @@
-"""Every MoE block of a traced program, in whatever shape it was written. See docs/experts.md for the shapes."""
+"""Every MoE block of a traced program, however it was written. docs/experts.md lists the ways."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
     """Find the MoE blocks of a traced program.
 
     Returns:
-        What was understood, and why other code that looks like experts stays as it was written, a line each.
+        The blocks that were understood, and a line on why any other code that looks like experts stays unchanged.
     """
     refused: list[str] = []
     loops = _loops(graph, refused)
@@ -35,7 +35,7 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
         else:
             where = loop.experts.line
             refused.append(_stays("loop over", where, "its rows are sorted, and it is not known by what"))
-    # A loop takes no notice of experts that it does not run over: null experts do nothing. A lookup has no such row.
+    # A loop ignores experts that it does not run over (null experts do nothing); a lookup has no row for them.
     looped = [loop.experts for loop in loops.values()]
     unknown = [block for block in blocks if block not in looped and _chosen_from(block) > block.count]
     for block in unknown:
@@ -85,5 +85,5 @@ def _stays(what: str, line: str | None, why: str) -> str:
 
 
 def _chosen_from(block: Experts) -> int:
-    """How many experts the gate chooses from, as far as its choice is seen."""
+    """How many experts the gate chooses from; as many as have weights, if its choice is not seen."""
     return experts_of(block.indices) or block.count

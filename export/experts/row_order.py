@@ -1,7 +1,7 @@
-"""Look-ups, sorting and counting in code that computes all pairs at once: rules of `experts/rows`.
+"""Lookups, sorting and counting in code that computes all pairs at once: rules of `experts/rows`.
 
-Sorting the pairs by expert, reading rows in that order and putting them back moves rows and changes none; counts and
-running counts say where each expert's rows lie.
+Sorting the pairs by expert, reading rows in that order and putting them back moves rows without changing any; counts
+and running counts say where each expert's rows are.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _aten = torch.ops.aten
 
 
 def index(region: Region, node: fx.Node) -> Rows | None:
-    """Read from a table by integers of the pairs."""
+    """`table[integers]`, read by integers of the pairs."""
     source, indices = arguments(node)
     if not isinstance(source, fx.Node) or not isinstance(indices, (list, tuple)):
         return None
@@ -223,7 +223,7 @@ def token_one_hot(region: Region, node: fx.Node) -> Rows | None:
 
 
 def behind(region: Region, node: fx.Node) -> Rows | None:
-    """`row >= ends` for the numbers of all rows (S, 1): whether a row lies behind those of an expert, (S, E)."""
+    """`row >= ends` for the numbers of all rows (S, 1): whether a row comes after those of an expert, (S, E)."""
     numbers, ends = arguments(node)
     known = region.rows.get(ends)
     if known is None or known.number != "ends" or numbers in region.rows:
@@ -236,9 +236,9 @@ def behind(region: Region, node: fx.Node) -> Rows | None:
 
 
 def segment(region: Region, node: fx.Node) -> Rows | None:
-    """How many experts end before each row: the expert of the row, where rows are sorted by expert.
+    """How many experts end before each row: the expert of the row, if rows are sorted by expert.
 
-    All orders by expert have the same experts in the same rows; the one that is meant is the one that is there.
+    All orders by expert have the same experts in the same rows, so it belongs to the region's order, if there is one.
     """
     source, axes = arguments(node)[0], arguments(node)[1] if len(arguments(node)) > 1 else []
     if region.rows[source].number != "behind" or [axis % 2 for axis in axes] != [1]:

@@ -105,9 +105,9 @@ def einsum(region: Region, node: fx.Node) -> Rows | None:
 def einsum_letters(
     region: Region, equation: str, operands: list[fx.Node]
 ) -> tuple[Rows, str, list[str], str] | None:
-    """The letters of an einsum over pairs: those that run over them, each operand's, the result's.
+    """The letters of an einsum over pairs: what its rows run over, the letters for that, each operand's, the result's.
 
-    An operand's letters of pairs must come first and in order, as they do in the values.
+    None if an operand's letters of pairs do not come first and in order, as they do in the values.
     """
     rows = region.common(operands)
     left, arrow, out = equation.replace(" ", "").partition("->")
@@ -133,7 +133,7 @@ def einsum_letters(
 def write_einsum(
     body: PairBody, rows: Rows, begin: str, terms: list[str], out: str, operands: list[fx.Node]
 ) -> fx.Node:
-    """The einsum of R rows: what is the same for all of them loses the letters that run over pairs."""
+    """The einsum of R rows: an operand that is the same for all of them loses the letters that run over pairs."""
     mine, letters = [], []
     for term, operand in zip(terms, operands, strict=True):
         known = body.region.rows.get(operand)

@@ -1,7 +1,7 @@
 """The rules of `experts/rows`: for each operator, what its result's axes run over, and how a body computes it.
 
-A rule gives None where the operator mixes rows or moves their axes in a way that is not known; what follows from its
-result is then no part of the region.
+A rule gives None if the operator mixes rows or moves their axes in an unknown way; what follows from its result is then
+not part of the region.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _aten = torch.ops.aten
 
 
 def rows_after(region: Region, node: fx.Node) -> Rows | None:
-    """What the axes of one more value run over; None if that is not known."""
+    """What the axes of a node's value run over, by the rule for its operator; None if that is not known."""
     rule = _RULES.get(node.target)
     if rule is not None:
         return rule(region, node)
@@ -59,7 +59,7 @@ def rows_after(region: Region, node: fx.Node) -> Rows | None:
 
 
 def _summed(region: Region, node: fx.Node) -> Rows | None:
-    """A sum over pairs of their marks counts them; a sum over experts of those that end before says which is next."""
+    """A sum of one-hot masks counts pairs; the number of experts whose rows end before a row is the row's expert."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return segment(region, node) or counted(region, node) or over(1)(region, node)

@@ -1,4 +1,4 @@
-"""Element-wise operators, and those along the axes of one row: rules of `experts/rows`."""
+"""Elementwise operators, and those along the axes of one row: rules of `experts/rows`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Rule = Callable[[Region, fx.Node], "Rows | None"]
 
 
 def same(region: Region, node: fx.Node) -> Rows | None:
-    """Copies and casts: the same value, integers keep what they mean."""
+    """Copies and casts: the same value, in which integers keep their meaning."""
     source = arguments(node)[0]
     assert isinstance(source, fx.Node)
     rows = region.rows[source]
@@ -32,7 +32,7 @@ def same(region: Region, node: fx.Node) -> Rows | None:
 
 
 def pointwise(region: Region, node: fx.Node) -> Rows | None:
-    """Element by element: operands are lined up from the right."""
+    """An elementwise operator: operands are aligned from the right."""
     rank = rank_of(node)
     rows = region.common(node.all_input_nodes, rank)
     own = [source for source in node.all_input_nodes if source in region.rows]
@@ -48,7 +48,7 @@ def pointwise(region: Region, node: fx.Node) -> Rows | None:
 
 
 def over(*positions: int, default: Any = None) -> Rule:
-    """An operator on the axes in some of its arguments, none of which runs over pairs."""
+    """An operator along the axes that the arguments at `positions`, or `dim`, give; none of them runs over pairs."""
 
     def rule(region: Region, node: fx.Node) -> Rows | None:
         source = arguments(node)[0]
@@ -81,7 +81,7 @@ def over(*positions: int, default: Any = None) -> Rule:
 def _expanded(
     body: PairBody, region: Region, node: fx.Node, rows: Rows, rank: int, *, alone: bool
 ) -> fx.Node:
-    """An operand that has all R rows, where others beside it do."""
+    """An operand, expanded to all R rows if other operands have them."""
     made: fx.Node = body.operand(node, rows, rank)
     if alone or (node in region.rows and (rows.constant or not region.rows[node].constant)):
         return made
@@ -90,12 +90,12 @@ def _expanded(
 
 
 def _sizes_outside(node: fx.Node) -> bool:
-    """Whether an operator takes a size that is computed."""
+    """Whether an operator takes a computed size."""
     return any(isinstance(source.meta.get("val"), (int, torch.SymInt)) for source in node.all_input_nodes)
 
 
 def split(region: Region, node: fx.Node) -> Rows | None:
-    """`split` in equal parts, written with the sizes of the parts."""
+    """`split` into equal parts, written with the sizes of the parts."""
     rows = over(2, default=0)(region, node)
     if rows is None:
         return None
@@ -185,7 +185,7 @@ def permute(region: Region, node: fx.Node) -> Rows | None:
 
 
 def norm(region: Region, node: fx.Node) -> Rows | None:
-    """Layer and RMS norms over axes behind those of the pairs."""
+    """Layer and RMS norms over axes after those of the pairs."""
     source, shape = arguments(node)[:2]
     rows = region.rows.get(source)
     shared = [each for each in node.all_input_nodes if each is not source]
@@ -211,4 +211,4 @@ def sliced(region: Region, node: fx.Node) -> Rows | None:
     return over(1, default=0)(region, node)
 
 
-_ALL = 2**63 - 1  # what torch writes for an open end
+_ALL = 2**63 - 1  # the end that torch writes for an open one

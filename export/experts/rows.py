@@ -1,20 +1,20 @@
 """What the leading axes of a value run over, in code that computes all token-expert pairs at once.
 
-Such code has no iteration per expert. It lines the pairs up, S = N*k rows of them, and reads each row's expert from
-stacked weights. Every value that depends on the chosen indices is followed through the graph:
+Such code has no iteration per expert. It lays out the pairs as S = N*k rows, and looks up the weights of each row's
+expert in a stack. Every value that depends on the chosen indices is followed through the graph:
 
     grid    (N, k, ...)   a token, a slot
     flat    (S, ...)      pair p is token p // k, slot p % k
     sorted  (S, ...)      row r is pair order[r]; `order` sorts the pairs by expert
 
-A rule for an operator says what its result's axes are, and how the same is computed for any R pairs: flat and
+A rule for an operator says what its result's axes run over, and how the same is computed for any R pairs: flat and
 sorted as (R, ...), a grid as (R, 1, ...), which is the grid of R tokens with one slot each. So almost every operator
-is its own rule. What is the same for all rows of an expert, its weights, has 1 in the place of R.
+is written as it is. A value that is the same for all rows of an expert, such as its weights, has 1 in the place of R.
 
 Letters: N tokens, k slots, S = N*k pairs, E experts, R rows of a body.
 
-The body that comes of it, a `PairBody`, is `(token (R,), slot (R,), expert (1,), *shared, *weights) → (R, H)`, as of a
-loop over experts.
+The result, a `PairBody`, is `(token (R,), slot (R,), expert (1,), *shared, *weights) → (R, H)`, like the body of a loop
+over experts.
 """
 
 from __future__ import annotations
@@ -57,14 +57,14 @@ Number = Literal[
     "behind",
     "",
 ]
-"""What an integer means, or a bool.
+"""What an integer or a bool means.
 
-expert, token, slot, pair: those of a pair, the last being its flat number
+expert, token, slot, pair: the expert, token, slot or flat number of a pair
 place: the row of a pair in the order that `Rows.unsorts` names
-sort: a sort's two results
+sort: the two results of a sort
 one-hot: which expert a pair chose; "token one-hot": which experts a token chose (lead 0)
-counts, ends: of the experts' rows (lead 0)
-behind: whether a row lies behind those of an expert (lead 0)
+counts, ends: how many rows each expert has, and where they end (lead 0)
+behind: whether a row comes after those of an expert (lead 0)
 
 Empty: anything else.
 """
@@ -79,9 +79,9 @@ class Rows:
         order: The node that sorts the pairs; None for pairs in their own order.
         make: Writes the value for the R pairs of a body.
         number: What an integer means (see `Number`).
-        constant: It is the same for all rows of one expert.
-        weighs: It depends on weights of experts.
-        unsorts: The order that places belong to.
+        constant: Whether the value is the same for all rows of one expert.
+        weighs: Whether the value depends on weights of experts.
+        unsorts: For a `place`, the order in which it is the place.
     """
 
     lead: int
@@ -94,6 +94,7 @@ class Rows:
 
     @property
     def where(self) -> tuple[int, fx.Node | None]:
+        """What the leading axes run over: `lead` and `order`."""
         return self.lead, self.order
 
 
@@ -102,9 +103,9 @@ class Region:
     """The values that follow from one choice of experts.
 
     Attributes:
-        indices: (N, k) or (N,).
+        indices: (N, k) or (N,), the chosen experts.
         count: E.
-        rows: Node → what its axes run over.
+        rows: Node → what its axes run over; grows while the choice is followed.
     """
 
     indices: fx.Node
@@ -129,17 +130,17 @@ class Region:
         return count
 
     def leads(self, shape: Sequence[object], lead: int) -> bool:
-        """Whether a shape begins as values with so many leading axes do."""
+        """Whether a shape begins like those of values with this many leading axes over pairs: (S,) or (N, k)."""
         begin = [self.pairs] if lead == 1 else [self.tokens, self.slots]
         return same_shape(shape[:lead], begin)
 
     def common(self, nodes: Sequence[fx.Node], rank: int | None = None) -> Rows | None:
-        """What the axes of a result run over, if all operands that depend on the indices agree.
+        """What the axes of a result run over, if all operands that depend on the indices agree; else None.
 
         Args:
             nodes: The operands.
-            rank: How many axes an operand has that begins with those of the pairs; the others are lined up with
-                it from the right. None where only operands that depend on the indices count.
+            rank: The rank of an operand that begins with the axes of the pairs; the others are aligned with it from
+                the right. None to ignore operands that do not depend on the indices.
         """
         found = [self.rows[node] for node in nodes if node in self.rows]
         if not found or len({rows.where for rows in found}) > 1 or found[0].lead == 0:
@@ -156,19 +157,20 @@ class Region:
 
 
 def runs_over_pairs(node: fx.Node, rows: Rows, rank: int) -> bool:
-    """Whether a value that does not depend on the indices has axes that are lined up with those of the pairs."""
+    """Whether a value that does not depend on the indices has axes, not of size 1, aligned with those of the pairs."""
     sizes = shape_of(node)[: max(0, rows.lead - (rank - rank_of(node)))]
     return not all(same_size(size, 1) for size in sizes)
 
 
 @dataclass
 class PairBody:
-    """A body under way.
+    """A body that is being written.
 
     Attributes:
         region: What is known of the values.
         graph: The body's graph.
-        shared, weights: What it reads, in the order of its inputs.
+        token, slot, expert: The body's first inputs: (R,), (R,), (1,).
+        shared, weights: Outside nodes and weights that it reads → its inputs for them, in their order.
     """
 
     region: Region
@@ -203,13 +205,13 @@ class PairBody:
         return self._pair
 
     def share(self, node: fx.Node) -> fx.Node:
-        """A value from outside that all experts read, as it is."""
+        """The body's input for an outside value that all experts read whole."""
         if node not in self.shared:
             self.shared[node] = self._input(f"shared_{len(self.shared)}", node, [*self.shared.values()])
         return self.shared[node]
 
     def weight(self, weight: Weight) -> fx.Node:
-        """The expert's own part of a weight, without the axis over experts."""
+        """The body's input for the expert's own part of a weight, without the axis over experts."""
         if weight not in self.weights:
             node = weight.stack if weight.stack is not None else weight.separate[0]
             assert node is not None
@@ -224,7 +226,11 @@ class PairBody:
         return made
 
     def stack(self, node: fx.Node) -> fx.Node:
-        """The expert's part (...) of a stack of weights (E, ...)."""
+        """The expert's part (...) of a stack of weights (E, ...).
+
+        Raises:
+            RefusedError: The stack holds the weights of a different number of experts.
+        """
         chain = []
         while node.target in _ON_STACKS and _keeps_experts(node):
             chain.append(node)
@@ -240,7 +246,7 @@ class PairBody:
         return part
 
     def as_rows(self, bare: fx.Node, lead: int = 1) -> fx.Node:
-        """What is the same for all rows, with axes of size 1 in their place."""
+        """A value that is the same for all rows, with `lead` axes of size 1 in the place of those of the rows."""
         rows = bare
         for _ in range(lead):
             rows = self.call(_aten.unsqueeze.default, rows, 0)
@@ -248,7 +254,7 @@ class PairBody:
         return rows
 
     def bare(self, rows: fx.Node, lead: int = 1) -> fx.Node:
-        """The opposite of `as_rows`."""
+        """The inverse of `as_rows`."""
         if rows not in self._bare:
             bare = rows
             for _ in range(lead):
@@ -257,12 +263,12 @@ class PairBody:
         return self._bare[rows]
 
     def operand(self, node: Any, rows: Rows, rank: int) -> Any:
-        """An operand of a row-wise operator: of the R rows where it runs over pairs, as it is where it does not.
+        """An operand of a row-wise operator: its R rows if it runs over pairs, else unchanged.
 
         Args:
             node: Any argument.
             rows: What the result's axes run over.
-            rank: How many axes an operand has that begins with them.
+            rank: The rank of an operand that begins with the axes of the pairs.
         """
         if not isinstance(node, fx.Node):
             return node
@@ -271,7 +277,7 @@ class PairBody:
         return self.leaf(node, rows, rank)
 
     def leaf(self, node: fx.Node, rows: Rows, rank: int) -> fx.Node:
-        """A value that does not depend on the indices, lined up with the pairs of those that do."""
+        """A value that does not depend on the indices, with its rows in the order of the pairs of those that do."""
         key = (node, rows.where, rank)
         if key not in self._leaves:
             self._leaves[key] = self._lined_up(node, rows, rank)
@@ -290,7 +296,7 @@ class PairBody:
         return self.grid(node)
 
     def flat(self, node: fx.Node) -> fx.Node:
-        """(S, ...) from outside → (R, ...)."""
+        """The R rows of an outside value (S, ...)."""
         source = arguments(node)[0] if arguments(node) else None
         if isinstance(source, fx.Node):
             if node.target is _aten.unsqueeze.default and arguments(node)[1] not in (0, -1 - rank_of(source)):
@@ -307,7 +313,7 @@ class PairBody:
         return self.call(_aten.index.Tensor, self.share(node), [self.pair()])
 
     def grid(self, node: fx.Node) -> fx.Node:
-        """(N or 1, k or 1, ...) from outside → (R, 1, ...)."""
+        """The R rows, (R, 1, ...), of an outside value (N or 1, k or 1, ...)."""
         source = arguments(node)[0] if arguments(node) else None
         first, second = shape_of(node)[:2]
         if isinstance(source, fx.Node):

@@ -1,4 +1,4 @@
-"""Pairs sorted by expert, and their rows added up by token: what the experts' lowerings share, over a builder.
+"""Pairs sorted by expert, and their rows added up by token: what several lowerings of experts write.
 
     indices (N, k) ─▶ counted ─▶ sorted: tokens, slots, positions (S,)       rows (S, H) ─▶ combined (N, H)
 
@@ -24,9 +24,9 @@ class Counted:
     """How the pairs spread over the experts.
 
     Attributes:
-        flat: (S,) the expert of each pair, token by token.
-        rank: (S,) how many pairs of the same expert stand before each.
-        counts: (E,) pairs of each expert.
+        flat: (S,) int64, the expert of each pair, token by token.
+        rank: (S,) int64, how many pairs of the same expert come before each.
+        counts: (E,) int64, the number of pairs of each expert.
     """
 
     flat: ir.Value
@@ -66,9 +66,9 @@ class Sorted:
     """Pairs in the order of their experts.
 
     Attributes:
-        token, slot: (S,) of the pairs, sorted by expert, by token within an expert.
-        counts, starts, ends: (E,) number of pairs of each expert, and where its part begins and ends.
-        positions: (S,) where each pair went, in the order of the tokens.
+        token, slot: (S,) int64, of the pairs sorted by expert, and by token within an expert.
+        counts, starts, ends: (E,) int64, how many pairs each expert has, and where its part begins and ends.
+        positions: (S,) int64, for each pair in the order of the tokens, its place among the sorted ones.
     """
 
     token: ir.Value
@@ -102,17 +102,17 @@ def sort_by_expert(w: GraphBuilder, indices: ir.Value, count: int, slots: int) -
 
 
 def apart(w: GraphBuilder, pairs: ir.Value, slots: int) -> tuple[ir.Value, ir.Value]:
-    """Token and slot of pairs that are numbered token by token."""
+    """The token and the slot of each pair, from its flat number."""
     if slots == 1:
         return pairs, w.op("Sub", pairs, pairs, name="slot")
     return w.op("Div", pairs, w.ints(slots), name="token"), w.op("Mod", pairs, w.ints(slots), name="slot")
 
 
 def known_sizes(sizes: Iterable[object]) -> list[int]:
-    """The sizes of a row, where a form has to know them.
+    """The sizes of a row, for a lowering that has to know them.
 
     Raises:
-        NotExportableError: One of them is free: the height of an image.
+        NotExportableError: One of them is free, such as the height of an image.
     """
     found = list(sizes)
     if not all(isinstance(size, int) for size in found):
@@ -124,13 +124,13 @@ def known_sizes(sizes: Iterable[object]) -> list[int]:
 
 
 def with_lead(w: GraphBuilder, value: ir.Value, lead: Sequence[int], sizes: Sequence[int | None]) -> ir.Value:
-    """A value (..., *sizes) with other axes in front.
+    """A value (..., *sizes) with other leading axes.
 
     Args:
         w: Where to write.
-        value: Any leading axes, then a row.
-        lead: The axes in front of the result; one of them may be -1.
-        sizes: Of a row; None where one is free.
+        value: Any leading axes, then those of a row.
+        lead: The leading axes of the result; one of them may be -1.
+        sizes: The sizes of a row; None for one that is free.
     """
     known = [size for size in sizes if size is not None]
     if len(known) == len(sizes):
@@ -142,14 +142,14 @@ def with_lead(w: GraphBuilder, value: ir.Value, lead: Sequence[int], sizes: Sequ
 def combine(
     w: GraphBuilder, rows: ir.Value, slots: int, hidden: Sequence[int | None], valid: ir.Value | None = None
 ) -> ir.Value:
-    """Rows of all S pairs, token by token → their sums (N, H) over the slots of each token.
+    """The sums (N, H), over the slots of each token, of the rows of all S pairs.
 
     Args:
         w: Where to write.
-        rows: S rows of H, in any shape.
+        rows: The S rows of H, token by token, with any leading axes.
         slots: k.
-        hidden: H; None where a size is free.
-        valid: (N, k) or (N,), the pairs that count; None for all.
+        hidden: The sizes of H; None for one that is free.
+        valid: (N, k) or (N,) bool, the pairs that count; None if all do.
     """
     by_token = with_lead(w, rows, (-1, slots) if slots > 1 else (-1,), hidden)
     if valid is not None:

@@ -1,16 +1,16 @@
 """Expand an outlined MoE block as one `TRT_MoE`, TensorRT's own layer (`IMoELayer`): `trt_moe`.
 
-The form for `--target tensorrt-sm100`. TensorRT's parser knows the node by its name, and builds it for compute
+The lowering for `--target tensorrt-sm100`. TensorRT's parser knows the node by its name, and builds it for compute
 capability 10.x and 11.x. Its inputs, with B = 1 and all N tokens in S:
 
     hidden (B, S, H), experts (B, S, k) int32, scores (B, S, k), gate (E, H, I), up (E, H, I), down (E, I, H)
 
-and `activation_type`, an integer: 1 is SiLU, so that an expert is down(silu(gate x) * up x). A string is taken for
-0, no activation, without a word. Source: TensorRT's documentation of the layer (inputs and shapes), and what the
-parser of TensorRT-RTX 1.7 made of such nodes.
+and `activation_type`, an integer: 1 is SiLU, so that an expert is down(silu(gate x) * up x). A string is silently taken
+for 0, no activation. Source: TensorRT's documentation of the layer (inputs and shapes), and what the parser of
+TensorRT-RTX 1.7 made of such nodes.
 
-The graph also holds the node's meaning, as a function of standard operators: ONNX Runtime inlines it, so the file can
-be verified, and the parser prefers its own layer. There all experts compute all tokens; it is no fast form.
+The graph also defines the node as a function of standard operators: ONNX Runtime inlines it, so that the file can be
+verified, and TensorRT's parser prefers its own layer. In that function all experts compute all tokens; it is not fast.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def trt_moe(w: GraphBuilder, block: Opaque) -> ir.Value:
     """One `TRT_MoE`.
 
     Raises:
-        NotExportableError: The experts are no SwiGLU without biases, or their weights are computed at run time.
+        NotExportableError: The experts are not SwiGLU without biases, or their weights are not known.
     """
     form, gated = _gated(block)
     arrays = ExpertWeights(w, block.weights, block.count, block.opset).stacks()
@@ -90,7 +90,7 @@ def trt_moe(w: GraphBuilder, block: Opaque) -> ir.Value:
         scores = w.op("Expand", one, w.op("Shape", chosen))
     else:
         scores = w.op("Reshape", block.shared[form.scores - 3], w.ints(1, -1, block.slots))
-    if block.valid is not None:  # a pair of no expert weighs nothing
+    if block.valid is not None:  # a pair that names no expert gets weight 0
         valid = w.op("Reshape", block.valid, w.ints(1, -1, block.slots))
         scores = w.op("Where", valid, scores, w.op("CastLike", w.scalar(0), scores))
     mixed = w.op(
@@ -108,7 +108,7 @@ def trt_moe(w: GraphBuilder, block: Opaque) -> ir.Value:
 
 
 def _gated(block: Opaque) -> tuple[FeedForward, int]:
-    """The experts as gated ones, and the place of the gated matrix."""
+    """The experts as SwiGLU, and the position of W3."""
     why = "these compute something else"
     form: FeedForward | None = None
     try:
@@ -126,7 +126,7 @@ def _gated(block: Opaque) -> tuple[FeedForward, int]:
 
 
 def add_meaning(model: ir.Model) -> None:
-    """Put what the nodes mean into a model that has such nodes; in place."""
+    """Add the function that defines the node to a model that has such nodes, in place."""
     if all(node.domain != DOMAIN for node in model.graph):
         return
     model.opset_imports[DOMAIN] = 1

@@ -1,8 +1,8 @@
-"""The weights of the experts as a lowering takes them: apart or stacked, prepared offline where they are known.
+"""The weights of the experts as a lowering takes them: separate or stacked, prepared offline if they are known.
 
-A body may transpose or cast a weight before it uses it (`experts/body_parts`: `prepared`). Where the weight is a
-constant, or is computed from constants alone, that is done here, once, and the graph holds the result. Of weights that
-are not in memory it is done when they are written (`onnx/recipe_steps`).
+A body may transpose or cast a weight before it uses it (`experts/body_parts`: `prepared`). If the weight is a constant,
+or is computed from constants alone, that is done here, once, and the graph holds the result. For weights that are not
+in memory it is done when they are written (`onnx/recipe_steps`).
 """
 
 from __future__ import annotations
@@ -30,17 +30,20 @@ Weight = Sequence[ir.Value] | ir.Value
 """E tensors, or one stack (E, ...) of them."""
 
 _MOST = 2**28
-"""Bytes of weights that are read from files for a form that computes with them offline."""
+"""Bytes of weights that may be read from files for a lowering that computes with them offline."""
 
 
 class ExpertWeights:
     """The weights of one block, for a body of one expert.
 
     Args:
-        w: Where constants and preparing nodes go.
-        weights: In the order of the body.
+        w: Where constants and preparing nodes are written.
+        weights: The weights, in the order of the body's inputs.
         count: E.
-        opset: Of the graph.
+        opset: The graph's opset.
+
+    Attributes:
+        known: Whether all of them are known before run time.
     """
 
     def __init__(self, w: GraphBuilder, weights: Sequence[Weight], count: int, opset: int) -> None:
@@ -55,7 +58,7 @@ class ExpertWeights:
         """The weights as arrays (E, ...).
 
         Raises:
-            NotExportableError: A weight is only known at run time, or they are in files and many.
+            NotExportableError: A weight is only known at run time, or more than 256 MiB of them are in files.
         """
         if not self.known:
             raise NotExportableError("the weights of the experts are computed at run time")
@@ -70,7 +73,7 @@ class ExpertWeights:
         return [stacked(array) if isinstance(array, list) else array for array in self._arrays]  # type: ignore[misc]
 
     def apart(self, parts: BodyParts, builder: PartsBuilder) -> list[list[ir.Value]]:
-        """For each expert its weights, as the core takes them."""
+        """For each expert, its weights as the core takes them."""
         if not self.known:
             return [
                 builder.prepared(self._w, [self._one(weight, expert) for weight in self._weights])
@@ -93,9 +96,9 @@ class ExpertWeights:
         return found
 
     def stacked(self, parts: BodyParts) -> list[ir.Value]:
-        """One (E, ...) for each weight, as the core of one expert takes it (but for the first axis).
+        """For each weight one stack (E, ...) of what the core of one expert takes.
 
-        Weights that are not known yet come as they are: the body must prepare what it takes from the stack, by
+        Weights that are not known yet are stacked unprepared: what is taken from the stack has to go through
         `PartsBuilder.prepared`.
         """
         if not self.known:
@@ -107,7 +110,7 @@ class ExpertWeights:
         ]
 
     def batched(self, parts: BodyParts, builder: PartsBuilder) -> list[ir.Value]:
-        """One (E, ...) for each weight, as the core of a body for several experts takes it."""
+        """For each weight one stack (E, ...), as the core of a body for several experts takes it."""
         if not self.known:
             return builder.prepared(self._w, [self._stack(weight) for weight in self._weights])
         values = dict(zip(parts.weights, self._stacks(), strict=True))
@@ -157,7 +160,7 @@ def _arrays(weight: Weight, opset: int) -> list[Known] | Known | None:
 
 
 def known_array(value: ir.Value, opset: int) -> Known | None:
-    """What a value is, if it is a constant or is computed from constants alone; None else."""
+    """The value's contents, if it is a constant or is computed from constants alone; else None."""
     needed: list[ir.Node] = []
     arrays: dict[ir.Value, Known] = {}
     stack, seen = [value], set()
