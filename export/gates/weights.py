@@ -1,4 +1,4 @@
-"""Which values are the weights of a gate's choice: the chosen scores, after all that normalises them.
+"""Which values are the weights of a gate's choice: the chosen scores, after any normalisation.
 
 `topk` returns the chosen scores itself; where those are not used (a bias took part in the choice only) or there
 are none (`argmax`), they are what is read from the scores by the chosen indices.

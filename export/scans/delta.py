@@ -4,8 +4,8 @@
     h' = a h + rate * k * (v - r)              the value is stored in its place
     y  = sum over n of q h'
 
-Such a step is linear in the state, but its state is computed from what was read from it. Recognised as it is written in
-papers' code: with the difference (`h + k * rate * (v - r)`, `h - rate * k * (r - v)`), or multiplied out
+Such a step is linear in the state, but its state is computed from what was read from it. Recognised as papers' code
+writes it: with the difference (`h + k * rate * (v - r)`, `h - rate * k * (r - v)`), or multiplied out
 (`h - rate k r + rate k v`).
 
 Source of the rule: arXiv:2406.06484 (delta), arXiv:2412.06464 (gated).
@@ -160,7 +160,7 @@ def _only_through(values: Iterable[ir.Value], loop: LoopRegion) -> None:
     while stack:
         value = stack.pop()
         if value in boundaries:
-            raise RefusedError("what a delta rule subtracts is handed out, too")
+            raise RefusedError("what a delta rule subtracts is returned, too")
         node = value.producer()
         if value not in known and node is not None and node in loop.body:
             known.add(value)

@@ -134,7 +134,7 @@ class Reader:
                 raise RefusedError("a state is computed from what was read from one")
         for value in self.loop.collected:
             if value in self._seen:
-                raise RefusedError("whole states are handed out")
+                raise RefusedError("whole states are returned")
 
     def _state_step(self, node: ir.Node, following: dict[ir.Value, int], done: set[ir.Value]) -> None:
         value = node.outputs[0]

@@ -107,7 +107,7 @@ def _behind(node: ir.Node, value: ir.Value, axis: int) -> _Behind:
         RefusedError: It mixes steps, or no rule says how it treats them.
     """
     if node.domain not in ("", "ai.onnx") or len(node.outputs) != 1 or node.outputs[0].shape is None:
-        raise RefusedError(f"{node.op_type} behind a loop")
+        raise RefusedError(f"{node.op_type} after a loop")
     if node.op_type in REDUCTIONS or node.op_type == "Squeeze":
         rank = rank_of(value)
         axes = {each % rank for each in axes_of(node.inputs[1] if len(node.inputs) > 1 else None)}
@@ -119,7 +119,7 @@ def _behind(node: ir.Node, value: ir.Value, axis: int) -> _Behind:
     if node.op_type == "Transpose":
         return _Behind(node, value, _order(node, value).index(axis), (axis,))
     if node.op_type != "MatMul" and node.op_type not in POINTWISE:
-        raise RefusedError(f"{node.op_type} behind a loop")
+        raise RefusedError(f"{node.op_type} after a loop")
     rank = rank_of(node.outputs[0])
     after = axis + rank - rank_of(value)
     if node.op_type == "MatMul" and after >= rank - 2:

@@ -159,7 +159,7 @@ LOOPS: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
 
 REFUSED: dict[str, tuple[nn.Module, tuple[Tensor, ...], str]] = {
     "other_key": (OverTime(other_key), _INPUTS, "stores under another key"),
-    "held_is_handed_out": (OverTime(held_is_handed_out), _INPUTS, "handed out, too"),
+    "held_is_handed_out": (OverTime(held_is_handed_out), _INPUTS, "returned, too"),
     "many_small_heads": (
         PerEntry(64),
         (randn(B, L, 64), positive(B, L, 64, N), randn(B, L, N)),
