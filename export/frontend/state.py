@@ -178,7 +178,10 @@ class _Walk:
     items: list[_Items] = field(default_factory=list)
     values: list[_Values] = field(default_factory=list)
     weights: list[tuple[torch.Tensor, str]] = field(default_factory=list)
-    _seen: dict[int, Any] = field(default_factory=dict)
+    # Python's own tables, which a file may have under a name of its own: a module that is put back there is lost.
+    _seen: dict[int, Any] = field(
+        default_factory=lambda: {id(table): table for table in (sys.modules, sys.path_importer_cache)}
+    )
 
     def see(self, value: Any, path: str, kind: str) -> None:
         """Save what can change of a value, and of what it holds."""

@@ -19,6 +19,7 @@ from moe_export.export.torch_compat.failures import (
     wants_number,
 )
 from moe_export.export.torch_compat.operators import arguments_of
+from moe_export.export.tracing.randomness import may_be_random
 
 
 def untranslated(error: Exception) -> NotExportableError:
@@ -39,6 +40,12 @@ def untranslated(error: Exception) -> NotExportableError:
             hint="compute with the real and the imaginary part as tensors of their own",
         )
     name, where = _operator(node), _place(node)
+    if may_be_random(node):
+        return NotExportableError(
+            f"operator {name} draws random numbers, though the example's outputs do not show it",
+            where=where,
+            hint="take the random numbers as an input; dropout: F.dropout(x, p, training=self.training)",
+        )
     if is_unknown_operator(error):
         return NotExportableError(
             f"operator {name} has no ONNX form",

@@ -6,7 +6,7 @@ The user's file is not touched: the calls are seen while the model is traced, wh
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -119,22 +119,28 @@ def _item(tensor: torch.Tensor, index: Any) -> torch.Tensor:
 
 
 def _to(original: Callable[..., nn.Module], module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """`module.to(dtype)` in a `forward`, where the module is so already → the module.
+    """`module.to(...)` in a `forward`, where the module is so already → the module.
 
-    Routers of Switch and NLLB do so at every call. The tracer forbids to swap parameters, also for themselves.
+    Routers of Switch and NLLB are given their dtype at every call, experts of others their device. The tracer forbids
+    to swap parameters, also for themselves.
     """
-    dtype = _dtype_alone(*args, **kwargs)
     there = [*module.parameters(), *module.buffers()]
-    if dtype is not None and all(tensor.dtype is dtype for tensor in there if tensor.is_floating_point()):
-        return module
-    return original(module, *args, **kwargs)
+    already = [_is_already(there, each) for each in args[:2]]
+    already += [_is_already(there, each) for name, each in kwargs.items() if name != "non_blocking"]
+    return module if all(already) else original(module, *args, **kwargs)
 
 
-def _dtype_alone(*args: Any, dtype: Any = None, device: Any = None, tensor: Any = None, **_: Any) -> Any:
-    """The type that `to` is called with; None if it names a device or a tensor, too."""
-    dtype = next((each for each in args if isinstance(each, torch.dtype)), dtype)
-    others = (device, tensor, *(each for each in args[:1] if not isinstance(each, torch.dtype)))
-    return dtype if all(each is None for each in others) else None
+def _is_already(there: Sequence[torch.Tensor], asked: Any) -> bool:
+    """Whether tensors have the device, the dtype of floats, or both as a tensor has them, that `to` is asked for."""
+    if asked is None or isinstance(asked, bool):
+        return True
+    if isinstance(asked, torch.dtype):
+        return all(tensor.dtype is asked for tensor in there if tensor.is_floating_point())
+    if isinstance(asked, torch.Tensor):
+        return _is_already(there, asked.dtype) and _is_already(there, asked.device)
+    if not isinstance(asked, str | torch.device):
+        return False
+    return all(tensor.device == torch.device(asked) for tensor in there)
 
 
 _IDIOMS: dict[Any, Callable[..., Any]] = {

@@ -1,19 +1,20 @@
-"""`int(...)` and `float(...)` of a size, traced so that they stay a function of that size.
+"""`int(...)` and `float(...)` of a size, `max(...)` and `min(...)` of traced integers, traced as functions of these.
 
 A capacity is often `int(tokens / experts * factor)`. Python makes a plain number of it, and the tracer does not say
-that the graph is then right at the traced size alone. While a model is traced, the names `int` and `float` in the
-user's own files stand for what leaves such a number a symbol; for everything else they are Python's.
+that the graph is then right at the traced size alone. `max(idx.max() + 1, n)` compares a number that a trace does not
+know, which ends the trace. While a model is traced, these names stand for what leaves such a number a symbol; for
+everything else they are Python's. They do so in the user's own files and in those that the model's classes stand in.
 
-A file that uses the names for more than calls, annotations and `isinstance` (`dtype=int`) is left as it is.
+A file that uses `int` or `float` for more than calls, annotations and `isinstance` (`dtype=int`) is left as it is.
 """
 
 from __future__ import annotations
 
 import ast
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, reduce
 from inspect import isfunction
 from pathlib import Path
 from types import ModuleType
@@ -47,9 +48,32 @@ def _standing_for(plain: type, symbolic: Callable[[Any], Any]) -> type:
     return Meta(plain.__name__, (), {})
 
 
-_NAMES: dict[str, type] = {
+def _extreme(plain: Callable[..., Any], of_numbers: Any, of_tensors: Any) -> Callable[..., Any]:
+    """`max` or `min` of integers some of which are tensors (): a number if any of them is one, else a tensor."""
+
+    def extreme(*values: Any, **options: Any) -> Any:
+        tensors = [value for value in values if _is_integer(value)]
+        numbers = [value for value in values if isinstance(value, int | torch.SymInt)]
+        symbols = [value for value in values if isinstance(value, torch.SymInt)]
+        if options or len(values) < 2 or not (tensors or symbols) or len(tensors) + len(numbers) < len(values):
+            return plain(*values, **options)
+        if not numbers:
+            return reduce(of_tensors, values)
+        return reduce(of_numbers, [value.item() if _is_integer(value) else value for value in values])
+
+    return extreme
+
+
+def _is_integer(value: Any) -> bool:
+    whole = isinstance(value, torch.Tensor) and not value.dtype.is_floating_point and not value.is_complex()
+    return whole and value.dim() == 0 and value.dtype is not torch.bool
+
+
+_NAMES: dict[str, Callable[..., Any]] = {
     "int": _standing_for(int, torch.sym_int),
     "float": _standing_for(float, torch.sym_float),
+    "max": _extreme(max, torch.sym_max, torch.maximum),
+    "min": _extreme(min, torch.sym_min, torch.minimum),
 }
 
 
@@ -70,11 +94,11 @@ def symbolic_numbers(model: nn.Module) -> Iterator[None]:
 
 
 def _files(model: nn.Module) -> list[dict[str, Any]]:
-    """The global names of the files of a model's modules, and of what these import, as far as they are the user's."""
+    """The global names of the files of a model's modules, and of what these import, as far as that is the user's."""
     classes = {base for module in model.modules() for base in type(module).__mro__}
     waiting = [vars(sys.modules[base.__module__]) for base in classes if base.__module__ in sys.modules]
     waiting += [_globals_of(each) for base in classes for each in vars(base).values()]
-    found: dict[int, dict[str, Any]] = {}
+    found = {id(names): names for names in waiting if _is_packages(names)}
     while waiting:
         names = waiting.pop()
         path = names.get("__file__")
@@ -91,6 +115,13 @@ def _globals_of(value: Any) -> dict[str, Any]:
         return next((_globals_of(each) for each in vars(value).values() if isfunction(each)), {})
     found = getattr(value, "__globals__", None) if isfunction(value) else None
     return found if isinstance(found, dict) else {}
+
+
+def _is_packages(names: Mapping[str, Any]) -> bool:
+    """Whether a file's global names are those of an installed package that is not PyTorch."""
+    path, package = names.get("__file__"), str(names.get("__name__")).partition(".")[0]
+    installed = isinstance(path, str) and path.endswith(".py") and "site-packages" in Path(path).parts
+    return installed and package not in ("torch", "moe_export")
 
 
 @cache

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import types
 from collections import deque
 from functools import cache, cached_property, lru_cache
 
@@ -99,6 +101,24 @@ def test_globals_of_the_users_file():
     assert before.changed() == {"global _CALLS of test_state.py", "global _TABLES of test_state.py[3]"}
     before.restore()
     assert (_CALLS, _TABLES) == (0, {})
+
+
+_MODULES = sys.modules
+
+
+def test_a_module_that_a_call_imports_stays_imported():
+    """`from sys import modules`, as beartype has it: Python's table is no state of the model."""
+
+    class Imports(nn.Module):
+        def forward(self, x):
+            sys.modules.setdefault("imported_by_a_call", types.ModuleType("imported_by_a_call"))
+            return x
+
+    before = State.of(Imports()).with_globals()
+    Imports()(torch.ones(3))
+    assert before.changed() == set()
+    before.restore()
+    assert _MODULES.pop("imported_by_a_call", None) is not None
 
 
 def test_globals_that_others_change_between_two_calls_stay(tools):

@@ -101,3 +101,19 @@ def test_a_number_that_a_free_size_decides(tools):
         tools.graph(OwnKernels(), torch.randn(3, 2, 4, 4))
     assert "conv2d(" in caught.value.where
     assert "--static" in caught.value.hint
+
+
+class RarelyRandom(nn.Module):
+    """Random beyond a threshold that the example does not reach."""
+
+    def forward(self, x):
+        return torch.zeros_like(x).uniform_() < x
+
+
+def test_random_numbers_that_the_example_does_not_show(tools):
+    with pytest.raises(
+        NotExportableError, match=r"aten\.uniform draws random numbers, though the example"
+    ) as caught:
+        tools.graph(RarelyRandom(), torch.full((2, 3), 7.0))
+    line = RarelyRandom.forward.__code__.co_firstlineno + 1
+    assert str(caught.value.where).splitlines()[0] == f"{__file__}:{line}"

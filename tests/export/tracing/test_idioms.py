@@ -86,5 +86,14 @@ def test_a_module_that_casts_itself_to_what_it_is_stays_as_it_is():
     weight = layer.weight
     with traceable_idioms():
         assert layer.to(torch.float32) is layer
+        assert layer.to("cpu") is layer.to(torch.device("cpu"), torch.float32, non_blocking=True) is layer
+        assert layer.to(weight) is layer.to(device="cpu") is layer
+        assert layer.weight is weight
+        assert layer.to("meta").weight.is_meta
+        layer = nn.Linear(2, 2)
+        weight = layer.weight
+        assert layer.to(torch.ones(1, dtype=torch.float64)).weight.dtype is torch.float64
+        layer = nn.Linear(2, 2)
+        weight = layer.weight
         assert layer.weight is weight
         assert layer.to(torch.float64).weight.dtype is torch.float64
