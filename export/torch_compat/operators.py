@@ -4,6 +4,8 @@
   them; `torch.library` writes schemas and does not read them.
 - `is_functional`: whether no operator of a graph writes into its input, or runs a graph of its own. Why: the same
   schema says so, and the type of operators with graphs has no public name.
+- `effect_of`, `without_writing`: whether an operator writes, returns a view, or is made of others; the same operator
+  without the write. Why: `OpOverload._schema` and the table of kernels say so, both private.
 - `writes_to`: whether a large tensor was written to, without comparing its values. Why: it is what autograd counts by,
   under a private name.
 - `GROUPED_MM`: the public function, and the private one that it calls, which is what libraries call, too.
@@ -13,6 +15,8 @@ Seen in torch 2.13.0 and 2.14.1.
 
 from __future__ import annotations
 
+from enum import Enum, auto
+from functools import cache
 from typing import Any
 
 import torch
@@ -45,3 +49,46 @@ def is_functional(graph: fx.Graph) -> bool:
         )
         for node in graph.nodes
     )
+
+
+class Effect(Enum):
+    """What an operator does beside computing a value of its own."""
+
+    NONE = auto()
+    WRITES = auto()
+    """It writes into its first argument."""
+    VIEWS = auto()
+    """It may return a view of an argument."""
+    COMPOSITE = auto()
+    """It may return a view, and is made of other operators (`reshape`)."""
+    UNKNOWN = auto()
+
+
+@cache
+def effect_of(target: Any) -> Effect:
+    """The effect of a node's target; `UNKNOWN` for writes elsewhere, changed shapes, and graphs inside."""
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return Effect.UNKNOWN
+    if not isinstance(target, torch._ops.OpOverload):
+        return Effect.NONE
+    aliases = [argument for argument in target._schema.arguments if argument.alias_info is not None]
+    written = [argument for argument in aliases if argument.alias_info.is_write]
+    if torch.Tag.inplace_view in target.tags:
+        return Effect.UNKNOWN
+    if written:
+        in_front = written == target._schema.arguments[:1] and len(aliases) == 1
+        return Effect.WRITES if in_front else Effect.UNKNOWN
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    # `dropout` returns its input where it drops nothing, and its schema does not say so.
+    if composite and (aliases or torch.Tag.maybe_aliasing_or_mutating in target.tags):
+        return Effect.COMPOSITE
+    return Effect.VIEWS if aliases else Effect.NONE
+
+
+def without_writing(target: Any) -> Any:
+    """`aten.add.Tensor` for `aten.add_.Tensor`; None where PyTorch has no such operator."""
+    name, overload = target._schema.name.partition("::")[2], target._overloadname
+    if not name.endswith("_") or name.startswith("__"):
+        return None
+    found = getattr(getattr(getattr(torch.ops, target.namespace), name[:-1], None), overload, None)
+    return found if effect_of(found) is Effect.NONE else None

@@ -55,7 +55,12 @@ def _extreme(plain: Callable[..., Any], of_numbers: Any, of_tensors: Any) -> Cal
         tensors = [value for value in values if _is_integer(value)]
         numbers = [value for value in values if isinstance(value, int | torch.SymInt)]
         symbols = [value for value in values if isinstance(value, torch.SymInt)]
-        if options or len(values) < 2 or not (tensors or symbols) or len(tensors) + len(numbers) < len(values):
+        if (
+            options
+            or len(values) < 2
+            or not (tensors or symbols)
+            or len(tensors) + len(numbers) < len(values)
+        ):
             return plain(*values, **options)
         if not numbers:
             return reduce(of_tensors, values)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections.abc import Callable
 
 from torch import fx
 from torch.export import ExportedProgram
@@ -19,13 +20,25 @@ def copied_module(program: ExportedProgram) -> fx.GraphModule:
     return module
 
 
-def with_module(program: ExportedProgram, module: fx.GraphModule) -> ExportedProgram:
-    """The program with a changed copy of its module, in which nothing is left that nobody uses."""
+def _is_interface(node: fx.Node) -> bool:
+    return node.op in ("placeholder", "output")
+
+
+def with_module(
+    program: ExportedProgram, module: fx.GraphModule, *, keeps: Callable[[fx.Node], bool] = _is_interface
+) -> ExportedProgram:
+    """The program with a changed copy of its module, in which nothing is left that nobody uses.
+
+    Args:
+        program: It stays as it is.
+        module: The copy.
+        keeps: Whether a node stays that nobody uses.
+    """
     signature = copy.deepcopy(program.graph_signature)
     outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
     for spec, node in zip(signature.output_specs, outputs, strict=True):
         spec.arg = dataclasses.replace(spec.arg, name=node.name)
-    module.graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
+    module.graph.eliminate_dead_code(is_impure_node=keeps)
     module.graph.lint()
     module.recompile()
     return ExportedProgram(

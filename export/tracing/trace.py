@@ -30,11 +30,11 @@ from moe_export.export.frontend.source import last_model_line
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import depends_on_values
-from moe_export.export.torch_compat.operators import is_functional
 from moe_export.export.torch_compat.sizes import fake_results_cached
 from moe_export.export.tracing.conditions import only_there
 from moe_export.export.tracing.dims import Dim, DimRequest, default_name, twin_of
 from moe_export.export.tracing.every_expert_hit import every_expert_hit
+from moe_export.export.tracing.functionalize import functionalized
 from moe_export.export.tracing.idioms import traceable_idioms, user_lines
 from moe_export.export.tracing.idioms_numbers import symbolic_numbers
 from moe_export.export.tracing.memos import without_memos
@@ -157,9 +157,8 @@ def trace(subject: Subject, request: DimRequest | None = None, *, as_called: boo
     Args:
         subject: The model and its example inputs.
         request: Which dimensions to leave free, and their names; default: all of them.
-        as_called: Keep the operators that the model calls (`reshape`, `unflatten`) where none of them writes into its
-            input. Making them those few that others expect traces everything twice more, most of the time of it;
-            `functional` does it later.
+        as_called: Keep the operators that the model calls (`reshape`, `unflatten`), but for those that write into
+            their input; `functional` makes them those few that others expect.
 
     Raises:
         NotExportableError: `torch.export` cannot trace the model at all, or a dimension that the user picked by
@@ -191,7 +190,7 @@ def trace(subject: Subject, request: DimRequest | None = None, *, as_called: boo
 def functional(traced: Traced) -> Traced:
     """A trace `as_called`, with the operators that any other trace has."""
     with quiet(), _decomposing(free=bool(traced.dims)):
-        return replace(traced, program=with_weights_marked(traced.program.run_decompositions({})))
+        return replace(traced, program=with_weights_marked(functionalized(traced.program)))
 
 
 @contextmanager
@@ -260,10 +259,7 @@ def _export(
                     stuck |= found
                     limits.append(limit)
                     continue
-                program = exported
-                if not (as_called and is_functional(exported.graph)):
-                    program = exported.run_decompositions({})  # in-place operators become functional ones
-                program = with_weights_marked(program)
+                program = with_weights_marked(functionalized(exported, as_called=as_called))
         except Exception as error:
             first = first or error
             continue
