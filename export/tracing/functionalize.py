@@ -8,10 +8,9 @@ looked at:
     copy_(select(y, 1, t), v)     →  y1 = select_scatter(y, v, 1, t), for each view that the tensor was seen through
     reshape, to, contiguous, …    →  the operators that they are made of, for the shapes and types at hand
 
-The last are run once on what the trace knows of their arguments; every other node stays as it is, with what is known of
-its value. What is written to must have been made by the graph, and no view of it that was taken before may be read
-afterwards. Where that is not so, for operators with graphs of their own, and for whatever else is not known here,
-PyTorch's own way is taken.
+The last are run once on what the trace knows of their arguments; every other node stays as it is, with what is known
+of its value. A view that was taken before a write, and is read after it, is taken anew. For writes to what the graph
+was given, for operators with graphs of their own, and for whatever else is not known here, PyTorch's own way is taken.
 """
 
 from __future__ import annotations
@@ -82,6 +81,7 @@ class _Rewriting:
         parts: Node that returned several values → these.
         through: View → how it sees its value.
         storage: Node → the node whose value it shares, where that is another.
+        before: Node → what is known of it in the model, where it is laid out otherwise now.
         sizes: Expression of a size → the first node that is it.
         writes: By the node that owns a value: how often it was written to.
         upto: Node → the count of writes that it has in it.
@@ -93,6 +93,7 @@ class _Rewriting:
     parts: dict[fx.Node, Sequence[fx.Node]] = field(default_factory=dict)
     through: dict[fx.Node, _Seen] = field(default_factory=dict)
     storage: dict[fx.Node, fx.Node] = field(default_factory=dict)
+    before: dict[fx.Node, Any] = field(default_factory=dict)
     sizes: dict[Any, fx.Node] = field(default_factory=dict)
     writes: dict[fx.Node, int] = field(default_factory=dict)
     upto: dict[fx.Node, int] = field(default_factory=dict)
@@ -104,10 +105,11 @@ class _Rewriting:
             if node.target is operator.getitem and node.args[0] in self.parts:
                 self.now[node] = self.parts[node.args[0]][arguments(node)[1]]
                 continue
-            node.args = fx.map_arg(node.args, self._read)
-            node.kwargs = fx.map_arg(node.kwargs, self._read)
+            called = node.args, node.kwargs
+            node.args = fx.map_arg(node.args, partial(self._read, node))
+            node.kwargs = fx.map_arg(node.kwargs, partial(self._read, node))
             if node.op == "call_function":
-                self._rewrite(node)
+                self._rewrite(node, called if self._is_laid_out_anew(called) else None)
             self._note_size(node)
         for node in reversed(list(self.graph.nodes)):
             if node.op == "call_function" and (node in self.now or node in self.parts) and not node.users:
@@ -121,23 +123,70 @@ class _Rewriting:
             if first is not node and node.target is _aten.sym_size.int:
                 self.now[node] = first
 
-    def _read(self, node: fx.Node) -> fx.Node:
+    def _read(self, reader: fx.Node, node: fx.Node) -> fx.Node:
+        """What a node reads in the place of another; a view that was taken before a write is taken anew."""
         node = self.now.get(node, node)
-        if node in self.parts or self.upto.get(node, 0) != self.writes.get(self.storage.get(node, node), 0):
-            raise _UnknownError  # several values at once; or a view that was taken before a write to its value
-        return node
+        if node in self.parts:
+            raise _UnknownError  # several values at once
+        if self.upto.get(node, 0) == self.writes.get(self.storage.get(node, node), 0):
+            return node
+        seen = self.through[node]
+        if effect_of(seen.view.target) is Effect.COMPOSITE:
+            raise _UnknownError  # a view or a copy
+        source = self._read(reader, seen.source)
+        with self.graph.inserting_before(reader):
+            view = self._call(seen.view, seen.view.target, source, *seen.view.args[1:])
+        self._see(view, source)
+        self._becomes(node, view)
+        return view
 
-    def _rewrite(self, node: fx.Node) -> None:
+    def _becomes(self, node: fx.Node, other: fx.Node) -> None:
+        """From here on, whoever would read the one reads the other."""
+        for each in [node, *(before for before, reads in self.now.items() if reads is node)]:
+            self.now[each] = other
+
+    def _is_laid_out_anew(self, called: tuple[Any, Any]) -> bool:
+        """Whether anything that a node takes has other strides than it has in the model."""
+        sources: list[fx.Node] = []
+        fx.map_arg(called, sources.append)
+        for source in sources:
+            now, before = self.now.get(source, source), self.before.get(source, source.meta["val"])
+            changed = now is not source or source in self.before
+            if changed and isinstance(before, torch.Tensor):
+                strides = now.meta["val"].stride()
+                if not same_shape(before.stride(), strides):
+                    return True
+        return False
+
+    def _lay_out(self, node: fx.Node) -> None:
+        """Work out anew what is known of a value, the layouts of its inputs being others."""
+        self.before[node] = node.meta["val"]
+        node.meta = {**node.meta, "val": _result(node.target, node.args, node.kwargs)}
+
+    def _rewrite(self, node: fx.Node, called: tuple[Any, Any] | None) -> None:
+        """Rewrite one node.
+
+        Args:
+            node: With its inputs as they are by now.
+            called: Its arguments in the model, where these are laid out otherwise; whether a reshape is a view or a
+                copy there is decided by that.
+        """
         effect = effect_of(node.target)
-        if effect is Effect.UNKNOWN:
+        if node.target is _aten.detach_.default:
+            self.now[node] = arguments(node)[0]  # without gradients it does nothing
+        elif effect is Effect.UNKNOWN:
             raise _UnknownError
-        if effect is Effect.WRITES:
+        elif effect is Effect.WRITES:
             self._write(node)
         elif effect is Effect.COMPOSITE and not self.as_called:
-            self._decompose(node)
-        elif node.target is _aten.lift_fresh_copy.default:
+            self._decompose(node, called)
+        elif effect is Effect.COMPOSITE and called is not None:
+            raise _UnknownError
+        elif called is not None:
+            self._lay_out(node)
+        if node.target is _aten.lift_fresh_copy.default:
             node.target = _aten.clone.default
-        elif effect in (Effect.VIEWS, Effect.COMPOSITE):
+        if effect is Effect.VIEWS or (effect is Effect.COMPOSITE and self.as_called):
             self._see(node, node.all_input_nodes[0])
         elif node.target is operator.getitem and arguments(node)[0] in self.storage:
             self._see(node, arguments(node)[0])  # of `split` or `unbind`
@@ -168,8 +217,7 @@ class _Rewriting:
         while True:
             seen = self.through.get(written)
             self.storage[value], self.upto[value] = owner, self.writes[owner]
-            for each in [written, *(other for other, reads in self.now.items() if reads is written)]:
-                self.now[each] = value
+            self._becomes(written, value)
             if seen is None:
                 return
             put_back = _PUT_BACK.get(seen.view.target)
@@ -184,16 +232,18 @@ class _Rewriting:
 
     def _call(self, like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         made = self.graph.call_function(target, args, kwargs)
-        values, keywords = fx.map_arg((made.args, made.kwargs), lambda each: each.meta["val"])
-        made.meta = {**like.meta, "val": target(*values, **keywords)}
+        made.meta = {**like.meta, "val": _result(target, made.args, made.kwargs)}
         return made
 
-    def _decompose(self, node: fx.Node) -> None:
+    def _decompose(self, node: fx.Node, called: tuple[Any, Any] | None) -> None:
         """Write down the operators that one runs on its arguments, in its place."""
-        values, keywords = fx.map_arg((node.args, node.kwargs), lambda each: each.meta["val"])
-        recorded = _Recorded()
-        with recorded:
-            result = node.target(*values, **keywords)  # type: ignore[operator]
+        recorded, result = _recorded(node.target, _values((node.args, node.kwargs)))
+        if called is not None:
+            before = fx.map_arg(called, lambda each: self.before.get(each, each.meta["val"]))
+            if [call[0] for call in _recorded(node.target, before)[0].calls] != [
+                call[0] for call in recorded.calls
+            ]:
+                raise _UnknownError  # a view in the one place, a copy in the other
         known: list[tuple[Any, fx.Node]] = [(each.meta["val"], each) for each in node.all_input_nodes]
         with self.graph.inserting_before(node):
             for target, (first, *rest), kwargs, value in recorded.calls:
@@ -275,6 +325,27 @@ class _Recorded(OperatorMode):
         return result
 
 
+def _values(args: Any) -> Any:
+    return fx.map_arg(args, lambda each: each.meta["val"])
+
+
+def _result(target: Any, args: Any, kwargs: Any) -> Any:
+    """What is known of the result of a call."""
+    values, keywords = _values((args, kwargs))
+    try:
+        return target(*values, **keywords)
+    except Exception as error:  # a view of what is laid out otherwise
+        raise _UnknownError from error
+
+
+def _recorded(target: Any, arguments: tuple[Any, Any]) -> tuple[_Recorded, Any]:
+    """The operators that a call runs, and its result."""
+    recorded = _Recorded()
+    with recorded:
+        result = target(*arguments[0], **arguments[1])
+    return recorded, result
+
+
 def _alike(value: fx.Node, other: fx.Node) -> bool:
     one, two = value.meta["val"], other.meta["val"]
     return one.dtype is two.dtype and same_shape(one.shape, two.shape)
@@ -322,6 +393,6 @@ _PUT_BACK: Mapping[Any, Callable[..., fx.Node]] = {
     _aten.transpose.int: _transposed,
     _aten.permute.default: _permuted,
     _aten.view.default: _reshaped,
-    _aten.alias.default: lambda call, source, value: value,
+    **dict.fromkeys((_aten.alias.default, _aten.detach.default), lambda call, source, value: value),
 }
 """By the operator of a view: the whole value with the part that the view sees put into it."""
