@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 
 from moe_export.export.onnx.decompositions_logs import LOG_RULES
 from moe_export.export.onnx.decompositions_numbers import NUMBER_RULES
-from moe_export.export.tracing.programs import copied_module, with_module
+from moe_export.export.tracing.programs import copied_module, name_outputs, with_module
 from moe_export.export.tracing.slices import carry_constants
 
 _aten = torch.ops.aten
@@ -31,6 +31,7 @@ def decomposed(program: ExportedProgram) -> ExportedProgram:
     """A program with its operators in the forms that the exporter knows; the given one stays as it was."""
     copied = with_module(program, copied_module(program))
     decompose(copied.graph)  # numbers that it writes have no example value, which a new program would ask for
+    name_outputs(copied.graph_signature, copied.graph)
     return copied
 
 

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 
 from torch import fx
-from torch.export import ExportedProgram
+from torch.export import ExportedProgram, ExportGraphSignature
 
 
 def copied_module(program: ExportedProgram) -> fx.GraphModule:
@@ -35,9 +35,7 @@ def with_module(
         keeps: Whether a node stays that nobody uses.
     """
     signature = copy.deepcopy(program.graph_signature)
-    outputs = next(node for node in module.graph.nodes if node.op == "output").args[0]
-    for spec, node in zip(signature.output_specs, outputs, strict=True):
-        spec.arg = dataclasses.replace(spec.arg, name=node.name)
+    name_outputs(signature, module.graph)
     module.graph.eliminate_dead_code(is_impure_node=keeps)
     module.graph.lint()
     module.recompile()
@@ -52,3 +50,10 @@ def with_module(
         constants=program.constants,
         verifiers=program.verifiers,
     )
+
+
+def name_outputs(signature: ExportGraphSignature, graph: fx.Graph) -> None:
+    """Let a signature, which knows outputs by the names of their nodes, say which nodes a graph returns."""
+    outputs = next(node for node in graph.nodes if node.op == "output").args[0]
+    for spec, node in zip(signature.output_specs, outputs, strict=True):
+        spec.arg = dataclasses.replace(spec.arg, name=node.name)
