@@ -18,7 +18,7 @@ from moe_export.verify.judging.judge import LOST, Judgement, form_mismatch, judg
 from moe_export.verify.judging.replay import NO_REPLAY, Choice, Replay, Replayer, has_ties, judge_choices
 from moe_export.verify.judging.routing import judge_routing
 from moe_export.verify.judging.tolerance import FlipBudget, Tolerance
-from moe_export.verify.judging.truth import judge_rounded, last_digits, weigh
+from moe_export.verify.judging.truth import judge_rounded, last_digits, look_ups, weigh
 from moe_export.verify.reports.findings import LEFT_TO_CPU, CaseResult
 from moe_export.verify.reports.report import Report
 from moe_export.verify.runner import Runner, one_line
@@ -218,14 +218,19 @@ class _Judges:
         return true.shape == reference.shape and may_stand(row, reference, got[name], true)
 
     def _nearby(self, case: Case, choices: Sequence[Choice]) -> tuple[Outputs, ...]:
-        """The reference's outputs for inputs that differ in the last digit only."""
-        if not any(is_float(array.dtype) for array in case.inputs.values()):
+        """The reference's outputs for inputs that differ in the last digit only, or look up what does."""
+        if any(is_float(array.dtype) for array in case.inputs.values()):
+            found = [_under(self.reference, near, choices) for near in last_digits(case, self.narrow)]
+        elif hasattr(self.reference, "run_under"):
+            found = [_under(self.reference, case, choices, near) for near in look_ups(case, self.narrow)]
+        else:
             return ()
-        found = (_under(self.reference, near, choices) for near in last_digits(case, self.narrow))
         return tuple(outputs for outputs in found if outputs is not None)
 
 
-def _under(runner: Runner, case: Case, choices: Sequence[Choice]) -> Outputs | None:
+def _under(
+    runner: Runner, case: Case, choices: Sequence[Choice], rounded: tuple[int, float] | None = None
+) -> Outputs | None:
     """The outputs of a case as another program might compute them, with these choices of experts; None: there are none.
 
     A runner that cannot replay choices, or whose model makes others, runs as it always does.
@@ -233,7 +238,7 @@ def _under(runner: Runner, case: Case, choices: Sequence[Choice]) -> Outputs | N
     run_under = getattr(runner, "run_under", None)
     if run_under is not None:
         try:
-            found: Outputs | None = run_under(case.inputs, choices)
+            found: Outputs | None = run_under(case.inputs, choices, rounded)
         except (DiedError, MissingBackendError):
             raise
         except Exception:  # whatever a model raises

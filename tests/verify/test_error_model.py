@@ -271,6 +271,60 @@ def test_plain_accumulation_is_that_of_a_program_that_adds_one_by_one():
     )
 
 
+def test_what_ids_look_up_is_changed_by_one_rounding():
+    """For a model of ids there are no inputs that differ in the last digit; without this, one lucky row refuses it."""
+    table = torch.nn.Embedding(9, 64)
+    run = TorchRunner(lambda tensors: table(tensors["ids"]), ["y"])
+    ids = {"ids": np.arange(9)}
+    plain, first, again, other = (
+        run.run_under(ids, (), rounded)["y"] for rounded in (None, (1, 0.0), (1, 0.0), (2, 0.0))
+    )
+    assert np.array_equal(plain, run.run(ids)["y"])
+    assert np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+    off = np.abs(first - plain) / np.abs(plain)
+    assert 0 < off.max() <= 2 * np.finfo(np.float32).eps
+    coarse = run.run_under(ids, (), (1, 2.0**-8))["y"]
+    assert 2.0**-9 < (np.abs(coarse - plain) / np.abs(plain)).max() < 2.0**-7
+
+
+class _Ids:
+    """A reference of ids that is exact in one run, and off by as much as others in those beside it."""
+
+    name = "reference"
+
+    def __init__(self) -> None:
+        self.asked: list = []
+
+    def run(self, inputs):
+        return {"y": np.ones((3, 4), np.float32) * inputs["ids"].shape[0]}
+
+    def run_under(self, inputs, choices, rounded=None):
+        self.asked.append(rounded)
+        found = self.run(inputs)
+        found["y"] += np.float32(4e-5 if rounded is not None else 0)
+        return found
+
+
+@pytest.mark.parametrize(("off", "verdict"), [(7.5, "equal"), (8.5, "not equal")])
+def test_a_lucky_run_of_ids_refuses_nothing(off, verdict):
+    class Candidate(_Ids):
+        def run(self, inputs):
+            return {"y": super().run(inputs)["y"] + np.float32(off * 4e-5)}
+
+    class Truth(_Ids):
+        def run(self, inputs):
+            return {"y": super().run(inputs)["y"].astype(np.float64)}
+
+        def run_under(self, inputs, choices, rounded=None):
+            return self.run(inputs)
+
+    reference = _Ids()
+    case = Case("example", 0, {}, {"ids": np.arange(9)})
+    assert compare(reference, Candidate(), [case], truth=Truth()).verdict == verdict
+    assert len({seed for seed, _ in reference.asked}) == 4
+
+
 LARGEST = float(np.abs(TRUE).max())
 
 

@@ -5,9 +5,10 @@ in it. So an output beyond the default tolerance is held against the model in fl
 
     e_i = |candidate_i - float64_i|
     E_r = max over the elements i of row r of |torch_i - float64_i|, in this case and on inputs that differ from it in
-          the last digit of each float (one run may be lucky), there with running sums kept in float32 (PyTorch keeps
-          them in float64 on a CPU, which ONNX's CumSum does not promise); at least m * max_i |float64_i|, where m is
-          the median over the rows of E_r / max_i |float64_i| (one row may be, too)
+          the last digit of each float, or of each embedding where inputs are ids (one run may be lucky), there with
+          running sums kept in float32 (PyTorch keeps them in float64 on a CPU, which ONNX's CumSum does not promise);
+          at least m * max_i |float64_i|, where m is the median over the rows of E_r / max_i |float64_i| (one row may
+          be, too)
     equal where e_i <= max(atol + rtol * |float64_i|, 8 E_r) for each i that is beyond the tolerance
 
 A row is the last axis: the features of one token. What is wrong in one row is not excused by what another one loses.

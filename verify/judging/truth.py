@@ -39,6 +39,8 @@ from moe_export.verify.judging.tolerance import Margin
 from moe_export.verify.specs import Array, is_float, numpy_dtype
 
 _ROOM = 4.0
+NEAR_RUNS = 4
+"""Runs of the reference beside the one that is compared: one may round luckily, in a row or at all."""
 _ROUNDINGS, _DEVIATIONS = 2.0, 16.0
 NO_TRUTH = "values at the limits of the dtype, and no float64 run to tell what is right"
 OTHER_WAY = "values at the limits of the dtype, and the float64 run takes another way"
@@ -106,15 +108,22 @@ def judge_rounded(
     return replace(judge(found.output, reference, candidate, margin), rounding=moved)
 
 
-def last_digits(case: Case, narrow: str = "float32", runs: int = 4) -> Iterator[Case]:
+def last_digits(case: Case, narrow: str = "float32") -> Iterator[Case]:
     """The same inputs, each float changed by one rounding of its type, or of `narrow` if that is coarser."""
-    for run in range(runs):
+    for run in range(NEAR_RUNS):
         generator = np.random.default_rng([case.seed, run])
         changed = {
             name: _rounded_away(array, generator, narrow) if is_float(array.dtype) else array
             for name, array in case.inputs.items()
         }
         yield replace(case, inputs=changed)
+
+
+def look_ups(case: Case, narrow: str = "float32") -> Iterator[tuple[int, float]]:
+    """For inputs without a float: seeds and the step by which what they look up is changed (`run_under`)."""
+    step = float(ml_dtypes.finfo(numpy_dtype(narrow)).eps)  # type: ignore[no-untyped-call]
+    for run in range(NEAR_RUNS):
+        yield NEAR_RUNS * case.seed + run, step
 
 
 def _rounded_away(array: Array, generator: np.random.Generator, narrow: str) -> Array:

@@ -1,4 +1,4 @@
-"""What PyTorch's operators do while a model runs: choices recorded or replayed, running sums added up plainly."""
+"""What PyTorch's operators do while a model runs: choices recorded or replayed, sums and look-ups rounded otherwise."""
 
 from __future__ import annotations
 
@@ -96,3 +96,26 @@ class PlainAccumulation(OperatorMode):
             return result
         terms = args[0].detach().cpu().to(torch.float32).numpy()
         return torch.from_numpy(add.accumulate(terms, axis=args[1])).to(result.device)
+
+
+class RoundedLookUps(OperatorMode):
+    """What ids look up is changed by one rounding, up or down: for a model of ids, inputs that differ as little.
+
+    Args:
+        seed: Of the directions.
+        step: The rounding, relative; at least that of the table's dtype.
+    """
+
+    def __init__(self, seed: int, step: float) -> None:
+        super().__init__()
+        self._generator = np.random.default_rng(seed)
+        self._step = step
+
+    def ran(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any
+    ) -> Any:
+        if func is not _aten.embedding.default or not result.dtype.is_floating_point:
+            return result
+        step = max(self._step, torch.finfo(result.dtype).eps)
+        signs = torch.from_numpy(self._generator.choice([-1.0, 1.0], tuple(result.shape))).to(result.device)
+        return (result.double() * (1 + step * signs)).to(result.dtype)

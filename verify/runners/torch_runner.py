@@ -68,15 +68,30 @@ class TorchRunner:
             outputs = self.run(inputs)
         return outputs, tuple(Choice(to_numpy(ids), to_numpy(scores)) for ids, scores in watcher.found)
 
-    def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> dict[str, Array] | None:
-        """Run once as another program might: with earlier choices, if any, and running sums in the dtype itself.
+    def run_under(
+        self,
+        inputs: Mapping[str, Array],
+        choices: Sequence[Choice],
+        rounded: tuple[int, float] | None = None,
+    ) -> dict[str, Array] | None:
+        """Run once as another program might: with running sums in the dtype itself.
 
-        None if the choices do not fit the model's own.
+        Args:
+            inputs: By name.
+            choices: Earlier choices of experts; none for the model's own.
+            rounded: A seed and a relative step by which what ids look up is changed; None for not at all.
+
+        Returns:
+            None if the choices do not fit the model's own.
         """
-        from moe_export.verify.runners.torch_modes import ChoiceForcer, PlainAccumulation
+        from moe_export.verify.runners.torch_modes import ChoiceForcer, PlainAccumulation, RoundedLookUps
 
         forcer = ChoiceForcer([to_torch(choice.ids, self._device) for choice in choices])
-        with PlainAccumulation(), forcer if choices else nullcontext():
+        with (
+            PlainAccumulation(),
+            RoundedLookUps(*rounded) if rounded is not None else nullcontext(),
+            forcer if choices else nullcontext(),
+        ):
             outputs = self.run(inputs)
         return outputs if forcer.fits or not choices else None
 

@@ -197,9 +197,14 @@ class ApartRunner:
         outputs, choices = self._apart.ask(self._kind, "run_watched", self._ordered(inputs))
         return self._named(outputs), choices
 
-    def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> dict[str, Array] | None:
+    def run_under(
+        self,
+        inputs: Mapping[str, Array],
+        choices: Sequence[Choice],
+        rounded: tuple[int, float] | None = None,
+    ) -> dict[str, Array] | None:
         """Run once as another program might (see `TorchRunner`); None if the model chooses something else."""
-        found = self._apart.ask(self._kind, "run_under", self._ordered(inputs), tuple(choices))
+        found = self._apart.ask(self._kind, "run_under", self._ordered(inputs), tuple(choices), rounded)
         return None if found is None else self._named(found)
 
     def _ordered(self, inputs: Mapping[str, Array]) -> list[Array]:

@@ -34,9 +34,14 @@ class Float64Runner:
         found, choices = self._wide().run_watched(inputs)
         return self._narrowed(inputs, found), choices
 
-    def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> dict[str, Array] | None:
+    def run_under(
+        self,
+        inputs: Mapping[str, Array],
+        choices: Sequence[Choice],
+        rounded: tuple[int, float] | None = None,
+    ) -> dict[str, Array] | None:
         """Run once as another program might (see `TorchRunner`); None if the model chooses something else."""
-        found = self._wide().run_under(inputs, choices)
+        found = self._wide().run_under(inputs, choices, rounded)
         return None if found is None else self._narrowed(inputs, found)
 
     def _wide(self) -> TorchRunner:

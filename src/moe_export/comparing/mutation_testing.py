@@ -189,10 +189,15 @@ class Remembered:
         """The outputs, and the choices that the model made."""
         return self._once("run_watched", inputs)
 
-    def run_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> Any:
-        """The outputs under given choices of experts; remembered only where no choices are given."""
-        if choices:
-            return self._runner.run_under(inputs, choices)
+    def run_under(
+        self,
+        inputs: Mapping[str, Array],
+        choices: Sequence[Choice],
+        rounded: tuple[int, float] | None = None,
+    ) -> Any:
+        """The outputs under given choices or roundings; remembered only where there are none."""
+        if choices or rounded is not None:
+            return self._runner.run_under(inputs, choices, rounded)
         return self._once("run_under", inputs, choices)
 
     def _once(self, method: str, inputs: Mapping[str, Array], *rest: Any) -> Any:
