@@ -72,13 +72,14 @@ def effect_of(target: Any) -> Effect:
     if not isinstance(target, torch._ops.OpOverload):
         return Effect.NONE
     aliases = [argument for argument in target._schema.arguments if argument.alias_info is not None]
-    written = [argument for argument in aliases if argument.alias_info.is_write]
+    written = [each for each in aliases if each.alias_info is not None and each.alias_info.is_write]
     if torch.Tag.inplace_view in target.tags:
         return Effect.UNKNOWN
     if written:
         in_front = written == target._schema.arguments[:1] and len(aliases) == 1
         return Effect.WRITES if in_front else Effect.UNKNOWN
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), "CompositeImplicitAutograd")
+    name = f"{target._schema.name}.{target._schema.overload_name}".rstrip(".")
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
     # `dropout` returns its input where it drops nothing, and its schema does not say so.
     if composite and (aliases or torch.Tag.maybe_aliasing_or_mutating in target.tags):
         return Effect.COMPOSITE

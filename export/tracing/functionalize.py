@@ -135,7 +135,7 @@ class _Rewriting:
             raise _UnknownError  # a view or a copy
         source = self._read(reader, seen.source)
         with self.graph.inserting_before(reader):
-            view = self._call(seen.view, seen.view.target, source, *seen.view.args[1:])
+            view = self._call(seen.view, seen.view.target, source, *seen.view.args[1:])  # type: ignore[arg-type]
         self._see(view, source)
         self._becomes(node, view)
         return view

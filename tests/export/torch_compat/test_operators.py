@@ -87,3 +87,33 @@ def test_canary_what_writes_or_holds_a_graph_is_seen():
             torch.export.export(module(), (torch.ones(3, 2),)).graph for module in (Adds, Writes, Holds)
         ]
         assert [is_functional(graph) for graph in graphs] == [True, False, False]
+
+
+def test_canary_what_an_operator_does_beside_computing():
+    with canary(
+        FILE,
+        "schemas say which operators write or return views, the table of kernels which are made of others",
+        todo="let effect_of return UNKNOWN: run_decompositions takes over in export/tracing/functionalize.py",
+    ):
+        from moe_export.export.torch_compat.operators import Effect, effect_of, without_writing
+
+        aten = torch.ops.aten
+        expected = {
+            aten.add.Tensor: Effect.NONE,
+            aten.linear.default: Effect.NONE,
+            operator.getitem: Effect.NONE,
+            aten.add_.Tensor: Effect.WRITES,
+            aten.index_put_.default: Effect.WRITES,
+            aten.select.int: Effect.VIEWS,
+            aten.split.Tensor: Effect.VIEWS,
+            aten.reshape.default: Effect.COMPOSITE,
+            aten.to.dtype: Effect.COMPOSITE,
+            aten.dropout.default: Effect.COMPOSITE,
+            aten.unsqueeze_.default: Effect.UNKNOWN,
+            aten.add.out: Effect.UNKNOWN,
+            torch.ops.higher_order.cond: Effect.UNKNOWN,
+        }
+        assert {target: effect_of(target) for target in expected} == expected
+        assert without_writing(aten.index_put_.default) is aten.index_put.default
+        assert without_writing(aten.add_.Tensor) is aten.add.Tensor
+        assert without_writing(aten.__iadd__.Tensor) is None
