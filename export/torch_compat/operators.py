@@ -89,7 +89,7 @@ def effect_of(target: Any) -> Effect:
 def without_writing(target: Any) -> Any:
     """`aten.add.Tensor` for `aten.add_.Tensor`; None where PyTorch has no such operator."""
     name, overload = target._schema.name.partition("::")[2], target._overloadname
-    if not name.endswith("_") or name.startswith("__"):
+    if not name.endswith("_"):
         return None
     found = getattr(getattr(getattr(torch.ops, target.namespace), name[:-1], None), overload, None)
     return found if effect_of(found) is Effect.NONE else None

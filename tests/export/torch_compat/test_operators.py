@@ -116,4 +116,3 @@ def test_canary_what_an_operator_does_beside_computing():
         assert {target: effect_of(target) for target in expected} == expected
         assert without_writing(aten.index_put_.default) is aten.index_put.default
         assert without_writing(aten.add_.Tensor) is aten.add.Tensor
-        assert without_writing(aten.__iadd__.Tensor) is None
