@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import onnx
 
 from moe_export.comparing import apart
-from moe_export.comparing.artifacts import GraphRunner
+from moe_export.comparing.artifacts import GraphRunner, narrowest
 from moe_export.comparing.localising import localise, open_graph, program_values
+from moe_export.comparison_settings import tolerance_of
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.trace import quiet, trace
 from moe_export.verify import (
@@ -144,13 +146,25 @@ def explain(
 
         pairs = [RoutingPair(*pair) for pair in routing]
 
-        def is_right(outputs: Mapping[str, Value]) -> bool:
+        def is_right(outputs: Mapping[str, Value], narrow: str = "float32") -> bool:
             one = Case(case.label, case.seed, dict(case.sizes), given)
-            found = compare(_Fixed(expected), _Fixed(outputs), [one], tolerance=tolerance, routing=pairs)
+            found = compare(
+                _Fixed(expected),
+                _Fixed(outputs),
+                [one],
+                tolerance=tolerance_of(narrow, tolerance),
+                routing=pairs,
+                narrow=narrow,
+                rounded=None
+                if narrow == "float32"
+                else apart.reference(reference, reference.outputs, narrow),
+            )
             return found.verdict != "not equal"
 
+        # A new export in half precision is as right as that precision allows, and no more.
+        rounds = partial(is_right, narrow=narrowest(path))
         try:
-            found = localise(model, given, subject, reference, is_right)
+            found = localise(model, given, subject, reference, is_right, rounds)
         except Exception as error:  # the report is complete without an explanation
             return Explanation(case.label, f"no node can be named: {one_line(error)}", model, given, expected)
     return Explanation(case.label, found, model, given, expected)

@@ -89,6 +89,7 @@ def localise(
     subject: Subject,
     reference: Subject,
     is_right: IsRight,
+    is_right_but_rounded: IsRight,
 ) -> Localisation | OptimiserFault | str:
     """Find the first faulty node of a graph, on inputs that it is known to be wrong on.
 
@@ -98,6 +99,7 @@ def localise(
         subject: The model that it was made from.
         reference: What it should compute, under the graph's names: the model, or a gate of it.
         is_right: Judges the graph's outputs for these inputs.
+        is_right_but_rounded: Likewise, by the precision that the graph computes in.
 
     Returns:
         The first faulty node, of the graph itself or as onnxruntime optimises it; or a sentence that says why none can
@@ -114,7 +116,7 @@ def localise(
     if found is not None and found.faulty is not None and _stands_alone(model, found.faulty):
         differs = tuple(_weight_differences(model, found.faulty, traced))
         return replace(found, faulty=replace(found.faulty, differs=differs))
-    good = _reexported_values(model, inputs, subject, is_right)
+    good = _reexported_values(model, inputs, subject, is_right_but_rounded)
     if good is not None:
         found = find_faulty_node(model, inputs, good)
     if found is None and _dtype(model) != "float32":
