@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.sizes import expression_of, fixed, same_shape, same_size
 from moe_export.export.torch_compat.dispatch import OperatorMode
+from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.torch_compat.operators import Effect, effect_of, is_functional, without_writing
 from moe_export.export.tracing.programs import copied_module, with_module
 
