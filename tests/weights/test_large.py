@@ -1,4 +1,4 @@
-"""12.6 GB of weights: exported and verified in 2 to 3 GB of memory, at the speed of the disk."""
+"""12.6 GB of weights: exported and verified in 2 to 3 GB of memory, read and written once."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,14 +18,19 @@ ROOM = 30 * 2**30
 GB = 10**9
 
 RUN = """
-import re, sys, time
+import re, sys
 from pathlib import Path
 from moe_export.cli import run
 
-start = time.perf_counter()
+def moved():
+    counts = dict(line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return int(counts["rchar"]), int(counts["wchar"])
+
+before = moved()
 code = run(sys.argv[1:])
 peak = 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
-print(f"\\n@ {code} {peak} {time.perf_counter() - start:.1f}")
+read, written = (now - then for now, then in zip(moved(), before))
+print(f"\\n@ {code} {peak} {read} {written}")
 """
 
 pytestmark = [
@@ -47,43 +51,31 @@ def place(tmp_path_factory):
     shutil.rmtree(folder)
 
 
-def copied(folder):
-    """The seconds that a plain copy of the weights takes."""
-    start = time.perf_counter()
-    shutil.copytree(folder / "weights", folder / "again")
-    seconds = time.perf_counter() - start
-    shutil.rmtree(folder / "again")
-    print(f"plain copy: {seconds:.1f} s")
-    return seconds
-
-
 def measured(*arguments):
-    """Exit code, peak bytes, seconds and output of a command."""
+    """Exit code, peak bytes, bytes read and bytes written, and the output of a command."""
     done = subprocess.run(
         [sys.executable, "-c", RUN, *map(str, arguments)], capture_output=True, text=True, check=True
     )
     output, _, figures = done.stdout.rpartition("@ ")
-    code, peak, seconds = figures.split()
-    print(arguments[0], *arguments[2:], f"code {code}, {int(peak) / GB:.2f} GB, {seconds} s")
-    return int(code), int(peak), float(seconds), output
+    code, peak, read, written = map(int, figures.split())
+    moved = f"{read / GB:.2f} GB read, {written / GB:.2f} GB written"
+    print(arguments[0], *arguments[2:], f"code {code}, {peak / GB:.2f} GB, {moved}")
+    return code, peak, (read, written), output
 
 
 @pytest.fixture(scope="module")
 def exports(place):
-    """Both ways to export, as `(code, peak, seconds)`, and the plain copies before, between and after them."""
+    """Both ways to export, as `(code, peak, (read, written))`, and the sizes of the files of the second."""
     common = ("export", place / "model.py", "--no-gate", "--no-verify", "-q", "-o")
-    copying = [copied(place)]
     referring = measured(*common, place, "--weights", "reference")[:3]
-    copying.append(copied(place))
     writing = measured(*common, place / "copied")[:3]
     found = sorted(path.stat().st_size for path in (place / "copied").glob("*.data"))
     shutil.rmtree(place / "copied")
-    copying.append(copied(place))
-    return referring, writing, copying, found
+    return referring, writing, found
 
 
 def test_exported(place, exports):
-    referring, writing, _, sizes = exports
+    referring, writing, sizes = exports
     assert (referring[0], writing[0]) == (0, 0)
     assert referring[1] < 2 * GB
     assert writing[1] < 3 * GB
@@ -94,11 +86,12 @@ def test_exported(place, exports):
     assert sum(sizes) > 12 * GB
 
 
-def test_at_the_speed_of_the_disk(exports):
-    """A disk and its machine are busy now and then: each is held to the copies before and after it."""
-    referring, writing, copying, _ = exports
-    assert referring[2] < 1.5 * sum(copying[:2]) / 2
-    assert writing[2] < 1.5 * sum(copying[1:]) / 2
+def test_each_byte_is_moved_once(exports):
+    """What a disk allows is one pass over the weights; seconds are for a quiet machine."""
+    (*_, referring), (*_, writing), sizes = exports
+    assert referring[1] < 0.5 * GB
+    assert sum(sizes) <= writing[1] < 1.05 * sum(sizes)
+    assert writing[0] < 1.2 * sum(sizes)  # with PyTorch's own files
 
 
 def test_verified(place, exports):
