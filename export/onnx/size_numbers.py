@@ -28,13 +28,22 @@ def exact_sizes(graph: ir.Graph) -> None:
 
 def _widened(node: ir.Node) -> list[ir.Value]:
     """A constant of float32 as the number that it was rounded from."""
-    tensor = node.attributes["value"].as_tensor() if "value" in node.attributes else None
-    if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape):
+    exact = _exact(node, node)
+    if exact is None:
         return []
-    number = float(tensor.numpy())
-    exact = next((each for each in numbers_in(node) if np.float32(each) == np.float32(number)), number)
-    node.attributes["value"] = ir.AttrTensor("value", ir.tensor(np.array(exact, dtype=np.float64)))
+    node.attributes["value"] = ir.AttrTensor("value", exact)
     return _doubles(node)
+
+
+def _exact(constant: ir.Node | None, reader: ir.Node) -> ir.TensorProtocol | None:
+    """A constant of float32 in float64, as the number that its reader was written with; None if it is none."""
+    known = constant is not None and constant.op_type == "Constant" and "value" in constant.attributes
+    tensor = constant.attributes["value"].as_tensor() if constant is not None and known else None
+    if tensor is None or tensor.dtype != ir.DataType.FLOAT or len(tensor.shape):
+        return None
+    number = float(tensor.numpy())
+    exact = next((each for each in numbers_in(reader) if np.float32(each) == np.float32(number)), number)
+    return ir.tensor(np.array(exact, dtype=np.float64))
 
 
 def _moved(graph: ir.Graph, node: ir.Node, moved: Container[ir.Value | None]) -> list[ir.Value]:
@@ -46,7 +55,15 @@ def _moved(graph: ir.Graph, node: ir.Node, moved: Container[ir.Value | None]) ->
     elif not any(value in moved or _is_float(value) for value in node.inputs):
         return []
     for index, value in enumerate(node.inputs):
-        if value is not None and value not in moved and _is_float(value):
+        if value is None or value in moved:
+            continue
+        exact = _exact(value.producer(), node)
+        if exact is not None:  # one that tensors are computed with, too, and that stays as it is for them
+            own = ir.node("Constant", [], {"value": exact}, metadata_props=dict(node.metadata_props))
+            own.outputs[0].shape, own.outputs[0].type = ir.Shape([]), ir.TensorType(ir.DataType.DOUBLE)
+            graph.insert_before(node, own)
+            node.replace_input_with(index, own.outputs[0])
+        elif _is_float(value):
             widened = _cast(value, ir.DataType.DOUBLE)
             graph.insert_before(node, widened)
             node.replace_input_with(index, widened.outputs[0])

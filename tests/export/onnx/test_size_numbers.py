@@ -43,3 +43,16 @@ def test_numbers_of_sizes(tools, function):
     graph = tools.graph(Numbers(function), torch.zeros(9, 1))
     for rows in (1, 2, 3, 6, 10, 25, 50, 240, 400, 441):
         tools.equal(graph, torch.zeros(rows, 1))
+
+
+class Shared(nn.Module):
+    """The same number for tensors, where it is of float32, and for sizes, where it is not."""
+
+    def forward(self, x):
+        return x * 0.7 + int(x.shape[0] * 0.7) + (x.cumsum(0) < int(x.shape[0] * 1.05 / 4)) * 1.05
+
+
+def test_a_number_that_tensors_are_computed_with_too(tools):
+    graph = tools.graph(Shared(), torch.ones(9, 1))
+    for rows in (1, 2, 10, 25, 50, 240, 400, 441):
+        tools.equal(graph, torch.ones(rows, 1))
