@@ -257,6 +257,9 @@ class _Rewriting:
                     raise _UnknownError
                 known += self._results(made, value)
         made_of = {id(value): made for value, made in known}
+        results = result if isinstance(result, (tuple, list)) else [result]
+        if any(id(each) not in made_of for each in results):
+            raise _UnknownError
         if isinstance(result, (tuple, list)):
             self.parts[node] = [made_of[id(each)] for each in result]
         else:
@@ -341,9 +344,11 @@ def _result(target: Any, args: Any, kwargs: Any) -> Any:
 def _recorded(target: Any, arguments: tuple[Any, Any]) -> tuple[_Recorded, Any]:
     """The operators that a call runs, and its result."""
     recorded = _Recorded()
-    with recorded:
-        result = target(*arguments[0], **arguments[1])
-    return recorded, result
+    try:
+        with recorded:
+            return recorded, target(*arguments[0], **arguments[1])
+    except Exception as error:
+        raise _UnknownError from error
 
 
 def _alike(value: fx.Node, other: fx.Node) -> bool:
