@@ -150,7 +150,7 @@ class _Rewriting:
         sources: list[fx.Node] = []
         fx.map_arg(called, sources.append)
         for source in sources:
-            now, before = self.now.get(source, source), self.before.get(source, source.meta["val"])
+            now, before = self.now.get(source, source), self.before.get(source, source.meta.get("val"))
             changed = now is not source or source in self.before
             if changed and isinstance(before, torch.Tensor):
                 strides = now.meta["val"].stride()
