@@ -29,6 +29,7 @@ from moe_export.errors import UsageError
 from moe_export.export.frontend.arguments import parse_init, parse_input
 from moe_export.export.frontend.ended import no_exit
 from moe_export.export.frontend.functions import as_module, needs_arguments
+from moe_export.export.frontend.kernel_shims import forget_calls, note_on_shims
 from moe_export.export.frontend.script import Call, run_file
 from moe_export.export.frontend.source import calls_user_code, last_user_line
 from moe_export.export.frontend.subject import Apart, Subject, make_subject
@@ -65,7 +66,10 @@ def load_subject(
         UsageError: There is no such file, it cannot be run, or no model (or no single one) is in it.
     """
     with no_exit(), _same_numbers():
-        return _load(str(spec), init, inputs, memory, partial(_made, apart))
+        forget_calls()
+        subject = _load(str(spec), init, inputs, memory, partial(_made, apart))
+        note = note_on_shims(subject.module)
+    return replace(subject, notes=(*subject.notes, note)) if note else subject
 
 
 def _made(

@@ -8,6 +8,7 @@ model file too: the first outermost `nn.Module` that it calls, with the real arg
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -73,6 +74,7 @@ def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[Module
     _import_folder(path)
     install_kernel_shims()
     package = _package_of(path)
+    _import_package(package)
     loader = importlib.machinery.SourceFileLoader(
         f"{package}.{path.stem}" if package else _free_name(path.stem), str(path)
     )
@@ -137,6 +139,16 @@ def _package_root(path: Path) -> Path:
 def _package_of(path: Path) -> str:
     """The dotted package for relative imports; empty for a file that lies in none."""
     return ".".join(path.parent.relative_to(_package_root(path)).parts)
+
+
+def _import_package(package: str) -> None:
+    """Import the package that the file lies in before the file, as Python does: its modules may import one another.
+
+    What fails in it may not matter to the file; what does fails again there.
+    """
+    if package:
+        with contextlib.suppress(Exception), contextlib.redirect_stdout(sys.stderr):
+            importlib.import_module(package)
 
 
 def _free_name(stem: str) -> str:

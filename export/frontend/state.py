@@ -237,8 +237,10 @@ class _Walk:
             self.see(value, f"{start}{name}", "attribute" if kind == "module" else kind)
 
     def _see_items(self, owner: Any, where: Callable[[Any], str]) -> None:
-        kind = dict if isinstance(owner, dict) else set if isinstance(owner, set) else list
-        self.items.append(_Items(owner, where, kind(owner)))
+        if isinstance(owner, dict):
+            self.items.append(_Items(owner, where, dict(dict.items(owner))))
+        else:
+            self.items.append(_Items(owner, where, set(owner) if isinstance(owner, set) else list(owner)))
 
     def _see_tensor(self, tensor: torch.Tensor, where: str) -> None:
         if tensor.is_meta or tensor.layout is not torch.strided or lazy_weight_of(tensor) is not None:
@@ -305,8 +307,8 @@ def _address(tensor: torch.Tensor) -> int:
 
 
 def _indexed(owner: Any) -> dict[Any, Any]:
-    if isinstance(owner, dict):
-        return owner
+    if isinstance(owner, dict):  # what is stored, not what a class of its own makes of it when it is asked
+        return owner if type(owner).__getitem__ is dict.__getitem__ else dict(dict.items(owner))
     if isinstance(owner, MutableSet):
         return {id(item): item for item in owner}
     return dict(enumerate(owner))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from functools import cache, cached_property, lru_cache
 
 import pytest
@@ -283,3 +283,21 @@ def test_a_forward_that_asks_for_the_mode(tools):
             return x + 1 if self.training else x
 
     assert "train mode" in tools.subject(Asks(), torch.randn(2, 3)).notes[0]
+
+
+class Makes(OrderedDict):
+    """transformers keeps classes in a dict that builds one at each access."""
+
+    def __getitem__(self, key):
+        raise RuntimeError(f"{key} was asked for")
+
+
+def test_a_dict_that_makes_what_it_is_asked_for_is_only_looked_at():
+    model = nn.ReLU()
+    model.table = Makes(gelu=nn.GELU)
+    before = State.of(model)
+    assert not before.changed()
+    model.table["tanh"] = nn.Tanh
+    assert before.changed() == {"attribute table['tanh']"}
+    before.restore()
+    assert list(model.table) == ["gelu"]

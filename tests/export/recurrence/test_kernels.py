@@ -14,8 +14,8 @@ import torch
 from slow_cases import slow
 
 from moe_export.errors import NotExportableError
-from moe_export.export.frontend import mamba_kernels as kernels
 from moe_export.export.frontend.kernel_shims import install_kernel_shims
+from moe_export.export.frontend.kernels import convolutions, scans
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.pipeline import Graph, Options, export_subject
@@ -143,7 +143,7 @@ def test_selective_scan_is_the_sum_that_it_is_defined_by() -> None:
                 wanted[i, c, t] += skip[c] * u[i, c, t]
                 wanted[i, c, t] *= z[i, c, t] * torch.sigmoid(z[i, c, t])
     parts = [v.float() for v in (u, delta, a, B, C, skip, z)]
-    y, last = kernels.selective_scan_fn(*parts, return_last_state=True)
+    y, last = scans.selective_scan_fn(*parts, return_last_state=True)
     np.testing.assert_allclose(y.numpy(), wanted, rtol=1e-4, atol=1e-5)
     assert last.shape == (b, d, n)
 
@@ -153,10 +153,10 @@ def test_mamba_2_is_mamba_with_a_decay_a_head() -> None:
     x, dt = draw(b, length, h, p).float(), draw(b, length, h).float()
     a, skip, bias = -draw(h).float().abs(), draw(h).float(), draw(h).float()
     B, C = draw(b, length, 1, n).float(), draw(b, length, 1, n).float() * 0.5
-    y, last = kernels.mamba_chunk_scan_combined(
+    y, last = scans.mamba_chunk_scan_combined(
         x, dt, a, B, C, 4, D=skip, dt_bias=bias, dt_softplus=True, return_final_states=True
     )
-    flat, state = kernels.selective_scan_fn(
+    flat, state = scans.selective_scan_fn(
         x.flatten(2).transpose(1, 2), dt.repeat_interleave(p, 2).transpose(1, 2),
         a.repeat_interleave(p)[:, None].expand(-1, n), B.permute(0, 2, 3, 1), C.permute(0, 2, 3, 1),
         skip.repeat_interleave(p), delta_bias=bias.repeat_interleave(p), delta_softplus=True, return_last_state=True,
@@ -170,12 +170,12 @@ def test_steps_one_by_one_are_the_whole() -> None:
     x, dt, B, C = (draw(b, k, length).float() for k in (d, d, n, n))
     a, weight, bias = -draw(d, n).float().abs(), draw(d, w).float(), draw(d).float()
     state, window = torch.zeros(b, d, n), torch.zeros(b, d, w - 1)
-    whole, last = kernels.causal_conv1d_fn(x, weight, bias, activation="silu", return_final_states=True)
-    scanned, end = kernels.selective_scan_fn(whole, dt, a, B, C, delta_softplus=True, return_last_state=True)
+    whole, last = convolutions.causal_conv1d_fn(x, weight, bias, activation="silu", return_final_states=True)
+    scanned, end = scans.selective_scan_fn(whole, dt, a, B, C, delta_softplus=True, return_last_state=True)
     for t in range(length):
-        y = kernels.causal_conv1d_update(x[..., t], window, weight, bias, activation="silu")
+        y = convolutions.causal_conv1d_update(x[..., t], window, weight, bias, activation="silu")
         torch.testing.assert_close(y, whole[..., t])
-        y = kernels.selective_state_update(state, y, dt[..., t], a, B[..., t], C[..., t], dt_softplus=True)
+        y = scans.selective_state_update(state, y, dt[..., t], a, B[..., t], C[..., t], dt_softplus=True)
         torch.testing.assert_close(y, scanned[..., t])
     torch.testing.assert_close(window, last)
     torch.testing.assert_close(state, end)
@@ -183,6 +183,6 @@ def test_steps_one_by_one_are_the_whole() -> None:
 
 def test_what_only_the_kernel_can_do_is_refused() -> None:
     with pytest.raises(NotExportableError, match="seq_idx"):
-        kernels.causal_conv1d_fn(draw(1, 2, 3), draw(2, 2), seq_idx=torch.zeros(1, 3))
+        convolutions.causal_conv1d_fn(draw(1, 2, 3), draw(2, 2), seq_idx=torch.zeros(1, 3))
     with pytest.raises(NotExportableError, match="complex"):
-        kernels.selective_scan_fn(draw(1, 2, 3), draw(1, 2, 3), draw(2, 2) * 1j, draw(2, 2), draw(2, 2))
+        scans.selective_scan_fn(draw(1, 2, 3), draw(1, 2, 3), draw(2, 2) * 1j, draw(2, 2), draw(2, 2))

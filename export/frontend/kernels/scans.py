@@ -1,37 +1,23 @@
-"""The kernels that Mamba models call on a GPU, as plain PyTorch with the same arguments and results.
+"""Mamba's scans, as plain PyTorch with the same arguments and results.
 
-Where `mamba_ssm` or `causal_conv1d` is not installed, a model file that imports these names gets the forms below
-(`kernel_shims`), so that it runs, traces and exports on any machine. Each is a loop over time, one step after the
-other, which `recurrence` folds; what a graph then does is decided there, not here.
+Each is a loop over time, one step after the other, which `recurrence` folds; what a graph then does is decided there,
+not here. The packages' reference functions compute the same values in the same form of arguments, and so are the same
+functions here.
 
 Source: the papers (Mamba, arXiv:2312.00752, algorithm 2; Mamba-2, arXiv:2405.21060) and the packages' documented
-signatures, https://github.com/state-spaces/mamba and https://github.com/Dao-AILab/causal-conv1d.
+signatures, https://github.com/state-spaces/mamba and https://github.com/MzeroMiko/VMamba.
 
-Letters: b batch, l length, d channels, n state size, h heads, p size of a head, g groups of heads, r heads a group,
-w taps of the convolution.
+Letters: b batch, l length, d channels, n state size, h heads, p size of a head, g groups of heads, r heads a group.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moe_export.errors import NotExportableError
-
-_SILU = ("silu", "swish")
-
-
-def _refuse(kernel: str, **arguments: Any) -> None:
-    """Arguments that only make sense for packed sequences on a GPU."""
-    for name, value in arguments.items():
-        if value is not None and value is not False:
-            raise NotExportableError(
-                f"{kernel}({name}=...) has no form outside of the GPU kernel",
-                hint=f"export the model with {name} left at its default: one sequence a row",
-            )
+from moe_export.export.frontend.kernels.refusals import refuse_arguments
 
 
 def _steps(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, float]) -> Tensor:
@@ -46,7 +32,7 @@ def _steps(dt: Tensor, bias: Tensor | None, softplus: bool, limit: tuple[float, 
     return dt
 
 
-def selective_scan_fn(  # noqa: PLR0913, PLR0917  the package's own arguments
+def selective_scan_fn(
     u: Tensor,
     delta: Tensor,
     A: Tensor,
@@ -102,7 +88,7 @@ def selective_scan_fn(  # noqa: PLR0913, PLR0917  the package's own arguments
     return (y, h.flatten(1, 2)) if return_last_state else y
 
 
-def _grouped(v: Tensor, axis: int, groups: int) -> Tensor:
+def grouped(v: Tensor, axis: int, groups: int) -> Tensor:
     """An axis as two: groups, and what is in each."""
     return v.reshape(*v.shape[:axis], groups, v.shape[axis] // groups, *v.shape[axis + 1 :])
 
@@ -115,7 +101,7 @@ def _over_time(v: Tensor, groups: int) -> Tensor:
     return v.permute(0, 3, 1, 2)
 
 
-def mamba_chunk_scan_combined(  # noqa: PLR0913, PLR0917  the package's own arguments
+def mamba_chunk_scan_combined(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -132,6 +118,7 @@ def mamba_chunk_scan_combined(  # noqa: PLR0913, PLR0917  the package's own argu
     dt_limit: tuple[float, float] = (0.0, float("inf")),
     return_final_states: bool = False,
     return_varlen_states: bool = False,
+    state_dtype: torch.dtype | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Mamba-2's scan: a decay a head, `h(t) = exp(dt A) h(t-1) + dt x(t) B(t)`, `y(t) = h(t) C(t) + D x(t)`.
 
@@ -152,23 +139,26 @@ def mamba_chunk_scan_combined(  # noqa: PLR0913, PLR0917  the package's own argu
         dt_limit: The least and greatest step.
         return_final_states: Whether to return the state after the last step, (b, h, p, n), too.
         return_varlen_states: Refused.
+        state_dtype: Of the states between the kernel's chunks; there are none here.
 
     Returns:
         y: (b, l, h, p), in the dtype of x.
     """
-    _refuse("mamba_chunk_scan_combined", seq_idx=seq_idx, cu_seqlens=cu_seqlens, states=return_varlen_states)
+    refuse_arguments(
+        "mamba_chunk_scan_combined", seq_idx=seq_idx, cu_seqlens=cu_seqlens, states=return_varlen_states
+    )
     batch, _, heads, size = x.shape
     groups, states = B.shape[2:]
     each = heads // groups
     dt = _steps(dt, dt_bias, dt_softplus, tuple(dt_limit))  # type: ignore[arg-type]
-    dt = _grouped(dt, 2, groups)  # (b, l, g, r)
-    v = _grouped(x.float(), 2, groups)  # (b, l, g, r, p)
+    dt = grouped(dt, 2, groups)  # (b, l, g, r)
+    v = grouped(x.float(), 2, groups)  # (b, l, g, r, p)
     b, c = B.float(), C.float()
     a = A.float().reshape(groups, each)
     if initial_states is None:
         h = v.new_zeros(batch, groups, each, size, states)
     else:
-        h = _grouped(initial_states.float(), 1, groups)
+        h = grouped(initial_states.float(), 1, groups)
     ys = []
     for t in range(x.shape[1]):
         decay = torch.exp(dt[:, t] * a)[..., None, None]
@@ -183,7 +173,7 @@ def mamba_chunk_scan_combined(  # noqa: PLR0913, PLR0917  the package's own argu
     return (y, h.flatten(1, 2)) if return_final_states else y
 
 
-def selective_state_update(  # noqa: PLR0913, PLR0917  the package's own arguments
+def selective_state_update(
     state: Tensor,
     x: Tensor,
     dt: Tensor,
@@ -194,6 +184,7 @@ def selective_state_update(  # noqa: PLR0913, PLR0917  the package's own argumen
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
     dt_softplus: bool = False,
+    state_batch_indices: Tensor | None = None,
 ) -> Tensor:
     """One step of the scan; `state` is changed in place.
 
@@ -208,10 +199,12 @@ def selective_state_update(  # noqa: PLR0913, PLR0917  the package's own argumen
         z: See x.
         dt_bias: (d,) or (h, p).
         dt_softplus: Whether the steps are softplus(dt + dt_bias).
+        state_batch_indices: Refused.
 
     Returns:
         y: As x.
     """
+    refuse_arguments("selective_state_update", state_batch_indices=state_batch_indices)
     heads = state.dim() == 4
     steps = _steps(dt, dt_bias, dt_softplus, (0.0, float("inf")))
     if heads and B.dim() == 3:
@@ -229,119 +222,88 @@ def selective_state_update(  # noqa: PLR0913, PLR0917  the package's own argumen
     return y.to(x.dtype)
 
 
-def causal_conv1d_fn(
+selective_scan_ref = selective_scan_fn
+selective_state_update_ref = selective_state_update
+
+
+def mamba_chunk_scan(
     x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    seq_idx: Tensor | None = None,
-    initial_states: Tensor | None = None,
-    return_final_states: bool = False,
-    final_states_out: Tensor | None = None,
-    activation: str | None = None,
-) -> Tensor | tuple[Tensor, Tensor]:
-    """A convolution a channel over what was and is: `y(t) = sum over i of weight(i) x(t - w + 1 + i)`.
-
-    Args:
-        x: (b, d, l).
-        weight: (d, w).
-        bias: (d,).
-        seq_idx: Refused.
-        initial_states: (b, d, w - 1), what was before the first step; zeros if it is not given.
-        return_final_states: Whether to return the last w - 1 inputs, (b, d, w - 1), too.
-        final_states_out: Where these are written as well.
-        activation: None, `silu` or `swish`.
-
-    Returns:
-        y: (b, d, l).
-    """
-    _refuse("causal_conv1d_fn", seq_idx=seq_idx)
-    width = weight.shape[1]
-    before = x.new_zeros(*x.shape[:2], width - 1) if initial_states is None else initial_states.to(x.dtype)
-    whole = torch.cat([before, x], dim=-1)
-    y = F.conv1d(whole.to(weight.dtype), weight[:, None], bias, groups=weight.shape[0])
-    y = (F.silu(y) if activation in _SILU else y).to(x.dtype)
-    if not return_final_states:
-        return y
-    last = whole[..., whole.shape[-1] - (width - 1) :]
-    if final_states_out is not None:
-        final_states_out.copy_(last)
-    return y, last
-
-
-def causal_conv1d_update(
-    x: Tensor,
-    conv_state: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    activation: str | None = None,
-    cache_seqlens: Tensor | None = None,
-    conv_state_indices: Tensor | None = None,
-) -> Tensor:
-    """The same for the next steps; `conv_state` is changed in place.
-
-    Args:
-        x: (b, d) for one step, or (b, d, l).
-        conv_state: (b, d, at least w - 1), the inputs before.
-        weight: (d, w).
-        bias: (d,).
-        activation: None, `silu` or `swish`.
-        cache_seqlens: Refused.
-        conv_state_indices: Refused.
-
-    Returns:
-        y: As x.
-    """
-    _refuse("causal_conv1d_update", cache_seqlens=cache_seqlens, conv_state_indices=conv_state_indices)
-    steps = x[..., None] if x.dim() == 2 else x
-    kept, width = conv_state.shape[-1], weight.shape[1]
-    whole = torch.cat([conv_state.to(x.dtype), steps], dim=-1)
-    conv_state.copy_(whole[..., whole.shape[-1] - kept :])
-    window = whole[..., kept - (width - 1) :]
-    y = F.conv1d(window.to(weight.dtype), weight[:, None], bias, groups=weight.shape[0])
-    y = (F.silu(y) if activation in _SILU else y).to(x.dtype)
-    return y[..., 0] if x.dim() == 2 else y
-
-
-def rmsnorm_fn(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    chunk_size: int,
+    D: Tensor | None = None,
     z: Tensor | None = None,
-    eps: float = 1e-6,
-    group_size: int | None = None,
-    norm_before_gate: bool = True,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
 ) -> Tensor:
-    """Root mean square normalisation with a gate silu(z), before or behind it; a group of channels at a time."""
-    y = x.float()
-    if z is not None and not norm_before_gate:
-        y = y * F.silu(z.float())
-    groups = _grouped(y, y.dim() - 1, y.shape[-1] // group_size) if group_size else y
-    groups = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + eps)
-    y = (groups.flatten(-2) if group_size else groups) * weight.float()
-    if bias is not None:
-        y = y + bias.float()
-    if z is not None and norm_before_gate:
-        y = y * F.silu(z.float())
-    return y.to(x.dtype)
+    """`mamba_chunk_scan_combined` from a state of zeros, which is not returned."""
+    y = mamba_chunk_scan_combined(x, dt, A, B, C, chunk_size, D, z, dt_bias, dt_softplus=dt_softplus)
+    assert isinstance(y, Tensor)
+    return y
 
 
-class RMSNorm(nn.Module):
-    """`rmsnorm_fn` with a weight of its own."""
+ssd_chunk_scan_combined_ref = mamba_chunk_scan
 
-    def __init__(
-        self,
-        hidden_size: int,
-        eps: float = 1e-5,
-        group_size: int | None = None,
-        norm_before_gate: bool = True,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        self.eps, self.group_size, self.norm_before_gate = eps, group_size, norm_before_gate
-        self.weight = nn.Parameter(torch.ones(hidden_size, device=device, dtype=dtype))
-        self.register_parameter("bias", None)
 
-    def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
-        """(…, d) → (…, d)."""
-        return rmsnorm_fn(x, self.weight, None, z, self.eps, self.group_size, self.norm_before_gate)
+def ssd_selective_scan(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, float("inf")),
+) -> Tensor:
+    """Mamba-2's scan where steps and decays may differ within a head.
+
+    Args:
+        x: (b, l, h, p).
+        dt: (b, l, h) or (b, l, h, p).
+        A: (h,) or (h p, n).
+        B: (b, l, g, n); so is C.
+        C: See B.
+        D: (h,) or (h, p).
+        z: (b, l, h, p), the gate.
+        dt_bias: (h,) or (h, p).
+        dt_softplus: Whether the steps are softplus(dt + dt_bias).
+        dt_limit: The least and greatest step.
+
+    Returns:
+        y: (b, l, h, p).
+    """
+    _, _, heads, size = x.shape
+    one_decay = dt.dim() == 3 and A.dim() == 1 and (dt_bias is None or dt_bias.dim() == 1)
+    if one_decay:
+        y = mamba_chunk_scan_combined(
+            x, dt, A, B, C, 0, D, z, dt_bias, dt_softplus=dt_softplus, dt_limit=dt_limit
+        )
+        assert isinstance(y, Tensor)
+        return y
+
+    def each(v: Tensor | None, axis: int) -> Tensor | None:
+        """A number a head as one a channel."""
+        if v is None:
+            return None
+        wide = v if v.dim() == axis + 2 else v.unsqueeze(-1).expand(*v.shape, size)
+        return wide.flatten(axis, axis + 1)
+
+    steps = each(dt, 2)
+    assert steps is not None
+    steps = _steps(steps, each(dt_bias, 0), dt_softplus, tuple(dt_limit))  # type: ignore[arg-type]
+    decay = A if A.dim() == 2 else A.repeat_interleave(size)[:, None].expand(-1, B.shape[-1])
+    found = selective_scan_fn(
+        x.flatten(2).transpose(1, 2),
+        steps.transpose(1, 2),
+        decay,
+        B.permute(0, 2, 3, 1),
+        C.permute(0, 2, 3, 1),
+        each(D, 0),
+        None if z is None else z.flatten(2).transpose(1, 2),
+    )
+    assert isinstance(found, Tensor)
+    return torch.unflatten(found.transpose(1, 2), -1, (heads, size))
