@@ -111,7 +111,7 @@ def fold_recurrences(subject: Subject, request: DimRequest, mode: Mode = "auto")
         return Recurrent(subject)
     with (
         delta_rules_step_by_step(),
-        scans_step_by_step(),
+        scans_step_by_step(subject.module),
         cumulative_step_by_step(),
         recurrent_layers_step_by_step(),
     ):

@@ -11,19 +11,16 @@ A file that uses `int` or `float` for more than calls, annotations and `isinstan
 from __future__ import annotations
 
 import ast
-import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, reduce
-from inspect import isfunction
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
-from moe_export.export.frontend.source import is_user_file
+from moe_export.export.frontend.model_files import global_names
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat)
 
@@ -87,7 +84,7 @@ def symbolic_numbers(model: nn.Module) -> Iterator[None]:
     """While it runs, `int` and `float` keep sizes symbolic in the user's files that a model's code stands in."""
     changed: list[tuple[dict[str, Any], str]] = []
     try:
-        for names in _files(model):
+        for names in global_names(model):
             for name in _called_in(names["__file__"]):
                 if name not in names:
                     names[name] = _NAMES[name]
@@ -96,42 +93,6 @@ def symbolic_numbers(model: nn.Module) -> Iterator[None]:
     finally:
         for names, name in changed:
             del names[name]
-
-
-def _files(model: nn.Module) -> list[dict[str, Any]]:
-    """The global names of the files of a model's modules, and of what these import, as far as that is the user's."""
-    classes = {base for module in model.modules() for base in type(module).__mro__}
-    waiting = [vars(sys.modules[base.__module__]) for base in classes if base.__module__ in sys.modules]
-    waiting += [_globals_of(each) for base in classes for each in vars(base).values()]
-    found = {id(names): names for names in waiting if _is_packages(names)}
-    while waiting:
-        names = waiting.pop()
-        path = names.get("__file__")
-        if id(names) in found or not isinstance(path, str) or not _is_users(path):
-            continue
-        found[id(names)] = names
-        for each in list(names.values()):
-            waiting.append(vars(each) if isinstance(each, ModuleType) else _globals_of(each))
-    return list(found.values())
-
-
-def _globals_of(value: Any) -> dict[str, Any]:
-    if isinstance(value, type):
-        return next((_globals_of(each) for each in vars(value).values() if isfunction(each)), {})
-    found = getattr(value, "__globals__", None) if isfunction(value) else None
-    return found if isinstance(found, dict) else {}
-
-
-def _is_packages(names: Mapping[str, Any]) -> bool:
-    """Whether a file's global names are those of an installed package that is not PyTorch."""
-    path, package = names.get("__file__"), str(names.get("__name__")).partition(".")[0]
-    installed = isinstance(path, str) and path.endswith(".py") and "site-packages" in Path(path).parts
-    return installed and package not in ("torch", "moe_export")
-
-
-@cache
-def _is_users(path: str) -> bool:
-    return path.endswith(".py") and is_user_file(path)
 
 
 @cache

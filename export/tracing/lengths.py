@@ -60,8 +60,8 @@ def resized_together(
     return dict(example)
 
 
-class _Count(OperatorMode):
-    """Counts operators."""
+class OperatorCount(OperatorMode):
+    """Counts the operators that run while it is entered, as `operators`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -76,7 +76,7 @@ class _Count(OperatorMode):
 
 def operators(subject: Subject, example: Example) -> int | None:
     """How many operators the model runs on an example; None if it refuses it."""
-    count = _Count()
+    count = OperatorCount()
     with torch.no_grad(), count:
         try:
             subject.call([example[name].clone() for name in subject.inputs])

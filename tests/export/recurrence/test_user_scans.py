@@ -63,7 +63,7 @@ def test_another_function_of_two_tensors_is_itself() -> None:
     module = ways.Block(ways.NoScan)
     one, other = torch.randn(2, 5, 12, 4), torch.randn(2, 5, 12, 4)
     wanted = ways.NoScan.apply(one, other)
-    with scans_step_by_step():
+    with scans_step_by_step(nn.Identity()):
         assert torch.equal(ways.NoScan.apply(one, other), wanted)
     _, graph = exported(module, 6, "auto")
     assert not scans(graph)
@@ -72,7 +72,7 @@ def test_another_function_of_two_tensors_is_itself() -> None:
 def test_functions_are_themselves_afterwards() -> None:
     before = ways.Doubling.forward
     decay, added = torch.rand(2, 5, 3, 2), torch.rand(2, 5, 3, 2)
-    with scans_step_by_step():
+    with scans_step_by_step(nn.Identity()):
         assert ways.Doubling.forward is not before
         assert torch.allclose(ways.Doubling.apply(decay, added), scan(decay, added, 1))
     assert ways.Doubling.forward is before
