@@ -241,7 +241,7 @@ def test_onnxruntimes_own_operator(name: str) -> None:
     assert rows[512]["contrib"] < rows[512]["scan"] / 3
     if rows[512]["contrib"] > rows[512]["auto"]:
         slower = rows[512]["contrib"] / rows[512]["auto"]
-        pytest.xfail(f"onnxruntime's operator takes {slower:.1f} times as long as products over chunks on this processor")
+        pytest.xfail(f"onnxruntime's operator takes {slower:.1f} times as long as chunks on this processor")
 
 
 def test_strong_decay_is_where_the_forms_differ() -> None:
