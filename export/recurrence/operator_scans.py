@@ -82,9 +82,7 @@ class Way:
     result: pytree.TreeSpec
 
 
-def scan_call(
-    function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]
-) -> ScanCall | None:
+def scan_call(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> ScanCall | None:
     """The call as that of a scan: one function, one nest of tensors, and otherwise plain values; None if it is not."""
     values = [*args, *kwargs.values()]
     operators = [place for place, value in enumerate(values) if _is_function(value)]
@@ -118,9 +116,7 @@ def way_of(call: ScanCall) -> Way | None:
             for backwards, alone in itertools.product((False, True), repeat=2):
                 way = Way(axes, backwards, alone, found[1])
                 if all(
-                    _agrees(call, way, length, positive)
-                    for length in LENGTHS
-                    for positive in (False, True)
+                    _agrees(call, way, length, positive) for length in LENGTHS for positive in (False, True)
                 ):
                     return way
     return None
@@ -203,7 +199,11 @@ def _agrees(call: ScanCall, way: Way, length: int, positive: bool) -> bool:
         loop = as_loop(ScanCall(call.operator, tuple(elements), call.nesting, call.run), way)
     except Exception:  # the operator does not take elements so
         return False
-    return found is not None and (length == 1 or found[1] == way.result) and _equal(found[0], pytree.tree_leaves(loop))
+    return (
+        found is not None
+        and (length == 1 or found[1] == way.result)
+        and _equal(found[0], pytree.tree_leaves(loop))
+    )
 
 
 def _equal(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> bool:

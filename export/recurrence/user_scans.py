@@ -31,7 +31,10 @@ from moe_export.export.torch_compat.functions import forwards
 from moe_export.export.tracing.lengths import OperatorCount
 
 _SIZES = (2, 3, 4, 2, 3)  # of the other axes
-_FROM, _STEPS = 16, 16  # a loop takes as many more operators for these steps as that many times for the first of them
+_FROM, _STEPS = (
+    16,
+    16,
+)  # a loop takes as many more operators for these steps as that many times for the first of them
 
 OfTwo: TypeAlias = Callable[[Tensor, Tensor], Any]
 

@@ -27,7 +27,9 @@ def tree_scan(operator: Callable[..., Any], elements: Any, axis: int = 0, revers
         length = leaves[0].shape[axis]
         if length < 2:
             return leaves
-        pairs = operator([part(each, 0, -1, 2) for each in leaves], [part(each, 1, None, 2) for each in leaves])
+        pairs = operator(
+            [part(each, 0, -1, 2) for each in leaves], [part(each, 1, None, 2) for each in leaves]
+        )
         odd = inner(list(pairs))
         short = [part(each, 0, -1) for each in odd] if length % 2 == 0 else odd
         even = operator(short, [part(each, 2, None, 2) for each in leaves])
