@@ -56,24 +56,38 @@ class Form:
         return scaled + (f" {'-' if self.shift < 0 else '+'} {abs(self.shift)}" if self.shift else "")
 
 
-def form_of(values: Mapping[int, int]) -> Form | None:
+@dataclass(frozen=True)
+class TracedLengths:
+    """The lengths at which a model was traced.
+
+    Attributes:
+        sizes: For each trace, the size of every length.
+        chunk: The places that an iteration takes, where that is known.
+    """
+
+    sizes: tuple[tuple[int, ...], ...]
+    chunk: int | None = None
+
+
+def form_of(values: Mapping[int, int], chunk: int | None = None) -> Form | None:
     """The simplest form that takes these values at these lengths; None if there is none.
 
     Args:
         values: Length → value, for at least three lengths: two determine a form, the others confirm it.
+        chunk: What it is rounded to, if that is known: few values fit several chunk sizes.
     """
-    return _line(values) or _rounded(values)
+    return _line(values) or _rounded(values, chunk)
 
 
-def form_of_one(sizes: Sequence[tuple[int, ...]], values: Sequence[int]) -> Form | None:
+def form_of_one(lengths: TracedLengths, values: Sequence[int]) -> Form | None:
     """The simplest form, of one of several lengths, that takes these values; None if there is none.
 
     Args:
-        sizes: For each value, a size of every length; at least three.
-        values: The values.
+        lengths: At least three.
+        values: For each of them.
     """
-    columns = [dict(zip(column, values, strict=True)) for column in zip(*sizes, strict=True)]
-    for form_in in (_line, _rounded):
+    columns = [dict(zip(column, values, strict=True)) for column in zip(*lengths.sizes, strict=True)]
+    for form_in in (_line, lambda column: _rounded(column, lengths.chunk)):
         for number, column in enumerate(columns):
             form = form_in(column)
             if form is not None:
@@ -102,13 +116,16 @@ def _line(values: Mapping[int, int]) -> Form | None:
     return line if fits else None
 
 
-def _rounded(values: Mapping[int, int]) -> Form | None:
+def _rounded(values: Mapping[int, int], chunk: int | None) -> Form | None:
     if len(values) >= _LEAST_FOR_CHUNKS:
-        for divisor in range(2, _LARGEST_CHUNK + 1):
-            for offset, plus in itertools.product((divisor - 1, 0), (0, -1, 1)):
-                form = _of_chunks(values, Form(1, offset, divisor, plus=plus))
-                if form is not None:
-                    return form
+        rounded = (
+            _of_chunks(values, Form(1, offset, divisor, plus=plus))
+            for divisor in range(2, _LARGEST_CHUNK + 1)
+            for offset, plus in itertools.product((divisor - 1, 0), (0, -1, 1))
+        )
+        found = [form for form in rounded if form is not None]
+        if found:
+            return min(found, key=lambda form: (form.divisor != chunk, _parts(form)))
     for divisor in range(1, _LARGEST_DIVISOR + 1):
         for slope in range(-_LARGEST_DIVISOR, _LARGEST_DIVISOR + 1):
             # value <= (slope * L + offset) / divisor < value + 1 bounds the offset at each length.
@@ -117,6 +134,11 @@ def _rounded(values: Mapping[int, int]) -> Form | None:
             if low <= high and slope:
                 return Form(slope, low, divisor)
     return None
+
+
+def _parts(form: Form) -> int:
+    """How much there is to a form beside its rounding: other chunk sizes give the same few values by chance, with more."""
+    return (form.plus != 0) + (form.factor not in (1, form.divisor, -form.divisor)) + (form.shift != 0)
 
 
 def moved(number: Any, by: Any) -> Any:

@@ -17,7 +17,7 @@ from torch import fx
 from moe_export.export.frontend.source import line_of
 from moe_export.export.recurrence.closed_form import ClosedForm, OfLength
 from moe_export.export.recurrence.closed_form_fit import closed_form_of, closed_form_of_length
-from moe_export.export.recurrence.form import form_of_one
+from moe_export.export.recurrence.form import TracedLengths, form_of_one
 from moe_export.export.recurrence.loop import Series
 from moe_export.export.recurrence.operand import View
 from moe_export.export.recurrence.rolled import Call, Folded, LengthError, RolledGraph, Scaled, Size, size_of
@@ -27,21 +27,22 @@ class UnlikeError(LengthError):
     """The traces differ in operators or views, or in how many they have, outside of the loops that they share."""
 
 
-def generalised(all_rolled: Mapping[tuple[int, ...], RolledGraph]) -> RolledGraph:
+def generalised(all_rolled: Mapping[tuple[int, ...], RolledGraph], chunk: int | None) -> RolledGraph:
     """The rolled graph for every length, from those at a few.
 
     Args:
         all_rolled: By the sizes of the lengths that are folded over.
+        chunk: The places that an iteration takes, where that is known.
 
     Raises:
         LengthError: They differ in more than numbers that follow the length.
     """
-    lengths = list(all_rolled)
+    lengths = TracedLengths(tuple(all_rolled), chunk)
     rows = [rolled.items for rolled in all_rolled.values()]
     for items in zip(*rows, strict=False):
         if len({_kind(item) for item in items}) > 1:
             raise UnlikeError(
-                f"the model runs different operators at lengths {_sizes(lengths[:2], ' and ')}",
+                f"the model runs different operators at lengths {_sizes(lengths.sizes[:2], ' and ')}",
                 _line(items[0]),
             )
     if len({len(row) for row in rows}) > 1:
@@ -62,7 +63,7 @@ def _line(item: Call | Folded) -> str | None:
     return line_of(item.node.meta.get("stack_trace")) if isinstance(item, Call) else item.loop.line
 
 
-def _merged(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: str | None) -> Any:
+def _merged(lengths: TracedLengths, values: Sequence[Any], where: str | None) -> Any:
     """One value for all lengths."""
     first = values[0]
     if isinstance(first, Size):
@@ -70,7 +71,7 @@ def _merged(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: st
             return first
         return _scaled(lengths, [getattr(value, "size", value) for value in values], first, where)
     if any(type(value) is not type(first) for value in values):
-        raise LengthError(f"it computes {_shown(values)} at lengths {_sizes(lengths)}", where)
+        raise LengthError(f"it computes {_shown(values)} at lengths {_sizes(lengths.sizes)}", where)
     if isinstance(first, Series):
         return _closed_form(lengths, values, where)
     if dataclasses.is_dataclass(first):
@@ -78,7 +79,7 @@ def _merged(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: st
     if isinstance(first, (tuple, list)):
         if len({len(value) for value in values}) > 1:
             raise UnlikeError(
-                f"a list has {_shown([len(value) for value in values])} members at lengths {_sizes(lengths)}, "
+                f"a list has {_shown([len(value) for value in values])} members at lengths {_sizes(lengths.sizes)}, "
                 "and no loop makes them", where,
             )  # fmt: skip
         return tuple(_merged(lengths, column, where) for column in zip(*values, strict=True))
@@ -87,32 +88,32 @@ def _merged(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: st
     return first if all(value == first for value in values) else _merged_numbers(lengths, values, where)
 
 
-def _merged_numbers(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: str | None) -> Any:
+def _merged_numbers(lengths: TracedLengths, values: Sequence[Any], where: str | None) -> Any:
     """A number as a function of the length."""
     if isinstance(values[0], int) and not isinstance(values[0], bool):
         form = form_of_one(lengths, values)
         if form is not None:
             return form
-    if all(isinstance(value, float) for value in values) and len(lengths[0]) == 1:
+    if all(isinstance(value, float) for value in values) and len(lengths.sizes[0]) == 1:
         closed_form = closed_form_of_length(
-            {size: value for (size,), value in zip(lengths, values, strict=True)}
+            {size: value for (size,), value in zip(lengths.sizes, values, strict=True)}
         )
         if closed_form is not None:
             return OfLength(closed_form)
-    raise LengthError(f"a number is {_shown(values)} at lengths {_sizes(lengths)}", where)
+    raise LengthError(f"a number is {_shown(values)} at lengths {_sizes(lengths.sizes)}", where)
 
 
 def _closed_form(
-    lengths: Sequence[tuple[int, ...]], series: Sequence[Series], where: str | None
+    lengths: TracedLengths, series: Sequence[Series], where: str | None
 ) -> ClosedForm:
     """The closed form of a number of the steps, for all lengths."""
-    if len(lengths[0]) > 1:
+    if len(lengths.sizes[0]) > 1:
         raise LengthError("its steps compute with their number, which works over one length only", where)
-    closed_form = closed_form_of({size: each.values for (size,), each in zip(lengths, series, strict=True)})
+    closed_form = closed_form_of({size: each.values for (size,), each in zip(lengths.sizes, series, strict=True)})
     if closed_form is None:
         seen = [
             f"{_shown(each.values[:3])}, ... at length {size}"
-            for (size,), each in zip(lengths, series, strict=True)
+            for (size,), each in zip(lengths.sizes, series, strict=True)
         ]
         raise LengthError(
             f"its steps compute with {'; '.join(seen[:2])}, and no formula is known that gives both", where
@@ -121,7 +122,7 @@ def _closed_form(
 
 
 def _scaled(
-    lengths: Sequence[tuple[int, ...]], values: Sequence[Any], first: Size, where: str | None
+    lengths: TracedLengths, values: Sequence[Any], first: Size, where: str | None
 ) -> Scaled:
     """A size that is a product of sizes of the inputs and a number that follows the length."""
     sizes = tuple(size_of(node) for node in _factors(first.node))
@@ -130,7 +131,7 @@ def _scaled(
         form = form_of_one(lengths, [value // rest for value in values])
         if form is not None:
             return Scaled(sizes, form)
-    raise LengthError(f"a size of the inputs is {_shown(values)} at lengths {_sizes(lengths)}", where)
+    raise LengthError(f"a size of the inputs is {_shown(values)} at lengths {_sizes(lengths.sizes)}", where)
 
 
 def _factors(node: fx.Node) -> list[fx.Node]:
@@ -140,7 +141,7 @@ def _factors(node: fx.Node) -> list[fx.Node]:
     return [factor for part in node.args if isinstance(part, fx.Node) for factor in _factors(part)]
 
 
-def _merged_fields(lengths: Sequence[tuple[int, ...]], values: Sequence[Any], where: str | None) -> Any:
+def _merged_fields(lengths: TracedLengths, values: Sequence[Any], where: str | None) -> Any:
     first = values[0]
     if isinstance(first, View) and first.written and all(view.written == first.written for view in values):
         return dataclasses.replace(first, numbers=first.written)

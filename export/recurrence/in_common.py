@@ -47,7 +47,11 @@ def repeats_of(traces: Sequence[Traced]) -> list[Repeats]:
 
 
 def in_common(
-    first: Traced, others: Sequence[Subject], sizes: Sequence[tuple[int, ...]], request: DimRequest
+    first: Traced,
+    others: Sequence[Subject],
+    sizes: Sequence[tuple[int, ...]],
+    request: DimRequest,
+    chunk: int | None = None,
 ) -> RolledGraph:
     """What the traces at all lengths have in common.
 
@@ -59,6 +63,7 @@ def in_common(
         others: The model with examples of the other lengths.
         sizes: The lengths of all traces, starting with that of `first`.
         request: What was free in the first trace.
+        chunk: The places that an iteration takes, where that is known.
 
     Raises:
         NoLoopError: Nothing in them repeats as a loop does.
@@ -66,22 +71,24 @@ def in_common(
     """
     static = replace(request, static=True, picked={})
     try:
-        return _common(sizes, [first, *(trace(other, static, as_called=True) for other in others)])
+        return _common(sizes, chunk, [first, *(trace(other, static, as_called=True) for other in others)])
     except NoLoopError:
         raise
     except LengthError:
         if request == static:
             raise
-    return _common(sizes, [first, *(trace(other, request, as_called=True) for other in others)])
+    return _common(sizes, chunk, [first, *(trace(other, request, as_called=True) for other in others)])
 
 
-def _common(sizes: Sequence[tuple[int, ...]], traces: Sequence[Traced]) -> RolledGraph:
+def _common(
+    sizes: Sequence[tuple[int, ...]], chunk: int | None, traces: Sequence[Traced]
+) -> RolledGraph:
     """What the traces have in common."""
     if any(traced.program.graph_signature.buffers_to_mutate for traced in traces):
         raise LengthError("the model changes a buffer while it runs", None)
     repeats = repeats_of(traces)
     try:
-        return generalised({size: roll(each) for size, each in zip(sizes, repeats, strict=True)})
+        return generalised({size: roll(each) for size, each in zip(sizes, repeats, strict=True)}, chunk)
     except UnlikeError as error:
         nearest = _nearest(repeats[-1])
         if nearest is None or nearest.nodes <= getattr(_nearest(repeats[0]), "nodes", 0):

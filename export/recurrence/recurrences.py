@@ -229,7 +229,7 @@ def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) ->
         if refusal is not None and max(count or 0 for count in counts) > _MOST_AGAIN:
             break
         try:
-            return _folded_at(subject, request, lengths, examples, again=refusal is not None)
+            return _folded_at(subject, request, lengths, examples, chunk, again=refusal is not None)
         except LengthError as error:
             if len(lengths) > 1:  # the caller tries each of them alone next
                 raise
@@ -260,6 +260,7 @@ def _folded_at(
     request: DimRequest,
     lengths: Sequence[Length],
     examples: Mapping[tuple[int, ...], Mapping[str, torch.Tensor]],
+    chunk: int | None,
     *,
     again: bool,
 ) -> Recurrent:
@@ -284,7 +285,7 @@ def _folded_at(
         if len(lengths) > 1:
             raise LengthError("one of two lengths is not looped over", None)
         return Recurrent(subject)  # the tracer keeps this length free: no loop over it is unrolled
-    whole = in_common(traced, others, tuple(examples), unpicked)
+    whole = in_common(traced, others, tuple(examples), unpicked, chunk)
     placeholders = dict(zip(traced.inputs, _placeholders(traced), strict=True))
     places = [[(placeholders[name], axis) for name, axis in group] for group in fixed]
     with quiet():

@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.recurrence.form import Form, FormError, form_of, form_of_one, moved, scaled
+from moe_export.export.recurrence.form import Form, FormError, TracedLengths, form_of, form_of_one, moved, scaled
 from moe_export.export.tracing.lengths import Length, chunk_of
 
 CHUNK = 3
@@ -118,6 +118,29 @@ def test_numbers_of_chunks(number, text) -> None:
     assert [form.at(length) for length in range(1, 200)] == [number(length) for length in range(1, 200)]
 
 
+NUMBERS = {
+    "chunks begun": lambda n, chunk: -(-n // chunk),
+    "all but one of them": lambda n, chunk: -(-n // chunk) - 1,
+    "two rows of them": lambda n, chunk: -(-n // chunk) * 2,
+    "full chunks": lambda n, chunk: n // chunk,
+    "padded": lambda n, chunk: -(-n // chunk) * chunk,
+    "padding": lambda n, chunk: -n % chunk,
+    "cut off": lambda n, chunk: n // chunk * chunk,
+    "rest": lambda n, chunk: n % chunk,
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numbers_of_chunks_of_every_size_are_told_apart(name: str) -> None:
+    """At the lengths that are traced, other sizes of chunks give the same numbers: 6 * (L // 5) - L - 1 for 8."""
+    number = NUMBERS[name]
+    for chunk in range(2, 65):
+        lengths = (3 * chunk + 1, 4 * chunk + chunk // 2, 6 * chunk, 8 * chunk - 1)
+        form = form_of({length: number(length, chunk) for length in lengths}, chunk)
+        assert form is not None, chunk
+        assert [form.at(n) for n in range(1, 600)] == [number(n, chunk) for n in range(1, 600)], chunk
+
+
 def test_sums_and_multiples_of_rounded_numbers() -> None:
     chunks, length = Form(1, 3, 4), Form(1, -2)
     for made, wanted in (
@@ -133,7 +156,7 @@ def test_sums_and_multiples_of_rounded_numbers() -> None:
 
 
 def test_a_number_of_one_of_two_lengths() -> None:
-    sizes = ((6, 7), (7, 9), (9, 10))
+    sizes = TracedLengths(((6, 7), (7, 9), (9, 10)))
     assert form_of_one(sizes, [5, 7, 8]) == Form(1, -2, of=1)
     assert form_of_one(sizes, [12, 14, 18]) == Form(2, 0)
     assert form_of_one(sizes, [100, 7, 52]) is None
