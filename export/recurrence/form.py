@@ -125,7 +125,10 @@ def _rounded(values: Mapping[int, int], chunk: int | None) -> Form | None:
         )
         found = [form for form in rounded if form is not None]
         if found:
-            return min(found, key=lambda form: (form.divisor != chunk, _parts(form)))
+            # Where no length is a multiple of the chunk, chunks begun are meant: a model pads to whole chunks.
+            return min(
+                found, key=lambda f: (f.divisor != chunk, f.divisor == chunk and not f.offset, _parts(f))
+            )
     for divisor in range(1, _LARGEST_DIVISOR + 1):
         for slope in range(-_LARGEST_DIVISOR, _LARGEST_DIVISOR + 1):
             # value <= (slope * L + offset) / divisor < value + 1 bounds the offset at each length.
@@ -137,7 +140,7 @@ def _rounded(values: Mapping[int, int], chunk: int | None) -> Form | None:
 
 
 def _parts(form: Form) -> int:
-    """How much there is to a form beside its rounding: other chunk sizes give the same few values by chance, with more."""
+    """How much there is to a form beside its rounding: what fits a few values by chance has more."""
     return (form.plus != 0) + (form.factor not in (1, form.divisor, -form.divisor)) + (form.shift != 0)
 
 

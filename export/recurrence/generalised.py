@@ -103,13 +103,13 @@ def _merged_numbers(lengths: TracedLengths, values: Sequence[Any], where: str | 
     raise LengthError(f"a number is {_shown(values)} at lengths {_sizes(lengths.sizes)}", where)
 
 
-def _closed_form(
-    lengths: TracedLengths, series: Sequence[Series], where: str | None
-) -> ClosedForm:
+def _closed_form(lengths: TracedLengths, series: Sequence[Series], where: str | None) -> ClosedForm:
     """The closed form of a number of the steps, for all lengths."""
     if len(lengths.sizes[0]) > 1:
         raise LengthError("its steps compute with their number, which works over one length only", where)
-    closed_form = closed_form_of({size: each.values for (size,), each in zip(lengths.sizes, series, strict=True)})
+    closed_form = closed_form_of(
+        {size: each.values for (size,), each in zip(lengths.sizes, series, strict=True)}
+    )
     if closed_form is None:
         seen = [
             f"{_shown(each.values[:3])}, ... at length {size}"
@@ -121,9 +121,7 @@ def _closed_form(
     return closed_form
 
 
-def _scaled(
-    lengths: TracedLengths, values: Sequence[Any], first: Size, where: str | None
-) -> Scaled:
+def _scaled(lengths: TracedLengths, values: Sequence[Any], first: Size, where: str | None) -> Scaled:
     """A size that is a product of sizes of the inputs and a number that follows the length."""
     sizes = tuple(size_of(node) for node in _factors(first.node))
     rest = math.prod(size.size for size in sizes)

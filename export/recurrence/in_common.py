@@ -80,9 +80,7 @@ def in_common(
     return _common(sizes, chunk, [first, *(trace(other, request, as_called=True) for other in others)])
 
 
-def _common(
-    sizes: Sequence[tuple[int, ...]], chunk: int | None, traces: Sequence[Traced]
-) -> RolledGraph:
+def _common(sizes: Sequence[tuple[int, ...]], chunk: int | None, traces: Sequence[Traced]) -> RolledGraph:
     """What the traces have in common."""
     if any(traced.program.graph_signature.buffers_to_mutate for traced in traces):
         raise LengthError("the model changes a buffer while it runs", None)

@@ -14,7 +14,15 @@ from torch.nn import functional
 
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
-from moe_export.export.recurrence.form import Form, FormError, TracedLengths, form_of, form_of_one, moved, scaled
+from moe_export.export.recurrence.form import (
+    Form,
+    FormError,
+    TracedLengths,
+    form_of,
+    form_of_one,
+    moved,
+    scaled,
+)
 from moe_export.export.tracing.lengths import Length, chunk_of
 
 CHUNK = 3
@@ -128,6 +136,17 @@ NUMBERS = {
     "cut off": lambda n, chunk: n // chunk * chunk,
     "rest": lambda n, chunk: n % chunk,
 }
+
+
+@pytest.mark.parametrize("name", [name for name in NUMBERS if name not in ("full chunks", "cut off", "rest")])
+def test_without_a_whole_number_of_chunks_those_begun_are_meant(name: str) -> None:
+    """At these lengths full chunks are the same as all but one of those begun; the fold's proof tells them apart."""
+    number = NUMBERS[name]
+    for chunk in range(3, 65):
+        lengths = (3 * chunk + 1, 4 * chunk + chunk // 2, 6 * chunk - 1, 8 * chunk - 1)
+        form = form_of({length: number(length, chunk) for length in lengths}, chunk)
+        assert form is not None, chunk
+        assert [form.at(n) for n in range(1, 600)] == [number(n, chunk) for n in range(1, 600)], chunk
 
 
 @pytest.mark.parametrize("name", NUMBERS)
