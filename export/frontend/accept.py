@@ -76,7 +76,7 @@ def check_inputs(tensors: Mapping[str, torch.Tensor], source: Path) -> None:
 
     Raises:
         UsageError: One has no values (meta device).
-        NotExportableError: One is complex, sparse or nested.
+        NotExportableError: One is sparse or nested.
     """
     for name, tensor in tensors.items():
         if tensor.is_meta:
@@ -98,7 +98,7 @@ def check_outputs(tensors: Mapping[str, torch.Tensor], where: str | None) -> Non
     """Refuse outputs that no graph can give.
 
     Raises:
-        NotExportableError: One is complex, sparse or nested.
+        NotExportableError: One is sparse or nested.
     """
     for name, tensor in tensors.items():
         reason = _unlike_onnx(tensor)
@@ -110,8 +110,6 @@ def check_outputs(tensors: Mapping[str, torch.Tensor], where: str | None) -> Non
 
 def _unlike_onnx(tensor: torch.Tensor) -> tuple[str, str] | None:
     """What a tensor is that ONNX does not have, and what to do about it."""
-    if tensor.is_complex():
-        return "complex", "give it as pairs of floats: torch.view_as_real and torch.view_as_complex"
     if tensor.is_nested:
         return "a nested tensor", "give a padded tensor and a mask"
     if tensor.layout is not torch.strided:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import linecache
 import os
 import re
 import sysconfig
@@ -107,3 +108,13 @@ def line_of(stack_trace: str | None) -> str | None:
     mine = [frame for frame in frames if is_user_file(frame[0])]
     chosen = mine or [frame for frame in frames if Path(frame[0]).is_absolute()]
     return f"{Path(chosen[-1][0]).resolve()}:{chosen[-1][1]}" if chosen else None
+
+
+def line_and_text(stack_trace: str | None) -> str | None:
+    """`file:line` as of `line_of`, and below it what stands on the line."""
+    line = line_of(stack_trace)
+    if line is None:
+        return None
+    path, _, number = line.rpartition(":")
+    text = linecache.getline(path, int(number)).strip()
+    return f"{line}\n{text}" if text else line

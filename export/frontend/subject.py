@@ -90,10 +90,10 @@ class Subject:
     def call_leaves(self, tensors: Sequence[torch.Tensor]) -> list[Leaf]:
         """Run the model once; everything that it returns, `dropped` included. What it does to its state stays."""
         queue = iter(tensors)
-        filled = [next(queue) if isinstance(item, _Slot) else item for item in self._template]
+        filled = [item.filled(next(queue)) if isinstance(item, _Slot) else item for item in self._template]
         args, kwargs = pytree.tree_unflatten(filled, self._spec)
         with torch.compiler.set_stance("force_eager"):
-            return list(leaves(self.module(*args, **kwargs)))
+            return [_in_pairs(leaf) for leaf in leaves(self.module(*args, **kwargs))]
 
     def call_named(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the model on tensors by input name, for its values.
@@ -119,11 +119,30 @@ class Subject:
             )
 
 
+@dataclass(frozen=True)
 class _Slot:
-    """Stands where a tensor goes in the flattened arguments."""
+    """Stands where a tensor goes in the flattened arguments.
+
+    Attributes:
+        pairs: Whether the model takes complex numbers there, which are given as pairs along a last axis.
+    """
+
+    pairs: bool
+
+    def filled(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What the model takes."""
+        return torch.view_as_complex(tensor.contiguous()) if self.pairs else tensor
 
 
-_SLOT = _Slot()
+def _as_pairs(tensor: torch.Tensor) -> torch.Tensor:
+    """Complex numbers as pairs along a last axis; any other tensor as it is."""
+    if tensor.is_neg():  # PyTorch's imaginary part of a conjugate
+        return tensor.resolve_neg()
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _in_pairs(leaf: Leaf) -> Leaf:
+    return replace(leaf, value=_as_pairs(leaf.value)) if leaf.is_tensor else leaf
 
 
 def make_subject(
@@ -159,7 +178,9 @@ def make_subject(
     names = _renamed(
         _argument_names(module, args, kwargs, source, flat), asked.input_names, map(_is_tensor, flat)
     )
-    tensors = {name: value.detach() for name, value in zip(names, flat, strict=True) if _is_tensor(value)}
+    tensors = {
+        name: _as_pairs(value.detach()) for name, value in zip(names, flat, strict=True) if _is_tensor(value)
+    }
     if not tensors:
         raise UsageError(
             f"the example inputs of {type(module).__name__} hold no tensor, but {_kinds(flat)}",
@@ -181,6 +202,15 @@ def make_subject(
             f"{type(module).__name__}.forward returns no tensor, so there is no graph to write",
             where=_forward_line(module),
         )
+    notes = tuple(
+        f"{kind} {name} is complex, and has pairs of a real and an imaginary part along a last axis in the graph"
+        for kind, names_of, values in (
+            ("input", tensors, filter(_is_tensor, flat)),
+            ("output", outputs, (leaf.value for leaf in found if leaf.is_tensor)),
+        )
+        for name, value in zip(names_of, values, strict=True)
+        if value.is_complex()
+    )
     subject = Subject(
         module=module,
         source=source,
@@ -197,15 +227,17 @@ def make_subject(
         cached=ran.cached,
         state=ran.state,
         _spec=spec,
-        _template=tuple(_SLOT if _is_tensor(value) else value for value in flat),
+        _template=tuple(_Slot(value.is_complex()) if _is_tensor(value) else value for value in flat),
         weights=weights,
         free=None if asked.free is None else _free_dims(tensors, asked),
+        notes=notes,
     )
     if weights is not None and weights.absent:
         return subject
     example = tuple(tensors.values())
     return replace(
-        subject, notes=note_on_mode(module, awake, lambda: subject.call([t.clone() for t in example]))
+        subject,
+        notes=(*notes, *note_on_mode(module, awake, lambda: subject.call([t.clone() for t in example]))),
     )
 
 

@@ -5,13 +5,11 @@ The exporter's own text speaks of what an operator was decomposed into, for page
 
 from __future__ import annotations
 
-import linecache
-
 import torch
 from torch import fx
 
 from moe_export.errors import NotExportableError
-from moe_export.export.frontend.source import line_of
+from moe_export.export.frontend.source import line_and_text
 from moe_export.export.torch_compat.failures import (
     causes_of,
     is_unknown_operator,
@@ -32,14 +30,7 @@ def untranslated(error: Exception) -> NotExportableError:
             f"the model could not be translated to ONNX: {last or type(root).__name__}",
             hint="run with --debug for the exporter's own words",
         )
-    if any(map(_is_complex, (node, *node.all_input_nodes))):
-        first = next(other for other in node.graph.nodes if _is_complex(other))
-        return NotExportableError(
-            "complex numbers have no ONNX form",
-            where=_place(first) or _place(node),
-            hint="compute with the real and the imaginary part as tensors of their own",
-        )
-    name, where = _operator(node), _place(node)
+    name, where = _operator(node), line_and_text(node.meta.get("stack_trace"))
     if may_be_random(node):
         return NotExportableError(
             f"operator {name} draws random numbers, though the example's outputs do not show it",
@@ -66,11 +57,6 @@ def untranslated(error: Exception) -> NotExportableError:
     )
 
 
-def _is_complex(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.is_complex()
-
-
 def _sizes_for_numbers(node: fx.Node) -> list[str]:
     """The arguments of an operator that are computed from sizes, by their names."""
     names = [argument.name for argument in arguments_of(node.target)]
@@ -88,13 +74,3 @@ def _operator(node: fx.Node) -> str:
     origins = node.meta.get("from_node") or ()
     target = str(origins[0].target) if origins else str(node.target)
     return target.removesuffix(".default")
-
-
-def _place(node: fx.Node) -> str | None:
-    """The line, and what stands on it."""
-    line = line_of(node.meta.get("stack_trace"))
-    if line is None:
-        return None
-    path, _, number = line.rpartition(":")
-    text = linecache.getline(path, int(number)).strip()
-    return f"{line}\n{text}" if text else line

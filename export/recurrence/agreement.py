@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -10,7 +9,7 @@ import torch
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.lengths import Length, resized_together
 from moe_export.export.tracing.trace import quiet
-from moe_export.float64 import agree, doubled, in_float64
+from moe_export.float64 import agree, double_module, doubled, in_float64
 
 # A trace may keep a Python number as a float32 tensor, which is off by up to 6e-8 of it.
 _NEAR = 1e-6
@@ -64,7 +63,7 @@ class Agreement:
     def _both(self) -> tuple[Subject, Subject]:
         if self._wide is None:
             both = (self._subject, self._folded)
-            wide = [subject.of(copy.deepcopy(subject.module).double()) for subject in both]
+            wide = [subject.of(double_module(subject.module)) for subject in both]
             self._wide = (wide[0], wide[1])
         return self._wide
 

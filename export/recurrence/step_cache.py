@@ -11,7 +11,6 @@ Letters: l length.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -25,7 +24,7 @@ from moe_export.export.recurrence.transformers_cache import CachedModel, empty, 
 from moe_export.export.tracing.lengths import Length
 from moe_export.export.tracing.trace import quiet
 from moe_export.export.tracing.transformers_experts import traceable_experts
-from moe_export.float64 import in_float64
+from moe_export.float64 import double_module, in_float64
 
 _ROOM = 2**31  # bytes of weights that may be copied to float64
 _BEFORE = (5, 7)  # tokens in the example's cache: 7 if the batch is 5, so that the two sizes differ
@@ -81,7 +80,7 @@ def _prove(subject: Subject, length: Length, count: int) -> None:
         name: tensor.double() if tensor.is_floating_point() else tensor
         for name, tensor in subject.inputs.items()
     }
-    wide = replace(subject.of(copy.deepcopy(subject.module).double()), inputs=inputs)
+    wide = replace(subject.of(double_module(subject.module)), inputs=inputs)
     with in_float64(), traceable_experts():
         _prove_as_it_is(wide, length, count)
 

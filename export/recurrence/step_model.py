@@ -6,7 +6,6 @@ differently in float16, and by how much depends on the processor.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -17,7 +16,7 @@ from moe_export.errors import NotExportableError
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.lengths import Length
-from moe_export.float64 import agree, doubled, in_float64
+from moe_export.float64 import agree, double_module, doubled, in_float64
 
 PROVED = 7
 """How many steps are compared by default."""
@@ -66,7 +65,7 @@ def prove_steps(
     Raises:
         NotExportableError: They give different values.
     """
-    wide = [each.of(copy.deepcopy(each.module).double()) for each in (subject, step)]
+    wide = [each.of(double_module(each.module)) for each in (subject, step)]
     wide = [replace(each, inputs={name: doubled(x) for name, x in each.inputs.items()}) for each in wide]
     try:
         with in_float64():

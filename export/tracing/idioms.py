@@ -98,26 +98,6 @@ def _embedding_bag(
     return rows.sum(1) if mode == "sum" else rows.mean(1) if mode == "mean" else rows.amax(1)
 
 
-def _unsqueeze(tensor: torch.Tensor, dim: int) -> torch.Tensor:
-    """`unsqueeze` of complex numbers, as rotary embeddings have them, → of pairs of real ones.
-
-    The exporter translates complex numbers as pairs of real ones, but not this operator.
-    """
-    if not tensor.is_complex():
-        return torch.unsqueeze(tensor, dim)
-    return torch.view_as_complex(torch.view_as_real(tensor).unsqueeze(dim % (tensor.dim() + 1)))
-
-
-def _item(tensor: torch.Tensor, index: Any) -> torch.Tensor:
-    """`x[:, None]` of complex numbers → of pairs of real ones."""
-    parts = index if isinstance(index, tuple) else (index,)
-    plain = all(part is None or part is Ellipsis or isinstance(part, (int, slice)) for part in parts)
-    if not tensor.is_complex() or not plain:
-        return tensor[index]
-    parts = parts if Ellipsis in parts else (*parts, Ellipsis)
-    return torch.view_as_complex(torch.view_as_real(tensor)[(*parts, slice(None))])
-
-
 def _to(original: Callable[..., nn.Module], module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """`module.to(...)` in a `forward`, where the module is so already → the module.
 
@@ -148,9 +128,6 @@ _IDIOMS: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.scaled_dot_product_attention: _attention,
     **dict.fromkeys(GROUPED_MM, _grouped_mm),
     torch.nn.functional.embedding_bag: _embedding_bag,
-    torch.unsqueeze: _unsqueeze,
-    torch.Tensor.unsqueeze: _unsqueeze,
-    torch.Tensor.__getitem__: _item,
     torch.chunk: _chunk,
     torch.Tensor.chunk: _chunk,
 }

@@ -8,7 +8,6 @@ made of the trace later reads these shapes.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,7 +22,7 @@ from moe_export.export.tracing.dims import Dim
 from moe_export.export.tracing.guards import Probes
 from moe_export.export.tracing.trace import Traced, resized
 from moe_export.export.tracing.traced_loops import RunsLoops
-from moe_export.float64 import agree, doubled, in_float64
+from moe_export.float64 import agree, double_module, doubled, in_float64
 
 Sizes = Mapping[str, int]
 
@@ -192,7 +191,7 @@ class _Beside:
         try:
             with in_float64():
                 if self._wide is None:
-                    self._wide = self._subject.of(copy.deepcopy(self._subject.module).double())
+                    self._wide = self._subject.of(double_module(self._subject.module))
                 wanted = self._wide.call([doubled(tensor.clone()) for tensor in given])
                 found = run_program(self._traced, [doubled(tensor.clone()) for tensor in given], wide=True)
         except Exception:

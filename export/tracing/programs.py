@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from torch import fx
 from torch.export import ExportedProgram, ExportGraphSignature
@@ -25,7 +26,13 @@ def _is_interface(node: fx.Node) -> bool:
 
 
 def with_module(
-    program: ExportedProgram, module: fx.GraphModule, *, keeps: Callable[[fx.Node], bool] = _is_interface
+    program: ExportedProgram,
+    module: fx.GraphModule,
+    *,
+    keeps: Callable[[fx.Node], bool] = _is_interface,
+    signature: ExportGraphSignature | None = None,
+    state_dict: Mapping[str, Any] | None = None,
+    constants: Mapping[str, Any] | None = None,
 ) -> ExportedProgram:
     """The program with a changed copy of its module, in which nothing is left that nobody uses.
 
@@ -33,8 +40,11 @@ def with_module(
         program: It stays as it is.
         module: The copy.
         keeps: Whether a node stays that nobody uses.
+        signature: What it says of its inputs and outputs, if that is something else.
+        state_dict: The weights, if they are others.
+        constants: Likewise.
     """
-    signature = copy.deepcopy(program.graph_signature)
+    signature = signature or copy.deepcopy(program.graph_signature)
     name_outputs(signature, module.graph)
     module.graph.eliminate_dead_code(is_impure_node=keeps)
     module.graph.lint()
@@ -43,11 +53,11 @@ def with_module(
         root=module,
         graph=module.graph,
         graph_signature=signature,
-        state_dict=program.state_dict,
+        state_dict=program.state_dict if state_dict is None else dict(state_dict),
         range_constraints=program.range_constraints,
         module_call_graph=program.module_call_graph,
         example_inputs=program.example_inputs,
-        constants=program.constants,
+        constants=program.constants if constants is None else dict(constants),
         verifiers=program.verifiers,
     )
 

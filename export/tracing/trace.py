@@ -31,6 +31,7 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import depends_on_values
 from moe_export.export.torch_compat.sizes import fake_results_cached
+from moe_export.export.tracing.complex_numbers import without_complex
 from moe_export.export.tracing.conditions import only_there
 from moe_export.export.tracing.dims import Dim, DimRequest, default_name, twin_of
 from moe_export.export.tracing.every_expert_hit import every_expert_hit
@@ -259,7 +260,7 @@ def _export(
                     stuck |= found
                     limits.append(limit)
                     continue
-                program = with_weights_marked(functionalized(exported, as_called=as_called))
+                program = with_weights_marked(without_complex(functionalized(exported, as_called=as_called)))
         except Exception as error:
             first = first or error
             continue

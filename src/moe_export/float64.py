@@ -6,14 +6,19 @@ In float64 what differs is another formula.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
-_NARROW = {torch.float32, torch.float16, torch.bfloat16}
+_WIDE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
+}
 _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 
 
@@ -46,7 +51,7 @@ class _Wide(TorchFunctionMode):
 
 
 def _widened(value: Any) -> Any:
-    return torch.float64 if isinstance(value, torch.dtype) and value in _NARROW else value
+    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 @contextmanager
@@ -62,8 +67,20 @@ def in_float64() -> Iterator[None]:
 
 
 def doubled(value: torch.Tensor) -> torch.Tensor:
-    """A tensor of floats in float64; any other as it is."""
+    """A tensor of floats in float64, of complex numbers in complex128; any other as it is."""
+    if value.is_complex():
+        return value.to(torch.complex128)
     return value.double() if value.is_floating_point() else value
+
+
+def double_module(module: nn.Module) -> nn.Module:
+    """A copy of a module in float64; `module.double()` leaves complex weights in complex64."""
+    wide = copy.deepcopy(module).double()
+    for part in wide.modules():
+        for weights in (part.named_parameters(recurse=False), part.named_buffers(recurse=False)):
+            for _, weight in weights:
+                weight.data = doubled(weight.data)
+    return wide
 
 
 def agree(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], near: float) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 
 from moe_export.export.frontend.subject import Subject
+from moe_export.float64 import double_module
 from moe_export.verify import Array, Choice, TorchRunner
 from moe_export.verify.specs import is_float
 
@@ -46,7 +46,7 @@ class Float64Runner:
 
     def _wide(self) -> TorchRunner:
         if self._runner is None:
-            wide = self._subject.of(copy.deepcopy(self._subject.module).double())
+            wide = self._subject.of(double_module(self._subject.module))
             self._runner = TorchRunner(wide.call_named, self._outputs, self.name, "float64")
         return self._runner
 

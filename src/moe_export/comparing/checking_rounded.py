@@ -38,6 +38,7 @@ class RoundedRunner:
 def _rounded(module: nn.Module, dtype: torch.dtype) -> nn.Module:
     with torch.no_grad():
         for weight in module.parameters():
-            if weight.is_floating_point():
-                weight.copy_(weight.to(dtype).to(weight.dtype))
+            parts = torch.view_as_real(weight) if weight.is_complex() else weight
+            if parts.is_floating_point():
+                parts.copy_(parts.to(dtype).to(parts.dtype))
     return module

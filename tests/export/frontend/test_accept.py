@@ -64,7 +64,6 @@ def test_weights_on_the_meta_device_are_refused(tools):
     ("tensor", "kind", "error"),
     [
         (torch.ones(2, 4, device="meta"), "is on the meta device", UsageError),
-        (torch.ones(2, 4, dtype=torch.complex64), "is complex", NotExportableError),
         (torch.eye(4).to_sparse(), "is sparse", NotExportableError),
     ],
 )
@@ -73,26 +72,20 @@ def test_inputs_that_no_graph_can_take(tools, tensor, kind, error):
         tools.subject(nn.ReLU(), tensor)
 
 
-def test_a_complex_output_is_refused(tools):
-    class Spectrum(nn.Module):
-        def forward(self, x):
-            spectrum = torch.fft.rfft(x)
-            if x.dim() > 9:
-                return None
-            return spectrum
+def test_complex_inputs_and_outputs_are_pairs(tools):
+    class Turned(nn.Module):
+        def forward(self, x, z):
+            turned = z * torch.exp(1j * x)
+            return turned, z.conj().imag
 
-    with pytest.raises(NotExportableError) as caught:
-        tools.subject(Spectrum(), torch.ones(2, 8))
-    assert "output spectrum is complex, which no ONNX output can be" in str(caught.value)
-    assert "torch.view_as_real" in str(caught.value)
-
-
-def test_complex_numbers_inside_a_model_export(tools):
-    class Magnitude(nn.Module):
-        def forward(self, x):
-            return torch.fft.rfft(x).abs()
-
-    tools.equal(tools.graph(Magnitude(), torch.randn(2, 8)), torch.randn(3, 8), atol=1e-4)
+    x, z = torch.randn(2, 3), torch.randn(2, 3, dtype=torch.complex64)
+    graph = tools.graph(Turned(), x, z)
+    assert graph.traced.inputs == {"x": ("batch", "x_dim1"), "z": ("batch", "x_dim1", 2)}
+    assert [note for note in graph.notes if "complex" in note] == [
+        f"{name} is complex, and has pairs of a real and an imaginary part along a last axis in the graph"
+        for name in ("input z", "output turned")
+    ]
+    tools.equal(graph, torch.randn(5, 4), torch.randn(5, 4, 2))
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -71,22 +71,6 @@ def test_an_error_that_names_no_operator():
     )
 
 
-class Turning(nn.Module):
-    """A state that is turned in the complex plane."""
-
-    def forward(self, x):
-        state = torch.zeros(x.shape[0], 4, dtype=torch.complex64)
-        for step in range(x.shape[1]):
-            state = state * 0.9j + x[:, step]
-        return state.real
-
-
-def test_complex_numbers_are_named_and_not_what_stands_for_a_loop(tools):
-    with pytest.raises(NotExportableError, match="complex numbers have no ONNX form") as caught:
-        tools.graph(Turning(), torch.randn(2, 6, 4))
-    assert "test_untranslated.py:" in str(caught.value.where)
-
-
 def test_a_number_that_a_free_size_decides(tools):
     class OwnKernels(nn.Module):
         def forward(self, x):

@@ -72,15 +72,6 @@ def test_grouped_mm_is_each_row_times_its_own_matrix():
     torch.testing.assert_close(found, expected)
 
 
-def test_complex_numbers_gain_axes_as_pairs_of_real_ones():
-    numbers = torch.view_as_complex(torch.randn(3, 4, 2))
-    with traceable_idioms():
-        assert torch.equal(numbers.unsqueeze(-1), numbers.reshape(3, 4, 1))
-        assert torch.equal(numbers[:, None, 1:], numbers[:, 1:].reshape(3, 1, 3))
-        assert torch.equal(numbers[..., 2], numbers.select(-1, 2))
-        assert torch.equal(numbers[torch.tensor([2, 0])], numbers.flip(0)[::2])
-
-
 def test_a_module_that_casts_itself_to_what_it_is_stays_as_it_is():
     layer = nn.Linear(2, 2)
     weight = layer.weight
