@@ -61,6 +61,11 @@ def same_size(left: object, right: object) -> bool:
     return len(environments) == 1 and statically_known_true(left == right)
 
 
+def is_at_most(size: int | torch.SymInt, other: int | torch.SymInt) -> bool:
+    """Whether a size of a trace is no greater than another for every input that the trace holds for."""
+    return bool(statically_known_true(size <= other))
+
+
 def same_shape(left: Sequence[object], right: Sequence[object]) -> bool:
     """Whether two shapes of a trace have the same sizes, axis by axis."""
     return len(left) == len(right) and all(map(same_size, left, right))

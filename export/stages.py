@@ -27,6 +27,8 @@ from moe_export.export.experts.expand import expand_experts
 from moe_export.export.experts.outline import DOMAIN as EXPERTS
 from moe_export.export.experts.outline import NUMBER, OPERATOR, Block, outline_experts
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.onnx.fourier import DOMAIN as FOURIER
+from moe_export.export.onnx.fourier import expand_fourier
 from moe_export.export.onnx.simplify import as_numpy, simplify
 from moe_export.export.onnx.translate import check, name_at_opset, translate
 from moe_export.export.onnx.transposed import mend_products, product_notes
@@ -175,6 +177,7 @@ def _expand(draft: Draft, options: Options) -> Draft:
     model = draft.model.clone()
     experts = expand_experts(model, draft.program.blocks, options.experts, options.target)
     loops = expand_loops(model, Expansion(options.recurrence, options.unroll))
+    expand_fourier(model)
     return replace(draft, model=model, notes=(*draft.notes, *experts, *loops))
 
 
@@ -244,7 +247,9 @@ def _carried_over(draft: Draft, options: Options) -> None:
 
 def _only_standard(draft: Draft, options: Options) -> None:
     """No node of ours is left: every domain is one that a runtime has."""
-    ours = {node.op_type for node in draft.model.graph.all_nodes() if node.domain in (EXPERTS, LOOPS)}
+    ours = {
+        node.op_type for node in draft.model.graph.all_nodes() if node.domain in (EXPERTS, LOOPS, FOURIER)
+    }
     assert not ours, f"opaque nodes are left: {', '.join(sorted(ours))}"
 
 

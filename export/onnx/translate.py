@@ -20,6 +20,7 @@ from moe_export.export.frontend.pytree import unique
 from moe_export.export.onnx.decompositions import decomposed
 from moe_export.export.onnx.empty_products import settle_empty_products
 from moe_export.export.onnx.expands import drop_expands
+from moe_export.export.onnx.fourier import TRANSLATIONS as FOURIER
 from moe_export.export.onnx.naming import name_nodes, statements
 from moe_export.export.onnx.opset import EXPORTER_LOWEST, set_opset
 from moe_export.export.onnx.provenance import shorten_metadata
@@ -31,7 +32,7 @@ from moe_export.export.onnx.transposed import mend_products
 from moe_export.export.onnx.untranslated import untranslated
 from moe_export.export.torch_compat.caches import cache_patches, decomposed_if_needed
 from moe_export.export.torch_compat.exact_rules import exact_constants
-from moe_export.export.tracing.slices import TRANSLATIONS
+from moe_export.export.tracing.slices import TRANSLATIONS as SLICES
 from moe_export.export.tracing.trace import Traced, quiet, rename
 
 _DATA_SIZE = re.compile(r"u\d+")
@@ -59,7 +60,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
                 opset_version=lowest,
                 verbose=False,
                 optimize=False,
-                custom_translation_table=TRANSLATIONS,
+                custom_translation_table={**SLICES, **FOURIER},
             )
             assert result is not None
             exact_sizes(result.model.graph)

@@ -19,20 +19,29 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from moe_export.export.tracing import complex_arithmetic, complex_functions, complex_parts
+from moe_export.export.tracing import complex_arithmetic, complex_functions, complex_parts, fourier_rules
 from moe_export.export.tracing.complex_writer import Pair, Writer, is_complex
 from moe_export.export.tracing.programs import copied_module, with_module
 
-_RULES: Mapping[Any, Any] = {
+_PLAIN: Mapping[Any, Any] = {
     **complex_arithmetic.RULES,
     **complex_functions.RULES,
     **complex_parts.RULES,
+}
+_RULES: Mapping[Any, Any] = {
+    **_PLAIN,
+    **{
+        target: partial(fourier_rules.on_signals, _PLAIN[target], target)
+        for target in fourier_rules.SIGNAL_RULES
+    },
+    **fourier_rules.RULES,
 }
 _OF_PARTS = {torch.ops.aten._neg_view.default, torch.ops.aten.resolve_neg.default}
 """What PyTorch makes of the imaginary part of a conjugate, which is real."""
@@ -180,9 +189,8 @@ class _Pairs:
         if is_complex(value):
             if not isinstance(found, Pair):
                 found = Pair(found, None)
-            self._pairs[node] = (
-                self._writer.fitted(found, value) if isinstance(value, torch.Tensor) else found
-            )
+            known = isinstance(found, fourier_rules.Spectrum) or not isinstance(value, torch.Tensor)
+            self._pairs[node] = found if known else self._writer.fitted(found, value)
             return
         if isinstance(found, Pair):  # a cast to a real type
             found = self._writer.cast(complex_parts.one_part(0, self._writer, found), value.dtype)

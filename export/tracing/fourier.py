@@ -1,0 +1,73 @@
+"""Fourier transforms and circular convolutions of real tensors as operators of our own, along the last axis.
+
+    fourier        X[k] = sum_j x[j] e^(-+ 2 pi i jk / n)   for k < n, or up to n // 2; real parts, imaginary ones
+    fourier_real   the real y[t] whose spectrum's first entries are given, t < n; the others are their conjugates
+    convolve       y[t] = sum_j a[j] b[(t - j) mod n]   for t < length; `wraps`: |a| + |b| - 1 may be more than n
+
+Operands may be shorter than n, and then go on with zeros. In PyTorch they run as `torch.fft` does. In ONNX they are
+carried as opaque nodes, and become matrix products (`onnx.fourier`): ONNX's own `DFT` is wrong in ONNX Runtime at
+lengths that are no power of two, and TensorRT has none.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _scale(n: int, power: int) -> float:
+    """The factor by which a transform is scaled: a power of 1 / sqrt(n)."""
+    return float(n) ** (-power / 2)
+
+
+@torch.library.custom_op(
+    "moe_export::fourier",
+    mutates_args=(),
+    schema="(Tensor real, Tensor? imag, SymInt n, bool onesided, bool inverse, int power) -> Tensor",
+)
+def _fourier(real: Tensor, imag: Tensor | None, n: int, onesided: bool, inverse: bool, power: int) -> Tensor:
+    value = real if imag is None else torch.complex(real, imag)
+    found = torch.fft.ifft(value, n, norm="forward") if inverse else torch.fft.fft(value, n)
+    found = found[..., : n // 2 + 1 if onesided else n] * _scale(n, power)
+    return torch.cat([found.real, found.imag], -1)
+
+
+_fourier.register_fake(
+    lambda real, imag, n, onesided, inverse, power: real.new_empty(
+        [*real.shape[:-1], 2 * (n // 2 + 1 if onesided else n)]
+    )
+)
+
+
+@torch.library.custom_op(
+    "moe_export::fourier_real",
+    mutates_args=(),
+    schema="(Tensor real, Tensor? imag, SymInt n, int power) -> Tensor",
+)
+def _fourier_real(real: Tensor, imag: Tensor | None, n: int, power: int) -> Tensor:
+    value = torch.complex(real, torch.zeros_like(real) if imag is None else imag)
+    return torch.fft.irfft(value, n, norm="forward") * _scale(n, power)
+
+
+_fourier_real.register_fake(lambda real, imag, n, power: real.new_empty([*real.shape[:-1], n]))
+
+
+@torch.library.custom_op(
+    "moe_export::convolve",
+    mutates_args=(),
+    schema="(Tensor a, Tensor b, SymInt n, SymInt length, bool wraps) -> Tensor",
+)
+def _convolve(a: Tensor, b: Tensor, n: int, length: int, wraps: bool) -> Tensor:
+    product = torch.fft.rfft(a, n) * torch.fft.rfft(b, n)
+    return torch.fft.irfft(product, n)[..., :length].contiguous()
+
+
+@_convolve.register_fake
+def _(a: Tensor, b: Tensor, n: int, length: int, wraps: bool) -> Tensor:
+    shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    return a.new_empty([*shape, length])
+
+
+FOURIER = torch.ops.moe_export.fourier.default
+FOURIER_REAL = torch.ops.moe_export.fourier_real.default
+CONVOLVE = torch.ops.moe_export.convolve.default
