@@ -17,7 +17,6 @@ Letters: n entries of a transform, N of a padded one of p rows and q = 32 column
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -41,10 +40,10 @@ Number = int | ir.Value
 
 
 def _operator(name: str, operands: Sequence[str], numbers: Sequence[str], attributes: Sequence[str]) -> Op:
+    parameter, option = onnx.defs.OpSchema.FormalParameter, onnx.defs.OpSchema.FormalParameterOption
+
     def of(kind: str, each: str) -> Any:
-        optional = onnx.defs.OpSchema.FormalParameterOption.Optional if each == "imag" else None
-        more = {} if optional is None else {"param_option": optional}
-        return onnx.defs.OpSchema.FormalParameter(each, kind, **more)
+        return parameter(each, kind, param_option=option.Optional if each == "imag" else option.Single)
 
     integer = onnx.defs.OpSchema.AttrType.INT
     schema = onnx.defs.OpSchema(
@@ -144,25 +143,28 @@ class _Tables:
 
     # Tables
 
-    def angles(self, rows: Number, columns: Number, n: Number) -> tuple[Any, Any]:
-        """Cos and sin of 2 pi jk / n, (rows, columns), in float64: constants as arrays, others as values."""
+    def angles(self, rows: Number, columns: Number, n: Number, *, many: bool = False) -> tuple[Any, Any]:
+        """Cosines and sines of 2 pi jk / n, (rows, columns), in float64: constants as arrays, others as values.
+
+        Args:
+            rows: How many j.
+            columns: How many k.
+            n: Of a whole turn.
+            many: Whether there are more entries than n, so that they are looked up in a table of n.
+        """
         if isinstance(rows, int) and isinstance(columns, int) and isinstance(n, int):
-            turned = 2 * np.pi / n * (np.outer(np.arange(rows), np.arange(columns)) % n)
-            return np.cos(turned), np.sin(turned)
+            known = 2 * np.pi / n * (np.outer(np.arange(rows), np.arange(columns)) % n)
+            return np.cos(known), np.sin(known)
         w = self.w
         index = w.op("Mod", w.op("Mul", self.count(rows, [1]), self.count(columns, [0])), self.tensor(n))
         unit = w.op(
             "Div", w.constant(np.array([2 * np.pi])), w.op("Cast", self.tensor(n), to=ir.DataType.DOUBLE)
         )
-        if self._is_larger(rows, columns, n):
+        if many:
             every = w.op("Mul", w.op("Cast", self.count(n, []), to=ir.DataType.DOUBLE), unit)
             return tuple(w.op("Gather", w.op(kind, every), index) for kind in ("Cos", "Sin"))  # type: ignore[return-value]
         turned = w.op("Mul", w.op("Cast", index, to=ir.DataType.DOUBLE), unit)
         return w.op("Cos", turned), w.op("Sin", turned)
-
-    def _is_larger(self, rows: Number, columns: Number, n: Number) -> bool:
-        """Whether a table has more entries than there are remainders."""
-        return rows is n or columns is n or rows == n
 
     def count(self, number: Number, axes: Sequence[int]) -> ir.Value:
         """0, 1, 2, ... in int64, with further axes of size 1."""
@@ -253,9 +255,9 @@ def _negative(t: _Tables, value: Any) -> Any:
 
 def _stored(t: _Tables, rows: Number, columns: Number, n: Number) -> tuple[Any, Any]:
     """Tables that are stored unless they are large."""
-    if all(isinstance(each, int) for each in (rows, columns)) and math.prod((rows, columns)) > _LARGEST:  # type: ignore[arg-type]
-        n = t.w.op("Identity", t.tensor(n))
-    return t.angles(rows, columns, n)
+    if isinstance(rows, int) and isinstance(columns, int) and rows * columns > _LARGEST:
+        n = t.tensor(n)
+    return t.angles(rows, columns, n, many=True)
 
 
 def _expand_to_real(t: _Tables, node: ir.Node) -> ir.Value:
@@ -274,8 +276,8 @@ def _expand_to_real(t: _Tables, node: ir.Node) -> ir.Value:
 def _twice_but_ends(t: _Tables, rows: Number, n: Number) -> Any:
     """(rows, 1): 1 for the frequencies 0 and n / 2, which are their own conjugates, and 2 for others."""
     if isinstance(rows, int) and isinstance(n, int):
-        k = np.arange(rows)[:, None]
-        return np.where((k == 0) | (2 * k == n), 1.0, 2.0)
+        known = np.arange(rows)[:, None]
+        return np.where((known == 0) | (2 * known == n), 1.0, 2.0)
     w = t.w
     k = t.count(rows, [1])
     ends = w.op("Or", w.op("Equal", k, w.ints(0)), w.op("Equal", w.op("Mul", k, w.ints(2)), t.tensor(n)))

@@ -8,6 +8,7 @@ after it ever sees a complex number: loops over a complex state fold as loops ov
 and ranks are found as in any other model.
 
     operators    `complex_arithmetic`, `complex_functions`, `complex_parts`, `fourier_rules`: operator → rule
+    spectra      remember their signals, so that a product of two stays a convolution (`spectrum`)
     weights      `ssm.A` becomes `ssm.A.real` and `ssm.A.imag`
     the door     inputs and outputs of the model are pairs along a last axis by then (`frontend.subject`)
 
@@ -26,8 +27,16 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from moe_export.export.tracing import complex_arithmetic, complex_functions, complex_parts, fourier_rules
-from moe_export.export.tracing.complex_writer import Pair, Writer, is_complex
+from moe_export.export.axes.shapes import arguments
+from moe_export.export.sizes import same_shape
+from moe_export.export.tracing import (
+    complex_arithmetic,
+    complex_functions,
+    complex_parts,
+    fourier_rules,
+    spectrum,
+)
+from moe_export.export.tracing.complex_writer import VIEWS, Pair, Writer, is_complex
 from moe_export.export.tracing.programs import copied_module, with_module
 
 _PLAIN: Mapping[Any, Any] = {
@@ -37,14 +46,11 @@ _PLAIN: Mapping[Any, Any] = {
 }
 _RULES: Mapping[Any, Any] = {
     **_PLAIN,
-    **{
-        target: partial(fourier_rules.on_signals, _PLAIN[target], target)
-        for target in fourier_rules.SIGNAL_RULES
-    },
+    **{target: partial(spectrum.on_signals, _PLAIN[target], target) for target in spectrum.SIGNAL_RULES},
     **fourier_rules.RULES,
 }
-_OF_PARTS = {torch.ops.aten._neg_view.default, torch.ops.aten.resolve_neg.default}
-"""What PyTorch makes of the imaginary part of a conjugate, which is real."""
+_OF_PARTS = {torch.ops.aten._neg_view.default, torch.ops.aten.resolve_neg.default, *fourier_rules.RULES}
+"""Operators that may take and return real values: PyTorch's imaginary part of a conjugate, `irfft` of real ones."""
 _ASSERTIONS = {torch.ops.aten._assert_tensor_metadata.default}
 _PARTS = ("real", "imag")
 
@@ -59,8 +65,7 @@ def without_complex(program: ExportedProgram) -> ExportedProgram:
     Raises:
         NotExportableError: An operator has no rule; names the model's line.
     """
-    first = next((node for node in program.graph.nodes if is_complex(node.meta.get("val"))), None)
-    if first is None:
+    if not any(is_complex(node.meta.get("val")) or node.target in _OF_PARTS for node in program.graph.nodes):
         return program
     module = copied_module(program)
     pairs = _Pairs(module.graph)
@@ -130,6 +135,7 @@ class _Pairs:
         self._graph = graph
         self._writer = Writer(graph, mode)
         self._pairs: dict[fx.Node, Pair] = {}
+        self._laid_out_anew: set[fx.Node] = set()
         self.inputs: dict[str, tuple[str, str]] = {}
         self.outputs: dict[str, tuple[str, str]] = {}
 
@@ -146,6 +152,8 @@ class _Pairs:
                 node.args = (tuple(self._returned(node.args[0])),)
             elif self._is_concerned(node):
                 self._rewrite(node)
+            elif not self._laid_out_anew.isdisjoint(node.all_input_nodes):
+                self._lay_out(node)
         for node in reversed(others):
             if node in self._pairs:
                 self._graph.erase_node(node)
@@ -189,10 +197,26 @@ class _Pairs:
         if is_complex(value):
             if not isinstance(found, Pair):
                 found = Pair(found, None)
-            known = isinstance(found, fourier_rules.Spectrum) or not isinstance(value, torch.Tensor)
+            known = isinstance(found, spectrum.Spectrum) or not isinstance(value, torch.Tensor)
             self._pairs[node] = found if known else self._writer.fitted(found, value)
             return
         if isinstance(found, Pair):  # a cast to a real type
             found = self._writer.cast(complex_parts.one_part(0, self._writer, found), value.dtype)
+        self._note_layout(found, value)
         node.replace_all_uses_with(found)
         self._graph.erase_node(node)
+
+    def _note_layout(self, node: fx.Node, before: Any) -> None:
+        """Remember what has other strides than it had in the trace."""
+        now = node.meta["val"]
+        if isinstance(before, torch.Tensor) and not same_shape(now.stride(), before.stride()):
+            self._laid_out_anew.add(node)
+
+    def _lay_out(self, node: fx.Node) -> None:
+        """Work out anew what is known of a real value whose operands are laid out otherwise."""
+        if node.target in VIEWS:
+            node.args = (self._writer.viewable(node.target, *arguments(node)), *node.args[1:])
+        before, target = node.meta.get("val"), node.target
+        assert callable(target)
+        node.meta = {**node.meta, "val": self._writer.value_of(target, node.args, node.kwargs)}
+        self._note_layout(node, before)

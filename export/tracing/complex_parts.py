@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from moe_export.export.tracing.complex_arithmetic import Rule, conjugate
-from moe_export.export.tracing.complex_writer import Pair, Part, Writer, parts_of
+from moe_export.export.tracing.complex_writer import VIEWS, Pair, Part, Writer, parts_of
 
 _aten = torch.ops.aten
 
@@ -94,7 +94,7 @@ def alike(target: Any, places: Sequence[int], w: Writer, *args: Any, **kwargs: A
             _filled(w, chosen[place], args[place]) if place in chosen else other
             for place, other in enumerate(others)
         ]
-        found.append(w.call(target, *given, **named))
+        found.append((w.view if target in VIEWS else w.call)(target, *given, **named))
     return Pair(*found)
 
 

@@ -85,12 +85,33 @@ class Writer:
 
     def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
         """Write a node; it has the line and the module of the node that it stands for."""
+        value = self.value_of(target, args, kwargs)
         with self.graph.inserting_before(self.node):
             made = self.graph.call_function(target, args, kwargs)
-        given, named = fx.map_arg((made.args, made.kwargs), lambda each: each.meta["val"])
-        with self._mode:
-            made.meta = {**self.node.meta, "val": target(*given, **named)}
+        made.meta = {**self.node.meta, "val": value}
         return made
+
+    def value_of(self, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """What is known of the result of a call."""
+        given, named = fx.map_arg((args, kwargs), lambda each: each.meta["val"])
+        with self._mode:
+            return target(*given, **named)
+
+    def view(self, target: Callable[..., Any], value: fx.Node, *rest: Any) -> fx.Node:
+        """A view of a value, or of a copy of it."""
+        return self.call(target, self.viewable(target, value, *rest), *rest)
+
+    def viewable(self, target: Callable[..., Any], value: fx.Node, *rest: Any) -> fx.Node:
+        """A value, or a copy of it that is laid out in memory so that there is such a view."""
+        try:
+            self.value_of(target, (value, *rest), {})
+        except (RuntimeError, ValueError):
+            return self.contiguous(value)
+        return value
+
+    def contiguous(self, value: fx.Node) -> fx.Node:
+        """A copy in the usual layout."""
+        return self.call(_aten.clone.default, value, memory_format=torch.contiguous_format)
 
     def refuse(self, what: str | None = None) -> NoReturn:
         """Refuse the node, by the name of its operator and its line."""
@@ -205,3 +226,7 @@ def _plain(node: fx.Node) -> Any:
 
 def _has(part: fx.Node, wanted: torch.Tensor) -> bool:
     return same_shape(part.meta["val"].shape, wanted.shape)
+
+
+VIEWS = (_aten.view.default, _aten._unsafe_view.default)
+"""What fails on values that are laid out otherwise in memory."""

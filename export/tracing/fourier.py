@@ -11,13 +11,15 @@ lengths that are no power of two, and TensorRT has none.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 
 def _scale(n: int, power: int) -> float:
     """The factor by which a transform is scaled: a power of 1 / sqrt(n)."""
-    return float(n) ** (-power / 2)
+    return math.pow(n, -power / 2)
 
 
 @torch.library.custom_op(
@@ -46,7 +48,8 @@ _fourier.register_fake(
 )
 def _fourier_real(real: Tensor, imag: Tensor | None, n: int, power: int) -> Tensor:
     value = torch.complex(real, torch.zeros_like(real) if imag is None else imag)
-    return torch.fft.irfft(value, n, norm="forward") * _scale(n, power)
+    found: Tensor = torch.fft.irfft(value, n, norm="forward")
+    return found * _scale(n, power)
 
 
 _fourier_real.register_fake(lambda real, imag, n, power: real.new_empty([*real.shape[:-1], n]))
@@ -59,12 +62,13 @@ _fourier_real.register_fake(lambda real, imag, n, power: real.new_empty([*real.s
 )
 def _convolve(a: Tensor, b: Tensor, n: int, length: int, wraps: bool) -> Tensor:
     product = torch.fft.rfft(a, n) * torch.fft.rfft(b, n)
-    return torch.fft.irfft(product, n)[..., :length].contiguous()
+    found: Tensor = torch.fft.irfft(product, n)
+    return found[..., :length].contiguous()
 
 
 @_convolve.register_fake
 def _(a: Tensor, b: Tensor, n: int, length: int, wraps: bool) -> Tensor:
-    shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])
+    shape = torch.broadcast_shapes(a.shape[:-1], b.shape[:-1])  # type: ignore[no-untyped-call]
     return a.new_empty([*shape, length])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -98,6 +99,27 @@ def _embedding_bag(
     return rows.sum(1) if mode == "sum" else rows.mean(1) if mode == "mean" else rows.amax(1)
 
 
+def _rolled(tensor: torch.Tensor, shifts: Any, dims: Any = None) -> torch.Tensor:
+    """`roll` by a symbolic number of places → two slices; the exporter takes numbers only."""
+    given = (shifts,) if isinstance(shifts, (int, torch.SymInt)) else shifts
+    if dims is None or not any(isinstance(shift, torch.SymInt) for shift in given):
+        return torch.roll(tensor, shifts, dims)
+    for shift, axis in zip(given, (dims,) if isinstance(dims, int) else dims, strict=True):
+        size = tensor.shape[axis]
+        start = (size - shift) % size
+        tensor = torch.cat([tensor.narrow(axis, start, size - start), tensor.narrow(axis, 0, start)], axis)
+    return tensor
+
+
+def _shifted(tensor: torch.Tensor, dim: Any = None, *, back: bool = False) -> torch.Tensor:
+    """`fftshift`, and with `back` the inverse of it → `roll`."""
+    axes = range(tensor.dim()) if dim is None else (dim,) if isinstance(dim, int) else dim
+    for axis in axes:
+        size = tensor.shape[axis]
+        tensor = _rolled(tensor, (size + 1) // 2 if back else size // 2, axis)
+    return tensor
+
+
 def _to(original: Callable[..., nn.Module], module: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
     """`module.to(...)` in a `forward`, where the module is so already → the module.
 
@@ -128,6 +150,9 @@ _IDIOMS: dict[Any, Callable[..., Any]] = {
     torch.nn.functional.scaled_dot_product_attention: _attention,
     **dict.fromkeys(GROUPED_MM, _grouped_mm),
     torch.nn.functional.embedding_bag: _embedding_bag,
+    **dict.fromkeys((torch.roll, torch.Tensor.roll), _rolled),
+    torch.fft.fftshift: _shifted,
+    torch.fft.ifftshift: partial(_shifted, back=True),
     torch.chunk: _chunk,
     torch.Tensor.chunk: _chunk,
 }
