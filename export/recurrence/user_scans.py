@@ -185,7 +185,7 @@ def _is_loop(run: OfTwo, rank: int, axis: int) -> bool:
             run(*_random(rank, axis, length))
         counts.append(count.operators)
     first, second, last = counts
-    return last - first == _STEPS * (second - first) > 0
+    return bool(last - first == _STEPS * (second - first) > 0)
 
 
 def _random(rank: int, axis: int, length: int) -> tuple[Tensor, Tensor]:
