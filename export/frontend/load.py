@@ -5,7 +5,7 @@
 2. `model.py:ClassName`, or a free function's name, with `--init dim=512` and `--input x=2x10x512:float32`;
 3. otherwise it is run as a script: what it gives to `torch.onnx.export`, `torch.export.export` or `torch.jit.trace` is
    the model with its arguments, names and free dimensions; of a script without an export, the first outermost module
-   that it calls, with the arguments of that call.
+   that it calls, with the arguments of that call. `script.py:2` is the second of all its calls.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from moe_export.export.frontend.arguments import parse_init, parse_input
 from moe_export.export.frontend.ended import no_exit
 from moe_export.export.frontend.functions import as_module, needs_arguments
 from moe_export.export.frontend.kernel_shims import forget_calls, note_on_shims
-from moe_export.export.frontend.script import Call, run_file
+from moe_export.export.frontend.script import picked_call, run_file
 from moe_export.export.frontend.source import calls_user_code, last_user_line
 from moe_export.export.frontend.subject import Apart, Subject, make_subject
+from moe_export.export.frontend.watch import Call
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.weights.lazy import MEMORY, LazyWeights, attach_weights
 
@@ -55,7 +56,7 @@ def load_subject(
     loaded again to be verified.
 
     Args:
-        spec: `model.py`, or `model.py:ClassName`; or the path of the file.
+        spec: `model.py`, `model.py:ClassName`, or `script.py:2` for the second of its calls; or the path of the file.
         init: Arguments of the class, `name=value` (a Python literal; anything else is a string).
         inputs: Example inputs of the class, `name=2x10x512:float32`.
         memory: Weights that a file names (`weights = "model.safetensors"`) are read at once up to so many bytes.
@@ -109,6 +110,10 @@ def _same_numbers() -> Iterator[None]:
 def _load(spec: str, init: Sequence[str], inputs: Sequence[str], memory: int, make: Make) -> Subject:
     path, name = split_spec(spec)
     source = _read(path)
+    if name is not None and name.isdecimal():
+        if init or inputs:
+            raise UsageError("--init and --input go with a class, not with a call of a script")
+        return _from_call(picked_call(path, int(name)), path, make, int(name))
     if name is not None:
         module, _ = run_file(path, as_script=False, stop_at_call=False)
         assert module is not None
@@ -121,9 +126,9 @@ def _load(spec: str, init: Sequence[str], inputs: Sequence[str], memory: int, ma
 
 
 def split_spec(spec: str) -> tuple[Path, str | None]:
-    """`model.py:Name` → the path and the name; a drive letter's colon is none of it."""
+    """`model.py:Name` or `script.py:2` → the path, and the name or number; a drive letter's colon is none of it."""
     head, _, tail = spec.rpartition(":")
-    if head and tail.isidentifier():
+    if head and (tail.isidentifier() or tail.isdecimal()):
         return Path(head).absolute(), tail
     return Path(spec).absolute(), None
 
@@ -274,10 +279,12 @@ def _call_user(function: Callable[[], Any], name: str, path: Path) -> Any:
         ) from error
 
 
-def _from_call(call: Call, path: Path, make: Make) -> Subject:
+def _from_call(call: Call, path: Path, make: Make, number: int | None = None) -> Subject:
     how = f"the first module call of the script ({type(call.module).__name__})"
     if call.exporter is not None:
         how = f"the script's own call of {call.exporter} ({type(call.module).__name__})"
+    if number is not None:
+        how = f"call {number} of the script, {call.exporter or 'of a module'} ({type(call.module).__name__})"
     return make(call.module, call.args, call.kwargs, source=path, how=how, asked=call.asked)
 
 

@@ -1,4 +1,4 @@
-"""Run a user's file and see what it defines, or which module it calls first.
+"""Run a user's file and see what it defines, or what it calls.
 
 A script that exports its module (`torch.onnx.export(model, (x,), "m.onnx", ...)`) has said all that is needed, and
 ends there (`export_calls`). One that only shows its module working (`model = Block(); print(model(x).shape)`) is a
@@ -12,52 +12,27 @@ import importlib
 import importlib.machinery
 import importlib.util
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-from torch import nn
 
 from moe_export.errors import UsageError
-from moe_export.export.frontend.export_calls import NOTHING, Asked, exports, read
+from moe_export.export.frontend.export_calls import Made
 from moe_export.export.frontend.kernel_shims import install_kernel_shims
 from moe_export.export.frontend.source import calls_user_code, last_user_line
+from moe_export.export.frontend.watch import Call, CallSeen, Watch
+from moe_export.export.torch_compat.after_export import without_files
+from moe_export.export.torch_compat.devices import on_the_cpu
 from moe_export.export.torch_compat.export_calls import export_calls
 from moe_export.export.torch_compat.modules import calls_of_modules
 
 calls_user_code(__file__)
 
 
-@dataclass(frozen=True)
-class Call:
-    """A script's own export call, or its first outermost module call.
-
-    Attributes:
-        exporter: What it exports with, `torch.onnx.export`; None of a call of the module.
-        asked: What an export call asks for besides.
-    """
-
-    module: nn.Module
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    exporter: str | None = None
-    asked: Asked = NOTHING
-
-
-class _CallSeen(BaseException):
-    """Ends a script at a call. No `Exception`, so that `except Exception` lets it pass."""
-
-    def __init__(self, call: Call) -> None:
-        super().__init__()
-        self.call = call
-
-
 def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[ModuleType | None, Call | None]:
     """Execute a file and return its namespace and its export call, or the first outermost module call in it.
 
-    An export call ends it. A file that has one is not ended before, whatever it calls.
+    An export call ends it (`watch`). A file that has one is not ended before, whatever it calls.
 
     Args:
         path: The Python file. Its folder is importable while it runs, and stays so afterwards, because
@@ -71,6 +46,67 @@ def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[Module
     Raises:
         UsageError: The file has a syntax error, or raises.
     """
+    source = _read(path)
+    watch = Watch(source, ends=stop_at_call)
+    module, error = _run(path, source, watch, as_script)
+    if error is not None and not any(call.exporter for call in watch.calls):
+        raise _file_error(path, error) from error
+    return module, watch.found
+
+
+def calls_in(path: Path, pick: int | None = None) -> tuple[list[Call], UsageError | None]:
+    """Every call in a script, each answered by a stand-in; with `pick`, up to that one.
+
+    Returns:
+        The calls in order, and what the script failed with behind the last of them.
+
+    Raises:
+        UsageError: It has a syntax error, or raises before it calls anything.
+    """
+    source = _read(path)
+    watch = Watch(source, ends=False, every=True, pick=pick)
+    _, error = _run(path, source, watch, as_script=True)
+    failed = None if error is None else _file_error(path, error)
+    if failed is not None and not watch.calls:
+        raise failed from error
+    return watch.calls, failed
+
+
+def picked_call(path: Path, number: int) -> Call:
+    """A call in a script by its number, from 1.
+
+    Raises:
+        UsageError: There are not so many.
+    """
+    calls, failed = calls_in(path, number)
+    if 0 < number <= len(calls):
+        return calls[number - 1]
+    found = f"{len(calls)} call{'s' * (len(calls) != 1)}"
+    if failed is not None:
+        raise UsageError(
+            f"{path.name} makes {found} and then fails, so there is no call {number}: {failed.what}",
+            where=failed.where,
+        )
+    raise UsageError(
+        f"{path.name} makes {found}, so there is no call {number}",
+        where=str(path),
+        hint=f"moe-export {path.name} --list shows them",
+    )
+
+
+def _read(path: Path) -> bytes:
+    source = path.read_bytes()
+    try:
+        compile(source, str(path), "exec", dont_inherit=True)
+    except (SyntaxError, ValueError) as error:
+        raise _file_error(path, error) from error
+    return source
+
+
+def _run(
+    path: Path, source: bytes, watch: Watch, as_script: bool
+) -> tuple[ModuleType | None, BaseException | None]:
+    """Execute a file under a watch; its namespace, None if a call ended it, and what it failed with."""
     _import_folder(path)
     install_kernel_shims()
     package = _package_of(path)
@@ -83,24 +119,27 @@ def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[Module
     module = importlib.util.module_from_spec(spec)  # its package, for relative imports, is the spec's parent
     if as_script:
         module.__name__ = "__main__"
-    calls: list[Call] = []
-    source = path.read_bytes()
-    try:
-        code = compile(source, str(path), "exec", dont_inherit=True)
-        stop_at_call = stop_at_call and not exports(source)
-    except (SyntaxError, ValueError) as error:
-        raise _file_error(path, error) from error
-    with _as_main(path, module, as_script), _watch_calls(calls, stop_at_call), export_calls(_end_at_export):
+    watch.namespace = module.__dict__
+    # Compiled here and not by the loader, which would leave a __pycache__ beside the user's file.
+    code = compile(source, str(path), "exec", dont_inherit=True)
+    with (
+        _as_main(path, module, as_script),
+        on_the_cpu(),
+        without_files(watch.files, Made, Made()) if watch.every else contextlib.nullcontext(),
+        calls_of_modules(watch.on_module),
+        export_calls(watch.on_export, watch.compiled.append),
+    ):
         try:
-            # Compiled here and not by the loader, which would leave a __pycache__ beside the user's file.
             exec(code, module.__dict__)
-        except _CallSeen as seen:
-            return None, seen.call
-        except (Exception, SystemExit) as error:
-            if isinstance(error, SystemExit) and not error.code:
-                return module, calls[0] if calls else None
-            raise _file_error(path, error) from error
-    return module, calls[0] if calls else None
+        except CallSeen as seen:
+            watch.calls = [call for call in watch.calls if call is not seen.call]
+            watch.calls.insert(len(watch.calls) if watch.every else 0, seen.call)
+            return None, None
+        except SystemExit as error:
+            return module, error if error.code else None
+        except Exception as error:
+            return module, error
+    return module, None
 
 
 def _file_error(path: Path, error: BaseException) -> UsageError:
@@ -173,23 +212,3 @@ def _as_main(path: Path, module: ModuleType, as_script: bool) -> Iterator[None]:
         sys.argv = argv
         if as_script and saved is not None:
             sys.modules[module.__name__] = saved
-
-
-def _watch_calls(calls: list[Call], stop: bool) -> contextlib.AbstractContextManager[None]:
-    """Record the first module call that is not inside another one."""
-
-    def watched(original: Callable[..., Any], module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not calls:
-            call = Call(module, args, kwargs)
-            calls.append(call)
-            if stop:
-                raise _CallSeen(call)
-        return original(module, *args, **kwargs)
-
-    return calls_of_modules(watched)
-
-
-def _end_at_export(exporter: str, given: Mapping[str, Any]) -> None:
-    found = read(given)
-    if found is not None:
-        raise _CallSeen(Call(*found[:3], exporter, found[3]))

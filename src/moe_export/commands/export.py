@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 import moe_export
 from moe_export.commands.build import Request, build_files, check_names, engine_lines, exit_code
+from moe_export.commands.calls import list_calls
 from moe_export.commands.console import Console
 from moe_export.commands.parallel import Written, write_ranks
 from moe_export.commands.request import ExportRequest
@@ -58,6 +59,8 @@ SCHEMA = "moe-export/export-report/1"
 def run_export(request: ExportRequest) -> int:
     """Run the command; the exit code."""
     console, storage = request.console, request.storage
+    if request.list_calls:
+        return list_calls(request.model, console)
     with console.user_code(), _place(request) as temporary, ReadAhead() as ahead:
         with console.step(f"loading {request.model}"):
             subject = _loaded(request, ahead)

@@ -13,6 +13,7 @@ from moe_export.commands.console import Console
 from moe_export.commands.parallel import take_parallel
 from moe_export.comparison_settings import SETTINGS, ComparisonSettings, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
+from moe_export.export.frontend.load import split_spec
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.external_weights import Storage
 from moe_export.export.options import Options
@@ -51,6 +52,7 @@ class ExportRequest:
         engines: Which engines to build.
         parallel: Over which ranks to spread the experts.
         force: Whether files of others are overwritten.
+        list_calls: Whether to list the calls of a script, and write nothing.
         stop_after: The stage at which to stop.
         show: Whether to print what it made.
         console: How much is printed.
@@ -75,6 +77,7 @@ class ExportRequest:
     engines: Request | None = None
     parallel: Parallel | None = None
     force: bool = False
+    list_calls: bool = False
     stop_after: str | None = None
     show: bool = False
     console: Console = field(default_factory=Console)
@@ -95,6 +98,7 @@ class ExportRequest:
             raise UsageError(
                 "--json prints the report, and --stop-after makes none", hint="--stop-after STAGE --show"
             )
+        left["model"] = _with_call(left["model"], left.pop("call", None))
         engines = take_request(left) if "engine" in left else None
         parallel = take_parallel(left) if "expert_parallel" in left else None
         folder = Path(left.pop("output"))
@@ -127,3 +131,15 @@ class ExportRequest:
     def options_for(self, subject: Subject) -> Options:
         """The options, with the dimensions of a model that are to be free."""
         return replace(self.options, dims=requested(subject, self.dynamic, self.static))
+
+
+def _with_call(model: str, number: int | None) -> str:
+    """`--call 2` as part of what is exported: `script.py:2`."""
+    if number is None:
+        return model
+    path, name = split_spec(model)
+    if name is not None:
+        raise UsageError(
+            f"--call picks a call of a script, and {model} names {name}", hint=f"--call goes with {path.name}"
+        )
+    return f"{model}:{number}"

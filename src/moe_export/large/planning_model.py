@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram
 from moe_export.errors import MoeExportError, NotExportableError, UsageError
 from moe_export.export.frontend.arguments import parse_init, parse_input
 from moe_export.export.frontend.load import split_spec
-from moe_export.export.frontend.script import run_file
+from moe_export.export.frontend.script import picked_call, run_file
 from moe_export.export.frontend.source import last_model_line, last_user_line
 from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.nesting import pytree
@@ -89,6 +89,9 @@ def _with_weights(
 def _model_and_call(
     path: Path, name: str | None, init: Sequence[str], inputs: Sequence[str]
 ) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    if name is not None and name.isdecimal():
+        picked = picked_call(path, int(name))
+        return picked.module, picked.args, picked.kwargs
     module, call = run_file(path, as_script=False, stop_at_call=False)
     if name is not None:
         assert module is not None

@@ -16,6 +16,10 @@ MODEL = (
     Option("inputs", "--input", "Model",
            "An example input of model.py:ClassName; ids=2x10:int64<1000 limits integers.", _LOADING, ("load",),
            metavar="NAME=2x10x512:DTYPE", repeatable=True, first=True),
+    Option("list_calls", "--list", "Model", "List the calls of a script that can be exported, and write nothing.",
+           ("export",), ("load",), type=bool),
+    Option("call", "--call", "Model", "Which of these calls; the same as script.py:N.", ("export",), ("load",),
+           otherwise="the first export, or else the first call", type=click.IntRange(1), metavar="N"),
 )
 GRAPH = (
     Option("opset", "--opset", "Graph", "ONNX opset, 17 or newer; exactly this one.", EXPORTING,
