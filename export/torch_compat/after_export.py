@@ -7,7 +7,7 @@
 A patch of the readers and checkers of ONNX files, and of what starts other programs: given such a file, or what came of
 one, each gives a stand-in back. Why: none of them can be observed.
 
-Seen in onnx 1.19, onnxruntime 1.31, onnxsim 0.4.
+Seen in torch 2.13.0 with onnx 1.23.2, onnxruntime 1.31.1 and onnxsim 0.8.1.
 """
 
 from __future__ import annotations
