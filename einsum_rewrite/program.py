@@ -60,8 +60,11 @@ def rewrite_program(program: ExportedProgram) -> tuple[ExportedProgram, list[Sit
         if not isinstance(body, GraphModule):
             continue
         for node in body.graph.find_nodes(op="call_function", target=aten.einsum.default):
+            before = node.meta["val"]
             site, result = _replace(body.graph, node, fixed if path == "" else frozenset())
             sites.append(site)
+            if not _same_layout(before, result.meta["val"]):
+                _settle_views(result)
             if path == "":
                 signature.replace_all_uses(node.name, result.name)
                 _rename(calls, node.name, result.name)
@@ -130,6 +133,23 @@ def _replace(graph: Graph, node: Node, fixed: frozenset[str]) -> tuple[Site, Nod
     node.replace_all_uses_with(result)
     graph.erase_node(node)
     return site, result
+
+
+def _same_layout(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Whether two values are laid out alike; strides that are symbols are compared as they are written."""
+    return [str(stride) for stride in before.stride()] == [str(stride) for stride in after.stride()]
+
+
+def _settle_views(result: Node) -> None:
+    """Behind a value with another layout: `view`, for which that may not do, becomes `reshape`."""
+    stack, seen = [result], {result}
+    while stack:
+        for user in stack.pop().users:
+            if user not in seen:
+                seen.add(user)
+                stack.append(user)
+            if user.target is aten.view.default:
+                user.target = aten.reshape.default
 
 
 def write(plan: Plan, graph: Graph, node: Node, operands: Sequence[Node]) -> Node:

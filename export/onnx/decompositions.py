@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import fx
@@ -104,6 +105,34 @@ def _kept_narrow(node: fx.Node) -> None:
         node.kwargs = {**node.kwargs, "dtype": result.dtype}
 
 
+def _scattered_mean(node: fx.Node) -> None:
+    """`x.scatter_reduce(dim, index, rows, "mean")` → the sum over the count: the exporter writes the last row there.
+
+    x itself counts as one row wherever rows arrive, unless `include_self=False`. Where none arrives, x stays.
+    """
+    value, dim, index, rows, how = node.args
+    if how != "mean" or not node.meta["val"].is_floating_point():
+        return
+    place = {"include_self": node.kwargs.get("include_self", True)}
+    one = _like(node, value, 1.0)
+    total = _new(node, _aten.scatter_reduce.two, value, dim, index, rows, "sum", **place)
+    count = _new(node, _aten.scatter_reduce.two, one, dim, index, _like(node, rows, 1.0), "sum", **place)
+    node.target, node.args, node.kwargs = _aten.div.Tensor, (total, count), {}
+
+
+def _like(node: fx.Node, value: fx.node.Argument, number: float) -> fx.Node:
+    """A tensor of one number, of a value's shape, in front of a node."""
+    return _new(node, _aten.full_like.default, value, number)
+
+
+def _new(node: fx.Node, target: Callable[..., Any], *args: fx.node.Argument, **kwargs: Any) -> fx.Node:
+    """One more node in front of one, of the same line."""
+    with node.graph.inserting_before(node):
+        made = node.graph.call_function(target, args, kwargs)
+    made.meta.update({**node.meta, "val": target(*fx.map_arg(args, lambda each: each.meta["val"]), **kwargs)})
+    return made
+
+
 # What a score goes through on its way to the choice: biases, masks, groups.
 _KEEPS_SCORES = {
     _aten.add.Tensor, _aten.add.Scalar, _aten.sub.Tensor, _aten.view.default, _aten.reshape.default,
@@ -160,5 +189,6 @@ _RULES: dict[object, Callable[[fx.Node], None]] = {
     _aten.squeeze.dim: _squeeze,
     _aten.squeeze.dims: _squeeze,
     _aten.masked_select.default: _masked_select,
+    _aten.scatter_reduce.two: _scattered_mean,
     _aten.slice.Tensor: carry_constants,
 }

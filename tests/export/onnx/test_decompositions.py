@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from moe_export.export import Options, export_subject
 from moe_export.export.frontend.subject import make_subject
+from moe_export.export.tracing.dims import DimRequest
 
 
 class Calls(nn.Module):
@@ -145,3 +146,44 @@ def test_a_sigmoid_that_nothing_is_chosen_by_is_one_node(tools):
 
     graph = tools.graph(Gated(), torch.randn(3, 4))
     assert "Sigmoid" in {node.op_type for node in graph.model.graph.all_nodes()}
+
+
+class Scattered(nn.Module):
+    """Rows that several experts return, brought back to their tokens: some get two, some none."""
+
+    def __init__(self, how, include_self):
+        super().__init__()
+        self.how, self.include_self = how, include_self
+
+    def forward(self, x, rows, index):
+        index = index[:, None].expand(-1, rows.shape[1])
+        return x.scatter_reduce(0, index, rows, self.how, include_self=self.include_self)
+
+
+@pytest.mark.parametrize("include_self", [True, False])
+@pytest.mark.parametrize("how", ["mean", slow("sum"), slow("prod")])
+def test_scattered_rows(tools, how, include_self):
+    graph = tools.graph(
+        Scattered(how, include_self), torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 1, 1, 3, 3, 3, 0])
+    )
+    for tokens, rows in ((5, 7), (1, 3), (9, 1), (2, 40)):
+        tools.equal(graph, torch.randn(tokens, 4), torch.randn(rows, 4), torch.randint(0, tokens, (rows,)))
+
+
+class Regrouped(nn.Module):
+    """Scores whose layout lets batch and tokens be one axis; the steps of the plan lay them out in another way."""
+
+    def __init__(self):
+        super().__init__()
+        self.gates = nn.Parameter(torch.randn(2, 4, 3))
+
+    def forward(self, x):
+        scores = torch.einsum("bnd,hde->bhne", x, self.gates)
+        return scores.transpose(0, 1).flatten(1, 2).softmax(1)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_view_of_a_rewritten_einsum_in_another_layout(tools, static):
+    graph = tools.graph(Regrouped(), torch.randn(2, 5, 4), dims=DimRequest(static=static))
+    for batch, tokens in ((2, 5),) if static else ((1, 1), (3, 7), (2, 5)):
+        tools.equal(graph, torch.randn(batch, tokens, 4))
