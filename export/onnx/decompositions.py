@@ -96,6 +96,21 @@ def _masked_select(node: fx.Node) -> None:
             node.target, node.args = _aten.index.Tensor, (pair[0], [pair[1]])
 
 
+def _wide_indices(node: fx.Node) -> None:
+    """`x[i]` with i of int32 → with i of int64, all that GatherND and ScatterND take."""
+
+    def widened(index: fx.node.Argument) -> fx.node.Argument:
+        narrow = isinstance(index, fx.Node) and index.meta["val"].dtype in (
+            torch.int8,
+            torch.int16,
+            torch.int32,
+        )
+        return _new(node, _aten._to_copy.default, index, dtype=torch.int64) if narrow else index
+
+    value, indices, *rest = node.args
+    node.args = (value, [widened(index) for index in indices], *rest)  # type: ignore[union-attr]
+
+
 def _kept_narrow(node: fx.Node) -> None:
     """`x.half().sum(1)` → `x.half().sum(1, dtype=float16)`: the exporter sums in float32 and leaves the result so."""
     value, result = node.args[0], node.meta.get("val")
@@ -190,5 +205,7 @@ _RULES: dict[object, Callable[[fx.Node], None]] = {
     _aten.squeeze.dims: _squeeze,
     _aten.masked_select.default: _masked_select,
     _aten.scatter_reduce.two: _scattered_mean,
+    _aten.index.Tensor: _wide_indices,
+    _aten.index_put.default: _wide_indices,
     _aten.slice.Tensor: carry_constants,
 }

@@ -34,6 +34,17 @@ from moe_export.export.tracing.programs import copied_module, with_module
 
 _aten = torch.ops.aten
 
+_OTHER_NAMES: dict[Any, Any] = {
+    getattr(getattr(_aten, other), overload): getattr(getattr(_aten, name), overload)
+    for other, name in {
+        "multiply": "mul", "subtract": "sub", "divide": "div", "true_divide": "div", "greater": "gt", "less": "lt",
+        "greater_equal": "ge", "less_equal": "le", "not_equal": "ne",
+    }.items()
+    for overload in getattr(_aten, other).overloads()
+    if overload in getattr(_aten, name).overloads() and not overload.endswith("out")
+}  # fmt: skip
+"""By an operator with a second name: the one that all else knows, and whose types of numbers the exporter settles."""
+
 
 class _UnknownError(Exception):
     """Something that PyTorch's own functionalization must see to."""
@@ -171,6 +182,7 @@ class _Rewriting:
             called: Its arguments in the model, where these are laid out otherwise; whether a reshape is a view or a
                 copy there is decided by that.
         """
+        node.target = _OTHER_NAMES.get(node.target, node.target)
         effect = effect_of(node.target)
         if node.target is _aten.detach_.default:
             self.now[node] = arguments(node)[0]  # without gradients it does nothing

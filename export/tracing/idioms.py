@@ -63,6 +63,10 @@ def _chunk(tensor: torch.Tensor, chunks: int, dim: int = 0) -> tuple[torch.Tenso
     size = (length + chunks - 1) // chunks
     hint = length.node.hint  # how many chunks there are is the model's structure, as it was traced
     count = -(-hint // -(-hint // chunks)) if hint else chunks
+    if (
+        chunks > 1
+    ):  # of 11 steps, 128 chunks are 11: the trace holds for as many steps as make that many chunks
+        require((length + size - 1) // size == count)
     before = (slice(None),) * (dim % tensor.dim())
     return tuple(tensor[(*before, slice(index * size, (index + 1) * size))] for index in range(count))
 

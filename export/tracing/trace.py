@@ -31,6 +31,7 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import depends_on_values
 from moe_export.export.torch_compat.sizes import fake_results_cached
+from moe_export.export.tracing.compiled_sizes import sizes_for_compilers
 from moe_export.export.tracing.complex_numbers import without_complex
 from moe_export.export.tracing.conditions import only_there
 from moe_export.export.tracing.dims import Dim, DimRequest, default_name, twin_of
@@ -244,6 +245,7 @@ def _export(
                 _decomposing(free=free),
                 without_memos(subject.module),
                 traceable_idioms(),
+                sizes_for_compilers(),
                 symbolic_numbers(subject.module),
                 every_expert_hit(),
                 user_lines(),

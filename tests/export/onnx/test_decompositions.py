@@ -164,7 +164,10 @@ class Scattered(nn.Module):
 @pytest.mark.parametrize("how", ["mean", slow("sum"), slow("prod")])
 def test_scattered_rows(tools, how, include_self):
     graph = tools.graph(
-        Scattered(how, include_self), torch.randn(5, 4), torch.randn(7, 4), torch.tensor([0, 1, 1, 3, 3, 3, 0])
+        Scattered(how, include_self),
+        torch.randn(5, 4),
+        torch.randn(7, 4),
+        torch.tensor([0, 1, 1, 3, 3, 3, 0]),
     )
     for tokens, rows in ((5, 7), (1, 3), (9, 1), (2, 40)):
         tools.equal(graph, torch.randn(tokens, 4), torch.randn(rows, 4), torch.randint(0, tokens, (rows,)))
@@ -187,3 +190,19 @@ def test_a_view_of_a_rewritten_einsum_in_another_layout(tools, static):
     graph = tools.graph(Regrouped(), torch.randn(2, 5, 4), dims=DimRequest(static=static))
     for batch, tokens in ((2, 5),) if static else ((1, 1), (3, 7), (2, 5)):
         tools.equal(graph, torch.randn(batch, tokens, 4))
+
+
+class Generated(nn.Module):
+    """Offsets into flat rows, of narrow integers and a size, under names that code generators use."""
+
+    def forward(self, x):
+        rows = torch.arange(2, dtype=torch.int32)
+        flat = torch.multiply(rows, x.shape[1])
+        filled = x.flatten().index_put((flat,), x[0, :1].expand(2))
+        return x.flatten()[flat], torch.subtract(flat, x.shape[0]), torch.true_divide(x, rows[1]), filled
+
+
+def test_index_arithmetic_in_narrow_integers(tools):
+    graph = tools.graph(Generated(), torch.randn(3, 4))
+    for shape in ((2, 1), (3, 4), (5, 9)):
+        tools.equal(graph, torch.randn(shape))

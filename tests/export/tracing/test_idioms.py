@@ -33,6 +33,31 @@ def test_plain_calls_are_not_changed():
             len(torch.tensor(1.0))
 
 
+class Chunked(nn.Module):
+    """Chunks that are not alike: with another number of them, other values."""
+
+    def __init__(self, chunks):
+        super().__init__()
+        self.chunks = chunks
+
+    def forward(self, x):
+        return torch.cat([part * (1 + k) for k, part in enumerate(x.chunk(self.chunks, 1))], 1)
+
+
+@pytest.mark.parametrize("chunks", [2, 4, 128])
+def test_a_graph_of_chunks_claims_the_lengths_with_as_many_chunks(tools, chunks):
+    graph = tools.graph(Chunked(chunks), torch.randn(2, 11, 3))
+    batch, length, _ = graph.traced.inputs["x"]
+    assert isinstance(batch, str)
+    assert isinstance(length, str) == (chunks < 128)
+    for size in range(2, 30):
+        if size == length or (
+            isinstance(length, str) and graph.traced.domain.holds({batch: 3, length: size})
+        ):
+            tools.equal(graph, torch.randn(3, size, 3))
+    assert length == 11 or graph.traced.domain.holds({batch: 3, length: 11})
+
+
 def test_experts_of_transformers_take_the_way_that_traces_and_are_put_back():
     from transformers import MixtralConfig
     from transformers.integrations import moe
