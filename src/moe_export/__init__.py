@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         NotExportableError,
         UsageError,
     )
+    from moe_export.exported import ExportedModel, export_model
 
 __version__ = metadata.version("moe-export")
 
@@ -27,6 +28,8 @@ _LAZY = {
     "rewrite_onnx": "moe_export.einsum_rewrite",
     "rewrite_program": "moe_export.einsum_rewrite",
     "rewrite_source": "moe_export.einsum_rewrite",
+    "ExportedModel": "moe_export.exported",
+    "export_model": "moe_export.exported",
     "EquationError": "moe_export.errors",
     "MissingBackendError": "moe_export.errors",
     "MoeExportError": "moe_export.errors",
@@ -36,12 +39,14 @@ _LAZY = {
 
 __all__ = [
     "EquationError",
+    "ExportedModel",
     "MissingBackendError",
     "MoeExportError",
     "NotExportableError",
     "UsageError",
     "__version__",
     "einsum",
+    "export_model",
     "plan_einsum",
     "rewrite_onnx",
     "rewrite_program",

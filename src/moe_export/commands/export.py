@@ -24,7 +24,6 @@ from moe_export.commands.request import ExportRequest
 from moe_export.commands.stopped import show_stage
 from moe_export.comparing.apart import fork_model
 from moe_export.comparing.checking import verify_graph
-from moe_export.comparing.localising import graph_options
 from moe_export.comparison_settings import check_names as check_outputs
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
@@ -40,8 +39,8 @@ from moe_export.export.onnx.serialize import rename_model, staging, write_model
 from moe_export.export.options import Options
 from moe_export.export.parallel.ranks import Parallel, check_experts
 from moe_export.export.pipeline import Graph, describe, export_subject, is_only_a_gate
-from moe_export.export.tracing.dims import limits_of
 from moe_export.export.tracing.trace import SCOPE
+from moe_export.exported import facts_of, summary
 from moe_export.external_data import ReadAhead
 from moe_export.large.layerwise import Parts, filled_weights
 from moe_export.own_files import require_free
@@ -74,7 +73,7 @@ def run_export(request: ExportRequest) -> int:
         reports: list[Report | None] = []
         checked: list[Graph] = []
         for graph, name in zip(graphs, names, strict=True):
-            path, facts = temporary / name, _facts(graph, subject, options)
+            path, facts = temporary / name, facts_of(graph, subject, options)
             written = replace(
                 graph, notes=(*graph.notes, *_write(graph, path, facts, request.functions, storage))
             )
@@ -246,19 +245,6 @@ def _check_file(path: Path) -> None:
         raise NotExportableError(f"onnx.checker refuses {path.name}: {error}") from error
 
 
-def _facts(graph: Graph, subject: Subject, options: Options) -> dict[str, str]:
-    return {
-        "version": moe_export.__version__,
-        "source": subject.source.name,
-        "opset": str(options.opset),
-        "options": graph_options(options),
-        "kind": graph.kind,
-        "module": graph.path,
-        "dtype": graph.dtype,
-        **dim_facts(graph.traced.dims, graph.traced.conditions),
-    }
-
-
 def report_document(
     subject: Subject, graphs: tuple[Graph, ...], names: list[str], reports: list[Report | None], opset: int
 ) -> dict[str, Any]:
@@ -335,7 +321,7 @@ def _print(
     console: Console, folder: Path, graphs: tuple[Graph, ...], names: list[str], reports: list[Report | None]
 ) -> None:
     for graph, name, report in zip(graphs, names, reports, strict=False):
-        console.say(f"\n{folder / name}  ({_summary(graph)})")
+        console.say(f"\n{folder / name}  ({summary(graph)})")
         for line in site_lines(graph.sites):
             console.say(f"  {line}")
         for note in graph.notes:
@@ -362,14 +348,3 @@ def site_lines(sites: Sequence[Site]) -> Iterator[str]:
         place = f"{os.path.relpath(Path(file).resolve())}:{line}" if file else "?"
         where = f"{place} in {strip_scope(module, SCOPE)}" if strip_scope(module, SCOPE) != SCOPE else place
         yield f"einsum {equation!r} at {where}: {became}" + (f"  (x {count})" if count > 1 else "")
-
-
-def _summary(graph: Graph) -> str:
-    count = sum(1 for _ in graph.model.graph.all_nodes())
-    shapes = ", ".join(
-        f"{name} [{', '.join(map(str, shape))}]" for name, shape in graph.traced.inputs.items()
-    )
-    kinds = {"model": "the whole model", "step": "one step", "gate": f"the gate of {graph.path}"}
-    what = kinds[graph.kind]
-    limits = "".join(f"; {limit}" for limit in limits_of(graph.traced.dims, graph.traced.conditions))
-    return f"{what}: {count} nodes, opset {graph.model.opset_imports['']}, {shapes}{limits}"
