@@ -149,7 +149,23 @@ def _is_already(there: Sequence[torch.Tensor], asked: Any) -> bool:
     return all(tensor.device == torch.device(asked) for tensor in there)
 
 
+def _new_tensor(like: torch.Tensor, data: Any, **options: Any) -> Any:
+    """`x.new_tensor([len(rows), 3])` of numbers that a trace does not know → one tensor a number, stacked."""
+    return _stacked(data, **{"dtype": like.dtype, "device": like.device, **options})
+
+
+def _stacked(data: Any, **options: Any) -> Any:
+    symbolic = isinstance(data, (list, tuple)) and any(isinstance(each, torch.SymInt) for each in data)
+    if not symbolic or not all(isinstance(each, (int, torch.SymInt)) for each in data):
+        return NotImplemented
+    kept = {name: value for name, value in options.items() if name in ("dtype", "device")}
+    kept["dtype"] = kept.get("dtype") or torch.int64
+    return torch.stack([torch.full((), each, **kept) for each in data])
+
+
 _IDIOMS: dict[Any, Callable[..., Any]] = {
+    torch.tensor: _stacked,
+    torch.Tensor.new_tensor: _new_tensor,
     torch.nn.functional.one_hot: _one_hot,
     torch.nn.functional.scaled_dot_product_attention: _attention,
     **dict.fromkeys(GROUPED_MM, _grouped_mm),

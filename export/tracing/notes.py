@@ -11,13 +11,17 @@ _PLAIN = (bool, int, float, complex, str)
 
 
 def notes_on(subject: Subject, traced: Traced) -> list[str]:
-    """One line each: fixed dimensions, dropped outputs, fixed arguments, changed state, unused inputs."""
+    """One line each: fixed dimensions, dropped outputs, fixed arguments, changed state, checks, unused inputs."""
     return [
         *(str(fixed) for fixed in traced.fixed if fixed.model_takes_others),
         *(_on_dropped(name, value, traced) for name, value in subject.dropped.items()),
         *(f"argument {name} is fixed at {_short(value)}" for name, value in subject.constants.items()),
         *subject.notes,
         *_on_state(subject),
+        *(
+            f"the check at {place} is taken as passed; the graph goes on where it fails"
+            for place in traced.checks
+        ),
         *(f"input {name} has no influence on the outputs" for name in _unused(traced)),
     ]
 

@@ -31,6 +31,7 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import depends_on_values
 from moe_export.export.torch_compat.sizes import fake_results_cached
+from moe_export.export.tracing.checks import checks_passed
 from moe_export.export.tracing.compiled_sizes import sizes_for_compilers
 from moe_export.export.tracing.complex_numbers import without_complex
 from moe_export.export.tracing.conditions import only_there
@@ -86,6 +87,7 @@ class Traced:
         computed: Outputs that are Python numbers in the model but depend on sizes or values; no graph has them.
         scope: Module path of the model inside the program, which every module path begins with.
         conditions: What it holds under besides the bounds of `dims`.
+        checks: Where the model checks values and does no more than end; the program goes on there.
     """
 
     program: ExportedProgram
@@ -97,6 +99,7 @@ class Traced:
     computed: frozenset[str] = frozenset()
     scope: str = SCOPE
     conditions: tuple[Condition, ...] = ()
+    checks: tuple[str, ...] = ()
 
     @property
     def domain(self) -> Domain:
@@ -169,7 +172,8 @@ def trace(subject: Subject, request: DimRequest | None = None, *, as_called: boo
     request = request or DimRequest()
     with quiet():
         example = widened(subject, request)
-        program, computed, reason = _export(subject, example, request, as_called=as_called)
+        exported = _export(subject, example, request, as_called=as_called)
+        program = exported.program
         refuse_random(program, subject, example)
         dims, inputs = _read_dims(program, example, request)
         stuck = {
@@ -184,9 +188,9 @@ def trace(subject: Subject, request: DimRequest | None = None, *, as_called: boo
             again = trace(subject, replace(request, fixed=request.fixed | stuck), as_called=as_called)
             return replace(again, fixed=_fixed(subject, again.example, again.inputs, request))
         fixed = _fixed(subject, example, inputs, request)
-    traced = Traced(program, inputs, example, subject.outputs, dims, fixed, computed)
-    _require_picked(traced, request, reason)
-    return traced
+    traced = Traced(program, inputs, example, subject.outputs, dims, fixed, exported.computed)
+    _require_picked(traced, request, exported.reason)
+    return replace(traced, checks=exported.checks)
 
 
 def functional(traced: Traced) -> Traced:
@@ -212,15 +216,27 @@ def _decomposing(*, free: bool) -> Iterator[None]:
         yield
 
 
+@dataclass(frozen=True)
+class _Exported:
+    """What the tracer made.
+
+    Attributes:
+        program: With as many free dimensions as the tracer takes.
+        computed: The outputs that are computed numbers.
+        checks: As in `Traced`.
+        reason: Why fewer dimensions are free than were asked for.
+    """
+
+    program: ExportedProgram
+    computed: frozenset[str]
+    checks: tuple[str, ...]
+    reason: str | None
+
+
 def _export(
     subject: Subject, example: Mapping[str, torch.Tensor], request: DimRequest, *, as_called: bool = False
-) -> tuple[ExportedProgram, frozenset[str], str | None]:
-    """Export with as many free dimensions as the tracer takes.
-
-    Returns:
-        The program, the names of the outputs that are computed numbers, and why fewer dimensions are free than
-        were asked for.
-    """
+) -> _Exported:
+    """Export with as many free dimensions as the tracer takes."""
     first: Exception | None = None
     stuck = set[tuple[int, int]]()
     limits: list[int | None] = [0, 1, 2, None]
@@ -247,6 +263,7 @@ def _export(
                 traceable_idioms(),
                 sizes_for_compilers(),
                 symbolic_numbers(subject.module),
+                checks_passed() as checks,
                 every_expert_hit(),
                 user_lines(),
             ):
@@ -268,7 +285,7 @@ def _export(
             continue
         names = list(subject.dropped)
         computed = frozenset(names[index] for index in numbers[-1] if index < len(names))
-        return program, computed, _first_line(first) if first else None
+        return _Exported(program, computed, tuple(checks), _first_line(first) if first else None)
     assert first is not None
     if isinstance(first, NotExportableError):
         raise first

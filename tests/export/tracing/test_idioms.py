@@ -58,6 +58,23 @@ def test_a_graph_of_chunks_claims_the_lengths_with_as_many_chunks(tools, chunks)
     assert length == 11 or graph.traced.domain.holds({batch: 3, length: 11})
 
 
+class Counted(nn.Module):
+    """How many tokens each expert has, as a tensor made of `len`."""
+
+    def forward(self, x):
+        rows = [torch.where(x.argmax(-1) == expert)[0] for expert in range(3)]
+        return x.new_tensor([len(each) for each in rows]), torch.tensor([x.shape[0], len(rows[0]), 7])
+
+
+def test_tensors_are_made_of_numbers_that_a_trace_does_not_know(tools):
+    graph = tools.graph(Counted(), torch.randn(8, 3))
+    for tokens in (1, 2, 8, 40):
+        tools.equal(graph, torch.randn(tokens, 3))
+    with traceable_idioms():
+        assert torch.tensor([1, 2]).dtype is torch.int64
+        assert torch.equal(torch.ones(1).new_tensor([[1, 2]]), torch.tensor([[1.0, 2.0]]))
+
+
 def test_experts_of_transformers_take_the_way_that_traces_and_are_put_back():
     from transformers import MixtralConfig
     from transformers.integrations import moe
