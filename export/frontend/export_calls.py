@@ -119,8 +119,8 @@ def read(given: Mapping[str, Any]) -> Read | None:
 _MODELS = ("model", "mod", "func", "module", "exported_program")
 
 
-def exports(source: str | bytes, names: Collection[str] = ALL) -> bool:
-    """Whether a file calls one of these exporters, however it imports it."""
+def exports(source: str | bytes, names: Collection[str] = ALL) -> int:
+    """How often a file calls one of these exporters, however it imports it."""
     tree = ast.parse(source)
     means: dict[str, str] = {}
     for node in ast.walk(tree):
@@ -129,8 +129,7 @@ def exports(source: str | bytes, names: Collection[str] = ALL) -> bool:
                       for each in node.names}  # fmt: skip
         if isinstance(node, ast.ImportFrom) and node.module is not None:
             means |= {each.asname or each.name: f"{node.module}.{each.name}" for each in node.names}
-    calls = (node.func for node in ast.walk(tree) if isinstance(node, ast.Call))
-    return any(_dotted(function, means) in names for function in calls)
+    return sum(_dotted(node.func, means) in names for node in ast.walk(tree) if isinstance(node, ast.Call))
 
 
 def calls_a_door(function: Any) -> bool:

@@ -28,6 +28,7 @@ from torch import nn
 from moe_export.errors import UsageError
 from moe_export.export.frontend.arguments import parse_init, parse_input
 from moe_export.export.frontend.ended import no_exit
+from moe_export.export.frontend.export_calls import LAST, exports
 from moe_export.export.frontend.functions import as_module, needs_arguments
 from moe_export.export.frontend.kernel_shims import forget_calls, note_on_shims
 from moe_export.export.frontend.script import picked_call, run_file
@@ -285,7 +286,12 @@ def _from_call(call: Call, path: Path, make: Make, number: int | None = None) ->
         how = f"the script's own call of {call.exporter} ({type(call.module).__name__})"
     if number is not None:
         how = f"call {number} of the script, {call.exporter or 'of a module'} ({type(call.module).__name__})"
-    return make(call.module, call.args, call.kwargs, source=path, how=how, asked=call.asked)
+    subject = make(call.module, call.args, call.kwargs, source=path, how=how, asked=call.asked)
+    times = exports(path.read_bytes(), LAST)
+    if number is not None or times < 2:
+        return subject
+    note = f"{path.name} exports {times} times, and this is one of them: --list shows all, --call picks one"
+    return replace(subject, notes=(*subject.notes, note))
 
 
 def _from_class(

@@ -435,6 +435,22 @@ def _require_picked(traced: Traced, request: DimRequest, reason: str | None) -> 
             raise NotExportableError(
                 f"dimension {axis} of {name} cannot be dynamic: it is fixed at {size} by the model"
                 + (f" ({reason})" if reason else ""),
-                hint="a Python loop over it, or a size that became a constant, fixes a dimension; "
+                hint=_partners(traced, request, name, axis)
+                or "a Python loop over it, or a size that became a constant, fixes a dimension; "
                 f"leave --dynamic {name}:{axis} away to export it fixed",
             )
+
+
+def _partners(traced: Traced, request: DimRequest, name: str, axis: int) -> str | None:
+    """What to ask for, if others of the same size are fixed because nobody named them: they may have to be equal."""
+    size = traced.inputs[name][axis]
+    alike = [
+        f"{other}:{place}"
+        for other, shape in traced.inputs.items()
+        for place, each in enumerate(shape)
+        if each == size and other != name and not request.wants(other, place)
+    ]
+    if not alike:
+        return None
+    wanted = " ".join(f"--dynamic {each}=n" for each in (f"{name}:{axis}", *alike))
+    return f"{' and '.join(alike)} of the same size {'is' if len(alike) == 1 else 'are'} fixed, too; try {wanted}"

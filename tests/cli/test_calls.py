@@ -80,6 +80,25 @@ def test_one_of_them_is_exported(command, two, spec, words, inputs, outputs):
     assert [value.name for value in graph.output] == outputs
 
 
+def test_that_there_are_several_is_said(command, two):
+    done = command(two, "-o", "out", "--no-verify", "--no-simplify")
+    assert (
+        "note: two.py exports 2 times, and this is one of them: --list shows all, --call picks one"
+        in done.out
+    )
+    done = command(two, "--call", "5", "-o", "out", "--no-verify", "--no-simplify")
+    assert "exports 2 times" not in done.out
+
+
+def test_an_axis_that_has_to_equal_one_that_nobody_named_is_refused_with_both(command, two):
+    two.write_text(TWO.replace(', "mask": {1: "seq"}}', "}"))
+    done = command(two, "-o", "out")
+    assert done.code == 3
+    assert "dimension 1 of x cannot be dynamic: it is fixed at 5" in done.err
+    assert "hint: mask:1 of the same size is fixed, too; try --dynamic x:1=n --dynamic mask:1=n" in done.err
+    assert command(two, "-o", "out", "--dynamic", "x:1=n", "--dynamic", "mask:1=n", "--no-verify").code == 0
+
+
 def test_what_is_not_there_is_said(command, two):
     done = command(two, "--call", "6")
     assert done.code == 2
