@@ -23,6 +23,7 @@ from moe_export.export.experts.trt_moe import add_meaning
 from moe_export.export.experts.weights import Weight
 from moe_export.export.gates.region import scope_of
 from moe_export.export.onnx.decompositions import decompose
+from moe_export.export.onnx.fourier import TRANSLATIONS as FOURIER
 from moe_export.export.onnx.provenance import mark_block
 from moe_export.export.onnx.reshapes import settle_axes, settle_reshapes
 from moe_export.export.torch_compat.caches import cache_patches
@@ -130,7 +131,9 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> BodyParts:
     decompose(program.graph)
     try:
         with quiet(), torch.no_grad(), cache_patches():
-            exported = torch.onnx.export(program, dynamo=True, opset_version=opset, verbose=False)
+            exported = torch.onnx.export(
+                program, dynamo=True, opset_version=opset, verbose=False, custom_translation_table=FOURIER
+            )
     except Exception as error:
         raise NotExportableError(
             "an expert could not be translated to ONNX",

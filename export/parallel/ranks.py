@@ -14,6 +14,7 @@ from moe_export.export.experts.choose import Lowering, choose
 from moe_export.export.experts.expand import Bodies, expand_experts, module_of
 from moe_export.export.experts.one_at_a_time import Opaque
 from moe_export.export.experts.outline import DOMAIN, NUMBER, OPERATOR
+from moe_export.export.onnx.fourier import expand_fourier
 from moe_export.export.onnx.provenance import strip_scope
 from moe_export.export.onnx.translate import check
 from moe_export.export.options import Options
@@ -209,6 +210,7 @@ class _Maker:
         expand_experts(model, draft.program.blocks, options.experts, options.target, write, self.bodies)
         model.opset_imports[DOMAIN] = 1
         expand_loops(model, Expansion(options.recurrence, options.unroll))
+        expand_fourier(model)
         return dataclasses.replace(draft, model=model)
 
     def _layer_of(self, block: Opaque) -> int:

@@ -76,6 +76,7 @@ class Writer:
     def __init__(self, graph: fx.Graph, mode: AbstractContextManager[Any]) -> None:
         self.graph = graph
         self._mode = mode
+        self._sizes: dict[Any, fx.Node] = {}
         self.node = next(iter(graph.nodes))
 
     @property
@@ -201,6 +202,13 @@ class Writer:
             return part
         return self.call(_aten._to_copy.default, part, dtype=dtype)
 
+    def typed(self, value: Any) -> Pair:
+        """An operand in the type of the result, as integers have to be made floats."""
+        dtype = self.node.meta["val"].dtype.to_real()
+        return Pair(
+            *(self.cast(part, dtype) if isinstance(part, fx.Node) else part for part in parts_of(value))
+        )
+
     # Sizes
 
     def number(self, target: Callable[..., Any], *args: Any) -> Any:
@@ -212,9 +220,12 @@ class Writer:
     def size(self, value: fx.Node, axis: int) -> Any:
         """A size of a value: a plain number, or the node of it."""
         size = value.meta["val"].shape[axis]
-        if isinstance(expression_of(size), int):
-            return expression_of(size)
-        return self.call(_aten.sym_size.int, value, axis % value.meta["val"].dim())
+        expression = expression_of(size)
+        if isinstance(expression, int):
+            return expression
+        if expression not in self._sizes:
+            self._sizes[expression] = self.call(_aten.sym_size.int, value, axis % value.meta["val"].dim())
+        return self._sizes[expression]
 
 
 def _plain(node: fx.Node) -> Any:

@@ -48,14 +48,14 @@ def transform(
         power: Of 1 / sqrt(n), to scale by.
     """
     axis = axis_of(value, axis)
-    signal = moved(w, value, axis, -1)
+    signal = moved(w, w.typed(value), axis, -1)
     n = w.size(tensor_of(signal), -1) if n is None else n
     signal = cut(w, signal, n)
 
     def compute() -> tuple[Part, Part]:
         kept = w.number(operator.add, w.number(operator.floordiv, n, 2), 1) if onesided else n
         real, imag = w.whole(signal) if signal.real is None else signal.parts
-        both = w.call(FOURIER, real, imag, n, onesided, inverse, power)
+        both = w.call(FOURIER, real, imag, w.size(tensor_of(signal), -1), n, onesided, inverse, power)
         twice = w.number(operator.mul, kept, 2)
         parts = Pair(
             w.call(_aten.slice.Tensor, both, -1, 0, kept), w.call(_aten.slice.Tensor, both, -1, kept, twice)
@@ -82,12 +82,12 @@ def inverse_real(w: Writer, value: Any, n: Any, axis: int, power: int) -> fx.Nod
     signal = signal_of(w, value.of, power) if known and n is not None and same(n, value.of.n) else None
     if signal is not None:
         return tensor_of(signal)
-    pair = moved(w, value, axis, -1)
+    pair = moved(w, w.typed(value), axis, -1)
     if n is None:
         n = w.number(operator.mul, w.number(operator.sub, w.size(tensor_of(pair), -1), 1), 2)
     pair = cut(w, pair, w.number(operator.add, w.number(operator.floordiv, n, 2), 1))
     real, imag = w.whole(pair) if pair.real is None else pair.parts
-    found = w.call(FOURIER_REAL, real, imag, n, power)
+    found = w.call(FOURIER_REAL, real, imag, w.size(tensor_of(pair), -1), n, power)
     return tensor_of(moved(w, found, -1, axis))
 
 

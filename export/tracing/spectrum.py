@@ -37,9 +37,9 @@ class Convolved:
 
     def upto(self, w: Writer, length: Any) -> Pair:
         """Its first entries."""
-        sizes = [tensor_of(each).meta["val"].shape[-1] for each in (self.one, self.other)]
-        wraps = not is_at_most(sum(sizes) - 1, value_of(self.n))
-        return bilinear(CONVOLVE, w, self.one, self.other, self.n, length, wraps)
+        sizes = [w.size(tensor_of(each), -1) for each in (self.one, self.other)]
+        wraps = not is_at_most(sum(map(value_of, sizes)) - 1, value_of(self.n))
+        return bilinear(CONVOLVE, w, self.one, self.other, *sizes, self.n, length, wraps)
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,10 @@ def tensor_of(value: Any) -> fx.Node:
     return next(part for part in parts_of(value) if isinstance(part, fx.Node))
 
 
+def _tensors(value: Pair) -> list[fx.Node]:
+    return [part for part in value.parts if isinstance(part, fx.Node)]
+
+
 def moved(w: Writer, value: Any, source: int, target: int) -> Pair:
     """A value with one of its axes elsewhere, both counted from the end."""
     pair = Pair(*parts_of(value))
@@ -190,6 +194,8 @@ def _product(w: Writer, target: Any, one: Any, other: Any) -> Of | None:
     if not one.of.like(other.of):
         return None
     found = Convolved(one.of.signal(w), other.of.signal(w), one.of.n)
+    if len({part.meta["val"].dtype for each in (found.one, found.other) for part in _tensors(each)}) > 1:
+        return None
     return replace(one.of, of=found, power=one.of.power + other.of.power)
 
 

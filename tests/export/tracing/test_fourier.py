@@ -61,6 +61,8 @@ def test_transforms_of_any_length(tools):
         lambda _, x: fft.irfft(x, n=9, norm="ortho"),
         lambda _, x: fft.fftshift(fft.fft(x), -1),
         lambda _, x: fft.ifftshift(fft.rfft(x).real, -1),
+        lambda _, x: fft.rfft((x * 4).int()),
+        lambda _, x: fft.irfft(fft.rfft(x) * fft.rfft(x.double()), n=x.shape[-1]).float(),
     )
     graph = tools.graph(model, torch.randn(2, 30))
     for length in LENGTHS:
@@ -203,9 +205,11 @@ def test_a_diagonal_state_space_model_by_its_kernel(tools):
 
 
 @pytest.mark.slow
-def test_large_fixed_sizes_are_computed_in_the_graph(tools):
-    model = Does(lambda _, x: fft.rfft(x, n=2400), lambda _, x: fft.irfft(x, n=2400))
-    graph = tools.graph(model, torch.randn(2, 2400), dims=None)
+def test_large_fixed_sizes_are_convolutions(tools):
+    model = Does(
+        lambda _, x: fft.rfft(x, n=2400), lambda _, x: fft.irfft(x, n=2399), lambda _, x: fft.ifft(x * 1j)
+    )
+    graph = tools.graph(model, torch.randn(2, 2400))
     assert sum(value.const_value.nbytes for value in graph.model.graph.initializers.values()) < 2**20
     for error, own in off(tools, graph, model, torch.randn(3, 2400)):
         assert error < 1e-6 + 4 * own
