@@ -200,7 +200,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the entries and count; the exit code."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "--only", nargs="+", default=[], metavar="NAME", help="entries whose name holds one of these"
+        "--only",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="NAME",
+        help="entries whose name holds one of these",
     )
     parser.add_argument("--list", action="store_true", help="print the names")
     parser.add_argument("--limit", type=float, default=LIMIT, help="seconds for one process")
