@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -172,6 +173,13 @@ class _Builder:
         node.meta = dict(self._meta)
         return node
 
+    def _length(self, of: int) -> fx.Node:
+        """A length, or after the last the product of all."""
+        if of == len(self._lengths_at):
+            return reduce(partial(self.call, operator.mul), map(self._length, range(of)))
+        name, axis = self._lengths_at[of]
+        return self.call(aten.sym_size.int, self._places[name], axis)
+
     def number(self, number: Any) -> Any:
         """A number, or the node that computes it from the length."""
         if isinstance(number, Value):
@@ -186,8 +194,7 @@ class _Builder:
             whole = Form(1, 0, of=number.of)
             length = self._numbers.get(whole)
             if length is None:
-                name, axis = self._lengths_at[number.of]
-                length = self._numbers[whole] = self.call(aten.sym_size.int, self._places[name], axis)
+                length = self._numbers[whole] = self._length(number.of)
             total: Any = length
             if number.slope != 1:
                 total = self.call(operator.mul, total, number.slope)

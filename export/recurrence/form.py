@@ -21,6 +21,8 @@ class FormError(ValueError):
 class Form:
     """`factor * ((slope * L + offset) // divisor) + plus * L + shift`; if there are several lengths, L is number `of`.
 
+    After the last length comes the product of all.
+
     Example:
         >>> form_of({8: 7, 9: 8, 11: 10})
         Form(slope=1, offset=-1, divisor=1, factor=1, shift=0, plus=0, of=0)
@@ -61,7 +63,7 @@ class TracedLengths:
     """The lengths at which a model was traced.
 
     Attributes:
-        sizes: For each trace, the size of every length.
+        sizes: For each trace, the size of every length; of several, then their product.
         chunk: The places that an iteration takes, where that is known.
     """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -80,13 +81,19 @@ def in_common(
     return _common(sizes, chunk, [first, *(trace(other, request, as_called=True) for other in others)])
 
 
+def with_product(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """The sizes of the lengths; of several also their product: a loop runs over it if an image is one row of pixels."""
+    return (*sizes, math.prod(sizes)) if len(sizes) > 1 else sizes
+
+
 def _common(sizes: Sequence[tuple[int, ...]], chunk: int | None, traces: Sequence[Traced]) -> RolledGraph:
     """What the traces have in common."""
     if any(traced.program.graph_signature.buffers_to_mutate for traced in traces):
         raise LengthError("the model changes a buffer while it runs", None)
     repeats = repeats_of(traces)
     try:
-        return generalised({size: roll(each) for size, each in zip(sizes, repeats, strict=True)}, chunk)
+        rolled = {with_product(size): roll(each) for size, each in zip(sizes, repeats, strict=True)}
+        return generalised(rolled, chunk)
     except UnlikeError as error:
         nearest = _nearest(repeats[-1])
         if nearest is None or nearest.nodes <= getattr(_nearest(repeats[0]), "nodes", 0):

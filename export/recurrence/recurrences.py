@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -174,11 +174,11 @@ def _over_most(
     with quiet():
         apart = next((other for other in lengths[1:] if looped_apart(subject, lengths[0], other)), None)
     staying: LengthError | None = None
-    if apart is not None:
+    if len(lengths) > 1:
         try:
-            return _folded(subject, request, (lengths[0], apart)), None
+            return _folded(subject, request, (lengths[0], apart or lengths[1])), None
         except LengthError as error:
-            staying = error
+            staying = None if apart is None else error
     try:
         return _folded(subject, request, lengths[:1]), staying
     except LengthError:
@@ -336,11 +336,17 @@ def _placeholders(traced: Traced) -> list[str]:
 def _notes(whole: RolledGraph, lengths: Sequence[Length], subject: Subject) -> list[str]:
     return [
         f"loop at {_near(item.loop.line, subject)}: {len(item.loop.body)} operators a step, "
-        f"{item.loop.iterations} steps for L = {_named(lengths[getattr(item.loop.iterations, 'of', 0)])}, "
+        f"{item.loop.iterations} steps for L = {_counted(lengths, item.loop.iterations)}, "
         "folded into one Scan"
         for item in whole.items
         if isinstance(item, Folded)
     ]
+
+
+def _counted(lengths: Sequence[Length], iterations: Any) -> str:
+    """What a number of iterations counts: a length, or the product of all."""
+    of = getattr(iterations, "of", 0)
+    return _named(lengths[of]) if of < len(lengths) else " * ".join(map(_named, lengths))
 
 
 def _near(line: str | None, subject: Subject) -> str:

@@ -272,6 +272,20 @@ class Rows(nn.Module):
         return torch.stack(ys, 2).view(batch, -1, height, width)
 
 
+class RowByRow(nn.Module):
+    """A state that starts anew in each row of an image (b, h, w, c)."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        rows = []
+        for row in range(image.shape[1]):
+            h, states = torch.zeros_like(image[:, 0, 0]), []
+            for column in range(image.shape[2]):
+                h = torch.tanh(0.5 * h + image[:, row, column])
+                states.append(h)
+            rows.append(torch.stack(states, 1))
+        return torch.stack(rows, 1)
+
+
 class TimeFirst(nn.Module):
     """(l, b, d), a row of weights a step from a table of 300, and the last state alone."""
 

@@ -104,16 +104,33 @@ def test_the_graph_does_not_depend_on_the_length_of_the_example(name: str) -> No
     assert len(sizes) == 1
 
 
-def test_a_loop_over_rows_of_an_image_holds_for_any_height_and_says_that_the_width_stays() -> None:
+def test_a_loop_over_rows_of_an_image_holds_for_any_height_and_width() -> None:
     subject = subject_of(ways.Rows(), (ways.randn(ways.B, 2, 5, 3),))
     graph = exported(subject)
-    assert graph.traced.inputs["image"] == ("batch", "image_dim1", "height", 3)
-    assert sum("image: length 3 is fixed" in note for note in graph.notes) == 1
-    assert sum("3 * L steps" in note for note in graph.notes) == 1
-    for batch, channels, height in ((1, 1, 1), (3, 2, 12)):
-        image = torch.randn(batch, channels, height, 3)
+    assert graph.traced.inputs["image"] == ("batch", "image_dim1", "height", "width")
+    assert sum("L steps for L = image:2 * image:3" in note for note in graph.notes) == 1
+    for batch, channels, height, width in (
+        (1, 1, 1, 1),
+        (3, 2, 12, 3),
+        (2, 1, 1, 7),
+        (2, 3, 9, 1),
+        (1, 2, 4, 11),
+    ):
+        image = torch.randn(batch, channels, height, width)
         found = session(graph).run(None, {"image": image.numpy()})[0]
         assert np.allclose(found, ways.Rows()(image).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_loop_that_starts_anew_in_each_row_is_folded_over_one_length_at_most() -> None:
+    subject = subject_of(ways.RowByRow(), (ways.randn(ways.B, 5, 3, 2),))
+    graph = exported(subject)
+    sizes = graph.traced.inputs["image"][1:3]
+    assert any(isinstance(size, int) for size in sizes)
+    assert any("fixed" in note for note in graph.notes)
+    feeds = [size if isinstance(size, int) else 4 for size in sizes]
+    image = torch.randn(3, *feeds, 2)
+    found = session(graph).run(None, {"image": image.numpy()})[0]
+    assert np.allclose(found, ways.RowByRow()(image).numpy(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", only(["half_way_back", "all_before", "counted"], refused.LOOPS))
