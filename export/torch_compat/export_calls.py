@@ -6,7 +6,7 @@ A patch of `torch.onnx.export`, `torch.export.export`, `torch.export.draft_expor
 (`torch.onnx.dynamo_export`) are there again. Why: none of them can be observed, and each fails on models that go into a
 graph here.
 
-Seen in torch 2.13.0 and 2.14.1, torch_tensorrt 2.8.
+Seen in torch 2.13.0 and 2.14.1. What torch_tensorrt has is taken from its documentation; it was not run.
 """
 
 from __future__ import annotations
