@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -168,18 +169,18 @@ def _axes(elements: Sequence[Tensor]) -> Iterator[tuple[int, ...]]:
 
 
 def _random(call: ScanCall, axes: Sequence[int], length: int, *, positive: bool) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(length)
+    drawn = np.random.default_rng(length)  # PyTorch's own are refused within `torch.vmap`
     made = []
     for element, axis in zip(call.elements, axes, strict=True):
         shape = list(element.shape)
         shape[axis] = length
+        values = torch.from_numpy(drawn.standard_normal(shape))
         if element.is_complex():
-            made.append(torch.randn(shape, generator=generator, dtype=torch.complex128))
+            made.append(torch.complex(values, torch.from_numpy(drawn.standard_normal(shape))))
         elif element.is_floating_point():
-            values = torch.randn(shape, generator=generator, dtype=torch.float64)
             made.append(values.abs() if positive else values)
         else:
-            made.append(torch.randint(2, shape, generator=generator).to(element.dtype))
+            made.append((values > 0).to(element.dtype))
     return made
 
 

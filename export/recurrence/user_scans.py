@@ -21,6 +21,7 @@ from inspect import isfunction
 from types import FunctionType, SimpleNamespace
 from typing import Any, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -191,6 +192,6 @@ def _is_loop(run: OfTwo, rank: int, axis: int) -> bool:
 def _random(rank: int, axis: int, length: int) -> tuple[Tensor, Tensor]:
     shape = list(_SIZES[:rank])
     shape[axis] = length
-    generator = torch.Generator().manual_seed(length)
-    decay, added = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    drawn = np.random.default_rng(length)  # PyTorch's own are refused within `torch.vmap`
+    decay, added = (torch.from_numpy(drawn.standard_normal(shape)) for _ in range(2))
     return decay, added

@@ -4,6 +4,7 @@
   them; `torch.library` writes schemas and does not read them.
 - `is_functional`: whether no operator of a graph writes into its input, or runs a graph of its own. Why: the same
   schema says so, and the type of operators with graphs has no public name.
+- `is_batched`: whether `torch.vmap` is in a trace. Why: the calls that begin and end it there have no public name.
 - `effect_of`, `without_writing`: whether an operator writes, returns a view, or is made of others; the same operator
   without the write. Why: `OpOverload._schema` and the table of kernels say so, both private.
 - `writes_to`: whether a large tensor was written to, without comparing its values. Why: it is what autograd counts by,
@@ -48,6 +49,13 @@ def is_functional(graph: fx.Graph) -> bool:
             )
         )
         for node in graph.nodes
+    )
+
+
+def is_batched(graph: fx.Graph) -> bool:
+    """Whether `torch.vmap` is in a trace: as calls that begin and end it; between them, values lack the batch axis."""
+    return any(
+        str(getattr(node.target, "__module__", "")).startswith("torch._functorch") for node in graph.nodes
     )
 
 

@@ -29,7 +29,13 @@ from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.sizes import expression_of, fixed, same_shape, same_size
 from moe_export.export.torch_compat.dispatch import OperatorMode
 from moe_export.export.torch_compat.nesting import pytree
-from moe_export.export.torch_compat.operators import Effect, effect_of, is_functional, without_writing
+from moe_export.export.torch_compat.operators import (
+    Effect,
+    effect_of,
+    is_batched,
+    is_functional,
+    without_writing,
+)
 from moe_export.export.tracing.programs import copied_module, with_module
 
 _aten = torch.ops.aten
@@ -57,10 +63,12 @@ def functionalized(program: ExportedProgram, *, as_called: bool = False) -> Expo
         program: As `torch.export.export` returns it; it stays as it is.
         as_called: Only do away with writes; keep `reshape` and others as the model calls them.
     """
-    if as_called and is_functional(program.graph):
+    if as_called and is_functional(program.graph) and not is_batched(program.graph):
         return program
     module = copied_module(program)
     try:
+        if is_batched(module.graph):
+            raise _UnknownError
         _Rewriting(module.graph, as_called).run()
     except _UnknownError:
         decomposed: ExportedProgram = program.run_decompositions({})

@@ -62,6 +62,38 @@ def with_module(
     )
 
 
+def without_unread_constants(program: ExportedProgram) -> ExportedProgram:
+    """The program without the constants that no result depends on; the program itself if there are none.
+
+    Why: what a function under a nested `torch.vmap` makes can stay behind in a trace as a constant, read by operators
+    that nobody reads. It escaped from the function, so nothing can compute with it any more.
+    """
+    graph = program.graph
+    read: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op == "output" or (node.op == "call_function" and node.is_impure()) or node in read:
+            read.update(node.all_input_nodes)
+    constants = program.graph_signature.inputs_to_lifted_tensor_constants
+    unread = {node.name for node in graph.nodes if node.name in constants and node not in read}
+    if not unread:
+        return program
+    module = copied_module(program)
+    dead: set[fx.Node] = set()
+    for node in module.graph.nodes:
+        if node.name in unread or not dead.isdisjoint(node.all_input_nodes):
+            dead.add(node)
+    for node in reversed(list(module.graph.nodes)):
+        if node in dead:
+            module.graph.erase_node(node)
+    signature = copy.deepcopy(program.graph_signature)
+    signature.input_specs = [
+        spec for spec in signature.input_specs if getattr(spec.arg, "name", None) not in unread
+    ]
+    targets = {constants[name] for name in unread}
+    kept = {target: value for target, value in program.constants.items() if target not in targets}
+    return with_module(program, module, keeps=lambda _: True, signature=signature, constants=kept)
+
+
 def name_outputs(signature: ExportGraphSignature, graph: fx.Graph) -> None:
     """Let a signature, which knows outputs by the names of their nodes, say which nodes a graph returns."""
     outputs = next(node for node in graph.nodes if node.op == "output").args[0]

@@ -41,6 +41,7 @@ from moe_export.export.tracing.functionalize import functionalized
 from moe_export.export.tracing.idioms import traceable_idioms, user_lines
 from moe_export.export.tracing.idioms_numbers import symbolic_numbers
 from moe_export.export.tracing.memos import without_memos
+from moe_export.export.tracing.programs import without_unread_constants
 from moe_export.export.tracing.randomness import refuse_random
 from moe_export.export.tracing.weight_inputs import with_weights_marked
 from moe_export.export.tracing.widen import accepts, widened
@@ -274,6 +275,7 @@ def _export(
                         dynamic_shapes={"inputs": spec},
                         strict=False,
                     )
+                exported = without_unread_constants(exported)
                 found = _only_there(exported, subject, example, request) - stuck
                 if found:  # it is right at these sizes alone, and only looks free
                     stuck |= found

@@ -154,3 +154,13 @@ def test_it_becomes_one_scan_for_any_length(run: Any) -> None:
         with torch.no_grad():
             wanted = module(x).numpy()
         np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_functions_called_within_vmap_are_tried_there_too() -> None:
+    """Random numbers of PyTorch are refused there."""
+    decay, added = torch.rand(2, 5, 3), torch.rand(2, 5, 3)
+    wanted = torch.vmap(lambda a, x: ways.tree_scan(linear, (a, x))[1])(decay, added)
+    plain = torch.vmap(ways.doubling)(decay[None], added[None])[0]
+    with scans_step_by_step(ways.Gated(ways.forwards)):
+        assert torch.vmap(lambda a, x: ways.tree_scan(linear, (a, x))[1])(decay, added).allclose(wanted)
+        assert torch.vmap(ways.doubling)(decay[None], added[None])[0].allclose(plain)

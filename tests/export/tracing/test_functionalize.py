@@ -12,8 +12,9 @@ from slow_cases import only
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from moe_export.export.torch_compat.operators import Effect, effect_of
+from moe_export.export.torch_compat.operators import Effect, effect_of, is_batched
 from moe_export.export.tracing.functionalize import functionalized
+from moe_export.export.tracing.programs import without_unread_constants
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")  # torch.export's own
 
@@ -247,3 +248,41 @@ def test_random_programs_of_views_and_writes(part):
         for place, (one, other) in enumerate(zip(got, expected, strict=True)):
             assert torch.equal(one, other), (seed, place)
     assert here > 12
+
+
+class _Nested(nn.Module):
+    """A matrix for each row of a batch, made under one `vmap` and read under another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.rand(4))
+        self.matrix = nn.Parameter(torch.randn(4, 3))
+
+    def forward(self, x):
+        def row(each, step):
+            matrix = (step * self.rate).exp()[:, None] * self.matrix
+            return torch.vmap(lambda one: matrix @ one)(each)
+
+        return torch.vmap(row)(x, x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("as_called", [False, True])
+def test_a_vmap_within_a_vmap_leaves_nothing_behind(as_called: bool) -> None:
+    module, x = _Nested(), torch.randn(2, 5, 3)
+    shapes = ({1: Dim.AUTO},)
+    program = torch.export.export(module, (x,), dynamic_shapes=shapes, strict=False)
+    assert program.graph_signature.inputs_to_lifted_tensor_constants  # what escaped
+    assert is_batched(program.graph)
+    kept = without_unread_constants(program)
+    assert not kept.graph_signature.inputs_to_lifted_tensor_constants
+    functional = functionalized(kept, as_called=as_called)
+    assert not is_batched(functional.graph)
+    for length in (1, 5, 8):
+        x = torch.randn(2, length, 3)
+        torch.testing.assert_close(functional.module()(x), module(x))
+
+
+def test_a_constant_that_is_read_stays() -> None:
+    _, program = exported(lambda x: x + torch.tensor([1.0, 2.0]), torch.randn(3, 2))
+    assert program.graph_signature.inputs_to_lifted_tensor_constants
+    assert without_unread_constants(program) is program
