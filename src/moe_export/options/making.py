@@ -18,7 +18,7 @@ MODEL = (
            metavar="NAME=2x10x512:DTYPE", repeatable=True, first=True),
     Option("list_calls", "--list", "Model", "List the calls of a script that can be exported, and write nothing.",
            ("export",), ("load",), type=bool),
-    Option("call", "--call", "Model", "Which of these calls; the same as script.py:N.", ("export",), ("load",),
+    Option("call", "--call", "Model", "Which of these calls; the same as script.py:N.", ("export", "report"), ("load",),
            otherwise="the first export, or else the first call", type=click.IntRange(1), metavar="N"),
 )
 GRAPH = (
