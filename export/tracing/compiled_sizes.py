@@ -1,7 +1,7 @@
 """Libraries that compile a program for the shapes of a call, traced with symbols in place of the sizes.
 
 einx solves an equation such as `b h (n k) d` for the integers of a call, and writes a Python function for them, which
-it then calls. So the trace would hold for these sizes alone. While a model is traced, such a library is told a large
+it then calls. So the trace would hold for these sizes alone. While a model is traced, such a library reads a large
 prime for each symbol, and where its function hands PyTorch a number made of these primes, PyTorch gets the symbols:
 
     x (s0, s1, 16)   the library reads   (1300021, 1300037, 16)
@@ -46,13 +46,13 @@ class _Primes(TorchFunctionMode):
         kwargs = kwargs or {}
         if func == _SHAPE:
             shape = func(*args, **kwargs)
-            return self._told(shape) if _asked_by_compiler(inspect.currentframe()) else shape
+            return self._as_primes(shape) if _asked_by_compiler(inspect.currentframe()) else shape
         if self._symbols:
             args = self._with_sizes(args)
             kwargs = {name: self._with_sizes(value) for name, value in kwargs.items()}
         return func(*args, **kwargs)
 
-    def _told(self, shape: Sequence[Any]) -> tuple[int, ...]:
+    def _as_primes(self, shape: Sequence[Any]) -> tuple[int, ...]:
         return tuple(self._stand_in(size) if isinstance(size, torch.SymInt) else size for size in shape)
 
     def _stand_in(self, size: torch.SymInt) -> int:
