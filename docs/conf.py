@@ -33,7 +33,7 @@ NAVIGATION = {
         "docs/engines",
         "docs/seeing",
     ),
-    "Reference": ("docs/command-line", "docs/api"),
+    "Reference": ("docs/command-line", "docs/refusals", "docs/api"),
     "Taking part": (
         "CONTRIBUTING",
         "docs/architecture",

@@ -30,7 +30,7 @@ from moe_export.einsum_rewrite.planner import make_plan
 from moe_export.einsum_rewrite.proof import Proof, prove_onnx
 from moe_export.einsum_rewrite.sites import Site, typed_equation, user_frame
 from moe_export.einsum_rewrite.targets import read_target
-from moe_export.errors import EquationError, NotExportableError
+from moe_export.errors import Code, EquationError, NotExportableError
 from moe_export.graph_builder import Names
 
 Model = TypeVar("Model", onnx.ModelProto, ir.Model)
@@ -114,7 +114,7 @@ def rewrite_onnx(model: Model, options: Options | None = None, report: Rewriting
         report.proofs += done.proofs
         report.refused += done.refused
     elif done.refused:
-        raise NotExportableError(str(done.refused[0]), where=done.refused[0].error.where,
+        raise NotExportableError(str(done.refused[0]), code=Code.EINSUM, where=done.refused[0].error.where,
                                  hint=done.refused[0].error.hint)  # fmt: skip
     return cast("Model", new)
 

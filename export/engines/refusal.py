@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.onnx.provenance import MODULE, SOURCE
 
 _SHOWN = 8
@@ -73,4 +73,4 @@ def refused(refusals: tuple[Refusal, ...], what: str) -> NotExportableError:
     if len(refusals) > _SHOWN:
         lines.append(f"... and {len(refusals) - _SHOWN} more")
     hints = dict.fromkeys(refusal.hint for refusal in refusals if refusal.hint)
-    return NotExportableError(what, where="\n".join(lines), hint="\n".join(hints) or None)
+    return NotExportableError(what, code=Code.ENGINE, where="\n".join(lines), hint="\n".join(hints) or None)

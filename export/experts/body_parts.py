@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.experts.sorting import with_lead
 from moe_export.graph_builder import GraphBuilder
 
@@ -314,7 +314,9 @@ def _write_nodes(w: GraphBuilder, nodes: Iterable[ir.Node], known: dict[ir.Value
     """
     for node in nodes:
         if any(attribute.type is ir.AttributeType.GRAPH for attribute in node.attributes.values()):
-            raise NotExportableError(f"an expert holds control flow of its own ({node.op_type})")
+            raise NotExportableError(
+                f"an expert holds control flow of its own ({node.op_type})", code=Code.EXPERT_BODY
+            )
         made = w.many(
             node.op_type,
             *(known[value] if value is not None else None for value in node.inputs),

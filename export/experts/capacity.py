@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moe_export.errors import RefusedError
+from moe_export.errors import Code, RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts, value_numbering
 from moe_export.export.experts.capacity_check import check_core
@@ -104,9 +104,8 @@ def find_capacity(graph: fx.Graph, refused: list[str]) -> Iterator[Experts]:
             else:
                 if why is not None:
                     line = line_of(node.meta.get("stack_trace"))
-                    refused.append(
-                        f"the masks of the experts at {line} stay products, as they were written: {why}"
-                    )
+                    stays = f"the masks of the experts at {line} stay products, as they were written: {why}"
+                    refused.append(Code.EXPERTS.mark(stays))
 
 
 def _contractions(node: fx.Node) -> Iterator[_Contraction]:

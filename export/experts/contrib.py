@@ -21,7 +21,7 @@ import onnx_ir as ir
 import torch
 from torch import fx
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.one_at_a_time import Opaque
 from moe_export.export.experts.weights import ExpertWeights
@@ -67,6 +67,7 @@ def read_feed_forward(experts: Experts) -> FeedForward:
     if found is None:
         raise NotExportableError(
             "com.microsoft.MoE does not compute such an expert",
+            code=Code.EXPERTS_FORM,
             where=experts.line,
             hint="it takes two linear layers with relu, gelu of tanh, silu or nothing between them, or SwiGLU; "
             "the other forms of --experts take any",
@@ -170,6 +171,7 @@ def contrib(w: GraphBuilder, block: Opaque) -> ir.Value:
     if block.valid is not None:
         raise NotExportableError(
             "com.microsoft.MoE cannot leave a token without an expert, and this routing may",
+            code=Code.EXPERTS_FORM,
             where=block.meaning.line,
             hint="the other forms of --experts can",
         )

@@ -11,7 +11,7 @@ from onnxscript import optimizer
 from torch.export import ExportedProgram
 
 from moe_export.einsum_rewrite import rewrite_program
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.axes.chosen import names_experts
 from moe_export.export.experts import contrib
 from moe_export.export.experts.batch import trace_batched
@@ -71,9 +71,8 @@ def expand_experts(
             result = form(builder, name, opaque)
         except NotExportableError as error:
             if choice != "auto":
-                raise NotExportableError(
-                    error.what, where=error.where or block.experts.line, hint=error.hint
-                ) from error
+                error.where = error.where or block.experts.line
+                raise
             builder, result, name, reason = _simpler(model, node, opaque, name, error, form)
         result.shape, result.type = node.outputs[0].shape, node.outputs[0].type
         ir.convenience.replace_nodes_and_values(
@@ -137,6 +136,7 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> BodyParts:
     except Exception as error:
         raise NotExportableError(
             "an expert could not be translated to ONNX",
+            code=Code.EXPERT_BODY,
             where=block.experts.line,
             hint=str(error).split("\n", 1)[0],
         ) from error
@@ -178,6 +178,7 @@ def _batched(block: Block) -> ExportedProgram:
             why = "one of its operators takes a fixed number of them, as a convolution does"
         raise NotExportableError(
             f"an expert cannot be computed for several experts at once: {why}",
+            code=Code.EXPERTS_FORM,
             where=experts.line,
             hint="--experts slices and --experts loop take one expert at a time",
         ) from error

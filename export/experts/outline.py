@@ -15,7 +15,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from moe_export.errors import RefusedError
+from moe_export.errors import Code, RefusedError
 from moe_export.export.experts.batch import trace_body
 from moe_export.export.experts.body import ZEROS, Experts
 from moe_export.export.experts.flat_tokens import with_flat_tokens
@@ -74,7 +74,8 @@ def outline_experts(traced: Traced) -> Outlined:
         try:
             blocks.append(_block(experts, values, programs))
         except RefusedError as error:
-            refused.append(f"the loop over experts at {experts.line} stays as it was written: {error}")
+            why = f"the loop over experts at {experts.line} stays as it was written: {error}"
+            refused.append(Code.EXPERTS.mark(why))
     if not blocks:
         return Outlined(traced, (), tuple(refused))
     program = _with_nodes(traced.program, [block.experts for block in blocks])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from moe_export.errors import RefusedError
+from moe_export.errors import Code, RefusedError
 from moe_export.export.axes.chosen import experts_of
 from moe_export.export.experts.body import Experts, GraphIndex
 from moe_export.export.experts.capacity import find_capacity
@@ -81,7 +81,7 @@ def _pairs(
 
 
 def _stays(what: str, line: str | None, why: str) -> str:
-    return f"the {what} experts at {line} stays as it was written: {why}"
+    return Code.EXPERTS.mark(f"the {what} experts at {line} stays as it was written: {why}")
 
 
 def _chosen_from(block: Experts) -> int:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.graph_builder import GraphBuilder
 
 INT64 = ir.DataType.INT64
@@ -118,6 +118,7 @@ def known_sizes(sizes: Iterable[object]) -> list[int]:
     if not all(isinstance(size, int) for size in found):
         raise NotExportableError(
             "this form of the experts needs rows of fixed sizes, and theirs are free",
+            code=Code.EXPERTS_FORM,
             hint="choose --experts slices, or fix the sizes with --static",
         )
     return [size for size in found if isinstance(size, int)]

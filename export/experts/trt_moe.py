@@ -20,7 +20,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.experts.contrib import FeedForward, read_feed_forward
 from moe_export.export.experts.one_at_a_time import Opaque
 from moe_export.export.experts.weights import ExpertWeights
@@ -119,6 +119,7 @@ def _gated(block: Opaque) -> tuple[FeedForward, int]:
     if form is None or form.gated is None:
         raise NotExportableError(
             f"TRT_MoE takes experts down(silu(gate x) * up x) without biases, and {why}",
+            code=Code.EXPERTS_FORM,
             where=block.meaning.line,
             hint="--experts blocks takes any expert",
         )

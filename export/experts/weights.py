@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.experts.body_parts import BodyParts, PartsBuilder
 from moe_export.export.onnx.recipe_steps import (
     Known,
@@ -61,11 +61,14 @@ class ExpertWeights:
             NotExportableError: A weight is only known at run time, or more than 256 MiB of them are in files.
         """
         if not self.known:
-            raise NotExportableError("the weights of the experts are computed at run time")
+            raise NotExportableError(
+                "the weights of the experts are computed at run time", code=Code.EXPERTS_FORM
+            )
         stacks = self._stacks()
         if sum(stack.nbytes for stack in stacks if isinstance(stack, Recipe)) > _MOST:
             raise NotExportableError(
-                "this form computes with the experts' weights, and they are not in memory"
+                "this form computes with the experts' weights, and they are not in memory",
+                code=Code.WEIGHT_VALUES,
             )
         return [realised(stack) for stack in stacks]
 

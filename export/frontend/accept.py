@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from moe_export.errors import NotExportableError, UsageError
+from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.torch_compat.modules import compiled_inside, uncompile
 from moe_export.export.torch_compat.nesting import pytree
 
@@ -52,12 +52,14 @@ def _refuse_kinds(module: nn.Module, source: Path) -> None:
         if isinstance(child, torch.jit.ScriptModule):
             raise NotExportableError(
                 f"{path or name} is TorchScript, which has its own graph already",
+                code=Code.FROZEN_MODULE,
                 where=str(source),
                 hint="export the module that torch.jit.script or torch.jit.trace was given",
             )
         if type(child).__module__.startswith(("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized")):
             raise NotExportableError(
                 f"{path or name} is a quantized {type(child).__name__}, whose packed weights have no ONNX form",
+                code=Code.FROZEN_MODULE,
                 where=str(source),
                 hint="export the model before it is quantized, and quantize the graph",
             )
@@ -89,6 +91,7 @@ def check_inputs(tensors: Mapping[str, torch.Tensor], source: Path) -> None:
         if reason:
             raise NotExportableError(
                 f"the example input {name} is {reason[0]}, which no ONNX input can be",
+                code=Code.UNLIKE_ONNX,
                 where=str(source),
                 hint=reason[1],
             )
@@ -104,7 +107,10 @@ def check_outputs(tensors: Mapping[str, torch.Tensor], where: str | None) -> Non
         reason = _unlike_onnx(tensor)
         if reason:
             raise NotExportableError(
-                f"output {name} is {reason[0]}, which no ONNX output can be", where=where, hint=reason[1]
+                f"output {name} is {reason[0]}, which no ONNX output can be",
+                code=Code.UNLIKE_ONNX,
+                where=where,
+                hint=reason[1],
             )
 
 

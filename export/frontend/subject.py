@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from moe_export.errors import NotExportableError, UsageError
+from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.frontend.accept import check_inputs, check_outputs, plain_module, register_dataclasses
 from moe_export.export.frontend.export_calls import NOTHING, Asked
 from moe_export.export.frontend.pytree import Leaf, identifier, leaves, unique
@@ -200,6 +200,7 @@ def make_subject(
     if not outputs:
         raise NotExportableError(
             f"{type(module).__name__}.forward returns no tensor, so there is no graph to write",
+            code=Code.NO_OUTPUT,
             where=_forward_line(module),
         )
     notes = tuple(
@@ -282,6 +283,7 @@ def _first_calls(module: nn.Module, call: Callable[[], list[Leaf]], source: Path
     if lost := before.lost():
         raise NotExportableError(
             f"a call of {type(module).__name__} writes to {min(lost)}, and its weights are too large to be put back",
+            code=Code.STATE,
             where=str(source),
             hint="let forward compute with a copy of the weight",
         )

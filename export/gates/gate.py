@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.pytree import identifier, unique
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.gates.region import is_size, needed, size_source
@@ -180,7 +180,8 @@ def _constant(
 ) -> fx.Node:
     if node.name not in constants:
         raise NotExportableError(
-            f"the gate depends on the model's input {node.name} besides what enters its module"
+            f"the gate depends on the model's input {node.name} besides what enters its module",
+            code=Code.GATE,
         )
     value = constants[node.name].detach()
     if lazy_weight_of(value) is None:

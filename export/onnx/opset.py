@@ -16,7 +16,7 @@ import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
-from moe_export.errors import NotExportableError, UsageError
+from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.onnx.provenance import source_location
 from moe_export.graph_builder import Constants
 
@@ -90,6 +90,7 @@ def set_opset(model: ir.Model, opset: int) -> None:
     elif written != opset:
         raise NotExportableError(
             f"the graph could not be converted from opset {written} to {opset}",
+            code=Code.OPSET,
             hint=f"try --opset {written}, or 17",
         )
     model.ir_version = ir_version_for(opset)
@@ -251,5 +252,8 @@ def _beside(node: ir.Node, array: np.ndarray, kind: str) -> ir.Value:
 
 def _refusal(node: ir.Node, why: str) -> NotExportableError:
     return NotExportableError(
-        f"operator {node.op_type} {why}", where=source_location(node), hint="export with --opset 18 or newer"
+        f"operator {node.op_type} {why}",
+        code=Code.OPSET,
+        where=source_location(node),
+        hint="export with --opset 18 or newer",
     )

@@ -9,7 +9,7 @@ import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.onnx.bodies import initializers
 from moe_export.export.weights.lazy import SMALL, is_whole, lazy_weight_of
 from moe_export.export.weights.recipe import Converted, Held, Recipe, RecipeTensor, recipe_of
@@ -48,6 +48,7 @@ def _recipe(raw: torch.Tensor, tensor: ir.TensorProtocol) -> Recipe:
     if not is_whole(raw, item):
         raise NotExportableError(
             f"a view of {item.name} is a constant of the graph, and its values are in a file",
+            code=Code.WEIGHT_VALUES,
             hint="make the view in forward, or load the weights: --memory takes more bytes than they have",
         )
     return item.recipe

@@ -15,7 +15,7 @@ import onnx_ir as ir
 import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from moe_export.errors import MoeExportError, NotExportableError
+from moe_export.errors import Code, MoeExportError, NotExportableError
 from moe_export.export.frontend.pytree import unique
 from moe_export.export.onnx.decompositions import decomposed
 from moe_export.export.onnx.empty_products import settle_empty_products
@@ -184,4 +184,6 @@ def check(model: ir.Model) -> None:
     try:
         onnx.checker.check_model(without_weights(model) if streamed else ir.to_proto(model), full_check=True)
     except Exception as error:
-        raise NotExportableError(f"onnx.checker refuses the graph: {error}") from error
+        raise NotExportableError(
+            f"onnx.checker refuses the graph: {error}", code=Code.INVALID_GRAPH
+        ) from error

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.source import line_and_text
 from moe_export.export.torch_compat.failures import (
     causes_of,
@@ -28,18 +28,21 @@ def untranslated(error: Exception) -> NotExportableError:
     if node is None:
         return NotExportableError(
             f"the model could not be translated to ONNX: {last or type(root).__name__}",
+            code=Code.NO_OPERATOR,
             hint="run with --debug for the exporter's own words",
         )
     name, where = _operator(node), line_and_text(node.meta.get("stack_trace"))
     if may_be_random(node):
         return NotExportableError(
             f"operator {name} draws random numbers, though the example's outputs do not show it",
+            code=Code.RANDOM,
             where=where,
             hint="take the random numbers as an input; dropout: F.dropout(x, p, training=self.training)",
         )
     if is_unknown_operator(error):
         return NotExportableError(
             f"operator {name} has no ONNX form",
+            code=Code.NO_OPERATOR,
             where=where,
             hint="write that line with other PyTorch operators",
         )
@@ -47,11 +50,13 @@ def untranslated(error: Exception) -> NotExportableError:
     if numbers:
         return NotExportableError(
             f"operator {name} takes {' and '.join(numbers)} as a number, and here a size that may change decides it",
+            code=Code.NUMBER_FROM_SIZE,
             where=where,
             hint="fix that size: --static, or --static with --dynamic for those that stay free",
         )
     return NotExportableError(
         f"operator {name} could not be translated to ONNX: {last.partition(' Signature:')[0][:300]}",
+        code=Code.NO_OPERATOR,
         where=where,
         hint="write that line with other PyTorch operators",
     )

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.onnx.provenance import source_location
 from moe_export.export.parallel.stages import ALL_REDUCE, is_exchange
 
@@ -45,6 +45,7 @@ def write_collectives(model: ir.Model, ranks: int, target: str) -> None:
             if node.op_type == ALL_REDUCE and value.dtype not in _TYPES:
                 raise NotExportableError(
                     f"collectives sum float32, float16 and float64, not {value.dtype}",
+                    code=Code.RANKS_FORM,
                     where=source_location(node),
                 )
             made.append(_collective(node, given, ranks, target.startswith("tensorrt")))

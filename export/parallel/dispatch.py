@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.experts.body_parts import EXPERT, BodyParts, PartsBuilder
 from moe_export.export.experts.choose import Lowering
 from moe_export.export.experts.one_at_a_time import Opaque, combine_in_order
@@ -152,6 +152,7 @@ def _refuse(form: Lowering, block: Opaque) -> None:
     if form not in ("slices", "loop", "dense"):
         raise NotExportableError(
             f"{form} does not compute rows that other ranks sent",
+            code=Code.RANKS_FORM,
             where=block.meaning.line,
             hint="--experts slices, loop or dense; or --exchange all_reduce",
         )
@@ -162,12 +163,14 @@ def _refuse(form: Lowering, block: Opaque) -> None:
         what = "values of all tokens" if reading else "weights that are computed at run time"
         raise NotExportableError(
             f"an expert reads {what}, which the rank that holds it does not have",
+            code=Code.RANKS_FORM,
             where=block.meaning.line,
             hint="--exchange all_reduce",
         )
     if form == "dense" and parts.body.inputs[EXPERT].uses():
         raise NotExportableError(
             "the experts read their own number, which this form counts from 0 on every rank",
+            code=Code.RANKS_FORM,
             where=block.meaning.line,
             hint="--experts slices and --experts loop know it",
         )
@@ -302,6 +305,7 @@ def _dense(w: GraphBuilder, own: Own, entering: Sequence[ir.Value], bins: ir.Val
     if matched is None:
         raise NotExportableError(
             "the experts take other rows where several are computed at once",
+            code=Code.EXPERTS_FORM,
             where=block.meaning.line,
             hint="--experts slices and --experts loop take one expert at a time",
         )

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.experts.body_parts import EXPERT, PartsBuilder
 from moe_export.export.experts.choose import LOWERINGS, Lowering
 from moe_export.export.experts.one_at_a_time import Opaque, combine_in_order, guarded, loop_of, slices_of
@@ -107,6 +107,7 @@ def partial_sum(w: GraphBuilder, form: Lowering, block: Opaque, experts: Sequenc
     if form == "contrib":
         raise NotExportableError(
             "com.microsoft.MoE cannot leave a token without an expert, and on one rank most have none",
+            code=Code.RANKS_FORM,
             where=block.meaning.line,
             hint="the other forms of --experts can",
         )
@@ -116,6 +117,7 @@ def partial_sum(w: GraphBuilder, form: Lowering, block: Opaque, experts: Sequenc
     if block.parts.body.inputs[EXPERT].uses():
         raise NotExportableError(
             "the experts read their own number, which this form counts from 0 on every rank",
+            code=Code.RANKS_FORM,
             where=block.meaning.line,
             hint="--experts slices and --experts loop know it",
         )

@@ -9,7 +9,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from moe_export.errors import NotExportableError, UsageError
+from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.experts.choose import Lowering, choose
 from moe_export.export.experts.expand import Bodies, expand_experts, module_of
 from moe_export.export.experts.one_at_a_time import Opaque
@@ -148,11 +148,13 @@ def _no_experts(program: Program, options: Options) -> NotExportableError:
     if options.experts == "keep":
         return NotExportableError(
             "--experts keep leaves the experts as they were written, and these cannot be spread over ranks",
+            code=Code.NO_RANKS,
             hint="leave --experts keep away",
         )
     why = f": {program.refused[0]}" if program.refused else ""
     return NotExportableError(
         f"no block of experts was recognised that could be spread over ranks{why}",
+        code=Code.NO_RANKS,
         hint="docs/experts.md says what is recognised",
     )
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass, ShapeInferencePass
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.onnx.bodies import with_inner
 from moe_export.export.onnx.provenance import source_location
 from moe_export.export.parallel.partial_sum import DOMAIN
@@ -85,6 +85,7 @@ def cut(model: ir.Model) -> Staged:
         if is_exchange(node) and node.graph is not model.graph:
             raise NotExportableError(
                 "experts inside the body of a loop cannot be spread over ranks: a graph cannot end there",
+                code=Code.RANKS_FORM,
                 where=source_location(node),
                 hint="--recurrence unrolled writes the loop out, for one length",
             )

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 
 from moe_export.domain import Condition
-from moe_export.errors import NotExportableError, UsageError
+from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.cumulative import cumulative_step_by_step
 from moe_export.export.recurrence.delta_rule import delta_rules_step_by_step
@@ -139,9 +139,9 @@ def left_if_fixed(recurrent: Recurrent, folded: Traced, subject: Subject, mode: 
     )
     if mode in _INSISTING:
         raise NotExportableError(
-            message, where=str(subject.source), hint="fix the length: --recurrence unrolled"
+            message, code=Code.LOOP, where=str(subject.source), hint="fix the length: --recurrence unrolled"
         )
-    return Recurrent(subject, notes=(message,))
+    return Recurrent(subject, notes=(Code.LOOP.mark(message),))
 
 
 def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recurrent:
@@ -161,10 +161,11 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
         if mode in _INSISTING or any(place in request.picked for place in lengths[0].axes):
             raise NotExportableError(
                 message,
+                code=Code.LOOP,
                 where=error.where or str(subject.source),
                 hint="rewrite the loop so that each step does the same, or fix the length: --recurrence unrolled",
             ) from error
-        return Recurrent(subject, notes=(f"{message}{_at(error)}",))
+        return Recurrent(subject, notes=(Code.LOOP.mark(f"{message}{_at(error)}"),))
 
 
 def _over_most(
@@ -201,7 +202,7 @@ def _staying(done: Recurrent, lengths: Sequence[Length], staying: LengthError | 
     if staying is not None:
         why = f"a loop over it cannot be folded: {staying.reason}{_at(staying)}"
     return [
-        f"{name}: length {shapes[name][axis]} is fixed (dimension {axis}): {why}"
+        Code.LOOP.mark(f"{name}: length {shapes[name][axis]} is fixed (dimension {axis}): {why}")
         for name, axis in sorted(looped)
         if isinstance(shapes[name][axis], int)
     ] + [

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.source import line_of
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.fold import FoldedModule
@@ -58,12 +58,14 @@ def step_of(subject: Subject, recurrent: Recurrent) -> StepModel:
     if len(recurrent.lengths) > 1:
         raise NotExportableError(
             "the model loops over two lengths, so it has no single step",
+            code=Code.NO_STEP,
             where=str(subject.source),
             hint="leave out --step, or export the part that is wanted step by step as a model of its own",
         )
     if not recurrent.lengths or not isinstance(module, FoldedModule):
         raise NotExportableError(
             "the model has no loop over a length that could be folded, so it has no step",
+            code=Code.NO_STEP,
             where=str(subject.source),
             hint="leave out --step; the notes of the export say why a loop was not folded",
         )
@@ -213,11 +215,13 @@ class _Stepping:
         if body.least != 1:
             raise NotExportableError(
                 "a loop whose first step differs from the others has no model of a step",
+                code=Code.NO_STEP,
                 where=line_of(node.meta.get("stack_trace")),
             )
         if any(along.backwards for along in (*body.elements, *body.collected)):
             raise NotExportableError(
                 "a loop that runs backwards has no model of a step: it needs the whole sequence",
+                code=Code.NO_STEP,
                 where=line_of(node.meta.get("stack_trace")),
             )
         pasts = []

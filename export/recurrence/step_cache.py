@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.step_model import PROVED, StepModel, prove_as_given
 from moe_export.export.recurrence.transformers_cache import CachedModel, empty, find_cached_model
@@ -44,7 +44,7 @@ def step_with_cache(subject: Subject, cached: CachedModel) -> StepModel:
     length = Length(tuple((name, 1) for name, tensor in subject.inputs.items() if tensor.dim() > 1))
     if not length.axes:
         raise NotExportableError(
-            "no input has a length, so the model has no step", where=str(subject.source),
+            "no input has a length, so the model has no step", code=Code.NO_STEP, where=str(subject.source),
             hint="leave out --step",
         )  # fmt: skip
     with quiet(), torch.no_grad():
@@ -99,6 +99,7 @@ def _filled(subject: Subject, cached: CachedModel, length: Length, size: int) ->
     except Exception as error:
         raise NotExportableError(
             f"{type(cached.model).__name__} cannot be called with a cache: {error}",
+            code=Code.NO_STEP,
             where=str(subject.source),
             hint="leave masks out of the inputs, or leave out --step",
         ) from error

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.lengths import Length
@@ -90,6 +90,7 @@ def _held(pairs: Mapping[str, tuple[Tensor, Tensor]], near: float, subject: Subj
         if not agree([whole], [steps], near):
             raise NotExportableError(
                 f"{name} has no model of a step: {count} steps one by one give something else than all at once",
+                code=Code.NO_STEP,
                 where=str(subject.source),
                 hint="its steps may read each other only through a loop, a causal convolution or a cache; "
                 "a mask of all tokens has to be left out of the inputs",

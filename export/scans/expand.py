@@ -19,7 +19,7 @@ from typing import Any
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from moe_export.errors import NotExportableError, RefusedError
+from moe_export.errors import Code, NotExportableError, RefusedError
 from moe_export.export.onnx.provenance import mark_block, source_location
 from moe_export.export.scans.chunked import expand_chunked
 from moe_export.export.scans.inputs import move_inwards
@@ -81,7 +81,10 @@ def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str
     if lowering.form in ("chunked", "contrib") and refused and not taken:
         where, why = refused[0]
         raise NotExportableError(
-            f"the loop has no {lowering.form} form: {why}", where=where, hint="use --recurrence auto, or scan"
+            f"the loop has no {lowering.form} form: {why}",
+            code=Code.LOOP_FORM,
+            where=where,
+            hint="use --recurrence auto, or scan",
         )
     RemoveUnusedNodesPass()(model)
     model.opset_imports.pop(DOMAIN, None)
@@ -147,6 +150,7 @@ def _with_iterations(graph: ir.Graph, loop: LoopRegion, lowering: Expansion) -> 
     except RefusedError as reason:
         raise NotExportableError(
             f"the loop cannot take {lowering.unroll} steps per iteration: {reason}",
+            code=Code.LOOP_FORM,
             where=source_location(loop.end),
             hint="leave out --unroll",
         ) from reason

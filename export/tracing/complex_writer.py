@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 from torch import fx
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.source import line_and_text
 from moe_export.export.sizes import expression_of, same_shape
 
@@ -119,6 +119,7 @@ class Writer:
         name = str(self.node.target).removesuffix(".default")
         raise NotExportableError(
             what or f"operator {name} of complex numbers has no ONNX form",
+            code=Code.COMPLEX,
             where=line_and_text(self.node.meta.get("stack_trace")),
             hint="write that line with the real and the imaginary part (x.real, x.imag), as tensors of their own",
         )

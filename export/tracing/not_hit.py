@@ -16,7 +16,7 @@ import os
 from collections.abc import Iterator
 from types import FrameType
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.source import is_library_model
 from moe_export.export.torch_compat import frames as torch_compat
 
@@ -57,6 +57,7 @@ def refuse_number(frame: FrameType) -> None:
 def _refuse(frame: FrameType, what: str) -> None:
     raise NotExportableError(
         f"a condition {what}, and a graph has all experts in it",
+        code=Code.TOKEN_COUNT,
         where=f"{os.path.abspath(frame.f_code.co_filename)}:{frame.f_lineno}",
         hint="compute it for every expert, and choose with torch.where or a mask",
     )

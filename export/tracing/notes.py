@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from moe_export.errors import Code
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.trace import Traced
 
@@ -29,7 +30,9 @@ def notes_on(subject: Subject, traced: Traced) -> list[str]:
 def _on_state(subject: Subject) -> list[str]:
     """A graph has no memory: what is kept from call to call in the model, it does not have."""
     notes = [
-        f"{what} changes with every call of the model; the graph always starts from its first value"
+        Code.STATE.mark(
+            f"{what} changes with every call of the model; the graph always starts from its first value"
+        )
         for what in sorted(subject.changed)
     ]
     if subject.cached:

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.source import line_of
 from moe_export.export.frontend.subject import Subject
 
@@ -32,12 +32,14 @@ def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[s
     if suspect is None:
         raise NotExportableError(
             f"{name} gives other outputs at every call, and not by random numbers",
+            code=Code.STATE,
             where=str(subject.source),
             hint="it keeps state where it cannot be put back, as in a closure: pass that in and return it, "
             "or make it a buffer",
         )
     raise NotExportableError(
         f"{name} gives other outputs at every call: {suspect.target} draws random numbers",
+        code=Code.RANDOM,
         where=line_of(suspect.meta.get("stack_trace")) or str(subject.source),
         hint="take the random numbers as an input; dropout: F.dropout(x, p, training=self.training)",
     )

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.source import line_of
 
 _aten = torch.ops.aten
@@ -54,6 +54,7 @@ def rows_written(asked: Sequence[fx.Node]) -> None:
         if not _writes(mask):
             raise NotExportableError(
                 "a condition on the values of a tensor decides what is computed",
+                code=Code.VALUES_DECIDE,
                 where=line_of(node.meta.get("stack_trace")),
                 hint="compute both ways and take one of them by torch.where",
             )

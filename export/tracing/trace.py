@@ -24,7 +24,7 @@ from torch.export import Dim as TorchDim
 from torch.export import ExportedProgram
 
 from moe_export.domain import Condition, Domain
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.pytree import unique
 from moe_export.export.frontend.source import last_model_line
 from moe_export.export.frontend.subject import Subject
@@ -73,7 +73,8 @@ class Fixed:
             if self.size == 1:
                 why = "a size of 1 is broadcast, and was not widened"
         name = f"{self.name}, " if self.name else ""
-        return f"{self.input}: length {self.size} is fixed ({name}dimension {self.axis}): {why}"
+        said = f"{self.input}: length {self.size} is fixed ({name}dimension {self.axis}): {why}"
+        return Code.FIXED_SIZE.mark(said) if self.model_takes_others else said
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,7 @@ def _export(
         raise first
     raise NotExportableError(
         f"torch.export cannot trace {type(subject.module).__name__}: {_first_line(first)}",
+        code=Code.VALUES_DECIDE if depends_on_values(first) else Code.NOT_TRACEABLE,
         where=last_model_line(first) or str(subject.source),
         hint=_hint(first),
     ) from first
@@ -437,6 +439,7 @@ def _require_picked(traced: Traced, request: DimRequest, reason: str | None) -> 
             raise NotExportableError(
                 f"dimension {axis} of {name} cannot be dynamic: it is fixed at {size} by the model"
                 + (f" ({reason})" if reason else ""),
+                code=Code.FIXED_SIZE,
                 hint=_partners(traced, request, name, axis)
                 or "a Python loop over it, or a size that became a constant, fixes a dimension; "
                 f"leave --dynamic {name}:{axis} away to export it fixed",

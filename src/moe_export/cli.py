@@ -13,7 +13,7 @@ import click
 import moe_export
 from moe_export.commands.reports import take_wanted
 from moe_export.commands.terminal import TableCommand
-from moe_export.errors import INTERRUPTED, READER_GONE, MoeExportError
+from moe_export.errors import INTERRUPTED, READER_GONE, MoeExportError, NotExportableError
 from moe_export.export.frontend.ended import no_exit
 from moe_export.supervisor import drop_output
 
@@ -200,6 +200,15 @@ def report_command(**options: Any) -> int:
     return run_report(**options)
 
 
+@cli.command("explain")
+@click.argument("code", metavar="CODE")
+def explain_command(**options: Any) -> int:
+    """Explain the code of a refusal, MX101: the code that causes it, why, and the smallest rewrite."""
+    from moe_export.commands.explain import run_explain
+
+    return run_explain(**options)
+
+
 def run(args: list[str]) -> int:
     """Run the command line.
 
@@ -214,6 +223,8 @@ def run(args: list[str]) -> int:
         if debug:
             raise
         click.echo(f"error: {error}", err=True)
+        if isinstance(error, NotExportableError):
+            click.echo(f"  why: moe-export explain {error.code.number}", err=True)
         return error.exit_code
     except click.ClickException as error:
         error.show()

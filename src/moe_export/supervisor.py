@@ -34,6 +34,7 @@ from moe_export.errors import (
     INTERRUPTED,
     READER_GONE,
     SIGNALLED,
+    Code,
     MoeExportError,
     NotExportableError,
     UsageError,
@@ -280,12 +281,14 @@ def _told(status: int, shared: _Shared, line: str | None) -> MoeExportError:
         )
     number = os.WTERMSIG(status)
     known = {one.value: one.name for one in signal.Signals}
-    error = NotExportableError if shared.crash_code == NotExportableError.exit_code else UsageError
     if number == signal.SIGKILL:
         hint = f"most likely the machine ran out of memory; {_MORE_MEMORY}"
     else:
         hint = "a library in C or C++ crashed: the model's own kernels, PyTorch or onnxruntime"
-    return error(f"the work was killed by {known.get(number, number)}{step}", where=line, hint=hint)
+    what = f"the work was killed by {known.get(number, number)}{step}"
+    if shared.crash_code == NotExportableError.exit_code:
+        return NotExportableError(what, code=Code.KILLED, where=line, hint=hint)
+    return UsageError(what, where=line, hint=hint)
 
 
 def _crash_line(crashes: IO[bytes]) -> str | None:

@@ -122,10 +122,11 @@ def test_an_operator_without_onnx_form(refused, write):
     """
     path = write(text, "net.py")
     assert refused(3, path) == [
-        "operator aten.special_bessel_j0 has no ONNX form",
+        "operator aten.special_bessel_j0 has no ONNX form [MX301]",
         f"  where: {path}:9",
         "  return torch.special.bessel_j0(x)",
         "  hint: write that line with other PyTorch operators",
+        "  why: moe-export explain MX301",
     ]
 
 
@@ -150,9 +151,8 @@ def test_a_random_model(refused, write):
     text = "class Net(nn.Module):\n    def forward(self, x):\n        return F.dropout(x, 0.5)\n"
     path = write(f"{text}model = Net()\nexample_inputs = (torch.ones(20, 30),)\n", "net.py")
     lines = refused(3, path)
-    assert (
-        lines[0] == "Net gives other outputs at every call: aten.native_dropout.default draws random numbers"
-    )
+    said = "Net gives other outputs at every call: aten.native_dropout.default draws random numbers"
+    assert lines[0] == f"{said} [MX103]"
     assert lines[1] == f"  where: {path}:8"
 
 

@@ -14,7 +14,8 @@ OF_A_TERMINAL = re.compile(r"^(\$ |> )?(moe-export|make|pip|python3?|git|pre-com
 
 # Pages that take longest are run with the slow tests.
 LONG = {
-    "docs/engines", "docs/experts", "docs/error-localisation", "docs/parallel", "docs/recurrence", "docs/seeing",
+    "docs/engines", "docs/experts", "docs/error-localisation", "docs/parallel", "docs/recurrence", "docs/refusals",
+    "docs/seeing",
     "docs/tasks/add-a-model", "docs/tasks/build-an-engine", "docs/tasks/check-in-ci", "docs/tasks/export-my-mamba",
     "docs/tasks/export-my-moe", "docs/tasks/find-a-wrong-scan", "docs/verify", "docs/weights",
 }  # fmt: skip

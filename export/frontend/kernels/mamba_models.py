@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe_export.errors import NotExportableError, UsageError
+from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.frontend.kernels.mamba_blocks import Mamba, Mamba2
 from moe_export.export.frontend.kernels.refusals import refuse_arguments
 from moe_export.export.frontend.kernels.residual_norms import RMSNorm, add_and_norm
@@ -62,7 +62,9 @@ class GenerationMixin:
             NotExportableError: Always.
         """
         raise NotExportableError(
-            "generate() is a loop around the model", hint="call the model: model(input_ids)"
+            "generate() is a loop around the model",
+            code=Code.GENERATION,
+            hint="call the model: model(input_ids)",
         )
 
 
@@ -196,6 +198,7 @@ def create_block(
         what = kind if kind not in _MIXERS else "attention"
         raise NotExportableError(
             f"layer {layer_idx} of the mamba_ssm model is {what}, which no kernel shim provides",
+            code=Code.KERNEL,
             hint="install mamba_ssm, or write the layer in plain PyTorch",
         )
     norm = RMSNorm if rms_norm else nn.LayerNorm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 
 
 def refuse_arguments(kernel: str, **arguments: Any) -> None:
@@ -17,6 +17,7 @@ def refuse_arguments(kernel: str, **arguments: Any) -> None:
         if value is not None and value is not False:
             raise NotExportableError(
                 f"{kernel}({name}=...) has no form outside of the GPU kernel",
+                code=Code.KERNEL,
                 hint=f"export the model with {name} left at its default: one sequence a row",
             )
 
@@ -30,6 +31,7 @@ class MissingKernel:
     def _refuse(self) -> NotExportableError:
         return NotExportableError(
             f"{self.name} is a GPU kernel that has no form in plain PyTorch here",
+            code=Code.KERNEL,
             hint="docs/recurrence.md lists those that have; write its computation with PyTorch's operators",
         )
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moe_export.errors import NotExportableError
+from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.kernels.refusals import refuse_arguments
 
 
@@ -62,7 +62,9 @@ def selective_scan_fn(
         y: (b, d, l), in the dtype of u.
     """
     if A.is_complex():
-        raise NotExportableError("selective_scan_fn with a complex A has no ONNX form", hint="use a real A")
+        raise NotExportableError(
+            "selective_scan_fn with a complex A has no ONNX form", code=Code.COMPLEX, hint="use a real A"
+        )
     batch, channels, _ = u.shape
     states = A.shape[1]
     groups = next((x.shape[1] for x in (B, C) if x.dim() == 4), 1)

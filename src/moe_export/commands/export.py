@@ -26,7 +26,7 @@ from moe_export.comparing.apart import fork_model
 from moe_export.comparing.checking import verify_graph
 from moe_export.comparison_settings import check_names as check_outputs
 from moe_export.einsum_rewrite import Site
-from moe_export.errors import MissingBackendError, NotExportableError, UsageError
+from moe_export.errors import Code, MissingBackendError, NotExportableError, UsageError
 from moe_export.export.engines.profiles import dim_facts
 from moe_export.export.frontend.load import load_subject, split_spec
 from moe_export.export.frontend.subject import Subject
@@ -210,6 +210,7 @@ def _verified_whole(graph: Graph, path: Path, request: ExportRequest) -> tuple[G
         if kernel is None:
             raise NotExportableError(
                 f"{path.name} was made, but it cannot be run: {error.what}",
+                code=Code.INVALID_GRAPH,
                 hint="this is a defect of the exporter; run with --debug and report it",
             ) from error
         if not request.verify:
@@ -242,7 +243,9 @@ def _check_file(path: Path) -> None:
     try:
         onnx.checker.check_model(without_weights(model) if outside else str(path), full_check=True)
     except onnx.checker.ValidationError as error:
-        raise NotExportableError(f"onnx.checker refuses {path.name}: {error}") from error
+        raise NotExportableError(
+            f"onnx.checker refuses {path.name}: {error}", code=Code.INVALID_GRAPH
+        ) from error
 
 
 def report_document(

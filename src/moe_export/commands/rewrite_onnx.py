@@ -12,7 +12,7 @@ import onnx_ir as ir
 import moe_export
 from moe_export.commands.console import Console
 from moe_export.einsum_rewrite.onnx_model import Options, Rewriting, rewrite_in_place
-from moe_export.errors import NotExportableError, UsageError
+from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.onnx.external_weights import DATA_SUFFIX
 from moe_export.export.onnx.serialize import staging, write_model
 from moe_export.external_data import check_external_data
@@ -86,7 +86,7 @@ def _tell(done: Rewriting, source: str, output: str, prove: bool, console: Conso
         for site, proof in zip(done.sites, done.proofs, strict=True):
             console.say(f"{site.where}: {proof or 'kept as it is'}")
     for refused in done.refused:
-        console.say(f"{refused}")
+        console.say(Code.EINSUM.mark(str(refused)))
         if refused.error.hint:
             console.say(f"  hint: {refused.error.hint}")
     console.json(json.dumps(_document(done, source, output), indent=2))
@@ -113,7 +113,12 @@ def _document(done: Rewriting, source: str, output: str) -> dict[str, Any]:
             for site, proof in zip(done.sites, done.proofs, strict=True)
         ],
         "left": [
-            {"node": refused.node, "equation": refused.equation, "reason": refused.error.what}
+            {
+                "node": refused.node,
+                "equation": refused.equation,
+                "reason": refused.error.what,
+                "code": Code.EINSUM.number,
+            }
             for refused in done.refused
         ],
     }

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.export import Dim, ExportedProgram
 
-from moe_export.errors import MoeExportError, NotExportableError, UsageError
+from moe_export.errors import Code, MoeExportError, NotExportableError, UsageError
 from moe_export.export.frontend.arguments import parse_init, parse_input
 from moe_export.export.frontend.load import split_spec
 from moe_export.export.frontend.script import picked_call, run_file
@@ -183,5 +183,6 @@ def trace_weightless(model: Weightless) -> ExportedProgram:
     assert first is not None
     raise NotExportableError(
         f"the model cannot be traced without its weights: {str(first).strip().splitlines()[0]}",
+        code=Code.NOT_TRACEABLE,
         where=last_model_line(first) or str(model.source),
     ) from first

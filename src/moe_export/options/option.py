@@ -44,6 +44,7 @@ COMMANDS = (
     "diff",
     "plan",
     "report",
+    "explain",
 )
 EXPORTING = ("export", "report")
 STAGES = (

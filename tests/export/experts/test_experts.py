@@ -448,7 +448,7 @@ def test_what_is_refused_says_why_and_stays_right(block, reason):
     graph = graph_of(module, "auto")
     (note,) = [note for note in graph.notes if "stays as it was written" in note]
     assert note.startswith(f"the loop over experts at {__file__}:")
-    assert note.endswith(reason)
+    assert note.endswith(f"{reason} [MX501]")
     x = torch.randn(3, 7, 16)
     with torch.no_grad():
         expected = module(x).numpy()

@@ -180,7 +180,7 @@ def test_stacks_of_other_sizes_are_refused_with_the_line():
     assert blocks == ()
     (reason,) = refused
     assert reason.startswith(f"the code of the experts at {__file__}:")
-    assert reason.endswith("p_model_down holds the weights of 7 experts, and 6 are used")
+    assert reason.endswith("p_model_down holds the weights of 7 experts, and 6 are used [MX501]")
 
 
 def test_the_trace_of_stacked_weights_does_not_grow_with_the_experts():

@@ -163,7 +163,7 @@ def test_the_graph_starts_from_the_files_values(tools):
     graph = tools.graph(Running(), torch.ones(2, 3))
     tools.equal(graph, torch.randn(4, 3))
     tools.equal(graph, torch.randn(1, 3))
-    note = "buffer total changes with every call of the model; the graph always starts from its first value"
+    note = "buffer total changes with every call of the model; the graph always starts from its first value [MX104]"
     assert note in graph.notes
 
 

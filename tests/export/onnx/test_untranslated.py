@@ -49,7 +49,7 @@ def test_the_operator_and_the_line(tools, module, operator, offset, text):
         tools.graph(module, torch.randn(2, 3))
     line = type(module).forward.__code__.co_firstlineno + offset
     assert str(caught.value) == (
-        f"operator {operator} has no ONNX form\n"
+        f"operator {operator} has no ONNX form [MX301]\n"
         f"  where: {__file__}:{line}\n  {text}\n"
         "  hint: write that line with other PyTorch operators"
     )
@@ -67,7 +67,7 @@ def test_an_operator_inside_a_library_names_the_librarys_line(tools):
 def test_an_error_that_names_no_operator():
     error = RuntimeError("the graph is too large\nand more")
     assert str(untranslated(error)).startswith(
-        "the model could not be translated to ONNX: the graph is too large\n"
+        "the model could not be translated to ONNX: the graph is too large [MX301]\n"
     )
 
 

@@ -130,7 +130,7 @@ def test_a_loop_over_time_fixes_its_length_and_says_so(tools):
     assert traced.inputs == {"x": ("batch", 5, "x_dim2")}
     assert [str(fixed) for fixed in traced.fixed] == [
         "x: length 5 is fixed (seq, dimension 1): the trace depends on it: "
-        "a loop over it was unrolled, or its size became a constant"
+        "a loop over it was unrolled, or its size became a constant [MX201]"
     ]
 
 
