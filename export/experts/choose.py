@@ -28,6 +28,17 @@ LOWERINGS: dict[Lowering, Callable[[GraphBuilder, Opaque], ir.Value]] = {
     "trt_moe": trt_moe,
 }
 
+IN_WORDS: dict[Lowering, str] = {
+    "dense": "every expert computes every token, a mask selects",
+    "slices": "tokens sorted by expert, one slice per expert",
+    "blocks": "tokens sorted by expert into blocks of one size, batched matmuls",
+    "gather": "weights gathered for every pair of token and expert",
+    "loop": "tokens sorted by expert, a Loop over experts",
+    "contrib": "onnxruntime's MoE operator",
+    "trt_moe": "TensorRT's MoE layer",
+}
+"""What each computes, for the report."""
+
 SLICES_UP_TO = 64
 """Experts: with more of them, the speed of `slices` is no longer worth a graph that grows with their number."""
 

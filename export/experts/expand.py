@@ -16,7 +16,7 @@ from moe_export.export.axes.chosen import names_experts
 from moe_export.export.experts import contrib
 from moe_export.export.experts.batch import trace_batched
 from moe_export.export.experts.body_parts import BodyParts, split_body
-from moe_export.export.experts.choose import LOWERINGS, Choice, Lowering, Target, choose, instead
+from moe_export.export.experts.choose import IN_WORDS, LOWERINGS, Choice, Lowering, Target, choose, instead
 from moe_export.export.experts.one_at_a_time import Opaque, guarded
 from moe_export.export.experts.outline import DOMAIN, NUMBER, OPERATOR, Block
 from moe_export.export.experts.trt_moe import add_meaning
@@ -78,7 +78,8 @@ def expand_experts(
         ir.convenience.replace_nodes_and_values(
             model.graph, node, [node], builder.nodes, node.outputs, [result]
         )
-        notes.append(f"{block.experts.count} experts at {block.experts.line}: lowered as {name!r}{reason}")
+        found = f"{block.experts.count} experts at {block.experts.line}"
+        notes.append(f"{found}: {IN_WORDS[name]} (lowered as {name!r}{reason})")
     if notes:
         model.opset_imports.pop(DOMAIN, None)
         if any(node.domain == contrib.DOMAIN for node in model.graph):

@@ -66,7 +66,7 @@ def simplify(model: ir.Model, example: Mapping[str, np.ndarray]) -> Simplified:
         return Simplified(model, f"onnxsim left out: it raised {type(error).__name__}")
     counts = f"{_size(before.graph)} → {_size(after.graph)} nodes"
     if not valid or _size(after.graph) >= _size(before.graph):
-        return Simplified(model, f"onnxsim left out: no gain ({counts})")
+        return Simplified(model, f"onnxsim skipped (no reduction: {counts})")
     if not _same(before, after, example):
         return Simplified(model, f"onnxsim left out: its graph computes something else ({counts})")
     return Simplified(_with_metadata(ir.from_proto(after), model), f"onnxsim: {counts}")

@@ -336,18 +336,21 @@ def _placeholders(traced: Traced) -> list[str]:
 
 def _notes(whole: RolledGraph, lengths: Sequence[Length], subject: Subject) -> list[str]:
     return [
-        f"loop at {_near(item.loop.line, subject)}: {len(item.loop.body)} operators a step, "
-        f"{item.loop.iterations} steps for L = {_counted(lengths, item.loop.iterations)}, "
-        "folded into one Scan"
+        f"loop at {_near(item.loop.line, subject)}: {_steps(item.loop.iterations, lengths)}, "
+        f"{len(item.loop.body)} ops per step, folded into one Scan"
         for item in whole.items
         if isinstance(item, Folded)
     ]
 
 
-def _counted(lengths: Sequence[Length], iterations: Any) -> str:
-    """What a number of iterations counts: a length, or the product of all."""
+def _steps(iterations: Any, lengths: Sequence[Length]) -> str:
+    """What a loop runs over: a length, the product of all, or a formula of one of them."""
     of = getattr(iterations, "of", 0)
-    return _named(lengths[of]) if of < len(lengths) else " * ".join(map(_named, lengths))
+    of_them = lengths[of : of + 1] or lengths
+    shape = " * ".join(
+        " and ".join(f"{name}.shape[{axis}]" for name, axis in length.axes) for length in of_them
+    )
+    return f"over {shape}" if str(iterations) == "L" else f"{iterations} steps for L = {shape}"
 
 
 def _near(line: str | None, subject: Subject) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_export.einsum_rewrite import einsum, plan_einsum, rewrite_onnx, rewrite_program, rewrite_source
+    from moe_export.equivalence import assert_equivalent, verify_model
     from moe_export.errors import (
         EquationError,
         MissingBackendError,
@@ -30,6 +31,8 @@ _LAZY = {
     "rewrite_source": "moe_export.einsum_rewrite",
     "ExportedModel": "moe_export.exported",
     "export_model": "moe_export.exported",
+    "assert_equivalent": "moe_export.equivalence",
+    "verify_model": "moe_export.equivalence",
     "EquationError": "moe_export.errors",
     "MissingBackendError": "moe_export.errors",
     "MoeExportError": "moe_export.errors",
@@ -45,20 +48,26 @@ __all__ = [
     "NotExportableError",
     "UsageError",
     "__version__",
+    "assert_equivalent",
     "einsum",
     "export_model",
     "plan_einsum",
     "rewrite_onnx",
     "rewrite_program",
     "rewrite_source",
+    "verify_model",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "onnx":
+        return import_module("moe_export.onnx")
     if name in _LAZY:
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'moe_export' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return sorted(
+        [*__all__, "onnx"]
+    )  # not for `import *`, which would put it in the place of the package onnx

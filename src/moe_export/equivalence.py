@@ -1,4 +1,4 @@
-"""Assert in a test that an ONNX graph computes what a module does."""
+"""Compare a graph with the module, model file or graph that it should compute the same as; assert it in a test."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from moe_export.errors import UsageError
 if TYPE_CHECKING:
     import torch
 
+    from moe_export.comparing.artifacts import Artifact
+    from moe_export.comparing.request import Request
     from moe_export.export.frontend.subject import Subject
     from moe_export.verify import Report
 
@@ -55,43 +57,108 @@ def assert_equivalent(  # noqa: PLR0913  each has a name and a default
         UsageError: The graph cannot be read or has other inputs than the module, or the module ended the process.
         MissingBackendError: The backend that the graph needs is not available here.
     """
-    from moe_export.comparing.apart import copy_model
+    report = verify_model(
+        onnx_path,
+        module,
+        inputs,
+        rtol=rtol,
+        atol=atol,
+        tolerances=tolerances,
+        flips=flips,
+        seed=seed,
+        seeds=seeds,
+        thorough=thorough,
+        backend=backend,
+    )
+    if report.exit_code:
+        raise AssertionError(f"{onnx_path} is not what {type(module).__name__} computes\n\n{report}")
+    return report
+
+
+def verify_model(  # noqa: PLR0913  each has a name and a default
+    graph: str | Path,
+    against: torch.nn.Module | str | Path,
+    inputs: torch.Tensor | Sequence[Any] | Mapping[str, Any] | None = None,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    tolerances: Sequence[str] = (),
+    flips: str | None = None,
+    seed: int = 0,
+    seeds: int = 1,
+    thorough: bool = False,
+    backend: str | None = None,
+) -> Report:
+    """Run a graph and what it is held against on the same inputs, at many sizes and kinds of values, and compare.
+
+    The reference, if it is a module, is a copy that is made before anything else is done with it.
+
+    Args:
+        graph: The `.onnx` graph or `.engine` file to test.
+        against: What is right by definition: a module, with its `inputs`; or, as on the command line, a model file, a
+            graph, an engine or a golden file, each with `@BACKEND` if it is not to run on its usual one.
+        inputs: Example inputs of a module: a tensor, a tuple of arguments, or a dict of named ones.
+        rtol: Relative tolerance; each dtype's default if None.
+        atol: Absolute tolerance; each dtype's default if None.
+        tolerances: Tolerances of single outputs, as on the command line: `y=1e-3,1e-4`.
+        flips: How many tokens may be routed to another expert in a tie: `0.5%`, or a number.
+        seed: The first seed of the generated values.
+        seeds: How many seeds to try.
+        thorough: Whether to try every kind of values, and at more sizes.
+        backend: The backend that runs the graph, such as `onnxruntime-cuda`; the default one if None.
+
+    Returns:
+        The report: `print` shows it, `verdict` and `exit_code` sum it up.
+
+    Raises:
+        UsageError: A file cannot be read, the graph has other inputs than the reference, or the module ended the
+            process.
+        MissingBackendError: The backend that the graph needs is not available here.
+    """
     from moe_export.comparing.artifacts import parse_artifact
     from moe_export.comparing.request import Request
-    from moe_export.comparing.verifying_models import compare_subject
+    from moe_export.comparing.verifying import compare_artifacts
     from moe_export.comparison_settings import parse_settings, parse_tolerance
-    from moe_export.export.frontend.ended import no_exit
-    from moe_export.export.frontend.subject import make_subject
 
-    args, kwargs = _arguments(inputs)
-    candidate = parse_artifact(str(onnx_path), backend)
+    candidate = parse_artifact(str(graph), backend)
     if candidate.kind not in {"graph", "engine"}:
-        raise UsageError(
-            f"{onnx_path} is neither a graph nor an engine", hint="give the path of an .onnx file"
-        )
+        raise UsageError(f"{graph} is neither a graph nor an engine", hint="give the path of an .onnx file")
     request = Request(
         tolerance=parse_tolerance(rtol, atol, tolerances),
         seed=seed,
         settings=parse_settings(thorough=thorough, seeds=seeds, flips=flips),
     )
+    if isinstance(against, (str, Path)):
+        if inputs is not None:
+            raise UsageError("inputs are those of a module; a file has its own")
+        return compare_artifacts(candidate, parse_artifact(str(against)), request)
+    if inputs is None:
+        raise UsageError("a module is compared on example inputs", hint="verify_model(graph, module, (x,))")
+    return _against_module(candidate, against, inputs, request)
+
+
+def _against_module(candidate: Artifact, module: torch.nn.Module, inputs: Any, request: Request) -> Report:
+    from moe_export.comparing.apart import copy_model
+    from moe_export.comparing.verifying_models import compare_subject
+    from moe_export.export.frontend.ended import no_exit
+    from moe_export.export.frontend.subject import make_subject
+
+    args, kwargs = _arguments(inputs)
     training = [(part, part.training) for part in module.modules()]
     try:
 
         def bind(module: torch.nn.Module) -> Subject:
             return make_subject(
-                module, args, kwargs, source=Path(onnx_path), how="given to assert_equivalent"
+                module, args, kwargs, source=Path(candidate.text), how="given to verify_model"
             )
 
         with no_exit():
             untouched = copy_model(bind, module)
             subject = replace(bind(module), apart=untouched)
-            report = compare_subject(subject, candidate, request, type(module).__name__)
+            return compare_subject(subject, candidate, request, type(module).__name__)
     finally:
         for part, mode in training:
             part.training = mode
-    if report.exit_code:
-        raise AssertionError(f"{onnx_path} is not what {type(module).__name__} computes\n\n{report}")
-    return report
 
 
 def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

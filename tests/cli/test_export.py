@@ -19,7 +19,7 @@ def test_the_main_road(command, write, listing, tmp_path, texts):
     assert "model: Moe, `model` and `example_inputs`" in done.out
     assert "out/moe.onnx  (the whole model: " in done.out
     assert "out/moe.gate.onnx  (the gate of gate: " in done.out
-    assert "onnxruntime-cpu against torch: equal" in done.out
+    assert "onnxruntime-cpu matches torch" in done.out
     assert "written: out/moe.onnx, out/moe.gate.onnx, out/moe.report.json" in done.out
     assert "tracing: " in done.err
     for name in ("moe.onnx", "moe.gate.onnx"):
@@ -55,9 +55,9 @@ def test_the_report(finished):
 
 
 def test_notes_tell_lines_without_absolute_paths(tmp_path):
-    note = f"4 experts at {tmp_path}/inner/moe.py:93: lowered as 'slices'"
-    assert _given_away(note, tmp_path) == "4 experts at inner/moe.py:93: lowered as 'slices'"
-    beside = "loop at ../lib/loop.py:47: 12 operators a step"
+    note = f"4 experts at {tmp_path}/inner/moe.py:93: (lowered as 'slices')"
+    assert _given_away(note, tmp_path) == "4 experts at inner/moe.py:93: (lowered as 'slices')"
+    beside = "loop at ../lib/loop.py:47: over x.shape[1], 12 ops per step"
     assert _given_away(beside, tmp_path) == beside
 
 

@@ -47,7 +47,7 @@ def test_help_names_the_exit_codes(process):
 def test_an_export_and_what_it_prints(process, write, listing, tmp_path, texts):
     done = process(write(texts["model"], "net.py"), "-o", "out")
     assert done.code == 0
-    assert "onnxruntime-cpu against torch: equal" in done.out
+    assert "onnxruntime-cpu matches torch" in done.out
     lines = [line for line in done.err.splitlines() if not re.fullmatch(r"[\w ./-]+: \d+\.\d s", line)]
     assert lines == []  # no noise of torch, onnx or onnxruntime
     assert listing(tmp_path / "out") == ["net.onnx", "net.report.json"]

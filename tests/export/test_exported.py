@@ -160,3 +160,46 @@ def test_files_of_others_stay(exported, tmp_path) -> None:
 def test_wrong_arguments(model, args, error) -> None:
     with pytest.raises(moe_export.MoeExportError, match=error):
         moe_export.export_model(model, args)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # of PyTorch's exporter
+def test_a_drop_in_for_torch_onnx_export(tmp_path) -> None:
+    """The same call, its file run beside PyTorch's own."""
+    module, x = Experts().eval(), torch.randn(2, 5, 8)
+    given = {"input_names": ["hidden"], "output_names": ["mixed"], "opset_version": 18, "verbose": False}
+    program = moe_export.onnx.export(module, (x,), tmp_path / "ours.onnx", dynamo=True, **given)
+    assert isinstance(program, moe_export.ExportedModel)
+    torch.onnx.export(module, (x,), tmp_path / "theirs.onnx", dynamo=True, **given)
+    ours, theirs = (onnx.load(tmp_path / f"{name}.onnx") for name in ("ours", "theirs"))
+    assert [value.name for value in ours.graph.input] == [value.name for value in theirs.graph.input]
+    np.testing.assert_allclose(run(ours, hidden=x), run(theirs, hidden=x), rtol=1e-5, atol=1e-5)
+    moe_export.onnx.export(module, (x,), tmp_path / "theirs.onnx")  # overwritten, as PyTorch does
+    assert onnx.load(tmp_path / "theirs.onnx").producer_name != theirs.producer_name
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "says"),
+    [
+        ({"export_params": False}, moe_export.UsageError, "export_params=False asks for a graph"),
+        ({"custom_translation_table": {len: len}}, moe_export.UsageError, "custom_translation_table="),
+        ({"keep_initializers": True}, TypeError, "unexpected keyword argument 'keep_initializers'"),
+        ({"opset_version": 11}, moe_export.UsageError, "opset"),
+    ],
+)
+def test_what_would_be_another_graph_is_refused(given, error, says, tmp_path) -> None:
+    with pytest.raises(error, match=says):
+        moe_export.onnx.export(Experts(), (torch.randn(2, 5, 8),), tmp_path / "block.onnx", **given)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_graph_against_a_module_and_against_a_graph(exported, tmp_path) -> None:
+    module, program = exported
+    path, x = program.save(tmp_path / "experts.onnx"), torch.randn(2, 5, 8)
+    assert moe_export.verify_model(path, module, (x,)).verdict == "equal"
+    assert moe_export.verify_model(path, path).verdict == "equal"
+    other = Experts()
+    assert moe_export.verify_model(path, other, (x,)).verdict == "not equal"
+    with pytest.raises(moe_export.UsageError, match="example inputs"):
+        moe_export.verify_model(path, module)
+    with pytest.raises(moe_export.UsageError, match="inputs are those of a module"):
+        moe_export.verify_model(path, path, (x,))

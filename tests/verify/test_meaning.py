@@ -88,7 +88,7 @@ def test_marks_that_are_ids_are_ids():
     known = Known(meanings={"ids": Meaning((0, 1), Table(0, 1))})
     found = with_ids(np.zeros((2, 8), np.int64), known)
     assert set(np.unique(found[1].inputs["ids"])) == {0, 1}
-    assert {case.regime for case in found} == {"normal", "one token throughout", "every id"}
+    assert {case.regime for case in found} == {"normal", "repeated token", "every id"}
 
 
 def test_nan_for_values_that_nobody_promised_is_said_and_not_compared():

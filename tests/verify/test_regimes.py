@@ -36,7 +36,7 @@ def values(regime, **options):
 
 def test_without_thorough_only_the_four_that_find_most_at_the_traced_sizes():
     found = [case for case in made().values() if case.regime != "normal"]
-    assert [case.label for case in found] == ["bfloat16 values", "zeros", "one token throughout", "large"]
+    assert [case.label for case in found] == ["bfloat16 values", "zeros", "repeated token", "large values"]
     assert {tuple(case.sizes.values()) for case in found} == {(2, 10)}
 
 
@@ -44,7 +44,7 @@ def test_thorough_tries_all_at_the_traced_the_smallest_and_larger_sizes():
     found = [case for case in made(thorough=True).values() if case.regime != "normal"]
     assert {case.regime for case in found} == {regime.name for regime in REGIMES}
     assert {tuple(case.sizes.values()) for case in found} == {(2, 10), (1, 1), (7, 15)}
-    assert "one token throughout, batch=7 seq=15" in {case.label for case in found}
+    assert "repeated token, batch=7 seq=15" in {case.label for case in found}
 
 
 def test_what_each_is():
@@ -52,9 +52,9 @@ def test_what_each_is():
     assert len(np.unique(values("grid"))) < 10
     assert not values("zeros").any()
     assert len(np.unique(values("one value"))) == 1
-    for name in ("one token throughout", "held up", "held down"):
+    for name in ("repeated token", "held up", "held down"):
         assert len(np.unique(values(name).reshape(-1, 4), axis=0)) == 1
-    assert values("large").std() > 10
+    assert values("large values").std() > 10
     assert 0 < np.abs(values("small")).max() < 0.1
     largest = values("largest").astype(np.float64)
     # The order of a sum does not decide whether it is finite.
@@ -71,10 +71,10 @@ def test_what_is_never_negative_stays_so():
 
 def test_ids_follow_one_token_throughout_and_stay_in_range():
     found = made(("ids",), thorough=True)
-    assert len(np.unique(found["one token throughout", 0].inputs["ids"])) == 1
+    assert len(np.unique(found["repeated token", 0].inputs["ids"])) == 1
     for case in found.values():
         assert set(np.unique(case.inputs["ids"])) <= {5, 17, 900}
-    assert {case.regime for case in found.values()} == {"normal", "one token throughout"}
+    assert {case.regime for case in found.values()} == {"normal", "repeated token"}
 
 
 def test_masks_end_and_begin_early_and_leave_every_row_a_mark():
@@ -152,9 +152,9 @@ def test_a_label_and_a_seed_make_the_same_values_again():
     one, two = made(thorough=True, seeds=2), made(thorough=True, seeds=2)
     for key, case in one.items():
         np.testing.assert_array_equal(case.inputs["x"], two[key].inputs["x"])
-    assert not np.array_equal(one["large", 0].inputs["x"], one["large", 1].inputs["x"])
+    assert not np.array_equal(one["large values", 0].inputs["x"], one["large values", 1].inputs["x"])
     alone = {case.label: case for case in cases([X], DIMS, {"x": example()["x"]}, seed=1)}
-    np.testing.assert_array_equal(alone["large"].inputs["x"], one["large", 1].inputs["x"])
+    np.testing.assert_array_equal(alone["large values"].inputs["x"], one["large values", 1].inputs["x"])
 
 
 def test_sizes_that_were_asked_for():

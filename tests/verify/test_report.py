@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from moe_export.verify import SCHEMA, CaseResult, Margin, Report, judge, show
+from moe_export.verify.reports.table import plain
 
 MARGIN = Margin(1e-5, 1e-5)
 SIZES = (("batch", 2), ("seq", 10))
@@ -70,12 +71,18 @@ def test_the_text_in_full():
         "a      float64 5.00e-01 2.50e-01 seq=15  DIFFERS",
         "b      int64          0        0 example equal",
         "",
-        "compared at 2 sizes: example (batch=2 seq=10); seq=15",
-        "batch: compared at 2 only",
-        "seq: compared at 10..15 (2 sizes)",
-        "seed 7",
+        "2 size combinations: batch 2 only, seq 10..15; seed 7",
         "a DIFFERS, seq=15: 1 of 2 elements beyond rtol=1e-05 atol=1e-05; worst a[1] is 2.5, torch has 2",
     ]
+
+
+def test_every_case_is_listed_where_that_is_asked_for():
+    assert "compared: example (batch=2 seq=10); seq=15" in plain(report(GOOD, BAD), verbose=True).splitlines()
+    assert "compared: " not in plain(report(GOOD, BAD))
+
+
+def test_the_headline_of_equal_outputs_states_the_tolerance_that_they_share():
+    assert str(report(GOOD, wanted=1)).startswith("onnxruntime-cpu matches torch (rtol=1e-05 atol=1e-05)\n")
 
 
 def test_the_text_stays_within_a_hundred_columns():
@@ -97,8 +104,7 @@ def test_a_report_of_nothing_prints():
     assert str(report()).splitlines() == [
         "onnxruntime-cpu against torch: not proven (0 of 1 sizes could be compared)",
         "",
-        "compared at 0 sizes: none",
-        "seed 0",
+        "0 size combinations; seed 0",
     ]
 
 

@@ -1,4 +1,4 @@
-"""Kinds of values that find what ordinary ones do not: ties, one token throughout, decay, extremes, padding.
+"""Kinds of values that find what ordinary ones do not: ties, repeated token, decay, extremes, padding.
 
 A regime changes values that were drawn as ordinary ones (see `inputs/cases`), so an input keeps its mean and deviation
 where the regime does not say otherwise. A row is the last axis of an input: the features of one token.
@@ -7,9 +7,9 @@ where the regime does not say otherwise. A row is the last axis of an input: the
 |---|---|---|
 | `bfloat16 values`, `grid` | few distinct ones | order among equal scores |
 | `zeros`, `one value` | all the same | ties of all experts; a mean or a variance of nothing |
-| `one token throughout` | one row, repeated | every token at one expert: a capacity, a slice of the wrong length |
+| `repeated token` | one row, repeated | every token at one expert: a capacity, a slice of the wrong length |
 | `small` | 1/64 of the ordinary | an epsilon; a recurrence that hardly decays |
-| `large` | 16 times the ordinary | overflow; a recurrence that forgets at once |
+| `large values` | 16 times the ordinary | overflow; a recurrence that forgets at once |
 | `held up`, `held down` | one large row, repeated, and its negative | sums over a long time; decay to nothing |
 | `largest`, `smallest` | at the ends of the dtype (a row can just be added up) | overflow, subnormal numbers |
 | `normal values` | normal, of both signs, whatever the example was | what only holds for ones or positive numbers |
@@ -113,8 +113,8 @@ def _smallest(values: Array, _: np.random.Generator, dtype: np.dtype[Any]) -> Ar
 REGIMES = (
     Regime("bfloat16 values", _rounded, ties=True, always=True),
     Regime("zeros", _zeros, ties=True, always=True),
-    Regime("one token throughout", one_row, always=True),
-    Regime("large", _times(16.0), stress=True, always=True),
+    Regime("repeated token", one_row, always=True),
+    Regime("large values", _times(16.0), stress=True, always=True),
     Regime("grid", _grid, ties=True),
     Regime("one value", _one_value, ties=True),
     Regime("small", _times(1 / 64)),

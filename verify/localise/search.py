@@ -74,7 +74,8 @@ class NodeError:
     def __str__(self) -> str:
         place = " ".join(filter(None, (self.source, f"(module {self.module})" if self.module else "")))
         where = "".join(f" in {outer}" for outer in reversed(self.inside))
-        what = self.reason or f"own error {self.own:.3g}, {self.ratio:.3g} times what rounding explains"
+        times = f"{self.ratio:,.0f}" if self.ratio >= 100 else f"{self.ratio:.3g}"
+        what = self.reason or f"local error {self.own:.3g}, {times}x the expected rounding"
         inherited = f", inherited {self.inherited:.3g}" if self.inherited == self.inherited else ""
         lines = [f"{self.op} {self.node}{where}{f'  {place}' if place else ''}", f"  {what}{inherited}"]
         if self.also:

@@ -148,15 +148,13 @@ class Findings:
 
     @property
     def claims(self) -> tuple[str, ...]:
-        """What was compared of each dimension: `seq: compared at 1..4096 (17 sizes)`."""
+        """The sizes of each dimension that were compared: `seq 1..4096`."""
         sizes: dict[str, set[int]] = {}
         for case in self.compared:
             for name, size in case.sizes:
                 sizes.setdefault(name, set()).add(size)
         return tuple(
-            f"{name}: compared at {min(found)}..{max(found)} ({len(found)} sizes)"
-            if len(found) > 1
-            else f"{name}: compared at {min(found)} only"
+            f"{name} {min(found)}..{max(found)}" if len(found) > 1 else f"{name} {min(found)} only"
             for name, found in sizes.items()
         )
 

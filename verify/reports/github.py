@@ -67,11 +67,12 @@ def summary(report: Report) -> str:
         verdict = "equal" if row.equal else f"**differs**: {row.reason}"
         lines.append("| " + " | ".join(map(_cell, (*cells, verdict))) + " |")
     sizes = len({case.sizes for case in report.compared})
+    ranges = f" ({', '.join(map(_cell, report.claims))})" if report.claims else ""
     lines += [
         "",
-        f"{len(report.compared)} cases at {sizes} sizes, {report.candidate} and {report.reference}.",
+        f"{len(report.compared)} cases at {sizes} size combinations{ranges}, "
+        f"{report.candidate} and {report.reference}.",
     ]
-    lines += [f"- {_cell(claim)}" for claim in report.claims]
     if report.shortfall:
         lines.append(f"{report.verdict.capitalize()}: {_cell(report.shortfall)}.")
     lines += [f"- {_cell(warning)}" for warning in report.warnings]

@@ -57,7 +57,7 @@ def _report(report: Report) -> Iterator[str]:
         + "</p>"
     )
     if report.claims:
-        yield "<p>" + "<br>".join(map(escape, report.claims)) + "</p>"
+        yield f"<p>compared at {', '.join(map(escape, report.claims))}</p>"
     yield (
         "<h2>Outputs</h2><table><tr><th>output</th><th>dtype</th>"
         + "".join(f'<th class="number">{name}</th>' for name in ("max abs", "max rel", "flips"))

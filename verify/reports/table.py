@@ -1,4 +1,4 @@
-"""A report as text, plain or in colour, at most 100 columns wide."""
+"""A report as text: plain, at most 100 columns wide; or in colour, as wide as the terminal."""
 
 from __future__ import annotations
 
@@ -22,13 +22,17 @@ _HEADER = ("output", "dtype", "max abs", "max rel", "at", "verdict")
 _RIGHT = (2, 3)  # columns of figures
 _LIMITS = (28, 14, 9, 9, 24, 9)  # with a gap of 1 between them, exactly within WIDTH
 _STANDING_LIMITS = (28, 21, 9, 9, 6, 22)
-_TOLD = 12  # labels; the report has all
 _REPRODUCE = "reproduce: "
 _COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow", "unfinished": "yellow"}
 
 
-def plain(report: Findings) -> str:
-    """The report as plain text: verdict, a table of outputs, sizes, refusals, worst elements."""
+def plain(report: Findings, *, verbose: bool = False) -> str:
+    """The report as plain text: verdict, a table of outputs, sizes, refusals, worst elements.
+
+    Args:
+        report: What was found.
+        verbose: List every size that was compared, by the label that `--case` takes.
+    """
     cells = [_HEADER, *(_cells(row) for row in _shown(report))]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
     lines = [_headline(report), ""]
@@ -36,10 +40,11 @@ def plain(report: Findings) -> str:
         lines += [_aligned(line, widths) for line in cells] + [""]
     if report.by_float64:
         lines += [*_standings(report), ""]
-    return "\n".join([*lines, *_notes(report)])
+    notes = [line for note in _paragraphs(report, verbose=verbose) for line in _wrapped(note)]
+    return "\n".join([*lines, *notes])
 
 
-def rich_report(report: Findings) -> Group:
+def rich_report(report: Findings, *, verbose: bool = False) -> Group:
     """The same for a rich console, which colours it and fits it to the terminal."""
     from rich.console import Group
     from rich.table import Table
@@ -54,17 +59,21 @@ def rich_report(report: Findings) -> Group:
         table.add_row(*map(Text, cells), Text(verdict, style=colour))
     headline = Text(_headline(report), style=f"bold {_COLOURS[report.verdict]}")
     standings = [Text("\n".join(_standings(report))), Text()] if report.by_float64 else []
-    return Group(headline, Text(), table, Text(), *standings, Text("\n".join(_notes(report))))
+    notes = [
+        Text(note, no_wrap=note.startswith(_REPRODUCE), overflow="ignore")  # a command is copied as it stands
+        for note in _paragraphs(report, verbose=verbose)
+    ]
+    return Group(headline, Text(), table, Text(), *standings, *notes)
 
 
-def show(report: Findings, stream: TextIO) -> None:
+def show(report: Findings, stream: TextIO, *, verbose: bool = False) -> None:
     """Write the report to `stream`: in colour if it is a terminal, as plain text if not."""
     if stream.isatty():
         from rich.console import Console
 
-        Console(file=stream).print(report)
+        Console(file=stream).print(rich_report(report, verbose=verbose))
     else:
-        stream.write(f"{report}\n")
+        stream.write(plain(report, verbose=verbose) + "\n")
 
 
 def _shown(report: Findings) -> tuple[Row, ...]:
@@ -73,9 +82,17 @@ def _shown(report: Findings) -> tuple[Row, ...]:
 
 
 def _headline(report: Findings) -> str:
-    why = f" ({report.shortfall})" if report.verdict in {"not proven", "unfinished"} else ""
     against = f"{report.about[PART]} ({report.reference})" if PART in report.about else report.reference
+    if report.verdict == "equal":
+        return shorten(f"{report.candidate} matches {against}{_within(report)}", WIDTH)
+    why = f" ({report.shortfall})" if report.verdict in {"not proven", "unfinished"} else ""
     return shorten(f"{report.candidate} against {against}: {report.verdict}{why}", WIDTH)
+
+
+def _within(report: Findings) -> str:
+    """The tolerance, if all outputs have one."""
+    found = {judgement.margin for case in report.compared for judgement in case.judgements} - {None}
+    return f" ({found.pop()})" if len(found) == 1 else ""
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -116,18 +133,10 @@ def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
     return " ".join(c.rjust(w) if i in _RIGHT else c.ljust(w) for i, (c, w) in pairs).rstrip()
 
 
-def _notes(report: Findings) -> list[str]:
-    return [line for note in _paragraphs(report) for line in _wrapped(note)]
-
-
-def _paragraphs(report: Findings) -> Iterator[str]:
-    ran = report.compared
-    plain_cases = tuple(case for case in ran if case.regime == NORMAL)
-    yield f"compared at {len({case.sizes for case in ran})} sizes: " + (_labels(plain_cases) or "none")
-    yield from report.claims
-    if kinds := dict.fromkeys(case.regime for case in ran if case.regime != NORMAL):
-        yield f"with other values: {'; '.join(kinds)}"
-    yield _seeds(report)
+def _paragraphs(report: Findings, *, verbose: bool) -> Iterator[str]:
+    yield _compared(report)
+    if verbose and report.compared:
+        yield "compared: " + _labels(report.compared)
     if report.left_out:
         yield f"NOT COMPARED, the time limit was reached: {'; '.join(report.left_out)}"
     for reason, labels in _reasons(report, "refused").items():
@@ -139,8 +148,18 @@ def _paragraphs(report: Findings) -> Iterator[str]:
             yield f"{row.output} DIFFERS, {row.at}: {row.reason}{_worst(row, report)}"
     yield from _reproduce(report)
     if report.flips:
-        yield f"ties: {report.flips} tokens went to another expert of the same score"
+        yield f"{report.flips} tied tokens routed to an equally scored expert (allowed)"
     yield from (f"warning: {warning}" for warning in report.warnings)
+
+
+def _compared(report: Findings) -> str:
+    """`64 size combinations: batch 1..513, seq 1..4096; also with zeros, large values; seed 0`."""
+    count = len({case.sizes for case in report.compared})
+    sizes = f"{count} size combination{'' if count == 1 else 's'}"
+    ranges = ", ".join(report.claims)
+    kinds = dict.fromkeys(case.regime for case in report.compared if case.regime != NORMAL)
+    values = [f"also with {', '.join(kinds)}"] if kinds else []
+    return "; ".join([f"{sizes}: {ranges}" if ranges else sizes, *values, _seeds(report)])
 
 
 def _seeds(report: Findings) -> str:
@@ -182,13 +201,11 @@ def _value(value: object) -> str:
 
 def _labels(cases: tuple[CaseResult, ...]) -> str:
     """The labels; the example's sizes are spelt out, as the other labels are sizes already."""
-    sizes = " ".join(f"{name}={size}" for name, size in cases[0].sizes) if cases else ""
+    sizes = " ".join(f"{name}={size}" for name, size in cases[0].sizes)
     labels = [case.label for case in cases]
-    if sizes and cases[0].label != sizes:
+    if sizes and labels[0] != sizes:
         labels[0] += f" ({sizes})"
-    told = list(dict.fromkeys(labels))  # new values of several seeds have one label
-    more = f"; and {len(told) - _TOLD} more" if len(told) > _TOLD else ""
-    return "; ".join(told[:_TOLD]) + more
+    return "; ".join(dict.fromkeys(labels))  # new values of several seeds have one label
 
 
 def _wrapped(paragraph: str) -> list[str]:

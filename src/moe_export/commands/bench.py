@@ -85,7 +85,7 @@ def _show(sizes: Any, timings: list[Timing], path: Path) -> None:
 
     at = " ".join(f"{name}={size}" for name, size in sizes.items())
     table = Table(title=f"{path} at {at or 'its size'}", title_justify="left", box=None, pad_edge=False)
-    for heading in ("backend", "median ms", "p10", "p90", "calls/s", "memory MB", "of bound"):
+    for heading in ("backend", "median ms", "p10", "p90", "calls/s", "memory MB", "% of roofline"):
         table.add_column(heading, justify="left" if heading == "backend" else "right")
     for timing in timings:
         if not timing.reason:

@@ -331,7 +331,7 @@ def _print(
             console.say(f"  note: {_PLACE.sub(lambda place: os.path.relpath(place[0]), note)}")
         if report is not None and not (console.quiet or console.as_json):
             console.say()
-            show_report(report, sys.stdout)
+            show_report(report, sys.stdout, verbose=console.verbose)
     if is_only_a_gate(graphs):
         console.say("\nThe model is only a gate: its graph and the gate graph are the same.")
     console.say("\nwritten: " + ", ".join(str(folder / name) for name in names))

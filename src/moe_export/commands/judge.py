@@ -37,6 +37,6 @@ def run_judge(
     found = judge_again(before, tolerance, None if flips is None else FlipBudget.parse(flips))
     console.json(json.dumps(found.to_dict(), indent=2))
     if not (console.quiet or console.as_json):
-        show(found, sys.stdout)
+        show(found, sys.stdout, verbose=console.verbose)
     write_reports([found], wanted, console, [Path(file)])
     return found.exit_code

@@ -94,7 +94,9 @@ class TableCommand(click.Command):
             UsageError: An option means nothing without another one.
         """
         check_together(self.options, ctx.params)
-        ctx.params["console"] = Console(ctx.params.pop("quiet"), ctx.params.pop("as_json"))
+        ctx.params["console"] = Console(
+            ctx.params.pop("quiet"), ctx.params.pop("as_json"), ctx.params.pop("verbose", False)
+        )
         return super().invoke(ctx)
 
     _all = "moe_export.help_all"

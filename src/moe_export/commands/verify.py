@@ -156,7 +156,7 @@ def run_verify(asked: VerifyRequest) -> int:
     console.json(json.dumps(_document(reports, request), indent=2))
     for report in reports:
         if not (console.quiet or console.as_json):
-            show(report, sys.stdout)
+            show(report, sys.stdout, verbose=console.verbose)
     for why in request.why or ():
         console.say(f"\n{why}")
         if asked.repro is not None:

@@ -41,6 +41,7 @@ REPORTS = (
 )
 PRINTED = (
     Option("quiet", "-q/--quiet", _GROUP, "Print nothing but errors.", COMMANDS, type=bool, first=True),
+    Option("verbose", "-v/--verbose", _GROUP, "List every case that was compared.", ("export", *_REPORTING), type=bool),
     Option("as_json", "--json", _GROUP, "Print the report as JSON, and nothing else.", COMMANDS, type=bool,
            first=True),
     Option("debug", "--debug", _GROUP, "Show the traceback of an error.", COMMANDS, type=bool),

@@ -62,7 +62,7 @@ def test_masks_become_pairs_of_tokens_and_experts(idiom):
     assert [fixed.axis for fixed in graph.traced.fixed] == [2]  # the features; batch and length are free
     (note,) = [note for note in graph.notes if "experts at" in note]
     assert note.startswith(f"4 experts at {models.__file__}:")
-    assert note.endswith("lowered as 'slices'")
+    assert note.endswith("(lowered as 'slices')")
     assert_equal(session_of(graph.model), module)
 
 

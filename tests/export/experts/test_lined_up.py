@@ -260,7 +260,7 @@ def test_a_number_that_is_looked_up_elsewhere_too_still_says_the_expert():
     graph = export_subject(subject, Options(gates=False, simplify=False))[0]
     (note,) = [note for note in graph.notes if "experts at" in note]
     assert note.startswith("4 experts at ")
-    assert note.endswith("lowered as 'slices'")
+    assert note.endswith("(lowered as 'slices')")
     session = session_of(graph.model)
     for tokens in (1, 3, 64):
         ids = torch.randint(0, 50, (1, tokens), generator=torch.Generator().manual_seed(tokens))

@@ -48,7 +48,7 @@ def exported(module: nn.Module, **options: str):
 def test_the_parser_makes_its_own_layer_of_it():
     graph = exported(SwiGLU(), target="tensorrt-sm100")
     (note,) = [note for note in graph.notes if "experts at" in note]
-    assert note.endswith("lowered as 'trt_moe'")
+    assert note.endswith("(lowered as 'trt_moe')")
     proto = ir.to_proto(graph.model)
     onnx.checker.check_model(proto, full_check=True)
     logger = trt.Logger(trt.Logger.ERROR)

@@ -47,7 +47,7 @@ def test_no_gain_is_left_out():
     given = model(NOTHING)
     result = simplify(given, X)
     assert result.model is given
-    assert result.note == "onnxsim left out: no gain (1 → 1 nodes)"
+    assert result.note == "onnxsim skipped (no reduction: 1 → 1 nodes)"
 
 
 def test_what_computes_something_else_is_left_out(proposal):

@@ -69,8 +69,8 @@ def test_both_are_free_and_each_loop_is_a_scan() -> None:
     (graph,) = export_subject(subject, Options(gates=False, simplify=False))
     assert [shape[1] for shape in graph.traced.inputs.values()] == ["seq", "target_seq"]
     assert [node.op_type for node in graph.model.graph].count("Scan") == 2
-    for place in ("source:1", "target:1"):
-        assert sum(f"L steps for L = {place}" in note for note in graph.notes) == 1
+    for place in ("source.shape[1]", "target.shape[1]"):
+        assert sum(f"over {place}" in note for note in graph.notes) == 1
     check(subject, graph, ((6, 5), (1, 1), (1, 8), (9, 1), (23, 17), (4, 40)))
 
 
