@@ -34,6 +34,11 @@ def has_remainder(expression: sympy.Basic) -> bool:
     return bool(expression.has(Mod, PythonMod))
 
 
+def is_remainder(expression: sympy.Basic) -> bool:
+    """Whether an expression of the tracer's is the remainder of one division."""
+    return isinstance(expression, (Mod, PythonMod))
+
+
 @contextmanager
 def undecided(answer: Callable[[Any, Any], bool | None]) -> Iterator[None]:
     """While it runs, a condition that a trace cannot decide is answered.

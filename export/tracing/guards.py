@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from torch.export import ExportedProgram
 
 from moe_export.domain import Condition, Domain, parsed
+from moe_export.export.torch_compat.sizes import is_remainder
 from moe_export.export.tracing.dims import Dim
 
 Sizes = dict[str, NDArray[Any]]
@@ -72,7 +73,7 @@ def conditions_of(program: ExportedProgram, dims: Sequence[Dim]) -> tuple[Condit
     names = {symbol: dim.name for dim in dims for symbol in (dim.symbol, *dim.also)}
     found: dict[str, Condition] = {}
     for guard in _guards(program):
-        guard = _divided(guard)  # noqa: PLW2901
+        guard = _divided(_without_common_factors(guard))  # noqa: PLW2901
         used = {str(symbol) for symbol in guard.free_symbols}
         if not used or not used <= names.keys():
             continue  # sizes that depend on values are checked as the graph runs
@@ -108,8 +109,21 @@ def _guards(program: ExportedProgram) -> Iterator[sympy.Basic]:
             yield from condition.args if isinstance(condition, sympy.And) else (condition,)
 
 
+def _without_common_factors(guard: sympy.Basic) -> sympy.Basic:
+    """Remainders of smaller numbers: `128*batch*seq % (1024*batch)` is `128*batch * (seq % 8)`, for no size negative."""
+
+    def smaller(remainder: sympy.Basic) -> sympy.Basic:
+        number, divisor = remainder.args
+        common = sympy.gcd(number, divisor)
+        if not all(isinstance(factor, (sympy.Symbol, sympy.Integer)) for factor in sympy.Mul.make_args(common)):
+            return remainder
+        return common * remainder.func(sympy.cancel(number / common), sympy.cancel(divisor / common))
+
+    return guard.replace(is_remainder, smaller)
+
+
 def _divided(guard: sympy.Basic) -> sympy.Basic:
-    """A relation without the sizes that both sides are multiplied by: they are never negative, and 0 is tried apart.
+    """A relation without what both sides are multiplied by: sizes are never negative, and 0 is tried apart.
 
     batch*seq == 8*batch*(seq//8)   →   seq == 8*(seq//8)
     """
@@ -119,6 +133,9 @@ def _divided(guard: sympy.Basic) -> sympy.Basic:
     if not isinstance(difference, sympy.Mul):
         return guard
     sizes = [factor for factor in difference.args if isinstance(factor, sympy.Symbol)]
+    number, remainder = (difference / sympy.Mul(*sizes)).as_coeff_Mul()
+    if is_remainder(remainder) and number > 0:
+        return guard.func(remainder, 0)
     if not sizes:
         return guard
     rest = sympy.expand_mul(difference / sympy.Mul(*sizes))

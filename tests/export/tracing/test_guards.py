@@ -56,6 +56,7 @@ class Guarded(nn.Module):
         (lambda batch, seq: batch * seq * 2 <= 256, "2 * batch * seq <= 256"),
         (lambda batch, seq: batch + 9 * seq > 256, "batch + 9 * seq <= 256"),
         (lambda batch, seq: seq > 48 * batch, "seq <= 48 * batch"),
+        (lambda batch, seq: 128 * batch * seq % (1280 * batch) != 0, "seq % 10 == 0"),
     ],
 )
 def test_a_guard_on_several_dimensions_is_kept(tmp_path, condition, text):
