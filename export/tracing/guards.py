@@ -110,7 +110,7 @@ def _guards(program: ExportedProgram) -> Iterator[sympy.Basic]:
 
 
 def _without_common_factors(guard: sympy.Basic) -> sympy.Basic:
-    """Remainders of smaller numbers: `128*batch*seq % (1024*batch)` is `128*batch * (seq % 8)`, for no size negative."""
+    """Remainders of smaller numbers: `128*batch*seq % (1024*batch)` is `128*batch * (seq % 8)`."""
 
     def smaller(remainder: sympy.Basic) -> sympy.Basic:
         number, divisor = remainder.args
