@@ -115,7 +115,9 @@ def _without_common_factors(guard: sympy.Basic) -> sympy.Basic:
     def smaller(remainder: sympy.Basic) -> sympy.Basic:
         number, divisor = remainder.args
         common = sympy.gcd(number, divisor)
-        if not all(isinstance(factor, (sympy.Symbol, sympy.Integer)) for factor in sympy.Mul.make_args(common)):
+        if not all(
+            isinstance(factor, (sympy.Symbol, sympy.Integer)) for factor in sympy.Mul.make_args(common)
+        ):
             return remainder
         return common * remainder.func(sympy.cancel(number / common), sympy.cancel(divisor / common))
 

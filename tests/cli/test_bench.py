@@ -12,6 +12,7 @@ from moe_export.export.engines.build import has_gpu
 from moe_export.running.benching import Job, Timing, measure
 
 
+@pytest.mark.slow
 def test_backends_are_measured_or_named(command, finished, tmp_path):
     for name in ("block.onnx", "block.py"):
         shutil.copy(finished / name, tmp_path / name)

@@ -156,6 +156,7 @@ example_inputs = (torch.randint(0, 64, (2, 7)),)
 """
 
 
+@pytest.mark.slow
 def test_large_outputs_are_judged_by_what_rounding_the_weights_does(command, tmp_path):
     """Logits of 7 on average, some near 0: a few roundings of 1 are too few, and 1 % off is still too much."""
     (tmp_path / "logits.py").write_text(LOGITS)

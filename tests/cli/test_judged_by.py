@@ -59,6 +59,7 @@ def test_a_graph_that_says_it_is_less_exact(command, graph, dtype):
     assert "rtol=1e-05 atol=1e-05" in done.out
 
 
+@pytest.mark.slow
 def test_half_precision_is_judged_as_such_where_the_user_says_so(command, write, texts):
     model = write(texts["model"], "net.py")
     assert command(model, "--dtype", "bfloat16", "--quiet").code == 0

@@ -47,6 +47,7 @@ def test_every_pair_of_artifacts_of_one_model_is_equal(command, finished, candid
     assert code == 0, text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("candidate", one_in(2, ["moe.onnx", "moe.onnx@onnx-reference"]))
 @pytest.mark.parametrize(
     "against", only(["moe.py@torch-float64"], ["moe.py", "moe.py@torch-float64", "moe.onnx"])
@@ -181,6 +182,7 @@ def test_a_failing_report_says_how_to_reproduce_its_case(command, finished, writ
     assert command(*words[1:]).code == 1
 
 
+@pytest.mark.slow
 def test_thorough_seeds_and_sizes(command, finished):
     args = [finished / "moe.onnx", "--against", finished / "moe.py", "--json"]
     many = json.loads(command("verify", *args, "--thorough", "--seeds", 3).out)["cases"]
@@ -194,6 +196,7 @@ def test_thorough_seeds_and_sizes(command, finished):
     assert command("verify", *args, "--size", f"{name}=77").code == 0
 
 
+@pytest.mark.slow
 def test_tolerances_of_one_output(command, finished, write, texts):
     other = write("torch.manual_seed(1)\n" + texts["model"])
     args = [finished / "block.onnx", "--against", other, "--no-localise"]

@@ -112,6 +112,7 @@ def assert_right_where_it_claims_to_be(subject: Subject, graph: Graph) -> None:
         np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_length_that_the_tracer_takes_for_a_number_all_the_same_is_that_of_the_example() -> None:
     """Where the shorter chunk has a size of one, the tracer fixes it; in a long process it sometimes does not."""
     subject = subject_of(Ragged())

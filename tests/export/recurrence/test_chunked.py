@@ -91,7 +91,7 @@ def test_auto_leaves_step_by_step_what_has_no_chunked_form() -> None:
 
 @pytest.mark.parametrize(
     ("low", "high"),
-    [(0.0, 3.0), slow((0.0, 1e-3)), (10.0, 10.0), slow((0.0, 0.0))],
+    [(0.0, 3.0), slow((0.0, 1e-3)), slow((10.0, 10.0)), slow((0.0, 0.0))],
 )
 def test_strong_and_no_decay_as_exact_as_step_by_step(low: float, high: float) -> None:
     """dt * A down to -48 a step, at dt = 10 to -160: each segment of a chunk is summed by itself."""
@@ -177,7 +177,7 @@ def test_a_long_example_exports_as_fast_as_a_short_one() -> None:
 
 @pytest.mark.parametrize(
     ("recurrence", "unroll"),
-    [slow(("scan", 1)), slow(("scan", 4)), ("chunked", 1)],
+    [slow(("scan", 1)), slow(("scan", 4)), slow(("chunked", 1))],
     ids=["scan", "unroll", "chunked"],
 )
 def test_engines_take_any_length_to_4096(recurrence, unroll):

@@ -92,6 +92,7 @@ def test_the_loop_is_a_scan_and_nothing_is_left_of_the_marks(way: tuple[Subject,
     assert len(nodes) <= 60
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", only(["strided"], ["in_place", "strided", "layers"]))
 def test_the_graph_does_not_depend_on_the_length_of_the_example(name: str) -> None:
     module, inputs = ways.LOOPS[name]
@@ -104,6 +105,7 @@ def test_the_graph_does_not_depend_on_the_length_of_the_example(name: str) -> No
     assert len(sizes) == 1
 
 
+@pytest.mark.slow
 def test_a_loop_over_rows_of_an_image_holds_for_any_height_and_width() -> None:
     subject = subject_of(ways.Rows(), (ways.randn(ways.B, 2, 5, 3),))
     graph = exported(subject)
@@ -121,6 +123,7 @@ def test_a_loop_over_rows_of_an_image_holds_for_any_height_and_width() -> None:
         assert np.allclose(found, ways.Rows()(image).numpy(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_loop_that_starts_anew_in_each_row_is_folded_over_one_length_at_most() -> None:
     subject = subject_of(ways.RowByRow(), (ways.randn(ways.B, 5, 3, 2),))
     graph = exported(subject)

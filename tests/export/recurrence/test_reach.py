@@ -101,6 +101,7 @@ def test_a_way_of_its_own_for_one_step_is_the_least_length(tmp_path):
     assert [str(each) for each in graph.traced.domain.conditions] == ["seq >= 2"]
 
 
+@pytest.mark.slow
 def test_an_example_of_one_step_with_a_way_of_its_own_is_not_folded(tmp_path):
     subject = make_subject(ASingleStep(), (torch.randn(2, 1, 3),), {}, source=tmp_path, how="")
     graph = export_subject(subject, Options(opset=17))[0]

@@ -99,6 +99,7 @@ def test_names_and_sizes_of_keys_and_values() -> None:
     check(model, graph, 9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [4, slow(70)])
 def test_beyond_the_window_of_attention(window: int) -> None:
     """The example has fewer tokens than the longer window: that it ends must not be left out of the trace."""

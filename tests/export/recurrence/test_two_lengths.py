@@ -114,6 +114,7 @@ class Continued(torch.nn.Module):
         return torch.stack(found, 1), g - h
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_loop_that_continues_another_is_right_or_its_length_is_said(tools):
     torch.manual_seed(0)

@@ -44,7 +44,10 @@ def scans(graph: Graph) -> list[ir.Node]:
 
 @pytest.mark.parametrize(
     ("function", "time_first"),
-    [pytest.param(ways.Doubling, False, marks=pytest.mark.slow), (ways.AddedFirst, True)],
+    [
+        pytest.param(ways.Doubling, False, marks=pytest.mark.slow),
+        pytest.param(ways.AddedFirst, True, marks=pytest.mark.slow),
+    ],
     ids=["doubling", "in place"],
 )
 def test_a_scan_in_passes_becomes_one_scan_for_any_length(function: type, time_first: bool) -> None:

@@ -44,7 +44,7 @@ class Chunked(nn.Module):
         return torch.cat([part * (1 + k) for k, part in enumerate(x.chunk(self.chunks, 1))], 1)
 
 
-@pytest.mark.parametrize("chunks", [2, 4, 128])
+@pytest.mark.parametrize("chunks", [2, 4, pytest.param(128, marks=pytest.mark.slow)])
 def test_a_graph_of_chunks_claims_the_lengths_with_as_many_chunks(tools, chunks):
     graph = tools.graph(Chunked(chunks), torch.randn(2, 11, 3))
     batch, length, _ = graph.traced.inputs["x"]
