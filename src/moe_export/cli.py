@@ -6,6 +6,8 @@ and an exit code (see `errors`); a traceback is a defect of this tool, or `--deb
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import click
@@ -26,8 +28,15 @@ class _ExportByDefault(click.Group):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         own = {"--help", "-h", "--version"}
         if args and args[0] not in self.commands and args[0] not in own:
+            self._require_no_typo(args[0], ctx)
             args = ["export", *args]
         return super().parse_args(ctx, args)
+
+    def _require_no_typo(self, word: str, ctx: click.Context) -> None:
+        """Refuse what is nearly a command and no file, rather than look for a model of that name."""
+        close = get_close_matches(word, self.commands, n=1)
+        if close and word.isalpha() and not Path(word).exists():
+            raise click.UsageError(f"No such command {word!r}. Did you mean {close[0]!r}?", ctx)
 
 
 @click.group(

@@ -29,6 +29,15 @@ def test_no_such_file(refused, tmp_path):
     assert refused(2, "none.py") == [f"no such file: {tmp_path / 'none.py'}"]
 
 
+def test_a_command_with_a_letter_wrong(command, tmp_path, monkeypatch):
+    done = command("verfy", "model.onnx")
+    assert done.code == 2
+    assert "No such command 'verfy'. Did you mean 'verify'?" in done.err
+    (tmp_path / "verfy").write_text("")  # a file of that name is a file
+    monkeypatch.chdir(tmp_path)
+    assert "Did you mean" not in command("verfy").err
+
+
 def test_a_folder(refused, tmp_path):
     assert refused(2, tmp_path)[0] == f"{tmp_path} is a folder"
 
