@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe_export.errors import NotExportableError, UsageError
+from moe_export.errors import UsageError
 from moe_export.exported import ExportedModel, export_model
 
 OPSET = 17
@@ -72,7 +72,8 @@ def export(  # noqa: PLR0913  the arguments of torch.onnx.export
 
     Raises:
         UsageError: An argument asks for another graph than is made here, or they do not fit the model.
-        NotExportableError: The model has no ONNX form; or, with `verify`, the graph differs from it.
+        NotExportableError: The model has no ONNX form.
+        AssertionError: With `verify`: the graph differs from the module. Nothing is written.
         TypeError: `torch.onnx.export` has no such argument.
     """
     for name, value in others.items():
@@ -91,7 +92,7 @@ def export(  # noqa: PLR0913  the arguments of torch.onnx.export
     if verify:
         report = program.verify()
         if report.exit_code:
-            raise NotExportableError(f"the graph is not what {type(model).__name__} computes\n{report}")
+            raise AssertionError(f"the graph is not what {type(model).__name__} computes\n\n{report}")
     if f is not None:
         program.save(Path(f), force=True)
     return program
