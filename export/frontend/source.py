@@ -64,6 +64,15 @@ def calls_user_code(file: str) -> None:
     _ENTRIES.add(file)
 
 
+def running_line() -> str | None:
+    """`file:line` of the user's innermost line that runs right now, or of a library's model; None outside a model."""
+    frames = inside_call(traceback.extract_stack())
+    mine = [frame for frame in frames if is_user_file(frame.filename)]
+    library = [frame for frame in frames if is_library_model(frame.filename)]
+    chosen = mine or library
+    return _place(chosen[-1]) if chosen else None
+
+
 def last_user_line(error: BaseException) -> str | None:
     """`file:line` of the innermost frame of the user's own code; None if the user's code is not in it."""
     frames = inside_call(traceback.extract_tb(error.__traceback__))

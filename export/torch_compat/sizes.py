@@ -61,6 +61,30 @@ def undecided(answer: Callable[[Any, Any], bool | None]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def sizes_fixed(note: Callable[[int, int], None]) -> Iterator[None]:
+    """While it runs, say where a trace takes a free size of an input for a number, as soon as it does.
+
+    Args:
+        note: Is given the number of the input and the axis, within the operator that was the reason.
+    """
+    original = symbolic_shapes.ShapeEnv._set_replacement
+
+    def replace(self: Any, symbol: Any, value: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, symbol, value, *args, **kwargs)
+        if value.is_Integer:
+            for source in self.var_to_sources.get(symbol, ()):
+                number, axis = (
+                    getattr(getattr(source, "base", None), "index", None),
+                    getattr(source, "idx", None),
+                )
+                if isinstance(number, int) and isinstance(axis, int):
+                    note(number, axis)
+
+    with mock.patch.object(symbolic_shapes.ShapeEnv, "_set_replacement", replace):
+        yield
+
+
 def fake_results_cached(cached: bool) -> AbstractContextManager[Any]:
     """Whether a trace remembers what an operator gives for tensors of a shape, while it runs."""
     setting: AbstractContextManager[Any] = dynamo_config.patch(fake_tensor_cache_enabled=cached)

@@ -26,11 +26,11 @@ from torch.export import ExportedProgram
 from moe_export.domain import Condition, Domain
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.pytree import unique
-from moe_export.export.frontend.source import last_model_line
+from moe_export.export.frontend.source import last_model_line, running_line
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import depends_on_values
-from moe_export.export.torch_compat.sizes import fake_results_cached
+from moe_export.export.torch_compat.sizes import fake_results_cached, sizes_fixed
 from moe_export.export.tracing.checks import checks_passed
 from moe_export.export.tracing.compiled_sizes import sizes_for_compilers
 from moe_export.export.tracing.complex_numbers import without_complex
@@ -57,6 +57,7 @@ class Fixed:
     Attributes:
         model_takes_others: The model itself runs at another size; only the trace depends on this one.
         name: What the dimension would be called if it were free.
+        line: `file:line` of what fixed it, if that is known.
     """
 
     input: str
@@ -65,6 +66,7 @@ class Fixed:
     model_takes_others: bool
 
     name: str = ""
+    line: str = ""
 
     def __str__(self) -> str:
         why = "the model takes no other size"
@@ -73,7 +75,8 @@ class Fixed:
             if self.size == 1:
                 why = "a size of 1 is broadcast, and was not widened"
         name = f"{self.name}, " if self.name else ""
-        said = f"{self.input}: length {self.size} is fixed ({name}dimension {self.axis}): {why}"
+        by = f" by {self.line}" if self.line else ""
+        said = f"{self.input}: length {self.size} is fixed{by} ({name}dimension {self.axis}): {why}"
         return Code.FIXED_SIZE.mark(said) if self.model_takes_others else said
 
 
@@ -188,8 +191,10 @@ def trace(subject: Subject, request: DimRequest | None = None, *, as_called: boo
             stuck and not stuck & request.picked.keys()
         ):  # widened for nothing: what is fixed stays the example's 1
             again = trace(subject, replace(request, fixed=request.fixed | stuck), as_called=as_called)
-            return replace(again, fixed=_fixed(subject, again.example, again.inputs, request))
-        fixed = _fixed(subject, example, inputs, request)
+            return replace(
+                again, fixed=_fixed(subject, again.example, again.inputs, request, exported.fixing)
+            )
+        fixed = _fixed(subject, example, inputs, request, exported.fixing)
     traced = Traced(program, inputs, example, subject.outputs, dims, fixed, exported.computed)
     _require_picked(traced, request, exported.reason)
     return replace(traced, checks=exported.checks)
@@ -226,12 +231,14 @@ class _Exported:
         program: With as many free dimensions as the tracer takes.
         computed: The outputs that are computed numbers.
         checks: As in `Traced`.
+        fixing: The lines that fixed sizes, by the number of the input and the axis.
         reason: Why fewer dimensions are free than were asked for.
     """
 
     program: ExportedProgram
     computed: frozenset[str]
     checks: tuple[str, ...]
+    fixing: Mapping[tuple[int, int], str]
     reason: str | None
 
 
@@ -256,6 +263,7 @@ def _export(
             for place, (name, tensor) in enumerate(example.items())
         )
         numbers: list[frozenset[int]] = []
+        fixing: dict[tuple[int, int], str] = {}
         free = any(dimension is not None for axes in spec for dimension in axes)
         flat = _Flat(subject, numbers).eval()
         try:
@@ -268,6 +276,7 @@ def _export(
                 checks_passed() as checks,
                 every_expert_hit(),
                 user_lines(),
+                sizes_fixed(lambda place, axis, into=fixing: _note_line(into, place, axis)),
             ):
                 with subject.state.kept():
                     exported = torch.export.export(
@@ -288,7 +297,7 @@ def _export(
             continue
         names = list(subject.dropped)
         computed = frozenset(names[index] for index in numbers[-1] if index < len(names))
-        return _Exported(program, computed, tuple(checks), _first_line(first) if first else None)
+        return _Exported(program, computed, tuple(checks), fixing, _first_line(first) if first else None)
     assert first is not None
     if isinstance(first, NotExportableError):
         raise first
@@ -298,6 +307,13 @@ def _export(
         where=last_model_line(first) or str(subject.source),
         hint=_hint(first),
     ) from first
+
+
+def _note_line(fixing: dict[tuple[int, int], str], place: int, axis: int) -> None:
+    """Note the line of the model that runs as what fixed a size; the first one that did is the reason."""
+    line = running_line()
+    if line is not None:
+        fixing.setdefault((place, axis), line)
 
 
 def _only_there(
@@ -391,15 +407,20 @@ def _bounds(limits: object) -> tuple[int, int | None]:
 
 
 def _fixed(
-    subject: Subject, example: Mapping[str, torch.Tensor], inputs: Mapping[str, Shape], request: DimRequest
+    subject: Subject,
+    example: Mapping[str, torch.Tensor],
+    inputs: Mapping[str, Shape],
+    request: DimRequest,
+    fixing: Mapping[tuple[int, int], str],
 ) -> tuple[Fixed, ...]:
     """What was offered and came back fixed; the model itself is asked whether it takes another size there."""
     result = []
-    for name, shape in inputs.items():
+    for place, (name, shape) in enumerate(inputs.items()):
         for axis, size in enumerate(shape):
             if isinstance(size, int) and request.wants(name, axis):
                 others = _takes_other_size(subject, example, name, axis)
-                result.append(Fixed(name, axis, size, others, default_name(example[name], axis, name)))
+                called, line = default_name(example[name], axis, name), fixing.get((place, axis), "")
+                result.append(Fixed(name, axis, size, others, called, line))
     return tuple(result)
 
 

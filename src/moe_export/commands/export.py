@@ -298,7 +298,13 @@ def _graph_document(graph: Graph, name: str, report: Report | None) -> dict[str,
         ],
         "conditions": [str(condition) for condition in graph.traced.conditions],
         "fixed": [
-            {"input": f.input, "axis": f.axis, "size": f.size, "model_takes_others": f.model_takes_others}
+            {
+                "input": f.input,
+                "axis": f.axis,
+                "size": f.size,
+                "model_takes_others": f.model_takes_others,
+                "line": _given_away(f.line, graph.reference.source.parent),
+            }
             for f in graph.traced.fixed
         ],
         "nodes": sum(operators.values()),

@@ -108,3 +108,35 @@ def test_canary_fake_results_are_cached_or_not():
         for cached in (True, False):
             with fake_results_cached(cached):
                 assert FakeTensorMode().cache_enabled is cached
+
+
+def test_canary_where_a_size_is_fixed():
+    from moe_export.export.torch_compat.sizes import sizes_fixed
+
+    class Fixes(nn.Module):
+        def forward(self, x, y):
+            return x.sum() + y[:, : int(y.shape[1]) // 2].sum() + len(range(y.shape[1]))
+
+    found = []
+    with canary(
+        FILE,
+        "ShapeEnv._set_replacement is called where a size is taken for a number, and var_to_sources names its input",
+        todo="find where torch.export logs that it specializes a symbol",
+    ):
+        free = ({0: Dim.AUTO}, {0: Dim.AUTO, 1: Dim.AUTO})
+        with sizes_fixed(lambda number, axis: found.append((number, axis))):
+            torch.export.export(
+                Wrapped(Fixes()), (torch.ones(3, 2), torch.ones(5, 6)), dynamic_shapes={"inputs": free}
+            )
+        assert set(found) == {(1, 1)}
+
+
+class Wrapped(nn.Module):
+    """Takes its inputs as a tuple, as every traced model does."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *inputs):
+        return self.module(*inputs)

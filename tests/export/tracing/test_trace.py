@@ -128,8 +128,13 @@ def test_static_and_picked(tools):
 def test_a_loop_over_time_fixes_its_length_and_says_so(tools):
     traced = trace(tools.subject(Unrolled(), torch.ones(2, 5, 4)))
     assert traced.inputs == {"x": ("batch", 5, "x_dim2")}
+    loop = next(
+        number
+        for number, line in enumerate(Path(__file__).read_text().splitlines(), 1)
+        if "range(x.shape[1])" in line
+    )
     assert [str(fixed) for fixed in traced.fixed] == [
-        "x: length 5 is fixed (seq, dimension 1): the trace depends on it: "
+        f"x: length 5 is fixed by {__file__}:{loop} (seq, dimension 1): the trace depends on it: "
         "a loop over it was unrolled, or its size became a constant [MX201]"
     ]
 
