@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import partial
 
 import sympy
 import torch
@@ -276,7 +277,7 @@ def _export(
                 checks_passed() as checks,
                 every_expert_hit(),
                 user_lines(),
-                sizes_fixed(lambda place, axis, into=fixing: _note_line(into, place, axis)),
+                sizes_fixed(partial(_note_line, fixing)),
             ):
                 with subject.state.kept():
                     exported = torch.export.export(
