@@ -6,6 +6,7 @@ import functools
 import linecache
 import os
 import re
+import sys
 import sysconfig
 import traceback
 from collections.abc import Sequence
@@ -51,6 +52,17 @@ def is_user_file(path: str) -> bool:
     if any(folder.name in ("site-packages", "dist-packages") for folder in folders):
         return False
     return not any(folder in folders for folder in _library_folders())
+
+
+@cache
+def is_installed(path: str) -> bool:
+    """Whether a file that counts as the user's lies in a folder that `pip install --target` filled."""
+    return any(_is_filled(folder) for folder in Path(path).resolve().parents if str(folder) in sys.path)
+
+
+@cache
+def _is_filled(folder: Path) -> bool:
+    return any(folder.glob("*.dist-info"))
 
 
 def inside_call(frames: Sequence[traceback.FrameSummary]) -> list[traceback.FrameSummary]:

@@ -8,18 +8,18 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 
 from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.frontend.accept import check_inputs, check_outputs, plain_module, register_dataclasses
 from moe_export.export.frontend.export_calls import NOTHING, Asked
+from moe_export.export.frontend.first_calls import first_calls, is_tensor
 from moe_export.export.frontend.pytree import Leaf, identifier, leaves, unique
 from moe_export.export.frontend.source import calls_user_code, is_user_file, last_user_line
 from moe_export.export.frontend.state import State
@@ -54,6 +54,7 @@ class Subject:
         changed: What every call changes (`buffer total`, `attribute rope.calls`); each call here starts from its first
             value.
         cached: What the first call alone changes.
+        unread: Of `changed`, what no later call was seen to read: the second one gave the same outputs.
         weights: Where the weights are, if the model came without them.
         notes: What is to be said of how the model was found.
         free: `(input, axis)` → the name of each dimension that the user's own export call leaves free, None for the
@@ -75,6 +76,7 @@ class Subject:
     _template: tuple[Any, ...] = field(repr=False)
     weights: LazyWeights | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
+    unread: frozenset[str] = frozenset()
     free: Mapping[tuple[str, int], str | None] | None = None
     apart: Apart | None = field(default=None, repr=False)
 
@@ -176,10 +178,10 @@ def make_subject(
     register_dataclasses((args, kwargs))
     flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     names = _renamed(
-        _argument_names(module, args, kwargs, source, flat), asked.input_names, map(_is_tensor, flat)
+        _argument_names(module, args, kwargs, source, flat), asked.input_names, map(is_tensor, flat)
     )
     tensors = {
-        name: _as_pairs(value.detach()) for name, value in zip(names, flat, strict=True) if _is_tensor(value)
+        name: _as_pairs(value.detach()) for name, value in zip(names, flat, strict=True) if is_tensor(value)
     }
     if not tensors:
         raise UsageError(
@@ -189,7 +191,7 @@ def make_subject(
         )
     check_inputs(tensors, source)
     with without_weights(weights):
-        ran = _first_calls(module, lambda: list(leaves(_run(module, args, kwargs, source))), source)
+        ran = first_calls(module, lambda: list(leaves(_run(module, args, kwargs, source))), source)
     found = ran.found
     outputs, dropped = _output_names(module, found, set(tensors))
     outputs = _renamed(outputs, asked.output_names, (True for _ in outputs), taken=set(tensors))
@@ -206,7 +208,7 @@ def make_subject(
     notes = tuple(
         f"{kind} {name} is complex, and has pairs of a real and an imaginary part along a last axis in the graph"
         for kind, names_of, values in (
-            ("input", tensors, filter(_is_tensor, flat)),
+            ("input", tensors, filter(is_tensor, flat)),
             ("output", outputs, (leaf.value for leaf in found if leaf.is_tensor)),
         )
         for name, value in zip(names_of, values, strict=True)
@@ -220,15 +222,16 @@ def make_subject(
         constants={
             name: value
             for name, value in zip(names, flat, strict=True)
-            if not _is_tensor(value) and value is not None
+            if not is_tensor(value) and value is not None
         },
         outputs=tuple(outputs),
         dropped=dropped,
         changed=ran.changed,
         cached=ran.cached,
+        unread=ran.unread,
         state=ran.state,
         _spec=spec,
-        _template=tuple(_Slot(value.is_complex()) if _is_tensor(value) else value for value in flat),
+        _template=tuple(_Slot(value.is_complex()) if is_tensor(value) else value for value in flat),
         weights=weights,
         free=None if asked.free is None else _free_dims(tensors, asked),
         notes=notes,
@@ -260,45 +263,6 @@ def _free_dims(tensors: Mapping[str, torch.Tensor], asked: Asked) -> dict[tuple[
         for (name, tensor), axes in zip(tensors.items(), asked.free or (), strict=False)
         for axis, dim in axes.items()
     }
-
-
-@dataclass(frozen=True)
-class _Ran:
-    """What came of the first calls of a model."""
-
-    found: list[Leaf]
-    state: State
-    changed: frozenset[str]
-    cached: frozenset[str]
-
-
-def _first_calls(module: nn.Module, call: Callable[[], list[Leaf]], source: Path) -> _Ran:
-    """Call a model once, and once more if that changed its state: what changes each time is no cache."""
-    if any(is_lazy(weight) for weight in [*module.parameters(), *module.buffers()]):
-        call()  # it makes its weights, and becomes another class
-    start = State.of(module, weights=True)
-    before = start.with_globals()
-    found = call()
-    first = before.changed()
-    if lost := before.lost():
-        raise NotExportableError(
-            f"a call of {type(module).__name__} writes to {min(lost)}, and its weights are too large to be put back",
-            code=Code.STATE,
-            where=str(source),
-            hint="let forward compute with a copy of the weight",
-        )
-    again: frozenset[str] = frozenset()
-    if first:
-        between = State.of(module).with_globals()
-        call()
-        again = between.changed()
-    state = start.lasting()
-    before.restore()
-    return _Ran(found, state, again, first - again)
-
-
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor)
 
 
 def _kinds(values: Sequence[Any]) -> str:
@@ -345,7 +309,7 @@ def _positional_names(signature: inspect.Signature, count: int) -> list[str]:
 
 def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], source: Path) -> Any:
     """One eager call on copies of the example inputs, so that an in-place model cannot change them."""
-    args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if _is_tensor(leaf) else leaf, (args, kwargs))
+    args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if is_tensor(leaf) else leaf, (args, kwargs))
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return module(*args, **kwargs)
@@ -353,7 +317,7 @@ def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], sour
         shapes = ", ".join(
             f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"
             for leaf in pytree.tree_leaves((args, kwargs))
-            if _is_tensor(leaf)
+            if is_tensor(leaf)
         )
         raise UsageError(
             f"{type(module).__name__}.forward raised {type(error).__name__}: {error}",

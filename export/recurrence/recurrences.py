@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -354,5 +355,9 @@ def _steps(iterations: Any, lengths: Sequence[Length]) -> str:
 
 
 def _near(line: str | None, subject: Subject) -> str:
-    """A `file:line` relative to the model's folder."""
-    return os.path.relpath(line, subject.source.parent) if line else "?"
+    """A `file:line` relative to the model's folder; a library's from its package on."""
+    parts = Path(line or "?").parts
+    installed = [place for place, part in enumerate(parts) if part in ("site-packages", "dist-packages")]
+    if line is None or installed:
+        return str(Path(*parts[installed[-1] + 1 :])) if installed else "?"
+    return os.path.relpath(line, subject.source.parent)

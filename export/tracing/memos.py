@@ -83,14 +83,13 @@ def _memos(module: nn.Module) -> Iterator[_Place]:
 
 
 def _is_near(memo: Any, module: nn.Module) -> bool:
-    """Whether a library's function takes part in the model: it lies in a file of one of the model's classes."""
-    code = getattr(memo.__wrapped__, "__code__", None)
-    files = {_file_of(type(part)) for part in module.modules()}
-    return code is not None and code.co_filename in files
+    """Whether a library's function takes part in the model: it lies in a package of one of the model's classes."""
+    packages = {_package(type(part)) for part in module.modules()} - {"torch"}
+    return _package(memo.__wrapped__) in packages
 
 
-def _file_of(kind: type) -> str | None:
-    return getattr(sys.modules.get(kind.__module__), "__file__", None)
+def _package(definition: Any) -> str:
+    return str(getattr(definition, "__module__", "")).partition(".")[0]
 
 
 def _namespaces(module: nn.Module) -> list[tuple[dict[str, Any], bool]]:

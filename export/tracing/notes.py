@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 from moe_export.errors import Code
@@ -33,13 +34,22 @@ def _on_state(subject: Subject) -> list[str]:
         Code.STATE.mark(
             f"{what} changes with every call of the model; the graph always starts from its first value"
         )
-        for what in sorted(subject.changed)
+        for what in sorted(subject.changed - subject.unread)
     ]
+    if subject.unread:
+        notes.append(
+            f"set by each call, and not seen in the outputs of the next one: {_named(subject.unread)}; "
+            "the graph does not have it: return it from forward to keep it"
+        )
     if subject.cached:
-        named = ", ".join(sorted(subject.cached)[:4])
-        more = f" and {len(subject.cached) - 4} more" if len(subject.cached) > 4 else ""
-        notes.append(f"set by the model's first call, and left out here before each call: {named}{more}")
+        found = _named(subject.cached)
+        notes.append(f"set by the model's first call, and left out here before each call: {found}")
     return notes
+
+
+def _named(state: Set[str]) -> str:
+    named = ", ".join(sorted(state)[:4])
+    return f"{named} and {len(state) - 4} more" if len(state) > 4 else named
 
 
 def _on_dropped(name: str, value: Any, traced: Traced) -> str:

@@ -41,6 +41,7 @@ from moe_export.export.tracing.every_expert_hit import every_expert_hit
 from moe_export.export.tracing.functionalize import functionalized
 from moe_export.export.tracing.idioms import traceable_idioms, user_lines
 from moe_export.export.tracing.idioms_numbers import symbolic_numbers
+from moe_export.export.tracing.keyed_by_sizes import keyed_by_sizes
 from moe_export.export.tracing.memos import without_memos
 from moe_export.export.tracing.programs import without_unread_constants
 from moe_export.export.tracing.randomness import refuse_random
@@ -280,6 +281,8 @@ def _export(
                 sizes_fixed(partial(_note_line, fixing)),
             ):
                 with subject.state.kept():
+                    if free:
+                        keyed_by_sizes(subject.state)
                     exported = torch.export.export(
                         flat,
                         tuple(tensor.clone() for tensor in example.values()),
@@ -302,11 +305,12 @@ def _export(
     assert first is not None
     if isinstance(first, NotExportableError):
         raise first
+    line = last_model_line(first)
     raise NotExportableError(
         f"torch.export cannot trace {type(subject.module).__name__}: {_first_line(first)}",
         code=Code.VALUES_DECIDE if depends_on_values(first) else Code.NOT_TRACEABLE,
-        where=last_model_line(first) or str(subject.source),
-        hint=_hint(first),
+        where=line or str(subject.source),
+        hint=_hint(first, line),
     ) from first
 
 
@@ -330,12 +334,17 @@ def _only_there(
     return only_there(program, dims, tuple(inputs.values()), takes)
 
 
-def _hint(error: Exception) -> str:
+def _hint(error: Exception, line: str | None) -> str:
     """What to do about a model that cannot be traced: values that decide, or anything else."""
     if depends_on_values(error):
         return (
             "control flow or sizes that depend on the values of tensors cannot be traced; "
             "write it with torch.where, masks, or a loop over all experts"
+        )
+    if line is None:
+        return (
+            "PyTorch's tracer failed by itself, at no line of the model: export its parts one by one to find which, "
+            "or see --debug"
         )
     return (
         "that line runs, but not while it is traced: write it with tensor operators, or give other arguments"

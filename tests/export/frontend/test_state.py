@@ -196,6 +196,102 @@ def test_a_cache_that_grows_on_demand(tools):
     )
 
 
+def test_a_buffer_that_forward_registers(tools):
+    class Registers(nn.Module):
+        def forward(self, x):
+            if not hasattr(self, "places") or len(self.places) < x.shape[1]:
+                self.register_buffer("places", torch.arange(x.shape[1]).float(), persistent=False)
+            return x + self.places[: x.shape[1]]
+
+    graph = tools.graph(Registers(), torch.ones(2, 3))
+    for size in ((4, 3), (1, 7)):
+        x = torch.randn(*size)
+        assert torch.equal(
+            torch.from_numpy(tools.run(graph.model, x=x)["output"]), x + torch.arange(size[1]).float()
+        )
+    assert [note for note in graph.notes if "call" in note] == [
+        "set by the model's first call, and left out here before each call: buffer places"
+    ]
+
+
+def test_what_no_later_call_reads_is_said_to_be_left_out(tools):
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            self.loss = x.mean()
+            return x.softmax(-1)
+
+    graph = tools.graph(Loss(), torch.randn(2, 3))
+    tools.equal(graph, torch.randn(4, 3))
+    assert (
+        "set by each call, and not seen in the outputs of the next one: attribute calls, attribute loss; "
+        "the graph does not have it: return it from forward to keep it"
+    ) in graph.notes
+    assert not any("MX104" in note for note in graph.notes)
+
+
+def test_a_weight_that_every_call_writes_to(tools):
+    class Decays(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.mul_(0.5)
+            return x * self.weight
+
+    subject = tools.subject(Decays(), torch.randn(2, 3))
+    assert (subject.changed, subject.cached, subject.unread) == ({"parameter weight"}, set(), set())
+
+
+class Numbered(nn.Module):
+    calls = 0
+
+    def forward(self, x, seen=[]):  # noqa: B006  people write it
+        type(self).calls += 1
+        type(self).last = len(x)
+        seen.append(len(x))
+        return x * self.calls + len(seen)
+
+
+def test_attributes_of_a_class_and_defaults_start_anew(tools):
+    graph = tools.graph(Numbered(), torch.randn(2, 3))
+    tools.equal(graph, torch.randn(4, 3))
+    assert (Numbered.calls, hasattr(Numbered, "last"), Numbered.forward.__defaults__) == (0, False, ([],))
+    changed = tools.subject(Numbered(), torch.randn(2, 3)).changed
+    assert changed == {"class attribute Numbered.calls", "default of Numbered.forward"}
+
+
+def test_what_python_and_libraries_remember_is_no_state_of_the_model(tools, tmp_path, monkeypatch):
+    (tmp_path / "library-1.0.dist-info").mkdir()
+    files = {
+        "_strptime": "_strptime.py",
+        "compiled": "compiled.so",
+        "library": "library.py",
+        "mine": "mine/own.py",
+    }
+    for name, file in files.items():
+        module = types.ModuleType(name)
+        module.__file__, module.TABLE = str(tmp_path / file), {}
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    class Fills(nn.Module):
+        def forward(self, x):
+            for name in files:
+                sys.modules[name].TABLE["x"] = 1
+            return x + 1
+
+    assert not tools.subject(Fills(), torch.ones(2, 3)).cached
+    assert sys.modules["library"].TABLE == {}
+    assert sys.modules["_strptime"].TABLE == {"x": 1}
+
+
 class Rotation(nn.Module):
     """A table in a buffer, and beside it how much of it is filled: one without the other is a table of zeros."""
 
