@@ -150,7 +150,7 @@ def _trace(model: Model, options: Options) -> Program:
         model = replace(model, recurrent=kept, dims=options.dims, notes=(*earlier, *kept.notes))
         traced = widest_trace(model.subject, model.dims)
     traced = within(traced, kept.conditions(traced))
-    return Program(model, traced, notes=(*model.notes, *notes_on(model.subject, traced)))
+    return Program(model, traced, notes=(*model.notes, *notes_on(model.subject, traced, model.unrolled)))
 
 
 def _outline(program: Program, options: Options) -> Program:

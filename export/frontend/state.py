@@ -65,14 +65,15 @@ class State:
     _classes: tuple[type, ...] = ()
 
     @staticmethod
-    def of(module: nn.Module, *, weights: bool = False) -> State:
+    def of(module: nn.Module, *, weights: bool = False, values: bool = True) -> State:
         """Save the state of a model, but for globals.
 
         Args:
             module: The model.
             weights: Whether to copy its parameters, too.
+            values: Whether to copy tensors; without them, only what is held where is saved.
         """
-        walk = _Walk()
+        walk = _Walk(copies=values)
         walk.see(module, "", "")
         nbytes = sum(weight.nbytes for weight, _ in walk.weights)
         copied = weights and nbytes <= _MOST_WEIGHTS
@@ -157,6 +158,7 @@ class _Walk:
     items: list[Items] = field(default_factory=list)
     values: list[Values] = field(default_factory=list)
     weights: list[tuple[torch.Tensor, str]] = field(default_factory=list)
+    copies: bool = True
     # Python's own tables, which a file may have under a name of its own: a module that is put back there is lost.
     _seen: dict[int, Any] = field(
         default_factory=lambda: {id(table): table for table in (sys.modules, sys.path_importer_cache)}
@@ -229,7 +231,12 @@ class _Walk:
             self.items.append(Items(owner, where, set(owner) if isinstance(owner, set) else list(owner)))
 
     def _see_tensor(self, tensor: torch.Tensor, where: str) -> None:
-        if tensor.is_meta or tensor.layout is not torch.strided or lazy_weight_of(tensor) is not None:
+        if (
+            not self.copies
+            or tensor.is_meta
+            or tensor.layout is not torch.strided
+            or lazy_weight_of(tensor) is not None
+        ):
             return
         if isinstance(tensor, nn.Parameter):
             self.weights.append((tensor, where))

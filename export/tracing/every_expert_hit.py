@@ -15,7 +15,7 @@ without tokens, so an answer that changes a result is found.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ from moe_export.export.sizes import fixed
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import undecided
 from moe_export.export.tracing.expert_slices import Count, Counts, counts_of, joined, sliced, split
-from moe_export.export.tracing.not_hit import asking_frame, refuse_number, require_nothing
+from moe_export.export.tracing.not_hit import asking_frame, place_of, refuse_number, require_nothing
 from moe_export.export.tracing.row_masks import is_mask_of_rows, rows_written
 
 _aten = torch.ops.aten
@@ -79,9 +79,10 @@ class ExpertRow(ExpertNumber):
 class _AllHit(TorchFunctionMode):
     """Answers what a model asks its tensors about hit experts."""
 
-    def __init__(self) -> None:
+    def __init__(self, decided: Collection[str]) -> None:
         super().__init__()
-        self.asked: list[fx.Node] = []  # conditions on masks of rows, which were taken for true
+        self.asked: list[tuple[fx.Node, str]] = []  # conditions on masks of rows, taken for true; their lines
+        self._decided = decided
         self._segments: dict[fx.Node, Counts] = {}
         self._lists: dict[
             fx.Node, torch.Tensor
@@ -108,10 +109,11 @@ class _AllHit(TorchFunctionMode):
         frame = asking_frame()
         if answer is not None and frame is not None:
             require_nothing(frame, answer)
-        if answer is None and node is not None:
+        place = place_of(frame) if frame is not None else ""
+        if answer is None and node is not None and place not in self._decided:
             answer = _truth(node, is_mask_of_rows)
             if answer is not None:
-                self.asked.append(node)
+                self.asked.append((node, place))
         return answer
 
     def length(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -290,8 +292,11 @@ def _indices_of(node: fx.Node | None) -> fx.Node | None:
 
 
 @contextmanager
-def every_expert_hit() -> Iterator[list[str]]:
+def every_expert_hit(decided: Collection[str] = ()) -> Iterator[list[str]]:
     """While it runs, a trace takes every expert for hit.
+
+    Args:
+        decided: Lines where a question about a mask of rows decides something, and is not answered here.
 
     Yields:
         The conditions on numbers of rows that were answered, as the tracer writes them.
@@ -312,7 +317,7 @@ def every_expert_hit() -> Iterator[list[str]]:
         answered.append(str(expression))
         return value
 
-    with _AllHit() as questions, undecided(answer):
+    with _AllHit(decided) as questions, undecided(answer):
         yield answered
     rows_written(questions.asked)
 

@@ -26,6 +26,11 @@ def asking_frame() -> FrameType | None:
     return torch_compat.asking_frame(is_library_model)
 
 
+def place_of(frame: FrameType) -> str:
+    """`file:line` that a frame is at."""
+    return f"{os.path.abspath(frame.f_code.co_filename)}:{frame.f_lineno}"
+
+
 def require_nothing(frame: FrameType, hit: bool) -> None:
     """Make sure that the statement at hand does nothing for an expert without tokens.
 
@@ -58,7 +63,7 @@ def _refuse(frame: FrameType, what: str) -> None:
     raise NotExportableError(
         f"a condition {what}, and a graph has all experts in it",
         code=Code.TOKEN_COUNT,
-        where=f"{os.path.abspath(frame.f_code.co_filename)}:{frame.f_lineno}",
+        where=place_of(frame),
         hint="compute it for every expert, and choose with torch.where or a mask",
     )
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Set
+import os
+from collections.abc import Sequence, Set
 from typing import Any
 
 from moe_export.errors import Code
@@ -12,8 +13,15 @@ from moe_export.export.tracing.trace import Traced
 _PLAIN = (bool, int, float, complex, str)
 
 
-def notes_on(subject: Subject, traced: Traced) -> list[str]:
-    """One line each: fixed dimensions, dropped outputs, fixed arguments, changed state, checks, unused inputs."""
+def notes_on(subject: Subject, traced: Traced, unrolled: Traced | None = None) -> list[str]:
+    """One line each: fixed dimensions, dropped outputs, fixed arguments, changed state, checks, unused inputs.
+
+    Args:
+        subject: The model.
+        traced: The trace of it, or of what it is with loops folded.
+        unrolled: The trace of the model itself, if loops were folded: what its Python asked is known there.
+    """
+    asked = traced if unrolled is None else unrolled
     return [
         *(str(fixed) for fixed in traced.fixed if fixed.model_takes_others),
         *(_on_dropped(name, value, traced) for name, value in subject.dropped.items()),
@@ -22,9 +30,19 @@ def notes_on(subject: Subject, traced: Traced) -> list[str]:
         *_on_state(subject),
         *(
             f"the check at {place} is taken as passed; the graph goes on where it fails"
-            for place in traced.checks
+            for place in asked.checks
         ),
+        *_on_decisions(asked.decisions),
         *(f"input {name} has no influence on the outputs" for name in _unused(traced)),
+    ]
+
+
+def _on_decisions(places: Sequence[str]) -> list[str]:
+    """A graph computes what either side needs, and takes one."""
+    named = [os.path.basename(place) for place in places]
+    return [
+        f"the decision on values at {place} is in the graph: both sides, of which one is taken"
+        for place in named
     ]
 
 

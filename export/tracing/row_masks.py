@@ -38,26 +38,49 @@ def is_mask_of_rows(node: fx.Node) -> bool:
     return isinstance(value, torch.Tensor) and value.dtype is torch.bool and value.dim() == 1
 
 
-def rows_written(asked: Sequence[fx.Node]) -> None:
+class DecidesError(NotExportableError):
+    """Something else than rows that are written depends on conditions on masks.
+
+    Args:
+        what: As for every error of its kind.
+        code: Likewise.
+        where: Likewise.
+        hint: Likewise.
+        places: `file:line` of each condition.
+    """
+
+    def __init__(
+        self, what: str, *, code: Code, where: str | None, hint: str, places: frozenset[str]
+    ) -> None:
+        super().__init__(what, code=code, where=where, hint=hint)
+        self.places = places
+
+
+def rows_written(asked: Sequence[tuple[fx.Node, str]]) -> None:
     """Check that each question was about a mask by which rows are written.
 
     Args:
-        asked: Conditions on masks of rows, as they were traced.
+        asked: Conditions on masks of rows, as they were traced, and where they were asked.
 
     Raises:
-        NotExportableError: Something else depends on a condition; names its line.
+        DecidesError: Something else depends on a condition; names its line.
     """
-    for node in asked:
-        mask: fx.Node = node
-        while not is_mask_of_rows(mask):
-            mask = mask.args[0]  # type: ignore[assignment]
-        if not _writes(mask):
-            raise NotExportableError(
+    places = frozenset(place for node, place in asked if not _writes(_mask_in(node)))
+    for node, place in asked:
+        if place in places:
+            raise DecidesError(
                 "a condition on the values of a tensor decides what is computed",
                 code=Code.VALUES_DECIDE,
                 where=line_of(node.meta.get("stack_trace")),
                 hint="compute both ways and take one of them by torch.where",
+                places=places,
             )
+
+
+def _mask_in(node: fx.Node) -> fx.Node:
+    while not is_mask_of_rows(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def _writes(mask: fx.Node) -> bool:

@@ -20,7 +20,7 @@ from functools import partial
 
 import sympy
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import Dim as TorchDim
 from torch.export import ExportedProgram
 
@@ -31,11 +31,14 @@ from moe_export.export.frontend.source import last_model_line, running_line
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import depends_on_values
+from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import fake_results_cached, sizes_fixed
+from moe_export.export.tracing.asked_numbers import AskedNumber
 from moe_export.export.tracing.checks import checks_passed
 from moe_export.export.tracing.compiled_sizes import sizes_for_compilers
 from moe_export.export.tracing.complex_numbers import without_complex
 from moe_export.export.tracing.conditions import only_there
+from moe_export.export.tracing.decisions import Decisions, TooManyWaysError
 from moe_export.export.tracing.dims import Dim, DimRequest, default_name, twin_of
 from moe_export.export.tracing.every_expert_hit import every_expert_hit
 from moe_export.export.tracing.functionalize import functionalized
@@ -95,6 +98,7 @@ class Traced:
         scope: Module path of the model inside the program, which every module path begins with.
         conditions: What it holds under besides the bounds of `dims`.
         checks: Where the model checks values and does no more than end; the program goes on there.
+        decisions: Where the model decides on values, and the program does so, too.
     """
 
     program: ExportedProgram
@@ -107,6 +111,7 @@ class Traced:
     scope: str = SCOPE
     conditions: tuple[Condition, ...] = ()
     checks: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
 
     @property
     def domain(self) -> Domain:
@@ -123,23 +128,38 @@ class Traced:
 class _Flat(nn.Module):
     """The subject with tensors in and tensors out, so that the program has neither constants nor nesting."""
 
-    def __init__(self, subject: Subject, computed: list[frozenset[int]]) -> None:
+    def __init__(self, subject: Subject, computed: list[frozenset[int]], decisions: Decisions) -> None:
         super().__init__()
         self.model = subject.module
         self._call = subject.call_leaves
         self._note = computed.append  # an attribute set during the trace would be set back after it
+        self._results = decisions.results
+        absent = subject.weights is not None and subject.weights.absent
+        self._weights = {} if absent else dict(_named_weights(subject.module))
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        found = self._call(inputs)
+        found = self._results(lambda: self._call(inputs), inputs, self._known_weights)
         others = [leaf.value for leaf in found if not leaf.is_tensor]
         self._note(
             frozenset(
                 index
                 for index, value in enumerate(others)
-                if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool))
+                if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, AskedNumber))
             )
         )
         return tuple(leaf.value for leaf in found if leaf.is_tensor)
+
+    def _known_weights(self) -> dict[fx.Node, torch.Tensor]:
+        """The values of weights and buffers by their nodes in the trace under way."""
+        nodes = ((node_of(traced), name) for name, traced in _named_weights(self.model))
+        return {
+            node: self._weights[name] for node, name in nodes if node is not None and name in self._weights
+        }
+
+
+def _named_weights(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()
 
 
 @contextmanager
@@ -199,7 +219,7 @@ def trace(subject: Subject, request: DimRequest | None = None, *, as_called: boo
         fixed = _fixed(subject, example, inputs, request, exported.fixing)
     traced = Traced(program, inputs, example, subject.outputs, dims, fixed, exported.computed)
     _require_picked(traced, request, exported.reason)
-    return replace(traced, checks=exported.checks)
+    return replace(traced, checks=exported.checks, decisions=exported.decisions)
 
 
 def functional(traced: Traced) -> Traced:
@@ -233,6 +253,7 @@ class _Exported:
         program: With as many free dimensions as the tracer takes.
         computed: The outputs that are computed numbers.
         checks: As in `Traced`.
+        decisions: As in `Traced`.
         fixing: The lines that fixed sizes, by the number of the input and the axis.
         reason: Why fewer dimensions are free than were asked for.
     """
@@ -240,6 +261,7 @@ class _Exported:
     program: ExportedProgram
     computed: frozenset[str]
     checks: tuple[str, ...]
+    decisions: tuple[str, ...]
     fixing: Mapping[tuple[int, int], str]
     reason: str | None
 
@@ -250,6 +272,7 @@ def _export(
     """Export with as many free dimensions as the tracer takes."""
     first: Exception | None = None
     stuck = set[tuple[int, int]]()
+    decisions = Decisions(subject.module)
     limits: list[int | None] = [0, 1, 2, None]
     while limits:
         limit = limits.pop()
@@ -267,17 +290,10 @@ def _export(
         numbers: list[frozenset[int]] = []
         fixing: dict[tuple[int, int], str] = {}
         free = any(dimension is not None for axes in spec for dimension in axes)
-        flat = _Flat(subject, numbers).eval()
+        flat = _Flat(subject, numbers, decisions).eval()
         try:
             with (
-                _decomposing(free=free),
-                without_memos(subject.module),
-                traceable_idioms(),
-                sizes_for_compilers(),
-                symbolic_numbers(subject.module),
-                checks_passed() as checks,
-                every_expert_hit(),
-                user_lines(),
+                _tracing(subject, decisions, free=free) as checks,
                 sizes_fixed(partial(_note_line, fixing)),
             ):
                 with subject.state.kept():
@@ -289,6 +305,7 @@ def _export(
                         dynamic_shapes={"inputs": spec},
                         strict=False,
                     )
+                decisions.require_followed()
                 exported = without_unread_constants(exported)
                 found = _only_there(exported, subject, example, request) - stuck
                 if found:  # it is right at these sizes alone, and only looks free
@@ -296,12 +313,24 @@ def _export(
                     limits.append(limit)
                     continue
                 program = with_weights_marked(without_complex(functionalized(exported, as_called=as_called)))
+        except TooManyWaysError:
+            raise
         except Exception as error:
-            first = first or error
+            if decisions.follow_after(error):
+                limits.append(limit)
+                continue
+            first = first or decisions.cause or error
             continue
         names = list(subject.dropped)
         computed = frozenset(names[index] for index in numbers[-1] if index < len(names))
-        return _Exported(program, computed, tuple(checks), fixing, _first_line(first) if first else None)
+        return _Exported(
+            program,
+            computed,
+            (*checks, *decisions.checks()),
+            tuple(decisions.places),
+            fixing,
+            _first_line(first) if first else None,
+        )
     assert first is not None
     if isinstance(first, NotExportableError):
         raise first
@@ -319,6 +348,27 @@ def _note_line(fixing: dict[tuple[int, int], str], place: int, axis: int) -> Non
     line = running_line()
     if line is not None:
         fixing.setdefault((place, axis), line)
+
+
+@contextmanager
+def _tracing(subject: Subject, decisions: Decisions, *, free: bool) -> Iterator[list[str]]:
+    """What holds while a model is traced.
+
+    Yields:
+        The checks that are taken as passed.
+    """
+    with (
+        _decomposing(free=free),
+        without_memos(subject.module),
+        traceable_idioms(),
+        sizes_for_compilers(),
+        symbolic_numbers(subject.module),
+        decisions.answered(),  # what neither checks nor experts answer
+        checks_passed() as checks,
+        every_expert_hit(decisions.apart),
+        user_lines(),
+    ):
+        yield checks
 
 
 def _only_there(

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from moe_export.domain import Condition, Domain
+from moe_export.errors import NotExportableError
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.constants import constants_of
 from moe_export.export.tracing.dims import Dim, DimRequest
@@ -60,7 +61,12 @@ def _widest(subject: Subject, request: DimRequest) -> Traced:
     example = _other_example(best, subject, request)
     if example is None:
         return best
-    other = way(replace(subject, inputs=example), request)
+    try:
+        other = way(replace(subject, inputs=example), request)
+    except NotExportableError:
+        if not best.decisions:
+            raise
+        return best  # of a model that decides on values, one way takes sizes that another does not
     other = _with_domain(replace(other, **_at_the_example(other, first)), subject)
     return max((best, other), key=lambda traced: _width(traced, first))
 

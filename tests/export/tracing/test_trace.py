@@ -83,11 +83,11 @@ class Table(nn.Module):
         return (x + torch.arange(24.0)[: x.shape[1]]).unfold(1, 3, 1).sum(-1)
 
 
-class Branches(nn.Module):
+class Repeats(nn.Module):
     def forward(self, x):
-        if x.sum() > 0:
-            return x + 1
-        return x - 1
+        for _ in range(int(x.sum())):
+            x = x + 1
+        return x
 
 
 def test_free_dimensions_and_their_names(tools):
@@ -155,10 +155,10 @@ def test_a_picked_dimension_that_is_fixed_is_refused(tools, module, size):
 
 def test_data_dependent_control_flow_names_the_line(tools):
     with pytest.raises(NotExportableError) as caught:
-        trace(tools.subject(Branches(), torch.ones(2, 3)))
+        trace(tools.subject(Repeats(), torch.ones(2, 3)))
     said = str(caught.value)
-    assert "torch.export cannot trace Branches: GuardOnDataDependentSymNode" in said
-    assert f"where: {__file__}:{Branches.forward.__code__.co_firstlineno + 1}\n" in said
+    assert "torch.export cannot trace Repeats: GuardOnDataDependentSymNode" in said
+    assert f"where: {__file__}:{Repeats.forward.__code__.co_firstlineno + 1}\n" in said
     assert "write it with torch.where, masks, or a loop over all experts" in said
 
 
@@ -178,7 +178,7 @@ def test_the_whole_trace_is_silent(tools, capfd):
         def forward(self, x):
             print("in forward")
             sys.stderr.write("on stderr\n")
-            return Branches()(x)
+            return Repeats()(x)
 
     subject = tools.subject(Loud(), torch.ones(2, 3))
     capfd.readouterr()

@@ -1,0 +1,304 @@
+"""`converted`: a file's functions in which an `if` on a tensor runs both of its sides.
+
+    if t:                  d = BOTH.begin(t, key, locals())
+        y = a              if d.yes: y = a
+    else:             →    if d.both: y, = d.turn(locals())           the names as they were before the `if`
+        y = b              if d.no: y = b
+                           if d.both: y, = d.merge(locals())          where(t, a, b)
+
+    a if t else b          BOTH.choose(t, key, lambda: a, lambda: b)
+    s and t, not t         BOTH.all_of(lambda: s, lambda: t), BOTH.negated(t)         in what such an `if` asks
+
+What `t` is, is asked as it runs: where it is no tensor of a trace, `yes` and `no` are its truth, and one side runs.
+
+An `if` is left as it is where a side does more than give values to local names: it assigns to an attribute or an
+element, calls something for its effect, leaves a loop, or returns other than at the end. An early `return` is brought
+into that form first: what follows becomes the other side. Line numbers stay.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import linecache
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from types import CodeType
+from typing import TypeVar
+
+BOTH = "_moe_export_both_"  # a global name of each function while it is traced
+_OURS = "_moe_export_"
+_RESULT = "_moe_export_result_"
+_Block = list[ast.stmt]
+_Node = TypeVar("_Node", bound=ast.AST)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """The functions of a file.
+
+    Attributes:
+        codes: What they are compiled to, before and after.
+        lines: The lines of each test that was converted.
+    """
+
+    codes: tuple[tuple[CodeType, CodeType], ...]
+    lines: frozenset[int]
+
+
+@cache
+def converted(
+    path: str, lines: frozenset[int] | None = None, apart: frozenset[int] = frozenset()
+) -> Converted:
+    """The functions of a file with their branches on tensors converted.
+
+    Args:
+        path: The file.
+        lines: Where the tests are that ask tensors; None for wherever there is one.
+        apart: First lines of tests that are not converted.
+    """
+    source = "".join(linecache.getlines(path))
+    try:
+        before = compile(source, path, "exec", dont_inherit=True)
+        rewriting = _Rewriting(path, lines, apart)
+        tree = ast.fix_missing_locations(rewriting.visit(ast.parse(source)))
+        after = compile(tree, path, "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return Converted((), frozenset())
+    named = {(code.co_qualname, code.co_firstlineno): code for code in _functions(after)}
+    found = ((code, named.get((code.co_qualname, code.co_firstlineno))) for code in _functions(before))
+    codes = tuple((code, other) for code, other in found if other is not None and other != code)
+    tests = ((test.lineno, test.end_lineno or test.lineno) for test in rewriting.converted)
+    return Converted(codes, frozenset(line for first, last in tests for line in range(first, last + 1)))
+
+
+def _functions(code: CodeType) -> Iterator[CodeType]:
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield constant
+            yield from _functions(constant)
+
+
+class _Rewriting(ast.NodeTransformer):
+    """Converts the branches of a file."""
+
+    def __init__(self, path: str, lines: Collection[int] | None, apart: Collection[int]) -> None:
+        self._path, self._lines, self._apart = path, lines, apart
+        self.converted: list[ast.expr] = []
+        self._declared: set[str] = set()  # as of other functions or of the file
+
+    def visit_Module(self, node: ast.Module) -> ast.AST:
+        found = [each.names for each in ast.walk(node) if isinstance(each, (ast.Global, ast.Nonlocal))]
+        self._declared = {name for names in found for name in names}
+        return self.generic_visit(node)
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        body = _with_one_return(node.body, self._is_wanted)
+        if body is not None and not _is_generator(node):
+            node.body = body
+        return self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
+        wanted = self._is_wanted(node)
+        self.generic_visit(node)
+        if not wanted or not (_assigns_only(node.body) and _assigns_only(node.orelse)):
+            return node
+        names = sorted(_assigned([*node.body, *node.orelse]))
+        if any(name in self._declared or name.startswith("__") for name in names):
+            return node
+        self.converted.append(node.test)
+        return _both_sides(node, self._test(node.test), self._key(node.test), names, len(self.converted))
+
+    def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
+        wanted = self._is_wanted(node)
+        self.generic_visit(node)
+        if not wanted or not (_can_wait(node.body) and _can_wait(node.orelse)):
+            return node
+        self.converted.append(node.test)
+        sides = [_waiting(node.body), _waiting(node.orelse)]
+        made = _call("choose", self._test(node.test), ast.Constant(self._key(node.test)), *sides)
+        return _at(made, node)
+
+    def _is_wanted(self, node: ast.If | ast.IfExp) -> bool:
+        first, last = node.test.lineno, node.test.end_lineno or 0
+        if first in self._apart or isinstance(node.test, ast.Constant):
+            return False
+        return self._lines is None or any(first <= line <= last for line in self._lines)
+
+    def _key(self, test: ast.expr) -> str:
+        return f"{self._path}:{test.lineno}"
+
+    def _test(self, test: ast.expr) -> ast.expr:
+        """What is asked, with `and`, `or`, `not` and `bool` as calls that may be given tensors."""
+        made = test
+        if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
+            made = _call("negated", self._test(test.operand))
+        elif isinstance(test, ast.BoolOp) and all(_can_wait(part) for part in test.values):
+            name = "all_of" if isinstance(test.op, ast.And) else "any_of"
+            made = _call(name, *(_waiting(self._test(part)) for part in test.values))
+        elif (
+            isinstance(test, ast.Call)
+            and isinstance(test.func, ast.Name)
+            and test.func.id == "bool"
+            and len(test.args) == 1
+        ):
+            return self._test(test.args[0])
+        if made is not test:
+            _at(made, test)
+        return made
+
+
+def _both_sides(node: ast.If, test: ast.expr, key: str, names: Sequence[str], number: int) -> _Block:
+    decision = f"{_OURS}{number}_"
+
+    def field(name: str) -> ast.expr:
+        return ast.Attribute(ast.Name(decision, ast.Load()), name, ast.Load())
+
+    def taken(name: str) -> _Block:
+        """Let the names be what a method of the decision gives."""
+        here = ast.Call(ast.Name("locals", ast.Load()), [], [])
+        targets = ast.Tuple([ast.Name(each, ast.Store()) for each in names], ast.Store())
+        given: _Block = [ast.Assign([targets], ast.Call(field(name), [here], []))]
+        for each in names:
+            unbound = ast.Call(field("is_unbound"), [ast.Name(each, ast.Load())], [])
+            given.append(ast.If(unbound, [ast.Delete([ast.Name(each, ast.Del())])], []))
+        return given
+
+    here = ast.Call(ast.Name("locals", ast.Load()), [], [])
+    listed = ast.Tuple([ast.Constant(name) for name in names], ast.Load())
+    constants: list[ast.expr] = [ast.Constant(key), listed]
+    made: _Block = [
+        ast.Assign([ast.Name(decision, ast.Store())], _call("begin", test, *constants, here)),
+        ast.If(field("yes"), node.body, []),
+        ast.If(field("both"), taken("turn"), []),
+        ast.If(field("no"), node.orelse or [ast.Pass()], []),
+        ast.If(field("both"), taken("merge"), []),
+    ]
+    return [_at(each, node.test) for each in made]
+
+
+def _at(node: _Node, place: ast.expr) -> _Node:
+    """A node with all of its parts that have no line at the place of another."""
+    for each in ast.walk(node):
+        if isinstance(each, (ast.expr, ast.stmt, ast.arg)) and not hasattr(each, "lineno"):
+            ast.copy_location(each, place)
+    return node
+
+
+def _call(name: str, *args: ast.expr) -> ast.Call:
+    return ast.Call(ast.Attribute(ast.Name(BOTH, ast.Load()), name, ast.Load()), list(args), [])
+
+
+def _waiting(node: ast.expr) -> ast.Lambda:
+    return ast.Lambda(ast.arguments([], [], None, [], [], None, []), node)
+
+
+def _can_wait(node: ast.expr) -> bool:
+    """Whether an expression means the same in a function of its own."""
+    return not any(
+        isinstance(each, (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom))
+        or (isinstance(each, ast.Name) and each.id in ("super", "__class__", "locals"))
+        for each in ast.walk(node)
+    )
+
+
+def _is_generator(node: ast.FunctionDef) -> bool:
+    return any(isinstance(each, (ast.Yield, ast.YieldFrom)) for each in ast.walk(node))
+
+
+# What a side may do
+
+
+def _assigns_only(block: Sequence[ast.stmt], *, in_loop: bool = False) -> bool:
+    """Whether statements do nothing but give values to local names."""
+    return all(_assigns(each, in_loop) for each in block)
+
+
+def _assigns(node: ast.stmt, in_loop: bool) -> bool:
+    if isinstance(node, ast.Assign):
+        return all(map(_is_local, node.targets))
+    if isinstance(node, (ast.AugAssign, ast.AnnAssign)):
+        return isinstance(node.target, ast.Name)
+    if isinstance(node, ast.If):
+        return _assigns_only(node.body, in_loop=in_loop) and _assigns_only(node.orelse, in_loop=in_loop)
+    if isinstance(node, ast.For):
+        inside = _assigns_only(node.body, in_loop=True)
+        return _is_local(node.target) and inside and _assigns_only(node.orelse, in_loop=in_loop)
+    if isinstance(node, (ast.Break, ast.Continue)):
+        return in_loop
+    if isinstance(node, ast.Delete):  # as an inner branch has it by now
+        return all(isinstance(each, ast.Name) for each in node.targets)
+    is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    return is_text or isinstance(node, (ast.Pass, ast.Assert, ast.Raise))
+
+
+def _is_local(target: ast.expr) -> bool:
+    if isinstance(target, (ast.Tuple, ast.List)):
+        return all(map(_is_local, target.elts))
+    return isinstance(target, ast.Name)
+
+
+def _assigned(block: Sequence[ast.stmt]) -> set[str]:
+    """The local names that statements give values to."""
+    found: set[str] = set()
+    waiting: list[ast.AST] = list(block)
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and _is_kept(node.id):
+            found.add(node.id)
+        if not isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
+            waiting += ast.iter_child_nodes(node)
+    return found
+
+
+def _is_kept(name: str) -> bool:
+    return name == _RESULT or not name.startswith(_OURS)
+
+
+# Early returns
+
+
+def _with_one_return(block: _Block, is_wanted: Callable[[ast.If], bool]) -> _Block | None:
+    """The body of a function that returns early under an `if`, with one return at its end; None if it does not."""
+    for place, node in enumerate(block):
+        if isinstance(node, ast.If) and is_wanted(node) and _returns([node]):
+            rest = _closed([node, *block[place + 1 :]])
+            if rest is None:
+                return None
+            done = ast.Return(ast.Name(_RESULT, ast.Load()))
+            return [*block[:place], *rest, _at(done, node.test)]
+    return None
+
+
+def _returns(block: Sequence[ast.AST]) -> bool:
+    inner = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)
+    return any(
+        isinstance(node, ast.Return)
+        or (not isinstance(node, inner) and _returns(list(ast.iter_child_nodes(node))))
+        for node in block
+    )
+
+
+def _closed(block: Sequence[ast.stmt]) -> _Block | None:
+    """Statements each way of which ends in a return, with one name given the value instead; None if one does not."""
+    made: _Block = []
+    for place, node in enumerate(block):
+        if isinstance(node, ast.Return):
+            value = node.value or ast.copy_location(ast.Constant(None), node)
+            given = ast.Assign([ast.Name(_RESULT, ast.Store())], value)
+            target = ast.copy_location(given.targets[0], node)
+            given.targets = [target]
+            return [*made, ast.copy_location(given, node)]
+        if isinstance(node, ast.If) and _returns([node]):
+            rest = list(block[place + 1 :])
+            body, other = _closed([*node.body, *copy.deepcopy(rest)]), _closed([*node.orelse, *rest])
+            if body is None or other is None:
+                return None
+            return [*made, ast.copy_location(ast.If(node.test, body, other), node)]
+        if isinstance(node, ast.Raise):
+            return [*made, node]
+        if _returns([node]):
+            return None
+        made.append(node)
+    return None
