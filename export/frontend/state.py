@@ -75,6 +75,8 @@ class State:
         """
         walk = _Walk(copies=values)
         walk.see(module, "", "")
+        if not values:
+            return State(tuple(walk.items), ())
         nbytes = sum(weight.nbytes for weight, _ in walk.weights)
         copied = weights and nbytes <= _MOST_WEIGHTS
         saved = (
