@@ -288,3 +288,14 @@ def test_modules_that_stay_float32_are_there(command, write, texts, listing, tmp
     assert "modules of the graph: linear" in done.err
     assert "--float32 goes with --dtype" in command(path, "--float32", "linear").err
     assert listing(tmp_path) == ["net.py"]
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--report", "found.json"], "--report writes a .xml or .html file, not found.json"),
+        (["--report", "found.xml", "--no-verify"], "--no-verify compares nothing"),
+    ],
+)
+def test_reports_that_say_nothing(refused, write, texts, options, says):
+    assert says in refused(2, write(texts["model"], "net.py"), *options)[0]

@@ -178,11 +178,13 @@ def test_a_graph_that_is_not_equal_is_not_left_in_place(
 
     monkeypatch.setattr(stages, "simplify", spoil)
     good = older(tmp_path / "net.onnx")
-    done = command(write(texts["model"], "net.py"))
+    done = command(write(texts["model"], "net.py"), "--report", tmp_path / "net.xml", "--github")
     assert done.code == 1
     assert "onnxruntime-cpu against torch: not equal" in done.out
+    assert "::error file=" in done.out
+    assert "<failure" in (tmp_path / "net.xml").read_text()
     assert "NOT EQUAL to the model; the graphs are kept as *.rejected.onnx" in done.out
-    assert listing(tmp_path) == ["net.onnx", "net.py", "net.rejected.onnx", "net.report.json"]
+    assert listing(tmp_path) == ["net.onnx", "net.py", "net.rejected.onnx", "net.report.json", "net.xml"]
     assert (tmp_path / "net.onnx").read_bytes() == good
     assert json.loads((tmp_path / "net.report.json").read_text())["verdict"] == "not equal"
 

@@ -20,10 +20,12 @@ from moe_export.commands.build import Request, build_files, check_names, engine_
 from moe_export.commands.calls import list_calls
 from moe_export.commands.console import Console
 from moe_export.commands.parallel import Written, write_ranks
+from moe_export.commands.reports import write_reports
 from moe_export.commands.request import ExportRequest
 from moe_export.commands.stopped import show_stage
 from moe_export.comparing.apart import fork_model
 from moe_export.comparing.checking import verify_graph
+from moe_export.comparing.verifying_models import line_of
 from moe_export.comparison_settings import check_names as check_outputs
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import Code, MissingBackendError, NotExportableError, UsageError
@@ -107,6 +109,7 @@ def run_export(request: ExportRequest) -> int:
     console.json(json.dumps(document, indent=2))
     console.say(f"\nmodel: {type(subject.module).__name__}, {subject.how}")
     _print(console, request.folder, graphs, [*names, report_name], reports)
+    write_reports(_located(reports, names, subject), request.wanted, console, [split_spec(request.model)[0]])
     for line in (*engine_lines(built, request.folder), *(ranks.lines if ranks is not None else ())):
         console.say(line)
     if request.engines is not None and equal:
@@ -114,11 +117,22 @@ def run_export(request: ExportRequest) -> int:
     return 0 if equal else worst_code(report for report in reports if report is not None) or 1
 
 
+def _located(reports: Sequence[Report | None], names: Sequence[str], subject: Subject) -> list[Report]:
+    """The reports with what is compared, and the line of the model: for programs that point at it."""
+    model = {"reference": subject.source.name, **line_of(subject)}
+    return [
+        replace(report, about={**report.about, "candidate": name, **model})
+        for report, name in zip(reports, names, strict=False)
+        if report is not None
+    ]
+
+
 def _place(request: ExportRequest) -> AbstractContextManager[Path]:
     """Where the files are written, if any are; that another is in the way is said before hours of work, not after."""
     if request.stop_after is not None:
         return nullcontext(request.folder)
     path, _ = split_spec(request.model)
+    request.wanted.require_free([path])
     for name, kind in ((f"{path.stem}.onnx", "graph"), (f"{path.stem}.report.json", "report")):
         require_free(request.folder / name, kind, inputs=(path,), force=request.force)
     return staging(request.folder.absolute(), inputs=(path,), force=request.force)

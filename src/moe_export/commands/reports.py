@@ -54,11 +54,27 @@ def take_wanted(options: dict[str, Any]) -> Wanted:
     for file in files:
         if file.suffix not in ENDINGS:
             raise UsageError(f"a report is a .json, .xml or .html file, not {file}")
-    return Wanted(
-        files=files,
-        force=options.pop("force"),
-        github=bool(os.environ.get("GITHUB_ACTIONS")) if github is None else github,
-    )
+    return Wanted(files=files, force=options.pop("force"), github=_on_github(github))
+
+
+def take_wanted_of_export(options: dict[str, Any]) -> Wanted:
+    """Likewise of an export's, which writes a report as JSON anyway.
+
+    Raises:
+        UsageError: The ending of a file says nothing.
+    """
+    files = tuple(map(Path, options.pop("reports")))
+    for file in files:
+        if file.suffix not in (".xml", ".html"):
+            raise UsageError(
+                f"--report writes a .xml or .html file, not {file}",
+                hint="MODEL.report.json is written anyway",
+            )
+    return Wanted(files=files, force=options["force"], github=_on_github(options.pop("github")))
+
+
+def _on_github(asked: bool | None) -> bool:
+    return bool(os.environ.get("GITHUB_ACTIONS")) if asked is None else asked
 
 
 def write_reports(

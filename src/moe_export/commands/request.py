@@ -11,6 +11,7 @@ from moe_export.backends import ONNXRUNTIME
 from moe_export.commands.build import Request, take_request
 from moe_export.commands.console import Console
 from moe_export.commands.parallel import take_parallel
+from moe_export.commands.reports import Wanted, take_wanted_of_export
 from moe_export.comparison_settings import SETTINGS, ComparisonSettings, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.export.frontend.load import split_spec
@@ -52,6 +53,7 @@ class ExportRequest:
         engines: Which engines to build.
         parallel: Over which ranks to spread the experts.
         force: Whether files of others are overwritten.
+        wanted: The reports to write besides.
         list_calls: Whether to list the calls of a script, and write nothing.
         stop_after: The stage at which to stop.
         show: Whether to print what it made.
@@ -77,6 +79,7 @@ class ExportRequest:
     engines: Request | None = None
     parallel: Parallel | None = None
     force: bool = False
+    wanted: Wanted = field(default_factory=Wanted)
     list_calls: bool = False
     stop_after: str | None = None
     show: bool = False
@@ -101,6 +104,9 @@ class ExportRequest:
         left["model"] = _with_call(left["model"], left.pop("call", None))
         engines = take_request(left) if "engine" in left else None
         parallel = take_parallel(left) if "expert_parallel" in left else None
+        wanted = take_wanted_of_export(left) if "reports" in left else Wanted()
+        if wanted.files and not left.get("verify", True):
+            raise UsageError("--report writes what was compared, and --no-verify compares nothing")
         folder = Path(left.pop("output"))
         gates, gate = left.pop("gates", True), left.pop("gate", None)
         if gate is not None and not gates:
@@ -125,6 +131,7 @@ class ExportRequest:
             comparison=parse_settings(**{name: left.pop(name) for name in SETTINGS if name in left}),
             engines=engines,
             parallel=parallel,
+            wanted=wanted,
             **left,
         )
 

@@ -34,8 +34,11 @@ REPORTS = (
     Option("output", "-o/--output", _GROUP,
            "Write the report, by the file's ending as JSON that `moe-export judge` reads, as JUnit XML, or as a page.",
            _REPORTING, metavar="FILE.json|.xml|.html", repeatable=True, first=True),
-    Option("github", "--github/--no-github", _GROUP, "Annotations and a step summary.", _REPORTING, type=bool,
-           otherwise="where GITHUB_ACTIONS is set"),
+    Option("reports", "--report", _GROUP,
+           "Also write the comparison as JUnit XML, or as a page, by the file's ending.", ("export",),
+           metavar="FILE.xml|.html", repeatable=True),
+    Option("github", "--github/--no-github", _GROUP, "Annotations and a step summary.", ("export", *_REPORTING),
+           type=bool, otherwise="where GITHUB_ACTIONS is set"),
     Option("force", "--force", _GROUP, "Overwrite files that moe-export did not write, and inputs.", _WRITING,
            type=bool),
 )
