@@ -41,6 +41,7 @@ from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.notes import notes_on
 from moe_export.export.tracing.trace import Traced, quiet
 from moe_export.export.tracing.traced_loops import DOMAIN as LOOPS
+from moe_export.export.tracing.ways_seen import ways_seen
 from moe_export.export.tracing.widest import widest_trace, within
 
 
@@ -150,7 +151,10 @@ def _trace(model: Model, options: Options) -> Program:
         model = replace(model, recurrent=kept, dims=options.dims, notes=(*earlier, *kept.notes))
         traced = widest_trace(model.subject, model.dims)
     traced = within(traced, kept.conditions(traced))
-    return Program(model, traced, notes=(*model.notes, *notes_on(model.subject, traced, model.unrolled)))
+    with quiet():
+        seen = ways_seen(model.subject, traced, (model.unrolled or traced).decisions)
+    notes = notes_on(model.subject, traced, model.unrolled, seen)
+    return Program(model, traced, notes=(*model.notes, *notes))
 
 
 def _outline(program: Program, options: Options) -> Program:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from moe_export.errors import Code
@@ -13,13 +13,19 @@ from moe_export.export.tracing.trace import Traced
 _PLAIN = (bool, int, float, complex, str)
 
 
-def notes_on(subject: Subject, traced: Traced, unrolled: Traced | None = None) -> list[str]:
+def notes_on(
+    subject: Subject,
+    traced: Traced,
+    unrolled: Traced | None = None,
+    seen: Mapping[str, Set[bool]] | None = None,
+) -> list[str]:
     """One line each: fixed dimensions, dropped outputs, fixed arguments, changed state, checks, unused inputs.
 
     Args:
         subject: The model.
         traced: The trace of it, or of what it is with loops folded.
         unrolled: The trace of the model itself, if loops were folded: what its Python asked is known there.
+        seen: Which way inputs went at each decision.
     """
     asked = traced if unrolled is None else unrolled
     return [
@@ -32,18 +38,21 @@ def notes_on(subject: Subject, traced: Traced, unrolled: Traced | None = None) -
             f"the check at {place} is taken as passed; the graph goes on where it fails"
             for place in asked.checks
         ),
-        *_on_decisions(asked.decisions),
+        *_on_decisions(asked.decisions, seen or {}),
         *(f"input {name} has no influence on the outputs" for name in _unused(traced)),
     ]
 
 
-def _on_decisions(places: Sequence[str]) -> list[str]:
-    """A graph computes what either side needs, and takes one."""
-    named = [os.path.basename(place) for place in places]
+def _on_decisions(places: Sequence[str], seen: Mapping[str, Set[bool]]) -> list[str]:
+    """A graph computes what either side needs, and takes one; what no input was seen to take is unproven."""
     return [
-        f"the decision on values at {place} is in the graph: both sides, of which one is taken"
-        for place in named
+        f"the decision on values at {os.path.basename(place)} is in the graph: both sides, of which one is taken"
+        + _UNPROVEN[len(seen.get(place, ()))]
+        for place in places
     ]
+
+
+_UNPROVEN = ("; no input that was tried reaches it", "; no input that was tried goes the other way", "")
 
 
 def _on_state(subject: Subject) -> list[str]:

@@ -1,0 +1,49 @@
+"""What inputs of several kinds are seen to do at a model's decisions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from moe_export.errors import NotExportableError
+from moe_export.export import trace
+from moe_export.export.tracing.notes import notes_on
+from moe_export.export.tracing.ways_seen import ways_seen
+
+
+class Decides(nn.Module):
+    def forward(self, x):
+        if x.max() > 1 and x.min() > -5:
+            x = x + 1
+        y = torch.zeros_like(x)
+        if x.sum() > 1e9:
+            y[:, 0] = 1
+        if x.mean().item() > 0:
+            return x + y
+        return x - y
+
+
+def test_a_side_that_no_input_takes_is_unproven(tools):
+    subject = tools.subject(Decides(), torch.randn(4, 3))
+    traced = trace(subject)
+    seen = ways_seen(subject, traced, traced.decisions)
+    first = Decides.forward.__code__.co_firstlineno
+    answers = {int(place.rpartition(":")[2]) - first: found for place, found in seen.items()}
+    assert answers == {1: {True, False}, 4: {False}, 6: {True, False}}
+    notes = notes_on(subject, traced, None, seen)
+    assert [note.partition("taken")[2] for note in notes] == [
+        "",
+        "; no input that was tried goes the other way",
+        "",
+    ]
+
+
+def test_a_trace_that_differs_where_the_example_does_not_go_is_refused(tools):
+    subject = tools.subject(Decides(), torch.rand(4, 3))
+    traced = trace(subject)
+    other = replace(traced, program=trace(tools.subject(nn.ReLU(), torch.rand(4, 3))).program)
+    with pytest.raises(NotExportableError, match="differs from the model for another input"):
+        ways_seen(subject, other, traced.decisions)
