@@ -61,7 +61,15 @@ def nested(self, x, h, n):
     return (kept + x if x.min() < 0 or kept.max() > 2 else x).tanh(), n
 
 
-@pytest.mark.parametrize("step", [first_state, early, nested], ids=lambda step: step.__name__)
+@pytest.mark.parametrize(
+    "step",
+    [
+        first_state,
+        pytest.param(early, marks=pytest.mark.slow),
+        pytest.param(nested, marks=pytest.mark.slow),
+    ],
+    ids=lambda step: step.__name__,
+)
 def test_a_decision_in_each_step_is_folded_with_the_loop(tools, step, monkeypatch):
     monkeypatch.setattr(decisions, "MOST_WAYS", 1)
     graph = tools.graph(Steps(step), torch.randn(2, 6, 4))
