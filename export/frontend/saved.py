@@ -5,6 +5,7 @@ Each is saved, compared and put back by itself; `state` finds them in a model.
 
 from __future__ import annotations
 
+import types
 from collections import deque
 from collections.abc import Callable, Iterator, MutableSet
 from dataclasses import dataclass
@@ -124,6 +125,53 @@ class OfClass(Items):
                 delattr(self.owner, name)
 
 
+@dataclass(frozen=True)
+class OfFunction(Items):
+    """What a function holds from call to call: variables of a function around it, and mutable defaults."""
+
+    def differing(self) -> Iterator[str]:
+        now = held_by(self.owner)
+        for name in self.items:
+            if name not in now or not _is(now[name], self.items[name]):
+                yield self.where(name)
+
+    def put(self, key: Any, value: Any) -> None:
+        function = self.owner
+        if key in function.__code__.co_freevars:
+            function.__closure__[function.__code__.co_freevars.index(key)].cell_contents = value
+        else:
+            place = _with_defaults(function).index(key)
+            function.__defaults__ = (
+                *function.__defaults__[:place],
+                value,
+                *function.__defaults__[place + 1 :],
+            )
+
+    def restore(self) -> None:
+        now = held_by(self.owner)
+        for name, value in self.items.items():
+            if name not in now or not _is(now[name], value):
+                self.put(name, value)
+
+
+def held_by(function: types.FunctionType) -> dict[str, Any]:
+    """Variables of the functions around one, and its mutable defaults, by name."""
+    found = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # nothing was assigned to it yet
+            continue
+    variables = {name: value for name, value in found.items() if is_simple(name, value)}
+    defaults = zip(_with_defaults(function), function.__defaults__ or (), strict=True)
+    return variables | {name: value for name, value in defaults if isinstance(value, CONTAINERS)}
+
+
+def _with_defaults(function: types.FunctionType) -> list[str]:
+    code, count = function.__code__, len(function.__defaults__ or ())
+    return list(code.co_varnames[code.co_argcount - count : code.co_argcount])
+
+
 def is_simple(name: str, value: Any) -> bool:
     """Whether a global or an attribute of a class may be state: no function, class or object with a life of its own."""
     return not name.startswith("__") and isinstance(value, (*PLAIN, torch.Tensor, *CONTAINERS))
@@ -146,6 +194,8 @@ def indexed(owner: Any) -> dict[Any, Any]:
         return owner if type(owner).__getitem__ is dict.__getitem__ else dict(dict.items(owner))
     if isinstance(owner, type):
         return dict(vars(owner))
+    if isinstance(owner, types.FunctionType):
+        return held_by(owner)
     if isinstance(owner, MutableSet):
         return {id(item): item for item in owner}
     return dict(enumerate(owner))

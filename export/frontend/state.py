@@ -6,7 +6,8 @@ original here, or the second one could not be compared, and the tracer's symbols
 State is whatever a call can reach and write to:
 
 - buffers, and plain attributes of modules and of objects that hang on them, through lists, dicts and sets;
-- globals of the user's own files, where caches live (`_TABLES = {}`), and attributes of the model's classes.
+- globals of the user's own files, where caches live (`_TABLES = {}`), and attributes of the model's classes;
+- variables of the functions around a function there (a decorator's table), and mutable defaults.
 
 A container is saved by its items, a tensor by a copy of its values. Weights are too large to be copied for good, so
 they are copied for the first call alone (`State.of(..., weights=True)`), and those that it changes stay copied.
@@ -18,7 +19,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
@@ -28,12 +29,13 @@ import torch
 from torch import nn
 
 from moe_export.export.frontend.saved import (
-    CONTAINERS,
     PLAIN,
     Globals,
     Items,
     OfClass,
+    OfFunction,
     Values,
+    held_by,
     indexed,
     is_simple,
     saved_values,
@@ -46,8 +48,8 @@ _MOST_WEIGHTS = 2**30  # bytes that the weights may have to be copied for the fi
 _GLOBAL = "global"
 LIBRARY = "library global"
 _CLASS = "class attribute"
-_DEFAULT = "default"
-_SHARED = (_GLOBAL, LIBRARY, _CLASS, _DEFAULT)  # what others than the model may hold, too
+_VARIABLE = "variable"
+_SHARED = (_GLOBAL, LIBRARY, _CLASS, _VARIABLE)  # what others than the model may hold, too
 _INTERNAL = "internal"
 _OF_MODULES = frozenset(
     vars(nn.Module())
@@ -198,6 +200,9 @@ class _Walk:
         self.items.append(Globals(namespace, lambda key: f"{kind} {key} of {file}", simple))
         for name, value in simple.items():
             self.see(value, f"{name} of {file}", kind)
+        if kind == _GLOBAL:
+            for value in list(namespace.values()):
+                self._see_function(value)
 
     def see_class(self, kind: type) -> None:
         """Save the values and the containers among the attributes of a class, and the defaults of its methods."""
@@ -205,11 +210,27 @@ class _Walk:
         self.items.append(OfClass(kind, lambda key: f"{_CLASS} {kind.__qualname__}.{key}", simple))
         for name, value in simple.items():
             self.see(value, f"{kind.__qualname__}.{name}", _CLASS)
-        for name, value in vars(kind).items():
-            if isinstance(value, types.FunctionType):
-                for default in (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values()):
-                    if isinstance(default, CONTAINERS):
-                        self.see(default, f"of {kind.__qualname__}.{name}", _DEFAULT)
+        for value in vars(kind).values():
+            self._see_function(getattr(value, "__func__", value))
+
+    def _see_function(self, value: Any) -> None:
+        """Save what a function of somebody's holds, and the functions around which it is written."""
+        if (
+            not isinstance(value, types.FunctionType)
+            or id(value) in self._seen
+            or _is_machinery(value.__module__ or "")
+        ):
+            return
+        self._seen[id(value)] = value
+        held = held_by(value)
+        if held:
+            name = value.__qualname__
+            self.items.append(OfFunction(value, lambda key: f"variable {key} of {name}", held))
+        for key, item in held.items():
+            self.see(item, f"{key} of {value.__qualname__}", _VARIABLE)
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # an empty cell
+                self._see_function(cell.cell_contents)
 
     def _see_module(self, module: nn.Module, path: str) -> None:
         start = f"{path}." if path else ""

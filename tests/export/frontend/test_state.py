@@ -264,7 +264,7 @@ def test_attributes_of_a_class_and_defaults_start_anew(tools):
     tools.equal(graph, torch.randn(4, 3))
     assert (Numbered.calls, hasattr(Numbered, "last"), Numbered.forward.__defaults__) == (0, False, ([],))
     changed = tools.subject(Numbered(), torch.randn(2, 3)).changed
-    assert changed == {"class attribute Numbered.calls", "default of Numbered.forward"}
+    assert changed == {"class attribute Numbered.calls", "variable seen of Numbered.forward"}
 
 
 def test_what_python_and_libraries_remember_is_no_state_of_the_model(tools, tmp_path, monkeypatch):

@@ -76,6 +76,35 @@ class OfFile(Keeps):
         return x @ _MASKS[x.shape[1]]
 
 
+def remembered(function):
+    """As people write it where `functools` has it."""
+    table, calls = {}, 0
+
+    def remembering(length):
+        nonlocal calls
+        calls += 1
+        if length not in table:
+            table[length] = function(length)
+        return table[length]
+
+    return remembering
+
+
+@remembered
+def mask_of(length):
+    return torch.ones(length, length).tril()
+
+
+class OfDecorator(Keeps):
+    def forward(self, x):
+        return x @ mask_of(x.shape[1])
+
+
+class OfDefault(Keeps):
+    def forward(self, x, made={}):  # noqa: B006  people write it
+        return x @ made.setdefault(x.shape[1], self.mask(x.shape[1]))
+
+
 class Evicts(Keeps):
     def forward(self, x):
         length = x.shape[1]
@@ -89,7 +118,9 @@ class Evicts(Keeps):
         return x @ mask
 
 
-@pytest.mark.parametrize("module", [ByLength, ByTuple, Nested, OfClass, OfObject, OfFile, Evicts])
+@pytest.mark.parametrize(
+    "module", [ByLength, ByTuple, Nested, OfClass, OfObject, OfFile, OfDecorator, OfDefault, Evicts]
+)
 def test_a_table_by_length_leaves_the_length_free(tools, module):
     model = module()
     graph = tools.graph(model, torch.randn(2, 5))
@@ -107,6 +138,8 @@ def test_a_table_by_length_leaves_the_length_free(tools, module):
         {},
         {},
     )
+    held = [cell.cell_contents for cell in mask_of.__closure__]
+    assert (0 in held, {} in held, OfDefault.forward.__defaults__) == (True, True, ({},))
     assert all(
         type(each) is dict for each in (model.masks, model.nested, model.holder.made, Keeps.tables, _MASKS)
     )
