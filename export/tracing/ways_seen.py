@@ -161,7 +161,16 @@ def _require_same(
     wanted: Sequence[torch.Tensor],
     place: str,
 ) -> None:
-    found = run_program(traced, [tensor.clone() for tensor in given])
+    try:
+        found = run_program(traced, [tensor.clone() for tensor in given])
+    except Exception as error:
+        raise NotExportableError(
+            "a side of a decision on values fails for an input that takes the other, and a graph computes both: "
+            f"{type(error).__name__}: {error}".splitlines()[0],
+            code=Code.VALUES_DECIDE,
+            where=place,
+            hint="clamp what that side reads: table[index.clamp(0, len(table) - 1)]",
+        ) from error
     if agree(wanted, found, _NEAR):
         return
     try:

@@ -47,3 +47,20 @@ def test_a_trace_that_differs_where_the_example_does_not_go_is_refused(tools):
     other = replace(traced, program=trace(tools.subject(nn.ReLU(), torch.rand(4, 3))).program)
     with pytest.raises(NotExportableError, match="differs from the model for another input"):
         ways_seen(subject, other, traced.decisions)
+
+
+class Looks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        index = x.abs().long()
+        return self.table[index] if index.max() < 4 else torch.zeros_like(x)
+
+
+def test_a_side_that_fails_where_it_is_not_taken_is_refused(tools):
+    subject = tools.subject(Looks(), torch.rand(4, 3))
+    traced = trace(subject)
+    with pytest.raises(NotExportableError, match="fails for an input that takes the other"):
+        ways_seen(subject, traced, traced.decisions)
