@@ -83,7 +83,7 @@ def _read_by_pair(
         return None
     source, (index,) = arguments(node)
     table = shared.get(source)
-    if table is None or table in body.region.rows or copies.get(index) is not body.pair():
+    if table is None or table in body.region.rows or not body.is_pair(copies.get(index)):
         return None
     return table
 

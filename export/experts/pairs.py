@@ -167,21 +167,44 @@ def _understand(indices: fx.Node, root: Root, loops: Mapping[fx.Node, Loop]) -> 
     region.rows[indices] = Rows(
         rank_of(indices), None, lambda body: _number(body, rank_of(indices)), "expert", constant=True
     )
+    return block_in(region, loops, line=root.line, wraps=root.wraps)
+
+
+def block_in(
+    region: Region,
+    loops: Mapping[fx.Node, Loop],
+    *,
+    line: str | None,
+    wraps: bool = False,
+    body: type[PairBody] = PairBody,
+) -> Found | None:
+    """The block that the values of a region are part of; None if there is none.
+
+    Args:
+        region: What is known at first; grows.
+        loops: Loops over experts that were understood, by the node that each ends in.
+        line: `file:line` of the block.
+        wraps: See `Experts`.
+        body: Writes the body.
+
+    Raises:
+        RefusedError: What is computed for a pair does not follow from that pair alone.
+    """
     end = _follow(region, loops) or _single(region)
     if end is None:
         return None
-    body = PairBody(region)
-    value = end.make(body)
+    writer = body(region)
+    value = end.make(writer)
     block = Experts(
-        indices=indices,
-        count=root.count,
-        body=body.module(value),
-        shared=tuple(body.shared),
-        weights=tuple(body.weights),
+        indices=region.indices,
+        count=region.count,
+        body=writer.module(value),
+        shared=tuple(writer.shared),
+        weights=tuple(writer.weights),
         start=end.start,
         result=end.result,
-        line=root.line,
-        wraps=root.wraps,
+        line=line,
+        wraps=wraps,
     )
     _refuse_mixed(region, block)
     return Found(block, frozenset(region.rows))
@@ -209,7 +232,8 @@ def _follow(region: Region, loops: Mapping[fx.Node, Loop]) -> Combination | None
     ends: dict[fx.Node, list[fx.Node]] = {}
     for node, loop in loops.items():
         ends.setdefault(loop.experts.indices, []).append(node)
-    waiting = places.after([*region.indices.users, *ends.get(region.indices, ())])
+    known_first = list(region.rows)
+    waiting = places.after(user for node in known_first for user in (*node.users, *ends.get(node, ())))
     while waiting:
         node = heapq.heappop(waiting)[1]
         if node in region.rows or node.op != "call_function":

@@ -12,6 +12,7 @@ from moe_export.export.experts.body import Experts, GraphIndex
 from moe_export.export.experts.capacity import find_capacity
 from moe_export.export.experts.dense import find_dense
 from moe_export.export.experts.find import find_chains
+from moe_export.export.experts.listed import find_listed
 from moe_export.export.experts.pairs import Loop, find_roots, understand_pairs
 from moe_export.export.experts.slot_loops import understand_loops
 
@@ -65,6 +66,11 @@ def _pairs(
     blocks: list[Experts] = []
     within: set[fx.Node] = set()
     failed: set[fx.Node] = set()
+    unlisted: list[tuple[str | None, str]] = []
+    for listed in find_listed(graph, loops, unlisted):
+        blocks.append(listed.block)
+        within |= listed.values
+    refused += [_stays("code of the", where, why) for where, why in unlisted]
     for root in find_roots(graph, loops):
         if root.index in within or root.choices[0] in failed:
             continue

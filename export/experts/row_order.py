@@ -66,13 +66,54 @@ def _looked_up(region: Region, source: fx.Node, indices: list[Any]) -> Rows | No
             weighs=rank_of(source) > 1,
         )
 
+    numbers = [region.rows[each].number if each in region.rows else "" for each in indices]
+
     def make(body: PairBody) -> fx.Node:
-        if len(indices) == 1 and first is not None and first.number == "pair":
+        if numbers == ["pair"]:
             return body.flat(source)
+        if numbers == ["token", "expert"] and rows.lead == 1:
+            return body.entry(source)
         found = [body.operand(index, rows, rows.lead) for index in indices]
         return body.call(_aten.index.Tensor, body.share(source), found)
 
     return Rows(*rows.where, make, "", weighs=rows.weighs)
+
+
+def gather(region: Region, node: fx.Node) -> Rows | None:
+    """`rows.gather(1, expert)`: the entry of each pair's own expert in rows (S, E)."""
+    source, axis, index = arguments(node)[:3]
+    rows = region.common([source, index], rank_of(source))
+    if rows is None or source not in region.rows or index not in region.rows:
+        return None
+    if rank_of(source) != rank_of(index) or axis % rank_of(source) < rows.lead:
+        return None
+    table = _table_of(region, source)
+    if table is not None and region.rows[index].number == "expert" and rank_of(index) == 2:
+        return Rows(*rows.where, lambda body: body.call(_aten.unsqueeze.default, body.entry(table), 1))
+
+    def make(body: PairBody) -> fx.Node:
+        count = body.call(_aten.sym_size.int, body.token, 0)
+        wanted = [-1] * (rank_of(index) - 1)
+        mine = [
+            body.call(_aten.expand.default, body.value(each), [count, *wanted])
+            if region.rows[each].constant
+            else body.value(each)
+            for each in (source, index)
+        ]
+        return body.call(node.target, mine[0], axis, mine[1])
+
+    return Rows(*rows.where, make, "", constant=rows.constant, weighs=rows.weighs)
+
+
+def _table_of(region: Region, node: fx.Node) -> fx.Node | None:
+    """The `table` of `table[token]`, (N, E)."""
+    if node.target is not _aten.index.Tensor or len(arguments(node)[1]) != 1:
+        return None
+    table, (index,) = arguments(node)
+    known = region.rows.get(index)
+    by_token = known is not None and known.number == "token" and rank_of(index) == 1
+    fits = table not in region.rows and rank_of(table) == 2 and same_size(shape_of(table)[1], region.count)
+    return table if by_token and fits else None
 
 
 def _moved(region: Region, rows: Rows, source: fx.Node, index: Rows | None) -> Rows | None:
@@ -93,7 +134,7 @@ def sort(region: Region, node: fx.Node) -> Rows | None:
     source = arguments(node)[0]
     assert isinstance(source, fx.Node)
     rows = region.rows[source]
-    if rows.lead != 1 or rank_of(source) != 1 or _descends(node):
+    if rows.lead != 1 or rank_of(source) != 1 or descends(node):
         return None
     whole = node.target in (_aten.sort.default, _aten.sort.stable)
     if rows.number == "expert" and rows.order is None:
@@ -105,7 +146,8 @@ def sort(region: Region, node: fx.Node) -> Rows | None:
     return None
 
 
-def _descends(node: fx.Node) -> bool:
+def descends(node: fx.Node) -> bool:
+    """Whether a sort puts the largest first."""
     flags = [arg for arg in arguments(node)[1:] if isinstance(arg, bool)]
     stable = node.target in (_aten.sort.stable, _aten.argsort.stable)
     return bool(node.kwargs.get("descending", False)) or (

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.experts.row_columns import columns_after
 from moe_export.export.experts.row_order import (
     behind,
     counted,
     counts,
     divided,
     embedding,
+    gather,
     index,
     index_select,
     one_hot,
@@ -50,6 +52,9 @@ _aten = torch.ops.aten
 
 def rows_after(region: Region, node: fx.Node) -> Rows | None:
     """What the axes of a node's value run over, by the rule for its operator; None if that is not known."""
+    first = node.args[0] if node.args else None
+    if isinstance(first, fx.Node) and first in region.rows and region.rows[first].columns:
+        return columns_after(region, node)
     rule = _RULES.get(node.target)
     if rule is not None:
         return rule(region, node)
@@ -99,6 +104,7 @@ _RULES: Mapping[Any, Rule] = {
     _aten.sum.dim_IntList: _summed,
     _aten.cumsum.default: running,
     _aten.one_hot.default: one_hot,
+    _aten.gather.default: gather,
     _aten.index.Tensor: index,
     _aten.index_select.default: index_select,
     _aten.embedding.default: embedding,

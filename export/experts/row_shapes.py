@@ -72,10 +72,13 @@ def over(*positions: int, default: Any = None) -> Rule:
             first = mine if isinstance(source, (list, tuple)) else mine[0]
             return body.call(node.target, first, *arguments(node)[1:], **node.kwargs)
 
-        number = region.rows[source].number if node.target is _aten.unsqueeze.default else ""
+        number = region.rows[source].number if node.target in _AXES_OF_ONE else ""
         return Rows(*rows.where, make, number, rows.constant, rows.weighs)
 
     return rule
+
+
+_AXES_OF_ONE = {_aten.unsqueeze.default, _aten.squeeze.dim}
 
 
 def _expanded(

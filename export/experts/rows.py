@@ -55,6 +55,10 @@ Number = Literal[
     "counts",
     "ends",
     "behind",
+    "columns",
+    "turned columns",
+    "parts",
+    "sorts",
     "",
 ]
 """What an integer or a bool means.
@@ -65,6 +69,8 @@ sort: the two results of a sort
 one-hot: which expert a pair chose; "token one-hot": which experts a token chose (lead 0)
 counts, ends: how many rows each expert has, and where they end (lead 0)
 behind: whether a row comes after those of an expert (lead 0)
+columns: several numbers of each pair, side by side, as `nonzero` lists them; "turned columns": (c, S); "parts": as a
+    tuple of (S, 1); "sorts": the two results of sorting each by itself
 
 Empty: anything else.
 """
@@ -82,6 +88,7 @@ class Rows:
         constant: Whether the value is the same for all rows of one expert.
         weighs: Whether the value depends on weights of experts.
         unsorts: For a `place`, the order in which it is the place.
+        columns: For `columns` and the like, what is known of each; None for one that means nothing.
     """
 
     lead: int
@@ -91,6 +98,7 @@ class Rows:
     constant: bool = False
     weighs: bool = False
     unsorts: fx.Node | None = None
+    columns: tuple[Rows | None, ...] = ()
 
     @property
     def where(self) -> tuple[int, fx.Node | None]:
@@ -203,6 +211,14 @@ class PairBody:
             scaled = self.call(_aten.mul.Tensor, self.token, self.region.slots)
             self._pair = self.call(_aten.add.Tensor, scaled, self.slot)
         return self._pair
+
+    def is_pair(self, node: fx.Node | None) -> bool:
+        """Whether a node of the body is the flat numbers of the pairs."""
+        return node is not None and node is self._pair
+
+    def entry(self, table: fx.Node) -> fx.Node:
+        """(R,): what an outside value (N, E) holds for each pair's token and expert."""
+        return self.call(_aten.index.Tensor, self.share(table), [self.token, self.expert])
 
     def share(self, node: fx.Node) -> fx.Node:
         """The body's input for an outside value that all experts read whole."""

@@ -25,7 +25,9 @@ from torch.fx.experimental import symbolic_shapes
 from torch.overrides import TorchFunctionMode
 
 from moe_export.export.axes.chosen import experts_of
+from moe_export.export.axes.listing import counted_entries, listing_of
 from moe_export.export.axes.one_hot import one_hot_mask_of
+from moe_export.export.axes.support import support_of
 from moe_export.export.sizes import fixed
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import undecided
@@ -45,7 +47,10 @@ _AS_ITS_SOURCE = {
     _aten.unbind.int, _aten.item.default, _aten.slice.Tensor, _aten.unsqueeze.default, _aten.permute.default,
 }  # fmt: skip
 _ABOVE = {_aten.gt.Scalar, _aten.ne.Scalar, _aten.greater.Scalar, _aten.not_equal.Scalar}
-_COUNTS = {_aten.sum.default, _aten.sum.dim_IntList, _aten.bincount.default, _aten.count_nonzero.default}
+_COUNTS = {
+    _aten.sum.default, _aten.sum.dim_IntList, _aten.bincount.default, _aten.count_nonzero.default,
+    _aten.count_nonzero.dim_IntList,
+}  # fmt: skip
 _SOME = {_aten.any.default, _aten.any.dim, *_COUNTS}
 
 
@@ -140,10 +145,11 @@ class _AllHit(TorchFunctionMode):
         return iter(counts) if func is torch.Tensor.__iter__ else counts
 
     def number(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """One element of the counts."""
+        """One element of the counts, or of where they end."""
         node = node_of(args[0])
-        if node is None or not _is_count(node):
+        if node is None or not _is_count(node, running=True):
             return None
+        one = SOME if _is_count(node) else None
         while node.target in _AS_ITS_SOURCE - {_aten.select.int, _aten.unbind.int}:
             node = node.args[0]  # type: ignore[assignment]
         place: Any = node.args[2] if node.target is _aten.select.int else node.args[1:]
@@ -158,7 +164,7 @@ class _AllHit(TorchFunctionMode):
             counts = self._counts(source, self._lists.get(source))
             if counts is not None:
                 return counts[place]
-        return SOME
+        return one
 
     def _counts(self, node: fx.Node | None, tensor: torch.Tensor | None) -> Counts | None:
         """The Python integers of a tensor (E,) of counts, or of its running sum."""
@@ -172,7 +178,7 @@ class _AllHit(TorchFunctionMode):
         ):
             running = running or source.target is _aten.cumsum.default
             source = source.args[0]
-        if source.target not in _COUNTS or not _is_amount(source):
+        if not _counts_pairs(source):
             return None
         self._segments[node] = counts_of(tensor, running=running)
         return self._segments[node]
@@ -254,11 +260,36 @@ def _is_one_hot(node: fx.Node) -> bool:
     return one_hot_mask_of(node) is not None
 
 
-def _is_count(node: fx.Node | None) -> bool:
-    """Whether a value is the number of rows of one expert, an element of what counts them."""
-    while node is not None and node.target in _AS_ITS_SOURCE | {operator.getitem}:
+def _is_count(node: fx.Node | None, *, running: bool = False) -> bool:
+    """Whether a value is the number of rows of one expert, an element of what counts them, or of its running sum."""
+    passed = _AS_ITS_SOURCE | {operator.getitem} | ({_aten.cumsum.default} if running else set())
+    while node is not None and node.target in passed:
         node = node.args[0] if isinstance(node.args[0], fx.Node) else None
-    return node is not None and node.target in _COUNTS and _is_amount(node)
+    return node is not None and _counts_pairs(node)
+
+
+def _counts_pairs(node: fx.Node) -> bool:
+    """Whether a value says how many pairs each expert has: of a choice, or of a matrix whose pairs are listed."""
+    if node.target not in _COUNTS:
+        return False
+    entries = counted_entries(node)
+    if entries is None or _is_amount(node):
+        return _is_amount(node)
+    return support_of(entries.matrix) is not None or _is_listed(entries.matrix)
+
+
+def _is_listed(matrix: fx.Node) -> bool:
+    """Whether code lists which entries of a matrix are set: the matrix itself, transposed or compared."""
+    waiting, seen = [matrix], {matrix}
+    while waiting:
+        for user in waiting.pop().users:
+            found = listing_of(user)
+            if found is not None and found.entries is not None and found.entries.matrix is matrix:
+                return True
+            if user not in seen and len(user.all_input_nodes) == 1:
+                seen.add(user)
+                waiting.append(user)
+    return False
 
 
 def _hit_experts(node: fx.Node | None) -> int | None:

@@ -30,11 +30,13 @@ class Segments:
     """The rows of all experts, one expert behind the other.
 
     Attributes:
-        counts: (E,), how many rows each expert has.
+        counts: (E,), how many rows each expert has; or where its rows end.
+        running: Whether it is where they end.
         found: What was made for them, by the number of rows.
     """
 
     counts: torch.Tensor
+    running: bool = False
     found: dict[Any, torch.Tensor] = field(default_factory=dict, compare=False)
     rows: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
 
@@ -43,7 +45,8 @@ class Segments:
         key = expression_of(size)
         if key not in self.found:
             numbers = torch.arange(size, device=self.counts.device).unsqueeze(1)  # (S, 1)
-            self.found[key] = (numbers >= self.counts.cumsum(0)).sum(1)  # (S, E) → (S,)
+            ends = self.counts if self.running else self.counts.cumsum(0)
+            self.found[key] = (numbers >= ends).sum(1)  # (S, E) → (S,)
         return self.found[key]
 
     def rows_of(self, expert: int, size: Any) -> torch.Tensor:
@@ -139,9 +142,7 @@ class Counts(list[Any]):
 
 def counts_of(counts: torch.Tensor, *, running: bool = False) -> Counts:
     """Python integers for a tensor (E,) of how many rows each expert has, or of where they end."""
-    if running:
-        counts = torch.diff(counts, prepend=torch.zeros_like(counts[:1]))
-    segments = Segments(counts)
+    segments = Segments(counts, running)
     each = Counts(Count(segments, expert, expert + 1) for expert in range(int(counts.shape[0])))
     return each.cumsum() if running else each
 

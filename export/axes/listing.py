@@ -1,0 +1,142 @@
+"""Lists of token-expert pairs: what `nonzero` of a matrix over tokens and experts lists, and in which order.
+
+    nonzero(gates)                    (S, 2): token, expert; in the order of the tokens
+    nonzero(gates.t())                (S, 2): expert, token; in the order of the experts
+    one_hot(idx).permute(2, 1, 0).nonzero(as_tuple=True)        expert, slot, token
+
+Letters: N tokens, k slots, E experts, S pairs that are listed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from moe_export.export.axes.one_hot import OneHotMask, one_hot_mask_of
+from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.axes.support import is_never_negative
+from moe_export.export.sizes import fixed
+
+_aten = torch.ops.aten
+
+_CASTS = {
+    _aten._to_copy.default, _aten.to.dtype, _aten.to.device, _aten.clone.default, _aten.alias.default,
+    _aten.detach.default, _aten.contiguous.default,
+}  # fmt: skip
+_TURNS = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default}
+_LISTS = {_aten.nonzero.default, _aten.nonzero_numpy.default, _aten.where.default, _aten.argwhere.default}
+_COUNTS = {_aten.sum.dim_IntList, _aten.count_nonzero.dim_IntList, _aten.count_nonzero.default}
+
+
+@dataclass(frozen=True)
+class Entries:
+    """Entries of a matrix (N, E) that are not 0, or above it.
+
+    Attributes:
+        matrix: (N, E).
+        above: Whether they are above 0; otherwise they are not 0.
+        turned: Whether the value at hand has its experts first, (E, N).
+    """
+
+    matrix: fx.Node
+    above: bool = False
+    turned: bool = False
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return int(shape_of(self.matrix)[1])
+
+    def agrees(self, other: Entries) -> bool:
+        """Whether both are the same entries, for every value that the matrix may have."""
+        if self.matrix is not other.matrix:
+            return False
+        return self.above == other.above or is_never_negative(self.matrix)
+
+
+@dataclass(frozen=True)
+class Listing:
+    """A node that lists pairs.
+
+    Attributes:
+        entries: What it lists, of a matrix (N, E).
+        one_hot: What it lists, of a one-hot mask (N, k, E); None for a matrix.
+        axes: What its columns number: "token", "slot", "expert".
+    """
+
+    entries: Entries | None
+    one_hot: OneHotMask | None
+    axes: tuple[str, ...]
+
+    def agrees(self, other: Listing) -> bool:
+        """Whether both list the same pairs in the same order."""
+        if self.axes != other.axes:
+            return False
+        if self.entries is not None and other.entries is not None:
+            return self.entries.agrees(other.entries)
+        return self.one_hot is not None and self.one_hot == other.one_hot
+
+
+def entries_of(node: fx.Node) -> Entries | None:
+    """A value read as a mask over a matrix of tokens and experts, or as that matrix; None if it can be neither."""
+    above, compared, turned = False, False, False
+    while node.op == "call_function" and node.args:
+        args = arguments(node)
+        if node.target in _TURNS and rank_of(node) == 2:
+            turned = turned is not _swaps(node)
+        elif not compared and node.target in (_aten.gt.Scalar, _aten.ne.Scalar) and args[1] == 0:
+            above, compared = node.target is _aten.gt.Scalar, True
+        elif node.target in _CASTS and _keeps_zeros(node):
+            compared = compared or node.meta["val"].dtype is torch.bool
+        else:
+            break
+        node = args[0]
+    value = node.meta.get("val")
+    if not isinstance(value, torch.Tensor) or value.dim() != 2 or fixed(value.shape[1]) is None:
+        return None
+    return Entries(node, above, turned)
+
+
+def _swaps(node: fx.Node) -> bool:
+    """Whether an operator on a matrix exchanges its two axes."""
+    axes = [axis % 2 for axis in arguments(node)[1]] if node.target is _aten.permute.default else [1, 0]
+    if node.target is _aten.transpose.int:
+        return bool(arguments(node)[1] % 2 != arguments(node)[2] % 2)
+    return axes == [1, 0]
+
+
+def _keeps_zeros(cast: fx.Node) -> bool:
+    """Whether the result of a cast is 0 where its source is, and nowhere else: 0.5 as an integer is 0."""
+    source, result = (value.dtype for value in (arguments(cast)[0].meta["val"], cast.meta["val"]))
+    return result is torch.bool or source in (torch.bool, result)
+
+
+def listing_of(node: fx.Node) -> Listing | None:
+    """The pairs that a node lists as row numbers; None if it lists none."""
+    if node.target not in _LISTS or not isinstance(node.args[0], fx.Node):
+        return None
+    source = node.args[0]
+    one_hot = one_hot_mask_of(source)
+    if one_hot is not None and sorted(one_hot.axes) == ["expert", "slot", "token"]:
+        return Listing(None, one_hot, one_hot.axes) if one_hot.exact else None
+    entries = entries_of(source) if one_hot is None or one_hot.axes == ("token", "expert") else None
+    if entries is None:
+        return None
+    return Listing(entries, None, ("expert", "token") if entries.turned else ("token", "expert"))
+
+
+def counted_entries(node: fx.Node) -> Entries | None:
+    """The entries that a node counts for each expert, (E,); None if it counts something else."""
+    if node.target not in _COUNTS or len(node.args) != 2:
+        return None
+    source, axes = arguments(node)
+    entries = entries_of(source)
+    if entries is None or rank_of(node) != 1:
+        return None
+    boolean = node.target is not _aten.sum.dim_IntList or source.meta["val"].dtype is torch.bool
+    cast = source.target in _CASTS and arguments(source)[0].meta["val"].dtype is torch.bool
+    axis = 1 if entries.turned else 0
+    wanted = [each % 2 for each in (axes if isinstance(axes, (list, tuple)) else [axes])]
+    return entries if (boolean or cast) and wanted == [axis] else None
