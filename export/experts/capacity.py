@@ -359,14 +359,13 @@ def _result(masks: _Masks, tokens: View) -> fx.Node:
         raise NotSparseError("the combination's result is not in the order of its tokens")
     if len(order) == 2:
         return node
-    graph, users, name = node.graph, list(node.users), node.name
+    graph = node.graph
     width = int(masks.labels.sizes["h"])
     lead = [f"g{place}" for place in range(len(order) - 2)] + ["s"]
     sizes: list[Any] = []
-    with graph.inserting_after(node):
-        back = graph.call_function(_aten.view.default, (node, []))
-    with graph.inserting_before(back):
-        flat = graph.call_function(_aten.reshape.default, (node, [-1, width]))
+    with graph.inserting_before(node):
+        combined = graph.node_copy(node)
+        flat = graph.call_function(_aten.reshape.default, (combined, [-1, width]))
         flat.meta = {**node.meta, "val": node.meta["val"].reshape([-1, width])}
         for label in lead:
             size = masks.labels.sizes[label]
@@ -377,10 +376,6 @@ def _result(masks: _Masks, tokens: View) -> fx.Node:
                 sizes[-1].meta = {**node.meta, "val": size}
             else:
                 sizes.append(int(size))
-    back.args = (flat, [*sizes, width])
-    back.meta = dict(node.meta)
-    for user in users:
-        user.replace_input_with(node, back)
-    node._rename(f"{name}_grouped")
-    back._rename(name)  # outputs of a program are known by their names
+    # The node stays the one that the program knows by its name: it may be an output.
+    node.target, node.args = _aten.view.default, (flat, [*sizes, width])
     return flat

@@ -108,6 +108,8 @@ def terms_of(view: View, labels: Labels) -> list[Term]:
         place = _place(view, labels)
         if place is not None:
             return [Term((), *place)]
+        if node.target is _aten.slice.Tensor:
+            return _first_slots(view, labels)
         if node.target in _SUMS and not node.kwargs and _adds_masks(args):
             return [term for each in labels.operands(view) or [] for term in terms_of(each, labels)]
         if _keeps_zero(node):
@@ -117,6 +119,14 @@ def terms_of(view: View, labels: Labels) -> list[Term]:
         for factors in _factors(view, labels):
             return _times(factors, labels)
     raise NotSparseError(f"{node.name} is not a sum of slots that were assigned to tokens")
+
+
+def _first_slots(view: View, labels: Labels) -> list[Term]:
+    """The terms of `mask[..., :C]`: those of the mask, of which a place from C on has no slot."""
+    source, axis, start, end, *step = (*arguments(view.node), *(0, None, None)[len(arguments(view.node)) - 1 :])
+    if view.axes[axis] != ("c",) or start not in (None, 0) or step not in ([], [1]) or end is None:
+        raise NotSparseError(f"{view.node.name} takes other slots than the first")
+    return [dataclasses.replace(term, slots=end) for term in terms_of(View(source, view.axes), labels)]
 
 
 def _adds_masks(args: Sequence[Any]) -> bool:

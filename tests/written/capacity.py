@@ -176,12 +176,18 @@ class FloatMasks(Masked):
     def before(self, mask):
         return F.pad(mask, (0, 0, 1, 0)).cumsum(-2)[..., :-1, :]
 
+    def first(self, gates):
+        return gates.max(-1)
+
+    def at(self, place, slots):
+        return (place.unsqueeze(-1) == torch.arange(slots)).float()
+
     def forward(self, x):
         slots = self.capacity(x.shape[1], 1.25)
         gates = self.router(x).softmax(-1)
-        gate1, index1 = gates.max(-1)
+        gate1, index1 = self.first(gates)
         mask1 = F.one_hot(index1, self.num_experts).float()
-        gate2, index2 = (gates * (1 - mask1)).max(-1)
+        gate2, index2 = self.first(gates * (1 - mask1))
         mask2 = F.one_hot(index2, self.num_experts).float()
         total = gate1 + gate2 + 1e-9
         gate1, gate2 = gate1 / total, gate2 / total
@@ -198,7 +204,7 @@ class FloatMasks(Masked):
         gate2 = gate2 * flat2
 
         def placed(gate, flat, index, place):
-            at = (place.long().unsqueeze(-1) == torch.arange(slots)).float()
+            at = self.at(place.long(), slots)
             marks = F.one_hot(index, self.num_experts)[..., None]
             return gate[..., None, None] * flat[..., None, None] * marks * at[..., None, :]
 
@@ -210,6 +216,16 @@ class FloatMasks(Masked):
         made = torch.einsum("...nd,...dh->...nh", given, self.up).relu()
         made = torch.einsum("...nh,...hd->...nd", made, self.down)
         return torch.einsum("ebcd,bnec->bnd", made.reshape(shape), combine)
+
+
+class RoomyOneHot(FloatMasks):
+    """The slots' one-hot masks have room for those of tokens without a slot, which are cut off."""
+
+    def first(self, gates):
+        return (each.squeeze(-1) for each in gates.topk(1, dim=-1))
+
+    def at(self, place, slots):
+        return F.one_hot(place, max(place.max() + 1, slots))[..., :slots]
 
 
 class ChoicesFirst(Masked):
@@ -315,6 +331,6 @@ class SoftMixture(Masked):
 
 
 SPARSE = [
-    FirstChoice, TwoChoices, SeveralHot, OuterProducts, LoopOfChoices, Groups, FloatMasks, ChoicesFirst, PlacesOfEach,
-    FixedCapacity,
+    FirstChoice, TwoChoices, SeveralHot, OuterProducts, LoopOfChoices, Groups, FloatMasks, RoomyOneHot, ChoicesFirst,
+    PlacesOfEach, FixedCapacity,
 ]  # fmt: skip

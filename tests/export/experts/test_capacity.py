@@ -54,7 +54,7 @@ def values_with(model: ir.Model, axes: int) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "idiom", only([models.Groups, models.FloatMasks], models.SPARSE), ids=lambda idiom: idiom.__name__
+    "idiom", only([models.Groups, models.RoomyOneHot], models.SPARSE), ids=lambda idiom: idiom.__name__
 )
 def test_masks_become_pairs_of_tokens_and_experts(idiom):
     module = idiom().eval()
