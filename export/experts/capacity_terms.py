@@ -123,8 +123,10 @@ def terms_of(view: View, labels: Labels) -> list[Term]:
 
 def _first_slots(view: View, labels: Labels) -> list[Term]:
     """The terms of `mask[..., :C]`: those of the mask, of which a place from C on has no slot."""
-    source, axis, start, end, *step = (*arguments(view.node), *(0, None, None)[len(arguments(view.node)) - 1 :])
-    if view.axes[axis] != ("c",) or start not in (None, 0) or step not in ([], [1]) or end is None:
+    given = arguments(view.node)
+    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
+    source, axis, start, end, step = (*given, *defaults[len(given) :])
+    if view.axes[axis] != ("c",) or start not in (None, 0) or step != 1 or end is None:
         raise NotSparseError(f"{view.node.name} takes other slots than the first")
     return [dataclasses.replace(term, slots=end) for term in terms_of(View(source, view.axes), labels)]
 

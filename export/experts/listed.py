@@ -95,7 +95,7 @@ def find_listed(
         listings.append((node, listing))
         where = line_of(node.meta.get("stack_trace"))
         try:
-            found = block_in(_region(node, listing), loops, line=where, body=_ListedBody)
+            found = block_in(region_of(node, listing), loops, line=where, body=_ListedBody)
         except RefusedError as error:
             refused.append((where, str(error)))
             continue
@@ -103,7 +103,8 @@ def find_listed(
             yield found
 
 
-def _region(node: fx.Node, listing: Listing) -> ListedRegion:
+def region_of(node: fx.Node, listing: Listing) -> ListedRegion:
+    """What is known where pairs are listed: the lists of the same pairs, their counts, what is read by their mask."""
     order = node if listing.axes[0] == "expert" else None
     numbers: dict[str, Rows] = {
         "token": Rows(1, order, lambda body: body.token, "token"),

@@ -163,11 +163,16 @@ def understand_pairs(root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
 
 
 def _understand(indices: fx.Node, root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
-    region = Region(indices, root.count, {})
+    return block_in(region_from(indices, root.count), loops, line=root.line, wraps=root.wraps)
+
+
+def region_from(indices: fx.Node, count: int) -> Region:
+    """What is known where chosen experts, (N, k) or (N,), are all that is known; `count` is E."""
+    region = Region(indices, count, {})
     region.rows[indices] = Rows(
         rank_of(indices), None, lambda body: _number(body, rank_of(indices)), "expert", constant=True
     )
-    return block_in(region, loops, line=root.line, wraps=root.wraps)
+    return region
 
 
 def block_in(
@@ -190,7 +195,7 @@ def block_in(
     Raises:
         RefusedError: What is computed for a pair does not follow from that pair alone.
     """
-    end = _follow(region, loops) or _single(region)
+    end = follow(region, loops) or _single(region)
     if end is None:
         return None
     writer = body(region)
@@ -226,7 +231,7 @@ def _number(body: PairBody, lead: int) -> fx.Node:
     return body.expert if lead == 1 else body.as_rows(body.expert)
 
 
-def _follow(region: Region, loops: Mapping[fx.Node, Loop]) -> Combination | None:
+def follow(region: Region, loops: Mapping[fx.Node, Loop]) -> Combination | None:
     """Follow the choice through the graph, up to where the slots of a token are added up; None if they never are."""
     places = _Places(region.indices.graph)
     ends: dict[fx.Node, list[fx.Node]] = {}

@@ -12,6 +12,7 @@ from moe_export.export.experts.body import Experts, GraphIndex
 from moe_export.export.experts.capacity import find_capacity
 from moe_export.export.experts.dense import find_dense
 from moe_export.export.experts.find import find_chains
+from moe_export.export.experts.left_as_written import reasons_left
 from moe_export.export.experts.listed import find_listed
 from moe_export.export.experts.pairs import Loop, find_roots, understand_pairs
 from moe_export.export.experts.slot_loops import understand_loops
@@ -38,6 +39,8 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
             refused.append(_stays("loop over", where, "its rows are sorted, and it is not known by what"))
     # A loop ignores experts that it does not run over (null experts do nothing); a lookup has no row for them.
     looped = [loop.experts for loop in loops.values()]
+    if not refused:
+        refused += reasons_left(graph, blocks, loops)
     unknown = [block for block in blocks if block not in looped and _chosen_from(block) > block.count]
     for block in unknown:
         why = f"the gate chooses from {_chosen_from(block)} experts, and {block.count} have weights"
