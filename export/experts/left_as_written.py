@@ -62,8 +62,10 @@ class _Product:
     picks: frozenset[fx.Node]
 
 
-def reasons_left(graph: fx.Graph, blocks: Sequence[Experts], loops: Mapping[fx.Node, Loop]) -> Iterator[str]:
-    """A line for each place where rows of several experts come together, and no block was found.
+def reasons_left(
+    graph: fx.Graph, blocks: Sequence[Experts], loops: Mapping[fx.Node, Loop]
+) -> Iterator[tuple[str | None, str]]:
+    """Each place where rows of several experts come together, and no block was found: its line, and why.
 
     Args:
         graph: The traced program.
@@ -81,7 +83,7 @@ def reasons_left(graph: fx.Graph, blocks: Sequence[Experts], loops: Mapping[fx.N
         chain = [node, *_before(node, writes)]
         seen.update(chain)
         if taken.isdisjoint(chain) and _are_several([each for one in chain for each in _products(one)]):
-            yield _reason(node, chain, loops)
+            yield line_of(node.meta.get("stack_trace")), _reason(chain, loops)
 
 
 def _where_to(write: fx.Node) -> fx.Node | None:
@@ -200,20 +202,18 @@ def _are_several(products: Sequence[_Product]) -> bool:
     )
 
 
-def _reason(write: fx.Node, chain: Sequence[fx.Node], loops: Mapping[fx.Node, Loop]) -> str:
-    line = line_of(write.meta.get("stack_trace"))
-    start = f"the code of the experts at {line} stays as it was written: "
+def _reason(chain: Sequence[fx.Node], loops: Mapping[fx.Node, Loop]) -> str:
     before = _everything_before(chain)
     known = _known(before, loops)
     if not known:
         mask = _where_to(chain[-1])
         assert mask is not None
-        return f"{start}no choice among experts is seen that its rows come from, which {_named(mask)} gives"
+        return f"no choice among experts is seen that its rows come from, which {_named(mask)} gives"
     for node in sorted(before):
         lost = node not in known and node.target not in _NO_VALUES and not is_size(node)
         if lost and not known.isdisjoint(node.all_input_nodes):
-            return f"{start}it is not known of which tokens and experts the result of {_named(node)} is"
-    return f"{start}its rows are not added up over the choices of a token"
+            return f"it is not known of which tokens and experts the result of {_named(node)} is"
+    return "its rows are not added up over the choices of a token"
 
 
 def _everything_before(chain: Sequence[fx.Node]) -> set[fx.Node]:

@@ -40,7 +40,7 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
     # A loop ignores experts that it does not run over (null experts do nothing); a lookup has no row for them.
     looped = [loop.experts for loop in loops.values()]
     if not refused:
-        refused += reasons_left(graph, blocks, loops)
+        refused += [_stays("code of the", where, why) for where, why in reasons_left(graph, blocks, loops)]
     unknown = [block for block in blocks if block not in looped and _chosen_from(block) > block.count]
     for block in unknown:
         why = f"the gate chooses from {_chosen_from(block)} experts, and {block.count} have weights"
