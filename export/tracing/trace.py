@@ -31,6 +31,7 @@ from moe_export.export.frontend.source import last_model_line, running_line
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import depends_on_values
+from moe_export.export.torch_compat.higher_order import closures_lifted
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import fake_results_cached, sizes_fixed
 from moe_export.export.tracing.asked_numbers import AskedNumber
@@ -360,6 +361,7 @@ def _tracing(subject: Subject, decisions: Decisions, *, free: bool) -> Iterator[
     with (
         _decomposing(free=free),
         without_memos(subject.module),
+        closures_lifted(),
         traceable_idioms(),
         sizes_for_compilers(),
         symbolic_numbers(subject.module),
