@@ -115,7 +115,11 @@ def _number(value: Any) -> int | None:
 def watch_indices(
     call: Callable[[dict[str, torch.Tensor]], Any], tensors: dict[str, torch.Tensor]
 ) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:
-    """The tables that integer inputs index, and the inputs that are read by Python; nothing of a model that refuses."""
+    """The tables that integer inputs index, and the inputs that are read by Python.
+
+    Of a model that cannot be watched (`torch.while_loop` refuses to be), single integers count as read: one may be the
+    number of iterations, and a large one would never end.
+    """
     integers = {
         name: tensor
         for name, tensor in tensors.items()
@@ -128,5 +132,5 @@ def watch_indices(
         try:
             call(tensors)
         except Exception:  # whatever a model raises; it is recorded where the case is compared
-            return {}, frozenset()
+            return {}, frozenset(name for name, tensor in integers.items() if tensor.numel() == 1)
     return watcher.tables, frozenset(watcher.read)
