@@ -10,7 +10,7 @@ Seen in torch 2.13.0 and 2.14.1: `torch._higher_order_ops.utils._hop_compile_and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -22,7 +22,7 @@ from torch._higher_order_ops import utils as higher_order
 @contextmanager
 def closures_lifted() -> Iterator[None]:
     """While it runs, operators that take functions compile these; what a `while_loop` carries is a copy."""
-    original = higher_order._hop_compile_and_call
+    original: Callable[..., Any] = higher_order._hop_compile_and_call
 
     def compiled(function: Any, args: Any, kwargs: Mapping[str, Any] | None = None) -> Any:
         if "while_loop" in function.__name__:
