@@ -33,7 +33,8 @@ from moe_export.export.onnx.untranslated import untranslated
 from moe_export.export.torch_compat.caches import cache_patches, decomposed_if_needed
 from moe_export.export.torch_compat.exact_rules import exact_constants
 from moe_export.export.tracing.slices import TRANSLATIONS as SLICES
-from moe_export.export.tracing.trace import Traced, quiet, rename
+from moe_export.export.tracing.trace import Traced, quiet
+from moe_export.export.tracing.traced_dims import rename
 
 _DATA_SIZE = re.compile(r"u\d+")
 _PROTOBUF_LIMIT = 2**31 - 2**20

@@ -27,8 +27,9 @@ from moe_export.export.recurrence.rolled import Folded, LengthError, RolledGraph
 from moe_export.export.recurrence.watch import Watch
 from moe_export.export.torch_compat.dispatch import OperatorMode
 from moe_export.export.tracing.constants import constants_of
+from moe_export.export.tracing.fixed_sizes import resized
 from moe_export.export.tracing.lengths import Length, operators, resized_together
-from moe_export.export.tracing.trace import quiet, resized
+from moe_export.export.tracing.trace import quiet
 
 aten = torch.ops.aten
 

@@ -16,6 +16,7 @@ replaces. All of them stand here, so that a new PyTorch breaks this folder and n
 | `after_export`, `devices` | what a script does with files that were not written, and on a GPU that is not there |
 | `length` | `len` of a tensor as a size |
 | `stack_traces`, `frames` | the user's own lines in stack traces; the line that asks for the truth of a value |
+| `higher_order` | what functions given to `while_loop` and its like close over |
 | `functions` | what autograd functions of users compute, in another form |
 | `transformers` | which of its own forms of a computation a model of transformers takes |
 | `checkpoints` | where in a checkpoint each tensor stands |

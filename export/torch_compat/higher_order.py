@@ -5,7 +5,7 @@ compilation is switched off (a model's own `torch.compile` is not to run), tenso
 the graph of the loop, and nothing can copy it. And what is carried must not be closed over besides: PyTorch asks for
 copies there, in words that name no line.
 
-Seen in torch 2.13.0 and 2.14.1: `torch._higher_order_ops.utils._hop_compile_and_call`.
+Seen in torch 2.13.0: `torch._higher_order_ops.utils._hop_compile_and_call`.
 """
 
 from __future__ import annotations

@@ -19,8 +19,9 @@ from torch.export.graph_signature import InputKind, OutputKind
 from moe_export.domain import Condition, evaluate
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.dims import Dim
+from moe_export.export.tracing.fixed_sizes import resized
 from moe_export.export.tracing.guards import Probes
-from moe_export.export.tracing.trace import Traced, resized
+from moe_export.export.tracing.trace import Traced
 from moe_export.export.tracing.traced_loops import RunsLoops
 from moe_export.float64 import agree, double_module, doubled, in_float64
 

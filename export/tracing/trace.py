@@ -11,14 +11,12 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from functools import partial
 
-import sympy
 import torch
 from torch import fx, nn
 from torch.export import Dim as TorchDim
@@ -26,8 +24,7 @@ from torch.export import ExportedProgram
 
 from moe_export.domain import Condition, Domain
 from moe_export.errors import Code, NotExportableError
-from moe_export.export.frontend.pytree import unique
-from moe_export.export.frontend.source import last_model_line, running_line
+from moe_export.export.frontend.source import last_model_line
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import depends_on_values
@@ -40,8 +37,9 @@ from moe_export.export.tracing.compiled_sizes import sizes_for_compilers
 from moe_export.export.tracing.complex_numbers import without_complex
 from moe_export.export.tracing.conditions import only_there
 from moe_export.export.tracing.decisions import Decisions, TooManyWaysError
-from moe_export.export.tracing.dims import Dim, DimRequest, default_name, twin_of
+from moe_export.export.tracing.dims import Dim, DimRequest
 from moe_export.export.tracing.every_expert_hit import every_expert_hit
+from moe_export.export.tracing.fixed_sizes import Fixed, fixed_sizes, note_line, require_picked, resized
 from moe_export.export.tracing.functionalize import functionalized
 from moe_export.export.tracing.idioms import traceable_idioms, user_lines
 from moe_export.export.tracing.idioms_numbers import symbolic_numbers
@@ -49,41 +47,11 @@ from moe_export.export.tracing.keyed_by_sizes import keyed_by_sizes
 from moe_export.export.tracing.memos import without_memos
 from moe_export.export.tracing.programs import without_unread_constants
 from moe_export.export.tracing.randomness import refuse_random
+from moe_export.export.tracing.traced_dims import Shape, read_dims
 from moe_export.export.tracing.weight_inputs import with_weights_marked
 from moe_export.export.tracing.widen import accepts, widened
 
-Shape = tuple[int | str, ...]
 SCOPE = "model"  # the attribute of `_Flat` that holds the user's module: the root of every module path
-
-
-@dataclass(frozen=True)
-class Fixed:
-    """A dimension that the trace fixed, although it was offered as free.
-
-    Attributes:
-        model_takes_others: The model itself runs at another size; only the trace depends on this one.
-        name: What the dimension would be called if it were free.
-        line: `file:line` of what fixed it, if that is known.
-    """
-
-    input: str
-    axis: int
-    size: int
-    model_takes_others: bool
-
-    name: str = ""
-    line: str = ""
-
-    def __str__(self) -> str:
-        why = "the model takes no other size"
-        if self.model_takes_others:
-            why = "the trace depends on it: a loop over it was unrolled, or its size became a constant"
-            if self.size == 1:
-                why = "a size of 1 is broadcast, and was not widened"
-        name = f"{self.name}, " if self.name else ""
-        by = f" by {self.line}" if self.line else ""
-        said = f"{self.input}: length {self.size} is fixed{by} ({name}dimension {self.axis}): {why}"
-        return Code.FIXED_SIZE.mark(said) if self.model_takes_others else said
 
 
 @dataclass(frozen=True)
@@ -203,7 +171,7 @@ def trace(subject: Subject, request: DimRequest | None = None, *, as_called: boo
         exported = _export(subject, example, request, as_called=as_called)
         program = exported.program
         refuse_random(program, subject, example)
-        dims, inputs = _read_dims(program, example, request)
+        dims, inputs = read_dims(program, example, request)
         stuck = {
             (name, axis)
             for name, shape in inputs.items()
@@ -215,11 +183,11 @@ def trace(subject: Subject, request: DimRequest | None = None, *, as_called: boo
         ):  # widened for nothing: what is fixed stays the example's 1
             again = trace(subject, replace(request, fixed=request.fixed | stuck), as_called=as_called)
             return replace(
-                again, fixed=_fixed(subject, again.example, again.inputs, request, exported.fixing)
+                again, fixed=fixed_sizes(subject, again.example, again.inputs, request, exported.fixing)
             )
-        fixed = _fixed(subject, example, inputs, request, exported.fixing)
+        fixed = fixed_sizes(subject, example, inputs, request, exported.fixing)
     traced = Traced(program, inputs, example, subject.outputs, dims, fixed, exported.computed)
-    _require_picked(traced, request, exported.reason)
+    require_picked(inputs, request, exported.fixing, exported.reason)
     return replace(traced, checks=exported.checks, decisions=exported.decisions)
 
 
@@ -295,7 +263,7 @@ def _export(
         try:
             with (
                 _tracing(subject, decisions, free=free) as checks,
-                sizes_fixed(partial(_note_line, fixing)),
+                sizes_fixed(partial(note_line, fixing)),
             ):
                 with subject.state.kept():
                     if free:
@@ -344,13 +312,6 @@ def _export(
     ) from first
 
 
-def _note_line(fixing: dict[tuple[int, int], str], place: int, axis: int) -> None:
-    """Note the line of the model that runs as what fixed a size; the first one that did is the reason."""
-    line = running_line()
-    if line is not None:
-        fixing.setdefault((place, axis), line)
-
-
 @contextmanager
 def _tracing(subject: Subject, decisions: Decisions, *, free: bool) -> Iterator[list[str]]:
     """What holds while a model is traced.
@@ -377,7 +338,7 @@ def _only_there(
     program: ExportedProgram, subject: Subject, example: Mapping[str, torch.Tensor], request: DimRequest
 ) -> set[tuple[int, int]]:
     """Inputs and axes that only look free, with the model at hand to be asked for other sizes."""
-    dims, inputs = _read_dims(program, example, request)
+    dims, inputs = read_dims(program, example, request)
 
     def takes(sizes: Mapping[tuple[int, int], int]) -> bool:
         named = {(list(example)[place], axis): size for (place, axis), size in sizes.items()}
@@ -406,139 +367,3 @@ def _hint(error: Exception, line: str | None) -> str:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def _read_dims(
-    program: ExportedProgram, example: Mapping[str, torch.Tensor], request: DimRequest
-) -> tuple[tuple[Dim, ...], dict[str, Shape]]:
-    """The symbols among the input shapes, named; and each input's shape in those names."""
-    user_inputs = set(program.graph_signature.user_inputs)
-    nodes = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in user_inputs]
-    shapes = {name: node.meta["val"].shape for name, node in zip(example, nodes, strict=True)}
-    found: dict[str, tuple[str, int]] = {}  # symbol → its name, its traced size
-    same: dict[str, str] = {}  # symbol of a further batch, or of a mask's length → symbol of the first
-    where: dict[str, str] = {}  # symbol → the input that has it
-    for name, shape in shapes.items():
-        for axis, size in enumerate(shape):
-            symbol = str(size)
-            if isinstance(size, torch.SymInt) and symbol.isidentifier():
-                wanted = request.picked.get((name, axis))
-                if (symbol not in found and symbol not in same) or wanted is not None:
-                    label = wanted or default_name(example[name], axis, name)
-                    traced = example[name].shape[axis]
-                    twin = twin_of(name, label, traced, found, where, example)
-                    if wanted is None and twin is not None:
-                        same[symbol] = twin  # the model does not say so, and still means one batch
-                        continue
-                    if wanted is None and any(label == other for other, _ in found.values()):
-                        label = f"{name}_{label}" if not label.startswith(name) else label
-                    found[symbol], where[symbol] = (label, traced), name
-    names = dict(zip(found, unique([label for label, _ in found.values()]), strict=True))
-    names |= {symbol: names[twin] for symbol, twin in same.items()}
-    limits = {str(symbol): bounds for symbol, bounds in program.range_constraints.items()}
-    dims = tuple(
-        Dim(
-            names[symbol],
-            symbol,
-            size,
-            *_bounds(limits.get(symbol)),
-            also=tuple(key for key, twin in same.items() if twin == symbol),
-        )
-        for symbol, (_, size) in found.items()
-    )
-    inputs = {name: tuple(_readable(size, names) for size in shape) for name, shape in shapes.items()}
-    return dims, inputs
-
-
-def _readable(size: int | torch.SymInt, names: Mapping[str, str]) -> int | str:
-    text = str(size)
-    return int(text) if text.isdigit() else rename(text, names)
-
-
-def rename(expression: str, names: Mapping[str, str]) -> str:
-    """Put names for the tracer's symbols into an expression: `2*s77` → `2*batch`."""
-    return re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), expression)
-
-
-def _bounds(limits: object) -> tuple[int, int | None]:
-    """Lower and upper bound as integers. The tracer's "at least 2" only means "not specialised": 1 is tried."""
-    lower, upper = getattr(limits, "lower", None), getattr(limits, "upper", None)
-    low = int(lower) if isinstance(lower, (int, sympy.Integer)) and lower >= 0 else 1
-    high = int(upper) if isinstance(upper, (int, sympy.Integer)) and upper >= 0 else None
-    return (1 if low == 2 else low), (None if high is not None and high > 2**40 else high)
-
-
-def _fixed(
-    subject: Subject,
-    example: Mapping[str, torch.Tensor],
-    inputs: Mapping[str, Shape],
-    request: DimRequest,
-    fixing: Mapping[tuple[int, int], str],
-) -> tuple[Fixed, ...]:
-    """What was offered and came back fixed; the model itself is asked whether it takes another size there."""
-    result = []
-    for place, (name, shape) in enumerate(inputs.items()):
-        for axis, size in enumerate(shape):
-            if isinstance(size, int) and request.wants(name, axis):
-                others = _takes_other_size(subject, example, name, axis)
-                called, line = default_name(example[name], axis, name), fixing.get((place, axis), "")
-                result.append(Fixed(name, axis, size, others, called, line))
-    return tuple(result)
-
-
-def _takes_other_size(subject: Subject, example: Mapping[str, torch.Tensor], name: str, axis: int) -> bool:
-    """Whether the model runs with one more along this axis, or with twice as many, where it takes whole chunks.
-
-    In this input alone, or in all that share the size. Twice the width of a row says nothing: `x.view(-1, 32)` makes
-    two rows of it.
-    """
-    size = example[name].shape[axis]
-    is_width = axis >= 2 and default_name(example[name], axis, name) == f"{name}_dim{axis}"
-    for other in (size + 1,) if is_width else (size + 1, 2 * size):
-        for names in ([name], list(example)):
-            alike = [key for key in names if example[key].dim() > axis and example[key].shape[axis] == size]
-            if size and accepts(
-                subject, resized(example, dict.fromkeys(((key, axis) for key in alike), other))
-            ):
-                return True
-    return False
-
-
-def resized(
-    example: Mapping[str, torch.Tensor], sizes: Mapping[tuple[str, int], int]
-) -> dict[str, torch.Tensor]:
-    """The example with other sizes: cut off, or repeated from the start."""
-    result = dict(example)
-    for (name, axis), size in sizes.items():
-        index = torch.arange(size, device=result[name].device) % result[name].shape[axis]
-        result[name] = result[name].index_select(axis, index)
-    return result
-
-
-def _require_picked(traced: Traced, request: DimRequest, reason: str | None) -> None:
-    for name, axis in request.picked:
-        size = traced.inputs[name][axis]
-        if isinstance(size, int):
-            raise NotExportableError(
-                f"dimension {axis} of {name} cannot be dynamic: it is fixed at {size} by the model"
-                + (f" ({reason})" if reason else ""),
-                code=Code.FIXED_SIZE,
-                hint=_partners(traced, request, name, axis)
-                or "a Python loop over it, or a size that became a constant, fixes a dimension; "
-                f"leave --dynamic {name}:{axis} away to export it fixed",
-            )
-
-
-def _partners(traced: Traced, request: DimRequest, name: str, axis: int) -> str | None:
-    """What to ask for, if others of the same size are fixed because nobody named them: they may have to be equal."""
-    size = traced.inputs[name][axis]
-    alike = [
-        f"{other}:{place}"
-        for other, shape in traced.inputs.items()
-        for place, each in enumerate(shape)
-        if each == size and other != name and not request.wants(other, place)
-    ]
-    if not alike:
-        return None
-    wanted = " ".join(f"--dynamic {each}=n" for each in (f"{name}:{axis}", *alike))
-    return f"{' and '.join(alike)} of the same size {'is' if len(alike) == 1 else 'are'} fixed, too; try {wanted}"

@@ -25,11 +25,12 @@ from moe_export.errors import NotExportableError
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.constants import constants_of
 from moe_export.export.tracing.dims import Dim, DimRequest
+from moe_export.export.tracing.fixed_sizes import resized
 from moe_export.export.tracing.guards import Probes, conditions_of, simplified
 from moe_export.export.tracing.lengths import operators
 from moe_export.export.tracing.needless import MOST_ELEMENTS, needed, wrong_at_one
 from moe_export.export.tracing.slices import has_constant_bounds, sized_bounds
-from moe_export.export.tracing.trace import Traced, quiet, resized, trace
+from moe_export.export.tracing.trace import Traced, quiet, trace
 from moe_export.export.tracing.widen import AxisRef, accepts
 
 _MOST_CHUNK = 512  # a constant that is larger is a table's length or a width, and three times it a slow run

@@ -15,7 +15,8 @@ from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.pipeline import Graph, choose, describe, gate_dims, is_only_a_gate
 from moe_export.export.stages import PIPELINE
 from moe_export.export.tracing.dims import DimRequest
-from moe_export.export.tracing.trace import Fixed, trace
+from moe_export.export.tracing.fixed_sizes import Fixed
+from moe_export.export.tracing.trace import trace
 
 
 def test_a_gate_in_a_loop_is_cut_out_once():

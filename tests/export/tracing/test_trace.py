@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from moe_export.errors import NotExportableError
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.tracing.dims import DimRequest
-from moe_export.export.tracing.trace import quiet, rename, trace
+from moe_export.export.tracing.trace import quiet, trace
+from moe_export.export.tracing.traced_dims import rename
 
 
 class Linear(nn.Module):
