@@ -46,7 +46,7 @@ def notes_on(
 def _on_decisions(places: Sequence[str], seen: Mapping[str, Set[bool]]) -> list[str]:
     """A graph computes what either side needs, and takes one; what no input was seen to take is unproven."""
     return [
-        f"the decision on values at {os.path.basename(place)} is in the graph: both sides, of which one is taken"
+        f"decision on values at {os.path.basename(place)}: the graph computes both sides and takes one"
         + _UNPROVEN[len(seen.get(place, ()))]
         for place in places
     ]

@@ -75,7 +75,7 @@ def test_a_decision_in_each_step_is_folded_with_the_loop(tools, step, monkeypatc
     graph = tools.graph(Steps(step), torch.randn(2, 6, 4))
     assert graph.traced.inputs["x"] == ("batch", "seq", 4)
     assert any(node.op_type == "Scan" for node in graph.model.graph)
-    assert any("the decision on values at test_both_sides.py:" in note for note in graph.notes)
+    assert any("decision on values at test_both_sides.py:" in note for note in graph.notes)
     torch.manual_seed(1)
     for x in (torch.randn(3, 11, 4), -torch.rand(1, 4, 4), 3 * torch.rand(2, 5, 4), torch.zeros(2, 3, 4)):
         tools.equal(graph, x)

@@ -113,7 +113,7 @@ def inputs():
 @pytest.mark.parametrize("how", RIGHT, ids=lambda how: how.__name__)
 def test_each_way_is_the_models(tools, how):
     graph = tools.graph(Decides(how), torch.randn(5, 4))
-    assert any("the decision on values at test_decisions.py:" in note for note in graph.notes)
+    assert any("decision on values at test_decisions.py:" in note for note in graph.notes)
     assert graph.traced.inputs["x"][0] == "batch"
     for x in inputs():
         tools.equal(graph, x)
