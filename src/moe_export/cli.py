@@ -6,6 +6,7 @@ and an exit code (see `errors`); a traceback is a defect of this tool, or `--deb
 
 from __future__ import annotations
 
+import os
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from moe_export.commands.terminal import TableCommand
 from moe_export.errors import INTERRUPTED, READER_GONE, MoeExportError, NotExportableError
 from moe_export.export.frontend.ended import no_exit
 from moe_export.supervisor import drop_output
+
+COMPLETING = "_MOE_EXPORT_COMPLETE"
+"""Where a shell says that it completes a word (https://click.palletsprojects.com/en/stable/shell-completion/)."""
 
 
 class _ExportByDefault(click.Group):
@@ -218,6 +222,14 @@ def explain_command(**options: Any) -> int:
     return run_explain(**options)
 
 
+def _complete(args: list[str]) -> int:
+    """Answer the shell that asks what a word may become."""
+    try:
+        return int(cli.main(args, prog_name="moe-export") or 0)
+    except SystemExit as done:  # as click ends it
+        return int(done.code or 0)
+
+
 def run(args: list[str]) -> int:
     """Run the command line.
 
@@ -225,6 +237,8 @@ def run(args: list[str]) -> int:
         The exit code.
     """
     debug = "--debug" in args
+    if COMPLETING in os.environ:
+        return _complete(args)
     try:
         with no_exit():  # click ends no process here, so that is the user's code
             return int(cli.main(args, prog_name="moe-export", standalone_mode=False) or 0)

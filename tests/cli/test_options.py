@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import subprocess
+import sys
 from collections import Counter
 
 import click
@@ -141,3 +143,23 @@ def test_a_golden_file_has_the_cases_that_it_has(command, finished, tmp_path):
     assert command("verify", finished / "block.py", "--record", golden, "--quiet").code == 0
     done = command("verify", finished / "block.onnx", "--against", golden, "--thorough")
     assert (done.code, "--thorough has no effect: the cases are those of" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("moe-export ver", "plain,verify"),
+        ("moe-export verify --ag", "plain,--against"),
+        ("moe-export model.py --ops", "plain,--opset"),
+    ],
+)
+def test_a_shell_completes_words(env, words, found):
+    asked = {
+        "COMP_WORDS": words,
+        "COMP_CWORD": str(words.count(" ")),
+        "_MOE_EXPORT_COMPLETE": "bash_complete",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_export"], env=env | asked, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout.strip(), done.stderr, done.returncode) == (found, "", 0)
