@@ -146,6 +146,16 @@ def test_a_build_without_cuda_is_a_missing_backend(graph_bytes, monkeypatch):
     assert caught.value.exit_code == 4
 
 
+def test_two_packages_of_one_import_name_are_named(graph_bytes, monkeypatch):
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(
+        "importlib.metadata.version", {"onnxruntime": "1.23", "onnxruntime-gpu": "1.24"}.__getitem__
+    )
+    with pytest.raises(MissingBackendError, match="overwrite each other") as caught:
+        OnnxRuntimeRunner(graph_bytes(ADD), provider="cuda")
+    assert "onnxruntime 1.23 and onnxruntime-gpu 1.24" in str(caught.value)
+
+
 def test_a_cuda_that_is_dropped_silently_is_a_missing_backend(graph_bytes, monkeypatch, capfd):
     session = onnxruntime.InferenceSession
 

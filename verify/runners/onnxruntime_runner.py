@@ -7,7 +7,8 @@ import io
 import re
 from collections import Counter
 from collections.abc import Mapping
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -176,9 +177,7 @@ def _open(model: str | Path | bytes, where: str, provider: str, arena: bool) -> 
     if not isinstance(model, bytes) and not Path(model).is_file():
         raise UsageError(f"no such file: {where}", hint="give the path of an .onnx file")
     if _PROVIDERS[provider][0] not in ort.get_available_providers():
-        raise MissingBackendError(
-            f"this ONNX Runtime has no {provider} provider", hint="install onnxruntime-gpu"
-        )
+        raise MissingBackendError(f"this ONNX Runtime has no {provider} provider", hint=_how_to_have_it())
     if not isinstance(model, bytes):
         check_external_data(model)
     options = ort.SessionOptions()
@@ -201,6 +200,20 @@ def _open(model: str | Path | bytes, where: str, provider: str, arena: bool) -> 
             hint="check the driver, and that onnxruntime-gpu finds the CUDA and cuDNN libraries it wants",
         )
     return session
+
+
+def _how_to_have_it() -> str:
+    """Both packages have the import name `onnxruntime`, so the one that was installed last is there, in part."""
+    found = []
+    for name in ("onnxruntime", "onnxruntime-gpu"):
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{name} {metadata.version(name)}")
+    if len(found) == 2:
+        return (
+            f"{' and '.join(found)} are both installed, and overwrite each other: uninstall both, "
+            "then install onnxruntime-gpu alone"
+        )
+    return "install onnxruntime-gpu, in the place of onnxruntime"
 
 
 def _unreadable(error: Exception, where: str) -> UsageError:
