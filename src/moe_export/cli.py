@@ -225,7 +225,7 @@ def explain_command(**options: Any) -> int:
 def _complete(args: list[str]) -> int:
     """Answer the shell that asks what a word may become."""
     try:
-        return int(cli.main(args, prog_name="moe-export") or 0)
+        cli.main(args, prog_name="moe-export")
     except SystemExit as done:  # as click ends it
         return int(done.code or 0)
 
