@@ -157,7 +157,7 @@ def _read(path: Path) -> str:
 def _from_file(path: Path, source: str, memory: int, make: Make) -> Subject:
     """Ways 1 and 3. A file that cannot define both names is ended at its first call, before it trains for hours."""
     defines_both = {"model", "example_inputs"} <= _top_level_names(source)
-    module, call = run_file(path, as_script=False, stop_at_call=not defines_both)
+    module, call = run_file(path, as_script=False, stop_at_call=not defines_both, names_model=defines_both)
     if defines_both and module is not None and _has_both(module):
         return _from_names(module, path, memory, make)
     if call is None:

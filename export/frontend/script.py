@@ -29,7 +29,9 @@ from moe_export.export.torch_compat.modules import calls_of_modules
 calls_user_code(__file__)
 
 
-def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[ModuleType | None, Call | None]:
+def run_file(
+    path: Path, *, as_script: bool, stop_at_call: bool, names_model: bool = False
+) -> tuple[ModuleType | None, Call | None]:
     """Execute a file and return its namespace and its export call, or the first outermost module call in it.
 
     An export call ends it (`watch`). A file that has one is not ended before, whatever it calls.
@@ -39,6 +41,7 @@ def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[Module
             models import lazily.
         as_script: Run under the name `__main__`, so that the demonstration behind the main guard runs.
         stop_at_call: End a file that exports nothing at its first module call instead of letting it run on.
+        names_model: The file defines `model` and `example_inputs`.
 
     Returns:
         The module (None if it was ended early) and the call (None if there was none).
@@ -47,7 +50,7 @@ def run_file(path: Path, *, as_script: bool, stop_at_call: bool) -> tuple[Module
         UsageError: The file has a syntax error, or raises.
     """
     source = _read(path)
-    watch = Watch(source, ends=stop_at_call)
+    watch = Watch(source, ends=stop_at_call, names_model=names_model)
     module, error = _run(path, source, watch, as_script)
     if error is not None and not any(call.exporter for call in watch.calls):
         raise _file_error(path, error) from error

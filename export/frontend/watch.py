@@ -82,6 +82,7 @@ class Watch:
         ends: Whether the first call of a module ends a script that exports nothing.
         every: Whether every call is noted, and none ends the script but `pick`.
         pick: The number of the call, from 1, that ends it.
+        names_model: Whether the script itself says which model it means: then a part that is traced is a part.
         namespace: The script's globals.
         calls: In order.
         compiled: What is to be compiled for TensorRT when it is called.
@@ -92,6 +93,7 @@ class Watch:
     ends: bool
     every: bool = False
     pick: int | None = None
+    names_model: bool = False
     namespace: Mapping[str, Any] = field(default_factory=dict)
     calls: list[Call] = field(default_factory=list)
     compiled: list[nn.Module] = field(default_factory=list)
@@ -105,7 +107,8 @@ class Watch:
             return NotImplemented
         call = Call(*found[:3], name, found[3], _users_line())
         self._note(call)
-        if not self.every and (name in LAST or name == COMPILED or not self._exports(LAST)):
+        goes_on = self.every or (self.names_model and name.startswith("torch.jit."))
+        if not goes_on and (name in LAST or name == COMPILED or not self._exports(LAST)):
             raise CallSeen(call)
         if isinstance(given.get("f"), (str, os.PathLike)):
             self.files.append(os.fspath(given["f"]))

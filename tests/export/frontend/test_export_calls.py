@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from torch import nn
 
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.tracing.dims import requested
@@ -122,3 +123,21 @@ def test_free_dimensions_are_those_of_the_call(write, given, free):
 def test_a_file_that_defines_both_names_exports_as_it_calls(write):
     text = "example_inputs = (x[:1],)\ntorch.onnx.export(model, (x,), 'm.onnx', input_names=['hidden'])"
     assert list(loaded(write, text).inputs) == ["hidden"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["side = torch.jit.trace(nn.Linear(3, 3), torch.ones(2, 3))", "side = torch.jit.script(nn.Linear(3, 3))"],
+)
+def test_a_part_that_is_traced_is_not_the_model_that_the_file_names(write, line):
+    text = (
+        f"{line}\nmodel = nn.Sequential(nn.Linear(4, 2), nn.ReLU())\nexample_inputs = (torch.ones(5, 4),)\n"
+    )
+    subject = load_subject(write(text))
+    assert isinstance(subject.module, nn.Sequential)
+    assert subject.how == "`model` and `example_inputs`"
+
+
+def test_a_model_that_is_named_as_traced_is_the_module_itself(write):
+    text = "net = nn.Linear(4, 2)\nexample_inputs = (torch.ones(5, 4),)\nmodel = torch.jit.trace(net, example_inputs)\n"
+    assert type(load_subject(write(text)).module) is nn.Linear
