@@ -30,7 +30,7 @@ def checked(torchrun, path):
     manifest = read_manifest(path)
     done = torchrun(manifest.ranks, path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert ": equal" in done.stdout
+    assert " matches " in done.stdout
     return manifest
 
 
