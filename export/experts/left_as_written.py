@@ -114,7 +114,16 @@ def _is_float(node: fx.Node) -> bool:
 
 
 def _of_block(block: Experts) -> Iterator[fx.Node]:
-    """The nodes that a block stands for."""
+    """The nodes that a block stands for: what it ends in, and what lies between that and its indices.
+
+    Indices that finding the block made lead nowhere yet; then it is the values that were added up, one after the other.
+    """
+    node: Any = block.result
+    while isinstance(node, fx.Node) and (
+        node is block.result or node.target in CARRIERS or node.target in _WRITES
+    ):
+        yield node
+        node = next(iter(arguments(node)), None)
     before = ancestors([block.result])
     stack, seen = [block.indices, *block.indices.all_input_nodes], set[fx.Node]()
     while stack:

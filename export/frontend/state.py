@@ -40,7 +40,7 @@ from moe_export.export.frontend.saved import (
     is_simple,
     saved_values,
 )
-from moe_export.export.frontend.source import is_installed, is_user_file
+from moe_export.export.frontend.source import is_installed, is_own_file, is_user_file
 from moe_export.export.torch_compat.modules import tables_of
 from moe_export.export.weights.lazy import lazy_weight_of
 
@@ -222,7 +222,8 @@ class _Walk:
         ):
             return
         self._seen[id(value)] = value
-        held = held_by(value)
+        # What stands in the place of a function while a model is traced keeps what it learned of it.
+        held = {} if is_own_file(value.__code__.co_filename) else held_by(value)
         if held:
             name = value.__qualname__
             self.items.append(OfFunction(value, lambda key: f"variable {key} of {name}", held))
