@@ -151,7 +151,7 @@ def test_what_cannot_be_recorded_or_read(command, finished, tmp_path):
 def test_own_inputs_from_a_file_and_from_a_function(command, finished, write, tmp_path):
     model = write(OWN, "own.py")
     assert command(model, "-o", tmp_path, "--quiet").code == 0
-    done = command("verify", "own.onnx", "--against", model, "--seeds", 2, "--seed", 5)
+    done = command("verify", "own.onnx", "--against", model, "--seeds", 2, "--seed", 5, "-v")
     assert done.code == 0, done.err
     assert "inputs(5); inputs(6)" in done.out
     np.savez(tmp_path / "mine.npz", x=np.ones((4, 3), np.float32))
