@@ -22,11 +22,11 @@ from moe_export.errors import UsageError
 NET = """
 import ctypes, os, pathlib, signal, sys, time
 {first}
+COUNT = f"CALLS_{{os.getpid()}}"  # what the model itself keeps is put back before each call
 class Net(nn.Module):
-    calls = 0
     def forward(self, x):
-        Net.calls += 1
-        if Net.calls >= {call}:
+        os.environ[COUNT] = str(int(os.environ.get(COUNT, 0)) + 1)
+        if int(os.environ[COUNT]) >= {call}:
             {second}
         return x + 1
 model = Net()
