@@ -218,8 +218,11 @@ def test_a_report_takes_what_an_export_takes_and_tells_it(command, write, tmp_pa
     assert {param.name for param in cli.commands["export"].params} - own == {
         "stop_after",
         "show",
-        "list_calls",
-    }  # those write nothing
+        "list_calls",  # those write nothing
+        "reports",
+        "github",
+        "verbose",  # those tell what a page tells anyway
+    }
     model = write(EINSUM, "mix.py")
     options = (
         "--static",
