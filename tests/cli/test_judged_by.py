@@ -85,9 +85,7 @@ def test_the_verdict_of_a_gate_says_what_it_was_compared_with(command, graph):
     for options in ((), ("--gate", "gate")):
         done = command("verify", path.name, "--against", "moe.py", *options)
         assert done.code == 0, done.out
-        assert done.out.startswith(
-            "onnxruntime-cpu matches the gate of gate alone, not the model (torch)"
-        )
+        assert done.out.startswith("onnxruntime-cpu matches the gate of gate alone, not the model (torch)")
     said = json.loads(command("verify", path.name, "--against", "moe.py", "--json").out)
     assert said["about"]["compared with"] == "the gate of gate alone, not the model"
 
