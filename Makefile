@@ -34,9 +34,9 @@ demo: install
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadfile --durations=40 -m "not slow" --ignore=tests/bench
 
-# At most 25 minutes of the slow tests, others each day.
+# At most 25 minutes of the slow tests (or MINUTES), others each day.
 test-slow-share: install
-	$(BIN)/python tests/slow_share.py
+	$(BIN)/python tests/slow_share.py $(addprefix --minutes ,$(MINUTES))
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
