@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 import torch
 from opened import session_of, subject_of
 from torch import nn
 
-from moe_export.errors import NotExportableError
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.tracing.trace import trace
 
@@ -51,8 +49,10 @@ class Doubles(nn.Module):
         return x
 
 
-def test_what_else_depends_on_a_mask_is_refused():
-    with pytest.raises(NotExportableError, match="a condition on the values of a tensor decides") as caught:
-        trace(subject_of(Doubles()))
+def test_what_else_depends_on_a_mask_is_a_decision():
+    traced = trace(subject_of(Doubles()))
     line = Doubles.forward.__code__.co_firstlineno + 1
-    assert caught.value.where == f"{__file__}:{line}"
+    assert traced.decisions == (f"{__file__}:{line}",)
+    run = traced.program.module()
+    for x in (torch.ones(3, 5, 16), -torch.ones(3, 5, 16)):
+        torch.testing.assert_close(run(x)[0], Doubles()(x))
