@@ -4,13 +4,15 @@
     if torch.all(n == 0): ...          true
     if self.scale.max() > 1: ...       as the weights have it
 
-The value's nodes are run on small sizes, several of them: what is the same at each is taken for known.
+The value's nodes are run on small sizes, several of them. It is known where not only the answer is the same at each,
+but the least and the greatest element of every value on the way: `torch.ones(n).sum() > 100` has one answer at small
+sizes, and another beyond them.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -45,10 +47,14 @@ def known_truth(node: fx.Node, weights: Mapping[fx.Node, Any]) -> bool | None:
     """
     try:
         order = _needed(node, weights)
-        answers = {_run(order, weights, size) for size in _SIZES}
+        ranges = {tuple(_ranges(order, weights, size)) for size in _SIZES}
     except Exception:
         return None
-    return answers.pop() if len(answers) == 1 else None
+    found = ranges.pop()
+    if ranges or not found:
+        return None
+    ((least, _),) = found[-1]
+    return bool(least)
 
 
 def _needed(node: fx.Node, weights: Mapping[fx.Node, Any]) -> list[fx.Node]:
@@ -87,7 +93,10 @@ def _is_size(node: fx.Node) -> bool:
     return isinstance(node.meta.get("val"), torch.SymInt)
 
 
-def _run(order: list[fx.Node], weights: Mapping[fx.Node, Any], size: int) -> bool:
+def _ranges(
+    order: list[fx.Node], weights: Mapping[fx.Node, Any], size: int
+) -> Iterator[tuple[tuple[float, float], ...]]:
+    """The least and the greatest element of each tensor that a node gives, node by node."""
     values: dict[fx.Node, Any] = dict(weights)
 
     def value_of(node: fx.Node) -> Any:
@@ -101,7 +110,14 @@ def _run(order: list[fx.Node], weights: Mapping[fx.Node, Any], size: int) -> boo
             found = values[node]
             if isinstance(found, torch.Tensor) and found.numel() > _MOST_ELEMENTS:
                 raise _UnknownError
-        return bool(values[order[-1]])
+            yield tuple(map(_range, found if isinstance(found, (tuple, list)) else (found,)))
+
+
+def _range(value: Any) -> tuple[float, float]:
+    tensor = torch.as_tensor(value)
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    least, greatest = real.to(torch.float64).aminmax()
+    return float(least), float(greatest)
 
 
 def _empty(node: fx.Node, size: int) -> torch.Tensor:

@@ -163,6 +163,24 @@ def known(self, x):
     return x
 
 
+class ByLength(nn.Module):
+    """Asks a tensor how long the input is: one answer at small sizes, another beyond them."""
+
+    def forward(self, x):
+        if x.new_ones(x.shape[1]).sum() > 20:
+            return 3 * x
+        return x
+
+
+def test_what_the_sizes_decide_is_a_decision(tools):
+    traced = trace(tools.subject(ByLength(), torch.randn(2, 5)))
+    assert len(traced.decisions) == 1
+    run = traced.program.module()
+    for length in (1, 5, 19, 20, 21, 22, 300):
+        x = torch.randn(3, length)
+        torch.testing.assert_close(run(x)[0], ByLength()(x))
+
+
 def test_what_no_input_has_a_say_in_is_no_decision(tools):
     graph = tools.graph(Decides(known), torch.rand(5, 4))
     assert len(graph.traced.decisions) == 1
