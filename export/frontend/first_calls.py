@@ -58,14 +58,16 @@ def first_calls(module: nn.Module, call: Callable[[], list[Leaf]], source: Path)
     unread: frozenset[str] = frozenset()
     if first:
         between = State.of(module, weights=any(what.startswith(_WEIGHT) for what in first)).with_globals()
-        told = [_copied(leaf.value) for leaf in found]  # before a call that may write into what it returned
+        returned = [
+            _copied(leaf.value) for leaf in found
+        ]  # before a call that may write into what it returned
         later = call()
         again = between.changed()
         if _alike(
-            told, [leaf.value for leaf in later], _ROUNDING
+            returned, [leaf.value for leaf in later], _ROUNDING
         ):  # a norm that is limited again rounds again
             again = frozenset(what for what in again if not what.startswith(_WEIGHT))
-        if _alike(told, [leaf.value for leaf in later], 0.0):
+        if _alike(returned, [leaf.value for leaf in later], 0.0):
             unread = again
     state = start.lasting()
     before.restore()

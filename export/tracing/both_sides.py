@@ -58,7 +58,7 @@ class BothSides:
     Attributes:
         module: The model.
         is_open: Whether a value is a tensor whose truth only the graph knows.
-        note: Is told of each such branch, by `file:line`.
+        note: Is given `file:line` of each such branch.
         running: The branches that are under way, by `file:line`, the innermost last.
     """
 

@@ -188,7 +188,7 @@ class _Question:
     Attributes:
         place: `file:line`.
         truth: What it asked for, a tensor () of bool.
-        answer: What it was told.
+        answer: What it was answered.
     """
 
     place: str
@@ -204,13 +204,13 @@ class _Asking(TorchFunctionMode):
         self.weights: Callable[[], Mapping[fx.Node, Any]] = dict
         self.answers: tuple[bool, ...] = ()  # to the questions of one call, in order; then "true"
         self.asked: list[_Question] = []
-        self._told: dict[fx.Node, bool] = {}
+        self._answered: dict[fx.Node, bool] = {}
         self._looks = False
         self._decisions = decisions
 
     def start(self, answers: tuple[bool, ...]) -> None:
         """Begin a call with the answers to its first questions."""
-        self.answers, self.asked, self._told = answers, [], {}
+        self.answers, self.asked, self._answered = answers, [], {}
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -241,7 +241,7 @@ class _Asking(TorchFunctionMode):
     def _answer(self, value: torch.Tensor, node: fx.Node, place: str) -> bool:
         if self._looks:
             raise _OpenError
-        known = self._told.get(node)
+        known = self._answered.get(node)
         if known is None:
             known = known_truth(node, self.weights())
         if known is not None:
@@ -257,7 +257,7 @@ class _Asking(TorchFunctionMode):
                 raise DecisionMetError(place)
         answer = self.answers[len(self.asked)] if len(self.asked) < len(self.answers) else True
         self.asked.append(_Question(place, truth_of(value), answer))
-        self._told[node] = answer
+        self._answered[node] = answer
         self._decisions.note(place)
         return answer
 
