@@ -11,37 +11,29 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import onnx
 import onnx_ir as ir
 
 from moe_export.errors import MissingBackendError, NotExportableError, UsageError
-from moe_export.export.engines import turing
 from moe_export.export.engines.failure import build_refusals, corner_refusals, parse_refusals
+from moe_export.export.engines.graph_file import as_file, fitted, read_graph
 from moe_export.export.engines.layers import compiled_layers, memory, network_layers
-from moe_export.export.engines.module import CURRENT, RTX, Module, check_capabilities, errors_in, load_module
-from moe_export.export.engines.profiles import (
-    Range,
-    Ranges,
-    complete_ranges,
-    free_dims,
-    input_shapes,
-    shapes_at,
-)
+from moe_export.export.engines.module import CURRENT, Module, check_capabilities, errors_in, load_module
+from moe_export.export.engines.profiles import Range, Ranges, input_shapes, shapes_at
 from moe_export.export.engines.refusal import refused
 from moe_export.export.engines.rules import moe_layers
-from moe_export.export.engines.settings import Settings, check_settings, configure, keep_timings
-from moe_export.export.onnx.functions import without_functions
-from moe_export.external_data import check_external_data
+from moe_export.export.engines.settings import Settings, check_settings, configure
+from moe_export.export.engines.shape_inputs import complete_profile, set_values, value_names
+from moe_export.export.engines.timing_cache import keep_timings
+from moe_export.tensorrt_api import Builder, IBuilderConfig, ILogger, INetworkDefinition, present_gpu
 
 Step = Callable[[str], AbstractContextManager[Any]]
-_INLINE = 2**31 - 2**24  # protobuf cannot hold 2 GiB
 _NEEDS_GPU = re.compile(r"cudaError|CUDA_SUCCESS|Cuda Runtime")
 
 
@@ -111,9 +103,9 @@ def build_engines(
         model: An ONNX file or model.
         capabilities: `sm75`, `sm80`, `sm86`, `sm89`, `sm120`, `sm121`, or `portable` for every GPU from Ampere on
             (TensorRT-RTX, no GPU needed); `current` for the GPU that is present.
-        ranges: `{"seq": (1, 512, 4096)}`: least, best and greatest size of a dynamic dimension; a list of such for
-            several profiles. A dimension that is not named has 1:1:8 (`batch`) or 1:128:1024, within what the
-            graph's metadata says it is right for.
+        ranges: `{"seq": (1, 512, 4096)}`: least, best and greatest size of a dynamic dimension, or value of an input
+            that decides shapes; a list of such for several profiles. A dimension that is not named has 1:1:8
+            (`batch`) or 1:128:1024, within what the graph's metadata says it is right for.
         module: `tensorrt-rtx` or `tensorrt`; None chooses by the capabilities.
         settings: What else may be chosen.
         step: Called with the name of each long step; shows progress.
@@ -134,40 +126,17 @@ def build_engines(
     wanted = check_capabilities(capabilities, builder)
     check_settings(settings, builder)
     graph, path = read_graph(model)
-    dims = free_dims(graph)
     several = [ranges or {}] if ranges is None or isinstance(ranges, Mapping) else list(ranges)
-    profiles = tuple(complete_ranges(dims, one) for one in several or [{}])
+    profiles = tuple(complete_profile(graph, one) for one in several or [{}])
     built = []
     for capability in wanted:
         with step(f"building {capability} with {builder.name} {builder.version}"):
-            fitted, file, notes = _fit(graph, path, capability, builder)
-            with as_file(fitted, file) as named:
-                engine = _build(builder, fitted, named, capability, profiles, settings)
-            built.append(replace(engine, notes=notes))
+            _check_layers(graph, capability, builder)
+            changed, file, notes = fitted(graph, path, capability, builder.name)
+            with as_file(changed, file) as named:
+                engine = _build(builder, changed, named, capability, profiles, settings)
+            built.append(replace(engine, notes=(*notes, *engine.notes)))
     return tuple(built)
-
-
-def read_graph(model: str | Path | onnx.ModelProto | ir.Model) -> tuple[ir.Model, Path | None]:
-    """A model for TensorRT's parser, its functions written out, and its file if it has one.
-
-    Raises:
-        UsageError: There is no such file, or no ONNX model in it.
-    """
-    if isinstance(model, ir.Model):
-        return model, None
-    if isinstance(model, onnx.ModelProto):
-        return ir.from_proto(model), None
-    path = Path(model)
-    if not path.is_file():
-        raise UsageError(f"no file {path}", hint="give an .onnx file")
-    check_external_data(path)
-    try:
-        graph = ir.load(path)
-    except Exception as error:
-        raise UsageError(f"{path} is not an ONNX model: {error}") from error
-    if not graph.graph.outputs:
-        raise UsageError(f"{path} is not an ONNX model: it has no outputs", hint="give an .onnx file")
-    return without_functions(graph), path
 
 
 def _build(
@@ -179,20 +148,17 @@ def _build(
     settings: Settings,
 ) -> Engine:
     start = time.perf_counter()
-    trt, log = module.trt, module.log()
-    builder = trt.Builder(log)
-    if not builder:
+    log = module.log()
+    builder = _builder(module, log)
+    network, config = builder.create_network(module.network_flags()), builder.create_builder_config()
+    if network is None or config is None:
         raise _no_gpu(module, log)
-    network = builder.create_network(module.network_flags())
-    parser = trt.OnnxParser(network, log)
+    parser = module.trt.OnnxParser(network, log)  # holds weights until the engine is built
     if not parser.parse_from_file(str(path)):
         raise refused(parse_refusals(parser, graph), f"{module.name} {module.version} cannot read the graph")
-    config = builder.create_builder_config()
     module.aim(config, capability)
-    configure(config, settings, module)
-    shapes = input_shapes(graph)
-    for ranges in profiles:
-        config.add_optimization_profile(_profile(builder, network, shapes_at(shapes, ranges)))
+    timings = configure(config, settings, module)
+    _add_profiles(builder, network, config, graph, profiles)
     plan = builder.build_serialized_network(network, config)
     if plan is None:
         raise _not_built(module, log, graph, capability, settings)
@@ -201,7 +167,8 @@ def _build(
         raise refused(
             impossible, f"the graph cannot run at all sizes that the {capability} engine shall take"
         )
-    keep_timings(config, settings)
+    del timings  # had to live until here
+    kept = keep_timings(config, settings.timing_cache) if settings.timing_cache is not None else ""
     return Engine(
         capability,
         module.name,
@@ -212,55 +179,51 @@ def _build(
         settings.facts(),
         memory(log),
         {"network": network_layers(network), "engine": compiled_layers(log)},
+        (kept,) if kept else (),
     )
 
 
-def _fit(
-    graph: ir.Model, path: Path | None, capability: str, module: Module
-) -> tuple[ir.Model, Path | None, tuple[str, ...]]:
-    """The graph as these GPUs can compute it, its file if that is the file's, and what was changed."""
+def _builder(module: Module, log: ILogger) -> Builder:
+    """A builder; its constructor raises where it finds no driver."""
+    try:
+        return module.trt.Builder(log)
+    except (TypeError, RuntimeError) as error:
+        raise _no_gpu(module, log) from error
+
+
+def _add_profiles(
+    builder: Builder,
+    network: INetworkDefinition,
+    config: IBuilderConfig,
+    graph: ir.Model,
+    profiles: Sequence[Mapping[str, Range]],
+) -> None:
+    """Shapes of every input, and values of those that decide shapes."""
+    shapes, names = input_shapes(graph), value_names(graph)
+    for ranges in profiles:
+        profile = builder.create_optimization_profile()
+        for name, (low, best, high) in shapes_at(shapes, ranges).items():
+            profile.set_shape(name, low, best, high)
+        set_values(profile, network, ranges, names)
+        if config.add_optimization_profile(profile) < 0:
+            sizes = ", ".join(f"{name}={found}" for name, found in ranges.items())
+            raise UsageError(f"TensorRT does not take the profile {sizes}", hint="other sizes: --range")
+
+
+def _check_layers(graph: ir.Model, capability: str, module: Module) -> None:
+    """Refuse what a builder is known to fail on after a long time."""
     found = () if capability == CURRENT else tuple(moe_layers(graph, capability))
     if found:
         raise refused(found, f"{module.name} {module.version} builds no {capability}")
-    if capability == turing.CAPABILITY and module.name == RTX:
-        fitted, count = turing.without_float32_products(graph)
-        if count:
-            return fitted, None, (turing.NOTE.format(count=count),)
-    return graph, path, ()
-
-
-@contextmanager
-def as_file(graph: ir.Model, path: Path | None) -> Iterator[Path]:
-    """The file of a graph, for a parser that reads weights of any size; a temporary one if it has none."""
-    if path is not None:
-        yield path
-        return
-    with TemporaryDirectory(prefix="moe-export-") as folder:
-        weights = [value.const_value for value in graph.graph.initializers.values()]
-        large = sum(weight.nbytes for weight in weights if weight is not None) > _INLINE
-        outside = large or any(isinstance(weight, ir.ExternalTensor) for weight in weights)
-        file = Path(folder, "model.onnx")
-        ir.save(graph, file, external_data="model.onnx.data" if outside else None)
-        yield file
-
-
-def _profile(builder: Any, network: Any, shapes: Mapping[str, tuple[tuple[int, ...], ...]]) -> Any:
-    profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        profile.set_shape(tensor.name, *shapes[tensor.name])
-    return profile
 
 
 def has_gpu() -> bool:
     """Whether this machine has a GPU that PyTorch can use."""
-    import torch
-
-    return bool(torch.cuda.is_available())
+    return present_gpu() is not None
 
 
 def _not_built(
-    module: Module, log: Any, graph: ir.Model, capability: str, settings: Settings
+    module: Module, log: ILogger, graph: ir.Model, capability: str, settings: Settings
 ) -> MissingBackendError | NotExportableError:
     """The error for a graph that was read, and of which no engine was made."""
     needs_gpu = any(_NEEDS_GPU.search(text) for text in errors_in(log))
@@ -276,7 +239,7 @@ def _not_built(
     )
 
 
-def _no_gpu(module: Module, log: Any) -> MissingBackendError:
+def _no_gpu(module: Module, log: ILogger) -> MissingBackendError:
     listed = ", ".join(module.capabilities)
     reason = next(iter(errors_in(log)), "it found no device")
     return MissingBackendError(

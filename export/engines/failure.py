@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import onnx_ir as ir
 
 from moe_export.export.engines.module import errors_in
 from moe_export.export.engines.refusal import Refusal, all_nodes, refusal_at
 from moe_export.export.engines.rules import BY_POSITION, MOST_K, find_refusals
+from moe_export.tensorrt_api import ILogger, OnnxParser
 
 _QUOTED = re.compile(r"'([^']+)'|\"([^\"]+)\"|\{([^{}]+)\}|(?<=[:\s])([\w./]+)(?=[\s:(,.\]])")
 _NOISE = re.compile(
@@ -19,6 +19,10 @@ _NOISE = re.compile(
 _NUMBER = re.compile(r"_\d+$")
 _NOT_THE_REASON = re.compile(r"catchCudaError|CUDA driver version is insufficient")
 _CORNER = re.compile(r"Profile k(?P<corner>MIN|OPT|MAX) values are not self-consistent\. (?P<why>.*)")
+_VIOLATED = re.compile(
+    r"k(?P<corner>MIN|OPT|MAX) values for profile \d+ violate shape constraints: (?P<why>.*)", re.DOTALL
+)
+_OTHER_SIZES = "other sizes: --range DIM=MIN:OPT:MAX"
 _CORNERS = {"MIN": "least", "OPT": "best", "MAX": "greatest"}
 
 # What the builder says → what it means, and what avoids it.
@@ -52,7 +56,7 @@ _MEANINGS: tuple[tuple[re.Pattern[str], str, str], ...] = (
 )
 
 
-def parse_refusals(parser: Any, model: ir.Model) -> tuple[Refusal, ...]:
+def parse_refusals(parser: OnnxParser, model: ir.Model) -> tuple[Refusal, ...]:
     """What a parser refused, node by node. It stops at the first, so what is known of the others is added."""
     known = find_refusals(model).refused
     places = {refusal.node for refusal in known}
@@ -74,7 +78,7 @@ def parse_refusals(parser: Any, model: ir.Model) -> tuple[Refusal, ...]:
     return tuple(dict.fromkeys([*told, *known]))
 
 
-def build_refusals(log: Any, model: ir.Model, capability: str) -> tuple[Refusal, ...]:
+def build_refusals(log: ILogger, model: ir.Model, capability: str) -> tuple[Refusal, ...]:
     """What a builder said when it made no engine, each with the node that it names."""
     known = find_refusals(model).refused  # what the parser let pass and the builder does not
     places = {refusal.node for refusal in known}
@@ -90,21 +94,24 @@ def _translated(text: str, node: ir.Node | None, capability: str) -> Refusal:
     for pattern, meaning, hint in _MEANINGS:
         if pattern.search(text):
             return refusal_at(node, meaning, hint, capability)
+    if match := _VIOLATED.search(text):
+        return refusal_at(node, _at_corner(match, _clean(match["why"]).removesuffix(")")), _OTHER_SIZES)
     return refusal_at(node, f"TensorRT's builder: {_clean(text)}", capability=capability)
 
 
-def corner_refusals(log: Any, model: ir.Model) -> tuple[Refusal, ...]:
+def corner_refusals(log: ILogger, model: ir.Model) -> tuple[Refusal, ...]:
     """Sizes of a profile at which the graph cannot run. The builder only warns of them, and builds."""
     named = _by_name(model)
     found = []
     for _, text in log.messages:
         if match := _CORNER.search(text):
             why = _clean(match["why"]).split(" Instruction:")[0].split(" Condition ")[0]
-            rule = f"at the {_CORNERS[match['corner']]} sizes of the profile: {why}"
-            found.append(
-                refusal_at(_node_named_in(text, named), rule, "other sizes: --range DIM=MIN:OPT:MAX")
-            )
+            found.append(refusal_at(_node_named_in(text, named), _at_corner(match, why), _OTHER_SIZES))
     return tuple(dict.fromkeys(found))
+
+
+def _at_corner(match: re.Match[str], why: str) -> str:
+    return f"at the {_CORNERS[match['corner']]} sizes of the profile: {why}"
 
 
 def _by_name(model: ir.Model) -> Mapping[str, ir.Node]:

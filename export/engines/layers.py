@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from moe_export.tensorrt_api import ILayer, ILogger, INetworkDefinition, ITensor
+
 _KERNEL = re.compile(r"Name: (?P<name>.*?), LayerType: (?P<kind>[^,]*), Inputs: (?P<rest>.*)")
 _TENSOR = re.compile(
     r"\{ Name: (?P<name>.*?), (?:Location: \w+, )?Dimensions: \[(?P<shape>[^\]]*)\], .*?Datatype: (?P<dtype>\w+)"
@@ -21,7 +23,7 @@ _MEMORY = {
 _ONNX_LAYER = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
 
 
-def network_layers(network: Any) -> list[dict[str, Any]]:
+def network_layers(network: INetworkDefinition) -> list[dict[str, Any]]:
     """The layers that the parser made of the graph, in order, with the ONNX node that each one is for.
 
     A shape's unknown size is -1.
@@ -29,7 +31,7 @@ def network_layers(network: Any) -> list[dict[str, Any]]:
     return [_layer(network.get_layer(index)) for index in range(network.num_layers)]
 
 
-def _layer(layer: Any) -> dict[str, Any]:
+def _layer(layer: ILayer) -> dict[str, Any]:
     nodes = _ONNX_LAYER.findall(layer.metadata or "")
     outputs = [layer.get_output(index) for index in range(layer.num_outputs)]
     return {
@@ -40,7 +42,7 @@ def _layer(layer: Any) -> dict[str, Any]:
     }
 
 
-def _tensor(tensor: Any) -> dict[str, Any]:
+def _tensor(tensor: ITensor) -> dict[str, Any]:
     try:
         shape = list(tensor.shape)
     except ValueError:  # its rank is known only when it runs
@@ -48,7 +50,7 @@ def _tensor(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": tensor.dtype.name, "shape": shape}
 
 
-def compiled_layers(log: Any) -> list[dict[str, Any]]:
+def compiled_layers(log: ILogger) -> list[dict[str, Any]]:
     """The kernels of the engine: what the builder fused the network's layers into, as it says in its log."""
     texts = [text for _, text in log.messages if text.startswith("Layers:")]
     found = map(_KERNEL.match, texts[-1].splitlines() if texts else ())
@@ -81,7 +83,7 @@ def _tensors(text: str) -> list[dict[str, Any]]:
     ]
 
 
-def memory(log: Any) -> dict[str, int]:
+def memory(log: ILogger) -> dict[str, int]:
     """Bytes for activations, weights and scratch at the greatest sizes, as far as the builder says them."""
     found = {}
     for name, pattern in _MEMORY.items():

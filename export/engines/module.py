@@ -4,8 +4,10 @@ Both have the same API (`Builder`, `OnnxParser`, profiles). What differs is here
 
 | | TensorRT-RTX (`tensorrt-rtx`) | TensorRT (`tensorrt`) |
 |---|---|---|
-| builds for | compute capabilities by name, without a GPU; all from Ampere on; the GPU present | the GPU present |
+| builds for | compute capabilities by name, without a GPU; all from Ampere on; the GPU present | the GPU present, \
+all of its capability, all from Ampere on; other versions and Windows |
 | typing | always strongly typed | strongly typed by a flag before version 11 |
+| constructors without a driver | `Builder` works | raise |
 | cache | of kernels, compiled when the engine runs first | of tactics, timed in the build |
 """
 
@@ -14,9 +16,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any
+from typing import Any, cast
 
 from moe_export.errors import MissingBackendError, UsageError
+from moe_export.tensorrt_api import IBuilderConfig, ILogger, TensorRt, present_gpu
 
 CURRENT = "current"  # the GPU of this machine
 PORTABLE = "portable"  # every GPU from Ampere on, with TensorRT-RTX
@@ -35,7 +38,7 @@ class Module:
     """
 
     name: str
-    trt: Any
+    trt: TensorRt
 
     @property
     def version(self) -> str:
@@ -44,24 +47,39 @@ class Module:
 
     @property
     def capabilities(self) -> tuple[str, ...]:
-        """What it can build for without a GPU: `sm75`, `sm80`, ..., `portable`; nothing in full TensorRT."""
-        listed = getattr(self.trt, "ComputeCapability", None)
-        if listed is None:
-            return ()
-        return (*(name.lower() for name in listed.__members__ if name.startswith("SM")), PORTABLE)
+        """What it can build for besides the very GPU that is present.
+
+        TensorRT-RTX: `sm75`, `sm80`, ..., `portable`, without a GPU. Full TensorRT: GPUs like the present one, `sm89`,
+        and `portable`.
+        """
+        if self.name == RTX:
+            listed = self.trt.ComputeCapability.__members__
+            return (*(name.lower() for name in listed if name.startswith("SM")), PORTABLE)
+        gpu = present_gpu()
+        return () if gpu is None else (gpu, PORTABLE)
 
     def network_flags(self) -> int:
         """The flags of a strongly typed network, whose types are those of the graph."""
         flags = self.trt.NetworkDefinitionCreationFlag
         return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
 
-    def aim(self, config: Any, capability: str) -> None:
-        """Let a builder's configuration build for one capability."""
-        if self.capabilities and capability != PORTABLE:
-            config.num_compute_capabilities = 1
-            config.set_compute_capability(getattr(self.trt.ComputeCapability, capability.upper()), 0)
+    def aim(self, config: IBuilderConfig, capability: str) -> None:
+        """Let a builder's configuration build for one capability.
 
-    def log(self) -> Any:
+        Raises:
+            UsageError: TensorRT does not take it.
+        """
+        if self.name == RTX and capability != PORTABLE:
+            config.num_compute_capabilities = 1
+            target = getattr(self.trt.ComputeCapability, capability.upper())
+            if not config.set_compute_capability(target, 0):
+                raise UsageError(f"{self.name} {self.version} does not build for {capability}")
+        elif self.name == FULL and capability != CURRENT:
+            levels = self.trt.HardwareCompatibilityLevel
+            level = levels.AMPERE_PLUS if capability == PORTABLE else levels.SAME_COMPUTE_CAPABILITY
+            config.hardware_compatibility_level = level
+
+    def log(self) -> ILogger:
         """The process's one logger for this module, emptied; it prints nothing.
 
         TensorRT takes the first logger that it is given and ignores later ones while anything made with it lives.
@@ -73,11 +91,11 @@ class Module:
         return _LOGS[self.name]
 
 
-_LOGS: dict[str, Any] = {}
+_LOGS: dict[str, ILogger] = {}
 
 
-def _new_log(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
+def _new_log(trt: TensorRt) -> ILogger:
+    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
             self.messages: list[tuple[int, str]] = []
@@ -85,10 +103,10 @@ def _new_log(trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             self.messages.append((int(severity.value), message))
 
-    return Log()
+    return cast(ILogger, Log())
 
 
-def errors_in(log: Any) -> list[str]:
+def errors_in(log: ILogger) -> list[str]:
     """The errors that a logger was told, each once, in order."""
     return list(dict.fromkeys(text for severity, text in log.messages if severity <= _ERROR))
 
@@ -112,7 +130,7 @@ def load_module(name: str | None = None, capabilities: Sequence[str] = ()) -> Mo
     name = name or RTX
     imported = name.replace("-", "_")
     try:
-        return Module(name, import_module(imported))
+        return Module(name, cast(TensorRt, import_module(imported)))
     except ImportError as error:
         raise MissingBackendError(
             f"{name} is not installed: {error}"

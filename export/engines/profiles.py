@@ -35,10 +35,10 @@ _FUNCTIONS: dict[str, Callable[..., int]] = {"max": max, "min": min, "Max": max,
 
 @dataclass(frozen=True)
 class Range:
-    """Sizes of a dimension: the least, the one to be fast at, and the greatest.
+    """Sizes of a dimension, or values that decide one: the least, the one to be fast at, and the greatest.
 
     Raises:
-        UsageError: They are negative or not in order.
+        UsageError: They are not in order.
     """
 
     minimum: int
@@ -46,9 +46,9 @@ class Range:
     maximum: int
 
     def __post_init__(self) -> None:
-        if not 0 <= self.minimum <= self.best <= self.maximum:
+        if not self.minimum <= self.best <= self.maximum:
             raise UsageError(
-                f"range {self}: not 0 <= min <= opt <= max", hint="for example: --range seq=1:512:4096"
+                f"range {self}: not min <= opt <= max", hint="for example: --range seq=1:512:4096"
             )
 
     def __str__(self) -> str:
@@ -83,7 +83,11 @@ def parse_range(text: str) -> tuple[str, Range]:
     """
     name, equals, sizes = text.partition("=")
     parts = sizes.split(":")
-    if not equals or len(parts) not in {1, 3} or not all(re.fullmatch(r"\s*\d+\s*", part) for part in parts):
+    if (
+        not equals
+        or len(parts) not in {1, 3}
+        or not all(re.fullmatch(r"\s*-?\d+\s*", part) for part in parts)
+    ):
         raise UsageError(
             f"--range {text!r} is not NAME=MIN:OPT:MAX", hint="for example: --range seq=1:512:4096"
         )

@@ -187,3 +187,26 @@ def test_tf32_is_off_unless_it_is_asked_for(command, finished, tmp_path):
         assert command("build", finished / "block.onnx", "--engine", "sm89", "-o", "out", *args).code == 0
         report = json.loads((tmp_path / "out" / "block.engines.json").read_text())
         assert report["engines"][0]["settings"] == settings
+
+
+def test_values_of_an_input_that_decides_shapes_are_ranges(command, tmp_path):
+    text = "g (float[n, 6] x, int64[2] s) => (float[a, b] y) { y = Reshape(x, s) }"
+    onnx.save(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}'), tmp_path / "m.onnx")
+    done = command("build", "m.onnx", "--engine", "sm89", "--range", "n=2:4:8,s_0=2:4:8,s_1=6")
+    assert done.code == 0, done.err
+    assert "profile: n 2:4:8, s_0 2:4:8, s_1 6:6:6" in done.out
+    report = json.loads((tmp_path / "m.engines.json").read_text())
+    assert report["engines"][0]["profiles"] == [{"n": [2, 4, 8], "s_0": [2, 4, 8], "s_1": [6, 6, 6]}]
+    done = command("build", "m.onnx", "--engine", "sm89", "--force")
+    assert done.code == 2
+    assert "--range s_0=MIN:OPT:MAX,s_1=MIN:OPT:MAX" in done.err
+
+
+def test_options_of_full_tensorrt_are_refused_by_tensorrt_rtx(command, finished):
+    for option, said in (
+        (("--version-compatible",), "runs with the version that built it only"),
+        (("--platform", "windows"), "runs on Linux and Windows as it is"),
+    ):
+        done = command("build", finished / "block.onnx", "--engine", "sm89", *option, "-o", "out")
+        assert done.code == 2
+        assert said in done.err

@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ALLOWED = {
     "models": set(),
     "einsum_rewrite": {"errors", "graph_builder"},
-    "verify": {"errors", "domain", "external_data", "float64", "own_files"},
+    "verify": {"errors", "domain", "external_data", "float64", "own_files", "tensorrt_api"},
     "export": {
         "errors",
         "disk",
@@ -26,6 +26,7 @@ ALLOWED = {
         "float64",
         "graph_builder",
         "own_files",
+        "tensorrt_api",
         "einsum_rewrite",
     },
 }
@@ -41,6 +42,7 @@ BELOW = {
     "float64",
     "graph_builder",
     "own_files",
+    "tensorrt_api",
     "backends",
     "options",
     "comparison_settings",

@@ -10,7 +10,7 @@ from typing import Any
 import onnx
 
 from moe_export.commands.console import Console
-from moe_export.export.engines.build import read_graph
+from moe_export.export.engines.graph_file import read_graph
 from moe_export.export.engines.profiles import Range, complete_ranges, free_dims
 from moe_export.options.sizes import parse_one_set
 from moe_export.running.benching import Job, Timing, measure

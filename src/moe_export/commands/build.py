@@ -14,16 +14,18 @@ import click
 import moe_export
 from moe_export.commands.console import Console
 from moe_export.errors import UsageError
-from moe_export.export.engines.build import Engine, build_engines, read_graph
+from moe_export.export.engines.build import Engine, build_engines
+from moe_export.export.engines.graph_file import read_graph
 from moe_export.export.engines.module import check_capabilities, load_module
-from moe_export.export.engines.profiles import Range, free_dims, parse_range
+from moe_export.export.engines.profiles import Range, parse_range
 from moe_export.export.engines.settings import Settings, check_settings
+from moe_export.export.engines.shape_inputs import range_names
 from moe_export.export.onnx.serialize import staging
 from moe_export.options.engines import ENGINES
 from moe_export.options.memory import parse_bytes
 from moe_export.options.table import names_in
 from moe_export.own_files import require_free
-from moe_export.running.engines import not_run, run_status
+from moe_export.running.engines import NOT_RUN, not_run, run_status
 
 SCHEMA = "moe-export/engines/1"
 
@@ -34,7 +36,7 @@ class Request:
 
     Attributes:
         capabilities: What to build for, in lower case.
-        profiles: Ranges of dimensions, one dict a profile.
+        profiles: Ranges of dimensions, and of values that decide shapes, one dict a profile.
         module: `tensorrt-rtx`, `tensorrt`, or None for whichever fits.
         settings: The rest.
         layers: Whether to write what each engine is made of.
@@ -71,6 +73,8 @@ def take_request(options: dict[str, Any]) -> Request | None:
         workspace=None if given["workspace"] is None else parse_bytes(given["workspace"], "--workspace"),
         tf32=given["tf32"],
         timing_cache=Path(given["timing_cache"]) if given["timing_cache"] else None,
+        version_compatible=given["version_compatible"],
+        platform=given["platform"],
     )
     module = load_module(given["builder"], wanted)
     capabilities = check_capabilities(wanted, module)
@@ -116,7 +120,7 @@ def build_files(
         What a report says of each, with its file's name.
     """
     model, _ = read_graph(graph)
-    names = {dim.name for dim in free_dims(model)}
+    names = set(range_names(model))
     ranges = [{name: found for name, found in one.items() if name in names} for one in request.profiles]
     engines = build_engines(
         graph, request.capabilities, ranges, module=request.module, settings=request.settings, step=step
@@ -130,7 +134,11 @@ def _write(engine: Engine, graph: Path, folder: Path, layers: bool) -> dict[str,
     if layers:
         text = json.dumps(engine.layers, indent=1)
         (folder / f"{name}.layers.json").write_text(text + "\n", encoding="utf-8")
-    status, report = run_status(folder / f"{name}.engine", graph, engine.capability, engine.module)
+    path = folder / f"{name}.engine"
+    if "platform" in engine.settings:
+        status, report = f"{NOT_RUN}: it is for {engine.settings['platform']}", None
+    else:
+        status, report = run_status(path, graph, engine.capability, engine.module)
     verification = report.to_dict() if report is not None else None
     return {"file": f"{name}.engine", "status": status, **engine.to_dict(), "verification": verification}
 
@@ -175,7 +183,7 @@ def run_build(
     assert request is not None  # --engine is required here
     path = Path(graph)
     model, _ = read_graph(path)
-    check_names(request, (dim.name for dim in free_dims(model)))
+    check_names(request, range_names(model))
     folder = Path(output) if output is not None else path.parent
     name = f"{path.name.removesuffix('.onnx')}.engines.json"
     require_free(folder / name, "report", inputs=[path], force=force)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from moe_export.commands.console import Console
-from moe_export.export.engines.build import read_graph
+from moe_export.export.engines.graph_file import read_graph
 from moe_export.export.engines.refusal import Refusal
 from moe_export.export.engines.rules import Findings, find_refusals
 

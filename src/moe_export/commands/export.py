@@ -30,6 +30,7 @@ from moe_export.comparison_settings import check_names as check_outputs
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import Code, MissingBackendError, NotExportableError, UsageError
 from moe_export.export.engines.profiles import dim_facts
+from moe_export.export.engines.shape_inputs import range_names
 from moe_export.export.frontend.load import load_subject, split_spec
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.bodies import initializers
@@ -70,7 +71,7 @@ def run_export(request: ExportRequest) -> int:
             return show_stage(request.stop_after, subject, options, console, show=request.show)
         graphs = _exported(subject, options, request.parallel, console)
         if request.engines is not None:
-            check_names(request.engines, (dim.name for graph in graphs for dim in graph.traced.dims))
+            check_names(request.engines, (name for graph in graphs for name in range_names(graph.model)))
         names = file_names(subject.source.stem, graphs)
         reports: list[Report | None] = []
         checked: list[Graph] = []

@@ -20,7 +20,7 @@ from moe_export.commands.diff import figures_of, operators_of, sketches_of
 from moe_export.commands.export import run_export
 from moe_export.commands.request import ExportRequest
 from moe_export.errors import MissingBackendError, UsageError
-from moe_export.export.engines.build import read_graph
+from moe_export.export.engines.graph_file import read_graph
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.dispatch import Dispatch, find_dispatches

@@ -12,7 +12,7 @@ import onnx
 
 from moe_export.commands.console import Console
 from moe_export.errors import UsageError
-from moe_export.export.engines.build import read_graph
+from moe_export.export.engines.graph_file import read_graph
 from moe_export.own_files import put_text, require_free
 from moe_export.pictures.picture import Marks, svg_of
 from moe_export.pictures.sketch import Level, Sketch, sketch_of

@@ -10,8 +10,8 @@ _BUILDING = (*EXPORTING, "build")
 _READ_BY = ("engines",)
 _GROUP = "TensorRT engines"
 _ENGINE = (
-    "Build a TensorRT engine for each: sm75 to sm121, portable (Ampere and newer; no GPU needed), or current (the GPU"
-    " of this machine)."
+    "Build a TensorRT engine for each: sm75 to sm121, portable (Ampere and newer), or current (the GPU of this"
+    " machine). With tensorrt-rtx all but current need no GPU."
 )
 
 # fmt: off
@@ -37,6 +37,11 @@ ENGINES = (
            goes_with="engine"),
     Option("timing_cache", "--timing-cache", _GROUP, "Keep timings for the next build (tensorrt only).", _BUILDING,
            _READ_BY, metavar="FILE", goes_with="engine"),
+    Option("version_compatible", "--version-compatible", _GROUP,
+           "Make an engine that later versions run, too (tensorrt only).", _BUILDING, _READ_BY, type=bool,
+           goes_with="engine"),
+    Option("platform", "--platform", _GROUP, "Where the engine is to run (tensorrt only).", _BUILDING, _READ_BY,
+           type=click.Choice(["windows"]), otherwise="where it is built", goes_with="engine"),
     Option("layers", "--layers", _GROUP, "Write what each engine is made of, as JSON.", _BUILDING, _READ_BY,
            type=bool, goes_with="engine"),
 )

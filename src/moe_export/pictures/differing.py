@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
-from moe_export.export.engines.build import read_graph
+from moe_export.export.engines.graph_file import read_graph
 from moe_export.export.engines.profiles import complete_ranges, free_dims, input_shapes
 from moe_export.pictures.sketch import Sketch, count_of, shape_text
 from moe_export.running.inputs import inputs_at

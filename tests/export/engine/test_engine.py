@@ -114,6 +114,7 @@ def test_without_the_module_it_says_what_to_install():
 
 
 def test_it_is_imported_when_the_first_engine_is_built():
-    code = "import sys, moe_export.export.engines.build; print([name for name in sys.modules if 'tensorrt' in name])"
+    found = "[name for name in sys.modules if name.startswith('tensorrt')]"
+    code = f"import sys, moe_export.export.engines.build; print({found})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -36,7 +36,7 @@ def test_a_range_is_read():
 
 
 @pytest.mark.parametrize(
-    "text", ["seq", "seq=", "seq=1:2", "seq=a:b:c", "seq=1:2:3:4", "seq=-1:2:3", "=1:x:2"]
+    "text", ["seq", "seq=", "seq=1:2", "seq=a:b:c", "seq=1:2:3:4", "seq=--1:2:3", "=1:x:2"]
 )
 def test_what_is_no_range_says_what_one_looks_like(text):
     with pytest.raises(UsageError, match="is not NAME=MIN:OPT:MAX") as error:

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from moe_export.errors import NotExportableError
-from moe_export.export.engines.build import build_engines, read_graph
+from moe_export.export.engines.build import build_engines
+from moe_export.export.engines.graph_file import read_graph
 from moe_export.export.engines.rules import find_refusals
 from moe_export.export.frontend.subject import make_subject
 from moe_export.export.onnx.serialize import write_model
