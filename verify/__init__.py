@@ -24,7 +24,9 @@
 | **`runners`** | the engines; libraries are imported when used |
 | `runners/torch_runner`, `runners/torch_modes` | PyTorch, with the same choices or in float64 |
 | `runners/onnxruntime_runner`, `runners/onnxruntime_errors` | ONNX Runtime, and what it says when it fails |
-| `runners/tensorrt_runner`, `runners/engine_header` | TensorRT; an engine's version, GPUs, size |
+| `runners/tensorrt_runner`, `runners/tensorrt_buffers` | TensorRT; memory for inputs and outputs |
+| `runners/engine_loading`, `runners/engine_header` | loading an engine; its version, GPUs, size |
+| `runners/engine_profile`, `runners/kernel_cache` | what an engine takes; kernels that it compiled |
 | `runners/onnx_reference_runner` | the evaluator of the ONNX project |
 | **`judging`** | when two outputs are the same |
 | `judging/tolerance`, `judging/judge`, `judging/routing` | margins; one output; expert ids |

@@ -14,7 +14,8 @@ from moe_export.export.engines.build import build_engines, has_gpu
 from moe_export.export.engines.module import load_module
 from moe_export.running.engines import compare_with_graph, graph_of, open_engine, run_status
 from moe_export.verify.runners.engine_header import read_header
-from moe_export.verify.runners.tensorrt_runner import TensorRtRunner, read_engine
+from moe_export.verify.runners.engine_loading import read_engine
+from moe_export.verify.runners.tensorrt_runner import TensorRtRunner
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>\n'
 GRAPH = """linear (float[rows, 4] x, int64[rows, 1] shift) => (float[rows, 4] y, int64[rows, 1] z)

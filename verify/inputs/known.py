@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from moe_export.verify.inputs.meaning import Meaning
 from moe_export.verify.inputs.price import Price
+from moe_export.verify.specs import Array
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Known:
             where nothing is known of either.
         holds: Whether the graph is said to be right at some sizes; None if nothing is said.
         unfilled: Inputs of floats whose example is no measurement, but zeros or ones in the place of one.
+        limits: The least and greatest values of inputs, each an array of the input's shape: those that decide the
+            shapes of an engine, which takes no others.
     """
 
     price: Price | None = None
@@ -27,6 +30,7 @@ class Known:
     unfilled: frozenset[str] = frozenset()
     numbers: tuple[int, ...] | None = None
     holds: Callable[[Mapping[str, int]], bool] | None = None
+    limits: Mapping[str, tuple[Array, Array]] = field(default_factory=dict)
 
 
 NOTHING = Known()

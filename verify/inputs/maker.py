@@ -108,7 +108,8 @@ class Maker:
 
     def given(self, sizes: Mapping[str, int]) -> Case:
         """The example itself."""
-        return self._case(EXAMPLE, sizes, lambda spec: np.array(self.example[spec.name]))
+        makers = {spec.name: partial(np.array, self.example[spec.name]) for spec in self.specs}
+        return Case(EXAMPLE, self.seed, dict(sizes), MadeOnce(makers))
 
     def make(
         self, label: str, sizes: Mapping[str, int], *, reserve: bool = False, regime: str = NORMAL
@@ -202,8 +203,13 @@ class Maker:
         regime: str = NORMAL,
     ) -> Case:
         """A case whose arrays are created when accessed."""
-        makers = {spec.name: partial(make, spec) for spec in self.specs}
+        makers = {spec.name: partial(self._within, make, spec) for spec in self.specs}
         return Case(label, self.seed, dict(sizes), MadeOnce(makers), reserve, regime)
+
+    def _within(self, make: Callable[[TensorSpec], Array], spec: TensorSpec) -> Array:
+        """An input's values, cut to those that it may have."""
+        limits = self.known.limits.get(spec.name)
+        return make(spec) if limits is None else np.clip(make(spec), *limits).astype(limits[0].dtype)
 
     def _meaning(self, spec: TensorSpec) -> Meaning:
         return self.known.meanings.get(spec.name, _ORDINARY)

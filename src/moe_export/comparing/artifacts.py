@@ -165,7 +165,8 @@ def graph_example(
     """Random inputs, and the free dimensions, for a graph that no model gives example inputs for.
 
     Floats are standard normal. Integers that index a table are drawn from its rows, other integers are 0 or 1, and
-    bools are true. A free dimension is 2 as the first axis, else 10, within the bounds in the graph's metadata.
+    bools are true; what decides the shapes of an engine has the values that it is fastest at. A free dimension is 2 as
+    the first axis, else 10, within the bounds in the graph's metadata.
     """
     dims = list(runner.dims) if isinstance(runner, TensorRtRunner) else _dims(runner.inputs, facts)
     sizes = {dim.name: dim.traced for dim in dims}
@@ -181,7 +182,14 @@ def graph_example(
             example[spec.name] = np.ones(shape, dtype)
         else:
             example[spec.name] = generator.integers(0, tables.get(spec.name, 2), shape).astype(dtype)
+    if isinstance(runner, TensorRtRunner):
+        example |= {name: limits.best for name, limits in runner.profile.values.items()}
     return example, dims
+
+
+def limits_of(runner: GraphRunner) -> Mapping[str, tuple[Array, Array]]:
+    """The least and greatest values of the inputs that decide the shapes of an engine; a graph has none."""
+    return runner.profile.limits if isinstance(runner, TensorRtRunner) else {}
 
 
 def _dims(specs: Sequence[TensorSpec], facts: Mapping[str, str]) -> list[DimRange]:

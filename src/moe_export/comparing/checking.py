@@ -36,6 +36,7 @@ from moe_export.verify import (
 )
 from moe_export.verify.golden import Recorder, recorded
 from moe_export.verify.inputs.sizes import shape_at
+from moe_export.verify.specs import Array
 
 Routing = Sequence[tuple[str, str | None, str | None]]
 
@@ -185,6 +186,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     about: Mapping[str, str] | None = None,
     narrow: str = "float32",
     domain: Domain | None = None,
+    limits: Mapping[str, tuple[Array, Array]] | None = None,
 ) -> Report:
     """Compare a graph with a model whose inputs have the same names.
 
@@ -204,6 +206,7 @@ def verify_file(  # noqa: PLR0913  each has a name
         about: Facts for the report.
         narrow: The narrowest type that the candidate computes in.
         domain: The sizes that the candidate claims to be right for, besides the bounds of `dims`; None for all.
+        limits: The least and greatest values of inputs that decide the shapes of an engine.
 
     Raises:
         UsageError: The settings name a case that does not exist, or the user's own inputs do not fit.
@@ -218,6 +221,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     runner = apart.reference(reference, names)
     with quiet():
         known = known_of_model(reference, specs, ranges, arrays, seed, graph, domain)
+    known = replace(known, limits=limits or {})
     made = comparison_cases(settings, specs, ranges, arrays, seed, runner, known)
     pairs = [RoutingPair(*pair) for pair in routing]
     watched, watched_cases = recorded(recorder, runner, made, pairs)

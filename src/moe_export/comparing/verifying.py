@@ -22,6 +22,7 @@ from moe_export.comparing.artifacts import (
     graph_routing,
     graph_runner,
     known_of_graph,
+    limits_of,
     metadata,
     narrowest,
     running_type,
@@ -136,6 +137,8 @@ def _graphs(candidate: Artifact, reference: Artifact, request: Request) -> Repor
     outputs = by_position([spec.name for spec in ours.outputs], [spec.name for spec in theirs.outputs])
     tables = table_sizes(shown[0].path) if shown[0].kind == "graph" else {}
     known = known_of_graph(theirs, example, tables, candidate.path)
+    limits = {inputs[name]: found for name, found in limits_of(ours).items()}
+    known = replace(known, limits={**limits_of(theirs), **limits})
     made = comparison_cases(request.settings, specs, dims, example, request.seed, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
     runner, cases = recorded(request.recorder, watchable(reference, theirs, request.recorder), made, routing)

@@ -17,6 +17,7 @@ from moe_export.comparing.artifacts import (
     about_precision,
     graph_routing,
     graph_runner,
+    limits_of,
     metadata,
     running_type,
 )
@@ -139,6 +140,7 @@ def compare_subject(original: Subject, candidate: Artifact, request: Request, ca
             },
             narrow=dtype,
             domain=stated_domain(facts),
+            limits=limits_of(runner),
         )
         if request.why is not None and candidate.kind == "graph":
             found = explain(
@@ -167,6 +169,7 @@ def _float64_against_graph(
         known = known_of_model(
             subject, *plan, candidate.path if candidate.kind == "graph" else None, stated_domain(facts)
         )
+    known = replace(known, limits=limits_of(runner))
     cases = comparison_cases(settings, *plan, known=known)
     watched, cases = recorded(request.recorder, wide, cases, matched.pairs)
     replays = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
@@ -237,6 +240,7 @@ def _model_against_graph(candidate: Artifact, reference: Artifact, request: Requ
             reference.path if reference.kind == "graph" else None,
             stated_domain(metadata(reference.path)),
         )
+    known = replace(known, limits=limits_of(graph))
     made = comparison_cases(request.settings, *plan, known=known)
     routing = graph_routing(reference.path) if reference.kind == "graph" else []
     runner, cases = recorded(request.recorder, watchable(reference, graph, request.recorder), made, routing)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from moe_export.errors import MissingBackendError
-from moe_export.export.engines.build import read_graph
+from moe_export.export.engines.graph_file import as_built, read_graph
 from moe_export.export.engines.module import CURRENT, FULL, PORTABLE, RTX, load_module
 from moe_export.export.engines.profiles import input_shapes
+from moe_export.tensorrt_api import present_gpu
 from moe_export.verify import (
     DimRange,
     OnnxRuntimeRunner,
@@ -23,12 +25,13 @@ from moe_export.verify import (
     cases,
     compare,
 )
+from moe_export.verify.inputs.known import Known
 from moe_export.verify.runners.engine_header import LENGTH, EngineHeader, read_header
-from moe_export.verify.runners.tensorrt_runner import present_gpu
 from moe_export.verify.specs import Array, numpy_dtype
 
-NO_GPU = "built, not run: no GPU"
-_ENGINE = re.compile(r"(?P<stem>.+?)(\.(sm\d+|portable|current))?\.engine")
+NOT_RUN = "built, not run"
+NO_GPU = f"{NOT_RUN}: no GPU"
+_ENGINE = re.compile(r"(?P<stem>.+?)(\.(?P<capability>sm\d+|portable|current))?\.engine")
 
 
 def graph_of(engine: Path) -> Path | None:
@@ -51,9 +54,21 @@ def open_engine(path: Path, module: str | None = None) -> TensorRtRunner:
     """
     if module is None:
         module = FULL if path.is_file() and header_of(path) is None else RTX
-    graph = graph_of(path)
-    shapes = input_shapes(read_graph(graph)[0]) if graph is not None else None
-    return TensorRtRunner(path, load_module(module), shapes=shapes)
+    return _runner(path, graph_of(path), module)
+
+
+def _runner(engine: Path, graph: Path | None, module: str) -> TensorRtRunner:
+    """An engine with the names of its graph, and its weights if they were left out."""
+    if graph is None:
+        return TensorRtRunner(engine, load_module(module))
+    match = _ENGINE.fullmatch(engine.name)
+    capability = (match["capability"] if match else None) or CURRENT
+    return TensorRtRunner(
+        engine,
+        load_module(module),
+        shapes=input_shapes(read_graph(graph)[0]),
+        weights=partial(as_built, graph, capability, module),
+    )
 
 
 def header_of(engine: Path) -> EngineHeader | None:
@@ -78,8 +93,8 @@ def run_status(engine: Path, graph: Path, capability: str, module: str) -> tuple
     if here is None:
         return NO_GPU, None
     if capability not in {here, CURRENT, PORTABLE}:
-        return f"built, not run: this GPU is {here}", None
-    candidate = TensorRtRunner(engine, load_module(module), shapes=input_shapes(read_graph(graph)[0]))
+        return f"{NOT_RUN}: this GPU is {here}", None
+    candidate = _runner(engine, graph, module)
     report = compare_with_graph(candidate, graph)
     return report.verdict, report
 
@@ -90,10 +105,11 @@ def compare_with_graph(candidate: TensorRtRunner, graph: Path, seed: int = 0) ->
     sizes = {dim.name: dim.traced for dim in candidate.dims}
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in candidate.dims]
     example = {spec.name: example_input(spec, sizes) for spec in candidate.inputs}
+    example |= {name: limits.best for name, limits in candidate.profile.values.items()}
     return compare(
         reference,
         candidate,
-        cases(list(candidate.inputs), ranges, example, seed),
+        cases(list(candidate.inputs), ranges, example, seed, known=Known(limits=candidate.profile.limits)),
         tolerance=Tolerance(None, None),
         routing=[],
     )
@@ -110,7 +126,7 @@ def example_input(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
 
 def not_run(statuses: list[str]) -> MissingBackendError | None:
     """The error of `--require-run` for engines that were not run, from their `run_status`; None if all were."""
-    missing = [status for status in statuses if status.startswith("built, not run")]
+    missing = [status for status in statuses if status.startswith(NOT_RUN)]
     if not missing:
         return None
     return MissingBackendError(
