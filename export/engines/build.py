@@ -155,7 +155,9 @@ def _build(
         raise _no_gpu(module, log)
     parser = module.trt.OnnxParser(network, log)  # holds weights until the engine is built
     if not parser.parse_from_file(str(path)):
-        raise refused(parse_refusals(parser, graph), f"{module.name} {module.version} cannot read the graph")
+        raise refused(
+            parse_refusals(parser, graph, module), f"{module.name} {module.version} cannot read the graph"
+        )
     module.aim(config, capability)
     timings = configure(config, settings, module)
     _add_profiles(builder, network, config, graph, profiles)
@@ -235,7 +237,8 @@ def _not_built(
             hint="build it on a machine with an NVIDIA driver, or without --refit and --strip-weights",
         )
     return refused(
-        build_refusals(log, graph, capability), f"{module.name} {module.version} builds no {capability}"
+        build_refusals(log, graph, capability, module),
+        f"{module.name} {module.version} builds no {capability}",
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from moe_export.export.engines.module import errors_in
+from moe_export.export.engines.module import Module, errors_in
 from moe_export.export.engines.refusal import Refusal, all_nodes, refusal_at
 from moe_export.export.engines.rules import BY_POSITION, MOST_K, find_refusals
 from moe_export.tensorrt_api import ILogger, OnnxParser
@@ -50,15 +50,15 @@ _MEANINGS: tuple[tuple[re.Pattern[str], str, str], ...] = (
     ),
     (
         re.compile(r"has no runners that implement it"),
-        "TensorRT-RTX has nothing that computes this operator",
+        "TensorRT has nothing that computes this operator",
         "",
     ),
 )
 
 
-def parse_refusals(parser: OnnxParser, model: ir.Model) -> tuple[Refusal, ...]:
+def parse_refusals(parser: OnnxParser, model: ir.Model, module: Module) -> tuple[Refusal, ...]:
     """What a parser refused, node by node. It stops at the first, so what is known of the others is added."""
-    known = find_refusals(model).refused
+    known = find_refusals(model, module.name, module.version).refused
     places = {refusal.node for refusal in known}
     named = _by_name(model)
     main = list(model.graph)
@@ -78,9 +78,11 @@ def parse_refusals(parser: OnnxParser, model: ir.Model) -> tuple[Refusal, ...]:
     return tuple(dict.fromkeys([*told, *known]))
 
 
-def build_refusals(log: ILogger, model: ir.Model, capability: str) -> tuple[Refusal, ...]:
+def build_refusals(log: ILogger, model: ir.Model, capability: str, module: Module) -> tuple[Refusal, ...]:
     """What a builder said when it made no engine, each with the node that it names."""
-    known = find_refusals(model).refused  # what the parser let pass and the builder does not
+    known = find_refusals(
+        model, module.name, module.version
+    ).refused  # what the parser let pass and the builder does not
     places = {refusal.node for refusal in known}
     named = _by_name(model)
     texts = errors_in(log)

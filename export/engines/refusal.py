@@ -8,9 +8,12 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moe_export.errors import Code, NotExportableError
+from moe_export.export.engines.module import FULL, RTX
 from moe_export.export.onnx.provenance import MODULE, SOURCE
 
 _SHOWN = 8
+ALWAYS_FINE = (0, 0)
+"""What only TensorRT-RTX refuses."""
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,8 @@ class Refusal:
         source: `file.py:line` of the model; empty if the graph does not say.
         hint: Which option avoids it; empty if there is none.
         capability: The one that it is about, `sm75`; empty for all.
+        lifted: The version of full TensorRT from which on it does not refuse this, `(11, 2)`; `ALWAYS_FINE` if none
+            refused it; None if all do. TensorRT-RTX refuses it in any case.
     """
 
     rule: str
@@ -32,6 +37,18 @@ class Refusal:
     source: str = ""
     hint: str = ""
     capability: str = ""
+    lifted: tuple[int, int] | None = None
+
+    @property
+    def builder(self) -> str:
+        """Which TensorRT refuses it, where that is not both: `tensorrt-rtx, and tensorrt before 11.2`."""
+        if self.lifted is None:
+            return ""
+        return (
+            RTX
+            if self.lifted == ALWAYS_FINE
+            else f"{RTX}, and {FULL} before {'.'.join(map(str, self.lifted))}"
+        )
 
     @property
     def place(self) -> str:
@@ -55,16 +72,21 @@ def all_nodes(model: ir.Model) -> Iterator[ir.Node]:
         yield from function.all_nodes()
 
 
-def refusal_at(node: ir.Node | None, rule: str, hint: str = "", capability: str = "") -> Refusal:
+def refusal_at(
+    node: ir.Node | None,
+    rule: str,
+    hint: str = "",
+    capability: str = "",
+    lifted: tuple[int, int] | None = None,
+) -> Refusal:
     """A refusal of one node, with what its metadata says of where it comes from."""
     if node is None:
-        return Refusal(rule, hint=hint, capability=capability)
+        return Refusal(rule, hint=hint, capability=capability, lifted=lifted)
     kind = node.op_type if node.domain in {"", "ai.onnx"} else f"{node.domain}.{node.op_type}"
     name = node.name or (node.outputs[0].name if node.outputs else "") or ""
     props = node.metadata_props
-    return Refusal(
-        rule, f"{kind} {name}".strip(), props.get(MODULE, ""), props.get(SOURCE, ""), hint, capability
-    )
+    where = f"{kind} {name}".strip()
+    return Refusal(rule, where, props.get(MODULE, ""), props.get(SOURCE, ""), hint, capability, lifted)
 
 
 def refused(refusals: tuple[Refusal, ...], what: str) -> NotExportableError:

@@ -1,7 +1,8 @@
 """What TensorRT's parser and builder are known to refuse, read off a graph without TensorRT.
 
 Each rule was seen at work in TensorRT-RTX 1.7 (`tests/export/engine/test_rules.py` holds the two against each other on
-the same graphs). A rule that finds something refuses; that none does proves nothing: only a build does.
+the same graphs). Which of them hold for full TensorRT was read in its manual, 10.15 to 11.4: `LIFTED` and the arguments
+`lifted` say where they do not. A rule that finds something refuses; that none does proves nothing: only a build does.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moe_export.export.engines.carry import growing_states
-from moe_export.export.engines.refusal import Refusal, all_nodes, refusal_at
+from moe_export.export.engines.module import FULL
+from moe_export.export.engines.refusal import ALWAYS_FINE, Refusal, all_nodes, refusal_at
 
 MOST_K = 3840
 """The greatest K of a TopK."""
@@ -33,6 +35,8 @@ UNKNOWN = frozenset(
 )
 # Operators that it knows by name, and for which TensorRT-RTX has nothing; full TensorRT has.
 RTX_LACKS = frozenset({"NonZero", "NonMaxSuppression"})
+# Since when full TensorRT has operators that TensorRT-RTX has not.
+LIFTED = {**dict.fromkeys(RTX_LACKS, ALWAYS_FINE), "DeformConv": ALWAYS_FINE, "DFT": (11, 2)}
 # Types that no tensor can have; weights of uint8 and float64 are converted.
 _NO_TENSOR = {
     ir.DataType.INT16,
@@ -42,6 +46,11 @@ _NO_TENSOR = {
     ir.DataType.STRING,
     ir.DataType.COMPLEX64,
     ir.DataType.COMPLEX128,
+    ir.DataType.UINT4,
+    ir.DataType.FLOAT8E4M3FNUZ,
+    ir.DataType.FLOAT8E5M2,
+    ir.DataType.FLOAT8E5M2FNUZ,
+    ir.DataType.FLOAT8E8M0,
 }
 _PRODUCTS = {"Einsum", "MatMul", "Gemm"}
 _INTEGERS = {ir.DataType.INT8, ir.DataType.INT32, ir.DataType.INT64}
@@ -62,7 +71,8 @@ class Findings:
 
     Attributes:
         refused: Each is a reason for which no engine can be built.
-        doubts: Each may be one, or changes what is computed; only a build shows it.
+        doubts: Each may be one, or changes what is computed; only a build shows it. What some versions of the builder
+            refuse is one if the version is not known.
     """
 
     refused: tuple[Refusal, ...]
@@ -72,11 +82,13 @@ class Findings:
 Rule = Callable[[ir.Node], Iterator[Refusal]]
 
 
-def find_refusals(model: ir.Model) -> Findings:
+def find_refusals(model: ir.Model, product: str | None = None, version: str = "") -> Findings:
     """Hold a graph against every rule.
 
     Args:
         model: The graph; shapes and dtypes of values are used where it has them.
+        product: What will build it, `tensorrt-rtx` or `tensorrt`; None for what either refuses.
+        version: Its version; empty if it is not known.
     """
     refused = [found for value in model.graph.inputs for found in _bad_value(value, "input")]
     refused += [found for value in model.graph.initializers.values() for found in _bad_weight(value)]
@@ -91,6 +103,15 @@ def find_refusals(model: ir.Model) -> Findings:
         for rule in _DOUBTS:
             doubts += rule(node)
     doubts += moe_layers(model)
+    if product == FULL:
+        since = tuple(map(int, version.split(".")[:2])) if version else ()
+        open_ones = [found for found in refused if found.lifted not in {None, ALWAYS_FINE}]
+        doubts += [] if since else open_ones
+        refused = [
+            found
+            for found in refused
+            if found.lifted is None or (found in open_ones and since and since < found.lifted)
+        ]
     return Findings(tuple(dict.fromkeys(refused)), tuple(dict.fromkeys(doubts)))
 
 
@@ -108,10 +129,10 @@ def _unknown(node: ir.Node) -> Iterator[Refusal]:
             hint = "--target tensorrt writes operators of ONNX only" if node.domain == "com.microsoft" else ""
             yield refusal_at(node, f"TensorRT has no operator {node.domain}.{node.op_type}", hint)
         return
-    if node.op_type in UNKNOWN:
-        yield refusal_at(node, f"TensorRT has no {node.op_type}", _HINTS.get(node.op_type, ""))
-    if node.op_type in RTX_LACKS:
-        yield refusal_at(node, f"TensorRT-RTX has no {node.op_type}", _HINTS.get(node.op_type, ""))
+    if node.op_type in UNKNOWN | RTX_LACKS:
+        lifted, hint = LIFTED.get(node.op_type), _HINTS.get(node.op_type, "")
+        who = "TensorRT-RTX" if lifted == ALWAYS_FINE else "TensorRT"
+        yield refusal_at(node, f"{who} has no {node.op_type}", hint, lifted=lifted)
 
 
 def _scatter(node: ir.Node) -> Iterator[Refusal]:
@@ -119,8 +140,13 @@ def _scatter(node: ir.Node) -> Iterator[Refusal]:
         return
     reduction = node.attributes.get_string("reduction", "none")
     if reduction != "none":
+        fine = node.op_type == "ScatterElements"
+        who = "TensorRT-RTX" if fine else "TensorRT"
         yield refusal_at(
-            node, f"TensorRT scatters without a reduction only, this is reduction={reduction!r}", BY_POSITION
+            node,
+            f"{who} scatters without a reduction only, this is reduction={reduction!r}",
+            BY_POSITION,
+            lifted=ALWAYS_FINE if fine else None,
         )
 
 
@@ -148,10 +174,11 @@ def _integer_product(node: ir.Node) -> Iterator[Refusal]:
 
 
 def _bad_output(node: ir.Node) -> Iterator[Refusal]:
-    """Types and ranks that a value cannot have. `Cast` says its type itself."""
+    """Types and ranks that a value cannot have. `Cast` says its type itself; uint8 goes in and out only."""
     if node.op_type == "Cast" and _is_onnx(node):
         dtype = ir.DataType(node.attributes.get_int("to", 1))
-        if dtype in _NO_TENSOR or dtype is ir.DataType.UINT8:
+        inside = dtype is ir.DataType.UINT8 and not node.outputs[0].is_graph_output()
+        if dtype in _NO_TENSOR or inside:
             yield refusal_at(node, f"TensorRT has no {_name(dtype)} tensors", _cast_hint(dtype))
         return
     for value in node.outputs:
@@ -166,6 +193,8 @@ def _bad_output(node: ir.Node) -> Iterator[Refusal]:
 def _cast_hint(dtype: ir.DataType | None) -> str:
     if dtype in {ir.DataType.STRING, ir.DataType.COMPLEX64, ir.DataType.COMPLEX128}:
         return ""
+    if dtype is not None and dtype.name.startswith("FLOAT8"):
+        return "use float8e4m3fn"
     return "use int32, int64 or bool"
 
 

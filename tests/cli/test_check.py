@@ -60,6 +60,15 @@ def test_json_holds_the_same(command, refused):
     assert {entry["source"] for entry in document["refused"]} == {"rows.py:9", "rows.py:10"}
 
 
+def test_full_tensorrt_has_what_tensorrt_rtx_has_not(command, refused):
+    done = command("check", refused, "--builder", "tensorrt", "--json")
+    document = json.loads(done.out)
+    assert document["builder"] == "tensorrt"
+    assert not any("NonZero" in entry["node"] for entry in document["refused"])
+    either = json.loads(command("check", refused, "--json").out)["refused"]
+    assert {entry["builder"] for entry in either if "NonZero" in entry["node"]} == {"tensorrt-rtx"}
+
+
 def test_the_builder_refuses_the_same(command, refused, listing, tmp_path):
     before = listing(tmp_path / "out")
     done = command("build", refused, "--engine", "sm89")

@@ -15,11 +15,11 @@ SCHEMA = "moe-export/check/1"
 NOTHING = "nothing that TensorRT is known to refuse; only a build (moe-export build) shows that it builds"
 
 
-def run_check(graph: str, console: Console) -> int:
+def run_check(graph: str, builder: str | None, console: Console) -> int:
     """Run the command; the exit code: 1 if something is refused."""
     model, _ = read_graph(graph)
-    findings = find_refusals(model)
-    console.json(json.dumps(_document(graph, findings), indent=2))
+    findings = find_refusals(model, builder)
+    console.json(json.dumps(_document(graph, builder, findings), indent=2))
     if not findings.refused:
         console.say(f"{graph}: {NOTHING}")
     else:
@@ -35,7 +35,9 @@ def _print(console: Console, refusals: Sequence[Refusal]) -> None:
     """A line for each rule and place; nodes that differ in nothing else are counted."""
     groups: dict[tuple[str, str, str, str], list[Refusal]] = {}
     for refusal in refusals:
-        groups.setdefault((refusal.rule, refusal.source, refusal.module, refusal.hint), []).append(refusal)
+        said = not refusal.builder or "TensorRT-RTX" in refusal.rule
+        rule = refusal.rule if said else f"{refusal.rule} ({refusal.builder})"
+        groups.setdefault((rule, refusal.source, refusal.module, refusal.hint), []).append(refusal)
     for (rule, _, _, hint), group in groups.items():
         more = f" (and {_count(len(group) - 1, 'node')} more there)" if len(group) > 1 else ""
         console.say(f"  {group[0].place}{more}: {rule}")
@@ -47,11 +49,12 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _document(graph: str, findings: Findings) -> dict[str, object]:
+def _document(graph: str, builder: str | None, findings: Findings) -> dict[str, object]:
     return {
         "schema": SCHEMA,
         "graph": graph,
         "target": "tensorrt",
+        "builder": builder or "tensorrt-rtx, tensorrt",
         "verdict": "refused" if findings.refused else "nothing known is refused; not built",
         "refused": [_facts(refusal) for refusal in findings.refused],
         "doubts": [_facts(refusal) for refusal in findings.doubts],
@@ -59,4 +62,5 @@ def _document(graph: str, findings: Findings) -> dict[str, object]:
 
 
 def _facts(refusal: Refusal) -> dict[str, str]:
-    return {name: value for name, value in asdict(refusal).items() if value}
+    found = {**asdict(refusal), "builder": refusal.builder}
+    return {name: str(value) for name, value in found.items() if value and name != "lifted"}

@@ -24,6 +24,8 @@ ENGINES = (
     Option("builder", "--builder", _GROUP, "Which TensorRT builds the engines.", _BUILDING, _READ_BY,
            type=click.Choice(["tensorrt-rtx", "tensorrt"]),
            otherwise="tensorrt-rtx; tensorrt for current, if it is there", goes_with="engine"),
+    Option("builder", "--builder", _GROUP, "What would build it.", ("check",),
+           type=click.Choice(["tensorrt-rtx", "tensorrt"]), otherwise="what either refuses is named"),
     Option("workspace", "--workspace", _GROUP, "The most memory for intermediate values.", _BUILDING, _READ_BY,
            metavar="2GB", goes_with="engine"),
     Option("strip_weights", "--strip-weights", _GROUP, "Leave the weights out of the engine (needs a GPU).", _BUILDING,

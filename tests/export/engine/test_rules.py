@@ -61,6 +61,10 @@ REFUSED = {
     "in a Loop": (LOOP.format(body="z = NonZero(a) b = Add(a, a)"), "NonZero", "TensorRT-RTX has no NonZero"),
     "int16": ("g (float[n] x) => (float[n] y) { a = Cast<to = 5>(x) y = Cast<to = 1>(a) }", "Cast", "no int16 tensors"),
     "uint8": ("g (float[n] x) => (float[n] y) { a = Cast<to = 2>(x) y = Cast<to = 1>(a) }", "Cast", "no uint8 tensors"),
+    "DFT": ("g (float[n, 8, 1] x) => (float[n, 8, 2] y) { y = DFT(x) }", "DFT", "TensorRT has no DFT"),
+    "float8": (
+        "g (float8e5m2[n] x) => (float[n] y) { y = Cast<to = 1>(x) }", "input x", "TensorRT has no float8e5m2 tensors",
+    ),
     "input": ("g (uint32[n] x) => (float[n] y) { y = Cast<to = 1>(x) }", "input x", "no uint32 tensors"),
     "weight": (
         "g (float[n] x) => (float[n] y) <int16[1] w = {3}> { a = Cast<to = 1>(w) y = Add(a, x) }",
@@ -90,6 +94,7 @@ BUILT = {
     "Loop": LOOP.format(body="b = Add(a, a)"),
     "Scan": "g (float[n, 5] x, float[5] h) => (float[5] y, float[n, 5] z) { y, z = Scan<num_scan_inputs = 1, "
     "body = turn (float[5] a, float[5] v) => (float[5] o, float[5] q) { o = Add(a, v) q = Identity(o) }>(h, x) }",
+    "uint8 at the ends": "g (uint8[n] x) => (uint8[n] y) { a = Cast<to = 1>(x) b = Abs(a) y = Cast<to = 2>(b) }",
     "weights of uint8": "g (float[n] x) => (float[n] y) <uint8[1] w = {3}> { a = Cast<to = 1>(w) y = Add(a, x) }",
     "If": "g (float[n, 5] x, bool t) => (float[n, 5] y) { y = If(t) <then_branch = a () => (float[n, 5] o) "
     "{ o = Add(x, x) }, else_branch = b () => (float[n, 5] p) { p = Mul(x, x) }> }",
@@ -140,6 +145,31 @@ def test_what_no_rule_refuses_is_built(made, name):
     model = made(BUILT[name])
     assert find_refusals(ir.from_proto(model)).refused == ()
     assert build_engines(model, ["sm89"])[0].size > 1000
+
+
+@pytest.mark.parametrize(
+    ("name", "builder", "before"),
+    [
+        ("NonZero", "tensorrt-rtx", ()),
+        ("NonMaxSuppression", "tensorrt-rtx", ()),
+        ("ScatterElements", "tensorrt-rtx", ()),
+        ("DFT", "tensorrt-rtx, and tensorrt before 11.2", ("10.15.1.29", "11.1.0.106")),
+        ("ScatterND", "", ("10.15.1.29", "11.4.0.106", "")),
+        ("TopK", "", ("10.15.1.29", "11.4.0.106", "")),
+        ("Compress", "", ("10.15.1.29", "11.4.0.106", "")),
+    ],
+)
+def test_a_rule_holds_for_the_tensorrt_that_it_was_seen_in(made, name, builder, before):
+    """Full TensorRT as its manual has it, by version; where that is not known, what some refuse is a doubt."""
+    model = ir.from_proto(made(REFUSED[name][0]))
+    (either,) = find_refusals(model).refused
+    assert either.builder == builder
+    assert find_refusals(model, "tensorrt-rtx", "1.7.1.116").refused == (either,)
+    for version in ("10.15.1.29", "11.1.0.106", "11.2.0.106", "11.4.0.106", ""):
+        found = find_refusals(model, "tensorrt", version)
+        refused = version in before or (not builder)
+        assert found.refused == ((either,) if refused else ())
+        assert (either in found.doubts) == (version == "" and "before" in builder)
 
 
 def test_the_list_of_unknown_operators_is_the_parsers_own():
