@@ -188,6 +188,7 @@ def _build(
 def _builder(module: Module, log: ILogger) -> Builder:
     """A builder; its constructor raises where it finds no driver."""
     try:
+        module.add_plugins(log)
         return module.trt.Builder(log)
     except (TypeError, RuntimeError) as error:
         raise _no_gpu(module, log) from error

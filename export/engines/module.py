@@ -8,6 +8,7 @@ Both have the same API (`Builder`, `OnnxParser`, profiles). What differs is here
 all of its capability, all from Ampere on; other versions and Windows |
 | typing | always strongly typed | strongly typed by a flag before version 11 |
 | constructors without a driver | `Builder` works | raise |
+| operators as plugins | none | to be registered first |
 | cache | of kernels, compiled when the engine runs first | of tactics, timed in the build |
 """
 
@@ -25,6 +26,7 @@ CURRENT = "current"  # the GPU of this machine
 PORTABLE = "portable"  # every GPU from Ampere on, with TensorRT-RTX
 RTX, FULL = "tensorrt-rtx", "tensorrt"
 _INSTALL = {RTX: "pip install 'moe-export[rtx]'", FULL: "pip install 'moe-export[tensorrt]'"}
+_OLDEST = {RTX: (1, 7), FULL: (10, 14)}  # the first with all that `tensorrt_api` names
 _ERROR = 1  # severities: 0 internal error, 1 error, 2 warning, 3 info, 4 verbose
 
 
@@ -62,6 +64,16 @@ class Module:
         """The flags of a strongly typed network, whose types are those of the graph."""
         flags = self.trt.NetworkDefinitionCreationFlag
         return 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+
+    def add_plugins(self, log: ILogger) -> None:
+        """Let a parser know the operators that full TensorRT has as plugins.
+
+        Raises:
+            RuntimeError: They cannot be loaded.
+        """
+        if self.name == FULL and not self.trt.init_libnvinfer_plugins(log, ""):
+            log.messages.append((_ERROR, "its plugins cannot be loaded"))
+            raise RuntimeError
 
     def aim(self, config: IBuilderConfig, capability: str) -> None:
         """Let a builder's configuration build for one capability.
@@ -121,7 +133,7 @@ def load_module(name: str | None = None, capabilities: Sequence[str] = ()) -> Mo
 
     Raises:
         UsageError: No such module.
-        MissingBackendError: It is not installed, or cannot be loaded.
+        MissingBackendError: It is not installed, cannot be loaded, or is too old.
     """
     if name not in {None, RTX, FULL}:
         raise UsageError(f"no engine builder {name!r}", hint=f"there are {RTX} and {FULL}")
@@ -130,7 +142,7 @@ def load_module(name: str | None = None, capabilities: Sequence[str] = ()) -> Mo
     name = name or RTX
     imported = name.replace("-", "_")
     try:
-        return Module(name, cast(TensorRt, import_module(imported)))
+        module = Module(name, cast(TensorRt, import_module(imported)))
     except ImportError as error:
         raise MissingBackendError(
             f"{name} is not installed: {error}"
@@ -140,6 +152,13 @@ def load_module(name: str | None = None, capabilities: Sequence[str] = ()) -> Mo
             if name == RTX
             else f"{_INSTALL[name]}, on a machine with an NVIDIA GPU",
         ) from error
+    oldest = _OLDEST[name]
+    if tuple(map(int, module.version.split(".")[:2])) < oldest:
+        raise MissingBackendError(
+            f"{name} {module.version} is too old: {'.'.join(map(str, oldest))} or newer is needed",
+            hint=_INSTALL[name],
+        )
+    return module
 
 
 def _installed(name: str) -> bool:

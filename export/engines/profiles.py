@@ -63,12 +63,14 @@ class FreeDim:
         name: Its name in the graph; `<input>_dim<axis>` where it has none.
         minimum, maximum: What the graph's metadata says it is right for; 1 and None where it says nothing.
         used: The inputs and axes that have it, `x:1`.
+        stated: Whether the metadata says something. Otherwise a size may be 0, as a cache's, if that is asked for.
     """
 
     name: str
     minimum: int
     maximum: int | None
     used: tuple[str, ...]
+    stated: bool = True
 
 
 Ranges = Mapping[str, "Range | tuple[int, int, int]"]
@@ -125,8 +127,9 @@ def free_dims(model: ir.Model) -> tuple[FreeDim, ...]:
                 used.setdefault(dim, []).append(f"{name}:{axis}")
     found = []
     for name, places in used.items():
-        minimum, maximum = parse_bounds(model.metadata_props.get(DIM_PREFIX + name, ""))
-        found.append(FreeDim(name, minimum, maximum, tuple(places)))
+        text = model.metadata_props.get(DIM_PREFIX + name, "")
+        minimum, maximum = parse_bounds(text)
+        found.append(FreeDim(name, minimum, maximum, tuple(places), stated=bool(text)))
     return tuple(found)
 
 
@@ -173,6 +176,12 @@ def _range_of(dim: FreeDim, asked: Range | tuple[int, int, int] | None) -> Range
         low = max(low, dim.minimum)
         return Range(low, min(max(best, low), high), high)
     found = asked if isinstance(asked, Range) else Range(*asked)
+    if not dim.stated:
+        if found.minimum < 0:
+            raise UsageError(
+                f"range {dim.name}={found}: a size is not negative", hint="--range seq=1:512:4096"
+            )
+        return found
     if found.minimum < dim.minimum or (top is not None and found.maximum > top):
         limit = f"{dim.minimum} or more" if top is None else f"{dim.minimum} to {top}"
         raise UsageError(

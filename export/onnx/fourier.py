@@ -4,8 +4,8 @@
                   of a size that is fixed and large, as a convolution (`fourier_padded`)
     convolution   by a padded transform in two products
 
-ONNX's `DFT` is not used: ONNX Runtime's is off by 1e-4 of the largest value at n = 1000, TensorRT-RTX has none, TensorRT
-none before 11.2, and it is slower (docs/complex.md).
+ONNX's `DFT` is not used: ONNX Runtime's is off by 1e-4 of the largest value at n = 1000, TensorRT-RTX has none,
+TensorRT none before 11.2, and it is slower (docs/complex.md).
 """
 
 from __future__ import annotations

@@ -475,3 +475,10 @@ class TensorRt(Protocol):
     RuntimePlatform: RuntimePlatform
     TensorIOMode: TensorIOMode
     TensorLocation: TensorLocation
+
+    def init_libnvinfer_plugins(self, logger: ILogger, namespace: str) -> bool:
+        """Make known the operators that full TensorRT has as plugins, before a graph is parsed or an engine is loaded.
+
+        They are DFT, DeformConv, and ScatterElements with a reduction, among others.
+        """
+        ...

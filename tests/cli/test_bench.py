@@ -6,10 +6,14 @@ import json
 import os
 import shutil
 
+import numpy as np
+import onnx
+import onnx_ir as ir
 import pytest
 
 from moe_export.export.engines.build import has_gpu
 from moe_export.running.benching import Job, Timing, measure
+from moe_export.running.inputs import inputs_at
 
 
 @pytest.mark.slow
@@ -47,6 +51,15 @@ def test_a_size_that_there_is_not(command, finished):
     done = command("bench", finished / "block.onnx", "--size", "len=3")
     assert done.code == 2
     assert "no dynamic dimension 'len'" in done.err
+
+
+def test_values_that_decide_shapes_are_given_as_sizes_are():
+    text = "g (float[n, 6] x, int64[2] s, int64 k) => (float[a, b] y) { y = Reshape(x, s) }"
+    model = ir.from_proto(onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {text}'))
+    found = inputs_at(model, {"n": 4, "s_0": 3, "s_1": 8})
+    assert found["x"].shape == (4, 6)
+    assert found["s"].tolist() == [3, 8]
+    assert (found["s"].dtype, found["k"].shape, found["k"].item()) == (np.int64, (), 0)
 
 
 def test_quantiles_are_those_of_the_runs():

@@ -12,6 +12,7 @@ import pytest
 from moe_export.errors import MissingBackendError, UsageError
 from moe_export.export.engines.build import build_engines, has_gpu
 from moe_export.export.engines.module import load_module
+from moe_export.export.engines.settings import Settings
 from moe_export.running.engines import compare_with_graph, graph_of, open_engine, run_status
 from moe_export.verify.runners.engine_header import read_header
 from moe_export.verify.runners.engine_loading import read_engine
@@ -149,3 +150,67 @@ def test_an_engine_for_other_gpus_is_refused(built):
     with pytest.raises(UsageError, match=f"this GPU (is |\\()?{here}") as error:
         open_engine(path)
     assert f"--engine {here}" in error.value.hint
+
+
+GATHERED = """g (float[past, 4] old, float[n, 4] new, int64[2] s) => (float[total, 4] all, float[a, b] y)
+    { all = Concat<axis = 0>(old, new) y = Reshape(new, s) }"""
+PACKED = """g (float[n, 4] x) => (float8e4m3fn[n, 4] y, int64[2] s)
+    <float scale = {0.5}, float8e4m3fn zero = {0}> { y = QuantizeLinear(x, scale, zero) s = Shape(x) }"""
+
+
+@pytest.fixture
+def run_here(tmp_path):
+    """A graph's text, built for the GPU that is here and opened."""
+
+    def run_here(text, ranges, opset=17, **settings):
+        graph = onnx.parser.parse_model(f'<ir_version: 10, opset_import: ["": {opset}]>\n{text}')
+        onnx.save(graph, tmp_path / "g.onnx")
+        (engine,) = build_engines(tmp_path / "g.onnx", ["current"], ranges, settings=Settings(**settings))
+        (tmp_path / "g.current.engine").write_bytes(engine.plan)
+        return open_engine(tmp_path / "g.current.engine")
+
+    return run_here
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="running an engine needs a GPU")
+def test_values_decide_shapes_and_a_cache_may_be_empty(run_here):
+    ranges = {"past": (0, 4, 16), "n": (1, 3, 16), "s_0": (2, 6, 32), "s_1": (2, 2, 2)}
+    runner = run_here(GATHERED, ranges)
+    new = np.arange(12, dtype=np.float32).reshape(3, 4)
+    given = {"old": np.zeros((0, 4), np.float32), "new": new, "s": np.array([6, 2])}
+    found = runner.run(given)
+    np.testing.assert_array_equal(found["all"], new)
+    np.testing.assert_array_equal(found["y"], new.reshape(6, 2))
+    with pytest.raises(UsageError, match=r"input s is \[33, 2\], the engine's profile takes"):
+        runner.run(given | {"s": np.array([33, 2])})
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="running an engine needs a GPU")
+def test_8_bit_floats_and_sizes_come_out(run_here):
+    found = run_here(PACKED, {"n": (1, 2, 8)}, opset=21).run({"x": np.full((2, 4), 1.5, np.float32)})
+    assert found["y"].dtype.name == "float8_e4m3fn"
+    np.testing.assert_array_equal(found["y"].astype(np.float32), np.full((2, 4), 3.0))
+    np.testing.assert_array_equal(found["s"], [2, 4])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="running an engine needs a GPU")
+@pytest.mark.parametrize("settings", [{"strip_weights": True}, {"refit": True}])
+def test_an_engine_without_weights_gets_those_of_its_graph(run_here, settings):
+    runner = run_here(GRAPH, {"rows": (1, 4, 16)}, **settings)
+    given = {"x": np.eye(4, dtype=np.float32), "shift": np.zeros((4, 1), np.int64)}
+    np.testing.assert_array_equal(runner.run(given)["y"], np.arange(1, 17, dtype=np.float32).reshape(4, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_gpu(), reason="running an engine needs a GPU")
+def test_kernels_are_kept_for_the_next_process(built, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    given = {"x": np.eye(4, dtype=np.float32), "shift": np.zeros((4, 1), np.int64)}
+    first = open_engine(built("current")).run(given)
+    (file,) = (tmp_path / "cache" / "moe-export" / "kernels").iterdir()
+    assert file.stat().st_size > 0
+    second = open_engine(tmp_path / "linear.current.engine").run(given)
+    np.testing.assert_array_equal(first["y"], second["y"])

@@ -143,6 +143,17 @@ def test_without_a_driver_the_constructor_raises_and_that_is_a_missing_backend(o
     assert "CUDA initialization failure" in str(error.value)
 
 
+def test_plugins_are_known_before_an_engine_is_loaded(opened):
+    product = own(FLOATS)
+    opened(product)
+    assert product.told.index("plugins") < product.told.index("deserialize_cuda_engine")
+    with pytest.raises(MissingBackendError, match="plugins was told to fail"):
+        opened(own(FLOATS, "plugins"))
+    rtx = own(FLOATS)
+    opened(rtx, "tensorrt-rtx")
+    assert "plugins" not in rtx.told
+
+
 def test_a_profile_that_there_is_not_is_wrong_use(opened):
     with pytest.raises(UsageError, match="has no profile 3 that is free"):
         opened(own(FLOATS), profile=3)

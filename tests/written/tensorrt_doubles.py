@@ -256,6 +256,7 @@ def module(product: Product, name="tensorrt"):
         TensorLocation=Location,
         TensorIOMode=Mode,
         EngineStat=SimpleNamespace(STRIPPED_WEIGHTS_SIZE="stripped"),
+        init_libnvinfer_plugins=lambda logger, namespace: checked("plugins", logger, True, False),
         doubles=(*found.values(), *doubles),
     )
 

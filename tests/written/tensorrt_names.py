@@ -20,9 +20,10 @@ from moe_export.tensorrt_api import OVERRIDDEN, TensorRt
 
 _PLAIN = {"typing.SupportsInt": "int", "int": "int", "str": "str", "bool": "bool"}
 _HEAD = re.compile(
-    r"^(?:\d+\. )?(?P<name>\w+)\(self: [\w.]+(?:, (?P<parameters>.*))?\) -> (?P<result>.+)$", re.MULTILINE
+    r"^(?:\d+\. )?(?P<name>\w+)\((?:self: [\w.]+(?:, )?)?(?P<parameters>.*)\) -> (?P<result>.+)$",
+    re.MULTILINE,
 )
-_OURS = {"Named", "TensorRt"}  # types that TensorRT does not have by these names
+_MODULE = "TensorRt"
 
 
 def used() -> dict[str, list[str]]:
@@ -32,12 +33,16 @@ def used() -> dict[str, list[str]]:
         if inspect.isclass(kind) and kind.__module__ == tensorrt_api.__name__ and name == kind.__name__:
             members = {*vars(kind).get("__annotations__", ()), *vars(kind)} - {"messages"}
             found[name] = sorted(member for member in members if not member.startswith("_"))
-    for name in _OURS:
-        del found[name]
+    del found["Named"]
+    found[_MODULE] = [name for name, member in vars(TensorRt).items() if _is_function(name, member)]
     for name, hint in vars(TensorRt)["__annotations__"].items():
         if hint.startswith("Callable"):
             found[name].append("__init__")
     return found
+
+
+def _is_function(name: str, member: Any) -> bool:
+    return inspect.isfunction(member) and not name.startswith("_")
 
 
 def written(kind: str, member: str) -> str:
@@ -59,7 +64,7 @@ def written(kind: str, member: str) -> str:
 def bound(module: Any) -> Iterator[str]:
     """The lines of a module; what it does not have has none."""
     for kind, members in sorted(used().items()):
-        found = getattr(module, kind, None)
+        found = module if kind == _MODULE else getattr(module, kind, None)
         if found is None:
             continue
         yield kind

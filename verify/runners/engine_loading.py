@@ -129,6 +129,9 @@ def load_engine(path: Path, backend: Backend, gpu: str | None, weights: Weights 
         )
     log = backend.log()
     try:
+        if backend.name != RTX and not backend.trt.init_libnvinfer_plugins(log, ""):
+            log.messages.append((1, "its plugins cannot be loaded"))
+            raise RuntimeError
         runtime = backend.trt.Runtime(log)
     except (TypeError, RuntimeError) as error:  # the constructor raises where TensorRT returns nothing
         raise MissingBackendError(

@@ -11,7 +11,8 @@ import onnx
 
 from moe_export.commands.console import Console
 from moe_export.export.engines.graph_file import read_graph
-from moe_export.export.engines.profiles import Range, complete_ranges, free_dims
+from moe_export.export.engines.profiles import Range
+from moe_export.export.engines.shape_inputs import complete_profile
 from moe_export.options.sizes import parse_one_set
 from moe_export.running.benching import Job, Timing, measure
 from moe_export.running.engines import graph_of
@@ -35,8 +36,8 @@ def run_bench(
     """Run the command; the exit code: 0, whatever was found."""
     path = Path(graph)
     model, _ = read_graph(path)
-    chosen = complete_ranges(
-        free_dims(model), {name: Range(size, size, size) for name, size in parse_one_set(sizes).items()}
+    chosen = complete_profile(
+        model, {name: Range(size, size, size) for name, size in parse_one_set(sizes).items()}
     )
     arrays = inputs_at(model, {name: found.best for name, found in chosen.items()})
     with console.step("counting FLOPs and bytes"):

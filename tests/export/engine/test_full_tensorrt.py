@@ -84,6 +84,7 @@ def full():
             __version__="11.4.0.106",
             ILogger=Logger,
             Builder=NoDriver,
+            init_libnvinfer_plugins=lambda logger, namespace: True,
             RuntimePlatform=Words(),
             NetworkDefinitionCreationFlag=SimpleNamespace(STRONGLY_TYPED=0),
             **{name: Words() for name in enumerations},
@@ -117,6 +118,22 @@ def test_without_a_driver_the_builder_raises_and_that_is_a_missing_backend(full,
     ) as error:
         build_engines(linear, ["current"], module="tensorrt")
     assert error.value.hint == "full TensorRT builds only where a GPU is"
+
+
+def test_plugins_that_cannot_be_loaded_are_a_missing_backend(full, linear, monkeypatch):
+    monkeypatch.setattr(full.trt, "init_libnvinfer_plugins", lambda logger, namespace: False)
+    monkeypatch.setattr("moe_export.export.engines.build.load_module", lambda name, wanted: full)
+    monkeypatch.setattr(modules, "_LOGS", {})
+    with pytest.raises(MissingBackendError, match=r"cannot build .*: its plugins cannot be loaded"):
+        build_engines(linear, ["current"], module="tensorrt")
+
+
+@pytest.mark.parametrize(("name", "version"), [("tensorrt", "10.13.3.9"), ("tensorrt-rtx", "1.2.0.36")])
+def test_a_tensorrt_that_is_too_old_is_a_missing_backend(monkeypatch, name, version):
+    monkeypatch.setattr(modules, "import_module", lambda imported: SimpleNamespace(__version__=version))
+    with pytest.raises(MissingBackendError, match=f"{name} {version} is too old: 1") as error:
+        load_module(name)
+    assert "pip install" in error.value.hint
 
 
 def test_it_builds_for_this_gpu_for_all_like_it_and_for_all_from_ampere_on(full, monkeypatch):

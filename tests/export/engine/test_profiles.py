@@ -86,6 +86,15 @@ def test_a_range_beyond_what_the_graph_is_right_for_is_refused(model, asked, sai
         complete_ranges(dims, {"seq": asked})
 
 
+def test_a_size_of_0_is_taken_where_the_graph_does_not_say_otherwise(model):
+    """A cache may be empty; the default is not."""
+    dims = free_dims(model("past, 4"))
+    assert complete_ranges(dims, {"past": (0, 4, 16)}) == {"past": Range(0, 4, 16)}
+    assert complete_ranges(dims, {})["past"].minimum == 1
+    with pytest.raises(UsageError, match="the graph is right for past = 1 or more"):
+        complete_ranges(free_dims(model("past, 4", facts={"dim.past": "1:"})), {"past": (0, 4, 16)})
+
+
 def test_an_unknown_dimension_lists_those_that_there_are(model):
     with pytest.raises(UsageError, match="no dynamic dimension 'length'") as error:
         complete_ranges(free_dims(model("batch, seq", "batch, 4")), {"length": (1, 2, 3)})
