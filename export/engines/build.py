@@ -169,9 +169,8 @@ def _build(
         raise refused(
             impossible, f"the graph cannot run at all sizes that the {capability} engine shall take"
         )
-    del timings  # had to live until here
     kept = keep_timings(config, settings.timing_cache) if settings.timing_cache is not None else ""
-    return Engine(
+    engine = Engine(
         capability,
         module.name,
         module.version,
@@ -183,6 +182,8 @@ def _build(
         {"network": network_layers(network), "engine": compiled_layers(log)},
         (kept,) if kept else (),
     )
+    del parser, network, config, builder, timings  # in this order: the timings have to outlive the builder
+    return engine
 
 
 def _builder(module: Module, log: ILogger) -> Builder:

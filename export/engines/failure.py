@@ -15,7 +15,10 @@ from moe_export.tensorrt_api import ILogger, OnnxParser
 _QUOTED = re.compile(r"'([^']+)'|\"([^\"]+)\"|\{([^{}]+)\}|(?<=[:\s])([\w./]+)(?=[\s:(,.\]])")
 _NOISE = re.compile(
     r" In \w+ at \S+:\d+|\(In \w+ at \S+:\d+ ?|\[\w+\.\w+:\d+: \w+\] |/_src/\S+|\w+::\w+: Error Code \d+: "
+    r"|\[[\w.]+::\w+::\d+\] Error Code \d+: "
 )
+# A parser that finds no driver adds that to what it says of a node.
+_NO_DRIVER = re.compile(r" ?Cuda Runtime \(cudaError 35:[^)]*\)+")
 _NUMBER = re.compile(r"_\d+$")
 _NOT_THE_REASON = re.compile(r"catchCudaError|CUDA driver version is insufficient")
 _CORNER = re.compile(r"Profile k(?P<corner>MIN|OPT|MAX) values are not self-consistent\. (?P<why>.*)")
@@ -132,4 +135,5 @@ def _node_named_in(text: str, named: Mapping[str, ir.Node]) -> ir.Node | None:
 
 def _clean(text: str) -> str:
     """A message without the places in TensorRT's own source."""
-    return re.sub(r"\s+", " ", _NOISE.sub("", text)).strip()
+    short = re.sub(r"\s+", " ", _NOISE.sub("", text)).strip()
+    return _NO_DRIVER.sub("", short).strip() or short

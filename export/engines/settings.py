@@ -18,7 +18,7 @@ class Settings:
     """How to build.
 
     Attributes:
-        strip_weights: Leave the weights out; they are put in when the engine is loaded. Implies `refit`.
+        strip_weights: Leave the weights out; the same ones are put in when the engine is loaded.
         refit: Make an engine whose weights can be replaced.
         workspace: The most memory in bytes that the engine may use for intermediate values; None is no limit.
         tf32: Let float32 products round their factors to 10 bits, which is faster, and too coarse for the logits of
@@ -41,7 +41,7 @@ class Settings:
         """What is not as it is by default, for a report."""
         every = {
             "strip_weights": self.strip_weights,
-            "refit": self.refit or self.strip_weights,
+            "refit": self.refit,
             "workspace": self.workspace,
             "tf32": self.tf32,
             "timing_cache": str(self.timing_cache) if self.timing_cache else None,

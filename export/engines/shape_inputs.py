@@ -3,12 +3,13 @@
     k int64[]   ─▶ Range     k = 1:8:64
     s int64[2]  ─▶ Reshape   s_0 = 1:4:16, s_1 = 6
 
-Only the parser knows which inputs are of this kind. Integers of at most one axis, of a fixed length, can be.
+Only the parser knows which inputs are of this kind. A few integers can be, in a shape that is fixed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import prod
 
 import onnx_ir as ir
 
@@ -16,6 +17,7 @@ from moe_export.errors import UsageError
 from moe_export.export.engines.profiles import Range, Ranges, complete_ranges, free_dims, input_shapes
 from moe_export.tensorrt_api import INetworkDefinition, IOptimizationProfile
 
+_MOST = 16  # values of one input: what pads 8 axes, TensorRT's most, on both sides
 _INTEGERS = {ir.DataType.INT32, ir.DataType.INT64}
 
 
@@ -24,8 +26,9 @@ def value_names(model: ir.Model) -> dict[str, tuple[str, ...]]:
     dtypes = {str(value.name): value.dtype for value in model.graph.inputs}
     found = {}
     for name, shape in input_shapes(model).items():
-        if dtypes[name] in _INTEGERS and len(shape) < 2 and all(isinstance(size, int) for size in shape):
-            count = int(shape[0]) if shape else 1
+        sizes = [size for size in shape if isinstance(size, int)]
+        count = prod(sizes)
+        if dtypes[name] in _INTEGERS and len(sizes) == len(shape) and 0 < count <= _MOST:
             found[name] = (name,) if count == 1 else tuple(f"{name}_{place}" for place in range(count))
     return found
 
@@ -77,7 +80,9 @@ def set_values(
                 raise UsageError(
                     f"input {tensor.name} decides shapes in the graph (Reshape, Range, ...), and an engine has to know "
                     "which values it may have",
-                    hint=f"--range {','.join(f'{name}=MIN:OPT:MAX' for name in missing or [tensor.name])}",
+                    hint=f"--range {','.join(f'{name}=MIN:OPT:MAX' for name in missing)}"
+                    if missing
+                    else f"up to {_MOST} integers can be given; make it a constant of the graph",
                 )
             profile.set_shape_input(
                 tensor.name,

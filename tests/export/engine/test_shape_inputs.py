@@ -17,6 +17,15 @@ RANGE = """g (int64 k) => (int64[a] y) {
 EXPAND = """g (float[1, 6] x, int32[1] k) => (float[a, b] y) {
     s = Cast<to = 7>(k) o = Constant<value = int64[1] {6}>() t = Concat<axis = 0>(s, o) y = Expand(x, t)
 }"""
+TABLE = """g (float[n, 6] x, int64[1, 2] s) => (float[a, b] y) {
+    two = Constant<value = int64[1] {2}>() t = Reshape(s, two) y = Reshape(x, t)
+}"""
+MANY = """g (float[1, 6] x, int64[17] s) => (float[a, b] y) {
+    z = Constant<value = int64[1] {0}>() t = Constant<value = int64[1] {2}>() u = Slice(s, z, t) y = Reshape(x, u)
+}"""
+SCALES = (
+    'g (float[1, 1, 8, 8] x, float[4] s) => (float[a, b, c, d] y) { y = Resize<mode = "nearest">(x, , s) }'
+)
 DATA = "g (float[n, 6] x, int64[1] s) => (float[n, 6] y) { c = Cast<to = 1>(s) y = Add(x, c) }"
 
 
@@ -25,6 +34,7 @@ DATA = "g (float[n, 6] x, int64[1] s) => (float[n, 6] y) { c = Cast<to = 1>(s) y
     [
         (RESHAPE, {"n": (2, 4, 8), "s_0": (2, 4, 8), "s_1": (6, 6, 6)}),
         (RESHAPE, {"n": (2, 4, 8), "s_0": (-1, -1, -1), "s_1": (6, 6, 6)}),
+        (TABLE, {"n": (2, 4, 8), "s_0": (2, 4, 8), "s_1": (6, 6, 6)}),
         (RANGE, {"k": (0, 8, 64)}),
         (EXPAND, {"k": (1, 4, 9)}),
     ],
@@ -49,6 +59,12 @@ def test_values_that_are_missing_are_asked_for(onnx_graph, text, ranges, hint):
     assert error.value.hint == hint
 
 
+def test_more_values_than_can_be_given_are_refused(onnx_graph):
+    with pytest.raises(UsageError, match="input s decides shapes in the graph") as error:
+        build_engines(onnx_graph(MANY), ["sm89"])
+    assert error.value.hint == "up to 16 integers can be given; make it a constant of the graph"
+
+
 def test_values_that_decide_nothing_are_refused(onnx_graph):
     assert build_engines(onnx_graph(DATA), ["sm89"])[0].size > 1000
     with pytest.raises(UsageError, match="input s decides no shape in the graph") as error:
@@ -62,6 +78,14 @@ def test_values_at_which_the_graph_cannot_run_name_the_corner(onnx_graph):
     assert "at the best sizes of the profile: " in error.value.where
     assert "would change volume 24 to 28" in error.value.where
     assert error.value.hint == "other sizes: --range DIM=MIN:OPT:MAX"
+
+
+def test_floats_that_decide_shapes_are_refused_with_the_node(onnx_graph):
+    with pytest.raises(NotExportableError) as error:
+        build_engines(onnx_graph(SCALES), ["sm89"])
+    assert "node Resize y" in error.value.where
+    assert "Network input s is a shape tensor and must have type Int32 or Int64" in error.value.where
+    assert "cudaError" not in error.value.where
 
 
 def test_what_a_range_may_name(onnx_graph):
