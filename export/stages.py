@@ -1,7 +1,7 @@
 """`PIPELINE`: the way from a model to an ONNX graph, as a tuple of stages.
 
     Model ─ fold ─▶ Model ─ trace ─▶ Program ─ outline ─▶ Program ─ einsums ─▶ Program ─ translate ─▶ Draft
-      Draft ─ expand ─▶ Draft ─ name ─▶ Draft ─ simplify ─▶ Draft ─ order ─▶ Draft ─ precision ─▶ Draft
+      Draft ─ expand ─▶ Draft ─ name ─▶ Draft ─ simplify ─▶ Draft ─ share ─▶ Draft ─ order ─▶ Draft ─ precision ─▶ Draft
 
 Three types of data, one for each language that the model is written in on its way: a module (`Model`), an FX graph
 (`Program`), an ONNX graph (`Draft`). All are frozen; a stage makes a new one and leaves what it was given as it was. A
@@ -29,6 +29,7 @@ from moe_export.export.experts.outline import NUMBER, OPERATOR, Block, outline_e
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.fourier import DOMAIN as FOURIER
 from moe_export.export.onnx.fourier import expand_fourier
+from moe_export.export.onnx.shared_weights import store_once
 from moe_export.export.onnx.simplify import as_numpy, simplify
 from moe_export.export.onnx.translate import check, name_at_opset, translate
 from moe_export.export.onnx.transposed import mend_products, product_notes
@@ -187,7 +188,8 @@ def _expand(draft: Draft, options: Options) -> Draft:
 
 def _name(draft: Draft, options: Options) -> Draft:
     model = draft.model.clone()
-    name_at_opset(model, draft.program.traced, options.opset, draft.program.model.subject.source.parent)
+    subject = draft.program.model.subject
+    name_at_opset(model, draft.program.traced, options.opset, subject.source.parent, subject.root)
     return replace(draft, model=model, notes=(*draft.notes, *product_notes(model)))
 
 
@@ -197,6 +199,12 @@ def _simplify(draft: Draft, options: Options) -> Draft:
     example = {name: as_numpy(value) for name, value in draft.program.traced.example.items()}
     found = simplify(draft.model, example)
     return replace(draft, model=found.model, notes=(*draft.notes, found.note))
+
+
+def _share(draft: Draft, options: Options) -> Draft:
+    model = draft.model.clone()
+    store_once(model.graph)
+    return replace(draft, model=model)
 
 
 def _order(draft: Draft, options: Options) -> Draft:
@@ -277,6 +285,7 @@ PIPELINE: Stages = (
     Stage("expand", Draft, Draft, _expand, _only_standard, "writing experts and loops"),
     Stage("name", Draft, Draft, _name, _valid, "naming and checking"),
     Stage("simplify", Draft, Draft, _simplify, _nothing, "simplifying"),
+    Stage("share", Draft, Draft, _share, _nothing),
     Stage("order", Draft, Draft, _order, _nothing),
     Stage("precision", Draft, Draft, _precision, _valid_if_narrow),
 )

@@ -95,8 +95,35 @@ class ExpertWeights:
             ):
                 found.append(weight[expert])  # the model's own, under its own name
             else:
-                found.append(self._w.constant(as_tensor(array), f"{expert}.{value.name}"))
+                found.append(self._constant(array, parts, value, expert))
         return found
+
+    def _constant(self, array: Known, parts: BodyParts, value: ir.Value, expert: int | None) -> ir.Value:
+        """A weight as the core takes it, of one expert or (None) of all; named after the model's own weight."""
+        name = self._name_of(parts, value, expert)
+        if name is not None:
+            return self._w.constants.add(as_tensor(array), name)
+        own = str(value.name)
+        return self._w.constant(as_tensor(array), own if expert is None else f"{expert}.{own}")
+
+    def _name_of(self, parts: BodyParts, value: ir.Value, expert: int | None) -> str | None:
+        """`experts.up`, expert 3, transposed: `experts.up.3.transpose`; None if what it is made of has no one name."""
+        steps: list[str] = []
+        constants = set(parts.body.initializers.values())
+        while value not in parts.weights:
+            producer = value.producer()
+            assert producer is not None  # of `prepared`, which reads nothing but weights and constants
+            steps.insert(0, producer.op_type.lower())
+            value = next(taken for taken in producer.inputs if taken is not None and taken not in constants)
+        weight = self._weights[parts.weights.index(value)]
+        if isinstance(weight, ir.Value):
+            own = weight
+            steps = steps if expert is None else [str(expert), *steps]
+        elif expert is None:
+            return None
+        else:
+            own = weight[expert]
+        return ".".join([str(own.name), *steps]) if own.const_value is not None else None
 
     def stacked(self, parts: BodyParts) -> list[ir.Value]:
         """For each weight one stack (E, ...) of what the core of one expert takes.
@@ -108,7 +135,7 @@ class ExpertWeights:
             return [self._stack(weight) for weight in self._weights]
         columns = zip(*(self._prepared(parts, expert) for expert in range(self._count)), strict=True)
         return [
-            self._w.constant(as_tensor(stacked(column)), value.name)
+            self._constant(stacked(column), parts, value, None)
             for value, column in zip(parts.ready, columns, strict=True)
         ]
 
@@ -119,8 +146,7 @@ class ExpertWeights:
         values = dict(zip(parts.weights, self._stacks(), strict=True))
         found = follow(parts.prepared, {**_constants(parts.body), **values}, parts.ready, self._opset)
         return [
-            self._w.constant(as_tensor(array), value.name)
-            for value, array in zip(parts.ready, found, strict=True)
+            self._constant(array, parts, value, None) for value, array in zip(parts.ready, found, strict=True)
         ]
 
     def _prepared(self, parts: BodyParts, expert: int) -> list[Known]:

@@ -15,10 +15,13 @@ import torch
 
 from moe_export.export.torch_compat.nesting import pytree
 
+KEY, VALUE = "key", "value"
+"""What the two tensors are called that attention keeps for a layer."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-    """One value inside a nested structure: its path joined by `_`, and the value (tensor or constant)."""
+    """One value inside a nested structure: its path joined by `.`, and the value (tensor or constant)."""
 
     name: str
     value: Any
@@ -42,7 +45,7 @@ def leaves(value: Any, name: str = "") -> Iterator[Leaf]:
         if key is None:
             yield Leaf(name, child)
         else:
-            yield from leaves(child, f"{name}_{identifier(key)}" if name else identifier(key))
+            yield from leaves(child, f"{name}.{path_word(key)}" if name else path_word(key))
 
 
 def _children(value: Any) -> Iterator[tuple[str | None, Any]]:
@@ -53,6 +56,8 @@ def _children(value: Any) -> Iterator[tuple[str | None, Any]]:
         yield from ((str(key), child) for key, child in value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
         yield from zip(value._fields, value, strict=True)
+    elif is_cache(value):
+        yield from ((str(index), {KEY: key, VALUE: each}) for index, (key, each) in enumerate(value))
     elif isinstance(value, (tuple, list)):
         yield from ((str(index), child) for index, child in enumerate(value))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -64,9 +69,32 @@ def _children(value: Any) -> Iterator[tuple[str | None, Any]]:
         yield None, value
 
 
+def is_cache(value: Any) -> bool:
+    """Whether a value is what attention keeps: a list of (keys, values), one pair for each layer.
+
+    Keys and values have four axes each, whose order may differ, and their widths, too: (batch, heads, length, width).
+    """
+    return isinstance(value, (tuple, list)) and bool(value) and all(map(_is_pair, value))
+
+
+def _is_pair(item: Any) -> bool:
+    if type(item) not in (tuple, list) or len(item) != 2:
+        return False
+    if not all(isinstance(part, torch.Tensor) and part.dim() == 4 for part in item):
+        return False
+    keys, values = item
+    same = keys.shape[:-1] == values.shape[:-1] or sorted(keys.shape) == sorted(values.shape)
+    return same and keys.dtype == values.dtype and keys.is_floating_point()
+
+
 def identifier(text: str) -> str:
     """Make a legal, readable value name of any key: `"a.b[0]"` → `a_b_0`."""
     return re.sub(r"\W+", "_", text).strip("_") or "value"
+
+
+def path_word(text: str) -> str:
+    """A key as a part of a path, which may be a path itself: `"['b.c']"` → `b.c`."""
+    return re.sub(r"[^\w.]+", "_", text).strip("._") or "value"
 
 
 def unique(names: list[str], taken: set[str] | frozenset[str] = frozenset()) -> list[str]:

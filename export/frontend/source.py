@@ -139,3 +139,11 @@ def line_and_text(stack_trace: str | None) -> str | None:
     path, _, number = line.rpartition(":")
     text = linecache.getline(path, int(number)).strip()
     return f"{line}\n{text}" if text else line
+
+
+def forward_line(module: object) -> str | None:
+    """Where the user wrote `forward`; None if a library did."""
+    code = getattr(getattr(type(module), "forward", None), "__code__", None)
+    if code is None or not is_user_file(code.co_filename):
+        return None
+    return f"{code.co_filename}:{code.co_firstlineno}"

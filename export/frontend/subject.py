@@ -5,10 +5,7 @@ A `Subject` is what every way of loading a model ends in, and all that the later
 
 from __future__ import annotations
 
-import ast
-import inspect
-import textwrap
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,8 +17,9 @@ from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.frontend.accept import check_inputs, check_outputs, plain_module, register_dataclasses
 from moe_export.export.frontend.export_calls import NOTHING, Asked
 from moe_export.export.frontend.first_calls import first_calls, is_tensor
-from moe_export.export.frontend.pytree import Leaf, identifier, leaves, unique
-from moe_export.export.frontend.source import calls_user_code, is_user_file, last_user_line
+from moe_export.export.frontend.names import argument_names, output_names, renamed
+from moe_export.export.frontend.pytree import Leaf, leaves
+from moe_export.export.frontend.source import calls_user_code, forward_line, last_user_line
 from moe_export.export.frontend.state import State
 from moe_export.export.frontend.train_mode import note_on_mode
 from moe_export.export.torch_compat.nesting import pytree
@@ -60,6 +58,7 @@ class Subject:
         free: `(input, axis)` → the name of each dimension that the user's own export call leaves free, None for the
             usual name; None if it says nothing of dimensions.
         apart: The same model where nobody else touches it, if it was loaded with one.
+        root: The path in `module` below which weights have the names of the user's model; "" for its own.
     """
 
     module: nn.Module
@@ -79,6 +78,7 @@ class Subject:
     unread: frozenset[str] = frozenset()
     free: Mapping[tuple[str, int], str | None] | None = None
     apart: Apart | None = field(default=None, repr=False)
+    root: str = ""
 
     def of(self, module: nn.Module) -> Subject:
         """The same with another module: a copy of its own, in other types or on another device."""
@@ -177,9 +177,8 @@ def make_subject(
     module.eval()
     register_dataclasses((args, kwargs))
     flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
-    names = _renamed(
-        _argument_names(module, args, kwargs, source, flat), asked.input_names, map(is_tensor, flat)
-    )
+    names = argument_names(module, args, kwargs, source, flat)
+    names = renamed(names, asked.input_names, map(is_tensor, flat))
     tensors = {
         name: _as_pairs(value.detach()) for name, value in zip(names, flat, strict=True) if is_tensor(value)
     }
@@ -193,17 +192,17 @@ def make_subject(
     with without_weights(weights):
         ran = first_calls(module, lambda: list(leaves(_run(module, args, kwargs, source))), source)
     found = ran.found
-    outputs, dropped = _output_names(module, found, set(tensors))
-    outputs = _renamed(outputs, asked.output_names, (True for _ in outputs), taken=set(tensors))
+    outputs, dropped = output_names(module, found, tensors)
+    outputs = renamed(outputs, asked.output_names, (True for _ in outputs), taken=set(tensors))
     check_outputs(
         dict(zip(outputs, (leaf.value for leaf in found if leaf.is_tensor), strict=True)),
-        _forward_line(module),
+        forward_line(module),
     )
     if not outputs:
         raise NotExportableError(
             f"{type(module).__name__}.forward returns no tensor, so there is no graph to write",
             code=Code.NO_OUTPUT,
-            where=_forward_line(module),
+            where=forward_line(module),
         )
     notes = tuple(
         f"{kind} {name} is complex, and has pairs of a real and an imaginary part along a last axis in the graph"
@@ -245,18 +244,6 @@ def make_subject(
     )
 
 
-def _renamed(
-    names: Sequence[str], asked: Sequence[str], takes: Iterable[bool], taken: Set[str] = frozenset()
-) -> list[str]:
-    """Names of which the first that take one are those that were asked for, as far as they go."""
-    wanted = iter(asked)
-    found = [
-        identifier(next(wanted, name)) if takes_one else name
-        for name, takes_one in zip(names, takes, strict=True)
-    ]
-    return unique(found, frozenset(taken))
-
-
 def _free_dims(tensors: Mapping[str, torch.Tensor], asked: Asked) -> dict[tuple[str, int], str | None]:
     return {
         (name, axis % max(1, tensor.dim())): dim
@@ -267,44 +254,6 @@ def _free_dims(tensors: Mapping[str, torch.Tensor], asked: Asked) -> dict[tuple[
 
 def _kinds(values: Sequence[Any]) -> str:
     return ", ".join(dict.fromkeys(type(value).__name__ for value in values)) or "nothing at all"
-
-
-def _argument_names(
-    module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], source: Path, flat: list[Any]
-) -> list[str]:
-    """One name for each leaf of `(args, kwargs)`: forward's parameter, then the path inside the argument."""
-    signature = inspect.signature(module.forward)
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        raise UsageError(
-            f"the example inputs do not fit {type(module).__name__}.forward{signature}: {error}",
-            where=_forward_line(module) or str(source),
-            hint="name inputs as forward's parameters are named, and give every one without a default",
-        ) from None
-    positional = _positional_names(signature, len(args))
-    named = list(zip(positional, args, strict=True)) + list(kwargs.items())
-    names: list[str] = []
-    for name, value in named:
-        for path, _ in pytree.tree_flatten_with_path(value)[0]:
-            inner = identifier(pytree.keystr(path)) if path else ""
-            names.append(f"{name}_{inner}" if inner else name)
-    if len(names) != len(flat):
-        raise UsageError("the example inputs cannot be flattened in a fixed order", where=str(source))
-    return names
-
-
-def _positional_names(signature: inspect.Signature, count: int) -> list[str]:
-    names: list[str] = []
-    for parameter in signature.parameters.values():
-        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
-            names += [f"{parameter.name}_{index}" for index in range(count - len(names))]
-        elif parameter.kind in (
-            inspect.Parameter.POSITIONAL_ONLY,
-            inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        ):
-            names.append(parameter.name)
-    return names[:count]
 
 
 def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], source: Path) -> Any:
@@ -324,58 +273,3 @@ def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], sour
             where=last_user_line(error) or str(source),
             hint=f"it was called with the example inputs {shapes}; do they have the right shapes and dtypes?",
         ) from error
-
-
-def _output_names(module: nn.Module, found: list[Leaf], taken: set[str]) -> tuple[list[str], dict[str, Any]]:
-    """Names for the leaves of an output: keys and fields where it has them, else the returned variables."""
-    names = [leaf.name for leaf in found]
-    if all(name.isdigit() or not name for name in names):
-        returned = _returned_variables(module)
-        if returned is not None and len(returned) == len(found):
-            names = returned
-        elif len(found) == 1:
-            names = ["output"]
-    if len(found) == 1 and names[0] in taken | {"output_0"}:
-        names = ["output"]
-    names = unique([name if not name[:1].isdigit() else f"output_{name}" for name in names], taken)
-    pairs = list(zip(names, found, strict=True))
-    outputs = [name for name, leaf in pairs if leaf.is_tensor]
-    return outputs, {name: leaf.value for name, leaf in pairs if not leaf.is_tensor}
-
-
-def _returned_variables(module: nn.Module) -> list[str] | None:
-    """A name for each place of forward's `return a, b`; None if its returns differ in length."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(type(module).forward)))
-    except (OSError, TypeError, SyntaxError):
-        return None
-    returns = [node.value for node in _own_nodes(tree.body[0]) if isinstance(node, ast.Return) and node.value]
-    rows = [list(value.elts) if isinstance(value, ast.Tuple) else [value] for value in returns]
-    if not rows or len({len(row) for row in rows}) > 1:
-        return None
-    return [_agreed_name(column, index) for index, column in enumerate(zip(*rows, strict=True))]
-
-
-def _agreed_name(items: tuple[ast.expr, ...], index: int) -> str:
-    """The variable that stands at this place of the returns; `output` for an expression."""
-    names = {item.id for item in items if isinstance(item, ast.Name)}
-    if len(names) == 1:
-        return names.pop()
-    return f"output_{index}" if index else "output"
-
-
-def _own_nodes(function: ast.AST) -> list[ast.AST]:
-    """The nodes of a function without those of the functions inside it."""
-    nodes: list[ast.AST] = []
-    for child in ast.iter_child_nodes(function):
-        if not isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda, ast.ClassDef)):
-            nodes += [child, *_own_nodes(child)]
-    return nodes
-
-
-def _forward_line(module: nn.Module) -> str | None:
-    """Where the user wrote `forward`; None if a library did."""
-    code = getattr(getattr(type(module), "forward", None), "__code__", None)
-    if code is None or not is_user_file(code.co_filename):
-        return None
-    return f"{code.co_filename}:{code.co_firstlineno}"

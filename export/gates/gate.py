@@ -23,9 +23,11 @@ from moe_export.export.gates.routing import Routing
 from moe_export.export.gates.values import values_of_shapes
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing.trace import Traced, quiet
+from moe_export.export.tracing.weight_inputs import attach, weights_by_input
 from moe_export.export.weights.lazy import absent_among, lazy_weight_of
 
 INDICES, WEIGHTS, SCORES = "topk_idx", "topk_weight", "scores"
+_WEIGHTS = "weights"  # where a cut has the model's weights
 
 
 class _Gate(nn.Module):
@@ -61,7 +63,7 @@ def gate_subject(traced: Traced, routing: Routing, subject: Subject, *, with_sco
         gate, examples, {}, source=subject.source, how=f"the gate of {routing.path}, cut out of the model"
     )
     inputs = dict(zip(_input_names(routing, traced, subject), made.inputs.values(), strict=True))
-    return dataclasses.replace(made, inputs=inputs)
+    return dataclasses.replace(made, inputs=inputs, root=f"gate.{_WEIGHTS}")
 
 
 def numbers_in(cut: Subject) -> set[int]:
@@ -116,9 +118,9 @@ def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
                 found[n.name] = result
             return result
 
-    constants, inputs = _constants(traced), iter(traced.example.values())
+    weights, inputs = weights_by_input(program), iter(traced.example.values())
     names = [spec.arg.name for spec in program.graph_signature.input_specs]
-    arguments = [constants[name] if name in constants else next(inputs) for name in names]
+    arguments = [weights[name][1] if name in weights else next(inputs) for name in names]
     with torch.no_grad(), quiet():
         Tap(program.graph_module).run(*arguments)
     return [found[node.name] for node in nodes]
@@ -126,7 +128,7 @@ def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
 
 def _cut(traced: Traced, routing: Routing, with_scores: bool) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """Copy what the gate's outputs depend on, back to its inputs, into a graph of its own; also the outputs' names."""
-    constants = _constants(traced)
+    weights = weights_by_input(traced.program)
     root = nn.Module()
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
@@ -137,7 +139,7 @@ def _cut(traced: Traced, routing: Routing, with_scores: bool) -> tuple[fx.GraphM
     for node in needed((*routing.outputs, *scores), set(routing.inputs)):
         size = size_source(node, routing.inputs) if is_size(node) else None
         if node.op == "placeholder":
-            copies[node] = _constant(graph, root, node, constants)
+            copies[node] = _constant(graph, root, node, traced, weights)
         elif size is not None:
             copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[size[0]], size[1]))
         else:
@@ -162,32 +164,26 @@ def _joined(graph: fx.Graph, nodes: list[fx.Node], name: str, routing: Routing) 
     return graph.call_function(torch.ops.aten.stack.default, (nodes, -1))
 
 
-def _constants(traced: Traced) -> Mapping[str, torch.Tensor]:
-    """Parameters, buffers and constants by the name of their placeholder."""
-    program = traced.program
-    signature = program.graph_signature
-    targets = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    tensors = {**program.constants, **program.state_dict}
-    return {name: tensors[target] for name, target in targets.items()}
-
-
 def _constant(
-    graph: fx.Graph, root: nn.Module, node: fx.Node, constants: Mapping[str, torch.Tensor]
+    graph: fx.Graph,
+    root: nn.Module,
+    node: fx.Node,
+    traced: Traced,
+    weights: Mapping[str, tuple[str, torch.Tensor]],
 ) -> fx.Node:
-    if node.name not in constants:
+    """A weight of the cut, under its path in the model."""
+    if node.name not in weights:
         raise NotExportableError(
             f"the gate depends on the model's input {node.name} besides what enters its module",
             code=Code.GATE,
         )
-    value = constants[node.name].detach()
+    path, value = weights[node.name]
+    value = value.detach()
     if lazy_weight_of(value) is None:
         value = value.clone()  # a call of the model may change its buffers, and must not change the gate's
-    root.register_buffer(node.name, value)
-    return graph.get_attr(node.name)
+    path = f"{_WEIGHTS}.{path.removeprefix(f'{traced.scope}.')}"
+    attach(root, path, value)
+    return graph.get_attr(path)
 
 
 def _input_names(routing: Routing, traced: Traced, subject: Subject) -> list[str]:

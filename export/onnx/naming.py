@@ -31,8 +31,6 @@ from moe_export.export.torch_compat.metadata import (
 )
 
 _COUNTED = re.compile(r"^(?P<word>.+?)(_\d+)*$")
-_NUMBERED = re.compile(r"val_\d+(_\d+)?")
-_FEW = 4
 _WRITTEN = re.compile(r"^experts_\d+\.(?P<rest>.+)$")
 
 
@@ -111,39 +109,26 @@ def name_nodes(model: ir.Model, origins: Mapping[ir.Node, Statement]) -> None:
     """
     nodes = list(model.graph.all_nodes())
     variables = _variables(nodes, origins)
-    _name_constants(model.graph)
     fixed = {*model.graph.inputs, *model.graph.outputs}
     used: Counter[str] = Counter(str(value.name) for value in (*fixed, *model.graph.initializers.values()))
     node_names: Counter[str] = Counter()
     for node in nodes:
         name = _node_name(node)
-        node.name = _fresh(name, node_names)
+        node.name = fresh_name(name, node_names)
         for index, value in enumerate(node.outputs):
             if value in fixed:
                 continue
             own = name if len(node.outputs) == 1 else f"{name}.{index}"
-            value.name = _fresh(variables.get(value, own), used)
+            value.name = fresh_name(variables.get(value, own), used)
 
 
-def _name_constants(graph: ir.Graph) -> None:
-    """Call constants that the exporter numbered, `val_6`, after what they hold: `constant.1e-05`, `constant.2x16`."""
-    used: Counter[str] = Counter(str(value.name) for value in (*graph.inputs, *graph.initializers.values()))
-    for value in [value for name, value in graph.initializers.items() if _NUMBERED.fullmatch(name)]:
-        value.name = _fresh(f"constant.{_content(value)}", used)  # the graph's table of initializers follows
+def fresh_name(name: str, used: Counter[str]) -> str:
+    """The name, counted if there is one like it.
 
-
-def _content(value: ir.Value) -> str:
-    tensor = value.const_value
-    if tensor is None or tensor.size > _FEW:
-        return "x".join(map(str, value.shape or ())) or "tensor"
-    return "_".join(
-        f"{number:g}" if isinstance(number, float) else str(number)
-        for number in tensor.numpy().ravel().tolist()
-    )
-
-
-def _fresh(name: str, used: Counter[str]) -> str:
-    """The name, counted if there is one like it."""
+    Args:
+        name: As it should be.
+        used: How often each name was given, which this name is added to.
+    """
     fresh = name
     while fresh in used:
         fresh = f"{name}_{used[name]}"

@@ -17,6 +17,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import ShapeInferencePass
 
 from moe_export.errors import Code, NotExportableError, UsageError
+from moe_export.export.onnx.counted_sizes import without_counted
 from moe_export.export.onnx.provenance import source_location
 from moe_export.graph_builder import Constants
 
@@ -112,7 +113,7 @@ def _infer_sizes(model: ir.Model, nodes: Sequence[ir.Node]) -> None:
     for node, twin in zip(nodes, inferred.graph.all_nodes(), strict=True):
         value, known = node.inputs[0] if node.inputs else None, twin.inputs[0] if twin.inputs else None
         if value is not None and known is not None and _lacks_sizes(node):
-            value.shape = known.shape.copy() if known.shape is not None else None
+            value.shape = without_counted(known.shape.copy()) if known.shape is not None else None
             value.type = value.type or known.type
 
 

@@ -15,7 +15,9 @@ import onnx
 import onnx_ir as ir
 import torch
 
+from moe_export.export.onnx.counted_sizes import without_counted
 from moe_export.export.onnx.recipes import has_recipes
+from moe_export.export.onnx.weight_names import name_constants
 
 _LIMIT = 512 * 2**20  # bytes of weights; onnxsim copies a model several times
 
@@ -112,11 +114,21 @@ def _outputs(model: onnx.ModelProto, example: Mapping[str, np.ndarray]) -> list[
 
 
 def _with_metadata(simplified: ir.Model, original: ir.Model) -> ir.Model:
-    """Put back the metadata of the nodes that are still there; a new node takes that of its first producer."""
-    facts = {value.name: node.metadata_props for node in original.graph.all_nodes() for value in node.outputs}
+    """Put back the metadata of the nodes that are still there; a new node takes that of its first producer.
+
+    So with names: constants are called after what they hold, and a size that onnxsim's inference counted is the one
+    that it was before, or has no name.
+    """
+    before = {str(value.name): value for node in original.graph.all_nodes() for value in node.outputs}
+    known = {*before, *original.graph.initializers}
+    name_constants(simplified.graph, known)
     for node in simplified.graph.all_nodes():
         for value in node.outputs:
-            if value.name in facts:
-                node.metadata_props.update(facts[value.name])
+            producer = before[str(value.name)].producer() if value.name in before else None
+            if producer is not None:
+                node.metadata_props.update(producer.metadata_props)
                 break
+        for value in node.outputs:
+            old = before.get(str(value.name))
+            value.shape = without_counted(value.shape, old.shape if old is not None else None)
     return simplified

@@ -30,6 +30,7 @@ from moe_export.export.onnx.reshapes import plain_transposes, settle_axes, settl
 from moe_export.export.onnx.size_numbers import exact_sizes
 from moe_export.export.onnx.transposed import mend_products
 from moe_export.export.onnx.untranslated import untranslated
+from moe_export.export.onnx.weight_names import name_derived, name_weights
 from moe_export.export.torch_compat.caches import cache_patches, decomposed_if_needed
 from moe_export.export.torch_compat.exact_rules import exact_constants
 from moe_export.export.tracing.slices import TRANSLATIONS as SLICES
@@ -65,6 +66,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
             )
             assert result is not None
             exact_sizes(result.model.graph)
+            name_derived(result.model.graph)
             if streamed:  # before anything computes with weights
                 place_recipes(result.model)
                 fold_steps(result.model.graph)
@@ -81,7 +83,7 @@ def translate(traced: Traced, opset: int) -> ir.Model:
     return result.model
 
 
-def name_at_opset(model: ir.Model, traced: Traced, opset: int, folder: Path) -> None:
+def name_at_opset(model: ir.Model, traced: Traced, opset: int, folder: Path, root: str = "") -> None:
     """Names, metadata and the opset of a translated model, in place.
 
     Args:
@@ -89,6 +91,7 @@ def name_at_opset(model: ir.Model, traced: Traced, opset: int, folder: Path) -> 
         traced: What it was translated from: inputs, outputs and dynamic dimensions get its names.
         opset: 17 or newer; the result has exactly this one.
         folder: The folder of the model's file; source lines in the metadata are relative to it.
+        root: The path in the traced module below which weights have the names of the user's model.
 
     Raises:
         NotExportableError: An operator has no form at this opset; names the model's line.
@@ -97,6 +100,7 @@ def name_at_opset(model: ir.Model, traced: Traced, opset: int, folder: Path) -> 
     mend_products(model)
     origins = statements(model, traced.scope)
     shorten_metadata(model, traced.scope, folder)
+    name_weights(model.graph, f"{traced.scope}.{root}".rstrip("."))
     name_nodes(model, origins)
     _name_values(model, traced)
     set_opset(model, opset)
@@ -161,12 +165,20 @@ def _name_data_sizes(outputs: Iterable[ir.Value]) -> None:
     _name_dims(outputs, names)
 
 
+def _named_sum(text: str) -> str:
+    """A sum in one order, whichever of two equal symbols the tracer wrote: `seq + past` → `past + seq`."""
+    terms = text.split(" + ")
+    if any("(" in term or " " in term for term in terms):
+        return text
+    return " + ".join(sorted(terms, key=lambda term: (term.isdigit(), term)))
+
+
 def _named(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
     if isinstance(dim, int):
         return dim
     if dim.value is None:
         return None
-    text = rename(dim.value, names)
+    text = _named_sum(rename(dim.value, names))
     return (
         int(text) if text.isdigit() else text
     )  # the tracer may still write a size that it fixed as a symbol

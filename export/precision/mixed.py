@@ -24,6 +24,7 @@ from onnx_ir.passes.common import ShapeInferencePass
 
 from moe_export.errors import UsageError
 from moe_export.export.onnx.bodies import bodies
+from moe_export.export.onnx.counted_sizes import without_counted
 from moe_export.export.onnx.provenance import MODULE
 from moe_export.export.precision.casts import write_casts
 
@@ -80,6 +81,8 @@ def lower_precision(model: ir.Model, dtype: str, keep: Sequence[str] = ()) -> Pr
     """
     if any(value.dtype is None for node in model.graph for value in node.outputs):
         model = ShapeInferencePass()(model).model
+        for value in (value for node in model.graph.all_nodes() for value in node.outputs):
+            value.shape = without_counted(value.shape)
     narrow_type = DTYPES[dtype]
     wide = _wide_nodes(model, narrow_type, keep)
     casts = write_casts(model, wide, narrow_type)

@@ -9,7 +9,7 @@ The module runs in PyTorch at every length, so that it can be compared with the 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial, reduce
 from typing import Any
 
@@ -37,6 +37,7 @@ from moe_export.export.recurrence.rolled import (
     Whole,
 )
 from moe_export.export.torch_compat.sizes import require
+from moe_export.export.tracing.weight_inputs import attach, weights_by_input
 
 aten = torch.ops.aten
 
@@ -56,9 +57,9 @@ class FoldedModule(nn.Module):
         super().__init__()
         self._same = tuple(same)
         self.graph = fx.Graph()
-        self.targets = dict(_weights(program))
+        self.targets = dict(weights_by_input(program))
         for target, tensor in self.targets.values():
-            _attach(self, target.removeprefix(prefix), tensor)
+            attach(self, target.removeprefix(prefix), tensor)
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         """Run the graph node by node, so that each keeps the line of the model that it was traced from."""
@@ -68,30 +69,6 @@ class FoldedModule(nn.Module):
                 require(size == sizes[0])  # so that a tracer knows it, too
         with fx.traceback.preserve_node_meta():
             return fx.Interpreter(self, graph=self.graph).run(*inputs)
-
-
-def _weights(program: ExportedProgram) -> Mapping[str, tuple[str, torch.Tensor]]:
-    """Placeholder → its path in the module, and the tensor."""
-    signature = program.graph_signature
-    targets = {
-        **signature.inputs_to_parameters,
-        **signature.inputs_to_buffers,
-        **signature.inputs_to_lifted_tensor_constants,
-    }
-    tensors = {**program.constants, **program.state_dict}
-    return {name: (target, tensors[target]) for name, target in targets.items()}
-
-
-def _attach(root: nn.Module, target: str, tensor: torch.Tensor) -> None:
-    *path, name = target.split(".")
-    for part in path:
-        if not hasattr(root, part):
-            root.add_module(part, nn.Module())
-        root = getattr(root, part)
-    if isinstance(tensor, nn.Parameter):
-        root.register_parameter(name, tensor)
-    else:
-        root.register_buffer(name, tensor.detach())
 
 
 def folded_module(

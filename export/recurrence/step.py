@@ -28,7 +28,7 @@ from moe_export.export.recurrence.induction_sequences import COUNT
 from moe_export.export.recurrence.loop_body import LoopBody
 from moe_export.export.recurrence.recurrences import Recurrent
 from moe_export.export.recurrence.step_cache import step_with_cache
-from moe_export.export.recurrence.step_model import StepModel, prove_steps
+from moe_export.export.recurrence.step_model import StepModel, present_of, prove_steps
 from moe_export.export.recurrence.transformers_cache import find_cached_model
 from moe_export.export.tracing.lengths import Length
 from moe_export.export.tracing.trace import quiet
@@ -81,7 +81,7 @@ def step_of(subject: Subject, recurrent: Recurrent) -> StepModel:
             StepModule(module, stepping.graph, outputs), inputs, {}, source=subject.source, how=subject.how
         )
         names = [*one, *stepping.names]
-        made = replace(made, inputs=dict(zip(names, made.inputs.values(), strict=True)))
+        made = replace(made, inputs=dict(zip(names, made.inputs.values(), strict=True)), root="folded")
         widened = replace(subject, inputs=folded.inputs)  # of the batch that the states were made for
         prove_steps(widened, made, dict(zip(stepping.names, stepping.firsts, strict=True)), length)
         batch = _batch(module, folded, stepping, length)
@@ -175,7 +175,7 @@ class _Stepping:
     @property
     def presents(self) -> list[str]:
         """The names of the states after the step."""
-        return [name.replace("past_", "present_", 1) for name in self.names]
+        return [present_of(name) for name in self.names]
 
     def time(self, node: fx.Node) -> int | None:
         """The axis of a node's value whose size follows the length; None if there is not exactly one."""

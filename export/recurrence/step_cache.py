@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.subject import Subject, make_subject
-from moe_export.export.recurrence.step_model import PROVED, StepModel, prove_as_given
-from moe_export.export.recurrence.transformers_cache import CachedModel, empty, find_cached_model
+from moe_export.export.recurrence.step_model import PROVED, StepModel, present_of, prove_as_given
+from moe_export.export.recurrence.transformers_cache import CACHE, CachedModel, empty, find_cached_model
 from moe_export.export.tracing.lengths import Length
 from moe_export.export.tracing.trace import quiet
 from moe_export.export.tracing.transformers_experts import traceable_experts
@@ -60,12 +60,12 @@ def _step(subject: Subject, cached: CachedModel, length: Length) -> tuple[Subjec
     """The step as a model, and its states before the first step by name."""
     batch = next(tensor.shape[0] for tensor in subject.inputs.values() if tensor.dim() > 1)
     cache = _filled(subject, cached, length, _BEFORE[batch == _BEFORE[0]])
-    pasts = {f"past_{kept.name}": kept.of(cache).clone() for kept in cached.kept}
+    pasts = {f"{CACHE}.{kept.name}": kept.of(cache).clone() for kept in cached.kept}
     one = length.resized(subject.inputs, 1)
-    outputs = [*subject.outputs, *(f"present_{kept.name}" for kept in cached.kept)]
+    outputs = [*subject.outputs, *map(present_of, pasts)]
     module = CachedStep(subject, cached, outputs)
     made = make_subject(module, (*one.values(), *pasts.values()), {}, source=subject.source, how=subject.how)
-    made = replace(made, inputs=dict(zip([*one, *pasts], made.inputs.values(), strict=True)))
+    made = replace(made, inputs=dict(zip([*one, *pasts], made.inputs.values(), strict=True)), root="model")
     firsts = zip(pasts.items(), cached.kept, strict=True)
     return made, {name: empty(kept, past) for (name, past), kept in firsts}
 

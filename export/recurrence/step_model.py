@@ -14,7 +14,7 @@ from torch import Tensor
 
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.dims import BATCH, PAST, DimRequest
 from moe_export.export.tracing.lengths import Length
 from moe_export.float64 import agree, double_module, doubled, in_float64
 
@@ -29,7 +29,7 @@ class StepModel:
     """The model of a step.
 
     Attributes:
-        subject: The step: its inputs are the model's, one step long, then `past_*`; its outputs end in `present_*`.
+        subject: The step: its inputs are the model's, one step long, then `past_*`; its outputs end in `present*`.
         pasts: The names of the states, in order.
         batch: The (input or state, axis) pairs that are the batch.
         past: The (state, axis) pairs that have one entry for each step so far.
@@ -43,8 +43,19 @@ class StepModel:
     def dims(self, request: DimRequest) -> DimRequest:
         """What is free in the step: the number of steps so far, and the batch if that was requested; nothing else."""
         wanted = all(request.wants(*place) for place in self.batch if place[0] not in self.pasts)
-        free = dict.fromkeys(self.batch, "batch") if wanted else {}
-        return DimRequest(True, {**free, **dict.fromkeys(self.past, "past")})
+        free = dict.fromkeys(self.batch, BATCH) if wanted else {}
+        return DimRequest(True, {**free, **dict.fromkeys(self.past, PAST)})
+
+
+def present_of(past: str) -> str:
+    """What a state is called after the step.
+
+    Example:
+        >>> present_of("past_state_0"), present_of("past_key_values.0.key")
+        ('present_state_0', 'present.0.key')
+    """
+    _, inside, path = past.partition(".")
+    return f"present.{path}" if inside else past.replace("past_", "present_", 1)
 
 
 def prove_steps(
@@ -111,7 +122,7 @@ def _steps(
             now[name] = example[name].narrow(axis, place, 1)
         step.call_named({name: tensor.flip(0).roll(1, -1) for name, tensor in {**now, **pasts}.items()})
         found = dict(zip(step.outputs, step.call_named({**now, **pasts}), strict=True))
-        pasts = {past: found[past.replace("past_", "present_", 1)] for past in pasts}
+        pasts = {past: found[present_of(past)] for past in pasts}
         rows.append(found)
     pairs = {}
     for name, whole in wanted.items():

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 _CACHES = "transformers.cache_utils"
 _MODELS = "transformers.modeling_utils"
-_ARGUMENT = "past_key_values"
+CACHE = "past_key_values"
+"""The argument that a model takes its cache by."""
 _GROWING = ("keys", "values")
 _CALLED = {"keys": "key", "values": "value", "conv_states": "window", "recurrent_states": "state"}
 
@@ -45,9 +46,9 @@ class Kept:
 
     @property
     def name(self) -> str:
-        """Its name in inputs and outputs, such as `key_0` or `state_3`; layers count from 0."""
+        """Its name in a cache, such as `0.key` or `3.state`; layers count from 0."""
         kind = _CALLED.get(self.attribute, self.attribute)
-        return f"{kind}_{self.layer}" + (f"_{self.part}" if self.part else "")
+        return f"{self.layer}.{kind}" + (f".{self.part}" if self.part else "")
 
     @property
     def grows(self) -> int | None:
@@ -117,7 +118,7 @@ class CachedModel:
         """While this context is active, the model is called with this cache, whatever its caller passes."""
 
         def with_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, _ARGUMENT: cache, "use_cache": True}
+            return args, {**kwargs, CACHE: cache, "use_cache": True}
 
         handle = self.model.register_forward_pre_hook(with_cache, with_kwargs=True)
         try:
@@ -136,7 +137,7 @@ def find_cached_model(module: nn.Module) -> CachedModel | None:
     if kind is None or caches is None:
         return None
     model = next((each for each in module.modules() if isinstance(each, kind)), None)
-    if model is None or not {_ARGUMENT, "use_cache"} <= set(inspect.signature(model.forward).parameters):
+    if model is None or not {CACHE, "use_cache"} <= set(inspect.signature(model.forward).parameters):
         return None
     layers = getattr(caches.DynamicCache(config=model.config), "layers", ())
     attends = any(isinstance(layer, caches.DynamicLayer) for layer in layers)

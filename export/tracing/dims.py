@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from moe_export.domain import Condition
 from moe_export.errors import UsageError
+from moe_export.export.frontend.pytree import KEY, VALUE, identifier
 from moe_export.export.frontend.subject import Subject
 
 BATCH = "batch"
 SEQ = "seq"
-_REQUEST = re.compile(r"(?P<input>\w+):(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?$", re.ASCII)
+PAST = "past_sequence"
+_CACHES = {"past", "cache", "caches", "kv"}
+_MASKS = {"mask", "bias"}
+_REQUEST = re.compile(r"(?P<input>[^:=]+(?::[^:=]+)*):(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?$", re.ASCII)
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,8 @@ class Dim:
         symbol: The tracer's name for it, `s77`.
         traced: Its size in the trace.
         minimum, maximum: The sizes that the trace is valid for; None is no limit.
-        also: Further symbols for the same dimension: the batch of other inputs, the length of a mask, of the same
-            example size.
+        also: Further symbols for the same dimension: the batch of other inputs, the length of a mask or of further
+            layers of a cache, of the same example size.
     """
 
     name: str
@@ -105,21 +109,47 @@ def limits_of(dims: Sequence[Dim], conditions: Sequence[Condition]) -> list[str]
     return [*bounds, *map(str, conditions)]
 
 
-def default_name(tensor: torch.Tensor, axis: int, input_name: str) -> str:
-    """The field's word for a dimension: batch, seq, height, width; else the input and the axis.
+def default_name(
+    tensor: torch.Tensor, axis: int, input_name: str, free: Collection[int] | None = None
+) -> str:
+    """The field's word for a dimension: batch, seq, past_sequence, height, width; else the input and the axis.
+
+    Args:
+        tensor: The input.
+        axis: Of it.
+        input_name: Its name, which says whether it is a cache or a mask.
+        free: The axes that may change, among which a cache has one that grows, and a picture two; default: all.
 
     Example:
         >>> default_name(torch.zeros(2, 10, 512), 1, "x")
         'seq'
+        >>> default_name(torch.zeros(2, 8, 10, 64), 2, "past_key_values.0.key")
+        'past_sequence'
     """
     rank = tensor.dim()
     if axis == 0:
         return BATCH
-    if rank == 4 and axis >= 2:
+    axes = set(range(rank)) if free is None else set(free)
+    other = f"{identifier(input_name)}_dim{axis}"
+    if is_cache_name(input_name, rank):
+        return PAST if axis == _growing(axes - {0}) else other
+    words = set(re.split(r"[._]", input_name))
+    if rank == 4 and axis >= 2 and {2, 3} <= axes and tensor.is_floating_point() and not words & _MASKS:
         return ("height", "width")[axis - 2]
     if axis == 1 and (rank == 3 or (rank == 2 and not tensor.is_floating_point())):
         return SEQ
-    return f"{input_name}_dim{axis}"
+    return other
+
+
+def is_cache_name(name: str, rank: int) -> bool:
+    """Whether an input holds what earlier steps left behind, by what it is called."""
+    *_, last = name.split(".")
+    return bool(_CACHES & set(re.split(r"[._]", name))) or (rank == 4 and last in (KEY, VALUE))
+
+
+def _growing(free: Collection[int]) -> int | None:
+    """The axis along which a cache grows: the third of (batch, heads, length, width), if it may change."""
+    return 2 if 2 in free else min(free, default=None)
 
 
 def is_mask(tensor: torch.Tensor) -> bool:
@@ -137,9 +167,9 @@ def twin_of(
     where: Mapping[str, str],
     example: Mapping[str, torch.Tensor],
 ) -> str | None:
-    """The symbol that a dimension of an input is meant to equal: the batch, or the length of what a mask is for."""
-    if label == BATCH:
-        return next((symbol for symbol, known in found.items() if known == (BATCH, traced)), None)
+    """The symbol that a dimension is meant to equal: the batch, the length of a cache, or of what a mask is for."""
+    if label in (BATCH, PAST):
+        return next((symbol for symbol, known in found.items() if known == (label, traced)), None)
     if label != SEQ:
         return None
     return next(

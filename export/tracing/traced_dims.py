@@ -9,7 +9,7 @@ import sympy
 import torch
 from torch.export import ExportedProgram
 
-from moe_export.export.frontend.pytree import unique
+from moe_export.export.frontend.pytree import identifier, unique
 from moe_export.export.tracing.dims import Dim, DimRequest, default_name, twin_of
 
 Shape = tuple[int | str, ...]
@@ -26,19 +26,20 @@ def read_dims(
     same: dict[str, str] = {}  # symbol of a further batch, or of a mask's length → symbol of the first
     where: dict[str, str] = {}  # symbol → the input that has it
     for name, shape in shapes.items():
+        free = [axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)]
         for axis, size in enumerate(shape):
             symbol = str(size)
             if isinstance(size, torch.SymInt) and symbol.isidentifier():
                 wanted = request.picked.get((name, axis))
                 if (symbol not in found and symbol not in same) or wanted is not None:
-                    label = wanted or default_name(example[name], axis, name)
+                    label = wanted or default_name(example[name], axis, name, free)
                     traced = example[name].shape[axis]
                     twin = twin_of(name, label, traced, found, where, example)
                     if wanted is None and twin is not None:
                         same[symbol] = twin  # the model does not say so, and still means one batch
                         continue
                     if wanted is None and any(label == other for other, _ in found.values()):
-                        label = f"{name}_{label}" if not label.startswith(name) else label
+                        label = _of_input(label, identifier(name))
                     found[symbol], where[symbol] = (label, traced), name
     names = dict(zip(found, unique([label for label, _ in found.values()]), strict=True))
     names |= {symbol: names[twin] for symbol, twin in same.items()}
@@ -55,6 +56,11 @@ def read_dims(
     )
     inputs = {name: tuple(_readable(size, names) for size in shape) for name, shape in shapes.items()}
     return dims, inputs
+
+
+def _of_input(label: str, name: str) -> str:
+    """A dimension's name that says whose it is."""
+    return label if label.startswith(name) else f"{name}_{label}"
 
 
 def _readable(size: int | torch.SymInt, names: Mapping[str, str]) -> int | str:

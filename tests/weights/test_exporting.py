@@ -83,7 +83,7 @@ def test_block_by_block_says_so(place):
     verification = found["graphs"][0]["verification"]
     assert found["verdict"] == "equal"
     assert [row["output"] for row in verification["outputs"]] == [
-        "before layers.0", "layers.0", "layers.1", "output",
+        "before layers.0", "layers.0", "layers.1", "logits",
     ]  # fmt: skip
     assert verification["candidate"] == "onnxruntime-cpu, block by block"
     assert verification["about"]["blocks"] == (
@@ -98,7 +98,7 @@ def test_a_fault_in_one_expert_of_one_layer_is_found_and_its_block_named(place, 
     command = ["verify", str(place / "copied/model.onnx"), "--against", str(tmp_path / "model.py")]
     assert run([*command, "--memory", "1KB", "--json", "-q"]) == 1
     rows = {row["output"]: row["equal"] for row in json.loads(capsys.readouterr().out)["outputs"]}
-    assert rows == {"before layers.0": True, "layers.0": True, "layers.1": False, "output": True}
+    assert rows == {"before layers.0": True, "layers.0": True, "layers.1": False, "logits": True}
 
 
 @pytest.mark.slow

@@ -56,6 +56,7 @@ STAGES = (
     "expand",
     "name",
     "simplify",
+    "share",
     "order",
     "precision",
 )

@@ -24,7 +24,7 @@ model = Block()
 x, state, mask = torch.randn(2, 5, 4), {"h": torch.zeros(2, 1, 4)}, torch.zeros(2, 5, dtype=torch.bool)
 """
 X = {"x": (2, 5, 4)}
-ALL = {"x": (2, 5, 4), "state_h": (2, 1, 4), "mask": (2, 5)}
+ALL = {"x": (2, 5, 4), "state.h": (2, 1, 4), "mask": (2, 5)}
 
 
 def loaded(write, *lines, header="import torch.onnx\nfrom torch.export import Dim\n"):
@@ -42,7 +42,7 @@ def loaded(write, *lines, header="import torch.onnx\nfrom torch.export import Di
         ("torch.export.export(model, (x,), {'state': state, 'mask': mask})", ALL),
         ("torch.export.draft_export(model, (x,))", X),
         ("torch.jit.trace(model, x)", X),
-        ("torch.jit.trace(model, (x, state))", {"x": (2, 5, 4), "state_h": (2, 1, 4)}),
+        ("torch.jit.trace(model, (x, state))", {"x": (2, 5, 4), "state.h": (2, 1, 4)}),
         ("torch.jit.trace(model, example_kwarg_inputs={'x': x})", X),
         ("torch.jit.script(model)(x)", X),
         (
@@ -83,14 +83,14 @@ def test_what_the_exporter_would_refuse_is_a_request_all_the_same(write):
 def test_names_are_those_of_the_call(write):
     text = "torch.onnx.export(model, (x, state), 'm.onnx', input_names=['hidden.states', 'past'], output_names=['y'])"
     subject = loaded(write, text)
-    assert list(subject.inputs) == ["hidden_states", "past"]
+    assert list(subject.inputs) == ["hidden.states", "past"]
     assert subject.outputs == ("y",)
     assert subject.free is None  # it says nothing of dimensions, and all of them are free
 
 
 def test_fewer_names_than_inputs(write):
     subject = loaded(write, "torch.onnx.export(model, (x, state), 'm.onnx', input_names=['first'])")
-    assert list(subject.inputs) == ["first", "state_h"]
+    assert list(subject.inputs) == ["first", "state.h"]
 
 
 @pytest.mark.parametrize(

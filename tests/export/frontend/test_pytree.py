@@ -15,8 +15,8 @@ def names(value, name=""):
 
 def test_paths():
     value = {"a": [1, (2, None)], "b": collections.OrderedDict(c=torch.ones(1))}
-    assert names(value) == ["a_0", "a_1_0", "b_c"]
-    assert names(value, "out") == ["out_a_0", "out_a_1_0", "out_b_c"]
+    assert names(value) == ["a.0", "a.1.0", "b.c"]
+    assert names(value, "out") == ["out.a.0", "out.a.1.0", "out.b.c"]
 
 
 def test_tensors_are_leaves_and_constants_too():

@@ -256,7 +256,7 @@ torch.onnx.dynamo_export(Net(), x, scale=torch.ones(2, 1), export_options=option
 torch.onnx.export(Net(), x, "net.onnx", True, False, example_outputs=x, enable_onnx_checker=True,
                   use_external_data_format=False, input_names=["input.1"])
 """,
-        {"input_1": (2, 4)},
+        {"input.1": (2, 4)},
         fails=True,
     ),
     "a decision on values": Script(

@@ -53,12 +53,12 @@ def outputs(tools, function):
         (lambda x: x + 1, ("output",)),
         (lambda x: (x + 1,), ("output",)),
         (lambda x: (x + 1, x + 2), ("output_0", "output_1")),
-        (lambda x: [x + 1, (x + 2, x + 3)], ("output_0", "output_1_0", "output_1_1")),
-        (lambda x: {"a": x + 1, "b.c": x + 2}, ("a", "b_c")),
+        (lambda x: [x + 1, (x + 2, x + 3)], ("output_0", "output_1.0", "output_1.1")),
+        (lambda x: {"a": x + 1, "b.c": x + 2}, ("a", "b.c")),
         (lambda x: {"x": x + 1}, ("output",)),
         (lambda x: {"x": x + 1, "y": x}, ("x_1", "y")),
         (lambda x: Pair(x + 1, x), ("first", "second")),
-        (lambda x: {"p": Pair(x, x)}, ("p_first", "p_second")),
+        (lambda x: {"p": Pair(x, x)}, ("p.first", "p.second")),
         (lambda x: Result(x, x), ("logits", "aux")),
         (lambda x: (x, None, x), ("output_0", "output_2")),
     ],
@@ -104,7 +104,7 @@ class Takes(nn.Module):
 def test_nested_inputs_are_named_by_their_path(tools):
     one = torch.ones(2, 3)
     subject = tools.subject(Takes(), [one, one], {"a": {"b": one}}, True, one, one, scale=2.5, extra=one)
-    assert list(subject.inputs) == ["xs_0", "xs_1", "table_a_b", "rest_0", "rest_1", "extra"]
+    assert list(subject.inputs) == ["xs.0", "xs.1", "table.a.b", "rest.0", "rest.1", "extra"]
     assert subject.constants == {"flag": True, "scale": 2.5}
     result = subject.call([one * n for n in range(6)])
     assert torch.equal(result[0], one * (2.5 * 1 + 3 + 4 + 5 + 2))
@@ -112,7 +112,7 @@ def test_nested_inputs_are_named_by_their_path(tools):
 
 def test_a_none_in_the_middle_is_neither_input_nor_constant(tools):
     subject = tools.subject(Takes(), [torch.ones(2)], None, False)
-    assert list(subject.inputs) == ["xs_0"]
+    assert list(subject.inputs) == ["xs.0"]
     assert subject.constants == {"flag": False}
 
 
@@ -123,7 +123,7 @@ def test_named_tuples_and_dataclasses_as_inputs(tools):
 
     one = torch.ones(2, 3)
     subject = tools.subject(Sum(), Pair(one, one), Batch(one, one))
-    assert list(subject.inputs) == ["pair_first", "pair_second", "batch_ids", "batch_mask"]
+    assert list(subject.inputs) == ["pair.first", "pair.second", "batch.ids", "batch.mask"]
     tools.equal(tools.graph(Sum(), Pair(one, one), Batch(one, one)), *(torch.randn(5, 3) for _ in range(4)))
 
 

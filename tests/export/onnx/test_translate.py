@@ -52,7 +52,7 @@ def test_every_name_that_could_collide_collides(tools):
 
     graph = tools.graph(Collides(), X, torch.randn(4), X, X)
     assert names(graph.model.graph.inputs) == ["x", "weight", "add", "val_0"]
-    assert names(graph.model.graph.outputs) == ["x_1", "weight_1", "add_1", "x_weight", "val_0_1"]
+    assert names(graph.model.graph.outputs) == ["x_1", "weight_1", "add_1", "x.weight", "val_0_1"]
     tools.equal(graph, torch.randn(5, 4), torch.randn(4), torch.randn(5, 4), torch.randn(5, 4))
 
 

@@ -19,6 +19,7 @@ from moe_export.errors import NotExportableError
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.recurrence.step_cache import step_with_cache
+from moe_export.export.recurrence.step_model import present_of
 from moe_export.export.recurrence.transformers_cache import find_cached_model
 from moe_export.export.tracing.dims import DimRequest
 
@@ -55,7 +56,7 @@ def check(model: nn.Module, graph: Graph, length: int, tolerance: float = 2e-5) 
         with torch.no_grad():
             found: Any = model(input_ids=ids)
         wanted = (found if torch.is_tensor(found) else found[0]).numpy()
-        sizes = {"batch": batch, "past": 0}
+        sizes = {"batch": batch, "past_sequence": 0}
         pasts = {
             value.name: np.zeros([sizes.get(size, size) for size in value.shape], np.float32)
             for value in session.get_inputs() if value.name.startswith("past_")
@@ -65,7 +66,7 @@ def check(model: nn.Module, graph: Graph, length: int, tolerance: float = 2e-5) 
             feed = {"input_ids": ids[:, place : place + 1].numpy(), **pasts}
             made = dict(zip(outputs, session.run(None, feed), strict=True))
             rows.append(made[outputs[0]])
-            pasts = {name: made[name.replace("past_", "present_", 1)] for name in pasts}
+            pasts = {name: made[present_of(name)] for name in pasts}
         error = np.abs(np.concatenate(rows, axis=1) - wanted).max()
         assert error <= tolerance * max(1, np.abs(wanted).max()), error
 
@@ -90,11 +91,12 @@ def test_names_and_sizes_of_keys_and_values() -> None:
         for value in (*graph.model.graph.inputs, *graph.model.graph.outputs)
     }
     assert list(shapes) == [
-        "input_ids", "past_key_0", "past_value_0", "last_hidden_state", "present_key_0", "present_value_0",
+        "input_ids", "past_key_values.0.key", "past_key_values.0.value",
+        "last_hidden_state", "present.0.key", "present.0.value",
     ]  # fmt: skip
     assert shapes["input_ids"] == ["batch", "1"]
-    assert shapes["past_key_0"] == ["batch", "1", "past", "8"]
-    assert shapes["present_key_0"] == ["batch", "1", "past + 1", "8"]
+    assert shapes["past_key_values.0.key"] == ["batch", "1", "past_sequence", "8"]
+    assert shapes["present.0.key"] == ["batch", "1", "past_sequence + 1", "8"]
     assert any("experts" in note and "lowered as" in note for note in graph.notes)
     check(model, graph, 9)
 
@@ -112,7 +114,10 @@ def test_windows_states_keys_and_values_of_a_hybrid() -> None:
     model = hybrid_families.Last(hybrid_families.slow_path("Jamba"))
     graph = step_of(model)
     names = [value.name for value in graph.model.graph.inputs]
-    assert names == ["input_ids", "past_window_0", "past_state_0", "past_key_1", "past_value_1"]
+    assert names == [
+        "input_ids",
+        *(f"past_key_values.{it}" for it in ("0.window", "0.state", "1.key", "1.value")),
+    ]
     check(model, graph, 9)
 
 

@@ -240,7 +240,7 @@ def test_complex_weights_keep_their_names_as_pairs(tools):
     weights = graph.model.graph.initializers
     for part in ("real", "imag"):
         wanted = getattr(model.weight.detach(), part).numpy()
-        np.testing.assert_array_equal(weights[f"model.weight.{part}"].const_value.numpy(), wanted)
+        np.testing.assert_array_equal(weights[f"weight.{part}"].const_value.numpy(), wanted)
 
 
 def test_a_program_without_complex_numbers_is_returned_as_it_is(tools):
