@@ -14,6 +14,7 @@ BELOW = {
     "moe_export.external_data",
     "moe_export.float64",
     "moe_export.own_files",
+    "moe_export.tensorrt_api",
 }  # what every room may know
 
 
