@@ -17,7 +17,7 @@ from moe_export.verify.inputs.cases import cases
 from moe_export.verify.inputs.known import Known
 from moe_export.verify.runner import RunFailedError
 from moe_export.verify.runners import engine_loading, tensorrt_runner
-from moe_export.verify.runners.tensorrt_buffers import dtype_of, from_bytes, host_memory, to_bytes
+from moe_export.verify.runners.tensorrt_buffers import dtype_of, from_bytes, host_memory, on_host, to_bytes
 from moe_export.verify.runners.tensorrt_runner import TensorRtRunner
 from moe_export.verify.specs import numpy_dtype
 
@@ -232,9 +232,21 @@ def test_full_tensorrt_has_no_kernels_to_keep_and_may_load_its_own_runtime(opene
 def test_every_type_goes_through_bytes(dtype, shape):
     values = (np.arange(int(np.prod(shape))) % 8 - 4).astype(np.float32).reshape(shape)
     array = values.astype(numpy_dtype(dtype))
-    found = from_bytes(to_bytes(array), dtype, shape)
+    found = from_bytes(on_host(to_bytes(array)), dtype, shape)
     assert found.dtype == array.dtype
     np.testing.assert_array_equal(found.astype(np.float32), array.astype(np.float32))
+
+
+def test_inputs_that_may_not_be_written_are_copied_and_results_stay():
+    """PyTorch takes no read-only array, and the inputs of cases are read-only."""
+    array = np.arange(4, dtype=np.float32)
+    assert np.shares_memory(to_bytes(array), array)
+    array.setflags(write=False)
+    assert not np.shares_memory(to_bytes(array), array)
+    memory = on_host(to_bytes(array))
+    found = from_bytes(memory, "float32", (4,))
+    memory.zero_()
+    np.testing.assert_array_equal(found, array)
 
 
 def test_types_of_four_bits_are_two_to_a_byte_the_first_below():

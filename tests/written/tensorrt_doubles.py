@@ -281,8 +281,8 @@ class HostCuda:
     def memory(self, count):
         return torch.empty(count, dtype=torch.uint8)
 
-    def copy(self, data):
-        return data.clone()
+    def copy(self, raw):
+        return torch.from_numpy(raw.copy()) if raw.size else self.memory(1)
 
     def begin(self):
         """Nothing is under way."""

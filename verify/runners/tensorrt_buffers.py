@@ -71,9 +71,11 @@ class Cuda:
 
         return torch.empty(count, dtype=torch.uint8, device="cuda")
 
-    def copy(self, data: torch.Tensor) -> torch.Tensor:
-        """Bytes of the host, on the GPU."""
-        return data.cuda()
+    def copy(self, raw: Array) -> torch.Tensor:
+        """Bytes of the host, on the GPU: uint8 (bytes,), at least one."""
+        import torch
+
+        return torch.from_numpy(raw).cuda() if raw.size else self.memory(1)
 
     def begin(self) -> None:
         """Wait for the copies."""
@@ -95,32 +97,37 @@ def host_memory(count: int) -> torch.Tensor:
     return whole[start : start + max(count, 1)]
 
 
-def to_bytes(array: Array) -> torch.Tensor:
-    """An array as TensorRT reads it, on the host: uint8 (bytes,), at least one."""
+def on_host(raw: Array) -> torch.Tensor:
+    """Bytes at an address of the host that TensorRT takes: uint8 (bytes,), at least one."""
     import torch
 
+    memory = host_memory(raw.size)
+    memory[: raw.size] = torch.from_numpy(raw)
+    return memory
+
+
+def to_bytes(array: Array) -> Array:
+    """An array as TensorRT reads it: uint8 (bytes,), which PyTorch may write to."""
     data = np.ascontiguousarray(array).reshape(-1)
     raw: Array = data.view(np.uint8)
     if data.dtype.name in _HALF_BYTES:
         halves = np.zeros(raw.size + raw.size % 2, np.uint8)
         halves[: raw.size] = raw & 0xF
         raw = halves[0::2] | halves[1::2] << 4
-    memory = host_memory(raw.size)
-    memory[: raw.size] = torch.from_numpy(raw.copy())
-    return memory
+    return raw if raw.flags.writeable else raw.copy()
 
 
 def from_bytes(memory: torch.Tensor, dtype: str, shape: Sequence[int]) -> Array:
-    """An array as TensorRT wrote it."""
+    """An array as TensorRT wrote it; a later run does not change it."""
     kind, count = numpy_dtype(dtype), prod(shape)
     size = -(-count // 2) if dtype in _HALF_BYTES else count * kind.itemsize
-    raw: Array = memory[:size].cpu().numpy()
+    raw: Array = memory[:size].to("cpu", copy=True).numpy()
     if dtype in _HALF_BYTES:
         halves = np.stack([raw & 0xF, raw >> 4], axis=-1).reshape(-1)[:count]
         # ml_dtypes reads a negative int4 from a byte whose upper half repeats the sign.
         negative = (halves >= 8) & (dtype == "int4")
         raw = np.where(negative, halves | 0xF0, halves).astype(np.uint8)
-    return np.frombuffer(raw.tobytes(), dtype=kind).reshape(shape).copy()
+    return raw.view(kind).reshape(shape)
 
 
 def output_allocator(trt: TensorRt, cuda: Cuda) -> Any:

@@ -22,6 +22,7 @@ from moe_export.verify.runners.tensorrt_buffers import (
     Cuda,
     from_bytes,
     host_memory,
+    on_host,
     output_allocator,
     to_bytes,
 )
@@ -105,21 +106,21 @@ class TensorRtRunner:
         self.profile.check(inputs, self._where)
         arrays = {spec.name: np.asarray(inputs[spec.name]) for spec in self.inputs}
         held = {name: self._set_input(name, array) for name, array in arrays.items()}
-        on_host = {spec.name: self._set_output(spec) for spec in self.outputs}
+        given = {spec.name: self._set_output(spec) for spec in self.outputs}
         self._cuda.begin()
         if not self._context.execute_async_v3(self._cuda.stream):
             raise self._failed("it did not run")
         self._cuda.wait()
         held.clear()  # inputs have to live until the run has ended
         self._keep_kernels(tuple(array.shape for array in arrays.values()))
-        return {spec.name: self._result(spec, on_host[spec.name]) for spec in self.outputs}
+        return {spec.name: self._result(spec, given[spec.name]) for spec in self.outputs}
 
     def _set_input(self, name: str, array: Array) -> torch.Tensor:
         """Give an input its shape and its memory: on the device, but for values that TensorRT reads on the host."""
         if not self._context.set_input_shape(name, array.shape):
             raise self._failed(f"it takes no {name} of shape {list(array.shape)}")
-        data = to_bytes(array)
-        memory = data if self._on_host(name) else self._cuda.copy(data)
+        raw = to_bytes(array)
+        memory = on_host(raw) if self._on_host(name) else self._cuda.copy(raw)
         self._set_address(name, memory)
         return memory
 
@@ -143,9 +144,9 @@ class TensorRtRunner:
     def _on_host(self, name: str) -> bool:
         return self._loaded.engine.get_tensor_location(name) == self._host
 
-    def _result(self, spec: TensorSpec, on_host: torch.Tensor | None) -> Array:
-        if on_host is not None:
-            return from_bytes(on_host, spec.dtype, tuple(self._context.get_tensor_shape(spec.name)))
+    def _result(self, spec: TensorSpec, memory: torch.Tensor | None) -> Array:
+        if memory is not None:
+            return from_bytes(memory, spec.dtype, tuple(self._context.get_tensor_shape(spec.name)))
         if spec.name not in self._allocator.shapes:
             raise self._failed(f"it gave no output {spec.name}")
         return from_bytes(self._allocator.buffers[spec.name], spec.dtype, self._allocator.shapes[spec.name])

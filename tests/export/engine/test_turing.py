@@ -9,6 +9,7 @@ import onnxruntime
 import pytest
 
 from moe_export.export.engines.build import build_engines
+from moe_export.export.engines.graph_file import as_built
 from moe_export.export.engines.turing import without_float32_products
 
 SCAN = """g (float[n, 2, 5] x, float[2, 5] h) => (float[2, 5] y, float[n, 2, 5] z) <float[5, 5] w = {{{w}}}> {{
@@ -94,3 +95,15 @@ def test_the_value_of_the_product_is_never_kept(onnx_graph):
     proto = onnx_graph("g (float[n, 256] x, float[256, 512] w) => (float[n, 512] y) { y = MatMul(x, w) }")
     (engine,) = build_engines(proto, ["sm75"], {"n": (1, 64, 4096)})
     assert engine.memory["activations"] < 20e6
+
+
+def test_weights_are_put_back_from_the_graph_that_an_engine_was_built_from(onnx_graph, tmp_path):
+    onnx.save(onnx_graph(PRODUCTS["matrices"]), tmp_path / "m.onnx")
+    for capability, product, own in (
+        ("sm75", "tensorrt-rtx", False),
+        ("sm75", "tensorrt", True),
+        ("sm89", "tensorrt-rtx", True),
+    ):
+        with as_built(tmp_path / "m.onnx", capability, product) as file:
+            assert (file == tmp_path / "m.onnx") == own
+            assert ("MatMul" in {node.op_type for node in onnx.load(file).graph.node}) == own
