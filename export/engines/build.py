@@ -24,7 +24,7 @@ from moe_export.errors import MissingBackendError, NotExportableError, UsageErro
 from moe_export.export.engines.failure import build_refusals, corner_refusals, parse_refusals
 from moe_export.export.engines.graph_file import as_file, fitted, read_graph
 from moe_export.export.engines.layers import compiled_layers, memory, network_layers
-from moe_export.export.engines.module import CURRENT, Module, check_capabilities, errors_in, load_module
+from moe_export.export.engines.module import CURRENT, RTX, Module, check_capabilities, errors_in, load_module
 from moe_export.export.engines.profiles import Range, Ranges, input_shapes, shapes_at
 from moe_export.export.engines.refusal import refused
 from moe_export.export.engines.rules import moe_layers
@@ -245,9 +245,10 @@ def _not_built(
 
 
 def _no_gpu(module: Module, log: ILogger) -> MissingBackendError:
-    listed = ", ".join(module.capabilities)
     reason = next(iter(errors_in(log)), "it found no device")
     return MissingBackendError(
         f"{module.name} cannot build for the GPU of this machine: {reason}",
-        hint=f"name what to build for: {listed}" if listed else "full TensorRT builds only where a GPU is",
+        hint=f"name what to build for: {', '.join(module.capabilities)}"
+        if module.name == RTX
+        else "full TensorRT builds only where a GPU is",
     )
