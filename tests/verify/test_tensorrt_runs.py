@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
+import onnx
 import pytest
 import torch
 from tensorrt_doubles import Backend, HostCuda, Product, Tensor, module
 from tensorrt_names import used
 
 from moe_export.errors import MissingBackendError, UsageError
+from moe_export.running.engines import compare_with_graph
 from moe_export.verify.inputs.cases import cases
 from moe_export.verify.inputs.known import Known
 from moe_export.verify.runner import RunFailedError
@@ -99,6 +101,38 @@ def test_cases_stay_within_the_values_of_a_profile(opened):
         assert (case.inputs["s"] >= [1, 2]).all()
         assert (case.inputs["s"] <= [8, 6]).all()
         assert case.inputs["s"].dtype == np.int64
+
+
+COUNTED = Product(
+    inputs={
+        "x": Tensor("FLOAT", (-1, 2), ((1, 2), (4, 2), (16, 2))),
+        "k": Tensor("INT64", (), ((3,), (5,), (9,)), on_host=True),
+    },
+    outputs={"y": Tensor("FLOAT", (-1, 2)), "r": Tensor("INT64", (-1,))},
+    compute=lambda given: {"y": 2 * given["x"], "r": np.arange(given["k"])},
+)
+COUNTING = """g (float[n, 2] x, int64 k) => (float[n, 2] y, int64[a] r) {
+    zero = Constant<value = int64 {0}>() one = Constant<value = int64 {1}>()
+    y = Add(x, x) r = Range(zero, k, one)
+}"""
+
+
+@pytest.mark.parametrize("fault", [0, 1])
+def test_an_engine_is_compared_with_its_graph_at_values_that_it_takes(opened, tmp_path, fault):
+    onnx.save(
+        onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {COUNTING}'), tmp_path / "m.onnx"
+    )
+    tried = []
+
+    def compute(given):
+        tried.append(int(given["k"]))
+        found = COUNTED.compute(given)
+        return found | {"r": found["r"] + fault * (given["k"] != 5)}
+
+    runner = opened(own(COUNTED, compute=compute), shapes={"x": ("n", 2)})
+    report = compare_with_graph(runner, tmp_path / "m.onnx")
+    assert report.verdict == "equal" if not fault else report.verdict != "equal"
+    assert {5} < set(tried) <= set(range(3, 10))
 
 
 STEPS = {

@@ -26,6 +26,7 @@ from moe_export.verify import (
     compare,
 )
 from moe_export.verify.inputs.known import Known
+from moe_export.verify.inputs.meaning import Meaning
 from moe_export.verify.runners.engine_header import LENGTH, EngineHeader, read_header
 from moe_export.verify.specs import Array, numpy_dtype
 
@@ -109,10 +110,19 @@ def compare_with_graph(candidate: TensorRtRunner, graph: Path, seed: int = 0) ->
     return compare(
         reference,
         candidate,
-        cases(list(candidate.inputs), ranges, example, seed, known=Known(limits=candidate.profile.limits)),
+        cases(list(candidate.inputs), ranges, example, seed, known=_known(candidate)),
         tolerance=Tolerance(None, None),
         routing=[],
     )
+
+
+def _known(candidate: TensorRtRunner) -> Known:
+    """What an engine's profile says of the values of its inputs: those that decide shapes are tried within it."""
+    limits = candidate.profile.limits
+    meanings = {
+        name: Meaning(ordinary=(int(low.min()), int(high.max()))) for name, (low, high) in limits.items()
+    }
+    return Known(limits=limits, meanings=meanings)
 
 
 def example_input(spec: TensorSpec, sizes: Mapping[str, int]) -> Array:
