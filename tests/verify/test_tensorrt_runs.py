@@ -10,9 +10,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from click.testing import CliRunner
 from tensorrt_doubles import Backend, HostCuda, Product, Tensor, module
 from tensorrt_names import used
 
+from moe_export.cli import cli
 from moe_export.errors import MissingBackendError, UsageError
 from moe_export.running.engines import compare_with_graph
 from moe_export.verify.inputs.cases import cases
@@ -133,6 +135,27 @@ def test_an_engine_is_compared_with_its_graph_at_values_that_it_takes(opened, tm
     report = compare_with_graph(runner, tmp_path / "m.onnx")
     assert report.verdict == "equal" if not fault else report.verdict != "equal"
     assert {5} < set(tried) <= set(range(3, 10))
+
+
+def test_verify_stays_within_the_profile_of_an_engine(opened, tmp_path, monkeypatch):
+    onnx.save(
+        onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {COUNTING}'), tmp_path / "m.onnx"
+    )
+    (tmp_path / "m.sm89.engine").write_bytes(b"plan")
+    tried = set()
+
+    def compute(given):
+        tried.add(int(given["k"]))
+        return COUNTED.compute(given)
+
+    runner = opened(own(COUNTED, compute=compute), shapes={"x": ("n", 2)})
+    monkeypatch.setattr("moe_export.running.engines.open_engine", lambda path, module: runner)
+    done = CliRunner().invoke(
+        cli, ["verify", str(tmp_path / "m.sm89.engine"), "--against", str(tmp_path / "m.onnx")]
+    )
+    assert done.exit_code == 0, done.output
+    assert "tensorrt matches onnxruntime-cpu" in done.output
+    assert {5} < tried <= set(range(3, 10))
 
 
 STEPS = {
