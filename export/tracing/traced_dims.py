@@ -25,6 +25,7 @@ def read_dims(
     found: dict[str, tuple[str, int]] = {}  # symbol → its name, its traced size
     same: dict[str, str] = {}  # symbol of a further batch, or of a mask's length → symbol of the first
     where: dict[str, str] = {}  # symbol → the input that has it
+    asked: dict[str, tuple[str, int]] = {}  # symbol → the name that the user gives it, its traced size
     for name, shape in shapes.items():
         free = [axis for axis, size in enumerate(shape) if isinstance(size, torch.SymInt)]
         for axis, size in enumerate(shape):
@@ -34,9 +35,15 @@ def read_dims(
                 if (symbol not in found and symbol not in same) or wanted is not None:
                     label = wanted or default_name(example[name], axis, name, free)
                     traced = example[name].shape[axis]
-                    twin = twin_of(name, label, traced, found, where, example)
-                    if wanted is None and twin is not None:
-                        same[symbol] = twin  # the model does not say so, and still means one batch
+                    if wanted is None:  # the model does not say so, and still means one batch
+                        twin = twin_of(name, label, traced, found, where, example)
+                    else:  # what the user gives one name is one dimension
+                        twin = next(
+                            (other for other, known in asked.items() if known == (label, traced)), None
+                        )
+                        asked.setdefault(symbol, (label, traced))
+                    if twin is not None and symbol not in found:
+                        same[symbol] = twin
                         continue
                     if wanted is None and any(label == other for other, _ in found.values()):
                         label = _of_input(label, identifier(name))

@@ -69,3 +69,31 @@ def test_a_mask_is_as_long_as_what_it_is_for():
     traced = trace(make_subject(Counts(), (), example, source=Path(__file__), how="test"))
     assert traced.inputs["mask"] == traced.inputs["input_ids"] == ("batch", "seq")
     assert traced.inputs["other"] == ("batch", "other_seq")
+
+
+def test_axes_of_one_name_are_one_dimension():
+    """Conditions on the two are conditions on the one, so that none names a dimension that no input has."""
+
+    class Pairs(torch.nn.Module):
+        def forward(self, pair):
+            return pair + torch.einsum("bikc,bjkc->bijc", pair, pair)
+
+    request = DimRequest(True, {("pair", 1): "residues", ("pair", 2): "residues"})
+    subject = make_subject(Pairs(), (torch.ones(2, 10, 10, 4),), {}, source=Path(__file__), how="test")
+    traced = trace(subject, request)
+    assert traced.inputs["pair"] == (2, "residues", "residues", 4)
+    assert [dim.name for dim in traced.dims] == ["residues"]
+    assert traced.conditions == ()
+
+
+def test_axes_of_one_name_and_other_sizes_stay_apart():
+    class Sums(torch.nn.Module):
+        def forward(self, x, y):
+            return x.sum(1) + y.sum(1)
+
+    request = DimRequest(True, {("x", 1): "seq", ("y", 1): "seq"})
+    subject = make_subject(
+        Sums(), (torch.ones(2, 5), torch.ones(2, 7)), {}, source=Path(__file__), how="test"
+    )
+    traced = trace(subject, request)
+    assert traced.inputs == {"x": (2, "seq"), "y": (2, "seq_1")}
