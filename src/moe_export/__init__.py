@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from moe_export.einsum_rewrite import einsum, plan_einsum, rewrite_onnx, rewrite_program, rewrite_source
-    from moe_export.equivalence import assert_equivalent, verify_model
+    from moe_export.equivalence import assert_equivalent, localise_error, verify_model
     from moe_export.errors import (
         EquationError,
         MissingBackendError,
@@ -31,6 +31,7 @@ _LAZY = {
     "rewrite_source": "moe_export.einsum_rewrite",
     "ExportedModel": "moe_export.exported",
     "export_model": "moe_export.exported",
+    "localise_error": "moe_export.equivalence",
     "assert_equivalent": "moe_export.equivalence",
     "verify_model": "moe_export.equivalence",
     "EquationError": "moe_export.errors",
@@ -51,6 +52,7 @@ __all__ = [
     "assert_equivalent",
     "einsum",
     "export_model",
+    "localise_error",
     "plan_einsum",
     "rewrite_onnx",
     "rewrite_program",

@@ -1,4 +1,4 @@
-"""Compare a graph with the module, model file or graph that it should compute the same as; assert it in a test."""
+"""Compare a graph with what it should compute the same as: a report, an assertion, or its first faulty node."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
     from moe_export.comparing.artifacts import Artifact
+    from moe_export.comparing.explaining import Explanation
     from moe_export.comparing.request import Request
     from moe_export.export.frontend.subject import Subject
     from moe_export.verify import Report
@@ -135,6 +136,46 @@ def verify_model(  # noqa: PLR0913  each has a name and a default
     if inputs is None:
         raise UsageError("a module is compared on example inputs", hint="verify_model(graph, module, (x,))")
     return _against_module(candidate, against, inputs, request)
+
+
+def localise_error(
+    graph: str | Path,
+    module: torch.nn.Module,
+    inputs: torch.Tensor | Sequence[Any] | Mapping[str, Any],
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    seed: int = 0,
+) -> Explanation | None:
+    """Find the first faulty node of a graph that does not compute what its module computes.
+
+    Args:
+        graph: The `.onnx` graph, with the metadata that moe-export or PyTorch's exporter wrote: nodes are matched with
+            operators of the module by them.
+        module: What is right by definition. It runs in eval mode; its own mode is restored afterwards.
+        inputs: Example inputs: a tensor, a tuple of arguments, or a dict of named ones.
+        rtol: Relative tolerance of the comparison; each dtype's default if None.
+        atol: Absolute tolerance; each dtype's default if None.
+        seed: Of the generated values.
+
+    Returns:
+        The node, its source line and its own error, and the case that shows it: `print` tells them, `write(folder)`
+        writes a reproduction. None if graph and module are equal.
+
+    Raises:
+        UsageError: The graph cannot be read, has other inputs than the module, or the module ended the process.
+    """
+    from moe_export.comparing.artifacts import parse_artifact
+    from moe_export.comparing.request import Request
+    from moe_export.comparison_settings import parse_tolerance
+
+    candidate = parse_artifact(str(graph))
+    if candidate.kind != "graph":
+        raise UsageError(f"{graph} is not a graph", hint="nodes are those of an .onnx file")
+    found: list[Explanation] = []
+    request = Request(tolerance=parse_tolerance(rtol, atol, ()), seed=seed, why=found)
+    _against_module(candidate, module, inputs, request)
+    return found[0] if found else None
 
 
 def _against_module(candidate: Artifact, module: torch.nn.Module, inputs: Any, request: Request) -> Report:

@@ -194,6 +194,28 @@ def test_what_would_be_another_graph_is_refused(given, error, says, tmp_path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_the_faulty_node_of_a_broken_graph_is_named(exported, tmp_path) -> None:
+    module, program = exported
+    broken, x = program.model_proto, torch.randn(2, 5, 8)
+    softmax = next(node for node in broken.graph.node if node.op_type == "Softmax")
+    softmax.op_type = "LogSoftmax"
+    onnx.save(broken, tmp_path / "broken.onnx")
+    fault = moe_export.localise_error(tmp_path / "broken.onnx", module, (x,))
+    assert fault is not None
+    assert str(fault).startswith(f"first faulty node: LogSoftmax {softmax.name}  test_exported.py:")
+    assert (tmp_path / "fault" / "run.py") in fault.write(str(tmp_path / "fault"))
+
+
+def test_an_equal_graph_has_no_faulty_node(exported, tmp_path) -> None:
+    module, program = exported
+    path = program.save(tmp_path / "experts.onnx")
+    assert moe_export.localise_error(path, module, torch.randn(2, 5, 8)) is None
+    engine = tmp_path / "experts.engine"
+    engine.write_bytes(b"")
+    with pytest.raises(moe_export.UsageError, match="is not a graph"):
+        moe_export.localise_error(engine, module, torch.randn(2, 5, 8))
+
+
 def test_a_graph_against_a_module_and_against_a_graph(exported, tmp_path) -> None:
     module, program = exported
     path, x = program.save(tmp_path / "experts.onnx"), torch.randn(2, 5, 8)

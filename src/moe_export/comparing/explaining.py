@@ -83,13 +83,13 @@ class Explanation:
             return {"case": self.at, "level": self.found.level, **self.found.localisation.to_dict()}
         return {"case": self.at, "faulty_node": None, "reason": self.found}
 
-    def write(self, folder: Path) -> list[Path]:
+    def write(self, folder: str | Path) -> list[Path]:
         """Write the reproduction, and the graph with each node's error, into a folder.
 
         Returns:
             The files that were written.
         """
-        localisation, level = None, "none"
+        folder, localisation, level = Path(folder), None, "none"
         if isinstance(self.found, OptimiserFault):
             level = self.found.level
         elif isinstance(self.found, Localisation):
