@@ -25,7 +25,7 @@ class TensorSpec:
         name: The name under which arrays are exchanged.
         dtype: A NumPy or ml_dtypes name: "float32", "int64", "bfloat16", ...
         shape: A size an axis; a string is a dynamic dimension ("batch") or an integer expression of
-            some ("2*seq + 1").
+            some ("2*sequence + 1").
     """
 
     name: str

@@ -103,8 +103,8 @@ def build_engines(
         model: An ONNX file or model.
         capabilities: `sm75`, `sm80`, `sm86`, `sm89`, `sm120`, `sm121`, or `portable` for every GPU from Ampere on
             (TensorRT-RTX, no GPU needed); `current` for the GPU that is present.
-        ranges: `{"seq": (1, 512, 4096)}`: least, best and greatest size of a dynamic dimension, or value of an input
-            that decides shapes; a list of such for several profiles. A dimension that is not named has 1:1:8
+        ranges: `{"sequence": (1, 512, 4096)}`: least, best and greatest size of a dynamic dimension, or value of an
+            input that decides shapes; a list of such for several profiles. A dimension that is not named has 1:1:8
             (`batch`) or 1:128:1024, within what the graph's metadata says it is right for.
         module: `tensorrt-rtx` or `tensorrt`; None chooses by the capabilities.
         settings: What else may be chosen.
@@ -119,7 +119,7 @@ def build_engines(
         NotExportableError: TensorRT refuses the graph; names the node and the model's line.
 
     Example:
-        >>> engines = build_engines("model.onnx", ["sm89"], {"seq": (1, 512, 4096)})  # doctest: +SKIP
+        >>> engines = build_engines("model.onnx", ["sm89"], {"sequence": (1, 512, 4096)})  # doctest: +SKIP
         >>> Path("model.sm89.engine").write_bytes(engines[0].plan)  # doctest: +SKIP
     """
     builder = load_module(module, [name.strip().lower() for name in capabilities])

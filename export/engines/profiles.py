@@ -1,7 +1,7 @@
 """Optimisation profiles: from ranges of named dimensions to a least, best and greatest shape of every input.
 
 An engine with dynamic shapes takes the shapes of its profiles only, and is fastest at the best one. A range belongs
-to a dimension's name (`seq`), so that inputs which share it agree; `2*seq + 1` follows from `seq`.
+to a dimension's name (`sequence`), so that inputs which share it agree; `2*sequence + 1` follows from `sequence`.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Range:
     def __post_init__(self) -> None:
         if not self.minimum <= self.best <= self.maximum:
             raise UsageError(
-                f"range {self}: not min <= opt <= max", hint="for example: --range seq=1:512:4096"
+                f"range {self}: not min <= opt <= max", hint="for example: --range sequence=1:512:4096"
             )
 
     def __str__(self) -> str:
@@ -78,7 +78,7 @@ Shape = tuple["int | str", ...]
 
 
 def parse_range(text: str) -> tuple[str, Range]:
-    """`seq=1:512:4096`, or `seq=512` for one size.
+    """`sequence=1:512:4096`, or `sequence=512` for one size.
 
     Raises:
         UsageError: It is not of that form, or the sizes are not in order.
@@ -91,7 +91,7 @@ def parse_range(text: str) -> tuple[str, Range]:
         or not all(re.fullmatch(r"\s*-?\d+\s*", part) for part in parts)
     ):
         raise UsageError(
-            f"--range {text!r} is not NAME=MIN:OPT:MAX", hint="for example: --range seq=1:512:4096"
+            f"--range {text!r} is not NAME=MIN:OPT:MAX", hint="for example: --range sequence=1:512:4096"
         )
     numbers = [int(part) for part in parts] * (3 if len(parts) == 1 else 1)
     try:
@@ -142,7 +142,7 @@ def parse_bounds(text: str) -> tuple[int, int | None]:
 
 
 def dim_facts(dims: Sequence[Any], conditions: Sequence[Condition] = ()) -> dict[str, str]:
-    """The sizes that a graph is right for, as its metadata has them: `dim.seq` → `16:`, `domain` → `seq % 8 == 0`."""
+    """The sizes that a graph is right for, as its metadata has them: `dim.sequence` → `16:`, `domain` → `batch < 9`."""
     facts = {"domain": str(Domain(tuple(conditions)))} if conditions else {}
     return facts | {
         f"dim.{dim.name}": f"{dim.minimum}:{'' if dim.maximum is None else dim.maximum}" for dim in dims
@@ -179,7 +179,7 @@ def _range_of(dim: FreeDim, asked: Range | tuple[int, int, int] | None) -> Range
     if not dim.stated:
         if found.minimum < 0:
             raise UsageError(
-                f"range {dim.name}={found}: a size is not negative", hint="--range seq=1:512:4096"
+                f"range {dim.name}={found}: a size is not negative", hint="--range sequence=1:512:4096"
             )
         return found
     if found.minimum < dim.minimum or (top is not None and found.maximum > top):
@@ -233,7 +233,7 @@ def _evaluate(node: ast.expr, sizes: Mapping[str, int], text: str, where: str) -
 def _names_in(size: int | str, plain: set[str]) -> list[str]:
     """The dimensions that a size is made of; the size itself unless it is arithmetic of names that stand alone too.
 
-    So `2*seq` follows from `seq`, and another exporter's `batch-size` is a name.
+    So `2*sequence` follows from `sequence`, and another exporter's `batch-size` is a name.
     """
     if isinstance(size, int):
         return []

@@ -166,7 +166,7 @@ def _name_data_sizes(outputs: Iterable[ir.Value]) -> None:
 
 
 def _named_sum(text: str) -> str:
-    """A sum in one order, whichever of two equal symbols the tracer wrote: `seq + past` → `past + seq`."""
+    """A sum in one order, whichever of two equal symbols the tracer wrote: `sequence + past` → `past + sequence`."""
     terms = text.split(" + ")
     if any("(" in term or " " in term for term in terms):
         return text

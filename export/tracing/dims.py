@@ -14,7 +14,7 @@ from moe_export.export.frontend.pytree import KEY, VALUE, identifier
 from moe_export.export.frontend.subject import Subject
 
 BATCH = "batch"
-SEQ = "seq"
+SEQUENCE = "sequence"
 PAST = "past_sequence"
 _CACHES = {"past", "cache", "caches", "kv"}
 _MASKS = {"mask", "bias"}
@@ -40,7 +40,7 @@ class DimRequest:
 
 
 def parse_dynamic(items: Sequence[str], static: bool, inputs: Mapping[str, torch.Tensor]) -> DimRequest:
-    """`--dynamic x:1=seq` (repeatable, or separated by commas) and `--static`.
+    """`--dynamic x:1=sequence` (repeatable, or separated by commas) and `--static`.
 
     Raises:
         UsageError: No such input or axis, or the text is not `input:axis=name`.
@@ -50,7 +50,7 @@ def parse_dynamic(items: Sequence[str], static: bool, inputs: Mapping[str, torch
         match = _REQUEST.match(item.strip())
         if match is None:
             raise UsageError(
-                f"--dynamic {item!r} is not input:axis=name", hint="for example: --dynamic x:1=seq"
+                f"--dynamic {item!r} is not input:axis=name", hint="for example: --dynamic x:1=sequence"
             )
         name, axis = match["input"], int(match["axis"])
         if name not in inputs:
@@ -95,11 +95,12 @@ class Dim:
 
 
 def limits_of(dims: Sequence[Dim], conditions: Sequence[Condition]) -> list[str]:
-    """What a graph does not hold for, in words: `seq 1..64`, `batch*seq <= 256`; nothing for what is free.
+    """What a graph does not hold for, in words: `sequence 1..64`, `batch*sequence <= 256`; nothing for what is free.
 
     Example:
-        >>> limits_of([Dim("batch", "s0", 2, 1, None), Dim("seq", "s1", 10, 1, 64)], [Condition("batch*seq <= 256")])
-        ['seq 1..64', 'batch*seq <= 256']
+        >>> batch, sequence = Dim("batch", "s0", 2, 1, None), Dim("sequence", "s1", 10, 1, 64)
+        >>> limits_of([batch, sequence], [Condition("batch*sequence <= 256")])
+        ['sequence 1..64', 'batch*sequence <= 256']
     """
     bounds = [
         f"{dim.name} {dim.minimum}..{'' if dim.maximum is None else dim.maximum}"
@@ -112,7 +113,7 @@ def limits_of(dims: Sequence[Dim], conditions: Sequence[Condition]) -> list[str]
 def default_name(
     tensor: torch.Tensor, axis: int, input_name: str, free: Collection[int] | None = None
 ) -> str:
-    """The field's word for a dimension: batch, seq, past_sequence, height, width; else the input and the axis.
+    """The field's word for a dimension: batch, sequence, past_sequence, height, width; else the input and the axis.
 
     Args:
         tensor: The input.
@@ -122,7 +123,7 @@ def default_name(
 
     Example:
         >>> default_name(torch.zeros(2, 10, 512), 1, "x")
-        'seq'
+        'sequence'
         >>> default_name(torch.zeros(2, 8, 10, 64), 2, "past_key_values.0.key")
         'past_sequence'
     """
@@ -137,7 +138,7 @@ def default_name(
     if rank == 4 and axis >= 2 and {2, 3} <= axes and tensor.is_floating_point() and not words & _MASKS:
         return ("height", "width")[axis - 2]
     if axis == 1 and (rank == 3 or (rank == 2 and not tensor.is_floating_point())):
-        return SEQ
+        return SEQUENCE
     return other
 
 
@@ -153,7 +154,7 @@ def _growing(free: Collection[int]) -> int | None:
 
 
 def is_mask(tensor: torch.Tensor) -> bool:
-    """Whether an input says which tokens count: (batch, seq) of bool, or of integers that are 0 or 1."""
+    """Whether an input says which tokens count: (batch, sequence) of bool, or of integers that are 0 or 1."""
     if tensor.dim() != 2 or tensor.is_floating_point() or tensor.is_complex():
         return False
     return tensor.dtype is torch.bool or bool(((tensor == 0) | (tensor == 1)).all())
@@ -170,14 +171,14 @@ def twin_of(
     """The symbol that a dimension is meant to equal: the batch, the length of a cache, or of what a mask is for."""
     if label in (BATCH, PAST):
         return next((symbol for symbol, known in found.items() if known == (label, traced)), None)
-    if label != SEQ:
+    if label != SEQUENCE:
         return None
     return next(
         (
             symbol
             for symbol, (other, size) in reversed(found.items())
             if size == traced
-            and other in (SEQ, f"{where[symbol]}_{SEQ}")
+            and other in (SEQUENCE, f"{where[symbol]}_{SEQUENCE}")
             and (is_mask(example[name]) or is_mask(example[where[symbol]]))
         ),
         None,

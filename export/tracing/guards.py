@@ -110,7 +110,7 @@ def _guards(program: ExportedProgram) -> Iterator[sympy.Basic]:
 
 
 def _without_common_factors(guard: sympy.Basic) -> sympy.Basic:
-    """Remainders of smaller numbers: `128*batch*seq % (1024*batch)` is `128*batch * (seq % 8)`."""
+    """Remainders of smaller numbers: `128*batch*sequence % (1024*batch)` is `128*batch * (sequence % 8)`."""
 
     def smaller(remainder: sympy.Basic) -> sympy.Basic:
         number, divisor = remainder.args
@@ -127,7 +127,7 @@ def _without_common_factors(guard: sympy.Basic) -> sympy.Basic:
 def _divided(guard: sympy.Basic) -> sympy.Basic:
     """A relation without what both sides are multiplied by: sizes are never negative, and 0 is tried apart.
 
-    batch*seq == 8*batch*(seq//8)   →   seq == 8*(seq//8)
+    batch*sequence == 8*batch*(sequence//8)   →   sequence == 8*(sequence//8)
     """
     if not isinstance(guard, sympy.core.relational.Relational):
         return guard
@@ -258,7 +258,7 @@ class Probes:
 def simplified(
     conditions: Sequence[Condition], dims: Sequence[Dim]
 ) -> tuple[tuple[Dim, ...], tuple[Condition, ...]]:
-    """The same domain in fewer words: bounds of dimensions, `seq % 8 == 0`, and what is neither.
+    """The same domain in fewer words: bounds of dimensions, `sequence % 8 == 0`, and what is neither.
 
     Returns:
         The dimensions with narrower bounds, and the conditions that are left.

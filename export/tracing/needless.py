@@ -69,7 +69,7 @@ def needed(
 
 
 def wrong_at_one(traced: Traced, subject: Subject) -> list[Condition]:
-    """`seq >= 2` for each dimension at whose size 1 the trace is wrong.
+    """`sequence >= 2` for each dimension at whose size 1 the trace is wrong.
 
     Tracers take every free size for 2 or more and write nothing down: `if x.shape[1] > 1` has one way in a trace.
     """

@@ -1,7 +1,7 @@
 """Slices with bounds beyond the example, traced so that the recorded shape is right for every size.
 
-    x[:, -13:]      at 7 tokens the tracer notes "seq < 13" and records a result of `seq` tokens;
-                    with its bound as a size, x[:, max(0, seq - 13):], it records seq - max(0, seq - 13)
+    x[:, -13:]      at 7 tokens the tracer notes "sequence < 13" and records a result of `sequence` tokens;
+                    with its bound as a size, x[:, max(0, sequence - 13):], it records sequence - max(0, sequence - 13)
 
 Python and ONNX cut a bound off at the ends by themselves, so the graph needs no such computation: it is written with
 the constants of the model's code and the shape that was recorded. The exporter traces a program once more, so both go

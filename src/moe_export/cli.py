@@ -58,7 +58,7 @@ def cli() -> None:
     moe-export model.py --opset 17 -o out      export, verify, report
     moe-export model.py:Block --init dim=64 --input x=2x10x64:float32
     moe-export verify model.onnx --against model.py
-    moe-export build model.onnx --engine sm89,sm120 --range seq=1:512:4096
+    moe-export build model.onnx --engine sm89,sm120 --range sequence=1:512:4096
     moe-export rewrite "b l d, d n -> b l d n"
     moe-export view model.onnx
     """  # noqa: D301  click keeps the lines of a paragraph that starts with a backspace character

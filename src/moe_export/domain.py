@@ -1,6 +1,6 @@
 """For which sizes a graph is right: a conjunction of conditions over its named dimensions.
 
-    seq <= 64        seq % 8 == 0        batch*seq <= 256        (seq + 63)//64 != 1
+    sequence <= 64        sequence % 8 == 0        batch*sequence <= 256        (sequence + 63)//64 != 1
 
 `export` collects them (the tracer's guards, what folding assumed), a graph's metadata stores them, `verify` compares
 at sizes on both sides of each, and engines' profiles stay within them. A condition is text: a Python expression of
@@ -34,7 +34,7 @@ class Condition:
             the graph may well be right where it does not hold, which a comparison there finds out.
 
     Example:
-        >>> Condition("batch*seq <= 256").holds({"batch": 4, "seq": 65})
+        >>> Condition("batch*sequence <= 256").holds({"batch": 4, "sequence": 65})
         False
     """
 
@@ -80,8 +80,8 @@ class Domain:
     """The sizes for which a graph is right: those for which every condition holds.
 
     Example:
-        >>> domain = Domain.of("seq >= 1", "seq % 8 == 0")
-        >>> domain.holds({"seq": 16}), domain.holds({"seq": 17})
+        >>> domain = Domain.of("sequence >= 1", "sequence % 8 == 0")
+        >>> domain.holds({"sequence": 16}), domain.holds({"sequence": 17})
         (True, False)
     """
 
@@ -125,7 +125,7 @@ def parsed(text: str) -> ast.expr:
 
 
 def evaluate(expression: str, sizes: Mapping[str, int]) -> int:
-    """The size that an expression of dimension names comes to: `batch`, `2*s0 + 1`, `seq // 4`.
+    """The size that an expression of dimension names comes to: `batch`, `2*s0 + 1`, `sequence // 4`.
 
     A string that is a name as a whole counts as that name, whatever it looks like ("batch-size").
 

@@ -123,7 +123,7 @@ def exported(name: str, recurrence: str = "auto") -> onnx.ModelProto:
         torch.from_numpy(value).repeat(2, *[1] * (value.ndim - 1)) for value in example(name, 8).values()
     )
     subject = make_subject(module, inputs, {}, source=Path(__file__), how="bench")
-    picked = {(key, axis): size for key in subject.inputs for axis, size in ((0, "batch"), (1, "seq"))}
+    picked = {(key, axis): size for key in subject.inputs for axis, size in ((0, "batch"), (1, "sequence"))}
     options = Options(
         dims=DimRequest(static=True, picked=picked), gates=False, simplify=False, recurrence=recurrence
     )  # type: ignore[arg-type]
@@ -311,7 +311,7 @@ def test_an_engine_for_1_to_4096_steps_is_built_in_under_2_s(name: str, recurren
     """The faster of two builds: the first one loads the builder's library."""
     pytest.importorskip("tensorrt_rtx", reason="TensorRT-RTX builds engines without a GPU")
     model = exported(name, recurrence)
-    ranges = {"batch": (1, 1, 4), "seq": (1, 512, 4096)}
+    ranges = {"batch": (1, 1, 4), "sequence": (1, 512, 4096)}
     built = [
         build_engines(model, [capability], ranges)[0] for capability in ("sm120", "sm89", "sm120", "sm89")
     ]

@@ -22,11 +22,11 @@ def test_backends_are_measured_or_named(command, finished, tmp_path):
         shutil.copy(finished / name, tmp_path / name)
     assert command("build", "block.onnx", "--engine", "sm75", "--quiet").code == 0
     done = command(
-        "bench", "block.onnx", "--against", "block.py", "--size", "seq=16", "--repeat", "5", "--json"
+        "bench", "block.onnx", "--against", "block.py", "--size", "sequence=16", "--repeat", "5", "--json"
     )
     assert done.code == 0, done.err
     document = json.loads(done.out)
-    assert document["sizes"] == {"batch": 1, "seq": 16}
+    assert document["sizes"] == {"batch": 1, "sequence": 16}
     found = {entry["name"]: entry for entry in document["backends"]}
     assert set(found) == {
         "torch", "torch-cuda", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "block.sm75.engine",

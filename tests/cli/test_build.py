@@ -56,12 +56,12 @@ def test_the_layers_name_the_nodes_of_the_graph(command, finished, tmp_path):
 
 
 def test_each_range_is_a_profile(command, finished, tmp_path):
-    args = ("--range", "batch=1:2:4,seq=1", "--range", "seq=2:8:16,batch=1")
+    args = ("--range", "batch=1:2:4,sequence=1", "--range", "sequence=2:8:16,batch=1")
     assert command("build", finished / "block.onnx", "--engine", "sm89", *args, "-o", "out").code == 0
     report = json.loads((tmp_path / "out" / "block.engines.json").read_text())
     assert report["engines"][0]["profiles"] == [
-        {"batch": [1, 2, 4], "seq": [1, 1, 1]},
-        {"batch": [1, 1, 1], "seq": [2, 8, 16]},
+        {"batch": [1, 2, 4], "sequence": [1, 1, 1]},
+        {"batch": [1, 1, 1], "sequence": [2, 8, 16]},
     ]
 
 
@@ -100,7 +100,7 @@ def test_a_graph_says_at_which_sizes_it_is_right(finished):
     model = onnx.load(finished / "block.onnx")
     facts = {entry.key: entry.value for entry in model.metadata_props}
     assert facts["moe_export.dim.batch"] == "1:"
-    assert facts["moe_export.dim.seq"] == "1:"
+    assert facts["moe_export.dim.sequence"] == "1:"
 
 
 @pytest.mark.parametrize(
@@ -108,9 +108,9 @@ def test_a_graph_says_at_which_sizes_it_is_right(finished):
     [
         (("--engine", "sm99"), "no engine can be built for 'sm99'", "sm75, sm80, sm86, sm89, sm120"),
         (("--engine", ","), "no compute capability", "sm75"),
-        (("--engine", "sm89", "--range", "len=1:2:3"), "no dynamic dimension 'len'", "there are: batch, seq"),
-        (("--engine", "sm89", "--range", "seq=8:4:2"), "the sizes are not in order", "seq=1:512:4096"),
-        (("--engine", "sm89", "--range", "seq"), "is not NAME=MIN:OPT:MAX", "seq=1:512:4096"),
+        (("--engine", "sm89", "--range", "len=1:2:3"), "no dynamic dimension 'len'", "there are: batch, sequence"),
+        (("--engine", "sm89", "--range", "sequence=8:4:2"), "the sizes are not in order", "sequence=1:512:4096"),
+        (("--engine", "sm89", "--range", "sequence"), "is not NAME=MIN:OPT:MAX", "sequence=1:512:4096"),
         (("--engine", "sm89", "--workspace", "much"), "--workspace is a size, not 'much'", "512MiB"),
         (("--engine", "sm89", "--timing-cache", "t"), "a timing cache is of no use to tensorrt-rtx", "runs first"),
     ],
@@ -124,7 +124,7 @@ def test_wrong_use_says_what_exists(command, finished, args, said, hint, listing
 
 
 @pytest.mark.parametrize(
-    "option", [("--range", "seq=1"), ("--workspace", "1GB"), ("--layers",), ("--refit",)]
+    "option", [("--range", "sequence=1"), ("--workspace", "1GB"), ("--layers",), ("--refit",)]
 )
 def test_an_option_of_engines_without_one_is_wrong_use(command, finished, option):
     done = command(finished / "block.py", "-o", "out", *option)

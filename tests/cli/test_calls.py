@@ -25,7 +25,7 @@ if __name__ == "__main__":
     for _ in range(3):
         h = encoder(x, mask)
     traced = torch.jit.trace(encoder, (x, mask))
-    axes = {"x": {1: "seq"}, "mask": {1: "seq"}}
+    axes = {"x": {1: "sequence"}, "mask": {1: "sequence"}}
     torch.onnx.export(traced, (x, mask), "encoder.onnx", input_names=["x", "mask"], dynamic_axes=axes)
     onnx.checker.check_model(onnx.load("encoder.onnx"))
     session = onnxruntime.InferenceSession("encoder.onnx")
@@ -91,7 +91,7 @@ def test_that_there_are_several_is_said(command, two):
 
 
 def test_an_axis_that_has_to_equal_one_that_nobody_named_is_refused_with_both(command, two):
-    two.write_text(TWO.replace(', "mask": {1: "seq"}}', "}"))
+    two.write_text(TWO.replace(', "mask": {1: "sequence"}}', "}"))
     done = command(two, "-o", "out")
     assert done.code == 3
     assert "dimension 1 of x cannot be dynamic: it is fixed at 5" in done.err

@@ -125,7 +125,7 @@ def test_a_class_from_the_command_line(command, write, tmp_path, texts):
     done = command(f"{path}:Block", "--init", "dim=6", "--input", "x=2x5x6:float32", "--no-verify")
     assert done.code == 0
     shape = onnx.load(tmp_path / "block.onnx").graph.input[0].type.tensor_type.shape
-    assert [dim.dim_param or dim.dim_value for dim in shape.dim] == ["batch", "seq", 6]
+    assert [dim.dim_param or dim.dim_value for dim in shape.dim] == ["batch", "sequence", 6]
 
 
 def test_dynamic_and_static(command, write, tmp_path, texts):

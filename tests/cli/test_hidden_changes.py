@@ -48,12 +48,12 @@ def wrong_at(file: Path, source: Path, constant: int) -> list[str]:
     domain, session = stated(model), onnxruntime.InferenceSession(str(file))
     (given,) = session.get_inputs()
     rng, wrong = np.random.default_rng(0), []
-    for batch, seq in sizes_near(constant):
-        sizes = dict(zip(given.shape, (batch, seq, *example.shape[2:]), strict=True))
+    for batch, sequence in sizes_near(constant):
+        sizes = dict(zip(given.shape, (batch, sequence, *example.shape[2:]), strict=True))
         fixed = any(isinstance(name, int) and name != size for name, size in sizes.items())
         if fixed or not domain.holds({name: size for name, size in sizes.items() if isinstance(name, str)}):
             continue
-        shape = (batch, seq, *example.shape[2:])
+        shape = (batch, sequence, *example.shape[2:])
         floats = example.is_floating_point()
         x = (
             rng.standard_normal(shape)

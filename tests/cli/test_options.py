@@ -86,21 +86,29 @@ def test_a_comparison_is_done_again_with_all_that_it_was_judged_by(command, writ
     other = write(texts["model"].replace("relu()", "tanh()"), "other.py")
     assert command(other, "--quiet", "-o", "out").code == 0
     done = command(
-        "verify", "out/other.onnx", "--against", model, "--size", "seq=7", "--rtol", "1e-4", "--no-localise"
+        "verify",
+        "out/other.onnx",
+        "--against",
+        model,
+        "--size",
+        "sequence=7",
+        "--rtol",
+        "1e-4",
+        "--no-localise",
     )
     assert done.code == 1
     again = next(line for line in done.out.splitlines() if "--case" in line)
-    assert "verify out/other.onnx --size seq=7 --rtol 0.0001 --against" in again
+    assert "verify out/other.onnx --size sequence=7 --rtol 0.0001 --against" in again
 
 
 def test_sizes_are_typed_in_one_way():
-    assert parse_sizes(" batch = 1, seq=4096") == {"batch": 1, "seq": 4096}
+    assert parse_sizes(" batch = 1, sequence=4096") == {"batch": 1, "sequence": 4096}
     assert parse_one_set([]) == {}
-    for text in ("seq", "seq=-1", "seq=1:2:3", "=4", ""):
+    for text in ("sequence", "sequence=-1", "sequence=1:2:3", "=4", ""):
         with pytest.raises(UsageError, match="is not DIM=SIZE"):
             parse_sizes(text)
-    with pytest.raises(UsageError, match="gives seq two sizes"):
-        parse_sizes("seq=1,seq=2")
+    with pytest.raises(UsageError, match="gives sequence two sizes"):
+        parse_sizes("sequence=1,sequence=2")
     with pytest.raises(UsageError, match="all sizes at once") as error:
         parse_one_set(["a=1", "b=2"])
     assert error.value.hint == "--size a=1,b=2"

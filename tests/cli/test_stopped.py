@@ -8,7 +8,7 @@ SHOWN = {
     "fold": "(linear): Linear(in_features=4",
     "trace": "torch.ops.aten.linear.default",
     "translate": "MatMul",
-    "name": "FLOAT,[batch,seq,4]",
+    "name": "FLOAT,[batch,sequence,4]",
     "precision": "Relu",
 }
 

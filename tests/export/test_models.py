@@ -17,7 +17,7 @@ NAMES = ["attention", "gshard_moe", "hybrid", "mamba", "mamba2", "moe_gate", "sp
 # Mamba is exported by the tests of recurrences, and the hybrid is made of it and of parts of two others.
 EXPORTED = only(["attention", "gshard_moe", "mamba2", "moe_gate", "sparse_moe"], NAMES)
 STEP = {"mamba2": 8}  # its length must be a whole number of chunks
-FREE = {"attention": ("batch", "seq"), "mamba2": ("batch", "seq")}
+FREE = {"attention": ("batch", "sequence"), "mamba2": ("batch", "sequence")}
 
 
 def sized(tensor, shape, sizes):

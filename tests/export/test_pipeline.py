@@ -137,7 +137,7 @@ def test_mixtral_of_transformers(tools):
     whole, *gates = tools.graphs(model, gates=True, input_ids=ids)
     assert [gate.path for gate in gates] == ["model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
     assert "output past_key_values is a DynamicCache, not a tensor, and is dropped" in whole.notes
-    assert whole.traced.inputs == {"input_ids": ("batch", "seq")}
+    assert whole.traced.inputs == {"input_ids": ("batch", "sequence")}
     for shape in ((1, 1), (2, 5), (3, 12)):
         tools.equal(whole, torch.randint(0, 64, shape))
 

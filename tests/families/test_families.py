@@ -75,7 +75,7 @@ def check_model(name: str) -> None:
     subject = make_subject(model, (), example(2, 7), source=Path(__file__), how="test")
     graph = export_subject(subject, Options(gates=False, simplify=False))[0]
     assert any("lowered as" in note for note in graph.notes), graph.notes
-    fixed = any("is fixed" in note and "(seq, " in note for note in graph.notes)
+    fixed = any("is fixed" in note and "(sequence, " in note for note in graph.notes)
     for batch, length in ((2, 7),) if fixed else ((1, 1), (1, 3), (3, 5), (8, 8)):
         assert_equal(subject, graph, list(example(batch, length).values()), 1e-4)
 
@@ -122,5 +122,5 @@ def test_blocks_build_for_every_gpu(name):
     subject = make_subject(block, (torch.randn(2, 5, 16),), {}, source=Path(__file__), how="test")
     graph = export_subject(subject, Options(gates=False, target="tensorrt"))[0]
     assert_equal(subject, graph, [torch.randn(1, 33, 16)], 2e-5)
-    engines = build_engines(graph.model, CAPABILITIES, {"batch": (1, 1, 1), "seq": (1, 128, 8192)})
+    engines = build_engines(graph.model, CAPABILITIES, {"batch": (1, 1, 1), "sequence": (1, 128, 8192)})
     assert [engine.capability for engine in engines] == list(CAPABILITIES)

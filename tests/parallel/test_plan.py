@@ -116,7 +116,7 @@ def test_the_command(tmp_path, capsys):
     source.write_text(STACK)
     assert run(["plan", str(source), "--gpu-memory", "11KB", "--gpus", "4", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found["sizes"] == {"batch": 4, "seq": 5}
+    assert found["sizes"] == {"batch": 4, "sequence": 5}
     assert [split["ranks"] for split in found["splits"]] == [1, 2, 4]
     assert found["fits_from"] == 2
     assert found["notes"] == []

@@ -21,9 +21,9 @@ from moe_export.verify import (
 from moe_export.verify.inputs.cases import MadeOnce
 from moe_export.verify.reports.report import worst_code
 
-LINEAR = "g (float[batch,seq,4] x) => (float[batch,seq,3] y) { h = MatMul(x, w) y = Tanh(h) }"
-SPECS = [TensorSpec("x", "float32", ("batch", "seq", 4))]
-DIMS = [DimRange("batch", 2), DimRange("seq", 10)]
+LINEAR = "g (float[batch,sequence,4] x) => (float[batch,sequence,3] y) { h = MatMul(x, w) y = Tanh(h) }"
+SPECS = [TensorSpec("x", "float32", ("batch", "sequence", 4))]
+DIMS = [DimRange("batch", 2), DimRange("sequence", 10)]
 W = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
 
 
@@ -52,7 +52,7 @@ def test_a_right_graph_is_equal_at_every_size(graph, seed):
 def test_a_right_gate_is_equal_over_many_seeds_and_sizes(graph, seed):
     w = np.random.default_rng(1).normal(size=(4, 8)).astype(np.float32)
     candidate = graph(
-        """g (float[batch,seq,4] x) => (int64[tokens,3] idx, float[tokens,3] weight) {
+        """g (float[batch,sequence,4] x) => (int64[tokens,3] idx, float[tokens,3] weight) {
              h = MatMul(x, w)  flat = Reshape(h, to)  scores = Softmax<axis=-1>(flat)
              top, idx = TopK<axis=-1, sorted=0>(scores, k)
              total = ReduceSum<keepdims=1>(top, last)  weight = Div(top, total) }""",
@@ -117,16 +117,16 @@ def test_sizes_that_the_reference_refuses_are_recorded_and_not_failed(graph):
     report = compare(needs(lambda n: n > 1, "too short"), graph(LINEAR, w=W), inputs())
     assert report.exit_code == 0
     refused = [case for case in report.cases if case.outcome == "refused"]
-    assert {dict(case.sizes)["seq"] for case in refused} == {1}
+    assert {dict(case.sizes)["sequence"] for case in refused} == {1}
     assert {case.reason for case in refused} == {"ValueError: too short"}
-    assert "refused by torch, batch=1 seq=1; batch=2 seq=1: ValueError: too short" in str(report)
+    assert "refused by torch, batch=1 sequence=1; batch=2 sequence=1: ValueError: too short" in str(report)
 
 
 def test_a_model_of_whole_chunks_falls_back_on_the_reserve(graph):
-    dims = [DimRange("batch", 2, 2, 2), DimRange("seq", 10)]
+    dims = [DimRange("batch", 2, 2, 2), DimRange("sequence", 10)]
     report = compare(needs(lambda n: n % 10 == 0, "whole chunks"), graph(LINEAR, w=W), inputs(dims=dims))
     plain = [case for case in report.compared if case.regime == "normal"]
-    assert [dict(case.sizes)["seq"] for case in plain] == [10, 10, 20, 30, 40]
+    assert [dict(case.sizes)["sequence"] for case in plain] == [10, 10, 20, 30, 40]
     assert report.exit_code == 0
 
 
@@ -145,9 +145,9 @@ def test_too_few_sizes_prove_nothing(graph):
 
 
 def test_a_range_with_fewer_sizes_needs_only_those(graph):
-    dims = [DimRange("batch", 2, 2, 2), DimRange("seq", 10, 10, 11)]
+    dims = [DimRange("batch", 2, 2, 2), DimRange("sequence", 10, 10, 11)]
     report = compare(torch_runner(), graph(LINEAR, w=W), inputs(dims=dims))
-    assert {dict(case.sizes)["seq"] for case in report.compared} == {10, 11}
+    assert {dict(case.sizes)["sequence"] for case in report.compared} == {10, 11}
     assert report.exit_code == 0
 
 
@@ -167,13 +167,13 @@ def test_no_cases_and_no_outputs_prove_nothing():
 
 
 def test_a_size_that_only_the_candidate_refuses_is_a_failure(graph):
-    candidate = graph(LINEAR.replace("seq,4", "10,4").replace("seq,3", "10,3"), w=W)
+    candidate = graph(LINEAR.replace("sequence,4", "10,4").replace("sequence,3", "10,3"), w=W)
     report = compare(torch_runner(), candidate, inputs())
     assert report.exit_code == 1
     failed = [case for case in report.cases if case.outcome == "failed"]
-    assert {dict(case.sizes)["seq"] for case in failed} == {1, 5, 9, 15, 20, 30}
+    assert {dict(case.sizes)["sequence"] for case in failed} == {1, 5, 9, 15, 20, 30}
     assert failed[0].reason.startswith("UsageError: input 'x' is float32[1, 1, 4]; the graph takes")
-    assert "FAILED in onnxruntime-cpu only, batch=1 seq=1: UsageError" in str(report)
+    assert "FAILED in onnxruntime-cpu only, batch=1 sequence=1: UsageError" in str(report)
 
 
 def test_models_with_different_inputs_are_wrong_use(graph):
@@ -208,7 +208,7 @@ def test_what_a_time_limit_cuts_off_is_said_and_is_not_equal():
     assert report.shortfall.startswith(
         f"1 of {len(whole.cases)} cases compared, not compared: new values; batch=1"
     )
-    assert "NOT COMPARED, the time limit was reached: new values; batch=1 seq=1;" in str(report)
+    assert "NOT COMPARED, the time limit was reached: new values; batch=1 sequence=1;" in str(report)
     assert compare(torch_runner(), torch_runner(), inputs(), time_limit=600).verdict == "equal"
 
 
@@ -257,8 +257,9 @@ def test_a_reference_that_is_nan_proves_nothing():
     report = compare(nan, nan, inputs())
     assert (report.verdict, report.exit_code) == ("not proven", 1)
     assert report.shortfall == "y: NaN throughout in every case"
-    assert "warning: output 'y' of torch is NaN throughout at example; new values; batch=1 seq=1 and" in str(
-        report
+    assert (
+        "warning: output 'y' of torch is NaN throughout at example; new values; batch=1 sequence=1 and"
+        in str(report)
     )
 
 
@@ -268,7 +269,7 @@ def test_a_reference_that_is_nan_at_one_size_is_a_warning():
     )
     report = compare(nan, nan, inputs())
     assert report.exit_code == 0
-    assert report.warnings == ("output 'y' of torch is NaN throughout at batch=2 seq=15",)
+    assert report.warnings == ("output 'y' of torch is NaN throughout at batch=2 sequence=15",)
 
 
 def test_a_routing_of_unknown_outputs_is_wrong_use():

@@ -56,50 +56,54 @@ def test_expressions_that_are_refused(expression, message):
 
 def test_an_unknown_dimension_is_told_the_known_ones():
     with pytest.raises(UsageError) as caught:
-        evaluate("seq", {"batch": 2, "s0": 3})
-    assert str(caught.value) == "dimension 'seq' has no range\n  hint: dimensions with a range: batch, s0"
+        evaluate("sequence", {"batch": 2, "s0": 3})
+    assert (
+        str(caught.value) == "dimension 'sequence' has no range\n  hint: dimensions with a range: batch, s0"
+    )
 
 
 @pytest.mark.parametrize(
     ("text", "right", "wrong"),
     [
-        ("seq <= 64", 64, 65),
-        ("seq % 8 == 0", 16, 17),
-        ("(seq + 63)//64 != 1", 65, 64),
-        ("1 < seq <= 9", 9, 10),
-        ("not seq > 4 or seq == 6", 6, 5),
-        ("seq >= 2 and seq < 5", 4, 5),
-        ("int(seq * 1.25 / 4) == 3", 10, 13),
-        ("12 // (seq - 4) > 0", 5, 4),  # no size at which it cannot be told
+        ("sequence <= 64", 64, 65),
+        ("sequence % 8 == 0", 16, 17),
+        ("(sequence + 63)//64 != 1", 65, 64),
+        ("1 < sequence <= 9", 9, 10),
+        ("not sequence > 4 or sequence == 6", 6, 5),
+        ("sequence >= 2 and sequence < 5", 4, 5),
+        ("int(sequence * 1.25 / 4) == 3", 10, 13),
+        ("12 // (sequence - 4) > 0", 5, 4),  # no size at which it cannot be told
     ],
 )
 def test_a_condition_holds_up_to_its_constant_and_not_beyond(text, right, wrong):
     condition = Condition(text)
-    assert condition.holds({"seq": right}) is True
-    assert condition.holds({"seq": wrong}) is False
-    assert condition.names == {"seq"}
+    assert condition.holds({"sequence": right}) is True
+    assert condition.holds({"sequence": wrong}) is False
+    assert condition.names == {"sequence"}
     if "//" not in text:  # NumPy divides by zero
-        many = condition.holds({"seq": np.arange(200)})
+        many = condition.holds({"sequence": np.arange(200)})
         assert many[right]
         assert not many[wrong]
 
 
 def test_a_domain_holds_where_all_of_it_does():
-    domain = Domain.of("batch*seq <= 256", "seq % 4 == 0")
-    assert domain.holds({"batch": 4, "seq": 64})
-    assert not domain.holds({"batch": 5, "seq": 64})
-    assert not domain.holds({"batch": 1, "seq": 63})
-    assert Domain().holds({"seq": 1})
-    assert str(domain) == "batch*seq <= 256 and seq % 4 == 0"
+    domain = Domain.of("batch*sequence <= 256", "sequence % 4 == 0")
+    assert domain.holds({"batch": 4, "sequence": 64})
+    assert not domain.holds({"batch": 5, "sequence": 64})
+    assert not domain.holds({"batch": 1, "sequence": 63})
+    assert Domain().holds({"sequence": 1})
+    assert str(domain) == "batch*sequence <= 256 and sequence % 4 == 0"
 
 
 def test_the_sizes_near_a_domains_constants():
-    domain = Domain.of("batch <= 9", "seq <= 60")
-    assert domain.near("seq") == (59, 60, 61, 120, 121)
+    domain = Domain.of("batch <= 9", "sequence <= 60")
+    assert domain.near("sequence") == (59, 60, 61, 120, 121)
     assert domain.near("other") == ()
 
 
-@pytest.mark.parametrize("text", ["__import__('os').system('true')", "open('f')", "seq.bit_length()", "[1]"])
+@pytest.mark.parametrize(
+    "text", ["__import__('os').system('true')", "open('f')", "sequence.bit_length()", "[1]"]
+)
 def test_what_a_file_says_is_not_run(text):
     with pytest.raises(UsageError):
         Condition(text)

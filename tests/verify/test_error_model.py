@@ -232,12 +232,12 @@ def one_by_one(x, dim):
 
 
 def at_a_long_length(candidate):
-    spec = TensorSpec("x", "float32", ("batch", "seq", 3))
+    spec = TensorSpec("x", "float32", ("batch", "sequence", 3))
     example = {"x": GENERATOR.standard_normal((2, 16, 3), np.float32)}
     return compare(
         TorchRunner(drift(), ["y"]),
         TorchRunner(candidate, ["y"], "candidate"),
-        cases([spec], [DimRange("batch", 2), DimRange("seq", 16)], example, at=[{"seq": 4096}]),
+        cases([spec], [DimRange("batch", 2), DimRange("sequence", 16)], example, at=[{"sequence": 4096}]),
         truth=TorchRunner(drift(), ["y"], "torch-float64", "float64"),
     )
 

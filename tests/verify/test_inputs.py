@@ -10,10 +10,10 @@ from moe_export.errors import UsageError
 from moe_export.verify import DimRange, TensorSpec, cases
 from moe_export.verify.inputs.regimes import MASKS, SIGNED
 
-X = TensorSpec("x", "float32", ("batch", "seq", 4))
-IDS = TensorSpec("ids", "int64", ("batch", "seq"))
-MASK = TensorSpec("mask", "bool", ("seq",))
-DIMS = [DimRange("batch", 2), DimRange("seq", 10)]
+X = TensorSpec("x", "float32", ("batch", "sequence", 4))
+IDS = TensorSpec("ids", "int64", ("batch", "sequence"))
+MASK = TensorSpec("mask", "bool", ("sequence",))
+DIMS = [DimRange("batch", 2), DimRange("sequence", 10)]
 
 
 def example(seed=0):
@@ -33,7 +33,7 @@ def test_the_example_itself_comes_first_then_new_values_at_its_sizes():
     given_inputs = example()
     first, second = islice(cases([X, IDS, MASK], DIMS, given_inputs), 2)
     assert first.label == "example"
-    assert first.sizes == second.sizes == {"batch": 2, "seq": 10}
+    assert first.sizes == second.sizes == {"batch": 2, "sequence": 10}
     for name, array in given_inputs.items():
         np.testing.assert_array_equal(first.inputs[name], array)
     assert second.label == "new values"
@@ -42,10 +42,10 @@ def test_the_example_itself_comes_first_then_new_values_at_its_sizes():
 
 def test_a_shared_dimension_has_one_size_in_all_inputs():
     for case in cases([X, IDS, MASK], DIMS, example()):
-        batch, seq = case.sizes["batch"], case.sizes["seq"]
-        assert case.inputs["x"].shape == (batch, seq, 4)
-        assert case.inputs["ids"].shape == (batch, seq)
-        assert case.inputs["mask"].shape == (seq,)
+        batch, sequence = case.sizes["batch"], case.sizes["sequence"]
+        assert case.inputs["x"].shape == (batch, sequence, 4)
+        assert case.inputs["ids"].shape == (batch, sequence)
+        assert case.inputs["mask"].shape == (sequence,)
 
 
 def test_derived_dimensions_follow_and_impossible_sizes_are_left_out():
@@ -56,7 +56,7 @@ def test_derived_dimensions_follow_and_impossible_sizes_are_left_out():
 
 
 def test_floats_keep_mean_and_deviation_and_dtype():
-    case = made([X], DIMS, {"x": example()["x"]})["batch=6 seq=30"]
+    case = made([X], DIMS, {"x": example()["x"]})["batch=6 sequence=30"]
     values = case.inputs["x"]
     assert values.dtype == np.float32
     assert abs(values.mean() - 3) < 0.15
@@ -72,7 +72,9 @@ def test_integers_of_which_nothing_is_known_are_the_examples_own_and_marks_vary_
 
 def test_a_float_mask_keeps_its_marks():
     mask = np.where(np.tri(10, dtype=bool), 0, -np.inf).astype(np.float32)
-    found = cases([TensorSpec("m", "float32", ("seq", "seq"))], [DimRange("seq", 10)], {"m": mask})
+    found = cases(
+        [TensorSpec("m", "float32", ("sequence", "sequence"))], [DimRange("sequence", 10)], {"m": mask}
+    )
     assert all(set(np.unique(case.inputs["m"])) <= {0.0, -np.inf} for case in found)
 
 
@@ -106,14 +108,14 @@ def sub(inputs):
 
 def test_another_seed_and_another_case_give_other_values():
     one, two = made([X], DIMS, {"x": example()["x"]}), made([X], DIMS, {"x": example()["x"]}, seed=1)
-    label = "batch=7 seq=15"
+    label = "batch=7 sequence=15"
     assert not np.array_equal(one[label].inputs["x"], two[label].inputs["x"])
     assert not np.array_equal(one["new values"].inputs["x"], one["example"].inputs["x"])
 
 
 def test_a_further_input_leaves_the_values_of_the_others():
-    alone = made([X], DIMS, {"x": example()["x"]})["batch=7 seq=15"]
-    together = made([IDS, X], DIMS, sub(example()))["batch=7 seq=15"]
+    alone = made([X], DIMS, {"x": example()["x"]})["batch=7 sequence=15"]
+    together = made([IDS, X], DIMS, sub(example()))["batch=7 sequence=15"]
     np.testing.assert_array_equal(alone.inputs["x"], together.inputs["x"])
 
 
@@ -125,7 +127,7 @@ def test_two_inputs_of_one_shape_differ():
 
 
 def test_cases_are_lazy_and_read_only():
-    stream = cases([X], [DimRange("batch", 2), DimRange("seq", 10)], {"x": example()["x"]})
+    stream = cases([X], [DimRange("batch", 2), DimRange("sequence", 10)], {"x": example()["x"]})
     case = next(stream)
     with pytest.raises(ValueError, match="read-only"):
         case.inputs["x"][0] = 0
@@ -149,7 +151,7 @@ def test_nothing_dynamic_gives_the_example_and_new_values():
         (np.zeros((2, 10, 5), np.float32), r"'x' is float32\[2, 10, 5\], expected float32\[2, 10, 4\]"),
         (
             np.zeros((2, 10, 4)),
-            r"'x' is float64\[2, 10, 4\], expected float32\[2, 10, 4\] \(x: float32\[batch, seq, 4\]\)",
+            r"'x' is float64\[2, 10, 4\], expected float32\[2, 10, 4\] \(x: float32\[batch, sequence, 4\]\)",
         ),
         (np.zeros((3, 10, 4), np.float32), r"'x' is float32\[3, 10, 4\], expected float32\[2, 10, 4\]"),
     ],
@@ -162,7 +164,7 @@ def test_an_example_that_does_not_fit_is_refused_at_the_call(array, message):
 def test_wrong_names_and_unknown_dimensions_are_refused_at_the_call():
     with pytest.raises(UsageError, match=r"example inputs are \['y'\], but the model takes \['x'\]"):
         cases([X], DIMS, {"y": example()["x"]})
-    with pytest.raises(UsageError, match="dimension 'seq' has no range"):
+    with pytest.raises(UsageError, match="dimension 'sequence' has no range"):
         cases([X], DIMS[:1], {"x": example()["x"]})
     with pytest.raises(UsageError, match="unknown dtype 'float7'"):
         cases([TensorSpec("x", "float7", (1,))], [], {"x": np.zeros(1)})

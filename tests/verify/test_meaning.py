@@ -63,12 +63,12 @@ def test_what_the_model_refuses_or_answers_with_nan_is_not_tried():
 
 
 def test_a_table_that_grows_with_a_dimension():
-    table = Table(0, 9, "seq", 10)
-    assert [table.high_at({"seq": size}) for size in (1, 10, 30)] == [0, 9, 29]
+    table = Table(0, 9, "sequence", 10)
+    assert [table.high_at({"sequence": size}) for size in (1, 10, 30)] == [0, 9, 29]
 
 
-IDS = TensorSpec("ids", "int64", ("batch", "seq"))
-DIMS = [DimRange("batch", 2), DimRange("seq", 8)]
+IDS = TensorSpec("ids", "int64", ("batch", "sequence"))
+DIMS = [DimRange("batch", 2), DimRange("sequence", 8)]
 
 
 def with_ids(ids, known):

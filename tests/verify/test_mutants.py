@@ -8,9 +8,9 @@ from slow_cases import one_in
 from moe_export.verify import DimRange, RoutingPair, TensorSpec, TorchRunner, cases, compare
 
 # A small block with a gate: norm, square projection (so that a transpose keeps the shapes), softmax, top-k.
-GRAPH = """g (float[batch,seq,4] x, int64[batch,seq] ids) =>
-           (float[batch,seq,4] y, float[batch,seq,1] mean, int64[batch,seq,2] idx,
-            float[batch,seq,2] weight, int64[batch,seq] next) {
+GRAPH = """g (float[batch,sequence,4] x, int64[batch,sequence] ids) =>
+           (float[batch,sequence,4] y, float[batch,sequence,1] mean, int64[batch,sequence,2] idx,
+            float[batch,sequence,2] weight, int64[batch,sequence] next) {
   mean = ReduceMean<axes=[-1], keepdims=1>(x)
   centred = Sub(x, mean)
   h = MatMul(centred, w)
@@ -25,7 +25,10 @@ BIAS = np.array([0.1, -0.2, 0.3, 0.0], np.float32)
 CONSTANTS = {"w": W, "bias": BIAS, "k": np.array([2]), "one": np.array(1)}
 OUTPUTS = ["y", "mean", "idx", "weight", "next", "scores"]
 PAIR = RoutingPair("idx", "weight", "scores")
-SPECS = [TensorSpec("x", "float32", ("batch", "seq", 4)), TensorSpec("ids", "int64", ("batch", "seq"))]
+SPECS = [
+    TensorSpec("x", "float32", ("batch", "sequence", 4)),
+    TensorSpec("ids", "int64", ("batch", "sequence")),
+]
 
 
 def block(tensors):
@@ -40,7 +43,7 @@ def block(tensors):
 def run(candidate, seed=0):
     rng = np.random.default_rng(seed)
     example = {"x": rng.normal(size=(2, 4, 4)).astype(np.float32), "ids": rng.integers(0, 50, (2, 4))}
-    inputs = cases(SPECS, [DimRange("batch", 2), DimRange("seq", 4)], example, seed)
+    inputs = cases(SPECS, [DimRange("batch", 2), DimRange("sequence", 4)], example, seed)
     return compare(TorchRunner(block, OUTPUTS), candidate, inputs, routing=[PAIR])
 
 
@@ -105,28 +108,40 @@ def test_a_changed_constant_is_caught(graph, constants):
 @pytest.mark.parametrize(
     ("declared", "nodes", "reason"),
     [
-        ("int32[batch,seq] next", "n = Add(ids, one) next = Cast<to=6>(n)", "dtype int32, expected int64"),
-        ("float[batch,seq] next", "n = Add(ids, one) next = Cast<to=1>(n)", "dtype float32, expected int64"),
-        ("int64[seq,batch] next", "n = Add(ids, one) next = Transpose(n)", "shape [4, 2], expected [2, 4]"),
-        ("int64[batch,seq] other", "other = Add(ids, one)", "missing, expected int64[2, 4]"),
         (
-            "int64[batch,seq] next, int64[batch,seq] more",
+            "int32[batch,sequence] next",
+            "n = Add(ids, one) next = Cast<to=6>(n)",
+            "dtype int32, expected int64",
+        ),
+        (
+            "float[batch,sequence] next",
+            "n = Add(ids, one) next = Cast<to=1>(n)",
+            "dtype float32, expected int64",
+        ),
+        (
+            "int64[sequence,batch] next",
+            "n = Add(ids, one) next = Transpose(n)",
+            "shape [4, 2], expected [2, 4]",
+        ),
+        ("int64[batch,sequence] other", "other = Add(ids, one)", "missing, expected int64[2, 4]"),
+        (
+            "int64[batch,sequence] next, int64[batch,sequence] more",
             "next = Add(ids, one) more = Neg(ids)",
             "extra output int64[2, 4]",
         ),
         (
-            "int64[1,batch,seq] next",
+            "int64[1,batch,sequence] next",
             "ax = Constant<value_ints=[0]>() n = Add(ids, one) next = Unsqueeze(n, ax)",
             "shape [1, 2, 4], expected [2, 4]",
         ),
     ],
 )
 def test_outputs_of_another_form_are_caught(graph, declared, nodes, reason):
-    text = f"g (float[batch,seq,4] x, int64[batch,seq] ids) => ({declared}) {{ {nodes} }}"
+    text = f"g (float[batch,sequence,4] x, int64[batch,sequence] ids) => ({declared}) {{ {nodes} }}"
     candidate = graph(text, one=np.array(1))
     rng = np.random.default_rng(0)
     example = {"x": rng.normal(size=(2, 4, 4)).astype(np.float32), "ids": rng.integers(0, 50, (2, 4))}
-    inputs = cases(SPECS, [DimRange("batch", 2), DimRange("seq", 4)], example)
+    inputs = cases(SPECS, [DimRange("batch", 2), DimRange("sequence", 4)], example)
     report = compare(TorchRunner(lambda t: t["ids"] + 1, ["next"]), candidate, inputs)
     assert report.exit_code == 1
     assert reason in {judgement.reason for judgement in report.cases[0].judgements}
@@ -152,14 +167,14 @@ def test_a_column_for_a_row_is_caught_although_they_broadcast(graph):
     ids=["length", "batch", "last ten", "batch in a reshape"],
 )
 def test_what_is_right_only_at_the_traced_size_is_caught(graph, node, constants):
-    spec = [TensorSpec("x", "float32", ("batch", "seq", 4))]
+    spec = [TensorSpec("x", "float32", ("batch", "sequence", 4))]
     x = {"x": np.random.default_rng(0).normal(size=(2, 10, 4)).astype(np.float32)}
     candidate = graph(
-        f"g (float[batch,seq,4] x) => (float[b2,s2,4] y) {{ {node} y = Tanh(b) }}",
+        f"g (float[batch,sequence,4] x) => (float[b2,s2,4] y) {{ {node} y = Tanh(b) }}",
         **{name: np.array(value) for name, value in constants.items()},
     )
     reference = TorchRunner(lambda t: t["x"].tanh(), ["y"])
-    report = compare(reference, candidate, cases(spec, [DimRange("batch", 2), DimRange("seq", 10)], x))
+    report = compare(reference, candidate, cases(spec, [DimRange("batch", 2), DimRange("sequence", 10)], x))
     assert [j.ok for case in report.cases[:2] for j in case.judgements] == [True, True]
     assert report.exit_code == 1
 

@@ -9,10 +9,10 @@ from moe_export.verify import DimRange, TensorSpec, cases
 from moe_export.verify.inputs.known import Known
 from moe_export.verify.inputs.regimes import MASKS, REGIMES, SIGNED, mask_values
 
-X = TensorSpec("x", "float32", ("batch", "seq", 4))
-IDS = TensorSpec("ids", "int64", ("batch", "seq"))
-MASK = TensorSpec("mask", "int64", ("batch", "seq"))
-DIMS = [DimRange("batch", 2), DimRange("seq", 10)]
+X = TensorSpec("x", "float32", ("batch", "sequence", 4))
+IDS = TensorSpec("ids", "int64", ("batch", "sequence"))
+MASK = TensorSpec("mask", "int64", ("batch", "sequence"))
+DIMS = [DimRange("batch", 2), DimRange("sequence", 10)]
 
 
 def example():
@@ -44,7 +44,7 @@ def test_thorough_tries_all_at_the_traced_the_smallest_and_larger_sizes():
     found = [case for case in made(thorough=True).values() if case.regime != "normal"]
     assert {case.regime for case in found} == {regime.name for regime in REGIMES}
     assert {tuple(case.sizes.values()) for case in found} == {(2, 10), (1, 1), (7, 15)}
-    assert "repeated token, batch=7 seq=15" in {case.label for case in found}
+    assert "repeated token, batch=7 sequence=15" in {case.label for case in found}
 
 
 def test_what_each_is():
@@ -158,16 +158,16 @@ def test_a_label_and_a_seed_make_the_same_values_again():
 
 
 def test_sizes_that_were_asked_for():
-    found = made(at=[{"seq": 123}])
-    assert found["batch=2 seq=123", 0].inputs["x"].shape == (2, 123, 4)
+    found = made(at=[{"sequence": 123}])
+    assert found["batch=2 sequence=123", 0].inputs["x"].shape == (2, 123, 4)
     with pytest.raises(UsageError, match="there is no dynamic dimension 'sequence'"):
         made(at=[{"sequence": 3}])
 
 
 def test_a_maximum_is_tried_unless_it_is_huge():
     def sizes(maximum):
-        dims = [DimRange("batch", 2), DimRange("seq", 10, 1, maximum)]
-        return {case.sizes["seq"] for case in cases([X], dims, {"x": example()["x"]})}
+        dims = [DimRange("batch", 2), DimRange("sequence", 10, 1, maximum)]
+        return {case.sizes["sequence"] for case in cases([X], dims, {"x": example()["x"]})}
 
     assert 500 in sizes(500)
     assert 10**9 not in sizes(10**9)

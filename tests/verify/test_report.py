@@ -9,7 +9,7 @@ from moe_export.verify import SCHEMA, CaseResult, Margin, Report, judge, show
 from moe_export.verify.reports.table import plain
 
 MARGIN = Margin(1e-5, 1e-5)
-SIZES = (("batch", 2), ("seq", 10))
+SIZES = (("batch", 2), ("sequence", 10))
 
 
 def result(label, *pairs, sizes=SIZES, outcome="compared", reason=None):
@@ -25,12 +25,12 @@ def report(*cases, wanted=1):
 
 
 GOOD = result("example", ([1.0, 2.0], [1.0, 2.000001]), ([3], [3]))
-BAD = result("seq=15", ([1.0, 2.0], [1.0, 2.5]), ([3], [3]), sizes=(("seq", 15),))
+BAD = result("sequence=15", ([1.0, 2.0], [1.0, 2.5]), ([3], [3]), sizes=(("sequence", 15),))
 
 
 def test_a_row_shows_the_worst_case_of_its_output():
     row, other = report(GOOD, BAD).rows
-    assert (row.output, row.at, row.equal, row.bad, row.total) == ("a", "seq=15", False, 1, 4)
+    assert (row.output, row.at, row.equal, row.bad, row.total) == ("a", "sequence=15", False, 1, 4)
     assert (row.max_abs, row.max_rel) == (0.5, 0.25)
     assert (row.worst.index, row.worst.candidate, row.worst.reference) == ((1,), 2.5, 2.0)
     assert (other.output, other.equal, other.max_abs) == ("b", True, 0.0)
@@ -46,18 +46,21 @@ def test_a_failing_case_is_shown_before_a_larger_difference_that_is_within_toler
 def test_exit_codes():
     assert report(GOOD).exit_code == 0
     assert report(GOOD, BAD).exit_code == 1
-    assert report(GOOD, result("seq=1", sizes=(("seq", 1),), outcome="refused"), wanted=4).exit_code == 1
-    assert report(GOOD, result("seq=1", sizes=(), outcome="failed", reason="no")).verdict == "not equal"
+    assert (
+        report(GOOD, result("sequence=1", sizes=(("sequence", 1),), outcome="refused"), wanted=4).exit_code
+        == 1
+    )
+    assert report(GOOD, result("sequence=1", sizes=(), outcome="failed", reason="no")).verdict == "not equal"
     assert report().exit_code == 1
 
 
 def test_json_is_strict_versioned_and_complete():
-    nan = result("seq=1", ([1.0, np.inf], [np.nan, np.inf]), ([3], [3]), sizes=(("seq", 1),))
+    nan = result("sequence=1", ([1.0, np.inf], [np.nan, np.inf]), ([3], [3]), sizes=(("sequence", 1),))
     found = json.loads(report(GOOD, BAD, nan).to_json(), parse_constant=pytest.fail)
     assert found["schema"] == SCHEMA == "moe-export/verify-report/2"
     assert (found["verdict"], found["exit_code"]) == ("not equal", 1)
     assert found["outputs"][0]["worst"] == {"index": [1], "candidate": 2.5, "reference": 2.0}
-    assert found["cases"][0]["sizes"] == {"batch": 2, "seq": 10}
+    assert found["cases"][0]["sizes"] == {"batch": 2, "sequence": 10}
     assert found["cases"][0]["seed"] == 7
     assert found["cases"][2]["judgements"][0]["worst"]["candidate"] == "nan"
     assert found["cases"][0]["judgements"][0]["margin"] == {"rtol": 1e-5, "atol": 1e-5}
@@ -68,16 +71,19 @@ def test_the_text_in_full():
         "onnxruntime-cpu against torch: not equal",
         "",
         "output dtype    max abs  max rel at      verdict",
-        "a      float64 5.00e-01 2.50e-01 seq=15  DIFFERS",
+        "a      float64 5.00e-01 2.50e-01 sequence=15  DIFFERS",
         "b      int64          0        0 example equal",
         "",
-        "2 size combinations: batch 2 only, seq 10..15; seed 7",
-        "a DIFFERS, seq=15: 1 of 2 elements beyond rtol=1e-05 atol=1e-05; worst a[1] is 2.5, torch has 2",
+        "2 size combinations: batch 2 only, sequence 10..15; seed 7",
+        "a DIFFERS, sequence=15: 1 of 2 elements beyond rtol=1e-05 atol=1e-05; worst a[1] is 2.5, torch has 2",
     ]
 
 
 def test_every_case_is_listed_where_that_is_asked_for():
-    assert "compared: example (batch=2 seq=10); seq=15" in plain(report(GOOD, BAD), verbose=True).splitlines()
+    assert (
+        "compared: example (batch=2 sequence=10); sequence=15"
+        in plain(report(GOOD, BAD), verbose=True).splitlines()
+    )
     assert "compared: " not in plain(report(GOOD, BAD))
 
 

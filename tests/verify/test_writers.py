@@ -36,20 +36,25 @@ WRONG = report(
 )
 
 
-UNFINISHED = Report("torch", "onnxruntime-cpu", (case("example", GOOD),), 1, left_out=("seq=4096", "zeros"))
+UNFINISHED = Report(
+    "torch", "onnxruntime-cpu", (case("example", GOOD),), 1, left_out=("sequence=4096", "zeros")
+)
 
 
 def test_what_a_time_limit_cut_off_stands_in_every_form():
     root = ElementTree.fromstring(junit([UNFINISHED]))
-    assert [test.get("classname") for test in root.iterfind(".//testcase[skipped]")] == ["seq=4096", "zeros"]
+    assert [test.get("classname") for test in root.iterfind(".//testcase[skipped]")] == [
+        "sequence=4096",
+        "zeros",
+    ]
     assert "unfinished: 1 of 3 cases compared" in root.find(".//failure").get("message")
     (command,) = workflow_commands(UNFINISHED)
-    assert command == "::error title=unfinished::1 of 3 cases compared, not compared: seq=4096; zeros"
+    assert command == "::error title=unfinished::1 of 3 cases compared, not compared: sequence=4096; zeros"
     assert "⏳" in summary(UNFINISHED)
-    assert "Unfinished: 1 of 3 cases compared, not compared: seq=4096; zeros." in summary(UNFINISHED)
+    assert "Unfinished: 1 of 3 cases compared, not compared: sequence=4096; zeros." in summary(UNFINISHED)
     assert "<title>unfinished - moe-export verify</title>" in page([EQUAL, UNFINISHED])
     assert "<title>not equal - moe-export verify</title>" in page([UNFINISHED, WRONG])
-    assert "seq=4096" in page([UNFINISHED])
+    assert "sequence=4096" in page([UNFINISHED])
 
 
 def test_junit_counts_tests_failures_and_skipped():

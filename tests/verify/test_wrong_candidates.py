@@ -164,11 +164,11 @@ class Net(nn.Module):
 def report_of(right, wrong, inputs):
     subject = make_subject(Net(right), inputs, {}, source=Path("net.py"), how="")
     arrays: dict[str, Array] = {name: to_numpy(tensor) for name, tensor in subject.inputs.items()}
-    shapes = [("batch", "seq")[: min(array.ndim, 2)] + array.shape[2:] for array in arrays.values()]
+    shapes = [("batch", "sequence")[: min(array.ndim, 2)] + array.shape[2:] for array in arrays.values()]
     specs = [
         TensorSpec(name, arrays[name].dtype.name, shape) for name, shape in zip(arrays, shapes, strict=True)
     ]
-    dims = [DimRange("batch", 2), DimRange("seq", 10)]
+    dims = [DimRange("batch", 2), DimRange("sequence", 10)]
     known = known_of_model(subject, specs, dims, arrays, 0)
     runner = TorchRunner(subject.call_named, subject.outputs)
     candidate = TorchRunner(lambda given: wrong(*given.values()), subject.outputs, "candidate")

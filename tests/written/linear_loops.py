@@ -181,7 +181,7 @@ def exported(
     """A loop as a model, and its graph with batch and length free; what else is asked of it, as `Options`."""
     subject = make_subject(module, inputs, {}, source=Path(inspect.getfile(type(module))), how="a test")
     free = {(key, 1 - time): "batch" for key in subject.inputs}
-    free |= {(key, time): "seq" for key, tensor in subject.inputs.items() if tensor.shape[time] == L}
+    free |= {(key, time): "sequence" for key, tensor in subject.inputs.items() if tensor.shape[time] == L}
     dims = DimRequest(static=True, picked=free)
     return subject, export_subject(subject, Options(dims=dims, gates=False, simplify=False, **options))[0]
 

@@ -65,7 +65,7 @@ class Case:
     """One set of inputs.
 
     Args:
-        label: What reports call it: "example", "new values", its sizes ("batch=1 seq=15"), or its regime. With
+        label: What reports call it: "example", "new values", its sizes ("batch=1 sequence=15"), or its regime. With
             `seed` it says exactly which inputs these are.
         seed: The seed of its values.
         sizes: The dynamic dimensions' sizes, by name; empty where nothing is dynamic.
@@ -83,7 +83,7 @@ class Case:
 
 
 def label_of(sizes: Mapping[str, int]) -> str:
-    """`batch=1 seq=15`."""
+    """`batch=1 sequence=15`."""
     return " ".join(f"{name}={size}" for name, size in sizes.items())
 
 

@@ -148,7 +148,7 @@ class Findings:
 
     @property
     def claims(self) -> tuple[str, ...]:
-        """The sizes of each dimension that were compared: `seq 1..4096`."""
+        """The sizes of each dimension that were compared: `sequence 1..4096`."""
         sizes: dict[str, set[int]] = {}
         for case in self.compared:
             for name, size in case.sizes:

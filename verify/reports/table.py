@@ -153,7 +153,7 @@ def _paragraphs(report: Findings, *, verbose: bool) -> Iterator[str]:
 
 
 def _compared(report: Findings) -> str:
-    """`64 size combinations: batch 1..513, seq 1..4096; also with zeros, large values; seed 0`."""
+    """`64 size combinations: batch 1..513, sequence 1..4096; also with zeros, large values; seed 0`."""
     count = len({case.sizes for case in report.compared})
     sizes = f"{count} size combination{'' if count == 1 else 's'}"
     ranges = ", ".join(report.claims)

@@ -133,7 +133,7 @@ class MirroredReplayer:
 
 
 def _shaped(forced: Mapping[str, Array], graph: OnnxRuntimeRunner) -> dict[str, Array]:
-    """The choices as int64, flattened from (batch, seq, k) to (tokens, k) where the graph's input has rank 2."""
+    """The choices as int64, flattened from (batch, sequence, k) to (tokens, k) where the graph's input has rank 2."""
     ranks = {spec.name: len(spec.shape) for spec in graph.inputs}
     return {
         name: np.asarray(ids.reshape(-1, ids.shape[-1]) if ranks[name] == 2 else ids, np.int64)

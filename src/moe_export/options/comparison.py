@@ -35,7 +35,7 @@ CASES = (
     Option("thorough", "--thorough", "Comparison", "Every kind of values, at more sizes (docs/verify.md).",
            (*_COMPARING, "mutate"), ("comparison",), type=bool, first=True),
     Option("sizes", "--size", "Comparison", "Further sizes to compare at, a set each.", _COMPARING, ("comparison",),
-           metavar="batch=1,seq=4096", repeatable=True, first=True),
+           metavar="batch=1,sequence=4096", repeatable=True, first=True),
     Option("input_files", "--input-file", "Comparison", "Your own inputs: .safetensors or .npz, by the inputs' names.",
            _COMPARING, ("comparison",), metavar="FILE", repeatable=True),
     Option("seed", "--seed", "Comparison", "Seed of the test inputs.", (*_COMPARING, "mutate"), ("comparison",),

@@ -19,7 +19,7 @@ ENGINES = (
     Option("engine", "--engine", _GROUP, _ENGINE, EXPORTING, _READ_BY, metavar="sm89,sm120", first=True),
     Option("engine", "--engine", _GROUP, _ENGINE, ("build",), _READ_BY, metavar="sm89,sm120", required=True),
     Option("ranges", "--range", _GROUP, "Sizes that the engine takes, and is fastest at; each --range is a profile.",
-           _BUILDING, _READ_BY, otherwise="1:128:1024; batch 1:1:8", metavar="seq=MIN:OPT:MAX,batch=SIZE",
+           _BUILDING, _READ_BY, otherwise="1:128:1024; batch 1:1:8", metavar="sequence=MIN:OPT:MAX,batch=SIZE",
            repeatable=True, first=True, goes_with="engine"),
     Option("builder", "--builder", _GROUP, "Which TensorRT builds the engines.", _BUILDING, _READ_BY,
            type=click.Choice(["tensorrt-rtx", "tensorrt"]),

@@ -31,7 +31,7 @@ MEASURING = (
     Option("against", "--against", "Measuring", "Measure the model in PyTorch, too.", ("bench",),
            metavar="MODEL.PY[:CLASS]"),
     Option("sizes", "--size", "Measuring", "The sizes of free dimensions.", ("bench", "diff"),
-           otherwise="batch=1, others 128", metavar="batch=4,seq=128", repeatable=True),
+           otherwise="batch=1, others 128", metavar="batch=4,sequence=128", repeatable=True),
     Option("repeat", "--repeat", "Measuring", "Runs that are measured.", ("bench",), type=click.IntRange(1),
            default=50),
     Option("compiled", "--compile", "Measuring", "Measure torch.compile, too.", ("bench",), type=bool,

@@ -1,4 +1,4 @@
-"""Sizes of dimensions as people type them: `seq=100`, `batch=1,seq=4096`."""
+"""Sizes of dimensions as people type them: `sequence=100`, `batch=1,sequence=4096`."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ def parse_sizes(text: str) -> dict[str, int]:
         UsageError: It is not of that form, or names a dimension twice.
 
     Example:
-        >>> parse_sizes("batch=1,seq=4096")
-        {'batch': 1, 'seq': 4096}
+        >>> parse_sizes("batch=1,sequence=4096")
+        {'batch': 1, 'sequence': 4096}
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
         name, _, size = (word.strip() for word in part.partition("="))
         if not name or not size.isdecimal():
             raise UsageError(
-                f"--size {text!r} is not DIM=SIZE,...", hint="for example: --size batch=1,seq=4096"
+                f"--size {text!r} is not DIM=SIZE,...", hint="for example: --size batch=1,sequence=4096"
             )
         if name in sizes:
             raise UsageError(

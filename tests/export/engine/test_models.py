@@ -58,7 +58,7 @@ def lowered(tools, experts):
 def test_experts_build_in_every_form_that_a_gpu_can_run(tools, experts):
     graph = lowered(tools, experts)
     assert find_refusals(graph.model).refused == ()
-    for engine in build_engines(graph.model, ["sm75", "sm89"], {"seq": (1, 16, 128)}):
+    for engine in build_engines(graph.model, ["sm75", "sm89"], {"sequence": (1, 16, 128)}):
         assert engine.size > 10_000
 
 

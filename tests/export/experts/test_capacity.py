@@ -147,5 +147,5 @@ def test_every_idiom_builds_for_every_gpu(idiom):
     graph = export_subject(subject_of(module), Options(gates=False, target="tensorrt"))[0]
     assert_equal(session_of(graph.model), module)
     capabilities = ["sm75", "sm86", "sm89", "sm120"]
-    engines = build_engines(graph.model, capabilities, {"batch": (1, 1, 1), "seq": (1, 128, 8192)})
+    engines = build_engines(graph.model, capabilities, {"batch": (1, 1, 1), "sequence": (1, 128, 8192)})
     assert [engine.capability for engine in engines] == capabilities

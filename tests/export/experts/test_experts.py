@@ -109,7 +109,7 @@ def test_every_idiom_builds_for_every_gpu(idiom):
     module = idiom().eval()
     graph = lowered(module, ("blocks",))["blocks"]
     assert_right(module, "blocks", graph)
-    engines = build_engines(graph[2], CAPABILITIES, {"batch": (1, 1, 1), "seq": (1, 128, 8192)})
+    engines = build_engines(graph[2], CAPABILITIES, {"batch": (1, 1, 1), "sequence": (1, 128, 8192)})
     assert [engine.capability for engine in engines] == list(CAPABILITIES)
 
 

@@ -41,7 +41,7 @@ def test_experts_are_seen_behind_tokens_of_two_axes(tools, tmp_path, idiom):
 
 def graph_input(runner):
     (spec,) = runner.inputs
-    assert spec.shape[:2] == ("batch", "seq")
+    assert spec.shape[:2] == ("batch", "sequence")
     return spec.name
 
 

@@ -68,7 +68,7 @@ def test_every_idiom_builds_for_every_gpu(idiom):
         session_of(graph.model).run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5
     )
     capabilities = ["sm75", "sm86", "sm89", "sm120"]
-    engines = build_engines(graph.model, capabilities, {"batch": (1, 1, 1), "seq": (1, 128, 8192)})
+    engines = build_engines(graph.model, capabilities, {"batch": (1, 1, 1), "sequence": (1, 128, 8192)})
     assert [engine.capability for engine in engines] == capabilities
 
 

@@ -146,12 +146,12 @@ def test_pairs_that_are_no_keys_and_values(tools):
 def test_the_length_of_a_cache_is_one_dimension(tools):
     model = Language(lambda scores, presents, x: (scores, presents))
     graph = tools.graph(model, IDS, cache())
-    assert [dim.name for dim in graph.traced.dims] == ["batch", "seq", "past_sequence"]
+    assert [dim.name for dim in graph.traced.dims] == ["batch", "sequence", "past_sequence"]
     assert not graph.traced.conditions
     shapes = {value.name: list(map(str, value.shape)) for value in graph.model.graph.outputs}
-    assert shapes["logits"] == ["batch", "seq", str(WORDS)]
+    assert shapes["logits"] == ["batch", "sequence", str(WORDS)]
     assert {tuple(shapes[name]) for name in pasts(2, "present")} == {
-        ("batch", str(HEADS), "past_sequence + seq", str(WIDTH // HEADS))
+        ("batch", str(HEADS), "past_sequence + sequence", str(WIDTH // HEADS))
     }
     grown = [past for pair in cache(past=9) for past in pair]
     tools.equal(graph, torch.randint(0, WORDS, (2, 4)), *grown)

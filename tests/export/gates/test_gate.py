@@ -41,9 +41,9 @@ def test_moe_gate_is_right_all_the_same(tools, exported):
     module = model.reference.module
     assert is_only_a_gate((model, gate))
     assert "output output_2 is the constant 0 and is dropped" in model.notes
-    for batch, seq in ((1, 1), (1, 3), (3, 5), (4, 16)):
+    for batch, sequence in ((1, 1), (1, 3), (3, 5), (4, 16)):
         for graph in (model, gate):
-            tools.gate_equal(graph, lambda x: module(x)[:2], torch.randn(batch, seq, 32))
+            tools.gate_equal(graph, lambda x: module(x)[:2], torch.randn(batch, sequence, 32))
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 15, 64])
@@ -184,13 +184,13 @@ def test_a_gate_behind_a_loop_begins_behind_it(tools, recurrence):
     gate = export_subject(subject, Options(simplify=False, recurrence=recurrence))[1]
     ((name, shape),) = gate.traced.inputs.items()
     assert name != "x"
-    assert shape == ("batch", "seq", 8)
+    assert shape == ("batch", "sequence", 8)
     module = subject.module
-    for batch, seq in ((1, 1), (3, 9)):
+    for batch, sequence in ((1, 1), (3, 9)):
         tools.gate_equal(
             gate,
             lambda y: torch.topk(module.router(y).softmax(-1), 2, dim=-1)[::-1],
-            torch.randn(batch, seq, 8),
+            torch.randn(batch, sequence, 8),
         )
 
 
@@ -231,5 +231,5 @@ class Routed(nn.Module):
 def test_widths_that_the_model_has_for_itself_are_no_dimensions_of_a_gate():
     subject = make_subject(Routed(), (torch.randn(2, 5, 8),), {}, source=Path(__file__), how="a test")
     model, gate = export_subject(subject, Options(simplify=False))
-    assert model.traced.inputs == {"x": ("batch", "seq", 8)}
+    assert model.traced.inputs == {"x": ("batch", "sequence", 8)}
     assert set(gate.traced.inputs.values()) == {("batch", 8)}

@@ -45,7 +45,7 @@ def test_hybrid_shows_its_blocks_at_the_top():
     functions = {name: function for (_, name, _), function in model.functions.items()}
     assert {"moe.experts", "moe.shared_experts.0"} <= {node.op_type for node in functions["moe"]}
     assert "Scan" in {node.op_type for node in functions["mamba"]}
-    assert "in   mamba_norm.mul_1: float[batch, seq, 32]" in str(functions["mamba"].doc_string)
+    assert "in   mamba_norm.mul_1: float[batch, sequence, 32]" in str(functions["mamba"].doc_string)
     for got, wanted in zip(run(model, inputs), expected, strict=True):
         np.testing.assert_array_equal(got, wanted)
     assert content(without_functions(model)) == before

@@ -102,6 +102,6 @@ def test_a_gate_has_the_models_weights(tools):
 def test_sizes_that_inference_counts_have_no_names():
     shape = ir.Shape(["batch", "unk__3", 4, "unk__12"])
     assert [str(dim) for dim in without_counted(shape)] == ["batch", "None", "4", "None"]
-    known = ir.Shape(["n", "seq", 4, "unk__1"])
-    assert [str(dim) for dim in without_counted(shape, known)] == ["batch", "seq", "4", "None"]
+    known = ir.Shape(["n", "sequence", 4, "unk__1"])
+    assert [str(dim) for dim in without_counted(shape, known)] == ["batch", "sequence", "4", "None"]
     assert without_counted(None) is None

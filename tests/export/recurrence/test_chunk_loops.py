@@ -90,21 +90,21 @@ def test_chunks_hold_for_any_length(module: nn.Module, iterations: str) -> None:
 
 
 def assert_right_at_any_length(subject: Subject, graph: Graph) -> None:
-    (seq,) = (dim for dim in graph.traced.dims if dim.name == "seq")
-    assert seq.minimum <= 2
-    assert seq.maximum is None
+    (sequence,) = (dim for dim in graph.traced.dims if dim.name == "sequence")
+    assert sequence.minimum <= 2
+    assert sequence.maximum is None
     assert_right_where_it_claims_to_be(subject, graph)
 
 
 def assert_right_where_it_claims_to_be(subject: Subject, graph: Graph) -> None:
     proto = ir.to_proto(graph.model).SerializeToString()
     session = onnxruntime.InferenceSession(proto, providers=["CPUExecutionProvider"])
-    (seq,) = (dim for dim in graph.traced.dims if dim.name == "seq")
+    (sequence,) = (dim for dim in graph.traced.dims if dim.name == "sequence")
     for length in (1, 2, 3, 4, 6, 11, 12, 40):
         if (
-            length < seq.minimum
-            or length > (seq.maximum or length)
-            or not Domain(graph.traced.conditions).holds({"seq": length, "batch": 3})
+            length < sequence.minimum
+            or length > (sequence.maximum or length)
+            or not Domain(graph.traced.conditions).holds({"sequence": length, "batch": 3})
         ):
             continue
         x = torch.randn(3, length, 2) / 4

@@ -148,13 +148,15 @@ def test_the_form_does_not_depend_on_the_length_of_the_example() -> None:
         axes = Length(tuple((name, 1) for name in subject.inputs))
         resized = tuple(axes.resized(subject.inputs, length).values())
         subject = make_subject(module, resized, {}, source=Path(ways.__file__), how="a test")
-        free = {(name, 0): "batch" for name in subject.inputs} | {(name, 1): "seq" for name in subject.inputs}
+        free = {(name, 0): "batch" for name in subject.inputs} | {
+            (name, 1): "sequence" for name in subject.inputs
+        }
         options = Options(
             dims=DimRequest(static=True, picked=free), gates=False, simplify=False, recurrence="chunked"
         )
         graph = export_subject(subject, options)[0]
         sizes.add(tuple(sorted(node.op_type for node in graph.model.graph.all_nodes())))
-        assert {shape[1] for shape in graph.traced.inputs.values()} == {"seq"}
+        assert {shape[1] for shape in graph.traced.inputs.values()} == {"sequence"}
     assert len(sizes) == 1
 
 
@@ -182,6 +184,6 @@ def test_a_long_example_exports_as_fast_as_a_short_one() -> None:
 )
 def test_engines_take_any_length_to_4096(recurrence, unroll):
     _, graph = exported("mamba2", recurrence, unroll)
-    ranges = {"batch": (1, 1, 1), "seq": (1, 512, 4096)}
+    ranges = {"batch": (1, 1, 1), "sequence": (1, 512, 4096)}
     (engine,) = build_engines(graph.model, ["sm89"], ranges)
     assert 0 < engine.size < 16 * 2**20

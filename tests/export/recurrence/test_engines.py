@@ -18,5 +18,5 @@ MODEL = Path(__file__).parents[3] / "models" / "mamba.py"
 def test_a_loop_builds_for_any_length(unroll):
     model = export_subject(load_subject(str(MODEL)), Options(gates=False, unroll=unroll))[0].model
     assert sum(node.op_type == "Scan" for node in model.graph) >= 1
-    (engine,) = build_engines(model, ["sm89"], {"batch": (1, 1, 1), "seq": (1, 512, 4096)})
+    (engine,) = build_engines(model, ["sm89"], {"batch": (1, 1, 1), "sequence": (1, 512, 4096)})
     assert 0 < engine.size < 16 * 2**20

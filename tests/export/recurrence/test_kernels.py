@@ -84,7 +84,7 @@ def loaded(folder: Path, source: str) -> Subject:
 
 def exported(subject: Subject, time: int) -> Graph:
     batch = {(name, 0): "batch" for name in subject.inputs}
-    picked = batch | {(name, time): "seq" for name in subject.inputs}
+    picked = batch | {(name, time): "sequence" for name in subject.inputs}
     return export_subject(
         subject, Options(dims=DimRequest(static=True, picked=picked), gates=False, simplify=False)
     )[0]

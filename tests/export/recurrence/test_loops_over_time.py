@@ -160,7 +160,7 @@ def test_it_stays_unrolled_with_its_length_fixed_and_a_note() -> None:
 def test_a_length_that_was_asked_for_is_an_error_where_the_loop_cannot_be_folded() -> None:
     module, inputs, reason, _ = refused.LOOPS["half_way_back"]
     subject = make_subject(module, inputs, {}, source=Path(refused.__file__), how="a test")
-    options = Options(dims=DimRequest(picked={("x", 1): "seq"}), gates=False)
+    options = Options(dims=DimRequest(picked={("x", 1): "sequence"}), gates=False)
     with pytest.raises(NotExportableError, match=reason):
         export_subject(subject, options)
 

@@ -68,7 +68,7 @@ def test_numbers_are_rounded_as_the_model_rounds_them(dtype: torch.dtype) -> Non
     module = counting.Counting(STEPS["running mean"], STEPS["power"]).to(dtype)
     x = torch.randn(2, counting.L, counting.D, dtype=dtype, generator=torch.Generator().manual_seed(0))
     subject = make_subject(module, (x,), {}, source=Path(counting.__file__), how="a test")
-    folded = fold_recurrences(subject, DimRequest(static=True, picked={("x", 1): "seq"}), "scan").subject
+    folded = fold_recurrences(subject, DimRequest(static=True, picked={("x", 1): "sequence"}), "scan").subject
     longer = x.repeat(1, 9, 1)
     with torch.no_grad():
         torch.testing.assert_close(folded.call([longer]), subject.call([longer]))

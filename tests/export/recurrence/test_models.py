@@ -158,10 +158,10 @@ def test_chunked_mixers_are_traced_for_any_length_from_an_example_of_any(
     traced = widest_trace(subject)
     assert [(dim.minimum, dim.maximum) for dim in traced.dims] == [(1, None), (1, None)]
     assert traced.conditions == ()
-    (batch, seq), axes = traced.dims, [Length((("hidden_states", axis),)) for axis in (0, 1)]
+    (batch, sequence), axes = traced.dims, [Length((("hidden_states", axis),)) for axis in (0, 1)]
     for sizes in itertools.product((1, 3), (1, 2, chunk - 1, chunk, chunk + 1, 3 * chunk + 1)):
         example = resized_together(axes, subject.inputs, sizes)
-        named = dict(zip((batch.name, seq.name), sizes, strict=True))
+        named = dict(zip((batch.name, sequence.name), sizes, strict=True))
         with torch.no_grad():
             wanted = subject.call_named(example)
             found = run_program(traced, list(example.values()), sizes=named)

@@ -63,7 +63,7 @@ def test_a_loop_that_goes_on_alike_is_not_suspected(tmp_path):
 
 def test_the_limit_is_said(tmp_path):
     graph = export_subject(subject_of(tmp_path, Changing("a reset", 143, last=True)), Options(opset=17))[0]
-    assert [str(each) for each in graph.traced.domain.conditions] == ["seq <= 143"]
+    assert [str(each) for each in graph.traced.domain.conditions] == ["sequence <= 143"]
 
 
 @pytest.mark.slow
@@ -80,7 +80,7 @@ def test_a_limit_that_the_code_computes(tmp_path):
             return h
 
     graph = export_subject(subject_of(tmp_path, Window()), Options(opset=17))[0]
-    assert [str(each) for each in graph.traced.domain.conditions] == ["seq <= 340"]
+    assert [str(each) for each in graph.traced.domain.conditions] == ["sequence <= 340"]
 
 
 class ASingleStep(nn.Module):
@@ -98,7 +98,7 @@ class ASingleStep(nn.Module):
 
 def test_a_way_of_its_own_for_one_step_is_the_least_length(tmp_path):
     graph = export_subject(subject_of(tmp_path, ASingleStep()), Options(opset=17))[0]
-    assert [str(each) for each in graph.traced.domain.conditions] == ["seq >= 2"]
+    assert [str(each) for each in graph.traced.domain.conditions] == ["sequence >= 2"]
 
 
 @pytest.mark.slow

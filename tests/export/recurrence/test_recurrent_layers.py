@@ -54,7 +54,7 @@ def test_a_model_with_layers_is_right_at_any_length(tmp_path):
     model = Tagger().eval()
     subject = make_subject(model, (torch.randn(2, 6, 3),), {}, source=tmp_path / "tagger.py", how="test")
     (graph,) = export_subject(subject, Options(gates=False, simplify=False))
-    assert list(graph.traced.inputs.values()) == [("batch", "seq", 3)]
+    assert list(graph.traced.inputs.values()) == [("batch", "sequence", 3)]
     assert len([note for note in graph.notes if "folded into one Scan" in note]) == 3
     write_model(graph.model, tmp_path / "tagger.onnx")
     runner = OnnxRuntimeRunner(tmp_path / "tagger.onnx")

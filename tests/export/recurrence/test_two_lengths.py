@@ -67,7 +67,7 @@ def check(subject: Subject, graph: Graph, lengths: tuple[tuple[int, int], ...]) 
 def test_both_are_free_and_each_loop_is_a_scan() -> None:
     subject = subject_of(Translator())
     (graph,) = export_subject(subject, Options(gates=False, simplify=False))
-    assert [shape[1] for shape in graph.traced.inputs.values()] == ["seq", "target_seq"]
+    assert [shape[1] for shape in graph.traced.inputs.values()] == ["sequence", "target_sequence"]
     assert [node.op_type for node in graph.model.graph].count("Scan") == 2
     for place in ("source.shape[1]", "target.shape[1]"):
         assert sum(f"over {place}" in note for note in graph.notes) == 1
@@ -83,7 +83,7 @@ def test_there_is_no_one_step_of_two_loops() -> None:
 def test_a_length_whose_loop_stays_as_it_is_is_fixed_and_said_to_be() -> None:
     subject = subject_of(Strange())
     (graph,) = export_subject(subject, Options(gates=False, simplify=False))
-    assert [shape[1] for shape in graph.traced.inputs.values()] == ["seq", 5]
+    assert [shape[1] for shape in graph.traced.inputs.values()] == ["sequence", 5]
     (note,) = [note for note in graph.notes if "target: length 5 is fixed" in note]
     assert "step 3 reads step 1's value" in note
     check(subject, graph, ((6, 5), (1, 5), (23, 5)))

@@ -73,7 +73,7 @@ def nested(self, x, h, n):
 def test_a_decision_in_each_step_is_folded_with_the_loop(tools, step, monkeypatch):
     monkeypatch.setattr(decisions, "MOST_WAYS", 1)
     graph = tools.graph(Steps(step), torch.randn(2, 6, 4))
-    assert graph.traced.inputs["x"] == ("batch", "seq", 4)
+    assert graph.traced.inputs["x"] == ("batch", "sequence", 4)
     assert any(node.op_type == "Scan" for node in graph.model.graph)
     assert any("decision on values at test_both_sides.py:" in note for note in graph.notes)
     torch.manual_seed(1)

@@ -16,8 +16,8 @@ INPUTS = {"x": torch.ones(2, 3, 4), "ids": torch.ones(2, 3, dtype=torch.int64)}
 
 
 def test_requests():
-    request = parse_dynamic(["x:1=seq,ids:1=seq", "x:0"], True, INPUTS)
-    assert request == DimRequest(True, {("x", 1): "seq", ("ids", 1): "seq", ("x", 0): None})
+    request = parse_dynamic(["x:1=sequence,ids:1=sequence", "x:0"], True, INPUTS)
+    assert request == DimRequest(True, {("x", 1): "sequence", ("ids", 1): "sequence", ("x", 0): None})
     assert request.wants("x", 1)
     assert not request.wants("x", 2)
     assert parse_dynamic([], False, INPUTS).wants("x", 2)
@@ -42,9 +42,9 @@ def test_requests_that_make_no_sense(text, said):
 @pytest.mark.parametrize(
     ("shape", "dtype", "names"),
     [
-        ((2, 3, 4), torch.float32, ["batch", "seq", "x_dim2"]),
+        ((2, 3, 4), torch.float32, ["batch", "sequence", "x_dim2"]),
         ((2, 3), torch.float32, ["batch", "x_dim1"]),
-        ((2, 3), torch.int64, ["batch", "seq"]),
+        ((2, 3), torch.int64, ["batch", "sequence"]),
         ((2, 3, 4, 5), torch.float32, ["batch", "x_dim1", "height", "width"]),
         ((2,), torch.float32, ["batch"]),
     ],
@@ -67,8 +67,8 @@ def test_a_mask_is_as_long_as_what_it_is_for():
         "other": torch.full((2, 5), 4),
     }
     traced = trace(make_subject(Counts(), (), example, source=Path(__file__), how="test"))
-    assert traced.inputs["mask"] == traced.inputs["input_ids"] == ("batch", "seq")
-    assert traced.inputs["other"] == ("batch", "other_seq")
+    assert traced.inputs["mask"] == traced.inputs["input_ids"] == ("batch", "sequence")
+    assert traced.inputs["other"] == ("batch", "other_sequence")
 
 
 def test_axes_of_one_name_are_one_dimension():
@@ -91,9 +91,9 @@ def test_axes_of_one_name_and_other_sizes_stay_apart():
         def forward(self, x, y):
             return x.sum(1) + y.sum(1)
 
-    request = DimRequest(True, {("x", 1): "seq", ("y", 1): "seq"})
+    request = DimRequest(True, {("x", 1): "sequence", ("y", 1): "sequence"})
     subject = make_subject(
         Sums(), (torch.ones(2, 5), torch.ones(2, 7)), {}, source=Path(__file__), how="test"
     )
     traced = trace(subject, request)
-    assert traced.inputs == {"x": (2, "seq"), "y": (2, "seq_1")}
+    assert traced.inputs == {"x": (2, "sequence"), "y": (2, "seq_1")}

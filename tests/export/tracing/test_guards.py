@@ -15,12 +15,12 @@ from moe_export.export.tracing.guards import conditions_of, printed, simplified
 from moe_export.export.tracing.trace import trace
 
 S, T = sympy.symbols("s0 s1", integer=True, positive=True)
-NAMES = {"s0": "seq", "s1": "batch"}
-SEQ, BATCH = Dim("seq", "s0", 10, 1, None), Dim("batch", "s1", 2, 1, None)
+NAMES = {"s0": "sequence", "s1": "batch"}
+SEQ, BATCH = Dim("sequence", "s0", 10, 1, None), Dim("batch", "s1", 2, 1, None)
 
 
 @pytest.mark.parametrize(
-    ("expression", "seq", "batch", "value"),
+    ("expression", "sequence", "batch", "value"),
     [
         (S * T, 7, 3, 21),
         (FloorDiv(S + Mod(64 - Mod(S, 64), 64), 64), 65, 1, 2),
@@ -32,10 +32,10 @@ SEQ, BATCH = Dim("seq", "s0", 10, 1, None), Dim("batch", "s1", 2, 1, None)
         (sympy.Rational(1, 2) * S, 8, 1, 4.0),
     ],
 )
-def test_what_is_printed_has_the_value_of_the_expression(expression, seq, batch, value):
+def test_what_is_printed_has_the_value_of_the_expression(expression, sequence, batch, value):
     text = printed(expression, NAMES)
-    assert Condition(f"{text} == {value}").holds({"seq": seq, "batch": batch})
-    assert not Condition(f"{text} == {value + 1}").holds({"seq": seq, "batch": batch})
+    assert Condition(f"{text} == {value}").holds({"sequence": sequence, "batch": batch})
+    assert not Condition(f"{text} == {value + 1}").holds({"sequence": sequence, "batch": batch})
 
 
 class Guarded(nn.Module):
@@ -52,11 +52,11 @@ class Guarded(nn.Module):
 @pytest.mark.parametrize(
     ("condition", "text"),
     [
-        (lambda batch, seq: batch * seq > 256, "batch * seq <= 256"),
-        (lambda batch, seq: batch * seq * 2 <= 256, "2 * batch * seq <= 256"),
-        (lambda batch, seq: batch + 9 * seq > 256, "batch + 9 * seq <= 256"),
-        (lambda batch, seq: seq > 48 * batch, "seq <= 48 * batch"),
-        (lambda batch, seq: 128 * batch * seq % (1280 * batch) != 0, "seq % 10 == 0"),
+        (lambda batch, sequence: batch * sequence > 256, "batch * sequence <= 256"),
+        (lambda batch, sequence: batch * sequence * 2 <= 256, "2 * batch * sequence <= 256"),
+        (lambda batch, sequence: batch + 9 * sequence > 256, "batch + 9 * sequence <= 256"),
+        (lambda batch, sequence: sequence > 48 * batch, "sequence <= 48 * batch"),
+        (lambda batch, sequence: 128 * batch * sequence % (1280 * batch) != 0, "sequence % 10 == 0"),
     ],
 )
 def test_a_guard_on_several_dimensions_is_kept(tmp_path, condition, text):
@@ -64,19 +64,21 @@ def test_a_guard_on_several_dimensions_is_kept(tmp_path, condition, text):
     found = conditions_of(traced.program, traced.dims)
     assert [str(each) for each in found] == [text]
     assert not found[0].caution
-    for batch, seq in ((2, 10), (1, 256), (2, 129), (8, 32), (1, 28), (1, 48), (1, 49), (3, 100)):
-        assert found[0].holds({"batch": batch, "seq": seq}) == (condition(batch, seq) == condition(2, 10))
+    for batch, sequence in ((2, 10), (1, 256), (2, 129), (8, 32), (1, 28), (1, 48), (1, 49), (3, 100)):
+        assert found[0].holds({"batch": batch, "sequence": sequence}) == (
+            condition(batch, sequence) == condition(2, 10)
+        )
 
 
 @pytest.mark.parametrize(
     ("texts", "low", "high", "left"),
     [
-        (["seq <= 64", "64 * ((seq + 63) // 64) == 64"], 1, 64, []),
-        (["seq > 8", "seq != 8"], 9, None, []),
-        (["seq % 8 == 0"], 8, None, ["seq % 8 == 0"]),
-        (["seq % 4 == 0", "seq % 6 == 0", "seq < 90"], 12, 84, ["seq % 12 == 0"]),
-        (["seq != 50"], 1, None, ["seq != 50"]),
-        (["seq == 10"], 10, 10, []),
+        (["sequence <= 64", "64 * ((sequence + 63) // 64) == 64"], 1, 64, []),
+        (["sequence > 8", "sequence != 8"], 9, None, []),
+        (["sequence % 8 == 0"], 8, None, ["sequence % 8 == 0"]),
+        (["sequence % 4 == 0", "sequence % 6 == 0", "sequence < 90"], 12, 84, ["sequence % 12 == 0"]),
+        (["sequence != 50"], 1, None, ["sequence != 50"]),
+        (["sequence == 10"], 10, 10, []),
         ([], 1, None, []),
     ],
 )
@@ -87,10 +89,10 @@ def test_a_domain_in_few_words(texts, low, high, left):
 
 def test_what_follows_from_the_bounds_of_the_others_is_not_said():
     conditions = [
-        Condition("seq <= 64"),
-        Condition("batch >= (seq + 63) // 64"),
-        Condition("batch*seq <= 99"),
+        Condition("sequence <= 64"),
+        Condition("batch >= (sequence + 63) // 64"),
+        Condition("batch*sequence <= 99"),
     ]
     dims, kept = simplified(conditions, [SEQ, BATCH])
     assert [dim.maximum for dim in dims] == [64, None]
-    assert [str(each) for each in kept] == ["batch*seq <= 99"]
+    assert [str(each) for each in kept] == ["batch*sequence <= 99"]

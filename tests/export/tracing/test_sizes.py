@@ -140,12 +140,12 @@ def dim(text: str | int | None) -> int | ir.SymbolicDim:
     ("left", "right"),
     [
         (3, 3),
-        ("seq", "seq"),
-        ("2*seq", "seq*2"),
-        ("batch + seq", "seq + batch"),
-        ("(seq - 1)*2 + 2", "2*seq"),
+        ("sequence", "sequence"),
+        ("2*sequence", "sequence*2"),
+        ("batch + sequence", "sequence + batch"),
+        ("(sequence - 1)*2 + 2", "2*sequence"),
         ("batch size", "batch size"),  # no expression, but the same name
-        ("seq - seq + 3", 3),
+        ("sequence - sequence + 3", 3),
     ],
 )
 def test_dimensions_are_the_same_however_they_are_written(left, right):
@@ -157,13 +157,13 @@ def test_dimensions_are_the_same_however_they_are_written(left, right):
     ("left", "right"),
     [
         (3, 4),
-        ("seq", 3),
-        ("seq", "batch"),
+        ("sequence", 3),
+        ("sequence", "batch"),
         ("N", "E"),  # names, no constants
-        ("seq//2*2", "seq"),
+        ("sequence//2*2", "sequence"),
         ("batch size", "batch sizes"),
         (None, None),  # nobody knows either
-        (None, "seq"),
+        (None, "sequence"),
         (None, 3),
     ],
 )

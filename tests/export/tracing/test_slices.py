@@ -74,7 +74,7 @@ def right_at(graph, module, length):
     session = onnxruntime.InferenceSession(ir.to_proto(graph.model).SerializeToString())
     (found,) = session.run(None, {"x": x.numpy()})
     declared = [
-        eval(str(size), {"Max": max, "Min": min, "batch": 3, "seq": length, "x_dim2": 4})
+        eval(str(size), {"Max": max, "Min": min, "batch": 3, "sequence": length, "x_dim2": 4})
         for size in graph.model.graph.outputs[0].shape
     ]
     wanted = module(x).detach().numpy()
@@ -83,8 +83,8 @@ def right_at(graph, module, length):
 
 
 def allowed(graph, length):
-    (_, fixed, _), sizes = graph.traced.inputs["x"], {"batch": 3, "seq": length, "x_dim2": 4}
-    return fixed in ("seq", length) and graph.traced.domain.holds(sizes)
+    (_, fixed, _), sizes = graph.traced.inputs["x"], {"batch": 3, "sequence": length, "x_dim2": 4}
+    return fixed in ("sequence", length) and graph.traced.domain.holds(sizes)
 
 
 @pytest.mark.parametrize("name", one_in(3, FORMS))
@@ -131,4 +131,4 @@ def test_other_operators_are_right_or_limited(tmp_path, name):
             except RuntimeError:
                 continue  # the model itself refuses
             assert right_at(graph, module, length), (length, wanted.shape)
-    assert name == "split" or graph.traced.inputs["x"][1] == "seq"
+    assert name == "split" or graph.traced.inputs["x"][1] == "sequence"

@@ -93,8 +93,11 @@ class Repeats(nn.Module):
 
 def test_free_dimensions_and_their_names(tools):
     traced = trace(tools.subject(Linear(), torch.ones(2, 3, 4)))
-    assert traced.inputs == {"x": ("batch", "seq", 4)}
-    assert [(dim.name, dim.traced, dim.minimum) for dim in traced.dims] == [("batch", 2, 1), ("seq", 3, 1)]
+    assert traced.inputs == {"x": ("batch", "sequence", 4)}
+    assert [(dim.name, dim.traced, dim.minimum) for dim in traced.dims] == [
+        ("batch", 2, 1),
+        ("sequence", 3, 1),
+    ]
     assert [(fixed.axis, fixed.model_takes_others) for fixed in traced.fixed] == [(2, False)]
 
 
@@ -105,7 +108,7 @@ def test_dimensions_that_depend_on_each_other_share_a_name(tools):
 
     traced = trace(tools.subject(Product(), torch.ones(2, 3, 4), torch.ones(2, 4, 5)))
     assert traced.inputs == {
-        "left": ("batch", "seq", "left_dim2"),
+        "left": ("batch", "sequence", "left_dim2"),
         "right": ("batch", "left_dim2", "right_dim2"),
     }
 
@@ -135,7 +138,7 @@ def test_a_loop_over_time_fixes_its_length_and_says_so(tools):
         if "range(x.shape[1])" in line
     )
     assert [str(fixed) for fixed in traced.fixed] == [
-        f"x: length 5 is fixed by {__file__}:{loop} (seq, dimension 1): the trace depends on it: "
+        f"x: length 5 is fixed by {__file__}:{loop} (sequence, dimension 1): the trace depends on it: "
         "a loop over it was unrolled, or its size became a constant [MX201]"
     ]
 
@@ -215,7 +218,7 @@ def test_numbers_that_the_model_computes_are_told_from_constants(tools):
 
 
 def test_rename():
-    assert rename("2*s77 + s7", {"s77": "batch", "s7": "seq"}) == "2*batch + seq"
+    assert rename("2*s77 + s7", {"s77": "batch", "s7": "sequence"}) == "2*batch + sequence"
 
 
 def test_first_dimensions_of_one_size_are_one_batch_unless_the_user_names_them(tools):

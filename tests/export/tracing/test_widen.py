@@ -38,7 +38,7 @@ def test_a_batch_of_one_in_several_inputs_is_widened_together(tools):
 
 def test_batch_and_length_of_one(tools):
     graph = tools.graph(nn.Linear(4, 4), torch.randn(1, 1, 4))
-    assert graph.traced.inputs == {"input": ("batch", "seq", 4)}
+    assert graph.traced.inputs == {"input": ("batch", "sequence", 4)}
     tools.equal(graph, torch.randn(3, 5, 4))
 
 

@@ -61,7 +61,7 @@ def right(subject, traced, *sizes):
 @pytest.mark.parametrize("length", [slow(1), 7, slow(64)])
 def test_one_chunk_in_the_example_and_any_number_in_the_graph(tmp_path, length):
     subject, traced = widest(tmp_path, Chunked(64), 2, length)
-    assert traced.inputs["x"][:2] == ("batch", "seq")
+    assert traced.inputs["x"][:2] == ("batch", "sequence")
     assert limits_of(traced.dims, traced.conditions) == []
     assert all(right(subject, traced, 3, size) for size in (1, 2, 63, 64, 65, 127, 128, 129, 193, 256, 500))
     if length > 1:
@@ -78,17 +78,17 @@ def test_a_table_that_is_shorter_than_several_chunks(tmp_path):
 def test_whole_chunks(tmp_path):
     subject, traced = widest(tmp_path, WholeChunks(8), 2, 8)
     assert all(right(subject, traced, 3, size) for size in (8, 16, 24, 80))
-    assert not traced.domain.holds({"batch": 2, "seq": 9})
+    assert not traced.domain.holds({"batch": 2, "sequence": 9})
 
 
 @pytest.mark.parametrize("limit", [slow(30), 48])
 def test_where_the_model_does_something_else_the_graph_ends(tmp_path, limit):
     subject, traced = widest(tmp_path, Until(limit), 2, 10)
-    assert limits_of(traced.dims, traced.conditions) == [f"seq 1..{limit}"]
+    assert limits_of(traced.dims, traced.conditions) == [f"sequence 1..{limit}"]
     assert right(subject, traced, 2, limit)
     assert not right(subject, traced, 2, limit + 1)
     subject, traced = widest(tmp_path, Until(limit), 2, 100)
-    assert limits_of(traced.dims, traced.conditions) == [f"seq {limit + 1}.."]
+    assert limits_of(traced.dims, traced.conditions) == [f"sequence {limit + 1}.."]
     assert right(subject, traced, 2, limit + 1)
     assert not right(subject, traced, 2, limit)
 
@@ -101,7 +101,9 @@ def test_a_size_that_equals_a_width_by_chance(tmp_path):
     subject, traced = widest(tmp_path, Joined(), 2, 10)
     assert all(right(subject, traced, 2, size) for size in (3, 5, 10))
     domain = traced.domain
-    assert not domain.holds({"batch": 2, "seq": 4, "x_dim2": 4} | {dim.name: 4 for dim in traced.dims[1:]})
+    assert not domain.holds(
+        {"batch": 2, "sequence": 4, "x_dim2": 4} | {dim.name: 4 for dim in traced.dims[1:]}
+    )
 
 
 def test_what_is_not_asked_to_be_free_stays(tmp_path):
@@ -142,7 +144,7 @@ class OneStep(nn.Module):
 
 def test_what_is_different_for_one_token_begins_at_two(tmp_path):
     subject, traced = widest(tmp_path, OneStep(differs=True), 2, 5)
-    assert limits_of(traced.dims, traced.conditions) == ["seq 2.."]
+    assert limits_of(traced.dims, traced.conditions) == ["sequence 2.."]
     assert right(subject, traced, 1, 2)
     assert not right(subject, traced, 2, 1)
 
