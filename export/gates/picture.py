@@ -1,11 +1,13 @@
 """Draw a routing: tokens on the left, experts' slots on the right, a line for each token sent; loads as bars beside.
 
 The picture follows the dispatch example of GShard (arXiv:2006.16668). Few tokens are drawn one by one, with the slots
-that they take; many tokens are points on a strip, joined to the experts by thin lines.
+that they take; more of them are points on a strip, joined to the experts by thin lines. Where lines would cover each
+other, a map shows how many of which tokens each expert gets.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,10 @@ from moe_export.own_files import MARK
 FORMATS = (".png", ".svg")
 FEW = 32
 """Up to this many tokens and this many experts, each token and slot is drawn on its own."""
+_MOST_LINES = 600
+"""Pairs of a token and an expert beyond which lines would cover each other."""
+_COLUMNS = 96  # of the map; each stands for as many tokens as the others
+_LABEL = 0.125  # inches from one label to the next: 7 points of text, and air
 _LEFT, _RIGHT = 0.0, 1.0
 _INK, _FAINT = "#222222", "#9a9a9a"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
@@ -88,15 +94,17 @@ def _draw_one(lines: Any, bars: Any, dispatch: Dispatch, capacity: int | None) -
     lines.set_axis_off()
     middles = (np.arange(dispatch.experts) + 0.5) / dispatch.experts
     places = (np.arange(tokens) + 0.5) / max(1, tokens)
-    _draw_lines(lines, dispatch, places, middles, slots)
-    if _is_few(dispatch):
-        _draw_tokens(lines, places)
-        _draw_slots(lines, dispatch, middles, slots)
+    if dispatch.indices.size > _MOST_LINES and not _is_few(dispatch):
+        _draw_map(lines, dispatch)
     else:
-        lines.plot([_LEFT, _LEFT], [0, 1], color=_INK, linewidth=3, solid_capstyle="butt")
-        for place, number, end in ((0, 0, "top"), (1, tokens - 1, "bottom")):
-            lines.text(_LEFT - 0.03, place, f"token {number}", ha="right", va=end, rotation=90, fontsize=7)
-    _draw_labels(lines, middles)
+        _draw_lines(lines, dispatch, places, middles, slots)
+        if tokens <= FEW:
+            _draw_tokens(lines, places)
+        else:
+            _draw_strip(lines, tokens)
+        if _is_few(dispatch):
+            _draw_slots(lines, dispatch, middles, slots)
+    _draw_labels(lines, middles, _height(dispatch, capacity))
     _draw_loads(bars, dispatch, middles)
 
 
@@ -131,6 +139,32 @@ def _draw_lines(axes: Any, dispatch: Dispatch, places: np.ndarray, middles: np.n
         styles.append(":" if dropped else "-")
     width = 1.3 if few else 0.5
     axes.add_collection(LineCollection(segments, colors=colours, linestyles=styles, linewidths=width))
+
+
+def _draw_strip(axes: Any, tokens: int) -> None:
+    axes.plot([_LEFT, _LEFT], [0, 1], color=_INK, linewidth=3, solid_capstyle="butt")
+    for place, number, end in ((0, 0, "top"), (1, tokens - 1, "bottom")):
+        axes.text(_LEFT - 0.03, place, f"token {number}", ha="right", va=end, rotation=90, fontsize=7)
+
+
+def _draw_map(axes: Any, dispatch: Dispatch) -> None:
+    """A row for each expert, a column for tokens that follow each other; darker where more of them go to the expert."""
+    from matplotlib.colors import LinearSegmentedColormap
+
+    tokens, choices = dispatch.indices.shape
+    columns = min(tokens, _COLUMNS)
+    counts = np.zeros((dispatch.experts, columns))
+    column = np.repeat(np.arange(tokens) * columns // tokens, choices)
+    np.add.at(counts, (dispatch.indices.ravel(), column), 1)
+    shades = LinearSegmentedColormap.from_list("load", ["white", _COLOURS[0]])
+    axes.imshow(
+        counts, cmap=shades, aspect="auto", interpolation="nearest", extent=(_LEFT, _RIGHT, 1, 0), vmin=0
+    )
+    axes.plot([0, 1, 1, 0, 0], [0, 0, 1, 1, 0], color=_FAINT, linewidth=0.8)
+    for place, number, side in ((_LEFT, 0, "left"), (_RIGHT, tokens - 1, "right")):
+        axes.text(place, 1.004, f"token {number}", ha=side, va="top", fontsize=7)
+    each = f"{-(-tokens // columns)} tokens" if tokens > columns else "a token"
+    axes.text(0.5, 1.004, f"a column: {each}", ha="center", va="top", fontsize=7)
 
 
 def _draw_tokens(axes: Any, places: np.ndarray) -> None:
@@ -173,9 +207,15 @@ def _draw_slots(axes: Any, dispatch: Dispatch, middles: np.ndarray, slots: int) 
                 )
 
 
-def _draw_labels(axes: Any, middles: np.ndarray) -> None:
-    """Names of the experts; from 64 experts on, of every second or fewer, so that the labels do not overlap."""
-    step = max(1, len(middles) // 32)
+def _draw_labels(axes: Any, middles: np.ndarray, height: float) -> None:
+    """Names of the experts; of every second or fewer where they would overlap.
+
+    Args:
+        axes: Where to.
+        middles: Of the experts, 0 to 1.
+        height: Of the axes, in inches.
+    """
+    step = max(1, math.ceil(len(middles) * _LABEL / height))
     for expert in range(0, len(middles), step):
         axes.text(1.27, middles[expert], f"expert {expert}", ha="right", va="center", fontsize=7)
 

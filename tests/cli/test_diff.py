@@ -79,6 +79,19 @@ def test_what_differs_in_words(command, save):
     assert "only after: b" in lines
 
 
+@pytest.mark.parametrize(
+    ("asked", "size"),
+    [((), 1), (("--size", "n=7"), 7), (("--size", "batch=5"), 5), (("--size", "n=7,batch=5"), None)],
+)
+def test_both_are_counted_at_the_same_sizes_whatever_they_call_them(command, save, asked, size):
+    before, after = save("before.onnx", BEFORE), save("after.onnx", AFTER.replace("[n,", "[batch,"))
+    found = json.loads(command("diff", before, after, *asked, "--json").out)
+    wanted = (7, 5) if size is None else (size, size)
+    assert (found["before"]["sizes"], found["after"]["sizes"]) == ({"n": wanted[0]}, {"batch": wanted[1]})
+    same = found["before"]["flops"] == found["after"]["flops"]
+    assert same == (size is not None)
+
+
 def test_a_graph_and_itself(command, save):
     path = save("same.onnx", AFTER)
     done = command("diff", path, path)

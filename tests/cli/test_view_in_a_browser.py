@@ -131,6 +131,16 @@ def test_a_report_can_be_read_by_anybody(told, browser):
     assert browser.find_element("css selector", "main").text == words
 
 
+def test_a_report_fits_a_telephone(told, browser):
+    """390 px: what is wider scrolls by itself, and nothing is cut off."""
+    screen = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
+    browser.get(told.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= screen["width"]
+    assert browser.execute_script(_CUT) == []
+    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
 def test_a_report_prints(told, browser):
     browser.get(told.as_uri())
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
@@ -160,6 +170,12 @@ return [...document.querySelectorAll("text.title, text.more")].filter(text => {
     const box = text.parentNode.querySelector("rect.box").getBoundingClientRect();
     return words.left < box.left || words.right > box.right || words.bottom > box.bottom || words.top < box.top;
 }).map(text => text.textContent);
+"""
+# What reaches beyond the screen, and is in nothing that scrolls.
+_CUT = """
+return [...document.querySelectorAll("main *, header *")].filter(element =>
+    element.getClientRects().length && element.getBoundingClientRect().right > window.innerWidth + 1
+    && !element.closest(".wide, pre")).map(element => element.outerHTML.slice(0, 80));
 """
 # How many words are looked at, and which stand out too little from what is behind them (WCAG 2.2, 1.4.3).
 _DIM = """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from moe_export.errors import UsageError
 from moe_export.export.onnx.functions import as_functions, without_functions
 from moe_export.pictures.groups import groups_of, path_of, reads, sizes_of
-from moe_export.pictures.sketch import MOST, Sketch, sketch_of
+from moe_export.pictures.sketch import MOST, Sketch, count_of, sketch_of
 
 
 def parsed(text: str, modules: dict[str, str] | None = None) -> ir.Model:
@@ -48,7 +49,7 @@ def test_hybrid_is_its_blocks(hybrid):
     assert mamba.lines[1] == "8,384 parameters"
     assert "mamba.py:" in mamba.about
     assert leads_forward(sketch)
-    assert "batch × seq × 32" in {link.label for link in sketch.links}
+    assert "batch × sequence × 32" in {link.label for link in sketch.links}
 
 
 def test_what_computes_sizes_is_no_block(hybrid):
@@ -151,3 +152,51 @@ def test_a_large_graph_without_modules_is_refused_with_a_reason():
     with pytest.raises(UsageError, match=f"{MOST + 1} nodes are too many") as told:
         sketch_of(model, "large.onnx")
     assert "no modules" in str(told.value)
+
+
+def experts(chained: bool) -> ir.Model:
+    """Four numbered modules, whose results are added up one by one; each reads the input, or the one before it."""
+    lines, total = [], "x"
+    for place in range(4):
+        source = f"b{place - 1}" if chained and place else "x"
+        lines += [f"a{place} = Exp({source})", f"b{place} = Neg(a{place})"]
+        lines += [f"c{place} = Add({total}, b{place})"]
+        total = f"c{place}"
+    text = f"g (float[4] x) => (float[4] y) {{ {' '.join(lines)} y = Relu(c3) }}"
+    own = {f"{letter}{place}": f"moe.experts.{place}" for letter in "ab" for place in range(4)}
+    return parsed(text, own | {f"c{place}": "moe" for place in range(4)} | {"y": "moe.last"})
+
+
+def test_boxes_that_repeat_each_other_are_one():
+    opened = {(), ("moe",), ("moe", "experts")}
+    sketch = sketch_of(experts(chained=False), "g", "blocks", opened)
+    assert titles(sketch) == ["x", "4 × moe.experts.…", "Add", "moe.last", "y"]
+    assert dict(sketch.parts[1].operators) == {"Exp": 4, "Neg": 4}
+    assert leads_forward(sketch)
+
+
+def test_layers_stay_apart():
+    opened = {(), ("moe",), ("moe", "experts")}
+    sketch = sketch_of(experts(chained=True), "g", "blocks", opened)
+    assert [title for title in titles(sketch) if "experts" in title] == [f"moe.experts.{n}" for n in range(4)]
+    assert leads_forward(sketch)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "counts"),
+    [
+        ("layer.weight", np.ones((2, 3), np.float32), True),
+        ("layer.bias", np.zeros(3, np.float32), True),
+        ("val_6", np.arange(6, dtype=np.float32).reshape(2, 3), True),
+        ("packed", np.arange(6, dtype=np.int8).reshape(2, 3), True),
+        ("val_159", np.zeros((2, 3), np.float32), False),
+        ("constant.2x3", np.arange(6, dtype=np.float32).reshape(2, 3), False),
+        ("loop_0.constant_2x3", np.arange(6, dtype=np.float32).reshape(2, 3), False),
+        ("mask", np.tri(3) > 0, False),
+        ("axes", np.arange(3), False),
+        ("scale", np.float32(2), False),
+    ],
+)
+def test_what_counts_as_a_parameter(name, array, counts):
+    value = ir.Value(name=name, const_value=ir.tensor(array))
+    assert count_of([value]) == (array.size if counts else 0)

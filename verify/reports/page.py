@@ -19,12 +19,13 @@ _STYLE = """
           --bad: #ff6b5e; --doubt: #e2b340; }
 }
 body { font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); margin: 2rem auto;
-       max-width: 64rem; padding: 0 1rem; }
+       max-width: 64rem; padding: 0 1rem; overflow-wrap: break-word; }
 table { border-collapse: collapse; width: 100%; margin: 1rem 0; }
 th, td { text-align: left; padding: .3rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
 td.number, th.number { text-align: right; font-variant-numeric: tabular-nums; }
 .good { color: var(--good); } .bad { color: var(--bad); } .doubt { color: var(--doubt); }
-.faint, small { color: var(--faint); } code { font-size: .9em; } svg { display: block; }
+.faint, small { color: var(--faint); } code { font-size: .9em; } svg { display: block; max-width: 100%; height: auto; }
+@media (max-width: 48rem) { table { display: block; overflow-x: auto; } }
 svg rect { fill: var(--bar); } svg line { stroke: var(--bad); stroke-dasharray: 3 2; }
 svg text { fill: var(--faint); font-size: 10px; }
 """
@@ -165,7 +166,7 @@ def _histogram(report: Report, row: Row) -> str:
     )
     return (
         f"{title}; the others, by the size of the difference:</p>"
-        f'<svg width="{_WIDTH}" height="{_HEIGHT + _FOOT}" role="img" '
+        f'<svg width="{_WIDTH}" height="{_HEIGHT + _FOOT}" viewBox="0 0 {_WIDTH} {_HEIGHT + _FOOT}" role="img" '
         f'aria-label="histogram of the differences of {escape(row.output, quote=True)}">'
         f"{bars}{_limit(atol, low, high, step)}</svg>"
     )

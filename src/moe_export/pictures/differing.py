@@ -66,7 +66,7 @@ class MeasuredGraph:
 
     @property
     def ports(self) -> dict[str, str]:
-        """Its inputs and outputs: `input x` → `float [batch × seq]`."""
+        """Its inputs and outputs: `input x` → `float [batch × sequence]`."""
         graph = self.model.graph
         inputs = [value for value in graph.inputs if not value.is_initializer()]
         named = [*(("input", value) for value in inputs), *(("output", value) for value in graph.outputs)]
@@ -149,22 +149,32 @@ def difference(before: Path, after: Path, sizes: Mapping[str, int]) -> Differenc
                 f"theirs are: {', '.join(sorted(known))}" if known else "every size of their inputs is fixed"
             )
             raise UsageError(f"no dynamic dimension {name!r} in either graph", hint=hint)
-    return Difference(
-        _measured(before, old, _sizes(old, new, sizes)), _measured(after, new, _sizes(new, old, sizes))
-    )
+    after_sizes = _sizes(new, old, sizes, {})
+    before_sizes = _sizes(old, new, sizes, after_sizes)
+    return Difference(_measured(before, old, before_sizes), _measured(after, new, after_sizes))
 
 
-def _sizes(model: ir.Model, other: ir.Model, asked: Mapping[str, int]) -> dict[str, int]:
-    """The sizes of a graph's free dimensions: the user's, else those that the other graph fixes, else the defaults."""
-    free = free_dims(model)
-    wanted = {dim.name: asked[dim.name] for dim in free if dim.name in asked}
-    own, others = input_shapes(model), input_shapes(other)
-    by_place = dict(zip(own, others, strict=False))
+def _sizes(
+    model: ir.Model, other: ir.Model, asked: Mapping[str, int], others: Mapping[str, int]
+) -> dict[str, int]:
+    """The sizes of a graph's free dimensions: the user's, else the other graph's at the same place, else the defaults.
+
+    Args:
+        model: The graph.
+        other: The other graph, which may fix a size, or leave it free under another name.
+        asked: The user's.
+        others: Those of the other graph's free dimensions, as far as they are known.
+    """
+    free = {dim.name for dim in free_dims(model)}
+    wanted = {name: size for name, size in asked.items() if name in free}
+    own, partners = input_shapes(model), input_shapes(other)
+    by_place = dict(zip(own, partners, strict=False))
     for name, shape in own.items():
-        partner = others.get(name, others.get(by_place.get(name, ""), ()))
-        for size, fixed in zip(shape, partner, strict=False):
-            if isinstance(size, str) and isinstance(fixed, int) and any(size == dim.name for dim in free):
-                wanted.setdefault(size, fixed)
+        partner = partners.get(name, partners.get(by_place.get(name, ""), ()))
+        for size, there in zip(shape, partner, strict=False):
+            known = there if isinstance(there, int) else asked.get(there, others.get(there))
+            if isinstance(size, str) and size in free and known is not None:
+                wanted.setdefault(size, known)
     return usual_sizes(model, wanted)
 
 

@@ -42,12 +42,14 @@ class Group:
             an opened module.
         nodes: Its nodes, in the graph's order.
         sizes: Nodes of the module that only compute sizes: counted, but not linked.
+        repeats: How many boxes that repeat each other it stands for.
     """
 
     path: str
     whole: bool
     nodes: list[ir.Node] = field(default_factory=list)
     sizes: list[ir.Node] = field(default_factory=list)
+    repeats: int = 1
 
 
 def path_of(node: ir.Node) -> tuple[str, ...] | None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
 from moe_export.own_files import MARK
+from moe_export.pictures.colours import STYLE
 from moe_export.pictures.layout import Box, Edge, Placed, Point, place
 from moe_export.pictures.sketch import Part, Sketch
 
@@ -28,40 +29,6 @@ _NAMES = {
     "loose": "between modules",
 }
 _WEIGHTS = {"module": "with weights", "loose": "without"}
-STYLE = """
-.graph { --paper: #ffffff; --ink: #1c2430; --soft: #5a6675; --line: #8792a2; --plate: #ffffff;
-  --module: #eef3fb; --module-line: #5b7fb8; --loose: #f6f7f9; --loose-line: #98a2b0; --io: #e7f4ec; --io-line: #3f8f62;
-  --experts: #fdf0dc; --experts-line: #b87514; --recurrence: #f3ebfb; --recurrence-line: #8157b5;
-  --only: #b3261e; --differs: #8a5a00; }
-@media (prefers-color-scheme: dark) { .graph { --paper: #12161c; --ink: #e8ecf2; --soft: #a8b3c2; --line: #6f7c8e;
-  --plate: #12161c; --module: #1b2737; --module-line: #6f9bdc; --loose: #1b2027; --loose-line: #6d7786; --io: #16291f;
-  --io-line: #57b583; --experts: #33260f; --experts-line: #dd9c3a; --recurrence: #281f37; --recurrence-line: #ad86e0;
-  --only: #ff8a80; --differs: #f0c060; } }
-.graph { font-family: system-ui, "Segoe UI", Roboto, "Helvetica Neue", "DejaVu Sans", Arial, sans-serif;
-  fill: var(--ink); }
-.graph .paper { fill: var(--paper); }
-.graph .name { font-size: 17px; font-weight: 600; }
-.graph .facts, .graph .key { font-size: 12px; fill: var(--soft); }
-.graph .title { font-size: 13px; font-weight: 600; text-anchor: middle; }
-.graph .more { font-size: 11px; fill: var(--soft); text-anchor: middle; }
-.graph .shape { font-size: 10.5px; fill: var(--soft); text-anchor: middle; }
-.graph .edge { fill: none; stroke: var(--line); stroke-width: 1.4; }
-.graph .sizes { stroke-dasharray: 3 3; opacity: .6; }
-.graph .head { fill: var(--line); stroke: none; }
-.graph .plate { fill: var(--plate); opacity: .92; }
-.graph .box { stroke-width: 1.3; }
-.graph .module .box { fill: var(--module); stroke: var(--module-line); }
-.graph .loose .box { fill: var(--loose); stroke: var(--loose-line); }
-.graph .input .box, .graph .output .box { fill: var(--io); stroke: var(--io-line); }
-.graph .experts .box { fill: var(--experts); stroke: var(--experts-line); stroke-width: 2; }
-.graph .recurrence .box { fill: var(--recurrence); stroke: var(--recurrence-line); stroke-width: 2; }
-.graph .only .box { stroke: var(--only); stroke-width: 2.6; stroke-dasharray: 7 4; }
-.graph .differs .box { stroke: var(--differs); stroke-width: 2.6; }
-.graph .mark { font-size: 10.5px; font-weight: 700; text-anchor: middle; }
-.graph .only .mark { fill: var(--only); }
-.graph .differs .mark { fill: var(--differs); }
-.graph .middle { stroke: var(--line); stroke-width: 1; opacity: .5; }
-"""
 Marks = Mapping[str, str]
 
 

@@ -7,6 +7,7 @@ shapes.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,10 @@ from moe_export.errors import UsageError
 from moe_export.export.onnx.bodies import reads, with_inner
 from moe_export.export.onnx.provenance import BLOCK, EINSUM, SOURCE
 from moe_export.pictures.groups import Group, groups_of, knows_modules, sizes_of
+from moe_export.pictures.repeats import collapsed
 
+_CONSTANT = re.compile(r"(^|\.)constant[._]-?\d")  # as `onnx/weight_names` and builders of nodes call them
+_MADE = re.compile(r"(val|_v)_\d+|(new_)?(zeros|ones|full|empty)(_like)?(_\d+)?")
 Level = Literal["blocks", "nodes"]
 Kind = Literal["input", "output", "module", "experts", "recurrence", "loose"]
 FEW = 60
@@ -117,7 +121,11 @@ def sketch_of(
             else "its nodes name no modules that could be drawn instead"
         )
         raise UsageError(f"{title}: {len(nodes)} nodes are too many for a picture ({MOST})", hint=hint)
-    groups = [Group("", False, [node]) for node in nodes] if level == "nodes" else groups_of(graph, opened)
+    groups = (
+        [Group("", False, [node]) for node in nodes]
+        if level == "nodes"
+        else collapsed(groups_of(graph, opened))
+    )
     inputs = [value for value in graph.inputs if not value.is_initializer()]
     parts = [_input(number, value) for number, value in enumerate(inputs)]
     named = list(zip(groups, _parts(groups, level), strict=True))
@@ -141,14 +149,23 @@ def count_of(values: Iterable[ir.Value]) -> int:
 
 
 def is_weight(value: ir.Value) -> bool:
-    """Whether an initializer is a weight: floats of one dimension or more, or any type of two dimensions or more.
+    """Whether an initializer is a weight, as torch counts parameters, as far as a graph tells.
 
-    One-dimensional integers are sizes, axes and the like.
+    Weights are floats of one dimension or more, or integers of two or more; one-dimensional integers are sizes, axes
+    and the like. Constants of the model's code are none: what is called so here, booleans, and what an exporter
+    numbered, or named after the operator that filled it, and holds one value (the zeros that a loop starts from).
     """
-    tensor = value.const_value
-    if tensor is None:
+    tensor, name = value.const_value, str(value.name)
+    if tensor is None or tensor.dtype == ir.DataType.BOOL or _CONSTANT.search(name):
         return False
-    return len(tensor.shape) > 1 or (tensor.dtype.is_floating_point() and len(tensor.shape) == 1)
+    if len(tensor.shape) < 2 and not (tensor.dtype.is_floating_point() and len(tensor.shape) == 1):
+        return False
+    return _MADE.fullmatch(name) is None or not _holds_one_value(tensor)
+
+
+def _holds_one_value(tensor: ir.TensorProtocol) -> bool:
+    array = tensor.numpy().ravel()
+    return array.size > 1 and bool((array == array[0]).all())
 
 
 def _sizes(value: ir.Value) -> tuple[int, ...]:
@@ -157,7 +174,7 @@ def _sizes(value: ir.Value) -> tuple[int, ...]:
 
 
 def shape_text(value: ir.Value) -> str:
-    """A shape as `batch × seq × 32`; `scalar` for rank 0, "" for an unknown shape."""
+    """A shape as `batch × sequence × 32`; `scalar` for rank 0, "" for an unknown shape."""
     if value.shape is None:
         return ""
     sizes = [str(size) if isinstance(size, int) else size.value or "?" for size in value.shape]
@@ -204,13 +221,14 @@ def _parts(groups: Sequence[Group], level: Level) -> list[Part]:
 
 
 def _title(group: Group) -> str:
+    times = f"{group.repeats} × " if group.repeats > 1 else ""
     if group.whole:
-        return group.path
+        return times + group.path
     kinds = list(dict.fromkeys(node.op_type for node in group.nodes))
     if len(kinds) <= 3:
-        return ", ".join(kinds)
+        return times + ", ".join(kinds)
     telling = [kind for kind in _TELLING if kind in kinds][:2] or kinds[:2]
-    return f"{', '.join(telling)}, …"
+    return f"{times}{', '.join(telling)}, …"
 
 
 def _kind(group: Group, level: Level) -> Kind:

@@ -22,7 +22,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --paper: #12161c; --faint: #a3adba; --line: #3a424d;
   --good: #4cc38a; --bad: #ff8a80; --card: #1a2028; --link: #8cb8f0; } }
 body { font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", Arial, sans-serif; color: var(--ink);
-  background: var(--paper); margin: 2rem auto; max-width: 68rem; padding: 0 1.2rem; }
+  background: var(--paper); margin: 2rem auto; max-width: 68rem; padding: 0 1.2rem;
+  overflow-wrap: break-word; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin-bottom: .3rem; }
 h2 { font-size: 1.25rem; margin-top: 2.4rem; border-bottom: 1px solid var(--line); padding-bottom: .25rem; }
 h3 { font-size: 1.05rem; margin-top: 1.6rem; }

@@ -69,6 +69,18 @@ def test_any_size_is_drawn_and_all_loads_are_in_it(tokens, experts, k, tmp_path)
     assert (tmp_path / "routing.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("tokens", "mapped"), [(20, False), (512, True)])
+def test_sixty_four_experts_are_each_named(tokens, mapped, tmp_path):
+    rng = np.random.default_rng(0)
+    indices = np.stack([rng.permutation(64)[:6] for _ in range(tokens)])
+    draw([Dispatch("moe", None, 64, indices)], tmp_path / "routing.svg")
+    words = texts(tmp_path / "routing.svg")
+    assert [word for word in words if word.startswith("expert ")] == [f"expert {n}" for n in range(64)]
+    assert ("a column: 6 tokens" in words) == mapped
+    assert ("token 7" in words) != mapped  # few tokens are named one by one
+    assert ("<image" in (tmp_path / "routing.svg").read_text()) == mapped
+
+
 def test_tokens_beyond_the_capacity_are_counted_as_dropped(tmp_path):
     dispatch = Dispatch("moe", None, 2, np.array([[0], [0], [0], [1]]))
     draw([dispatch], tmp_path / "routing.svg", 2)
