@@ -42,13 +42,13 @@ def shown(tmp_path_factory) -> list[str]:
 
 def test_a_program_shows_its_notes_and_a_picture(shown):
     assert "4 experts at" in shown[1]
-    assert "x [batch, seq, 16]" in shown[1]
+    assert "x [batch, sequence, 16]" in shown[1]
     assert "<svg" in shown[1]
 
 
 def test_it_is_equal_at_other_sizes(shown):
     assert "onnxruntime-cpu matches torch" in shown[2]
-    assert "batch 1..4096, seq 1..4096" in shown[2]
+    assert "batch 1..4096, sequence 1..4096" in shown[2]
 
 
 def test_the_router_alone_gives_experts_and_weights(shown):

@@ -96,4 +96,4 @@ def test_axes_of_one_name_and_other_sizes_stay_apart():
         Sums(), (torch.ones(2, 5), torch.ones(2, 7)), {}, source=Path(__file__), how="test"
     )
     traced = trace(subject, request)
-    assert traced.inputs == {"x": (2, "sequence"), "y": (2, "seq_1")}
+    assert traced.inputs == {"x": (2, "sequence"), "y": (2, "sequence_1")}
