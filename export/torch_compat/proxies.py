@@ -4,15 +4,18 @@
   from. The tracer keeps that in a table which no public function reads.
 - `modules_left`. Why: the tracer notes which modules it is in, and forgets to leave one that ends in an exception; if
   the trace then goes on, it refuses.
+- `untraced`. Why: what a step of a loop reads from around it must be known before the loop is traced, and running the
+  step to see that must leave nothing in the graph.
 
-Seen in torch 2.13.0 and 2.14.1 (`torch.fx.experimental.proxy_tensor`: `get_proxy_mode`, `get_proxy_slot`; a tracer's
-`module_stack`).
+Seen in torch 2.13.0 and 2.14.1 (`torch.fx.experimental.proxy_tensor`: `get_proxy_mode`, `get_proxy_slot`,
+`disable_proxy_modes_tracing`; a tracer's `module_stack`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -27,6 +30,29 @@ def node_of(tensor: Any) -> fx.Node | None:
         return None
     slot = proxy_tensor.get_proxy_slot(tensor, mode.tracer, None)
     return slot.proxy.node if slot is not None else None
+
+
+_UNTRACED = ContextVar("outside of the trace", default=False)
+
+
+def untraced(function: Callable[..., Any], *args: Any) -> Any:
+    """Call a function on tensors of the trace under way without a mark in its graph."""
+    before = _UNTRACED.set(True)
+    try:
+        with proxy_tensor.disable_proxy_modes_tracing():
+            return function(*args)
+    finally:
+        _UNTRACED.reset(before)
+
+
+def is_untraced() -> bool:
+    """Whether what runs is `untraced`."""
+    return _UNTRACED.get()
+
+
+def is_traced(value: Any) -> bool:
+    """Whether a value is a tensor of the trace under way."""
+    return node_of(value) is not None or (is_untraced() and isinstance(value, torch.Tensor))
 
 
 @contextmanager

@@ -19,6 +19,10 @@ from typing import Any
 import torch
 
 
+class NeedsNumberError(TypeError):
+    """Code needs a number that only the graph knows: a size, or how many times it does something."""
+
+
 class AskedNumber:
     """A number as a tensor () of float64 or int64; comparisons give tensors () of bool.
 
@@ -60,6 +64,9 @@ class AskedNumber:
     def __abs__(self) -> AskedNumber:
         return AskedNumber(self.value.abs())
 
+    def __index__(self) -> int:
+        raise NeedsNumberError
+
     __hash__ = None  # type: ignore[assignment]
 
     @classmethod
@@ -89,6 +96,15 @@ def number_of(tensor: torch.Tensor) -> AskedNumber | None:
     return AskedNumber(tensor) if _ASKED.get() and single and plain else None
 
 
+def truth_of(value: torch.Tensor | AskedNumber) -> torch.Tensor:
+    """The truth of a tensor of one element or of a number, as a tensor () of bool.
+
+    A copy, since the model may write into its own.
+    """
+    single = value.value if isinstance(value, AskedNumber) else value.reshape(())
+    return single.clone() if single.dtype is torch.bool else single != 0
+
+
 def without_numbers(arguments: Any) -> Any:
     """Arguments of a function of PyTorch with tensors in the place of such numbers."""
     values = list(arguments.values()) if isinstance(arguments, dict) else list(arguments)
@@ -97,6 +113,34 @@ def without_numbers(arguments: Any) -> Any:
     first = next((value for value in values if isinstance(value, torch.Tensor)), None)
     found = [value.beside(first) if isinstance(value, AskedNumber) else value for value in values]
     return dict(zip(arguments, found, strict=True)) if isinstance(arguments, dict) else tuple(found)
+
+
+def call_with(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
+    """Call a function of PyTorch, some of whose arguments may be such numbers."""
+    if function is torch.Tensor.__getitem__:
+        return _element(args[0], args[1] if isinstance(args[1], tuple) else (args[1],))
+    return function(*without_numbers(args), **without_numbers(kwargs or {}))
+
+
+def _element(tensor: torch.Tensor, index: tuple[Any, ...]) -> torch.Tensor:
+    """`tensor[index]`; where a number stands, the axis is looked up in and goes."""
+    places = [place for place, each in enumerate(index) if isinstance(each, AskedNumber)]
+    if not places:
+        return torch.Tensor.__getitem__(tensor, index[0] if len(index) == 1 else index)
+    others = [slice(None) if place in places else each for place, each in enumerate(index)]
+    if any(isinstance(each, torch.Tensor | list) for each in others):
+        raise NeedsNumberError
+    found = tensor[tuple(others)]
+    for place in reversed(places):
+        if any(each is Ellipsis for each in index[:place]):
+            axis = found.dim() - sum(not isinstance(each, int) for each in others[place:])
+        else:
+            axis = sum(not isinstance(each, int) for each in others[:place])
+        number = index[place].value.reshape(1)
+        number = torch.where(number < 0, number + found.shape[axis], number)
+        found = found.index_select(axis, number).squeeze(axis)
+        others[place] = 0
+    return found
 
 
 def _operands(one: AskedNumber, other: Any) -> tuple[torch.Tensor, torch.Tensor] | None:

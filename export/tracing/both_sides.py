@@ -25,30 +25,13 @@ from moe_export.export.frontend.state import State
 from moe_export.export.sizes import same_shape
 from moe_export.export.torch_compat.operators import Effect, effect_of
 from moe_export.export.torch_compat.proxies import node_of
-from moe_export.export.tracing.asked_numbers import AskedNumber
-from moe_export.export.tracing.branch_code import BOTH, converted
+from moe_export.export.tracing.asked_numbers import AskedNumber, truth_of
+from moe_export.export.tracing.branch_code import converted
+from moe_export.export.tracing.open_loops import UNBOUND, NotLocalError, OpenLoop
+from moe_export.export.tracing.syntax import BOTH
 
 _PLAIN = (bool, int, float, complex, str, type(None))
 _WRITES = {Effect.WRITES, Effect.UNKNOWN}
-
-
-class NotLocalError(Exception):
-    """The sides of a branch cannot be merged where it stands.
-
-    Args:
-        key: `file:line` of its test.
-    """
-
-    def __init__(self, key: str) -> None:
-        super().__init__(key)
-        self.key = key
-
-
-class _Unbound:
-    """Stands for a name that has no value yet."""
-
-
-_UNBOUND = _Unbound()
 
 
 @dataclass
@@ -59,12 +42,14 @@ class BothSides:
         module: The model.
         is_open: Whether a value is a tensor whose truth only the graph knows.
         note: Is given `file:line` of each such branch.
+        note_loop: Is given `file:line` of each loop that the graph has.
         running: The branches that are under way, by `file:line`, the innermost last.
     """
 
     module: nn.Module
     is_open: Callable[[Any], bool]
     note: Callable[[str], None]
+    note_loop: Callable[[str], None]
     running: list[str] = field(default_factory=list)
 
     def begin(self, test: Any, key: str, names: Sequence[str], scope: Mapping[str, Any]) -> Decision:
@@ -73,6 +58,10 @@ class BothSides:
             return Decision(yes := bool(test), not yes)
         self.note(key)
         return Decision(True, True, _Sides(self, truth_of(test), key), tuple(names), _values(names, scope))
+
+    def loop(self, key: str) -> OpenLoop:
+        """Begin a loop."""
+        return OpenLoop(self.is_open, key, self.running, self.note_loop)
 
     def choose(self, test: Any, key: str, yes: Callable[[], Any], no: Callable[[], Any]) -> Any:
         """A conditional expression."""
@@ -145,7 +134,7 @@ class Decision:
 
     def is_unbound(self, value: Any) -> bool:
         """Whether a name has no value."""
-        return value is _UNBOUND
+        return value is UNBOUND
 
 
 class _Sides:
@@ -154,10 +143,8 @@ class _Sides:
     def __init__(self, both: BothSides, truth: torch.Tensor, key: str) -> None:
         self._both, self._truth, self._key = both, truth, key
         self._state = State.of(both.module, values=False)
-        node = node_of(truth)
-        assert node is not None
-        self._last = node
-        while self._last.next.op != "root":
+        self._last = node_of(truth)  # none where a step of a loop is tried outside of the trace
+        while self._last is not None and self._last.next.op != "root":
             self._last = self._last.next
         both.running.append(key)
 
@@ -177,6 +164,8 @@ class _Sides:
         if self._state.changed():
             raise NotLocalError(self._key)
         own: set[fx.Node] = set()
+        if self._last is None:
+            return
         node = self._last.next
         while node.op != "root":
             if node.op == "call_function":
@@ -187,9 +176,9 @@ class _Sides:
             node = node.next
 
     def _merged(self, yes: Any, no: Any) -> Any:
-        if yes is no or no is _UNBOUND:
+        if yes is no or no is UNBOUND:
             return yes
-        if yes is _UNBOUND:
+        if yes is UNBOUND:
             return no
         if isinstance(yes, torch.Tensor) and isinstance(no, torch.Tensor):
             if yes.dtype is not no.dtype or not same_shape(yes.shape, no.shape):
@@ -216,14 +205,8 @@ def _owner(node: fx.Node, own: Collection[fx.Node]) -> fx.Node | None:
     return seen
 
 
-def truth_of(value: torch.Tensor) -> torch.Tensor:
-    """The truth of a tensor of one element, as a tensor () of bool; a copy, since the model may write into its own."""
-    single = value.reshape(())
-    return single.clone() if single.dtype is torch.bool else single != 0
-
-
 def _values(names: Sequence[str], scope: Mapping[str, Any]) -> tuple[Any, ...]:
-    return tuple(scope.get(name, _UNBOUND) for name in names)
+    return tuple(scope.get(name, UNBOUND) for name in names)
 
 
 def is_converted(place: str, places: Collection[str], apart: Collection[str]) -> bool:

@@ -25,13 +25,22 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import CodeType
-from typing import TypeVar
 
-BOTH = "_moe_export_both_"  # a global name of each function while it is traced
-_OURS = "_moe_export_"
-_RESULT = "_moe_export_result_"
-_Block = list[ast.stmt]
-_Node = TypeVar("_Node", bound=ast.AST)
+from moe_export.export.tracing import loop_code
+from moe_export.export.tracing.syntax import (
+    OURS,
+    RESULT,
+    Block,
+    assigned,
+    at,
+    call,
+    can_wait,
+    given,
+    local_names,
+    names_of,
+    of,
+    waiting,
+)
 
 
 @dataclass(frozen=True)
@@ -104,25 +113,56 @@ class _Rewriting(ast.NodeTransformer):
         self.generic_visit(node)
         if not wanted or not (_assigns_only(node.body) and _assigns_only(node.orelse)):
             return node
-        names = sorted(_assigned([*node.body, *node.orelse]))
+        names = sorted(assigned([*node.body, *node.orelse]))
         if any(name in self._declared or name.startswith("__") for name in names):
             return node
         self.converted.append(node.test)
         return _both_sides(node, self._test(node.test), self._key(node.test), names, len(self.converted))
 
+    def visit_While(self, node: ast.While) -> ast.AST | list[ast.stmt]:
+        return self._loop(node)
+
+    def visit_For(self, node: ast.For) -> ast.AST | list[ast.stmt]:
+        return self._loop(node)
+
+    def _loop(self, node: loop_code.Loop) -> ast.AST | list[ast.stmt]:
+        asks = next(filter(self._asks, loop_code.asking(node)), None)
+        waits = can_wait(node)  # before branches in it are converted
+        self.generic_visit(node)
+        if asks is None or not waits:
+            return node
+        if any(name in self._declared or name.startswith("__") for name in assigned([node])):
+            return node
+        made = loop_code.converted_loop(
+            node,
+            asks,
+            self._key(asks),
+            len(self.converted) + 1,
+            question=self._test,
+            assigns_only=_assigns_only,
+        )
+        if made is None:
+            return node
+        self.converted.append(asks)
+        return made
+
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
         wanted = self._is_wanted(node)
         self.generic_visit(node)
-        if not wanted or not (_can_wait(node.body) and _can_wait(node.orelse)):
+        if not wanted or not (can_wait(node.body) and can_wait(node.orelse)):
             return node
         self.converted.append(node.test)
-        sides = [_waiting(node.body), _waiting(node.orelse)]
-        made = _call("choose", self._test(node.test), ast.Constant(self._key(node.test)), *sides)
-        return _at(made, node)
+        sides = [waiting(node.body), waiting(node.orelse)]
+        made = call("choose", self._test(node.test), ast.Constant(self._key(node.test)), *sides)
+        return at(made, node)
 
     def _is_wanted(self, node: ast.If | ast.IfExp) -> bool:
-        first, last = node.test.lineno, node.test.end_lineno or 0
-        if first in self._apart or isinstance(node.test, ast.Constant):
+        return self._asks(node.test)
+
+    def _asks(self, test: ast.expr) -> bool:
+        """Whether an expression asks a tensor."""
+        first, last = test.lineno, test.end_lineno or 0
+        if first in self._apart or isinstance(test, ast.Constant):
             return False
         return self._lines is None or any(first <= line <= last for line in self._lines)
 
@@ -133,10 +173,10 @@ class _Rewriting(ast.NodeTransformer):
         """What is asked, with `and`, `or`, `not` and `bool` as calls that may be given tensors."""
         made = test
         if isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not):
-            made = _call("negated", self._test(test.operand))
-        elif isinstance(test, ast.BoolOp) and all(_can_wait(part) for part in test.values):
+            made = call("negated", self._test(test.operand))
+        elif isinstance(test, ast.BoolOp) and all(can_wait(part) for part in test.values):
             name = "all_of" if isinstance(test.op, ast.And) else "any_of"
-            made = _call(name, *(_waiting(self._test(part)) for part in test.values))
+            made = call(name, *(waiting(self._test(part)) for part in test.values))
         elif (
             isinstance(test, ast.Call)
             and isinstance(test.func, ast.Name)
@@ -145,62 +185,25 @@ class _Rewriting(ast.NodeTransformer):
         ):
             return self._test(test.args[0])
         if made is not test:
-            _at(made, test)
+            at(made, test)
         return made
 
 
-def _both_sides(node: ast.If, test: ast.expr, key: str, names: Sequence[str], number: int) -> _Block:
-    decision = f"{_OURS}{number}_"
+def _both_sides(node: ast.If, test: ast.expr, key: str, names: Sequence[str], number: int) -> Block:
+    decision = f"{OURS}{number}_"
 
-    def field(name: str) -> ast.expr:
-        return ast.Attribute(ast.Name(decision, ast.Load()), name, ast.Load())
+    def taken(method: str) -> Block:
+        return given(names, ast.Call(of(decision, method), [local_names()], []), decision)
 
-    def taken(name: str) -> _Block:
-        """Let the names be what a method of the decision gives."""
-        here = ast.Call(ast.Name("locals", ast.Load()), [], [])
-        targets = ast.Tuple([ast.Name(each, ast.Store()) for each in names], ast.Store())
-        given: _Block = [ast.Assign([targets], ast.Call(field(name), [here], []))]
-        for each in names:
-            unbound = ast.Call(field("is_unbound"), [ast.Name(each, ast.Load())], [])
-            given.append(ast.If(unbound, [ast.Delete([ast.Name(each, ast.Del())])], []))
-        return given
-
-    here = ast.Call(ast.Name("locals", ast.Load()), [], [])
-    listed = ast.Tuple([ast.Constant(name) for name in names], ast.Load())
-    constants: list[ast.expr] = [ast.Constant(key), listed]
-    made: _Block = [
-        ast.Assign([ast.Name(decision, ast.Store())], _call("begin", test, *constants, here)),
-        ast.If(field("yes"), node.body, []),
-        ast.If(field("both"), taken("turn"), []),
-        ast.If(field("no"), node.orelse or [ast.Pass()], []),
-        ast.If(field("both"), taken("merge"), []),
+    begun = call("begin", test, ast.Constant(key), names_of(names), local_names())
+    made: Block = [
+        ast.Assign([ast.Name(decision, ast.Store())], begun),
+        ast.If(of(decision, "yes"), node.body, []),
+        ast.If(of(decision, "both"), taken("turn"), []),
+        ast.If(of(decision, "no"), node.orelse or [ast.Pass()], []),
+        ast.If(of(decision, "both"), taken("merge"), []),
     ]
-    return [_at(each, node.test) for each in made]
-
-
-def _at(node: _Node, place: ast.expr) -> _Node:
-    """A node with all of its parts that have no line at the place of another."""
-    for each in ast.walk(node):
-        if isinstance(each, (ast.expr, ast.stmt, ast.arg)) and not hasattr(each, "lineno"):
-            ast.copy_location(each, place)
-    return node
-
-
-def _call(name: str, *args: ast.expr) -> ast.Call:
-    return ast.Call(ast.Attribute(ast.Name(BOTH, ast.Load()), name, ast.Load()), list(args), [])
-
-
-def _waiting(node: ast.expr) -> ast.Lambda:
-    return ast.Lambda(ast.arguments([], [], None, [], [], None, []), node)
-
-
-def _can_wait(node: ast.expr) -> bool:
-    """Whether an expression means the same in a function of its own."""
-    return not any(
-        isinstance(each, (ast.NamedExpr, ast.Await, ast.Yield, ast.YieldFrom))
-        or (isinstance(each, ast.Name) and each.id in ("super", "__class__", "locals"))
-        for each in ast.walk(node)
-    )
+    return [at(each, node.test) for each in made]
 
 
 def _is_generator(node: ast.FunctionDef) -> bool:
@@ -239,35 +242,18 @@ def _is_local(target: ast.expr) -> bool:
     return isinstance(target, ast.Name)
 
 
-def _assigned(block: Sequence[ast.stmt]) -> set[str]:
-    """The local names that statements give values to."""
-    found: set[str] = set()
-    waiting: list[ast.AST] = list(block)
-    while waiting:
-        node = waiting.pop()
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) and _is_kept(node.id):
-            found.add(node.id)
-        if not isinstance(node, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)):
-            waiting += ast.iter_child_nodes(node)
-    return found
-
-
-def _is_kept(name: str) -> bool:
-    return name == _RESULT or not name.startswith(_OURS)
-
-
 # Early returns
 
 
-def _with_one_return(block: _Block, is_wanted: Callable[[ast.If], bool]) -> _Block | None:
+def _with_one_return(block: Block, is_wanted: Callable[[ast.If], bool]) -> Block | None:
     """The body of a function that returns early under an `if`, with one return at its end; None if it does not."""
     for place, node in enumerate(block):
         if isinstance(node, ast.If) and is_wanted(node) and _returns([node]):
             rest = _closed([node, *block[place + 1 :]])
             if rest is None:
                 return None
-            done = ast.Return(ast.Name(_RESULT, ast.Load()))
-            return [*block[:place], *rest, _at(done, node.test)]
+            done = ast.Return(ast.Name(RESULT, ast.Load()))
+            return [*block[:place], *rest, at(done, node.test)]
     return None
 
 
@@ -280,13 +266,13 @@ def _returns(block: Sequence[ast.AST]) -> bool:
     )
 
 
-def _closed(block: Sequence[ast.stmt]) -> _Block | None:
+def _closed(block: Sequence[ast.stmt]) -> Block | None:
     """Statements each way of which ends in a return, with one name given the value instead; None if one does not."""
-    made: _Block = []
+    made: Block = []
     for place, node in enumerate(block):
         if isinstance(node, ast.Return):
             value = node.value or ast.copy_location(ast.Constant(None), node)
-            given = ast.Assign([ast.Name(_RESULT, ast.Store())], value)
+            given = ast.Assign([ast.Name(RESULT, ast.Store())], value)
             target = ast.copy_location(given.targets[0], node)
             given.targets = [target]
             return [*made, ast.copy_location(given, node)]

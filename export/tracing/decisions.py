@@ -38,22 +38,23 @@ from torch.overrides import TorchFunctionMode
 
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.pytree import Leaf
-from moe_export.export.frontend.source import is_library_model
+from moe_export.export.frontend.source import is_library_model, last_model_line
 from moe_export.export.frontend.state import State
 from moe_export.export.sizes import same_shape
 from moe_export.export.torch_compat.failures import depends_on_values
 from moe_export.export.torch_compat.operators import writes_to
-from moe_export.export.torch_compat.proxies import modules_left, node_of
-from moe_export.export.tracing.asked_numbers import number_of, numbers_asked, without_numbers
-from moe_export.export.tracing.both_sides import (
-    BothSides,
-    NotLocalError,
-    both_sides_run,
-    is_converted,
+from moe_export.export.torch_compat.proxies import is_traced, is_untraced, modules_left, node_of
+from moe_export.export.tracing.asked_numbers import (
+    NeedsNumberError,
+    call_with,
+    number_of,
+    numbers_asked,
     truth_of,
 )
+from moe_export.export.tracing.both_sides import BothSides, both_sides_run, is_converted
 from moe_export.export.tracing.known_values import known_truth
 from moe_export.export.tracing.not_hit import asking_frame, place_of
+from moe_export.export.tracing.open_loops import NotLocalError
 from moe_export.export.tracing.row_masks import DecidesError
 
 MOST_WAYS = 64
@@ -78,6 +79,7 @@ class Decisions:
         met: Whether the last trace met one that it did not follow; the model may have caught the exception.
         apart: Lines of questions about masks of rows that are no questions about experts.
         places: `file:line` of each decision that was followed.
+        loops: `file:line` of each loop whose number of steps only the graph knows.
         ended: `file:line` of each decision one way of which ends the model, and which answer leads there.
         open: `file:line` of each question that a trace could not answer.
         ways: Branches whose sides cannot be merged where they stand, each a way of its own.
@@ -90,6 +92,7 @@ class Decisions:
     met: bool = False
     apart: set[str] = field(default_factory=set)
     places: list[str] = field(default_factory=list)
+    loops: list[str] = field(default_factory=list)
     ended: dict[str, bool] = field(default_factory=dict)
     open: set[str] = field(default_factory=set)
     ways: set[str] = field(default_factory=set)
@@ -118,6 +121,11 @@ class Decisions:
         elif depends_on_values(error) and self.cause is None:
             self.cause, self.numbers = error, True
             return True
+        elif isinstance(error, NeedsNumberError) and self._is_asked_for_loop(error):
+            return True
+        elif isinstance(error, NotLocalError) and error.why and not self.numbers:
+            self.numbers = True  # a loop carries numbers, which are tensors there
+            return True
         elif isinstance(error, NotLocalError):
             self.ways.add(error.key)
         elif self._both is not None:
@@ -125,6 +133,14 @@ class Decisions:
         again = self.met or before != (len(self.apart), len(self.ways), self.follows)
         self.numbers = self.numbers and again
         return again
+
+    def _is_asked_for_loop(self, error: NeedsNumberError) -> bool:
+        """Whether a number is the limit of a loop that was not known to be one of the graph; then it is."""
+        place = last_model_line(error)
+        if place is None or place in self.open:
+            return False
+        self.open.add(place)
+        return is_converted(place, self.open, self.ways)
 
     def checks(self) -> list[str]:
         """The decisions that are checks, since one way ends the model: `file.py:12`."""
@@ -134,9 +150,9 @@ class Decisions:
     def answered(self) -> Iterator[None]:
         """While it runs, what a model asks its tensors is noted, or followed."""
         self.met = False
-        self.places, self.ended = [], {}
+        self.places, self.ended, self.loops = [], {}, []
         self._asking = _Asking(self)
-        self._both = BothSides(self.module, self._asking.is_open, self.note)
+        self._both = BothSides(self.module, self._asking.is_open, self.note, self.note_loop)
         try:
             with (
                 numbers_asked(self.numbers),
@@ -180,6 +196,11 @@ class Decisions:
         if place not in self.places:
             self.places.append(place)
 
+    def note_loop(self, place: str) -> None:
+        """Note that the graph has a loop."""
+        if place not in self.loops:
+            self.loops.append(place)
+
 
 @dataclass(frozen=True)
 class _Question:
@@ -217,17 +238,30 @@ class _Asking(TorchFunctionMode):
     ) -> Any:
         if func is torch.Tensor.__bool__:
             node, frame = node_of(args[0]), asking_frame()
-            if node is not None and frame is not None and _is_one_number(args[0]):
+            if frame is not None and is_untraced():
+                self._require_converted(place_of(frame))
+            elif node is not None and frame is not None and _is_one_number(args[0]):
                 return self._answer(args[0], node, place_of(frame))
-        if func is torch.Tensor.item and node_of(args[0]) is not None:
+        if func is torch.Tensor.item and is_traced(args[0]):
             number = number_of(args[0])
             if number is not None:
                 return number
-        return func(*without_numbers(args), **without_numbers(kwargs or {}))
+        return call_with(func, args, kwargs)
+
+    def _require_converted(self, place: str) -> None:
+        """A question in a step of a loop is the graph's, and so the branch there must be one that runs both sides."""
+        if place not in self._decisions.open and not self._looks:
+            self._decisions.open.add(place)
+            self._decisions.met = True
+            raise DecisionMetError(place)
 
     def is_open(self, value: Any) -> bool:
         """Whether a value is a tensor whose truth only the graph knows."""
-        if node_of(value) is None or not _is_one_number(value):
+        if not isinstance(value, torch.Tensor) or not _is_one_number(value):
+            return False
+        if is_untraced():  # a step of a loop that is tried: nothing is known of values there
+            return True
+        if node_of(value) is None:
             return False
         self._looks = True
         try:

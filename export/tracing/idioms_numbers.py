@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from moe_export.export.frontend.model_files import global_names
-from moe_export.export.torch_compat.proxies import node_of
+from moe_export.export.torch_compat.proxies import is_traced
 from moe_export.export.tracing.asked_numbers import AskedNumber, number_of
 
 _SYMBOLS = (torch.SymInt, torch.SymFloat)
@@ -33,7 +33,7 @@ def _standing_for(plain: type, symbolic: Callable[[Any], Any]) -> type:
     class Meta(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
             one = args[0] if len(args) == 1 and not kwargs else None
-            if isinstance(one, torch.Tensor) and node_of(one) is not None:
+            if is_traced(one):
                 one = number_of(one)
             if isinstance(one, AskedNumber):
                 return one.as_int() if plain is int else one.as_float()

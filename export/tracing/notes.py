@@ -38,6 +38,10 @@ def notes_on(
             f"the check at {place} is taken as passed; the graph goes on where it fails"
             for place in asked.checks
         ),
+        *(
+            f"the number of steps of the loop at {os.path.basename(place)} depends on values: it is a Loop in the graph"
+            for place in asked.open_loops
+        ),
         *_on_decisions(asked.decisions, seen or {}),
         *(f"input {name} has no influence on the outputs" for name in _unused(traced)),
     ]

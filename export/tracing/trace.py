@@ -68,6 +68,7 @@ class Traced:
         conditions: What it holds under besides the bounds of `dims`.
         checks: Where the model checks values and does no more than end; the program goes on there.
         decisions: Where the model decides on values, and the program does so, too.
+        open_loops: Where a loop of the model takes a number of steps that depends on values.
     """
 
     program: ExportedProgram
@@ -81,6 +82,7 @@ class Traced:
     conditions: tuple[Condition, ...] = ()
     checks: tuple[str, ...] = ()
     decisions: tuple[str, ...] = ()
+    open_loops: tuple[str, ...] = ()
 
     @property
     def domain(self) -> Domain:
@@ -188,7 +190,9 @@ def trace(subject: Subject, request: DimRequest | None = None, *, as_called: boo
         fixed = fixed_sizes(subject, example, inputs, request, exported.fixing)
     traced = Traced(program, inputs, example, subject.outputs, dims, fixed, exported.computed)
     require_picked(inputs, request, exported.fixing, exported.reason)
-    return replace(traced, checks=exported.checks, decisions=exported.decisions)
+    return replace(
+        traced, checks=exported.checks, decisions=exported.decisions, open_loops=exported.open_loops
+    )
 
 
 def functional(traced: Traced) -> Traced:
@@ -223,6 +227,7 @@ class _Exported:
         computed: The outputs that are computed numbers.
         checks: As in `Traced`.
         decisions: As in `Traced`.
+        open_loops: As in `Traced`.
         fixing: The lines that fixed sizes, by the number of the input and the axis.
         reason: Why fewer dimensions are free than were asked for.
     """
@@ -231,6 +236,7 @@ class _Exported:
     computed: frozenset[str]
     checks: tuple[str, ...]
     decisions: tuple[str, ...]
+    open_loops: tuple[str, ...]
     fixing: Mapping[tuple[int, int], str]
     reason: str | None
 
@@ -288,7 +294,8 @@ def _export(
             if decisions.follow_after(error):
                 limits.append(limit)
                 continue
-            first = first or decisions.cause or error
+            ours = error if isinstance(error, NotExportableError) else None
+            first = first or ours or decisions.cause or error
             continue
         names = list(subject.dropped)
         computed = frozenset(names[index] for index in numbers[-1] if index < len(names))
@@ -297,6 +304,7 @@ def _export(
             computed,
             (*checks, *decisions.checks()),
             tuple(decisions.places),
+            tuple(decisions.loops),
             fixing,
             _first_line(first) if first else None,
         )

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.tracing.asked_numbers import number_of, numbers_asked, without_numbers
+from moe_export.export.tracing.asked_numbers import call_with, number_of, numbers_asked
 from moe_export.export.tracing.both_sides import BothSides, Decision, both_sides_run, is_converted
 from moe_export.export.tracing.needless import run_program
 from moe_export.export.tracing.not_hit import asking_frame, place_of
@@ -127,7 +127,7 @@ class _Asked(TorchFunctionMode):
             number = number_of(args[0])
             if number is not None:
                 return number
-        result = func(*without_numbers(args), **without_numbers(kwargs or {}))
+        result = call_with(func, args, kwargs)
         if func is torch.Tensor.__bool__:
             frame = asking_frame()
             place = place_of(frame) if frame is not None else ""
@@ -140,7 +140,7 @@ class _Watched(BothSides):
     """One side of each branch runs, as in the model, and is noted."""
 
     def __init__(self, watching: _Watching) -> None:
-        super().__init__(watching.module, lambda value: False, lambda place: None)
+        super().__init__(watching.module, lambda value: False, lambda place: None, lambda place: None)
         self._watching = watching
 
     def begin(self, test: Any, key: str, names: Sequence[str], scope: Mapping[str, Any]) -> Decision:
