@@ -33,6 +33,10 @@ from moe_export.export.torch_compat.operators import writes_to
 from moe_export.export.torch_compat.proxies import node_of, untraced
 
 
+class WritesAroundError(NotExportableError):
+    """A function of a loop writes into what it closes over."""
+
+
 @contextmanager
 def closures_lifted() -> Iterator[None]:
     """While it runs, a `while_loop` is given what its functions close over; its like compile theirs."""
@@ -60,7 +64,7 @@ def looped(
         carried: Tensors and integers.
 
     Raises:
-        NotExportableError: A function writes into what it closes over.
+        WritesAroundError: A function writes into what it closes over.
     """
     carried = tuple(map(_copied, carried))
     functions = [_Lifted(function, carried) for function in (condition, body)]
@@ -150,7 +154,7 @@ class _Needs(TorchFunctionMode):
 
     def require_unwritten(self) -> None:
         if any(writes_to(tensor) != before for tensor, before in self._found):
-            raise NotExportableError(
+            raise WritesAroundError(
                 "a loop whose number of steps depends on values writes into a tensor from before it",
                 code=Code.VALUES_DECIDE,
                 hint="give the tensor a new value in each step: x = x.index_copy(...)",

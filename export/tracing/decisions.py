@@ -54,7 +54,7 @@ from moe_export.export.tracing.asked_numbers import (
 from moe_export.export.tracing.both_sides import BothSides, both_sides_run, is_converted
 from moe_export.export.tracing.known_values import known_truth
 from moe_export.export.tracing.not_hit import asking_frame, place_of
-from moe_export.export.tracing.open_loops import NotLocalError
+from moe_export.export.tracing.open_loops import LoopRefusedError, NotLocalError
 from moe_export.export.tracing.row_masks import DecidesError
 
 MOST_WAYS = 64
@@ -113,6 +113,8 @@ class Decisions:
     def follow_after(self, error: Exception) -> bool:
         """Whether a trace that failed is worth another, one that follows decisions; then the next one does."""
         before = len(self.apart), len(self.ways), self.follows
+        if isinstance(error, LoopRefusedError):
+            return False
         if isinstance(error, DecidesError):
             self.apart |= error.places
             self.follows = True

@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.sizes import same_shape
-from moe_export.export.torch_compat.higher_order import looped
+from moe_export.export.torch_compat.higher_order import WritesAroundError, looped
 from moe_export.export.torch_compat.proxies import untraced
 from moe_export.export.tracing.asked_numbers import AskedNumber, truth_of
 
@@ -55,6 +55,10 @@ class NotLocalError(Exception):
     def __init__(self, key: str, why: str = "") -> None:
         super().__init__(key)
         self.key, self.why = key, why
+
+
+class LoopRefusedError(NotExportableError):
+    """A loop that nothing but a graph can have, and no graph can."""
 
 
 class OpenLoop:
@@ -102,7 +106,7 @@ class OpenLoop:
             return
         start, stop, step = (0, *limits, 1) if len(limits) == 1 else (*limits, 1)[:3]
         if isinstance(step, AskedNumber) or step == 0:
-            raise NotExportableError(
+            raise LoopRefusedError(
                 "the step of a range depends on the values of a tensor",
                 code=Code.VALUES_DECIDE,
                 where=self._key,
@@ -145,7 +149,7 @@ class OpenLoop:
             no step at all.
 
         Raises:
-            NotExportableError, NotLocalError: A step gives a name another type, dtype or shape.
+            LoopRefusedError, NotLocalError: A step gives a name another type, dtype or shape.
         """
         self._running.append(self._key)
         before = [scope.get(name, UNBOUND) for name in names]
@@ -188,7 +192,10 @@ class OpenLoop:
             found, ends = after(number, carried.values(tensors))
             return number + 1, _truth(ends), *carried.tensors(found)
 
-        taken, _, *tensors = looped(goes_on, body, (taken, stopped, *carried.tensors(carried.start)))
+        try:
+            taken, _, *tensors = looped(goes_on, body, (taken, stopped, *carried.tensors(carried.start)))
+        except WritesAroundError:
+            self._refuse("writes into a tensor from before it")
         self._running.pop()
         self._note(self._key)
         results = values(carried.values(tensors))
@@ -206,7 +213,7 @@ class OpenLoop:
     def _refuse(self, what: str) -> NoReturn:
         if not self.is_counted:
             raise NotLocalError(self._key, what)
-        raise NotExportableError(
+        raise LoopRefusedError(
             f"a loop whose number of steps depends on the values of tensors {what}",
             code=Code.VALUES_DECIDE,
             where=self._key,

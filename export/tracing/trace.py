@@ -45,6 +45,7 @@ from moe_export.export.tracing.idioms import traceable_idioms, user_lines
 from moe_export.export.tracing.idioms_numbers import symbolic_numbers
 from moe_export.export.tracing.keyed_by_sizes import keyed_by_sizes
 from moe_export.export.tracing.memos import without_memos
+from moe_export.export.tracing.open_loops import LoopRefusedError
 from moe_export.export.tracing.programs import without_unread_constants
 from moe_export.export.tracing.randomness import refuse_random
 from moe_export.export.tracing.traced_dims import Shape, read_dims
@@ -294,8 +295,8 @@ def _export(
             if decisions.follow_after(error):
                 limits.append(limit)
                 continue
-            ours = error if isinstance(error, NotExportableError) else None
-            first = first or ours or decisions.cause or error
+            cause = None if isinstance(error, LoopRefusedError) else decisions.cause
+            first = first or cause or error
             continue
         names = list(subject.dropped)
         computed = frozenset(names[index] for index in numbers[-1] if index < len(names))

@@ -213,4 +213,9 @@ def test_only_what_gives_values_to_local_names_is_converted(tmp_path):
     path.write_text(SOURCE)
     lines = SOURCE.splitlines()
     found = {lines[line - 1].strip() for line in converted(str(path)).lines}
-    assert found == {"if x.h: y = super().f() if x.i else x", "if x.n: y = x", "return y if x.o else x"}
+    assert found == {
+        "if x.h: y = super().f() if x.i else x",
+        "while x.m: y = x",
+        "if x.n: y = x",
+        "return y if x.o else x",
+    }
