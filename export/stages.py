@@ -2,6 +2,7 @@
 
     Model ─ fold ─▶ Model ─ trace ─▶ Program ─ outline ─▶ Program ─ einsums ─▶ Program ─ translate ─▶ Draft
       Draft ─ expand ─▶ Draft ─ name ─▶ Draft ─ simplify ─▶ Draft ─ share ─▶ Draft ─ order ─▶ Draft ─ precision ─▶ Draft
+      Draft ─ sides ─▶ Draft
 
 Three types of data, one for each language that the model is written in on its way: a module (`Model`), an FX graph
 (`Program`), an ONNX graph (`Draft`). All are frozen; a stage makes a new one and leaves what it was given as it was. A
@@ -30,6 +31,7 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.fourier import DOMAIN as FOURIER
 from moe_export.export.onnx.fourier import expand_fourier
 from moe_export.export.onnx.shared_weights import store_once
+from moe_export.export.onnx.sides import sides_in_branches
 from moe_export.export.onnx.simplify import as_numpy, simplify
 from moe_export.export.onnx.translate import check, name_at_opset, translate
 from moe_export.export.onnx.transposed import mend_products, product_notes
@@ -225,6 +227,18 @@ def _precision(draft: Draft, options: Options) -> Draft:
     return replace(draft, model=lowered.model, wide=draft.model, notes=notes)
 
 
+def _sides(draft: Draft, options: Options) -> Draft:
+    """The graph with branches for costly sides of decisions; an engine's builder takes both sides at once."""
+    if options.target.startswith("tensorrt"):
+        return draft
+    model = draft.model.clone()
+    count = sides_in_branches(model)
+    if not count:
+        return draft
+    note = f"of {count} decision{'s' * (count > 1)} only the side that is taken is computed (If)"
+    return replace(draft, model=model, notes=(*draft.notes, note))
+
+
 def _nothing(result: Any, options: Options) -> None:
     """No claim beyond the type."""
 
@@ -288,6 +302,7 @@ PIPELINE: Stages = (
     Stage("share", Draft, Draft, _share, _nothing),
     Stage("order", Draft, Draft, _order, _nothing),
     Stage("precision", Draft, Draft, _precision, _valid_if_narrow),
+    Stage("sides", Draft, Draft, _sides, _valid),
 )
 """All stages, in their order."""
 

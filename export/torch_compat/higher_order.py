@@ -21,9 +21,9 @@ from typing import Any
 from unittest import mock
 
 import torch
+from torch import _ops
 from torch._higher_order_ops import utils as higher_order
 from torch._higher_order_ops.while_loop import while_loop_op
-from torch._ops import _compute_keyset
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -74,8 +74,10 @@ def looped(
     call = (*(function.given(given) for function in functions), carried, given_now)
     # Past the modes for functions, which would be off while the graphs of the loop are made: the model's questions to
     # its tensors are answered there, too.
-    key = _compute_keyset(call, {}, while_loop_op.non_fallthrough_keys).highestPriorityTypeId()
-    return tuple(while_loop_op.dispatch(key, *call))
+    operator: Any = while_loop_op
+    keys: Any = _ops._compute_keyset
+    key = keys(call, {}, operator.non_fallthrough_keys).highestPriorityTypeId()
+    return tuple(operator.dispatch(key, *call))
 
 
 _REPLACING = ContextVar[tuple["_InPlaceOf", ...]]("what stands in the place of what", default=())

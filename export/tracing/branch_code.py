@@ -225,17 +225,15 @@ def _assigns(node: ast.stmt, in_loop: bool) -> bool:
         return isinstance(node.target, ast.Name)
     if isinstance(node, ast.If):
         return _assigns_only(node.body, in_loop=in_loop) and _assigns_only(node.orelse, in_loop=in_loop)
-    if isinstance(node, ast.For):
-        inside = _assigns_only(node.body, in_loop=True)
-        return _is_local(node.target) and inside and _assigns_only(node.orelse, in_loop=in_loop)
-    if isinstance(node, ast.While):
-        return _assigns_only(node.body, in_loop=True) and _assigns_only(node.orelse, in_loop=in_loop)
+    if isinstance(node, (ast.For, ast.While)):
+        inside = _assigns_only(node.body, in_loop=True) and _assigns_only(node.orelse, in_loop=in_loop)
+        return inside and (isinstance(node, ast.While) or _is_local(node.target))
     if isinstance(node, (ast.Break, ast.Continue)):
         return in_loop
-    if isinstance(node, ast.FunctionDef):  # as an inner loop has it by now
-        return node.name.startswith(OURS)
     if isinstance(node, ast.Delete):  # as an inner branch has it by now
         return all(isinstance(each, ast.Name) for each in node.targets)
+    if isinstance(node, ast.FunctionDef):  # as an inner loop has it by now
+        return node.name.startswith(OURS)
     is_text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
     return is_text or isinstance(node, (ast.Pass, ast.Assert, ast.Raise))
 

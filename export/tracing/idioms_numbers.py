@@ -33,7 +33,7 @@ def _standing_for(plain: type, symbolic: Callable[[Any], Any]) -> type:
     class Meta(type):
         def __call__(cls, *args: Any, **kwargs: Any) -> Any:
             one = args[0] if len(args) == 1 and not kwargs else None
-            if is_traced(one):
+            if isinstance(one, torch.Tensor) and is_traced(one):
                 one = number_of(one)
             if isinstance(one, AskedNumber):
                 return one.as_int() if plain is int else one.as_float()

@@ -50,7 +50,7 @@ def notes_on(
 def _on_decisions(places: Sequence[str], seen: Mapping[str, Set[bool]]) -> list[str]:
     """A graph computes what either side needs, and takes one; what no input was seen to take is unproven."""
     return [
-        f"decision on values at {os.path.basename(place)}: the graph computes both sides and takes one"
+        f"decision on values at {os.path.basename(place)}: both sides are in the graph, which takes one"
         + _UNPROVEN[len(seen.get(place, ()))]
         for place in places
     ]

@@ -282,7 +282,7 @@ def _as_number(value: Any) -> AskedNumber:
     if isinstance(value, AskedNumber):
         return value
     if isinstance(value, torch.SymInt):
-        return AskedNumber(torch.full((), value, dtype=torch.int64))
+        return AskedNumber(torch.ops.aten.scalar_tensor(value, dtype=torch.int64))
     return AskedNumber(torch.tensor(value, dtype=torch.float64 if isinstance(value, float) else torch.int64))
 
 

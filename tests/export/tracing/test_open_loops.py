@@ -61,13 +61,13 @@ def looks_up(self, x, n):
 
 def breaks(self, x, n):
     h, total = x, 0.0
-    for i in range(60):
+    for _ in range(60):
         before, h = h, torch.tanh(self.cell(h) * 0.5 + x)
         error = (h - before).abs().max()
         total = total + error.item()
         if error * n < 1e-3 or torch.isnan(error):
             break
-    return h * total, torch.ones(2) * i
+    return h * total
 
 
 def flag(self, x, n):
