@@ -6,8 +6,8 @@ A decision on values is traced both ways (`tracing/decisions`), and both ways ar
 whose results nothing reads but one side of such nodes move into a branch of an `If`. Several `Where` of one condition
 are one `If`, as far as none of them needs the other's result. What both sides need stays in front of it, computed once.
 
-An `If` costs some microseconds and what an optimizer could have done across its border, so a side must hold a loop or
-products with at least `LEAST` weights for it: see the benchmark `tests/bench/test_sides.py`.
+Optimizers do nothing across the border of a branch, and small sides save less than a microsecond of a row, so a side
+must hold a loop or products with at least `LEAST` weights for it: `tests/bench/test_sides_bench.py`.
 
 Source: https://onnx.ai/onnx/operators/onnx__If.html (operands are equal in shape in both branches here, as `Where` asks
 without broadcasting).
