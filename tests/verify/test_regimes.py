@@ -160,8 +160,8 @@ def test_a_label_and_a_seed_make_the_same_values_again():
 def test_sizes_that_were_asked_for():
     found = made(at=[{"sequence": 123}])
     assert found["batch=2 sequence=123", 0].inputs["x"].shape == (2, 123, 4)
-    with pytest.raises(UsageError, match="there is no dynamic dimension 'sequence'"):
-        made(at=[{"sequence": 3}])
+    with pytest.raises(UsageError, match="there is no dynamic dimension 'length'"):
+        made(at=[{"length": 3}])
 
 
 def test_a_maximum_is_tried_unless_it_is_huge():

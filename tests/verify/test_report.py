@@ -70,9 +70,9 @@ def test_the_text_in_full():
     assert str(report(GOOD, BAD)).splitlines() == [
         "onnxruntime-cpu against torch: not equal",
         "",
-        "output dtype    max abs  max rel at      verdict",
-        "a      float64 5.00e-01 2.50e-01 sequence=15  DIFFERS",
-        "b      int64          0        0 example equal",
+        "output dtype    max abs  max rel at          verdict",
+        "a      float64 5.00e-01 2.50e-01 sequence=15 DIFFERS",
+        "b      int64          0        0 example     equal",
         "",
         "2 size combinations: batch 2 only, sequence 10..15; seed 7",
         "a DIFFERS, sequence=15: 1 of 2 elements beyond rtol=1e-05 atol=1e-05; worst a[1] is 2.5, torch has 2",
