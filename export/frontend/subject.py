@@ -84,6 +84,30 @@ class Subject:
         """The same with another module: a copy of its own, in other types or on another device."""
         return replace(self, module=module, state=self.state.like(module), apart=None)
 
+    def with_names(self, inputs: Sequence[str] = (), outputs: Sequence[str] = ()) -> Subject:
+        """The same with other names for its first inputs and outputs.
+
+        Raises:
+            UsageError: There are more names than inputs or outputs.
+        """
+        for kind, given, own in (("input", inputs, self.inputs), ("output", outputs, self.outputs)):
+            if len(given) > len(own):
+                raise UsageError(
+                    f"{len(given)} {kind} names for {len(own)} {kind}{'s' * (len(own) != 1)}",
+                    where=str(self.source),
+                    hint=f"in order, they are: {', '.join(own)}",
+                )
+        names = renamed(list(self.inputs), inputs, (True for _ in self.inputs))
+        now = dict(zip(self.inputs, names, strict=True))
+        taken = frozenset(names)
+        free = self.free
+        return replace(
+            self,
+            inputs=dict(zip(names, self.inputs.values(), strict=True)),
+            outputs=tuple(renamed(self.outputs, outputs, (True for _ in self.outputs), taken)),
+            free=None if free is None else {(now[name], axis): dim for (name, axis), dim in free.items()},
+        )
+
     def call(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the model on flat tensors, in the order of `inputs`; the outputs in the order of `outputs`."""
         with self.state.kept(), without_weights(self.weights):

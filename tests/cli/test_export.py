@@ -201,6 +201,22 @@ def test_without_verification_nothing_is_claimed(command, write, tmp_path, texts
     assert json.loads((tmp_path / "net.report.json").read_text())["verdict"] == "not verified"
 
 
+def test_other_names(write, command, tmp_path, texts):
+    model = write(texts["model"], "net.py")
+    names = ("--input-names", "past.0.key", "--output-names", "a/b")
+    done = command(model, "-o", "out", "--dynamic", "past.0.key:0=rows", *names)
+    assert done.code == 0, done.err
+    graph = onnx.load(tmp_path / "out" / "net.onnx").graph
+    assert [value.name for value in (*graph.input, *graph.output)][:1] == ["past.0.key"]
+    assert graph.output[0].name == "a/b"
+    assert command("verify", "out/net.onnx", "--against", model).code == 0
+    many = command(model, "-o", "more", "--output-names", ",".join("abcdefgh"))
+    assert many.code == 2
+    assert "8 output names for" in many.err
+    twice = command(model, "-o", "more", "--output-names", "a,a")
+    assert "--output-names 'a,a' is not NAME,NAME,..." in twice.err
+
+
 def test_a_script_that_ends_in_an_export_of_its_own(write, command, tmp_path, texts):
     """The call itself would fail: there are more rows in its example than it says."""
     script = write(

@@ -141,8 +141,10 @@ def _place(request: ExportRequest) -> AbstractContextManager[Path]:
 
 def _loaded(request: ExportRequest, ahead: ReadAhead) -> Subject:
     """The model; files that its graphs may point to are read for their checksums from now on."""
-    subject = load_subject(
-        request.model, init=request.init, inputs=request.inputs, memory=request.memory, apart=fork_model
+    subject = request.named(
+        load_subject(
+            request.model, init=request.init, inputs=request.inputs, memory=request.memory, apart=fork_model
+        )
     )
     if subject.weights is not None and subject.weights.absent:
         ahead.read(referable(subject.weights.files, request.storage))

@@ -75,7 +75,9 @@ def _content(
     document: dict[str, Any], request: ExportRequest, baseline: bool, options: dict[str, Any]
 ) -> Content:
     model, folder = request.model, request.folder
-    subject = load_subject(model, init=request.init, inputs=request.inputs, memory=request.memory)
+    subject = request.named(
+        load_subject(model, init=request.init, inputs=request.inputs, memory=request.memory)
+    )
     away = _AWAY if subject.weights is not None and subject.weights.absent else ""
     costs: dict[str, Sequence[tuple[str, int, int, int, int]] | str] = {}
     at: dict[str, str] = {}

@@ -41,6 +41,8 @@ class ExportRequest:
         memory: Bytes of a file of weights beyond which it is never read as a whole.
         dynamic: Dimensions with names, as text.
         static: Whether all others are fixed.
+        input_names: Names of the first inputs, in order.
+        output_names: Names of the first outputs, in order.
         options: The choices that stages depend on; which dimensions are free is known when the model is.
         storage: Where weights go.
         functions: Whether modules become ONNX functions.
@@ -67,6 +69,8 @@ class ExportRequest:
     memory: int = 2**30
     dynamic: tuple[str, ...] = ()
     static: bool = False
+    input_names: tuple[str, ...] = ()
+    output_names: tuple[str, ...] = ()
     options: Options = field(default_factory=Options)
     storage: Storage = field(default_factory=Storage)
     functions: bool = False
@@ -118,6 +122,8 @@ class ExportRequest:
         )
         return cls(
             folder=folder,
+            input_names=_names(left.pop("input_names", None), "--input-names"),
+            output_names=_names(left.pop("output_names", None), "--output-names"),
             storage=storage,
             provider=(left.pop("backend", None) or ONNXRUNTIME[0]).removeprefix("onnxruntime-"),
             memory=parse_bytes(left.pop("memory", "1GiB"), "--memory"),
@@ -135,9 +141,20 @@ class ExportRequest:
             **left,
         )
 
+    def named(self, subject: Subject) -> Subject:
+        """A model under the names that were asked for; errors as of `Subject.with_names`."""
+        return subject.with_names(self.input_names, self.output_names)
+
     def options_for(self, subject: Subject) -> Options:
         """The options, with the dimensions of a model that are to be free."""
         return replace(self.options, dims=requested(subject, self.dynamic, self.static))
+
+
+def _names(text: str | None, spelling: str) -> tuple[str, ...]:
+    names = () if text is None else tuple(name.strip() for name in text.split(","))
+    if not all(names) or len(set(names)) < len(names):
+        raise UsageError(f"{spelling} {text!r} is not NAME,NAME,...", hint="give each name once, in order")
+    return names
 
 
 def _with_call(model: str, number: int | None) -> str:

@@ -59,6 +59,7 @@ STAGES = (
     "share",
     "order",
     "precision",
+    "sides",
 )
 """The names of `export.stages.PIPELINE`, which takes seconds to import."""
 READERS = (*STAGES, "load", "gates", "weights", "comparison", "engines", "ranks", "command")
