@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.weights.recipe import recipe_of
+from moe_export.export.weights.recipe import Transposed, recipe_of
 
 _SUFFIX = ".transpose"  # what `weight_names` puts behind the name of a weight
 
@@ -37,7 +37,10 @@ def _is_transposed(weight: ir.Value, copied: ir.Value) -> bool:
     one, other = weight.const_value, copied.const_value
     if one is None or other is None or copied.is_graph_output() or not (weight.uses() and copied.uses()):
         return False
-    if recipe_of(weight) is not None or recipe_of(copied) is not None or one.dtype != other.dtype:
+    own, made = recipe_of(weight), recipe_of(copied)
+    if own is not None or made is not None:  # their values are not in memory; how they are made is
+        return isinstance(made, Transposed) and made.order == (1, 0) and made.source == own
+    if one.dtype != other.dtype:
         return False
     left, right = one.numpy(), other.numpy()
     return left.ndim == 2 and left.shape == right.shape[::-1] and np.array_equal(left.T, right)

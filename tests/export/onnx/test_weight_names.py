@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
 from torch import nn
 
 from moe_export.export.onnx.counted_sizes import without_counted
+from moe_export.export.onnx.shared_weights import store_once
+from moe_export.export.weights.recipe import Held, RecipeTensor, Transposed
 
 WORDS, WIDTH = 37, 8
 
@@ -77,6 +80,27 @@ def test_tied_weights_are_stored_once(tools, simplify):
     assert sum(math.prod(shape) == WORDS * WIDTH for shape in shapes) == 1
     assert "Transpose" in [node.op_type for node in graph.model.graph]
     tools.equal(graph, torch.randint(0, WORDS, (3, 2)))
+
+
+def test_tied_weights_that_are_not_in_memory():
+    array = np.arange(6, dtype=np.float32).reshape(2, 3)
+    weight = Held(lambda: array, ir.DataType.FLOAT, (2, 3))
+    text = "g (float[n, 2] x, float[m, 3] y) => (float[n, 3] a, float[m, 2] b) { a = MatMul(x, w) b = MatMul(y, v) }"
+    model = ir.from_onnx_text(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
+    for name, old, recipe in (
+        ("head.weight", "w", weight),
+        ("head.weight.transpose", "v", Transposed(weight, (1, 0))),
+    ):
+        tensor = RecipeTensor(recipe, name)
+        value = ir.Value(
+            name=name, shape=ir.Shape(recipe.shape), type=ir.TensorType(recipe.dtype), const_value=tensor
+        )
+        model.graph.register_initializer(value)
+        readers = [node for node in model.graph if node.inputs[1].name == old]
+        readers[0].replace_input_with(1, value)
+    store_once(model.graph)
+    assert list(model.graph.initializers) == ["head.weight"]
+    assert [node.op_type for node in model.graph] == ["Transpose", "MatMul", "MatMul"]
 
 
 @pytest.mark.parametrize(
