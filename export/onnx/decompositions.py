@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 
 from moe_export.export.onnx.decompositions_logs import LOG_RULES
 from moe_export.export.onnx.decompositions_numbers import NUMBER_RULES
+from moe_export.export.sizes import same_shape
 from moe_export.export.tracing.programs import copied_module, name_outputs, with_module
 from moe_export.export.tracing.slices import carry_constants
 
@@ -111,6 +112,53 @@ def _wide_indices(node: fx.Node) -> None:
     node.args = (value, [widened(index) for index in indices], *rest)  # type: ignore[union-attr]
 
 
+_CHOSEN = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8)
+"""What ONNX Runtime's `Where` takes on the CPU (1.31)."""
+
+
+def _put(node: fx.Node) -> None:
+    """`x[mask] = 0` → `where(mask, 0, x)`, and `x[mask] = y[mask]` → `where(mask, y, x)`.
+
+    The exporter looks for the places where the mask is true, whose number depends on values (NonZero), and writes
+    there. What is written must be the same for all of them, or stand at the same places in another tensor.
+    """
+    value, indices, written, *accumulate = node.args
+    assert isinstance(indices, list | tuple)
+    places = [place for place, index in enumerate(indices) if index is not None]
+    mask = indices[places[0]] if len(places) == 1 else None
+    nodes = isinstance(value, fx.Node) and isinstance(mask, fx.Node) and isinstance(written, fx.Node)
+    if not nodes or any(accumulate) or not all("val" in each.meta for each in node.all_input_nodes):
+        _wide_indices(node)
+        return
+    assert isinstance(value, fx.Node)
+    assert isinstance(mask, fx.Node)
+    assert isinstance(written, fx.Node)
+    behind = value.meta["val"].dim() - places[0] - mask.meta["val"].dim()
+    taken = _written_by_mask(written, value, indices, behind)
+    chosen = value.meta["val"].dtype in _CHOSEN
+    if mask.meta["val"].dtype is not torch.bool or taken is None or not chosen:
+        _wide_indices(node)
+        return
+    for _ in range(behind):
+        mask = _new(node, _aten.unsqueeze.default, mask, -1)
+    node.target, node.args = _aten.where.self, (mask, taken, value)
+
+
+def _written_by_mask(
+    written: fx.Node, value: fx.Node, indices: Sequence[fx.node.Argument], behind: int
+) -> fx.Node | None:
+    """What stands where a mask is true, of the shape of the whole tensor or broadcast to it; None if it is neither."""
+    found = written.meta["val"]
+    if found.dim() <= behind:
+        return written
+    if found.dim() == 1 and _is_one(found.shape[0]):
+        return written
+    other = written.args[0] if written.target is _aten.index.Tensor else None
+    if isinstance(other, fx.Node) and list(written.args[1]) == list(indices):  # type: ignore[arg-type]
+        return other if same_shape(other.meta["val"].shape, value.meta["val"].shape) else None
+    return None
+
+
 def _kept_narrow(node: fx.Node) -> None:
     """`x.half().sum(1)` → `x.half().sum(1, dtype=float16)`: the exporter sums in float32 and leaves the result so."""
     value, result = node.args[0], node.meta.get("val")
@@ -206,6 +254,6 @@ _RULES: dict[object, Callable[[fx.Node], None]] = {
     _aten.masked_select.default: _masked_select,
     _aten.scatter_reduce.two: _scattered_mean,
     _aten.index.Tensor: _wide_indices,
-    _aten.index_put.default: _wide_indices,
+    _aten.index_put.default: _put,
     _aten.slice.Tensor: carry_constants,
 }

@@ -206,3 +206,87 @@ def test_index_arithmetic_in_narrow_integers(tools):
     graph = tools.graph(Generated(), torch.randn(3, 4))
     for shape in ((2, 1), (3, 4), (5, 9)):
         tools.equal(graph, torch.randn(shape))
+
+
+def _put(index, value):
+    """`y[index(x)] = value(x)` of a copy of x."""
+
+    def function(x):
+        y = x.clone()
+        y[index(x)] = value(x) if callable(value) else value
+        return y
+
+    return function
+
+
+def _doubled(x):
+    y, mask = x.clone(), x > 0
+    y[mask] = (x * 2)[mask]
+    return y
+
+
+def _of(dtype, number):
+    def function(x):
+        y = (x * 3).to(dtype)
+        y[x > 0.5] = number
+        return y
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "function",
+    one_in(
+        2,
+        [
+            _put(lambda x: x > 0, 0),
+            _put(torch.isnan, 0.5),
+            _put(lambda x: x[..., 0] > 0, -1.0),
+            _put(lambda x: x[:, 0, 0] > 0, lambda x: x[0]),
+            _put(lambda x: x[..., 0] > 0, lambda x: x[0, 0]),
+            _put(lambda x: (slice(None), x[0, :, 0] > 0), lambda x: x.sum((0, 1))),
+            _put(lambda x: x > 0, lambda x: x.sum()),
+            _put(lambda x: x > 0, lambda x: x[0, 0, :1]),
+            _doubled,
+            _of(torch.int64, 7),
+            _of(torch.int32, 7),
+            _of(torch.float64, 0.1),
+        ],
+    ),
+    ids=[
+        "number",
+        "nan",
+        "rows",
+        "blocks",
+        "row",
+        "axis",
+        "tensor",
+        "one",
+        "same",
+        "int64",
+        "int32",
+        "float64",
+    ],
+)
+def test_what_is_written_under_a_mask_is_chosen(tools, function):
+    graph = tools.graph(Calls(function), torch.randn(2, 3, 4))
+    for x in (torch.randn(4, 6, 4), -torch.ones(1, 1, 4), torch.ones(3, 2, 4)):
+        tools.equal(graph, x)
+    assert "Where" in {node.op_type for node in graph.model.graph}
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float16])
+def test_what_the_runtime_does_not_choose_is_written(tools, dtype):
+    graph = tools.graph(Calls(lambda x: _of(dtype, 1)(x).float()), torch.randn(2, 3, 4))
+    tools.equal(graph, torch.randn(4, 6, 5))
+
+
+def test_what_one_mask_takes_and_another_writes_is_no_choice(tools):
+    def function(x):
+        y = x.clone()
+        mask = x > 0
+        y[mask] = x[mask].cumsum(0)
+        y.index_put_((x > 1,), torch.ones(()), accumulate=True)
+        return y
+
+    tools.equal(tools.graph(Calls(function), torch.randn(2, 3, 4)), torch.randn(4, 6, 5))
