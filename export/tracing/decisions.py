@@ -53,7 +53,7 @@ from moe_export.export.tracing.asked_numbers import (
 )
 from moe_export.export.tracing.both_sides import BothSides, both_sides_run, is_converted
 from moe_export.export.tracing.known_values import known_truth
-from moe_export.export.tracing.not_hit import asking_frame, place_of
+from moe_export.export.tracing.not_hit import asking_frame, place_of, writes_by_its_mask
 from moe_export.export.tracing.open_loops import LoopRefusedError, NotLocalError
 from moe_export.export.tracing.row_masks import DecidesError
 
@@ -243,6 +243,8 @@ class _Asking(TorchFunctionMode):
             if frame is not None and is_untraced():
                 self._require_converted(place_of(frame))
             elif node is not None and frame is not None and _is_one_number(args[0]):
+                if writes_by_its_mask(frame):
+                    return True
                 return self._answer(args[0], node, place_of(frame))
         if func is torch.Tensor.item and is_traced(args[0]):
             number = number_of(args[0])

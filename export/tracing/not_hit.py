@@ -50,6 +50,62 @@ def require_nothing(frame: FrameType, hit: bool) -> None:
                 _refuse(frame, "computes something for an expert without tokens")
 
 
+def writes_by_its_mask(frame: FrameType) -> bool:
+    """Whether the statement that asks for `mask.any()` does nothing but write by that mask: `x[mask] = 0`, and print.
+
+    Where the mask is empty nothing is written, so it is right to write always. The mask may be written out twice:
+    `if torch.isnan(x).any(): x[torch.isnan(x)] = 0`.
+    """
+    statements = list(_asking(frame))
+    for statement in statements:
+        mask = _mask_of(statement.test)
+        if mask is None or statement.orelse:
+            return False
+        if not all(_writes_by(each, ast.dump(mask)) or _only_says(each) for each in statement.body):
+            return False
+    return bool(statements)
+
+
+def _mask_of(test: ast.expr) -> ast.expr | None:
+    """The E of `E.any()`, `torch.any(E)` and `bool(...)` of these."""
+    if not isinstance(test, ast.Call) or test.keywords:
+        return None
+    if isinstance(test.func, ast.Name) and test.func.id == "bool" and len(test.args) == 1:
+        return _mask_of(test.args[0])
+    if not isinstance(test.func, ast.Attribute) or test.func.attr != "any":
+        return None
+    if not test.args:
+        return test.func.value
+    of_torch = isinstance(test.func.value, ast.Name) and test.func.value.id == "torch"
+    return test.args[0] if of_torch and len(test.args) == 1 else None
+
+
+def _writes_by(statement: ast.stmt, mask: str) -> bool:
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1:
+        target = statement.targets[0]
+    elif isinstance(statement, ast.AugAssign):
+        target = statement.target
+    else:
+        return False
+    plain = not any(
+        isinstance(each, (ast.Call, ast.NamedExpr, ast.Await, ast.Yield)) and not _is_number(each)
+        for each in ast.walk(statement.value)
+    )
+    return plain and isinstance(target, ast.Subscript) and ast.dump(target.slice) == mask
+
+
+def _is_number(node: ast.AST) -> bool:
+    """`float("inf")`."""
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("float", "int")
+
+
+def _only_says(statement: ast.stmt) -> bool:
+    """`print(...)` and `warnings.warn(...)`, of which a graph has nothing."""
+    if not isinstance(statement, ast.Expr) or not isinstance(statement.value, ast.Call):
+        return False
+    return ast.unparse(statement.value.func) in ("print", "warnings.warn")
+
+
 def refuse_number(frame: FrameType) -> None:
     """Refuse a question about how many tokens an expert has, other than whether it has any.
 

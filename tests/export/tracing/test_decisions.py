@@ -238,3 +238,38 @@ def test_what_cannot_be_merged_is_refused_with_its_line(tools, how, monkeypatch)
 def test_a_model_that_decides_nothing_is_traced_as_if_nothing_were_here(tools, monkeypatch):
     monkeypatch.setattr(decisions, "_Walk", None)
     assert not trace(tools.subject(nn.Linear(4, 4), torch.rand(5, 4))).decisions
+
+
+def by_mask(self, x):
+    y = self.a(x)
+    if torch.isnan(y).any():
+        print("NaN")
+        y[torch.isnan(y)] = 0
+    mask = y > 1
+    if torch.any(mask):
+        y[mask] = y.max() * 0 - 0.5
+    if bool((y < -1).any()):
+        y[y < -1] += 2
+    return y
+
+
+def by_another_mask(self, x):
+    y = self.a(x)
+    if (y > 1).any():
+        y[y < 0] = 0
+    if (y > 1).any():
+        y[y > 1] = self.b(y)[y > 1]
+    else:
+        y = y + 1
+    return y
+
+
+@pytest.mark.parametrize(("how", "count"), [(by_mask, 0), (by_another_mask, 2)])
+def test_a_write_by_the_mask_that_is_asked_for_is_no_decision(tools, how, count):
+    module = Decides(how).eval()
+    traced = trace(tools.subject(module, torch.randn(3, 4)))
+    assert len(traced.decisions) == count
+    for x in (torch.randn(5, 4), torch.zeros(2, 4), torch.randn(4, 4) * 10, torch.full((1, 4), torch.nan)):
+        with torch.no_grad():
+            (found,) = traced.program.module()(x)
+            torch.testing.assert_close(found, module(x), equal_nan=True)
