@@ -247,7 +247,7 @@ def by_mask(self, x):
         y[torch.isnan(y)] = 0
     mask = y > 1
     if torch.any(mask):
-        y[mask] = y.max() * 0 - 0.5
+        y[mask] = -0.5 * self.scale
     if bool((y < -1).any()):
         y[y < -1] += 2
     return y
