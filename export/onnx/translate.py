@@ -35,7 +35,7 @@ from moe_export.export.torch_compat.caches import cache_patches, decomposed_if_n
 from moe_export.export.torch_compat.exact_rules import exact_constants
 from moe_export.export.tracing.slices import TRANSLATIONS as SLICES
 from moe_export.export.tracing.trace import Traced, quiet
-from moe_export.export.tracing.traced_dims import rename
+from moe_export.export.tracing.traced_dims import ordered_sum, rename
 
 _DATA_SIZE = re.compile(r"u\d+")
 _PROTOBUF_LIMIT = 2**31 - 2**20
@@ -165,20 +165,12 @@ def _name_data_sizes(outputs: Iterable[ir.Value]) -> None:
     _name_dims(outputs, names)
 
 
-def _named_sum(text: str) -> str:
-    """A sum in one order, whichever of two equal symbols the tracer wrote: `sequence + past` → `past + sequence`."""
-    terms = text.split(" + ")
-    if any("(" in term or " " in term for term in terms):
-        return text
-    return " + ".join(sorted(terms, key=lambda term: (term.isdigit(), term)))
-
-
 def _named(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
     if isinstance(dim, int):
         return dim
     if dim.value is None:
         return None
-    text = _named_sum(rename(dim.value, names))
+    text = ordered_sum(rename(dim.value, names))
     return (
         int(text) if text.isdigit() else text
     )  # the tracer may still write a size that it fixed as a symbol

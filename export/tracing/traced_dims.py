@@ -72,12 +72,25 @@ def _of_input(label: str, name: str) -> str:
 
 def _readable(size: int | torch.SymInt, names: Mapping[str, str]) -> int | str:
     text = str(size)
-    return int(text) if text.isdigit() else rename(text, names)
+    return int(text) if text.isdigit() else ordered_sum(rename(text, names))
 
 
 def rename(expression: str, names: Mapping[str, str]) -> str:
     """Put names for the tracer's symbols into an expression: `2*s77` → `2*batch`."""
     return re.sub(r"[A-Za-z_]\w*", lambda match: names.get(match[0], match[0]), expression)
+
+
+def ordered_sum(text: str) -> str:
+    """A sum in one order, whichever of two equal symbols the tracer wrote.
+
+    Example:
+        >>> ordered_sum("sequence + past_sequence")
+        'past_sequence + sequence'
+    """
+    terms = text.split(" + ")
+    if any("(" in term or " " in term for term in terms):
+        return text
+    return " + ".join(sorted(terms, key=lambda term: (term.isdigit(), term)))
 
 
 def _bounds(limits: object) -> tuple[int, int | None]:

@@ -153,5 +153,6 @@ def test_the_length_of_a_cache_is_one_dimension(tools):
     assert {tuple(shapes[name]) for name in pasts(2, "present")} == {
         ("batch", str(HEADS), "past_sequence + sequence", str(WIDTH // HEADS))
     }
+    assert graph.traced.inputs["past_key_values.1.value"] == ("batch", HEADS, "past_sequence", WIDTH // HEADS)
     grown = [past for pair in cache(past=9) for past in pair]
     tools.equal(graph, torch.randint(0, WORDS, (2, 4)), *grown)
