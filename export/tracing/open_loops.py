@@ -22,11 +22,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch.utils import _pytree as pytree
 
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.sizes import same_shape
 from moe_export.export.torch_compat.higher_order import WritesAroundError, looped
+from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.torch_compat.proxies import untraced
 from moe_export.export.tracing.asked_numbers import AskedNumber, truth_of
 
