@@ -1,4 +1,4 @@
-"""The wheel holds every package folder, and nothing beside `moe_export`."""
+"""The wheel holds every package folder, and nothing beside `moe_export`; an index would take it."""
 
 from __future__ import annotations
 
@@ -80,8 +80,11 @@ def test_the_two_onnxruntimes_exclude_each_other():
         assert sum(item.marker.evaluate(platform) for item in both) == 1, platform
 
 
-def test_the_wheel_holds_one_import_package(tmp_path):
-    source = tmp_path / "source"
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """The wheel of the files that git knows, as a release would build it."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -100,15 +103,38 @@ def test_the_wheel_holds_one_import_package(tmp_path):
             "--no-deps",
             "--no-build-isolation",
             "-w",
-            tmp_path,
+            folder,
             source,
         ],
         check=True,
         capture_output=True,
     )
-    (wheel,) = tmp_path.glob("*.whl")
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_the_wheel_holds_one_import_package(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"moe_export"}
     modules = {str(path.relative_to(ROOT)) for room in ROOMS for path in (ROOT / room).rglob("*.py")}
     assert {f"moe_export/{module}" for module in modules} <= set(names)
-    assert "moe_export/py.typed" in names
+    own = {str(path.relative_to(ROOT / "src")) for path in (ROOT / "src" / "moe_export").rglob("*.py")}
+    assert own <= set(names)
+
+
+def test_the_wheel_holds_data_commands_and_licence(wheel):
+    archive = zipfile.ZipFile(wheel)
+    names = archive.namelist()
+    for package, files in PROJECT["tool"]["setuptools"]["package-data"].items():
+        assert {f"{package}/{file}" for file in files} <= set(names)
+    assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names)
+    entries = archive.read(next(name for name in names if name.endswith("entry_points.txt"))).decode()
+    assert "moe-export = moe_export.__main__:main" in entries
+
+
+def test_an_index_would_take_the_wheel(wheel):
+    pytest.importorskip("twine", reason="twine checks what an index shows: pip install 'moe-export[dev]'")
+    command = [sys.executable, "-m", "twine", "check", "--strict", str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "PASSED" in done.stdout
