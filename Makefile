@@ -14,7 +14,7 @@ SHORT := -m "not slow" tests/export/torch_compat tests/verify/test_torch_compat.
 	tests/export/recurrence/test_loops_that_count.py tests/export/recurrence/test_user_scans.py
 OTHER := build/torch-$(or $(VERSION),newest)
 
-.PHONY: demo test test-slow test-slow-share test-torch real bench lint types docs install clean
+.PHONY: demo test test-slow test-slow-share test-torch real bench compare lint types docs install clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -56,6 +56,10 @@ real: install
 
 bench: install
 	$(BIN)/python -m pytest tests/bench -s
+
+# Beside torch.onnx.export: writes the table of docs/exporters.md; `make compare ONLY="mamba gate"` only prints some rows.
+compare: install
+	$(BIN)/python tests/bench/exporters.py $(if $(ONLY),--only $(ONLY),--page)
 
 lint: install
 	$(BIN)/ruff check .

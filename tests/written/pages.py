@@ -34,7 +34,17 @@ _FENCE = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```", re.DOTALL | re.MULTILINE)
 _FILE = re.compile(r"# ([\w/]+\.py)\n")
 _SHELL = re.compile(r"[;&|<>$*`]")
 _ECHO = re.compile(r'^(?P<ours>.*?)(?: (?P<when>\|\||&&) echo "(?P<words>[^"$]*)"|; echo "exit code \$\?")$')
-_OF_THE_REPOSITORY = ("test", "test-slow", "test-slow-share", "bench", "lint", "types", "docs", "install")
+_OF_THE_REPOSITORY = (
+    "test",
+    "test-slow",
+    "test-slow-share",
+    "bench",
+    "compare",
+    "lint",
+    "types",
+    "docs",
+    "install",
+)
 
 
 def name_of(page: Path) -> str:
