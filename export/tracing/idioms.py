@@ -52,11 +52,15 @@ def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *arg
     return attend(query.unsqueeze(0), key.unsqueeze(0), value.unsqueeze(0), *args, **kwargs).squeeze(0)
 
 
-def _chunk(tensor: torch.Tensor, chunks: int, dim: int = 0) -> tuple[torch.Tensor, ...]:
+def _chunk(tensor: torch.Tensor, chunks: int | torch.SymInt, dim: int = 0) -> tuple[torch.Tensor, ...]:
     """`chunk` along a symbolic dimension → slices.
 
     The exporter makes a sequence of it whose length it does not know, and then fails on that.
     """
+    if isinstance(chunks, torch.SymInt):  # `ceil(rows / 128)`: as sizes, those of all layers would be nested
+        number = int(chunks.node.hint)
+        require(chunks == number)
+        chunks = number
     length: Any = tensor.shape[dim]
     if not isinstance(length, torch.SymInt):
         return tensor.chunk(chunks, dim)

@@ -74,13 +74,33 @@ def doubled(value: torch.Tensor) -> torch.Tensor:
 
 
 def double_module(module: nn.Module) -> nn.Module:
-    """A copy of a module in float64; `module.double()` leaves complex weights in complex64."""
+    """A copy of a module in float64.
+
+    `module.double()` leaves complex weights in complex64, and tensors that are neither weights nor buffers as they are:
+    a matrix or a table in an attribute, or in a list or a dictionary there.
+    """
     wide = copy.deepcopy(module).double()
     for part in wide.modules():
         for weights in (part.named_parameters(recurse=False), part.named_buffers(recurse=False)):
             for _, weight in weights:
                 weight.data = doubled(weight.data)
+        for name, value in vars(part).items():
+            if not name.startswith("_"):
+                part.__dict__[name] = _doubled_within(value)
     return wide
+
+
+def _doubled_within(value: Any) -> Any:
+    """A value whose tensors are doubled; a list or a dictionary stays the one that other modules may hold, too."""
+    if isinstance(value, torch.Tensor):
+        return doubled(value)
+    if type(value) is list:
+        value[:] = [_doubled_within(one) if isinstance(one, torch.Tensor) else one for one in value]
+    if type(value) is dict:
+        value.update({key: doubled(one) for key, one in value.items() if isinstance(one, torch.Tensor)})
+    if type(value) is tuple and any(isinstance(one, torch.Tensor) for one in value):
+        return tuple(map(_doubled_within, value))
+    return value
 
 
 def agree(wanted: Sequence[torch.Tensor], found: Sequence[torch.Tensor], near: float) -> bool:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import builtins
 
+import numpy as np
 import pytest
 import torch
 from torch import fx, nn
 
+from moe_export.export import trace
 from moe_export.export.tracing.idioms import traceable_idioms, user_lines
 
 
@@ -130,3 +132,25 @@ def test_a_module_that_casts_itself_to_what_it_is_stays_as_it_is():
         weight = layer.weight
         assert layer.weight is weight
         assert layer.to(torch.float64).weight.dtype is torch.float64
+
+
+class Blocks(nn.Module):
+    """Rows in blocks of at most 128, in several layers one after another, as ghost batch norms have them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+
+    def forward(self, x):
+        for layer in self.layers:
+            blocks = x.chunk(int(np.ceil(x.shape[0] / 128)), 0)
+            x = torch.cat([layer(block) for block in blocks])
+        return x
+
+
+def test_how_many_chunks_there_are_is_a_number_and_no_size(tools):
+    """As sizes, the numbers of all layers stand within one another, and the tracer needs minutes for six layers."""
+    traced = trace(tools.subject(Blocks(), torch.randn(5, 4)))
+    shapes = [node.meta["val"].shape for node in traced.program.graph.nodes if node.name.startswith("linear")]
+    assert len({str(shape) for shape in shapes}) == 1
+    assert [dim.name for dim in traced.dims] == ["batch"]
