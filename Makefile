@@ -14,7 +14,7 @@ SHORT := -m "not slow" tests/export/torch_compat tests/verify/test_torch_compat.
 	tests/export/recurrence/test_loops_that_count.py tests/export/recurrence/test_user_scans.py
 OTHER := build/torch-$(or $(VERSION),newest)
 
-.PHONY: demo test test-slow test-slow-share test-torch real bench compare lint types docs install clean
+.PHONY: demo test test-slow test-slow-share test-torch test-matrix real bench compare lint types docs install clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -49,6 +49,10 @@ test-torch:
 	$(OTHER)/bin/python -m pip install -qq -c $(OTHER)/constraints.txt 'torch$(addprefix ==,$(VERSION))' -e '.[dev]' \
 		--config-settings editable_mode=strict
 	$(OTHER)/bin/python -m pytest $(SHORT)
+
+# The wheel under each Python of this machine, with the pinned PyTorch and the newest; `ONLY="3.12 pinned"` for one of them.
+test-matrix: install
+	$(BIN)/python tests/matrix.py $(if $(ONLY),--only $(ONLY)) -- $(SHORT)
 
 # Modules of packages from PyPI, each exported as it is; `make real ONLY=mamba` for those whose name holds that.
 real: install
