@@ -67,6 +67,8 @@ def _looked_up(region: Region, source: fx.Node, indices: list[Any]) -> Rows | No
         )
 
     numbers = [region.rows[each].number if each in region.rows else "" for each in indices]
+    if numbers == ["pair"] and _is_token_of_each_pair(source, region.slots):
+        return Rows(*rows.where, lambda body: body.token, "token")
 
     def make(body: PairBody) -> fx.Node:
         if numbers == ["pair"]:
@@ -77,6 +79,19 @@ def _looked_up(region: Region, source: fx.Node, indices: list[Any]) -> Rows | No
         return body.call(_aten.index.Tensor, body.share(source), found)
 
     return Rows(*rows.where, make, "", weighs=rows.weighs)
+
+
+def _is_token_of_each_pair(node: fx.Node, slots: int) -> bool:
+    """Whether a value (S,) is 0, ..., 0, 1, ..., 1, ...: each number of a token as often as it has slots."""
+    if node.target is not _aten.repeat_interleave.self_int:
+        return False
+    numbers, repeats, *axis = arguments(node)
+    return (
+        isinstance(numbers, fx.Node)
+        and is_numbering(numbers)
+        and repeats == slots
+        and axis in ([], [None], [0])
+    )
 
 
 def gather(region: Region, node: fx.Node) -> Rows | None:

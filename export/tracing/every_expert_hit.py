@@ -31,7 +31,7 @@ from moe_export.export.axes.support import support_of
 from moe_export.export.sizes import fixed
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import undecided
-from moe_export.export.tracing.expert_slices import Count, Counts, counts_of, joined, sliced, split
+from moe_export.export.tracing.expert_slices import Count, Counts, counts_of, joined, sliced, split, written
 from moe_export.export.tracing.not_hit import asking_frame, place_of, refuse_number, require_nothing
 from moe_export.export.tracing.row_masks import is_mask_of_rows, rows_written
 
@@ -188,6 +188,9 @@ class _AllHit(TorchFunctionMode):
             return args[0][int(args[1])].unsqueeze(0)
         return sliced(*args)
 
+    def write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return written(*args)
+
     def split(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
         return split(args[0], sizes, kwargs.get("dim", args[2] if len(args) > 2 else 0))
@@ -211,6 +214,7 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.unbind: _AllHit.numbers,
     torch.Tensor.item: _AllHit.number,
     torch.Tensor.__getitem__: _AllHit.item,
+    torch.Tensor.__setitem__: _AllHit.write,
     torch.Tensor.split: _AllHit.split,
     torch.split: _AllHit.split,
     torch.cat: _AllHit.cat,

@@ -21,8 +21,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import fx
 
 from moe_export.export.sizes import expression_of, same_shape
+from moe_export.export.torch_compat.proxies import node_of
+
+_aten = torch.ops.aten
+_ANYTHING = {_aten.empty_like.default, _aten.empty.memory_format, _aten.new_empty.default}
+_NOTHING = {*_ANYTHING, _aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default}
 
 
 @dataclass(frozen=True)
@@ -33,12 +39,15 @@ class Segments:
         counts: (E,), how many rows each expert has; or where its rows end.
         running: Whether it is where they end.
         found: What was made for them, by the number of rows.
+        rows: The numbers of the rows of each expert.
+        written: The experts whose rows were written to what a node gives, and nothing else was.
     """
 
     counts: torch.Tensor
     running: bool = False
     found: dict[Any, torch.Tensor] = field(default_factory=dict, compare=False)
     rows: dict[int, torch.Tensor] = field(default_factory=dict, compare=False)
+    written: dict[fx.Node, frozenset[int]] = field(default_factory=dict, compare=False)
 
     def of(self, size: Any) -> torch.Tensor:
         """(S,): the expert of each of S rows."""
@@ -149,6 +158,43 @@ def counts_of(counts: torch.Tensor, *, running: bool = False) -> Counts:
 
 def sliced(tensor: torch.Tensor, index: Any) -> torch.Tensor | None:
     """`tensor[start:end]` with counts for bounds; None if it is another index."""
+    between = _rows_between(tensor, index)
+    if between is None:
+        return None
+    found = tensor[between[0]]
+    return found if not isinstance(index, tuple) else found[(slice(None), *index[1:])]
+
+
+def written(tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor | None:
+    """`tensor[start:end] = value` with counts for bounds; None if it is another index."""
+    between = _rows_between(tensor, index)
+    if between is None:
+        return None
+    rows, expert, segments = between
+    before = _written_so_far(tensor, segments)
+    whole = not isinstance(index, tuple) and isinstance(value, torch.Tensor) and value.dim() == tensor.dim()
+    if not whole or before is None or expert in before:
+        tensor[rows if not isinstance(index, tuple) else (rows, *index[1:])] = value
+        return tensor
+    if not before:
+        tensor.copy_(value.new_zeros(tensor.shape))
+    tensor.index_add_(0, rows, value.to(tensor.dtype))  # to zeros, as `joined` puts the results together
+    node = node_of(tensor)
+    if node is not None:
+        segments.written[node] = before | {expert}
+    return tensor
+
+
+def _written_so_far(tensor: torch.Tensor, segments: Segments) -> frozenset[int] | None:
+    """The experts whose rows were written to a tensor that holds nothing else; None if it may hold more."""
+    node = node_of(tensor)
+    if node is None:
+        return None
+    return frozenset() if node.target in _NOTHING else segments.written.get(node)
+
+
+def _rows_between(tensor: torch.Tensor, index: Any) -> tuple[torch.Tensor, int, Segments] | None:
+    """(R,), the numbers of the rows of one expert, and which, if counts are the bounds of a slice."""
     first = index[0] if isinstance(index, tuple) and index else index
     if not isinstance(first, slice) or not isinstance(first.stop, Count) or first.step not in (None, 1):
         return None
@@ -157,8 +203,8 @@ def sliced(tensor: torch.Tensor, index: Any) -> torch.Tensor | None:
     if stop.last != begin + 1:
         raise TypeError("rows of several experts at once are sliced by numbers that depend on the data")
     rows = stop.rows(begin, tensor.shape[0])
-    found = tensor[rows]
-    return found if not isinstance(index, tuple) else found[(slice(None), *index[1:])]
+    assert stop.segments is not None
+    return rows, begin, stop.segments
 
 
 def split(tensor: torch.Tensor, sizes: Any, axis: int) -> tuple[torch.Tensor, ...] | None:

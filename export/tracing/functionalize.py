@@ -222,7 +222,13 @@ class _Rewriting:
         if target is None or not isinstance(written, fx.Node):
             raise _UnknownError
         with self.graph.inserting_before(node):
-            value = self._call(node, target, *node.args, **node.kwargs)
+            source = node.args[1] if len(node.args) > 1 else None
+            if target is _aten.copy.default and isinstance(source, fx.Node) and _alike(source, written):
+                # Of what was there, nothing is left; a value that nobody else reads need not be copied.
+                alone = len(source.users) == 1 and source not in self.storage and source.op == "call_function"
+                value = source if alone else self._call(node, _aten.clone.default, source)
+            else:
+                value = self._call(node, target, *node.args, **node.kwargs)
             if not _alike(value, written):
                 raise _UnknownError
             self._hand_on(node, written, value)

@@ -53,6 +53,28 @@ class RunningBounds(Block):
         return out
 
 
+class WrittenInPlace(Block):
+    """Each expert's rows are written to where they were: `out[start:end] = expert(rows[start:end])`."""
+
+    def moe(self, x, weights, indices):
+        flat = indices.reshape(-1)
+        order = torch.argsort(flat)
+        tokens = torch.arange(x.shape[0]).repeat_interleave(self.k)[order]
+        counts = torch.bincount(flat, minlength=self.num_experts)
+        ends = torch.cumsum(counts, dim=0).tolist()
+        rows = x[tokens]
+        found = torch.empty_like(rows)
+        start = 0
+        for number, count in enumerate(counts.tolist()):
+            if count == 0:
+                continue
+            end = ends[number]
+            found[start:end] = self.experts[number](rows[start:end])
+            start = end
+        found = found * weights.reshape(-1)[order].unsqueeze(-1)
+        return torch.zeros_like(x).index_add_(0, tokens, found)
+
+
 class SplitByCounts(Block):
     """The sorted rows are split by a list of counts, and what comes back is added by `index_add`."""
 
@@ -194,6 +216,6 @@ class Capacity(Block):
 
 
 LINED_UP = [
-    MoeInfer, RunningBounds, SplitByCounts, FlatLoop, GroupedMatmul, UnsortedBack, GatheredWeights, Einsums,
-    AllExperts, AllExpertsWeightedOut,
+    MoeInfer, RunningBounds, WrittenInPlace, SplitByCounts, FlatLoop, GroupedMatmul, UnsortedBack, GatheredWeights,
+    Einsums, AllExperts, AllExpertsWeightedOut,
 ]  # fmt: skip

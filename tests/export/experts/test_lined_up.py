@@ -19,7 +19,7 @@ from moe_export.export.frontend.subject import make_subject
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.export.tracing.trace import trace
 
-EXPORTED = [models.MoeInfer, models.GroupedMatmul, models.Einsums]
+EXPORTED = [models.MoeInfer, models.WrittenInPlace, models.GroupedMatmul, models.Einsums]
 TRACED = [idiom for idiom in models.LINED_UP if idiom not in EXPORTED]
 
 
