@@ -51,7 +51,8 @@ def asked(browser: webdriver.Chrome) -> set[str]:
     sent = [
         each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"
     ]
-    return {address for address in sent if not address.startswith(("chrome:", "data:", "blob:"))}
+    own = ("chrome:", "chrome-untrusted:", "data:", "blob:")  # the browser's own pages, which it opens by itself
+    return {address for address in sent if not address.startswith(own)}
 
 
 def labels(page: webdriver.Chrome) -> list[str]:
