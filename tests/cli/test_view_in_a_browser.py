@@ -51,7 +51,8 @@ def asked(browser: webdriver.Chrome) -> set[str]:
     sent = [
         each["params"]["request"]["url"] for each in messages if each["method"] == "Network.requestWillBeSent"
     ]
-    own = ("chrome:", "chrome-untrusted:", "data:", "blob:")  # the browser's own pages, which it opens by itself
+    # The browser opens pages of its own by itself.
+    own = ("chrome:", "chrome-untrusted:", "data:", "blob:")
     return {address for address in sent if not address.startswith(own)}
 
 
