@@ -30,7 +30,11 @@ from torch.utils import _pytree as pytree
 
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.torch_compat.operators import writes_to
-from moe_export.export.torch_compat.proxies import node_of, untraced
+from moe_export.export.torch_compat.proxies import is_tracing, node_of, untraced
+
+
+class AnotherStepError(NotExportableError):
+    """A function of a loop uses other tensors when it is called again."""
 
 
 class WritesAroundError(NotExportableError):
@@ -65,6 +69,7 @@ def looped(
 
     Raises:
         WritesAroundError: A function writes into what it closes over.
+        AnotherStepError: A function uses other tensors when it is called again.
     """
     carried = tuple(map(_copied, carried))
     functions = [_Lifted(function, carried) for function in (condition, body)]
@@ -166,16 +171,15 @@ class _Needs(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        for value in pytree.tree_leaves((args, kwargs)):
-            if isinstance(value, torch.Tensor) and id(value) not in self._ids:
+        for value in _tensors((args, kwargs)):
+            if id(value) not in self._ids:
                 self._add(value)
                 self._found.append((value, writes_to(value)))
         if _is_constant(func, args):
             self.constants.append(partial(func, *args, **kwargs))
         result = func(*args, **kwargs)
-        for value in pytree.tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                self._add(value)
+        for value in _tensors(result):
+            self._add(value)
         return result
 
     def _add(self, value: torch.Tensor) -> None:
@@ -204,11 +208,23 @@ class _InPlaceOf(TorchFunctionMode):
     ) -> Any:
         if _is_constant(func, args):
             return next(self._constants)
-        return func(*self.replaced(args), **self.replaced(kwargs or {}))
+        args, kwargs = self.replaced(args), self.replaced(kwargs or {})
+        result = func(*args, **kwargs)
+        if is_tracing() and _tensors(result) and None in map(node_of, _tensors((args, kwargs))):
+            raise AnotherStepError(
+                "a loop whose number of steps depends on values takes something else in each step",
+                code=Code.VALUES_DECIDE,
+                hint="a graph has the step once: index a stack of tensors by the counter",
+            )
+        return result
 
 
 def _is_constant(function: Any, args: tuple[Any, ...]) -> bool:
     return function in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor)
+
+
+def _tensors(values: Any) -> list[torch.Tensor]:
+    return [value for value in pytree.tree_leaves(values) if isinstance(value, torch.Tensor)]
 
 
 def _copied(value: Any) -> Any:

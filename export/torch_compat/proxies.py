@@ -45,6 +45,11 @@ def untraced(function: Callable[..., Any], *args: Any) -> Any:
         _UNTRACED.reset(before)
 
 
+def is_tracing() -> bool:
+    """Whether operators are noted in a graph right now."""
+    return proxy_tensor.get_proxy_mode() is not None
+
+
 def is_untraced() -> bool:
     """Whether what runs is `untraced`."""
     return _UNTRACED.get()

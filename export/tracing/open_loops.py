@@ -25,7 +25,7 @@ import torch
 
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.sizes import same_shape
-from moe_export.export.torch_compat.higher_order import WritesAroundError, looped
+from moe_export.export.torch_compat.higher_order import AnotherStepError, WritesAroundError, looped
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.torch_compat.proxies import untraced
 from moe_export.export.tracing.asked_numbers import AskedNumber, truth_of
@@ -38,10 +38,8 @@ class _Unbound:
 UNBOUND = _Unbound()
 
 
-_MOST_KINDS = (
-    4  # each round finds at least one more number that changes; a step that needs more is none of a loop
-)
 _PLAIN = (bool, int, float, complex, str, type(None))
+_EACH_TIME = "takes something else in each step, from an iterator or a list"
 
 
 class NotLocalError(Exception):
@@ -158,6 +156,7 @@ class OpenLoop:
         leaves, spec = pytree.tree_flatten([before[index] for index in bound])
         stopped = self._stopped if self._stopped is not None else torch.zeros((), dtype=torch.bool)
         taken = torch.zeros((), dtype=torch.int64)
+        plain: list[Any] = []  # what the last step gave that is no value of the graph
 
         def values(present: Sequence[Any]) -> list[Any]:
             found: list[Any] = list(before)
@@ -170,15 +169,19 @@ class OpenLoop:
 
         def after(number: torch.Tensor, present: Sequence[Any]) -> tuple[list[Any], Any]:
             *given, ends = step(*([counter(number)] if counts else []), *values(present))
+            plain[:] = [value for value in given if isinstance(value, _PLAIN)]
             found, found_spec = pytree.tree_flatten([given[index] for index in bound])
             if found_spec != spec:
                 self._refuse("gives a name another structure in its second step")
             return found, ends
 
         carried = _Carried(leaves, self._refuse)
-        for _ in range(_MOST_KINDS):
-            if carried.settled(untraced(lambda: after(taken, carried.start)[0])):
-                break
+        while not carried.settled(untraced(lambda: after(taken, carried.start)[0])):
+            pass  # each round has found one more number that changes
+        before_again = list(plain)
+        untraced(lambda: after(taken, carried.start))
+        if plain != before_again:
+            self._refuse(_EACH_TIME)
 
         def goes_on(number: torch.Tensor, ended: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
             goes = ended.logical_not()
@@ -196,6 +199,8 @@ class OpenLoop:
             taken, _, *tensors = looped(goes_on, body, (taken, stopped, *carried.tensors(carried.start)))
         except WritesAroundError:
             self._refuse("writes into a tensor from before it")
+        except AnotherStepError:
+            self._refuse(_EACH_TIME)
         self._running.pop()
         self._note(self._key)
         results = values(carried.values(tensors))

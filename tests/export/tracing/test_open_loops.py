@@ -91,7 +91,14 @@ def nested(self, x, n):
     return h
 
 
-LOOPS = [halting, counted, counted_in_steps, breaks, flag, nested]
+def shifts(self, x, n):
+    a = b = c = d = e = f = 0
+    for i in range(int(n)):
+        a, b, c, d, e, f = b, c, d, e, f, i
+    return x + a + 10 * b + 100 * c
+
+
+LOOPS = [shifts, halting, counted, counted_in_steps, breaks, flag, nested]
 
 
 def _run(tools, function, *example):
@@ -125,7 +132,7 @@ def test_any_number_of_steps(tools, function) -> None:
 def test_no_step_at_all(tools, count: int) -> None:
     _, _, session = _run(tools, counted, torch.randn(3, 4), torch.tensor(3))
     x = torch.randn(2, 4)
-    (found,) = session.run(None, {"inputs_0": x.numpy(), "inputs_1": np.array(count)})
+    (found,) = session.run(None, {"inputs.0": x.numpy(), "inputs.1": np.array(count)})
     np.testing.assert_array_equal(found, x.numpy())
 
 
@@ -142,7 +149,7 @@ def test_an_element_by_the_counter(tools) -> None:
         x = torch.randn(2, length, 4)
         with torch.no_grad():
             wanted = module(x, torch.tensor(count))
-        (found,) = session.run(None, {"inputs_0": x.numpy(), "inputs_1": np.array(count)})
+        (found,) = session.run(None, {"inputs.0": x.numpy(), "inputs.1": np.array(count)})
         np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-5, atol=1e-6)
 
 
@@ -166,14 +173,32 @@ def writes(self, x, n):
     return x + seen + h
 
 
+def iterates(self, x, n):
+    layers = iter([self.cell, nn.Linear(4, 4), nn.Linear(4, 4), *[nn.Linear(4, 4) for _ in range(20)]])
+    for _ in range(int(n)):
+        layer = next(layers)
+        x = layer(x)
+    return x
+
+
+def pops(self, x, n):
+    scales = [0.1 * i for i in range(50)]
+    for _ in range(int(n)):
+        scale = scales.pop()
+        x = x * scale
+    return x
+
+
 @pytest.mark.parametrize(
     ("function", "said"),
     [
+        (iterates, "takes something else in each step"),
+        (pops, "takes something else in each step"),
         (grows, r"changes a tensor \(.*\) of float32 to a tensor \(.*, 2\*.*\) of float32"),
         (widens, "makes an integer a float"),
         (writes, "writes into a tensor from before it"),
     ],
-    ids=["grows", "widens", "writes"],
+    ids=["iterates", "pops", "grows", "widens", "writes"],
 )
 def test_refused(tools, function, said: str) -> None:
     with pytest.raises(NotExportableError, match=said) as caught:
@@ -196,7 +221,7 @@ def test_a_few_steps_that_are_no_loop_are_ways(tools) -> None:
     assert not _nodes(graph, "Loop")
     for count in (-100, 0, 100):
         x = torch.randn(3, 4)
-        (found,) = session.run(None, {"inputs_0": x.numpy(), "inputs_1": np.array(count)})
+        (found,) = session.run(None, {"inputs.0": x.numpy(), "inputs.1": np.array(count)})
         np.testing.assert_allclose(found, module(x, torch.tensor(count)).numpy(), rtol=1e-5)
 
 
