@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import onnx
 import pytest
 from slow_cases import slow
 
-from moe_export.commands.export import _given_away
+from moe_export.commands.export import _given_away, site_lines
 
 
 def test_the_main_road(command, write, listing, tmp_path, texts):
@@ -237,3 +238,11 @@ if __name__ == "__main__":
     assert [value.name for value in (*model.graph.input, *model.graph.output)] == ["hidden", "scores"]
     assert not (tmp_path / "own.onnx").exists()
     assert command("verify", "out/script.onnx", "--against", script).code == 0
+
+
+@pytest.mark.parametrize(
+    ("module", "where"), [("", "m.py:3"), ("model", "m.py:3"), ("model.moe", "m.py:3 in moe")]
+)
+def test_an_einsum_is_named_by_its_line_and_its_module_if_it_is_in_one(module, where):
+    site = SimpleNamespace(file="m.py", line=3, module=module, equation="bd,bd->b", became="multiply, sum")
+    assert list(site_lines([site])) == [f"einsum 'bd,bd->b' at {where}: multiply, sum"]

@@ -372,5 +372,6 @@ def site_lines(sites: Sequence[Site]) -> Iterator[str]:
         iterations[key] = iterations.get(key, 0) + 1
     for (file, line, module, equation, became), count in iterations.items():
         place = f"{os.path.relpath(Path(file).resolve())}:{line}" if file else "?"
-        where = f"{place} in {strip_scope(module, SCOPE)}" if strip_scope(module, SCOPE) != SCOPE else place
+        inside = strip_scope(module, SCOPE)  # "": in the graph of a loop, which has no modules
+        where = f"{place} in {inside}" if inside not in ("", SCOPE) else place
         yield f"einsum {equation!r} at {where}: {became}" + (f"  (x {count})" if count > 1 else "")
