@@ -109,7 +109,7 @@ def ask(started, value):
 
 def test_what_a_model_raises_arrives():
     started = apart.fork_model(bind, Kinds())
-    assert np.array_equal(ask(started, 1)["output"], np.ones((2, 3))), "it computes on one thread"
+    assert np.array_equal(ask(started, 1)["output_0"], np.ones((2, 3))), "it computes on one thread"
     with pytest.raises(apart.ModelRaisedError, match="two") as raised:
         ask(started, 2)
     assert type(raised.value).__name__ == "ZeroDivisionError"

@@ -143,16 +143,17 @@ def test_data_dependent_control_flow(refused, write):
     text = """
     class Net(nn.Module):
         def forward(self, x):
+            rows = []
             for _ in range(int(x.sum())):
-                x = x + 1
-            return x
+                rows.append(x)
+            return torch.cat(rows)
     model = Net()
     example_inputs = (torch.ones(2, 3),)
     """
     path = write(text, "net.py")
     lines = refused(3, path)
     assert lines[0].startswith("torch.export cannot trace Net: ")
-    assert lines[1] == f"  where: {path}:9"
+    assert lines[1] == f"  where: {path}:10"
     assert "write it with torch.where, masks, or a loop over all experts" in lines[2]
 
 

@@ -86,9 +86,7 @@ class Table(nn.Module):
 
 class Repeats(nn.Module):
     def forward(self, x):
-        for _ in range(int(x.sum())):
-            x = x + 1
-        return x
+        return torch.cat([x for _ in range(int(x.sum()))])
 
 
 def test_free_dimensions_and_their_names(tools):
