@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 import math
 from collections.abc import Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -140,6 +141,10 @@ def _cut(traced: Traced, routing: Routing, with_scores: bool) -> tuple[fx.GraphM
         size = size_source(node, routing.inputs) if is_size(node) else None
         if node.op == "placeholder":
             copies[node] = _constant(graph, root, node, traced, weights)
+        elif node.op == "get_attr":  # the graphs of a loop
+            name = identifier(str(node.target))
+            setattr(root, name, attrgetter(str(node.target))(traced.program.graph_module))
+            copies[node] = graph.get_attr(name)
         elif size is not None:
             copies[node] = graph.call_function(torch.ops.aten.sym_size.int, (copies[size[0]], size[1]))
         else:

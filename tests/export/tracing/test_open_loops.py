@@ -249,3 +249,40 @@ def test_left_as_it_is(tmp_path) -> None:
     path = tmp_path / "loops.py"
     path.write_text(LEFT)
     assert not converted(str(path)).codes
+
+
+class Balances(nn.Module):
+    """Scores are balanced over experts until they no longer change, then two are chosen."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.gate, self.experts = nn.Linear(4, 4), nn.ModuleList([nn.Linear(4, 4) for _ in range(4)])
+
+    def forward(self, x):
+        scores = self.gate(x).exp()
+        for _ in range(100):
+            scores = scores / scores.sum(0, keepdim=True).sqrt()
+            scores = scores / scores.sum(1, keepdim=True)
+            if (scores.sum(0) - len(x) / 4).abs().max() < 0.2 * len(x):
+                break
+        weights, chosen = scores.topk(2, dim=-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == number)
+            y.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return y
+
+
+def test_a_gate_with_a_loop_is_cut_out(tools) -> None:
+    module = Balances().eval()
+    whole, gate = export_subject(tools.subject(module, torch.randn(6, 4)), Options())
+    x = torch.randn(9, 4)
+    with torch.no_grad():
+        wanted = module(x)
+    for graph in (whole, gate):
+        assert _nodes(graph, "Loop")
+        session = onnxruntime.InferenceSession(ir.to_proto(graph.model).SerializeToString())
+        found = session.run(None, {"x": x.numpy()})
+        if graph is whole:
+            np.testing.assert_allclose(found[0], wanted.numpy(), rtol=1e-4, atol=1e-5)
