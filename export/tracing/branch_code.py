@@ -109,7 +109,7 @@ class _Rewriting(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> ast.AST | list[ast.stmt]:
-        wanted = self._is_wanted(node)
+        wanted = self._is_wanted(node) and not _takes(*node.body, *node.orelse)
         self.generic_visit(node)
         if not wanted or not (_assigns_only(node.body) and _assigns_only(node.orelse)):
             return node
@@ -147,7 +147,7 @@ class _Rewriting(ast.NodeTransformer):
         return made
 
     def visit_IfExp(self, node: ast.IfExp) -> ast.AST:
-        wanted = self._is_wanted(node)
+        wanted = self._is_wanted(node) and not _takes(node.body, node.orelse)
         self.generic_visit(node)
         if not wanted or not (can_wait(node.body) and can_wait(node.orelse)):
             return node
@@ -216,6 +216,17 @@ def _is_generator(node: ast.FunctionDef) -> bool:
 def _assigns_only(block: Sequence[ast.stmt], *, in_loop: bool = False) -> bool:
     """Whether statements do nothing but give values to local names."""
     return all(_assigns(each, in_loop) for each in block)
+
+
+def _takes(*nodes: ast.AST) -> bool:
+    """Whether code takes something out of an iterator or a list, which the other side would find gone."""
+    walked = (each for node in nodes for each in ast.walk(node))
+    calls = (each.func for each in walked if isinstance(each, ast.Call))
+    return any(
+        (isinstance(call, ast.Name) and call.id == "next")
+        or (isinstance(call, ast.Attribute) and call.attr in ("pop", "popleft", "popitem"))
+        for call in calls
+    )
 
 
 def _assigns(node: ast.stmt, in_loop: bool) -> bool:

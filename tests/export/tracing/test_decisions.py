@@ -264,6 +264,25 @@ def by_another_mask(self, x):
     return y
 
 
+def takes(self, x):
+    layers, scales = iter([self.a, self.b]), [2.0, 3.0]
+    if x.sum() > 0:
+        y = next(layers)(x)
+        y = y * scales.pop()
+    else:
+        y = x
+    return next(layers)(y) * scales.pop()
+
+
+def test_a_side_that_takes_from_an_iterator_leaves_it_to_the_other(tools):
+    module = Decides(takes).eval()
+    traced = trace(tools.subject(module, torch.randn(3, 4)))
+    for x in (torch.ones(2, 4), -torch.ones(5, 4)):
+        with torch.no_grad():
+            (found,) = traced.program.module()(x)
+            torch.testing.assert_close(found, module(x))
+
+
 @pytest.mark.parametrize(("how", "count"), [(by_mask, 0), (by_another_mask, 2)])
 def test_a_write_by_the_mask_that_is_asked_for_is_no_decision(tools, how, count):
     module = Decides(how).eval()
