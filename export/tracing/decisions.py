@@ -229,6 +229,7 @@ class _Asking(TorchFunctionMode):
         self.asked: list[_Question] = []
         self._answered: dict[fx.Node, bool] = {}
         self._looks = False
+        self._unfollowed = 0
         self._decisions = decisions
 
     def start(self, answers: tuple[bool, ...]) -> None:
@@ -287,7 +288,12 @@ class _Asking(TorchFunctionMode):
         if not self._decisions.follows:  # the trace is made again: see what else there is
             self._decisions.open.add(place)
             self._decisions.met = True
+            self._unfollowed += 1
+            if self._unfollowed > MOST_WAYS:  # a `while` whose test is always true would not end
+                raise DecisionMetError(place)
             return True
+        if len(self.asked) >= MOST_WAYS:  # each question has another answer, and so another way
+            _refuse_many([*self._decisions.places, place])
         if place not in self._decisions.open:
             self._decisions.open.add(place)
             if is_converted(place, self._decisions.open, self._decisions.ways):

@@ -58,7 +58,7 @@ class Named(Protocol):
 
 
 class BuilderFlag(Protocol):
-    """What a builder's configuration may be told."""
+    """A builder's configuration."""
 
     REFIT: Named
     REFIT_IDENTICAL: Named

@@ -98,7 +98,14 @@ def shifts(self, x, n):
     return x + a + 10 * b + 100 * c
 
 
-LOOPS = [shifts, halting, counted, counted_in_steps, breaks, flag, nested]
+def unbounded(self, x, n):
+    h = x + n
+    while (h.abs() > 0.5).any():
+        h = h * 0.5
+    return h
+
+
+LOOPS = [unbounded, shifts, halting, counted, counted_in_steps, breaks, flag, nested]
 
 
 def _run(tools, function, *example):
