@@ -97,6 +97,46 @@ def check_inputs(tensors: Mapping[str, torch.Tensor], source: Path) -> None:
             )
 
 
+def check_constants(constants: Mapping[str, Any], source: Path) -> None:
+    """Refuse arguments that are fixed in the graph, and hold tensors, which would be fixed with them.
+
+    Raises:
+        NotExportableError: One does.
+    """
+    for name, value in constants.items():
+        path = tensor_inside(value)
+        if path is not None:
+            kind = type(value).__name__
+            raise NotExportableError(
+                f"the example input {name} is a {kind}, whose tensor {name}.{path} would be a constant in the graph",
+                code=Code.UNLIKE_ONNX,
+                where=str(source),
+                hint=f"make {kind} a dataclass, register it (torch.utils._pytree.register_pytree_node), "
+                "or let forward take its tensors",
+            )
+
+
+def tensor_inside(value: Any, depth: int = 4) -> str | None:
+    """The path to a tensor that an object holds in attributes and containers; None if it holds none.
+
+    A module's own weights are constants wherever it stands.
+    """
+    if isinstance(value, (type, nn.Module)) or depth == 0:
+        return None
+    if isinstance(value, Mapping):
+        held = {str(key): each for key, each in value.items()}
+    elif isinstance(value, (tuple, list)):
+        held = {str(index): each for index, each in enumerate(value)}
+    else:
+        held = getattr(value, "__dict__", {})
+    for name, each in held.items():
+        if isinstance(each, torch.Tensor):
+            return name
+        if (path := tensor_inside(each, depth - 1)) is not None:
+            return f"{name}.{path}"
+    return None
+
+
 def check_outputs(tensors: Mapping[str, torch.Tensor], where: str | None) -> None:
     """Refuse outputs that no graph can give.
 

@@ -24,11 +24,21 @@ import torch
 from torch import nn
 
 from moe_export.errors import UsageError
-from moe_export.export.frontend.pytree import KEY, VALUE, Leaf, is_cache, path_word, unique
+from moe_export.export.frontend.pytree import (
+    KEY,
+    STATE,
+    VALUE,
+    WINDOW,
+    Leaf,
+    children,
+    is_cache,
+    path_word,
+    unique,
+)
 from moe_export.export.frontend.source import forward_line
 from moe_export.export.torch_compat.nesting import pytree
 
-_CACHED = re.compile(rf"(?P<cache>.*?)\.?(?P<place>\d+\.({KEY}|{VALUE}))")
+_CACHED = re.compile(rf"(?P<cache>.*?)\.?(?P<place>\d+\.({KEY}|{VALUE}|{WINDOW}|{STATE})(\.\d+)?)")
 _PAST, _PRESENT = "past", "present"
 
 
@@ -66,14 +76,15 @@ def argument_names(
 
 def _paths(value: Any, name: str) -> Iterator[str]:
     """The path of each leaf, in torch's order."""
-    children = pytree.tree_flatten_with_path(value, is_leaf=lambda each: each is not value)[0]
-    for path, child in children:
-        if not path:
-            yield name
-        elif is_cache(value):
-            yield from (f"{name}.{path_word(pytree.keystr(path))}.{part}" for part in (KEY, VALUE))
+    if pytree.tree_structure(value).is_leaf():
+        yield name
+        return
+    for key, child in children(value):
+        path = f"{name}.{path_word(key)}"
+        if is_cache(value):
+            yield from (f"{path}.{part}" for part in (KEY, VALUE))
         else:
-            yield from _paths(child, f"{name}.{path_word(pytree.keystr(path))}")
+            yield from _paths(child, path)
 
 
 def _positional_names(signature: inspect.Signature, count: int) -> list[str]:

@@ -8,15 +8,21 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 
 from moe_export.export.torch_compat.nesting import pytree
 
+Inside = Callable[[Any], Mapping[str, Any] | None]
+"""What an object of some class holds, by name; None of any other."""
+
 KEY, VALUE = "key", "value"
 """What the two tensors are called that attention keeps for a layer."""
+
+WINDOW, STATE = "window", "state"
+"""What a convolution and a recurrence keep for a layer."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,27 +37,30 @@ class Leaf:
         return isinstance(self.value, torch.Tensor)
 
 
-def leaves(value: Any, name: str = "") -> Iterator[Leaf]:
+def leaves(value: Any, name: str = "", inside: Inside | None = None) -> Iterator[Leaf]:
     """Walk a nested structure in a fixed order and yield its leaves; `None` is no leaf.
 
     Args:
         value: A tensor, a constant, or any nesting of tuples, lists, mappings, named tuples, dataclasses and
             registered pytree nodes.
         name: The prefix of every path.
+        inside: What other objects hold that are no leaves.
     """
     if value is None:
         return
-    for key, child in _children(value):
+    for key, child in _children(value, inside):
         if key is None:
             yield Leaf(name, child)
         else:
-            yield from leaves(child, f"{name}.{path_word(key)}" if name else path_word(key))
+            yield from leaves(child, f"{name}.{path_word(key)}" if name else path_word(key), inside)
 
 
-def _children(value: Any) -> Iterator[tuple[str | None, Any]]:
+def _children(value: Any, inside: Inside | None) -> Iterator[tuple[str | None, Any]]:
     """The named children of a container, or `(None, value)` for a leaf."""
     if isinstance(value, torch.Tensor):
         yield None, value
+    elif inside is not None and (held := inside(value)) is not None:
+        yield from held.items()
     elif isinstance(value, Mapping):
         yield from ((str(key), child) for key, child in value.items())
     elif isinstance(value, tuple) and hasattr(value, "_fields"):
@@ -63,10 +72,27 @@ def _children(value: Any) -> Iterator[tuple[str | None, Any]]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         yield from ((field.name, getattr(value, field.name)) for field in dataclasses.fields(value))
     elif type(value) in pytree.SUPPORTED_NODES:
-        found = pytree.tree_flatten_with_path(value)[0]
-        yield from ((pytree.keystr(path), child) for path, child in found)
+        yield from children(value)
     else:
         yield None, value
+
+
+def children(value: Any) -> list[tuple[str, Any]]:
+    """What a node of torch's registry holds, in torch's order: by the keys that it is registered with, else by the
+    attributes that are its children, else by number. A value of any other class holds nothing.
+    """
+
+    def is_leaf(each: Any) -> bool:
+        return each is not value
+
+    found, spec = pytree.tree_flatten(value, is_leaf=is_leaf)
+    if spec.is_leaf():
+        return []
+    if pytree.SUPPORTED_NODES[spec.type].flatten_with_keys_fn is not None:
+        pairs = pytree.tree_flatten_with_path(value, is_leaf=is_leaf)[0]
+        return [(pytree.keystr(path), child) for path, child in pairs]
+    names = {id(child): name for name, child in getattr(value, "__dict__", {}).items()}
+    return [(names.get(id(child), str(index)), child) for index, child in enumerate(found)]
 
 
 def is_cache(value: Any) -> bool:

@@ -14,11 +14,18 @@ import torch
 from torch import nn
 
 from moe_export.errors import Code, NotExportableError, UsageError
-from moe_export.export.frontend.accept import check_inputs, check_outputs, plain_module, register_dataclasses
+from moe_export.export.frontend.accept import (
+    check_constants,
+    check_inputs,
+    check_outputs,
+    plain_module,
+    register_dataclasses,
+)
+from moe_export.export.frontend.caches import close_caches, inside_caches, open_caches
 from moe_export.export.frontend.export_calls import NOTHING, Asked
 from moe_export.export.frontend.first_calls import first_calls, is_tensor
 from moe_export.export.frontend.names import argument_names, output_names, renamed
-from moe_export.export.frontend.pytree import Leaf, leaves
+from moe_export.export.frontend.pytree import Inside, Leaf, leaves
 from moe_export.export.frontend.source import calls_user_code, forward_line, last_user_line
 from moe_export.export.frontend.state import State
 from moe_export.export.frontend.train_mode import note_on_mode
@@ -73,6 +80,7 @@ class Subject:
     state: State = field(repr=False)
     _spec: pytree.TreeSpec = field(repr=False)
     _template: tuple[Any, ...] = field(repr=False)
+    _inside: Inside | None = field(default=None, repr=False)
     weights: LazyWeights | None = field(default=None, repr=False)
     notes: tuple[str, ...] = ()
     unread: frozenset[str] = frozenset()
@@ -117,9 +125,10 @@ class Subject:
         """Run the model once; everything that it returns, `dropped` included. What it does to its state stays."""
         queue = iter(tensors)
         filled = [item.filled(next(queue)) if isinstance(item, _Slot) else item for item in self._template]
-        args, kwargs = pytree.tree_unflatten(filled, self._spec)
+        args, kwargs = close_caches(pytree.tree_unflatten(filled, self._spec))
         with torch.compiler.set_stance("force_eager"):
-            return [_in_pairs(leaf) for leaf in leaves(self.module(*args, **kwargs))]
+            found = leaves(self.module(*args, **kwargs), inside=self._inside)
+            return [_in_pairs(leaf) for leaf in found]
 
     def call_named(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the model on tensors by input name, for its values.
@@ -200,12 +209,17 @@ def make_subject(
     awake = [part for part in module.modules() if part.training]
     module.eval()
     register_dataclasses((args, kwargs))
-    flat, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
+    args, kwargs = open_caches((tuple(args), dict(kwargs)), source)
+    inside = inside_caches((args, kwargs))
+    flat, spec = pytree.tree_flatten((args, kwargs))
     names = argument_names(module, args, kwargs, source, flat)
     names = renamed(names, asked.input_names, map(is_tensor, flat))
     tensors = {
         name: _as_pairs(value.detach()) for name, value in zip(names, flat, strict=True) if is_tensor(value)
     }
+    check_constants(
+        {name: value for name, value in zip(names, flat, strict=True) if not is_tensor(value)}, source
+    )
     if not tensors:
         raise UsageError(
             f"the example inputs of {type(module).__name__} hold no tensor, but {_kinds(flat)}",
@@ -214,7 +228,9 @@ def make_subject(
         )
     check_inputs(tensors, source)
     with without_weights(weights):
-        ran = first_calls(module, lambda: list(leaves(_run(module, args, kwargs, source))), source)
+        ran = first_calls(
+            module, lambda: list(leaves(_run(module, args, kwargs, source), inside=inside)), source
+        )
     found = ran.found
     outputs, dropped = output_names(module, found, tensors)
     outputs = renamed(outputs, asked.output_names, (True for _ in outputs), taken=set(tensors))
@@ -224,9 +240,12 @@ def make_subject(
     )
     if not outputs:
         raise NotExportableError(
-            f"{type(module).__name__}.forward returns no tensor, so there is no graph to write",
+            f"{type(module).__name__}.forward returns no tensor but {_kinds([leaf.value for leaf in found])}, "
+            "so there is no graph to write",
             code=Code.NO_OUTPUT,
             where=forward_line(module),
+            hint="return tensors, in tuples, lists, dicts or dataclasses, or in a class that is registered: "
+            "torch.utils._pytree.register_pytree_node",
         )
     notes = tuple(
         f"{kind} {name} is complex, and has pairs of a real and an imaginary part along a last axis in the graph"
@@ -255,6 +274,7 @@ def make_subject(
         state=ran.state,
         _spec=spec,
         _template=tuple(_Slot(value.is_complex()) if is_tensor(value) else value for value in flat),
+        _inside=inside,
         weights=weights,
         free=None if asked.free is None else _free_dims(tensors, asked),
         notes=notes,
@@ -283,9 +303,10 @@ def _kinds(values: Sequence[Any]) -> str:
 def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], source: Path) -> Any:
     """One eager call on copies of the example inputs, so that an in-place model cannot change them."""
     args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if is_tensor(leaf) else leaf, (args, kwargs))
+    given, named = close_caches((args, kwargs))
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            return module(*args, **kwargs)
+            return module(*given, **named)
     except Exception as error:
         shapes = ", ".join(
             f"{tuple(leaf.shape)} {str(leaf.dtype).removeprefix('torch.')}"

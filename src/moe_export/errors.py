@@ -50,7 +50,7 @@ class Code(Enum):
     NO_RANKS = ("MX602", "There are no experts to spread over ranks")
     RANKS_FORM = ("MX603", "The experts cannot be spread over ranks in this form")
     NO_OUTPUT = ("MX701", "The model returns no tensor")
-    UNLIKE_ONNX = ("MX702", "An input or an output is sparse or nested")
+    UNLIKE_ONNX = ("MX702", "An input or an output is sparse, nested or inside an object")
     FROZEN_MODULE = ("MX703", "A module is TorchScript, or quantized")
     KERNEL = ("MX704", "A GPU kernel has no form in plain PyTorch")
     GENERATION = ("MX705", "A model is called through its generation loop")

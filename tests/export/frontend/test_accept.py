@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree
 
 from moe_export.errors import NotExportableError, UsageError
 
@@ -99,3 +100,47 @@ def test_lazy_modules_take_their_sizes_from_the_example(tools):
     graph = tools.graph(nn.Sequential(nn.LazyLinear(3), nn.ReLU()), torch.randn(2, 7))
     assert graph.traced.inputs == {"input": ("batch", 7)}
     tools.equal(graph, torch.randn(4, 7))
+
+
+class Box:
+    """A class that nobody but its user knows."""
+
+    def __init__(self, x, y):
+        self.x, self.y = x, y
+
+
+class Registered(Box):
+    """One that PyTorch was told of, without keys."""
+
+
+_pytree.register_pytree_node(
+    Registered, lambda box: ([box.x, box.y], None), lambda pair, _: Registered(*pair)
+)
+
+
+class Boxes(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, box):
+        return self.kind(box.x * 2, [box.x + box.y])
+
+
+def test_an_object_that_holds_tensors_is_refused(tools):
+    with pytest.raises(NotExportableError, match=r"box is a Box, whose tensor box\.y\.0 would be") as caught:
+        tools.subject(Boxes(Box), Box(3, [torch.ones(2)]))
+    assert "make Box a dataclass, register it" in caught.value.hint
+
+
+def test_an_object_alone_is_no_output(tools):
+    with pytest.raises(NotExportableError, match=r"Boxes\.forward returns no tensor but Box") as caught:
+        tools.subject(Boxes(Box), Registered(torch.ones(2), 1))
+    assert "torch.utils._pytree.register_pytree_node" in caught.value.hint
+
+
+def test_a_registered_class_is_taken_apart(tools):
+    graph = tools.graph(Boxes(Registered), Registered(torch.randn(2, 3), torch.randn(2, 3)))
+    assert list(graph.traced.inputs) == ["box.x", "box.y"]
+    assert list(graph.traced.outputs) == ["x", "y.0"]
+    tools.equal(graph, torch.randn(4, 3), torch.randn(4, 3))
