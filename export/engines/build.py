@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import onnx
 import onnx_ir as ir
@@ -35,6 +35,20 @@ from moe_export.tensorrt_api import Builder, IBuilderConfig, ILogger, INetworkDe
 
 Step = Callable[[str], AbstractContextManager[Any]]
 _NEEDS_GPU = re.compile(r"cudaError|CUDA_SUCCESS|Cuda Runtime")
+
+
+class EngineFacts(TypedDict):
+    """What a report says of an engine."""
+
+    capability: str
+    module: str
+    version: str
+    size: int
+    seconds: float
+    profiles: list[dict[str, list[int]]]
+    settings: dict[str, bool | int | str]
+    memory: dict[str, int]
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -70,7 +84,7 @@ class Engine:
         """Bytes of the engine."""
         return len(self.plan)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> EngineFacts:
         """What a report says of it: everything but its bytes and layers."""
         return {
             "capability": self.capability,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, TypedDict
 
 import onnx_ir as ir
 
@@ -14,7 +14,115 @@ from moe_export.export.parallel.ranks import Ranks
 from moe_export.export.parallel.stages import Exchange, Spec, Staged
 from moe_export.export.pipeline import Graph
 
-SCHEMA = "moe-export/parallel/1"
+SCHEMA: Final = "moe-export/parallel/1"
+
+
+class DimEntry(TypedDict):
+    """A free dimension: its size in the example, and the sizes for which the graph is right (null: any)."""
+
+    name: str
+    traced: int
+    minimum: int
+    maximum: int | None
+
+
+class FormEntry(TypedDict):
+    """The form of a value: a string in its shape is a dimension or an expression of some, null depends on the data."""
+
+    dtype: str
+    shape: list[int | str | None]
+
+
+class ValueEntry(FormEntry):
+    """An input or an output."""
+
+    name: str
+
+
+class LayerEntry(TypedDict):
+    """A block of experts, and the rank of each."""
+
+    module: str
+    line: str | None
+    experts: int
+    slots: int
+    placement: list[int]
+
+
+class SentEntry(FormEntry):
+    """What a rank sends."""
+
+    bytes_per_row: int
+
+
+class ExchangeEntry(TypedDict):
+    """Values that the ranks exchange behind a stage."""
+
+    kind: str
+    layer: int
+    after: int
+    back: bool
+    capacity: int | None
+    values: list[SentEntry]
+
+
+class RankExchangeEntry(TypedDict):
+    """The same by the names of values in the graphs of one rank."""
+
+    sends: list[str]
+    gives: list[str]
+    counts: str | None
+    counted: str | None
+
+
+class TensorEntry(TypedDict):
+    """A weight of a rank; of `experts`, or on `all` ranks."""
+
+    name: str
+    stage: int
+    of: Literal["experts", "all"]
+    dtype: str
+    shape: list[int]
+    bytes: int
+
+
+class RankEntry(TypedDict):
+    """The graphs of one rank."""
+
+    rank: int
+    experts: list[list[int]]
+    stages: list[str]
+    exchanges: list[RankExchangeEntry]
+    bytes: int
+    expert_bytes: int
+    tensors: list[TensorEntry]
+
+
+class Facts(TypedDict):
+    """What a manifest says of this tool and of the graphs' target."""
+
+    version: str
+    opset: int
+    target: str
+
+
+class ManifestDocument(Facts):
+    """The graphs of all ranks, and what they exchange: `MODEL.parallel.json`."""
+
+    schema: Literal["moe-export/parallel/1"]
+    source: str
+    ranks: int
+    exchange: str
+    capacity: int | None
+    collectives: str
+    whole: str | None
+    example: str | None
+    inputs: list[ValueEntry]
+    outputs: list[ValueEntry]
+    dims: list[DimEntry]
+    layers: list[LayerEntry]
+    exchanges: list[ExchangeEntry]
+    graphs: list[RankEntry]
 
 
 def file_name(stem: str, rank: int, stage: int) -> str:
@@ -23,8 +131,8 @@ def file_name(stem: str, rank: int, stage: int) -> str:
 
 
 def manifest(
-    graph: Graph, ranks: Ranks, whole: str | None, example: str | None, facts: Mapping[str, Any]
-) -> dict[str, Any]:
+    graph: Graph, ranks: Ranks, whole: str | None, example: str | None, facts: Facts
+) -> ManifestDocument:
     """The manifest as plain data.
 
     Args:
@@ -67,7 +175,7 @@ def manifest(
     }
 
 
-def _rank(rank: int, staged: Staged, ranks: Ranks, source: Path) -> dict[str, Any]:
+def _rank(rank: int, staged: Staged, ranks: Ranks, source: Path) -> RankEntry:
     tensors = [tensor for stage, model in enumerate(staged.stages) for tensor in _tensors(stage, model)]
     return {
         "rank": rank,
@@ -88,7 +196,7 @@ def _rank(rank: int, staged: Staged, ranks: Ranks, source: Path) -> dict[str, An
     }
 
 
-def _tensors(stage: int, model: ir.Model) -> Iterable[dict[str, Any]]:
+def _tensors(stage: int, model: ir.Model) -> Iterable[TensorEntry]:
     """The weights of a stage: a tensor that only nodes of experts read is theirs, any other stands on every rank."""
     readers: dict[ir.Value, list[ir.Node]] = {}
     for node in model.graph.all_nodes():
@@ -99,7 +207,7 @@ def _tensors(stage: int, model: ir.Model) -> Iterable[dict[str, Any]]:
         assert value.const_value is not None
         marks = [node.metadata_props.get(BLOCK, "") for node in readers.get(value, [])]
         yield {
-            "name": value.name,
+            "name": str(value.name),
             "stage": stage,
             "of": "experts" if marks and all(mark.startswith("experts:") for mark in marks) else "all",
             "dtype": value.const_value.dtype.name.lower(),
@@ -108,7 +216,7 @@ def _tensors(stage: int, model: ir.Model) -> Iterable[dict[str, Any]]:
         }
 
 
-def _exchange(exchange: Exchange, specs: Mapping[str, Spec]) -> dict[str, Any]:
+def _exchange(exchange: Exchange, specs: Mapping[str, Spec]) -> ExchangeEntry:
     return {
         "kind": exchange.kind,
         "layer": exchange.layer,
@@ -116,7 +224,7 @@ def _exchange(exchange: Exchange, specs: Mapping[str, Spec]) -> dict[str, Any]:
         "back": exchange.back,
         "capacity": exchange.capacity,
         "values": [
-            _value("", specs[name]) | {"bytes_per_row": row_bytes(specs[name])} for name in exchange.sends
+            {**_form(specs[name]), "bytes_per_row": row_bytes(specs[name])} for name in exchange.sends
         ],
     }
 
@@ -127,10 +235,13 @@ def row_bytes(spec: Spec) -> int:
     return prod(size if isinstance(size, int) else 1 for size in shape[1:]) * dtype.bitwidth // 8
 
 
-def _value(name: str, spec: Spec) -> dict[str, Any]:
-    named = {"name": name} if name else {}
+def _value(name: str, spec: Spec) -> ValueEntry:
+    return {"name": name, **_form(spec)}
+
+
+def _form(spec: Spec) -> FormEntry:
     dtype, shape = spec
-    return {**named, "dtype": numpy_name(dtype), "shape": list(shape)}
+    return {"dtype": numpy_name(dtype), "shape": list(shape)}
 
 
 def numpy_name(dtype: ir.DataType) -> str:

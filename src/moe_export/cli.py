@@ -222,6 +222,17 @@ def explain_command(**options: Any) -> int:
     return run_explain(**options)
 
 
+@cli.command("schema")
+@click.argument("name", metavar="NAME")
+def schema_command(**options: Any) -> int:
+    """Print the JSON Schema of a file that moe-export writes (report, verify, engines, parallel), or of what a command
+    prints with --json (bench, check, diff, explain, mutate, plan).
+    """
+    from moe_export.commands.schema import run_schema
+
+    return run_schema(**options)
+
+
 def _complete(args: list[str]) -> int:
     """Answer the shell that asks what a word may become."""
     try:

@@ -9,7 +9,8 @@ import onnx
 import pytest
 from slow_cases import slow
 
-from moe_export.commands.export import _given_away, site_lines
+from moe_export.commands.export import site_lines
+from moe_export.commands.export_document import given_away
 
 
 def test_the_main_road(command, write, listing, tmp_path, texts):
@@ -57,9 +58,9 @@ def test_the_report(finished):
 
 def test_notes_tell_lines_without_absolute_paths(tmp_path):
     note = f"4 experts at {tmp_path}/inner/moe.py:93: (lowered as 'slices')"
-    assert _given_away(note, tmp_path) == "4 experts at inner/moe.py:93: (lowered as 'slices')"
+    assert given_away(note, tmp_path) == "4 experts at inner/moe.py:93: (lowered as 'slices')"
     beside = "loop at ../lib/loop.py:47: over x.shape[1], 12 ops per step"
-    assert _given_away(beside, tmp_path) == beside
+    assert given_away(beside, tmp_path) == beside
 
 
 def test_json_is_one_document_and_nothing_else(command, write, texts):

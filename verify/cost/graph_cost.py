@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import onnx
@@ -80,6 +80,19 @@ class Work:
     milliseconds: float
 
 
+class CostEntry(TypedDict):
+    """What a graph costs at one size, and each block of it."""
+
+    nodes: int
+    flops: int
+    weight_bytes: int
+    activation_bytes: int
+    milliseconds: float
+    border_bytes: int
+    blocks: Annotated[dict[str, dict[str, Any]], dict[str, Work]]
+    uncounted: list[str]
+
+
 @dataclass(frozen=True)
 class Cost:
     """What a graph costs at one size.
@@ -101,14 +114,17 @@ class Cost:
         """The least that one run reads and writes: each weight, input and output once."""
         return self.total.weight_bytes + self.border_bytes
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> CostEntry:
         """Plain data: FLOPs, bytes, and the same for each block."""
-        parts = {name: asdict(work) for name, work in self.blocks.items()}
         return {
-            **asdict(self.total),
+            "nodes": self.total.nodes,
+            "flops": self.total.flops,
+            "weight_bytes": self.total.weight_bytes,
+            "activation_bytes": self.total.activation_bytes,
+            "milliseconds": self.total.milliseconds,
             "border_bytes": self.border_bytes,
-            "blocks": parts,
-            "uncounted": self.uncounted,
+            "blocks": {name: asdict(work) for name, work in self.blocks.items()},
+            "uncounted": list(self.uncounted),
         }
 
 

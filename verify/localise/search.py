@@ -14,7 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import onnx
@@ -25,6 +25,7 @@ from moe_export.verify.localise.gap import NONE, Gap, gap
 from moe_export.verify.localise.iterations import iterations
 from moe_export.verify.localise.level import Cut, Level, Value
 from moe_export.verify.localise.reference import ReferenceValues
+from moe_export.verify.reports.report import finite
 from moe_export.verify.runner import one_line
 
 MEMORY = 1 << 30
@@ -86,6 +87,13 @@ class NodeError:
         return "\n".join(lines)
 
 
+class Found(TypedDict):
+    """The first faulty node, and how long it took to find."""
+
+    faulty_node: Annotated[dict[str, Any] | None, NodeError | None]
+    seconds: float
+
+
 @dataclass(frozen=True)
 class Localisation:
     """The result of the search.
@@ -110,9 +118,10 @@ class Localisation:
         most = max(self.nodes, key=lambda node: node.ratio)
         return f"no node is faulty by itself: the largest own error is that of\n{most}"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Found:
         """Plain data, for JSON."""
-        return {"faulty_node": None if self.faulty is None else asdict(self.faulty), "seconds": self.seconds}
+        faulty = None if self.faulty is None else finite(asdict(self.faulty))
+        return {"faulty_node": faulty, "seconds": self.seconds}
 
 
 def find_faulty_node(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 from moe_export.verify.inputs.cases import Case
 from moe_export.verify.inputs.regimes import NORMAL, STRESS, TIES
@@ -42,7 +42,7 @@ class CaseResult:
 
     label: str
     seed: int
-    sizes: tuple[tuple[str, int], ...]
+    sizes: Annotated[tuple[tuple[str, int], ...], dict[str, int]]
     outcome: Outcome
     reason: str | None = None
     judgements: tuple[Judgement, ...] = ()

@@ -6,26 +6,46 @@ import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Annotated, Any, Final, Literal, TypedDict, cast
 
-from moe_export.verify.reports.findings import UNFINISHED, Findings
+from moe_export.verify.reports.findings import UNFINISHED, CaseResult, Findings, Row, Verdict
 from moe_export.verify.reports.table import plain, rich_report
 
-SCHEMA = "moe-export/verify-report/2"
+SCHEMA: Final = "moe-export/verify-report/2"
+
+
+class ReportDocument(TypedDict):
+    """What one comparison found."""
+
+    schema: Literal["moe-export/verify-report/2"]
+    reference: str
+    candidate: str
+    verdict: Verdict
+    exit_code: int
+    shortfall: str | None
+    left_out: list[str]
+    claims: list[str]
+    sizes_wanted: int
+    flips: int
+    flips_allowed: str | None
+    about: dict[str, str]
+    warnings: list[str]
+    outputs: Annotated[list[dict[str, Any]], list[Row]]
+    cases: Annotated[list[dict[str, Any]], list[CaseResult]]
 
 
 @dataclass(frozen=True)
 class Report(Findings):
     """The findings of `compare`; print it, or hand it to rich. Its arguments are those of `Findings`."""
 
-    schema: str = field(default=SCHEMA, init=False)
+    schema: Literal["moe-export/verify-report/2"] = field(default=SCHEMA, init=False)
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> ReportDocument:
         """As plain dicts and lists that strict JSON can hold: NaN and Inf become strings.
 
         `reading.read_report` makes the report again.
         """
-        found = {
+        found: ReportDocument = {
             "schema": self.schema,
             "reference": self.reference,
             "candidate": self.candidate,
@@ -42,7 +62,7 @@ class Report(Findings):
             "outputs": [asdict(row) for row in self.rows],
             "cases": [asdict(case) | {"sizes": dict(case.sizes)} for case in self.cases],
         }
-        return dict(_finite(found))
+        return cast(ReportDocument, finite(found))
 
     def to_json(self) -> str:
         """`to_dict` as indented JSON, with a `schema` that names its version."""
@@ -61,9 +81,10 @@ def worst_code(reports: Iterable[Report]) -> int:
     return max(codes - {UNFINISHED}, default=0) or (UNFINISHED if UNFINISHED in codes else 0)
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """Plain data that strict JSON can hold: NaN and Inf as strings, at whatever depth."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

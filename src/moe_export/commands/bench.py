@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, TypedDict
 
 import onnx
 
@@ -14,12 +14,30 @@ from moe_export.export.engines.graph_file import read_graph
 from moe_export.export.engines.profiles import Range
 from moe_export.export.engines.shape_inputs import complete_profile
 from moe_export.options.sizes import parse_one_set
-from moe_export.running.benching import Job, Timing, measure
+from moe_export.running.benching import Job, Timing, TimingEntry, measure
 from moe_export.running.engines import graph_of
 from moe_export.running.inputs import inputs_at
-from moe_export.verify.cost.graph_cost import Cost, cost_of, parts_of
+from moe_export.verify.cost.graph_cost import Cost, CostEntry, cost_of, parts_of
 
-SCHEMA = "moe-export/bench/1"
+SCHEMA: Final = "moe-export/bench/1"
+
+
+class NotCounted(TypedDict):
+    """Why a graph's cost is not known."""
+
+    reason: str
+
+
+class BenchDocument(TypedDict):
+    """The measurements of a graph: `moe-export bench --json`."""
+
+    schema: Literal["moe-export/bench/1"]
+    graph: str
+    sizes: dict[str, int]
+    cost: CostEntry | NotCounted
+    backends: list[TimingEntry]
+
+
 _ORT = ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt")
 
 
@@ -57,7 +75,7 @@ def run_bench(
     for job in jobs:
         with console.step(f"measuring {Path(job.path).name if job.backend == 'engine' else job.backend}"):
             timings.append(measure(job))
-    document = {
+    document: BenchDocument = {
         "schema": SCHEMA,
         "graph": path.name,
         "sizes": {name: found.best for name, found in chosen.items()},

@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final, Literal, TypedDict
 
 import click
 
 import moe_export
 from moe_export.commands.console import Console
 from moe_export.errors import UsageError
-from moe_export.export.engines.build import Engine, build_engines
+from moe_export.export.engines.build import Engine, EngineFacts, build_engines
 from moe_export.export.engines.graph_file import read_graph
 from moe_export.export.engines.module import check_capabilities, load_module
 from moe_export.export.engines.profiles import Range, parse_range
@@ -26,8 +26,26 @@ from moe_export.options.memory import parse_bytes
 from moe_export.options.table import names_in
 from moe_export.own_files import require_free
 from moe_export.running.engines import NOT_RUN, not_run, run_status
+from moe_export.verify.reports.report import ReportDocument
 
-SCHEMA = "moe-export/engines/1"
+SCHEMA: Final = "moe-export/engines/1"
+
+
+class EngineEntry(EngineFacts):
+    """An engine's file, and whether it ran and is right."""
+
+    file: str
+    status: str
+    verification: ReportDocument | None
+
+
+class EnginesDocument(TypedDict):
+    """What `moe-export build` made: `MODEL.engines.json`."""
+
+    schema: Literal["moe-export/engines/1"]
+    version: str
+    source: str
+    engines: list[EngineEntry]
 
 
 @dataclass(frozen=True)
@@ -111,7 +129,7 @@ def check_names(request: Request, known: Iterable[str]) -> None:
 
 def build_files(
     request: Request, graph: Path, folder: Path, step: Callable[[str], AbstractContextManager[Any]]
-) -> list[dict[str, Any]]:
+) -> list[EngineEntry]:
     """Build the engines of a graph into a folder: `model.sm89.engine`, and `model.sm89.layers.json` if asked for.
 
     Ranges of dimensions that this graph does not have are left out: a gate may have fewer than its model.
@@ -128,7 +146,7 @@ def build_files(
     return [_write(engine, graph, folder, request.layers) for engine in engines]
 
 
-def _write(engine: Engine, graph: Path, folder: Path, layers: bool) -> dict[str, Any]:
+def _write(engine: Engine, graph: Path, folder: Path, layers: bool) -> EngineEntry:
     name = f"{graph.name.removesuffix('.onnx')}.{engine.capability}"
     (folder / f"{name}.engine").write_bytes(engine.plan)
     if layers:
@@ -143,7 +161,7 @@ def _write(engine: Engine, graph: Path, folder: Path, layers: bool) -> dict[str,
     return {"file": f"{name}.engine", "status": status, **engine.to_dict(), "verification": verification}
 
 
-def exit_code(request: Request, engines: Iterable[Mapping[str, Any]], console: Console) -> int:
+def exit_code(request: Request, engines: Iterable[EngineEntry], console: Console) -> int:
     """1 if an engine ran and is not equal, 4 if one had to run and did not, else 0; says so."""
     statuses = [str(found["status"]) for found in engines]
     if "not equal" in statuses:
@@ -156,7 +174,7 @@ def exit_code(request: Request, engines: Iterable[Mapping[str, Any]], console: C
     return 0
 
 
-def engine_lines(documents: Iterable[Mapping[str, Any]], folder: Path) -> list[str]:
+def engine_lines(documents: Iterable[EngineEntry], folder: Path) -> list[str]:
     """A line an engine, for people."""
     lines = []
     for found in documents:
@@ -192,7 +210,7 @@ def run_build(
         raise UsageError(f"{cache} is the graph, and no cache of timings", hint="--timing-cache timings.bin")
     with staging(folder.absolute(), inputs=[path], force=force) as temporary:
         engines = build_files(request, path, temporary, console.step)
-        document = {
+        document: EnginesDocument = {
             "schema": SCHEMA,
             "version": moe_export.__version__,
             "source": path.name,

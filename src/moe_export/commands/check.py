@@ -5,14 +5,39 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Final, Literal, TypedDict, cast
 
 from moe_export.commands.console import Console
 from moe_export.export.engines.graph_file import read_graph
 from moe_export.export.engines.refusal import Refusal
 from moe_export.export.engines.rules import Findings, find_refusals
 
-SCHEMA = "moe-export/check/1"
+SCHEMA: Final = "moe-export/check/1"
 NOTHING = "nothing that TensorRT is known to refuse; only a build (moe-export build) shows that it builds"
+
+
+class RefusalEntry(TypedDict, total=False):
+    """One thing that TensorRT refuses; what is not known of it is left out."""
+
+    rule: str
+    node: str
+    module: str
+    source: str
+    hint: str
+    capability: str
+    builder: str
+
+
+class CheckDocument(TypedDict):
+    """What TensorRT is known to refuse in a graph: `moe-export check --json`."""
+
+    schema: Literal["moe-export/check/1"]
+    graph: str
+    target: str
+    builder: str
+    verdict: str
+    refused: list[RefusalEntry]
+    doubts: list[RefusalEntry]
 
 
 def run_check(graph: str, builder: str | None, console: Console) -> int:
@@ -49,7 +74,7 @@ def _count(number: int, what: str) -> str:
     return f"{number} {what}" + ("" if number == 1 else "s")
 
 
-def _document(graph: str, builder: str | None, findings: Findings) -> dict[str, object]:
+def _document(graph: str, builder: str | None, findings: Findings) -> CheckDocument:
     return {
         "schema": SCHEMA,
         "graph": graph,
@@ -61,6 +86,8 @@ def _document(graph: str, builder: str | None, findings: Findings) -> dict[str, 
     }
 
 
-def _facts(refusal: Refusal) -> dict[str, str]:
+def _facts(refusal: Refusal) -> RefusalEntry:
     found = {**asdict(refusal), "builder": refusal.builder}
-    return {name: str(value) for name, value in found.items() if value and name != "lifted"}
+    return cast(
+        RefusalEntry, {name: str(value) for name, value in found.items() if value and name != "lifted"}
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Final, Literal
 
 from moe_export.commands.console import Console
 from moe_export.commands.view import require_svg, write_svg
@@ -12,6 +13,7 @@ from moe_export.options.sizes import parse_one_set
 from moe_export.pictures.differing import (
     FIGURES,
     Difference,
+    DifferenceEntry,
     MeasuredGraph,
     difference,
     listed,
@@ -20,7 +22,15 @@ from moe_export.pictures.differing import (
 from moe_export.pictures.groups import knows_modules, opened_of
 from moe_export.pictures.sketch import Level, Sketch, sketch_of
 
-SCHEMA = "moe-export/diff/1"
+SCHEMA: Final = "moe-export/diff/1"
+
+
+class DiffDocument(DifferenceEntry):
+    """What differs between two graphs: `moe-export diff --json`."""
+
+    schema: Literal["moe-export/diff/1"]
+
+
 Row = tuple[str, str, str, str]
 _NAMES = {
     "nodes": "nodes",
@@ -47,7 +57,8 @@ def run_diff(
         found = difference(Path(before), Path(after), parse_one_set(sizes))
     if output is not None:
         write_svg(output, *sketches_of(found, level), force=force)
-    console.json(json.dumps({"schema": SCHEMA, **found.to_dict()}, indent=2))
+    document: DiffDocument = {"schema": SCHEMA, **found.to_dict()}
+    console.json(json.dumps(document, indent=2))
     _show(found, console)
     if output is not None:
         console.say(f"written: {output}")

@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Final, Literal, TypedDict
 
 from moe_export.commands.console import Console
 from moe_export.errors import Code, UsageError
 
 PAGE = Path(__file__).parent.parent / "refusals.md"
 """docs/refusals.md, as it is installed with the package."""
-SCHEMA = "moe-export/explain/1"
+SCHEMA: Final = "moe-export/explain/1"
+
+
+class ExplainDocument(TypedDict):
+    """What a code means: `moe-export explain --json`."""
+
+    schema: Literal["moe-export/explain/1"]
+    code: str
+    title: str
+    text: str
 
 
 def run_explain(code: str, console: Console) -> int:
@@ -31,7 +41,13 @@ def run_explain(code: str, console: Console) -> int:
         raise UsageError(f"there is no code {code}", hint=f"the codes are\n{codes}")
     found = known[wanted]
     text = section(found)
-    console.json(json.dumps({"schema": SCHEMA, "code": found.number, "title": found.title, "text": text}))
+    document: ExplainDocument = {
+        "schema": SCHEMA,
+        "code": found.number,
+        "title": found.title,
+        "text": text,
+    }
+    console.json(json.dumps(document))
     console.say(f"{found.number}: {found.title}\n\n{text}")
     return 0
 

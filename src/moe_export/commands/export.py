@@ -10,15 +10,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import onnx
 import onnx_ir as ir
 
-import moe_export
-from moe_export.commands.build import Request, build_files, check_names, engine_lines, exit_code
+from moe_export.commands.build import EngineEntry, Request, build_files, check_names, engine_lines, exit_code
 from moe_export.commands.calls import list_calls
 from moe_export.commands.console import Console
+from moe_export.commands.export_document import PLACE, ExportDocument, report_document, verdict_of
 from moe_export.commands.parallel import Written, write_ranks
 from moe_export.commands.reports import write_reports
 from moe_export.commands.request import ExportRequest
@@ -36,7 +35,7 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.bodies import initializers
 from moe_export.export.onnx.external_weights import Storage, data_facts, referable, stream_weights
 from moe_export.export.onnx.functions import as_functions
-from moe_export.export.onnx.provenance import relative_line, strip_scope
+from moe_export.export.onnx.provenance import strip_scope
 from moe_export.export.onnx.recipes import without_weights
 from moe_export.export.onnx.serialize import rename_model, staging, write_model
 from moe_export.export.options import Options
@@ -53,9 +52,7 @@ from moe_export.verify import Report
 from moe_export.verify import show as show_report
 from moe_export.verify.reports.report import worst_code
 
-_PLACE = re.compile(r"(?<![\w.])/[^\s:]+\.py:\d+")  # absolute: `../lib/loop.py:3` is somebody's already
 _NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)")
-SCHEMA = "moe-export/export-report/1"
 
 
 def run_export(request: ExportRequest) -> int:
@@ -182,10 +179,10 @@ def _learned(graph: Graph, found: Graph) -> dict[str, str]:
 
 
 def _build(
-    request: Request | None, document: dict[str, Any], folder: Path, console: Console
-) -> list[dict[str, Any]]:
+    request: Request | None, document: ExportDocument, folder: Path, console: Console
+) -> list[EngineEntry]:
     """Build the engines of every graph of a report, and write them into it."""
-    built: list[dict[str, Any]] = []
+    built: list[EngineEntry] = []
     for entry in document["graphs"] if request is not None else ():
         assert request is not None
         entry["engines"] = build_files(request, folder / entry["file"], folder, console.step)
@@ -265,84 +262,6 @@ def _check_file(path: Path) -> None:
         ) from error
 
 
-def report_document(
-    subject: Subject, graphs: tuple[Graph, ...], names: list[str], reports: list[Report | None], opset: int
-) -> dict[str, Any]:
-    """The report of an export as plain data, for `model.report.json` and `--json`."""
-    return {
-        "schema": SCHEMA,
-        "version": moe_export.__version__,
-        "source": subject.source.name,
-        "model": type(subject.module).__name__,
-        "found_by": subject.how,
-        "opset": opset,
-        "verdict": _verdict(reports),
-        "graphs": [
-            _graph_document(graph, name, report)
-            for graph, name, report in zip(graphs, names, reports, strict=True)
-        ],
-    }
-
-
-def _verdict(reports: list[Report | None]) -> str:
-    verdicts = {report.verdict if report else "not verified" for report in reports}
-    order = ("not equal", "unfinished", "not proven", "not verified", "equal")
-    return next(verdict for verdict in order if verdict in verdicts)
-
-
-def _given_away(note: str, folder: Path) -> str:
-    """A note without absolute paths: a report is given to others."""
-    return _PLACE.sub(lambda place: relative_line(place[0], folder), note)
-
-
-def _graph_document(graph: Graph, name: str, report: Report | None) -> dict[str, Any]:
-    operators: dict[str, int] = {}
-    for node in graph.model.graph.all_nodes():
-        operators[node.op_type] = operators.get(node.op_type, 0) + 1
-    return {
-        "file": name,
-        "kind": graph.kind,
-        "module": graph.path,
-        "dtype": graph.dtype,
-        "inputs": {name: list(shape) for name, shape in graph.traced.inputs.items()},
-        "outputs": {
-            str(value.name): [str(dim) if not isinstance(dim, int) else dim for dim in value.shape or ()]
-            for value in graph.model.graph.outputs
-        },
-        "dynamic": [
-            {"name": dim.name, "traced": dim.traced, "minimum": dim.minimum, "maximum": dim.maximum}
-            for dim in graph.traced.dims
-        ],
-        "conditions": [str(condition) for condition in graph.traced.conditions],
-        "fixed": [
-            {
-                "input": f.input,
-                "axis": f.axis,
-                "size": f.size,
-                "model_takes_others": f.model_takes_others,
-                "line": _given_away(f.line, graph.reference.source.parent),
-            }
-            for f in graph.traced.fixed
-        ],
-        "nodes": sum(operators.values()),
-        "operators": dict(sorted(operators.items(), key=lambda item: (-item[1], item[0]))),
-        "einsums": [
-            {
-                "file": site.file and Path(site.file).name,
-                "line": site.line,
-                "module": site.module,
-                "equation": site.equation,
-                "became": site.became,
-                "flops": str(site.flops),
-                "largest": str(site.largest),
-            }
-            for site in graph.sites
-        ],
-        "notes": [_given_away(note, graph.reference.source.parent) for note in graph.notes],
-        "verification": report.to_dict() if report else None,
-    }
-
-
 def _print(
     console: Console, folder: Path, graphs: tuple[Graph, ...], names: list[str], reports: list[Report | None]
 ) -> None:
@@ -351,7 +270,7 @@ def _print(
         for line in site_lines(graph.sites):
             console.say(f"  {line}")
         for note in graph.notes:
-            console.say(f"  note: {_PLACE.sub(lambda place: os.path.relpath(place[0]), note)}")
+            console.say(f"  note: {PLACE.sub(lambda place: os.path.relpath(place[0]), note)}")
         if report is not None and not (console.quiet or console.as_json):
             console.say()
             show_report(report, sys.stdout, verbose=console.verbose)
@@ -360,7 +279,7 @@ def _print(
     console.say("\nwritten: " + ", ".join(str(folder / name) for name in names))
     if any(report is not None and report.exit_code for report in reports):
         said = {"unfinished": "NOT FINISHED", "not proven": "NOT PROVEN equal to the model"}
-        what = said.get(_verdict(reports), "NOT EQUAL to the model")
+        what = said.get(verdict_of(reports), "NOT EQUAL to the model")
         console.say(f"{what}; the graphs are kept as *.rejected.onnx to look into.")
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Final, Literal, TypedDict
 
 from moe_export.commands.console import Console
 from moe_export.comparing.mutant_result import MutantResult
@@ -13,7 +14,34 @@ from moe_export.comparing.mutation_process import Request, try_apart
 from moe_export.errors import UsageError
 from moe_export.verify.mutants.mutant import KINDS
 
-SCHEMA = "moe-export/mutation-report/1"
+SCHEMA: Final = "moe-export/mutation-report/1"
+
+
+class MutantEntry(TypedDict):
+    """A broken graph, and whether the comparison noticed; `off` is null where that is no number."""
+
+    kind: str
+    node: str
+    what: str
+    outcome: str
+    by: str
+    off: float | None
+
+
+class MutationDocument(TypedDict):
+    """How many broken graphs a comparison notices: `moe-export mutate --json`."""
+
+    schema: Literal["moe-export/mutation-report/1"]
+    graph: str
+    against: str
+    cases: int
+    caught: int
+    survived: int
+    equivalent: int
+    below_rounding: int
+    stillborn: int
+    score: float | None
+    mutants: list[MutantEntry]
 
 
 def run_mutate(request: Request, console: Console) -> int:
@@ -69,7 +97,7 @@ class Score:
                     off = "" if outcome == "equivalent" else f"  (off by {result.off:.1e} in float64)"
                     yield f"  {outcome.upper() if outcome == 'survived' else outcome}: {result}{off}"
 
-    def to_dict(self, graph: str, against: str) -> dict[str, Any]:
+    def to_dict(self, graph: str, against: str) -> MutationDocument:
         """Plain data, for JSON."""
         counted = self.count("caught") + self.count("survived")
         return {
@@ -90,7 +118,7 @@ class Score:
                     "what": result.what,
                     "outcome": result.outcome,
                     "by": result.by,
-                    "off": result.off if result.off != float("inf") else None,
+                    "off": result.off if math.isfinite(result.off) else None,
                 }
                 for result in self.results
             ],

@@ -15,8 +15,10 @@ from moe_export.options.table import names_in
 from moe_export.own_files import KEY
 
 if TYPE_CHECKING:
+    from moe_export.commands.export_document import RanksEntry
     from moe_export.export.gates.dispatch import Dispatch
     from moe_export.export.options import Options
+    from moe_export.export.parallel.manifest import ManifestDocument
     from moe_export.export.parallel.ranks import Parallel
     from moe_export.export.pipeline import Graph
     from moe_export.verify import Report, Tolerance
@@ -65,7 +67,7 @@ class Written:
         report: Whether the ranks agree with the whole model; None where they were not run.
     """
 
-    document: dict[str, Any]
+    document: RanksEntry
     lines: tuple[str, ...]
     report: Report | None
 
@@ -95,7 +97,7 @@ def write_ranks(
     import moe_export
     from moe_export.export.onnx.serialize import write_model
     from moe_export.export.onnx.simplify import as_numpy
-    from moe_export.export.parallel.manifest import file_name, manifest
+    from moe_export.export.parallel.manifest import Facts, file_name, manifest
     from moe_export.export.parallel.ranks import rank_graphs
 
     stem = graph.reference.source.stem
@@ -103,7 +105,7 @@ def write_ranks(
         ranks = rank_graphs(graph, options, parallel)
         example = f"{stem}.parallel.safetensors"
         _save({name: as_numpy(value) for name, value in graph.traced.example.items()}, folder / example)
-        facts = {"version": moe_export.__version__, "opset": options.opset, "target": options.target}
+        facts: Facts = {"version": moe_export.__version__, "opset": options.opset, "target": options.target}
         document = manifest(graph, ranks, whole, example, facts)
         for rank, staged in enumerate(ranks.staged):
             for stage, model in enumerate(staged.stages):
@@ -118,7 +120,7 @@ def write_ranks(
         if report.exit_code:  # nobody deploys it
             name = f"{stem}.parallel.rejected.json"
             (folder / f"{stem}.parallel.json").rename(folder / name)
-    found = {
+    found: RanksEntry = {
         "manifest": name,
         "ranks": parallel.ranks,
         "exchange": parallel.exchange,
@@ -156,7 +158,7 @@ def _verified(path: Path, tolerance: Tolerance, seed: int) -> Report:
     return compare(reference, candidate, all_cases(found, seed), tolerance=tolerance)
 
 
-def _lines(document: dict[str, Any], notes: tuple[str, ...], report: Report | None) -> list[str]:
+def _lines(document: ManifestDocument, notes: tuple[str, ...], report: Report | None) -> list[str]:
     lines = [f"{document['ranks']} ranks, {document['exchange']}:"]
     for one in document["graphs"]:
         experts = "; ".join(_numbers(numbers) for numbers in one["experts"])

@@ -3,9 +3,41 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
+from typing import Annotated, Any, Literal, TypedDict
 
 from moe_export.commands.console import Console
+from moe_export.large.planning import Split, lines, plan
 from moe_export.options.memory import parse_bytes
+
+
+class LayerEntry(TypedDict):
+    """A block of experts: its bytes in each of its experts, FLOPs, and bytes that go there and back."""
+
+    module: str
+    experts: int
+    slots: int
+    bytes: list[int]
+    flops: float
+    partial: float
+    there: float
+    back: float
+
+
+class PlanDocument(TypedDict):
+    """What each way of splitting the experts over ranks costs: `moe-export plan --json`."""
+
+    schema: Literal["moe-export/plan/1"]
+    model: str
+    parameters: int
+    bytes: int
+    dense_bytes: int
+    layers: list[LayerEntry]
+    sizes: dict[str, int]
+    memory: int
+    fits_from: int | None
+    splits: Annotated[list[dict[str, Any]], list[Split]]
+    notes: list[str]
 
 
 def run_plan(
@@ -17,7 +49,6 @@ def run_plan(
     console: Console,
 ) -> int:
     """Run the command; the exit code."""
-    from moe_export.large.planning import lines, plan
     from moe_export.large.planning_count import count
     from moe_export.large.planning_model import load_weightless, trace_weightless
 
@@ -33,7 +64,7 @@ def run_plan(
         notes.append("note: the file needs values while it runs, so its weights were made, and let go of")
     for line in [*lines(made), *notes]:
         console.say(line)
-    document = {
+    document: PlanDocument = {
         "schema": "moe-export/plan/1",
         "model": found.source.name,
         "parameters": counted.parameters,
@@ -47,7 +78,7 @@ def run_plan(
         "sizes": {counted.names[name]: size for name, size in counted.dims.items()},
         "memory": size,
         "fits_from": made.fits_from,
-        "splits": [split.to_dict() for split in made.splits],
+        "splits": [asdict(split) for split in made.splits],
         "notes": notes,
     }  # fmt: skip
     console.json(json.dumps(document, indent=2))

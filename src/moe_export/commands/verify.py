@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from moe_export.commands.console import Console
 from moe_export.commands.reports import Wanted, take_wanted, write_reports
@@ -25,6 +25,7 @@ from moe_export.verify.golden import Golden, Recorder, save_golden
 from moe_export.verify.reports.report import worst_code
 
 if TYPE_CHECKING:
+    from moe_export.commands.verify_document import SeveralDocument, VerifyDocument
     from moe_export.comparing.explaining import Explanation
     from moe_export.comparing.request import Request
 
@@ -38,7 +39,6 @@ REPRO = {
 }
 """What `--repro` may write, and what each is (see `own_files`)."""
 _MORE_CASES = {"thorough", "sizes", "input_files", "seeds"}
-SEVERAL = "moe-export/verify-reports/1"
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,11 +178,13 @@ def _compared(candidate: Artifact, reference: Artifact, request: Request, consol
         return compare_artifacts(candidate, reference, request)
 
 
-def _document(reports: list[Report], request: Request) -> dict[str, Any]:
+def _document(reports: list[Report], request: Request) -> VerifyDocument | SeveralDocument:
     if len(reports) == 1:
-        document = reports[0].to_dict()
-        return {**document, "why": request.why[0].to_dict()} if request.why else document
-    return {"schema": SEVERAL, "reports": [report.to_dict() for report in reports]}
+        document = cast("VerifyDocument", reports[0].to_dict())
+        if request.why:
+            document["why"] = request.why[0].to_dict()
+        return document
+    return {"schema": "moe-export/verify-reports/1", "reports": [report.to_dict() for report in reports]}
 
 
 def _record_alone(asked: VerifyRequest, console: Console) -> int:

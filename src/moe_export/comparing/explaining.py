@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import onnx
 
@@ -29,7 +29,7 @@ from moe_export.verify.localise.level import Cut, Value
 from moe_export.verify.localise.optimised import OptimiserFault
 from moe_export.verify.localise.overlay import write_overlay
 from moe_export.verify.localise.repro import write_repro
-from moe_export.verify.localise.search import Localisation, find_faulty_node
+from moe_export.verify.localise.search import Localisation, NodeError, find_faulty_node
 from moe_export.verify.runner import one_line
 
 INSIDE = 3
@@ -54,6 +54,19 @@ class Remembering:
         return self._runner.run(inputs)
 
 
+class _OfCase(TypedDict):
+    case: str
+    faulty_node: Annotated[dict[str, Any] | None, NodeError | None]
+
+
+class Why(_OfCase, total=False):
+    """The first faulty node of a graph, at which level of onnxruntime's optimisation it shows; or why none is named."""
+
+    level: str
+    seconds: float
+    reason: str
+
+
 @dataclass(frozen=True)
 class Explanation:
     """Why a graph is not equal.
@@ -75,13 +88,20 @@ class Explanation:
     def __str__(self) -> str:
         return f"{self.found}\n(found in the case '{self.at}')"
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> Why:
         """Plain data, for JSON."""
-        if isinstance(self.found, Localisation):
-            return {"case": self.at, "level": "none", **self.found.to_dict()}
-        if isinstance(self.found, OptimiserFault):
-            return {"case": self.at, "level": self.found.level, **self.found.localisation.to_dict()}
-        return {"case": self.at, "faulty_node": None, "reason": self.found}
+        if isinstance(self.found, str):
+            return {"case": self.at, "faulty_node": None, "reason": self.found}
+        level, localisation = "none", self.found
+        if isinstance(localisation, OptimiserFault):
+            level, localisation = localisation.level, localisation.localisation
+        found = localisation.to_dict()
+        return {
+            "case": self.at,
+            "level": level,
+            "faulty_node": found["faulty_node"],
+            "seconds": found["seconds"],
+        }
 
     def write(self, folder: str | Path) -> list[Path]:
         """Write the reproduction, and the graph with each node's error, into a folder.

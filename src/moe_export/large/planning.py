@@ -10,9 +10,8 @@ tokens of its own; it sends S rows and, if the routing is even, receives S rows.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from math import ceil
-from typing import Any
 
 from moe_export.export.parallel.placement import even
 from moe_export.large.planning_count import Counted, ExpertsCount
@@ -45,10 +44,6 @@ class Split:
     rows: float
     flops: Mapping[str, int]
     batch: Mapping[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

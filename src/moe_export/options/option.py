@@ -45,6 +45,7 @@ COMMANDS = (
     "plan",
     "report",
     "explain",
+    "schema",
 )
 EXPORTING = ("export", "report")
 STAGES = (

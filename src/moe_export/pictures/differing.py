@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import onnx
 import onnx_ir as ir
@@ -25,6 +25,59 @@ from moe_export.verify.cost.graph_cost import Cost, cost_of
 
 ONLY, DIFFERS = "only here", "differs"
 FIGURES = ("nodes", "parameters", "weight_bytes", "flops", "activation_bytes")
+
+
+class SideEntry(TypedDict):
+    """One of two graphs, and its counts; null for one that could not be counted, for the `reason` there."""
+
+    graph: str
+    sizes: dict[str, int]
+    opset: dict[str, int]
+    nodes: int | None
+    parameters: int | None
+    weight_bytes: int | None
+    flops: int | None
+    activation_bytes: int | None
+    reason: str
+    uncounted: list[str]
+
+
+class CountEntry(TypedDict):
+    """The nodes of one operator."""
+
+    before: int
+    after: int
+    difference: int
+
+
+class PortEntry(TypedDict):
+    """The type of an input or output; null where a graph lacks it."""
+
+    before: str | None
+    after: str | None
+
+
+class Only(TypedDict, total=False):
+    """Names of values that only one graph has; left out if the two share none."""
+
+    only_before: list[str]
+    only_after: list[str]
+
+
+class ValuesEntry(Only):
+    """Values by their names, and how many both graphs have."""
+
+    both: int
+
+
+class DifferenceEntry(TypedDict):
+    """What differs between two graphs."""
+
+    before: SideEntry
+    after: SideEntry
+    operators: dict[str, CountEntry]
+    ports: dict[str, PortEntry]
+    values: ValuesEntry
 
 
 @dataclass(frozen=True)
@@ -62,6 +115,21 @@ class MeasuredGraph:
             for node in self.model.graph
             for value in node.outputs
             if value.name and not value.is_graph_output()
+        }
+
+    def to_dict(self) -> SideEntry:
+        """Plain data."""
+        return {
+            "graph": self.name,
+            "sizes": dict(self.sizes),
+            "opset": self.opsets,
+            "nodes": self.figures["nodes"],
+            "parameters": self.figures["parameters"],
+            "weight_bytes": self.figures["weight_bytes"],
+            "flops": self.figures["flops"],
+            "activation_bytes": self.figures["activation_bytes"],
+            "reason": self.reason,
+            "uncounted": list(self.uncounted),
         }
 
     @property
@@ -111,23 +179,23 @@ class Difference:
             "both": sorted(before & after),
         }
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> DifferenceEntry:
         """Plain data."""
-        sides = {"before": self.before, "after": self.after}
         return {
-            **{
-                word: {"graph": side.name, "sizes": dict(side.sizes), "opset": side.opsets, **side.figures,
-                       "reason": side.reason, "uncounted": side.uncounted}
-                for word, side in sides.items()
-            },
+            "before": self.before.to_dict(),
+            "after": self.after.to_dict(),
             "operators": {
                 name: {"before": before, "after": after, "difference": after - before}
                 for name, (before, after) in self.operators.items()
             },
             "ports": {name: {"before": old, "after": new} for name, (old, new) in self.ports.items()},
-            "values": {word: names for word, names in self.values.items() if word != "both"}
-            | {"both": len(self.values.get("both", ()))},
-        }  # fmt: skip
+            "values": {**self._only, "both": len(self.values.get("both", ()))},
+        }
+
+    @property
+    def _only(self) -> Only:
+        found = self.values
+        return {"only_before": found["only_before"], "only_after": found["only_after"]} if found else {}
 
 
 def difference(before: Path, after: Path, sizes: Mapping[str, int]) -> Difference:

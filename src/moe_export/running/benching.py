@@ -11,7 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
@@ -54,6 +54,23 @@ class Job:
         return self.backend == "engine" or self.backend.endswith(("-cuda", "-tensorrt"))
 
 
+class _Named(TypedDict):
+    name: str
+
+
+class TimingEntry(_Named, total=False):
+    """What was measured of a backend; only `reason` where it did not run."""
+
+    reason: str
+    median_ms: float
+    p10_ms: float
+    p90_ms: float
+    calls_per_second: float
+    memory: int
+    bound_ms: float
+    note: str
+
+
 @dataclass(frozen=True)
 class Timing:
     """The measurements of one backend.
@@ -80,7 +97,7 @@ class Timing:
         """The latency in ms below which this share of the runs stays: 0.5 is the median."""
         return float(np.quantile(self.milliseconds, share))
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> TimingEntry:
         """Plain data: median, p10 and p90 in ms, calls per second, bytes; or why it did not run."""
         if self.reason:
             return {"name": self.name, "reason": self.reason}
