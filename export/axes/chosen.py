@@ -10,6 +10,8 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.choice import CARRIERS, Choice, as_choice, is_part
+from moe_export.export.axes.shapes import arguments, order_of, rank_of, shape_of
+from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten
 
@@ -53,21 +55,28 @@ def names_experts(indices: fx.Node, count: int) -> bool:
 def name_once(indices: fx.Node) -> bool:
     """Whether it is certain that no token names an expert twice: one choice a token, or all from one `topk`.
 
-    Of indices that come from elsewhere (an input, several choices side by side, a table), any two may be the same.
+    Of indices that come from elsewhere (an input, several choices side by side, a table), any two may be the same, and
+    of those whose last axis is not that of the slots.
     """
     shape = indices.meta["val"].shape
     if len(shape) == 1 or shape[-1] == 1:
         return True
-    node, seen = indices, set[fx.Node]()
-    while node not in seen:
-        seen.add(node)
-        operator = node.args[0] if is_part(node) else node
-        choice = as_choice(operator) if isinstance(operator, fx.Node) else None
-        if choice is not None and choice.indices is node:
-            return True
-        source = node.args[0] if node.args else None
-        carries = node.target in CARRIERS - {_aten.expand.default} or is_part(node)
-        if not isinstance(source, fx.Node) or not carries:
+    node = indices
+    while node.args and isinstance(node.args[0], fx.Node):
+        choice = as_choice(node.args[0]) if is_part(node) else None
+        if choice is not None:
+            return choice.indices is node and choice.operator.target is _aten.topk.default
+        if node.target not in CARRIERS - {_aten.expand.default} or not _keeps_last(node):
             return False
-        node = source
+        node = node.args[0]
     return False
+
+
+def _keeps_last(node: fx.Node) -> bool:
+    """Whether the entries along the last axis of an operator's result stand along that of its source."""
+    source, *rest = arguments(node)
+    if node.target in (_aten.permute.default, _aten.transpose.int, _aten.t.default):
+        return order_of(node)[-1] == rank_of(node) - 1
+    if node.target is _aten.select.int:
+        return bool(rest[0] % rank_of(source) < rank_of(source) - 1)
+    return node.target is _aten.slice.Tensor or same_size(shape_of(node)[-1], shape_of(source)[-1])

@@ -33,6 +33,21 @@ def rest_of(node: fx.Node, lead: int) -> list[int] | None:
     return [number for number in numbers if number is not None] if None not in numbers else None
 
 
+def order_of(node: fx.Node) -> list[int]:
+    """For each axis of the result of a transpose or a permutation, the axis of the source that it is."""
+    rank = rank_of(node)
+    if node.target is _aten.permute.default:
+        return [axis % rank for axis in arguments(node)[1]]
+    order = list(range(rank))
+    if node.target is _aten.numpy_T.default:
+        return order[::-1]
+    if rank < 2:
+        return order
+    one, other = (axis % rank for axis in (arguments(node)[1:3] or (-2, -1)))
+    order[one], order[other] = order[other], order[one]
+    return order
+
+
 def is_numbering(node: fx.Node) -> bool:
     """Whether a value is 0, 1, 2, ..., n - 1."""
     if node.target is _aten.arange.default:

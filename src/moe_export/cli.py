@@ -141,6 +141,18 @@ def routing_command(**options: Any) -> int:
     return run_routing(**options)
 
 
+@cli.command("axes")
+@click.argument("model", metavar="MODEL.PY[:CLASS]")
+def axes_command(**options: Any) -> int:
+    """Show each line of a model with what the axes of its values run over: tokens, slots, experts, steps.
+
+    Where experts are exported as they were written, this shows up to which line their tokens and experts were followed.
+    """
+    from moe_export.commands.axes import run_axes
+
+    return run_axes(**options)
+
+
 @cli.command("build")
 @click.argument("graph", metavar="GRAPH.ONNX")
 def build_command(**options: Any) -> int:

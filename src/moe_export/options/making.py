@@ -6,7 +6,7 @@ import click
 
 from moe_export.options.option import EXPORTING, STAGES, Option
 
-_LOADING = (*EXPORTING, "verify", "mutate", "routing", "bench", "plan")
+_LOADING = (*EXPORTING, "verify", "mutate", "routing", "axes", "bench", "plan")
 _PRECISIONS = click.Choice(["float32", "float16", "bfloat16"])
 
 # fmt: off

@@ -37,6 +37,7 @@ COMMANDS = (
     "mutate",
     "rewrite",
     "routing",
+    "axes",
     "build",
     "check",
     "bench",
