@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from moe_export.einsum_rewrite.codemod_call import UnknownError
 from moe_export.einsum_rewrite.equation import Equation
 from moe_export.einsum_rewrite.notation import ELLIPSIS
+from moe_export.einsum_rewrite.tensor_methods import IntTensor
 
 SIZES = ((2, 3, 5, 7), (3, 2, 4, 2), (1, 2, 1, 3), (0, 2, 3, 2))
 """Sizes that labels take in turn: distinct primes, repeated ones, size 1, size 0."""
@@ -30,20 +32,18 @@ def prove_lines(equation: Equation, names: Sequence[str], code: str) -> None:
         UnknownError: The lines fail or give something else for some sizes, or some numbers of dimensions that
             its ellipses may stand for.
     """
-    import torch
-
     *before, last = code.split("\n")
     program = compile("\n".join([*before, f"result = {last}"]), "<lines>", "exec")
     generator = np.random.default_rng(0)
     for terms, output, sizes in _cases(equation):
         arrays = [generator.integers(-4, 5, shape) for shape in sizes]
         expected = np.einsum(_spelled(terms, output), *arrays, optimize=False)
-        scope = {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+        scope: dict[str, Any] = {name: IntTensor(array) for name, array in zip(names, arrays, strict=True)}
         try:
             exec(program, scope)
         except Exception as error:
             raise UnknownError(_doubt(equation, arrays, f"{type(error).__name__}")) from error
-        got = scope["result"].numpy()
+        got = scope["result"].array
         if got.shape != expected.shape or not (got == expected).all():
             raise UnknownError(_doubt(equation, arrays, "another result"))
 

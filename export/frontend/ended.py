@@ -26,6 +26,8 @@ def no_exit() -> Iterator[None]:
     try:
         yield
     except SystemExit as error:
+        if isinstance(error.__context__, BrokenPipeError):  # so does rich where nobody reads its output
+            raise error.__context__ from None
         from moe_export.export.frontend.source import last_user_line
 
         code = "" if error.code is None else repr(error.code)

@@ -7,7 +7,9 @@ and an exit code (see `errors`); a traceback is a defect of this tool, or `--deb
 from __future__ import annotations
 
 import os
+import re
 from difflib import get_close_matches
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,22 @@ import click
 import moe_export
 from moe_export.commands.reports import take_wanted
 from moe_export.commands.terminal import TableCommand
-from moe_export.errors import INTERRUPTED, READER_GONE, MoeExportError, NotExportableError
+from moe_export.errors import (
+    INTERRUPTED,
+    READER_GONE,
+    MissingBackendError,
+    MoeExportError,
+    NotExportableError,
+)
 from moe_export.export.frontend.ended import no_exit
 from moe_export.supervisor import drop_output
 
 COMPLETING = "_MOE_EXPORT_COMPLETE"
 """Where a shell says that it completes a word (https://click.palletsprojects.com/en/stable/shell-completion/)."""
+
+
+class _ReaderGoneError(Exception):
+    """Nobody reads the output any more."""
 
 
 class _ExportByDefault(click.Group):
@@ -35,6 +47,12 @@ class _ExportByDefault(click.Group):
             self._require_no_typo(args[0], ctx)
             args = ["export", *args]
         return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # click would take it for the end of the process
+            raise _ReaderGoneError from error
 
     def _require_no_typo(self, word: str, ctx: click.Context) -> None:
         """Refuse what is nearly a command and no file, rather than look for a model of that name."""
@@ -129,7 +147,7 @@ def rewrite_command(**options: Any) -> int:
         check_kind(source, options)
     if len(sources) > 1 and not (options["check"] or options["diff"] or options["in_place"]):
         raise click.UsageError("several files go with --check, --diff or --in-place")
-    return max(run_rewrite(source=source, **options) for source in sources)
+    return max(run_rewrite(source=source, alone=len(sources) == 1, **options) for source in sources)
 
 
 @cli.command("routing")
@@ -253,6 +271,22 @@ def _complete(args: list[str]) -> int:
         return int(done.code or 0)
 
 
+def _left_out(error: ModuleNotFoundError) -> MissingBackendError | None:
+    """What to say where a package of ours was not installed with us; None of any other module."""
+    name = (error.name or "").partition(".")[0]
+    own = (
+        re.split(r"[^\w-]", line)[0]
+        for line in metadata.requires("moe-export") or ()
+        if "extra ==" not in line
+    )
+    if name.lower().replace("_", "-") not in {each.lower().replace("_", "-") for each in own}:
+        return None
+    return MissingBackendError(
+        f"this needs {name}, which is not installed",
+        hint="pip install moe-export installs it; without, moe-export only rewrites and compares",
+    )
+
+
 def run(args: list[str]) -> int:
     """Run the command line.
 
@@ -275,9 +309,15 @@ def run(args: list[str]) -> int:
     except click.ClickException as error:
         error.show()
         return error.exit_code
+    except ModuleNotFoundError as error:
+        missing = _left_out(error)
+        if missing is None or debug:
+            raise
+        click.echo(f"error: {missing}", err=True)
+        return missing.exit_code
     except (KeyboardInterrupt, click.Abort):
         click.echo("interrupted; nothing more was written", err=True)
         return INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, _ReaderGoneError):
         drop_output()
         return READER_GONE

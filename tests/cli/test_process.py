@@ -15,6 +15,7 @@ import pytest
 from slow_cases import one_in
 
 import moe_export
+from moe_export.errors import READER_GONE
 
 
 def test_version(process):
@@ -189,3 +190,19 @@ def test_a_reader_that_goes_away(process, finished, write, texts, env):
         timeout=120,
     )
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "command", ["diff block.onnx moe.onnx", "verify block.onnx --against block.onnx --seeds 1"]
+)
+def test_a_command_without_a_reader(finished, env, command):
+    """What is not read is no exit of the model's code, however it is printed."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "moe_export", *command.split()],
+        stdout=write, stderr=subprocess.PIPE, text=True, cwd=finished, env=env, check=False, timeout=120,
+    )  # fmt: skip
+    os.close(write)
+    assert done.returncode == READER_GONE
+    assert "error" not in done.stderr

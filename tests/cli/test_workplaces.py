@@ -6,12 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
+from moe_export.cli import run
 from moe_export.equivalence import assert_equivalent as equivalent
 from moe_export.errors import UsageError
 
@@ -169,6 +171,80 @@ def test_the_hook_fails_where_an_einsum_is_left(write, tmp_path, env):
             [*program, *files], cwd=tmp_path, capture_output=True, text=True, env=env, check=False
         )
         assert done.returncode == code, done.stdout + done.stderr
+
+
+def test_the_hook_prints_what_it_found_and_nothing_of_the_rest(write, tmp_path, env):
+    write("import torch\ny = torch.einsum('bld,bln->bldn', a, b)\n", "left.py", header="")
+    write("y = a.unsqueeze(-1) * b\n", "clean.py", header="")
+    done = lean([[*hook_entry().split()[1:], "clean.py", "left.py"]], hook_packages(), tmp_path, env)
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.splitlines() == [
+        "left.py:2: to rewrite: 'bld,bln->bldn' → a.unsqueeze(-1) * b.unsqueeze(2)",
+        "1 to rewrite, 0 left alone",
+    ]
+
+
+LEAN = """
+import sys
+
+class NotInstalled:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {absent}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+
+sys.meta_path.insert(0, NotInstalled())
+from moe_export.cli import run
+sys.exit(max([run(words) for words in {commands}]))
+"""
+
+
+def modules_of(packages) -> set[str]:
+    """What packages are imported as."""
+    named = {re.match(r"[\w.-]+", each)[0].replace("-", "_") for each in packages if each[0].isalpha()}
+    return {{"onnxruntime_gpu": "onnxruntime"}.get(each, each) for each in named}
+
+
+def lean(commands, packages, folder, env):
+    """Run commands where none of our dependencies is installed but these."""
+    needed = [line for line in metadata.requires("moe-export") if "extra ==" not in line]
+    absent = modules_of(needed) - modules_of(packages)
+    assert "torch" in absent
+    code = LEAN.format(absent=absent, commands=[[str(word) for word in words] for words in commands])
+    return subprocess.run(
+        [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, env=env, check=False
+    )
+
+
+def hook_packages() -> list[str]:
+    text = (ROOT / ".pre-commit-hooks.yaml").read_text()
+    return re.findall(r"^    - ([a-z].*)$", text, re.MULTILINE)
+
+
+def packages_of_the_page() -> list[str]:
+    text = (ROOT / "docs" / "tasks" / "check-in-ci.md").read_text()
+    return re.search(r"^pip install (click .*)$", text, re.MULTILINE)[1].split()
+
+
+def test_graphs_are_compared_without_pytorch(finished, tmp_path, env):
+    """With what the page installs; whatever needs more says what is missing."""
+    packages = [*packages_of_the_page(), "ml_dtypes"]  # which onnx brings
+    graph, golden = finished / "block.onnx", tmp_path / "golden.safetensors"
+    model = finished / "block.py"
+    assert run(["verify", str(model), "--record", str(golden), "--quiet"]) == 0
+    commands = [
+        ["verify", graph, "--against", golden, "-o", "r.xml", "-o", "r.html", "-o", "r.json"],
+        ["verify", graph, "--against", graph],
+        ["judge", "r.json"],
+        ["diff", graph, finished / "moe.onnx"],
+        ["check", graph],
+        ["view", graph, "-o", "graph.svg"],
+        ["rewrite", graph, "-o", "rewritten.onnx"],
+    ]
+    done = lean(commands, packages, tmp_path, env)
+    assert done.returncode == 0, done.stderr
+    done = lean([[model], ["verify", graph, "--against", model]], packages, tmp_path, env)
+    assert done.returncode == 4
+    assert done.stderr.count("error: this needs torch, which is not installed\n  hint: pip install") == 2
 
 
 def test_several_files_need_a_way_to_be_written(command, write):

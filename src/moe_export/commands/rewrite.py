@@ -35,8 +35,9 @@ def run_rewrite(
     check: bool,
     console: Console,
     force: bool = False,
+    alone: bool = True,
 ) -> int:
-    """Run the command; the exit code."""
+    """Run the command on one source; the exit code. Beside others, it is not `alone`."""
     suffix = PurePath(source).suffix
     limit = None if max_intermediate is None else parse_bytes(max_intermediate, "--max-intermediate")
     if suffix == ".onnx":
@@ -48,7 +49,7 @@ def run_rewrite(
     if suffix == ".py":
         from moe_export.commands.rewrite_python import run_rewrite_python
 
-        return run_rewrite_python(source, output, diff, in_place, check, force, console)
+        return run_rewrite_python(source, output, diff, in_place, check, force, console, alone)
     return _run_equation(source, sizes, target, console)
 
 

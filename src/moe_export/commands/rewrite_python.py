@@ -14,7 +14,14 @@ from moe_export.own_files import put_text
 
 
 def run_rewrite_python(
-    source: str, output: str | None, diff: bool, in_place: bool, check: bool, force: bool, console: Console
+    source: str,
+    output: str | None,
+    diff: bool,
+    in_place: bool,
+    check: bool,
+    force: bool,
+    console: Console,
+    alone: bool,
 ) -> int:
     """Run the command; the exit code: 1 if `--check` finds something to rewrite."""
     chosen = [bool(output), diff, in_place, check]
@@ -32,7 +39,7 @@ def run_rewrite_python(
     if diff:
         _print_diff(before, result.code, source, console)
     console.json(json.dumps(_document(source, result), indent=2))
-    if not diff:
+    if not diff and (alone or result.rewritten or result.left):
         _say(source, result, "to rewrite" if check else "rewritten", console)
     return 1 if check and result.rewritten else 0
 
