@@ -222,7 +222,7 @@ def hook_packages() -> list[str]:
 
 def packages_of_the_page() -> list[str]:
     text = (ROOT / "docs" / "tasks" / "check-in-ci.md").read_text()
-    return re.search(r"^pip install (click .*)$", text, re.MULTILINE)[1].split()
+    return re.search(r"`pip install (click .*?)`", text)[1].split()
 
 
 def test_graphs_are_compared_without_pytorch(finished, tmp_path, env):
