@@ -38,6 +38,7 @@ from moe_export.export.onnx.transposed import mend_products, product_notes
 from moe_export.export.options import Options
 from moe_export.export.precision.mixed import lower_precision
 from moe_export.export.recurrence.recurrences import Recurrent, fold_recurrences, left_if_fixed
+from moe_export.export.scans.captures import captures_as_states
 from moe_export.export.scans.expand import Expansion, expand_loops
 from moe_export.export.scans.order import loops_first
 from moe_export.export.tracing.dims import DimRequest
@@ -46,6 +47,9 @@ from moe_export.export.tracing.trace import Traced, quiet
 from moe_export.export.tracing.traced_loops import DOMAIN as LOOPS
 from moe_export.export.tracing.ways_seen import ways_seen
 from moe_export.export.tracing.widest import widest_trace, within
+
+OPENVINO_STEPS = 8
+"""Steps of an iteration of a Scan for OpenVINO, which takes long to start one (docs/openvino.md has figures)."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +187,8 @@ def _translate(program: Program, options: Options) -> Draft:
 def _expand(draft: Draft, options: Options) -> Draft:
     model = draft.model.clone()
     experts = expand_experts(model, draft.program.blocks, options.experts, options.target)
-    loops = expand_loops(model, Expansion(options.recurrence, options.unroll))
+    steps = OPENVINO_STEPS if options.target == "openvino" else 1
+    loops = expand_loops(model, Expansion(options.recurrence, options.unroll, steps))
     expand_fourier(model)
     return replace(draft, model=model, notes=(*draft.notes, *experts, *loops))
 
@@ -237,6 +242,15 @@ def _sides(draft: Draft, options: Options) -> Draft:
         return draft
     note = f"of {count} decision{'s' * (count > 1)} only the side that is taken is computed (If)"
     return replace(draft, model=model, notes=(*draft.notes, note))
+
+
+def _captures(draft: Draft, options: Options) -> Draft:
+    """The graph with loops that read nothing from around them, for the one engine that needs that."""
+    if options.target != "openvino":
+        return draft
+    model = draft.model.clone()
+    captures_as_states(model)
+    return replace(draft, model=model)
 
 
 def _nothing(result: Any, options: Options) -> None:
@@ -303,6 +317,7 @@ PIPELINE: Stages = (
     Stage("order", Draft, Draft, _order, _nothing),
     Stage("precision", Draft, Draft, _precision, _valid_if_narrow),
     Stage("sides", Draft, Draft, _sides, _valid),
+    Stage("captures", Draft, Draft, _captures, _valid),
 )
 """All stages, in their order."""
 

@@ -27,6 +27,7 @@
 | `runners/tensorrt_runner`, `runners/tensorrt_buffers` | TensorRT; memory for inputs and outputs |
 | `runners/engine_loading`, `runners/engine_header` | loading an engine; its version, GPUs, size |
 | `runners/engine_profile`, `runners/kernel_cache` | what an engine takes; kernels that it compiled |
+| `runners/openvino_runner`, `runners/openvino_errors` | OpenVINO, and what it says when it fails |
 | `runners/onnx_reference_runner` | the evaluator of the ONNX project |
 | **`judging`** | when two outputs are the same |
 | `judging/tolerance`, `judging/judge`, `judging/routing` | margins; one output; expert ids |
@@ -36,7 +37,8 @@
 | `cost/graph_cost`, `cost/einsum_cost`, `cost/torch_work` | FLOPs and bytes of a graph; operators of a PyTorch model |
 | **`reports`** | what was found |
 | `reports/findings`, `reports/report`, `reports/reading` | as data; printed and as JSON; read back and judged again |
-| `reports/table`, `reports/page`, `reports/junit`, `reports/github` | as text, as an HTML page, for CI |
+| `reports/table`, `reports/beside` | as text; several candidates as one table |
+| `reports/page`, `reports/junit`, `reports/github` | as an HTML page, for CI |
 | **`localise`** | the first faulty node of a wrong graph |
 | `localise/search`, `localise/gap`, `localise/difference` | the search; one node's own error; how it differs |
 | `localise/level`, `localise/iterations` | a graph or a body to cut nodes out of; a body, iteration by iteration |

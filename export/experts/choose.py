@@ -13,7 +13,7 @@ from moe_export.export.experts.one_at_a_time import Opaque, loop, slices
 from moe_export.export.experts.trt_moe import trt_moe
 from moe_export.graph_builder import GraphBuilder
 
-Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "tensorrt", "tensorrt-sm100"]
+Target = Literal["onnxruntime-cpu", "onnxruntime-cuda", "openvino", "tensorrt", "tensorrt-sm100"]
 TARGETS: tuple[Target, ...] = get_args(Target)
 Lowering = Literal["dense", "slices", "blocks", "gather", "loop", "contrib", "trt_moe"]
 Choice = Literal["auto", "keep", Lowering]
@@ -54,6 +54,10 @@ def choose(choice: Choice, count: int, target: Target) -> Lowering:
     assert choice != "keep"  # with it, nothing is outlined
     if choice != "auto":
         return choice
+    if (
+        target == "openvino"
+    ):  # it cannot run `loop`, and is faster at slices than at blocks, whatever their number
+        return "slices"
     if target != "onnxruntime-cpu":
         return "trt_moe" if target == "tensorrt-sm100" else "blocks"
     return "slices" if count <= SLICES_UP_TO else "loop"

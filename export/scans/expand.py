@@ -43,10 +43,12 @@ class Expansion:
             it is exact and computes less, else `scan`; `contrib`, ONNX Runtime's own operator where it computes the
             same, else as `auto`.
         unroll: Steps that an iteration of a `Scan` takes. More than one was not faster (docs/recurrence.md).
+        if_possible: Steps that it takes where `unroll` is 1 and the loop can take several.
     """
 
     form: str = "auto"
     unroll: int = 1
+    if_possible: int = 1
 
 
 def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str]:
@@ -143,11 +145,14 @@ def _with_iterations(graph: ir.Graph, loop: LoopRegion, lowering: Expansion) -> 
     Raises:
         NotExportableError: An operator of the step cannot be computed for several steps at once.
     """
-    if lowering.unroll == 1:
+    steps = lowering.if_possible if lowering.unroll == 1 else lowering.unroll
+    if steps == 1:
         return loop
     try:
-        return read_region(graph, several_steps(loop, lowering.unroll))
+        return read_region(graph, several_steps(loop, steps))
     except RefusedError as reason:
+        if lowering.unroll == 1:
+            return loop
         raise NotExportableError(
             f"the loop cannot take {lowering.unroll} steps per iteration: {reason}",
             code=Code.LOOP_FORM,

@@ -9,9 +9,10 @@ Kind = Literal["model", "graph", "engine", "golden"]
 
 KINDS: Mapping[str, Kind] = {".onnx": "graph", ".engine": "engine", ".safetensors": "golden"}
 ONNXRUNTIME = ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt")
+OPENVINO = "openvino"
 BACKENDS: Mapping[Kind, tuple[str, ...]] = {
     "model": ("torch", "torch-float64"),
-    "graph": (*ONNXRUNTIME, "onnx-reference"),
+    "graph": (*ONNXRUNTIME, OPENVINO, "onnx-reference"),
     "engine": ("tensorrt", "tensorrt-rtx"),
     "golden": (),
 }

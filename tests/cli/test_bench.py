@@ -29,9 +29,10 @@ def test_backends_are_measured_or_named(command, finished, tmp_path):
     assert document["sizes"] == {"batch": 1, "sequence": 16}
     found = {entry["name"]: entry for entry in document["backends"]}
     assert set(found) == {
-        "torch", "torch-cuda", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "block.sm75.engine",
+        "torch", "torch-cuda", "onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt", "openvino",
+        "block.sm75.engine",
     }  # fmt: skip
-    for name in ("torch", "onnxruntime-cpu"):
+    for name in ("torch", "onnxruntime-cpu", "openvino"):
         entry = found[name]
         assert 0 < entry["p10_ms"] <= entry["median_ms"] <= entry["p90_ms"]
         assert entry["calls_per_second"] == pytest.approx(1000 / entry["median_ms"])

@@ -74,6 +74,46 @@ def test_several_artifacts_at_once(command, finished):
     assert [found["reference"] for found in document["reports"]] == ["torch", "onnx-reference"]
 
 
+def test_several_backends_in_one_table(command, finished):
+    args = ("verify", finished / "moe.onnx", "--against", finished / "moe.py", "--backend")
+    done = command(*args, "onnxruntime-cpu,openvino")
+    assert done.code == 0, done.err
+    head, _, *rows = done.out.splitlines()
+    assert head == "against torch"
+    cells = [line.split() for line in rows if line]
+    assert cells[0] == ["output", "dtype", "onnxruntime-cpu", "openvino"]
+    assert cells[-1] == ["verdict", "equal", "equal"]
+    assert {line[0] for line in cells[1:-1]} == {"add_3", "topk_idx", "topk_weight"} or len(cells) > 2
+    done = command(*args, "openvino,onnxruntime-cuda", "--json")
+    document = json.loads(done.out)
+    assert [found["candidate"] for found in document["reports"]] == ["openvino"]
+    if done.code:
+        assert done.code == 4  # what could be run is equal, and one could not
+        assert document["not_run"][0]["candidate"] == "onnxruntime-cuda"
+
+
+def test_of_several_backends_only_what_differs_is_told_in_full(command, finished, tmp_path, write):
+    """Integers beyond int32 are beyond OpenVINO, too."""
+    model = write("class Wide(nn.Module):\n    def forward(self, n):\n        return n + n\n"
+                  "model = Wide()\nexample_inputs = (torch.arange(6).reshape(2, 3),)\n", "wide.py")  # fmt: skip
+    assert command(model, "-o", tmp_path, "--quiet").code == 0
+    args = ("verify", tmp_path / "wide.onnx", "--against", model, "--backend", "onnxruntime-cpu,openvino")
+    done = command(*args)
+    assert done.code == 1
+    assert done.out.count("size combinations") == 1
+    assert "FAILED in openvino only, large integers" in done.out
+    assert "computes int64 as int32" in done.out
+
+
+def test_a_backend_that_there_is_not_among_several(command, finished):
+    done = command(
+        "verify", finished / "moe.onnx", "--against", finished / "moe.py", "--backend", "tpu,torch"
+    )
+    assert done.code == 2
+    assert "there is no backend 'tpu'" in done.err
+    assert "onnxruntime-cpu" in done.err
+
+
 @pytest.mark.parametrize(
     ("side", "said"),
     [

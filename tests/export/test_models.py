@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 
 import numpy as np
 import onnx
@@ -11,12 +12,17 @@ import pytest
 import torch
 from slow_cases import only
 
+from moe_export.errors import UsageError
 from moe_export.export import load_subject
+from moe_export.export.scans.captures import captures_as_states
+from moe_export.verify import OnnxRuntimeRunner
+from moe_export.verify.runners.openvino_runner import OpenVinoRunner
 
 NAMES = ["attention", "gshard_moe", "hybrid", "mamba", "mamba2", "moe_gate", "sparse_moe"]
 # Mamba is exported by the tests of recurrences, and the hybrid is made of it and of parts of two others.
 EXPORTED = only(["attention", "gshard_moe", "mamba2", "moe_gate", "sparse_moe"], NAMES)
 STEP = {"mamba2": 8}  # its length must be a whole number of chunks
+READS = {"hybrid", "mamba"}  # the body of their Scan reads a value that is computed outside
 FREE = {"attention": ("batch", "sequence"), "mamba2": ("batch", "sequence")}
 
 
@@ -75,6 +81,33 @@ def test_it_is_equal_at_four_sizes(tools, exported, name):
                 np.testing.assert_allclose(
                     found[output], want.numpy(), rtol=1e-5, atol=1e-5, err_msg=str(sizes)
                 )
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_openvino_computes_the_same(exported, name):
+    """At four sizes; or it refuses the graph by node and line, and computes what `--target openvino` writes."""
+    torch.manual_seed(0)
+    graph = exported(name)[0]
+    data = ir.to_proto(graph.model).SerializeToString()
+    if name in READS:
+        with pytest.raises(UsageError, match="the body of a Scan reads a value") as caught:
+            OpenVinoRunner(data)
+        assert re.search(r"node Scan \S+, mamba\.py:\d+, module \w+", caught.value.where)
+    model = graph.model.clone()
+    assert bool(captures_as_states(model)) == (name in READS)
+    runner = OpenVinoRunner(ir.to_proto(model).SerializeToString())
+    expects = OnnxRuntimeRunner(data)
+    for sizes in other_sizes(graph, name):
+        inputs = {
+            key: sized(graph.traced.example[key], shape, sizes).numpy()
+            for key, shape in graph.traced.inputs.items()
+        }
+        found, expected = runner.run(inputs), expects.run(inputs)
+        assert list(found) == list(expected)
+        for output, want in expected.items():
+            anyhow = output in {each for routing in graph.routing for each in routing[:2]}
+            got, right = (np.sort(each) if anyhow else each for each in (found[output], want))
+            np.testing.assert_allclose(got, right, rtol=1e-5, atol=1e-5, err_msg=f"{output} {sizes}")
 
 
 @pytest.mark.parametrize("name", EXPORTED)

@@ -1,4 +1,7 @@
-"""transformers' mixtures of experts: the block and the whole model, exported and equal at other token counts."""
+"""transformers' mixtures of experts: the block and the whole model, exported and equal at other token counts.
+
+Onnxruntime and OpenVINO both run every graph.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from moe_export.export.frontend.subject import make_subject
 from moe_export.export.onnx.serialize import write_model
 from moe_export.export.pipeline import Options, export_subject
 from moe_export.verify import Tolerance
+from moe_export.verify.runners.openvino_runner import OpenVinoRunner
 
 FOUR = ("mixtral", "deepseek_v3", "gpt_oss", "jetmoe")
 CAPABILITIES = ("sm75", "sm86", "sm89", "sm120")
@@ -37,14 +41,27 @@ def session_of(model: ir.Model) -> onnxruntime.InferenceSession:
     )
 
 
-def assert_equal(subject, graph, inputs, tolerance) -> None:
+class Engines:
+    """A graph in onnxruntime and in OpenVINO."""
+
+    def __init__(self, graph) -> None:
+        self._session = session_of(graph.model)
+        self._openvino = OpenVinoRunner(ir.to_proto(graph.model).SerializeToString())
+
+    def run(self, feeds):
+        """The outputs of each."""
+        yield self._session.run(None, feeds)
+        yield list(self._openvino.run(feeds).values())
+
+
+def assert_equal(subject, engines, inputs, tolerance) -> None:
     with torch.no_grad():
         expected = subject.call([value.clone() for value in inputs])
     feeds = dict(zip(subject.inputs, (value.numpy() for value in inputs), strict=True))
-    found = session_of(graph.model).run(None, feeds)
-    for got, want in zip(found, expected, strict=True):
-        assert got.shape == tuple(want.shape)
-        np.testing.assert_allclose(got, want.numpy(), rtol=tolerance, atol=tolerance)
+    for found in engines.run(feeds):
+        for got, want in zip(found, expected, strict=True):
+            assert got.shape == tuple(want.shape)
+            np.testing.assert_allclose(got, want.numpy(), rtol=tolerance, atol=tolerance)
 
 
 def check_block(name: str) -> None:
@@ -54,12 +71,13 @@ def check_block(name: str) -> None:
     graph = export_subject(subject, Options(gates=False, simplify=False))[0]
     assert sum("lowered as" in note for note in graph.notes) == 1, graph.notes
     assert not any("stay" in note for note in graph.notes)
+    engines = Engines(graph)
     for batch, length in ((1, 1), (1, 3), (3, 5), (8, 8), (1, 257)):
-        assert_equal(subject, graph, [torch.randn(batch, length, 16)], 2e-5)
+        assert_equal(subject, engines, [torch.randn(batch, length, 16)], 2e-5)
     # All tokens alike go to the same experts; one at a time, each expert is alone at some token.
     for seed in range(6):
         same = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(seed)).expand(2, 7, 16)
-        assert_equal(subject, graph, [same.contiguous()], 2e-5)
+        assert_equal(subject, engines, [same.contiguous()], 2e-5)
 
 
 def check_model(name: str) -> None:
@@ -76,8 +94,9 @@ def check_model(name: str) -> None:
     graph = export_subject(subject, Options(gates=False, simplify=False))[0]
     assert any("lowered as" in note for note in graph.notes), graph.notes
     fixed = any("is fixed" in note and "(sequence, " in note for note in graph.notes)
+    engines = Engines(graph)
     for batch, length in ((2, 7),) if fixed else ((1, 1), (1, 3), (3, 5), (8, 8)):
-        assert_equal(subject, graph, list(example(batch, length).values()), 1e-4)
+        assert_equal(subject, engines, list(example(batch, length).values()), 1e-4)
 
 
 @pytest.mark.parametrize("name", only(["mixtral", "gpt_oss"], FOUR))
@@ -121,6 +140,6 @@ def test_blocks_build_for_every_gpu(name):
     block = family.build().get_submodule(family.block)
     subject = make_subject(block, (torch.randn(2, 5, 16),), {}, source=Path(__file__), how="test")
     graph = export_subject(subject, Options(gates=False, target="tensorrt"))[0]
-    assert_equal(subject, graph, [torch.randn(1, 33, 16)], 2e-5)
+    assert_equal(subject, Engines(graph), [torch.randn(1, 33, 16)], 2e-5)
     engines = build_engines(graph.model, CAPABILITIES, {"batch": (1, 1, 1), "sequence": (1, 128, 8192)})
     assert [engine.capability for engine in engines] == list(CAPABILITIES)

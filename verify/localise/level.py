@@ -7,7 +7,7 @@ ones included, is searched in the same way as the graph around it, one iteration
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -20,6 +20,8 @@ from moe_export.verify.specs import Array, numpy_dtype
 
 Value: TypeAlias = "Array | list[Array]"
 """A tensor, or a sequence of tensors."""
+Engine: TypeAlias = "Callable[[onnx.ModelProto, Mapping[str, Value], str], Sequence[Value]]"
+"""Runs a model whose outputs need no types: the model, its inputs, how far it is optimised → the outputs, in order."""
 
 LEVELS = ("none", "basic", "extended", "all")
 """How far onnxruntime optimises a graph."""
@@ -45,21 +47,23 @@ class Level:
         model: Its opsets, its functions.
         graph: The model's graph, or a body in it.
         outside: Initializers of the graphs around it, by name: constants that belong to the model.
+        engine: What runs it; None for onnxruntime.
     """
 
     model: onnx.ModelProto
     graph: onnx.GraphProto
     outside: Mapping[str, onnx.TensorProto]
+    engine: Engine | None = None
 
     @classmethod
-    def of(cls, model: onnx.ModelProto) -> Level:
+    def of(cls, model: onnx.ModelProto, engine: Engine | None = None) -> Level:
         """The level of a model's own graph."""
-        return cls(model, model.graph, {})
+        return cls(model, model.graph, {}, engine)
 
     def body(self, name: str, node: onnx.NodeProto) -> Level:
         """The level of a body of one of its nodes, by the attribute's name."""
         graph = next(attribute.g for attribute in node.attribute if attribute.name == name)
-        return Level(self.model, graph, {**self.outside, **self.constants})
+        return Level(self.model, graph, {**self.outside, **self.constants}, self.engine)
 
     @cached_property
     def constants(self) -> dict[str, onnx.TensorProto]:
@@ -190,7 +194,7 @@ class Level:
         names = list(dict.fromkeys(names))
         made = self.part(names, feeds, replaced)
         taken = {value.name: feeds[value.name] for value in made.graph.input}
-        arrays = run_model(made, taken, level)
+        arrays = (self.engine or run_model)(made, taken, level)
         return dict(zip(names, arrays, strict=True))
 
 

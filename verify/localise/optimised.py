@@ -1,4 +1,8 @@
-"""Whether a graph is wrong by itself or only after onnxruntime's optimisation; then, from which level on and where."""
+"""Whether a graph is wrong by itself, or only as an engine runs it.
+
+Onnxruntime may make a right graph wrong by its optimisation: then, from which level on and where. Another engine may
+compute a node of it otherwise than onnxruntime: then, which.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from tempfile import TemporaryDirectory
 
 import onnx
 
-from moe_export.verify.localise.level import LEVELS, Session, Value
+from moe_export.verify.localise.level import LEVELS, Engine, Session, Value
 from moe_export.verify.localise.reference import GivenValues, GraphValues
 from moe_export.verify.localise.search import Localisation, find_faulty_node
 
@@ -31,6 +35,22 @@ class OptimiserFault:
             f"the graph is right as it is; onnxruntime makes it wrong at optimisation level '{self.level}'\n"
             f"{self.localisation}"
         )
+
+
+@dataclass(frozen=True)
+class EngineFault:
+    """A graph that is right as onnxruntime runs it, and wrong as another engine does.
+
+    Args:
+        engine: The other engine's name.
+        localisation: The first node that it computes otherwise; the reference is onnxruntime, without optimisation.
+    """
+
+    engine: str
+    localisation: Localisation
+
+    def __str__(self) -> str:
+        return f"onnxruntime computes the graph right, {self.engine} does not\n{self.localisation}"
 
 
 def wrong_level(
@@ -66,6 +86,22 @@ def find_optimiser_fault(model: onnx.ModelProto, inputs: Mapping[str, Value], le
     right = GraphValues(model, inputs)
     shared = [name for name in right.names if name in {n for node in changed.graph.node for n in node.output}]
     return OptimiserFault(level, find_faulty_node(changed, inputs, GivenValues(right.values(shared))))
+
+
+def find_engine_fault(
+    model: onnx.ModelProto, inputs: Mapping[str, Value], name: str, engine: Engine
+) -> EngineFault:
+    """Find the node that an engine does not compute as onnxruntime does, on onnxruntime's values.
+
+    Args:
+        model: The graph, which onnxruntime computes right.
+        inputs: The inputs that the engine gets wrong.
+        name: The engine's name.
+        engine: Runs a part of the graph.
+    """
+    right = GraphValues(model, inputs)
+    values = GivenValues(right.values(list(right.level.producer)), level=right.level)
+    return EngineFault(name, find_faulty_node(model, inputs, values, engine=engine))
 
 
 def optimised(model: onnx.ModelProto, level: str) -> onnx.ModelProto:

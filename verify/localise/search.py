@@ -23,7 +23,7 @@ from moe_export.verify.bodies import bodies, reads
 from moe_export.verify.localise.difference import differences
 from moe_export.verify.localise.gap import NONE, Gap, gap
 from moe_export.verify.localise.iterations import iterations
-from moe_export.verify.localise.level import Cut, Level, Value
+from moe_export.verify.localise.level import Cut, Engine, Level, Value
 from moe_export.verify.localise.reference import ReferenceValues
 from moe_export.verify.reports.report import finite
 from moe_export.verify.runner import one_line
@@ -131,6 +131,7 @@ def find_faulty_node(
     *,
     memory: int = MEMORY,
     level: str = "none",
+    engine: Engine | None = None,
 ) -> Localisation:
     """Find the node that makes a graph wrong.
 
@@ -140,12 +141,13 @@ def find_faulty_node(
         reference: Right values.
         memory: Bytes of the values held at once; a graph with more is taken in parts, a session each.
         level: How far onnxruntime optimises the graph that is looked at; what each node does shows at "none".
+        engine: What runs the graph, where that is not onnxruntime.
 
     Raises:
         Exception: onnxruntime fails on the reference. A candidate that fails is a finding.
     """
     start = time.perf_counter()
-    search = _Search(Level.of(candidate), reference, inputs, level)
+    search = _Search(Level.of(candidate, engine), reference, inputs, level)
     errors: list[NodeError] = []
     for names in _parts(search.names, reference.sizes(), memory):
         errors += search.errors(names)

@@ -33,7 +33,7 @@ def plain(report: Findings, *, verbose: bool = False) -> str:
         report: What was found.
         verbose: List every size that was compared, by the label that `--case` takes.
     """
-    cells = [_HEADER, *(_cells(row) for row in _shown(report))]
+    cells = [_HEADER, *(_cells(row) for row in shown(report))]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
     lines = [_headline(report), ""]
     if report.rows:
@@ -53,7 +53,7 @@ def rich_report(report: Findings, *, verbose: bool = False) -> Group:
     table = Table(box=None, pad_edge=False)
     for column, title in enumerate(_HEADER):
         table.add_column(title, justify="right" if column in _RIGHT else "left")
-    for row in _shown(report):
+    for row in shown(report):
         colour = "green" if row.equal else "red"
         *cells, verdict = _cells(row)
         table.add_row(*map(Text, cells), Text(verdict, style=colour))
@@ -76,7 +76,7 @@ def show(report: Findings, stream: TextIO, *, verbose: bool = False) -> None:
         stream.write(plain(report, verbose=verbose) + "\n")
 
 
-def _shown(report: Findings) -> tuple[Row, ...]:
+def shown(report: Findings) -> tuple[Row, ...]:
     """The outputs, and of the choices inside the model those that are wrong."""
     return tuple(row for row in report.rows if not (row.equal and is_choice(row.output)))
 

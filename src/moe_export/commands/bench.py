@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, TypedDict
 
 import onnx
 
+from moe_export.backends import ONNXRUNTIME, OPENVINO
 from moe_export.commands.console import Console
 from moe_export.export.engines.graph_file import read_graph
 from moe_export.export.engines.profiles import Range
@@ -38,7 +39,7 @@ class BenchDocument(TypedDict):
     backends: list[TimingEntry]
 
 
-_ORT = ("onnxruntime-cpu", "onnxruntime-cuda", "onnxruntime-tensorrt")
+_GRAPH = (*ONNXRUNTIME, OPENVINO)
 
 
 def run_bench(
@@ -64,7 +65,7 @@ def run_bench(
     if cost is not None:
         common |= {"flops": cost.total.flops, "bytes_moved": cost.bytes_moved}
     dtype = model.metadata_props.get("moe_export.dtype", "float32")
-    jobs = [Job(backend, str(path), dtype=dtype, **common) for backend in _ORT]
+    jobs = [Job(backend, str(path), dtype=dtype, **common) for backend in _GRAPH]
     engines = sorted(path.parent.glob("*.engine"))
     jobs += [Job("engine", str(found), **common) for found in engines if graph_of(found) == path]
     if against is not None:

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 from moe_export.commands.console import Console
 from moe_export.commands.reports import Wanted, take_wanted, write_reports
-from moe_export.comparing.artifacts import Artifact, parse_artifact
+from moe_export.comparing.artifacts import Artifact, parse_artifact, parse_candidates
 from moe_export.comparison_settings import SETTINGS, check_names, parse_settings, parse_tolerance
-from moe_export.errors import UsageError
+from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.onnx.serialize import staging
 from moe_export.options.memory import parse_bytes
 from moe_export.options.table import options_of
@@ -22,6 +22,7 @@ from moe_export.own_files import put, require_free
 from moe_export.reports.reproduce import reproduce_command
 from moe_export.verify import Report, RoutingPair, show
 from moe_export.verify.golden import Golden, Recorder, save_golden
+from moe_export.verify.reports.beside import beside
 from moe_export.verify.reports.report import worst_code
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ class VerifyRequest:
     """What `verify` was asked for, read and checked before anything is loaded.
 
     Attributes:
-        candidate: What is judged.
+        candidates: What is judged: one artifact, on each of its backends.
         references: What is right; none where outputs are only recorded.
         request: How they are compared.
         wanted: Which reports are written.
@@ -56,7 +57,7 @@ class VerifyRequest:
         console: How much is printed.
     """
 
-    candidate: Artifact
+    candidates: tuple[Artifact, ...]
     references: tuple[Artifact, ...]
     request: Request
     wanted: Wanted
@@ -84,7 +85,7 @@ class VerifyRequest:
             )
         explained = given["localise"] or given["inside"] or repro is not None
         asked = cls(
-            candidate=parse_artifact(given["graph"], given["backend"]),
+            candidates=parse_candidates(given["graph"], given["backend"]),
             references=tuple(parse_artifact(text) for text in given["against"]),
             request=Request(
                 tolerance=parse_tolerance(given["rtol"], given["atol"], given["tolerances"]),
@@ -108,7 +109,7 @@ class VerifyRequest:
     @property
     def read(self) -> list[Path]:
         """The files that it reads."""
-        return [artifact.file for artifact in (self.candidate, *self.references)] + list(
+        return [artifact.file for artifact in (*self.candidates, *self.references)] + list(
             self.request.settings.files
         )
 
@@ -118,7 +119,7 @@ class VerifyRequest:
         Raises:
             UsageError: There is one.
         """
-        golden = [each for each in (self.candidate, *self.references) if each.kind == "golden"]
+        golden = [each for each in (*self.candidates, *self.references) if each.kind == "golden"]
         for option in options_of("verify") if golden else ():
             if option.name in _MORE_CASES and given[option.name] != option.unset:
                 raise UsageError(
@@ -147,22 +148,64 @@ def run_verify(asked: VerifyRequest) -> int:
     if not asked.references:
         return _record_alone(asked, console)
     with console.user_code():
-        reports = [_compared(asked.candidate, reference, request, console) for reference in asked.references]
+        reports, missing = _all_compared(asked)
     reports = [replace(report, about={**report.about, "command": asked.command}) for report in reports]
     for report in reports:
         check_names(request.tolerance, [row.output for row in report.rows])
     if request.recorder is not None:
         _save(request.recorder, request.recorder.routing, reports[0].about, asked, console)
-    console.json(json.dumps(_document(reports, request), indent=2))
-    for report in reports:
-        if not (console.quiet or console.as_json):
-            show(report, sys.stdout, verbose=console.verbose)
+    console.json(json.dumps(_document(reports, request, missing), indent=2))
+    if not (console.quiet or console.as_json):
+        _show(reports, missing, asked)
     for why in request.why or ():
         console.say(f"\n{why}")
         if asked.repro is not None:
             _write_repro(why, asked.repro, asked, console)
     write_reports(reports, asked.wanted, console, asked.read)
-    return worst_code(reports) or int(bool(request.inside and request.why))
+    failed = max((error.exit_code for _, error in missing), default=0)
+    return worst_code(reports) or failed or int(bool(request.inside and request.why))
+
+
+Missing: TypeAlias = "list[tuple[str, MoeExportError]]"
+"""Backends that could not run the graph, each with its error."""
+
+
+def _all_compared(asked: VerifyRequest) -> tuple[list[Report], Missing]:
+    """Each candidate with each reference; of several candidates, one that cannot be run does not end the others.
+
+    Raises:
+        MoeExportError: The only candidate cannot be run, or none can.
+    """
+    reports: list[Report] = []
+    missing: Missing = []
+    request = asked.request
+    for candidate in asked.candidates:
+        try:
+            found = [_compared(candidate, each, request, asked.console) for each in asked.references]
+        except MoeExportError as error:
+            missing.append((candidate.backend or candidate.text, error))
+            continue
+        reports += found
+        request = replace(request, recorder=None)  # the reference's values are the same for all
+    if not reports:
+        raise missing[0][1]
+    return reports, missing
+
+
+def _show(reports: list[Report], missing: Missing, asked: VerifyRequest) -> None:
+    """Each report; of several backends one table before them, and in full only those that are not equal."""
+    console = asked.console
+    if len(asked.candidates) == 1:
+        for report in reports:
+            show(report, sys.stdout, verbose=console.verbose)
+        return
+    refused = [(name, str(error)) for name, error in missing]
+    for reference in dict.fromkeys(report.reference for report in reports):
+        against = [report for report in reports if report.reference == reference]
+        print(f"against {reference}\n\n{beside(against, refused)}\n")
+    for report in reports:
+        if console.verbose or report.verdict != "equal":
+            show(report, sys.stdout, verbose=console.verbose)
 
 
 def _write_repro(why: Explanation, folder: Path, asked: VerifyRequest, console: Console) -> None:
@@ -178,18 +221,26 @@ def _compared(candidate: Artifact, reference: Artifact, request: Request, consol
         return compare_artifacts(candidate, reference, request)
 
 
-def _document(reports: list[Report], request: Request) -> VerifyDocument | SeveralDocument:
-    if len(reports) == 1:
+def _document(
+    reports: list[Report], request: Request, missing: Missing
+) -> VerifyDocument | SeveralDocument:
+    if len(reports) == 1 and not missing:
         document = cast("VerifyDocument", reports[0].to_dict())
         if request.why:
             document["why"] = request.why[0].to_dict()
         return document
-    return {"schema": "moe-export/verify-reports/1", "reports": [report.to_dict() for report in reports]}
+    several: SeveralDocument = {
+        "schema": "moe-export/verify-reports/1",
+        "reports": [report.to_dict() for report in reports],
+    }
+    if missing:
+        several["not_run"] = [{"candidate": name, "reason": str(error)} for name, error in missing]
+    return several
 
 
 def _record_alone(asked: VerifyRequest, console: Console) -> int:
     """Store what one artifact computes, without comparing it."""
-    artifact = asked.candidate
+    artifact = asked.candidates[0]
     if artifact.kind != "model":
         raise UsageError(
             "only a model file can be recorded alone",

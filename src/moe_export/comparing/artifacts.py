@@ -29,9 +29,10 @@ from moe_export.verify.inputs.meaning import MOST_ASKED, Asked, Table, meanings_
 from moe_export.verify.reports.findings import PRECISION
 from moe_export.verify.runners.onnx_reference_runner import OnnxReferenceRunner
 from moe_export.verify.runners.onnxruntime_runner import specs_of
+from moe_export.verify.runners.openvino_runner import OpenVinoRunner
 from moe_export.verify.specs import is_float, numpy_dtype
 
-GraphRunner: TypeAlias = OnnxRuntimeRunner | TensorRtRunner | OnnxReferenceRunner
+GraphRunner: TypeAlias = OnnxRuntimeRunner | TensorRtRunner | OnnxReferenceRunner | OpenVinoRunner
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,22 @@ def parse_artifact(text: str, backend: str | None = None) -> Artifact:
     return Artifact(text, kind, backend)
 
 
+def parse_candidates(text: str, backends: str | None) -> tuple[Artifact, ...]:
+    """An artifact on each of some backends, `onnxruntime-cpu,openvino`, or on its default one.
+
+    Raises:
+        UsageError: There is no such backend, or it cannot run this kind of file; or `text` names one, too.
+    """
+    if backends is None:
+        return (parse_artifact(text),)
+    known = [name for names in BACKENDS.values() for name in names]
+    asked = tuple(dict.fromkeys(each.strip() for each in backends.split(",")))
+    for name in asked:
+        if name not in known:
+            raise UsageError(f"there is no backend {name!r}", hint=f"use {', '.join(known)}")
+    return tuple(parse_artifact(text, name) for name in asked)
+
+
 _NOUN: Mapping[Kind, str] = {
     "model": "model file",
     "graph": "graph",
@@ -109,6 +126,8 @@ def graph_runner(artifact: Artifact, dtype: str = "float32") -> GraphRunner:
         return open_engine(artifact.path, artifact.backend)
     if artifact.backend == "onnx-reference":
         return OnnxReferenceRunner(artifact.path)
+    if artifact.backend == OpenVinoRunner.name:
+        return OpenVinoRunner(artifact.path)
     from moe_export.running.choices import runner_of
 
     return runner_of(artifact.path, artifact.provider, dtype)

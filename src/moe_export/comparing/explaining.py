@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, TypeAlias, TypedDict
 
 import onnx
 
 from moe_export.comparing import apart
 from moe_export.comparing.artifacts import GraphRunner, narrowest
-from moe_export.comparing.localising import localise, open_graph, program_values
+from moe_export.comparing.localising import ENGINE_AT_FAULT, localise, open_graph, program_values
 from moe_export.comparison_settings import tolerance_of
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.tracing.trace import quiet, trace
@@ -26,12 +26,15 @@ from moe_export.verify import (
 )
 from moe_export.verify.inputs.regimes import NORMAL
 from moe_export.verify.localise.level import Cut, Value
-from moe_export.verify.localise.optimised import OptimiserFault
+from moe_export.verify.localise.optimised import EngineFault, OptimiserFault, find_engine_fault
 from moe_export.verify.localise.overlay import write_overlay
 from moe_export.verify.localise.repro import write_repro
 from moe_export.verify.localise.search import Localisation, NodeError, find_faulty_node
 from moe_export.verify.runner import one_line
+from moe_export.verify.runners.openvino_runner import OpenVinoRunner, run_part
 
+Explained: TypeAlias = Localisation | OptimiserFault | EngineFault | str
+"""The first faulty node, of the graph or as an engine runs it; or a sentence that says why none can be named."""
 INSIDE = 3
 """The number of cases searched for nodes that are wrong although the outputs are right."""
 
@@ -60,9 +63,13 @@ class _OfCase(TypedDict):
 
 
 class Why(_OfCase, total=False):
-    """The first faulty node of a graph, at which level of onnxruntime's optimisation it shows; or why none is named."""
+    """The first faulty node of a graph, at which level of onnxruntime's optimisation it shows; or why none is named.
+
+    `engine` is there if onnxruntime computes the graph right: the one that does not.
+    """
 
     level: str
+    engine: str
     seconds: float
     reason: str
 
@@ -80,7 +87,7 @@ class Explanation:
     """
 
     at: str
-    found: Localisation | OptimiserFault | str
+    found: Explained
     model: onnx.ModelProto
     inputs: Mapping[str, Array]
     expected: Mapping[str, Array]
@@ -92,16 +99,17 @@ class Explanation:
         """Plain data, for JSON."""
         if isinstance(self.found, str):
             return {"case": self.at, "faulty_node": None, "reason": self.found}
-        level, localisation = "none", self.found
-        if isinstance(localisation, OptimiserFault):
-            level, localisation = localisation.level, localisation.localisation
+        localisation = self.found if isinstance(self.found, Localisation) else self.found.localisation
         found = localisation.to_dict()
-        return {
+        why: Why = {
             "case": self.at,
-            "level": level,
+            "level": self.found.level if isinstance(self.found, OptimiserFault) else "none",
             "faulty_node": found["faulty_node"],
             "seconds": found["seconds"],
         }
+        if isinstance(self.found, EngineFault):
+            why["engine"] = self.found.engine
+        return why
 
     def write(self, folder: str | Path) -> list[Path]:
         """Write the reproduction, and the graph with each node's error, into a folder.
@@ -112,6 +120,8 @@ class Explanation:
         folder, localisation, level = Path(folder), None, "none"
         if isinstance(self.found, OptimiserFault):
             level = self.found.level
+        elif isinstance(self.found, EngineFault):
+            localisation = self.found.localisation
         elif isinstance(self.found, Localisation):
             localisation = self.found
         whole = Cut(self.model, dict(self.inputs), _outputs_of(self.model, self.expected))
@@ -184,7 +194,9 @@ def explain(
         # A new export in half precision is as right as that precision allows, and no more.
         rounds = partial(is_right, narrow=narrowest(path))
         try:
-            found = localise(model, given, subject, reference, is_right, rounds)
+            found: Explained = localise(model, given, subject, reference, is_right, rounds)
+            if found == ENGINE_AT_FAULT and candidate.name == OpenVinoRunner.name:
+                found = find_engine_fault(model, given, candidate.name, run_part)
         except Exception as error:  # the report is complete without an explanation
             return Explanation(case.label, f"no node can be named: {one_line(error)}", model, given, expected)
     return Explanation(case.label, found, model, given, expected)

@@ -57,6 +57,7 @@ _DECIDING = {"fold", "outline", "expand", "simplify"}
 _REWRITING = tuple(option.name for option in options_of("export") if _DECIDING & set(option.read_by))
 _MAY_DIFFER = 0.1
 """The share of nodes that two graphs made in the same way may differ in; three nodes are always allowed."""
+ENGINE_AT_FAULT = "onnxruntime's CPU gives the right outputs for these inputs: the engine is at fault"
 
 IsRight = Callable[[Mapping[str, Value]], bool]
 
@@ -107,7 +108,7 @@ def localise(
     """
     level = wrong_level(model, inputs, is_right)
     if level is None:
-        return "onnxruntime's CPU gives the right outputs for these inputs: the engine is at fault"
+        return ENGINE_AT_FAULT
     if level != "none":
         return find_optimiser_fault(model, inputs, level)
     traced = trace(reference)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from moe_export.backends import BACKENDS, ONNXRUNTIME
+from moe_export.backends import ONNXRUNTIME
 from moe_export.options.option import EXPORTING, Option
 
 _COMPARING = (*EXPORTING, "verify")
@@ -24,8 +24,8 @@ ARTIFACTS = (
            ("comparison",), type=click.Choice(ONNXRUNTIME), otherwise=ONNXRUNTIME[0]),
     Option("backend", "--backend", "Comparison",
            "What runs the first artifact, as `FILE@BACKEND` does for any: torch, torch-float64; onnxruntime-cpu, -cuda"
-           " or -tensorrt, or onnx-reference; tensorrt-rtx or tensorrt.", ("verify",), ("comparison",),
-           type=click.Choice([name for names in BACKENDS.values() for name in names]), metavar="BACKEND", first=True),
+           " or -tensorrt, openvino or onnx-reference; tensorrt-rtx or tensorrt. Several are compared in one table.",
+           ("verify",), ("comparison",), metavar="BACKEND,...", first=True),
 )
 CASES = (
     Option("verify", "--no-verify", "Comparison", "Compare nothing.", EXPORTING, type=bool, first=True),

@@ -62,6 +62,7 @@ STAGES = (
     "order",
     "precision",
     "sides",
+    "captures",
 )
 """The names of `export.stages.PIPELINE`, which takes seconds to import."""
 READERS = (*STAGES, "load", "gates", "weights", "comparison", "engines", "ranks", "command")

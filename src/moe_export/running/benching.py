@@ -15,7 +15,9 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from moe_export.backends import OPENVINO
 from moe_export.errors import MissingBackendError, MoeExportError
+from moe_export.verify.runners.openvino_runner import OpenVinoRunner
 from moe_export.verify.specs import Array
 
 Run = Callable[[Mapping[str, Array]], Any]
@@ -27,7 +29,7 @@ class Job:
 
     Attributes:
         backend: `torch` or `torch.compile`, each optionally followed by `-cuda`; `onnxruntime-cpu`, `onnxruntime-cuda`,
-            `onnxruntime-tensorrt` or `engine`.
+            `onnxruntime-tensorrt`, `openvino` or `engine`.
         path: The graph, the engine, or the model's file.
         inputs: The inputs of every run, by name.
         dtype: The narrowest type that a graph computes in.
@@ -187,6 +189,8 @@ def _open(job: Job) -> tuple[Run, str]:
         from moe_export.running.engines import open_engine
 
         return open_engine(Path(job.path)).run, ""
+    if job.backend == OPENVINO:
+        return OpenVinoRunner(job.path).run, ""
     from moe_export.running.choices import runner_of
 
     runner = runner_of(Path(job.path), job.backend.removeprefix("onnxruntime-"), job.dtype)
