@@ -221,9 +221,7 @@ def _compared(candidate: Artifact, reference: Artifact, request: Request, consol
         return compare_artifacts(candidate, reference, request)
 
 
-def _document(
-    reports: list[Report], request: Request, missing: Missing
-) -> VerifyDocument | SeveralDocument:
+def _document(reports: list[Report], request: Request, missing: Missing) -> VerifyDocument | SeveralDocument:
     if len(reports) == 1 and not missing:
         document = cast("VerifyDocument", reports[0].to_dict())
         if request.why:
