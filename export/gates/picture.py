@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from moe_export.errors import MissingBackendError, UsageError
+from moe_export.export.gates.colours import COLOURS, FAINT, INK, PAPER, STYLE
 from moe_export.export.gates.dispatch import Dispatch
 from moe_export.own_files import MARK
 
@@ -26,9 +27,6 @@ _MOST_LINES = 600
 _COLUMNS = 96  # of the map; each stands for as many tokens as the others
 _LABEL = 0.125  # inches from one label to the next: 7 points of text, and air
 _LEFT, _RIGHT = 0.0, 1.0
-_INK, _FAINT = "#222222", "#9a9a9a"
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-"""Okabe and Ito's colours, which people with colour blindness can tell apart; with many experts they repeat."""
 
 
 def draw(dispatches: Sequence[Dispatch], path: Path, capacity: int | None = None) -> None:
@@ -66,6 +64,9 @@ def draw(dispatches: Sequence[Dispatch], path: Path, capacity: int | None = None
             _draw_one(lines, bars, dispatch, capacity)
         metadata = {"Date": None, "Creator": MARK} if path.suffix == ".svg" else {"Software": MARK}
         figure.savefig(path, dpi=150, metadata=metadata)
+    if path.suffix == ".svg":
+        text = path.read_text(encoding="utf-8")
+        path.write_text(text.replace("</metadata>", f"</metadata>\n{STYLE}", 1), encoding="utf-8")
 
 
 def _height(dispatch: Dispatch, capacity: int | None) -> float:
@@ -135,14 +136,14 @@ def _draw_lines(axes: Any, dispatch: Dispatch, places: np.ndarray, middles: np.n
         end = middles[expert] + heights[expert] * (row + 0.5 - rows[expert] / 2)
         segments.append([(_LEFT, places[token]), (_RIGHT, end)])
         alpha = float(strength * (0.25 + 0.75 * shares[token, choice]))
-        colours.append(to_rgba(_FAINT if dropped else _COLOURS[expert % len(_COLOURS)], alpha))
+        colours.append(to_rgba(FAINT if dropped else COLOURS[expert % len(COLOURS)], alpha))
         styles.append(":" if dropped else "-")
     width = 1.3 if few else 0.5
     axes.add_collection(LineCollection(segments, colors=colours, linestyles=styles, linewidths=width))
 
 
 def _draw_strip(axes: Any, tokens: int) -> None:
-    axes.plot([_LEFT, _LEFT], [0, 1], color=_INK, linewidth=3, solid_capstyle="butt")
+    axes.plot([_LEFT, _LEFT], [0, 1], color=INK, linewidth=3, solid_capstyle="butt")
     for place, number, end in ((0, 0, "top"), (1, tokens - 1, "bottom")):
         axes.text(_LEFT - 0.03, place, f"token {number}", ha="right", va=end, rotation=90, fontsize=7)
 
@@ -156,11 +157,11 @@ def _draw_map(axes: Any, dispatch: Dispatch) -> None:
     counts = np.zeros((dispatch.experts, columns))
     column = np.repeat(np.arange(tokens) * columns // tokens, choices)
     np.add.at(counts, (dispatch.indices.ravel(), column), 1)
-    shades = LinearSegmentedColormap.from_list("load", ["white", _COLOURS[0]])
+    shades = LinearSegmentedColormap.from_list("load", [PAPER, COLOURS[0]])
     axes.imshow(
         counts, cmap=shades, aspect="auto", interpolation="nearest", extent=(_LEFT, _RIGHT, 1, 0), vmin=0
     )
-    axes.plot([0, 1, 1, 0, 0], [0, 0, 1, 1, 0], color=_FAINT, linewidth=0.8)
+    axes.plot([0, 1, 1, 0, 0], [0, 0, 1, 1, 0], color=FAINT, linewidth=0.8)
     for place, number, side in ((_LEFT, 0, "left"), (_RIGHT, tokens - 1, "right")):
         axes.text(place, 1.004, f"token {number}", ha=side, va="top", fontsize=7)
     each = f"{-(-tokens // columns)} tokens" if tokens > columns else "a token"
@@ -168,7 +169,7 @@ def _draw_map(axes: Any, dispatch: Dispatch) -> None:
 
 
 def _draw_tokens(axes: Any, places: np.ndarray) -> None:
-    axes.scatter(np.full(len(places), _LEFT), places, s=30, color=_INK, zorder=3)
+    axes.scatter(np.full(len(places), _LEFT), places, s=30, color=INK, zorder=3)
     for number, place in enumerate(places):
         axes.text(_LEFT - 0.04, place, f"token {number}", ha="right", va="center", fontsize=7)
 
@@ -189,8 +190,8 @@ def _draw_slots(axes: Any, dispatch: Dispatch, middles: np.ndarray, slots: int) 
                 (_RIGHT, top),
                 0.09,
                 height,
-                facecolor="white",
-                edgecolor=_FAINT if token is None else _COLOURS[expert % len(_COLOURS)],
+                facecolor=PAPER,
+                edgecolor=FAINT if token is None else COLOURS[expert % len(COLOURS)],
                 linestyle="--" if token is None else "-",
                 zorder=4 if token is not None else 2,
             )
@@ -222,12 +223,12 @@ def _draw_labels(axes: Any, middles: np.ndarray, height: float) -> None:
 
 def _draw_loads(axes: Any, dispatch: Dispatch, middles: np.ndarray) -> None:
     loads = dispatch.loads
-    colours = [_COLOURS[expert % len(_COLOURS)] for expert in range(dispatch.experts)]
+    colours = [COLOURS[expert % len(COLOURS)] for expert in range(dispatch.experts)]
     axes.barh(middles, loads, height=0.7 / dispatch.experts, color=colours)
     if dispatch.experts <= 64:
         for middle, load in zip(middles, loads, strict=True):
             axes.text(load, middle, f" {load}", va="center", ha="left", fontsize=7)
-    axes.axvline(dispatch.indices.size / dispatch.experts, color=_INK, linewidth=0.8, linestyle=":")
+    axes.axvline(dispatch.indices.size / dispatch.experts, color=INK, linewidth=0.8, linestyle=":")
     axes.set_title("load (dotted: even)", loc="left", fontsize=9)
     axes.set_xlim(0, max(1, int(loads.max(initial=0))) * 1.25)
     axes.set_yticks([])

@@ -12,10 +12,9 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
+from moe_export.export.gates.colours import COLOURS, INK, PAPER, STYLE
 from moe_export.own_files import MARK
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-"""Okabe and Ito's, for ranks; with many ranks they come again."""
 _WIDTH, _MARGIN, _ROW, _GAP, _HEAD = 760, 16, 18, 12, 46
 _LEFT, _RIGHT = 170, 470
 _BAR = 120
@@ -118,7 +117,8 @@ def draw(flows: Sequence[Flow]) -> str:
         top += height + 2 * _GAP
     head = (
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{top}" viewBox="0 0 {_WIDTH} {top}" '
-        f'font-family="sans-serif" font-size="12"><!-- {MARK} --><rect width="100%" height="100%" fill="white"/>'
+        f'font-family="sans-serif" font-size="12"><!-- {MARK} -->{STYLE}'
+        f'<rect width="100%" height="100%" fill="{PAPER}"/>'
     )
     return "\n".join([head, *parts, "</svg>"]) + "\n"
 
@@ -142,7 +142,7 @@ def _drawn(one: Flow, top: int) -> tuple[list[str], int]:
     for line, middle in enumerate(sources):
         what = f"rank {line}: {one.tokens[line]} tokens"
         what = what if one.kind == "all_to_all" else f"{one.tokens[0]} tokens on every rank"
-        colour = _COLOURS[line % len(_COLOURS)] if one.kind == "all_to_all" else "#444444"
+        colour = COLOURS[line % len(COLOURS)] if one.kind == "all_to_all" else INK
         parts.append(_box(_MARGIN, middle - 14, _LEFT - _MARGIN, 28, colour))
         parts.append(_text(_MARGIN + 8, middle + 4, what))
     loads = one.rows.sum(axis=0)
@@ -183,7 +183,7 @@ def _rank(one: Flow, rank: int, places: Sequence[float], loads: np.ndarray) -> l
     own = [expert for expert, owner in enumerate(one.placement) if owner == rank]
     if not own:
         return []
-    colour = _COLOURS[rank % len(_COLOURS)]
+    colour = COLOURS[rank % len(COLOURS)]
     first, last = places[own[0]] - _ROW / 2, places[own[-1]] + _ROW / 2
     parts = [_box(_RIGHT, first, _WIDTH - _MARGIN - _RIGHT, last - first, colour)]
     parts.append(_text(_WIDTH - _MARGIN - 8, first + 13, f"rank {rank}", anchor="end", weight="bold"))
@@ -209,13 +209,13 @@ def _band(begin: float, end: float, width: float, rank: int, stays: bool) -> str
     middle = (_LEFT + _RIGHT) / 2
     return (
         f'<path d="M{_LEFT},{begin:.1f} C{middle},{begin:.1f} {middle},{end:.1f} {_RIGHT},{end:.1f}" fill="none" '
-        f'stroke="{_COLOURS[rank % len(_COLOURS)]}" stroke-width="{width:.1f}" '
+        f'stroke="{COLOURS[rank % len(COLOURS)]}" stroke-width="{width:.1f}" '
         f'stroke-opacity="{0.2 if stays else 0.6}"/>'
     )
 
 
 def _text(left: float, base: float, text: str, anchor: str = "start", weight: str = "normal") -> str:
     return (
-        f'<text x="{left:.1f}" y="{base:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="#222222">'
+        f'<text x="{left:.1f}" y="{base:.1f}" text-anchor="{anchor}" font-weight="{weight}" fill="{INK}">'
         f"{escape(text)}</text>"
     )

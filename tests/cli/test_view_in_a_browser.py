@@ -3,46 +3,34 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
+from chromium import DESKTOP, SCHEMES, TELEPHONE, chromium, clipped, needs_chromium, show
 
+from moe_export.export.gates.dispatch import Dispatch
+from moe_export.export.gates.picture import draw
+from moe_export.export.parallel.picture import draw as draw_flows
+from moe_export.export.parallel.picture import flow
 from moe_export.pictures.viewing import Viewer
 
 if TYPE_CHECKING:
     from selenium import webdriver
 
 ROOT = Path(__file__).resolve().parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and DRIVER),
-    reason="no Chromium with its chromedriver on this machine (Debian: chromium-driver)",
-)
-QUIET = (
-    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-    "--disable-background-networking", "--disable-component-update", "--window-size=1100,1500",
-)  # fmt: skip
+pytestmark = needs_chromium
 
 
 @pytest.fixture
 def browser(tmp_path) -> Iterator[webdriver.Chrome]:
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(CHROMIUM)
-    for argument in (*QUIET, f"--user-data-dir={tmp_path / 'profile'}"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    opened = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
-    yield opened
-    opened.quit()
+    with chromium(tmp_path / "profile") as opened:
+        yield opened
 
 
 def asked(browser: webdriver.Chrome) -> set[str]:
@@ -133,14 +121,55 @@ def test_a_report_can_be_read_by_anybody(told, browser):
     assert browser.find_element("css selector", "main").text == words
 
 
-def test_a_report_fits_a_telephone(told, browser):
-    """390 px: what is wider scrolls by itself, and nothing is cut off."""
-    screen = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
-    browser.get(told.as_uri())
-    assert browser.execute_script("return document.documentElement.scrollWidth") <= screen["width"]
-    assert browser.execute_script(_CUT) == []
-    browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+def test_nothing_of_a_page_is_clipped(told, command, finished, tmp_path, browser):
+    """A report, a page of `verify` of a right and of a wrong graph: what is wider than the screen scrolls by itself."""
+    for name, graph, code in (("right", "block.onnx", 0), ("wrong", "moe.onnx", 1)):
+        model = finished / f"{graph.removesuffix('.onnx')}.py"
+        if code:
+            model.write_text(model.read_text().replace("softmax(-1)", "sigmoid()"))
+        page = tmp_path / f"{name}.html"
+        done = command("verify", finished / graph, "--against", model, "-o", page, "--no-localise")
+        assert done.code == code, done.err
+    for address in (told.as_uri(), (tmp_path / "right.html").as_uri(), (tmp_path / "wrong.html").as_uri()):
+        for width, scheme in itertools.product((TELEPHONE, DESKTOP), SCHEMES):
+            show(browser, address, width, scheme)
+            assert clipped(browser, width) == [], (address, width, scheme)
+
+
+def test_what_would_be_clipped_is_found(tmp_path, browser):
+    page = tmp_path / "page.html"
+    for inside, sees in (
+        ("<p>short</p>", False),
+        ("<p style='width: 60rem'>wide</p>", True),
+        ("<div style='overflow-x: auto'><p style='width: 60rem'>wide</p></div>", False),
+        ("<div style='overflow: hidden'><p style='width: 60rem'>cut</p></div>", True),
+        ("<svg width='100'><text x='90' y='20'>beyond</text></svg>", True),
+    ):
+        head = '<!DOCTYPE html><meta name="viewport" content="width=device-width, initial-scale=1">'
+        page.write_text(f"{head}<body>{inside}</body>")
+        show(browser, page.as_uri(), TELEPHONE)
+        assert bool(clipped(browser, TELEPHONE)) == sees, inside
+
+
+def test_pictures_of_routings_follow_their_readers_scheme(tmp_path, browser):
+    """Their paper, their ink and a map of pixels; each word stands out from the paper, and none is cut off."""
+    rng = np.random.default_rng(0)
+    few = Dispatch("moe", None, 4, np.stack([rng.permutation(4)[:2] for _ in range(6)]))
+    many = Dispatch("moe", None, 64, np.stack([rng.permutation(64)[:2] for _ in range(700)]))
+    rows = flow(("moe", "all_to_all", (0, 0, 1, 1), 2), few.indices[:4], 2, (8, 8))
+    draw([few], tmp_path / "few.svg", 2)
+    draw([many], tmp_path / "many.svg")
+    (tmp_path / "ranks.svg").write_text(draw_flows([rows]))
+    for name, scheme in itertools.product(("few", "many", "ranks"), SCHEMES):
+        show(browser, (tmp_path / f"{name}.svg").as_uri(), scheme=scheme)
+        paper, words, pixels = browser.execute_script(_PICTURE)
+        assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(18, 22, 28)"}[scheme]
+        assert len(words) > 8
+        assert {sum(map(int, re.findall(r"\d+", each)[:3])) > 380 for each in words} == {scheme == "dark"}
+        assert pixels == (
+            ["none" if scheme == "light" else "invert(1) hue-rotate(180deg)"] if name == "many" else []
+        )
+        assert clipped(browser) == [], (name, scheme)
 
 
 def test_a_report_prints(told, browser):
@@ -173,11 +202,12 @@ return [...document.querySelectorAll("text.title, text.more")].filter(text => {
     return words.left < box.left || words.right > box.right || words.bottom > box.bottom || words.top < box.top;
 }).map(text => text.textContent);
 """
-# What reaches beyond the screen, and is in nothing that scrolls.
-_CUT = """
-return [...document.querySelectorAll("main *, header *")].filter(element =>
-    element.getClientRects().length && element.getBoundingClientRect().right > window.innerWidth + 1
-    && !element.closest(".wide, pre")).map(element => element.outerHTML.slice(0, 80));
+# The colour of the first shape that is filled, of each text, and what is done to pixels.
+_PICTURE = """
+const fill = element => getComputedStyle(element).fill;
+const shape = [...document.querySelectorAll("path, rect")].find(element => fill(element).startsWith("rgb"));
+return [fill(shape), [...document.querySelectorAll("text")].map(fill),
+    [...document.querySelectorAll("image")].map(element => getComputedStyle(element).filter)];
 """
 # How many words are looked at, and which stand out too little from what is behind them (WCAG 2.2, 1.4.3).
 _DIM = """

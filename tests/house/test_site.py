@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import runpy
 import subprocess
@@ -10,6 +11,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+from chromium import DESKTOP, SCHEMES, TELEPHONE, chromium, clipped, needs_chromium, show
 from pages import PAGES, ROOT, name_of
 
 pytest.importorskip("sphinx", reason="the site is built by Sphinx: pip install 'moe-export[docs]'")
@@ -53,6 +55,19 @@ def _env():
     import os
 
     return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+@needs_chromium
+@pytest.mark.slow
+def test_nothing_of_a_page_is_clipped(site, tmp_path):
+    """On a telephone and on a desk, in both schemes; tables and code that are wider scroll by themselves."""
+    found = []
+    with chromium(tmp_path / "profile") as browser:
+        for page, width in itertools.product(sorted(site.rglob("*.html")), (TELEPHONE, DESKTOP)):
+            for scheme in SCHEMES if page.stem in ("README", "seeing") else SCHEMES[:1]:
+                show(browser, page.as_uri(), width, scheme)
+                found += [f"{page.relative_to(site)} at {width}: {each}" for each in clipped(browser, width)]
+    assert found == []
 
 
 def test_every_page_is_in_the_navigation():

@@ -34,13 +34,13 @@ h3 { font-size: 1.05rem; margin-top: 1.6rem; }
 table { border-collapse: collapse; width: 100%; margin: .8rem 0; font-size: .93rem; }
 caption { text-align: left; color: var(--faint); padding-bottom: .3rem; }
 th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-.number { text-align: right; font-variant-numeric: tabular-nums; }
+.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 .number + :not(.number) { padding-left: 1.2rem; }
 code, pre { font-family: ui-monospace, "DejaVu Sans Mono", Menlo, monospace; font-size: .9em; }
 pre { background: var(--card); padding: .8rem 1rem; border-radius: .5rem; overflow-x: auto; }
 figure { margin: 1rem 0; } summary { cursor: pointer; }
 :focus-visible { outline: 3px solid var(--link); outline-offset: 2px; }
-figure img { background: #ffffff; border-radius: .5rem; max-width: min(100%, 46rem); height: auto; }
+figure img { background: var(--paper); border-radius: .5rem; max-width: min(100%, 46rem); height: auto; }
 figcaption { color: var(--faint); font-size: .93rem; }
 nav ul { padding: 0; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; list-style: none; } a { color: var(--link); }
 @media print { body { margin: 0; max-width: none; font-size: 11pt; } nav { display: none; }
