@@ -18,10 +18,12 @@ from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
 from moe_export.export.recurrence.recurrences import fold_recurrences
+from moe_export.export.scans.captures import captures_as_states
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.lengths import Length, resized_together
 from moe_export.export.tracing.needless import run_program
 from moe_export.export.tracing.widest import widest_trace
+from moe_export.verify.runners.openvino_runner import OpenVinoRunner
 
 MODELS = Path(__file__).parents[3] / "models"
 
@@ -35,6 +37,10 @@ def scans(graph: Graph) -> int:
 
 
 def check(subject: Subject, graph: Graph, lengths: tuple[int, ...]) -> None:
+    """Onnxruntime computes what the model does, and so does OpenVINO, with loops in the form that it reads."""
+    model = graph.model.clone()
+    captures_as_states(model)
+    other = OpenVinoRunner(ir.to_proto(model).SerializeToString())
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(
@@ -47,9 +53,12 @@ def check(subject: Subject, graph: Graph, lengths: tuple[int, ...]) -> None:
             example = Length(((name, 0),)).resized(example, batch)
             with torch.no_grad():
                 wanted = subject.call_named(example)
-            found = session.run(None, {key: tensor.numpy() for key, tensor in example.items()})
-            for a, b in zip(wanted, found, strict=True):
-                np.testing.assert_allclose(b, a.numpy(), rtol=1e-4, atol=1e-5, err_msg=f"{length}, {batch}")
+            arrays = {key: tensor.numpy() for key, tensor in example.items()}
+            for found in (session.run(None, arrays), list(other.run(arrays).values())):
+                for a, b in zip(wanted, found, strict=True):
+                    np.testing.assert_allclose(
+                        b, a.numpy(), rtol=1e-4, atol=1e-5, err_msg=f"{length}, {batch}"
+                    )
 
 
 @pytest.mark.parametrize("name", ["mamba", slow("hybrid")])
