@@ -3,21 +3,24 @@
     nonzero(gates)                    (S, 2): token, expert; in the order of the tokens
     nonzero(gates.t())                (S, 2): expert, token; in the order of the experts
     one_hot(idx).permute(2, 1, 0).nonzero(as_tuple=True)        expert, slot, token
+    arange(N).expand(E, N).masked_select(gates.t() > 0)         token; in the order of the experts
 
 Letters: N tokens, k slots, E experts, S pairs that are listed.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
 from moe_export.export.axes.one_hot import OneHotMask, one_hot_mask_of
-from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.axes.shapes import arguments, is_numbering, order_of, rank_of, shape_of
 from moe_export.export.axes.support import is_never_negative
-from moe_export.export.sizes import fixed
+from moe_export.export.sizes import fixed, same_shape
 
 _aten = torch.ops.aten
 
@@ -26,7 +29,6 @@ _CASTS = {
     _aten.detach.default, _aten.contiguous.default,
 }  # fmt: skip
 _TURNS = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default}
-_LISTS = {_aten.nonzero.default, _aten.nonzero_numpy.default, _aten.where.default, _aten.argwhere.default}
 _COUNTS = {_aten.sum.dim_IntList, _aten.count_nonzero.dim_IntList, _aten.count_nonzero.default}
 
 
@@ -64,11 +66,13 @@ class Listing:
         entries: What it lists, of a matrix (N, E).
         one_hot: What it lists, of a one-hot mask (N, k, E); None for a matrix.
         axes: What its columns number: "token", "slot", "expert".
+        column: The one of them that the node has, where it has one only.
     """
 
     entries: Entries | None
     one_hot: OneHotMask | None
     axes: tuple[str, ...]
+    column: str = ""
 
     def agrees(self, other: Listing) -> bool:
         """Whether both list the same pairs in the same order."""
@@ -85,7 +89,7 @@ def entries_of(node: fx.Node) -> Entries | None:
     while node.op == "call_function" and node.args:
         args = arguments(node)
         if node.target in _TURNS and rank_of(node) == 2:
-            turned = turned is not _swaps(node)
+            turned = turned is not (order_of(node) == [1, 0])
         elif not compared and node.target in (_aten.gt.Scalar, _aten.ne.Scalar) and args[1] == 0:
             above, compared = node.target is _aten.gt.Scalar, True
         elif node.target in _CASTS and _keeps_zeros(node):
@@ -99,14 +103,6 @@ def entries_of(node: fx.Node) -> Entries | None:
     return Entries(node, above, turned)
 
 
-def _swaps(node: fx.Node) -> bool:
-    """Whether an operator on a matrix exchanges its two axes."""
-    axes = [axis % 2 for axis in arguments(node)[1]] if node.target is _aten.permute.default else [1, 0]
-    if node.target is _aten.transpose.int:
-        return bool(arguments(node)[1] % 2 != arguments(node)[2] % 2)
-    return axes == [1, 0]
-
-
 def _keeps_zeros(cast: fx.Node) -> bool:
     """Whether the result of a cast is 0 where its source is, and nowhere else: 0.5 as an integer is 0."""
     source, result = (value.dtype for value in (arguments(cast)[0].meta["val"], cast.meta["val"]))
@@ -115,16 +111,50 @@ def _keeps_zeros(cast: fx.Node) -> bool:
 
 def listing_of(node: fx.Node) -> Listing | None:
     """The pairs that a node lists as row numbers; None if it lists none."""
-    if node.target not in _LISTS or not isinstance(node.args[0], fx.Node):
-        return None
-    source = node.args[0]
+    rule = LISTS.get(node.target)
+    return rule(node) if rule is not None and isinstance(node.args[0], fx.Node) else None
+
+
+def _side_by_side(node: fx.Node) -> Listing | None:
+    """`nonzero`: all numbers of each pair."""
+    source = arguments(node)[0]
     one_hot = one_hot_mask_of(source)
     if one_hot is not None and sorted(one_hot.axes) == ["expert", "slot", "token"]:
         return Listing(None, one_hot, one_hot.axes) if one_hot.exact else None
     entries = entries_of(source) if one_hot is None or one_hot.axes == ("token", "expert") else None
-    if entries is None:
+    return Listing(entries, None, _axes_of(entries)) if entries is not None else None
+
+
+def _one_by_one(node: fx.Node) -> Listing | None:
+    """`masked_select` of the tokens' numbers, or the experts', by a mask of pairs: one number of each pair."""
+    numbers, mask = arguments(node)
+    entries, along = entries_of(mask), _numbered_axis(numbers)
+    if entries is None or along is None or not same_shape(shape_of(numbers), shape_of(mask)):
         return None
-    return Listing(entries, None, ("expert", "token") if entries.turned else ("token", "expert"))
+    return Listing(entries, None, _axes_of(entries), _axes_of(entries)[along])
+
+
+def _axes_of(entries: Entries) -> tuple[str, ...]:
+    return ("expert", "token") if entries.turned else ("token", "expert")
+
+
+def _numbered_axis(node: fx.Node) -> int | None:
+    """Which axis of a matrix its values 0, 1, 2, ... number; None if they number neither."""
+    while node.target in (_aten.expand.default, *_CASTS):
+        node = arguments(node)[0]
+    if node.target is not _aten.unsqueeze.default or not is_numbering(arguments(node)[0]):
+        return None
+    return int(arguments(node)[1]) % 2 ^ 1
+
+
+LISTS: dict[Any, Callable[[fx.Node], Listing | None]] = {
+    **dict.fromkeys(
+        (_aten.nonzero.default, _aten.nonzero_numpy.default, _aten.where.default, _aten.argwhere.default),
+        _side_by_side,
+    ),
+    _aten.masked_select.default: _one_by_one,
+}
+"""The rule of each operator that lists pairs."""
 
 
 def counted_entries(node: fx.Node) -> Entries | None:

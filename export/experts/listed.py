@@ -28,7 +28,7 @@ from moe_export.export.experts.pairs import Found, Loop, block_in
 from moe_export.export.experts.row_columns import side_by_side
 from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.frontend.source import line_of
-from moe_export.export.sizes import Size, fixed
+from moe_export.export.sizes import Size, fixed, same_shape
 
 _aten = torch.ops.aten
 
@@ -116,7 +116,7 @@ def region_of(node: fx.Node, listing: Listing) -> ListedRegion:
     for other in node.graph.nodes:
         again = listing_of(other)
         if again is not None and again.agrees(listing):
-            region.rows[other] = side_by_side(columns, order)
+            region.rows[other] = numbers[again.column] if again.column else side_by_side(columns, order)
             continue
         if listing.entries is None:
             continue
@@ -166,15 +166,23 @@ def _of_entries(node: fx.Node, listing: Listing) -> ListedRegion:
 
 
 def _read_by_mask(node: fx.Node, listing: Listing) -> fx.Node | None:
-    """The `table` (N, E, ...) of `table[mask]`, which reads the listed entries in the order of the tokens."""
-    if node.target is not _aten.index.Tensor or len(arguments(node)[1]) != 1 or listing.entries is None:
+    """The `table` (N, E, ...) of `table[mask]`, or `masked_select`, which reads the listed entries in their order."""
+    turned = listing.axes[0] == "expert"
+    if node.target is _aten.index.Tensor and len(arguments(node)[1]) == 1 and not turned:
+        table, (mask,) = arguments(node)
+    elif node.target is _aten.masked_select.default:
+        source, mask = arguments(node)
+        values = entries_of(source)  # the same values, perhaps turned
+        same = values is not None and values.turned is turned and same_shape(shape_of(source), shape_of(mask))
+        if values is None or not same or values.matrix.meta["val"].dtype != source.meta["val"].dtype:
+            return None
+        table = values.matrix
+    else:
         return None
-    table, (mask,) = arguments(node)
-    if listing.axes != ("token", "expert") or mask.meta["val"].dtype is not torch.bool:
+    entries = entries_of(mask) if mask.meta["val"].dtype is torch.bool else None
+    if entries is None or listing.entries is None or entries.turned is not turned:
         return None
-    entries = entries_of(mask)
-    fits = entries is not None and not entries.turned and entries.agrees(listing.entries)
-    return table if fits else None
+    return table if entries.agrees(listing.entries) else None
 
 
 def _entries(region: ListedRegion, table: fx.Node, order: fx.Node | None) -> Rows:

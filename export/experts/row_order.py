@@ -268,11 +268,8 @@ def counted(region: Region, node: fx.Node) -> Rows | None:
 def token_one_hot(region: Region, node: fx.Node) -> Rows | None:
     """`zeros(N, E).scatter(1, idx, 1)`: which experts each token chose."""
     one_hot = one_hot_mask_of(node)
-    if (
-        one_hot is None
-        or region.rows[one_hot.indices].number != "expert"
-        or region.rows[one_hot.indices].where != (2, None)
-    ):
+    chosen = region.rows.get(one_hot.indices) if one_hot is not None else None
+    if chosen is None or chosen.number != "expert" or chosen.where != (2, None):
         return None
     if not same_size(shape_of(node)[-1], region.count):
         return None

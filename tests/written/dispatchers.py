@@ -184,6 +184,27 @@ class OneHotList(Dispatched):
         return torch.zeros(x.shape[0], self.count).scatter(1, indices, weights)
 
 
+class RoutingMap(Dispatched):
+    """A map (N, E) of what was chosen, transposed: it picks the tokens' numbers and their weights, expert by expert."""
+
+    def forward(self, x):
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, indices = self.gate(tokens).softmax(-1).topk(self.k, dim=-1)
+        probs = torch.zeros(tokens.shape[0], self.count).scatter(1, indices, weights)
+        chosen = torch.zeros(probs.shape, dtype=torch.int64).scatter(1, indices, 1).bool()
+        by_expert = chosen.T.contiguous()
+        token = torch.arange(tokens.shape[0]).unsqueeze(0).expand(self.count, -1).masked_select(by_expert)
+        parts = tokens.index_select(0, token).split(chosen.sum(dim=0).tolist())
+        rows = torch.cat([self.experts[e](parts[e]) for e in range(self.count)])
+        rows = rows * probs.T.contiguous().masked_select(by_expert).unsqueeze(-1)
+        places = token.unsqueeze(1).expand(-1, tokens.shape[1])
+        return torch.zeros_like(tokens).scatter_add(0, places, rows).view(x.shape)
+
+    def gates(self, x):
+        weights, indices = self.gate(x).softmax(-1).topk(self.k, dim=-1)
+        return torch.zeros(x.shape[0], self.count).scatter(1, indices, weights)
+
+
 class TwoChoices(SortedColumns):
     """Two gates choose, perhaps the same expert, whose weights then are those of the second."""
 
@@ -207,5 +228,5 @@ class Signed(SortedColumns):
 
 DISPATCHED = [
     SortedColumns, InLogSpace, Unweighted, FromBelow, ExpertsFirst, SortedTuple, Stacked, NoChoice, OneHotList,
-    TwoChoices,
+    TwoChoices, RoutingMap,
 ]  # fmt: skip
