@@ -38,6 +38,7 @@ NAVIGATION = {
         "CONTRIBUTING",
         "docs/architecture",
         "docs/tasks/add-a-rule",
+        "docs/tasks/add-an-idiom",
         "docs/tasks/add-an-operator",
         "docs/tasks/find-a-wrong-scan",
         "docs/tasks/add-a-lowering",

@@ -177,3 +177,8 @@ def size_of(extents: Iterable[Extent]) -> Size:
     for extent in extents:
         product = product * extent.size
     return product
+
+
+def leaves(axes: Sequence[Axis]) -> list[Extent]:
+    """The extents of several axes."""
+    return [extent for axis in axes for extent in axis]

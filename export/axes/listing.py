@@ -93,7 +93,8 @@ def entries_of(node: fx.Node) -> Entries | None:
         elif not compared and node.target in (_aten.gt.Scalar, _aten.ne.Scalar) and args[1] == 0:
             above, compared = node.target is _aten.gt.Scalar, True
         elif node.target in _CASTS and _keeps_zeros(node):
-            compared = compared or node.meta["val"].dtype is torch.bool
+            source = args[0].meta["val"].dtype
+            compared = compared or (node.meta["val"].dtype is torch.bool and source is not torch.bool)
         else:
             break
         node = args[0]
@@ -140,11 +141,14 @@ def _axes_of(entries: Entries) -> tuple[str, ...]:
 
 def _numbered_axis(node: fx.Node) -> int | None:
     """Which axis of a matrix its values 0, 1, 2, ... number; None if they number neither."""
-    while node.target in (_aten.expand.default, *_CASTS):
+    while node.target in (_aten.expand.default, *_CASTS) and rank_of(arguments(node)[0]) == 2:
         node = arguments(node)[0]
-    if node.target is not _aten.unsqueeze.default or not is_numbering(arguments(node)[0]):
+    source = arguments(node)[0] if node.args else None
+    if not isinstance(source, fx.Node) or not is_numbering(source):
         return None
-    return int(arguments(node)[1]) % 2 ^ 1
+    if node.target is _aten.expand.default:
+        return 1
+    return int(arguments(node)[1]) % 2 ^ 1 if node.target is _aten.unsqueeze.default else None
 
 
 LISTS: dict[Any, Callable[[fx.Node], Listing | None]] = {

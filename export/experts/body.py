@@ -18,6 +18,7 @@ from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import names_experts
 from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.experts.find import Chain, Iteration
+from moe_export.export.experts.notes import named
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
 from moe_export.export.sizes import same_size
@@ -334,7 +335,7 @@ def _sort_leaves(
     kinds: list[str] = []
     for column in zip(*(walk.leaves for walk in walks), strict=True):
         if is_size(column[0]):
-            raise RefusedError(f"the experts use a size of a value outside them ({column[0].name})")
+            raise RefusedError(f"the experts use a size of a value outside them, {named(column[0])}")
         if all(leaf is column[0] for leaf in column):
             shared.append(column[0])
             kinds.append("shared")
@@ -363,7 +364,7 @@ def _weight(column: tuple[fx.Node, ...], value_numbers: Mapping[fx.Node, fx.Node
                 f"{stack.name} holds the weights of {size} experts, and {len(column)} are used"
             )
         return Weight(stack=stack)
-    raise RefusedError(f"{column[0].name} differs from expert to expert, but is not each one's weight")
+    raise RefusedError(f"{named(column[0])} differs from expert to expert, but is not each one's weight")
 
 
 def _require_same_shapes(column: tuple[fx.Node, ...]) -> None:

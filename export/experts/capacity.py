@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from moe_export.errors import Code, RefusedError
+from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts, value_numbering
 from moe_export.export.experts.capacity_check import check_core
@@ -34,6 +34,7 @@ from moe_export.export.experts.capacity_facts import Facts
 from moe_export.export.experts.capacity_pairs import PairWriter
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Term, proved, terms_of
 from moe_export.export.experts.capacity_views import Axis, Labels, View
+from moe_export.export.experts.notes import Notes, named
 from moe_export.export.frontend.source import line_of
 from moe_export.export.sizes import fixed, same_shape, same_size
 
@@ -80,12 +81,12 @@ class _Masks:
     labels: Labels
 
 
-def find_capacity(graph: fx.Graph, refused: list[str]) -> Iterator[Experts]:
+def find_capacity(graph: fx.Graph, notes: Notes) -> Iterator[Experts]:
     """Every block that dispatches through masks.
 
     Args:
         graph: The traced program; values of pairs are written into it.
-        refused: Gets a line for each block that stays as it was written.
+        notes: Gets a line for each block that stays as it was written.
     """
     value_numbers: Mapping[fx.Node, fx.Node] | None = None
     for node in list(graph.nodes):
@@ -98,14 +99,12 @@ def find_capacity(graph: fx.Graph, refused: list[str]) -> Iterator[Experts]:
                 try:
                     yield _understood(masks)
                 except RefusedError as error:
-                    why = error
+                    why = why or error
                 else:
                     break
             else:
                 if why is not None:
-                    line = line_of(node.meta.get("stack_trace"))
-                    stays = f"the masks of the experts at {line} stay products, as they were written: {why}"
-                    refused.append(Code.EXPERTS.mark(stays))
+                    notes.stay_products(line_of(node.meta.get("stack_trace")), str(why))
 
 
 def _contractions(node: fx.Node) -> Iterator[_Contraction]:
@@ -356,7 +355,7 @@ def _result(masks: _Masks, tokens: View) -> fx.Node:
     end, node = masks.end, masks.end.node
     order = [*end.shared(kept=True), end.only(0)[0], end.only(1)[0]]
     if list(end.out) != order:
-        raise NotSparseError("the combination's result is not in the order of its tokens")
+        raise NotSparseError(f"the result of {named(node)} is not in the order of its tokens")
     if len(order) == 2:
         return node
     graph = node.graph

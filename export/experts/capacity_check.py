@@ -25,6 +25,7 @@ from moe_export.export.experts.capacity_experts import (
     write_core,
 )
 from moe_export.export.experts.capacity_views import Labels, View
+from moe_export.export.experts.notes import named
 from moe_export.export.gates.region import is_size
 from moe_export.export.sizes import expression_of, fixed
 from moe_export.float64 import agree, doubled, in_float64
@@ -115,7 +116,7 @@ def _run(
             return values[node]
         if is_size(node) and (size := expression_of(node.meta["val"])) in free:
             return free[size]
-        raise RefusedError(f"the experts use a size of a value outside them ({node.name})")
+        raise RefusedError(f"the experts use a size of a value outside them, {named(node)}")
 
     for node in walk.nodes:
         values[node] = node.target(*fx.map_arg(node.args, known), **fx.map_arg(node.kwargs, known))  # type: ignore[operator]

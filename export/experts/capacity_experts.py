@@ -20,6 +20,7 @@ from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Weight
 from moe_export.export.experts.capacity_views import Axis, Labels, View, pushed
+from moe_export.export.experts.notes import named
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
 from moe_export.export.sizes import expression_of, fixed, same_shape, same_size
@@ -70,7 +71,9 @@ def core_of(slots: View, outputs: View, labels: Labels) -> Core:
     else:
         core = _stacked(slots, outputs, below, labels)
     if core.result.axes[-1] != ("h",):
-        raise RefusedError("the last axis of the experts' results is not that of their features")
+        raise RefusedError(
+            f"the last axis of the experts' results, of {named(outputs.node)}, is not that of features"
+        )
     return core
 
 
@@ -142,7 +145,7 @@ def _own(column: tuple[fx.Node, ...]) -> Weight:
     bases = {leaf.all_input_nodes[0] for leaf in column}
     if len(bases) == 1:
         return Weight(stack=bases.pop())
-    raise RefusedError(f"{column[0].name} differs from expert to expert, but is not each one's weight")
+    raise RefusedError(f"{named(column[0])} differs from expert to expert, but is not each one's weight")
 
 
 def _is_place(node: fx.Node, number: int, count: int) -> bool:
@@ -286,7 +289,7 @@ def write_core(
         if node not in copies and size in free:
             copies[node] = graph.call_function(_aten.sym_size.int, (rows, 0)) if free[size] else 1
         if node not in copies:
-            raise RefusedError(f"the experts use a size of a value outside them ({node.name})")
+            raise RefusedError(f"the experts use a size of a value outside them, {named(node)}")
         return copies[node]
 
     for node in core.nodes:

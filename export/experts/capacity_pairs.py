@@ -16,6 +16,7 @@ from moe_export.export.axes.shapes import arguments
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Step
 from moe_export.export.experts.capacity_views import FIXED, Axis, Labels, View
 from moe_export.export.experts.derived import derived
+from moe_export.export.experts.notes import named
 from moe_export.export.sizes import fixed
 
 _aten = torch.ops.aten
@@ -99,7 +100,7 @@ class PairWriter:
         if missing == self._lead and "k" not in view.labels:
             return self.call(_aten.index.Tensor, self._moved(view, ["e"])[0], [indices])
         if missing:
-            raise NotSparseError(f"{view.node.name} has some axes of the tokens, not all")
+            raise NotSparseError(f"{named(view.node)} has some axes of the tokens, not all")
         if "k" not in view.labels:
             return self.call(_aten.gather.default, self._ordered(view, ["e"]), -1, indices)
         places = self.call(_aten.unsqueeze.default, indices, -1)
@@ -120,7 +121,7 @@ class PairWriter:
         node, axes = self._split(view)
         labels = [axis[0] for axis in axes]
         if not set(labels) <= set(wanted):
-            raise NotSparseError(f"{view.node.name} has axes that the block has not")
+            raise NotSparseError(f"{named(view.node)} has axes that the block has not")
         order = [labels.index(label) for label in wanted if label in labels]
         if order != sorted(order):
             node = self.call(_aten.permute.default, node, order)
@@ -142,7 +143,7 @@ class PairWriter:
             numbers = [fixed(size) for size in known]
             sizes = [-1 if number is None else number for number in numbers]
             if sizes.count(-1) > 1:
-                raise NotSparseError(f"{view.node.name} has an axis of which several sizes are free")
+                raise NotSparseError(f"{named(view.node)} has an axis of which several sizes are free")
             node = self.call(_aten.reshape.default, node, sizes)
             axes = [(label,) for axis in axes for label in axis]
         return node, axes

@@ -28,6 +28,7 @@ from moe_export.export.experts.capacity_views import (
     product_of,
     summed_over,
 )
+from moe_export.export.experts.notes import named
 from moe_export.export.sizes import same_shape, same_size
 
 _aten = torch.ops.aten
@@ -118,7 +119,7 @@ def terms_of(view: View, labels: Labels) -> list[Term]:
             return [dataclasses.replace(term, steps=(*term.steps, then)) for term in inner]
         for factors in _factors(view, labels):
             return _times(factors, labels)
-    raise NotSparseError(f"{node.name} is not a sum of slots that were assigned to tokens")
+    raise NotSparseError(f"{named(node)} is not a sum of slots that were assigned to tokens")
 
 
 def _first_slots(view: View, labels: Labels) -> list[Term]:
@@ -127,7 +128,7 @@ def _first_slots(view: View, labels: Labels) -> list[Term]:
     defaults: tuple[Any, ...] = (None, 0, None, None, 1)
     source, axis, start, end, step = (*given, *defaults[len(given) :])
     if view.axes[axis] != ("c",) or start not in (None, 0) or step != 1 or end is None:
-        raise NotSparseError(f"{view.node.name} takes other slots than the first")
+        raise NotSparseError(f"{named(view.node)} takes other slots than the first")
     return [dataclasses.replace(term, slots=end) for term in terms_of(View(source, view.axes), labels)]
 
 
@@ -239,7 +240,9 @@ def proved(terms: Sequence[Term], facts: Facts) -> tuple[Proved, ...]:
     for place, one in enumerate(found):
         for other in found[:place]:
             if not (_below(one, other, facts) or _below(other, one, facts)):
-                raise NotSparseError("two choices may share a slot")
+                raise NotSparseError(
+                    f"two choices may share a slot, which {named(one.term.place.node)} gives"
+                )
     return found
 
 
@@ -257,15 +260,15 @@ def _proved(term: Term, facts: Facts) -> Proved:
         ((marks, over),) = number.counts
         if marks not in set_there or not facts.is_mask(marks) or not several <= over:
             raise NotSparseError(
-                "tokens may share a slot: it does not count the tokens that chose the expert"
+                f"tokens may share a slot, as {named(term.place.node)} does not count those that chose the expert"
             )
         if number.constant < -1:
-            raise NotSparseError("a slot may be negative")
+            raise NotSparseError(f"a slot may be negative, which {named(term.place.node)} gives")
         return Proved(term, set_there, choice, number, _bounded(number, set_there, facts))
     where = (
-        "the slot is not a count of the tokens before"
+        f"the slot that {named(term.place.node)} gives is not a count of the tokens before"
         if choices
-        else "it is not known which experts were chosen"
+        else f"it is not known which experts were chosen where {named(term.place.node)} gives the slot"
     )
     raise NotSparseError(where)
 

@@ -106,7 +106,7 @@ def _selections(graph: fx.Graph) -> Iterator[Selection]:
         one_hot = one_hot_mask_of(node)
         if one_hot is None or one_hot.expert is None or "expert" in one_hot.axes:
             continue
-        token, slot = _row_numbers(node, one_hot)
+        token, slot = row_numbers(node, one_hot)
         is_index = one_hot.axes == ("token",) and any(_indexes_by(user, node) for user in node.users)
         if token is None and not is_index:
             continue
@@ -125,7 +125,7 @@ def _selections(graph: fx.Graph) -> Iterator[Selection]:
         yield Selection(one_hot, token, slot, node if is_index else None)
 
 
-def _row_numbers(mask: fx.Node, one_hot: OneHotMask) -> tuple[fx.Node | None, fx.Node | None]:
+def row_numbers(mask: fx.Node, one_hot: OneHotMask) -> tuple[fx.Node | None, fx.Node | None]:
     """The nodes with the token and the slot of each pair, where the mask goes through `nonzero` or `where`.
 
     A number along one of several axes of tokens names no token; `flat_tokens` has made one axis of those it can.

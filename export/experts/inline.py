@@ -10,6 +10,7 @@ from torch import fx
 from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of
 from moe_export.export.experts.body import ZEROS, Experts
+from moe_export.export.experts.notes import named
 from moe_export.export.experts.rows import PairBody, Region, Rows
 
 _aten = torch.ops.aten
@@ -93,7 +94,7 @@ def _row(body: PairBody, rows: Rows, source: fx.Node) -> fx.Node:
     if known is None:
         return body.leaf(source, rows, rank_of(source))
     if known.where != rows.where:
-        raise RefusedError(f"{source.name} is not sorted by expert as the other values are")
+        raise RefusedError(f"{named(source)} is not sorted by expert as the other values are")
     made = body.value(source)
     if not known.constant:
         return made

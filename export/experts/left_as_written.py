@@ -1,13 +1,14 @@
-"""Why code that clearly dispatches to experts is no block: which value lost its meaning, at which line and operator.
+"""Code that clearly hands tokens to experts, and is no block: where it is, and which value lost its meaning.
 
-Rows that the data picks go through the weights of several experts, alike but for these weights, and are added, or
-written, to rows that the data picks. Where no block came of that, the choice is followed once more, up to the first
-value of which it is not known what its axes run over.
+Two signs of it. Rows that the data picks go through the weights of several experts, alike but for these weights, and
+are added, or written, to rows that the data picks. Or an axis runs over the experts of a choice in stacked weights, or
+in what several experts computed (`axes/analysis`). Where no block came of that, the choice is followed once more, up to
+the first value of which it is not known what its axes run over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,14 +16,14 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
-from moe_export.export.axes.choice import CARRIERS, as_choice, is_part
-from moe_export.export.axes.listing import Listing, listing_of
-from moe_export.export.axes.one_hot import one_hot_mask_of
+from moe_export.export.axes.analysis import meanings_of
+from moe_export.export.axes.choice import CARRIERS, is_part
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
-from moe_export.export.axes.support import support_of
 from moe_export.export.experts.body import Experts
-from moe_export.export.experts.listed import region_of
-from moe_export.export.experts.pairs import Loop, follow, region_from
+from moe_export.export.experts.experts_axis import not_covered, unrecognised
+from moe_export.export.experts.lost import Way
+from moe_export.export.experts.notes import named
+from moe_export.export.experts.pairs import Loop
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import ancestors, is_size
 from moe_export.export.tracing.weight_inputs import is_weight
@@ -45,7 +46,6 @@ _PRODUCTS = {
     _aten.convolution.default, _aten.conv2d.default, _aten.conv1d.default, _aten.einsum.default,
 }  # fmt: skip
 _ON_WEIGHTS = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten._to_copy.default}
-_NO_VALUES = {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default}
 _STACK_RANK = 3  # stacked matrices (E, a, b)
 
 
@@ -63,7 +63,7 @@ class _Product:
 
 
 def reasons_left(
-    graph: fx.Graph, blocks: Sequence[Experts], loops: Mapping[fx.Node, Loop]
+    graph: fx.Graph, blocks: Sequence[Experts], loops: Mapping[fx.Node, Loop], noted: Collection[str | None]
 ) -> Iterator[tuple[str | None, str]]:
     """Each place where rows of several experts come together, and no block was found: its line, and why.
 
@@ -71,19 +71,41 @@ def reasons_left(
         graph: The traced program.
         blocks: The blocks that were found.
         loops: Loops over experts that were understood by themselves.
+        noted: Lines of code of which it was said already why it is no block.
     """
+    left, choices = list(_left_writes(graph, blocks)), not_covered(graph, blocks)
+    if not left and not choices:
+        return
+    meanings, told = meanings_of(graph), set[fx.Node]()
+    for chain in left:
+        way = Way.back_from(chain, meanings)
+        told |= way.choices
+        if way.lines.isdisjoint(noted):
+            yield line_of(chain[0].meta.get("stack_trace")), _reason(chain, way, loops)
+    for first, way in unrecognised(graph, choices, meanings):
+        if way.choices.isdisjoint(told) and way.lines.isdisjoint(noted):
+            yield line_of(first.meta.get("stack_trace")), way.why(loops)
+
+
+def _left_writes(graph: fx.Graph, blocks: Sequence[Experts]) -> Iterator[list[fx.Node]]:
+    """Writes to rows that the data picks, one after the other, of rows of several experts; the last one first."""
     writes = {node for node in graph.nodes if node.target in _WRITES and _is_chosen(_where_to(node))}
     if not writes:
         return
     taken = {node for block in blocks for node in _of_block(block)}
+    weights = {
+        each for block in blocks for weight in block.weights for each in (*weight.separate, weight.stack)
+    }
     seen = set[fx.Node]()
     for node in sorted(writes, reverse=True):
         if node in seen:
             continue
         chain = [node, *_before(node, writes)]
         seen.update(chain)
-        if taken.isdisjoint(chain) and _are_several([each for one in chain for each in _products(one)]):
-            yield line_of(node.meta.get("stack_trace")), _reason(chain, loops)
+        products = [each for one in chain for each in _products(one)]
+        understood = all(weights & {product.weight, *product.weight.all_input_nodes} for product in products)
+        if taken.isdisjoint(chain) and not understood and _are_several(products):
+            yield chain
 
 
 def _where_to(write: fx.Node) -> fx.Node | None:
@@ -211,59 +233,8 @@ def _are_several(products: Sequence[_Product]) -> bool:
     )
 
 
-def _reason(chain: Sequence[fx.Node], loops: Mapping[fx.Node, Loop]) -> str:
-    before = _everything_before(chain)
-    known = _known(before, loops)
-    if not known:
-        mask = _where_to(chain[-1])
-        assert mask is not None
-        return f"no choice among experts is seen that its rows come from, which {_named(mask)} gives"
-    for node in sorted(before):
-        lost = node not in known and node.target not in _NO_VALUES and not is_size(node)
-        if lost and not known.isdisjoint(node.all_input_nodes):
-            return f"it is not known of which tokens and experts the result of {_named(node)} is"
-    return "its rows are not added up over the choices of a token"
-
-
-def _everything_before(chain: Sequence[fx.Node]) -> set[fx.Node]:
-    """What a chain of writes follows from, back to the choice that its row numbers come from."""
-    stack, seen = list(chain), set(chain)
-    while stack:
-        node = stack.pop()
-        if as_choice(node) is None and not is_weight(node):
-            new = [each for each in node.all_input_nodes if each not in seen]
-            seen.update(new)
-            stack += new
-    return seen
-
-
-def _known(before: set[fx.Node], loops: Mapping[fx.Node, Loop]) -> set[fx.Node]:
-    """The values that still say something about tokens and experts, by following each choice and each list."""
-    known: set[fx.Node] = set()
-    for node in before:
-        if node.op != "call_function":
-            continue
-        choice, listing = as_choice(node), listing_of(node)
-        if one_hot_mask_of(node) is not None:
-            known.add(node)
-        if choice is not None and choice.indices in before:
-            region = region_from(choice.indices, choice.experts)
-            follow(region, loops)
-            known |= region.rows.keys()
-        elif listing is not None and _is_of_choice(listing):
-            region = region_of(node, listing)
-            follow(region, loops)
-            known |= region.rows.keys()
-    return known
-
-
-def _is_of_choice(listing: Listing) -> bool:
-    """Whether a list is of chosen pairs, rather than of any entries of a mask."""
-    return listing.entries is None or support_of(listing.entries.matrix) is not None
-
-
-def _named(node: fx.Node) -> str:
-    node = arguments(node)[0] if is_part(node) else node
-    name = getattr(getattr(node.target, "overloadpacket", None), "__name__", None) or node.name
-    line = line_of(node.meta.get("stack_trace"))
-    return f"`{name}` at {line}" if line else f"`{name}`"
+def _reason(chain: Sequence[fx.Node], way: Way, loops: Mapping[fx.Node, Loop]) -> str:
+    mask = _where_to(chain[-1])
+    if not way.known(loops) and mask is not None:
+        return f"no choice among experts is seen that its rows come from, which {named(mask)} gives"
+    return way.why(loops)

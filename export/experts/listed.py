@@ -24,6 +24,7 @@ from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.axes.support import scattered_values, support_of
 from moe_export.export.experts.derived import derived
 from moe_export.export.experts.masked_indices import masked_indices_among
+from moe_export.export.experts.notes import named
 from moe_export.export.experts.pairs import Found, Loop, block_in
 from moe_export.export.experts.row_columns import side_by_side
 from moe_export.export.experts.rows import PairBody, Region, Rows
@@ -69,7 +70,7 @@ class _ListedBody(PairBody):
         raise RefusedError("the experts compute with the place of a pair in a list")
 
     def flat(self, node: fx.Node) -> fx.Node:
-        raise RefusedError(f"{node.name} has a row for each pair, and it is not known of which")
+        raise RefusedError(f"{named(node)} has a row for each pair, and it is not known of which")
 
     def entry(self, table: fx.Node) -> fx.Node:
         if table is self.region.gates and self.region.weights is not None:

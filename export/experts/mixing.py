@@ -10,10 +10,11 @@ import copy
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from moe_export.errors import RefusedError
 from moe_export.export.experts.body import Experts
+from moe_export.export.experts.notes import named
 from moe_export.float64 import agree, doubled, in_float64
 
 _PAIRS = 5
@@ -53,7 +54,12 @@ def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None
         except Exception as error:
             raise RefusedError(f"the expert cannot be run on other rows: {error}") from error
     if not agrees:
-        raise RefusedError("the expert mixes rows: what it gives for a token depends on the other tokens")
+        known: nn.Module = experts.body
+        node = _first_mixing(known, token, slot, rest) if isinstance(known, fx.GraphModule) else None
+        after = f", after {named(node)}" if node is not None else ""
+        raise RefusedError(
+            f"the expert mixes rows: what it gives for a token depends on the other tokens{after}"
+        )
 
 
 def _agrees(
@@ -66,3 +72,29 @@ def _agrees(
     together = body(token, slot, *rest)
     alone = torch.cat([body(token[row : row + 1], slot[row : row + 1], *rest) for row in range(_PAIRS)])
     return agree([alone], [together], near)
+
+
+def _first_mixing(
+    body: fx.GraphModule, token: torch.Tensor, slot: torch.Tensor, rest: Sequence[torch.Tensor]
+) -> fx.Node | None:
+    """The first value whose rows differ with the other rows, or that has no rows, and differs; None if not known."""
+
+    def values(token: torch.Tensor, slot: torch.Tensor) -> Mapping[fx.Node, object]:
+        interpreter = fx.Interpreter(body, garbage_collect_values=False)
+        interpreter.run(token, slot, *rest)
+        return interpreter.env
+
+    with torch.no_grad():
+        together = values(token, slot)
+        alone = [values(token[row : row + 1], slot[row : row + 1]) for row in range(_PAIRS)]
+    for node, value in together.items():
+        parts = [each[node] for each in alone]
+        tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.dim()]
+        if node.op != "call_function" or not isinstance(value, torch.Tensor) or len(tensors) < _PAIRS:
+            continue
+        rows = len(value) == _PAIRS and all(len(part) == 1 for part in tensors)
+        whole = all(part.shape == value.shape for part in tensors)
+        same = [torch.cat(tensors)] if rows else tensors
+        if (rows or whole) and not agree(same, [value] * len(same), _ROUNDED):
+            return node
+    return None

@@ -19,6 +19,7 @@ from moe_export.export.axes.shapes import rank_of, shape_of
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.combine import Combination, combination
 from moe_export.export.experts.inline import inlined
+from moe_export.export.experts.notes import named
 from moe_export.export.experts.row_rules import rows_after
 from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.frontend.source import line_of
@@ -222,7 +223,10 @@ def _refuse_mixed(region: Region, block: Experts) -> None:
         node for node, rows in region.rows.items() if rows.weighs and not rows.constant and node in behind
     ]
     if mixed:
-        where = line_of(mixed[-1].meta.get("stack_trace"))
+        mixes = sorted(
+            user for node in mixed for user in node.users if user in behind and user not in region.rows
+        )
+        where = named(mixes[0] if mixes else mixed[-1])
         raise RefusedError(f"the experts mix rows: what pairs get depends on other pairs, after {where}")
 
 

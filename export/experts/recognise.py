@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from moe_export.errors import Code, RefusedError
+from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import experts_of
 from moe_export.export.experts.body import Experts, GraphIndex
 from moe_export.export.experts.capacity import find_capacity
@@ -14,6 +14,7 @@ from moe_export.export.experts.dense import find_dense
 from moe_export.export.experts.find import find_chains
 from moe_export.export.experts.left_as_written import reasons_left
 from moe_export.export.experts.listed import find_listed
+from moe_export.export.experts.notes import Notes, named
 from moe_export.export.experts.pairs import Loop, find_roots, understand_pairs
 from moe_export.export.experts.slot_loops import understand_loops
 
@@ -24,31 +25,31 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
     Returns:
         The blocks that were understood, and a line on why any other code that looks like experts stays unchanged.
     """
-    refused: list[str] = []
-    loops = _loops(graph, refused)
-    blocks, within = _pairs(graph, loops, refused)
+    notes = Notes()
+    loops = _loops(graph, notes)
+    blocks, within = _pairs(graph, loops, notes)
     blocks += find_dense(graph)
-    blocks += find_capacity(graph, refused)
+    blocks += find_capacity(graph, notes)
     for result, loop in loops.items():
         if result in within:
             continue
         if loop.through is None:
             blocks.append(loop.experts)
         else:
-            where = loop.experts.line
-            refused.append(_stays("loop over", where, "its rows are sorted, and it is not known by what"))
+            why = f"its rows are sorted, and it is not known by what, after {named(loop.through)}"
+            notes.stays("loop over", loop.experts.line, why)
     # A loop ignores experts that it does not run over (null experts do nothing); a lookup has no row for them.
     looped = [loop.experts for loop in loops.values()]
-    if not refused:
-        refused += [_stays("code of the", where, why) for where, why in reasons_left(graph, blocks, loops)]
+    for where, why in reasons_left(graph, blocks, loops, notes.lines):
+        notes.stays("code of the", where, why)
     unknown = [block for block in blocks if block not in looped and _chosen_from(block) > block.count]
     for block in unknown:
         why = f"the gate chooses from {_chosen_from(block)} experts, and {block.count} have weights"
-        refused.append(_stays("code of the", block.line, why))
-    return tuple(block for block in blocks if block not in unknown), tuple(refused)
+        notes.stays("code of the", block.line, why)
+    return tuple(block for block in blocks if block not in unknown), tuple(notes.texts)
 
 
-def _loops(graph: fx.Graph, refused: list[str]) -> dict[fx.Node, Loop]:
+def _loops(graph: fx.Graph, notes: Notes) -> dict[fx.Node, Loop]:
     """Every loop over experts that is understood by itself, by the node that it ends in."""
     loops: dict[fx.Node, Loop] = {}
     chains = find_chains(graph)
@@ -58,12 +59,12 @@ def _loops(graph: fx.Graph, refused: list[str]) -> dict[fx.Node, Loop]:
             for part, experts in understand_loops(chain, graph_index):
                 loops[part.iterations[-1].after] = Loop(experts, part.through)
         except RefusedError as error:
-            refused.append(_stays("loop over", chain.line, str(error)))
+            notes.stays("loop over", chain.line, str(error))
     return loops
 
 
 def _pairs(
-    graph: fx.Graph, loops: Mapping[fx.Node, Loop], refused: list[str]
+    graph: fx.Graph, loops: Mapping[fx.Node, Loop], notes: Notes
 ) -> tuple[list[Experts], set[fx.Node]]:
     """Every block that computes all pairs at once, and the values that belong to these blocks."""
     blocks: list[Experts] = []
@@ -73,24 +74,23 @@ def _pairs(
     for listed in find_listed(graph, loops, unlisted):
         blocks.append(listed.block)
         within |= listed.values
-    refused += [_stays("code of the", where, why) for where, why in unlisted]
+    for where, why in unlisted:
+        notes.stays("code of the", where, why)
+    understood = {loop.experts.indices for loop in loops.values() if loop.through is None}
     for root in find_roots(graph, loops):
         if root.index in within or root.choices[0] in failed:
             continue
         try:
             found = understand_pairs(root, loops)
         except RefusedError as error:
-            refused.append(_stays("code of the", root.line, str(error)))
+            if root.index not in understood:  # as a loop by itself
+                notes.stays("code of the", root.line, str(error))
             failed.add(root.choices[0])
             continue
         if found is not None:
             blocks.append(found.block)
             within |= found.values
     return blocks, within
-
-
-def _stays(what: str, line: str | None, why: str) -> str:
-    return Code.EXPERTS.mark(f"the {what} experts at {line} stays as it was written: {why}")
 
 
 def _chosen_from(block: Experts) -> int:

@@ -29,6 +29,7 @@ from torch import fx, nn
 from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, rest_of, shape_of
 from moe_export.export.experts.body import Weight
+from moe_export.export.experts.notes import named
 from moe_export.export.sizes import Size, same_shape, same_size
 
 _aten = torch.ops.aten
@@ -303,7 +304,7 @@ class PairBody:
         if not runs_over_pairs(node, rows, rank):
             return self.share(node)
         if rows.order is not None:
-            raise RefusedError(f"{node.name} is not sorted by expert as the other values are")
+            raise RefusedError(f"{named(node)} is not sorted by expert as the other values are")
         if rows.lead == 1:
             return self.flat(node)
         if rank - rank_of(node) == 1:  # (k, ...): by slot alone

@@ -126,6 +126,34 @@ def test_what_a_list_holds(write, axes):
 
 
 @pytest.mark.parametrize(
+    ("write", "column"),
+    [
+        (lambda m, n, e: n.expand(EXPERTS, TOKENS).masked_select(m.t()), "token"),
+        (lambda m, n, e: n[None].expand(EXPERTS, -1).masked_select(m.T.contiguous()), "token"),
+        (lambda m, n, e: e[:, None].expand(-1, TOKENS).masked_select(m.t()), "expert"),
+        (lambda m, n, e: e.expand(TOKENS, EXPERTS).masked_select(m), "expert"),
+        (lambda m, n, e: n[:, None].expand(-1, EXPERTS).masked_select(m), "token"),
+        (lambda m, n, e: (n + 1).expand(EXPERTS, TOKENS).masked_select(m.t()), None),
+        (lambda m, n, e: n.flip(0).expand(EXPERTS, TOKENS).masked_select(m.t()), None),
+        (lambda m, n, e: m.float().masked_select(m), None),
+    ],
+)
+def test_which_number_of_each_pair_a_mask_picks(write, column):
+    def picked(s, v, i):
+        return write(zeros().scatter(1, i, v) > 0, torch.arange(TOKENS), torch.arange(EXPERTS))
+
+    listing = listing_of(traced(picked)[1])
+    assert (listing.column if listing is not None else None) == column
+    if listing is None:
+        return
+    scores = torch.randn(TOKENS, EXPERTS, generator=torch.Generator().manual_seed(0)).abs()
+    indices, found = written(picked)(scores)
+    pairs = [(token, expert) for token, row in enumerate(indices.tolist()) for expert in row]
+    ordered = sorted(pairs, key=lambda pair: [pair[("token", "expert").index(axis)] for axis in listing.axes])
+    assert found.tolist() == [pair[("token", "expert").index(column)] for pair in ordered]
+
+
+@pytest.mark.parametrize(
     ("write", "counts"),
     [
         (lambda g: (g > 0).sum(0), True),

@@ -438,7 +438,7 @@ class Incomplete(idioms.Block):
 @pytest.mark.parametrize(
     ("block", "reason"),
     [
-        (MixesRows, "the expert mixes rows: what it gives for a token depends on the other tokens"),
+        (MixesRows, "what it gives for a token depends on the other tokens, after `sum` at"),
         (OneDiffers, "expert 3 computes something else than expert 0"),
         (Incomplete, "the loop runs over experts [1, 2, 3, 4, 5], not over 0 to 4"),
     ],
@@ -448,7 +448,8 @@ def test_what_is_refused_says_why_and_stays_right(block, reason):
     graph = graph_of(module, "auto")
     (note,) = [note for note in graph.notes if "stays as it was written" in note]
     assert note.startswith(f"the loop over experts at {__file__}:")
-    assert note.endswith(f"{reason} [MX501]")
+    assert reason in note
+    assert note.endswith(" [MX501]")
     x = torch.randn(3, 7, 16)
     with torch.no_grad():
         expected = module(x).numpy()

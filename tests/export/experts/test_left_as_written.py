@@ -19,30 +19,45 @@ def line_in(note: str) -> str:
     return inspect.getsource(models).splitlines()[line - 1]
 
 
-@pytest.mark.parametrize(
-    ("idiom", "says", "source"),
-    [
-        (
-            models.ByThreshold,
-            "no choice among experts is seen that its rows come from, which `where`",
-            "torch.where(",
-        ),
-        (
-            models.ByOddNumbers,
-            "of which tokens and experts the result of `where`",
-            "token, slot = torch.where(",
-        ),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
-def test_a_dispatch_that_is_no_block_says_where_its_meaning_was_lost(idiom, says, source):
-    blocks, (note,) = find_experts(trace(subject_of(idiom().eval())).program.graph)
+LOST = {
+    models.ByThreshold: (
+        "no choice among experts is seen that its rows come from, which `where`",
+        "torch.where(",
+    ),
+    models.ByOddNumbers: (
+        "of which tokens and experts the result of `where`",
+        "token, slot = torch.where(",
+    ),
+    models.ByOrder: ("stay products, as they were written: the slot that `remainder`", ".long() % 4"),
+    models.Mixing: ("what pairs get depends on other pairs, after `flip`", "rows.flip(1)"),
+    models.AllAtAll: ("of which tokens and experts the result of `gather`", "rows.gather(1"),
+    models.BiasAfter: ("of which tokens and experts the result of `einsum`", 'einsum("ne,end->nd"'),
+    models.IntoGrid: ("of which tokens and experts the result of `index_put`", "grid.index_put("),
+    models.FirstRows: ("of which tokens and experts the result of `slice`", "[:, 0][:3]"),
+}
+"""Each way to dispatch: what the note says, and what stands on the line that it names."""
+
+
+@pytest.mark.parametrize("idiom", LOST, ids=lambda idiom: idiom.__name__)
+def test_a_dispatch_that_is_no_block_says_where_its_meaning_was_lost(idiom):
+    says, source = LOST[idiom]
+    blocks, (note,) = find_experts(trace(subject_of(idiom(experts=3).eval())).program.graph)
     assert blocks == ()
-    assert note.startswith(f"the code of the experts at {models.__file__}:")
-    assert " stays as it was written: " in note
+    assert f" experts at {models.__file__}:" in note
+    assert " as it was written: " in note or " as they were written: " in note
     assert says in note
     assert source in line_in(note)
 
 
-def test_rows_of_one_layer_are_no_experts():
-    assert find_experts(trace(subject_of(models.NoExperts().eval())).program.graph) == ((), ())
+def test_each_of_two_blocks_has_a_note():
+    blocks, notes = find_experts(trace(subject_of(models.TwoBlocks(experts=3).eval())).program.graph)
+    assert blocks == ()
+    assert sorted(re.findall(r"the result of `(\w+)`", " ".join(notes))) == ["gather", "slice"]
+
+
+@pytest.mark.parametrize(
+    ("model", "count"), [(models.NoExperts, 0), (models.Classifier, 0), (models.Understood, 1)]
+)
+def test_nothing_is_said_of_what_is_understood_or_no_dispatch(model, count):
+    blocks, notes = find_experts(trace(subject_of(model().eval())).program.graph)
+    assert (len(blocks), notes) == (count, ())
