@@ -7,7 +7,7 @@ The translation operator by operator is torch's; the names, the opset, the metad
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence, Set
 from pathlib import Path
 
 import onnx
@@ -16,7 +16,7 @@ import torch
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from moe_export.errors import Code, MoeExportError, NotExportableError
-from moe_export.export.frontend.pytree import unique
+from moe_export.export.frontend.pytree import identifier, unique
 from moe_export.export.onnx.decompositions import decomposed
 from moe_export.export.onnx.empty_products import settle_empty_products
 from moe_export.export.onnx.expands import drop_expands
@@ -123,7 +123,7 @@ def _name_values(model: ir.Model, traced: Traced) -> None:
     for value, name in wanted.items():
         value.name = name
     _name_dims([*wanted, *others], traced.dim_names())
-    _name_data_sizes(graph.outputs)
+    _name_data_sizes([*graph.outputs, *others], set(traced.dim_names().values()))
 
 
 def _separate_outputs(graph: ir.Graph) -> None:
@@ -155,14 +155,21 @@ def _name_dims(values: Iterable[ir.Value], names: Mapping[str, str]) -> None:
             value.shape = ir.Shape([_named(dim, names) for dim in value.shape])
 
 
-def _name_data_sizes(outputs: Iterable[ir.Value]) -> None:
-    """Sizes that only the data decides have the tracer's names, `u3`; an output's are called after it."""
+def _name_data_sizes(values: Sequence[ir.Value], own: Set[str]) -> None:
+    """Sizes that only the data decides have the tracer's names, `u3`; each is called after the first value that has it.
+
+    Args:
+        values: Outputs first: their names are the ones that a reader sees.
+        own: Names that the user gave, which may look like the tracer's.
+    """
     names: dict[str, str] = {}
-    for value in outputs:
+    for value in values:
         for axis, dim in enumerate(value.shape or ()):
-            if isinstance(dim, ir.SymbolicDim) and _DATA_SIZE.fullmatch(dim.value or ""):
-                names.setdefault(str(dim.value), f"{value.name}_dim{axis}")
-    _name_dims(outputs, names)
+            text = dim.value if isinstance(dim, ir.SymbolicDim) else None
+            if text and _DATA_SIZE.fullmatch(text) and text not in own:
+                names.setdefault(text, f"{identifier(value.name or 'value')}_dim{axis}")
+    if names:
+        _name_dims(values, dict(zip(names, unique(list(names.values()), own), strict=True)))
 
 
 def _named(dim: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:

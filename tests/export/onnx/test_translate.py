@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -106,6 +108,23 @@ def test_outputs_of_every_kind(tools, function):
 def test_sizes_that_only_the_data_knows_are_named_after_their_output(tools):
     graph = tools.graph(Calls(lambda m, x: {"rows": torch.nonzero(x > 0)}), X)
     assert [str(size) for size in graph.model.graph.outputs[0].shape] == ["rows_dim0", "2"]
+
+
+def test_inner_sizes_that_only_the_data_knows_are_named_after_their_value(tools):
+    def rows(module, x):
+        return x.new_zeros(x.shape).index_add(0, *chosen(x)), torch.cat(chosen(x * 2)[1:] * 2)
+
+    def chosen(x):
+        found = torch.nonzero(x.sum(-1) > 0)[:, 0]
+        return found, x[found]
+
+    model = tools.graph(Calls(rows), X).model
+    sizes = {
+        str(size) for node in model.graph for value in node.outputs for size in value.shape or ()
+        if isinstance(size, ir.SymbolicDim) and size.value
+    }  # fmt: skip
+    assert [size for size in sizes if re.search(r"\b(u|s|unk__)\d+\b", size)] == []
+    assert sizes == {"batch", "x_dim1", "nonzero_1_dim0", "nonzero_3_dim0", "2*nonzero_3_dim0"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, slow(torch.float32), slow(torch.float64)])
