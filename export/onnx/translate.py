@@ -7,7 +7,7 @@ The translation operator by operator is torch's; the names, the opset, the metad
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import onnx
@@ -155,7 +155,7 @@ def _name_dims(values: Iterable[ir.Value], names: Mapping[str, str]) -> None:
             value.shape = ir.Shape([_named(dim, names) for dim in value.shape])
 
 
-def _name_data_sizes(values: Sequence[ir.Value], own: Set[str]) -> None:
+def _name_data_sizes(values: Sequence[ir.Value], own: set[str]) -> None:
     """Sizes that only the data decides have the tracer's names, `u3`; each is called after the first value that has it.
 
     Args:
