@@ -14,7 +14,7 @@ SHORT := -m "not slow" tests/export/torch_compat tests/verify/test_torch_compat.
 	tests/export/recurrence/test_loops_that_count.py tests/export/recurrence/test_user_scans.py
 OTHER := build/torch-$(or $(VERSION),newest)
 
-.PHONY: demo test test-slow test-slow-share test-torch test-matrix real bench compare lint types docs install clean
+.PHONY: demo test test-slow test-slow-share test-torch test-matrix real gpu carried bench compare lint types docs install clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,6 +60,22 @@ real: install
 
 bench: install
 	$(BIN)/python -m pytest tests/bench -s
+
+# Everything that needs a GPU, in under ten minutes: docs/gpu.md. `make gpu GPU="--cpu --small"` rehearses it without one;
+# `make gpu WHEELS=folder` installs from a folder of wheels, without an index.
+ifdef WHEELS
+gpu: carried
+else
+gpu: install
+endif
+	$(BIN)/python tests/gpu/run.py $(GPU)
+
+carried:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -qq --no-index --find-links $(WHEELS) "setuptools>=77" wheel
+	$(BIN)/python -m pip install -qq --no-index --find-links $(WHEELS) --no-build-isolation -e '.[dev,rtx]' \
+		--config-settings editable_mode=strict
+	touch $(STAMP)
 
 # Beside torch.onnx.export: writes the table of docs/exporters.md; `make compare ONLY="mamba gate"` only prints some rows.
 compare: install

@@ -157,9 +157,10 @@ def test_two_packages_of_one_import_name_are_named(graph_bytes, monkeypatch):
 
 
 def test_a_cuda_that_is_dropped_silently_is_a_missing_backend(graph_bytes, monkeypatch, capfd):
-    session = onnxruntime.InferenceSession
+    session, asked = onnxruntime.InferenceSession, []
 
-    def on_the_cpu(source, options, providers):
+    def on_the_cpu(source, options, providers, provider_options):
+        asked.append(dict(zip(providers, provider_options, strict=True)))
         return session(source, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider"])
@@ -169,6 +170,7 @@ def test_a_cuda_that_is_dropped_silently_is_a_missing_backend(graph_bytes, monke
     ):
         OnnxRuntimeRunner(graph_bytes(ADD), provider="cuda")
     assert capfd.readouterr().err == ""
+    assert asked[0]["CUDAExecutionProvider"] == {"use_tf32": "0"}
 
 
 def test_asked_for_cuda_it_runs_there_or_says_quietly_that_it_cannot(graph_bytes, capfd):

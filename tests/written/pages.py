@@ -39,6 +39,7 @@ _OF_THE_REPOSITORY = (
     "test-slow",
     "test-slow-share",
     "bench",
+    "gpu",
     "compare",
     "lint",
     "types",

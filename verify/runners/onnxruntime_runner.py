@@ -25,6 +25,8 @@ _PROVIDERS = {
     "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"],
     "tensorrt": ["TensorrtExecutionProvider", "CUDAExecutionProvider", "CPUExecutionProvider"],
 }
+# By default CUDA computes float32 products in TF32, whose 10 bits are too few for a router's logits.
+_SETTINGS: dict[str, dict[str, str]] = {"CUDAExecutionProvider": {"use_tf32": "0"}}
 
 # Names that ONNX Runtime gives to element types, where NumPy calls them otherwise.
 _DTYPES = {
@@ -189,7 +191,12 @@ def _open(model: str | Path | bytes, where: str, provider: str, arena: bool) -> 
     try:
         source = model if isinstance(model, bytes) else str(model)
         with redirect_stdout(io.StringIO()):  # it prints which provider it could not load
-            session = ort.InferenceSession(source, options, providers=_PROVIDERS[provider])
+            session = ort.InferenceSession(
+                source,
+                options,
+                providers=_PROVIDERS[provider],
+                provider_options=[_SETTINGS.get(name, {}) for name in _PROVIDERS[provider]],
+            )
     except Exception as error:
         raise _unreadable(error, where) from error
     finally:
