@@ -180,7 +180,7 @@ class _Walk:
                 self._see_module(value, path)
         elif isinstance(value, dict):
             self._see_items(value, lambda key: f"{kind} {path}[{key!r}]")
-            for key, item in value.items():
+            for key, item in dict.items(value):  # what it holds, not what a class of its own would make of it
                 self.see(item, f"{path}[{key!r}]", kind)
         elif isinstance(value, (list, deque, set)):
             self._see_items(value, lambda _: f"{kind} {path}")

@@ -112,6 +112,7 @@ def _wide_indices(node: fx.Node) -> None:
     node.args = (value, [widened(index) for index in indices], *rest)  # type: ignore[union-attr]
 
 
+_MADE_OF = "made_of"
 _CHOSEN = (torch.float32, torch.float64, torch.int64, torch.int32, torch.uint8)
 """What ONNX Runtime's `Where` takes on the CPU (1.31)."""
 
@@ -157,6 +158,42 @@ def _written_by_mask(
     if isinstance(other, fx.Node) and list(written.args[1]) == list(indices):  # type: ignore[arg-type]
         return other if same_shape(other.meta["val"].shape, value.meta["val"].shape) else None
     return None
+
+
+def _attention(node: fx.Node) -> None:
+    """`attention(q, k, v, mask)` → `where(mask.any(-1), attention(q, k, v, where(mask, 0, -inf)), 0)`.
+
+    A query that may look at nothing, as a padded token, gets zeros from PyTorch. The exporter adds the least finite
+    number to what is masked, so that such a query gets the mean of all values. What is made of a mask is made once.
+    """
+    mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
+    result = node.meta.get("val")
+    if not isinstance(mask, fx.Node) or not isinstance(result, torch.Tensor):
+        return
+    if mask.meta["val"].dtype is not torch.bool:
+        return
+    zero = _made_of(mask, _aten.full.default, [], 0.0, dtype=result.dtype)
+    never = _made_of(mask, _aten.full.default, [], -torch.inf, dtype=result.dtype)
+    added = _made_of(mask, _aten.where.self, mask, zero, never)
+    looks = _made_of(mask, _aten.any.dim, mask, -1, True)
+    query, key, value, *rest = node.args
+    kwargs = {name: given for name, given in node.kwargs.items() if name != "attn_mask"}
+    attended = _new(node, node.target, query, key, value, added, *rest[1:], **kwargs)
+    node.target, node.args, node.kwargs = _aten.where.self, (looks, attended, zero), {}
+
+
+def _made_of(source: fx.Node, target: Callable[..., Any], *args: fx.node.Argument, **kwargs: Any) -> fx.Node:
+    """A node behind the one that it is made of, and those made of it before; the same one when asked again."""
+    place = source
+    while place.next.meta.get(_MADE_OF) is source:
+        place = place.next
+        if (place.target, place.args, place.kwargs) == (target, args, kwargs):
+            return place
+    with source.graph.inserting_after(place):
+        made = source.graph.call_function(target, args, kwargs)
+    made.meta.update({**source.meta, "val": target(*fx.map_arg(args, lambda each: each.meta["val"]), **kwargs)})
+    made.meta[_MADE_OF] = source
+    return made
 
 
 def _kept_narrow(node: fx.Node) -> None:
@@ -243,6 +280,7 @@ def _is_chosen_by(node: fx.Node) -> bool:
 _RULES: dict[object, Callable[[fx.Node], None]] = {
     **NUMBER_RULES,
     **LOG_RULES,
+    _aten.scaled_dot_product_attention.default: _attention,
     _aten.sigmoid.default: _exact_scores,
     _aten.amax.default: _all_axes,
     _aten.amin.default: _all_axes,

@@ -387,6 +387,10 @@ class Makes(OrderedDict):
     def __getitem__(self, key):
         raise RuntimeError(f"{key} was asked for")
 
+    def items(self):
+        """As a dict of the library does that imports what it lists."""
+        raise RuntimeError("all were asked for")
+
 
 def test_a_dict_that_makes_what_it_is_asked_for_is_only_looked_at():
     model = nn.ReLU()

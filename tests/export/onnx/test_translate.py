@@ -215,6 +215,23 @@ def test_attention_keys_and_values_are_equally_long(tools, causal, rank):
     tools.equal(graph, *(torch.randn(3, *([2] * (rank - 3)), length, 8) for length in (4, 9, 9)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, slow(torch.float16)])
+def test_a_query_that_may_look_at_nothing_gets_zeros(tools, dtype):
+    """As a padded token does: in PyTorch the result is 0, where a mean of all values is what -3e38 would give."""
+
+    def attend(m, q, keep):
+        mask = keep[:, None, None] & torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        first = F.scaled_dot_product_attention(q, q, q, attn_mask=mask, scale=0.3)
+        return F.scaled_dot_product_attention(first, q, q, mask, 0.0, False)
+
+    graph = tools.graph(Calls(attend), torch.randn(2, 3, 4, 8).to(dtype), torch.ones(2, 4, dtype=torch.bool))
+    ops = [node.op_type for node in graph.model.graph.all_nodes()]
+    assert (ops.count("Softmax"), ops.count("ReduceMax"), ops.count("IsNaN")) == (2, 1, 0)
+    assert ops.count("Where") == 3  # one for both masks, and one after each attention
+    keep = torch.tensor([[False, False, True, True, False], [False] * 5, [True] * 5])
+    tools.equal(graph, torch.randn(3, 3, 5, 8).to(dtype), keep)
+
+
 def test_a_chunk_along_a_dynamic_dimension(tools):
     graph = tools.graph(Calls(lambda m, x: (x.chunk(2), torch.chunk(x, 3, dim=1))), torch.randn(4, 9))
     tools.equal(graph, torch.randn(6, 12))
