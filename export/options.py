@@ -25,6 +25,7 @@ class Options:
             `unrolled` leaves them as traced, with their length fixed.
         unroll: Steps that an iteration of a `Scan` takes.
         decode: Whether to write the graph of one step, too, its states as inputs and outputs.
+        decoder: Whether the graph is that of new tokens after earlier ones, in place of the model's own.
         dtype: `float32`, or what the parts of the graph that can bear it compute in: `float16` or `bfloat16`.
         float32: Paths of modules that stay float32 then.
         target: The engine that the graph is for: a name of `experts.choose.TARGETS`.
@@ -38,6 +39,7 @@ class Options:
     recurrence: Mode = "auto"
     unroll: int = 1
     decode: bool = False
+    decoder: bool = False
     target: Target = "onnxruntime-cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     float32: tuple[str, ...] = ()

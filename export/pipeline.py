@@ -14,6 +14,7 @@ import torch
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.axes.choice import may_choose
+from moe_export.export.decoder.decoder import decoder_of
 from moe_export.export.frontend.ended import no_exit
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in, numbers_of
@@ -34,7 +35,7 @@ class Graph:
     """A finished graph, with what is needed to verify it.
 
     Attributes:
-        kind: The whole model, a gate cut out of it, or one step of its recurrences.
+        kind: The whole model, its decoder, a gate cut out of it, or one step of its recurrences.
         path: Module path of what it computes; `model` for the model itself.
         reference: Computes the same in PyTorch. May return scores (`SCORES`) that the graph does not.
         routing: Names of outputs that are expert indices, with their weights and scores (or None).
@@ -45,7 +46,7 @@ class Graph:
         program: The traced model with its experts as opaque nodes: what the graphs of several ranks are made from.
     """
 
-    kind: Literal["model", "gate", "step"]
+    kind: Literal["model", "decoder", "gate", "step"]
     path: str
     model: ir.Model
     reference: Subject
@@ -58,7 +59,9 @@ class Graph:
     program: Program | None = None
 
     @classmethod
-    def of(cls, draft: Draft, kind: Literal["model", "gate", "step"], path: str, options: Options) -> Graph:
+    def of(
+        cls, draft: Draft, kind: Literal["model", "decoder", "gate", "step"], path: str, options: Options
+    ) -> Graph:
         """The graph at the end of its way."""
         program, wide = draft.program, draft.wide
         dtype = "float32" if wide is None else options.dtype
@@ -82,6 +85,11 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
         NotExportableError: The model, or an operator in it, has no ONNX form.
     """
     check_opset(options.opset)
+    asked = options
+    if options.decoder:
+        with step("making a decoder of it"):
+            decoder = decoder_of(subject)
+        subject, options = decoder.subject, dataclasses.replace(options, dims=decoder.dims(options.dims))
     program = run(between("fold", "trace"), Model.of(subject, options.dims), options, step)
     traced = program.model.unrolled or program.traced  # gates are cut out of what has no marks of loops
     if program.model.unrolled is not None and may_choose(traced.program.graph):
@@ -89,13 +97,15 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     routings = find_routings(traced)
     chosen = choose(routings, options.gates, folded=program.model.unrolled is not None)
     rest = between("outline", PIPELINE[-1].name)
-    whole = Graph.of(run(rest, program, options, step), "model", "model", options)
+    whole = Graph.of(
+        run(rest, program, options, step), "decoder" if options.decoder else "model", "model", options
+    )
     check_kept(whole.model, options.float32)
     outputs = tuple(pair for routing in routings for pair in routing_outputs(routing, traced))
     graphs = [dataclasses.replace(whole, routing=outputs)]
     for routing in chosen:
         try:
-            graphs.append(_gate_graph(routing, subject, traced, options, step))
+            graphs.append(_gate_graph(routing, subject, traced, asked, step))
         except MoeExportError as error:
             if isinstance(options.gates, str):
                 raise

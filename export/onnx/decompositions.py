@@ -178,7 +178,9 @@ def _attention(node: fx.Node) -> None:
     looks = _made_of(mask, _aten.any.dim, mask, -1, True)
     query, key, value, *rest = node.args
     kwargs = {name: given for name, given in node.kwargs.items() if name != "attn_mask"}
-    attended = _new(node, node.target, query, key, value, added, *rest[1:], **kwargs)
+    attended = _new(
+        node, _aten.scaled_dot_product_attention.default, query, key, value, added, *rest[1:], **kwargs
+    )
     node.target, node.args, node.kwargs = _aten.where.self, (looks, attended, zero), {}
 
 
@@ -191,7 +193,9 @@ def _made_of(source: fx.Node, target: Callable[..., Any], *args: fx.node.Argumen
             return place
     with source.graph.inserting_after(place):
         made = source.graph.call_function(target, args, kwargs)
-    made.meta.update({**source.meta, "val": target(*fx.map_arg(args, lambda each: each.meta["val"]), **kwargs)})
+    made.meta.update(
+        {**source.meta, "val": target(*fx.map_arg(args, lambda each: each.meta["val"]), **kwargs)}
+    )
     made.meta[_MADE_OF] = source
     return made
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -58,14 +58,18 @@ class CachedModel:
             kept.put(cache.layers[kept.layer], tensor.clone())  # layers write into their states
         return cache
 
-    @contextmanager
-    def given(self, cache: Any) -> Iterator[None]:
+    def given(self, cache: Any) -> AbstractContextManager[None]:
         """While this context is active, the model is called with this cache, whatever its caller passes."""
+        return self.called_with({CACHE: cache, "use_cache": True})
 
-        def with_cache(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-            return args, {**kwargs, CACHE: cache, "use_cache": True}
+    @contextmanager
+    def called_with(self, more: Mapping[str, Any]) -> Iterator[None]:
+        """While this context is active, the model is called with these arguments, whatever its caller passes."""
 
-        handle = self.model.register_forward_pre_hook(with_cache, with_kwargs=True)
+        def replaced(model: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+            return args, {**kwargs, **more}
+
+        handle = self.model.register_forward_pre_hook(replaced, with_kwargs=True)
         try:
             yield
         finally:

@@ -41,6 +41,7 @@ class Code(Enum):
     LOOP = ("MX401", "A loop over a length is not folded")
     LOOP_FORM = ("MX402", "A loop does not have the form that was asked for")
     NO_STEP = ("MX403", "The model has no step")
+    NO_DECODER = ("MX404", "The model has no decoder")
     EXPERTS = ("MX501", "A loop over experts stays as it was written")
     TOKEN_COUNT = ("MX502", "A condition asks about the tokens of an expert")
     EXPERTS_FORM = ("MX503", "The experts do not have the form that was asked for")

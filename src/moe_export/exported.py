@@ -281,8 +281,8 @@ def summary(graph: Graph) -> str:
     shapes = ", ".join(
         f"{name} [{', '.join(map(str, shape))}]" for name, shape in graph.traced.inputs.items()
     )
-    kinds = {"model": "the whole model", "step": "one step", "gate": f"the gate of {graph.path}"}
-    what = kinds[graph.kind]
+    kinds = {"model": "the whole model", "decoder": "the decoder", "step": "one step"}
+    what = kinds.get(graph.kind, f"the gate of {graph.path}")
     limits = "".join(f"; {limit}" for limit in limits_of(graph.traced.dims, graph.traced.conditions))
     nodes = "1 node" if count == 1 else f"{count} nodes"
     return f"{what}: {nodes}, opset {graph.model.opset_imports['']}, {shapes}{limits}"

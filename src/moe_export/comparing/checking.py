@@ -11,6 +11,7 @@ import torch
 from moe_export.comparing import apart
 from moe_export.comparing.artifacts import GraphRunner
 from moe_export.comparing.checking_replay import GraphReplayer
+from moe_export.comparing.decoding import with_decoding
 from moe_export.comparing.known import known_of_model
 from moe_export.comparison_settings import (
     DEFAULT_SETTINGS,
@@ -19,6 +20,7 @@ from moe_export.comparison_settings import (
     tolerance_of,
 )
 from moe_export.domain import Domain
+from moe_export.export.decoder.decoder import CachedDecoder
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.pipeline import Graph
@@ -226,7 +228,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     pairs = [RoutingPair(*pair) for pair in routing]
     watched, watched_cases = recorded(recorder, runner, made, pairs)
     with quiet():
-        return compare(
+        report = compare(
             watched,
             candidate,
             watched_cases,
@@ -240,3 +242,6 @@ def verify_file(  # noqa: PLR0913  each has a name
             narrow=narrow,
             rounded=None if narrow == "float32" else apart.reference(reference, names, narrow),
         )
+        if isinstance(reference.module, CachedDecoder):
+            return with_decoding(report, candidate, reference, tolerance, seed)
+        return report

@@ -160,6 +160,7 @@ def _reexported_values(
         opset=opset,
         gates=path if kind == "gate" else False,
         decode=kind == "step",
+        decoder=kind == "decoder",
         dtype=facts.get("moe_export.dtype", "float32"),
         **json.loads(facts.get(_OPTIONS, "{}")),
     )

@@ -14,6 +14,7 @@ from moe_export.comparing.checking import Routing
 from moe_export.comparing.renaming import by_position
 from moe_export.domain import Domain
 from moe_export.errors import MoeExportError, UsageError
+from moe_export.export.decoder.decoder import decoder_of
 from moe_export.export.engines.profiles import parse_bounds
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject
@@ -124,6 +125,8 @@ def reference_of(
     Raises:
         UsageError: The model has no such gate.
     """
+    if facts.get("moe_export.kind") == "decoder" and not is_whole(runner, subject):
+        return Reference(decoder_of(subject).subject, (), "the model with a cache, as its decoder")
     claimed = facts.get("moe_export.module", "") if facts.get("moe_export.kind") == "gate" else None
     path = gate if gate is not None else None if claimed is None or is_whole(runner, subject) else claimed
     try:

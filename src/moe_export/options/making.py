@@ -52,6 +52,9 @@ GRAPH = (
            ("expand",), type=click.IntRange(1, 64), default=1),
     Option("decode", "--step", "Graph", "Write MODEL.step.onnx, too: one step, its states as past_* and present_*.",
            EXPORTING, type=bool, first=True),
+    Option("decoder", "--decoder", "Graph",
+           "A language model for new tokens after earlier ones, whose keys and values are past_key_values.* and"
+           " present.* (docs/decoder.md).", EXPORTING, type=bool, first=True),
     Option("functions", "--functions", "Graph",
            "Write each module, and each block of experts, as an ONNX function that Netron opens as a graph of its own.",
            EXPORTING, type=bool),

@@ -215,7 +215,7 @@ def _number(value: Any) -> str:
 
 def _graph(graph: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[str]:
     file = graph["file"]
-    kinds = {"model": "the whole model", "step": "one step"}
+    kinds = {"model": "the whole model", "decoder": "the decoder", "step": "one step"}
     what = kinds.get(graph["kind"], f"the {graph['kind']} of {graph['module']}")
     yield f"<h3><code>{escape(file)}</code>, {escape(what)}</h3>"
     ports = [(word, name, sizes) for word in ("inputs", "outputs") for name, sizes in graph[word].items()]

@@ -1,0 +1,67 @@
+"""Hold a decoder, run in parts, against the model without a cache (see `verify/decoding`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from moe_export.comparing.artifacts import GraphRunner
+from moe_export.export.decoder.decoder import CachedCall, CachedDecoder
+from moe_export.export.frontend.subject import Subject
+from moe_export.export.onnx.simplify import as_numpy
+from moe_export.verify import Report, Tolerance, compare
+from moe_export.verify.decoding import AtOnce, InParts, decoding_cases, pair_of
+from moe_export.verify.runners.torch_runner import TorchRunner
+from moe_export.verify.specs import Array
+
+
+def with_decoding(
+    report: Report, candidate: GraphRunner, reference: Subject, tolerance: Tolerance, seed: int
+) -> Report:
+    """The report with more cases: a prompt at once and in parts, padded rows, a text token by token.
+
+    Args:
+        report: Of the graph, call by call.
+        candidate: The graph.
+        reference: Its decoder in PyTorch, whose model is asked without a cache.
+        tolerance: For floats.
+        seed: Of the tokens.
+    """
+    decoder = reference.module
+    assert isinstance(decoder, CachedDecoder)
+    call = decoder.whole
+    tokens = [name for name in call.subject.inputs if name not in decoder.given]
+    in_parts = InParts(candidate, candidate.inputs, tokens)
+    logits = reference.outputs[0]
+    draw = np.random.default_rng(seed)
+
+    def make(name: str, count: int) -> Array:
+        example = as_numpy(call.subject.inputs[name])
+        if example.dtype.kind == "i":
+            return draw.integers(0, call.words, (2, count)).astype(example.dtype)
+        return draw.normal(example.mean(), example.std(), (2, count, *example.shape[2:])).astype(
+            example.dtype
+        )
+
+    found = compare(
+        AtOnce(_run(call, decoder, None), "torch"),
+        in_parts,
+        decoding_cases(in_parts, make, logits, seed, padded="attention_mask" in decoder.given),
+        tolerance=tolerance,
+        routing=[pair_of(logits)],
+        truth=AtOnce(_run(call.wide(), decoder, "float64"), "torch in float64"),
+        other_sizes=0,
+    )
+    return replace(report, cases=(*report.cases, *found.cases))
+
+
+def _run(
+    call: CachedCall, decoder: CachedDecoder, dtype: str | None
+) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
+    def run(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        return call.run(tensors, {name: tensors[name] for name in decoder.given})
+
+    return TorchRunner(run, call.subject.outputs, dtype=dtype).run

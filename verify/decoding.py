@@ -1,0 +1,170 @@
+"""A decoder, run part by part: whatever the parts are, its results are those of the model for all tokens at once.
+
+    whole      logits[b, l] = model(ids[b, l], mask[b, l])                             one run
+    in parts   logits[b, n], kept = decoder(ids[b, n], mask[b, p + n], kept), ...      a run for each part, joined
+
+Both are engines that take the same arrays, and `compare` holds one against the other like any two. Which parts there
+are is one of these arrays, `parts`. Where the mask says that a token does not count, results are zero in both.
+
+Letters: b batch, l length, n tokens of a part, p tokens before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from moe_export.verify.inputs.maker import Case
+from moe_export.verify.runner import Runner
+from moe_export.verify.specs import Array, RoutingPair, TensorSpec, numpy_dtype
+
+MASK, POSITIONS = "attention_mask", "position_ids"
+PAST, PRESENT = "past_key_values.", "present."
+PARTS = "parts"
+"""The array of how many tokens each run takes: int64 (runs,)."""
+NEXT = "next_token"
+"""The output of the likeliest token at each place: int64 (batch, length, 1)."""
+
+_LENGTH = 9
+_DEALT = {
+    "prompt at once": (9,),
+    "token by token": (1,) * 9,
+    "parts of 4, 3, 2": (4, 3, 2),
+    "parts of 1, 8": (1, 8),
+}
+_PROMPT, _MADE = 6, 64
+_PADDED = 3  # places in front of one row that do not count
+
+
+@dataclass(frozen=True)
+class InParts:
+    """A decoder as an engine that takes all tokens, and runs them in parts.
+
+    Args:
+        decoder: Runs one part.
+        inputs: What it takes.
+        tokens: The inputs that have one entry a token.
+        name: What reports call it.
+    """
+
+    decoder: Runner
+    inputs: Sequence[TensorSpec]
+    tokens: Sequence[str]
+    name: str = field(default="")
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "name", self.name or self.decoder.name)
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run part after part; the outputs that have one entry a token, joined, and the likeliest tokens."""
+        mask, kept, rows, at = inputs[MASK], self.nothing(len(inputs[MASK])), [], 0
+        for count in inputs[PARTS].tolist():
+            now = {name: inputs[name][:, at : at + count] for name in self.tokens}
+            found = self.step(now, mask[:, : at + count], kept)
+            kept = {name: found.pop(name.replace(PAST, PRESENT)) for name in kept}
+            rows.append(
+                {name: array for name, array in found.items() if is_of_tokens(array, len(mask), count)}
+            )
+            at += count
+        whole = {name: np.concatenate([row[name] for row in rows], 1) for name in rows[0]}
+        return with_likeliest(whole, mask)
+
+    def step(self, tokens: Mapping[str, Array], mask: Array, kept: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one part: new tokens (batch, n), the mask of all (batch, p + n), what is kept of p."""
+        count = next(iter(tokens.values())).shape[1]
+        places = np.maximum(mask.cumsum(1) - 1, 0)[:, mask.shape[1] - count :]
+        given = {**tokens, MASK: mask, POSITIONS: places, **kept}
+        return self.decoder.run({spec.name: given[spec.name] for spec in self.inputs})
+
+    def nothing(self, batch: int) -> dict[str, Array]:
+        """What is kept before the first token."""
+        return {
+            spec.name: np.zeros([batch, *(0 if isinstance(size, str) else size for size in spec.shape[1:])],
+                                numpy_dtype(spec.dtype))
+            for spec in self.inputs
+            if spec.name.startswith(PAST)
+        }  # fmt: skip
+
+    def continued(self, tokens: Array, count: int, logits: str) -> Array:
+        """Tokens (batch, l), and after them the likeliest ones: (batch, l + count)."""
+        kept, now, text = self.nothing(len(tokens)), tokens, tokens
+        for _ in range(count):
+            found = self.step({self.tokens[0]: now}, np.ones(text.shape, np.int64), kept)
+            kept = {name: found[name.replace(PAST, PRESENT)] for name in kept}
+            now = found[logits][:, -1:].argmax(-1).astype(tokens.dtype)
+            text = np.concatenate([text, now], 1)
+        return text
+
+
+@dataclass(frozen=True)
+class AtOnce:
+    """The model without a cache, on all tokens.
+
+    Args:
+        model: Takes the tokens, the mask and the positions by name.
+        name: What reports call it.
+    """
+
+    model: Callable[[Mapping[str, Array]], Mapping[str, Array]]
+    name: str
+
+    def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once."""
+        mask = inputs[MASK]
+        places = np.maximum(mask.cumsum(1) - 1, 0)
+        found = self.model({**{name: x for name, x in inputs.items() if name != PARTS}, POSITIONS: places})
+        return with_likeliest(
+            {name: array for name, array in found.items() if is_of_tokens(array, *mask.shape)}, mask
+        )
+
+
+def is_of_tokens(array: Array, batch: int, count: int) -> bool:
+    """Whether an output has one entry a token."""
+    return array.ndim > 2 and array.shape[:2] == (batch, count)
+
+
+def with_likeliest(found: Mapping[str, Array], mask: Array) -> dict[str, Array]:
+    """Outputs with zeros where no token is, and the likeliest token by the first of them."""
+    real = {
+        name: np.where(mask[:, :, None] > 0, array, 0).astype(array.dtype) for name, array in found.items()
+    }
+    first = next(iter(real.values()))
+    return {**real, NEXT: first.argmax(-1)[..., None]}
+
+
+def pair_of(logits: str) -> RoutingPair:
+    """The likeliest token is a choice by its logits: another one may be taken only where the two are equal."""
+    return RoutingPair(NEXT, None, logits)
+
+
+def decoding_cases(
+    decoder: InParts, make: Callable[[str, int], Array], logits: str, seed: int, *, padded: bool
+) -> Iterator[Case]:
+    """The cases: all parts, one row padded on the left; and a text that the decoder makes, token by token.
+
+    Args:
+        decoder: Makes the text.
+        make: New tokens for two rows, (2, count), by the name of their input.
+        logits: The output that the next token is chosen by.
+        seed: Of the tokens, for the report.
+        padded: Whether the model takes a mask.
+    """
+    tokens = {name: make(name, _LENGTH) for name in decoder.tokens}
+    mask = np.ones((2, _LENGTH), np.int64)
+    if padded:
+        mask[0, :_PADDED] = 0
+    for label, parts in _DEALT.items():
+        yield _case(label, seed, {**tokens, MASK: mask}, parts)
+    if len(decoder.tokens) == 1 and tokens[decoder.tokens[0]].dtype.kind == "i":
+        name = decoder.tokens[0]
+        text = decoder.continued(make(name, _PROMPT), _MADE, logits)
+        mask = np.ones(text.shape, np.int64)
+        yield _case(f"a text of {_MADE} tokens", seed, {name: text, MASK: mask}, (_PROMPT, *(1,) * _MADE))
+
+
+def _case(label: str, seed: int, inputs: Mapping[str, Array], parts: Sequence[int]) -> Case:
+    batch, length = inputs[MASK].shape
+    sizes = {"batch": batch, "sequence": length, "past_sequence": 0}
+    return Case(label, seed, sizes, {**inputs, PARTS: np.array(parts, np.int64)})
