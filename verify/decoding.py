@@ -46,12 +46,14 @@ class InParts:
         decoder: Runs one part.
         inputs: What it takes.
         tokens: The inputs that have one entry a token.
+        logits: The output that the next token is chosen by; None if it chooses none.
         name: What reports call it.
     """
 
     decoder: Runner
     inputs: Sequence[TensorSpec]
     tokens: Sequence[str]
+    logits: str | None
     name: str = field(default="")
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class InParts:
             )
             at += count
         whole = {name: np.concatenate([row[name] for row in rows], 1) for name in rows[0]}
-        return with_likeliest(whole, mask)
+        return with_likeliest(whole, mask, self.logits)
 
     def step(self, tokens: Mapping[str, Array], mask: Array, kept: Mapping[str, Array]) -> dict[str, Array]:
         """Run one part: new tokens (batch, n), the mask of all (batch, p + n), what is kept of p."""
@@ -87,13 +89,13 @@ class InParts:
             if spec.name.startswith(PAST)
         }  # fmt: skip
 
-    def continued(self, tokens: Array, count: int, logits: str) -> Array:
+    def continued(self, tokens: Array, count: int) -> Array:
         """Tokens (batch, l), and after them the likeliest ones: (batch, l + count)."""
         kept, now, text = self.nothing(len(tokens)), tokens, tokens
         for _ in range(count):
             found = self.step({self.tokens[0]: now}, np.ones(text.shape, np.int64), kept)
             kept = {name: found[name.replace(PAST, PRESENT)] for name in kept}
-            now = found[logits][:, -1:].argmax(-1).astype(tokens.dtype)
+            now = found[str(self.logits)][:, -1:].argmax(-1).astype(tokens.dtype)
             text = np.concatenate([text, now], 1)
         return text
 
@@ -104,10 +106,12 @@ class AtOnce:
 
     Args:
         model: Takes the tokens, the mask and the positions by name.
+        logits: As in `InParts`.
         name: What reports call it.
     """
 
     model: Callable[[Mapping[str, Array]], Mapping[str, Array]]
+    logits: str | None
     name: str
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -115,9 +119,8 @@ class AtOnce:
         mask = inputs[MASK]
         places = np.maximum(mask.cumsum(1) - 1, 0)
         found = self.model({**{name: x for name, x in inputs.items() if name != PARTS}, POSITIONS: places})
-        return with_likeliest(
-            {name: array for name, array in found.items() if is_of_tokens(array, *mask.shape)}, mask
-        )
+        of_tokens = {name: array for name, array in found.items() if is_of_tokens(array, *mask.shape)}
+        return with_likeliest(of_tokens, mask, self.logits)
 
 
 def is_of_tokens(array: Array, batch: int, count: int) -> bool:
@@ -125,13 +128,13 @@ def is_of_tokens(array: Array, batch: int, count: int) -> bool:
     return array.ndim > 2 and array.shape[:2] == (batch, count)
 
 
-def with_likeliest(found: Mapping[str, Array], mask: Array) -> dict[str, Array]:
-    """Outputs with zeros where no token is, and the likeliest token by the first of them."""
+def with_likeliest(found: Mapping[str, Array], mask: Array, logits: str | None) -> dict[str, Array]:
+    """Outputs with zeros where no token is, and the likeliest token at each place."""
     real = {
-        name: np.where(mask[:, :, None] > 0, array, 0).astype(array.dtype) for name, array in found.items()
+        name: np.where(mask.reshape(*mask.shape, *[1] * (array.ndim - 2)) > 0, array, 0).astype(array.dtype)
+        for name, array in found.items()
     }
-    first = next(iter(real.values()))
-    return {**real, NEXT: first.argmax(-1)[..., None]}
+    return real if logits is None else {**real, NEXT: real[logits].argmax(-1)[..., None]}
 
 
 def pair_of(logits: str) -> RoutingPair:
@@ -140,14 +143,13 @@ def pair_of(logits: str) -> RoutingPair:
 
 
 def decoding_cases(
-    decoder: InParts, make: Callable[[str, int], Array], logits: str, seed: int, *, padded: bool
+    decoder: InParts, make: Callable[[str, int], Array], seed: int, *, padded: bool
 ) -> Iterator[Case]:
     """The cases: all parts, one row padded on the left; and a text that the decoder makes, token by token.
 
     Args:
         decoder: Makes the text.
         make: New tokens for two rows, (2, count), by the name of their input.
-        logits: The output that the next token is chosen by.
         seed: Of the tokens, for the report.
         padded: Whether the model takes a mask.
     """
@@ -157,9 +159,9 @@ def decoding_cases(
         mask[0, :_PADDED] = 0
     for label, parts in _DEALT.items():
         yield _case(label, seed, {**tokens, MASK: mask}, parts)
-    if len(decoder.tokens) == 1 and tokens[decoder.tokens[0]].dtype.kind == "i":
+    if len(decoder.tokens) == 1 and decoder.logits is not None:
         name = decoder.tokens[0]
-        text = decoder.continued(make(name, _PROMPT), _MADE, logits)
+        text = decoder.continued(make(name, _PROMPT), _MADE)
         mask = np.ones(text.shape, np.int64)
         yield _case(f"a text of {_MADE} tokens", seed, {name: text, MASK: mask}, (_PROMPT, *(1,) * _MADE))
 

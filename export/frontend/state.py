@@ -268,6 +268,10 @@ class _Walk:
             self.values.append(saved_values(tensor, where, copied=True))
 
 
+_LIBRARIES = frozenset({"torch", "numpy", "onnx", "onnx_ir", "onnxruntime"})
+_OUR_MODELS = "moe_export.models"
+
+
 def _classes(module: nn.Module) -> tuple[type, ...]:
     """The classes of a model's modules that somebody wrote: neither Python's nor PyTorch's."""
     kinds = {base: None for part in module.modules() for base in type(part).__mro__}
@@ -310,6 +314,12 @@ def _holds_state(value: Any) -> bool:
 
 
 def _is_machinery(module: str) -> bool:
-    """Whether a module is Python's, PyTorch's or NumPy's: what it remembers is no state of a model."""
+    """Whether a module is Python's, PyTorch's, NumPy's, ONNX's or of this package: it remembers no state of a model.
+
+    A program that was exported before may be a global of the user's file, as in a notebook, and holds all that was
+    saved for it.
+    """
     package = module.partition(".")[0]
-    return package in sys.stdlib_module_names or package in {"torch", "numpy"}
+    if package == "moe_export":
+        return not module.startswith(_OUR_MODELS)
+    return package in sys.stdlib_module_names or package in _LIBRARIES

@@ -221,6 +221,20 @@ def diff_command(**options: Any) -> int:
     return run_diff(**options)
 
 
+@cli.command("generate")
+@click.argument("decoder", metavar="GRAPH.ONNX|FOLDER")
+def generate_command(**options: Any) -> int:
+    """Continue a text with a graph that --decoder wrote, by plain onnxruntime.
+
+    \b
+    moe-export generate out --prompt "Once upon a time" --max-new-tokens 64
+    moe-export generate out/model.onnx --ids 5,17,33
+    """  # noqa: D301
+    from moe_export.commands.generate import run_generate
+
+    return run_generate(**options)
+
+
 @cli.command("plan")
 @click.argument("model", metavar="MODEL.PY[:CLASS]")
 def plan_command(**options: Any) -> int:

@@ -182,6 +182,7 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
     target: Target = "onnxruntime-cpu",
     experts: Choice = "auto",
     recurrence: Mode = "auto",
+    decoder: bool = False,
     simplify: bool = True,
 ) -> ExportedModel:
     """Export a module, and the graphs of its routers.
@@ -200,6 +201,7 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
         target: The engine that the graph is for.
         experts: How experts are written.
         recurrence: How loops over a length are written.
+        decoder: Whether the graph is that of new tokens after earlier ones, of a language model that keeps a cache.
         simplify: Whether to try onnxsim.
 
     Returns:
@@ -234,6 +236,7 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
             simplify=simplify,
             experts=experts,
             recurrence=recurrence,
+            decoder=decoder,
             target=target,
             dtype=dtype,
         )

@@ -6,7 +6,7 @@ it. Anything else is somebody's work: it stays, unless `--force` was given. What
 | file | mark |
 |---|---|
 | graph | `producer_name`, or metadata, in ONNX: `moe_export.source`, `moe_export.rewritten` |
-| report, manifest | `"schema": "moe-export/..."` |
+| report, manifest | `"schema": "moe-export/..."`; in `genai_config.json`, whose reader allows no more, the `log_id` |
 | tensors | metadata `moe_export...` of a safetensors file |
 | page, picture, JUnit XML, script | the words `generator: moe-export` near its beginning |
 | arrays (`.npz`) | the same words as the archive's comment |
@@ -32,6 +32,7 @@ MARK = "generator: moe-export"
 KEY = "moe_export."
 """Begins the keys of our metadata, in graphs and in files of tensors."""
 _SCHEMA = "moe-export/"
+_LOG = "moe-export"
 _HEAD = 4096
 _PRODUCER, _METADATA = 2, 14
 """Fields of ONNX's ModelProto."""
@@ -213,7 +214,16 @@ def _is_report(file: BinaryIO, head: bytes) -> bool:
         document = json.load(file)
     except ValueError:
         return False
-    return str(document.get("schema")).startswith(_SCHEMA)
+    if not isinstance(document, dict):
+        return False
+    return str(document.get("schema")).startswith(_SCHEMA) or _log_of(document) == _LOG
+
+
+def _log_of(document: object) -> object:
+    """What a file for onnxruntime-genai calls its session."""
+    for name in ("model", "decoder", "session_options", "log_id"):
+        document = document.get(name) if isinstance(document, dict) else None
+    return document
 
 
 def _is_tensors(file: BinaryIO, head: bytes) -> bool:

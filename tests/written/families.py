@@ -58,19 +58,24 @@ class Family:
     arguments: dict[str, Any]
     block: str
 
-    def build(self) -> nn.Module:
+    def build_lm(self) -> nn.Module:
+        """The family's language model, from tokens to logits."""
+        return self.build(self.model.removesuffix("Model") + "ForCausalLM")
+
+    def build(self, model: str | None = None) -> nn.Module:
+        """The model, or another class of the family, with random weights."""
         import transformers
 
         torch.manual_seed(0)
         config = getattr(transformers, self.config)(**self.arguments)
-        model = getattr(transformers, self.model)(config).eval()
+        made = getattr(transformers, model or self.model)(config).eval()
         with torch.no_grad():
-            for parameter in model.parameters():  # some are left as they came from the allocator, or zero
+            for parameter in made.parameters():  # some are left as they came from the allocator, or zero
                 if parameter.dim() > 1:
                     parameter.copy_(torch.randn(parameter.shape) * 0.3)
                 elif not parameter.isfinite().all() or parameter.abs().max() in (0, torch.inf):
                     parameter.copy_(torch.randn(parameter.shape) * 0.1)
-        return model
+        return made
 
 
 def _family(

@@ -28,6 +28,9 @@ from moe_export.comparing.verifying_models import line_of
 from moe_export.comparison_settings import check_names as check_outputs
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import Code, MissingBackendError, NotExportableError, UsageError
+from moe_export.export.decoder.decoder import CachedDecoder
+from moe_export.export.decoder.genai import FILE as GENAI
+from moe_export.export.decoder.genai import genai_config
 from moe_export.export.engines.profiles import dim_facts
 from moe_export.export.engines.shape_inputs import range_names
 from moe_export.export.frontend.load import load_subject, split_spec
@@ -104,9 +107,10 @@ def run_export(request: ExportRequest) -> int:
             equal = ranks.report is None or ranks.report.exit_code == 0
         report_name = f"{subject.source.stem}.report.json"
         (temporary / report_name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        beside = _for_runtimes(graphs[0], temporary, names[0]) if equal else []
     console.json(json.dumps(document, indent=2))
     console.say(f"\nmodel: {type(subject.module).__name__}, {subject.how}")
-    _print(console, request.folder, graphs, [*names, report_name], reports)
+    _print(console, request.folder, graphs, [*names, *beside, report_name], reports)
     write_reports(_located(reports, names, subject), request.wanted, console, [split_spec(request.model)[0]])
     for line in (*engine_lines(built, request.folder), *(ranks.lines if ranks is not None else ())):
         console.say(line)
@@ -242,6 +246,16 @@ def file_names(stem: str, graphs: tuple[Graph, ...]) -> list[str]:
     numbered = [f"{stem}.gate.{index}.onnx" for index in range(len(gates))]
     steps = [f"{stem}.step.onnx" for graph in graphs if graph.kind == "step"]
     return [f"{stem}.onnx", *([f"{stem}.gate.onnx"] if len(gates) == 1 else numbered), *steps]
+
+
+def _for_runtimes(graph: Graph, folder: Path, name: str) -> list[str]:
+    """Write what runtimes of decoders read beside the graph; the names of the files."""
+    decoder = graph.reference.module
+    text = genai_config(decoder, graph.model.graph, name) if isinstance(decoder, CachedDecoder) else None
+    if text is None:
+        return []
+    (folder / GENAI).write_text(text, encoding="utf-8")
+    return [GENAI]
 
 
 def _reject(folder: Path, name: str) -> str:

@@ -1,4 +1,4 @@
-"""Options of the commands that rewrite einsums, and that measure, draw and plan."""
+"""Options of the commands that rewrite einsums, and that measure, draw, plan and generate text."""
 
 from __future__ import annotations
 
@@ -56,4 +56,15 @@ PICTURES = (
 PLANNING = (
     Option("gpu_memory", "--gpu-memory", "Planning", "Of one device.", ("plan",), default="80GB", metavar="SIZE"),
     Option("gpus", "--gpus", "Planning", "Devices at most.", ("plan",), type=click.IntRange(1, 65536), default=8),
+)
+TEXT = (
+    Option("prompt", "--prompt", "Text", "What to continue; the folder has the tokenizer's files.", ("generate",),
+           metavar="TEXT"),
+    Option("ids", "--ids", "Text", "The same as token ids, where there is no tokenizer.", ("generate",),
+           metavar="5,17,33"),
+    Option("max_new_tokens", "--max-new-tokens", "Text", "How many tokens to add.", ("generate",),
+           type=click.IntRange(1), default=64),
+    Option("top_k", "--top-k", "Text", "Draw each token from so many of the likeliest; 1 takes the likeliest.",
+           ("generate",), type=click.IntRange(1), default=1),
+    Option("seed", "--seed", "Text", "Of what is drawn.", ("generate",), type=int, default=0),
 )

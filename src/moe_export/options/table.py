@@ -10,13 +10,13 @@ from moe_export.options.engines import ENGINES
 from moe_export.options.making import GRAPH, MODEL, PIPELINE, RANKS, WEIGHTS
 from moe_export.options.option import GROUPS, Option
 from moe_export.options.output import PLACES, PRINTED, REPORTS
-from moe_export.options.showing import MEASURING, PICTURES, PLANNING, REWRITING
+from moe_export.options.showing import MEASURING, PICTURES, PLANNING, REWRITING, TEXT
 
 OPTIONS: tuple[Option, ...] = (
     *(*MODEL, *GRAPH, *WEIGHTS, *RANKS, *PIPELINE),
     *(*ARTIFACTS, *CASES, *TOLERANCES, *DIFFERING, *MUTANTS),
     *ENGINES,
-    *(*REWRITING, *MEASURING, *PICTURES, *PLANNING),
+    *(*REWRITING, *MEASURING, *TEXT, *PICTURES, *PLANNING),
     *(*PLACES, *REPORTS, *PRINTED),
 )
 

@@ -401,3 +401,13 @@ def test_a_dict_that_makes_what_it_is_asked_for_is_only_looked_at():
     assert before.changed() == {"attribute table['tanh']"}
     before.restore()
     assert list(model.table) == ["gelu"]
+
+
+def test_a_program_of_before_is_no_state(tools):
+    """In a notebook it is a global of the user's, and holds what was saved for it: each export would save the last."""
+    model = nn.Linear(2, 2)
+    model.programs = []
+    before = len(State.of(model)._items)
+    subject = tools.subject(nn.Linear(2, 2), torch.randn(3, 2))
+    model.programs.append(subject)
+    assert len(State.of(model)._items) == before

@@ -1,0 +1,104 @@
+"""`genai_config`: what onnxruntime-genai reads beside a decoder, from the graph and the model's own settings.
+
+What the graph shows (layers, heads, sizes) is read from the graph; what only the model knows (its last position, the
+ids at which a text begins and ends) from its transformers config.
+
+Source: https://onnxruntime.ai/docs/genai/reference/config
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import onnx_ir as ir
+
+from moe_export.export.decoder.decoder import MASK, POSITIONS, CachedDecoder
+from moe_export.export.recurrence.transformers_cache import CACHE
+
+FILE = "genai_config.json"
+LOG = "moe-export"
+"""What its session is called in logs, and what tells the file from those of others."""
+_LONGEST = 2048  # positions where the config names none: the runtime wants a number
+_GREEDY = {"do_sample": False, "num_beams": 1, "top_k": 1, "top_p": 1.0, "temperature": 1.0, "min_length": 0}
+# A buffer of the greatest length, which the runtime would hand in as past and as present, is not what the graph grows.
+_OWN_BUFFERS = {"past_present_share_buffer": False}
+
+
+def genai_config(decoder: CachedDecoder, graph: ir.Graph, filename: str) -> str | None:
+    """The file's text.
+
+    Args:
+        decoder: The decoder in PyTorch.
+        graph: Of it.
+        filename: The graph's file, which lies beside this one.
+
+    Returns:
+        None if the runtime has no names for what goes in or comes out: it takes token ids and gives logits.
+    """
+    inputs = {value.name: value for value in graph.inputs}
+    keys = [value for name, value in inputs.items() if str(name).endswith(".key")]
+    taken = {"input_ids", MASK, POSITIONS}
+    others = [name for name in inputs if name not in taken and not str(name).startswith(f"{CACHE}.")]
+    if (
+        others
+        or "input_ids" not in inputs
+        or "logits" not in {value.name for value in graph.outputs}
+        or not keys
+    ):
+        return None
+    shape = keys[0].shape
+    assert shape is not None
+    heads, width = int(shape[1]), int(shape[3])  # type: ignore[arg-type]
+    config = decoder.whole.cached.model.config
+    longest = _number(config, "max_position_embeddings", _LONGEST)
+    document = {
+        "model": {
+            "type": "decoder",
+            "vocab_size": decoder.whole.words,
+            "context_length": longest,
+            **_ends(decoder),
+            "decoder": {
+                "filename": filename,
+                "session_options": {"log_id": LOG, "provider_options": []},
+                "num_hidden_layers": len(keys),
+                "num_attention_heads": _number(config, "num_attention_heads", heads),
+                "num_key_value_heads": heads,
+                "head_size": width,
+                "hidden_size": _number(config, "hidden_size", heads * width),
+                "inputs": {
+                    **{name: name for name in ("input_ids", MASK, POSITIONS) if name in inputs},
+                    "past_key_names": f"{CACHE}.%d.key",
+                    "past_value_names": f"{CACHE}.%d.value",
+                },
+                "outputs": {
+                    "logits": "logits",
+                    "present_key_names": "present.%d.key",
+                    "present_value_names": "present.%d.value",
+                },
+            },
+        },
+        "search": {**_GREEDY, "max_length": longest, **_OWN_BUFFERS},
+    }
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _ends(decoder: CachedDecoder) -> Mapping[str, int | list[int]]:
+    """The ids at which a text begins, ends and is padded; the end of the text where there is no padding."""
+    model = decoder.whole.cached.model
+    settings = [getattr(model, "generation_config", None), model.config]
+    found = {}
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        found[name] = next(
+            (value for each in settings if (value := getattr(each, name, None)) is not None), None
+        )
+    last = found["eos_token_id"] or 0
+    first_of_last = last[0] if isinstance(last, list) else last
+    return {name: (first_of_last if name == "pad_token_id" else last) if value is None else value
+            for name, value in found.items()}  # fmt: skip
+
+
+def _number(config: Any, name: str, otherwise: int) -> int:
+    value = getattr(config, name, None)
+    return value if isinstance(value, int) else otherwise
