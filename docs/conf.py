@@ -27,6 +27,7 @@ NAVIGATION = {
         "docs/einsum",
         "docs/experts",
         "docs/recurrence",
+        "docs/decoder",
         "docs/precision",
         "docs/verify",
         "docs/error-localisation",

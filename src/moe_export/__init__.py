@@ -9,7 +9,6 @@ from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_export.decoding import Decoder
     from moe_export.einsum_rewrite import einsum, plan_einsum, rewrite_onnx, rewrite_program, rewrite_source
     from moe_export.equivalence import assert_equivalent, localise_error, verify_model
     from moe_export.errors import (
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from moe_export.exported import ExportedModel, export_model
+    from moe_export.running.decoding import Decoder
 
 __version__ = metadata.version("moe-export")
 
@@ -30,7 +30,7 @@ _LAZY = {
     "rewrite_onnx": "moe_export.einsum_rewrite",
     "rewrite_program": "moe_export.einsum_rewrite",
     "rewrite_source": "moe_export.einsum_rewrite",
-    "Decoder": "moe_export.decoding",
+    "Decoder": "moe_export.running.decoding",
     "ExportedModel": "moe_export.exported",
     "export_model": "moe_export.exported",
     "localise_error": "moe_export.equivalence",

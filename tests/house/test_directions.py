@@ -61,6 +61,7 @@ EXPORT = (
     "onnx",
     "gates",
     "recurrence",
+    "decoder",
     "experts",
     "scans",
     "precision",

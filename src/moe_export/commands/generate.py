@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from moe_export.commands.console import Console
-from moe_export.decoding import Decoder
 from moe_export.errors import UsageError
+from moe_export.running.decoding import Decoder
 
 
 def run_generate(
