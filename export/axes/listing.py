@@ -18,17 +18,13 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.one_hot import OneHotMask, one_hot_mask_of
+from moe_export.export.axes.operators import CASTS, TURNS
 from moe_export.export.axes.shapes import arguments, is_numbering, order_of, rank_of, shape_of
 from moe_export.export.axes.support import is_never_negative
 from moe_export.export.sizes import fixed, same_shape
 
 _aten = torch.ops.aten
 
-_CASTS = {
-    _aten._to_copy.default, _aten.to.dtype, _aten.to.device, _aten.clone.default, _aten.alias.default,
-    _aten.detach.default, _aten.contiguous.default,
-}  # fmt: skip
-_TURNS = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default}
 _COUNTS = {_aten.sum.dim_IntList, _aten.count_nonzero.dim_IntList, _aten.count_nonzero.default}
 
 
@@ -88,11 +84,11 @@ def entries_of(node: fx.Node) -> Entries | None:
     above, compared, turned = False, False, False
     while node.op == "call_function" and node.args:
         args = arguments(node)
-        if node.target in _TURNS and rank_of(node) == 2:
+        if node.target in TURNS and rank_of(node) == 2:
             turned = turned is not (order_of(node) == [1, 0])
         elif not compared and node.target in (_aten.gt.Scalar, _aten.ne.Scalar) and args[1] == 0:
             above, compared = node.target is _aten.gt.Scalar, True
-        elif node.target in _CASTS and _keeps_zeros(node):
+        elif node.target in CASTS and _keeps_zeros(node):
             source = args[0].meta["val"].dtype
             compared = compared or (node.meta["val"].dtype is torch.bool and source is not torch.bool)
         else:
@@ -141,7 +137,7 @@ def _axes_of(entries: Entries) -> tuple[str, ...]:
 
 def _numbered_axis(node: fx.Node) -> int | None:
     """Which axis of a matrix its values 0, 1, 2, ... number; None if they number neither."""
-    while node.target in (_aten.expand.default, *_CASTS) and rank_of(arguments(node)[0]) == 2:
+    while node.target in (_aten.expand.default, *CASTS) and rank_of(arguments(node)[0]) == 2:
         node = arguments(node)[0]
     source = arguments(node)[0] if node.args else None
     if not isinstance(source, fx.Node) or not is_numbering(source):
@@ -170,7 +166,7 @@ def counted_entries(node: fx.Node) -> Entries | None:
     if entries is None or rank_of(node) != 1:
         return None
     boolean = node.target is not _aten.sum.dim_IntList or source.meta["val"].dtype is torch.bool
-    cast = source.target in _CASTS and arguments(source)[0].meta["val"].dtype is torch.bool
+    cast = source.target in CASTS and arguments(source)[0].meta["val"].dtype is torch.bool
     axis = 1 if entries.turned else 0
     wanted = [each % 2 for each in (axes if isinstance(axes, (list, tuple)) else [axes])]
     return entries if (boolean or cast) and wanted == [axis] else None

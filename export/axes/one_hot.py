@@ -14,25 +14,17 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.axes.shapes import arguments, is_numbering, shape_of
+from moe_export.export.axes.operators import BOTH, CASTS, NONZERO, TURNS, ZEROS
+from moe_export.export.axes.shapes import arguments, is_numbering, order_of, shape_of
 from moe_export.export.sizes import fixed, same_shape, same_size
 
 _aten = torch.ops.aten
 
-# Ops that pass a mask on without moving its entries: 0 stays false, 1 stays true.
-_SAME = {
-    _aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device,
-    _aten.clone.default, _aten.alias.default, _aten.detach.default,
-    _aten.contiguous.default, _aten.type_as.default,
-}  # fmt: skip
-_ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
 _MOVES = {
-    _aten.eq.Scalar, _aten.view.default, _aten.reshape.default, _aten.permute.default, _aten.transpose.int,
-    _aten.select.int, _aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default, _aten.unsqueeze.default,
-    _aten.squeeze.dim,
+    *TURNS, _aten.eq.Scalar, _aten.view.default, _aten.reshape.default, _aten.select.int, _aten.any.dim,
+    _aten.sum.dim_IntList, _aten.amax.default, _aten.unsqueeze.default, _aten.squeeze.dim,
 }  # fmt: skip
 _ADD_AXES = {_aten.unsqueeze.default, _aten.view.default, _aten.reshape.default}
-_NONZERO = {_aten.ne.Scalar, _aten.gt.Scalar, _aten.greater.Scalar}
 
 
 @dataclass(frozen=True)
@@ -62,7 +54,7 @@ def one_hot_mask_of(node: fx.Node) -> OneHotMask | None:
         return None
     make = _MADE.get(node.target)
     found = make(node) if make is not None else None
-    if found is not None or node.target not in _MOVES | _SAME | _NONZERO:
+    if found is not None or node.target not in _MOVES | CASTS | NONZERO:
         return found
     inner = one_hot_mask_of(node.args[0])
     return _moved(node, inner) if inner is not None else None
@@ -86,7 +78,7 @@ def _scattered(node: fx.Node) -> OneHotMask | None:
     base, axis, indices, value = arguments(node)
     if axis not in (1, -1) or value != 1:
         return None
-    if base.target not in _ZEROS or index_axes(indices) != ("token", "slot"):
+    if base.target not in ZEROS or index_axes(indices) != ("token", "slot"):
         return None
     return OneHotMask(indices, ("token", "expert"))
 
@@ -95,7 +87,7 @@ def _compared(node: fx.Node) -> OneHotMask | None:
     """`idx[..., None] == arange(E)`, either side first; or `idx == arange(E)`, where a token has one choice."""
     for chosen, compared in (node.args, node.args[::-1]):
         numbers = compared
-        while isinstance(numbers, fx.Node) and numbers.target in _ADD_AXES | _SAME:
+        while isinstance(numbers, fx.Node) and numbers.target in _ADD_AXES | CASTS:
             numbers = numbers.args[0]
         if not isinstance(chosen, fx.Node) or not isinstance(numbers, fx.Node) or not is_numbering(numbers):
             continue
@@ -160,15 +152,15 @@ def _moved(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
     """The mask after one more operator."""
     target, args, rank = node.target, node.args, len(inner.axes)
     if (
-        target in _SAME
-        or (target in _NONZERO and args[1] == 0)
+        target in CASTS
+        or (target in NONZERO and args[1] == 0)
         or (target is _aten.eq.Scalar and args[1] == 1)
     ):
         return inner
     if target in (_aten.view.default, _aten.reshape.default):
         return _merged(node, inner)
-    if target in (_aten.permute.default, _aten.transpose.int):
-        return dataclasses.replace(inner, axes=_reordered(node, inner.axes))
+    if target in TURNS:
+        return dataclasses.replace(inner, axes=tuple(inner.axes[axis] for axis in order_of(node)))
     if target is _aten.select.int:
         return _without(inner, int(args[1]), int(args[2]))  # type: ignore[arg-type]
     if target in (_aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default):
@@ -178,15 +170,6 @@ def _moved(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
     if target is _aten.squeeze.dim:
         return _squeezed(node, inner, int(args[1]) % rank)  # type: ignore[arg-type]
     return None
-
-
-def _reordered(node: fx.Node, axes: tuple[str, ...]) -> tuple[str, ...]:
-    args: Any = node.args
-    if node.target is _aten.permute.default:
-        return tuple(axes[axis] for axis in args[1])
-    moved, (first, second) = list(axes), (axis % len(axes) for axis in args[1:3])
-    moved[first], moved[second] = axes[second], axes[first]
-    return tuple(moved)
 
 
 def _squeezed(node: fx.Node, inner: OneHotMask, axis: int) -> OneHotMask | None:
@@ -235,7 +218,5 @@ _MADE: Mapping[Any, Callable[[fx.Node], OneHotMask | None]] = {
     _aten.eq.Tensor: _compared,
     operator.getitem: _unbound,
     **dict.fromkeys((_aten.scatter.value, _aten.scatter_.value), _scattered),
-    **dict.fromkeys(
-        (_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.__and__.Tensor, _aten.logical_and.default), _masked
-    ),
+    **dict.fromkeys(BOTH, _masked),
 }

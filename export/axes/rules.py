@@ -17,6 +17,7 @@ from moe_export.export.axes import rules_moves as moves
 from moe_export.export.axes import rules_picks as picks
 from moe_export.export.axes import rules_sums as sums
 from moe_export.export.axes.meaning import Meaning, Meanings
+from moe_export.export.axes.operators import CASTS, SCATTERS, TURNS, VIEWS
 from moe_export.export.axes.rules_loops import loop_part
 
 _aten = torch.ops.aten
@@ -33,34 +34,19 @@ def rule_of(node: fx.Node) -> Rule | None:
 
 
 # fmt: off
-_SAME = (
-    _aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten.clone.default,
-    _aten.alias.default, _aten.detach.default, _aten.contiguous.default, _aten.lift_fresh_copy.default,
-    _aten.dropout.default, _aten.type_as.default,
-)
-_VIEWS = (
-    _aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.flatten.using_ints,
-    _aten.unflatten.int,
-)
-_SCATTERS = (
-    _aten.scatter.value, _aten.scatter_.value, _aten.scatter.src, _aten.scatter_.src, _aten.scatter_add.default,
-    _aten.scatter_add_.default, _aten.scatter_reduce.two,
-)
 _CHOOSES = (_aten.topk.default, _aten.max.dim, _aten.min.dim, _aten.argmax.default, _aten.argmin.default)
 _NUMBERINGS = (_aten.arange.default, _aten.arange.start, _aten.arange.start_step)
 
 RULES: Mapping[Any, Rule] = {
     # keep
-    **dict.fromkeys(_SAME, moves.same),
+    **dict.fromkeys((*CASTS, _aten.dropout.default), moves.same),
     **dict.fromkeys(
         (_aten.softmax.int, _aten._softmax.default, _aten.log_softmax.int, _aten._log_softmax.default),
         sums.kept),
     **dict.fromkeys((_aten.layer_norm.default, _aten.rms_norm.default), sums.norm),
     # split, merge, move, broadcast
-    **dict.fromkeys(_VIEWS, moves.reshaped),
-    **dict.fromkeys(
-        (_aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.mT.default, _aten.numpy_T.default),
-        moves.permuted),
+    **dict.fromkeys((*VIEWS, _aten.unflatten.int), moves.reshaped),
+    **dict.fromkeys(TURNS, moves.permuted),
     **dict.fromkeys((_aten.squeeze.dim, _aten.squeeze.dims, _aten.squeeze.default), moves.squeezed),
     _aten.unsqueeze.default: moves.unsqueezed,
     _aten.expand.default: moves.expanded,
@@ -110,7 +96,7 @@ RULES: Mapping[Any, Rule] = {
     _aten.index_select.default: picks.index_select,
     _aten.embedding.default: picks.embedding,
     _aten.gather.default: picks.gathered,
-    **dict.fromkeys(_SCATTERS, picks.scattered),
+    **dict.fromkeys((*SCATTERS, *picks.ADDS), picks.scattered),
     _aten.index_add.default: picks.index_added,
     _aten.index_put.default: picks.put,
     **dict.fromkeys((_aten.nonzero.default, _aten.argwhere.default), picks.listed),

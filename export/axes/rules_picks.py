@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import fx
 
 from moe_export.export.axes.extents import size_of
 from moe_export.export.axes.meaning import Meaning, Meanings
+from moe_export.export.axes.operators import FULL
 from moe_export.export.axes.rules_moves import argument
 from moe_export.export.axes.rules_sums import broadcast, lined_up, pointwise
 from moe_export.export.axes.shapes import arguments, is_numbering, rank_of, shape_of
@@ -130,12 +131,12 @@ def scattered(known: Meanings, node: fx.Node) -> Meaning | None:
             known.used(values, node)
         else:
             _lines_up(known, node, values, chosen, -1)
-        if node.target not in _ADDS:  # of two entries for one place the order says which stays
+        if node.target not in ADDS:  # of two entries for one place the order says which stays
             known.extents.mark([picks.axes[axis]], node)
     return Meaning(found.axes)
 
 
-_ADDS = {_aten.scatter_add.default, _aten.scatter_add_.default, _aten.scatter_reduce.two}
+ADDS = {_aten.scatter_add.default, _aten.scatter_add_.default, _aten.scatter_reduce.two}
 
 
 def index_added(known: Meanings, node: fx.Node) -> Meaning | None:
@@ -312,16 +313,9 @@ def where(known: Meanings, node: fx.Node) -> Meaning | None:
     return found
 
 
-_FILLS: Mapping[Any, int] = {
-    _aten.full_like.default: 1,
-    _aten.full.default: 1,
-    _aten.scalar_tensor.default: 0,
-}
-
-
 def _is_below_0(value: Any) -> bool:
     if isinstance(value, fx.Node):
-        at = _FILLS.get(value.target)
+        at = FULL.get(value.target)
         value = arguments(value)[at] if at is not None else 0
     return isinstance(value, (int, float)) and value < 0
 

@@ -16,19 +16,12 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.one_hot import one_hot_mask_of
+from moe_export.export.axes.operators import BOTH, CASTS, FULL, SCATTERS, ZEROS
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.sizes import same_shape
 
 _aten = torch.ops.aten
 
-_SAME = {
-    _aten._to_copy.default, _aten.to.dtype, _aten.to.device, _aten.to.dtype_layout, _aten.clone.default,
-    _aten.alias.default, _aten.detach.default, _aten.contiguous.default, _aten.type_as.default,
-    _aten.lift_fresh_copy.default,
-}  # fmt: skip
-_SCATTERS = {_aten.scatter.src, _aten.scatter.value, _aten.scatter_.src, _aten.scatter_.value}
-_ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
-_FULL = {_aten.full_like.default: 1, _aten.full.default: 1, _aten.new_full.default: 2}
 _FROM_BELOW = {_aten.softmax.int, _aten._softmax.default, _aten.sigmoid.default, _aten.exp.default}
 _NEGATIONS = {_aten.logical_not.default, _aten.bitwise_not.default}
 
@@ -41,7 +34,7 @@ def support_of(matrix: fx.Node) -> fx.Node | None:
 
 def scattered_values(matrix: fx.Node) -> fx.Node | None:
     """The weights (N, k) of a matrix that is `zeros.scatter(1, idx, weights)`; None if it is no such."""
-    while matrix.target in _SAME:
+    while matrix.target in CASTS:
         if shape_of(matrix) and matrix.meta["val"].dtype != arguments(matrix)[0].meta["val"].dtype:
             return None
         matrix = arguments(matrix)[0]
@@ -126,11 +119,11 @@ def _constant(value: object) -> float | None:
         return float(value)
     if not isinstance(value, fx.Node):
         return None
-    if value.target in _ZEROS:
+    if value.target in ZEROS:
         return 0.0
-    if value.target in _FULL:
-        return _constant(arguments(value)[_FULL[value.target]])
-    if value.target in (_aten.scalar_tensor.default, *_SAME):
+    if value.target in FULL:
+        return _constant(arguments(value)[FULL[value.target]])
+    if value.target in CASTS:
         return _constant(arguments(value)[0])
     return None
 
@@ -151,11 +144,11 @@ def _over_slots(node: fx.Node) -> Outside | None:
 
 
 _RULES: Mapping[Any, Callable[[fx.Node], Outside | None]] = {
-    **dict.fromkeys(_SCATTERS, _scattered),
-    **dict.fromkeys(_SAME, _unchanged),
+    **dict.fromkeys(SCATTERS, _scattered),
+    **dict.fromkeys(CASTS, _unchanged),
     **dict.fromkeys(_FROM_BELOW, _from_below),
     **dict.fromkeys((_aten.gt.Scalar, _aten.ne.Scalar), _compared),
-    **dict.fromkeys((_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default), _product),
+    **dict.fromkeys(BOTH, _product),
     **dict.fromkeys((_aten.where.self, _aten.where.ScalarOther), _where),
     _aten.div.Tensor: _quotient,
     _aten.masked_fill.Scalar: _masked_fill,
@@ -167,10 +160,10 @@ _NEVER_BELOW = {
     _aten.abs.default, _aten.softplus.default, _aten.square.default, _aten.one_hot.default,
 }  # fmt: skip
 _KEEPS_SIGN = {
-    *_SAME, _aten.slice.Tensor, _aten.select.int, _aten.gather.default, _aten.index.Tensor, _aten.sum.dim_IntList,
+    *CASTS, _aten.slice.Tensor, _aten.select.int, _aten.gather.default, _aten.index.Tensor, _aten.sum.dim_IntList,
     _aten.amax.default, _aten.mean.dim, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.view.default,
     _aten.reshape.default, _aten.expand.default, _aten.add.Tensor, _aten.mul.Tensor, _aten.div.Tensor,
-    *_SCATTERS, _aten.cat.default, _aten.stack.default, _aten.where.self, _aten.permute.default,
+    *SCATTERS, _aten.cat.default, _aten.stack.default, _aten.where.self, _aten.permute.default,
     _aten.transpose.int, _aten.t.default,
 }  # fmt: skip
 
@@ -198,7 +191,7 @@ def is_never_negative(value: Any) -> bool:
 def _entries(node: fx.Node) -> list[Any]:
     """The arguments of an operator that its result's entries come from."""
     args = arguments(node)
-    if node.target in _SCATTERS:
+    if node.target in SCATTERS:
         return [args[0], args[3]]
     if node.target in (_aten.add.Tensor, _aten.mul.Tensor, _aten.div.Tensor):
         return list(args[:2])

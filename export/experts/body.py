@@ -17,6 +17,8 @@ from torch import fx, nn
 from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import names_experts
 from moe_export.export.axes.one_hot import one_hot_mask_of
+from moe_export.export.axes.operators import ZEROS
+from moe_export.export.experts.canonical import Walk, value_numbering
 from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.experts.notes import named
 from moe_export.export.frontend.source import line_of
@@ -25,7 +27,6 @@ from moe_export.export.sizes import same_size
 from moe_export.export.tracing.weight_inputs import is_weight
 
 _aten = torch.ops.aten
-ZEROS = {_aten.zeros_like.default, _aten.zeros.default, _aten.new_zeros.default}
 _ANYTHING = {_aten.empty_like.default, _aten.empty.memory_format, _aten.new_empty.default}
 
 
@@ -123,17 +124,17 @@ def understand(chain: Chain, graph_index: GraphIndex) -> Experts:
     if overwrites and chain.indices.meta["val"].dim() > 1:
         raise RefusedError("rows are overwritten, not added to, and a token may have several experts")
     fixing = graph_index.fixing.get(indices, {})
-    walks = [
-        _Walk(iteration, fixing.get(number, set()), graph_index) for number, iteration in enumerate(ordered)
+    parts = [
+        _Part(iteration, fixing.get(number, set()), graph_index) for number, iteration in enumerate(ordered)
     ]
-    shared, weights, kinds = _sort_leaves(walks, graph_index.value_numbers)
+    shared, weights, kinds = _sort_leaves([part.walk for part in parts], graph_index.value_numbers)
     before = chain.iterations[0].before
     # Then `start` does not matter: every row is overwritten, or was never set.
     settled = overwrites and (names_experts(indices, len(ordered)) or before.target in _ANYTHING)
     return Experts(
         indices=indices,
         count=len(ordered),
-        body=walks[0].module(kinds),
+        body=parts[0].module(kinds),
         shared=shared,
         weights=weights,
         start=None if settled else before,
@@ -141,22 +142,6 @@ def understand(chain: Chain, graph_index: GraphIndex) -> Experts:
         line=chain.line,
         overwrites=overwrites and not settled and before.target not in ZEROS,
     )
-
-
-def value_numbering(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
-    """Each node → the first node that computes the same: the iterations of a loop compute some values again."""
-    first: dict[str, fx.Node] = {}
-    value_numbers: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        value_numbers[node] = node
-        if node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(
-            node.target, "tags", ()
-        ):
-            key = repr(
-                (str(node.target), fx.map_arg((node.args, node.kwargs), lambda arg: value_numbers[arg]))
-            )
-            value_numbers[node] = first.setdefault(key, node)
-    return value_numbers
 
 
 def _fixing_nodes(
@@ -173,13 +158,11 @@ def _fixing_nodes(
     return found
 
 
-class _Walk:
-    """The nodes of one iteration in a fixed order, and the nodes outside that they read.
+class _Part:
+    """What one iteration computes.
 
     Attributes:
-        nodes: The nodes, each after those that it reads.
-        steps: Each node's target and arguments, with references by position, so that iterations can be compared.
-        leaves: Nodes from outside, in the order of their first use.
+        walk: Its nodes in a fixed order, and the nodes outside that they read.
     """
 
     def __init__(self, iteration: Iteration, fixing: set[fx.Node], graph_index: GraphIndex) -> None:
@@ -188,29 +171,11 @@ class _Walk:
         self._value_numbers = graph_index.value_numbers
         self._dependent = _dependents(iteration, fixing, graph_index.sums)
         self._value = iteration.value
-        self.nodes: list[fx.Node] = []
-        self.leaves: list[fx.Node] = []
-        self._positions: dict[fx.Node, tuple[str, int]] = {}
         self._of_weights: dict[fx.Node, bool] = {}
-        self._visit(iteration.value)
-        self.steps = [self._step(node) for node in self.nodes]
+        self.walk = Walk(iteration.value, self._end, self._canonical, self._row_kind, self._arguments)
 
-    def _visit(self, root: fx.Node) -> None:
-        stack = [(root, False)]
-        while stack:
-            node, done = stack.pop()
-            node = self._canonical(node)
-            if node in self._positions:
-                continue
-            if node not in self._dependent and not self._is_of_weights(node):
-                self._positions[node] = ("leaf", len(self.leaves))
-                self.leaves.append(node)
-            elif done:
-                self._positions[node] = ("node", len(self.nodes))
-                self.nodes.append(node)
-            else:
-                stack.append((node, True))
-                stack += [(source, False) for source in reversed(self._sources(node))]
+    def _end(self, node: fx.Node) -> str | None:
+        return None if node in self._dependent or self._is_of_weights(node) else "leaf"
 
     def _is_of_weights(self, node: fx.Node) -> bool:
         """Whether a node only rearranges weights (`w.t()`, `w[e].t()`); then the weights themselves are the leaves."""
@@ -236,10 +201,6 @@ class _Walk:
         """The first node that computes the same, unless the node belongs to this iteration alone."""
         return node if node in self._dependent else self._value_numbers[node]
 
-    def _sources(self, node: fx.Node) -> list[fx.Node]:
-        """A node's inputs, except tokens and slots of the rows, which are inputs of the body."""
-        return [source for source in node.all_input_nodes if self._row_kind(source, node) is None]
-
     def _row_kind(self, node: fx.Node, user: fx.Node | None) -> str | None:
         """Whether a node stands for the rows' tokens or slots where `user` takes it."""
         if node is self._rows.token:
@@ -254,16 +215,11 @@ class _Walk:
             else None
         )
 
-    def _step(self, node: fx.Node) -> tuple[Any, ...]:
-        args = node.args
-        if node in self._fixing:  # the one number in which the iterations differ
-            args = tuple("expert" if arg == self._rows.one_hot.expert else arg for arg in args)
-
-        def refer(source: fx.Node) -> Any:
-            kind = self._row_kind(source, node)
-            return (kind, 0) if kind is not None else self._positions[self._canonical(source)]
-
-        return (node.target, repr(fx.map_arg((args, node.kwargs), refer)))
+    def _arguments(self, node: fx.Node) -> Any:
+        """A node's arguments without the one number in which the iterations differ."""
+        if node not in self._fixing:
+            return node.args
+        return tuple("expert" if arg == self._rows.one_hot.expert else arg for arg in node.args)
 
     def module(self, kinds: list[str]) -> fx.GraphModule:
         """The body; `kinds` says for each leaf whether it is "shared" or a "weight". Shared inputs come first."""
@@ -271,7 +227,7 @@ class _Walk:
         rows = {name: graph.placeholder(name) for name in ("token", "slot", "expert")}
         copies: dict[fx.Node, fx.Node] = {}
         for wanted in ("shared", "weight"):
-            for leaf, kind in zip(self.leaves, kinds, strict=True):
+            for leaf, kind in zip(self.walk.leaves, kinds, strict=True):
                 if kind == wanted:
                     copies[leaf] = graph.placeholder(f"{wanted}_{len(copies)}")
                     copies[leaf].meta = dict(leaf.meta)
@@ -280,7 +236,7 @@ class _Walk:
             kind = self._row_kind(source, user)
             return rows[kind] if kind else copies[self._canonical(source)]
 
-        for node in self.nodes:
+        for node in self.walk.nodes:
             if node in self._fixing:
                 copies[node] = _for_any_expert(graph, node, copied(node.args[0], node), rows["expert"])  # type: ignore[arg-type]
             else:
@@ -312,7 +268,7 @@ def _dependents(iteration: Iteration, fixing: set[fx.Node], sums: Collection[fx.
 
 
 def _sort_leaves(
-    walks: list[_Walk], value_numbers: Mapping[fx.Node, fx.Node]
+    walks: Sequence[Walk], value_numbers: Mapping[fx.Node, fx.Node]
 ) -> tuple[tuple[fx.Node, ...], tuple[Weight, ...], list[str]]:
     """Compare the iterations, and separate the values that all share from the weights that each has.
 

@@ -27,7 +27,8 @@ from torch import fx, nn
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
-from moe_export.export.experts.body import Experts, value_numbering
+from moe_export.export.experts.body import Experts
+from moe_export.export.experts.canonical import value_numbering
 from moe_export.export.experts.capacity_check import check_core
 from moe_export.export.experts.capacity_experts import Core, core_of, write_core
 from moe_export.export.experts.capacity_facts import Facts

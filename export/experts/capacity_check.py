@@ -16,9 +16,9 @@ from torch import fx, nn
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import shape_of
+from moe_export.export.experts.canonical import Walk
 from moe_export.export.experts.capacity_experts import (
     Core,
-    Walk,
     below_of,
     sizes_of,
     walk_between,
@@ -61,7 +61,7 @@ def check_core(core: Core, slots: View, outputs: View, labels: Labels) -> None:
         return value.to(like.meta["val"].dtype)
 
     sizes = [_product(trial[label] for label in axis) for axis in slots.axes]
-    whole = walk_between(outputs.node, {slots.node: None}, below_of(slots.node), lambda node: False)
+    whole = walk_between(outputs.node, {slots.node}, below_of(slots.node), lambda node: False)
     leaves = {leaf: random(shape_of(leaf), leaf) for leaf in whole.leaves}
     given = random(sizes, slots.node)
 

@@ -8,7 +8,7 @@ that; `capacity_check` checks that it does the same.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from torch import fx
 from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Weight
+from moe_export.export.experts.canonical import Walk
 from moe_export.export.experts.capacity_views import Axis, Labels, View, pushed
 from moe_export.export.experts.notes import named
 from moe_export.export.frontend.source import line_of
@@ -95,7 +96,7 @@ def _stacked(slots: View, outputs: View, below: set[fx.Node], labels: Labels) ->
         if len(following) != 1:
             raise RefusedError("slots and experts share an axis")
         slots = following[0]
-    walk = walk_between(outputs.node, {slots.node: None}, below, lambda node: False)
+    walk = walk_between(outputs.node, {slots.node}, below, lambda node: False)
     weights, shared = {}, []
     for leaf in walk.leaves:
         if rank_of(leaf) > 1 and same_size(shape_of(leaf)[0], count):
@@ -117,7 +118,7 @@ def _of_parts(slots: View, joined: View, below: set[fx.Node], labels: Labels) ->
     seeds = dict(_seeds(slots, labels))
     walks = []
     for number, part in enumerate(parts):
-        mine = {node: None for node, (expert, _) in seeds.items() if expert == number}
+        mine = {node for node, (expert, _) in seeds.items() if expert == number}
         walks.append(walk_between(part, mine, below, partial(_is_place, number=number, count=count)))
     first = walks[0]
     for number, walk in enumerate(walks):
@@ -194,26 +195,9 @@ def _taken(view: View, user: fx.Node) -> Sequence[tuple[fx.Node, tuple[int, tupl
     return []
 
 
-@dataclass
-class Walk:
-    """The nodes from some seeds to a result.
-
-    Attributes:
-        nodes: The nodes, each after those that it reads.
-        leaves: Nodes that they read from outside, in the order of their first use.
-        seeds: The seeds that they read, in the order of their first use.
-        steps: Each node's target and arguments, with references by position, so that walks can be compared.
-    """
-
-    nodes: list[fx.Node]
-    leaves: list[fx.Node]
-    seeds: list[fx.Node]
-    steps: list[Any]
-
-
 def walk_between(
     result: fx.Node,
-    seeds: Mapping[fx.Node, None],
+    seeds: Collection[fx.Node],
     below: set[fx.Node],
     is_part: Callable[[fx.Node], bool],
 ) -> Walk:
@@ -225,30 +209,16 @@ def walk_between(
         below: The nodes that depend on the rows.
         is_part: Whether a node is one expert's part of stacked weights, and so a leaf.
     """
-    walk = Walk([], [], [], [])
-    places: dict[fx.Node, tuple[str, int]] = {}
-    stack = [(result, False)]
-    while stack:
-        node, done = stack.pop()
-        if node in places:
-            continue
+
+    def end(node: fx.Node) -> Any:
         if node in seeds:
-            places[node] = ("seed", len(walk.seeds))
-            walk.seeds.append(node)
-        elif is_size(node) and node not in below:
-            places[node] = ("size", hash(expression_of(node.meta["val"])))
-        elif node.op == "placeholder" or is_part(node) or (node not in below and not _is_of_weights(node)):
-            places[node] = ("leaf", len(walk.leaves))
-            walk.leaves.append(node)
-        elif done:
-            places[node] = ("node", len(walk.nodes))
-            walk.nodes.append(node)
-            seen = repr(fx.map_arg((node.args, node.kwargs), lambda each: places[each]))
-            walk.steps.append((node.target, seen))
-        else:
-            stack.append((node, True))
-            stack += [(source, False) for source in reversed(node.all_input_nodes)]
-    return walk
+            return "seed"
+        if is_size(node) and node not in below:
+            return ("size", hash(expression_of(node.meta["val"])))
+        outside = node.op == "placeholder" or (node not in below and not _is_of_weights(node))
+        return "leaf" if outside or is_part(node) else None
+
+    return Walk(result, end)
 
 
 def _is_of_weights(node: fx.Node) -> bool:

@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.axes.operators import BOTH, CASTS, NONZERO, ZEROS
 from moe_export.export.axes.shapes import arguments, is_numbering, rank_of, shape_of
 from moe_export.export.experts.capacity_views import (
-    CASTS,
     Labels,
     View,
     product_of,
@@ -31,14 +31,11 @@ from moe_export.export.experts.capacity_views import (
 from moe_export.export.sizes import fixed, same_size
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default, _aten.__and__.Tensor}
-_SET = {_aten.gt.Scalar, _aten.ne.Scalar, _aten.greater.Scalar}
 _COMPARISONS = {
     _aten.lt.Scalar, _aten.le.Scalar, _aten.gt.Scalar, _aten.ge.Scalar, _aten.eq.Scalar, _aten.ne.Scalar,
     _aten.lt.Tensor, _aten.le.Tensor, _aten.gt.Tensor, _aten.ge.Tensor, _aten.eq.Tensor, _aten.ne.Tensor,
     _aten.logical_not.default, _aten.bitwise_not.default,
 }  # fmt: skip
-_ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
 _SCATTERS = {_aten.scatter.value, _aten.scatter_.value}
 _WHERE = {_aten.where.self, _aten.where.ScalarOther}
 _SUMS = {_aten.sum.dim_IntList, _aten.amax.default, _aten.any.dim}
@@ -116,12 +113,12 @@ class Facts:
         """The inputs of a value's operator that are not 0 wherever the value is not 0."""
         node, args = view.node, arguments(view.node)
         target: Any = node.target
-        if target in _PRODUCTS:
+        if target in BOTH:
             return self.labels.operands(view) or []
         if target is _aten.einsum.default:
             return product_of(view) or []
         one = {_aten.eq.Scalar: 1, _aten.ge.Scalar: 1}.get(target)
-        if (target in _SET and args[1] == 0) or (one is not None and args[1] == one):
+        if (target in NONZERO and args[1] == 0) or (one is not None and args[1] == one):
             source = View(args[0], view.axes)
             return [source] if one is None or self.is_mask(source) else []
         kept: tuple[Any, ...] = ()
@@ -142,7 +139,7 @@ class Facts:
             return False
         if node.target is _aten.one_hot.default or node.target in _COMPARISONS or self.choice(view):
             return True
-        if node.target in _PRODUCTS:
+        if node.target in BOTH:
             return all(self.is_mask(each) for each in self.labels.operands(view) or [View(node, ())])
         if node.target is _aten.einsum.default:
             parts = product_of(view)
@@ -322,7 +319,7 @@ class Facts:
 _NUMBERS: dict[Any, Callable[[Facts, View, frozenset[View]], Number | None]] = {
     _aten.add.Tensor: Facts._sum,
     _aten.sub.Tensor: Facts._sum,
-    **dict.fromkeys(_PRODUCTS, Facts._product),
+    **dict.fromkeys(BOTH, Facts._product),
     _aten.einsum.default: Facts._product,
     _aten.cumsum.default: Facts._running,
     **dict.fromkeys(_WHERE, Facts._where),
@@ -352,7 +349,7 @@ def _both_ways(operands: list[View] | None) -> list[tuple[View, View]]:
 
 
 def _is_zeros(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target in _ZEROS
+    return isinstance(node, fx.Node) and node.target in ZEROS
 
 
 def _is_zero(value: Any) -> bool:

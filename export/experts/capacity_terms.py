@@ -19,10 +19,10 @@ import torch
 from torch import fx
 
 from moe_export.errors import RefusedError
+from moe_export.export.axes.operators import BOTH, CASTS, EITHER, NONZERO
 from moe_export.export.axes.shapes import arguments, is_numbering, shape_of
 from moe_export.export.experts.capacity_facts import Choice, Facts, Number
 from moe_export.export.experts.capacity_views import (
-    CASTS,
     Labels,
     View,
     product_of,
@@ -32,9 +32,7 @@ from moe_export.export.experts.notes import named
 from moe_export.export.sizes import same_shape, same_size
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.mul.Tensor, _aten.bitwise_and.Tensor, _aten.logical_and.default, _aten.__and__.Tensor}
-_SUMS = {_aten.add.Tensor, _aten.bitwise_or.Tensor, _aten.logical_or.default, _aten.__or__.Tensor}
-_KEEP_ZERO = {_aten.ne.Scalar, _aten.gt.Scalar, _aten.greater.Scalar, _aten.neg.default}
+_KEEP_ZERO = {*NONZERO, _aten.neg.default}
 
 
 class NotSparseError(RefusedError):
@@ -111,7 +109,7 @@ def terms_of(view: View, labels: Labels) -> list[Term]:
             return [Term((), *place)]
         if node.target is _aten.slice.Tensor:
             return _first_slots(view, labels)
-        if node.target in _SUMS and not node.kwargs and _adds_masks(args):
+        if node.target in EITHER and not node.kwargs and _adds_masks(args):
             return [term for each in labels.operands(view) or [] for term in terms_of(each, labels)]
         if _keeps_zero(node):
             then = Step("then", View(node, ()))
@@ -150,7 +148,7 @@ def _keeps_zero(node: fx.Node) -> bool:
 def _factors(view: View, labels: Labels) -> Iterator[list[Step]]:
     """A value as a product, or a sum of products over the choices."""
     node, args = view.node, arguments(view.node)
-    if node.target in _PRODUCTS:
+    if node.target in BOTH:
         yield [Step("times", each) for each in labels.operands(view) or []]
     elif node.target is _aten.div.Tensor and isinstance(args[1], fx.Node):
         one, other = (labels.aligned(each, view) for each in args)
@@ -325,7 +323,7 @@ def _counts_at_most(one: Proved, total: View, facts: Facts) -> bool:
         return False
     if total == marks:
         return True
-    if total.node.target not in _PRODUCTS:
+    if total.node.target not in BOTH:
         return False
     operands = [facts.labels.peeled(each) for each in facts.labels.operands(total) or []]
     rest = [each for each in operands if each != marks]

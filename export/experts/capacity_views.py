@@ -17,17 +17,13 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.axes.operators import CASTS, TURNS, VIEWS
+from moe_export.export.axes.shapes import arguments, order_of, rank_of, shape_of
 from moe_export.export.sizes import same_shape, same_size
 
 _aten = torch.ops.aten
 Axis = tuple[str, ...]
 
-CASTS = {
-    _aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten.clone.default,
-    _aten.alias.default, _aten.detach.default, _aten.contiguous.default, _aten.type_as.default,
-}  # fmt: skip
-_VIEWS = {_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.flatten.using_ints}
 FIXED = "#"
 """Begins the label of an axis at which one index is selected: "#1"."""
 
@@ -110,7 +106,7 @@ class Labels:
             return View(source, view.axes)
         if node.target is operator.getitem and source.target is _aten.unbind.int:
             return _of_unbind(view, source)
-        if node.target in _VIEWS:
+        if node.target in VIEWS:
             axes = self.reshaped(view.axes, shape_of(source))
             return None if axes is None else View(source, axes)
         return rule(view, source) if rule is not None else None
@@ -163,26 +159,11 @@ def _squeezed(view: View, source: fx.Node) -> View | None:
     return View(source, (*view.axes[:axis], (), *view.axes[axis:]))
 
 
-def _permuted(view: View, source: fx.Node) -> View:
+def _turned(view: View, source: fx.Node) -> View:
     axes: list[Axis] = [()] * len(view.axes)
-    for place, axis in enumerate(arguments(view.node)[1]):
+    for place, axis in enumerate(order_of(view.node)):
         axes[axis] = view.axes[place]
     return View(source, tuple(axes))
-
-
-def _transposed(view: View, source: fx.Node) -> View:
-    one, other = [int(axis) % len(view.axes) for axis in (arguments(view.node)[1:3] or (-2, -1))]
-    axes = list(view.axes)
-    axes[one], axes[other] = axes[other], axes[one]
-    return View(source, tuple(axes))
-
-
-def _turned(view: View, source: fx.Node) -> View:
-    return View(source, view.axes[::-1] if view.node.target is _aten.t.default else _last_two(view.axes))
-
-
-def _last_two(axes: tuple[Axis, ...]) -> tuple[Axis, ...]:
-    return (*axes[:-2], axes[-1], axes[-2])
 
 
 def _expanded(view: View, source: fx.Node) -> View:
@@ -211,11 +192,7 @@ _RULES: dict[Any, Any] = {
     _aten.unsqueeze.default: _unsqueezed,
     _aten.squeeze.dim: _squeezed,
     _aten.squeeze.dims: _squeezed,
-    _aten.permute.default: _permuted,
-    _aten.transpose.int: _transposed,
-    _aten.t.default: _turned,
-    _aten.mT.default: _turned,
-    _aten.numpy_T.default: _turned,
+    **dict.fromkeys(TURNS, _turned),
     _aten.expand.default: _expanded,
     _aten.select.int: _selected,
 }
@@ -228,13 +205,11 @@ def pushed(view: View, user: fx.Node, labels: Labels) -> View | None:
         return None
     if user.target in CASTS:
         return View(user, view.axes)
-    if user.target in _VIEWS:
+    if user.target in VIEWS:
         found = labels.reshaped(view.axes, shape_of(user))
         return None if found is None else View(user, found)
-    if user.target is _aten.permute.default:
-        return View(user, tuple(axes[axis] for axis in args[1]))
-    if user.target in (_aten.transpose.int, _aten.t.default, _aten.mT.default):
-        return View(user, _RULES[user.target](View(user, view.axes), view.node).axes)
+    if user.target in TURNS:
+        return View(user, tuple(axes[axis] for axis in order_of(user)))
     if user.target is _aten.unsqueeze.default:
         place = int(args[1]) % (len(axes) + 1)
         return View(user, (*axes[:place], (), *axes[place:]))

@@ -2,8 +2,7 @@
 
 All E experts run on all N tokens, laid out as (E, N, ...) or (E*N, ...), by `bmm` with stacked weights; a matrix of
 weights (N, E) multiplies the inputs or the outputs, and the experts are added up. The weights are 0 for experts that
-were not chosen (the chosen ones are scattered into zeros, or into -inf before a sigmoid), so the sum is over the
-chosen ones:
+were not chosen (`axes/support`), so the sum is over the chosen ones:
 
     out[n] = sum over e of body(n, e) = sum over the slots s of body(n, idx[n, s])
 
@@ -21,17 +20,17 @@ import torch
 from torch import fx
 
 from moe_export.errors import RefusedError
+from moe_export.export.axes.chosen import name_once
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.axes.support import support_of
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.row_rules import rows_after
 from moe_export.export.experts.rows import PairBody, Region, Rows, runs_over_pairs
 from moe_export.export.frontend.source import line_of
+from moe_export.export.gates.region import is_float
 from moe_export.export.sizes import Size, fixed, same_shape, same_size
 
 _aten = torch.ops.aten
-_ZEROS = {_aten.zeros.default, _aten.zeros_like.default, _aten.new_zeros.default}
-_FULL = {_aten.full_like.default, _aten.full.default, _aten.new_full.default}
-_CASTS = {_aten._to_copy.default, _aten.clone.default, _aten.alias.default, _aten.to.dtype}
 
 
 class _DenseRegion(Region):
@@ -64,31 +63,20 @@ class _DenseBody(PairBody):
 
 def find_dense(graph: fx.Graph) -> Iterator[Experts]:
     """Every block in which all experts compute all tokens."""
+    found = set[fx.Node]()
     for node in graph.nodes:
-        chosen = _weights_of_chosen(node)
-        if chosen is not None:
-            block = _understand(node, chosen)
-            if block is not None:
-                yield block
-
-
-def _weights_of_chosen(node: fx.Node) -> fx.Node | None:
-    """The chosen indices (N, k), if a node is a matrix (N, E) that is 0 wherever an expert was not chosen."""
-    inner, base = node, "0"
-    if node.target is _aten.sigmoid.default:
-        inner, base = arguments(node)[0], "-inf"
-    while inner.target in _CASTS:
-        inner = arguments(inner)[0]
-    if inner.target is not _aten.scatter.src or rank_of(inner) != 2 or arguments(inner)[1] not in (1, -1):
-        return None
-    start, index = arguments(inner)[0], arguments(inner)[2]
-    if fixed(shape_of(inner)[1]) is None or rank_of(index) != 2:
-        return None
-    value = "0" if start.target in _ZEROS else None
-    if start.target in _FULL:
-        value = str(float(arguments(start)[1])).removesuffix(".0")
-    found: fx.Node = index
-    return found if value == base else None
+        chosen = support_of(node) if is_float(node) else None  # 0 wherever an expert was not chosen
+        if (
+            chosen is None
+            or rank_of(chosen) != 2
+            or fixed(shape_of(node)[1]) is None
+            or not name_once(chosen)
+        ):
+            continue
+        block = _understand(node, chosen)
+        if block is not None and block.result not in found:
+            found.add(block.result)
+            yield block
 
 
 def _understand(weights: fx.Node, indices: fx.Node) -> Experts | None:

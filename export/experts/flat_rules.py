@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.axes.operators import CASTS, VIEWS
 from moe_export.export.axes.shapes import arguments, rank_of
 from moe_export.export.experts.flat_values import Flattening
 
@@ -235,9 +236,8 @@ def _einsum(flattening: Flattening, node: fx.Node) -> bool:
 _RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(
         (
-            _aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device, _aten.clone.default,
-            _aten.alias.default, _aten.detach.default, _aten.contiguous.default, _aten.dropout.default,
-            _aten.zeros_like.default, _aten.ones_like.default, _aten.one_hot.default,
+            *(CASTS - {_aten.type_as.default}), _aten.dropout.default, _aten.zeros_like.default,
+            _aten.ones_like.default, _aten.one_hot.default,
         ),
         _like,
     ),
@@ -249,7 +249,7 @@ _RULES: Mapping[Any, Rule] = {
         ),
         _along(1),
     ),
-    **dict.fromkeys((_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default), _reshaped),
+    **dict.fromkeys(VIEWS - {_aten.flatten.using_ints}, _reshaped),
     **dict.fromkeys((_aten.gather.default, _aten.scatter.value, _aten.scatter.src), _gathered),
     **dict.fromkeys((_aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar), _pointwise),
     **dict.fromkeys((_aten.where.default, _aten.nonzero_numpy.default), _where_set),

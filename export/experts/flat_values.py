@@ -13,8 +13,8 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.one_hot import index_axes
+from moe_export.export.axes.operators import ZEROS
 from moe_export.export.axes.shapes import rank_of, shape_of
-from moe_export.export.experts.body import ZEROS
 from moe_export.export.sizes import fixed, same_shape, same_size
 
 _aten = torch.ops.aten

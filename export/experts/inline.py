@@ -8,8 +8,9 @@ import torch
 from torch import fx
 
 from moe_export.errors import RefusedError
+from moe_export.export.axes.operators import ZEROS
 from moe_export.export.axes.shapes import arguments, rank_of
-from moe_export.export.experts.body import ZEROS, Experts
+from moe_export.export.experts.body import Experts
 from moe_export.export.experts.notes import named
 from moe_export.export.experts.rows import PairBody, Region, Rows
 

@@ -74,19 +74,27 @@ def _agrees(
     return agree([alone], [together], near)
 
 
+@torch.no_grad()
 def _first_mixing(
     body: fx.GraphModule, token: torch.Tensor, slot: torch.Tensor, rest: Sequence[torch.Tensor]
 ) -> fx.Node | None:
     """The first value whose rows differ with the other rows, or that has no rows, and differs; None if not known."""
+    try:
+        return _mixing_value(body, token, slot, rest)
+    except Exception:  # an operator takes float64 only, or only so many rows: the reason stands without it
+        return None
 
+
+def _mixing_value(
+    body: fx.GraphModule, token: torch.Tensor, slot: torch.Tensor, rest: Sequence[torch.Tensor]
+) -> fx.Node | None:
     def values(token: torch.Tensor, slot: torch.Tensor) -> Mapping[fx.Node, object]:
         interpreter = fx.Interpreter(body, garbage_collect_values=False)
         interpreter.run(token, slot, *rest)
         return interpreter.env
 
-    with torch.no_grad():
-        together = values(token, slot)
-        alone = [values(token[row : row + 1], slot[row : row + 1]) for row in range(_PAIRS)]
+    together = values(token, slot)
+    alone = [values(token[row : row + 1], slot[row : row + 1]) for row in range(_PAIRS)]
     for node, value in together.items():
         parts = [each[node] for each in alone]
         tensors = [part for part in parts if isinstance(part, torch.Tensor) and part.dim()]

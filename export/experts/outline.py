@@ -16,8 +16,10 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from moe_export.errors import Code, RefusedError
+from moe_export.export.axes.operators import ZEROS
 from moe_export.export.experts.batch import trace_body
-from moe_export.export.experts.body import ZEROS, Experts
+from moe_export.export.experts.body import Experts
+from moe_export.export.experts.canonical import text_of
 from moe_export.export.experts.flat_tokens import with_flat_tokens
 from moe_export.export.experts.mixing import check_rows
 from moe_export.export.experts.recognise import find_experts
@@ -134,13 +136,8 @@ def _block(
 def _written(body: fx.GraphModule, arguments: Sequence[torch.Tensor], spec: list[list[bool]]) -> str:
     """A body as text, with what it is traced on; one that holds tensors or modules of its own is like no other."""
     own = id(body) if any(node.op in ("get_attr", "call_module") for node in body.graph.nodes) else 0
-    names = {node: f"%{index}" for index, node in enumerate(body.graph.nodes)}
-    lines = [
-        str((node.op == "placeholder" or str(node.target), fx.map_arg((node.args, node.kwargs), names.get)))
-        for node in body.graph.nodes
-    ]
     types = [(str(value.dtype), tuple(value.shape), value.stride()) for value in arguments]
-    return f"{lines}\n{types}\n{spec}\n{own}"
+    return f"{text_of(body)}\n{types}\n{spec}\n{own}"
 
 
 def _with_nodes(program: ExportedProgram, blocks: Sequence[Experts]) -> ExportedProgram:

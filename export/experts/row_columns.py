@@ -11,16 +11,12 @@ import torch
 from torch import fx
 
 from moe_export.errors import RefusedError
+from moe_export.export.axes.operators import CASTS, TURNS
 from moe_export.export.axes.shapes import arguments, rank_of
 from moe_export.export.experts.row_order import descends
 from moe_export.export.experts.rows import Number, PairBody, Region, Rows
 
 _aten = torch.ops.aten
-_CASTS = {
-    _aten._to_copy.default, _aten.to.dtype, _aten.clone.default, _aten.alias.default, _aten.detach.default,
-    _aten.contiguous.default,
-}  # fmt: skip
-_TURNS = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default}
 _ALL = 2**63 - 1
 
 
@@ -36,11 +32,11 @@ def _whole(body: PairBody) -> fx.Node:
 def columns_after(region: Region, node: fx.Node) -> Rows | None:
     """What an operator takes of numbers that are side by side; None if that is not known."""
     rows = region.rows[arguments(node)[0]]
-    if node.target in _CASTS:
+    if node.target in CASTS:
         return rows
     if node.target is operator.getitem:
         return _part(rows, *arguments(node))
-    if node.target in _TURNS and rows.number == "columns":
+    if node.target in TURNS and rows.number == "columns":
         return dataclasses.replace(rows, number="turned columns")
     if node.target in (_aten.select.int, _aten.unbind.int):
         return _taken(rows, node)

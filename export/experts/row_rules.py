@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.axes.operators import CASTS, VIEWS
 from moe_export.export.experts.row_columns import columns_after
 from moe_export.export.experts.row_order import (
     behind,
@@ -72,13 +73,10 @@ def _summed(region: Region, node: fx.Node) -> Rows | None:
 
 _RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(
-        (
-            _aten._to_copy.default, _aten.to.dtype, _aten.clone.default, _aten.alias.default, _aten.detach.default,
-            _aten.contiguous.default, _aten.dropout.default,
-        ),
+        (*CASTS - {_aten.type_as.default}, _aten.dropout.default),
         same,
     ),
-    **dict.fromkeys((_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default), reshaped),
+    **dict.fromkeys(VIEWS, reshaped),
     **dict.fromkeys((_aten.linear.default, _aten.mm.default, _aten.addmm.default), linear),
     **dict.fromkeys((_aten.bmm.default, _aten.matmul.default), matmul),
     **dict.fromkeys((_aten.layer_norm.default, _aten.native_layer_norm.default, _aten.rms_norm.default), norm),

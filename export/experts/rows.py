@@ -27,6 +27,7 @@ import torch
 from torch import fx, nn
 
 from moe_export.errors import RefusedError
+from moe_export.export.axes.operators import VIEWS
 from moe_export.export.axes.shapes import arguments, rank_of, rest_of, shape_of
 from moe_export.export.experts.body import Weight
 from moe_export.export.experts.notes import named
@@ -39,7 +40,6 @@ _ON_STACKS = {
     _aten.transpose.int, _aten.permute.default, _aten._to_copy.default, _aten.clone.default, _aten.alias.default,
     _aten.mT.default, _aten.detach.default, _aten.contiguous.default, _aten.unsqueeze.default, _aten.slice.Tensor,
 }  # fmt: skip
-_RESHAPES = {_aten.view.default, _aten._unsafe_view.default, _aten.reshape.default}
 
 Make = Callable[["PairBody"], fx.Node]
 
@@ -320,7 +320,7 @@ class PairBody:
                 return self.call(node.target, self.flat(source), arguments(node)[1])
             if node.target is _aten.repeat_interleave.self_int and self._repeats(node):
                 return self.call(_aten.index.Tensor, self.share(source), [self.token])
-            shaped = node.target in _RESHAPES and rest_of(node, 1) is not None
+            shaped = node.target in VIEWS and rest_of(node, 1) is not None
             if shaped and self.region.leads(shape_of(source), 2):
                 return self.call(_aten.reshape.default, self.grid(source), [-1, *(rest_of(node, 1) or [])])
             if shaped and self.region.leads(shape_of(source), 1):

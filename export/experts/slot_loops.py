@@ -22,6 +22,7 @@ from torch import fx
 from moe_export.errors import RefusedError
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts, GraphIndex, understand
+from moe_export.export.experts.canonical import text_of
 from moe_export.export.experts.derived import derived
 from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.frontend.source import line_of
@@ -66,7 +67,7 @@ def _joined(blocks: Sequence[Experts], chain: Chain, value_numbers: Mapping[fx.N
     for slot, block in enumerate(blocks):
         if (block.count, block.weights) != (first.count, first.weights):
             raise RefusedError(f"slot {slot} uses other experts than slot 0")
-        if _text(block.body) != _text(first.body):
+        if text_of(block.body) != text_of(first.body):
             raise RefusedError(f"slot {slot} computes something else than slot 0, at {block.line}")
     columns = [tuple(column) for column in zip(*(block.shared for block in blocks), strict=True)]
     own = [place for place, column in enumerate(columns) if len(set(column)) > 1]
@@ -84,13 +85,6 @@ def _joined(blocks: Sequence[Experts], chain: Chain, value_numbers: Mapping[fx.N
         result=chain.iterations[-1].after,
         line=chain.line,
     )
-
-
-def _text(body: fx.GraphModule) -> list[str]:
-    """A body as text, whatever its nodes are called."""
-    names = {node: f"%{place}" for place, node in enumerate(body.graph.nodes)}
-    return [str((str(node.target), fx.map_arg((node.args, node.kwargs), names.get))) for node in names
-            if node.op != "placeholder"]  # fmt: skip
 
 
 def _for_pairs(body: fx.GraphModule, own: Sequence[int]) -> fx.GraphModule:

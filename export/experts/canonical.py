@@ -1,0 +1,94 @@
+"""Parts of a graph in one form, whatever their nodes are called, so that two of them can be compared.
+
+`value_numbering` tells which nodes of a graph compute the same, `Walk` puts the nodes between a result and what it is
+computed from into an order and refers to each by its place, and `text_of` does so with a whole body.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def value_numbering(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """Each node → the first node that computes the same: the iterations of a loop compute some values again."""
+    first: dict[str, fx.Node] = {}
+    value_numbers: dict[fx.Node, fx.Node] = {}
+    for node in graph.nodes:
+        value_numbers[node] = node
+        if node.op == "call_function" and torch.Tag.nondeterministic_seeded not in getattr(
+            node.target, "tags", ()
+        ):
+            key = repr(
+                (str(node.target), fx.map_arg((node.args, node.kwargs), lambda arg: value_numbers[arg]))
+            )
+            value_numbers[node] = first.setdefault(key, node)
+    return value_numbers
+
+
+def text_of(body: fx.GraphModule) -> list[str]:
+    """The steps of a body as text."""
+    names = {node: f"%{place}" for place, node in enumerate(body.graph.nodes)}
+    return [
+        str((node.op == "placeholder" or str(node.target), fx.map_arg((node.args, node.kwargs), names.get)))
+        for node in names
+    ]
+
+
+class Walk:
+    """The nodes that a result is computed by, back to where a part of the graph begins.
+
+    Attributes:
+        nodes: The nodes, each after those that it reads.
+        leaves: Nodes that they read from outside, in the order of their first use.
+        seeds: Nodes that the part begins with, likewise.
+        steps: Each node's target and arguments, with references by place.
+
+    Args:
+        result: The last node.
+        end: Where the part begins: "leaf", "seed", or how all nodes refer to one; None for a node of the part.
+        same: The node that stands for a node, such as the first that computes the same.
+        given: How a node refers to an input that is none of the part, such as the rows of an expert; None for others.
+        arguments: A node's arguments as they are compared.
+    """
+
+    def __init__(
+        self,
+        result: fx.Node,
+        end: Callable[[fx.Node], Any],
+        same: Callable[[fx.Node], fx.Node] = lambda node: node,
+        given: Callable[[fx.Node, fx.Node], Any] = lambda source, user: None,
+        arguments: Callable[[fx.Node], Any] = lambda node: node.args,
+    ) -> None:
+        self.nodes: list[fx.Node] = []
+        self.leaves: list[fx.Node] = []
+        self.seeds: list[fx.Node] = []
+        places: dict[fx.Node, Any] = {}
+        stack = [(result, False)]
+        while stack:
+            node, done = stack.pop()
+            node = same(node)
+            if node in places:
+                continue
+            kind = "node" if done else end(node)
+            if kind is None:
+                stack.append((node, True))
+                sources = [source for source in node.all_input_nodes if given(source, node) is None]
+                stack += [(source, False) for source in reversed(sources)]
+                continue
+            own = {"node": self.nodes, "leaf": self.leaves, "seed": self.seeds}.get(kind)
+            places[node] = (kind, len(own)) if own is not None else kind
+            if own is not None:
+                own.append(node)
+
+        def step(node: fx.Node) -> tuple[Any, str]:
+            def refer(source: fx.Node) -> Any:
+                found = given(source, node)
+                return places[same(source)] if found is None else found
+
+            return node.target, repr(fx.map_arg((arguments(node), node.kwargs), refer))
+
+        self.steps = [step(node) for node in self.nodes]
