@@ -32,6 +32,18 @@ def support_of(matrix: fx.Node) -> fx.Node | None:
     return found[0] if found is not None and found[1] == 0 else None
 
 
+def supports_in(graph: fx.Graph) -> dict[fx.Node, fx.Node]:
+    """The same of every such matrix of a graph, in graph order."""
+    known: dict[object, Outside] = {}
+    for node in graph.nodes:
+        found = _outside(node, known.get)
+        if found is not None:
+            known[node] = found
+    return {
+        node: chosen for node, (chosen, value) in known.items() if value == 0 and isinstance(node, fx.Node)
+    }
+
+
 def scattered_values(matrix: fx.Node) -> fx.Node | None:
     """The weights (N, k) of a matrix that is `zeros.scatter(1, idx, weights)`; None if it is no such."""
     while matrix.target in CASTS:
@@ -47,9 +59,11 @@ def scattered_values(matrix: fx.Node) -> fx.Node | None:
 
 Outside = tuple[fx.Node, float]
 """The chosen experts (N, k) or (N,), and what a matrix holds everywhere else."""
+Look = Callable[[Any], "Outside | None"]
+"""How a rule asks the same of a node's arguments."""
 
 
-def _outside(node: object) -> Outside | None:
+def _outside(node: object, look: Look | None = None) -> Outside | None:
     if not isinstance(node, fx.Node) or node.op != "call_function" or rank_of(node) != 2:
         return None
     one_hot = one_hot_mask_of(node)
@@ -57,59 +71,59 @@ def _outside(node: object) -> Outside | None:
         same_tokens = same_shape(shape_of(one_hot.indices)[:1], shape_of(node)[:1])
         return (one_hot.indices, 0.0) if same_tokens else None
     rule = _RULES.get(node.target)
-    return rule(node) if rule is not None else None
+    return rule(node, look or _outside) if rule is not None else None
 
 
-def _scattered(node: fx.Node) -> Outside | None:
+def _scattered(node: fx.Node, look: Look) -> Outside | None:
     """`zeros.scatter(1, idx, weights)`."""
     base, axis, index = arguments(node)[:3]
     start = _constant(base)
     return (index, start) if start is not None and axis in (1, -1) and rank_of(index) == 2 else None
 
 
-def _unchanged(node: fx.Node) -> Outside | None:
-    return _outside(arguments(node)[0])
+def _unchanged(node: fx.Node, look: Look) -> Outside | None:
+    return look(arguments(node)[0])
 
 
-def _from_below(node: fx.Node) -> Outside | None:
+def _from_below(node: fx.Node, look: Look) -> Outside | None:
     """The softmax along the experts, the sigmoid or the exponential of -inf is 0."""
     args = arguments(node)
-    found = _outside(args[0])
+    found = look(args[0])
     along_experts = len(args) < 2 or args[1] in (1, -1)
     return (found[0], 0.0) if found is not None and found[1] == -math.inf and along_experts else None
 
 
-def _compared(node: fx.Node) -> Outside | None:
+def _compared(node: fx.Node, look: Look) -> Outside | None:
     source, number = arguments(node)
-    return _if_zero(_outside(source)) if number == 0 else None
+    return _if_zero(look(source)) if number == 0 else None
 
 
-def _product(node: fx.Node) -> Outside | None:
+def _product(node: fx.Node, look: Look) -> Outside | None:
     first, second = arguments(node)
-    return _if_zero(_outside(first)) or _if_zero(_outside(second))
+    return _if_zero(look(first)) or _if_zero(look(second))
 
 
-def _quotient(node: fx.Node) -> Outside | None:
-    return _if_zero(_outside(arguments(node)[0]))
+def _quotient(node: fx.Node, look: Look) -> Outside | None:
+    return _if_zero(look(arguments(node)[0]))
 
 
-def _where(node: fx.Node) -> Outside | None:
+def _where(node: fx.Node, look: Look) -> Outside | None:
     mask, _, filling = arguments(node)
-    return _filled(mask, filling)
+    return _filled(mask, filling, look)
 
 
-def _masked_fill(node: fx.Node) -> Outside | None:
+def _masked_fill(node: fx.Node, look: Look) -> Outside | None:
     _, mask, filling = arguments(node)
-    return _filled(arguments(mask)[0], filling) if mask.target in _NEGATIONS else None
+    return _filled(arguments(mask)[0], filling, look) if mask.target in _NEGATIONS else None
 
 
 def _if_zero(found: Outside | None) -> Outside | None:
     return found if found is not None and found[1] == 0 else None
 
 
-def _filled(mask: object, filling: object) -> Outside | None:
+def _filled(mask: object, filling: object, look: Look) -> Outside | None:
     """`where(mask, ..., filling)`."""
-    chosen, value = _if_zero(_outside(mask)), _constant(filling)
+    chosen, value = _if_zero(look(mask)), _constant(filling)
     return (chosen[0], value) if chosen is not None and value is not None else None
 
 
@@ -128,7 +142,7 @@ def _constant(value: object) -> float | None:
     return None
 
 
-def _over_slots(node: fx.Node) -> Outside | None:
+def _over_slots(node: fx.Node, look: Look) -> Outside | None:
     """`(one_hot(idx) * weights[..., None]).sum(1)`."""
     source, axes = arguments(node)[:2]
     if rank_of(source) != 3 or [axis % 3 for axis in axes or []] != [1]:
@@ -143,7 +157,7 @@ def _over_slots(node: fx.Node) -> Outside | None:
     return None
 
 
-_RULES: Mapping[Any, Callable[[fx.Node], Outside | None]] = {
+_RULES: Mapping[Any, Callable[[fx.Node, Look], Outside | None]] = {
     **dict.fromkeys(SCATTERS, _scattered),
     **dict.fromkeys(CASTS, _unchanged),
     **dict.fromkeys(_FROM_BELOW, _from_below),

@@ -21,8 +21,9 @@ from torch import fx
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import name_once
+from moe_export.export.axes.operators import TURNS
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
-from moe_export.export.axes.support import support_of
+from moe_export.export.axes.support import supports_in
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.row_rules import rows_after
 from moe_export.export.experts.rows import PairBody, Region, Rows, runs_over_pairs
@@ -64,16 +65,15 @@ class _DenseBody(PairBody):
 def find_dense(graph: fx.Graph) -> Iterator[Experts]:
     """Every block in which all experts compute all tokens."""
     found = set[fx.Node]()
-    for node in graph.nodes:
-        chosen = support_of(node) if is_float(node) else None  # 0 wherever an expert was not chosen
-        if (
-            chosen is None
-            or rank_of(chosen) != 2
-            or fixed(shape_of(node)[1]) is None
-            or not name_once(chosen)
-        ):
+    for node, chosen in supports_in(graph).items():
+        matrix = is_float(node) and fixed(shape_of(node)[1]) is not None
+        turned = any(user.target in TURNS for user in node.users)  # to (E, N), as the experts' rows are
+        if not (matrix and turned) or rank_of(chosen) != 2 or not name_once(chosen):
             continue
-        block = _understand(node, chosen)
+        try:
+            block = _understand(node, chosen)
+        except RefusedError:  # an expert reads what belongs neither to it nor to its token
+            continue
         if block is not None and block.result not in found:
             found.add(block.result)
             yield block
@@ -112,7 +112,7 @@ def _seed(region: _DenseRegion, node: fx.Node, weights: fx.Node) -> Rows | None:
     source = arguments(node)[0] if node.args else None
     if not isinstance(source, fx.Node):
         return None
-    if node.target in (_aten.transpose.int, _aten.permute.default, _aten.t.default) and source is weights:
+    if node.target in TURNS and source is weights:
         return Rows(2, None, lambda body: _own_weight(body, weights))
     if source in region.rows or not same_shape(shape_of(source)[:1], [region.tokens]):
         source = _unsqueezed(source)

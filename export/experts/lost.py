@@ -16,7 +16,7 @@ from moe_export.export.axes.extents import leaves
 from moe_export.export.axes.listing import Listing, listing_of
 from moe_export.export.axes.meaning import Meanings
 from moe_export.export.axes.one_hot import one_hot_mask_of
-from moe_export.export.axes.support import support_of
+from moe_export.export.axes.support import support_of, supports_in
 from moe_export.export.experts.find import row_numbers
 from moe_export.export.experts.listed import region_of
 from moe_export.export.experts.notes import named
@@ -85,13 +85,13 @@ class Way:
 
     def known(self, loops: Mapping[fx.Node, Loop]) -> set[fx.Node]:
         """The values that still say something about tokens and experts, by following each choice and each list."""
-        known: set[fx.Node] = set()
+        known = supports_in(next(iter(self.nodes)).graph).keys() & self.nodes
         for node in self.nodes:
             if node.op != "call_function":
                 continue
             choice, listing = as_choice(node), listing_of(node)
             one_hot = one_hot_mask_of(node)
-            if one_hot is not None or support_of(node) is not None or self._is_of_experts(node):
+            if one_hot is not None or self._is_of_experts(node):
                 known.add(node)
             if one_hot is not None and one_hot.expert is not None:
                 numbers = [each for each in row_numbers(node, one_hot) if each is not None]
