@@ -170,7 +170,7 @@ def attention(known: Meanings, node: fx.Node) -> Meaning | None:
     query, key, value = (known.of(each) for each in arguments(node)[:3])
     if query is None or key is None or value is None:
         return None
-    *lead, queries, width = query.axes
+    *own, queries, width = query.axes
     *others, keys, wide = key.axes
     known.extents.match(width, wide, node)
     known.extents.match(keys, value.axes[-2], node)
@@ -178,16 +178,9 @@ def attention(known: Meanings, node: fx.Node) -> Meaning | None:
     if argument(node, 5, "is_causal", False):
         known.extents.mark([queries, keys], node)
     if mask is not None:
-        broadcast(known, [(*lead, queries, keys), mask.axes], (*shape_of(node)[:-1], 0), node)
-    sizes = shape_of(node)[:-2]
-    if not all(
-        same_size(one, two) for one, two in zip(sizes, shape_of(arguments(node)[1])[:-2], strict=True)
-    ):
-        known.used(arguments(node)[1], node)  # heads of keys that several queries share
-        known.used(arguments(node)[2], node)
-        known.used(arguments(node)[0], node)
-        return Meaning((*lead, queries, value.axes[-1]))
-    return Meaning((*broadcast(known, [lead, others, value.axes[:-2]], sizes, node), queries, value.axes[-1]))
+        broadcast(known, [(*own, queries, keys), mask.axes], (*shape_of(node)[:-1], 0), node)
+    lead = broadcast(known, [own, others, value.axes[:-2]], shape_of(node)[:-2], node)  # heads may share keys
+    return Meaning((*lead, queries, value.axes[-1]))
 
 
 def convolved(known: Meanings, node: fx.Node) -> Meaning | None:

@@ -89,7 +89,7 @@ def _untied(program: Program, node: fx.Node, axis: int) -> None:
 
 def _pointwise(p: Program) -> None:
     target = p.choose.choice([_aten.add.Tensor, _aten.mul.Tensor, _aten.sub.Tensor, _aten.maximum.default,
-                              _aten.eq.Tensor, _aten.lt.Tensor, _aten.eq.Tensor])  # fmt: skip
+                              _aten.eq.Tensor, _aten.lt.Tensor, _aten.ne.Tensor])  # fmt: skip
     p.call(target, p.any(), p.any())
 
 
@@ -121,13 +121,25 @@ def _reshape(p: Program) -> None:
         place = p.choose.randrange(len(sizes) or 1)
         part = p.choose.choice([2, 3, TOKENS, EXPERTS, WIDTH, SLOTS, 1])
         sizes[place : place + 1] = [part, sizes[place] // part]
-    p.call(_aten.view.default if p.values[node].is_contiguous() else _aten.reshape.default, node, sizes)
+    if p.choose.random() < 0.1:
+        p.call(_aten.flatten.using_ints, node)
+    elif p.choose.random() < 0.1:
+        p.call(_aten.unflatten.int, node, 0, [-1, SLOTS])
+    else:
+        views = [_aten.view.default, _aten._unsafe_view.default] if p.values[node].is_contiguous() else []
+        p.call(p.choose.choice([*views, _aten.reshape.default]), node, sizes)
 
 
 def _move(p: Program) -> None:
     node = p.any(lambda value: value.dim() > 1)
     one, other = p.axis(node), p.axis(node)
-    p.call(_aten.transpose.int, node, one, other)
+    kind = p.choose.randrange(4)
+    if kind == 0:
+        p.call(_aten.mT.default, node)
+    elif kind == 1 and p.values[node].dim() == 2:
+        p.call(p.choose.choice([_aten.t.default, _aten.numpy_T.default]), node)
+    else:
+        p.call(_aten.transpose.int, node, one, other)
 
 
 def _permute(p: Program) -> None:
@@ -142,7 +154,13 @@ def _unsqueeze(p: Program) -> None:
 
 def _squeeze(p: Program) -> None:
     node = p.any(lambda value: value.dim() > 0)
-    p.call(_aten.squeeze.dim, node, p.axis(node))
+    kind = p.choose.randrange(3)
+    if kind == 0:
+        p.call(_aten.squeeze.default, node)
+    elif kind == 1:
+        p.call(_aten.squeeze.dims, node, [p.axis(node)])
+    else:
+        p.call(_aten.squeeze.dim, node, p.axis(node))
 
 
 def _expand(p: Program) -> None:
@@ -161,26 +179,131 @@ def _repeat(p: Program) -> None:
 
 def _reduce(p: Program) -> None:
     node = p.any(lambda value: value.dim() > 0)
-    target = p.choose.choice(
-        [_aten.sum.dim_IntList, _aten.sum.dim_IntList, _aten.amax.default, _aten.any.dim]
-    )
-    axes = p.axis(node) if target is _aten.any.dim else [p.axis(node)]
-    p.call(target, node, axes, p.choose.random() < 0.3)
+    floats = p.values[node].is_floating_point()
+    target = p.choose.choice([
+        _aten.sum.dim_IntList, _aten.amax.default, _aten.amin.default, _aten.count_nonzero.dim_IntList,
+        *((_aten.mean.dim, _aten.logsumexp.default) if floats else (_aten.any.dims, _aten.sum.dim_IntList)),
+    ])  # fmt: skip
+    if target is _aten.count_nonzero.dim_IntList:
+        p.call(target, node, [p.axis(node)])
+    else:
+        p.call(target, node, [p.axis(node)], p.choose.random() < 0.3)
+
+
+def _reduce_one(p: Program) -> None:
+    node = p.any(lambda value: value.dim() > 0)
+    if p.values[node].is_floating_point():
+        axis = p.axis(node)
+        target, args, kwargs = p.choose.choice([
+            (_aten.linalg_vector_norm.default, (2, [axis]), {}),
+            (_aten.var.correction, ([axis],), {"correction": 0}),
+            (_aten.prod.dim_int, (axis,), {}),
+        ])  # fmt: skip
+        p.call(target, node, *args, **kwargs)
+        return
+    p.call(p.choose.choice([_aten.any.dim, _aten.all.dim]), node, p.axis(node))
+
+
+def _reduce_all(p: Program) -> None:
+    node = p.any(lambda value: value.dim() > 0)
+    targets = [_aten.sum.default, _aten.max.default, _aten.min.default, _aten.count_nonzero.default]
+    targets += [_aten.mean.default] if p.values[node].is_floating_point() else [_aten.any.default]
+    p.call(p.choose.choice(targets), node)
 
 
 def _softmax(p: Program) -> None:
     node = p.floats()
-    p.call(_aten.softmax.int, node, p.axis(node))
+    target = p.choose.choice([_aten.softmax.int, _aten.log_softmax.int, _aten._softmax.default,
+                              _aten._log_softmax.default])  # fmt: skip
+    private = target in (_aten._softmax.default, _aten._log_softmax.default)
+    p.call(target, node, p.axis(node), *([False] if private else []))
+
+
+def _norm(p: Program) -> None:
+    node = p.floats()
+    size = p.values[node].shape[-1]
+    weight = p.any(lambda value: value.dtype is torch.float64 and value.shape == (size,))
+    if p.choose.random() < 0.5:
+        p.call(_aten.layer_norm.default, node, [size], weight, None, 1e-3)
+    else:
+        p.call(_aten.rms_norm.default, node, [size], weight, 1e-3)
+
+
+def _ordered(p: Program) -> None:
+    node = p.any(lambda value: value.dim() > 1)
+    kind = p.choose.randrange(4)
+    if kind == 0:
+        p.call(_aten.flip.default, node, [p.axis(node)])
+    elif kind == 1:
+        p.call(_aten.roll.default, node, [1], [p.axis(node)])
+    else:
+        p.call([_aten.tril.default, _aten.triu.default][kind - 2], node)
+
+
+def _like(p: Program) -> None:
+    target = p.choose.choice([_aten.zeros_like.default, _aten.ones_like.default])
+    node = p.any(lambda value: value.dim() > 0)
+    if p.choose.random() < 0.3:
+        p.call(_aten.full_like.default, node, p.choose.randrange(-1, 3))
+    else:
+        p.call(target, node)
+
+
+def _copy(p: Program) -> None:
+    target = p.choose.choice([
+        _aten.clone.default, _aten.alias.default, _aten.detach.default, _aten.contiguous.default,
+        _aten.lift_fresh_copy.default, _aten.type_as.default, _aten.dropout.default, _aten.to.dtype,
+        _aten.to.dtype_layout, _aten.to.device,
+    ])  # fmt: skip
+    node = p.any()
+    more = {
+        _aten.type_as.default: lambda: [p.any()],
+        _aten.dropout.default: lambda: [0.5, False],
+        _aten.to.dtype: lambda: [p.choose.choice([torch.float64, torch.bool])],
+        _aten.to.device: lambda: ["cpu", torch.float64],
+    }.get(target, list)
+    p.call(target, node, *more(), **({"dtype": torch.int64} if target is _aten.to.dtype_layout else {}))
+
+
+def _attention(p: Program) -> None:
+    query, key, value = (p.floats() for _ in range(3))
+    p.call(_aten.scaled_dot_product_attention.default, query, key, value, None, 0.0, p.choose.random() < 0.3)
+
+
+def _convolution(p: Program) -> None:
+    rank = p.choose.choice([3, 3, 4])
+    node, weight = p.floats(rank), p.floats(rank)
+    ones, pads = [1] * (rank - 2), [p.choose.randrange(2)] * (rank - 2)
+    if p.choose.random() < 0.5:
+        p.call([_aten.conv1d.default, _aten.conv2d.default][rank - 3], node, weight, None, ones, pads)
+    else:
+        none = [0] * (rank - 2)
+        p.call(_aten.convolution.default, node, weight, None, ones, pads, ones, False, none, 1)
+
+
+def _embedding(p: Program) -> None:
+    table = p.floats(2)
+    p.call(_aten.embedding.default, table, p.numbers(p.values[table].shape[0]))
 
 
 def _running(p: Program) -> None:
     node = p.any(lambda value: value.dim() > 0)
-    p.call(_aten.cumsum.default, node, p.axis(node))
+    target = p.choose.choice([_aten.cumsum.default, _aten.cumsum.default, _aten.cumprod.default])
+    target = (
+        _aten.logcumsumexp.default
+        if p.values[node].is_floating_point() and p.choose.random() < 0.2
+        else target
+    )
+    p.call(target, node, p.axis(node))
 
 
 def _product(p: Program) -> None:
     left, right = p.floats(), p.floats()
-    p.call(_aten.matmul.default, left, right)
+    target = {2: _aten.mm.default, 3: _aten.bmm.default}.get(p.values[left].dim(), _aten.matmul.default)
+    if p.choose.random() < 0.2:
+        p.call(_aten.addmm.default, p.floats(), left, right)
+    else:
+        p.call(p.choose.choice([target, _aten.matmul.default]), left, right)
 
 
 def _linear(p: Program) -> None:
@@ -202,11 +325,12 @@ def _choice(p: Program) -> None:
     node = p.floats()
     axis = p.axis(node)
     _untied(p, node, axis)
-    kind = p.choose.randrange(3)
+    kind = p.choose.randrange(4)
     if kind == 0:
-        p.call(_aten.argmax.default, node, axis)
+        p.call(p.choose.choice([_aten.argmax.default, _aten.argmin.default]), node, axis)
         return
-    made = p.call(_aten.topk.default, node, SLOTS, axis) if kind == 1 else p.call(_aten.max.dim, node, axis)
+    best = p.choose.choice([_aten.max.dim, _aten.min.dim])
+    made = p.call(best, node, axis) if kind == 1 else p.call(_aten.topk.default, node, SLOTS, axis)
     for place in range(2):
         p.call(operator.getitem, made, place)
 
@@ -215,23 +339,46 @@ def _sort(p: Program) -> None:
     node = p.any(lambda value: value.dim() > 0)
     axis = p.axis(node)
     _untied(p, node, axis)
+    stable = {"stable": True, "dim": axis}
     if p.choose.random() < 0.5:
-        p.call(_aten.argsort.stable, node, stable=True, dim=axis)
-        return
-    made = p.call(_aten.sort.stable, node, stable=True, dim=axis)
-    for place in range(2):
-        p.call(operator.getitem, made, place)
+        p.call(_aten.argsort.stable, node, **stable)
+    elif p.choose.random() < 0.3:
+        node = p.floats()
+        _untied(p, node, -1)
+        p.call(_aten.argsort.default, node, -1)
+    else:
+        floats = p.values[node].is_floating_point()
+        made = p.call(_aten.sort.default, node, axis) if floats else p.call(_aten.sort.stable, node, **stable)
+        for place in range(2):
+            p.call(operator.getitem, made, place)
 
 
 def _numbering(p: Program) -> None:
-    p.call(_aten.arange.default, p.choose.choice([TOKENS, EXPERTS, SLOTS, TOKENS * SLOTS]))
+    count = p.choose.choice([TOKENS, EXPERTS, SLOTS, TOKENS * SLOTS])
+    kind = p.choose.randrange(4)
+    if kind == 0:
+        p.call(_aten.arange.start, p.choose.randrange(2), count)
+    elif kind == 1:
+        p.call(_aten.arange.start_step, 0, count * 2, p.choose.randrange(1, 3))
+    else:
+        p.call(_aten.arange.default, count)
 
 
 def _made(p: Program) -> None:
     sizes = p.choose.choice(
         [[TOKENS, EXPERTS], [TOKENS, WIDTH], [EXPERTS], [TOKENS * SLOTS, WIDTH], [TOKENS]]
     )
-    p.call(_aten.zeros.default, sizes, dtype=torch.float64)
+    kind = p.choose.randrange(5)
+    if kind == 4:
+        p.call(_aten.scalar_tensor.default, 2.0, dtype=torch.float64)
+    elif kind == 0:
+        p.call(p.choose.choice([_aten.new_zeros.default, _aten.new_ones.default]), p.floats(), sizes)
+    elif kind == 1:
+        p.call(_aten.new_full.default, p.floats(), sizes, 2.0)
+    elif kind == 2:
+        p.call(_aten.full.default, sizes, 2.0, dtype=torch.float64)
+    else:
+        p.call(p.choose.choice([_aten.zeros.default, _aten.ones.default]), sizes, dtype=torch.float64)
 
 
 def _one_hot(p: Program) -> None:
@@ -246,7 +393,11 @@ def _one_hot_compared(p: Program) -> None:
 
 
 def _count(p: Program) -> None:
-    p.call(_aten.bincount.default, p.numbers(EXPERTS, 1), None, EXPERTS)
+    node = p.numbers(EXPERTS, 1)
+    if p.choose.random() < 0.3:
+        p.call(_aten.histc.default, p.call(_aten.to.dtype, node, torch.float64), EXPERTS, 0, EXPERTS - 1)
+    else:
+        p.call(_aten.bincount.default, node, None, EXPERTS)
 
 
 def _index(p: Program) -> None:
@@ -286,7 +437,10 @@ def _scatter(p: Program) -> None:
         p.call(_aten.scatter.value, base, axis, index, 1)
         return
     values = p.any(lambda value: value.dtype is torch.float64 and value.shape == p.values[index].shape)
-    p.call(p.choose.choice([_aten.scatter.src, _aten.scatter_add.default]), base, axis, index, values)
+    if p.choose.random() < 0.2:
+        p.call(_aten.scatter_reduce.two, base, axis, index, values, "sum")
+    else:
+        p.call(p.choose.choice([_aten.scatter.src, _aten.scatter_add.default]), base, axis, index, values)
 
 
 def _add_rows(p: Program) -> None:
@@ -309,10 +463,10 @@ def _put(p: Program) -> None:
 def _list(p: Program) -> None:
     node = p.any(lambda value: value.dim() > 0 and not value.is_floating_point())
     if p.choose.random() < 0.5:
-        listed = p.call(_aten.nonzero.default, node)
+        listed = p.call(p.choose.choice([_aten.nonzero.default, _aten.argwhere.default]), node)
         p.call(_aten.select.int, listed, 1, p.choose.randrange(p.values[node].dim()))
         return
-    made = p.call(_aten.nonzero_numpy.default, node)
+    made = p.call(p.choose.choice([_aten.nonzero_numpy.default, _aten.where.default]), node)
     for place in range(p.values[node].dim()):
         p.call(operator.getitem, made, place)
 
@@ -328,7 +482,14 @@ def _take(p: Program) -> None:
 
 def _split(p: Program) -> None:
     node = p.any(lambda value: value.dim() > 0)
-    made = p.call(_aten.split.Tensor, node, p.choose.randrange(1, 4), p.axis(node))
+    axis = p.axis(node)
+    kind, size = p.choose.randrange(3), p.values[node].shape[axis]
+    if kind == 0:
+        made = p.call(_aten.chunk.default, node, 2, axis)
+    elif kind == 1:
+        made = p.call(_aten.split_with_sizes.default, node, [1, size - 1], axis)
+    else:
+        made = p.call(_aten.split.Tensor, node, p.choose.randrange(1, 4), axis)
     p.call(operator.getitem, made, 0)
 
 
@@ -345,8 +506,12 @@ def _join(p: Program) -> None:
 
 
 def _divide(p: Program) -> None:
-    target = p.choose.choice([_aten.floor_divide.default, _aten.remainder.Scalar])
-    p.call(target, p.numbers(), p.choose.choice([SLOTS, TOKENS, EXPERTS]))
+    by = p.choose.choice([SLOTS, TOKENS, EXPERTS])
+    kind = p.choose.randrange(3)
+    if kind == 0:
+        p.call(_aten.div.Tensor_mode, p.numbers(), by, rounding_mode=p.choose.choice(["floor", "trunc"]))
+    else:
+        p.call([_aten.floor_divide.default, _aten.remainder.Scalar][kind - 1], p.numbers(), by)
 
 
 def _where(p: Program) -> None:
@@ -358,7 +523,8 @@ def _where(p: Program) -> None:
 
 
 def _pad(p: Program) -> None:
-    p.call(_aten.constant_pad_nd.default, p.any(lambda value: value.dim() > 0), [1, 0])
+    target = p.choose.choice([_aten.constant_pad_nd.default, _aten.pad.default])
+    p.call(target, p.any(lambda value: value.dim() > 0), [1, 0])
 
 
 def _masked_select(p: Program) -> None:
@@ -372,7 +538,8 @@ def _without_rule(p: Program) -> None:
 
 STEPS: tuple[Callable[[Program], None], ...] = (
     _pointwise, _pointwise, _one, _scalar, _cast, _reshape, _reshape, _move, _permute, _unsqueeze, _squeeze, _expand,
-    _repeat, _reduce, _reduce, _softmax, _running, _product, _linear, _linear, _einsum, _choice, _choice, _sort,
+    _repeat, _reduce, _reduce, _reduce_one, _reduce_all, _softmax, _norm, _ordered, _like, _copy, _attention,
+    _convolution, _embedding, _running, _product, _linear, _linear, _einsum, _choice, _choice, _sort,
     _numbering, _made, _one_hot, _one_hot_compared, _count, _index, _index, _index_select, _by_mask, _gather, _scatter,
     _add_rows, _put, _list, _take, _split, _unbind, _join, _divide, _where, _pad, _masked_select, _without_rule,
 )  # fmt: skip
