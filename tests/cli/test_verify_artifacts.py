@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
@@ -103,6 +104,33 @@ def test_of_several_backends_only_what_differs_is_told_in_full(command, finished
     assert done.out.count("size combinations") == 1
     assert "FAILED in openvino only, large integers" in done.out
     assert "computes int64 as int32" in done.out
+
+
+@pytest.mark.slow
+def test_the_node_that_one_engine_computes_otherwise_has_a_line(command, tmp_path, write):
+    """The product is beyond int32, in which OpenVINO computes it; inputs and outputs are not."""
+    text = """
+    class Far(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = nn.Embedding(50, 4)
+
+        def forward(self, ids):
+            far = ids * 2**33
+            return self.table(ids) * (far // 2**32).unsqueeze(-1).float()
+
+    model = Far()
+    example_inputs = (torch.arange(6).reshape(2, 3),)
+    """
+    model = write(text, "far.py")
+    assert command(model, "-o", tmp_path, "--quiet").code == 0
+    done = command(
+        "verify", tmp_path / "far.onnx", "--against", model, "--backend", "onnxruntime-cpu,openvino"
+    )
+    assert done.code == 1
+    assert "onnxruntime computes the graph right, openvino does not" in done.out
+    line = next(n for n, each in enumerate(model.read_text().splitlines(), 1) if "far = " in each)
+    assert re.search(rf"first faulty node: Mul \S+  far\.py:{line}", done.out), done.out
 
 
 def test_a_backend_that_there_is_not_among_several(command, finished):

@@ -101,6 +101,8 @@ class Graph:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 4
         # Products in TF32 have 10 bits, which are too few for a router's logits.
+        if device.kind == "cuda":
+            onnxruntime.preload_dlls()
         gpu: list[Any] = [("CUDAExecutionProvider", {"use_tf32": "0"})] if device.kind == "cuda" else []
         self.session = onnxruntime.InferenceSession(path, options, providers=[*gpu, "CPUExecutionProvider"])
         if gpu and "CUDAExecutionProvider" not in self.session.get_providers():

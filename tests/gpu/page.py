@@ -64,6 +64,7 @@ def _why(row: Mapping[str, Any]) -> str:
 
 
 def _times(rows: list[Mapping[str, Any]]) -> Iterator[str]:
+    rows = [row for row in rows if row["ms"]]  # a size that was cut is named below
     first = ("eager", "torch.compile")
     columns = [*first, *dict.fromkeys(name for row in rows for name in row["ms"] if name not in first)]
     yield (

@@ -251,7 +251,7 @@ def _row(
             reasons["torch.compile"] = "no compiler on this machine"
         else:
             try:
-                fast = torch.compile(module, dynamic=False)
+                fast = torch.compile(module)
                 fast(**here)
                 runs["torch.compile"] = lambda: fast(**here)
             except Exception as error:

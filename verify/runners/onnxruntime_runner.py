@@ -217,7 +217,9 @@ def _open(model: str | Path | bytes, where: str, provider: str, arena: bool) -> 
     ort.set_default_logger_severity(_FATAL)  # loading a provider logs there, not to the session
     try:
         source = model if isinstance(model, bytes) else str(model)
-        with redirect_stdout(io.StringIO()):  # it prints which provider it could not load
+        with redirect_stdout(io.StringIO()):  # it prints which provider, and which library, it could not load
+            if provider != "cpu" and hasattr(ort, "preload_dlls"):
+                ort.preload_dlls()  # CUDA's libraries in packages (nvidia-*) are not where a loader looks
             session = ort.InferenceSession(
                 source,
                 options,
