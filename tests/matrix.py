@@ -1,12 +1,13 @@
 """The wheel under every Python of this machine, with the pinned PyTorch and with the newest on the index.
 
 `make test-matrix`, or `make test-matrix ONLY="3.12 pinned"` for the environments whose name holds one of these. The
-wheel is built once, and installed into an environment of its own for each; then a short list of tests runs against it.
+wheel is built once, and installed into an environment of its own for each; then it exports and verifies a model, and a
+short list of tests runs against it.
 One line is printed for each:
 
     passed   with what pytest counted
     failed   with pytest's last line; the rest is in build/matrix/NAME.log
-    absent   pip finds no distribution that fits, or cannot install one
+    absent   pip finds no distribution for this Python
     missing  a Python that is supported and not on this machine
 
 The exit code is 1 if anything failed.
@@ -84,11 +85,16 @@ def run(name: str, python: Path, torch: str, wheel: Path, tests: Sequence[str]) 
         for step in ([str(python), "-m", "venv", "--clear", str(place)], install):
             code, said = call(*step)
             if code:
-                return "absent", said
+                # What excludes each other are our own constraints.
+                return "failed" if "ResolutionImpossible" in said else "absent", said
         code, said = call(str(own), "-c", where)
         version, _, file = said.partition(" ")
         if code or not file.startswith(str(place)):
             return "failed", f"not the installed wheel: {said}"
+        job = [str(place / "bin" / "moe-export"), str(ROOT / "models" / "sparse_moe.py"), "-q"]
+        code, said = call(*job, "-o", str(place / "out"))
+        if code:
+            return "failed", f"{' '.join(job)}: {said}"
         code, said = call(str(own), "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
     return ("failed" if code else "passed"), f"torch {version}: {said}"
 
