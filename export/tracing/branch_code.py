@@ -75,18 +75,22 @@ def converted(
         after = compile(tree, path, "exec", dont_inherit=True)
     except (SyntaxError, ValueError):
         return Converted((), frozenset())
-    named = {(code.co_qualname, code.co_firstlineno): code for code in _functions(after)}
-    found = ((code, named.get((code.co_qualname, code.co_firstlineno))) for code in _functions(before))
+    named = dict(_functions(after))
+    found = ((code, named.get(place)) for place, code in _functions(before))
     codes = tuple((code, other) for code, other in found if other is not None and other != code)
     tests = ((test.lineno, test.end_lineno or test.lineno) for test in rewriting.converted)
     return Converted(codes, frozenset(line for first, last in tests for line in range(first, last + 1)))
 
 
-def _functions(code: CodeType) -> Iterator[CodeType]:
+def _functions(code: CodeType, inside: tuple[str, ...] = ()) -> Iterator[tuple[tuple[object, ...], CodeType]]:
+    """Each function of a code by its place: the names around it, its own, its first line. Python 3.10 lacks
+    `co_qualname`.
+    """
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield constant
-            yield from _functions(constant)
+            names = (*inside, constant.co_name)
+            yield (*names, constant.co_firstlineno), constant
+            yield from _functions(constant, names)
 
 
 class _Rewriting(ast.NodeTransformer):

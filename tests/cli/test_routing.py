@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 
@@ -19,6 +20,19 @@ def test_a_picture_and_a_table(command, write, texts, listing, tmp_path):
     assert sum(gate["loads"]) == 12
     assert [len(row) for row in gate["indices"]] == [2] * 6
     assert (tmp_path / "moe.png").exists()
+
+
+def test_without_matplotlib_the_table_alone(command, write, texts, listing, tmp_path, monkeypatch):
+    """Who asks for a file is told that there is none."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    model = write(texts["gate"], "moe.py")
+    done = command("routing", model)
+    assert done.code == 0
+    assert "6 tokens, 4 experts" in done.out
+    assert "no picture: pictures need matplotlib; pip install 'moe-export[pictures]'" in done.out
+    done = command("routing", model, "-o", "moe.svg")
+    assert (done.code, "pictures need matplotlib" in done.err) == (4, True)
+    assert listing(tmp_path) == ["moe.py"]
 
 
 @pytest.mark.parametrize(

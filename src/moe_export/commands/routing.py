@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moe_export.commands.console import Console
 from moe_export.commands.parallel import draw_ranks
-from moe_export.errors import UsageError
+from moe_export.errors import MissingBackendError, UsageError
 from moe_export.export.frontend.load import load_subject, split_spec
 from moe_export.export.gates.dispatch import Dispatch, find_dispatches
 from moe_export.export.gates.picture import FORMATS, draw
@@ -39,8 +39,14 @@ def run_routing(
     if ranks is not None:
         batch = len(next(iter(subject.inputs.values())))
         return _draw_ranks(found, ranks, path, batch, force, console)
-    with staging(path.absolute().parent, force=force) as temporary:
-        draw(found, temporary / path.name, capacity)
+    last = f"written: {path}"
+    try:
+        with staging(path.absolute().parent, force=force) as temporary:
+            draw(found, temporary / path.name, capacity)
+    except MissingBackendError as error:
+        if output is not None:
+            raise
+        last = f"no picture: {error.what}; {error.hint}"
     console.json(json.dumps([_document(dispatch) for dispatch in found], indent=2))
     for dispatch in found:
         console.say(
@@ -50,7 +56,7 @@ def run_routing(
         idle = int((dispatch.loads == 0).sum())
         if idle:
             console.say(f"  {idle} of the experts got no token")
-    console.say(f"written: {path}")
+    console.say(last)
     return 0
 
 
