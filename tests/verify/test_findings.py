@@ -21,7 +21,7 @@ from slow_cases import one_in
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "findings.md"
 _ENTRY = re.compile(
-    r"^### (?P<title>[^\n]+)\n.*?(?P<marks>(?:<!-- finding: [^\n]+ -->\n)+)```onnx\n(?P<text>.*?)^```",
+    r"^### (?P<title>[^\n]+)\n.*?(?P<marks>(?:<!-- finding: [^\n]+ -->\n)+)```text\n(?P<text>.*?)^```",
     re.DOTALL | re.MULTILINE,
 )
 _MARK = re.compile(r"<!-- finding: (?P<engine>\w+) (?P<fate>ends|differs|fails); (?P<inputs>[^\n]+) -->")
@@ -75,7 +75,7 @@ FINDINGS = findings()
 
 
 def test_each_graph_of_the_page_has_an_outcome():
-    blocks = re.findall(r"^```onnx$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    blocks = re.findall(r"^```text$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
     assert len({each.text for each in FINDINGS}) == len(blocks)
     assert {each.engine for each in FINDINGS} == {"onnxruntime", "openvino"}
 
