@@ -21,6 +21,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -qq --upgrade pip "setuptools>=77" wheel
 	$(BIN)/python -m pip install -qq -c constraints.txt torch
 	$(BIN)/python -m pip install -qq -c constraints.txt -e '.[dev,docs,pictures,rtx]' --config-settings editable_mode=strict
+	# It asks for onnxruntime, whose import name onnxruntime-gpu has; it is not there for every system.
+	-$(BIN)/python -m pip install -qq --no-deps -c constraints.txt onnxruntime-genai
 	touch $@
 
 # A strict editable install links the files that exist; run this again after adding or removing one.

@@ -16,7 +16,6 @@ Letters: b batch, l length, n new tokens, p earlier tokens ("past").
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +26,13 @@ from torch import Tensor, nn
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.step_model import present_of
-from moe_export.export.recurrence.transformers_cache import CACHE, CachedModel, empty, find_cached_model
+from moe_export.export.recurrence.transformers_cache import (
+    CACHE,
+    CachedModel,
+    empty,
+    find_cached_model,
+    takes,
+)
 from moe_export.export.tracing.dims import BATCH, PAST, SEQUENCE, DimRequest
 from moe_export.export.tracing.lengths import Length
 from moe_export.export.tracing.trace import quiet
@@ -140,8 +145,7 @@ class _Made:
             )
             raise _refused(subject, what, hint)
         pasts = {f"{CACHE}.{kept.name}": kept.of(cache).clone() for kept in cached.kept}
-        parameters = inspect.signature(cached.model.forward).parameters
-        given = tuple(name for name in (MASK, POSITIONS) if name in parameters)
+        given = tuple(name for name in (MASK, POSITIONS) if takes(cached.model, name))
         beside = beside_of(torch.ones(batch, past + new, dtype=torch.int64), new)
         inputs = {
             **tokens.resized(example, new),

@@ -86,11 +86,18 @@ def find_cached_model(module: nn.Module) -> CachedModel | None:
     if kind is None or caches is None:
         return None
     model = next((each for each in module.modules() if isinstance(each, kind)), None)
-    if model is None or not {CACHE, "use_cache"} <= set(inspect.signature(model.forward).parameters):
+    if model is None or not all(takes(model, name) for name in (CACHE, "use_cache")):
         return None
     layers = getattr(caches.DynamicCache(config=model.config), "layers", ())
     attends = any(isinstance(layer, caches.DynamicLayer) for layer in layers)
     return CachedModel(model) if attends else None
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a model can be called with an argument of this name; some hand on what they do not name themselves."""
+    parameters = inspect.signature(model.forward).parameters
+    handed_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return name in parameters or (handed_on and CACHE in parameters)
 
 
 def empty(kept: Kept, tensor: Tensor) -> Tensor:
