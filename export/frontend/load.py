@@ -31,6 +31,7 @@ from moe_export.export.frontend.ended import no_exit
 from moe_export.export.frontend.export_calls import LAST, exports
 from moe_export.export.frontend.functions import as_module, needs_arguments
 from moe_export.export.frontend.kernel_shims import forget_calls, note_on_shims
+from moe_export.export.frontend.pretrained import is_pretrained, load_pretrained
 from moe_export.export.frontend.script import picked_call, run_file
 from moe_export.export.frontend.source import calls_user_code, last_user_line
 from moe_export.export.frontend.subject import Apart, Subject, make_subject
@@ -110,6 +111,10 @@ def _same_numbers() -> Iterator[None]:
 
 def _load(spec: str, init: Sequence[str], inputs: Sequence[str], memory: int, make: Make) -> Subject:
     path, name = split_spec(spec)
+    if path.is_dir() and is_pretrained(path):
+        if init or inputs:
+            raise UsageError("--init and --input go with a class, not with a folder", where=str(path))
+        return load_pretrained(path, make)
     source = _read(path)
     if name is not None and name.isdecimal():
         if init or inputs:
@@ -136,7 +141,10 @@ def split_spec(spec: str) -> tuple[Path, str | None]:
 
 def _read(path: Path) -> str:
     if path.is_dir():
-        raise UsageError(f"{path} is a folder", hint="give the Python file that holds the model")
+        raise UsageError(
+            f"{path} is a folder without config.json",
+            hint="give the Python file that holds the model, or the folder of a transformers model",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:

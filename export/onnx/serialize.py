@@ -9,6 +9,7 @@ export is not whole.
 
 from __future__ import annotations
 
+import filecmp
 import glob
 import os
 import re
@@ -158,9 +159,13 @@ def _move(temporary: Path, folder: Path, inputs: Sequence[Path], force: bool) ->
 
 
 def _is_there(temporary: Path, folder: Path, name: str) -> bool:
-    """Whether this is only a second name of what stands in the folder: weights that are referenced."""
+    """Whether it stands in the folder already: weights that are referenced, or a copy of a file that is not ours."""
     mine, other = temporary / name, folder / name
-    return other.exists() and (mine.is_dir() or other.samefile(mine))
+    if not other.exists():
+        return False
+    if mine.is_dir() or other.samefile(mine):
+        return True
+    return kind_of(mine) is None and filecmp.cmp(mine, other, shallow=False)
 
 
 def _data_of(graph: Path) -> list[Path]:

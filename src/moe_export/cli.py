@@ -83,7 +83,7 @@ def cli() -> None:
 
 
 @cli.command("export")
-@click.argument("model", metavar="MODEL.PY[:CLASS]")
+@click.argument("model", metavar="MODEL.PY[:CLASS]", required=False)
 def export_command(**options: Any) -> int:
     """Export a model: MODEL.onnx, MODEL.gate.onnx where it has a gate, MODEL.report.json.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -34,6 +35,7 @@ from moe_export.export.decoder.genai import genai_config
 from moe_export.export.engines.profiles import dim_facts
 from moe_export.export.engines.shape_inputs import range_names
 from moe_export.export.frontend.load import load_subject, split_spec
+from moe_export.export.frontend.pretrained import is_pretrained, tokenizer_files
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.bodies import initializers
 from moe_export.export.onnx.external_weights import Storage, data_facts, referable, stream_weights
@@ -107,7 +109,7 @@ def run_export(request: ExportRequest) -> int:
             equal = ranks.report is None or ranks.report.exit_code == 0
         report_name = f"{subject.source.stem}.report.json"
         (temporary / report_name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-        beside = _for_runtimes(graphs[0], temporary, names[0]) if equal else []
+        beside = _for_runtimes(graphs[0], subject, temporary, names[0]) if equal else []
     console.json(json.dumps(document, indent=2))
     console.say(f"\nmodel: {type(subject.module).__name__}, {subject.how}")
     _print(console, request.folder, graphs, [*names, *beside, report_name], reports)
@@ -135,7 +137,8 @@ def _place(request: ExportRequest) -> AbstractContextManager[Path]:
         return nullcontext(request.folder)
     path, _ = split_spec(request.model)
     request.wanted.require_free([path])
-    for name, kind in ((f"{path.stem}.onnx", "graph"), (f"{path.stem}.report.json", "report")):
+    stem = "model" if path.is_dir() else path.stem
+    for name, kind in ((f"{stem}.onnx", "graph"), (f"{stem}.report.json", "report")):
         require_free(request.folder / name, kind, inputs=(path,), force=request.force)
     return staging(request.folder.absolute(), inputs=(path,), force=request.force)
 
@@ -248,14 +251,18 @@ def file_names(stem: str, graphs: tuple[Graph, ...]) -> list[str]:
     return [f"{stem}.onnx", *([f"{stem}.gate.onnx"] if len(gates) == 1 else numbered), *steps]
 
 
-def _for_runtimes(graph: Graph, folder: Path, name: str) -> list[str]:
+def _for_runtimes(graph: Graph, subject: Subject, folder: Path, name: str) -> list[str]:
     """Write what runtimes of decoders read beside the graph; the names of the files."""
     decoder = graph.reference.module
     text = genai_config(decoder, graph.model.graph, name) if isinstance(decoder, CachedDecoder) else None
     if text is None:
         return []
     (folder / GENAI).write_text(text, encoding="utf-8")
-    return [GENAI]
+    origin = subject.source.parent
+    files = list(tokenizer_files(origin)) if is_pretrained(origin) else []
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return [GENAI, *(file.name for file in files)]
 
 
 def _reject(folder: Path, name: str) -> str:

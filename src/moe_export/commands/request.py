@@ -15,6 +15,7 @@ from moe_export.commands.reports import Wanted, take_wanted_of_export
 from moe_export.comparison_settings import SETTINGS, ComparisonSettings, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.export.frontend.load import split_spec
+from moe_export.export.frontend.pretrained import folder_of
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.external_weights import Storage
 from moe_export.export.options import Options
@@ -105,7 +106,7 @@ class ExportRequest:
             raise UsageError(
                 "--json prints the report, and --stop-after makes none", hint="--stop-after STAGE --show"
             )
-        left["model"] = _with_call(left["model"], left.pop("call", None))
+        left["model"] = _with_call(_model_of(left["model"], left.pop("hf", None)), left.pop("call", None))
         engines = take_request(left) if "engine" in left else None
         parallel = take_parallel(left) if "expert_parallel" in left else None
         wanted = take_wanted_of_export(left) if "reports" in left else Wanted()
@@ -155,6 +156,17 @@ def _names(text: str | None, spelling: str) -> tuple[str, ...]:
     if not all(names) or len(set(names)) < len(names):
         raise UsageError(f"{spelling} {text!r} is not NAME,NAME,...", hint="give each name once, in order")
     return names
+
+
+def _model_of(model: str | None, published: str | None) -> str:
+    """What is exported: a file, or the folder of a published model."""
+    if model is not None and published is not None:
+        raise UsageError(f"--hf {published} stands in place of {model}", hint="leave one of them away")
+    if published is not None:
+        return str(folder_of(published))
+    if model is None:
+        raise UsageError("no model is named", hint="moe-export model.py, or moe-export --hf FOLDER")
+    return model
 
 
 def _with_call(model: str, number: int | None) -> str:

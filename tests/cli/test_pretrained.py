@@ -1,0 +1,105 @@
+"""`--hf`: a model as it is published, from its folder."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from moe_export.cli import run
+from moe_export.export.frontend.load import load_subject
+from moe_export.export.frontend.pretrained import folder_of, tokenizer_files
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    place = tmp_path_factory.mktemp("hub") / "tiny.v0.1"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_attention_heads=2, num_key_value_heads=1,
+        num_hidden_layers=1, eos_token_id=39, tie_word_embeddings=True,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(place)
+    words = Tokenizer(models.WordLevel({f"w{word}": word for word in range(40)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="w0").save_pretrained(place)
+    return place
+
+
+def test_a_decoder_that_reads_text(folder, tmp_path, capsys):
+    command = ["--hf", str(folder), "--decoder", "--no-verify", "-o", str(tmp_path)]
+    assert run(command) == 0
+    assert run(command) == 0  # its own files, and copies of the same tokenizer, are in nobody's way
+    written = {path.name for path in tmp_path.iterdir()}
+    files = {
+        "model.onnx",
+        "model.report.json",
+        "genai_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert files <= written
+    assert json.loads((tmp_path / "genai_config.json").read_text())["model"]["eos_token_id"] == 39
+    capsys.readouterr()
+    assert run(["generate", str(tmp_path), "--prompt", "w5 w17", "--max-new-tokens", "3", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["prompt"] == [5, 17]
+    assert document["text"].split() == [f"w{word}" for word in document["tokens"]]
+    model = load_subject(folder).module
+    ids = torch.tensor([[5, 17]])
+    wanted = model.generate(ids, max_new_tokens=3, do_sample=False)[0, 2:].tolist()
+    assert document["tokens"] == wanted[: len(document["tokens"])]
+
+
+def test_a_tokenizer_of_others_is_not_overwritten(folder, tmp_path, capsys):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert run(["--hf", str(folder), "--decoder", "--no-verify", "-o", str(tmp_path)]) == 2
+    assert "tokenizer.json" in capsys.readouterr().err
+    assert (tmp_path / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_the_folder_as_a_model(folder):
+    subject = load_subject(folder)
+    assert (subject.source.stem, list(subject.inputs)) == ("model", ["input_ids"])
+    assert [path.name for path in tokenizer_files(folder)] == ["tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["export"], "no model is named"),
+        (["--hf", "nowhere"], "no such folder: nowhere"),
+        (["--hf", "./no/where"], "no such folder: ./no/where"),
+        (["model.py", "--hf", "."], "stands in place of model.py"),
+        (["--hf", "."], "is a folder without config.json"),
+        (["--hf", "broken"], "transformers cannot load"),
+        (["--hf", "broken", "--init", "a=1"], "--init and --input go with a class"),
+    ],
+)
+def test_wrong_use(tmp_path, monkeypatch, capsys, arguments, error):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_text('{"model_type": "llama"}')
+    assert run([*arguments, "-o", "out"]) == 2
+    assert error in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_name_on_the_hub_that_it_does_not_give(monkeypatch):
+    import huggingface_hub
+
+    from moe_export import UsageError
+
+    def absent(name, **how):
+        raise OSError(f"no {name}")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", absent)
+    with pytest.raises(
+        UsageError, match="owner/model is no folder, and the hub did not give it: no owner/model"
+    ):
+        folder_of("owner/model")
