@@ -77,7 +77,7 @@ def _outside(node: object, look: Look | None = None) -> Outside | None:
 def _scattered(node: fx.Node, look: Look) -> Outside | None:
     """`zeros.scatter(1, idx, weights)`."""
     base, axis, index = arguments(node)[:3]
-    start = _constant(base)
+    start = constant_of(base)
     return (index, start) if start is not None and axis in (1, -1) and rank_of(index) == 2 else None
 
 
@@ -123,11 +123,11 @@ def _if_zero(found: Outside | None) -> Outside | None:
 
 def _filled(mask: object, filling: object, look: Look) -> Outside | None:
     """`where(mask, ..., filling)`."""
-    chosen, value = _if_zero(look(mask)), _constant(filling)
+    chosen, value = _if_zero(look(mask)), constant_of(filling)
     return (chosen[0], value) if chosen is not None and value is not None else None
 
 
-def _constant(value: object) -> float | None:
+def constant_of(value: object) -> float | None:
     """The one number of which a value is full; None if there are several."""
     if isinstance(value, (int, float)):
         return float(value)
@@ -136,9 +136,9 @@ def _constant(value: object) -> float | None:
     if value.target in ZEROS:
         return 0.0
     if value.target in FULL:
-        return _constant(arguments(value)[FULL[value.target]])
+        return constant_of(arguments(value)[FULL[value.target]])
     if value.target in CASTS:
-        return _constant(arguments(value)[0])
+        return constant_of(arguments(value)[0])
     return None
 
 
@@ -194,7 +194,7 @@ def is_never_negative(value: Any) -> bool:
         return chooses and is_never_negative(arguments(args[0])[0])
     if value.target in (_aten.clamp.default, _aten.clamp_min.default):
         return isinstance(args[1], (int, float)) and args[1] >= 0
-    constant = _constant(value)
+    constant = constant_of(value)
     if constant is not None:
         return constant >= 0
     if value.target not in _KEEPS_SIGN or value.kwargs.get("alpha", 1) != 1:

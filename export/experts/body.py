@@ -6,7 +6,7 @@ of the expert's own weights: `body(token (R,), slot (R,), expert (1,), *shared, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,7 +22,7 @@ from moe_export.export.experts.canonical import Walk, value_numbering
 from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.experts.notes import named
 from moe_export.export.frontend.source import line_of
-from moe_export.export.gates.region import is_size
+from moe_export.export.gates.region import descendants, is_size
 from moe_export.export.sizes import same_size
 from moe_export.export.tracing.weight_inputs import is_weight
 
@@ -169,7 +169,8 @@ class _Part:
         self._rows = iteration.selection
         self._fixing = fixing
         self._value_numbers = graph_index.value_numbers
-        self._dependent = _dependents(iteration, fixing, graph_index.sums)
+        # what depends on the pairs or the number of one expert, up to where its rows are added
+        self._dependent = descendants([*iteration.selection.rows, *fixing], before=graph_index.sums)
         self._value = iteration.value
         self._of_weights: dict[fx.Node, bool] = {}
         self.walk = Walk(iteration.value, self._end, self._canonical, self._row_kind, self._arguments)
@@ -253,18 +254,6 @@ def _for_any_expert(graph: fx.Graph, node: fx.Node, source: fx.Node, expert: fx.
     axis = node.args[1]
     one = graph.call_function(_aten.index_select.default, (source, axis, expert))
     return graph.call_function(_aten.squeeze.dim, (one, axis))
-
-
-def _dependents(iteration: Iteration, fixing: set[fx.Node], sums: Collection[fx.Node]) -> set[fx.Node]:
-    """Every node that depends on the pairs or the number of one expert, up to where its rows are added."""
-    stack: list[fx.Node] = [*iteration.selection.rows, *fixing]
-    seen = set(stack)
-    while stack:
-        for user in stack.pop().users:
-            if user not in seen and user is not iteration.after and user not in sums:
-                seen.add(user)
-                stack.append(user)
-    return seen
 
 
 def _sort_leaves(

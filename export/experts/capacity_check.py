@@ -19,14 +19,13 @@ from moe_export.export.axes.shapes import shape_of
 from moe_export.export.experts.canonical import Walk
 from moe_export.export.experts.capacity_experts import (
     Core,
-    below_of,
     sizes_of,
     walk_between,
     write_core,
 )
 from moe_export.export.experts.capacity_views import Labels, View
 from moe_export.export.experts.notes import named
-from moe_export.export.gates.region import is_size
+from moe_export.export.gates.region import descendants, is_size
 from moe_export.export.sizes import expression_of, fixed
 from moe_export.float64 import agree, doubled, in_float64
 
@@ -61,7 +60,7 @@ def check_core(core: Core, slots: View, outputs: View, labels: Labels) -> None:
         return value.to(like.meta["val"].dtype)
 
     sizes = [_product(trial[label] for label in axis) for axis in slots.axes]
-    whole = walk_between(outputs.node, {slots.node}, below_of(slots.node), lambda node: False)
+    whole = walk_between(outputs.node, {slots.node}, descendants([slots.node]), lambda node: False)
     leaves = {leaf: random(shape_of(leaf), leaf) for leaf in whole.leaves}
     given = random(sizes, slots.node)
 

@@ -23,7 +23,7 @@ from moe_export.export.experts.canonical import Walk
 from moe_export.export.experts.capacity_views import Axis, Labels, View, pushed
 from moe_export.export.experts.notes import named
 from moe_export.export.frontend.source import line_of
-from moe_export.export.gates.region import is_size
+from moe_export.export.gates.region import descendants, is_size
 from moe_export.export.sizes import expression_of, fixed, same_shape, same_size
 from moe_export.export.tracing.weight_inputs import is_weight
 
@@ -65,7 +65,7 @@ def core_of(slots: View, outputs: View, labels: Labels) -> Core:
     Raises:
         RefusedError: The experts differ in more than their weights.
     """
-    below = below_of(slots.node)
+    below = descendants([slots.node])
     joined = labels.peeled(outputs)
     if joined.node.target in (_aten.cat.default, _aten.stack.default):
         core = _of_parts(slots, joined, below, labels)
@@ -76,17 +76,6 @@ def core_of(slots: View, outputs: View, labels: Labels) -> Core:
             f"the last axis of the experts' results, of {named(outputs.node)}, is not that of features"
         )
     return core
-
-
-def below_of(node: fx.Node) -> set[fx.Node]:
-    """A node and everything that depends on it."""
-    stack, seen = [node], {node}
-    while stack:
-        for user in stack.pop().users:
-            if user not in seen:
-                seen.add(user)
-                stack.append(user)
-    return seen
 
 
 def _stacked(slots: View, outputs: View, below: set[fx.Node], labels: Labels) -> Core:

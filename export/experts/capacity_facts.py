@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.axes.operators import BOTH, CASTS, NONZERO, ZEROS
+from moe_export.export.axes.operators import BOTH, NONZERO
 from moe_export.export.axes.shapes import arguments, is_numbering, rank_of, shape_of
+from moe_export.export.axes.support import constant_of
 from moe_export.export.experts.capacity_views import (
     Labels,
     View,
@@ -124,7 +125,7 @@ class Facts:
         kept: tuple[Any, ...] = ()
         if target is _aten.div.Tensor or (target is _aten.masked_fill.Scalar and args[2] == 0):
             kept = args[:1]
-        elif target in _WHERE and _is_zero(args[2]):
+        elif target in _WHERE and constant_of(args[2]) == 0:
             kept = args[:2]
         return [self.labels.aligned(each, view) for each in kept if isinstance(each, fx.Node)]
 
@@ -156,7 +157,7 @@ class Facts:
             return Choice(self.labels.peeled(View(args[0], view.axes[:-1])), False)
         if node.target is _aten.eq.Tensor:
             return self._compared(view)
-        if node.target in _SCATTERS and args[3] == 1 and _is_zeros(args[0]):
+        if node.target in _SCATTERS and args[3] == 1 and constant_of(args[0]) == 0:
             return self._scattered(view)
         if node.target in _SUMS:
             return self._several(view)
@@ -346,17 +347,3 @@ def _both_ways(operands: list[View] | None) -> list[tuple[View, View]]:
     if operands is None or len(operands) != 2:
         return []
     return [(operands[0], operands[1]), (operands[1], operands[0])]
-
-
-def _is_zeros(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target in ZEROS
-
-
-def _is_zero(value: Any) -> bool:
-    if isinstance(value, fx.Node):
-        while value.target in CASTS:
-            value = arguments(value)[0]
-        if value.target in (_aten.scalar_tensor.default, _aten.full.default, _aten.full_like.default):
-            return float(arguments(value)[-1 if value.target is not _aten.scalar_tensor.default else 0]) == 0
-        return _is_zeros(value)
-    return bool(value == 0)

@@ -21,6 +21,7 @@ from torch import fx
 from moe_export.errors import RefusedError
 from moe_export.export.axes.operators import BOTH, CASTS, EITHER, NONZERO
 from moe_export.export.axes.shapes import arguments, is_numbering, shape_of
+from moe_export.export.axes.support import constant_of
 from moe_export.export.experts.capacity_facts import Choice, Facts, Number
 from moe_export.export.experts.capacity_views import (
     Labels,
@@ -168,7 +169,7 @@ def _factors(view: View, labels: Labels) -> Iterator[list[Step]]:
         for each in summed_over(view, "k"):
             _note_choices([each], labels)
             yield [Step("times", each)]
-    elif node.target is _aten.where.self and _is_zero_tensor(args[2]):
+    elif node.target is _aten.where.self and constant_of(args[2]) == 0:
         yield [Step("times", labels.aligned(each, view)) for each in args[:2]]
 
 
@@ -183,10 +184,6 @@ def _note_choices(parts: Sequence[View], labels: Labels) -> None:
         for axis, size in zip(part.axes, shape_of(part.node), strict=True):
             if axis == ("k",):
                 labels.note("k", size)
-
-
-def _is_zero_tensor(node: Any) -> bool:
-    return isinstance(node, fx.Node) and node.target in (_aten.zeros_like.default, _aten.zeros.default)
 
 
 def _times(steps: list[Step], labels: Labels) -> list[Term]:

@@ -28,7 +28,7 @@ from moe_export.export.experts.body import Experts
 from moe_export.export.experts.row_rules import rows_after
 from moe_export.export.experts.rows import PairBody, Region, Rows, runs_over_pairs
 from moe_export.export.frontend.source import line_of
-from moe_export.export.gates.region import is_float
+from moe_export.export.gates.region import ancestors, is_float
 from moe_export.export.sizes import Size, fixed, same_shape, same_size
 
 _aten = torch.ops.aten
@@ -85,7 +85,7 @@ def _understand(weights: fx.Node, indices: fx.Node) -> Experts | None:
         if node.op != "call_function":
             continue
         result = _added_up(region, node)
-        if result is not None and _reads(result, weights):
+        if result is not None and weights in ancestors([result]):
             return _block(region, weights, node, result)
         known = _seed(region, node, weights) or _product(region, node)
         if known is None and not region.rows.keys().isdisjoint(node.all_input_nodes):
@@ -93,18 +93,6 @@ def _understand(weights: fx.Node, indices: fx.Node) -> Experts | None:
         if known is not None:
             region.rows[node] = known
     return None
-
-
-def _reads(result: fx.Node, weights: fx.Node) -> bool:
-    stack, seen = [result], {result}
-    while stack:
-        for source in stack.pop().all_input_nodes:
-            if source is weights:
-                return True
-            if source not in seen:
-                seen.add(source)
-                stack.append(source)
-    return False
 
 
 def _seed(region: _DenseRegion, node: fx.Node, weights: fx.Node) -> Rows | None:

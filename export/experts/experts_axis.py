@@ -16,7 +16,7 @@ from moe_export.export.axes.meaning import Meanings
 from moe_export.export.axes.shapes import arguments, rank_of
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.lost import Way
-from moe_export.export.gates.region import ancestors
+from moe_export.export.gates.region import ancestors, descendants
 from moe_export.export.tracing.weight_inputs import is_weight
 
 _aten = torch.ops.aten
@@ -44,8 +44,10 @@ def unrecognised(
         groups.setdefault(frozenset(known.axes(choice.scores)[-1]), []).append(choice)
     for experts, group in groups.items():
         made = [node for node in graph.nodes if _is_of_all(node, known, experts)]
-        below = _following(made)
-        own = _following([choice.operator for choice in group]) & _leading(graph, below)
+        below = descendants(made)
+        own = descendants(choice.operator for choice in group) & _leading(graph, below) - {
+            graph.output_node()
+        }
         if not own.isdisjoint(below):
             users = [user for node in made for user in node.users]
             yield min(users), Way(frozenset(own), known)
@@ -63,17 +65,6 @@ def _is_of_all(node: fx.Node, known: Meanings, experts: Iterable[Extent]) -> boo
         return False
     weights = [{each for each in ancestors([part]) if is_weight(each)} for part in parts[:2]]
     return weights[0] != weights[1]
-
-
-def _following(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """These nodes and everything that depends on them."""
-    stack = list(nodes)
-    seen = set(stack)
-    while stack:
-        new = [user for user in stack.pop().users if user not in seen and user.op != "output"]
-        seen.update(new)
-        stack += new
-    return seen
 
 
 def _leading(graph: fx.Graph, ends: set[fx.Node]) -> set[fx.Node]:

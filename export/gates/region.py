@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import fx
@@ -78,6 +78,17 @@ def frontier(outputs: list[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
 def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
     """These nodes and everything that they depend on, except sizes and inputs of the model."""
     return set(inside(nodes, ()))
+
+
+def descendants(nodes: Iterable[fx.Node], before: Collection[fx.Node] = ()) -> set[fx.Node]:
+    """These nodes and everything that depends on them, but for what depends on them through the nodes `before`."""
+    stack = list(nodes)
+    seen = set(stack)
+    while stack:
+        new = [user for user in stack.pop().users if user not in seen and user not in before]
+        seen.update(new)
+        stack += new
+    return seen
 
 
 def needed(outputs: tuple[fx.Node, ...], inputs: set[fx.Node]) -> list[fx.Node]:
