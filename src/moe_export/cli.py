@@ -270,7 +270,7 @@ def explain_command(**options: Any) -> int:
 @click.argument("name", metavar="NAME")
 def schema_command(**options: Any) -> int:
     """Print the JSON Schema of a file that moe-export writes (report, verify, engines, parallel), or of what a command
-    prints with --json (bench, check, diff, explain, mutate, plan).
+    prints with --json (bench, check, diff, explain, generate, mutate, plan, rewrite of a Python file).
     """
     from moe_export.commands.schema import run_schema
 

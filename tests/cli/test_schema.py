@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_args, get_type_hints
 
 import onnx
 import pytest
@@ -104,6 +105,11 @@ def test_what_other_commands_print(command, here):
     validate("check", printed(command, "check", graph, code=0))
     validate("diff", printed(command, "diff", graph, here / "moe.gate.onnx"))
     validate("explain", printed(command, "explain", "MX101"))
+    source = here / "source.py"
+    source.write_text('import torch\nx = torch.einsum("bd,d->bd", a, b)\ny = torch.einsum(what, a)\n')
+    found = printed(command, "rewrite", source, "--check", code=1)
+    assert [len(found["rewritten"]), len(found["left"])] == [1, 1]
+    validate("rewrite", found)
 
 
 def test_costs_of_ranks(command):
@@ -200,3 +206,20 @@ def test_types_become_schemas():
     }
     with pytest.raises(TypeError, match="no JSON schema is known of <class 'object'>"):
         json_schema(TypedDict("Odd", {"schema": Literal["a/b/1"], "what": object}))
+
+
+def test_each_version_that_is_written_has_a_schema():
+    """Or is told here, with its reason."""
+    written = {
+        found
+        for room in ("src", "export", "verify", "einsum_rewrite")
+        for path in (ROOT / room).rglob("*.py")
+        for found in re.findall(r'"(moe-export/[a-z-]+/\d+)"', path.read_text(encoding="utf-8"))
+    }
+    published = {get_args(get_type_hints(document(name))["schema"])[0] for name in DOCUMENTS}
+    private = {
+        "moe-export/errors/1",  # an attachment of Netron's, in its form
+        "moe-export/golden/1",  # in the header of a safetensors file
+        "moe-export/traffic/1",  # one process's, which another of ours reads
+    }
+    assert written - private == published

@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from moe_export.commands.console import Console
 from moe_export.errors import UsageError
 from moe_export.running.decoding import Decoder
+
+
+class TextDocument(TypedDict):
+    """A text that a decoder continued, by token ids: `moe-export generate --json`."""
+
+    schema: Literal["moe-export/text/1"]
+    prompt: list[int]
+    tokens: list[int]
+    text: str | None
+    prompt_tokens_per_second: float
+    new_tokens_per_second: float
 
 
 def run_generate(
@@ -43,7 +54,7 @@ def run_generate(
     console.say()
     speeds = f"{opened.speed.prompt:.0f} tokens/s of the prompt, {opened.speed.decode:.0f} new tokens/s"
     console.say(f"\n{len(given)} tokens of a prompt, {len(made)} new ones: {speeds}")
-    document = {
+    document: TextDocument = {
         "schema": "moe-export/text/1",
         "prompt": given,
         "tokens": made,

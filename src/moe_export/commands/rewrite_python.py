@@ -6,11 +6,21 @@ import difflib
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Annotated, Any, Literal, TypedDict
 
 from moe_export.commands.console import Console
-from moe_export.einsum_rewrite.codemod import SourceResult, rewrite_file
+from moe_export.einsum_rewrite.codemod import LeftAlone, Rewritten, SourceResult, rewrite_file
 from moe_export.errors import UsageError
 from moe_export.own_files import put_text
+
+
+class RewriteDocument(TypedDict):
+    """The einsums of a Python file: `moe-export rewrite FILE.py --json`."""
+
+    schema: Literal["moe-export/rewrite-source/1"]
+    file: str
+    rewritten: Annotated[list[dict[str, Any]], list[Rewritten]]
+    left: Annotated[list[dict[str, Any]], list[LeftAlone]]
 
 
 def run_rewrite_python(
@@ -68,7 +78,7 @@ def _say(source: str, result: SourceResult, done: str, console: Console) -> None
     console.say(f"{len(result.rewritten)} {done}, {len(result.left)} left alone")
 
 
-def _document(source: str, result: SourceResult) -> dict[str, object]:
+def _document(source: str, result: SourceResult) -> RewriteDocument:
     return {
         "schema": "moe-export/rewrite-source/1",
         "file": source,

@@ -22,7 +22,9 @@ DOCUMENTS: Mapping[str, tuple[str, str]] = {
     "check": ("moe_export.commands.check", "CheckDocument"),
     "diff": ("moe_export.commands.diff", "DiffDocument"),
     "explain": ("moe_export.commands.explain", "ExplainDocument"),
+    "generate": ("moe_export.commands.generate", "TextDocument"),
     "mutate": ("moe_export.commands.mutate", "MutationDocument"),
+    "rewrite": ("moe_export.commands.rewrite_python", "RewriteDocument"),
     "plan": ("moe_export.commands.plan", "PlanDocument"),
 }
 """The type of each document that has a `schema`: its module and its name, as the commands import what they need."""
