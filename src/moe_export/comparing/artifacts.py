@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from moe_export.backends import BACKENDS, KINDS, ONNXRUNTIME, Kind
+from moe_export.backends import BACKENDS, KINDS, ONNXRUNTIME, OPENVINO, Kind
 from moe_export.errors import UsageError
 from moe_export.verify import (
     Array,
@@ -102,6 +102,11 @@ def parse_candidates(text: str, backends: str | None) -> tuple[Artifact, ...]:
         if name not in known:
             raise UsageError(f"there is no backend {name!r}", hint=f"use {', '.join(known)}")
     return tuple(parse_artifact(text, name) for name in asked)
+
+
+def can_replay(artifact: Artifact) -> bool:
+    """Whether what runs a graph can run it with given choices of experts, too (see `checking_replay`)."""
+    return artifact.backend in (*ONNXRUNTIME, OPENVINO)
 
 
 _NOUN: Mapping[Kind, str] = {

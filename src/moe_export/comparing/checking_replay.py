@@ -20,6 +20,7 @@ from moe_export.running.choices import runner_of_model
 from moe_export.verify import Array, Choice, OnnxRuntimeRunner, Replay, Runner
 from moe_export.verify.golden import Recorder
 from moe_export.verify.inputs.experts_alone import Watched
+from moe_export.verify.runners.openvino_runner import OpenVinoRunner
 
 
 class WatchedGraph:
@@ -73,7 +74,7 @@ class GraphReplayer:
     ) -> None:
         self._reference, self._path, self._provider = reference, path, provider
         self._renamed = renamed or {}
-        self._graph: OnnxRuntimeRunner | None = None
+        self._graph: OnnxRuntimeRunner | OpenVinoRunner | None = None
         self._choices = Choices(0)
 
     def replay(self, inputs: Mapping[str, Array]) -> Replay | None:
@@ -105,7 +106,7 @@ class GraphReplayer:
             expected, {self._renamed.get(name, name): array for name, array in got.items()}, choices, own
         )
 
-    def _replaying_graph(self) -> OnnxRuntimeRunner | None:
+    def _replaying_graph(self) -> OnnxRuntimeRunner | OpenVinoRunner | None:
         if self._graph is None and self._path is not None:
             model = ir.load(self._path)
             self._choices = Choices(len(find_choices(model)))
@@ -132,7 +133,7 @@ class MirroredReplayer:
         return Replay(replay.got, replay.expected, replay.choices, replay.own)
 
 
-def _shaped(forced: Mapping[str, Array], graph: OnnxRuntimeRunner) -> dict[str, Array]:
+def _shaped(forced: Mapping[str, Array], graph: OnnxRuntimeRunner | OpenVinoRunner) -> dict[str, Array]:
     """The choices as int64, flattened from (batch, sequence, k) to (tokens, k) where the graph's input has rank 2."""
     ranks = {spec.name: len(spec.shape) for spec in graph.inputs}
     return {

@@ -18,6 +18,7 @@ from moe_export.comparing.artifacts import (
     Artifact,
     about_artifacts,
     about_precision,
+    can_replay,
     graph_example,
     graph_routing,
     graph_runner,
@@ -64,7 +65,7 @@ def _with_golden(candidate: Artifact, reference: Artifact, request: Request) -> 
     runner, outputs = _opened(other, stored, request)
     runners: tuple[Runner, Runner] = (stored, runner) if other is candidate else (runner, stored)
     narrow = request.dtype if other is candidate else _asked_or_of(other, request)
-    replays = other.kind == "graph" and (other.backend or "").startswith("onnxruntime")
+    replays = other.kind == "graph" and can_replay(other)
     replayer = GraphReplayer(stored, other.path if replays else None, other.provider, outputs)
     cases = picked(iter([case.case for case in stored.cases]), request.settings.only)
     routing = stored.routing if other is candidate else ()

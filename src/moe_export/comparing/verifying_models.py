@@ -15,6 +15,7 @@ from moe_export.comparing.artifacts import (
     GraphRunner,
     about_artifacts,
     about_precision,
+    can_replay,
     graph_routing,
     graph_runner,
     limits_of,
@@ -116,7 +117,7 @@ def compare_subject(original: Subject, candidate: Artifact, request: Request, ca
     with in_memory(subject.module):
         settings = request.settings if subject is original else replace(request.settings, own=None)
         matched = match_graph(runner, subject, counterpart.routing, facts)
-        replays = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
+        replays = candidate.kind == "graph" and can_replay(candidate)
         tolerance = tolerance_of(dtype, request.tolerance)
         remembering = Remembering(runner)
         report = verify_file(
@@ -172,7 +173,7 @@ def _float64_against_graph(
     known = replace(known, limits=limits_of(runner))
     cases = comparison_cases(settings, *plan, known=known)
     watched, cases = recorded(request.recorder, wide, cases, matched.pairs)
-    replays = candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime")
+    replays = candidate.kind == "graph" and can_replay(candidate)
     with quiet():
         return compare(
             watched,

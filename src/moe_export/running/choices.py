@@ -9,6 +9,7 @@ from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 
+from moe_export.backends import OPENVINO
 from moe_export.export.onnx.serialize import write_model
 from moe_export.export.precision.choices import (
     Choices,
@@ -18,6 +19,7 @@ from moe_export.export.precision.choices import (
 )
 from moe_export.export.precision.rounding import with_float32_kernels
 from moe_export.verify import Array, OnnxRuntimeRunner
+from moe_export.verify.runners.openvino_runner import OpenVinoRunner
 
 
 @dataclass(frozen=True)
@@ -82,9 +84,14 @@ def runner_of(path: Path, provider: str, dtype: str = "float32") -> OnnxRuntimeR
     return _runner(ir.load(path), provider, f", rounding to {dtype}")
 
 
-def runner_of_model(model: ir.Model, provider: str) -> OnnxRuntimeRunner:
-    """Onnxruntime on a graph in memory, like `runner_of` on a file."""
-    return _runner(model, provider)
+def runner_of_model(model: ir.Model, provider: str) -> OnnxRuntimeRunner | OpenVinoRunner:
+    """Onnxruntime on a graph in memory, like `runner_of` on a file; or OpenVINO, if that is the provider."""
+    if provider != OPENVINO:
+        return _runner(model, provider)
+    with TemporaryDirectory(prefix="moe-export-") as folder:
+        file = Path(folder, "model.onnx")
+        write_model(model, file)
+        return OpenVinoRunner(file)
 
 
 def _runner(model: ir.Model, provider: str, also: str = "") -> OnnxRuntimeRunner:
