@@ -31,11 +31,12 @@ _LENGTH = 9
 _DEALT = {
     "prompt at once": (9,),
     "token by token": (1,) * 9,
+    "a prompt of 4, then token by token": (4, *(1,) * 5),
     "parts of 4, 3, 2": (4, 3, 2),
     "parts of 1, 8": (1, 8),
 }
 _PROMPT, _MADE = 6, 64
-_PADDED = 3  # places in front of one row that do not count
+_PADDED = 3  # places in front of one row that do not count; all in the first part, as those of a prompt are
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,10 @@ def decoding_cases(
         padded: Whether the model takes a mask.
     """
     tokens = {name: make(name, _LENGTH) for name in decoder.tokens}
-    mask = np.ones((2, _LENGTH), np.int64)
-    if padded:
-        mask[0, :_PADDED] = 0
     for label, parts in _DEALT.items():
+        mask = np.ones((2, _LENGTH), np.int64)
+        if padded and parts[0] > _PADDED:
+            mask[0, :_PADDED] = 0
         yield _case(label, seed, {**tokens, MASK: mask}, parts)
     if len(decoder.tokens) == 1 and decoder.logits is not None:
         name = decoder.tokens[0]

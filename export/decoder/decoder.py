@@ -8,14 +8,15 @@ module that calls it with a cache of given tensors is made, and what that comput
 cache: at once, one by one, in unequal parts, and for rows that are padded on the left. Only then it is a `Decoder`,
 whose subject goes through the pipeline like any other.
 
-What is refused: a model without a cache, and one with a layer whose kept tensors do not grow (a convolution's window, a
-state): its library computes several tokens from an empty state only, so a second part of a prompt would be wrong.
+What is refused: a model without a cache, and one that with its cache computes something else than without, such as one
+whose library starts several tokens from an empty state.
 
 Letters: b batch, l length, n new tokens, p earlier tokens ("past").
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,10 +34,12 @@ from moe_export.export.recurrence.transformers_cache import (
     find_cached_model,
     takes,
 )
+from moe_export.export.tracing.constants import constants_of
 from moe_export.export.tracing.dims import BATCH, PAST, SEQUENCE, DimRequest
 from moe_export.export.tracing.lengths import Length
-from moe_export.export.tracing.trace import quiet
+from moe_export.export.tracing.trace import quiet, trace
 from moe_export.export.tracing.transformers_experts import traceable_experts
+from moe_export.export.tracing.widest import generic_sizes
 from moe_export.float64 import agree, double_module, in_float64
 
 MASK = "attention_mask"
@@ -44,10 +47,11 @@ MASK = "attention_mask"
 POSITIONS = "position_ids"
 """Where the new tokens stand among those that count: int64 (batch, sequence)."""
 
-_SIZES = (2, 5, 7)  # batch, new tokens, earlier tokens of the example: no two sums of them are alike
-_PARTS = ((9,), (1,) * 9, (4, 3, 2), (2, 1, 6))
+_SIZES, _NEW = (2, 7), 5  # batch and earlier tokens of the example, new tokens: no two sums of them are alike
+_TRIED = 2  # numbers of new tokens, if a trace at a few holds for no others
+_PARTS = ((9,), (1,) * 9, (4, *(1,) * 5), (4, 3, 2), (2, 1, 6))
 """How the tokens that are tried are dealt out."""
-_PADDED = 3  # places in front of the first row that do not count
+_PADDED = 3  # places in front of the first row that do not count, where the first part is longer
 _ROOM = 2**31  # bytes of weights that may be copied to float64
 _NEAR, _NEAR_FLOAT32 = 1e-6, 1e-4  # of the largest value
 
@@ -81,8 +85,7 @@ def decoder_of(subject: Subject) -> Decoder:
         subject: The model; axis 1 of its inputs is the length.
 
     Raises:
-        NotExportableError: The model keeps no cache, or keeps what does not grow with the tokens, or computes something
-            else with its cache than without.
+        NotExportableError: The model keeps no cache, or computes something else with its cache than without.
     """
     cached = find_cached_model(subject.module)
     if cached is None:
@@ -95,7 +98,24 @@ def decoder_of(subject: Subject) -> Decoder:
     with quiet(), torch.no_grad(), traceable_experts():
         made = _Made.of(subject, cached)
         _prove(subject)
-    return Decoder(made.subject, made.free, tuple(name for name, _ in made.tokens.axes))
+        if any(kept.grows is None for kept in cached.kept):
+            made = _traceable(subject, cached, made)
+    return made.decoder()
+
+
+def _traceable(subject: Subject, cached: CachedModel, made: _Made) -> _Made:
+    """The decoder with as many new tokens in its example as a trace takes that holds for any number.
+
+    Recurrences are computed in chunks, and a trace of a part of one chunk holds for nothing else.
+    """
+    for size in (None, *itertools.islice(generic_sizes(constants_of(made.subject)), _TRIED)):
+        longer = made if size is None else _Made.of(subject, cached, size)
+        try:
+            trace(longer.subject, longer.decoder().dims(DimRequest()))
+        except NotExportableError:
+            continue
+        return longer
+    return made
 
 
 @dataclass(frozen=True)
@@ -116,9 +136,13 @@ class _Made:
     tokens: Length
     given: tuple[str, ...]
 
+    def decoder(self) -> Decoder:
+        """What comes of it once it is proved."""
+        return Decoder(self.subject, self.free, tuple(name for name, _ in self.tokens.axes))
+
     @classmethod
-    def of(cls, subject: Subject, cached: CachedModel) -> _Made:
-        """Make the decoder, without a look at what it computes."""
+    def of(cls, subject: Subject, cached: CachedModel, new: int = _NEW) -> _Made:
+        """Make the decoder, without a look at what it computes; its example has so many new tokens."""
         named = {name: tensor for name, tensor in subject.inputs.items() if name not in (MASK, POSITIONS)}
         tokens = Length(tuple((name, 1) for name, tensor in named.items() if tensor.dim() > 1))
         if not tokens.axes or len(tokens.axes) < len(named):
@@ -127,7 +151,7 @@ class _Made:
             raise _refused(
                 subject, what, "its inputs are tokens: (batch, sequence) or (batch, sequence, width)"
             )
-        batch, new, past = _SIZES
+        batch, past = _SIZES
         rows = Length(tuple((name, 0) for name in named))
         example = rows.resized(named, batch)
         call = CachedCall(subject, cached)
@@ -137,13 +161,6 @@ class _Made:
         except Exception as error:
             what = f"{type(cached.model).__name__} cannot be called with a cache: {error}"
             raise _refused(subject, what, "call the model as its generate() does") from error
-        still = next((kept for kept in cached.kept if kept.grows is None), None)
-        if still is not None:
-            what = f"layer {still.layer} keeps a {still.name.partition('.')[2]}, which does not grow with the tokens"
-            hint = (
-                "its library starts several tokens from an empty state; --step makes the graph of one token"
-            )
-            raise _refused(subject, what, hint)
         pasts = {f"{CACHE}.{kept.name}": kept.of(cache).clone() for kept in cached.kept}
         given = tuple(name for name in (MASK, POSITIONS) if takes(cached.model, name))
         beside = beside_of(torch.ones(batch, past + new, dtype=torch.int64), new)
@@ -158,7 +175,9 @@ class _Made:
         free: dict[tuple[str, int], str | None] = {(name, 0): BATCH for name in inputs}
         free |= dict.fromkeys(tokens.axes, SEQUENCE)
         free |= {(name, 1): SEQUENCE if name == POSITIONS else None for name in given}
-        free |= {(name, 2): PAST for name in pasts}
+        free |= {
+            (name, kept.grows): PAST for name, kept in zip(pasts, cached.kept, strict=True) if kept.grows
+        }
         firsts = {
             name: empty(kept, past) for (name, past), kept in zip(pasts.items(), cached.kept, strict=True)
         }
@@ -216,18 +235,37 @@ class CachedDecoder(nn.Module):
         self.whole, self.given = call, tuple(given)
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
 
+    def _past(self, pasts: Sequence[Tensor]) -> int:
+        """How many earlier tokens there are; none is known of a model that only keeps states."""
+        grows = (
+            past.shape[kept.grows]
+            for kept, past in zip(self.whole.cached.kept, pasts, strict=True)
+            if kept.grows
+        )
+        return next(grows, 0)
+
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
         """One call."""
         named = dict(zip(self._inputs, tensors, strict=True))
         pasts = [tensor for name, tensor in named.items() if name.startswith(f"{CACHE}.")]
-        count = pasts[0].shape[2] + tensors[0].shape[1]
-        if MASK in named and named[MASK].shape[1] != count:
-            raise ValueError(f"{MASK} has {named[MASK].shape[1]} places for {count} tokens")
+        if MASK in named:
+            named[MASK] = _fitted(named[MASK], self._past(pasts) + tensors[0].shape[1])
         beside = {name: named[name] for name in self.given}
         cache = self.whole.cached.cache_of(pasts)
         found = self.whole.run(named, beside, cache)
         found += [kept.of(cache) for kept in self.whole.cached.kept]
         return dict(zip(self._outputs, found, strict=True))
+
+
+def _fitted(mask: Tensor, count: int) -> Tensor:
+    """A mask of so many tokens.
+
+    A trace only ever sees one that fits. What looks for loops runs the model with more tokens, and the same mask.
+    """
+    if mask.shape[1] == count:
+        return mask
+    more = mask.new_ones(mask.shape[0], count)
+    return torch.cat([more, mask], 1)[:, mask.shape[1] :]
 
 
 def beside_of(mask: Tensor, new: int) -> dict[str, Tensor]:
@@ -262,8 +300,10 @@ def _prove_as_it_is(subject: Subject, near: float) -> None:
         named = {name: tensor for name, tensor in subject.inputs.items() if name not in (MASK, POSITIONS)}
         tokens = made.tokens.resized(Length(tuple((name, 0) for name in named)).resized(named, 2), count)
         mask = torch.ones(2, count, dtype=torch.int64)
-        if MASK in made.given:
-            mask[0, :_PADDED] = 0
+        if MASK in made.given and parts[0] > _PADDED:
+            mask[0, :_PADDED] = (
+                0  # padding is part of a prompt: models take a single token for one that counts
+            )
         beside = {name: tensor for name, tensor in beside_of(mask, count).items() if name in made.given}
         wanted = call.run(tokens, beside)
         found = _in_parts(made, tokens, mask, parts)

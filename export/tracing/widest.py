@@ -171,7 +171,7 @@ def _other_example(traced: Traced, subject: Subject, request: DimRequest) -> dic
     with quiet():
         count = operators(subject, example)
         for group in _limited(traced, subject, request):
-            for size in _generic(group.constants):
+            for size in generic_sizes(group.constants):
                 trial = resized(example, dict.fromkeys(group.places, size))
                 if _elements(trial) > MOST_ELEMENTS or not accepts(subject, trial):
                     continue
@@ -187,7 +187,7 @@ def _elements(example: Mapping[str, torch.Tensor]) -> int:
     return sum(tensor.numel() for tensor in example.values())
 
 
-def _generic(constants: Sequence[int]) -> Iterator[int]:
+def generic_sizes(constants: Sequence[int]) -> Iterator[int]:
     """Sizes to trace at: three of the largest chunk and more, a prime, so that there is a remainder of any."""
     for constant in sorted({number for number in constants if number <= _MOST_CHUNK}, reverse=True):
         size = 3 * constant + 5

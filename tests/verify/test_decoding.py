@@ -70,7 +70,8 @@ def test_all_parts_are_equal():
     report = report_of(Sums())
     assert report.verdict == "equal", str(report)
     assert [case.label for case in report.cases] == [
-        "prompt at once", "token by token", "parts of 4, 3, 2", "parts of 1, 8", "a text of 64 tokens",
+        "prompt at once", "token by token", "a prompt of 4, then token by token", "parts of 4, 3, 2", "parts of 1, 8",
+        "a text of 64 tokens",
     ]  # fmt: skip
 
 
