@@ -87,12 +87,12 @@ def decoder_of(subject: Subject) -> Decoder:
     Raises:
         NotExportableError: The model keeps no cache, or computes something else with its cache than without.
     """
-    cached = find_cached_model(subject.module)
+    cached = find_cached_model(subject.module, attends=False)
     if cached is None:
         raise _refused(
             subject,
             "it has no part that takes a cache",
-            "a decoder is made of a transformers model that attends (use_cache, past_key_values); "
+            "a decoder is made of a transformers model with a cache (use_cache, past_key_values); "
             "--step makes the graph of one token from loops",
         )
     with quiet(), torch.no_grad(), traceable_experts():
@@ -204,7 +204,7 @@ class CachedCall:
     def wide(self) -> CachedCall:
         """The same in float64."""
         wide = self.subject.of(double_module(self.subject.module))
-        cached = find_cached_model(wide.module)
+        cached = find_cached_model(wide.module, attends=False)
         assert cached is not None
         return CachedCall(wide, cached)
 
@@ -235,21 +235,22 @@ class CachedDecoder(nn.Module):
         self.whole, self.given = call, tuple(given)
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
 
-    def _past(self, pasts: Sequence[Tensor]) -> int:
-        """How many earlier tokens there are; none is known of a model that only keeps states."""
+    def _past(self, pasts: Sequence[Tensor]) -> int | None:
+        """How many earlier tokens there are; None of a model that only keeps windows and states, which do not tell."""
         grows = (
             past.shape[kept.grows]
             for kept, past in zip(self.whole.cached.kept, pasts, strict=True)
             if kept.grows
         )
-        return next(grows, 0)
+        return next(grows, None)
 
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
         """One call."""
         named = dict(zip(self._inputs, tensors, strict=True))
         pasts = [tensor for name, tensor in named.items() if name.startswith(f"{CACHE}.")]
-        if MASK in named:
-            named[MASK] = _fitted(named[MASK], self._past(pasts) + tensors[0].shape[1])
+        past = self._past(pasts)
+        if MASK in named and past is not None:
+            named[MASK] = _fitted(named[MASK], past + tensors[0].shape[1])
         beside = {name: named[name] for name in self.given}
         cache = self.whole.cached.cache_of(pasts)
         found = self.whole.run(named, beside, cache)
@@ -289,7 +290,7 @@ def _prove(subject: Subject) -> None:
 
 
 def _prove_as_it_is(subject: Subject, near: float) -> None:
-    cached = find_cached_model(subject.module)
+    cached = find_cached_model(subject.module, attends=False)
     assert cached is not None
     made, call = _Made.of(subject, cached), CachedCall(subject, cached)
     window = getattr(cached.model.config, "sliding_window", None)

@@ -62,7 +62,7 @@ def genai_config(decoder: CachedDecoder, graph: ir.Graph, filename: str) -> str 
             "decoder": {
                 "filename": filename,
                 "session_options": {"log_id": LOG, "provider_options": []},
-                "num_hidden_layers": len(keys),
+                "num_hidden_layers": _number(config, "num_hidden_layers", len(keys)),
                 "num_attention_heads": _number(config, "num_attention_heads", heads),
                 "num_key_value_heads": heads,
                 "head_size": width,

@@ -1,7 +1,7 @@
 """Caches of transformers, taken apart into named tensors and made again of others.
 
     DynamicCache(layers=[keys, values; conv_states, recurrent_states])
-        ⇄ 0.key, 0.value, 1.window, 1.state
+        ⇄ 0.key, 0.value, 1.conv_state, 1.recurrent_state
 
 A call writes into the cache that it is given, so each call is given one of its own. A layer that only keeps the keys of
 a window becomes one that keeps those of all tokens: the model's mask leaves out those that are too old.
@@ -46,7 +46,7 @@ class Kept:
 
     @property
     def name(self) -> str:
-        """Its name in a cache, such as `0.key` or `3.state`; layers count from 0."""
+        """Its name in a cache, such as `0.key` or `3.recurrent_state`; layers count from 0."""
         kind = _CALLED.get(self.attribute, self.attribute)
         return f"{self.layer}.{kind}" + (f".{self.part}" if self.part else "")
 

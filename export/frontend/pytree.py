@@ -21,7 +21,7 @@ Inside = Callable[[Any], Mapping[str, Any] | None]
 KEY, VALUE = "key", "value"
 """What the two tensors are called that attention keeps for a layer."""
 
-WINDOW, STATE = "window", "state"
+WINDOW, STATE = "conv_state", "recurrent_state"
 """What a convolution and a recurrence keep for a layer."""
 
 

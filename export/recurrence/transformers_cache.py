@@ -76,8 +76,12 @@ class CachedModel:
             handle.remove()
 
 
-def find_cached_model(module: nn.Module) -> CachedModel | None:
+def find_cached_model(module: nn.Module, *, attends: bool = True) -> CachedModel | None:
     """The outermost transformers model in a module, if it takes a cache that grows; None if there is none.
+
+    Args:
+        module: The module.
+        attends: Whether it must grow, or may hold windows and states alone.
 
     transformers is not imported for this: a module that uses it has already done so.
     """
@@ -89,8 +93,8 @@ def find_cached_model(module: nn.Module) -> CachedModel | None:
     if model is None or not all(takes(model, name) for name in (CACHE, "use_cache")):
         return None
     layers = getattr(caches.DynamicCache(config=model.config), "layers", ())
-    attends = any(isinstance(layer, caches.DynamicLayer) for layer in layers)
-    return CachedModel(model) if attends else None
+    grows = any(isinstance(layer, caches.DynamicLayer) for layer in layers)
+    return CachedModel(model) if grows or (layers and not attends) else None
 
 
 def takes(model: nn.Module, name: str) -> bool:

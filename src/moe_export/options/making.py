@@ -37,7 +37,7 @@ GRAPH = (
     Option("output_names", "--output-names", "Graph", "Names of the first outputs, in order.", EXPORTING,
            otherwise="as docs/command-line.md says", metavar="NAME,NAME,..."),
     Option("gate", "--gate", "Graph", "Cut out this gate only, by its module path.", EXPORTING, ("gates",),
-           otherwise="every gate", metavar="MODULE", first=True),
+           otherwise="every gate", metavar="MODULE"),
     Option("gates", "--no-gate", "Graph", "Cut out no gate.", EXPORTING, ("gates",), type=bool),
     Option("experts", "--experts", "Graph",
            "How experts are computed (docs/experts.md); keep leaves them as written.", EXPORTING,
@@ -54,7 +54,7 @@ GRAPH = (
     Option("unroll", "--unroll", "Graph", "Steps of a loop that an iteration of its Scan takes.", EXPORTING,
            ("expand",), type=click.IntRange(1, 64), default=1),
     Option("decode", "--step", "Graph", "Write MODEL.step.onnx, too: one step, its states as past_* and present_*.",
-           EXPORTING, type=bool, first=True),
+           EXPORTING, type=bool),
     Option("decoder", "--decoder", "Graph",
            "A language model for new tokens after earlier ones, whose keys and values are past_key_values.* and"
            " present.* (docs/decoder.md).", EXPORTING, type=bool, first=True),

@@ -116,7 +116,7 @@ def test_windows_states_keys_and_values_of_a_hybrid() -> None:
     names = [value.name for value in graph.model.graph.inputs]
     assert names == [
         "input_ids",
-        *(f"past_key_values.{it}" for it in ("0.window", "0.state", "1.key", "1.value")),
+        *(f"past_key_values.{it}" for it in ("0.conv_state", "0.recurrent_state", "1.key", "1.value")),
     ]
     check(model, graph, 9)
 
