@@ -213,7 +213,7 @@ class CachedCall:
     ) -> list[Tensor]:
         """Call it once: with a cache, or, without one, on all tokens."""
         whole = [beside.get(name, tokens.get(name)) for name in self.subject.inputs]
-        kept = {} if cache is None else {CACHE: cache, "use_cache": True}
+        kept = {} if cache is None else {self.cached.argument: cache, "use_cache": True}
         with self.cached.called_with({**beside, **kept}):
             leaves = self.subject.call_leaves(whole)  # type: ignore[arg-type]
         return [leaf.value for leaf in leaves if leaf.is_tensor]

@@ -22,7 +22,9 @@ from moe_export.export.frontend.caches import CACHES, Kept, kept_in, twin, witho
 
 _MODELS = "transformers.modeling_utils"
 CACHE = "past_key_values"
-"""The argument that a model takes its cache by."""
+"""What a graph's inputs of a cache begin with."""
+_ARGUMENTS = (CACHE, "cache_params")
+"""The argument that a model takes its cache by: the second one where it has states alone (Mamba)."""
 
 
 class CachedModel:
@@ -30,11 +32,12 @@ class CachedModel:
 
     Attributes:
         model: The model.
+        argument: What it takes its cache by.
         kept: The tensors of its cache; empty until `fill` has run.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, argument: str) -> None:
+        self.model, self.argument = model, argument
         self._layers: list[Any] = []
         self.kept: tuple[Kept, ...] = ()
 
@@ -60,7 +63,7 @@ class CachedModel:
 
     def given(self, cache: Any) -> AbstractContextManager[None]:
         """While this context is active, the model is called with this cache, whatever its caller passes."""
-        return self.called_with({CACHE: cache, "use_cache": True})
+        return self.called_with({self.argument: cache, "use_cache": True})
 
     @contextmanager
     def called_with(self, more: Mapping[str, Any]) -> Iterator[None]:
@@ -90,18 +93,24 @@ def find_cached_model(module: nn.Module, *, attends: bool = True) -> CachedModel
     if kind is None or caches is None:
         return None
     model = next((each for each in module.modules() if isinstance(each, kind)), None)
-    if model is None or not all(takes(model, name) for name in (CACHE, "use_cache")):
+    argument = None if model is None else _argument_of(model)
+    if model is None or argument is None or not takes(model, "use_cache"):
         return None
     layers = getattr(caches.DynamicCache(config=model.config), "layers", ())
     grows = any(isinstance(layer, caches.DynamicLayer) for layer in layers)
-    return CachedModel(model) if grows or (layers and not attends) else None
+    return CachedModel(model, argument) if grows or (layers and not attends) else None
+
+
+def _argument_of(model: nn.Module) -> str | None:
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in _ARGUMENTS if name in parameters), None)
 
 
 def takes(model: nn.Module, name: str) -> bool:
     """Whether a model can be called with an argument of this name; some hand on what they do not name themselves."""
     parameters = inspect.signature(model.forward).parameters
     handed_on = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
-    return name in parameters or (handed_on and CACHE in parameters)
+    return name in parameters or (handed_on and _argument_of(model) is not None)
 
 
 def empty(kept: Kept, tensor: Tensor) -> Tensor:
