@@ -40,6 +40,34 @@ _PADDED = 3  # places in front of one row that do not count; all in the first pa
 
 
 @dataclass(frozen=True)
+class Results:
+    """The outputs that can be had part by part.
+
+    Args:
+        each: Those with one entry for each token: (batch, length, ...).
+        last: Those of the last token: (batch, ...).
+        logits: That of `each` which the next token is chosen by; None if none is chosen.
+    """
+
+    each: Sequence[str]
+    last: Sequence[str] = ()
+    logits: str | None = None
+
+    def of(self, found: Mapping[str, Array], mask: Array) -> dict[str, Array]:
+        """These outputs, with zeros where no token is, and the likeliest token at each place."""
+        real = {name: found[name] for name in self.last}
+        for name in self.each:
+            counts = mask.reshape(*mask.shape, *[1] * (found[name].ndim - 2)) > 0
+            real[name] = np.where(counts, found[name], 0).astype(found[name].dtype)
+        return real if self.logits is None else {**real, NEXT: real[self.logits].argmax(-1)[..., None]}
+
+    @property
+    def pairs(self) -> list[RoutingPair]:
+        """The likeliest token is a choice by its logits: another one may be taken only where the two are equal."""
+        return [] if self.logits is None else [RoutingPair(NEXT, None, self.logits)]
+
+
+@dataclass(frozen=True)
 class InParts:
     """A decoder as an engine that takes all tokens, and runs them in parts.
 
@@ -47,14 +75,14 @@ class InParts:
         decoder: Runs one part.
         inputs: What it takes.
         tokens: The inputs that have one entry a token.
-        logits: The output that the next token is chosen by; None if it chooses none.
+        results: The outputs that are compared.
         name: What reports call it.
     """
 
     decoder: Runner
     inputs: Sequence[TensorSpec]
     tokens: Sequence[str]
-    logits: str | None
+    results: Results
     name: str = field(default="")
 
     def __post_init__(self) -> None:
@@ -67,12 +95,10 @@ class InParts:
             now = {name: inputs[name][:, at : at + count] for name in self.tokens}
             found = self.step(now, mask[:, : at + count], kept)
             kept = {name: found.pop(name.replace(PAST, PRESENT)) for name in kept}
-            rows.append(
-                {name: array for name, array in found.items() if is_of_tokens(array, len(mask), count)}
-            )
+            rows.append(found)
             at += count
-        whole = {name: np.concatenate([row[name] for row in rows], 1) for name in rows[0]}
-        return with_likeliest(whole, mask, self.logits)
+        joined = {name: np.concatenate([row[name] for row in rows], 1) for name in self.results.each}
+        return self.results.of({**rows[-1], **joined}, mask)
 
     def step(self, tokens: Mapping[str, Array], mask: Array, kept: Mapping[str, Array]) -> dict[str, Array]:
         """Run one part: new tokens (batch, n), the mask of all (batch, p + n), what is kept of p."""
@@ -96,7 +122,7 @@ class InParts:
         for _ in range(count):
             found = self.step({self.tokens[0]: now}, np.ones(text.shape, np.int64), kept)
             kept = {name: found[name.replace(PAST, PRESENT)] for name in kept}
-            now = found[str(self.logits)][:, -1:].argmax(-1).astype(tokens.dtype)
+            now = found[str(self.results.logits)][:, -1:].argmax(-1).astype(tokens.dtype)
             text = np.concatenate([text, now], 1)
         return text
 
@@ -107,12 +133,12 @@ class AtOnce:
 
     Args:
         model: Takes the tokens, the mask and the positions by name.
-        logits: As in `InParts`.
+        results: The outputs that are compared.
         name: What reports call it.
     """
 
     model: Callable[[Mapping[str, Array]], Mapping[str, Array]]
-    logits: str | None
+    results: Results
     name: str
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
@@ -120,27 +146,7 @@ class AtOnce:
         mask = inputs[MASK]
         places = np.maximum(mask.cumsum(1) - 1, 0)
         found = self.model({**{name: x for name, x in inputs.items() if name != PARTS}, POSITIONS: places})
-        of_tokens = {name: array for name, array in found.items() if is_of_tokens(array, *mask.shape)}
-        return with_likeliest(of_tokens, mask, self.logits)
-
-
-def is_of_tokens(array: Array, batch: int, count: int) -> bool:
-    """Whether an output has one entry a token."""
-    return array.ndim > 2 and array.shape[:2] == (batch, count)
-
-
-def with_likeliest(found: Mapping[str, Array], mask: Array, logits: str | None) -> dict[str, Array]:
-    """Outputs with zeros where no token is, and the likeliest token at each place."""
-    real = {
-        name: np.where(mask.reshape(*mask.shape, *[1] * (array.ndim - 2)) > 0, array, 0).astype(array.dtype)
-        for name, array in found.items()
-    }
-    return real if logits is None else {**real, NEXT: real[logits].argmax(-1)[..., None]}
-
-
-def pair_of(logits: str) -> RoutingPair:
-    """The likeliest token is a choice by its logits: another one may be taken only where the two are equal."""
-    return RoutingPair(NEXT, None, logits)
+        return self.results.of(found, mask)
 
 
 def decoding_cases(
@@ -160,7 +166,7 @@ def decoding_cases(
         if padded and parts[0] > _PADDED:
             mask[0, :_PADDED] = 0
         yield _case(label, seed, {**tokens, MASK: mask}, parts)
-    if len(decoder.tokens) == 1 and decoder.logits is not None:
+    if len(decoder.tokens) == 1 and decoder.results.logits is not None:
         name = decoder.tokens[0]
         text = decoder.continued(make(name, _PROMPT), _MADE)
         mask = np.ones(text.shape, np.int64)

@@ -128,6 +128,7 @@ class _Made:
         firsts: What it keeps before the first token, by name.
         tokens: The inputs that have the length.
         given: What it takes beside them: the mask, the positions.
+        told: What its outputs are told of.
     """
 
     subject: Subject
@@ -135,6 +136,7 @@ class _Made:
     firsts: Mapping[str, Tensor]
     tokens: Length
     given: tuple[str, ...]
+    told: Told
 
     def decoder(self) -> Decoder:
         """What comes of it once it is proved."""
@@ -169,7 +171,10 @@ class _Made:
             **{name: beside[name] for name in given},
             **pasts,
         }
-        module = CachedDecoder(call, list(inputs), given, [*subject.outputs, *map(present_of, pasts)])
+        told = call.told({size: tokens.resized(example, size) for size in (past, past + 1)})
+        if not told.each and not told.last:
+            raise _refused(subject, "no output is one of a token", "return the logits of all tokens")
+        module = CachedDecoder(call, list(inputs), given, [*subject.outputs, *map(present_of, pasts)], told)
         made = make_subject(module, tuple(inputs.values()), {}, source=subject.source, how=subject.how)
         made = replace(made, inputs=dict(zip(inputs, made.inputs.values(), strict=True)), root="model")
         free: dict[tuple[str, int], str | None] = {(name, 0): BATCH for name in inputs}
@@ -181,7 +186,20 @@ class _Made:
         firsts = {
             name: empty(kept, past) for (name, past), kept in zip(pasts.items(), cached.kept, strict=True)
         }
-        return cls(made, free, firsts, tokens, given)
+        return cls(made, free, firsts, tokens, given, told)
+
+
+@dataclass(frozen=True)
+class Told:
+    """Which outputs of a model are told of which tokens; any other, as a loss over all, cannot be had in parts.
+
+    Attributes:
+        each: Those with one entry for each: (batch, length, ...).
+        last: Those of one size whatever the length, taken as told of the last: (batch, ...).
+    """
+
+    each: tuple[str, ...]
+    last: tuple[str, ...]
 
 
 class CachedCall:
@@ -208,6 +226,15 @@ class CachedCall:
         assert cached is not None
         return CachedCall(wide, cached)
 
+    def told(self, examples: Mapping[int, Mapping[str, Tensor]]) -> Told:
+        """What the model's outputs are told of, seen at two numbers of tokens."""
+        (one, first), (two, second) = ((size, self.run(tokens, {})) for size, tokens in examples.items())
+        named = list(zip(self.subject.outputs, first, second, strict=True))
+        each = [name for name, a, b in named if a.dim() > 1 and (a.shape[1], b.shape[1]) == (one, two)]
+        batch = len(next(iter(examples[one].values())))
+        last = [name for name, a, b in named if a.dim() > 1 and a.shape == b.shape and len(a) == batch]
+        return Told(tuple(each), tuple(last))
+
     def run(
         self, tokens: Mapping[str, Tensor], beside: Mapping[str, Tensor], cache: Any = None
     ) -> list[Tensor]:
@@ -225,14 +252,20 @@ class CachedDecoder(nn.Module):
     Attributes:
         whole: The call that it makes; without a cache, what its results are held against.
         given: What it takes beside the tokens and the cache: `attention_mask`, `position_ids`.
+        told: Which outputs are told of which tokens.
     """
 
     def __init__(
-        self, call: CachedCall, inputs: Sequence[str], given: Sequence[str], outputs: Sequence[str]
+        self,
+        call: CachedCall,
+        inputs: Sequence[str],
+        given: Sequence[str],
+        outputs: Sequence[str],
+        told: Told,
     ) -> None:
         super().__init__()
         self.model = call.subject.module
-        self.whole, self.given = call, tuple(given)
+        self.whole, self.given, self.told = call, tuple(given), told
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
 
     def _past(self, pasts: Sequence[Tensor]) -> int | None:
@@ -302,17 +335,17 @@ def _prove_as_it_is(subject: Subject, near: float) -> None:
         tokens = made.tokens.resized(Length(tuple((name, 0) for name in named)).resized(named, 2), count)
         mask = torch.ones(2, count, dtype=torch.int64)
         if MASK in made.given and parts[0] > _PADDED:
-            mask[0, :_PADDED] = (
-                0  # padding is part of a prompt: models take a single token for one that counts
-            )
+            # Padding is part of a prompt: models take a single token for one that counts.
+            mask[0, :_PADDED] = 0
         beside = {name: tensor for name, tensor in beside_of(mask, count).items() if name in made.given}
-        wanted = call.run(tokens, beside)
+        wanted = dict(zip(subject.outputs, call.run(tokens, beside), strict=True))
         found = _in_parts(made, tokens, mask, parts)
         real = mask.bool()
-        for name, whole, rows in zip(subject.outputs, wanted, found, strict=False):
-            if whole.dim() < 2 or whole.shape[1] != count:
-                continue  # one value for all tokens, such as a loss of the routers
-            if not agree([whole[real]], [rows[real]], near):
+        for name in (*made.told.each, *made.told.last):
+            one, other = wanted[name], found[name]
+            if name in made.told.each:
+                one, other = one[real], other[real]
+            if not agree([one], [other], near):
                 how = "one by one" if len(parts) == count else f"in parts of {', '.join(map(str, parts))}"
                 raise _refused(
                     subject,
@@ -321,10 +354,12 @@ def _prove_as_it_is(subject: Subject, near: float) -> None:
                 )
 
 
-def _in_parts(made: _Made, tokens: Mapping[str, Tensor], mask: Tensor, parts: Sequence[int]) -> list[Tensor]:
-    """The decoder's outputs for tokens that are given to it part by part, joined along the length."""
+def _in_parts(
+    made: _Made, tokens: Mapping[str, Tensor], mask: Tensor, parts: Sequence[int]
+) -> dict[str, Tensor]:
+    """The decoder's outputs for tokens that are given to it part by part; those of each token joined."""
     pasts = {name: first.clone() for name, first in made.firsts.items()}
-    rows: list[list[Tensor]] = []
+    rows: list[dict[str, Tensor]] = []
     at = 0
     for count in parts:
         beside = beside_of(mask[:, : at + count], count)
@@ -332,14 +367,9 @@ def _in_parts(made: _Made, tokens: Mapping[str, Tensor], mask: Tensor, parts: Se
         now |= {name: beside[name] for name in made.given} | pasts
         found = dict(zip(made.subject.outputs, made.subject.call_named(now), strict=True))
         pasts = {name: found.pop(present_of(name)) for name in pasts}
-        rows.append(list(found.values()))
+        rows.append(found)
         at += count
-    return [
-        torch.cat(each, 1)
-        if each[0].dim() > 1 and all(row.shape[1] == n for row, n in zip(each, parts, strict=True))
-        else each[-1]
-        for each in zip(*rows, strict=True)
-    ]
+    return {**rows[-1], **{name: torch.cat([row[name] for row in rows], 1) for name in made.told.each}}
 
 
 def _refused(subject: Subject, what: str, hint: str) -> NotExportableError:

@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from moe_export.verify import Tolerance, compare
-from moe_export.verify.decoding import AtOnce, InParts, decoding_cases, pair_of
+from moe_export.verify.decoding import AtOnce, InParts, Results, decoding_cases
 from moe_export.verify.specs import Array, TensorSpec
 
 WORDS = 11
+RESULTS = Results(["logits"], [], "logits")
 INPUTS = (
     TensorSpec("ids", "int64", ("batch", "sequence")),
     TensorSpec("attention_mask", "int64", ("batch", "past_sequence + sequence")),
@@ -54,14 +55,14 @@ class Sums:
 
 def report_of(decoder: Sums):
     draw = np.random.default_rng(1)
-    in_parts = InParts(decoder, INPUTS, ["ids"], "logits")
+    in_parts = InParts(decoder, INPUTS, ["ids"], RESULTS)
     made = decoding_cases(in_parts, lambda name, count: draw.integers(1, WORDS, (2, count)), 0, padded=True)
     return compare(
-        AtOnce(whole, "logits", "whole"),
+        AtOnce(whole, RESULTS, "whole"),
         in_parts,
         made,
         tolerance=Tolerance(),
-        routing=[pair_of("logits")],
+        routing=RESULTS.pairs,
         other_sizes=0,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -13,7 +13,7 @@ from moe_export.export.decoder.decoder import CachedCall, CachedDecoder
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.simplify import as_numpy
 from moe_export.verify import Report, Tolerance, compare
-from moe_export.verify.decoding import AtOnce, InParts, decoding_cases, pair_of
+from moe_export.verify.decoding import AtOnce, InParts, Results, decoding_cases
 from moe_export.verify.runners.torch_runner import TorchRunner
 from moe_export.verify.specs import Array
 
@@ -34,8 +34,9 @@ def with_decoding(
     assert isinstance(decoder, CachedDecoder)
     call = decoder.whole
     tokens = [name for name in call.subject.inputs if name not in decoder.given]
-    logits = _logits(candidate, call.words)
-    in_parts = InParts(candidate, candidate.inputs, tokens, logits)
+    told = decoder.told
+    results = Results(told.each, told.last, _logits(candidate, told.each, call.words))
+    in_parts = InParts(candidate, candidate.inputs, tokens, results)
     draw = np.random.default_rng(seed)
 
     def make(name: str, count: int) -> Array:
@@ -47,20 +48,22 @@ def with_decoding(
         )
 
     found = compare(
-        AtOnce(_run(call, decoder, None), logits, "torch"),
+        AtOnce(_run(call, decoder, None), results, "torch"),
         in_parts,
         decoding_cases(in_parts, make, seed, padded="attention_mask" in decoder.given),
         tolerance=tolerance,
-        routing=[] if logits is None else [pair_of(logits)],
-        truth=AtOnce(_run(call.wide(), decoder, "float64"), logits, "torch in float64"),
+        routing=results.pairs,
+        truth=AtOnce(_run(call.wide(), decoder, "float64"), results, "torch in float64"),
         other_sizes=0,
     )
     return replace(report, cases=(*report.cases, *found.cases))
 
 
-def _logits(candidate: GraphRunner, words: int) -> str | None:
+def _logits(candidate: GraphRunner, outputs: Sequence[str], words: int) -> str | None:
     """The output that the next token is chosen by: the first with an entry for each token that there is."""
-    return next((spec.name for spec in candidate.outputs if spec.shape and spec.shape[-1] == words), None)
+    return next(
+        (spec.name for spec in candidate.outputs if spec.name in outputs and spec.shape[-1] == words), None
+    )
 
 
 def _run(

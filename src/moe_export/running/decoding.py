@@ -140,8 +140,8 @@ class Decoder:
         fed = {name: array for name, array in given.items() if name in self._inputs}
         found = self._runner.run_bound(fed, kept, self._device)
         after = {name: found[name.replace(PAST, PRESENT, 1)] for name in kept}
-        logits: Array = found["logits"].numpy()[:, -1]
-        return logits, after
+        logits: Array = found["logits"].numpy()
+        return (logits[:, -1] if logits.ndim > 2 else logits), after
 
     def _nothing(self, batch: int) -> dict[str, Any]:
         return {spec.name: self._runner.value_of(_empty(spec, batch), self._device) for spec in self._kept}

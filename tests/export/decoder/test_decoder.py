@@ -149,6 +149,31 @@ class LooksBack(nn.Module):
         return logits + logits.mean(1, keepdim=True)
 
 
+class Last(nn.Module):
+    """Gives the logits of the last token alone, as servers want them, or a mean over all tokens."""
+
+    def __init__(self, mean: bool = False) -> None:
+        super().__init__()
+        self.model, self.mean = BY_NAME["mixtral"].build_lm(), mean
+
+    def forward(self, input_ids):
+        logits = self.model(input_ids=input_ids).logits
+        return logits.mean() if self.mean else logits[:, -1]
+
+
+def test_logits_of_the_last_token(tmp_path):
+    graph = exported(Last())
+    report = decoded(graph, tmp_path)
+    assert report.verdict == "equal", str(report)
+    assert len(report.rows) == 1
+    assert decoded(graph, tmp_path, lambda runner: Broken(runner, first_key_forgotten)).verdict == "not equal"
+
+
+def test_what_is_told_of_no_token_is_refused():
+    with pytest.raises(NotExportableError, match="no output is one of a token"):
+        decoder_of(subject_of(Last(mean=True)))
+
+
 def test_what_a_cache_does_not_hold_is_refused():
     with pytest.raises(NotExportableError, match="is not what the model gives for all at once"):
         decoder_of(subject_of(LooksBack()))
