@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import faulthandler
+import gc
 import os
 import signal
 import sys
@@ -139,16 +140,32 @@ def fork_model(bind: Bind, module: nn.Module) -> Apart | Copy | None:
     if not hasattr(os, "fork") or sys.platform == "darwin" or torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         return copy_model(bind, module)  # macOS's own libraries do not survive a fork
     here, there = Pipe()
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", DeprecationWarning
-        )  # Python warns of forking with threads; the child takes none of their locks
-        pid = os.fork()
+    pid = _forked()
     if pid == 0:
         here.close()
         _serve(there, lambda: bind(module))
     there.close()
     return Apart(here, pid)
+
+
+def _forked() -> int:
+    """`os.fork`, after which the child never collects what the parent had left behind.
+
+    A session of onnxruntime among that waits, when it is destroyed, for threads that the child does not have.
+    """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        with warnings.catch_warnings():
+            # Python warns of forking with threads; the child takes none of their locks.
+            warnings.simplefilter("ignore", DeprecationWarning)
+            pid = os.fork()
+        if pid == 0:
+            gc.freeze()
+    finally:
+        if collects:
+            gc.enable()
+    return pid
 
 
 def copy_model(bind: Bind, module: nn.Module) -> Copy | None:
