@@ -12,6 +12,7 @@
 | `specs` | what crosses the border: arrays, `TensorSpec`, `DimRange`, `RoutingPair` |
 | `runner` | the protocol of an engine |
 | `compare` | the loop over all cases |
+| `decoding` | a decoder run in parts, as an engine |
 | `golden` | inputs and outputs of a run, stored |
 | `bodies` | the graphs within a graph, and what nodes read through them |
 | `float64_graph`, `float64_operators` | a graph in float64 |

@@ -39,7 +39,7 @@ def test_a_command_with_a_letter_wrong(command, tmp_path, monkeypatch):
 
 
 def test_a_folder(refused, tmp_path):
-    assert refused(2, tmp_path)[0] == f"{tmp_path} is a folder"
+    assert refused(2, tmp_path)[0] == f"{tmp_path} is a folder without config.json"
 
 
 def test_a_syntax_error(refused, write):
@@ -217,7 +217,7 @@ def test_options_of_the_wrong_kind(command, write, texts, args, said):
 def test_a_missing_argument(command):
     done = command("export")
     assert done.code == 2
-    assert "Missing argument 'MODEL.PY[:CLASS]'" in done.err
+    assert "no model is named" in done.err
 
 
 def test_a_file_in_the_output_folders_place(command, write, listing, tmp_path, texts):

@@ -219,6 +219,7 @@ def test_a_report_takes_what_an_export_takes_and_tells_it(command, write, tmp_pa
         "stop_after",
         "show",
         "list_calls",  # those write nothing
+        "hf",
         "reports",
         "github",
         "verbose",  # those tell what a page tells anyway
