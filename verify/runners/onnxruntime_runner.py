@@ -107,9 +107,9 @@ class OnnxRuntimeRunner:
             RunFailedError: ONNX Runtime failed on the way, with its reason.
         """
         binding = self._session.io_binding()
-        for name, array in inputs.items():
-            binding.bind_ortvalue_input(name, self.value_of(array, device))
-        for name, value in kept.items():
+        # A value on the CPU is the memory of its array, which only the value keeps alive: they are held until the end.
+        values = {**{name: self.value_of(array, device) for name, array in inputs.items()}, **kept}
+        for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for spec in self.outputs:
             binding.bind_output(spec.name, device)
