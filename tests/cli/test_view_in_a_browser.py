@@ -125,8 +125,10 @@ def test_nothing_of_a_page_is_clipped(told, command, finished, tmp_path, browser
     """A report, a page of `verify` of a right and of a wrong graph: what is wider than the screen scrolls by itself."""
     for name, graph, code in (("right", "block.onnx", 0), ("wrong", "moe.onnx", 1)):
         model = finished / f"{graph.removesuffix('.onnx')}.py"
-        if code:
-            model.write_text(model.read_text().replace("softmax(-1)", "sigmoid()"))
+        if code:  # another model, in a file of its own: others read the finished one
+            text = model.read_text().replace("softmax(-1)", "sigmoid()")
+            model = tmp_path / model.name
+            model.write_text(text)
         page = tmp_path / f"{name}.html"
         done = command("verify", finished / graph, "--against", model, "-o", page, "--no-localise")
         assert done.code == code, done.err
