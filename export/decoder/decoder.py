@@ -128,7 +128,7 @@ class _Made:
         firsts: What it keeps before the first token, by name.
         tokens: The inputs that have the length.
         given: What it takes beside them: the mask, the positions.
-        told: What its outputs are told of.
+        results: Which outputs belong to which tokens.
     """
 
     subject: Subject
@@ -136,7 +136,7 @@ class _Made:
     firsts: Mapping[str, Tensor]
     tokens: Length
     given: tuple[str, ...]
-    told: Told
+    results: TokenOutputs
 
     def decoder(self) -> Decoder:
         """What comes of it once it is proved."""
@@ -171,10 +171,12 @@ class _Made:
             **{name: beside[name] for name in given},
             **pasts,
         }
-        told = call.told({size: tokens.resized(example, size) for size in (past, past + 1)})
-        if not told.each and not told.last:
+        results = call.token_outputs({size: tokens.resized(example, size) for size in (past, past + 1)})
+        if not results.each and not results.last:
             raise _refused(subject, "no output is one of a token", "return the logits of all tokens")
-        module = CachedDecoder(call, list(inputs), given, [*subject.outputs, *map(present_of, pasts)], told)
+        module = CachedDecoder(
+            call, list(inputs), given, [*subject.outputs, *map(present_of, pasts)], results
+        )
         made = make_subject(module, tuple(inputs.values()), {}, source=subject.source, how=subject.how)
         made = replace(made, inputs=dict(zip(inputs, made.inputs.values(), strict=True)), root="model")
         free: dict[tuple[str, int], str | None] = {(name, 0): BATCH for name in inputs}
@@ -186,16 +188,16 @@ class _Made:
         firsts = {
             name: empty(kept, past) for (name, past), kept in zip(pasts.items(), cached.kept, strict=True)
         }
-        return cls(made, free, firsts, tokens, given, told)
+        return cls(made, free, firsts, tokens, given, results)
 
 
 @dataclass(frozen=True)
-class Told:
-    """Which outputs of a model are told of which tokens; any other, as a loss over all, cannot be had in parts.
+class TokenOutputs:
+    """Which outputs of a model belong to which tokens; any other, as a loss over all, cannot be had in parts.
 
     Attributes:
         each: Those with one entry for each: (batch, length, ...).
-        last: Those of one size whatever the length, taken as told of the last: (batch, ...).
+        last: Those of one size whatever the length, taken as those of the last: (batch, ...).
     """
 
     each: tuple[str, ...]
@@ -226,14 +228,14 @@ class CachedCall:
         assert cached is not None
         return CachedCall(wide, cached)
 
-    def told(self, examples: Mapping[int, Mapping[str, Tensor]]) -> Told:
-        """What the model's outputs are told of, seen at two numbers of tokens."""
+    def token_outputs(self, examples: Mapping[int, Mapping[str, Tensor]]) -> TokenOutputs:
+        """Which tokens the outputs belong to, seen at two numbers of tokens."""
         (one, first), (two, second) = ((size, self.run(tokens, {})) for size, tokens in examples.items())
         named = list(zip(self.subject.outputs, first, second, strict=True))
         each = [name for name, a, b in named if a.dim() > 1 and (a.shape[1], b.shape[1]) == (one, two)]
         batch = len(next(iter(examples[one].values())))
         last = [name for name, a, b in named if a.dim() > 1 and a.shape == b.shape and len(a) == batch]
-        return Told(tuple(each), tuple(last))
+        return TokenOutputs(tuple(each), tuple(last))
 
     def run(
         self, tokens: Mapping[str, Tensor], beside: Mapping[str, Tensor], cache: Any = None
@@ -252,7 +254,7 @@ class CachedDecoder(nn.Module):
     Attributes:
         whole: The call that it makes; without a cache, what its results are held against.
         given: What it takes beside the tokens and the cache: `attention_mask`, `position_ids`.
-        told: Which outputs are told of which tokens.
+        results: Which outputs belong to which tokens.
     """
 
     def __init__(
@@ -261,11 +263,11 @@ class CachedDecoder(nn.Module):
         inputs: Sequence[str],
         given: Sequence[str],
         outputs: Sequence[str],
-        told: Told,
+        results: TokenOutputs,
     ) -> None:
         super().__init__()
         self.model = call.subject.module
-        self.whole, self.given, self.told = call, tuple(given), told
+        self.whole, self.given, self.results = call, tuple(given), results
         self._inputs, self._outputs = tuple(inputs), tuple(outputs)
 
     def _past(self, pasts: Sequence[Tensor]) -> int | None:
@@ -341,9 +343,9 @@ def _prove_as_it_is(subject: Subject, near: float) -> None:
         wanted = dict(zip(subject.outputs, call.run(tokens, beside), strict=True))
         found = _in_parts(made, tokens, mask, parts)
         real = mask.bool()
-        for name in (*made.told.each, *made.told.last):
+        for name in (*made.results.each, *made.results.last):
             one, other = wanted[name], found[name]
-            if name in made.told.each:
+            if name in made.results.each:
                 one, other = one[real], other[real]
             if not agree([one], [other], near):
                 how = "one by one" if len(parts) == count else f"in parts of {', '.join(map(str, parts))}"
@@ -369,7 +371,7 @@ def _in_parts(
         pasts = {name: found.pop(present_of(name)) for name in pasts}
         rows.append(found)
         at += count
-    return {**rows[-1], **{name: torch.cat([row[name] for row in rows], 1) for name in made.told.each}}
+    return {**rows[-1], **{name: torch.cat([row[name] for row in rows], 1) for name in made.results.each}}
 
 
 def _refused(subject: Subject, what: str, hint: str) -> NotExportableError:

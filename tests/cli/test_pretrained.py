@@ -75,6 +75,7 @@ def test_the_folder_as_a_model(folder):
         (["export"], "no model is named"),
         (["--hf", "nowhere"], "no such folder: nowhere"),
         (["--hf", "./no/where"], "no such folder: ./no/where"),
+        (["model.py", "--decoder", "--step"], "contradict each other"),
         (["model.py", "--hf", "."], "stands in place of model.py"),
         (["--hf", "."], "is a folder without config.json"),
         (["--hf", "broken"], "transformers cannot load"),

@@ -116,6 +116,11 @@ class ExportRequest:
         gates, gate = left.pop("gates", True), left.pop("gate", None)
         if gate is not None and not gates:
             raise UsageError("--gate and --no-gate contradict each other", hint="leave one of them away")
+        if left.get("decoder") and left.get("decode"):
+            raise UsageError(
+                "--step and --decoder contradict each other",
+                hint="a decoder takes one token, too: drop --step",
+            )
         storage = Storage(
             left.pop("weights", "copy"),
             parse_bytes(left.pop("shard_size", "4GB"), "--shard-size"),

@@ -34,8 +34,8 @@ def with_decoding(
     assert isinstance(decoder, CachedDecoder)
     call = decoder.whole
     tokens = [name for name in call.subject.inputs if name not in decoder.given]
-    told = decoder.told
-    results = Results(told.each, told.last, _logits(candidate, told.each, call.words))
+    of_tokens = decoder.results
+    results = Results(of_tokens.each, of_tokens.last, _logits(candidate, of_tokens.each, call.words))
     in_parts = InParts(candidate, candidate.inputs, tokens, results)
     draw = np.random.default_rng(seed)
 

@@ -169,7 +169,7 @@ def test_logits_of_the_last_token(tmp_path):
     assert decoded(graph, tmp_path, lambda runner: Broken(runner, first_key_forgotten)).verdict == "not equal"
 
 
-def test_what_is_told_of_no_token_is_refused():
+def test_outputs_of_no_token_are_refused():
     with pytest.raises(NotExportableError, match="no output is one of a token"):
         decoder_of(subject_of(Last(mean=True)))
 
