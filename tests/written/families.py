@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,15 +61,21 @@ class Family:
 
     def build_lm(self) -> nn.Module:
         """The family's language model, from tokens to logits."""
-        return self.build(self.model.removesuffix("Model") + "ForCausalLM")
+        from transformers import AutoModelForCausalLM
+
+        return self._build(AutoModelForCausalLM.from_config)
 
     def build(self, model: str | None = None) -> nn.Module:
         """The model, or another class of the family, with random weights."""
         import transformers
 
+        return self._build(getattr(transformers, model or self.model))
+
+    def _build(self, of: Callable[[Any], nn.Module]) -> nn.Module:
+        import transformers
+
         torch.manual_seed(0)
-        config = getattr(transformers, self.config)(**self.arguments)
-        made = getattr(transformers, model or self.model)(config).eval()
+        made = of(getattr(transformers, self.config)(**self.arguments)).eval()
         with torch.no_grad():
             for parameter in made.parameters():  # some are left as they came from the allocator, or zero
                 if parameter.dim() > 1:
