@@ -29,6 +29,7 @@ NAVIGATION = {
         "docs/recurrence",
         "docs/decoder",
         "docs/precision",
+        "docs/quantize",
         "docs/verify",
         "docs/error-localisation",
         "docs/engines",

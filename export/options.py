@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from moe_export.export.experts.choose import Choice, Target
+from moe_export.export.quantize.scheme import Packing, Scheme
 from moe_export.export.recurrence.recurrences import Mode
 from moe_export.export.tracing.dims import DimRequest
 
@@ -28,6 +29,10 @@ class Options:
         decoder: Whether the graph is that of new tokens after earlier ones, in place of the model's own.
         dtype: `float32`, or what the parts of the graph that can bear it compute in: `float16` or `bfloat16`.
         float32: Paths of modules that stay float32 then.
+        weights_dtype: What weights are packed as; `float32` for not at all.
+        quantize: Which weights are: `experts`, `linear`, `all`, or patterns of names.
+        block_size: Weights that share a scale; None for what is usual (`quantize.scheme`).
+        zero_points: Whether packed weights have zero points.
         target: The engine that the graph is for: a name of `experts.choose.TARGETS`.
     """
 
@@ -43,3 +48,24 @@ class Options:
     target: Target = "onnxruntime-cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     float32: tuple[str, ...] = ()
+    weights_dtype: Literal["float32"] | Packing = "float32"
+    quantize: str = "experts"
+    block_size: int | None = None
+    zero_points: bool = False
+
+    def at_opset(self) -> Options:
+        """The same at an opset that packed weights can be in: the one that was asked for, if it is new enough."""
+        needed = 0 if self.scheme is None else self.scheme.opset
+        return self if needed <= self.opset else replace(self, opset=needed)
+
+    @property
+    def scheme(self) -> Scheme | None:
+        """How weights are packed; None for not at all."""
+        if self.weights_dtype == "float32":
+            return None
+        return Scheme.of(
+            self.weights_dtype,
+            self.block_size,
+            zero_points=self.zero_points,
+            positive=self.target.startswith("tensorrt"),
+        )

@@ -24,6 +24,7 @@ from moe_export.export.onnx.functions import described
 from moe_export.export.onnx.opset import check_opset
 from moe_export.export.options import Options
 from moe_export.export.precision.mixed import check_kept
+from moe_export.export.quantize.quantize import Quantized
 from moe_export.export.recurrence.step import step_of
 from moe_export.export.stages import PIPELINE, Draft, Model, Program, Step, between, run, without
 from moe_export.export.tracing.dims import DimRequest
@@ -43,6 +44,7 @@ class Graph:
         notes: What a reader of the report should know.
         dtype: The narrowest type that it computes in.
         wide: The same graph in float32, where `dtype` is another.
+        quantized: What weights were packed, and the graphs to hold it against; None if none was.
         program: The traced model with its experts as opaque nodes: what the graphs of several ranks are made from.
     """
 
@@ -57,6 +59,7 @@ class Graph:
     dtype: str = "float32"
     wide: ir.Model | None = None
     program: Program | None = None
+    quantized: Quantized | None = None
 
     @classmethod
     def of(
@@ -67,7 +70,18 @@ class Graph:
         dtype = "float32" if wide is None else options.dtype
         reference, traced = program.model.subject, program.traced
         return cls(
-            kind, path, draft.model, reference, traced, (), program.sites, draft.notes, dtype, wide, program
+            kind,
+            path,
+            draft.model,
+            reference,
+            traced,
+            (),
+            program.sites,
+            draft.notes,
+            dtype,
+            wide,
+            program,
+            draft.quantized,
         )
 
 
@@ -81,10 +95,12 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
         step: Called with the name of each long step; shows progress.
 
     Raises:
-        UsageError: The opset is out of range, or there is no gate at the path that was asked for.
+        UsageError: The opset is out of range or too low, options contradict each other, or there is no gate at the
+            path that was asked for.
         NotExportableError: The model, or an operator in it, has no ONNX form.
     """
     check_opset(options.opset)
+    check_packing(options)
     asked = options
     if options.decoder:
         with step("making a decoder of it"):
@@ -120,6 +136,27 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     return tuple(graphs)
 
 
+def check_packing(options: Options) -> None:
+    """Refuse packed weights that the other options leave no room for.
+
+    Raises:
+        UsageError: Says which, and what to do.
+    """
+    scheme = options.scheme
+    if scheme is None:
+        return
+    if options.dtype != "float32":
+        raise UsageError(
+            f"--weights-dtype {options.weights_dtype} and --dtype {options.dtype} contradict each other: packed"
+            " weights are multiplied in float32",
+            hint=f"leave --dtype {options.dtype} away",
+        )
+    if options.opset < scheme.opset:
+        raise UsageError(
+            f"opset {options.opset} has no operator for {scheme}", hint=f"opset={scheme.opset} or newer"
+        )
+
+
 def choose(routings: tuple[Routing, ...], gates: bool | str, *, folded: bool) -> tuple[Routing, ...]:
     """The gates to cut out: all, none, or one; of a gate in a loop that was folded, not every iteration's."""
     if isinstance(gates, bool):
@@ -143,7 +180,7 @@ def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Opt
         routing = _where_it_holds(routing, traced)
         cut = gate_subject(traced, routing, subject)
     dims = gate_dims(cut, options.dims, traced, routing.inputs)
-    draft = run(without("fold", "outline"), Model.of(cut, dims), options, step)
+    draft = run(without("fold", "outline", "quantize"), Model.of(cut, dims), options, step)
     return dataclasses.replace(
         Graph.of(draft, "gate", routing.path, options),
         reference=gate_subject(traced, routing, subject, with_scores=True),

@@ -2,7 +2,7 @@
 
     Model ─ fold ─▶ Model ─ trace ─▶ Program ─ outline ─▶ Program ─ einsums ─▶ Program ─ translate ─▶ Draft
       Draft ─ expand ─▶ Draft ─ name ─▶ Draft ─ simplify ─▶ Draft ─ share ─▶ Draft ─ order ─▶ Draft ─ precision ─▶ Draft
-      Draft ─ sides ─▶ Draft
+      Draft ─ quantize ─▶ Draft ─ sides ─▶ Draft
 
 Three types of data, one for each language that the model is written in on its way: a module (`Model`), an FX graph
 (`Program`), an ONNX graph (`Draft`). All are frozen; a stage makes a new one and leaves what it was given as it was. A
@@ -37,6 +37,7 @@ from moe_export.export.onnx.translate import check, name_at_opset, translate
 from moe_export.export.onnx.transposed import mend_products, product_notes
 from moe_export.export.options import Options
 from moe_export.export.precision.mixed import lower_precision
+from moe_export.export.quantize.quantize import Quantized, quantize
 from moe_export.export.recurrence.recurrences import Recurrent, fold_recurrences, left_if_fixed
 from moe_export.export.scans.captures import captures_as_states
 from moe_export.export.scans.expand import Expansion, expand_loops
@@ -107,11 +108,13 @@ class Draft:
         program: What it was translated from.
         model: The graph.
         wide: The same graph in float32, where it computes in another type.
+        quantized: What was packed, and the graphs to hold it against; None if nothing was.
     """
 
     program: Program
     model: ir.Model
     wide: ir.Model | None = None
+    quantized: Quantized | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -232,6 +235,17 @@ def _precision(draft: Draft, options: Options) -> Draft:
     return replace(draft, model=lowered.model, wide=draft.model, notes=notes)
 
 
+def _quantize(draft: Draft, options: Options) -> Draft:
+    """The graph with packed weights; unchanged if none was asked for."""
+    if options.scheme is None:
+        return draft
+    found = quantize(draft.model, options.scheme, options.quantize)
+    notes = (*draft.notes, *found.notes())
+    if not found.weights:
+        return replace(draft, notes=notes)
+    return replace(draft, model=found.model, quantized=found, notes=notes)
+
+
 def _sides(draft: Draft, options: Options) -> Draft:
     """The graph with branches for costly sides of decisions; an engine's builder takes both sides at once."""
     if options.target.startswith("tensorrt"):
@@ -299,6 +313,11 @@ def _valid(draft: Draft, options: Options) -> None:
     check(draft.model)
 
 
+def _valid_if_packed(draft: Draft, options: Options) -> None:
+    if draft.quantized is not None:
+        _valid(draft, options)
+
+
 def _valid_if_narrow(draft: Draft, options: Options) -> None:
     if draft.wide is not None:
         _valid(draft, options)
@@ -316,6 +335,7 @@ PIPELINE: Stages = (
     Stage("share", Draft, Draft, _share, _nothing),
     Stage("order", Draft, Draft, _order, _nothing),
     Stage("precision", Draft, Draft, _precision, _valid_if_narrow),
+    Stage("quantize", Draft, Draft, _quantize, _valid_if_packed, "quantizing weights"),
     Stage("sides", Draft, Draft, _sides, _valid),
     Stage("captures", Draft, Draft, _captures, _valid),
 )

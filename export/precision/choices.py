@@ -38,7 +38,9 @@ class Choices:
 
     @property
     def scores(self) -> tuple[str, ...]:
-        """Outputs of the replaying graph: the scores that its own choices are based on."""
+        """Outputs of the replaying graph, or of one that was asked for them: the scores that its own choices are based
+        on.
+        """
         return tuple(SCORES.format(index) for index in range(self.count))
 
 
@@ -87,11 +89,14 @@ def _known(node: ir.Node) -> int:
     return axis
 
 
-def with_choices_out(model: ir.Model) -> ir.Model:
-    """A copy of a graph that also returns its choices."""
+def with_choices_out(model: ir.Model, *, scores: bool = False) -> ir.Model:
+    """A copy of a graph that also returns its choices, and on request the scores that they are based on."""
     copy = model.clone()
     for index, node in enumerate(find_choices(copy)):
         _return(copy, node.outputs[1], _known(node), CHOICE.format(index))
+        if scores:
+            assert node.inputs[0] is not None
+            _return(copy, node.inputs[0], _known(node), SCORES.format(index))
     return copy
 
 

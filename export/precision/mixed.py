@@ -48,6 +48,7 @@ WIDE = (
     )
 )
 _CONSTANTS = frozenset({"Constant"})
+_PERHAPS_FLOAT = (ir.DataType.FLOAT, None)
 
 
 @dataclass(frozen=True)
@@ -135,10 +136,20 @@ def _wide_nodes(model: ir.Model, dtype: ir.DataType, keep: Sequence[str]) -> set
 
 
 def _sources(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes from a choice among scores, or from a recurrence, back to the products that made what they read."""
+    """The nodes behind a choice among scores, or behind a recurrence, back to the products that made what they read."""
+    scans = [value for node in graph if node.op_type == "Scan" for value in node.inputs]
+    return behind_choices(graph) | _behind(graph, scans)
+
+
+def behind_choices(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes from a choice among scores back to the products that made them: a router, from its product on."""
+    return _behind(graph, [node.inputs[0] for node in graph if node.op_type in CHOICES])
+
+
+def _behind(graph: ir.Graph, values: Iterable[ir.Value | None]) -> set[ir.Node]:
+    """The nodes that values come from, back to products, these included."""
     found: set[ir.Node] = set()
-    pending: list[ir.Value | None] = [node.inputs[0] for node in graph if node.op_type in CHOICES]
-    pending += [value for node in graph if node.op_type == "Scan" for value in node.inputs]
+    pending = list(values)
     while pending:
         value = pending.pop()
         node = value.producer() if value is not None else None
@@ -146,7 +157,7 @@ def _sources(graph: ir.Graph) -> set[ir.Node]:
             continue
         found.add(node)
         if node.op_type not in PRODUCTS:
-            pending += [value for value in node.inputs if value is not None and _is_float(value)]
+            pending += [value for value in node.inputs if value is not None and value.dtype in _PERHAPS_FLOAT]
     return found
 
 

@@ -184,6 +184,10 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
     recurrence: Mode = "auto",
     decoder: bool = False,
     simplify: bool = True,
+    weights_dtype: Literal["float32", "int8", "int4", "float8e4m3"] = "float32",
+    quantize: str = "experts",
+    block_size: int | None = None,
+    zero_points: bool = False,
 ) -> ExportedModel:
     """Export a module, and the graphs of its routers.
 
@@ -203,6 +207,10 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
         recurrence: How loops over a length are written.
         decoder: Whether the graph is that of new tokens after earlier ones, of a language model that keeps a cache.
         simplify: Whether to try onnxsim.
+        weights_dtype: What weights are stored as; the opset follows.
+        quantize: Which weights: `experts`, `linear`, `all`, or patterns of names.
+        block_size: Weights of an output that share a scale.
+        zero_points: Whether these have zero points, too.
 
     Returns:
         The graph: `save`, `verify`, `router`.
@@ -239,7 +247,11 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
             decoder=decoder,
             target=target,
             dtype=dtype,
-        )
+            weights_dtype=weights_dtype,
+            quantize=quantize,
+            block_size=block_size,
+            zero_points=zero_points,
+        ).at_opset()
         whole, *others = export_subject(subject, options)
     routers = {each.path: ExportedModel(each, subject, options) for each in others if each.kind == "gate"}
     return ExportedModel(whole, subject, options, routers)

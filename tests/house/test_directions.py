@@ -65,6 +65,7 @@ EXPORT = (
     "experts",
     "scans",
     "precision",
+    "quantize",
     "engines",
     "options",
     "stages",

@@ -102,8 +102,8 @@ class FlipBudget:
         return f"{self.limit * 100:g}%" if self.share else f"{self.limit:g}"
 
     @classmethod
-    def parse(cls, text: str) -> FlipBudget:
-        """`0.5%` or `3`.
+    def parse(cls, text: str, option: str = "--flips") -> FlipBudget:
+        """`0.5%` or `3`; `option` is what it was given to, for the error.
 
         Raises:
             UsageError: It is neither.
@@ -114,7 +114,9 @@ class FlipBudget:
         except ValueError:
             limit = -1.0
         if not (0 <= limit <= 100 if share else limit >= 0 and limit == int(limit)):
-            raise UsageError(f"--flips is a share or a number of tokens, not {text!r}", hint="--flips 0.5%")
+            raise UsageError(
+                f"{option} is a share or a number of tokens, not {text!r}", hint=f"{option} 0.5%"
+            )
         return cls(limit / 100 if share else limit, share)
 
 

@@ -25,6 +25,7 @@ from moe_export.commands.request import ExportRequest
 from moe_export.commands.stopped import show_stage
 from moe_export.comparing.apart import fork_model
 from moe_export.comparing.checking import verify_graph
+from moe_export.comparing.packing_effect import Effect, effect_of
 from moe_export.comparing.verifying_models import line_of
 from moe_export.comparison_settings import check_names as check_outputs
 from moe_export.einsum_rewrite import Site
@@ -62,7 +63,7 @@ _NO_KERNEL = re.compile(r"Could not find an implementation for (?P<op>\w+)")
 
 def run_export(request: ExportRequest) -> int:
     """Run the command; the exit code."""
-    console, storage = request.console, request.storage
+    console = request.console
     if request.list_calls:
         return list_calls(request.model, console)
     with console.user_code(), _place(request) as temporary, ReadAhead() as ahead:
@@ -77,27 +78,23 @@ def run_export(request: ExportRequest) -> int:
         names = file_names(subject.source.stem, graphs)
         reports: list[Report | None] = []
         checked: list[Graph] = []
+        effects: list[Effect | None] = []
         for graph, name in zip(graphs, names, strict=True):
-            path, facts = temporary / name, facts_of(graph, subject, options)
-            written = replace(
-                graph, notes=(*graph.notes, *_write(graph, path, facts, request.functions, storage))
+            found, report, effect = _checked(
+                graph, temporary / name, facts_of(graph, subject, options), request
             )
-            _check_file(path)
-            with console.step(f"verifying {name}" if request.verify else f"loading {name}"):
-                found, report = _verified(written, path, request)
-            learned = _learned(graph, found)
-            if learned:
-                _write(found, path, facts | learned, request.functions, storage)
             checked.append(found)
             reports.append(report)
+            effects.append(effect)
         graphs = tuple(checked)
         if reports[0] is not None:
             outputs = [row.output for report in reports if report is not None for row in report.rows]
             check_outputs(request.tolerance, outputs)
-        equal = all(report is None or report.exit_code == 0 for report in reports)
+        beyond = [line for effect in effects if effect is not None for line in effect.beyond(request.limits)]
+        equal = not beyond and all(report is None or report.exit_code == 0 for report in reports)
         if not equal:
             names = [_reject(temporary, name) for name in names]
-        document = report_document(subject, graphs, names, reports, options.opset)
+        document = report_document(subject, graphs, names, reports, effects, options.opset, request.limits)
         built = _build(request.engines if equal else None, document, temporary, console)
         ranks: Written | None = None
         if request.parallel is not None and equal:
@@ -113,12 +110,32 @@ def run_export(request: ExportRequest) -> int:
     console.json(json.dumps(document, indent=2))
     console.say(f"\nmodel: {type(subject.module).__name__}, {subject.how}")
     _print(console, request.folder, graphs, [*names, *beside, report_name], reports)
+    for line in beyond:
+        console.say(f"PACKED TOO FAR: {line}; the graphs are kept as *.rejected.onnx to look into.")
     write_reports(_located(reports, names, subject), request.wanted, console, [split_spec(request.model)[0]])
     for line in (*engine_lines(built, request.folder), *(ranks.lines if ranks is not None else ())):
         console.say(line)
     if request.engines is not None and equal:
         return exit_code(request.engines, built, console)
     return 0 if equal else worst_code(report for report in reports if report is not None) or 1
+
+
+def _checked(
+    graph: Graph, path: Path, facts: dict[str, str], request: ExportRequest
+) -> tuple[Graph, Report | None, Effect | None]:
+    """Write a graph and verify it: with what was learned of it, the report, and what packing its weights did."""
+    console, storage = request.console, request.storage
+    written = replace(graph, notes=(*graph.notes, *_write(graph, path, facts, request.functions, storage)))
+    _check_file(path)
+    with console.step(f"verifying {path.name}" if request.verify else f"loading {path.name}"):
+        found, report = _verified(written, path, request)
+    learned = _learned(graph, found)
+    if learned:
+        _write(found, path, facts | learned, request.functions, storage)
+    effect = _effect(found, request) if report is not None and not report.exit_code else None
+    if effect is not None:
+        found = replace(found, notes=(*found.notes, *effect.lines()))
+    return found, report, effect
 
 
 def _located(reports: Sequence[Report | None], names: Sequence[str], subject: Subject) -> list[Report]:
@@ -241,6 +258,14 @@ def _verified_whole(graph: Graph, path: Path, request: ExportRequest) -> tuple[G
             f"{path.name} cannot be verified: onnxruntime on {provider} has no {kernel['op']} for this dtype",
             hint="--no-verify writes it unverified; --backend onnxruntime-cuda may have it, and float32 has",
         ) from error
+
+
+def _effect(graph: Graph, request: ExportRequest) -> Effect | None:
+    """What packing weights did, where any are packed."""
+    if graph.quantized is None:
+        return None
+    with request.console.step("measuring what packing weights does"), filled_weights(graph):
+        return effect_of(graph, request.provider, request.seed, request.comparison)
 
 
 def file_names(stem: str, graphs: tuple[Graph, ...]) -> list[str]:

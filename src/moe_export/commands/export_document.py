@@ -9,6 +9,7 @@ from typing import Final, Literal, TypedDict
 
 import moe_export
 from moe_export.commands.build import EngineEntry
+from moe_export.comparing.packing_effect import Effect, EffectEntry, Limits
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.provenance import relative_line
 from moe_export.export.parallel.manifest import DimEntry
@@ -19,7 +20,8 @@ from moe_export.verify.reports.report import ReportDocument
 
 SCHEMA: Final = "moe-export/export-report/1"
 PLACE = re.compile(r"(?<![\w.])/[^\s:]+\.py:\d+")  # absolute: `../lib/loop.py:3` is somebody's already
-ExportVerdict = Verdict | Literal["not verified"]
+ExportVerdict = Verdict | Literal["not verified", "beyond limits"]
+"""`beyond limits`: equal to what its packed weights say, which is further from the model than the user allows."""
 
 
 class FixedEntry(TypedDict):
@@ -65,6 +67,7 @@ class GraphEntry(_Graph, total=False):
     """A graph that was written: what goes in and out, for which sizes, and whether it is equal to the model."""
 
     engines: list[EngineEntry]
+    packing: EffectEntry
 
 
 class RanksEntry(TypedDict):
@@ -96,9 +99,18 @@ class ExportDocument(_Export, total=False):
 
 
 def report_document(
-    subject: Subject, graphs: tuple[Graph, ...], names: list[str], reports: list[Report | None], opset: int
+    subject: Subject,
+    graphs: tuple[Graph, ...],
+    names: list[str],
+    reports: list[Report | None],
+    effects: list[Effect | None],
+    opset: int,
+    limits: Limits,
 ) -> ExportDocument:
     """The report of an export as plain data, for `model.report.json` and `--json`."""
+    verdict = verdict_of(reports)
+    if verdict == "equal" and any(effect is not None and effect.beyond(limits) for effect in effects):
+        verdict = "beyond limits"
     return {
         "schema": SCHEMA,
         "version": moe_export.__version__,
@@ -106,10 +118,10 @@ def report_document(
         "model": type(subject.module).__name__,
         "found_by": subject.how,
         "opset": opset,
-        "verdict": verdict_of(reports),
+        "verdict": verdict,
         "graphs": [
-            _graph_document(graph, name, report)
-            for graph, name, report in zip(graphs, names, reports, strict=True)
+            _graph_document(graph, name, report, effect)
+            for graph, name, report, effect in zip(graphs, names, reports, effects, strict=True)
         ],
     }
 
@@ -126,7 +138,14 @@ def given_away(note: str, folder: Path) -> str:
     return PLACE.sub(lambda place: relative_line(place[0], folder), note)
 
 
-def _graph_document(graph: Graph, name: str, report: Report | None) -> GraphEntry:
+def _graph_document(graph: Graph, name: str, report: Report | None, effect: Effect | None) -> GraphEntry:
+    entry = _entry(graph, name, report)
+    if effect is not None:
+        entry["packing"] = effect.to_dict()
+    return entry
+
+
+def _entry(graph: Graph, name: str, report: Report | None) -> GraphEntry:
     operators: dict[str, int] = {}
     for node in graph.model.graph.all_nodes():
         operators[node.op_type] = operators.get(node.op_type, 0) + 1

@@ -12,6 +12,7 @@ from moe_export.commands.build import Request, take_request
 from moe_export.commands.console import Console
 from moe_export.commands.parallel import take_parallel
 from moe_export.commands.reports import Wanted, take_wanted_of_export
+from moe_export.comparing.packing_effect import Limits
 from moe_export.comparison_settings import SETTINGS, ComparisonSettings, parse_settings, parse_tolerance
 from moe_export.errors import UsageError
 from moe_export.export.frontend.load import split_spec
@@ -55,6 +56,7 @@ class ExportRequest:
         provider: Where onnxruntime runs.
         engines: Which engines to build.
         parallel: Over which ranks to spread the experts.
+        limits: What packing weights may do to the model.
         force: Whether files of others are overwritten.
         wanted: The reports to write besides.
         list_calls: Whether to list the calls of a script, and write nothing.
@@ -83,6 +85,7 @@ class ExportRequest:
     provider: str = "cpu"
     engines: Request | None = None
     parallel: Parallel | None = None
+    limits: Limits = field(default_factory=Limits)
     force: bool = False
     wanted: Wanted = field(default_factory=Wanted)
     list_calls: bool = False
@@ -139,10 +142,11 @@ class ExportRequest:
             options=Options(
                 gates=gates if gate is None else gate,
                 **{name: left.pop(name) for name in _OPTIONS if name in left},
-            ),
+            ).at_opset(),
             comparison=parse_settings(**{name: left.pop(name) for name in SETTINGS if name in left}),
             engines=engines,
             parallel=parallel,
+            limits=Limits.parse(left.pop("max_flips", None), left.pop("max_error", None)),
             wanted=wanted,
             **left,
         )

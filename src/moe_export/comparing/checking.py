@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from moe_export.comparing import apart
 from moe_export.comparing.artifacts import GraphRunner
+from moe_export.comparing.checking_packed import StandIn, written
 from moe_export.comparing.checking_replay import GraphReplayer
 from moe_export.comparing.decoding import with_decoding
 from moe_export.comparing.known import known_of_model
@@ -38,6 +40,7 @@ from moe_export.verify import (
 )
 from moe_export.verify.golden import Recorder, recorded
 from moe_export.verify.inputs.sizes import shape_at
+from moe_export.verify.reports.findings import PART
 from moe_export.verify.specs import Array
 
 Routing = Sequence[tuple[str, str | None, str | None]]
@@ -66,6 +69,8 @@ def verify_graph(
         The report, and the graph's dimensions. A dimension's minimum is lowered to the smallest size at which the graph
         was found right: the tracer's bound is often only caution, so sizes below it are tried first.
     """
+    if graph.quantized is not None:
+        return _verify_packed(graph, path, tolerance, seed, provider, settings)
     candidate = runner_of(path, provider, graph.dtype)
     tolerance = tolerance_of(graph.dtype, tolerance)
 
@@ -105,6 +110,45 @@ def verify_graph(
     return report, tuple(
         replace(dim, minimum=min(dim.minimum, seen.get(dim.name, dim.minimum))) for dim in graph.traced.dims
     )
+
+
+def _verify_packed(
+    graph: Graph, path: Path, tolerance: Tolerance, seed: int, provider: str, settings: ComparisonSettings
+) -> tuple[Report, tuple[Dim, ...]]:
+    """Compare a graph with packed weights in two steps, each within float32's tolerance; results as of `verify_graph`.
+
+    The float graph that the weights were packed in is the model. The packed graph is that float graph with other
+    weights: those that the packed ones stand for, computed anew from the model's. What packing does to the model is
+    another question (`packing_effect`).
+    """
+    quantized = graph.quantized
+    assert quantized is not None
+    with TemporaryDirectory(prefix="moe-export-") as folder:
+        floats = written(quantized.floats, Path(folder, "floats.onnx"))
+        plain = replace(graph, model=quantized.floats, quantized=None)
+        report, dims = verify_graph(
+            plain, floats, tolerance=tolerance, seed=seed, provider=provider, settings=settings
+        )
+        if report.exit_code:
+            return replace(
+                report, about={**report.about, PART: "the graph before its weights were packed"}
+            ), dims
+        example, sizes = _as_given(graph)
+        packed = verify_file(
+            runner_of(path, provider),
+            graph.reference,
+            example=example,
+            dims=[replace(dim, traced=sizes[dim.name]) for dim in dims],
+            routing=graph.routing,
+            tolerance=tolerance,
+            seed=seed,
+            graph=path,
+            provider=provider,
+            settings=settings,
+            domain=Domain(graph.traced.conditions),
+            stand_in=StandIn.of(quantized, Path(folder), provider),
+        )
+    return packed, dims if packed.exit_code == 0 else graph.traced.dims
 
 
 def _as_given(graph: Graph) -> tuple[Mapping[str, torch.Tensor], dict[str, int]]:
@@ -189,6 +233,7 @@ def verify_file(  # noqa: PLR0913  each has a name
     narrow: str = "float32",
     domain: Domain | None = None,
     limits: Mapping[str, tuple[Array, Array]] | None = None,
+    stand_in: StandIn | None = None,
 ) -> Report:
     """Compare a graph with a model whose inputs have the same names.
 
@@ -209,6 +254,7 @@ def verify_file(  # noqa: PLR0913  each has a name
         narrow: The narrowest type that the candidate computes in.
         domain: The sizes that the candidate claims to be right for, besides the bounds of `dims`; None for all.
         limits: The least and greatest values of inputs that decide the shapes of an engine.
+        stand_in: What is right in the place of the model, which then only says what its inputs mean.
 
     Raises:
         UsageError: The settings name a case that does not exist, or the user's own inputs do not fit.
@@ -220,7 +266,8 @@ def verify_file(  # noqa: PLR0913  each has a name
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
     arrays = {name: as_numpy(tensor) for name, tensor in example.items() if name in {s.name for s in specs}}
     names = outputs or reference.outputs
-    runner = apart.reference(reference, names)
+    model = apart.reference(reference, names)
+    runner, truth = (model, None) if stand_in is None else (stand_in.runner, stand_in.truth)
     with quiet():
         known = known_of_model(reference, specs, ranges, arrays, seed, graph, domain)
     known = replace(known, limits=limits or {})
@@ -236,12 +283,12 @@ def verify_file(  # noqa: PLR0913  each has a name
             routing=pairs,
             budget=settings.flips,
             time_limit=settings.time_limit,
-            truth=apart.reference(reference, names, apart.FLOAT64),
+            truth=truth or apart.reference(reference, names, apart.FLOAT64),
             replayer=GraphReplayer(runner, graph, provider),
             about=about,
             narrow=narrow,
             rounded=None if narrow == "float32" else apart.reference(reference, names, narrow),
         )
-        if isinstance(reference.module, CachedDecoder):
+        if isinstance(reference.module, CachedDecoder) and stand_in is None:
             return with_decoding(report, candidate, reference, tolerance, seed)
         return report

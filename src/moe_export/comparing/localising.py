@@ -52,7 +52,7 @@ from moe_export.verify.runners.torch_runner import to_numpy, to_torch
 from moe_export.verify.specs import Array
 
 _OPTIONS = "moe_export.options"
-_DECIDING = {"fold", "outline", "expand", "simplify"}
+_DECIDING = {"fold", "outline", "expand", "simplify", "quantize"}
 """The stages whose options decide which nodes a graph has. Its opset and its type can be read from the graph itself."""
 _REWRITING = tuple(option.name for option in options_of("export") if _DECIDING & set(option.read_by))
 _MAY_DIFFER = 0.1

@@ -25,8 +25,9 @@ MODEL = (
            otherwise="the first export, or else the first call", type=click.IntRange(1), metavar="N"),
 )
 GRAPH = (
-    Option("opset", "--opset", "Graph", "ONNX opset, 17 or newer; exactly this one.", EXPORTING,
-           ("translate", "name"), type=int, default=17, first=True),
+    Option("opset", "--opset", "Graph",
+           "ONNX opset, 17 or newer; exactly this one, or the lowest that the weights of --weights-dtype can be in.",
+           EXPORTING, ("translate", "name"), type=int, default=17, first=True),
     Option("static", "--static", "Graph", "Fix every dimension at its example size.", EXPORTING, ("trace",),
            type=bool, first=True),
     Option("dynamic", "--dynamic", "Graph",
@@ -80,6 +81,28 @@ WEIGHTS = (
     Option("memory", "--memory", "Weights",
            "Weights in files that are larger are never read as a whole (docs/weights.md).", (*EXPORTING, "verify"),
            ("load", "comparison"), default="1GiB", metavar="SIZE"),
+)
+PACKING = (
+    Option("weights_dtype", "--weights-dtype", "Weights",
+           "What weights are stored as, to be multiplied in float32 (docs/quantize.md).", EXPORTING, ("quantize",),
+           type=click.Choice(["float32", "int8", "int4", "float8e4m3"]), default="float32", first=True),
+    Option("quantize", "--quantize", "Weights",
+           "Which weights: of experts, of other linear layers, all of these, or those of a name; several with commas.",
+           EXPORTING, ("quantize",), default="experts", metavar="experts|linear|all|PATTERN",
+           goes_with="weights_dtype"),
+    Option("block_size", "--block-size", "Weights", "Weights of an output that share a scale, a power of two.",
+           EXPORTING, ("quantize",), type=click.IntRange(16), otherwise="int4: 32; others: all of an output",
+           metavar="32|64|128", goes_with="weights_dtype"),
+    Option("zero_points", "--zero-points", "Weights",
+           "Blocks have zero points, too: for weights that do not lie around zero.", EXPORTING, ("quantize",),
+           type=bool, goes_with="weights_dtype"),
+    Option("max_flips", "--max-flips", "Tolerances",
+           "How many tokens may go to another expert because weights were packed.", EXPORTING,
+           otherwise="all", metavar="1%|N", goes_with="weights_dtype"),
+    Option("max_error", "--max-error", "Tolerances",
+           "How far an output may move because weights were packed: root mean square, as a share of the output's.",
+           EXPORTING, type=click.FloatRange(0), otherwise="any", metavar="0.02",
+           goes_with="weights_dtype"),
 )
 RANKS = (
     Option("expert_parallel", "--expert-parallel", "Experts over ranks",

@@ -63,6 +63,7 @@ STAGES = (
     "share",
     "order",
     "precision",
+    "quantize",
     "sides",
     "captures",
 )

@@ -7,13 +7,13 @@ from typing import Any
 
 from moe_export.options.comparison import ARTIFACTS, CASES, DIFFERING, MUTANTS, TOLERANCES
 from moe_export.options.engines import ENGINES
-from moe_export.options.making import GRAPH, MODEL, PIPELINE, RANKS, WEIGHTS
+from moe_export.options.making import GRAPH, MODEL, PACKING, PIPELINE, RANKS, WEIGHTS
 from moe_export.options.option import GROUPS, Option
 from moe_export.options.output import PLACES, PRINTED, REPORTS
 from moe_export.options.showing import MEASURING, PICTURES, PLANNING, REWRITING, TEXT
 
 OPTIONS: tuple[Option, ...] = (
-    *(*MODEL, *GRAPH, *WEIGHTS, *RANKS, *PIPELINE),
+    *(*MODEL, *GRAPH, *WEIGHTS, *PACKING, *RANKS, *PIPELINE),
     *(*ARTIFACTS, *CASES, *TOLERANCES, *DIFFERING, *MUTANTS),
     *ENGINES,
     *(*REWRITING, *MEASURING, *TEXT, *PICTURES, *PLANNING),

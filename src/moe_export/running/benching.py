@@ -193,7 +193,7 @@ def _open(job: Job) -> tuple[Run, str]:
         return OpenVinoRunner(job.path).run, ""
     from moe_export.running.choices import runner_of
 
-    runner = runner_of(Path(job.path), job.backend.removeprefix("onnxruntime-"), job.dtype)
+    runner = runner_of(Path(job.path), job.backend.removeprefix("onnxruntime-"), job.dtype, exact=False)
     return runner.run, f"left {runner.elsewhere} to the CPU" if runner.elsewhere else ""
 
 

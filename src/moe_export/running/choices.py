@@ -77,10 +77,10 @@ def replaying_and_chooser(
     return ReplayingRunner(forced, chooser, Choices(count)), chooser, _runner(wide, provider)
 
 
-def runner_of(path: Path, provider: str, dtype: str = "float32") -> OnnxRuntimeRunner:
+def runner_of(path: Path, provider: str, dtype: str = "float32", *, exact: bool = True) -> OnnxRuntimeRunner:
     """Onnxruntime on a file; on the CPU each operator of a half-precision graph runs in float32, and is rounded."""
     if provider != "cpu" or dtype == "float32":
-        return OnnxRuntimeRunner(path, provider)
+        return OnnxRuntimeRunner(path, provider, exact=exact)
     return _runner(ir.load(path), provider, f", rounding to {dtype}")
 
 

@@ -52,7 +52,7 @@ class Decoder:
     """
 
     def __init__(self, path: str | Path, provider: str = "cpu") -> None:
-        self._runner = OnnxRuntimeRunner(path, provider)
+        self._runner = OnnxRuntimeRunner(path, provider, exact=False)
         self._device = provider
         self._kept = tuple(spec for spec in self._runner.inputs if spec.name.startswith(PAST))
         inputs, outputs = (

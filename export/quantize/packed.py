@@ -1,0 +1,199 @@
+"""Weights on a grid as recipes: codes, scales, zero points, and the weights that these stand for.
+
+```
+source (E, K, N) ─▶ one expert (K, N) in float ─▶ rounded ─┬▶ Codes   (E, K, N)
+                                                          ├▶ Scales  (E, B, N)
+                                                          ├▶ Zeros   (E, B, N)
+                                                          └▶ Values  (E, K, N) float32: right by definition
+```
+However large a stack is, one expert of it at a time is in memory as float. Scales, which take the search, are computed
+once and kept: they are a small part of the codes, and codes are asked for before them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from moe_export.export.quantize.rounding import Array, Rounded, block_of, encoded, fitted
+from moe_export.export.quantize.scheme import Scheme
+from moe_export.export.weights.recipe import Recipe, np_dtype
+
+_BYTES = ir.DataType.UINT8
+_MIDDLE = 8
+"""What is added to a signed code of 4 bits that is stored in half a byte."""
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """A weight, and the grid that it is put on.
+
+    Attributes:
+        source: The weight in float, two axes or a stack (E, ...) of such.
+        axis: The axis that products sum over.
+        scheme: The grid.
+    """
+
+    source: Recipe
+    axis: int
+    scheme: Scheme
+    _scales: dict[int, tuple[Array, Array | None]] = field(default_factory=dict, repr=False)
+
+    @property
+    def count(self) -> int:
+        """How many weights are stacked, each of which is rounded by itself."""
+        return self.source.shape[0] if self._stacked else 1
+
+    @property
+    def _stacked(self) -> bool:
+        return len(self.source.shape) > 2 and self.axis != 0
+
+    @property
+    def block(self) -> int:
+        """Weights that share a scale."""
+        return block_of(self.source.shape[self.axis], self.scheme)
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """The weight's shape with blocks in place of the summed axis."""
+        sizes = list(self.source.shape)
+        sizes[self.axis] = -(-sizes[self.axis] // self.block)
+        return tuple(sizes)
+
+    def weight(self, index: int) -> Array:
+        """One of the stacked weights in float."""
+        return self.source.read(0, index, index + 1)[0] if self._stacked else self.source.array()
+
+    def rounded(self, index: int) -> Rounded:
+        """One of the stacked weights on its grid."""
+        weight, axis = self.weight(index), self.inner_axis
+        if index not in self._scales:
+            self._scales[index] = fitted(weight, axis, self.scheme)
+        scales, zeros = self._scales[index]
+        return Rounded(encoded(weight, axis, scales, zeros, self.scheme), scales, zeros, self.block)
+
+    def scales(self, index: int) -> tuple[Array, Array | None]:
+        """Scales and zero points of one of the stacked weights."""
+        if index not in self._scales:
+            self._scales[index] = fitted(self.weight(index), self.inner_axis, self.scheme)
+        return self._scales[index]
+
+    @property
+    def inner_axis(self) -> int:
+        """The summed axis within one of the stacked weights."""
+        return self.axis - 1 if self._stacked else self.axis
+
+    def errors(self) -> list[tuple[float, float]]:
+        """For each of the stacked weights the sum of squares of what rounding changes, and that of the weight."""
+        found = []
+        for index in range(self.count):
+            weight = self.weight(index).astype(np.float32)
+            moved = self.rounded(index).values(self.inner_axis) - weight
+            found.append((_squares(moved), _squares(weight)))
+        return found
+
+
+def _squares(array: Array) -> float:
+    return float(np.square(array, dtype=np.float64).sum())
+
+
+@dataclass(frozen=True, eq=False)
+class OnGrid(Recipe):
+    """One of the arrays that a weight on a grid consists of.
+
+    Attributes:
+        grid: The weight.
+        part: Takes the array out of what one of the stacked weights became.
+        dtype: Of the result.
+        shape: Of all of them.
+    """
+
+    grid: Grid
+    part: Callable[[Grid, int], Array]
+    dtype: ir.DataType
+    shape: tuple[int, ...]
+
+    def read(self, axis: int, start: int, stop: int) -> Array:
+        kind = np_dtype(self.dtype)
+        if not self.grid.count > 1 and axis == 0 and (start, stop) == (0, self.shape[0]):
+            return self.part(self.grid, 0).astype(kind).reshape(self.shape)
+        if self.grid.count > 1 and axis == 0:
+            return np.stack([self.part(self.grid, index).astype(kind) for index in range(start, stop)])
+        whole = self.array()
+        return whole[(slice(None),) * axis + (slice(start, stop),)]
+
+    def steps(self) -> tuple[str, ...]:
+        return ("quantized",)
+
+    @property
+    def nbytes(self) -> int:
+        """Two codes of 4 bits share a byte."""
+        return math.ceil(math.prod(self.shape) * self.dtype.itemsize)
+
+    def pieces(self, limit: int = 0) -> Iterator[Array]:
+        """One of the stacked weights at a time, as it stands in a file."""
+        if self.grid.count == 1 or (self.dtype.itemsize < 1 and math.prod(self.shape[1:]) % 2):
+            yield _in_file(self.array(), self.dtype)
+            return
+        for index in range(self.grid.count):
+            yield _in_file(self.read(0, index, index + 1), self.dtype)
+
+
+def _in_file(array: Array, dtype: ir.DataType) -> Array:
+    if dtype.itemsize >= 1:
+        return np.ascontiguousarray(array)
+    return halves(array.astype(np.int8).reshape(-1))
+
+
+def halves(codes: Array) -> Array:
+    """Codes of 4 bits (..., N) in bytes (..., N / 2), the first of two in the lower half."""
+    bits = codes.astype(np.int8).view(np.uint8) & 0x0F
+    if bits.shape[-1] % 2:
+        bits = np.concatenate([bits, np.zeros_like(bits[..., :1])], -1)
+    found: Array = bits[..., ::2] | (bits[..., 1::2] << 4)
+    return found
+
+
+def codes_of(grid: Grid) -> OnGrid:
+    """The codes, in the shape of the weight."""
+    return OnGrid(grid, lambda at, index: at.rounded(index).codes, grid.scheme.stored, grid.source.shape)
+
+
+def bytes_of(grid: Grid) -> OnGrid:
+    """Codes of 4 bits (E, K, N), two in a byte (E, K, N / 2), where the graph has to take them apart itself.
+
+    They are not negative: signed ones have 8 added.
+    """
+    shape = (*grid.source.shape[:-1], -(-grid.source.shape[-1] // 2))
+    middle = 0 if grid.scheme.zero_points else _MIDDLE
+    return OnGrid(grid, lambda at, index: halves(at.rounded(index).codes + middle), _BYTES, shape)
+
+
+def scales_of(grid: Grid) -> OnGrid:
+    """The scales, float32."""
+    return OnGrid(grid, lambda at, index: at.scales(index)[0], ir.DataType.FLOAT, grid.scale_shape)
+
+
+def zeros_of(grid: Grid, dtype: ir.DataType) -> OnGrid:
+    """The zero points, where the scheme has them."""
+    return OnGrid(grid, _zeros, dtype, grid.scale_shape)
+
+
+def _zeros(grid: Grid, index: int) -> Array:
+    zeros = grid.scales(index)[1]
+    assert zeros is not None
+    return zeros
+
+
+def values_of(grid: Grid) -> OnGrid:
+    """The weights that the codes stand for, float32."""
+    return OnGrid(
+        grid,
+        lambda at, index: at.rounded(index).values(at.inner_axis),
+        ir.DataType.FLOAT,
+        grid.source.shape,
+    )

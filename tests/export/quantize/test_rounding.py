@@ -1,0 +1,123 @@
+"""Putting weights on a grid: nearest codes, on grids no worse than those of ONNX Runtime's own quantizer."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from onnx import helper, numpy_helper
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+
+from moe_export.errors import UsageError
+from moe_export.export.quantize.rounding import rounded
+from moe_export.export.quantize.scheme import Scheme
+
+WEIGHT = np.random.default_rng(0).standard_normal((128, 96)).astype(np.float32)
+
+
+def error(values, weight=WEIGHT):
+    return float(np.sqrt(np.square(values - weight).sum() / np.square(weight).sum()))
+
+
+def theirs(weight, block, *, symmetric):
+    """What ONNX Runtime's quantizer makes of a weight (K, N), as values."""
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], "product")
+    float32 = onnx.TensorProto.FLOAT
+    graph = helper.make_graph(
+        [node],
+        "g",
+        [helper.make_tensor_value_info("x", float32, [1, len(weight)])],
+        [helper.make_tensor_value_info("y", float32, [1, weight.shape[1]])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
+    maker = MatMulNBitsQuantizer(model, block_size=block, is_symmetric=symmetric)
+    maker.process()
+    (product,) = [node for node in maker.model.model.graph.node if node.op_type == "MatMulNBits"]
+    found = {t.name: numpy_helper.to_array(t) for t in maker.model.model.graph.initializer}
+    codes = apart(found[product.input[1]]).reshape(weight.shape[1], -1, block)
+    scales = found[product.input[2]].reshape(weight.shape[1], -1, 1)
+    zeros = 8.0 if symmetric else apart(found[product.input[3]].reshape(len(codes), -1))[..., None]
+    return ((codes - zeros) * scales).reshape(len(codes), -1).T
+
+
+def apart(halves):
+    return np.stack([halves & 15, halves >> 4], -1).reshape(*halves.shape[:-1], -1).astype(np.float32)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("block", [32, 64])
+def test_the_error_is_not_above_that_of_onnxruntimes_quantizer(symmetric, block):
+    ours = rounded(WEIGHT, 0, Scheme.of("int4", block, zero_points=not symmetric)).values(0)
+    assert error(ours) <= error(theirs(WEIGHT, block, symmetric=symmetric))
+
+
+@pytest.mark.parametrize(
+    ("scheme", "most"),
+    [
+        (Scheme.of("int4", None), 0.09),
+        (Scheme.of("int8", None), 0.009),
+        (Scheme.of("int8", 32, zero_points=True), 0.006),
+        (Scheme.of("float8e4m3", None), 0.03),
+    ],
+)
+def test_how_far_normal_weights_move(scheme, most):
+    assert error(rounded(WEIGHT, 0, scheme).values(0)) < most
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 70),
+    st.integers(1, 5),
+    st.integers(0, 1),
+    st.sampled_from(["int8", "int4"]),
+    st.booleans(),
+    st.floats(-30, 30),
+    st.integers(0, 10**6),
+)
+def test_every_weight_is_on_the_code_nearest_to_it(size, others, axis, packing, zero_points, power, seed):
+    weight = np.random.default_rng(seed).standard_normal((size, others)).astype(np.float32) * 2.0**power
+    weight = np.ascontiguousarray(weight if axis == 0 else weight.T).astype(np.float32)
+    scheme = Scheme.of(packing, 16, zero_points=zero_points)
+    found = rounded(weight, axis, scheme)
+    low, high = scheme.bounds
+    assert found.codes.shape == weight.shape
+    assert found.codes.min() >= low
+    assert found.codes.max() <= high
+    assert (found.codes == np.rint(found.codes)).all()
+    assert (found.scales > 0).all() or scheme.signed
+    values = found.values(axis)
+    for step in (-1, 1):
+        other = np.clip(found.codes + step, low, high)
+        moved = replace(found, codes=other).values(axis)
+        assert (abs(values - weight) <= abs(moved - weight) * (1 + 1e-4)).all()
+
+
+def test_a_block_of_zeros_stays_zero():
+    for scheme in (Scheme.of("int4", 16), Scheme.of("int4", 16, zero_points=True), Scheme.of("int8", None)):
+        assert not rounded(np.zeros((16, 2), np.float32), 0, scheme).values(0).any()
+
+
+def test_wide_weights_are_rounded_in_strips_as_they_are_at_once(monkeypatch):
+    whole = rounded(WEIGHT, 0, Scheme.of("int4", 32))
+    monkeypatch.setattr("moe_export.export.quantize.rounding._STRIP", 7 * len(WEIGHT))
+    strips = rounded(WEIGHT, 0, Scheme.of("int4", 32))
+    assert (whole.codes == strips.codes).all()
+    assert (whole.scales == strips.scales).all()
+
+
+def test_what_no_scheme_is():
+    with pytest.raises(UsageError, match="power of two, not 48"):
+        Scheme.of("int4", 48)
+    with pytest.raises(UsageError, match="8-bit floats lie around zero"):
+        Scheme.of("float8e4m3", None, zero_points=True)
+    assert Scheme.of("int4", None).block == 32
+    assert [Scheme.of(p, b).opset for p, b in (("int8", None), ("int8", 64), ("float8e4m3", None))] == [
+        17,
+        21,
+        19,
+    ]
