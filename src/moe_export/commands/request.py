@@ -124,6 +124,8 @@ class ExportRequest:
                 "--step and --decoder contradict each other",
                 hint="a decoder takes one token, too: drop --step",
             )
+        if left.get("block_size") is not None:
+            left["block_size"] = int(left["block_size"])
         storage = Storage(
             left.pop("weights", "copy"),
             parse_bytes(left.pop("shard_size", "4GB"), "--shard-size"),

@@ -51,7 +51,8 @@ from moe_export.verify.localise.search import Localisation, NodeError, find_faul
 from moe_export.verify.runners.torch_runner import to_numpy, to_torch
 from moe_export.verify.specs import Array
 
-_OPTIONS = "moe_export.options"
+OPTIONS = "moe_export.options"
+"""The metadata that `graph_options` are stored under."""
 _DECIDING = {"fold", "outline", "expand", "simplify", "quantize"}
 """The stages whose options decide which nodes a graph has. Its opset and its type can be read from the graph itself."""
 _REWRITING = tuple(option.name for option in options_of("export") if _DECIDING & set(option.read_by))
@@ -156,18 +157,11 @@ def _reexported_values(
         return None
     opset = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 17)
     kind, path = facts.get("moe_export.kind", "model"), facts.get("moe_export.module", "")
-    options = Options(
-        opset=opset,
-        gates=path if kind == "gate" else False,
-        decode=kind == "step",
-        decoder=kind == "decoder",
-        dtype=facts.get("moe_export.dtype", "float32"),
-        **json.loads(facts.get(_OPTIONS, "{}")),
-    )
+    options = remembered_options(facts, opset)
     try:
         with quiet():
             graphs = export_subject(subject, options)
-        good = _ready(next(graph.model for graph in graphs if _is_of(graph, kind, path)))
+        good = _ready(next(graph.model for graph in graphs if is_of(graph, kind, path)))
         if not alike(model, good):
             return None
         found = Level.of(good).read([output.name for output in good.graph.output], inputs)
@@ -176,7 +170,21 @@ def _reexported_values(
         return None
 
 
-def _is_of(graph: Graph, kind: str, path: str) -> bool:
+def remembered_options(facts: Mapping[str, str], opset: int) -> Options:
+    """The options that make a graph again, from its metadata."""
+    kind, path = facts.get("moe_export.kind", "model"), facts.get("moe_export.module", "")
+    return Options(
+        opset=opset,
+        gates=path if kind == "gate" else False,
+        decode=kind == "step",
+        decoder=kind == "decoder",
+        dtype=facts.get("moe_export.dtype", "float32"),  # type: ignore[arg-type]
+        **json.loads(facts.get(OPTIONS, "{}")),
+    )
+
+
+def is_of(graph: Graph, kind: str, path: str) -> bool:
+    """Whether a graph is of this kind, and of a gate of this module."""
     return graph.kind == kind and (kind != "gate" or graph.path == path)
 
 

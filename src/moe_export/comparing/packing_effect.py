@@ -23,6 +23,7 @@ from typing import TypedDict
 import numpy as np
 
 from moe_export.comparison_settings import ComparisonSettings, comparison_cases
+from moe_export.errors import UsageError
 from moe_export.export.onnx.provenance import MODULE
 from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.pipeline import Graph
@@ -52,13 +53,19 @@ class Limits:
     error: float | None = None
 
     @classmethod
-    def parse(cls, flips: str | None, error: float | None) -> Limits:
+    def parse(cls, flips: str | None, error: str | None) -> Limits:
         """As the command line gives them.
 
         Raises:
-            UsageError: `--max-flips` cannot be read.
+            UsageError: One of them cannot be read.
         """
-        return cls(None if flips is None else FlipBudget.parse(flips, "--max-flips"), error)
+        try:
+            share = None if error is None else float(error)
+        except ValueError:
+            share = -1.0
+        if share is not None and not share >= 0:
+            raise UsageError(f"--max-error is a share of an output, not {error!r}", hint="--max-error 0.02")
+        return cls(None if flips is None else FlipBudget.parse(flips, "--max-flips"), share)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from moe_export.comparing.layerwise_artifacts import by_blocks, compare_blocks
 from moe_export.comparing.matching import match_graph, reference_of, stated_domain
 from moe_export.comparing.renaming import Renamed, by_position
 from moe_export.comparing.request import Request
+from moe_export.comparing.verifying_packed import compare_packed, is_packed
 from moe_export.comparison_settings import Own, comparison_cases, tolerance_of
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.frontend.load import load_subject, split_spec
@@ -94,6 +95,10 @@ def _graph_against_model(candidate: Artifact, reference: Artifact, request: Requ
     if reference.backend == "torch-float64":
         return _float64_against_graph(candidate, reference, request, original)
     settings = replace(request.settings, own=own_inputs(reference, original))
+    facts = metadata(candidate.path)
+    if candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime") and is_packed(facts):
+        packed = replace(request, settings=settings)
+        return compare_packed(original, candidate, packed, facts, reference.text)
     return compare_subject(original, candidate, replace(request, settings=settings), reference.text)
 
 

@@ -74,8 +74,7 @@ GRAPH = (
 WEIGHTS = (
     Option("weights", "--weights", "Weights",
            "Of weights in files: copy them beside the graph, or point to those that are used as they are stored"
-           " (docs/weights.md).", EXPORTING, ("weights",), type=click.Choice(["copy", "reference"]), default="copy",
-           first=True),
+           " (docs/weights.md).", EXPORTING, ("weights",), type=click.Choice(["copy", "reference"]), default="copy"),
     Option("shard_size", "--shard-size", "Weights", "What a weight file has at most.", EXPORTING, ("weights",),
            default="4GB", metavar="SIZE"),
     Option("memory", "--memory", "Weights",
@@ -90,9 +89,9 @@ PACKING = (
            "Which weights: of experts, of other linear layers, all of these, or those of a name; several with commas.",
            EXPORTING, ("quantize",), default="experts", metavar="experts|linear|all|PATTERN",
            goes_with="weights_dtype"),
-    Option("block_size", "--block-size", "Weights", "Weights of an output that share a scale, a power of two.",
-           EXPORTING, ("quantize",), type=click.IntRange(16), otherwise="int4: 32; others: all of an output",
-           metavar="32|64|128", goes_with="weights_dtype"),
+    Option("block_size", "--block-size", "Weights", "Weights of an output that share a scale.", EXPORTING,
+           ("quantize",), type=click.Choice(["16", "32", "64", "128", "256"]),
+           otherwise="int4: 32; others: all of an output", goes_with="weights_dtype"),
     Option("zero_points", "--zero-points", "Weights",
            "Blocks have zero points, too: for weights that do not lie around zero.", EXPORTING, ("quantize",),
            type=bool, goes_with="weights_dtype"),
@@ -101,7 +100,7 @@ PACKING = (
            otherwise="all", metavar="1%|N", goes_with="weights_dtype"),
     Option("max_error", "--max-error", "Tolerances",
            "How far an output may move because weights were packed: root mean square, as a share of the output's.",
-           EXPORTING, type=click.FloatRange(0), otherwise="any", metavar="0.02",
+           EXPORTING, otherwise="any", metavar="0.02",
            goes_with="weights_dtype"),
 )
 RANKS = (
