@@ -28,6 +28,17 @@ def common_orders(chains: tuple[Axis, ...]) -> tuple[Axis, ...]:
     return tuple(found)
 
 
+@lru_cache(maxsize=8192)
+def one_move_from(goal: Axis) -> tuple[Axis, ...]:
+    """The orders from which moving one label leads to `goal`: a product halfway between two permutes."""
+    found: dict[Axis, None] = {}
+    if len(goal) <= MANY + 1:
+        for place, label in enumerate(goal):
+            rest = goal[:place] + goal[place + 1 :]
+            found |= dict.fromkeys((*rest[:k], label, *rest[k:]) for k in range(len(goal)))
+    return tuple(found)
+
+
 def suffixes(labels: Axis, goal: Axis | None) -> tuple[Axis, ...]:
     """The label groups that may form one side of a matrix: ends of `labels`, in their order or the goal's."""
     if not labels:

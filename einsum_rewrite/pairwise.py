@@ -20,8 +20,8 @@ from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from typing import NamedTuple
 
-from moe_export.einsum_rewrite.layout import UNIT, Axis, Layout, flat, plain
-from moe_export.einsum_rewrite.orders import common_orders, suffixes
+from moe_export.einsum_rewrite.layout import UNIT, Axis, Layout, plain
+from moe_export.einsum_rewrite.orders import common_orders, one_move_from, suffixes
 from moe_export.einsum_rewrite.prices import Prices
 from moe_export.einsum_rewrite.value import Value
 
@@ -30,22 +30,11 @@ KEPT_CHOICES = 3
 
 
 class Form(NamedTuple):
-    """A matrix product: `left` @ `right`, with the axes that they need."""
+    """A matrix product: `left` @ `right`, with the axes that they need; `swapped` where the second value is left."""
 
-    batch: Axis
     left: Layout
     right: Layout
-    result: Layout
     swapped: bool
-
-
-class Choice(NamedTuple):
-    """A priced way to combine two values; `order` is set for a product, `form` for a matrix product."""
-
-    price: float
-    order: Axis
-    form: Form | None
-    layout: Layout
 
 
 def combine(x: Value, y: Value, keep: frozenset[str], goal: Axis | None, prices: Prices) -> list[Value]:
@@ -58,75 +47,50 @@ def combine(x: Value, y: Value, keep: frozenset[str], goal: Axis | None, prices:
         goal: The order of the labels of the result, None if any will do.
         prices: What a step costs.
     """
-    summed = _summed(x, y, keep)
-    choices = _choices(x, y, keep, goal, prices)
-    best: dict[Layout, Choice] = {}
-    for choice in choices:
-        known = best.get(choice.layout)
-        if known is None or choice.price < known.price:
-            best[choice.layout] = choice
-    cheapest = sorted(best.values(), key=lambda choice: choice.price)[:KEPT_CHOICES]
-    return [_build(x, y, choice, summed, prices) for choice in cheapest]
+    best: dict[Layout, Value] = {}
+    for value in alternatives(x, y, keep, goal, prices):
+        best.setdefault(value.layout, value)
+    return list(best.values())[:KEPT_CHOICES]
 
 
 def alternatives(x: Value, y: Value, keep: frozenset[str], goal: Axis | None, prices: Prices) -> list[Value]:
     """Every way that `combine` weighs, cheapest first, also those that it throws away."""
-    choices = sorted(_choices(x, y, keep, goal, prices), key=lambda choice: choice.price)
-    return [_build(x, y, choice, _summed(x, y, keep), prices) for choice in choices]
-
-
-def _summed(x: Value, y: Value, keep: frozenset[str]) -> frozenset[str]:
-    return frozenset(x.labels) & frozenset(y.labels) - keep
-
-
-def _choices(x: Value, y: Value, keep: frozenset[str], goal: Axis | None, prices: Prices) -> list[Choice]:
     shared = frozenset(x.labels) & frozenset(y.labels)
     summed = shared - keep
-    choices = []
+    found: list[Value] = []
     if not summed or shared >= frozenset(x.labels) or shared >= frozenset(y.labels):
-        choices += [
-            _price_product(x, y, order, summed, goal, prices) for order in _product_orders(x, y, goal)
+        found += [
+            _product(x, y, order, summed, goal, prices) for order in _product_orders(x, y, goal, prices)
         ]
     if summed and frozenset(x.labels) != frozenset(y.labels):
-        choices += [
-            _price_matmul(x, y, form, goal, prices)
+        found += [
+            _matmul(x, y, form, goal, prices)
             for form in matmul_forms(x.labels, y.labels, keep, goal, prices.target.vectors)
         ]
-    return choices
-
-
-def _build(x: Value, y: Value, choice: Choice, summed: frozenset[str], prices: Prices) -> Value:
-    price = choice.price - x.price - y.price
-    if choice.form is not None:
-        left, right = (y, x) if choice.form.swapped else (x, y)
-        value = left.moved(choice.form.left, prices).matmul(right.moved(choice.form.right, prices), price)
-        return value.moved(choice.layout, prices)
-    a, b = (v.moved(_aligned(v, choice.order, prices), prices) for v in (x, y))
-    value = a.multiply(b, price)
-    axes = tuple(i for i, axis in enumerate(value.layout) if axis and axis[0] in summed)
-    if axes:
-        value = value.sum(axes, alone=False)
-    return value.moved(choice.layout, prices)
+    return sorted(found, key=lambda value: value.price)
 
 
 # --- products -----------------------------------------------------------------------------------------------
 
 
-def _product_orders(x: Value, y: Value, goal: Axis | None) -> Iterable[Axis]:
-    return common_orders((x.labels, y.labels) if goal is None else (x.labels, y.labels, goal))
+def _product_orders(x: Value, y: Value, goal: Axis | None, prices: Prices) -> Iterable[Axis]:
+    if goal is None:
+        return common_orders((x.labels, y.labels))
+    orders = common_orders((x.labels, y.labels, goal))
+    if prices.target.scatter > 2 * prices.target.move and len(orders[0]) == len(goal):
+        return dict.fromkeys((*orders, *one_move_from(goal)))
+    return orders
 
 
-def _price_product(
+def _product(
     x: Value, y: Value, order: Axis, summed: frozenset[str], goal: Axis | None, prices: Prices
-) -> Choice:
-    price = x.price + y.price + prices.target.node + prices.target.product * prices.elements(order)
-    if summed:
-        price += prices.target.node + prices.elements(order) + prices.excess(order)
-    for value in (x, y):
-        price += value.move_price(_aligned(value, order, prices), prices)
-    result = plain(label for label in order if label not in summed)
-    layout = result if goal is None else plain(goal)
-    return Choice(price + prices.moves(result, layout), order, None, layout)
+) -> Value:
+    left, right = (value.moved(_aligned(value, order, prices), prices) for value in (x, y))
+    value = left.multiply(right, prices)
+    axes = tuple(i for i, axis in enumerate(value.layout) if axis and axis[0] in summed)
+    if axes:
+        value = value.sum(axes, prices, alone=False)
+    return value.moved(plain(value.labels if goal is None else goal), prices)
 
 
 def _aligned(value: Value, order: Axis, prices: Prices) -> Layout:
@@ -151,39 +115,15 @@ def _cheaper(value: Value, full: Layout, fixed: int, prices: Prices) -> Layout:
 # --- matrix products ----------------------------------------------------------------------------------------
 
 
-def _price_matmul(x: Value, y: Value, form: Form, goal: Axis | None, prices: Prices) -> Choice:
+def _matmul(x: Value, y: Value, form: Form, goal: Axis | None, prices: Prices) -> Value:
     left, right = (y, x) if form.swapped else (x, y)
-    form = form._replace(
-        left=_cheaper(left, form.left, min(2, len(form.left)), prices),
-        right=_cheaper(right, form.right, min(2, len(form.right)), prices),
-    )
-    price = x.price + y.price + prices.target.node
-    price += left.move_price(form.left, prices) + right.move_price(form.right, prices)
-    price += prices.elements(frozenset(x.labels + y.labels)) * prices.target.flop + prices.elements(
-        flat(form.result)
-    )
-    price += _price_broadcast(form, prices)
+    left = left.moved(_cheaper(left, form.left, min(2, len(form.left)), prices), prices)
+    right = right.moved(_cheaper(right, form.right, min(2, len(form.right)), prices), prices)
+    value = left.matmul(right, prices)
     if goal is not None:
-        layout = plain(goal)
-    elif any(len(axis) > 1 for axis in form.result):
-        layout = plain(flat(form.result))
-    else:
-        layout = form.result
-    return Choice(price + prices.moves(form.result, layout), (), form, layout)
-
-
-def _price_broadcast(form: Form, prices: Prices) -> float:
-    """What it costs that the product is many small ones, over which an operand may have to be repeated."""
-    left, right = (frozenset(flat(side)) & frozenset(form.batch) for side in (form.left, form.right))
-    if not left or not right:
-        return 0.0  # engines fold the batch axes of one operand into its rows
-    price = prices.target.batch * prices.elements(form.batch)
-    for mine, side in ((left, form.left), (right, form.right)):
-        missing = [label for label in form.batch if label not in mine]
-        if missing:
-            repeated = prices.elements(flat(side)) * prices.elements(missing)
-            price += repeated * (2.0 if prices.target.copies else 0.25)
-    return price
+        return value.moved(plain(goal), prices)
+    folded = any(len(axis) > 1 for axis in value.layout)
+    return value.moved(plain(value.labels), prices) if folded else value
 
 
 @lru_cache(maxsize=4096)
@@ -212,7 +152,7 @@ def _forms_one_way(
                 for order in common_orders(tuple(chains)):
                     left = (*_with_units(order, x), row, inner)
                     right = (*_with_units(order, y), inner, column)
-                    yield Form(order, left, right, (*plain(order), row, column), swapped)
+                    yield Form(left, right, swapped)
         yield from _vector_forms(x, y, inner, summed, swapped)
 
 
@@ -220,11 +160,10 @@ def _vector_forms(x: Axis, y: Axis, inner: Axis, summed: frozenset[str], swapped
     """A vector needs no axis of size 1 beside it."""
     if frozenset(y) == summed:
         batch = tuple(label for label in x if label not in summed)
-        yield Form(batch, (*plain(batch), inner), (inner,), plain(batch), swapped)
+        yield Form((*plain(batch), inner), (inner,), swapped)
     elif frozenset(x) == summed:
         *batch_labels, column = (label for label in y if label not in summed)
-        result = plain((*batch_labels, column))
-        yield Form(tuple(batch_labels), (inner,), (*plain(batch_labels), inner, (column,)), result, swapped)
+        yield Form((inner,), (*plain(batch_labels), inner, (column,)), swapped)
 
 
 def _only(labels: Axis, others: Axis) -> Axis:

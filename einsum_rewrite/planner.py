@@ -93,7 +93,7 @@ def _plan(
 ) -> Plan:
     binding = bind(equation, shapes)
     prices = Prices(dict(binding.sizes), dict(guesses), target, inf if limit is None else limit)
-    operands = [_operand(binding, k, k in constants) for k in range(len(shapes))]
+    operands = [_operand(binding, k, prices, k in constants) for k in range(len(shapes))]
     tree = contraction_tree(
         [frozenset(value.labels) for value in operands], frozenset(binding.output), prices
     )
@@ -110,7 +110,7 @@ def candidates(equation: Equation, shapes: Sequence[Shape], target: str = "onnx"
     """
     binding = bind(equation, shapes)
     prices = Prices(dict(binding.sizes), {}, read_target(target))
-    operands = [_operand(binding, k, False) for k in range(len(shapes))]
+    operands = [_operand(binding, k, prices) for k in range(len(shapes))]
     goal = binding.output
     found: dict[tuple[Step, ...], tuple[float, Plan]] = {}
     for tree in (
@@ -181,7 +181,7 @@ def _layout(axes: Sequence[str | None]) -> Layout:
     return tuple(UNIT if label is None else (label,) for label in axes)
 
 
-def _operand(binding: Binding, number: int, constant: bool) -> Value:
+def _operand(binding: Binding, number: int, prices: Prices, constant: bool = False) -> Value:
     """An operand after its diagonals, and after the sums that concern it alone."""
     value = Value(_layout(binding.axes[number]), operand=number, constant=constant)
     for label, times in Counter(value.labels).items():
@@ -191,4 +191,4 @@ def _operand(binding: Binding, number: int, constant: bool) -> Value:
     elsewhere = {label for k, axes in enumerate(binding.axes) if k != number for label in axes}
     needed = elsewhere | set(binding.output)
     private = tuple(i for i, axis in enumerate(value.layout) if axis and axis[0] not in needed)
-    return value.sum(private, alone=True) if private else value
+    return value.sum(private, prices, alone=True) if private else value

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import inf
+from typing import TYPE_CHECKING
 
 from moe_export.einsum_rewrite.binding import Size
-from moe_export.einsum_rewrite.layout import Layout, Permute, Reshape, arrange, flat
+from moe_export.einsum_rewrite.layout import UNIT, Layout, Move, Permute, Reshape, arrange, flat
 from moe_export.einsum_rewrite.reshaping import lookups
+from moe_export.einsum_rewrite.steps import Diagonal, MatMul, Multiply, Sum
 from moe_export.einsum_rewrite.targets import Target
+
+if TYPE_CHECKING:
+    from moe_export.einsum_rewrite.plan import Plan
 
 GUESS = 32
 """The size of a label of which nothing is known."""
@@ -62,15 +67,100 @@ class Prices:
             self._moves[key] = self._price_moves(start, goal)
         return self._moves[key]
 
+    def plan(self, plan: Plan) -> float:
+        """The price of all steps of a plan; moves of constants count, too."""
+        price = 0.0
+        for step in plan.steps:
+            action, inputs = step.action, [plan.layout(value) for value in step.inputs]
+            if isinstance(action, Multiply):
+                price += self.product(inputs[0], inputs[1], step.layout)
+            elif isinstance(action, MatMul):
+                price += self.matmul(inputs[0], inputs[1], step.layout)
+            elif isinstance(action, Sum):
+                price += self.sum(inputs[0], action.axes)
+            elif not isinstance(action, Diagonal):  # every plan begins with the same ones
+                price += self.move(action, inputs[0], step.layout)
+        return price
+
+    def product(self, left: Layout, right: Layout, result: Layout) -> float:
+        """The price of an elementwise product, aligned from the right and broadcast."""
+        engine, count = self.target, self.elements(flat(result))
+        return engine.node + engine.product * count + engine.span * self._spans(left, right, result)
+
+    def sum(self, layout: Layout, axes: Sequence[int]) -> float:
+        """The price of a sum over some axes."""
+        engine, last = self.target, [i for i, axis in enumerate(layout) if self.elements(axis) > 1][-1:]
+        rows = all(i in axes for i in last)
+        return engine.node + (engine.sum_rows if rows else engine.sum) * self.elements(flat(layout))
+
+    def matmul(self, left: Layout, right: Layout, result: Layout) -> float:
+        """The price of a matrix product: batch axes, then rows and columns."""
+        engine = self.target
+        batch = self.elements(frozenset(flat(left[:-2] + right[:-2])))
+        rows = self.elements(left[-2]) if len(left) > 1 else 1.0
+        columns = self.elements(right[-1]) if len(right) > 1 else 1.0
+        inner = self.elements(left[-1])
+        if not flat(right[:-2]):  # engines fold the batch axes of the left operand into its rows
+            rows, batch = rows * batch, 1.0
+        one = engine.batch + engine.read * inner * (rows + columns) + engine.flop * rows * inner * columns
+        price = engine.node + batch * one + self.elements(flat(result))
+        for side in (left, right):
+            if engine.copies and 1 < self.elements(flat(side[:-2])) < batch:
+                price += 2.0 * batch * self.elements(flat(side[-2:]))
+        return price
+
+    def _spans(self, left: Layout, right: Layout, result: Layout) -> float:
+        """How many runs a broadcast is made of, in each of which an operand is read in order or is one element."""
+        span, kind = 1.0, None
+        for place in range(1, len(result) + 1):
+            size = self.elements(result[-place])
+            varies = tuple(place <= len(side) and side[-place] != UNIT for side in (left, right))
+            if size > 1 and varies != kind and kind is not None:
+                return self.elements(flat(result)) / span
+            if size > 1:
+                span, kind = span * size, varies
+        return 1.0
+
     def _price_moves(self, start: Layout, goal: Layout) -> float:
         price = 0.0
         for move, layout in arrange(start, goal):
-            price += self.target.node
-            if isinstance(move, Permute):
-                # Engines fuse a swap of the last two axes into a neighbouring matmul.
-                swap = move.order[:-2] == tuple(range(len(move.order) - 2))
-                price += self.target.transpose + self.elements(flat(start)) * (1.5 if swap else 2.0)
-            elif isinstance(move, Reshape) and not self.target.copies:
-                price += self.target.node * lookups(start, layout, self._sizes)
+            price += self.move(move, start, layout)
             start = layout
         return price
+
+    def move(self, move: Move, start: Layout, layout: Layout) -> float:
+        """The price of one move from a layout to another."""
+        if isinstance(move, Permute):
+            return self.target.node + self.target.transpose + self._permute(start, move)
+        looked_up = isinstance(move, Reshape) and not self.target.copies
+        return self.target.node * (1 + (lookups(start, layout, self._sizes) if looked_up else 0))
+
+    def _permute(self, start: Layout, move: Permute) -> float:
+        count, engine = self.elements(flat(start)), self.target
+        if move.order[:-2] == tuple(range(len(move.order) - 2)):
+            return engine.swap * count  # engines fuse a swap of the last two axes into a neighbouring matmul
+        order = _blocks([i for i in move.order if self.elements(start[i]) > 1])
+        if order[-1:] == [len(order) - 1]:
+            return engine.rows * count
+        return (engine.move if _moves_one_axis(order) else engine.scatter) * count
+
+
+def _blocks(order: Sequence[int]) -> list[int]:
+    """A permutation of axes, with those that stay neighbours taken as one.
+
+    >>> _blocks([2, 3, 0, 1])
+    [1, 0]
+    """
+    firsts = [
+        axis for place, axis in enumerate(order) if not place or not _follows(order[place - 1], axis, order)
+    ]
+    return [sorted(firsts).index(axis) for axis in firsts]
+
+
+def _follows(before: int, axis: int, order: Sequence[int]) -> bool:
+    return axis > before and not any(before < other < axis for other in order)
+
+
+def _moves_one_axis(order: Sequence[int]) -> bool:
+    """Whether taking one axis out leaves the others in their order."""
+    return any(rest == sorted(rest) for rest in ([*order[:k], *order[k + 1 :]] for k in range(len(order))))

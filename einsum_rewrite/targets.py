@@ -21,10 +21,18 @@ class Target:
         copies: Whether a matmul copies an operand that it broadcasts along some of its batch axes (torch does),
             and sizes are read for nothing; engines for ONNX follow strides, and pay for each size looked up.
         node: A step that computes nothing: the engine still walks over it.
-        transpose: A permute on top of its moves: it also keeps its neighbours from being fused.
-        batch: Starting one small matrix product among many.
-        flop: A multiply-add inside a matrix product, far cheaper than a pass over memory.
+        transpose: A permute, whatever its size: it also keeps its neighbours from being fused.
+        swap: Moving an element by a permute of the last two axes, which often becomes part of a matrix product.
+        rows: Moving an element by a permute that leaves the last axis where it is.
+        move: Moving an element by a permute that takes one axis (or neighbours, as one) elsewhere.
+        scatter: Moving an element by any other permute.
         product: Writing an element of an elementwise product, which reads two others.
+        span: Beginning a run of elements in which each operand of a broadcast product is read in order, or is one.
+        sum: Reading an element of a sum.
+        sum_rows: Likewise, where the last axis is among those that are summed.
+        batch: Starting one small matrix product among many.
+        read: Reading an element of an operand of one of them.
+        flop: A multiply-add inside a matrix product, far cheaper than a pass over memory.
         vectors: Whether a matrix product may take a vector. ONNX Runtime 1.31 fuses a Transpose (the user's, for
             example) into a MatMul and then forgets it if the right operand is a vector: silently wrong.
     """
@@ -33,9 +41,17 @@ class Target:
     copies: bool = False
     node: float = 400.0
     transpose: float = 4000.0
-    batch: float = 64.0
-    flop: float = 0.05
+    swap: float = 1.5
+    rows: float = 2.0
+    move: float = 2.0
+    scatter: float = 2.0
     product: float = 1.0
+    span: float = 0.0
+    sum: float = 1.0
+    sum_rows: float = 1.0
+    batch: float = 64.0
+    read: float = 0.25
+    flop: float = 0.05
     vectors: bool = False
 
 
@@ -43,7 +59,23 @@ TARGETS = {
     target.name: target
     for target in (
         Target("onnx"),
-        Target("onnxruntime-cpu", product=1.5),
+        # As tests/bench/einsum_prices.py found them.
+        Target(
+            "onnxruntime-cpu",
+            node=1400.0,
+            transpose=400.0,
+            swap=1.2,
+            rows=2.0,
+            move=2.0,
+            scatter=10.0,
+            product=1.4,
+            span=18.0,
+            sum=1.2,
+            sum_rows=0.2,
+            batch=400.0,
+            read=0.17,
+            flop=0.07,
+        ),
         # A kernel launch costs some thousand elements of traffic, a batched product one launch in all.
         Target("onnxruntime-cuda", node=4000.0, transpose=8000.0, batch=2.0, flop=0.01),
         # Chains of elementwise steps are fused into one kernel; moves without data are free.

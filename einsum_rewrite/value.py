@@ -53,18 +53,21 @@ class Value:
         """The diagonal of two axes."""
         return self._after(Diagonal(first, second), diagonal_layout(self.layout, first, second))
 
-    def sum(self, axes: tuple[int, ...], price: float = 0.0, *, alone: bool) -> Value:
+    def sum(self, axes: tuple[int, ...], prices: Prices, *, alone: bool) -> Value:
         """The sum over some axes."""
+        price = prices.sum(self.layout, axes) + (0.0 if alone else prices.excess(self.labels))
         return self._after(Sum(axes, alone), sum_layout(self.layout, axes), price)
 
-    def multiply(self, other: Value, price: float) -> Value:
+    def multiply(self, other: Value, prices: Prices) -> Value:
         """The elementwise product."""
         layout = multiply_layout(self.layout, other.layout)
+        price = prices.product(self.layout, other.layout, layout)
         return Value(layout, self.price + other.price + price, Multiply(), (self, other))
 
-    def matmul(self, other: Value, price: float) -> Value:
+    def matmul(self, other: Value, prices: Prices) -> Value:
         """The matrix product."""
         layout = matmul_layout(self.layout, other.layout)
+        price = prices.matmul(self.layout, other.layout, layout)
         return Value(layout, self.price + other.price + price, MatMul(), (self, other))
 
     def _after(self, action: Action, layout: Layout, price: float = 0.0) -> Value:
