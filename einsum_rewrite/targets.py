@@ -63,7 +63,7 @@ TARGETS = {
         Target(
             "onnxruntime-cpu",
             node=1400.0,
-            transpose=400.0,
+            transpose=1000.0,
             swap=1.2,
             rows=2.0,
             move=2.0,
