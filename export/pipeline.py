@@ -95,8 +95,7 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
         step: Called with the name of each long step; shows progress.
 
     Raises:
-        UsageError: The opset is out of range or too low, options contradict each other, or there is no gate at the
-            path that was asked for.
+        UsageError: The opset is out of range or too low, or there is no gate at the path that was asked for.
         NotExportableError: The model, or an operator in it, has no ONNX form.
     """
     check_opset(options.opset)
@@ -137,20 +136,14 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
 
 
 def check_packing(options: Options) -> None:
-    """Refuse packed weights that the other options leave no room for.
+    """Refuse packed weights that the opset has no operator for.
 
     Raises:
-        UsageError: Says which, and what to do.
+        UsageError: Says which opset has one.
     """
     scheme = options.scheme
     if scheme is None:
         return
-    if options.dtype != "float32":
-        raise UsageError(
-            f"--weights-dtype {options.weights_dtype} and --dtype {options.dtype} contradict each other: packed"
-            " weights are multiplied in float32",
-            hint=f"leave --dtype {options.dtype} away",
-        )
     if options.opset < scheme.opset:
         raise UsageError(
             f"opset {options.opset} has no operator for {scheme}", hint=f"opset={scheme.opset} or newer"

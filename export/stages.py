@@ -189,7 +189,8 @@ def _translate(program: Program, options: Options) -> Draft:
 
 def _expand(draft: Draft, options: Options) -> Draft:
     model = draft.model.clone()
-    experts = expand_experts(model, draft.program.blocks, options.experts, options.target)
+    packed = options.scheme is not None
+    experts = expand_experts(model, draft.program.blocks, options.experts, options.target, packed=packed)
     steps = OPENVINO_STEPS if options.target == "openvino" else 1
     loops = expand_loops(model, Expansion(options.recurrence, options.unroll, steps))
     expand_fourier(model)

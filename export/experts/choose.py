@@ -43,13 +43,19 @@ SLICES_UP_TO = 64
 """Experts: with more of them, the speed of `slices` is no longer worth a graph that grows with their number."""
 
 
-def choose(choice: Choice, count: int, target: Target) -> Lowering:
+PACKED_SLICES_UP_TO = 256
+"""The same where weights are packed: what `loop` picks it dequantises each time, which takes ten times as long as
+products that are joined with their weights."""
+
+
+def choose(choice: Choice, count: int, target: Target, *, packed: bool = False) -> Lowering:
     """The lowering to use: the user's, or the one that `auto` stands for.
 
     Args:
         choice: What the user asked for; not `keep`.
         count: E.
         target: The engine. On a GPU no shape may depend on the data, or the host would wait for the device.
+        packed: Whether the experts' weights will be packed.
     """
     assert choice != "keep"  # with it, nothing is outlined
     if choice != "auto":
@@ -60,7 +66,7 @@ def choose(choice: Choice, count: int, target: Target) -> Lowering:
         return "slices"
     if target != "onnxruntime-cpu":
         return "trt_moe" if target == "tensorrt-sm100" else "blocks"
-    return "slices" if count <= SLICES_UP_TO else "loop"
+    return "slices" if count <= (PACKED_SLICES_UP_TO if packed else SLICES_UP_TO) else "loop"
 
 
 def instead(name: Lowering, count: int) -> Lowering:

@@ -42,6 +42,8 @@ def expand_experts(
     target: Target = "onnxruntime-cpu",
     write: Write | None = None,
     bodies: Bodies | None = None,
+    *,
+    packed: bool = False,
 ) -> list[str]:
     """Expand every opaque node of a model, in place.
 
@@ -52,6 +54,7 @@ def expand_experts(
         target: The engine that the graph is for, by which `auto` chooses.
         write: Writes a block; by default all of it, rather than one rank's part.
         bodies: Bodies that are translated already, if several graphs are made from one trace.
+        packed: Whether the experts' weights will be packed.
 
     Returns:
         A line for each block, for the report.
@@ -63,7 +66,7 @@ def expand_experts(
     bodies = bodies or Bodies()
     for node in [node for node in model.graph if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]:
         block = blocks[node.attributes[NUMBER].as_int()]
-        name, reason = choose(choice, block.experts.count, target), ""
+        name, reason = choose(choice, block.experts.count, target, packed=packed), ""
         opaque = _opaque(node, block, model, bodies)
         mark_block(node, "experts", module_of(block))
         builder, form = _builder(model, node), write or _write

@@ -24,6 +24,7 @@ from moe_export.export.parallel.partial_sum import partial_sum
 from moe_export.export.parallel.placement import Layer, Placement, place
 from moe_export.export.parallel.stages import ALL_REDUCE, LAYER, Staged, cut, exchanges_of
 from moe_export.export.pipeline import Graph
+from moe_export.export.quantize.quantize import quantize
 from moe_export.export.scans.expand import Expansion, expand_loops
 from moe_export.export.stages import Draft, Program, between, run, with_stage
 from moe_export.graph_builder import GraphBuilder
@@ -187,6 +188,8 @@ class _Maker:
         stages = with_stage(between("expand", "name"), "expand", run=expand, ensures=exchanges_are_left)
         stages = with_stage(stages, "name", ensures=exchanges_are_left)
         model = run(stages, self.draft, options).model
+        if options.scheme is not None:
+            model = quantize(model, options.scheme, options.quantize, whole=False).model
         if self.parallel.collectives == "graph":
             described = exchanges_of(model)
             write_collectives(model, self.parallel.ranks, options.target)
@@ -201,7 +204,7 @@ class _Maker:
             layer = self._layer_of(block)
             own = self.placement.experts_of(layer, rank)
             if options.experts == "auto":
-                form = choose("auto", len(own), options.target)
+                form = choose("auto", len(own), options.target, packed=options.scheme is not None)
             if self.parallel.exchange == "all_to_all":
                 way = ThereAndBack(self.placement, layer, rank, self.parallel.capacity)
                 return there_and_back(w, form, block, way)

@@ -23,6 +23,8 @@ from moe_export.export.precision.mixed import behind_choices
 
 Kind = Literal["experts", "linear", "router", "recurrence"]
 _WORDS = {"experts": ("experts",), "linear": ("linear",), "all": ("experts", "linear")}
+FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+"""Types of weights that can be packed; they are multiplied in the same type."""
 _LEAST = 2
 """Axes of a weight; a vector is no matrix of a product."""
 
@@ -73,12 +75,13 @@ class _Way:
     reason: str = ""
 
 
-def find_weights(model: ir.Model, asked: str) -> tuple[list[Candidate], list[Left]]:
+def find_weights(model: ir.Model, asked: str, *, whole: bool = True) -> tuple[list[Candidate], list[Left]]:
     """The weights of a graph that are to be packed, and those among them that cannot be.
 
     Args:
         model: The graph; shapes that it lacks may be noted in it.
         asked: `experts`, `linear`, `all`, or patterns of names (`*.mlp.*`); several with commas.
+        whole: Whether each pattern has to match a weight.
 
     Raises:
         UsageError: A pattern matches no weight of a product.
@@ -94,7 +97,7 @@ def find_weights(model: ir.Model, asked: str) -> tuple[list[Candidate], list[Lef
     matched: set[str] = set()
     names: list[str] = []
     for value in model.graph.initializers.values():
-        if value.dtype is not ir.DataType.FLOAT or value.shape is None or len(value.shape) < _LEAST:
+        if value.dtype not in FLOATS or value.shape is None or len(value.shape) < _LEAST:
             continue
         ways = list(_ways(value, tuple(range(len(value.shape)))))
         products = tuple(dict.fromkeys(way.product for way in ways if way.product is not None))
@@ -115,7 +118,7 @@ def find_weights(model: ir.Model, asked: str) -> tuple[list[Candidate], list[Lef
             readers = tuple(dict.fromkeys(use.node for use in value.uses()))
             found.append(Candidate(value, ways[0].axis, readers, products, kind))
     for pattern in patterns:
-        if pattern not in matched:
+        if whole and pattern not in matched:
             raise UsageError(
                 f"--quantize {pattern}: no product of the graph has a weight of this name",
                 hint=f"experts, linear, all, or a pattern of: {', '.join(names[:8])}" if names else None,

@@ -4,7 +4,7 @@
 source (E, K, N) ─▶ one expert (K, N) in float ─▶ rounded ─┬▶ Codes   (E, K, N)
                                                           ├▶ Scales  (E, B, N)
                                                           ├▶ Zeros   (E, B, N)
-                                                          └▶ Values  (E, K, N) float32: right by definition
+                                                          └▶ Values  (E, K, N) in float: right by definition
 ```
 However large a stack is, one expert of it at a time is in memory as float. Scales, which take the search, are computed
 once and kept: they are a small part of the codes, and codes are asked for before them.
@@ -174,8 +174,8 @@ def bytes_of(grid: Grid) -> OnGrid:
 
 
 def scales_of(grid: Grid) -> OnGrid:
-    """The scales, float32."""
-    return OnGrid(grid, lambda at, index: at.scales(index)[0], ir.DataType.FLOAT, grid.scale_shape)
+    """The scales, in the weight's own type."""
+    return OnGrid(grid, lambda at, index: at.scales(index)[0], grid.source.dtype, grid.scale_shape)
 
 
 def zeros_of(grid: Grid, dtype: ir.DataType) -> OnGrid:
@@ -190,10 +190,13 @@ def _zeros(grid: Grid, index: int) -> Array:
 
 
 def values_of(grid: Grid) -> OnGrid:
-    """The weights that the codes stand for, float32."""
+    """The weights that the codes stand for, in the weight's own type.
+
+    A code has few bits, so its product with a scale is exact in float32, and is rounded once.
+    """
     return OnGrid(
         grid,
         lambda at, index: at.rounded(index).values(at.inner_axis),
-        ir.DataType.FLOAT,
+        grid.source.dtype,
         grid.source.shape,
     )

@@ -91,13 +91,14 @@ def _bytes(value: ir.Value) -> int:
     return value.const_value.nbytes if value.const_value is not None else 0
 
 
-def quantize(model: ir.Model, scheme: Scheme, asked: str) -> Quantized:
+def quantize(model: ir.Model, scheme: Scheme, asked: str, *, whole: bool = True) -> Quantized:
     """Pack weights of a graph.
 
     Args:
         model: The graph; it is not changed.
         scheme: How.
         asked: Which, as for `find_weights`.
+        whole: Whether the graph is that of the whole model, so that each pattern matches a weight of it.
 
     Raises:
         UsageError: The opset is too low, or a pattern matches no weight.
@@ -108,7 +109,7 @@ def quantize(model: ir.Model, scheme: Scheme, asked: str) -> Quantized:
             f"{scheme} has no operator in opset {model.opset_imports['']}", hint=f"--opset {scheme.opset}"
         )
     packed = model.clone()
-    found, left = find_weights(packed, asked)
+    found, left = find_weights(packed, asked, whole=whole)
     grids = {weight.name: Grid(_source(weight), weight.axis, scheme) for weight in found}
     writer = Writer(packed, streamed=has_recipes(model))
     weights = tuple(Packed(weight.name, weight.kind, grids[weight.name]) for weight in found)

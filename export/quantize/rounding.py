@@ -76,6 +76,8 @@ def fitted(weight: Array, axis: int, scheme: Scheme) -> tuple[Array, Array | Non
     found = [_best(_blocks(part, scheme), scheme) for part in _strips(columns)]
     scale, zero = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
     scales = _placed(scale, weight, axis)
+    if weight.dtype.itemsize < scale.dtype.itemsize:  # the graph multiplies in the weight's own type
+        scales = _nonzero(scales.astype(weight.dtype).astype(np.float32))
     return scales, _placed(zero, weight, axis) if scheme.zero_points else None
 
 
@@ -165,6 +167,11 @@ def _grids(blocks: Array, scheme: Scheme) -> Iterator[tuple[Array, Array]]:
             scale = _positive(np.maximum(most, -least) * (share / high))
             turned = scheme.signed & (most > -least)
             yield np.where(turned, -scale, scale), np.zeros_like(scale)
+
+
+def _nonzero(scale: Array) -> Array:
+    """Scales of values that are 0 in a narrow type are 1."""
+    return np.where(scale == 0, 1, scale).astype(np.float32)
 
 
 def _positive(scale: Array) -> Array:

@@ -148,9 +148,9 @@ class Writer:
         if self._opset >= BLOCKED:
             taken = _without_last_none([scales, zeros])
             return w.op("DequantizeLinear", codes, *taken, axis=axis, block_size=grid.block)
-        found = w.op("Cast", codes, to=ir.DataType.FLOAT)
+        found = w.op("Cast", codes, to=grid.source.dtype)
         if zeros is not None:
-            found = w.op("Sub", found, w.op("Cast", zeros, to=ir.DataType.FLOAT))
+            found = w.op("Sub", found, w.op("Cast", zeros, to=grid.source.dtype))
         return w.op("Mul", found, scales)
 
 

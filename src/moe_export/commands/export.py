@@ -25,7 +25,7 @@ from moe_export.commands.request import ExportRequest
 from moe_export.commands.stopped import show_stage
 from moe_export.comparing.apart import fork_model
 from moe_export.comparing.checking import verify_graph
-from moe_export.comparing.packing_effect import Effect, effect_of
+from moe_export.comparing.packing_effect import Effect, Limits, effect_of
 from moe_export.comparing.verifying_models import line_of
 from moe_export.comparison_settings import check_names as check_outputs
 from moe_export.einsum_rewrite import Site
@@ -135,6 +135,11 @@ def _checked(
     effect = _effect(found, request) if report is not None and not report.exit_code else None
     if effect is not None:
         found = replace(found, notes=(*found.notes, *effect.lines()))
+    elif graph.quantized is not None and request.limits != Limits() and report is None:
+        raise UsageError(
+            "--max-error and --max-flips are about what the graph gives, and it was not run",
+            hint="--compare whole, if there is memory for the weights in float; without --no-verify",
+        )
     return found, report, effect
 
 
@@ -218,7 +223,7 @@ def _verified(graph: Graph, path: Path, request: ExportRequest) -> tuple[Graph, 
     """The graph with what verification learned of its dimensions, and the report; None if it is not verified."""
     parts = Parts(request.compare, request.storage)
     if parts.wanted(graph, path):
-        if not request.verify:
+        if not request.verify or graph.quantized is not None:
             return parts.unverified(graph)
         return parts.verified(graph, path, request.tolerance, request.seed)
     with filled_weights(graph):

@@ -115,7 +115,7 @@ def verify_graph(
 def _verify_packed(
     graph: Graph, path: Path, tolerance: Tolerance, seed: int, provider: str, settings: ComparisonSettings
 ) -> tuple[Report, tuple[Dim, ...]]:
-    """Compare a graph with packed weights in two steps, each within float32's tolerance; results as of `verify_graph`.
+    """Compare a graph with packed weights in two steps, each as tightly as any graph; results as of `verify_graph`.
 
     The float graph that the weights were packed in is the model. The packed graph is that float graph with other
     weights: those that the packed ones stand for, computed anew from the model's. What packing does to the model is
@@ -135,12 +135,12 @@ def _verify_packed(
             ), dims
         example, sizes = _as_given(graph)
         packed = verify_file(
-            runner_of(path, provider),
+            runner_of(path, provider, graph.dtype),
             graph.reference,
             example=example,
             dims=[replace(dim, traced=sizes[dim.name]) for dim in dims],
             routing=graph.routing,
-            tolerance=tolerance,
+            tolerance=tolerance_of(graph.dtype, tolerance),
             seed=seed,
             graph=path,
             provider=provider,

@@ -217,7 +217,8 @@ def effect_of(graph: Graph, provider: str, seed: int, settings: ComparisonSettin
     outputs = {
         name: math.sqrt(moved / own) if own else math.sqrt(moved) for name, (moved, own) in sums.items()
     }
-    routers = tuple(router.effect() for router in flips)
+    used = [bool(node.outputs[1].uses()) for node in nodes]  # else it is the best scores of each group
+    routers = tuple(router.effect() for router, counts in zip(flips, used, strict=True) if counts)
     return Effect(str(quantized.scheme), count, outputs, routers, weight_errors(quantized))
 
 
@@ -260,9 +261,11 @@ class _Flips:
         self._experts = max(self._experts, count)
         self._used.update(np.unique(np.concatenate([mine, theirs])).tolist())
         if flipped.any():
-            lost = np.where(kept & ~taken, scored, -np.inf)[flipped].max(-1)
-            won = np.where(taken & ~kept, scored, np.inf)[flipped].min(-1)
-            self._gap = max(self._gap, float((lost - won).max()))
+            known = np.isfinite(scored)
+            lost = np.where(kept & ~taken & known, scored, -np.inf)[flipped].max(-1)
+            won = np.where(taken & ~kept & known, scored, np.inf)[flipped].min(-1)
+            gaps = (lost - won)[np.isfinite(lost - won)]
+            self._gap = max(self._gap, float(gaps.max(initial=0.0)))
 
     def effect(self) -> RouterEffect:
         """The sum of all cases."""

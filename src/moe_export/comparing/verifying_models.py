@@ -90,15 +90,15 @@ def compare_models(candidate: Artifact, reference: Artifact, request: Request) -
 
 def _graph_against_model(candidate: Artifact, reference: Artifact, request: Request) -> Report:
     original = open_model(reference, request).subject
-    if by_blocks(original, candidate, request.how):
+    facts = metadata(candidate.path)
+    packed = is_packed(facts) and (candidate.backend or "").startswith("onnxruntime")
+    if by_blocks(original, candidate, request.how) and not packed:
         return compare_blocks(original, candidate, request, reference.text)
     if reference.backend == "torch-float64":
         return _float64_against_graph(candidate, reference, request, original)
     settings = replace(request.settings, own=own_inputs(reference, original))
-    facts = metadata(candidate.path)
-    if candidate.kind == "graph" and (candidate.backend or "").startswith("onnxruntime") and is_packed(facts):
-        packed = replace(request, settings=settings)
-        return compare_packed(original, candidate, packed, facts, reference.text)
+    if packed:
+        return compare_packed(original, candidate, replace(request, settings=settings), facts, reference.text)
     return compare_subject(original, candidate, replace(request, settings=settings), reference.text)
 
 

@@ -14,6 +14,7 @@ from moe_export.errors import UsageError
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.pipeline import Graph, export_subject
 from moe_export.export.tracing.trace import quiet
+from moe_export.export.weights.lazy import in_memory
 from moe_export.verify import Report
 from moe_export.verify.runners.onnxruntime_runner import OnnxRuntimeRunner
 
@@ -38,8 +39,12 @@ def compare_packed(
         called: What the report calls the model.
 
     Raises:
-        UsageError: The model has other inputs than the graph.
+        UsageError: The model has other inputs than the graph, or the comparison is to be block by block.
     """
+    if request.how == "layers":
+        raise UsageError(
+            f"{candidate.text} has packed weights, which are compared as a whole only", hint="--compare whole"
+        )
     graph = _exported_anew(original, facts)
     taken = {spec.name for spec in OnnxRuntimeRunner(candidate.path, candidate.provider).inputs}
     if not taken <= graph.traced.example.keys():
@@ -47,14 +52,15 @@ def compare_packed(
             f"{candidate.text} takes {', '.join(sorted(taken))}, and the model now {', '.join(graph.traced.example)}",
             hint="a graph with packed weights is compared with a new export of its model: export it again",
         )
-    report, _ = verify_graph(
-        graph,
-        candidate.path,
-        tolerance=request.tolerance,
-        seed=request.seed,
-        provider=candidate.provider,
-        settings=request.settings,
-    )
+    with in_memory(graph.reference.module):
+        report, _ = verify_graph(
+            graph,
+            candidate.path,
+            tolerance=request.tolerance,
+            seed=request.seed,
+            provider=candidate.provider,
+            settings=request.settings,
+        )
     return replace(report, about={**report.about, "candidate": candidate.text, "reference": called})
 
 

@@ -102,6 +102,8 @@ class Parts:
     def unverified(self, graph: Graph) -> tuple[Graph, None]:
         """The graph, with a note that it was never loaded."""
         note = "the graph was checked but not loaded: its weights are larger than --memory"
+        if graph.quantized is not None:
+            note += "; packed ones are compared as a whole only (--compare whole)"
         return replace(graph, notes=(*graph.notes, note)), None
 
 

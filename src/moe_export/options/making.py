@@ -83,8 +83,8 @@ WEIGHTS = (
 )
 PACKING = (
     Option("weights_dtype", "--weights-dtype", "Weights",
-           "What weights are stored as, to be multiplied in float32 (docs/quantize.md).", EXPORTING, ("quantize",),
-           type=click.Choice(["float32", "int8", "int4", "float8e4m3"]), default="float32", first=True),
+           "What weights are stored as, to be multiplied in their own type (docs/quantize.md).", EXPORTING,
+           ("quantize",), default="float32", first=True, type=click.Choice(["float32", "int8", "int4", "float8e4m3"])),
     Option("quantize", "--quantize", "Weights",
            "Which weights: of experts, of other linear layers, all of these, or those of a name; several with commas.",
            EXPORTING, ("quantize",), default="experts", metavar="experts|linear|all|PATTERN",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 import pytest
 
 from moe_export.export.quantize.packed import Grid, bytes_of, codes_of, scales_of, values_of, zeros_of
 from moe_export.export.quantize.scheme import Scheme
-from moe_export.export.weights.recipe import Recipe, RecipeTensor
+from moe_export.export.weights.recipe import Held, Recipe, RecipeTensor
 
 STACK = np.random.default_rng(0).standard_normal((3, 20, 6)).astype(np.float32)
 
@@ -67,3 +68,14 @@ def test_two_codes_share_a_byte_the_first_in_the_lower_half():
     assert halves.shape == (3, 20, 3)
     assert ((halves & 15) == codes[..., ::2]).all()
     assert ((halves >> 4) == codes[..., 1::2]).all()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_half_precision_weights_keep_their_type(dtype):
+    """What the codes stand for is the product in the weight's own type, as `DequantizeLinear` gives it."""
+    weight = (STACK[0] * 0.01).astype(dtype)
+    grid = Grid(Held(lambda: weight, ir.tensor(weight).dtype, weight.shape), 0, Scheme.of("int4", 16))
+    codes, scales, values = (recipe(grid).array() for recipe in (codes_of, scales_of, values_of))
+    assert scales.dtype == values.dtype == np.dtype(dtype)
+    assert (values == codes.astype(dtype) * np.repeat(scales, 16, 0)[:20]).all()
+    assert abs(values.astype(np.float32) - weight.astype(np.float32)).max() < 0.01

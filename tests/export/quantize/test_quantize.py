@@ -145,8 +145,6 @@ def test_a_router_is_packed_only_by_its_name():
 def test_options_that_leave_packed_weights_no_room():
     with pytest.raises(UsageError, match="opset 17 has no operator for int4, blocks of 32"):
         check_packing(Options(weights_dtype="int4"))
-    with pytest.raises(UsageError, match="--dtype float16 contradict"):
-        check_packing(Options(opset=21, weights_dtype="int4", dtype="float16"))
     assert Options(weights_dtype="int4").at_opset().opset == 21
     assert Options(weights_dtype="int4", opset=23).at_opset().opset == 23
     assert Options(weights_dtype="int8").at_opset().opset == 17
