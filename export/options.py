@@ -67,5 +67,5 @@ class Options:
             self.weights_dtype,
             self.block_size,
             zero_points=self.zero_points,
-            positive=self.target.startswith("tensorrt"),
+            tensorrt=self.target.startswith("tensorrt"),
         )

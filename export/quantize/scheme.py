@@ -35,17 +35,18 @@ class Scheme:
         packing: Of a weight.
         block: Weights along the summed axis that share a scale; None for all of them, a scale for each output.
         zero_points: Whether a block also has the code of zero: its values need not lie around it.
-        positive: Whether scales have to be: TensorRT takes no others.
+        tensorrt: Whether TensorRT reads the graph: it takes positive scales only, and codes that `DequantizeLinear`
+            reads, and nothing else. So a stack is dequantised before an expert is picked out of it.
     """
 
     packing: Packing
     block: int | None = None
     zero_points: bool = False
-    positive: bool = False
+    tensorrt: bool = False
 
     @classmethod
     def of(
-        cls, packing: Packing, block: int | None, *, zero_points: bool = False, positive: bool = False
+        cls, packing: Packing, block: int | None, *, zero_points: bool = False, tensorrt: bool = False
     ) -> Scheme:
         """The scheme for what the user asked for: 4 bits have blocks of 32 if nothing else is said.
 
@@ -60,7 +61,7 @@ class Scheme:
             )
         if block is None and packing == "int4":
             block = _BLOCK_OF_4_BITS
-        return cls(packing, block, zero_points, positive)
+        return cls(packing, block, zero_points, tensorrt)
 
     @property
     def stored(self) -> ir.DataType:
@@ -70,7 +71,7 @@ class Scheme:
     @property
     def opset(self) -> int:
         """The lowest opset whose `DequantizeLinear` takes these codes."""
-        if self.packing == "int4" or self.block is not None:
+        if self.packing == "int4" or self.block is not None or self.tensorrt:
             return BLOCKED
         return _FLOAT8 if self.packing == "float8e4m3" else 17
 
@@ -79,7 +80,7 @@ class Scheme:
         """Whether a scale may be negative. Codes of 4 bits go from -8 to 7, so a block whose extreme is positive is
         nearer to a grid that is turned round.
         """
-        return self.packing == "int4" and not self.zero_points and not self.positive
+        return self.packing == "int4" and not self.zero_points and not self.tensorrt
 
     @property
     def bounds(self) -> tuple[float, float]:

@@ -4,6 +4,7 @@
 |---|---|
 | as they are stored, or a stack picked by `Gather` | `DequantizeLinear`, by the axis or in blocks |
 | 8 bits, several experts at once, below opset 21 | `Cast` and `Mul`: there, `DequantizeLinear` has one axis of scales |
+| a stack picked by `Gather`, for TensorRT | `DequantizeLinear` of the whole stack, before `Gather` |
 | 4 bits, picked by `Gather` | bytes are picked, which `Gather` takes, and taken apart by `BitShift` |
 
 A weight is dequantised where it is used, in front of its reader, so that runtimes can join both, and none has to keep
@@ -53,7 +54,8 @@ class Writer:
         Raises:
             NotExportableError: Its codes have no form here.
         """
-        picking = [node for node in weight.readers if node.op_type == "Gather"]
+        picks = "Gather" if not grid.scheme.tensorrt else None
+        picking = [node for node in weight.readers if node.op_type == picks]
         others = [node for node in weight.readers if node not in picking]
         for node in picking:
             self._pick(node, weight, grid)

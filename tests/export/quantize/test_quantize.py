@@ -11,6 +11,7 @@ from slow_cases import only
 
 from moe_export.errors import NotExportableError, UsageError
 from moe_export.export import Options
+from moe_export.export.engines.build import build_engines
 from moe_export.export.onnx.translate import check
 from moe_export.export.pipeline import check_packing
 from moe_export.export.quantize.find import find_weights
@@ -67,6 +68,25 @@ def test_experts_are_picked_while_they_are_packed(float_graph):
         assert len([name for name in stacks if name.endswith((".int4", ".int8"))]) == 3
         for value in stacks.values():
             assert {use.node.op_type for use in value.uses()} == {"Gather"}
+
+
+@pytest.mark.parametrize("packing", ["int4", "int8", "float8e4m3"])
+def test_for_tensorrt_codes_are_read_by_dequantizelinear_alone(float_graph, results, packing):
+    found = quantize(float_graph("blocks"), Scheme.of(packing, None, tensorrt=True), "all")
+    stored = [value for name, value in found.model.graph.initializers.items() if name.endswith(f".{packing}")]
+    assert len(stored) == 6
+    for value in stored:
+        assert {use.node.op_type for use in value.uses()} == {"DequantizeLinear"}
+    scales = [value for name, value in found.model.graph.initializers.items() if name.endswith(".scale")]
+    assert all((value.const_value.numpy() > 0).all() for value in scales)
+    np.testing.assert_allclose(results(found.model)["output"], results(found.exact)["output"], atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("packing", "block"), [("int4", 64), ("int8", None), ("float8e4m3", None)])
+def test_tensorrt_builds_it(float_graph, packing, block):
+    found = quantize(float_graph("blocks"), Scheme.of(packing, block, tensorrt=True), "all")
+    assert build_engines(found.model, ["sm89"])[0].size > 10_000
 
 
 def test_products_are_such_that_onnxruntime_joins_them_with_their_weights(float_graph):
