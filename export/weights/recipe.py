@@ -103,6 +103,8 @@ class Stored(Recipe):
 
     def read(self, axis: int, start: int, stop: int) -> Array:
         kind = np_dtype(self.dtype)
+        if self.dtype.itemsize < 1:
+            return self._halves()[(slice(None),) * axis + (slice(start, stop),)]
         shape = [stop - start if at == axis else size for at, size in enumerate(self.shape)]
         found = np.empty(shape, kind)
         outer = math.prod(self.shape[:axis])
@@ -116,6 +118,21 @@ class Stored(Recipe):
             for index in range(outer if found.size else 0):
                 _read_into(file.fileno(), raw[index], self.offset + (index * size + start) * inner, self.file)
         return found
+
+    def _halves(self) -> Array:
+        """Numbers of 4 bits, two in a byte, the first in the lower half."""
+        count = math.prod(self.shape)
+        raw = np.empty(-(-count // 2), np.uint8)
+        read_exactly(self.file, memoryview(raw), self.offset)  # type: ignore[arg-type]  # as in `_read_into`
+        bits = np.stack([raw & 15, raw >> 4], -1).reshape(-1)[:count]
+        signed = self.dtype == ir.DataType.INT4
+        whole = ((bits ^ 8).astype(np.int8) - 8) if signed else bits
+        return whole.astype(np_dtype(self.dtype)).reshape(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Two numbers of 4 bits share a byte."""
+        return math.ceil(math.prod(self.shape) * self.dtype.itemsize)
 
     def steps(self) -> tuple[str, ...]:
         return ()

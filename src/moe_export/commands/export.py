@@ -132,12 +132,13 @@ def _checked(
     learned = _learned(graph, found)
     if learned:
         _write(found, path, facts | learned, request.functions, storage)
-    effect = _effect(found, request) if report is not None and not report.exit_code else None
+    whole = report is not None and "blocks" not in report.about
+    effect = _effect(found, request) if report is not None and whole and not report.exit_code else None
     if effect is not None:
         found = replace(found, notes=(*found.notes, *effect.lines()))
-    elif graph.quantized is not None and request.limits != Limits() and report is None:
+    elif graph.quantized is not None and request.limits != Limits() and not whole:
         raise UsageError(
-            "--max-error and --max-flips are about what the graph gives, and it was not run",
+            "--max-error and --max-flips are about what the whole graph gives, and it was not run",
             hint="--compare whole, if there is memory for the weights in float; without --no-verify",
         )
     return found, report, effect
@@ -223,7 +224,7 @@ def _verified(graph: Graph, path: Path, request: ExportRequest) -> tuple[Graph, 
     """The graph with what verification learned of its dimensions, and the report; None if it is not verified."""
     parts = Parts(request.compare, request.storage)
     if parts.wanted(graph, path):
-        if not request.verify or graph.quantized is not None:
+        if not request.verify:
             return parts.unverified(graph)
         return parts.verified(graph, path, request.tolerance, request.seed)
     with filled_weights(graph):

@@ -92,7 +92,9 @@ def _graph_against_model(candidate: Artifact, reference: Artifact, request: Requ
     original = open_model(reference, request).subject
     facts = metadata(candidate.path)
     packed = is_packed(facts) and (candidate.backend or "").startswith("onnxruntime")
-    if by_blocks(original, candidate, request.how) and not packed:
+    if by_blocks(original, candidate, request.how):
+        if packed:
+            return compare_packed(original, candidate, request, facts, reference.text)
         return compare_blocks(original, candidate, request, reference.text)
     if reference.backend == "torch-float64":
         return _float64_against_graph(candidate, reference, request, original)

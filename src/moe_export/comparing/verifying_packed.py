@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from moe_export.comparing.artifacts import Artifact
 from moe_export.comparing.checking import verify_graph
+from moe_export.comparing.layerwise_artifacts import by_blocks, compare_blocks
 from moe_export.comparing.localising import OPTIONS, is_of, remembered_options
 from moe_export.comparing.request import Request
 from moe_export.errors import UsageError
@@ -15,6 +16,7 @@ from moe_export.export.frontend.subject import Subject
 from moe_export.export.pipeline import Graph, export_subject
 from moe_export.export.tracing.trace import quiet
 from moe_export.export.weights.lazy import in_memory
+from moe_export.large.packed_weights import STANDS_FOR, packed_values
 from moe_export.verify import Report
 from moe_export.verify.runners.onnxruntime_runner import OnnxRuntimeRunner
 
@@ -39,13 +41,18 @@ def compare_packed(
         called: What the report calls the model.
 
     Raises:
-        UsageError: The model has other inputs than the graph, or the comparison is to be block by block.
+        UsageError: The model has other inputs than the graph, or cannot be compared block by block.
     """
-    if request.how == "layers":
-        raise UsageError(
-            f"{candidate.text} has packed weights, which are compared as a whole only", hint="--compare whole"
-        )
     graph = _exported_anew(original, facts)
+    if by_blocks(original, candidate, request.how):
+        with packed_values(original.weights, graph.quantized) as replaced:
+            if not replaced:
+                raise UsageError(
+                    f"{candidate.text} has packed weights that were made of several of the model's",
+                    hint="--compare whole, if there is memory for the weights in float",
+                )
+            report = compare_blocks(original, candidate, request, called)
+        return replace(report, reference=STANDS_FOR)
     taken = {spec.name for spec in OnnxRuntimeRunner(candidate.path, candidate.provider).inputs}
     if not taken <= graph.traced.example.keys():
         raise UsageError(

@@ -33,6 +33,7 @@ from moe_export.export.weights.lazy import in_memory
 from moe_export.large.layerwise_graph import CutGraph, Part, nearest
 from moe_export.large.layerwise_part import PartRunner
 from moe_export.large.layerwise_torch import Ran, Seen, called_once, find_blocks, run_blocks
+from moe_export.large.packed_weights import STANDS_FOR, packed_values
 from moe_export.verify import (
     Array,
     Case,
@@ -86,17 +87,27 @@ class Parts:
             return True
         return not link_weights(graph.model, path, folder)
 
-    def verified(self, graph: Graph, path: Path, tolerance: Tolerance, seed: int) -> tuple[Graph, Report]:
-        """Verify a graph block by block; return it with a note on what was compared, and the report."""
-        report = verify_blocks(
-            path,
-            graph.reference,
-            graph.traced.example,
-            graph.traced.dims,
-            tolerance_of(graph.dtype, tolerance),
-            seed,
-            self.storage.folder,
-        )
+    def verified(
+        self, graph: Graph, path: Path, tolerance: Tolerance, seed: int
+    ) -> tuple[Graph, Report | None]:
+        """Verify a graph block by block; return it with a note on what was compared, and the report.
+
+        Packed weights are held against a model that has what they stand for; where that cannot be, nothing is compared.
+        """
+        with packed_values(graph.reference.weights, graph.quantized) as replaced:
+            if not replaced:
+                return self.unverified(graph)
+            report = verify_blocks(
+                path,
+                graph.reference,
+                graph.traced.example,
+                graph.traced.dims,
+                tolerance_of(graph.dtype, tolerance),
+                seed,
+                self.storage.folder,
+            )
+        if graph.quantized is not None:
+            report = replace(report, reference=STANDS_FOR)
         return replace(graph, notes=(*graph.notes, report.about["blocks"])), report
 
     def unverified(self, graph: Graph) -> tuple[Graph, None]:

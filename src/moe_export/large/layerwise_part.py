@@ -10,8 +10,12 @@ import onnx_ir as ir
 
 from moe_export.export.precision.choices import Choices, find_choices, with_forced_choices
 from moe_export.export.precision.rounding import with_float32_kernels
+from moe_export.export.weights.recipe import Recipe
 from moe_export.large.layerwise_graph import CutGraph, Part
 from moe_export.verify import Array, Choice, OnnxRuntimeRunner
+
+_NO_INPUTS = (ir.DataType.INT4, ir.DataType.UINT4)
+"""Types that ONNX Runtime takes from no array."""
 
 
 class PartRunner:
@@ -65,6 +69,19 @@ class PartRunner:
         if choices and len(find_choices(model)) == choices:
             self._choices = Choices(choices)
             model = with_forced_choices(model)
+        weights = self._graph.weights_of(self._part)
+        _put_inside(model, {name: recipe for name, recipe in weights.items() if recipe.dtype in _NO_INPUTS})
         content = ir.to_proto(with_float32_kernels(model)).SerializeToString()
         self._runner = OnnxRuntimeRunner(content, arena=False)
-        self._weights = {name: recipe.array() for name, recipe in self._graph.weights_of(self._part).items()}
+        taken = {spec.name for spec in self._runner.inputs}
+        self._weights = {name: recipe.array() for name, recipe in weights.items() if name in taken}
+
+
+def _put_inside(model: ir.Model, weights: Mapping[str, Recipe]) -> None:
+    """Make weights of inputs."""
+    for value in list(model.graph.inputs):
+        recipe = weights.get(str(value.name))
+        if recipe is not None:
+            model.graph.inputs.remove(value)
+            value.const_value = ir.Tensor(recipe.array(), dtype=recipe.dtype, name=value.name)
+            model.graph.register_initializer(value)
