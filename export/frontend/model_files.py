@@ -1,4 +1,4 @@
-"""`global_names`: the global names of the files that a model's code stands in.
+"""The global names of the files that a model's code stands in (`global_names`) or can reach (`names_reached`).
 
 What stands for a name there while a model runs (`int`, a scan in passes) changes nothing of Python, PyTorch or a
 package that the model does not come from.
@@ -7,16 +7,19 @@ package that the model does not come from.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from functools import cache, lru_cache, partial
 from inspect import isfunction
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 from torch import nn
 
 from moe_export.export.frontend.source import is_user_file
+
+_MEMO = type(lru_cache(lambda: None))
 
 
 def global_names(model: nn.Module) -> list[dict[str, Any]]:
@@ -38,6 +41,88 @@ def global_names(model: nn.Module) -> list[dict[str, Any]]:
         for each in list(names.values()):
             waiting.append(vars(each) if isinstance(each, ModuleType) else _globals_of(each))
     return list(found.values())
+
+
+def names_reached(kinds: Iterable[type]) -> dict[str, dict[str, Any]]:
+    """The global names of the user's files that a call of some classes' methods can reach.
+
+    Their own files, what these import at the top or inside a function, the files of the objects there, and the file
+    that runs as a program. Where code there can reach any file, because it makes a name at run time, all.
+
+    Returns:
+        The dicts themselves, by file.
+    """
+    waiting: list[Any] = [
+        *kinds,
+        *(sys.modules.get(kind.__module__) for kind in kinds),
+        sys.modules.get("__main__"),
+    ]
+    files = [each for each in list(sys.modules.values()) if isinstance(each, ModuleType) and _is_ours(each)]
+    found, words, seen = dict[str, dict[str, Any]](), set[str](), dict[int, Any]()
+    while waiting:
+        while waiting:
+            value = waiting.pop()
+            if id(value) not in seen:
+                seen[id(value)] = value
+                waiting += _held_by(value)
+                for file, names in _own_names(value):
+                    waiting += names.values() if found.setdefault(file, names) is names else ()
+                words |= (
+                    _words(value.__code__) if isfunction(value) and _is_users_function(value) else frozenset()
+                )
+        any_file = _ANY_FILE & words or {"sys", "modules"} <= words
+        # What is imported where a function runs.
+        named = [other for other in files if any_file or other.__name__.rpartition(".")[2] in words]
+        waiting += [other for other in named if id(other) not in seen]
+    return found
+
+
+def _own_names(value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The file and the global names of a module or a function of the user's."""
+    if isinstance(value, ModuleType) and _is_ours(value):
+        yield str(value.__file__), vars(value)
+    elif isfunction(value) and _is_users_function(value):
+        yield value.__code__.co_filename, value.__globals__
+
+
+def _is_users_function(function: FunctionType) -> bool:
+    return is_user_file(function.__code__.co_filename)
+
+
+_ANY_FILE = frozenset({"import_module", "__import__", "exec", "gc"})
+
+
+def _is_ours(module: ModuleType) -> bool:
+    return _is_users(str(getattr(module, "__file__", None)))
+
+
+def _held_by(value: Any) -> list[Any]:
+    """The functions and classes in a function, a method, a class of somebody's, or an object of it."""
+    if isinstance(value, type):
+        return list(vars(value).values()) if _is_somebodys(value) else []
+    if isinstance(value, (staticmethod, classmethod, MethodType)):
+        return [value.__func__, getattr(value, "__self__", None)]
+    if isinstance(value, property):
+        return [value.fget, value.fset, value.fdel]
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
+    held = [getattr(value, "__wrapped__", None)] if isfunction(value) or isinstance(value, _MEMO) else []
+    for cell in (value.__closure__ or ()) if isfunction(value) else ():
+        with suppress(ValueError):  # nothing was assigned to it yet
+            held.append(cell.cell_contents)
+    return [*held, type(value)] if not isinstance(value, ModuleType) else held
+
+
+def _is_somebodys(kind: type) -> bool:
+    module = sys.modules.get(kind.__module__)
+    return module is None or kind.__module__ == "__main__" or _is_ours(module)
+
+
+@cache
+def _words(code: CodeType) -> frozenset[str]:
+    """The names that code says: `from .tables import COUNT` says that of a file."""
+    own = {part for name in code.co_names for part in name.split(".")}
+    return frozenset(own).union(*(_words(each) for each in code.co_consts if isinstance(each, CodeType)))
 
 
 def _globals_of(value: Any) -> dict[str, Any]:

@@ -6,7 +6,8 @@ original here, or the second one could not be compared, and the tracer's symbols
 State is whatever a call can reach and write to:
 
 - buffers, and plain attributes of modules and of objects that hang on them, through lists, dicts and sets;
-- globals of the user's own files, where caches live (`_TABLES = {}`), and attributes of the model's classes;
+- globals of the user's own files that the model's code can reach, where caches live (`_TABLES = {}`), and attributes
+  of the model's classes;
 - variables of the functions around a function there (a decorator's table), and mutable defaults.
 
 A container is saved by its items, a tensor by a copy of its values. Weights are too large to be copied for good, so
@@ -18,16 +19,16 @@ from __future__ import annotations
 import sys
 import types
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from moe_export.export.frontend.model_files import names_reached
 from moe_export.export.frontend.saved import (
     PLAIN,
     Globals,
@@ -40,7 +41,7 @@ from moe_export.export.frontend.saved import (
     is_simple,
     saved_values,
 )
-from moe_export.export.frontend.source import is_installed, is_own_file, is_user_file
+from moe_export.export.frontend.source import is_installed, is_own_file
 from moe_export.export.torch_compat.modules import tables_of
 from moe_export.export.weights.lazy import lazy_weight_of
 
@@ -86,7 +87,9 @@ class State:
             if weights
             else ()
         )
-        return State(tuple(walk.items), tuple(walk.values), saved, _namespaces(module), _classes(module))
+        return State(
+            tuple(walk.items), tuple(walk.values), saved, _namespaces(module, walk.kinds), _classes(module)
+        )
 
     def with_globals(self) -> State:
         """The same, and globals as they are now: whose they are may change them between two calls."""
@@ -163,6 +166,7 @@ class _Walk:
     values: list[Values] = field(default_factory=list)
     weights: list[tuple[torch.Tensor, str]] = field(default_factory=list)
     copies: bool = True
+    kinds: set[type] = field(default_factory=set)
     # Python's own tables, which a file may have under a name of its own: a module that is put back there is lost.
     _seen: dict[int, Any] = field(
         default_factory=lambda: {id(table): table for table in (sys.modules, sys.path_importer_cache)}
@@ -190,6 +194,7 @@ class _Walk:
             for index, item in enumerate(value):
                 self.see(item, f"{path}[{index}]", kind)
         elif kind not in _SHARED and _holds_state(value):
+            self.kinds.add(type(value))
             self._see_items(vars(value), lambda key: f"{kind} {path}.{key}")
             for key, item in vars(value).items():
                 self.see(item, f"{path}.{key}", kind)
@@ -278,27 +283,21 @@ def _classes(module: nn.Module) -> tuple[type, ...]:
     return tuple(kind for kind in kinds if not _is_machinery(kind.__module__))
 
 
-def _namespaces(module: nn.Module) -> tuple[tuple[str, dict[str, Any]], ...]:
-    """The globals of the user's files that a model's code lies in, by file."""
-    found: dict[str, dict[str, Any]] = {}
-    for kind in {base for part in module.modules() for base in type(part).__mro__}:
-        forward = vars(kind).get("forward")
-        if isinstance(forward, types.FunctionType) and is_user_file(forward.__code__.co_filename):
-            found[forward.__code__.co_filename] = forward.__globals__
-    for other in list(sys.modules.values()):
-        file = getattr(other, "__file__", None)
-        if (
-            isinstance(other, types.ModuleType)
-            and isinstance(file, str)
-            and _may_hold_state(other.__name__, file)
-        ):
-            found.setdefault(file, vars(other))
-    return tuple((file, found[file]) for file in sorted(found))
+def _namespaces(module: nn.Module, kinds: Iterable[type]) -> tuple[tuple[str, dict[str, Any]], ...]:
+    """The globals of the user's files that a call can reach, by file.
 
-
-def _may_hold_state(name: str, file: str) -> bool:
-    """Whether a module is the user's, and written in Python: what C code remembers is not in its table of names."""
-    return not _is_machinery(name) and not file.endswith(tuple(EXTENSION_SUFFIXES)) and is_user_file(file)
+    Args:
+        module: The model.
+        kinds: The classes of the objects that it keeps.
+    """
+    reached = names_reached(
+        {base for kind in (*map(type, module.modules()), *kinds) for base in kind.__mro__}
+    )
+    return tuple(
+        (file, names)
+        for file, names in sorted(reached.items())
+        if not _is_machinery(str(names.get("__name__", "")))
+    )
 
 
 def _holds_state(value: Any) -> bool:

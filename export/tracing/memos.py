@@ -78,8 +78,14 @@ def _memos(module: nn.Module) -> Iterator[_Place]:
         for owner in (namespace, *own):
             for name, value in list((owner if isinstance(owner, dict) else vars(owner)).items()):
                 memo = value.__func__ if isinstance(value, (staticmethod, classmethod)) else value
-                if isinstance(memo, _Memo) and (users or _is_near(memo, module)):
+                if isinstance(memo, _Memo) and not _is_ours(memo) and (users or _is_near(memo, module)):
                     yield _Place(owner, name, value, memo)
+
+
+def _is_ours(memo: Any) -> bool:
+    """Whether a function is this tool's, which the user's file imported: it takes no part in the model."""
+    code = getattr(memo.__wrapped__, "__code__", None)
+    return code is not None and is_own_file(code.co_filename)
 
 
 def _is_near(memo: Any, module: nn.Module) -> bool:
