@@ -51,6 +51,7 @@ class Quantized:
         scheme: How weights are packed.
         weights: Those that are.
         left: Those that were asked for and are not.
+        others: How many others could be, where none of those that were asked for was found.
     """
 
     model: ir.Model
@@ -59,11 +60,16 @@ class Quantized:
     scheme: Scheme
     weights: tuple[Packed, ...]
     left: tuple[Left, ...]
+    others: int = 0
 
     def notes(self) -> tuple[str, ...]:
         """Lines for the report."""
         if not self.weights:
-            return (f"{self.scheme.packing}: no weight is packed", *self._left())
+            others = f"; --quantize all would pack {self.others}" if self.others else ""
+            return (
+                f"{self.scheme.packing}: no weight of what was asked for was found{others}",
+                *self._left(),
+            )
         added = set(self.model.graph.initializers) - set(self.floats.graph.initializers)
         after = sum(_bytes(self.model.graph.initializers[name]) for name in added)
         before = sum(weight.before for weight in self.weights)
@@ -115,7 +121,8 @@ def quantize(model: ir.Model, scheme: Scheme, asked: str, *, whole: bool = True)
     weights = tuple(Packed(weight.name, weight.kind, grids[weight.name]) for weight in found)
     for weight in found:
         writer.put(weight, grids[weight.name])
-    return Quantized(packed, model, _exact(model, weights), scheme, weights, tuple(left))
+    others = len(find_weights(packed, "all")[0]) if not found else 0
+    return Quantized(packed, model, _exact(model, weights), scheme, weights, tuple(left), others)
 
 
 def _source(weight: Candidate) -> Recipe:

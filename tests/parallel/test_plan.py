@@ -9,6 +9,7 @@ from parallel_stack import EXPERTS, INNER, LAYERS, STACK, WIDTH, routed
 
 from moe_export.cli import run
 from moe_export.errors import UsageError
+from moe_export.export.quantize.scheme import Scheme
 from moe_export.large.planning import human, numbers, plan, weights_of
 from moe_export.large.planning_count import count
 from moe_export.large.planning_model import load_weightless, trace_weightless
@@ -22,13 +23,18 @@ SMALL = 6000  # bytes of constants that a rank's graphs hold beside the weights:
 
 
 @pytest.fixture(scope="module")
-def counted(tmp_path_factory):
+def traced(tmp_path_factory):
     source = tmp_path_factory.mktemp("plan") / "stack.py"
     source.write_text(STACK)
     model = load_weightless(str(source))
     assert not model.made
     assert all(value.is_meta for value in model.module.parameters())
-    return count(trace_weightless(model))
+    return trace_weightless(model)
+
+
+@pytest.fixture(scope="module")
+def counted(traced):
+    return count(traced)
 
 
 def test_what_is_counted(counted):
@@ -40,6 +46,15 @@ def test_what_is_counted(counted):
         products = 2 * 2 * WIDTH * INNER
         assert products <= block.flops <= products + 4 * (INNER + 2 * WIDTH)
         assert block.tokens(counted.dims) == 20
+
+
+def test_packed_experts_are_counted_packed(traced, counted):
+    found = count(traced, Scheme.of("int4", None))
+    elements = ONE // 4
+    packed = elements // 2 + 4 * elements // min(32, WIDTH, INNER)
+    assert [block.bytes_each for block in found.blocks] == [(packed,) * EXPERTS] * LAYERS
+    assert (found.dense_bytes, found.parameters) == (counted.dense_bytes, counted.parameters)
+    assert found.bytes == counted.bytes - LAYERS * EXPERTS * (ONE - packed)
 
 
 @pytest.mark.parametrize(("ranks", "gpus"), [([1], 1), ([1, 2, 4, 8], 8), ([1, 2, 4, 6], 6)])

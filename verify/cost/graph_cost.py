@@ -60,6 +60,9 @@ _PER_ELEMENT = {
     ), 1),
 }  # fmt: skip
 
+_OF_4_BITS = {onnx.TensorProto.INT4, onnx.TensorProto.UINT4, onnx.TensorProto.FLOAT4E2M1}
+"""Types of which a byte holds two."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -313,8 +316,10 @@ def _block_of(node: onnx.NodeProto, blocks: Mapping[str, str]) -> str:
 
 
 def _tensor_bytes(tensor: onnx.TensorProto) -> int:
-    kind = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-    return int(prod(tensor.dims) * kind.itemsize)
+    count = int(prod(tensor.dims))
+    if tensor.data_type in _OF_4_BITS:
+        return -(-count // 2)
+    return count * int(onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize)
 
 
 def flops_of(node: onnx.NodeProto, inputs: Sequence[Shape], outputs: Sequence[Shape]) -> int | None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Annotated, Any, Literal, TypedDict
 
 from moe_export.commands.console import Console
+from moe_export.export.quantize.scheme import Packing, Scheme
 from moe_export.large.planning import Split, lines, plan
 from moe_export.options.memory import parse_bytes
 
@@ -46,6 +47,10 @@ def run_plan(
     gpus: int,
     init: tuple[str, ...],
     inputs: tuple[str, ...],
+    weights_dtype: Literal["float32"] | Packing,
+    block_size: str | None,
+    *,
+    zero_points: bool,
     console: Console,
 ) -> int:
     """Run the command; the exit code."""
@@ -53,13 +58,19 @@ def run_plan(
     from moe_export.large.planning_model import load_weightless, trace_weightless
 
     size = parse_bytes(gpu_memory, "--gpu-memory")
+    scheme = None
+    if weights_dtype != "float32":
+        block = None if block_size is None else int(block_size)
+        scheme = Scheme.of(weights_dtype, block, zero_points=zero_points)
     with console.user_code():
         with console.step(f"loading {model}"):
             found = load_weightless(model, init, inputs)
         with console.step("tracing"):
-            counted = count(trace_weightless(found))
+            counted = count(trace_weightless(found), scheme)
     made = plan(counted, size, gpus)
     notes = [f"note: {note}" for note in counted.refused]
+    if scheme is not None:
+        notes.append(f"note: with weights of experts in {scheme}")
     if found.made:
         notes.append("note: the file needs values while it runs, so its weights were made, and let go of")
     for line in [*lines(made), *notes]:

@@ -20,6 +20,8 @@ from torch.export import ExportedProgram
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.gates.region import ancestors, scope_of
+from moe_export.export.quantize.rounding import block_of
+from moe_export.export.quantize.scheme import Scheme
 from moe_export.export.tracing.dims import default_name
 
 _aten = torch.ops.aten
@@ -33,6 +35,9 @@ _TOKEN, _SLOT, _EXPERT = 0, 1, 2  # the first inputs of an expert's body
 _ROWS = 7  # rows that a body is run on: a size that no weight is likely to have
 
 Sizes = Mapping[str, int]
+
+_MATRIX = 2
+"""Axes from which on a weight can be packed."""
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,13 @@ class Counted:
         return self.bytes - sum(sum(block.bytes_each) for block in self.blocks)
 
 
-def count(program: ExportedProgram) -> Counted:
-    """Count a traced program, whose weights may be on the meta device."""
+def count(program: ExportedProgram, scheme: Scheme | None = None) -> Counted:
+    """Count a traced program, whose weights may be on the meta device.
+
+    Args:
+        program: The program.
+        scheme: How the experts' weights will be packed; None for as they are.
+    """
     graph = program.graph
     found, refused = find_experts(graph)
     places = {node: place for place, node in enumerate(graph.nodes)}
@@ -110,10 +120,11 @@ def count(program: ExportedProgram) -> Counted:
     }
     names = set(program.graph_signature.inputs_to_parameters)
     outside = _outside(graph, found)
+    blocks = [_block(experts, held, scheme) for experts in found]
     return Counted(
         parameters=sum(value.numel() for node, value in held.items() if node.name in names),
-        bytes=sum(_bytes(value, {}) for value in held.values()),
-        blocks=tuple(_block(experts, held) for experts in found),
+        bytes=sum(_bytes(value, {}) for value in held.values()) - sum(saved for _, saved in blocks),
+        blocks=tuple(block for block, _ in blocks),
         dims=_dims(graph)[0],
         names=_dims(graph)[1],
         flops=lambda sizes: sum(_flops(node, sizes) for node in outside),
@@ -139,10 +150,14 @@ def _weights(experts: Experts, held: Mapping[fx.Node, Any]) -> dict[fx.Node, lis
     return owners
 
 
-def _block(experts: Experts, held: Mapping[fx.Node, Any]) -> ExpertsCount:
-    each = [0] * experts.count
+def _block(experts: Experts, held: Mapping[fx.Node, Any], scheme: Scheme | None) -> tuple[ExpertsCount, int]:
+    """The counts of a block, and the bytes that packing its weights saves."""
+    each, saved = [0] * experts.count, 0
     for node, owners in _weights(experts, held).items():
         size = _bytes(held[node], {})
+        if scheme is not None:
+            packed = _packed_bytes(held[node], scheme, stacked=-1 in owners)
+            size, saved = packed, saved + size - packed
         if -1 in owners:
             each = [before + size // experts.count for before in each]
         else:
@@ -151,7 +166,7 @@ def _block(experts: Experts, held: Mapping[fx.Node, Any]) -> ExpertsCount:
     indices, result = value_of(experts.indices), value_of(experts.result)
     seen = _costs_of_row(experts)
     scopes = scope_of(experts.result)
-    return ExpertsCount(
+    found = ExpertsCount(
         module=scopes[-1].removeprefix("model.") if scopes else "model",
         line=experts.line,
         experts=experts.count,
@@ -164,6 +179,7 @@ def _block(experts: Experts, held: Mapping[fx.Node, Any]) -> ExpertsCount:
         back=seen.back,
         tokens=lambda sizes: size_at(indices.shape[0], sizes),
     )
+    return found, saved
 
 
 def _outside(graph: fx.Graph, found: Sequence[Experts]) -> list[fx.Node]:
@@ -301,6 +317,21 @@ def _bytes(value: Any, sizes: Sizes) -> int:
     if isinstance(value, (tuple, list)):
         return sum(_bytes(part, sizes) for part in value)
     return _elements(value, sizes) * value.element_size() if isinstance(value, torch.Tensor) else 0
+
+
+def _packed_bytes(value: torch.Tensor, scheme: Scheme, *, stacked: bool) -> int:
+    """At most so many bytes of a weight, once it is packed; a vector stays as it is.
+
+    Which axis a product sums over is not known here. Blocks along the shorter one have the most scales.
+    """
+    matrix = value.shape[stacked:]
+    if len(matrix) < _MATRIX:
+        return _bytes(value, {})
+    elements = _elements(value, {})
+    block = block_of(int(min(matrix)), scheme)
+    scales = -(-elements // block)
+    codes = elements * scheme.stored.itemsize + (scales * scheme.stored.itemsize if scheme.zero_points else 0)
+    return math.ceil(codes) + scales * value.element_size()
 
 
 def _row_bytes(value: Any) -> int:

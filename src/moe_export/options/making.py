@@ -7,6 +7,7 @@ import click
 from moe_export.options.option import EXPORTING, STAGES, Option
 
 _LOADING = (*EXPORTING, "verify", "mutate", "routing", "axes", "bench", "plan")
+_PLANNED = (*EXPORTING, "plan")
 _PRECISIONS = click.Choice(["float32", "float16", "bfloat16"])
 
 # fmt: off
@@ -83,17 +84,17 @@ WEIGHTS = (
 )
 PACKING = (
     Option("weights_dtype", "--weights-dtype", "Weights",
-           "What weights are stored as, to be multiplied in their own type (docs/quantize.md).", EXPORTING,
+           "What weights are stored as, to be multiplied in their own type (docs/quantize.md).", _PLANNED,
            ("quantize",), default="float32", first=True, type=click.Choice(["float32", "int8", "int4", "float8e4m3"])),
     Option("quantize", "--quantize", "Weights",
            "Which weights: of experts, of other linear layers, all of these, or those of a name; several with commas.",
            EXPORTING, ("quantize",), default="experts", metavar="experts|linear|all|PATTERN",
            goes_with="weights_dtype"),
-    Option("block_size", "--block-size", "Weights", "Weights of an output that share a scale.", EXPORTING,
+    Option("block_size", "--block-size", "Weights", "Weights of an output that share a scale.", _PLANNED,
            ("quantize",), type=click.Choice(["16", "32", "64", "128", "256"]),
            otherwise="int4: 32; others: all of an output", goes_with="weights_dtype"),
     Option("zero_points", "--zero-points", "Weights",
-           "Blocks have zero points, too: for weights that do not lie around zero.", EXPORTING, ("quantize",),
+           "Blocks have zero points, too: for weights that do not lie around zero.", _PLANNED, ("quantize",),
            type=bool, goes_with="weights_dtype"),
     Option("max_flips", "--max-flips", "Tolerances",
            "How many tokens may go to another expert because weights were packed.", EXPORTING,

@@ -162,6 +162,11 @@ def test_a_router_is_packed_only_by_its_name():
     assert [weight.name for weight in quantize(model, Scheme.of("int8", None), "rout*").weights] == ["router"]
 
 
+def test_that_there_was_nothing_to_pack_is_said():
+    found = quantize(filled(ROUTED), Scheme.of("int8", None), "experts")
+    assert found.notes() == ("int8: no weight of what was asked for was found; --quantize all would pack 1",)
+
+
 def test_options_that_leave_packed_weights_no_room():
     with pytest.raises(UsageError, match="opset 17 has no operator for int4, blocks of 32"):
         check_packing(Options(weights_dtype="int4"))
