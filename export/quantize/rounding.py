@@ -5,8 +5,11 @@ Letters: K what a product sums over, B blocks of K, R all other axes.
     code = round(weight / scale) + zero      weight' = (code - zero) * scale
 
 The grid that just spans a block's values is rarely the best: a slightly finer one clips the one value at the end and is
-nearer to all others. So a few shares of the span are tried for each block, and for codes around zero the scale is then
-fitted to the codes by least squares. What has the smallest sum of squares stays.
+nearer to all others. So a few shares of the span are tried for each block, and the scale is then fitted to its codes by
+least squares. What has the smallest sum of squares stays.
+
+Weights that were quantized before, and are floats now, lie on a grid whose step shows in the differences between them.
+It is tried as well: on the same blocks, such weights come back as they are.
 """
 
 from __future__ import annotations
@@ -26,6 +29,8 @@ _SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
 """Shares of a block's span that a grid may cover. Of normal values, 4 bits are best at 0.75 to 1."""
 _FULL = 8 / 7
 """How much further codes of 4 bits reach below zero than above: the extreme of a block gets the lowest code."""
+_EIGHTHS = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0)
+"""What the extreme of a block of 8-bit floats may become. One of them is what it was, if it was such a float before."""
 _STRIP = 2**20
 """Weights that are searched at once: a few copies of them, 4 MiB each, stay in the processor's cache longer."""
 _REFITS = 2
@@ -159,6 +164,11 @@ def _grids(blocks: Array, scheme: Scheme) -> Iterator[tuple[Array, Array]]:
     """Scales and zero points (B, R) that are worth trying."""
     low, high = scheme.bounds
     least, most = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
+    if scheme.packing == "float8e4m3":
+        for extreme in _EIGHTHS:
+            scale = _positive(np.maximum(most, -least) / extreme)
+            yield scale, np.zeros_like(scale)
+        return
     for share in (*_SHARES, *(share / _FULL for share in _SHARES if scheme.signed)):
         if scheme.zero_points:
             scale = _positive((most - least) * (share / (high - low)))
@@ -167,6 +177,26 @@ def _grids(blocks: Array, scheme: Scheme) -> Iterator[tuple[Array, Array]]:
             scale = _positive(np.maximum(most, -least) * (share / high))
             turned = scheme.signed & (most > -least)
             yield np.where(turned, -scale, scale), np.zeros_like(scale)
+    step = _steps(blocks, high - low)
+    for scale in (_positive(step), _positive(step / 2)):
+        if scheme.zero_points:
+            yield scale, np.clip(np.rint(-least / scale), low, high).astype(np.float32)
+        else:
+            yield scale, np.zeros_like(scale)
+            if scheme.signed:
+                yield -scale, np.zeros_like(scale)
+
+
+def _steps(blocks: Array, codes: float) -> Array:
+    """The smallest step between two values of a block, (B, R): the scale of weights that come from a grid already.
+
+    Differences far below what so many codes can tell apart are roundings of one value.
+    """
+    ordered = np.sort(blocks, axis=1)
+    steps = np.diff(ordered, axis=1)
+    steps[steps <= ((ordered[:, -1] - ordered[:, 0]) / (2 * codes))[:, None]] = np.inf
+    least = steps.min(1, initial=np.inf)
+    return np.where(np.isfinite(least), least, 0).astype(np.float32)
 
 
 def _nonzero(scale: Array) -> Array:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -95,6 +96,40 @@ def test_every_weight_is_on_the_code_nearest_to_it(size, others, axis, packing, 
         other = np.clip(found.codes + step, low, high)
         moved = replace(found, codes=other).values(axis)
         assert (abs(values - weight) <= abs(moved - weight) * (1 + 1e-4)).all()
+
+
+@pytest.mark.parametrize("zero_points", [False, True])
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32])
+def test_weights_that_were_quantized_before_come_back_as_they_are(dtype, zero_points):
+    """Bit for bit in half precision, whose scales are of that type; up to the last digit in float32."""
+    generator = np.random.default_rng(3)
+    codes = generator.integers(-8, 8, (128, 40)).astype(np.float32)
+    codes += generator.integers(-3, 4, (4, 40)).repeat(32, 0) * zero_points  # any zero point
+    scales = (generator.uniform(0.001, 0.1, (4, 40))).astype(dtype).repeat(32, 0)
+    weight = (codes * scales.astype(np.float32)).astype(dtype)
+    found = rounded(weight, 0, Scheme.of("int4", 32, zero_points=zero_points)).values(0)
+    if dtype is np.float32:
+        np.testing.assert_allclose(found, weight, rtol=1e-6)
+    else:
+        assert (found.astype(dtype) == weight).all()
+
+
+def test_mxfp4_comes_back_in_8_bits():
+    """Floats of 4 bits times a power of two, in blocks of 32, are whole numbers up to 12 times half of it."""
+    generator = np.random.default_rng(4)
+    values = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    weight = generator.choice(values, (96, 50)) * generator.choice([-1, 1], (96, 50))
+    weight = (weight * (2.0 ** generator.integers(-9, 0, (3, 50))).repeat(32, 0)).astype(ml_dtypes.bfloat16)
+    found = rounded(weight, 0, Scheme.of("int8", 32)).values(0)
+    assert (found.astype(ml_dtypes.bfloat16) == weight).all()
+
+
+def test_8_bit_floats_come_back():
+    generator = np.random.default_rng(5)
+    values = generator.standard_normal((256, 6)).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    weight = values * generator.uniform(1e-4, 1e-2, (2, 6)).repeat(128, 0).astype(np.float32)
+    found = rounded(weight, 0, Scheme.of("float8e4m3", 128)).values(0)
+    np.testing.assert_allclose(found, weight, rtol=1e-6)
 
 
 def test_a_block_of_zeros_stays_zero():
