@@ -15,6 +15,8 @@ from math import isnan
 from typing import Any
 
 from moe_export.own_files import MARK
+from moe_export.reports.packing import packing_of
+from moe_export.reports.tables import table
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #ffffff; --faint: #59636e; --line: #d0d5dd; --good: #18794e;
@@ -115,6 +117,7 @@ class Content:
 
 _SECTIONS = (
     "Verification",
+    "Packed weights",
     "Graphs",
     "Before and after",
     "Einsums",
@@ -158,6 +161,7 @@ def _ident(name: str) -> str:
 def _sections(content: Content) -> Iterator[str]:
     graphs = content.document["graphs"]
     yield "\n".join(line for graph in graphs for line in _verification(graph))
+    yield "\n".join(line for graph in graphs for line in packing_of(graph))
     yield "\n".join(line for graph in graphs for line in _graph(graph, content.graphs))
     yield _change(content.change)
     yield _einsums([einsum for graph in graphs if graph["kind"] == "model" for einsum in graph["einsums"]])
@@ -191,7 +195,7 @@ def _verification(graph: Mapping[str, Any]) -> Iterator[str]:
         for row in found["outputs"]
     ]
     sizes = dict.fromkeys(" ".join(f"{n}={s}" for n, s in case["sizes"].items()) for case in found["cases"])
-    yield _table(
+    yield table(
         f"{found['candidate']} against {found['reference']}: {len(found['cases'])} cases at {len(sizes)} sizes",
         ("output", "type", "max abs", "max rel", "worst at", "verdict"),
         rows,
@@ -220,7 +224,7 @@ def _graph(graph: Mapping[str, Any], pictures: Mapping[str, str]) -> Iterator[st
     yield f"<h3><code>{escape(file)}</code>, {escape(what)}</h3>"
     ports = [(word, name, sizes) for word in ("inputs", "outputs") for name, sizes in graph[word].items()]
     rows = [[word[:-1], f"<code>{escape(name)}</code>", escape(_sizes(sizes))] for word, name, sizes in ports]
-    yield _table(f"{graph['nodes']} nodes, {graph['dtype']}", ("", "name", "shape"), rows)
+    yield table(f"{graph['nodes']} nodes, {graph['dtype']}", ("", "name", "shape"), rows)
     if file in pictures:
         yield _figure(pictures[file], f"The graph {file}")
 
@@ -238,11 +242,11 @@ def _change(change: Change | str | None) -> str:
     heads = ("", "before", "after", "difference")
     what = "The baseline export (the same trace, operator by operator, not verified) and the exported graph"
     caption = f"{what}, at {change.at}" if change.at else what
-    parts = [_table(caption, heads, [list(map(escape, row)) for row in change.figures], numbers=(1, 2, 3))]
+    parts = [table(caption, heads, [list(map(escape, row)) for row in change.figures], numbers=(1, 2, 3))]
     if change.operators:
         rows = [[f"<code>{escape(name)}</code>", *map(escape, cells)] for name, *cells in change.operators]
-        table = _table("Operators that one graph has more of", heads, rows, numbers=(1, 2, 3))
-        parts.append(f"<details><summary>{len(rows)} operators differ in number</summary>{table}</details>")
+        listed = table("Operators that one graph has more of", heads, rows, numbers=(1, 2, 3))
+        parts.append(f"<details><summary>{len(rows)} operators differ in number</summary>{listed}</details>")
     return "\n".join([*parts, _figure(change.picture, "Before and after")])
 
 
@@ -262,7 +266,7 @@ def _einsums(einsums: Sequence[Mapping[str, Any]]) -> str:
         ]
         for each in einsums
     ]
-    return _table("Each einsum, and what it became", ("equation", "became", "line", "FLOPs"), rows)
+    return table("Each einsum, and what it became", ("equation", "became", "line", "FLOPs"), rows)
 
 
 def _notes(graph: Mapping[str, Any]) -> Iterator[str]:
@@ -275,7 +279,7 @@ def _cost(file: str, found: Sequence[tuple[str, int, int, int, int]] | str, at: 
     if isinstance(found, str):
         return f"<p><code>{escape(file)}</code>: unknown, {escape(found)}</p>"
     rows = [[escape(part), *(f"{number:,}" for number in numbers)] for part, *numbers in found]
-    return _table(
+    return table(
         f"One run of {file} at {at or 'its sizes'}",
         ("part", "nodes", "FLOPs", "weights, bytes", "activations, bytes"),
         rows,
@@ -290,7 +294,7 @@ def _time(content: Content) -> str:
         return ""
     rows = [[escape(name), str(runs), f"{median:.3g}"] for name, runs, median in content.timings]
     heads = ("", "runs", "median, ms")
-    return _table(f"The example inputs on {content.machine}, in one process", heads, rows, numbers=(1, 2))
+    return table(f"The example inputs on {content.machine}, in one process", heads, rows, numbers=(1, 2))
 
 
 def _engines(engines: Sequence[Mapping[str, Any]]) -> str:
@@ -305,30 +309,10 @@ def _engines(engines: Sequence[Mapping[str, Any]]) -> str:
         for each in engines
     ]
     heads = ("engine", "built by", "bytes", "seconds", "status")
-    return _table("TensorRT engines", heads, rows, numbers=(2, 3)) if rows else ""
+    return table("TensorRT engines", heads, rows, numbers=(2, 3)) if rows else ""
 
 
 def _reproduce(content: Content) -> str:
     rows = [[escape(name), f"<code>{escape(value)}</code>"] for name, value in content.versions.items()]
     lines = "\n".join(map(escape, content.commands))
-    return f"<pre><code>{lines}</code></pre>\n{_table('Versions', ('software', 'version'), rows)}"
-
-
-def _table(
-    caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = ()
-) -> str:
-    """A table; the cells in `rows` are HTML, everything else is text. `numbers` are the columns to align right."""
-    kinds = [' class="number"' if place in numbers else "" for place in range(len(heads))]
-    head = "".join(
-        f'<th scope="col"{kind}>{escape(name)}</th>' if name else "<td></td>"
-        for name, kind in zip(heads, kinds, strict=True)
-    )
-    body = "\n".join(
-        "<tr>" + "".join(f"<td{kind}>{cell}</td>" for cell, kind in zip(row, kinds, strict=True)) + "</tr>"
-        for row in rows
-    )
-    return (
-        f'<div class="wide" tabindex="0" role="region" aria-label="{escape(caption)}"><table>'
-        f"<caption>{escape(caption)}</caption>\n"
-        f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
-    )
+    return f"<pre><code>{lines}</code></pre>\n{table('Versions', ('software', 'version'), rows)}"
