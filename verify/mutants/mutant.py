@@ -8,6 +8,7 @@
 | bias | left out | `nodes` |
 | operator, activation | another of the same form | |
 | axis, perm, top-k, epsilon, slice | another axis, two axes exchanged, k or the order, ten times, off by one | |
+| packed | a code, a scale or a zero point; the codes of a byte exchanged; a block further | `packed` |
 | constant | the value that the example gives in place of the computation | `baked` |
 
 A mutant that onnxruntime rejects is stillborn, and one that computes the same in float64 for all inputs is equivalent:
@@ -41,6 +42,7 @@ KINDS = (
     "epsilon",
     "slice",
     "constant",
+    "packed",
 )
 
 Change = Callable[[onnx.ModelProto], None]

@@ -21,6 +21,7 @@ from moe_export.comparing.known import known_of_model
 from moe_export.comparing.localising import program_values
 from moe_export.comparing.matching import match_graph, reference_of, stated_domain
 from moe_export.comparing.mutant_result import MutantResult, result_of
+from moe_export.comparing.verifying_packed import is_packed, stand_in_of
 from moe_export.comparison_settings import ComparisonSettings, comparison_cases, tolerance_of
 from moe_export.errors import MissingBackendError, MoeExportError, UsageError
 from moe_export.export.frontend.load import load_subject
@@ -45,6 +46,7 @@ from moe_export.verify.localise.search import find_faulty_node
 from moe_export.verify.mutants.baked import baked_mutants, run_values
 from moe_export.verify.mutants.mutant import Mutant
 from moe_export.verify.mutants.nodes import node_mutants
+from moe_export.verify.mutants.packed import packed_mutants
 from moe_export.verify.mutants.weights import weight_mutants
 from moe_export.verify.runner import one_line
 
@@ -231,7 +233,8 @@ def all_mutants(model: onnx.ModelProto, example: Mapping[str, Array], seed: int 
         values = run_values(model, example)
         ranks = {name: array.ndim for name, array in {**values, **example}.items()}
         ranks |= {tensor.name: len(tensor.dims) for tensor in model.graph.initializer}
-        return [*weight_mutants(model, seed), *node_mutants(model, ranks), *baked_mutants(model, example)]
+        found = [*weight_mutants(model, seed), *node_mutants(model, ranks), *baked_mutants(model, example)]
+        return [*found, *packed_mutants(model)]
     except MoeExportError:
         raise
     except Exception as error:
@@ -284,8 +287,12 @@ def open_check(  # noqa: PLR0913  each has a name
             cases.append(case)
             yield case
 
-    torch_runner = Remembered(apart.reference(subject, subject.outputs), cases)
-    truth = Remembered(apart.reference(subject, subject.outputs, apart.FLOAT64), cases)
+    if is_packed(facts):
+        stand_in = stand_in_of(original, facts)
+        torch_runner, truth = Remembered(stand_in.runner, cases), Remembered(stand_in.truth, cases)
+    else:
+        torch_runner = Remembered(apart.reference(subject, subject.outputs), cases)
+        truth = Remembered(apart.reference(subject, subject.outputs, apart.FLOAT64), cases)
     check = Check(
         onnx.load(path),
         cases,

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from moe_export.comparing.artifacts import Artifact
 from moe_export.comparing.checking import verify_graph
+from moe_export.comparing.checking_packed import StandIn
 from moe_export.comparing.layerwise_artifacts import by_blocks, compare_blocks
 from moe_export.comparing.localising import OPTIONS, is_of, remembered_options
 from moe_export.comparing.request import Request
@@ -69,6 +72,19 @@ def compare_packed(
             settings=request.settings,
         )
     return replace(report, about={**report.about, "candidate": candidate.text, "reference": called})
+
+
+def stand_in_of(original: Subject, facts: Mapping[str, str]) -> StandIn:
+    """What a packed graph has to compute, from a new export of its model.
+
+    Args:
+        original: The model.
+        facts: The graph's metadata.
+    """
+    quantized = _exported_anew(original, facts).quantized
+    assert quantized is not None  # the metadata say so
+    with TemporaryDirectory(prefix="moe-export-") as folder:
+        return StandIn.of(quantized, Path(folder), "cpu")
 
 
 def _exported_anew(subject: Subject, facts: Mapping[str, str]) -> Graph:

@@ -11,6 +11,7 @@ from moe_export.comparing.checking_packed import StandIn
 from moe_export.export.quantize.quantize import quantize
 from moe_export.export.quantize.scheme import Scheme
 from moe_export.verify import DimRange, OnnxRuntimeRunner, TensorSpec, cases, compare
+from moe_export.verify.mutants.packed import packed_mutants
 
 
 def scale(array):
@@ -94,6 +95,23 @@ def test_what_is_packed_wrong_is_not(judged, lowering, ending, change):
     report = judged(lowering, ending, change)
     assert report.verdict == "not equal"
     assert any(not row.equal for row in report.rows if row.output == "output")
+
+
+@pytest.mark.parametrize("lowering", ["slices", "loop"])
+def test_the_mutants_that_a_mutation_test_tries(float_graph, lowering):
+    """Each changes one constant that becomes a weight, and opens."""
+    found = quantize(float_graph(lowering), Scheme.of("int4", 16, zero_points=True), "experts")
+    proto = ir.to_proto(found.model)
+    mutants = list(packed_mutants(proto))
+    before = {tensor.name: tensor.SerializeToString() for tensor in proto.graph.initializer}
+    # slices: 12 weights, 2 of codes, 2 of scales, 2 of zero points; loop: 3 stacks, one of scales, one of zero points
+    assert len(mutants) == {"slices": 12 * 6, "loop": 3 * 2}[lowering]
+    for mutant in mutants:
+        changed = mutant.of(proto)
+        after = {tensor.name: tensor.SerializeToString() for tensor in changed.graph.initializer}
+        assert len({name for name in before if before[name] != after[name]}) == 1, mutant
+        assert changed.graph.node == proto.graph.node
+    OnnxRuntimeRunner(mutants[0].of(proto).SerializeToString())
 
 
 def test_a_mutant_changes_what_it_says():
