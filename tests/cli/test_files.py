@@ -51,6 +51,7 @@ WRITES = {
 
 
 @pytest.mark.parametrize("name", only(["record", "report", "html", "svg", "rewrite"], WRITES))
+@pytest.mark.slow_but_one
 def test_a_strangers_file_stays_and_ours_is_replaced(command, folder, listing, name):
     words, file, kind = WRITES[name]
     target = folder / file
@@ -166,6 +167,7 @@ def test_python_that_is_written_again_unchanged(command, folder):
     assert command("rewrite", "sums.py", "--in-place").code == 0
 
 
+@pytest.mark.slow
 def test_a_reproduction_beside_strangers(command, folder, listing):
     model = onnx.load(folder / "block.onnx")
     weight = model.graph.initializer[0]

@@ -81,6 +81,7 @@ def judged(command, tmp_path, template, constant):
 
 
 @pytest.mark.parametrize(("template", "constant"), FEW)
+@pytest.mark.slow_but_one
 def test_some_are_not_silently_wrong(command, tmp_path, template, constant):
     judged(command, tmp_path, template, constant)
 

@@ -50,6 +50,7 @@ def graph(finished, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [slow("float16"), "bfloat16", slow("float64")])
+@pytest.mark.slow
 def test_a_graph_that_says_it_is_less_exact(command, graph, dtype):
     path = graph("block")
     damage(path, 1 + 1e-3)
@@ -71,6 +72,7 @@ def test_half_precision_is_judged_as_such_where_the_user_says_so(command, write,
     assert HALF not in " ".join(asked.out.split())
 
 
+@pytest.mark.slow
 def test_a_graph_of_the_whole_model_that_says_it_is_a_gate(command, graph):
     path = graph("moe")
     says(path, kind="gate", module="gate")
@@ -80,6 +82,7 @@ def test_a_graph_of_the_whole_model_that_says_it_is_a_gate(command, graph):
     assert command("verify", path.name, "--against", "moe.py", "--no-localise").code == 1
 
 
+@pytest.mark.slow
 def test_the_verdict_of_a_gate_says_what_it_was_compared_with(command, graph):
     path = graph("moe.gate")
     for options in ((), ("--gate", "gate")):

@@ -45,6 +45,7 @@ def line_with(path, text):
     return next(number for number, line in enumerate(path.read_text().splitlines(), 1) if text in line)
 
 
+@pytest.mark.slow
 def test_the_node_and_its_line(command, broken):
     graph, model = broken("block", another_activation)
     done = command("verify", graph, "--against", model)
@@ -56,6 +57,7 @@ def test_the_node_and_its_line(command, broken):
     assert "(found in the case 'example')" in said
 
 
+@pytest.mark.slow
 def test_the_weight_and_its_place(command, broken):
     graph, model = broken("block", nudged)
     done = command("verify", graph, "--against", model)
@@ -64,6 +66,7 @@ def test_the_weight_and_its_place(command, broken):
     assert "linear.bias differs from the reference's in 1 of 4 elements, most at [2]" in done.out
 
 
+@pytest.mark.slow
 def test_it_can_be_left_away(command, broken):
     graph, model = broken("block", another_activation)
     done = command("verify", graph, "--against", model, "--no-localise")
@@ -76,6 +79,7 @@ def test_a_right_graph_has_no_faulty_node(command, finished):
     assert (done.code, "faulty" in done.out) == (0, False)
 
 
+@pytest.mark.slow
 def test_the_json(command, broken):
     graph, model = broken("block", another_activation)
     document = json.loads(command("verify", graph, "--against", model, "--json").out)
@@ -85,6 +89,7 @@ def test_the_json(command, broken):
     assert why["faulty_node"]["ratio"] > 1
 
 
+@pytest.mark.slow
 def test_the_reproduction(command, broken, tmp_path):
     graph, model = broken("block", another_activation)
     done = command("verify", graph, "--against", model, "--repro", tmp_path / "fault")
@@ -120,6 +125,7 @@ def test_a_gate_and_experts(command, broken):
     assert "(module gate)" in done.out
 
 
+@pytest.mark.slow
 def test_a_graph_of_pytorchs_own_exporter(command, finished, tmp_path):
     """Its metadata say the same at length."""
     subject = load_subject(str(finished / "block.py"), init=(), inputs=())
@@ -155,6 +161,7 @@ def test_a_graph_that_says_nothing_of_its_nodes(command, broken, tmp_path):
     assert "faulty" in done.out or "none can be named" in done.out
 
 
+@pytest.mark.slow
 def test_what_no_output_shows_is_seen_inside(command, write, tmp_path):
     model = write(
         """

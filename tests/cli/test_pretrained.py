@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     return place
 
 
+@pytest.mark.slow
 def test_a_decoder_that_reads_text(folder, tmp_path, capsys):
     command = ["--hf", str(folder), "--decoder", "--no-verify", "-o", str(tmp_path)]
     assert run(command) == 0
@@ -55,6 +56,7 @@ def test_a_decoder_that_reads_text(folder, tmp_path, capsys):
     assert document["tokens"] == wanted[: len(document["tokens"])]
 
 
+@pytest.mark.slow
 def test_a_tokenizer_of_others_is_not_overwritten(folder, tmp_path, capsys):
     (tmp_path / "tokenizer.json").write_text("{}")
     assert run(["--hf", str(folder), "--decoder", "--no-verify", "-o", str(tmp_path)]) == 2

@@ -36,6 +36,7 @@ def test_most_codes_have_an_example():
 
 @pytest.mark.filterwarnings("ignore")  # PyTorch calls its own quantization deprecated
 @pytest.mark.parametrize("code", CASES)
+@pytest.mark.slow_but_one
 def test_what_the_page_shows_is_refused_and_its_rewrite_is_exported(command, tmp_path, code):
     cause, rewrite = shown(code)
     file = tmp_path / "model.py"

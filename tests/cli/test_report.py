@@ -156,6 +156,7 @@ def test_words_stand_out(scheme):
             assert contrast(colours[name], colours[ground]) >= 4.5, (name, ground)
 
 
+@pytest.mark.slow
 def test_a_model_becomes_a_page(command, write, texts, tmp_path):
     model = write(texts["gate"], "moe.py")
     done = command("report", model, "-o", tmp_path / "moe.html", "--graphs", tmp_path / "kept")
@@ -176,6 +177,7 @@ def test_a_model_becomes_a_page(command, write, texts, tmp_path):
     assert document["verdict"] == "equal"
 
 
+@pytest.mark.slow
 def test_a_graph_that_is_not_equal_has_its_page_too(command, write, texts, tmp_path):
     model = write(texts["model"].replace("relu()", "softmax(-1).log().cumsum(1).exp()"), "block.py")
     done = command(
@@ -204,6 +206,7 @@ example_inputs = {"x": torch.randn(2, 4), "w": torch.randn(2, 4)}
 """
 
 
+@pytest.mark.slow
 def test_the_baseline_is_the_graph_without_any_rewriting(command, write, tmp_path):
     model = write(EINSUM, "mix.py")
     assert command("report", model, "-o", tmp_path / "mix.html").code == 0
@@ -246,6 +249,7 @@ def test_a_report_takes_what_an_export_takes_and_tells_it(command, write, tmp_pa
     assert "Before and after" not in shown
 
 
+@pytest.mark.slow
 def test_a_graph_that_was_not_compared_has_its_page(command, write, tmp_path):
     done = command(
         "report", write(EINSUM, "mix.py"), "-o", tmp_path / "mix.html", "--no-verify", "--no-baseline"

@@ -77,6 +77,7 @@ def test_a_change_far_inside_is_found(here):
             validate("report", wrong)
 
 
+@pytest.mark.slow
 def test_comparisons(command, here):
     graph, model = here / "block.onnx", here / "block.py"
     one = printed(command, "verify", graph, "--against", model, "-o", here / "r.json")
@@ -88,6 +89,7 @@ def test_comparisons(command, here):
         validate("verify", several)
 
 
+@pytest.mark.slow
 def test_a_faulty_node(command, here):
     broken = onnx.load(here / "block.onnx")
     for weight in broken.graph.initializer:

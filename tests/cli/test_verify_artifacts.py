@@ -76,6 +76,7 @@ def test_several_artifacts_at_once(command, finished):
     assert [found["reference"] for found in document["reports"]] == ["torch", "onnx-reference"]
 
 
+@pytest.mark.slow
 def test_several_backends_in_one_table(command, finished):
     args = ("verify", finished / "moe.onnx", "--against", finished / "moe.py", "--backend")
     done = command(*args, "onnxruntime-cpu,openvino")
@@ -94,6 +95,7 @@ def test_several_backends_in_one_table(command, finished):
         assert document["not_run"][0]["candidate"] == "onnxruntime-cuda"
 
 
+@pytest.mark.slow
 def test_of_several_backends_only_what_differs_is_told_in_full(command, finished, tmp_path, write):
     """Integers beyond int32 are beyond OpenVINO, too."""
     model = write("class Wide(nn.Module):\n    def forward(self, n):\n        return n + n\n"
@@ -217,6 +219,7 @@ def test_what_cannot_be_recorded_or_read(command, finished, tmp_path):
     assert (done.code, "no safetensors file" in done.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_own_inputs_from_a_file_and_from_a_function(command, finished, write, tmp_path):
     model = write(OWN, "own.py")
     assert command(model, "-o", tmp_path, "--quiet").code == 0
@@ -240,6 +243,7 @@ def test_one_case_alone(command, finished):
     assert (done.code, "there is no case 'nothing'" in done.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_failing_report_says_how_to_reproduce_its_case(command, finished, write, texts):
     other = write("torch.manual_seed(1)\n" + texts["model"])
     done = command("verify", finished / "block.onnx", "--against", other, "--seed", 3)
@@ -287,12 +291,14 @@ def reported(command, finished, write, texts, tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_reports_are_written(reported):
     assert json.loads((reported / "r.json").read_text())["schema"] == "moe-export/verify-report/2"
     assert ElementTree.parse(reported / "r.xml").find("testsuite").get("failures") != "0"
     assert "<svg" in (reported / "r.html").read_text()
 
 
+@pytest.mark.slow
 def test_judge_reads_a_report_and_runs_nothing(command, reported):
     assert command("judge", "r.json").code == 1
     assert command("judge", "r.json", "--atol", "10000").code == 0
@@ -311,6 +317,7 @@ def test_judge_reads_a_report_and_runs_nothing(command, reported):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_github(command, finished, write, texts, tmp_path, monkeypatch):
     monkeypatch.setenv("GITHUB_ACTIONS", "true")
     monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary.md"))

@@ -75,6 +75,7 @@ def test_hybrid_shows_its_blocks(command, tmp_path, browser):
     assert {address for address in addresses if not address.startswith(viewer.url)} == set()
 
 
+@pytest.mark.slow
 def test_a_report_is_right_without_anything_else(told, browser):
     address = told.as_uri()
     for scheme in ("light", "dark"):
@@ -121,6 +122,7 @@ def test_a_report_can_be_read_by_anybody(told, browser):
     assert browser.find_element("css selector", "main").text == words
 
 
+@pytest.mark.slow
 def test_nothing_of_a_page_is_clipped(told, command, finished, tmp_path, browser):
     """A report, a page of `verify` of a right and of a wrong graph: what is wider than the screen scrolls by itself."""
     for name, graph, code in (("right", "block.onnx", 0), ("wrong", "moe.onnx", 1)):

@@ -54,6 +54,7 @@ def test_numpy_s_table_has_not_shrunk() -> None:
 @pytest.mark.parametrize("assignment", [0, 1])
 @pytest.mark.parametrize("table", TABLES)
 @pytest.mark.parametrize("opset", [12, 13, 17, 23])
+@pytest.mark.slow_but_one
 def test_exact_in_onnx_runtime(table: str, assignment: int, dynamic: bool, opset: int) -> None:
     problems, operands, expected = _problems(TABLES[table], assignment, dynamic)
     report = Rewriting()

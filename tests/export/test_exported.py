@@ -67,6 +67,7 @@ def test_the_module_keeps_its_mode(exported) -> None:
     assert not module.gate.training
 
 
+@pytest.mark.slow
 def test_a_wrong_graph_is_not_equal(exported) -> None:
     _, program = exported
     proto = program.model_proto
@@ -194,6 +195,7 @@ def test_what_would_be_another_graph_is_refused(given, error, says, tmp_path) ->
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_faulty_node_of_a_broken_graph_is_named(exported, tmp_path) -> None:
     module, program = exported
     broken, x = program.model_proto, torch.randn(2, 5, 8)
@@ -216,6 +218,7 @@ def test_an_equal_graph_has_no_faulty_node(exported, tmp_path) -> None:
         moe_export.localise_error(engine, module, torch.randn(2, 5, 8))
 
 
+@pytest.mark.slow
 def test_a_graph_against_a_module_and_against_a_graph(exported, tmp_path) -> None:
     module, program = exported
     path, x = program.save(tmp_path / "experts.onnx"), torch.randn(2, 5, 8)

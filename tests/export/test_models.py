@@ -46,6 +46,7 @@ def other_sizes(graph, name):
 
 
 @pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.slow_but_one
 def test_the_file_is_what_was_asked_for(exported, name):
     for graph in exported(name):
         proto = ir.to_proto(graph.model)

@@ -30,6 +30,7 @@ def test_the_long_pages_are_there():
     [pytest.param(page, marks=pytest.mark.slow if name_of(page) in LONG else ()) for page in PAGES],
     ids=name_of,
 )
+@pytest.mark.slow_but_one
 def test_a_page_runs_from_top_to_bottom(page, tmp_path):
     folder = prepare(tmp_path)
     for step in steps(page):

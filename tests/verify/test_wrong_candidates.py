@@ -178,6 +178,7 @@ def report_of(right, wrong, inputs):
 
 
 @pytest.mark.parametrize("name", one_in(4, PAIRS))
+@pytest.mark.slow_but_one
 def test_what_is_wrong_is_not_equal(name):
     right, wrong, inputs = PAIRS[name]
     report = report_of(right, wrong, inputs)
@@ -188,6 +189,7 @@ def test_what_is_wrong_is_not_equal(name):
 
 # What is right is equal in all other tests, too.
 @pytest.mark.parametrize("name", one_in(9, PAIRS))
+@pytest.mark.slow_but_one
 def test_what_is_right_is_equal(name):
     right, _, inputs = PAIRS[name]
     report = report_of(right, right, inputs)

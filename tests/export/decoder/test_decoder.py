@@ -161,6 +161,7 @@ class Last(nn.Module):
         return logits.mean() if self.mean else logits[:, -1]
 
 
+@pytest.mark.slow
 def test_logits_of_the_last_token(tmp_path):
     graph = exported(Last())
     report = decoded(graph, tmp_path)

@@ -70,6 +70,7 @@ def check(tools: Any, graph: Any, model: nn.Module, batch: int, past: int, lengt
 
 
 @pytest.mark.parametrize("build", [llama, pytest.param(mixtral, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_any_length_of_a_cache(tools: Any, build: Any) -> None:
     model = build()
     graph = tools.graph(model, input_ids=ids(2, 4), past_key_values=filled(model, 2, 3))

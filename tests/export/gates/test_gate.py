@@ -132,6 +132,7 @@ def test_a_model_without_any_gate(tools):
         tools.graphs(nn.Linear(4, 4), torch.ones(2, 4), gates="model")
 
 
+@pytest.mark.slow
 def test_a_gate_that_cannot_be_cut_out_does_not_stop_the_model(tools, monkeypatch):
     from moe_export.export import pipeline
 
@@ -177,6 +178,7 @@ class BehindALoop(nn.Module):
 
 
 @pytest.mark.parametrize("recurrence", ["auto", pytest.param("unrolled", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_gate_behind_a_loop_begins_behind_it(tools, recurrence):
     """The trace has a step for each place of the example: a gate that began before would cut off longer inputs."""
     x = torch.randn(2, 6, 8)
@@ -194,6 +196,7 @@ def test_a_gate_behind_a_loop_begins_behind_it(tools, recurrence):
         )
 
 
+@pytest.mark.slow
 def test_a_gate_that_cannot_begin_behind_a_loop_has_its_length():
     x = torch.randn(2, 6, 8)
     subject = make_subject(BehindALoop(True), (x,), {}, source=Path(__file__), how="a test")
@@ -228,6 +231,7 @@ class Routed(nn.Module):
         return torch.stack(ys, 1)
 
 
+@pytest.mark.slow
 def test_widths_that_the_model_has_for_itself_are_no_dimensions_of_a_gate():
     subject = make_subject(Routed(), (torch.randn(2, 5, 8),), {}, source=Path(__file__), how="a test")
     model, gate = export_subject(subject, Options(simplify=False))

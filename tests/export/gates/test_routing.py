@@ -244,6 +244,7 @@ CASES = [
     one_in(2, [case[1:] for case in CASES]),
     ids=[c[0] for c in CASES],
 )
+@pytest.mark.slow_but_one
 def test_the_gate_is_found_and_right_at_other_token_counts(tools, module, path, eager, experts):
     torch.manual_seed(1)
     (gate,) = tools.gates(module.eval(), torch.randn(6, 8))
@@ -348,6 +349,7 @@ IDS = torch.zeros(2, 5, dtype=torch.int64)
     ],
     ids=["argmax", "topk", "next word", "likelihood", "is it three", "classifier", "linear", "pooling"],
 )
+@pytest.mark.slow_but_one
 def test_what_is_no_gate(tools, module, example):
     assert tools.routings(module, example) == ()
 

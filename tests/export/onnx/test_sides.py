@@ -125,6 +125,7 @@ def _random_body(rng: random.Random) -> str:
     return " ".join([*lines, f"y = Add({values[-1]}, {values[-2]})", f"z = Tanh({rng.choice(values)})"])
 
 
+@pytest.mark.slow
 def test_random_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sides, "LEAST", 1)
     rng, count = random.Random(0), 0

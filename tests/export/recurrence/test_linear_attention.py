@@ -35,6 +35,7 @@ def operators(graph: Graph) -> list[ir.Node]:
 
 
 @pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.slow_but_one
 def test_it_is_right_at_any_length(name: str) -> None:
     subject, graph = exported(name)
     proto = ir.to_proto(graph.model)
@@ -57,6 +58,7 @@ def test_it_is_right_at_any_length(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LOOPS)
+@pytest.mark.slow_but_one
 def test_a_state_is_one_operator_and_no_scan(name: str) -> None:
     graph = exported(name)[1]
     found = operators(graph)
@@ -67,6 +69,7 @@ def test_a_state_is_one_operator_and_no_scan(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", only(REASONS, [*ways.REFUSED, "signed", "squashed"]))
+@pytest.mark.slow_but_one
 def test_what_the_operator_does_not_compute_says_why(name: str) -> None:
     expected = (ways.REFUSED.get(name) or linear_loops.REFUSED[name])[2]
     with pytest.raises(NotExportableError, match=expected) as caught:
@@ -75,6 +78,7 @@ def test_what_the_operator_does_not_compute_says_why(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", only(["gated_delta"], ["mamba2", "gated_delta", "decay_a_key"]))
+@pytest.mark.slow
 def test_auto_writes_no_operator_of_one_runtime(name: str) -> None:
     graph = exported(name, "auto")[1]
     assert {node.domain for node in graph.model.graph.all_nodes()} == {""}

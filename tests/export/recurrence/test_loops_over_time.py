@@ -81,6 +81,7 @@ def way(request: pytest.FixtureRequest) -> tuple[Subject, Graph]:
 
 
 @pytest.mark.parametrize(("length", "batch"), [(1, 1), (1, 3), (2, 3), (7, 1), (16, 3), (63, 1), (257, 1)])
+@pytest.mark.slow_but_one
 def test_it_is_right_at_other_lengths(way: tuple[Subject, Graph], length: int, batch: int) -> None:
     assert equal(*way, length, batch)
 
@@ -148,6 +149,7 @@ def test_a_loop_that_cannot_be_folded_says_why_and_where(name: str) -> None:
         assert marker in Path(file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
 
 
+@pytest.mark.slow
 def test_it_stays_unrolled_with_its_length_fixed_and_a_note() -> None:
     module, inputs, reason, _ = refused.LOOPS["half_way_back"]
     subject = make_subject(module, inputs, {}, source=Path(refused.__file__), how="a test")
@@ -172,6 +174,7 @@ def test_unrolled_is_what_the_tracer_gives() -> None:
     assert not any(node.op_type == "Scan" for node in graph.model.graph.all_nodes())
 
 
+@pytest.mark.slow
 def test_strong_decay_stays_finite() -> None:
     subject = subject_of(*ways.LOOPS["sequential"])
     graph = exported(subject)
@@ -204,6 +207,7 @@ class Rescaled(nn.Module):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_a_weight_that_the_first_call_writes_into_is_no_output_of_the_loop(tools):
     torch.manual_seed(0)
     module = Rescaled().eval()

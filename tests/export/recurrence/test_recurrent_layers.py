@@ -50,6 +50,7 @@ class Tagger(nn.Module):
         return z.transpose(0, 1), hidden
 
 
+@pytest.mark.slow
 def test_a_model_with_layers_is_right_at_any_length(tmp_path):
     model = Tagger().eval()
     subject = make_subject(model, (torch.randn(2, 6, 3),), {}, source=tmp_path / "tagger.py", how="test")

@@ -102,6 +102,7 @@ def exported(subject: Subject) -> Graph:
 
 
 @pytest.mark.parametrize("name", [slow("mamba"), "token_shift", slow("one_sequence"), "counting"])
+@pytest.mark.slow_but_one
 def test_steps_one_by_one_are_the_whole(name: str) -> None:
     """`one_sequence` is `TokenShift` with an example of batch 1."""
     sequences = 1 if name == "one_sequence" else 2
@@ -148,6 +149,7 @@ def test_steps_one_by_one_are_the_whole(name: str) -> None:
         (nn.Linear(4, 4), "no loop over a length"),
     ],
 )
+@pytest.mark.slow_but_one
 def test_what_has_no_step_says_why(module: nn.Module, reason: str) -> None:
     with pytest.raises(NotExportableError, match=reason):
         exported(made(module))

@@ -100,6 +100,7 @@ def test_everything_is_as_before_when_it_ends():
 
 
 @pytest.mark.parametrize("example", [slow(mamba), sparse_moe], ids=["mamba", "sparse_moe"])
+@pytest.mark.slow
 def test_a_graph_is_the_same_byte_by_byte(example):
     def exported():
         with quiet(), torch.no_grad():
@@ -164,6 +165,7 @@ def test_one_that_may_have_something_is(program):
 
 
 @pytest.mark.parametrize("example", [slow(mamba), sparse_moe], ids=["mamba", "sparse_moe"])
+@pytest.mark.slow
 def test_the_operators_of_a_graph_are_the_same_either_way(example):
     def operators(through):
         with quiet(), torch.no_grad(), cache_patches():

@@ -43,6 +43,7 @@ def as_int_and_float(self, x):
 
 
 @pytest.mark.parametrize("how", [compared, computed, as_int_and_float], ids=lambda how: how.__name__)
+@pytest.mark.slow_but_one
 def test_numbers_are_compared_as_python_does(tools, how):
     graph = tools.graph(Asks(how), torch.randn(5, 4))
     assert any("decision on values" in note for note in graph.notes)

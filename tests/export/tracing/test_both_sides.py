@@ -70,6 +70,7 @@ def nested(self, x, h, n):
     ],
     ids=lambda step: step.__name__,
 )
+@pytest.mark.slow
 def test_a_decision_in_each_step_is_folded_with_the_loop(tools, step, monkeypatch):
     monkeypatch.setattr(decisions, "MOST_WAYS", 1)
     graph = tools.graph(Steps(step), torch.randn(2, 6, 4))
@@ -165,6 +166,7 @@ RIGHT = [writes_before, writes_a_part, writes_its_own, counts, other_shapes, oth
 
 
 @pytest.mark.parametrize("how", RIGHT, ids=lambda how: how.__name__)
+@pytest.mark.slow_but_one
 def test_a_side_is_not_seen_where_it_is_not_taken(tools, how):
     graph = tools.graph(Once(how), torch.randn(5, 4))
     torch.manual_seed(1)
@@ -173,6 +175,7 @@ def test_a_side_is_not_seen_where_it_is_not_taken(tools, how):
         tools.equal(graph, each)
 
 
+@pytest.mark.slow
 def test_functions_are_as_they_were_after_a_trace(tools):
     before = first_state.__code__
     tools.graph(Once(writes_its_own), torch.randn(5, 4))

@@ -63,6 +63,7 @@ class Decides(nn.Module):
 
 
 @pytest.mark.parametrize("how", ["computes", "caught", "two"])
+@pytest.mark.slow_but_one
 def test_what_may_be_more_than_a_check_is_asked_in_the_graph(tools, how):
     graph = tools.graph(Decides(how), torch.rand(5, 4))
     assert any("decision on values" in note for note in graph.notes)

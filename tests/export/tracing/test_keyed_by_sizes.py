@@ -121,6 +121,7 @@ class Evicts(Keeps):
 @pytest.mark.parametrize(
     "module", [ByLength, ByTuple, Nested, OfClass, OfObject, OfFile, OfDecorator, OfDefault, Evicts]
 )
+@pytest.mark.slow_but_one
 def test_a_table_by_length_leaves_the_length_free(tools, module):
     model = module()
     graph = tools.graph(model, torch.randn(2, 5))
@@ -156,6 +157,7 @@ class Special(nn.Module):
         return x + self.table.get(x.shape[1], 0.0)
 
 
+@pytest.mark.slow
 def test_numbers_that_are_there_before_bound_the_graph(tools):
     graph = tools.graph(Special(8, 3), torch.randn(2, 5))
     assert {str(condition) for condition in graph.traced.conditions} == {"x_dim1 != 8", "x_dim1 != 3"}

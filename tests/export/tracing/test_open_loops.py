@@ -207,6 +207,7 @@ def pops(self, x, n):
     ],
     ids=["iterates", "pops", "grows", "widens", "writes"],
 )
+@pytest.mark.slow_but_one
 def test_refused(tools, function, said: str) -> None:
     with pytest.raises(NotExportableError, match=said) as caught:
         _run(tools, function, torch.randn(3, 4), torch.tensor(3))
@@ -214,6 +215,7 @@ def test_refused(tools, function, said: str) -> None:
     assert "test_open_loops.py:" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_few_steps_that_are_no_loop_are_ways(tools) -> None:
     """Each step gives another shape: the model is called once per way, as without a loop of the graph."""
 
@@ -281,6 +283,7 @@ class Balances(nn.Module):
         return y
 
 
+@pytest.mark.slow
 def test_a_gate_with_a_loop_is_cut_out(tools) -> None:
     module = Balances().eval()
     whole, gate = export_subject(tools.subject(module, torch.randn(6, 4)), Options())
