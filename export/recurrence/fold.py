@@ -33,6 +33,7 @@ from moe_export.export.recurrence.rolled import (
     Row,
     Scaled,
     Size,
+    Summed,
     Value,
     Whole,
 )
@@ -115,7 +116,7 @@ class _Builder:
         self.graph = module.graph
         self._places: dict[str | int, fx.Node] = {}
         self._numbers: dict[Form, Any] = {}
-        self._products: dict[Scaled, fx.Node] = {}
+        self._combined: dict[Scaled | Summed, fx.Node] = {}
         self._sizes: dict[fx.Node, fx.Node] = {}
         self._views: dict[Any, fx.Node] = {}
         self._loops = {item.number: item.loop for item in rolled.items if isinstance(item, Folded)}
@@ -163,8 +164,8 @@ class _Builder:
             return self.value(number)
         if isinstance(number, Size):
             return self._size(number.node)
-        if isinstance(number, Scaled):
-            return self._scaled(number)
+        if isinstance(number, (Scaled, Summed)):
+            return self._with_sizes(number)
         if not isinstance(number, Form):
             return number
         if number not in self._numbers:
@@ -199,13 +200,15 @@ class _Builder:
             self._sizes[node] = self.call(node.target, *(self._size(argument) for argument in node.args))
         return self._sizes[node]
 
-    def _scaled(self, scaled: Scaled) -> fx.Node:
-        if scaled not in self._products:
-            total = self.number(scaled.number)
-            for size in scaled.sizes:
-                total = self.call(operator.mul, total, self._size(size.node))
-            self._products[scaled] = total
-        return self._products[scaled]
+    def _with_sizes(self, number: Scaled | Summed) -> fx.Node:
+        """A number of the length times sizes of the inputs, or plus such."""
+        if number not in self._combined:
+            combine = operator.mul if isinstance(number, Scaled) else operator.add
+            total = self.number(number.number)
+            for size in number.sizes:
+                total = self.call(combine, total, self._size(size.node))
+            self._combined[number] = total
+        return self._combined[number]
 
     def value(self, value: Any) -> fx.Node:
         """The node of a value."""

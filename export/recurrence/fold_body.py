@@ -23,6 +23,7 @@ from moe_export.export.recurrence.rolled import (
     LengthError,
     Scaled,
     Size,
+    Summed,
     Value,
 )
 
@@ -187,7 +188,7 @@ class BodyWriter:
             return self._input("state", self.states[operand])
         if isinstance(operand, Outside):
             return self._outside(operand)
-        if isinstance(operand, (Form, Scaled, Size, Value)):
+        if isinstance(operand, (Form, Scaled, Size, Summed, Value)):
             return self._capture(operand, lambda: self._outer.number(operand))
         return operand
 

@@ -20,7 +20,16 @@ from moe_export.export.recurrence.closed_form_fit import closed_form_of, closed_
 from moe_export.export.recurrence.form import TracedLengths, form_of_one
 from moe_export.export.recurrence.loop import Series
 from moe_export.export.recurrence.operand import View
-from moe_export.export.recurrence.rolled import Call, Folded, LengthError, RolledGraph, Scaled, Size, size_of
+from moe_export.export.recurrence.rolled import (
+    Call,
+    Folded,
+    LengthError,
+    RolledGraph,
+    Scaled,
+    Size,
+    Summed,
+    size_of,
+)
 
 
 class UnlikeError(LengthError):
@@ -69,7 +78,7 @@ def _merged(lengths: TracedLengths, values: Sequence[Any], where: str | None) ->
     if isinstance(first, Size):
         if all((value.size if isinstance(value, Size) else value) == first.size for value in values):
             return first
-        return _scaled(lengths, [getattr(value, "size", value) for value in values], first, where)
+        return _with_sizes(lengths, [getattr(value, "size", value) for value in values], first, where)
     if any(type(value) is not type(first) for value in values):
         raise LengthError(f"it computes {_shown(values)} at lengths {_sizes(lengths.sizes)}", where)
     if isinstance(first, Series):
@@ -121,22 +130,50 @@ def _closed_form(lengths: TracedLengths, series: Sequence[Series], where: str | 
     return closed_form
 
 
-def _scaled(lengths: TracedLengths, values: Sequence[Any], first: Size, where: str | None) -> Scaled:
-    """A size that is a product of sizes of the inputs and a number that follows the length."""
-    sizes = tuple(size_of(node) for node in _factors(first.node))
-    rest = math.prod(size.size for size in sizes)
-    if rest and all(isinstance(value, int) and value % rest == 0 for value in values):
-        form = form_of_one(lengths, [value // rest for value in values])
-        if form is not None:
-            return Scaled(sizes, form)
+def _with_sizes(
+    lengths: TracedLengths, values: Sequence[Any], first: Size, where: str | None
+) -> Scaled | Summed:
+    """A size that is a product or a sum of sizes of the inputs and a number that follows the length."""
+    if all(isinstance(value, int) for value in values):
+        found = _scaled(lengths, values, first) or _summed(lengths, values, first)
+        if found is not None:
+            return found
     raise LengthError(f"a size of the inputs is {_shown(values)} at lengths {_sizes(lengths.sizes)}", where)
 
 
-def _factors(node: fx.Node) -> list[fx.Node]:
-    """The factors of a product that are sizes, without those that are numbers."""
-    if node.target is not operator.mul:
+def _scaled(lengths: TracedLengths, values: Sequence[int], first: Size) -> Scaled | None:
+    sizes = tuple(size_of(node) for node in _parts(first.node, operator.mul))
+    rest = math.prod(size.size for size in sizes)
+    if not rest or any(value % rest for value in values):
+        return None
+    form = form_of_one(lengths, [value // rest for value in values])
+    return None if form is None else Scaled(sizes, form)
+
+
+def _summed(lengths: TracedLengths, values: Sequence[int], first: Size) -> Summed | None:
+    """A sum; None also if a size in it is unknown, or multiplied by a number, which may follow the length as well."""
+    terms = _parts(first.node, operator.add)
+    if first.node.target is not operator.add or not all(_is_of_inputs(term) for term in terms):
+        return None
+    sizes = tuple(map(size_of, terms))
+    if not all(size.size for size in sizes):
+        return None
+    form = form_of_one(lengths, [value - sum(size.size for size in sizes) for value in values])
+    return None if form is None else Summed(sizes, form)
+
+
+def _parts(node: fx.Node, operation: Any) -> list[fx.Node]:
+    """The factors of a product, or the terms of a sum, that are sizes, without those that are numbers."""
+    if node.target is not operation:
         return [node]
-    return [factor for part in node.args if isinstance(part, fx.Node) for factor in _factors(part)]
+    return [part for one in node.args if isinstance(one, fx.Node) for part in _parts(one, operation)]
+
+
+def _is_of_inputs(node: fx.Node) -> bool:
+    """Whether a size is one of an input's, or a product of such, with no number in it."""
+    if node.target is not operator.mul:
+        return node.target is not operator.add
+    return all(isinstance(factor, fx.Node) and _is_of_inputs(factor) for factor in node.args)
 
 
 def _merged_fields(lengths: TracedLengths, values: Sequence[Any], where: str | None) -> Any:

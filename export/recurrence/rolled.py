@@ -48,6 +48,14 @@ class Scaled:
 
 
 @dataclass(frozen=True)
+class Summed:
+    """A sum of sizes of the inputs, or of products of such, and an integer that follows the length: `past + L`."""
+
+    sizes: tuple[Size, ...]
+    number: Any
+
+
+@dataclass(frozen=True)
 class Whole:
     """A buffer that a loop writes into or appends to, as it is after the loop."""
 
