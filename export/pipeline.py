@@ -14,7 +14,7 @@ import torch
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import MoeExportError, UsageError
 from moe_export.export.axes.choice import may_choose
-from moe_export.export.decoder.decoder import decoder_of
+from moe_export.export.decoder.decoder import Decoder, decoder_of
 from moe_export.export.frontend.ended import no_exit
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in, numbers_of
@@ -101,11 +101,13 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     check_opset(options.opset)
     check_packing(options)
     asked = options
+    begun, first = Model.of(subject, options.dims), "fold"
     if options.decoder:
         with step("making a decoder of it"):
             decoder = decoder_of(subject)
         subject, options = decoder.subject, dataclasses.replace(options, dims=decoder.dims(options.dims))
-    program = run(between("fold", "trace"), Model.of(subject, options.dims), options, step)
+        begun, first = _begun(decoder, options.dims)
+    program = run(between(first, "trace"), begun, options, step)
     traced = program.model.unrolled or program.traced  # gates are cut out of what has no marks of loops
     if program.model.unrolled is not None and may_choose(traced.program.graph):
         traced = functional(traced)
@@ -148,6 +150,14 @@ def check_packing(options: Options) -> None:
         raise UsageError(
             f"opset {options.opset} has no operator for {scheme}", hint=f"opset={scheme.opset} or newer"
         )
+
+
+def _begun(decoder: Decoder, dims: DimRequest) -> tuple[Model, str]:
+    """What is traced of a decoder, and the stage that it begins with: one that was folded to make it is not again."""
+    recurrent = decoder.recurrent
+    if recurrent is None:
+        return Model.of(decoder.subject, dims), "fold"
+    return Model(decoder.subject, recurrent, recurrent.dims(dims), recurrent.notes), "trace"
 
 
 def choose(routings: tuple[Routing, ...], gates: bool | str, *, folded: bool) -> tuple[Routing, ...]:

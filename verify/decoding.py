@@ -109,12 +109,7 @@ class InParts:
 
     def nothing(self, batch: int) -> dict[str, Array]:
         """What is kept before the first token."""
-        return {
-            spec.name: np.zeros([batch, *(0 if isinstance(size, str) else size for size in spec.shape[1:])],
-                                numpy_dtype(spec.dtype))
-            for spec in self.inputs
-            if spec.name.startswith(PAST)
-        }  # fmt: skip
+        return nothing_kept(self.inputs, self.tokens[0], batch)
 
     def continued(self, tokens: Array, count: int) -> Array:
         """Tokens (batch, l), and after them the likeliest ones: (batch, l + count)."""
@@ -125,6 +120,25 @@ class InParts:
             now = found[str(self.results.logits)][:, -1:].argmax(-1).astype(tokens.dtype)
             text = np.concatenate([text, now], 1)
         return text
+
+
+def nothing_kept(inputs: Sequence[TensorSpec], tokens: str, batch: int) -> dict[str, Array]:
+    """What a decoder keeps before the first token: zeros, or no entries where that grows.
+
+    Args:
+        inputs: What it takes.
+        tokens: The input of tokens, whose first axis is the batch.
+        batch: How many rows there are.
+    """
+    (rows,) = (spec.shape[0] for spec in inputs if spec.name == tokens)
+    return {
+        spec.name: np.zeros(
+            [size if isinstance(size, int) else batch if size == rows else 0 for size in spec.shape],
+            numpy_dtype(spec.dtype),
+        )
+        for spec in inputs
+        if spec.name.startswith(PAST)
+    }
 
 
 @dataclass(frozen=True)

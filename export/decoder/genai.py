@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from moe_export.export.decoder.decoder import MASK, POSITIONS, CachedDecoder
+from moe_export.export.decoder.whole import MASK, POSITIONS, DecoderModule
 from moe_export.export.recurrence.transformers_cache import CACHE
 
 FILE = "genai_config.json"
@@ -26,7 +26,7 @@ _GREEDY = {"do_sample": False, "num_beams": 1, "top_k": 1, "top_p": 1.0, "temper
 _OWN_BUFFERS = {"past_present_share_buffer": False}
 
 
-def genai_config(decoder: CachedDecoder, graph: ir.Graph, filename: str) -> str | None:
+def genai_config(decoder: DecoderModule, graph: ir.Graph, filename: str) -> str | None:
     """The file's text.
 
     Args:
@@ -50,8 +50,10 @@ def genai_config(decoder: CachedDecoder, graph: ir.Graph, filename: str) -> str 
         return None
     shape = keys[0].shape
     assert shape is not None
-    heads, width = int(shape[1]), int(shape[3])  # type: ignore[arg-type]
-    config = decoder.whole.cached.model.config
+    heads, width = (shape[1], shape[3]) if len(shape) == 4 else (None, None)
+    if not isinstance(heads, int) or not isinstance(width, int):
+        return None  # other keys than (batch, heads, length, width)
+    config = decoder.whole.settings[-1] if decoder.whole.settings else None
     longest = _number(config, "max_position_embeddings", _LONGEST)
     document = {
         "model": {
@@ -84,14 +86,13 @@ def genai_config(decoder: CachedDecoder, graph: ir.Graph, filename: str) -> str 
     return json.dumps(document, indent=2) + "\n"
 
 
-def _ends(decoder: CachedDecoder) -> Mapping[str, int | list[int]]:
+def _ends(decoder: DecoderModule) -> Mapping[str, int | list[int]]:
     """The ids at which a text begins, ends and is padded; the end of the text where there is no padding."""
-    model = decoder.whole.cached.model
-    settings = [getattr(model, "generation_config", None), model.config]
     found = {}
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         found[name] = next(
-            (value for each in settings if (value := getattr(each, name, None)) is not None), None
+            (value for each in decoder.whole.settings if (value := getattr(each, name, None)) is not None),
+            None,
         )
     last = found["eos_token_id"] or 0
     first_of_last = last[0] if isinstance(last, list) else last

@@ -41,6 +41,13 @@ class CachedModel:
         self._layers: list[Any] = []
         self.kept: tuple[Kept, ...] = ()
 
+    def inside(self, module: nn.Module) -> CachedModel:
+        """The same part of a copy of the module."""
+        found = find_cached_model(module, attends=False)
+        assert found is not None
+        found._layers, found.kept = self._layers, self.kept
+        return found
+
     def fill(self, call: Any) -> Any:
         """Run `call`, which calls the model, with an empty cache; the filled cache, whose layout `kept` then is."""
         caches: Any = sys.modules[CACHES]

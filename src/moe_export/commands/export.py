@@ -30,9 +30,9 @@ from moe_export.comparing.verifying_models import line_of
 from moe_export.comparison_settings import check_names as check_outputs
 from moe_export.einsum_rewrite import Site
 from moe_export.errors import Code, MissingBackendError, NotExportableError, UsageError
-from moe_export.export.decoder.decoder import CachedDecoder
 from moe_export.export.decoder.genai import FILE as GENAI
 from moe_export.export.decoder.genai import genai_config
+from moe_export.export.decoder.whole import DecoderModule
 from moe_export.export.engines.profiles import dim_facts
 from moe_export.export.engines.shape_inputs import range_names
 from moe_export.export.frontend.load import load_subject, split_spec
@@ -285,7 +285,7 @@ def file_names(stem: str, graphs: tuple[Graph, ...]) -> list[str]:
 def _for_runtimes(graph: Graph, subject: Subject, folder: Path, name: str) -> list[str]:
     """Write what runtimes of decoders read beside the graph; the names of the files."""
     decoder = graph.reference.module
-    text = genai_config(decoder, graph.model.graph, name) if isinstance(decoder, CachedDecoder) else None
+    text = genai_config(decoder, graph.model.graph, name) if isinstance(decoder, DecoderModule) else None
     if text is None:
         return []
     (folder / GENAI).write_text(text, encoding="utf-8")

@@ -22,7 +22,7 @@ from moe_export.comparison_settings import (
     tolerance_of,
 )
 from moe_export.domain import Domain
-from moe_export.export.decoder.decoder import CachedDecoder
+from moe_export.export.decoder.whole import DecoderModule
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.pipeline import Graph
@@ -289,6 +289,6 @@ def verify_file(  # noqa: PLR0913  each has a name
             narrow=narrow,
             rounded=None if narrow == "float32" else apart.reference(reference, names, narrow),
         )
-        if isinstance(reference.module, CachedDecoder) and stand_in is None:
+        if isinstance(reference.module, DecoderModule) and stand_in is None:
             return with_decoding(report, candidate, reference, tolerance, seed)
         return report

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from moe_export.comparing.artifacts import GraphRunner
-from moe_export.export.decoder.decoder import CachedCall, CachedDecoder
+from moe_export.export.decoder.whole import DecoderModule, Whole
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.simplify import as_numpy
 from moe_export.verify import Report, Tolerance, compare
@@ -31,9 +31,9 @@ def with_decoding(
         seed: Of the tokens.
     """
     decoder = reference.module
-    assert isinstance(decoder, CachedDecoder)
+    assert isinstance(decoder, DecoderModule)
     call = decoder.whole
-    tokens = [name for name in call.subject.inputs if name not in decoder.given]
+    tokens = call.tokens
     of_tokens = decoder.results
     results = Results(of_tokens.each, of_tokens.last, _logits(candidate, of_tokens.each, call.words))
     in_parts = InParts(candidate, candidate.inputs, tokens, results)
@@ -67,9 +67,9 @@ def _logits(candidate: GraphRunner, outputs: Sequence[str], words: int) -> str |
 
 
 def _run(
-    call: CachedCall, decoder: CachedDecoder, dtype: str | None
+    call: Whole, decoder: DecoderModule, dtype: str | None
 ) -> Callable[[Mapping[str, Array]], Mapping[str, Array]]:
     def run(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         return call.run(tensors, {name: tensors[name] for name in decoder.given})
 
-    return TorchRunner(run, call.subject.outputs, dtype=dtype).run
+    return TorchRunner(run, call.outputs, dtype=dtype).run

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from moe_export.errors import UsageError
-from moe_export.verify.decoding import MASK, PAST, POSITIONS, PRESENT
+from moe_export.verify.decoding import MASK, PAST, POSITIONS, PRESENT, nothing_kept
 from moe_export.verify.runners.onnxruntime_runner import OnnxRuntimeRunner
-from moe_export.verify.specs import Array, TensorSpec, numpy_dtype
+from moe_export.verify.specs import Array
 
 
 @dataclass(frozen=True)
@@ -144,13 +144,8 @@ class Decoder:
         return (logits[:, -1] if logits.ndim > 2 else logits), after
 
     def _nothing(self, batch: int) -> dict[str, Any]:
-        return {spec.name: self._runner.value_of(_empty(spec, batch), self._device) for spec in self._kept}
-
-
-def _empty(spec: TensorSpec, batch: int) -> Array:
-    """What is kept before the first token: nothing where it grows, else zeros."""
-    sizes = [0 if isinstance(size, str) else size for size in spec.shape[1:]]
-    return np.zeros([batch, *sizes], numpy_dtype(spec.dtype))
+        kept = nothing_kept(self._runner.inputs, "input_ids", batch)
+        return {name: self._runner.value_of(array, self._device) for name, array in kept.items()}
 
 
 def _prompt(ids: Sequence[Sequence[int]] | Array) -> Array:

@@ -9,6 +9,7 @@ import hybrid_families
 import numpy as np
 import pytest
 import torch
+from optimum_feeding import NEW, Fed
 from torch import nn
 
 from moe_export.comparing.checking import verify_graph
@@ -76,6 +77,17 @@ def test_in_parts_as_at_once(mixtral, tmp_path):
     assert {row.output for row in report.rows} == {"logits", "next_token"}
 
 
+def test_names_and_order_that_optimum_looks_for(mixtral, tmp_path):
+    write_model(mixtral.model, tmp_path / "model.onnx")
+    model = mixtral.reference.module.whole.subject.module
+    prompt, mask = torch.tensor([[0, 0, 5, 17, 9], [8, 30, 4, 21, 6]]), torch.ones(2, 5, dtype=torch.int64)
+    mask[0, :2] = 0
+    model.generation_config.eos_token_id = None  # the text has a length, and no end
+    wanted = model.generate(prompt, attention_mask=mask, max_new_tokens=NEW, do_sample=False, pad_token_id=0)
+    found = Fed(tmp_path / "model.onnx", model.config).generate(prompt.numpy(), mask.numpy())
+    assert found.tolist() == wanted.tolist()
+
+
 class Broken:
     """A decoder that gets other inputs than it was given."""
 
@@ -122,18 +134,10 @@ def test_a_batch_that_is_fixed(mixtral):
     assert dims.picked["past_key_values.0.key", 2] == "past_sequence"
 
 
-@pytest.mark.parametrize(
-    ("model", "reason"),
-    [
-        (lambda: nn.Sequential(nn.Embedding(32, 4)), "no part that takes a cache"),
-        (lambda: hybrid_families.slow_path("Jamba"), "in parts of 4, 3, 2 is not what the model gives"),
-    ],
-    ids=["no cache", "a recurrence from zeros"],
-)
-def test_what_has_no_decoder_is_refused(model, reason):
-    made = model()
+def test_what_has_no_decoder_is_refused():
+    made = nn.Sequential(nn.Embedding(32, 4))
     subject = make_subject(made, (torch.randint(3, 32, (2, 7)),), {}, source=Path(__file__), how="a test")
-    with pytest.raises(NotExportableError, match=reason):
+    with pytest.raises(NotExportableError, match="no part that takes a cache, returns nothing that it takes"):
         decoder_of(subject)
 
 
@@ -198,5 +202,14 @@ def test_families_with_windows_and_states(name, tmp_path):
     window = inputs["past_key_values.0.conv_state"]
     assert window[0] == "batch"
     assert window[2].isdecimal()
+    report = decoded(graph, tmp_path)
+    assert report.verdict == "equal", str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Mamba", "FalconMamba", "Jamba"])
+def test_recurrences_that_the_library_starts_from_zeros(name, tmp_path):
+    graph = exported(hybrid_families.slow_path(name))
+    assert any(value.name == "past_key_values.0.recurrent_state" for value in graph.model.graph.inputs)
     report = decoded(graph, tmp_path)
     assert report.verdict == "equal", str(report)
