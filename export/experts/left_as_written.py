@@ -146,8 +146,9 @@ def _of_block(block: Experts) -> Iterator[fx.Node]:
     ):
         yield node
         node = next(iter(arguments(node)), None)
-    before = ancestors([block.result])
-    stack, seen = [block.indices, *block.indices.all_input_nodes], set[fx.Node]()
+    starts = [block.indices, *block.indices.all_input_nodes]
+    before = ancestors([block.result], since=min(starts))
+    stack, seen = starts, set[fx.Node]()
     while stack:
         for user in stack.pop().users:
             if user in before and user not in seen:

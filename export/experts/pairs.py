@@ -218,10 +218,9 @@ def block_in(
 
 def _refuse_mixed(region: Region, block: Experts) -> None:
     """Refuse a block whose experts read a value that was computed from rows of several pairs."""
-    behind = ancestors(block.shared)
-    mixed = [
-        node for node, rows in region.rows.items() if rows.weighs and not rows.constant and node in behind
-    ]
+    rows_of_pairs = [node for node, rows in region.rows.items() if rows.weighs and not rows.constant]
+    behind = ancestors(block.shared, since=min(rows_of_pairs)) if rows_of_pairs else set()
+    mixed = [node for node in rows_of_pairs if node in behind]
     if mixed:
         mixes = sorted(
             user for node in mixed for user in node.users if user in behind and user not in region.rows

@@ -28,8 +28,8 @@ def is_within(node: fx.Node, scope: tuple[str, ...]) -> bool:
     """Whether a node runs inside a module. Sizes and weights belong to everyone."""
     if node.op == "placeholder":
         return is_weight(node)
-    own = scope_of(node)
-    return not own or not scope or own[: len(scope)] == scope
+    own = scope_of(node) if scope else ()
+    return not own or own[: len(scope)] == scope
 
 
 def inside(outputs: Iterable[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
@@ -75,9 +75,23 @@ def frontier(outputs: list[fx.Node], scope: tuple[str, ...]) -> list[fx.Node]:
     return [node for node in outputs[0].graph.nodes if node in tensors]
 
 
-def ancestors(nodes: Iterable[fx.Node]) -> set[fx.Node]:
-    """These nodes and everything that they depend on, except sizes and inputs of the model."""
-    return set(inside(nodes, ()))
+def ancestors(nodes: Iterable[fx.Node], since: fx.Node | None = None) -> set[fx.Node]:
+    """These nodes and everything that they depend on, except sizes and inputs of the model.
+
+    Args:
+        nodes: Of one graph.
+        since: A node before which nothing is of interest: of a deep model, the layers before are not walked through.
+    """
+    if since is None:
+        return set(inside(nodes, ()))
+    stack = [node for node in nodes if not node < since]
+    seen = set(stack)
+    while stack:
+        for source in stack.pop().all_input_nodes:
+            if source not in seen and not source < since and is_within(source, ()) and not is_size(source):
+                seen.add(source)
+                stack.append(source)
+    return seen
 
 
 def descendants(nodes: Iterable[fx.Node], before: Collection[fx.Node] = ()) -> set[fx.Node]:

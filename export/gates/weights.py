@@ -65,8 +65,9 @@ def _normalises(node: fx.Node, chain: list[fx.Node | None], choice: Choice, scop
 
 
 def _is_a_scale(other: fx.Node, chain: list[fx.Node | None], choice: Choice) -> bool:
-    before = ancestors([other])
-    return choice.indices not in before or not before.isdisjoint(node for node in chain if node is not None)
+    known = [node for node in chain if node is not None]
+    before = ancestors([other], since=min(choice.indices, *known))
+    return choice.indices not in before or not before.isdisjoint(known)
 
 
 def _chosen_scores(choice: Choice, scope: tuple[str, ...], taken: list[fx.Node]) -> fx.Node | None:
