@@ -99,6 +99,7 @@ def last_model_line(error: BaseException) -> str | None:
     return last_user_line(error) or (_place(library[-1]) if library else None)
 
 
+@cache
 def is_library_model(path: str) -> bool:
     """Whether a file may define a library's model: neither PyTorch nor this tool."""
     return Path(path).is_absolute() and f"{os.sep}torch{os.sep}" not in path and not is_own_file(path)

@@ -14,6 +14,7 @@ import ast
 import linecache
 import os
 from collections.abc import Iterator
+from functools import lru_cache
 from types import FrameType
 
 from moe_export.errors import Code, NotExportableError
@@ -126,11 +127,16 @@ def _refuse(frame: FrameType, what: str) -> None:
 
 def _asking(frame: FrameType) -> Iterator[ast.If]:
     """The `if` whose condition stands on the line that runs."""
-    lines = linecache.getlines(frame.f_code.co_filename)
-    try:
-        tree = ast.parse("".join(lines))
-    except SyntaxError:
-        return
-    for node in ast.walk(tree):
-        if isinstance(node, ast.If) and node.test.lineno <= frame.f_lineno <= (node.test.end_lineno or 0):
+    for node in _ifs("".join(linecache.getlines(frame.f_code.co_filename))):
+        if node.test.lineno <= frame.f_lineno <= (node.test.end_lineno or 0):
             yield node
+
+
+@lru_cache(maxsize=16)  # a loop over experts asks once for each of them
+def _ifs(source: str) -> tuple[ast.If, ...]:
+    """The `if` statements of a file."""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return ()
+    return tuple(node for node in ast.walk(tree) if isinstance(node, ast.If))
