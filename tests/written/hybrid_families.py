@@ -89,3 +89,17 @@ def by_chunks(name: str, chunk: int = 8) -> nn.Module:
     config = getattr(transformers, f"{name}Config")(**sizes, **options[name])
     model: nn.Module = getattr(transformers, f"{name}Model")(config)
     return model.eval()
+
+
+def delta_and_attention() -> nn.Module:
+    """Qwen3-Next with a layer of each kind: a gated delta rule, and attention."""
+    transformers: Any = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.Qwen3NextConfig(
+        **SIZES, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+        linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
+        layer_types=["linear_attention", "full_attention"], num_experts=2, num_experts_per_tok=1,
+        moe_intermediate_size=8, shared_expert_intermediate_size=8,
+    )  # fmt: skip
+    model: nn.Module = transformers.Qwen3NextForCausalLM(config)
+    return model.eval()

@@ -213,3 +213,10 @@ def test_recurrences_that_the_library_starts_from_zeros(name, tmp_path):
     assert any(value.name == "past_key_values.0.recurrent_state" for value in graph.model.graph.inputs)
     report = decoded(graph, tmp_path)
     assert report.verdict == "equal", str(report)
+
+
+@pytest.mark.slow
+def test_a_delta_rule_beside_attention(tmp_path):
+    graph = exported(hybrid_families.delta_and_attention())
+    report = decoded(graph, tmp_path)
+    assert report.verdict == "equal", str(report)
