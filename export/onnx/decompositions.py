@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -237,6 +238,21 @@ def _new(node: fx.Node, target: Callable[..., Any], *args: fx.node.Argument, **k
     return made
 
 
+def _without_underscores(node: fx.Node) -> None:
+    """`a & b` → `bitwise_and(a, b)`: by the first name, the exporter would trace the whole program once more for it."""
+    node.target = _PLAIN_NAMES[node.target]
+
+
+def _difference(node: fx.Node) -> None:
+    """`x.diff()` → `x[1:] - x[:-1]`, for the same reason."""
+    given = [*node.args, *(1, -1)[len(node.args) - 1 :]]
+    if given[1] != 1 or len(given) > 3 or node.kwargs or node.meta["val"].dtype == torch.bool:
+        return
+    after = _new(node, _aten.slice.Tensor, given[0], given[2], 1, sys.maxsize)
+    before = _new(node, _aten.slice.Tensor, given[0], given[2], 0, -1)
+    node.target, node.args = _aten.sub.Tensor, (after, before)
+
+
 # What a score goes through on its way to the choice: biases, masks, groups.
 _KEEPS_SCORES = {
     _aten.add.Tensor, _aten.add.Scalar, _aten.sub.Tensor, _aten.view.default, _aten.reshape.default,
@@ -281,6 +297,12 @@ def _is_chosen_by(node: fx.Node) -> bool:
     return False
 
 
+_PLAIN_NAMES: dict[object, Any] = {
+    getattr(getattr(_aten, f"__{name}__"), kind): getattr(getattr(_aten, f"bitwise_{name}"), kind)
+    for name in ("and", "or", "xor")
+    for kind in ("Tensor", "Scalar")
+}
+
 _RULES: dict[object, Callable[[fx.Node], None]] = {
     **NUMBER_RULES,
     **LOG_RULES,
@@ -291,6 +313,8 @@ _RULES: dict[object, Callable[[fx.Node], None]] = {
     _aten.sort.stable: _stable_sort,
     _aten.argsort.stable: _stable_sort,
     **dict.fromkeys(_REDUCTIONS, _kept_narrow),
+    **dict.fromkeys(_PLAIN_NAMES, _without_underscores),
+    _aten.diff.default: _difference,
     _aten.squeeze.dim: _squeeze,
     _aten.squeeze.dims: _squeeze,
     _aten.masked_select.default: _masked_select,

@@ -6,6 +6,7 @@ import pytest
 import torch
 from slow_cases import one_in, slow
 from torch import nn
+from torch.export import ExportedProgram
 from torch.nn import functional as F
 
 from moe_export.export import Options, export_subject
@@ -50,6 +51,25 @@ class Calls(nn.Module):
 )
 def test_decomposed_operators(tools, function):
     tools.equal(tools.graph(Calls(function), torch.randn(2, 3, 4)), torch.randn(4, 6, 5))
+
+
+class Untraced(nn.Module):
+    """Operators for each of which the exporter would trace the whole program once more."""
+
+    def forward(self, x):
+        low = x > 0.1
+        steps = x.diff(), x.diff(dim=1), x[:, :1].diff(dim=1), low.diff(dim=0)
+        return low & (x < 0.9), low ^ (x[:1] > 0), low | True, *steps, x.diff(n=2, dim=-1)
+
+
+def test_what_has_another_name_or_two_slices_is_not_traced_again(tools, monkeypatch):
+    """A second difference and one of booleans stay as they are, and right."""
+    x = torch.rand(3, 4, 5)
+    tools.equal(tools.graph(Untraced(), x), torch.rand(2, 6, 7))
+    tools.equal(tools.graph(Untraced(), x), torch.rand(1, 1, 3))
+    monkeypatch.setattr(ExportedProgram, "run_decompositions", None)
+    only = Calls(lambda x: ((x > 0) & (x < 1), (x > 0) | (x < -1), x.diff(), x.diff(dim=0)))
+    tools.equal(tools.graph(only, x), torch.rand(2, 6, 7))
 
 
 @pytest.mark.parametrize("descending", [slow(False), True])
