@@ -55,8 +55,8 @@ class Options:
 
     def at_opset(self) -> Options:
         """The same at an opset that packed weights can be in: the one that was asked for, if it is new enough."""
-        needed = 0 if self.scheme is None else self.scheme.opset
-        return self if needed <= self.opset else replace(self, opset=needed)
+        scheme = self.scheme
+        return self if scheme is None or scheme.opset <= self.opset else replace(self, opset=scheme.opset)
 
     @property
     def scheme(self) -> Scheme | None:
