@@ -9,7 +9,7 @@ Source: https://onnxruntime.ai/docs/genai/reference/config
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from typing import Any
 
 import onnx_ir as ir
@@ -69,6 +69,7 @@ def genai_config(decoder: DecoderModule, graph: ir.Graph, filename: str) -> str 
                 "num_key_value_heads": heads,
                 "head_size": width,
                 "hidden_size": _number(config, "hidden_size", heads * width),
+                **_layer_types(set(map(str, inputs))),
                 "inputs": {
                     **{name: name for name in ("input_ids", MASK, POSITIONS) if name in inputs},
                     "past_key_names": f"{CACHE}.%d.key",
@@ -98,6 +99,20 @@ def _ends(decoder: DecoderModule) -> Mapping[str, int | list[int]]:
     first_of_last = last[0] if isinstance(last, list) else last
     return {name: (first_of_last if name == "pad_token_id" else last) if value is None else value
             for name, value in found.items()}  # fmt: skip
+
+
+def _layer_types(names: Set[str]) -> Mapping[str, list[str]]:
+    """What each layer keeps, where some keep something else than keys: the runtime looks for that by itself."""
+    kept: dict[int, set[str]] = {}
+    for name in names:
+        if name.startswith(f"{CACHE}."):
+            _, number, *what = name.split(".")
+            kept.setdefault(int(number), set()).update(what)
+    if all("key" in each for each in kept.values()):
+        return {}
+    kinds = [kept.get(layer, set()) for layer in range(max(kept) + 1)]
+    return {"layer_types": ["full_attention" if "key" in each else "conv" if each == {"conv_state"}
+                            else "linear_attention" for each in kinds]}  # fmt: skip
 
 
 def _number(config: Any, name: str, otherwise: int) -> int:
