@@ -1,0 +1,138 @@
+"""Packed experts in ONNX Runtime on a CPU: size, time and error, beside float32 and what ONNX Runtime has of its own.
+
+    form   bytes / float32's   ms at 1 token   ms at 128   error of the output
+
+64 experts, 8 of them for each token, H = 256, I = 512, SwiGLU, random weights, one thread. All forms run in one order
+drawn anew each round; times are medians. Errors are root mean squares against the module in float64. `exact` has the
+products in float32; by default, ONNX Runtime rounds activations to 8 bits. `QMoE` has random codes: its time counts.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
+from test_experts_bench import Block, H, I
+
+import moe_export
+
+E, K = 64, 8
+COUNTS = (1, 128)
+ROUNDS = 31
+PATIENCE = 4
+"""A row that misses its mark is measured again, up to this many times in all; every row is printed."""
+EXACT = "session.qdq_matmulnbits_accuracy_level"
+
+
+def qmoe() -> onnx.ModelProto:
+    """The same work as `com.microsoft.QMoE`: 4 bits, blocks of 32."""
+    draw = np.random.default_rng(0)
+
+    def packed(name: str, rows: int, columns: int) -> list[onnx.TensorProto]:
+        codes = draw.integers(0, 256, (E, rows, columns // 2), dtype=np.uint8)
+        scales = draw.random((E, rows, columns // 32), dtype=np.float32) * 0.01
+        return [numpy_helper.from_array(codes, name), numpy_helper.from_array(scales, f"{name}_scales")]
+
+    router = numpy_helper.from_array(draw.standard_normal((H, E), dtype=np.float32), "router")
+    inputs = ["x", "logits", "fc1", "fc1_scales", "", "fc2", "fc2_scales"]
+    nodes = [
+        helper.make_node("MatMul", ["x", "router"], ["logits"]),
+        helper.make_node(
+            "QMoE", inputs, ["y"], domain="com.microsoft", k=K, activation_type="swiglu", swiglu_fusion=1,
+            activation_alpha=1.0, activation_beta=0.0, expert_weight_bits=4, block_size=32, normalize_routing_weights=0,
+        ),
+    ]  # fmt: skip
+    shapes = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", H]) for name in "xy"]
+    graph = helper.make_graph(
+        nodes, "qmoe", shapes[:1], shapes[1:], [router, *packed("fc1", 2 * I, H), *packed("fc2", H, I)]
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def size(path: Path) -> int:
+    """Bytes of a graph with what lies beside it."""
+    return sum(each.stat().st_size for each in path.parent.glob(f"{path.name}*"))
+
+
+def session(path: Path, *, exact: bool = False) -> onnxruntime.InferenceSession:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.log_severity_level = 3
+    if exact:
+        options.add_session_config_entry(EXACT, "1")
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def written(folder: Path) -> tuple[dict[str, Path], np.ndarray, np.ndarray]:
+    """Every form as a file, and rows with what the module in float64 makes of them."""
+    block = Block(E, K)
+    example = (torch.randn(32, H),)
+    asked = {
+        "float32": {},
+        "int4": {"weights_dtype": "int4"},
+        "int4, zero points": {"weights_dtype": "int4", "zero_points": True},
+        "int8": {"weights_dtype": "int8"},
+    }
+    files = {}
+    for name, options in asked.items():
+        files[name] = folder / f"{name.replace(', ', '_').replace(' ', '_')}.onnx"
+        moe_export.export_model(block, example, input_names=["x"], **options).save(files[name])
+    quantizer = MatMulNBitsQuantizer(
+        onnx.load(files["float32"]), bits=4, block_size=32, is_symmetric=True, nodes_to_exclude=["router"]
+    )
+    quantizer.process()
+    files["its quantizer"] = folder / "quantizer.onnx"
+    quantizer.model.save_model_to_file(str(files["its quantizer"]))
+    files["QMoE"] = folder / "qmoe.onnx"
+    onnx.save(qmoe(), files["QMoE"])
+    x = np.random.default_rng(1).standard_normal((max(COUNTS), H)).astype(np.float32)
+    with torch.no_grad():
+        exact = block.double()(torch.from_numpy(x).double()).numpy()
+    return files, x, exact
+
+
+def medians(sessions: dict[str, onnxruntime.InferenceSession], x: np.ndarray) -> dict[str, float]:
+    times: dict[str, list[float]] = {name: [] for name in sessions}
+    for _ in range(ROUNDS):
+        for name in random.sample(list(sessions), len(sessions)):
+            started = time.perf_counter()
+            sessions[name].run(None, {"x": x})
+            times[name].append(time.perf_counter() - started)
+    return {name: 1e3 * statistics.median(found) for name, found in times.items()}
+
+
+def test_packed_experts_are_small_and_fast_and_near(tmp_path):
+    files, x, exact = written(tmp_path)
+    sessions = {name: session(path) for name, path in files.items()}
+    sessions |= {f"{name}, exact": session(files[name], exact=True) for name in ("int4", "int8")}
+    share = {name: size(path) / size(files["float32"]) for name, path in files.items()}
+    error = {
+        name: float(np.sqrt(np.square(each.run(None, {"x": x})[0] - exact).mean() / np.square(exact).mean()))
+        for name, each in sessions.items()
+        if name != "QMoE"
+    }
+    for attempt in range(PATIENCE):
+        rows = {count: medians(sessions, x[:count]) for count in COUNTS}
+        print(f"\n{'form':<18} {'bytes':>6} {'ms at 1':>8} {'at 128':>8} {'error':>8}")
+        for name in sessions:
+            size_of = f"{share[name]:6.3f}" if name in share else " " * 6
+            wrong = f"{error[name]:8.2%}" if name in error else ""
+            print(f"{name:<18} {size_of} {rows[1][name]:8.2f} {rows[128][name]:8.2f} {wrong}")
+        ratios = {count: row["int4"] / row["float32"] for count, row in rows.items()}
+        print(f"int4 / float32: {ratios[1]:.2f} at 1 token, {ratios[128]:.2f} at 128")
+        if (ratios[1] <= 0.6 and ratios[128] <= 1.2) or attempt == PATIENCE - 1:
+            break
+    assert share["int8"] <= 0.27
+    assert share["int4"] <= 0.16
+    assert error["int4, exact"] <= error["its quantizer"]
+    assert ratios[1] <= 0.6
+    assert ratios[128] <= 1.2
