@@ -37,7 +37,6 @@ example_inputs = (torch.randn(2, 3, 4),)
 """
 
 
-@pytest.mark.slow
 def test_a_table_and_what_stands_beside_it(write, command):
     path = write(ROTATION)
     assert command(path, "--quiet").code == 0

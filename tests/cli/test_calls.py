@@ -80,7 +80,6 @@ def test_one_of_them_is_exported(command, two, spec, words, inputs, outputs):
     assert [value.name for value in graph.output] == outputs
 
 
-@pytest.mark.slow
 def test_that_there_are_several_is_said(command, two):
     done = command(two, "-o", "out", "--no-verify", "--no-simplify")
     assert (

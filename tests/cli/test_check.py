@@ -40,7 +40,6 @@ def refused(rows, tmp_path):
     return "out/rows.onnx"
 
 
-@pytest.mark.slow
 def test_each_refusal_names_the_node_the_line_and_a_way_out(command, refused):
     done = command("check", refused)
     assert done.code == 1

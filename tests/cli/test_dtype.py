@@ -51,7 +51,6 @@ def narrowed(graph, dtype):
     ("name", "dtype"),
     only([("attention", "float16"), ("moe_gate", "bfloat16")], EVERY),
 )
-@pytest.mark.slow_but_one
 def test_a_model_in_half_precision_is_equal_and_builds(exported, tmp_path, name, dtype):
     for number, wide in enumerate(exported(name)):
         graph = narrowed(wide, dtype)
@@ -97,7 +96,6 @@ def test_flips_are_counted_and_everything_else_is_judged(moe, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["weight", "choice", slow("both")])
-@pytest.mark.slow_but_one
 def test_a_wrong_graph_is_not_equal(moe, tmp_path, wrong):
     """An error in a weight, or a flip that the scores do not excuse, is found, whatever the choices."""
     for value in moe.model.graph.initializers.values():
@@ -113,7 +111,6 @@ def test_a_wrong_graph_is_not_equal(moe, tmp_path, wrong):
     assert report.verdict == "not equal"
 
 
-@pytest.mark.slow
 def test_the_command_writes_reports_and_verifies_again(command, write, texts, tmp_path):
     model = write(texts["model"], "block.py")
     done = command(model, "-o", "out", "--dtype", "bfloat16", "--engine", "sm89")

@@ -74,7 +74,6 @@ def test_json_is_one_document_and_nothing_else(command, write, texts):
     assert done.err.splitlines()[0] == "from the file"
 
 
-@pytest.mark.slow
 def test_quiet_prints_nothing(command, write, texts):
     done = command(write(texts["model"] + "print('hello')\n"), "--quiet")
     assert (done.code, done.out, done.err) == (0, "", "")
@@ -116,7 +115,6 @@ def test_choosing_gates(command, write, listing, tmp_path, texts, gate, files):
     assert listing(tmp_path / "out") == [*files, "moe.onnx", "moe.report.json"]
 
 
-@pytest.mark.slow
 def test_a_model_that_is_only_a_gate_says_so(command, write, texts):
     text = texts["gate"].replace("model = Moe()", "model = Gate()")
     done = command(write(text), "--no-simplify")
@@ -205,7 +203,6 @@ def test_without_verification_nothing_is_claimed(command, write, tmp_path, texts
     assert json.loads((tmp_path / "net.report.json").read_text())["verdict"] == "not verified"
 
 
-@pytest.mark.slow
 def test_other_names(write, command, tmp_path, texts):
     model = write(texts["model"], "net.py")
     names = ("--input-names", "past.0.key", "--output-names", "a/b")

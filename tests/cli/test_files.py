@@ -167,7 +167,6 @@ def test_python_that_is_written_again_unchanged(command, folder):
     assert command("rewrite", "sums.py", "--in-place").code == 0
 
 
-@pytest.mark.slow
 def test_a_reproduction_beside_strangers(command, folder, listing):
     model = onnx.load(folder / "block.onnx")
     weight = model.graph.initializer[0]

@@ -125,7 +125,6 @@ def test_a_gate_and_experts(command, broken):
     assert "(module gate)" in done.out
 
 
-@pytest.mark.slow
 def test_a_graph_of_pytorchs_own_exporter(command, finished, tmp_path):
     """Its metadata say the same at length."""
     subject = load_subject(str(finished / "block.py"), init=(), inputs=())

@@ -146,7 +146,6 @@ def test_an_option_of_another_kind_of_file_is_refused(command, source, words, sa
     assert (done.code, done.err) == (2, f"error: {said}\n")
 
 
-@pytest.mark.slow
 def test_a_golden_file_has_the_cases_that_it_has(command, finished, tmp_path):
     golden = tmp_path / "golden.safetensors"
     assert command("verify", finished / "block.py", "--record", golden, "--quiet").code == 0

@@ -54,7 +54,6 @@ def test_an_export_and_what_it_prints(process, write, listing, tmp_path, texts):
     assert listing(tmp_path / "out") == ["net.onnx", "net.report.json"]
 
 
-@pytest.mark.slow
 def test_an_error(process, write):
     done = process(write("x = 1\n", "net.py"))
     assert (done.code, done.out) == (2, "")

@@ -206,7 +206,6 @@ example_inputs = {"x": torch.randn(2, 4), "w": torch.randn(2, 4)}
 """
 
 
-@pytest.mark.slow
 def test_the_baseline_is_the_graph_without_any_rewriting(command, write, tmp_path):
     model = write(EINSUM, "mix.py")
     assert command("report", model, "-o", tmp_path / "mix.html").code == 0
@@ -249,7 +248,6 @@ def test_a_report_takes_what_an_export_takes_and_tells_it(command, write, tmp_pa
     assert "Before and after" not in shown
 
 
-@pytest.mark.slow
 def test_a_graph_that_was_not_compared_has_its_page(command, write, tmp_path):
     done = command(
         "report", write(EINSUM, "mix.py"), "-o", tmp_path / "mix.html", "--no-verify", "--no-baseline"

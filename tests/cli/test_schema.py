@@ -77,7 +77,6 @@ def test_a_change_far_inside_is_found(here):
             validate("report", wrong)
 
 
-@pytest.mark.slow
 def test_comparisons(command, here):
     graph, model = here / "block.onnx", here / "block.py"
     one = printed(command, "verify", graph, "--against", model, "-o", here / "r.json")

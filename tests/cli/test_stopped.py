@@ -14,7 +14,6 @@ SHOWN = {
 
 
 @pytest.mark.parametrize("stage", SHOWN)
-@pytest.mark.slow_but_one
 def test_what_a_stage_made_is_shown_and_nothing_is_written(command, write, texts, listing, tmp_path, stage):
     path = write(texts["model"], "net.py")
     done = command(path, "-o", tmp_path / "new" / "out", "--stop-after", stage, "--show")
@@ -30,7 +29,6 @@ def test_without_show_only_its_size_is_said(command, write, texts):
     assert "aten" not in done.out
 
 
-@pytest.mark.slow
 def test_a_folded_loop_is_shown_as_one(command, write):
     text = """
     class Loop(nn.Module):

@@ -59,7 +59,6 @@ def test_forward_exits(command, ending, listing, tmp_path, code):
     assert listing(tmp_path) == ["net.py"]
 
 
-@pytest.mark.slow
 def test_forward_exits_only_when_the_graph_is_compared(process, finished, write, texts):
     """As if it had been verified: exit code 0, and no word."""
     path = write(texts["model"].replace("return", "import sys; sys.exit(0) if len(x) != 2 else 0; return"))
@@ -208,7 +207,6 @@ def is_there(process):
     return True
 
 
-@pytest.mark.slow
 def test_ending_the_parent_ends_the_work(ending, listing, tmp_path, env):
     command, worker = started(ending(forward=WAITS, call=WHILE_TRACING), tmp_path, env)
     assert worker != command.pid

@@ -55,7 +55,6 @@ def test_json(command, finished, tmp_path):
     assert (done.code, json.loads(done.out)["verdict"]) == (1, "not equal")
 
 
-@pytest.mark.slow
 def test_quiet(command, finished, tmp_path):
     done = command("verify", finished / "block.onnx", "--against", finished / "block.py", "--quiet")
     assert (done.code, done.out, done.err) == (0, "", "")
@@ -71,7 +70,6 @@ def test_a_loose_tolerance(command, finished, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("dynamic", [slow(False), True])
-@pytest.mark.slow
 def test_a_graph_that_pytorch_exported(command, write, tmp_path, dynamic):
     torch.manual_seed(0)
     model = nn.Linear(4, 4)

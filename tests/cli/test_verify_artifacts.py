@@ -291,7 +291,6 @@ def reported(command, finished, write, texts, tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
 def test_reports_are_written(reported):
     assert json.loads((reported / "r.json").read_text())["schema"] == "moe-export/verify-report/2"
     assert ElementTree.parse(reported / "r.xml").find("testsuite").get("failures") != "0"

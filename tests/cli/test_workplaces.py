@@ -92,7 +92,6 @@ def graph(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.slow
 def test_assert_equivalent(assert_equivalent, graph):
     module, path = graph
     module.train()

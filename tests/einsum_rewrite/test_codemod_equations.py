@@ -94,7 +94,6 @@ def equations(draw: st.DrawFn) -> str:
 
 @settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(equations(), st.lists(st.sampled_from([0, 1, 2, 2, 3]), min_size=1, max_size=6).map(tuple))
-@pytest.mark.slow
 def test_random_equations(equation: str, sizes: tuple[int, ...]):
     source = _source([equation])
     result = rewrite_file(source)

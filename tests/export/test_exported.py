@@ -195,7 +195,6 @@ def test_what_would_be_another_graph_is_refused(given, error, says, tmp_path) ->
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.slow
 def test_the_faulty_node_of_a_broken_graph_is_named(exported, tmp_path) -> None:
     module, program = exported
     broken, x = program.model_proto, torch.randn(2, 5, 8)

@@ -56,7 +56,6 @@ def text_of(value):
 
 @pytest.mark.parametrize("name", ["loop and einsum", "experts"])
 @pytest.mark.parametrize("dtype", [slow("float32"), "float16"])
-@pytest.mark.slow_but_one
 def test_no_stage_changes_what_it_was_given(name, dtype):
     subject = mixed() if name == "loop and einsum" else load_subject(str(ROOT / "models" / "sparse_moe.py"))
     options = Options(dtype=dtype)
@@ -70,7 +69,6 @@ def test_no_stage_changes_what_it_was_given(name, dtype):
     assert list(value.model.graph.all_nodes())
 
 
-@pytest.mark.slow
 def test_a_program_may_be_translated_twice():
     program = run(between("fold", "einsums"), Model.of(mixed(), DimRequest()), Options())
     first, second = (run(between("translate", "precision"), program, Options()) for _ in range(2))
@@ -96,7 +94,6 @@ def test_the_stages_fit_together_and_have_names_of_their_own():
 
 
 @pytest.mark.parametrize("name", ["einsums", "expand"])
-@pytest.mark.slow_but_one
 def test_a_stage_that_does_nothing_is_caught_by_its_claim(name):
     stages = with_stage(PIPELINE, name, run=lambda value, options: value)
     with pytest.raises(AssertionError, match="are left"):

@@ -103,7 +103,6 @@ def test_a_link_leads_to_a_file(page):
             assert (page.parent / address).is_file(), link
 
 
-@pytest.mark.slow
 def test_the_site_asks_nobody_else(site):
     for path in site.rglob("*.html"):
         loaded = Addresses(path.read_text(encoding="utf-8")).loaded

@@ -117,7 +117,6 @@ def test_what_fails_once_is_unstable_and_what_fails_twice_is_red(share):
     assert said.endswith(last)
 
 
-@pytest.mark.slow
 def test_the_time_is_kept_and_what_it_cuts_off_has_not_failed(share):
     code, said = share(LONG, minutes=0.3)
     assert code == 0, said  # unstable, or left: that is green

@@ -70,7 +70,6 @@ def assert_stated(path, traffic):
 
 
 @pytest.mark.parametrize("way", WAYS, ids=" ".join)
-@pytest.mark.slow
 def test_processes_give_what_the_whole_model_gives(exports, torchrun, tmp_path, way):
     path = exports.of("--expert-parallel", *way)
     assert_stated(path, check(torchrun, path, tmp_path))

@@ -100,7 +100,6 @@ def test_more_ranks_than_experts_and_a_placement_with_an_idle_rank(tmp_path):
     assert_same(export(tmp_path, "--expert-parallel", EXPERTS + 2, *options), ["balanced"])
 
 
-@pytest.mark.slow
 def test_more_ranks_than_experts_are_refused(tmp_path, capsys):
     source = tmp_path / "stack.py"
     source.write_text(STACK)

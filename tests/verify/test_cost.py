@@ -117,7 +117,6 @@ def costs(model: onnx.ModelProto) -> Cost:
     return cost_of(model, {model.graph.input[0].name: x}, parts_of(model))
 
 
-@pytest.mark.slow
 def test_experts_are_a_block_and_cost_what_is_chosen():
     sliced = costs(exported("slices"))
     dense = costs(exported("dense"))

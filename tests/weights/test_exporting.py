@@ -47,7 +47,6 @@ def report(folder):
     return json.loads((folder / "model.report.json").read_text())
 
 
-@pytest.mark.slow
 def test_all_ways_give_the_same_graph(place):
     ids = np.arange(21, dtype=np.int64).reshape(3, 7)
     expected = outputs(place / "whole/model.onnx", ids)
@@ -182,7 +181,6 @@ example_inputs = (torch.randn(4, 3, 128),)
 """
 
 
-@pytest.mark.slow
 def test_a_large_live_model_is_streamed_from_its_own_memory(tmp_path, monkeypatch):
     monkeypatch.setattr("moe_export.export.onnx.recipes.STREAMED", 1000)
     (tmp_path / "live.py").write_text(LIVE)
@@ -280,7 +278,6 @@ def test_memory_does_not_grow_with_the_weights(tmp_path):
     assert verified < base + room, found
 
 
-@pytest.mark.slow
 def test_experts_that_were_written_as_one_are_no_blocks(tmp_path, capsys):
     """A model whose only list is one of experts has no layers to be verified by: it is one part."""
     model = Path(__file__).resolve().parents[2] / "models" / "sparse_moe.py"

@@ -20,7 +20,6 @@ def test_every_model_is_named(tools):
 
 
 @pytest.mark.parametrize("name", only(["attention", "sparse_moe"], NAMES))
-@pytest.mark.slow_but_one
 def test_a_model_and_its_gates_build_for_every_gpu(exported, name):
     """In float32, and in float16 but for gates, which stay float32."""
     for graph in exported(name):

@@ -65,7 +65,6 @@ def assert_right(
         np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow_but_one
 def test_every_idiom_is_understood_and_right(idiom):
     module = idiom().eval()
     assert_right(module, "slices", lowered(module, ("slices",))["slices"])
@@ -183,7 +182,6 @@ class OfImages(nn.Module):
         return out
 
 
-@pytest.mark.slow
 def test_rows_of_free_sizes():
     module = OfImages().eval()
     subject = make_subject(module, (torch.randn(2, 3, 8, 8),), {}, source=Path(__file__), how="test")
@@ -296,7 +294,6 @@ def test_rare_routings_outside_the_experts_mean_what_they_mean_in_torch(block):
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=f"{name}: {notes}")
 
 
-@pytest.mark.slow
 def test_a_loop_graph_does_not_grow_with_the_experts():
     sizes = []
     for count in (8, 16):
@@ -446,7 +443,6 @@ class Incomplete(idioms.Block):
         (Incomplete, "the loop runs over experts [1, 2, 3, 4, 5], not over 0 to 4"),
     ],
 )
-@pytest.mark.slow_but_one
 def test_what_is_refused_says_why_and_stays_right(block, reason):
     module = block().eval()
     graph = graph_of(module, "auto")

@@ -25,7 +25,6 @@ def exported(tools, tmp_path, module, x):
     only([unflattened.Places, unflattened.SlotsOutside], unflattened.LINES),
     ids=lambda idiom: idiom.__name__,
 )
-@pytest.mark.slow_but_one
 def test_experts_are_seen_behind_tokens_of_two_axes(tools, tmp_path, idiom):
     module = idiom().eval()
     graph, runner = exported(tools, tmp_path, module, torch.randn(2, 5, unflattened.FEATURES))
@@ -46,7 +45,6 @@ def graph_input(runner):
     return spec.name
 
 
-@pytest.mark.slow
 def test_what_is_no_part_of_the_experts_keeps_its_axes(tools, tmp_path):
     """A load over all tokens is computed from the choice as it was."""
     module = unflattened.Images().eval()
@@ -60,7 +58,6 @@ def test_what_is_no_part_of_the_experts_keeps_its_axes(tools, tmp_path):
     np.testing.assert_allclose(found_load, load.numpy(), rtol=1e-6)
 
 
-@pytest.mark.slow
 def test_slots_that_compute_something_else_are_blocks_of_their_own(tools, tmp_path):
     """The second gate's rows count half."""
     module = unflattened.TwoGates(second=0.5).eval()

@@ -39,7 +39,6 @@ LOST = {
 
 
 @pytest.mark.parametrize("idiom", LOST, ids=lambda idiom: idiom.__name__)
-@pytest.mark.slow_but_one
 def test_a_dispatch_that_is_no_block_says_where_its_meaning_was_lost(idiom):
     says, source = LOST[idiom]
     blocks, (note,) = find_experts(trace(subject_of(idiom(experts=3).eval())).program.graph)

@@ -29,7 +29,6 @@ def operators(model: ir.Model) -> list[str]:
 
 # Each time every idiom is recognised in its trace, or is exported.
 @pytest.mark.parametrize("idiom", only(EXPORTED, models.LINED_UP), ids=lambda idiom: idiom.__name__)
-@pytest.mark.slow_but_one
 def test_every_idiom_is_understood_and_right(idiom):
     module = idiom().eval()
     graph = export_subject(subject_of(module), Options(gates=False, simplify=False))[0]
@@ -103,7 +102,6 @@ def test_experts_that_choose_their_tokens_are_right_at_any_number_of_tokens():
 
 
 @pytest.mark.parametrize("idiom", only(TRACED, models.LINED_UP), ids=lambda idiom: idiom.__name__)
-@pytest.mark.slow_but_one
 def test_a_body_is_one_experts_work_on_rows_of_the_input(idiom):
     """Nothing of S rows is left outside: what the body reads has N rows, and weights are stored once."""
     module = idiom().eval()

@@ -96,7 +96,6 @@ def test_onnxruntime_computes_what_it_means():
         np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_other_experts_take_the_form_for_any_gpu_and_say_why():
     graph = exported(idioms.SkipEmpty(), target="tensorrt-sm100")
     (note,) = [note for note in graph.notes if "experts at" in note]
@@ -107,7 +106,6 @@ def test_other_experts_take_the_form_for_any_gpu_and_say_why():
         exported(idioms.SkipEmpty(), experts="trt_moe")
 
 
-@pytest.mark.slow
 def test_its_file_comes_to_an_engine_with_the_layer_in_it(tmp_path):
     graph = exported(SwiGLU(), target="tensorrt-sm100")
     path = tmp_path / "moe.onnx"

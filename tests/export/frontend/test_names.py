@@ -143,7 +143,6 @@ def test_pairs_that_are_no_keys_and_values(tools):
     )
 
 
-@pytest.mark.slow
 def test_the_length_of_a_cache_is_one_dimension(tools):
     model = Language(lambda scores, presents, x: (scores, presents))
     graph = tools.graph(model, IDS, cache())

@@ -132,7 +132,6 @@ def test_a_model_without_any_gate(tools):
         tools.graphs(nn.Linear(4, 4), torch.ones(2, 4), gates="model")
 
 
-@pytest.mark.slow
 def test_a_gate_that_cannot_be_cut_out_does_not_stop_the_model(tools, monkeypatch):
     from moe_export.export import pipeline
 
@@ -196,7 +195,6 @@ def test_a_gate_behind_a_loop_begins_behind_it(tools, recurrence):
         )
 
 
-@pytest.mark.slow
 def test_a_gate_that_cannot_begin_behind_a_loop_has_its_length():
     x = torch.randn(2, 6, 8)
     subject = make_subject(BehindALoop(True), (x,), {}, source=Path(__file__), how="a test")

@@ -349,7 +349,6 @@ IDS = torch.zeros(2, 5, dtype=torch.int64)
     ],
     ids=["argmax", "topk", "next word", "likelihood", "is it three", "classifier", "linear", "pooling"],
 )
-@pytest.mark.slow_but_one
 def test_what_is_no_gate(tools, module, example):
     assert tools.routings(module, example) == ()
 

@@ -288,7 +288,6 @@ def _of(dtype, number):
         "float64",
     ],
 )
-@pytest.mark.slow_but_one
 def test_what_is_written_under_a_mask_is_chosen(tools, function):
     graph = tools.graph(Calls(function), torch.randn(2, 3, 4))
     for x in (torch.randn(4, 6, 4), -torch.ones(1, 1, 4), torch.ones(3, 2, 4)):

@@ -130,7 +130,6 @@ def test_newer_opsets(tools, opset, function):
     ],
     ids=["scatter max", "bits", "wrap", "fold"],
 )
-@pytest.mark.slow_but_one
 def test_what_seventeen_cannot_say(tools, function, reason):
     example = torch.randn(2, 4, 5)
     with pytest.raises(NotExportableError) as caught:

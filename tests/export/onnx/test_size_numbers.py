@@ -38,7 +38,6 @@ def _factors(n):
 
 
 @pytest.mark.parametrize("function", [_capacities, _whole, _rounded, _factors])
-@pytest.mark.slow_but_one
 def test_numbers_of_sizes(tools, function):
     """1.05 * 240 / 4 is 63, and 62 in float32; 25 * 1.2 and the like on the other side."""
     graph = tools.graph(Numbers(function), torch.zeros(9, 1))

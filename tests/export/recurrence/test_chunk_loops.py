@@ -123,7 +123,6 @@ def test_a_length_that_the_tracer_takes_for_a_number_all_the_same_is_that_of_the
         assert_right_where_it_claims_to_be(subject, graph)
 
 
-@pytest.mark.slow
 def test_the_places_of_an_iteration_are_seen_in_the_operators() -> None:
     length = Length((("x", 1),))
     assert chunk_of(subject_of(Filled(True)), length) == CHUNK

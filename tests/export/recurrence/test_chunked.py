@@ -54,7 +54,6 @@ def way(request: pytest.FixtureRequest) -> tuple[str, Subject, Graph]:
     return (request.param, *exported(request.param, "chunked"))
 
 
-@pytest.mark.slow
 def test_it_is_right_at_any_length(way: tuple[str, Subject, Graph]) -> None:
     name, subject, graph = way
     runtime = session(graph)
@@ -79,7 +78,6 @@ def test_only_the_states_of_chunks_are_passed_on_one_by_one(way: tuple[str, Subj
 
 
 @pytest.mark.parametrize("name", list(ways.REFUSED))
-@pytest.mark.slow_but_one
 def test_what_has_no_chunked_form_says_why(name: str) -> None:
     with pytest.raises(NotExportableError, match=ways.REFUSED[name][2]) as caught:
         exported(name, "chunked")
@@ -113,7 +111,6 @@ def test_strong_and_no_decay_as_exact_as_step_by_step(low: float, high: float) -
     assert errors[0] < 2 * errors[1] + 1e-6
 
 
-@pytest.mark.slow
 def test_a_decay_of_exactly_zero_forgets_and_is_no_nan() -> None:
     subject, graph = exported("mamba2", "chunked")
     inputs = ways.example(subject, 40, 1)
@@ -131,7 +128,6 @@ def test_a_decay_of_exactly_zero_forgets_and_is_no_nan() -> None:
         5, [("mamba2_outside", 5), ("squashed", 2), ("backwards", 2), ("time_first", 5), ("retention", 3)]
     ),
 )
-@pytest.mark.slow
 def test_several_steps_an_iteration(name: str, unroll: int) -> None:
     """With what is left over, and the last state after the last step that there is."""
     subject, graph = exported(name, "scan", unroll)

@@ -91,7 +91,6 @@ def exported(subject: Subject, time: int) -> Graph:
 
 
 @pytest.mark.parametrize(("source", "time", "form"), [(MAMBA, 2, "Scan"), slow((MAMBA2, 1, "over chunks"))])
-@pytest.mark.slow
 def test_a_file_that_calls_them_is_exported_for_any_length(
     tmp_path: Path, source: str, time: int, form: str
 ) -> None:

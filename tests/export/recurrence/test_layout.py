@@ -132,7 +132,6 @@ def check(module: Loop, graph: Graph, time: int = 1) -> None:
 
 @pytest.mark.parametrize("time", [slow(0), 1])
 @pytest.mark.parametrize("name", only(["matmul", "summed"], WAYS))
-@pytest.mark.slow_but_one
 def test_the_longest_axis_of_a_state_is_its_last(name: str, time: int) -> None:
     module, graph = exported(WAYS[name], time)
     body = body_of(graph)
@@ -142,14 +141,12 @@ def test_the_longest_axis_of_a_state_is_its_last(name: str, time: int) -> None:
 
 
 @pytest.mark.parametrize("name", one_in(2, STAYS))
-@pytest.mark.slow
 def test_what_has_no_such_form_stays(name: str) -> None:
     module, graph = exported(STAYS[name])
     assert list(body_of(graph).inputs[0].shape)[1:] == [D, N]
     check(module, graph)
 
 
-@pytest.mark.slow
 def test_nothing_is_left_of_the_loop_as_it_was() -> None:
     """Axes of size 1 are put into sequences, and dropped from results, outside the loop."""
     _, graph = exported(WAYS["matmul"], 1)

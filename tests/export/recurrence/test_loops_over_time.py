@@ -149,7 +149,6 @@ def test_a_loop_that_cannot_be_folded_says_why_and_where(name: str) -> None:
         assert marker in Path(file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
 
 
-@pytest.mark.slow
 def test_it_stays_unrolled_with_its_length_fixed_and_a_note() -> None:
     module, inputs, reason, _ = refused.LOOPS["half_way_back"]
     subject = make_subject(module, inputs, {}, source=Path(refused.__file__), how="a test")
@@ -207,7 +206,6 @@ class Rescaled(nn.Module):
 
 
 @torch.no_grad()
-@pytest.mark.slow
 def test_a_weight_that_the_first_call_writes_into_is_no_output_of_the_loop(tools):
     torch.manual_seed(0)
     module = Rescaled().eval()

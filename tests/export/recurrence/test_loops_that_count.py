@@ -64,7 +64,6 @@ def test_each_folds_for_any_length(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [slow(torch.float64), torch.float16])
-@pytest.mark.slow
 def test_numbers_are_rounded_as_the_model_rounds_them(dtype: torch.dtype) -> None:
     """In half precision PyTorch multiplies by a number in float32."""
     module = counting.Counting(STEPS["running mean"], STEPS["power"]).to(dtype)
@@ -76,7 +75,6 @@ def test_numbers_are_rounded_as_the_model_rounds_them(dtype: torch.dtype) -> Non
         torch.testing.assert_close(folded.call([longer]), subject.call([longer]))
 
 
-@pytest.mark.slow
 def test_integers_and_their_ratios_need_no_float64() -> None:
     graph = exported(subject_of(counting.FLOATS["part of the length"]))
     types = {value.dtype for node in graph.model.graph.all_nodes() for value in node.outputs}

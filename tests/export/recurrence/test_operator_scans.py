@@ -142,7 +142,6 @@ def test_functions_are_replaced_under_their_names_and_put_back() -> None:
         pytest.param(ways.passes, marks=pytest.mark.slow),
     ],
 )
-@pytest.mark.slow
 def test_it_becomes_one_scan_for_any_length(run: Any) -> None:
     torch.manual_seed(0)
     module = ways.Gated(run).eval()

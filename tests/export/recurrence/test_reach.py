@@ -61,7 +61,6 @@ def test_a_loop_that_goes_on_alike_is_not_suspected(tmp_path):
     assert Watch(subject, [Length((("x", 1),))], [9], 0).first_unlike() is None
 
 
-@pytest.mark.slow
 def test_the_limit_is_said(tmp_path):
     graph = export_subject(subject_of(tmp_path, Changing("a reset", 143, last=True)), Options(opset=17))[0]
     assert [str(each) for each in graph.traced.domain.conditions] == ["sequence <= 143"]
@@ -97,7 +96,6 @@ class ASingleStep(nn.Module):
         return torch.stack(out, 1)
 
 
-@pytest.mark.slow
 def test_a_way_of_its_own_for_one_step_is_the_least_length(tmp_path):
     graph = export_subject(subject_of(tmp_path, ASingleStep()), Options(opset=17))[0]
     assert [str(each) for each in graph.traced.domain.conditions] == ["sequence >= 2"]

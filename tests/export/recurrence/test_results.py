@@ -88,7 +88,6 @@ def check_inwards(name: str, backwards: bool) -> None:
 
 
 @pytest.mark.parametrize("name", ["product", slow("one for all steps")])
-@pytest.mark.slow
 def test_what_sums_up_is_done_in_the_step(name: str) -> None:
     check_inwards(name, False)
 

@@ -149,7 +149,6 @@ def test_steps_one_by_one_are_the_whole(name: str) -> None:
         (nn.Linear(4, 4), "no loop over a length"),
     ],
 )
-@pytest.mark.slow_but_one
 def test_what_has_no_step_says_why(module: nn.Module, reason: str) -> None:
     with pytest.raises(NotExportableError, match=reason):
         exported(made(module))

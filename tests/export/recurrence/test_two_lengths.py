@@ -64,7 +64,6 @@ def check(subject: Subject, graph: Graph, lengths: tuple[tuple[int, int], ...]) 
         np.testing.assert_allclose(found, wanted.numpy(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_both_are_free_and_each_loop_is_a_scan() -> None:
     subject = subject_of(Translator())
     (graph,) = export_subject(subject, Options(gates=False, simplify=False))
@@ -81,7 +80,6 @@ def test_there_is_no_one_step_of_two_loops() -> None:
         export_subject(subject, Options(gates=False, simplify=False, decode=True))
 
 
-@pytest.mark.slow
 def test_a_length_whose_loop_stays_as_it_is_is_fixed_and_said_to_be() -> None:
     subject = subject_of(Strange())
     (graph,) = export_subject(subject, Options(gates=False, simplify=False))

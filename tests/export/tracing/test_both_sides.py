@@ -175,7 +175,6 @@ def test_a_side_is_not_seen_where_it_is_not_taken(tools, how):
         tools.equal(graph, each)
 
 
-@pytest.mark.slow
 def test_functions_are_as_they_were_after_a_trace(tools):
     before = first_state.__code__
     tools.graph(Once(writes_its_own), torch.randn(5, 4))

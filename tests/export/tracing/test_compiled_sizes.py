@@ -69,7 +69,6 @@ def test_sizes_stay_symbols_in_what_a_library_compiled(tools, library, name):
         tools.equal(graph, torch.randn(shape))
 
 
-@pytest.mark.slow
 def test_what_depends_on_the_integers_themselves_is_fixed(tools, library):
     graph = tools.graph(Calls(lambda x, y: library.grouped(x, 3)), torch.randn(2, 6, 4))
     assert graph.traced.inputs["x"][1] == 6

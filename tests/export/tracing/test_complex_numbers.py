@@ -200,7 +200,6 @@ GROUPS = {
 
 
 @pytest.mark.parametrize("group", only(("products", "parts"), GROUPS))
-@pytest.mark.slow_but_one
 def test_every_operator_is_what_it_is_in_complex128(tools, group):
     torch.manual_seed(1)
     x, y = torch.randn(2, 2, 3)
@@ -285,7 +284,6 @@ class Diagonal(nn.Module):
         return torch.stack(found, 1)
 
 
-@pytest.mark.slow
 def test_a_loop_over_a_complex_state_is_one_scan_over_two_real_ones(tools):
     torch.manual_seed(0)
     model = Diagonal()

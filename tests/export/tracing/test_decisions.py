@@ -130,7 +130,6 @@ def ends(self, x):
     return self.a(x)
 
 
-@pytest.mark.slow
 def test_a_way_that_ends_the_model_is_a_check(tools):
     graph = tools.graph(Decides(ends), torch.rand(5, 4))
     assert sum("is taken as passed" in note for note in graph.notes) == 2
@@ -230,7 +229,6 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("how", REFUSED, ids=lambda how: how.__name__)
-@pytest.mark.slow_but_one
 def test_what_cannot_be_merged_is_refused_with_its_line(tools, how, monkeypatch):
     monkeypatch.setattr(decisions, "MOST_WAYS", 8)
     with pytest.raises(NotExportableError, match=REFUSED[how]) as refusal:

@@ -50,7 +50,6 @@ def calls(graph, target):
     return [node for node in graph.traced.program.graph.nodes if node.target is target]
 
 
-@pytest.mark.slow
 def test_transforms_of_any_length(tools):
     model = Does(
         lambda _, x: fft.rfft(x),
@@ -142,7 +141,6 @@ def in_sum(model, x):
 CONVOLUTIONS = (causal, hyena_like, round_about, correlated, both_ways, by_complex, over_time, in_sum)
 
 
-@pytest.mark.slow
 def test_products_of_spectra_are_convolutions(tools):
     torch.manual_seed(0)
     model = Does(*CONVOLUTIONS, kernel=torch.randn(3, 1024) * torch.exp(-torch.arange(1024) / 50))

@@ -283,7 +283,6 @@ class Balances(nn.Module):
         return y
 
 
-@pytest.mark.slow
 def test_a_gate_with_a_loop_is_cut_out(tools) -> None:
     module = Balances().eval()
     whole, gate = export_subject(tools.subject(module, torch.randn(6, 4)), Options())

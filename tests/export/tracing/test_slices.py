@@ -88,7 +88,6 @@ def allowed(graph, length):
 
 
 @pytest.mark.parametrize("name", one_in(3, FORMS))
-@pytest.mark.slow_but_one
 def test_a_slice_is_right_at_every_size(tmp_path, name):
     graph = exported(tmp_path, FORMS[name])
     assert all(allowed(graph, length) for length in SIZES)
@@ -113,7 +112,6 @@ BEHIND_A_LOOP = {
 
 
 @pytest.mark.parametrize("name", one_in(3, BEHIND_A_LOOP))
-@pytest.mark.slow
 def test_a_slice_behind_a_folded_loop_is_right_at_every_size(tmp_path, name):
     graph = exported(tmp_path, BEHIND_A_LOOP[name])
     assert "Scan" in [node.op_type for node in graph.model.graph]
@@ -122,7 +120,6 @@ def test_a_slice_behind_a_folded_loop_is_right_at_every_size(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", one_in(2, OTHERS))
-@pytest.mark.slow_but_one
 def test_other_operators_are_right_or_limited(tmp_path, name):
     graph = exported(tmp_path, OTHERS[name])
     module = Sliced(OTHERS[name])

@@ -77,7 +77,6 @@ class Looped(nn.Module):
 
 @pytest.mark.parametrize("loop", one_in(2, LOOPS))
 @torch.no_grad()
-@pytest.mark.slow_but_one
 def test_a_program_with_loops_computes_what_the_model_does(loop):
     torch.manual_seed(0)
     module = Looped(loop).eval()

@@ -26,7 +26,6 @@ class Decides(nn.Module):
         return x - y
 
 
-@pytest.mark.slow
 def test_a_side_that_no_input_takes_is_unproven(tools):
     subject = tools.subject(Decides(), torch.randn(4, 3))
     traced = trace(subject)
