@@ -43,20 +43,19 @@ def global_names(model: nn.Module) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def names_reached(kinds: Iterable[type]) -> dict[str, dict[str, Any]]:
-    """The global names of the user's files that a call of some classes' methods can reach.
+def names_reached(roots: Iterable[Any]) -> dict[str, dict[str, Any]]:
+    """The global names of the user's files that calls can reach.
 
-    Their own files, what these import at the top or inside a function, the files of the objects there, and the file
-    that runs as a program. Where code there can reach any file, because it makes a name at run time, all.
+    The files of what is called, what these import at the top or inside a function, the files of the objects there, and
+    the file that runs as a program. Where code there can reach any file, because it makes a name at run time, all.
+
+    Args:
+        roots: What is called: classes, functions, objects.
 
     Returns:
         The dicts themselves, by file.
     """
-    waiting: list[Any] = [
-        *kinds,
-        *(sys.modules.get(kind.__module__) for kind in kinds),
-        sys.modules.get("__main__"),
-    ]
+    waiting: list[Any] = [*roots, sys.modules.get("__main__")]
     files = [each for each in list(sys.modules.values()) if isinstance(each, ModuleType) and _is_ours(each)]
     found, words, seen = dict[str, dict[str, Any]](), set[str](), dict[int, Any]()
     while waiting:
@@ -67,9 +66,8 @@ def names_reached(kinds: Iterable[type]) -> dict[str, dict[str, Any]]:
                 waiting += _held_by(value)
                 for file, names in _own_names(value):
                     waiting += names.values() if found.setdefault(file, names) is names else ()
-                words |= (
-                    _words(value.__code__) if isfunction(value) and _is_users_function(value) else frozenset()
-                )
+                if isfunction(value) and _is_users_function(value):
+                    words |= _words(value.__code__)
         any_file = _ANY_FILE & words or {"sys", "modules"} <= words
         # What is imported where a function runs.
         named = [other for other in files if any_file or other.__name__.rpartition(".")[2] in words]
@@ -97,20 +95,25 @@ def _is_ours(module: ModuleType) -> bool:
 
 
 def _held_by(value: Any) -> list[Any]:
-    """The functions and classes in a function, a method, a class of somebody's, or an object of it."""
+    """What a function, a method, a class of somebody's or an object of it leads to: functions, classes, files."""
     if isinstance(value, type):
-        return list(vars(value).values()) if _is_somebodys(value) else []
+        own = [*vars(value).values(), sys.modules.get(value.__module__)] if _is_somebodys(value) else []
+        return [*own, *value.__bases__]
+    if isinstance(value, ModuleType):
+        return []
     if isinstance(value, (staticmethod, classmethod, MethodType)):
         return [value.__func__, getattr(value, "__self__", None)]
     if isinstance(value, property):
         return [value.fget, value.fset, value.fdel]
     if isinstance(value, partial):
         return [value.func, *value.args, *value.keywords.values()]
-    held = [getattr(value, "__wrapped__", None)] if isfunction(value) or isinstance(value, _MEMO) else []
+    held: list[Any] = [type(value)]
+    if isfunction(value) or isinstance(value, _MEMO):
+        held.append(getattr(value, "__wrapped__", None))
     for cell in (value.__closure__ or ()) if isfunction(value) else ():
         with suppress(ValueError):  # nothing was assigned to it yet
             held.append(cell.cell_contents)
-    return [*held, type(value)] if not isinstance(value, ModuleType) else held
+    return held
 
 
 def _is_somebodys(kind: type) -> bool:

@@ -88,7 +88,7 @@ class State:
             else ()
         )
         return State(
-            tuple(walk.items), tuple(walk.values), saved, _namespaces(module, walk.kinds), _classes(module)
+            tuple(walk.items), tuple(walk.values), saved, _namespaces(module, walk.held), _classes(module)
         )
 
     def with_globals(self) -> State:
@@ -166,7 +166,7 @@ class _Walk:
     values: list[Values] = field(default_factory=list)
     weights: list[tuple[torch.Tensor, str]] = field(default_factory=list)
     copies: bool = True
-    kinds: set[type] = field(default_factory=set)
+    held: list[Any] = field(default_factory=list)  # functions, and objects of all kinds
     # Python's own tables, which a file may have under a name of its own: a module that is put back there is lost.
     _seen: dict[int, Any] = field(
         default_factory=lambda: {id(table): table for table in (sys.modules, sys.path_importer_cache)}
@@ -193,11 +193,12 @@ class _Walk:
         elif isinstance(value, (tuple, frozenset)):
             for index, item in enumerate(value):
                 self.see(item, f"{path}[{index}]", kind)
-        elif kind not in _SHARED and _holds_state(value):
-            self.kinds.add(type(value))
-            self._see_items(vars(value), lambda key: f"{kind} {path}.{key}")
-            for key, item in vars(value).items():
-                self.see(item, f"{path}.{key}", kind)
+        elif kind not in _SHARED:
+            self.held.append(value)
+            if _holds_state(value):
+                self._see_items(vars(value), lambda key: f"{kind} {path}.{key}")
+                for key, item in vars(value).items():
+                    self.see(item, f"{path}.{key}", kind)
 
     def see_globals(self, file: str, namespace: dict[str, Any], kind: str) -> None:
         """Save the values and the containers among the globals of a file; what has a life of its own is left alone."""
@@ -245,7 +246,9 @@ class _Walk:
         for key, value in vars(module).items():
             if id(value) in tables:
                 self._see_table(value, start, tables[id(value)])
-            elif "_hooks" not in key:
+            elif "_hooks" in key:
+                self.held += value.values() if isinstance(value, dict) else ()
+            else:
                 self.see(value, f"{start}{key}", _INTERNAL if key in _OF_MODULES else "attribute")
 
     def _see_table(self, table: dict[str, Any], start: str, kind: str) -> None:
@@ -283,16 +286,14 @@ def _classes(module: nn.Module) -> tuple[type, ...]:
     return tuple(kind for kind in kinds if not _is_machinery(kind.__module__))
 
 
-def _namespaces(module: nn.Module, kinds: Iterable[type]) -> tuple[tuple[str, dict[str, Any]], ...]:
+def _namespaces(module: nn.Module, held: Iterable[Any]) -> tuple[tuple[str, dict[str, Any]], ...]:
     """The globals of the user's files that a call can reach, by file.
 
     Args:
         module: The model.
-        kinds: The classes of the objects that it keeps.
+        held: The functions and objects that it keeps.
     """
-    reached = names_reached(
-        {base for kind in (*map(type, module.modules()), *kinds) for base in kind.__mro__}
-    )
+    reached = names_reached([*map(type, module.modules()), *held])
     return tuple(
         (file, names)
         for file, names in sorted(reached.items())

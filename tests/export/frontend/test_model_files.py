@@ -21,6 +21,11 @@ COUNTS = """
         @staticmethod
         def once():
             count()
+    class Slots:
+        __slots__ = ()
+        def call(self):
+            count()
+    slots = Slots
     def counting(forward):
         def wrapped(*arguments):
             count()
@@ -35,6 +40,11 @@ WAYS = {
     "by_name": ("import importlib", "", "importlib.import_module('cou' + 'nts').count()"),
     "by_table": ("import sys", "", "sys.modules['cou' + 'nts'].count()"),
     "object": ("from counts import Counts", "self.counts = Counts()", "self.counts()"),
+    "object_with_slots": (
+        "import counts; slots = counts.slots(); del counts",
+        "self.slots = slots",
+        "self.slots.call()",
+    ),
     "object_of_a_list": ("", "import counts; self.counts = [counts.Counts()]", "self.counts[0]()"),
     "static": ("from counts import Counts", "", "Counts.once()"),
     "global_object": ("import counts; COUNTER = counts.Counts(); del counts", "", "COUNTER()"),
@@ -90,6 +100,39 @@ def test_a_count_is_put_back_however_it_is_reached(way, written):
         module(torch.ones(2))
         assert counts.CALLS == {"n": 1}
     assert counts.CALLS == {}, way
+
+
+def layer(change):
+    """A module of PyTorch's, changed."""
+    module = torch.nn.Identity()
+    change(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda module, counts: setattr(module, "forward", counts.counting(module.forward)),
+        lambda module, counts: module.register_forward_hook(lambda *_: counts.count()),
+        lambda module, counts: module.register_forward_pre_hook(counting_hook(counts.count)),
+        lambda module, counts: setattr(module, "forward", counts.Counts().__call__),
+    ],
+    ids=["patched", "hook", "hook_before", "method"],
+)
+def test_a_module_of_a_library_is_changed_by_the_users_functions(change, written):
+    (counts,) = written(counts=COUNTS.replace("def __call__(self):", "def __call__(self, x=None):"))
+    module = layer(lambda module: change(module, counts))
+    with State.of(module).kept():
+        module(torch.ones(2))
+        assert counts.CALLS == {"n": 1}
+    assert counts.CALLS == {}
+
+
+def counting_hook(count):
+    def hook(*_):
+        count()
+
+    return hook
 
 
 def test_a_file_that_no_code_of_the_model_names_is_left_alone(written):
