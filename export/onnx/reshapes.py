@@ -11,6 +11,7 @@ Counted from the front, it is (0, 1).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
@@ -92,15 +93,41 @@ def plain_transposes(graph: ir.Graph) -> None:
         keys = merged.inputs[0]
         if keys is None or keys.shape is None or traced_as(merged) != traced_as(node):
             continue
+        before = _last_two_changed(node.outputs[0].shape)
+        made = []
+        if before is not None and not _may_be_same(keys.shape, before):
+            # The exporter joined a reshape of the model's (heads that several queries share) with its own.
+            if not all(isinstance(size, int) for size in before):
+                continue
+            shape = Constants(graph).add(
+                ir.tensor(np.array(before, np.int64)), f"{node.outputs[0].name}_shape"
+            )
+            made.append(ir.node("Reshape", [keys, shape]))
+            made[0].outputs[0].shape, made[0].outputs[0].type = ir.Shape(before), keys.type
+            keys = made[0].outputs[0]
+        assert keys.shape is not None
         rank = len(keys.shape)
         plain = ir.node("Transpose", [keys], {"perm": [*range(rank - 2), rank - 1, rank - 2]})
         result = plain.outputs[0]
         result.name, result.type = node.outputs[0].name, keys.type
-        result.shape = ir.Shape([*keys.shape[:-2], keys.shape[-1], keys.shape[-2]])
-        plain.metadata_props.update(node.metadata_props)
+        result.shape = ir.Shape(_last_two_changed(keys.shape) or ())
+        for each in (*made, plain):
+            each.metadata_props.update(node.metadata_props)
         owner = node.graph
         assert owner is not None
-        ir.convenience.replace_nodes_and_values(owner, node, [node], [plain], node.outputs, [result])
+        ir.convenience.replace_nodes_and_values(owner, node, [node], [*made, plain], node.outputs, [result])
+
+
+def _may_be_same(shape: ir.Shape, other: Sequence[int | ir.SymbolicDim]) -> bool:
+    """Whether nothing that is known of the sizes tells two shapes apart."""
+    return len(shape) == len(other) and all(
+        here == there or ir.SymbolicDim(None) in (here, there)
+        for here, there in zip(shape, other, strict=True)
+    )
+
+
+def _last_two_changed(shape: ir.Shape | None) -> list[int | ir.SymbolicDim] | None:
+    return None if shape is None else [*shape[:-2], shape[-1], shape[-2]]
 
 
 def _give(graph: ir.Graph, node: ir.Node, numbers: list[int], kind: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from moe_export.export.onnx.reshapes import settle_axes, settle_reshapes
+from moe_export.export.tracing.dims import DimRequest
 
 OPERATORS = [
     ("ReduceSum(x, last)", (0,)),
@@ -49,3 +50,43 @@ def test_attention_to_no_keys(tools):
     assert not {"Reshape", "Slice", "Concat"} & {*kinds}
     for length in (0, 1, 6):
         tools.equal(graph, torch.randn(1, 3, length, 4))
+
+
+class Attends(torch.nn.Module):
+    def __init__(self, keys):
+        super().__init__()
+        self.keys = keys
+
+    def forward(self, x):
+        q = x.view(2, 6, 4, 8).transpose(1, 2)
+        k, v = (self.keys(part) for part in (x * 2, x + 1))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        lambda x: x[..., :16].reshape(2, 6, 2, 8).transpose(1, 2),  # two queries share a head
+        lambda x: x.reshape(2, 6, 2, 2, 8).permute(0, 2, 3, 1, 4).reshape(2, 4, 6, 8),
+        lambda x: x.reshape(2, 6, 4, 8).reshape(2, 4, 6, 8),  # as many axes, other ones
+        lambda x: x.reshape(4, 3, 32).reshape(2, 4, 6, 8),
+    ],
+    ids=["grouped", "five_axes", "four_axes", "three_axes"],
+)
+def test_keys_that_the_model_reshaped_are_turned_as_it_has_them(tools, keys):
+    """Where all sizes are known, the exporter joins the model's reshape with the one of its own that goes away."""
+    x = torch.randn(2, 6, 32)
+    graph = tools.graph(Attends(keys), x, dims=DimRequest(static=True))
+    assert [node.op_type for node in graph.model.graph].count("Reshape") <= 5
+    tools.equal(graph, torch.randn(2, 6, 32))
+
+
+def test_keys_of_any_length_that_change_places(tools):
+    class Exchanged(torch.nn.Module):
+        def forward(self, x):  # (b, l, 4, 8), looked at as (b, 4, l, 8)
+            turned = x.reshape(x.shape[0], 4, x.shape[1], 8)
+            return torch.nn.functional.scaled_dot_product_attention(turned, turned * 2, turned + 1)
+
+    graph = tools.graph(Exchanged(), torch.randn(2, 5, 4, 8))
+    for length in (1, 4, 7):
+        tools.equal(graph, torch.randn(3, length, 4, 8))
