@@ -35,7 +35,7 @@ _DEALT = {
     "parts of 4, 3, 2": (4, 3, 2),
     "parts of 1, 8": (1, 8),
 }
-_PROMPT, _MADE = 6, 64
+_PROMPT, _MADE = 6, (64, 32, 16, 8)
 _PADDED = 3  # places in front of one row that do not count; all in the first part, as those of a prompt are
 
 
@@ -164,12 +164,13 @@ class AtOnce:
 
 
 def decoding_cases(
-    decoder: InParts, make: Callable[[str, int], Array], seed: int, *, padded: bool
+    decoder: InParts, model: AtOnce, make: Callable[[str, int], Array], seed: int, *, padded: bool
 ) -> Iterator[Case]:
     """The cases: all parts, one row padded on the left; and a text that the decoder makes, token by token.
 
     Args:
         decoder: Makes the text.
+        model: What it is held against: a text is no longer than it takes, as positions in a table may end.
         make: New tokens for two rows, (2, count), by the name of their input.
         seed: Of the tokens, for the report.
         padded: Whether the model takes a mask.
@@ -182,9 +183,18 @@ def decoding_cases(
         yield _case(label, seed, {**tokens, MASK: mask}, parts)
     if len(decoder.tokens) == 1 and decoder.results.logits is not None:
         name = decoder.tokens[0]
-        text = decoder.continued(make(name, _PROMPT), _MADE)
+        count = next((made for made in _MADE if _takes(model, name, make(name, _PROMPT + made))), 1)
+        text = decoder.continued(make(name, _PROMPT), count)
         mask = np.ones(text.shape, np.int64)
-        yield _case(f"a text of {_MADE} tokens", seed, {name: text, MASK: mask}, (_PROMPT, *(1,) * _MADE))
+        yield _case(f"a text of {count} tokens", seed, {name: text, MASK: mask}, (_PROMPT, *(1,) * count))
+
+
+def _takes(model: AtOnce, name: str, tokens: Array) -> bool:
+    try:
+        model.run({name: tokens, MASK: np.ones(tokens.shape, np.int64)})
+    except Exception:  # whatever a model raises
+        return False
+    return True
 
 
 def _case(label: str, seed: int, inputs: Mapping[str, Array], parts: Sequence[int]) -> Case:

@@ -56,9 +56,12 @@ class Sums:
 def report_of(decoder: Sums):
     draw = np.random.default_rng(1)
     in_parts = InParts(decoder, INPUTS, ["ids"], RESULTS)
-    made = decoding_cases(in_parts, lambda name, count: draw.integers(1, WORDS, (2, count)), 0, padded=True)
+    model = AtOnce(whole, RESULTS, "whole")
+    made = decoding_cases(
+        in_parts, model, lambda name, count: draw.integers(1, WORDS, (2, count)), 0, padded=True
+    )
     return compare(
-        AtOnce(whole, RESULTS, "whole"),
+        model,
         in_parts,
         made,
         tolerance=Tolerance(),
@@ -88,3 +91,18 @@ def test_a_decoder_that_only_forgets_is_right_at_once():
     wrong = [case.label for case in report.cases if any(not judged.ok for judged in case.judgements)]
     assert "prompt at once" not in wrong
     assert "token by token" in wrong
+
+
+@pytest.mark.parametrize(("longest", "made"), [(70, 64), (69, 32), (38, 32), (37, 16)])
+def test_a_text_is_no_longer_than_the_model_takes(longest, made):
+    def limited(inputs):
+        if inputs["ids"].shape[1] > longest:
+            raise IndexError("no such place")
+        return whole(inputs)
+
+    in_parts = InParts(Sums(), INPUTS, ["ids"], RESULTS)
+    draw = np.random.default_rng(1)
+    model = AtOnce(limited, RESULTS, "limited")
+    *_, text = decoding_cases(in_parts, model, lambda _, n: draw.integers(1, WORDS, (2, n)), 0, padded=True)
+    assert text.label == f"a text of {made} tokens"
+    assert text.inputs["ids"].shape == (2, 6 + made)

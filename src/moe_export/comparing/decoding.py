@@ -47,10 +47,11 @@ def with_decoding(
             example.dtype
         )
 
+    model = AtOnce(_run(call, decoder, None), results, "torch")
     found = compare(
-        AtOnce(_run(call, decoder, None), results, "torch"),
+        model,
         in_parts,
-        decoding_cases(in_parts, make, seed, padded="attention_mask" in decoder.given),
+        decoding_cases(in_parts, model, make, seed, padded="attention_mask" in decoder.given),
         tolerance=tolerance,
         routing=results.pairs,
         truth=AtOnce(_run(call.wide(), decoder, "float64"), results, "torch in float64"),
