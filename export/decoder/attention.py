@@ -3,7 +3,7 @@
     scores[.., l, l'] = q[.., l, d] k[.., d, l']          k
     y[.., l, d] = p[.., l, l'] v[.., l', d]               v
 
-Told by which axes are time: scores have two of them, and neither operand has; what they are multiplied with has one.
+Which axes are time shows it: scores have two of them, and neither operand has; what they are multiplied with has one.
 
 Letters: l length, l' length of what is looked at, d width.
 """

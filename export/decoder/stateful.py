@@ -41,7 +41,7 @@ _WORDS = 2  # ids of a model that has no table of them
 
 @dataclass(frozen=True)
 class Door:
-    """What a model takes and gives, told apart.
+    """What a model takes and gives, sorted by what it is.
 
     Attributes:
         tokens: Inputs of (batch, length, ...).

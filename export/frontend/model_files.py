@@ -56,7 +56,9 @@ def names_reached(roots: Iterable[Any]) -> dict[str, dict[str, Any]]:
         The dicts themselves, by file.
     """
     waiting: list[Any] = [*roots, sys.modules.get("__main__")]
-    files = [each for each in list(sys.modules.values()) if isinstance(each, ModuleType) and _is_ours(each)]
+    files = [
+        each for each in list(sys.modules.values()) if isinstance(each, ModuleType) and _is_users_module(each)
+    ]
     found, words, seen = dict[str, dict[str, Any]](), set[str](), dict[int, Any]()
     while waiting:
         while waiting:
@@ -77,7 +79,7 @@ def names_reached(roots: Iterable[Any]) -> dict[str, dict[str, Any]]:
 
 def _own_names(value: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """The file and the global names of a module or a function of the user's."""
-    if isinstance(value, ModuleType) and _is_ours(value):
+    if isinstance(value, ModuleType) and _is_users_module(value):
         yield str(value.__file__), vars(value)
     elif isfunction(value) and _is_users_function(value):
         yield value.__code__.co_filename, value.__globals__
@@ -90,7 +92,7 @@ def _is_users_function(function: FunctionType) -> bool:
 _ANY_FILE = frozenset({"import_module", "__import__", "exec", "gc"})
 
 
-def _is_ours(module: ModuleType) -> bool:
+def _is_users_module(module: ModuleType) -> bool:
     return _is_users(str(getattr(module, "__file__", None)))
 
 
@@ -118,7 +120,7 @@ def _held_by(value: Any) -> list[Any]:
 
 def _is_somebodys(kind: type) -> bool:
     module = sys.modules.get(kind.__module__)
-    return module is None or kind.__module__ == "__main__" or _is_ours(module)
+    return module is None or kind.__module__ == "__main__" or _is_users_module(module)
 
 
 @cache

@@ -132,9 +132,9 @@ def _know_ranks(model: ir.Model) -> None:
     unknown = [place for place, node in enumerate(nodes) if _picks_at_unknown_rank(node)]
     if not unknown:
         return
-    twins = list(ShapeInferencePass()(model.clone()).model.graph.all_nodes())
+    inferred = list(ShapeInferencePass()(model.clone()).model.graph.all_nodes())
     for place in unknown:
-        index, known = nodes[place].inputs[1], twins[place].inputs[1]
+        index, known = nodes[place].inputs[1], inferred[place].inputs[1]
         if index is not None and known is not None and known.shape is not None:
             index.shape, index.type = without_counted(known.shape.copy()), index.type or known.type
 
