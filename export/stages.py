@@ -30,6 +30,7 @@ from moe_export.export.experts.outline import NUMBER, OPERATOR, Block, outline_e
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.fourier import DOMAIN as FOURIER
 from moe_export.export.onnx.fourier import expand_fourier
+from moe_export.export.onnx.reductions import reductions_by_sum
 from moe_export.export.onnx.shared_weights import store_once
 from moe_export.export.onnx.sides import sides_in_branches
 from moe_export.export.onnx.simplify import as_numpy, simplify
@@ -259,12 +260,13 @@ def _sides(draft: Draft, options: Options) -> Draft:
     return replace(draft, model=model, notes=(*draft.notes, note))
 
 
-def _captures(draft: Draft, options: Options) -> Draft:
-    """The graph with loops that read nothing from around them, for the one engine that needs that."""
+def _openvino(draft: Draft, options: Options) -> Draft:
+    """The graph without what OpenVINO refuses or computes wrongly (docs/openvino.md)."""
     if options.target != "openvino":
         return draft
     model = draft.model.clone()
     captures_as_states(model)
+    reductions_by_sum(model)
     return replace(draft, model=model)
 
 
@@ -338,7 +340,7 @@ PIPELINE: Stages = (
     Stage("precision", Draft, Draft, _precision, _valid_if_narrow),
     Stage("quantize", Draft, Draft, _quantize, _valid_if_packed, "quantizing weights"),
     Stage("sides", Draft, Draft, _sides, _valid),
-    Stage("captures", Draft, Draft, _captures, _valid),
+    Stage("openvino", Draft, Draft, _openvino, _valid),
 )
 """All stages, in their order."""
 

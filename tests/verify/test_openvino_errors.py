@@ -73,7 +73,7 @@ def test_canary_a_scan_that_reads_a_computed_value(graph_bytes):
         y = Scan <num_scan_inputs = 1, body = b (float[3] s, float[3] e) => (float[3] n) {
             t = Mul(s, w) n = Add(t, e) }> (h, x) }"""
     relied_on = "a Scan whose body reads a value that is computed outside is refused"
-    todo = "leave out `captures_as_states`, and the stage `captures`"
+    todo = "leave out `captures_as_states`"
     with canary(FILE, relied_on, todo=todo), pytest.raises(UsageError, match="the body of a Scan reads"):
         OpenVinoRunner(graph_bytes(text))
 

@@ -33,6 +33,11 @@ _NO_SEQUENCE = (
     "OpenVINO (2026.4) drops what a sequence holds before the loop, or corrupts its memory",
     "--target openvino, or --experts blocks, carries no sequence through a loop",
 )
+_ALL_AXES = (
+    "OpenVINO (2026.4) overlooks the attribute axes of {op} and reduces all of them",
+    "--target openvino writes it by sums; from --opset 18 on the axes are an input, which it reads",
+)
+_OVERLOOKED = ("ReduceL1", "ReduceLogSum", "ReduceLogSumExp")
 _VALIDATED = re.compile(r"ONNX node '<Node\((?P<op>[\w.]+)\): (?P<outputs>[^>]+)>'")
 _NO_RULE = re.compile(r"No conversion rule found for operations: (?P<ops>[\w., -]+?)(?= To |\n|$)")
 _AT_RUN = re.compile(r"\[CPU\] \w+ node with name '(?P<name>[^']+)'")
@@ -103,6 +108,8 @@ def miscomputed(graph: onnx.GraphProto) -> tuple[onnx.NodeProto, str, str] | Non
         carried = [value for body in bodies(node).values() for value in body.input]
         if node.op_type == "Loop" and any(value.type.HasField("sequence_type") for value in carried):
             return node, *_NO_SEQUENCE
+        if node.op_type in _OVERLOOKED and any(each.name == "axes" for each in node.attribute):
+            return node, _ALL_AXES[0].format(op=node.op_type), _ALL_AXES[1]
     return None
 
 

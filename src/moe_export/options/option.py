@@ -65,7 +65,7 @@ STAGES = (
     "precision",
     "quantize",
     "sides",
-    "captures",
+    "openvino",
 )
 """The names of `export.stages.PIPELINE`, which takes seconds to import."""
 READERS = (*STAGES, "load", "gates", "weights", "comparison", "engines", "ranks", "command")
