@@ -32,7 +32,9 @@ def proposal(monkeypatch):
     """Put something else in onnxsim's place."""
 
     def put(function):
-        monkeypatch.setitem(sys.modules, "onnxsim", types.SimpleNamespace(simplify=function))
+        monkeypatch.setitem(
+            sys.modules, "onnxsim", types.SimpleNamespace(simplify=lambda model, **options: function(model))
+        )
 
     return put
 
@@ -62,6 +64,38 @@ def test_what_does_not_check_is_left_out(proposal):
     invalid = onnx.parser.parse_model(NOTHING.replace("Relu", "Rellu"))
     proposal(lambda proto: (invalid, True))
     assert "computes something else" in simplify(model(FOLDS), X).note
+
+
+@pytest.mark.parametrize("kind", ["ReduceL1", "ReduceL2"])
+def test_a_norm_that_divides_stays_nan_at_zeros(kind):
+    """Onnxsim makes LpNormalization of it, which is 0 there in ONNX Runtime."""
+    text = f"""<ir_version: 8, opset_import: ["" : 17]> g (float[n, 2] x) => (float[n, 2] y) {{
+        one = Constant<value = float[1] {{1}}> () same = Mul(x, one)
+        norm = {kind}<axes = [-1]> (same) y = Div(same, norm) }}"""
+    kinds = [node.op_type for node in simplify(model(text), X).model.graph]
+    assert kind in kinds
+    assert "LpNormalization" not in kinds
+
+
+@pytest.mark.parametrize(
+    ("wrong_at", "y"),
+    [
+        ("zero", "n = ReduceL2<axes = [-1]> (x) t = LpNormalization(x) y = Add(t, t)"),
+        ("infinity", "z = Sub(x, x) y = Add(x, z)"),
+        ("nan", "y = Add(x, x)"),
+    ],
+)
+def test_what_is_wrong_on_the_edge_only_is_left_out(proposal, wrong_at, y):
+    right = {
+        "zero": "n = ReduceL2<axes = [-1]> (x) a = Div(x, n) b = Div(x, n) y = Add(a, b)",
+        "infinity": "a = Neg(x) b = Neg(a) c = Neg(b) y = Neg(c)",
+        "nan": "one = Constant<value = float[1] {1}> () z = IsNaN(x) w = Where(z, one, x) y = Add(w, w)",
+    }
+    header = '<ir_version: 8, opset_import: ["" : 17]> g (float[n, 2] x) => (float[n, 2] y) {'
+    wrong = onnx.parser.parse_model(f"{header} {y} }}")
+    proposal(lambda proto: (wrong, True))
+    given = model(f"{header} {right[wrong_at]} }}")
+    assert "computes something else" in simplify(given, X).note
 
 
 def test_what_raises_is_left_out(proposal):
