@@ -42,12 +42,15 @@ class Statement:
         module: Path of that module.
         file, line: Where the statement begins.
         targets: The variables that it assigns; empty for another statement.
+        in_order: Whether an expression stands for each of them, as in `a, b = x + 1, x - 1`. What one call returns may
+            be computed in any order.
     """
 
     module: str
     file: str
     line: int
     targets: tuple[str, ...]
+    in_order: bool = True
 
 
 def statements(model: ir.Model, scope: str) -> dict[ir.Node, Statement]:
@@ -62,24 +65,29 @@ def statements(model: ir.Model, scope: str) -> dict[ir.Node, Statement]:
         frame = model_frame(stack_trace_of(node))
         if frame is None:
             continue
-        first, targets = _statement(*frame)
+        first, targets, in_order = _statement(*frame)
         paths, kinds = scopes_of(node) or [], classes_of(node)
         while paths and len(paths) <= len(kinds) and kinds[len(paths) - 1].startswith("torch.nn."):
             paths.pop()  # a layer of torch has no variables that a reader knows
         module = next(filter(is_module_path, reversed(paths)), "")
-        found[node] = Statement(strip_scope(module, scope), frame[0], first, targets)
+        found[node] = Statement(strip_scope(module, scope), frame[0], first, targets, in_order)
     return found
 
 
 @cache
-def _statement(file: str, line: int) -> tuple[int, tuple[str, ...]]:
-    """Where the innermost statement that covers a line begins, and the variables that it assigns."""
+def _statement(file: str, line: int) -> tuple[int, tuple[str, ...], bool]:
+    """Where the innermost statement that covers a line begins, the variables that it assigns, and if in order."""
     best: ast.stmt | None = None
     for statement in _simple_statements(file):
         covers = statement.lineno <= line <= (statement.end_lineno or statement.lineno)
         if covers and (best is None or statement.lineno >= best.lineno):
             best = statement
-    return (best.lineno, tuple(_targets(best))) if best is not None else (line, ())
+    if best is None:
+        return line, (), True
+    targets = tuple(_targets(best))
+    value = best.value if isinstance(best, ast.Assign) else None
+    in_order = len(targets) < 2 or (isinstance(value, ast.Tuple) and len(value.elts) == len(targets))
+    return best.lineno, targets, in_order
 
 
 @cache
@@ -188,7 +196,7 @@ def _variables(nodes: Sequence[ir.Node], origins: Mapping[ir.Node, Statement]) -
         maker = makers.pop() if len(makers) == 1 else None
         if maker is not None and len(maker.outputs) > 1:
             ends = list(maker.outputs)  # also those that nobody reads
-        if len(ends) == len(statement.targets):
+        if len(ends) == len(statement.targets) and (maker is not None or statement.in_order):
             found |= {
                 value: _join(statement.module, target)
                 for value, target in zip(ends, statement.targets, strict=True)

@@ -56,6 +56,29 @@ def test_modules_and_variables(tools):
     assert not any(name.startswith(("node_", "val_")) for name in (*names, *values))
 
 
+class Swapped(nn.Module):
+    """Variables that one expression gives, in another order than they are computed in."""
+
+    def forward(self, x):
+        weights, places = [each * 3 for each in torch.topk(x, 2)][::-1]
+        last, first = [function(x) for function in (torch.sin, torch.cos)][::-1]
+        sinh, cosh = x.sinh(), x.cosh()
+        top, at = torch.topk(sinh - cosh, 2)
+        return weights + 2, places * 2.5, last * 2, first + 1, sinh * 2, cosh * 2, top * 2, at + 1
+
+
+def test_a_value_has_no_name_of_another(tools):
+    model = tools.graph(Swapped(), torch.randn(3, 4)).model
+    names = {
+        (node.op_type, place): value.name for node in model.graph for place, value in enumerate(node.outputs)
+    }
+    assert (names["Sinh", 0], names["Cosh", 0]) == ("sinh", "cosh")
+    assert {("top", "at"), ("topk.0", "topk.1")} == {
+        tuple(value.name for value in node.outputs) for node in model.graph if node.op_type == "TopK"
+    }
+    assert not {"weights", "places", "last", "first"} & set(names.values())
+
+
 def test_an_einsum_is_told_on_what_it_became(tools):
     model = tools.graph(Block(), torch.randn(3, 4)).model
     told = {node.metadata_props.get("einsum") for node in model.graph}
@@ -63,7 +86,7 @@ def test_an_einsum_is_told_on_what_it_became(tools):
 
 
 def test_an_unreadable_file_has_no_variables(tmp_path):
-    assert naming._statement(str(tmp_path / "gone.py"), 3) == (3, ())
+    assert naming._statement(str(tmp_path / "gone.py"), 3) == (3, (), True)
     broken = tmp_path / "broken.py"
     broken.write_text("def (", encoding="utf-8")
-    assert naming._statement(str(broken), 1) == (1, ())
+    assert naming._statement(str(broken), 1) == (1, (), True)
