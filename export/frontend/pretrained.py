@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ import torch
 
 from moe_export.errors import UsageError
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.weights.files import open_weights
+from moe_export.export.weights.layouts import note_on_stored, quantized_weights
+from moe_export.export.weights.lazy import tensor_of
 
 CONFIG = "config.json"
 _READ = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -77,9 +81,9 @@ def load_pretrained(folder: Path, make: Callable[..., Subject]) -> Subject:
             f"{folder} is a model of transformers, which is not installed", hint="pip install transformers"
         ) from error
     try:
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            str(folder), dtype=torch.float32, local_files_only=True
-        )
+        model, notes = _loaded(folder, transformers)
+    except UsageError:
+        raise
     except Exception as error:  # whatever its files lead to
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UsageError(
@@ -89,7 +93,40 @@ def load_pretrained(folder: Path, make: Callable[..., Subject]) -> Subject:
     words = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, words, _EXAMPLE)
     source = folder / "model"  # it has no file of its own; graphs are called after this one
-    return make(model, (), {"input_ids": ids}, source=source, how="a folder of transformers")
+    subject = make(model, (), {"input_ids": ids}, source=source, how="a folder of transformers")
+    return replace(subject, notes=(*subject.notes, *notes))
+
+
+def _loaded(folder: Path, transformers: Any) -> tuple[Any, tuple[str, ...]]:
+    """The model of a folder in float32, and notes on how its weights are stored.
+
+    What is stored quantized is made floats here: transformers needs a package or a GPU for most layouts.
+
+    Raises:
+        UsageError: Weights of the model are not among those that are stored.
+    """
+    kind, given = transformers.AutoModelForCausalLM, {"dtype": torch.float32}
+    config = transformers.AutoConfig.from_pretrained(str(folder), local_files_only=True)
+    stored = open_weights(folder) if getattr(config, "quantization_config", None) is not None else {}
+    quantized = quantized_weights(stored, folder)
+    if not quantized:
+        return kind.from_pretrained(str(folder), local_files_only=True, **given), ()
+    del config.quantization_config
+    used = {name for weight in quantized.values() for name in weight.tensors}
+    floats = {name: recipe for name, recipe in stored.items() if name not in used}
+    floats |= {name: weight.recipe for name, weight in quantized.items()}
+    with torch.device("meta"):
+        kind = type(kind.from_config(config))
+    state = {name: tensor_of(recipe) for name, recipe in floats.items()}
+    model, told = kind.from_pretrained(
+        None, config=config, state_dict=state, output_loading_info=True, **given
+    )
+    if missing := sorted(told["missing_keys"]):
+        raise UsageError(
+            f"{folder} has no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
+            hint="layouts of quantized weights that are read are on docs/quantize.md",
+        )
+    return model, note_on_stored(quantized.values())
 
 
 def tokenizer_files(folder: Path) -> Iterator[Path]:

@@ -247,7 +247,8 @@ def make_subject(
             hint="return tensors, in tuples, lists, dicts or dataclasses, or in a class that is registered: "
             "torch.utils._pytree.register_pytree_node",
         )
-    notes = tuple(
+    notes = weights.notes if weights is not None else ()
+    notes += tuple(
         f"{kind} {name} is complex, and has pairs of a real and an imaginary part along a last axis in the graph"
         for kind, names_of, values in (
             ("input", tensors, filter(is_tensor, flat)),

@@ -15,15 +15,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 
-from moe_export.export.quantize.rounding import Array, Rounded, block_of, encoded, fitted
+from moe_export.export.quantize.rounding import Array, Fitted, Rounded, block_of, encoded, fitted
 from moe_export.export.quantize.scheme import Scheme
-from moe_export.export.weights.recipe import Recipe, np_dtype
+from moe_export.export.weights.recipe import Part, Recipe, np_dtype
 
 _BYTES = ir.DataType.UINT8
+_SAMPLE = 8
+"""Outputs that are asked whether scales of the weight's own type would do."""
 _MIDDLE = 8
 """What is added to a signed code of 4 bits that is stored in half a byte."""
 
@@ -41,7 +44,7 @@ class Grid:
     source: Recipe
     axis: int
     scheme: Scheme
-    _scales: dict[int, tuple[Array, Array | None]] = field(default_factory=dict, repr=False)
+    _fitted: dict[int, Fitted] = field(default_factory=dict, repr=False)
 
     @property
     def count(self) -> int:
@@ -64,6 +67,22 @@ class Grid:
         sizes[self.axis] = -(-sizes[self.axis] // self.block)
         return tuple(sizes)
 
+    @cached_property
+    def scale_dtype(self) -> ir.DataType:
+        """The type of the scales: the weight's own, or float32 for 8-bit floats in half precision that were multiplied
+        by scales of float32 before. Those come back bit for bit only if they are again.
+        """
+        own = self.source.dtype
+        if self.scheme.packing != "float8e4m3" or self.scheme.tensorrt or own is ir.DataType.FLOAT:
+            return own
+        first = Part(self.source, 0, 0, 1) if self._stacked else self.source
+        other = len(first.shape) - 1 if self.axis != len(first.shape) - 1 else len(first.shape) - 2
+        sample = first.read(other, 0, min(_SAMPLE, first.shape[other]))
+        narrow, wide = (
+            fitted(sample, self.axis, self.scheme, np.dtype(kind)) for kind in (sample.dtype, np.float32)
+        )
+        return ir.DataType.FLOAT if narrow.exact < wide.exact == wide.count else own
+
     def weight(self, index: int) -> Array:
         """One of the stacked weights in float."""
         return self.source.read(0, index, index + 1)[0] if self._stacked else self.source.array()
@@ -71,16 +90,20 @@ class Grid:
     def rounded(self, index: int) -> Rounded:
         """One of the stacked weights on its grid."""
         weight, axis = self.weight(index), self.inner_axis
-        if index not in self._scales:
-            self._scales[index] = fitted(weight, axis, self.scheme)
-        scales, zeros = self._scales[index]
-        return Rounded(encoded(weight, axis, scales, zeros, self.scheme), scales, zeros, self.block)
+        found = self._fit(index, weight)
+        codes = encoded(weight, axis, found.scales, found.zeros, self.scheme)
+        return Rounded(codes, found.scales, found.zeros, self.block)
 
     def scales(self, index: int) -> tuple[Array, Array | None]:
         """Scales and zero points of one of the stacked weights."""
-        if index not in self._scales:
-            self._scales[index] = fitted(self.weight(index), self.inner_axis, self.scheme)
-        return self._scales[index]
+        found = self._fitted.get(index) or self._fit(index, self.weight(index))
+        return found.scales, found.zeros
+
+    def _fit(self, index: int, weight: Array) -> Fitted:
+        if index not in self._fitted:
+            kind = np_dtype(self.scale_dtype)
+            self._fitted[index] = fitted(weight, self.inner_axis, self.scheme, kind)
+        return self._fitted[index]
 
     @property
     def inner_axis(self) -> int:
@@ -91,8 +114,10 @@ class Grid:
         """For each of the stacked weights the sum of squares of what rounding changes, and that of the weight."""
         found = []
         for index in range(self.count):
-            weight = self.weight(index).astype(np.float32)
-            moved = self.rounded(index).values(self.inner_axis) - weight
+            weight = self.weight(index)
+            values = self.rounded(index).values(self.inner_axis).astype(weight.dtype)
+            weight = weight.astype(np.float32)
+            moved = values.astype(np.float32) - weight
             found.append((_squares(moved), _squares(weight)))
         return found
 
@@ -174,8 +199,8 @@ def bytes_of(grid: Grid) -> OnGrid:
 
 
 def scales_of(grid: Grid) -> OnGrid:
-    """The scales, in the weight's own type."""
-    return OnGrid(grid, lambda at, index: at.scales(index)[0], grid.source.dtype, grid.scale_shape)
+    """The scales."""
+    return OnGrid(grid, lambda at, index: at.scales(index)[0], grid.scale_dtype, grid.scale_shape)
 
 
 def zeros_of(grid: Grid, dtype: ir.DataType) -> OnGrid:

@@ -8,8 +8,8 @@ The grid that just spans a block's values is rarely the best: a slightly finer o
 nearer to all others. So a few shares of the span are tried for each block, and the scale is then fitted to its codes by
 least squares. What has the smallest sum of squares stays.
 
-Weights that were quantized before, and are floats now, lie on a grid whose step shows in the differences between them.
-It is tried as well: on the same blocks, such weights come back as they are.
+Weights that were quantized before, and are floats now, lie on a grid already (`earlier_grid`). It is tried as well: on
+the same blocks, such weights come back as they are, bit for bit.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from moe_export.export.quantize.earlier_grid import counted_step, exact_scales, steps
 from moe_export.export.quantize.scheme import Scheme
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -29,7 +30,7 @@ _SHARES = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.76, 0.72)
 """Shares of a block's span that a grid may cover. Of normal values, 4 bits are best at 0.75 to 1."""
 _FULL = 8 / 7
 """How much further codes of 4 bits reach below zero than above: the extreme of a block gets the lowest code."""
-_EIGHTHS = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0)
+_EIGHTHS = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
 """What the extreme of a block of 8-bit floats may become. One of them is what it was, if it was such a float before."""
 _STRIP = 2**20
 """Weights that are searched at once: a few copies of them, 4 MiB each, stay in the processor's cache longer."""
@@ -69,25 +70,43 @@ def block_of(size: int, scheme: Scheme) -> int:
     return size if scheme.block is None else min(scheme.block, size)
 
 
-def fitted(weight: Array, axis: int, scheme: Scheme) -> tuple[Array, Array | None]:
-    """The scales and zero points of a weight; zero points are None where zero is code 0.
+@dataclass(frozen=True)
+class Fitted:
+    """The grids of a weight, the summed axis where it is in the weight, B in place of K.
+
+    Attributes:
+        scales: Float32 that holds numbers of the type that was asked for.
+        zeros: The zero points; None where zero is code 0.
+        exact: How many blocks come back bit for bit, of all.
+        count: How many there are.
+    """
+
+    scales: Array
+    zeros: Array | None
+    exact: int
+    count: int
+
+
+def fitted(weight: Array, axis: int, scheme: Scheme, wide: np.dtype[Any] | None = None) -> Fitted:
+    """The best grids for a weight.
 
     Args:
         weight: Any shape, any float type.
         axis: The one that a product sums over.
         scheme: The grid.
+        wide: The type of the scales; None for the weight's own.
     """
     columns = _columns(weight, axis)  # (K, R)
-    found = [_best(_blocks(part, scheme), scheme) for part in _strips(columns)]
-    scale, zero = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
-    scales = _placed(scale, weight, axis)
-    if weight.dtype.itemsize < scale.dtype.itemsize:  # the graph multiplies in the weight's own type
-        scales = _nonzero(scales.astype(weight.dtype).astype(np.float32))
-    return scales, _placed(zero, weight, axis) if scheme.zero_points else None
+    found = [
+        _best(_blocks(part, scheme), scheme, weight.dtype, wide or weight.dtype) for part in _strips(columns)
+    ]
+    scale, zero, exact = (np.concatenate(parts, 1) for parts in zip(*found, strict=True))
+    zeros = _placed(zero, weight, axis) if scheme.zero_points else None
+    return Fitted(_placed(scale, weight, axis), zeros, int(exact.sum()), exact.size)
 
 
 def encoded(weight: Array, axis: int, scales: Array, zeros: Array | None, scheme: Scheme) -> Array:
-    """The codes of a weight on known grids, float32; arguments as for `fitted`, and what it returned."""
+    """The codes of a weight on known grids, float32; arguments as for `fitted`, and what it found."""
     columns, scale = _columns(weight, axis), _columns(scales, axis)
     zero = np.zeros_like(scale) if zeros is None else _columns(zeros, axis)
     parts = zip(_strips(columns), _strips(scale, len(columns)), _strips(zero, len(columns)), strict=True)
@@ -100,9 +119,9 @@ def encoded(weight: Array, axis: int, scales: Array, zeros: Array | None, scheme
 
 def rounded(weight: Array, axis: int, scheme: Scheme) -> Rounded:
     """Put a weight on the best grids; arguments as for `fitted`."""
-    scales, zeros = fitted(weight, axis, scheme)
-    codes = encoded(weight, axis, scales, zeros, scheme)
-    return Rounded(codes, scales, zeros, block_of(weight.shape[axis], scheme))
+    found = fitted(weight, axis, scheme)
+    codes = encoded(weight, axis, found.scales, found.zeros, scheme)
+    return Rounded(codes, found.scales, found.zeros, block_of(weight.shape[axis], scheme))
 
 
 def _columns(array: Array, axis: int) -> Array:
@@ -134,11 +153,23 @@ def _blocks(columns: Array, scheme: Scheme) -> Array:
     return found.reshape(count, block, -1)
 
 
-def _best(blocks: Array, scheme: Scheme) -> tuple[Array, Array]:
-    """For each block and column the scale and zero point with the smallest sum of squares."""
+def _best(
+    blocks: Array, scheme: Scheme, kind: np.dtype[Any], wide: np.dtype[Any]
+) -> tuple[Array, Array, Array]:
+    """For each block and column the scale and zero point with the smallest sum of squares, and whether it gives back
+    every bit; `kind` is the weights' type, `wide` that of the scales.
+    """
+    scale, zero = _searched(blocks, scheme, kind)
+    codes = _codes(blocks, scale, zero, scheme) - zero[:, None]
+    scale, exact = exact_scales(blocks, codes, scale, kind, wide)
+    return _nonzero(scale.astype(wide).astype(np.float32)), zero, exact
+
+
+def _searched(blocks: Array, scheme: Scheme, kind: np.dtype[Any]) -> tuple[Array, Array]:
+    """The best of a few grids, its scale fitted to its codes by least squares."""
     least: Array | None = None
     scale = zero = np.zeros(0, np.float32)
-    for tried, at in _grids(blocks, scheme):
+    for tried, at in _grids(blocks, scheme, kind):
         error = _error(blocks, tried, at, scheme)
         if least is None:
             least, scale, zero = error, tried, at
@@ -160,7 +191,7 @@ def _best(blocks: Array, scheme: Scheme) -> tuple[Array, Array]:
     return scale, zero
 
 
-def _grids(blocks: Array, scheme: Scheme) -> Iterator[tuple[Array, Array]]:
+def _grids(blocks: Array, scheme: Scheme, kind: np.dtype[Any]) -> Iterator[tuple[Array, Array]]:
     """Scales and zero points (B, R) that are worth trying."""
     low, high = scheme.bounds
     least, most = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
@@ -177,8 +208,8 @@ def _grids(blocks: Array, scheme: Scheme) -> Iterator[tuple[Array, Array]]:
             scale = _positive(np.maximum(most, -least) * (share / high))
             turned = scheme.signed & (most > -least)
             yield np.where(turned, -scale, scale), np.zeros_like(scale)
-    step = _steps(blocks, high - low)
-    for scale in (_positive(step), _positive(step / 2)):
+    for step in _earlier_steps(blocks, least, scheme, kind):
+        scale = _positive(step)
         if scheme.zero_points:
             yield scale, np.clip(np.rint(-least / scale), low, high).astype(np.float32)
         else:
@@ -187,16 +218,15 @@ def _grids(blocks: Array, scheme: Scheme) -> Iterator[tuple[Array, Array]]:
                 yield -scale, np.zeros_like(scale)
 
 
-def _steps(blocks: Array, codes: float) -> Array:
-    """The smallest step between two values of a block, (B, R): the scale of weights that come from a grid already.
-
-    Differences far below what so many codes can tell apart are roundings of one value.
-    """
-    ordered = np.sort(blocks, axis=1)
-    steps = np.diff(ordered, axis=1)
-    steps[steps <= ((ordered[:, -1] - ordered[:, 0]) / (2 * codes))[:, None]] = np.inf
-    least = steps.min(1, initial=np.inf)
-    return np.where(np.isfinite(least), least, 0).astype(np.float32)
+def _earlier_steps(blocks: Array, least: Array, scheme: Scheme, kind: np.dtype[Any]) -> Iterator[Array]:
+    """Steps (B, R) of grids that the weights may have been on before."""
+    low, high = scheme.bounds
+    step = steps(blocks, high - low)
+    yield step
+    yield step / 2
+    if kind.itemsize < step.dtype.itemsize:
+        origin = least if scheme.zero_points else np.zeros_like(least)
+        yield counted_step(blocks, origin, int(max(-low, high)))
 
 
 def _nonzero(scale: Array) -> Array:

@@ -7,6 +7,8 @@
 | a stack picked by `Gather`, for TensorRT | `DequantizeLinear` of the whole stack, before `Gather` |
 | 4 bits, picked by `Gather` | bytes are picked, which `Gather` takes, and taken apart by `BitShift` |
 
+8-bit floats of a model in half precision may have scales of float32 (`Grid.scale_dtype`); `Cast` follows then.
+
 A weight is dequantised where it is used, in front of its reader, so that runtimes can join both, and none has to keep
 weights in float that it does not use yet.
 """
@@ -142,6 +144,21 @@ class Writer:
     ) -> ir.Value:
         """Weights from codes whose summed axis is `axis`."""
         rank = len(grid.source.shape) if rank is None else rank
+        found = self._multiplied(w, grid, codes, scales, zeros, axis=axis, rank=rank)
+        return found if grid.scale_dtype == grid.source.dtype else w.op("Cast", found, to=grid.source.dtype)
+
+    def _multiplied(
+        self,
+        w: GraphBuilder,
+        grid: Grid,
+        codes: ir.Value,
+        scales: ir.Value,
+        zeros: ir.Value | None,
+        *,
+        axis: int,
+        rank: int,
+    ) -> ir.Value:
+        """Codes less their zero points times their scales, in the scales' type."""
         by_output = grid.scheme.block is None and rank == 2
         if by_output:  # one scale for each output: along the other axis
             flat = w.ints(-1)
@@ -150,9 +167,9 @@ class Writer:
         if self._opset >= BLOCKED:
             taken = _without_last_none([scales, zeros])
             return w.op("DequantizeLinear", codes, *taken, axis=axis, block_size=grid.block)
-        found = w.op("Cast", codes, to=grid.source.dtype)
+        found = w.op("Cast", codes, to=grid.scale_dtype)
         if zeros is not None:
-            found = w.op("Sub", found, w.op("Cast", zeros, to=grid.source.dtype))
+            found = w.op("Sub", found, w.op("Cast", zeros, to=grid.scale_dtype))
         return w.op("Mul", found, scales)
 
 

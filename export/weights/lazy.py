@@ -25,6 +25,7 @@ from torch import nn
 from moe_export.disk import read_exactly
 from moe_export.errors import UsageError
 from moe_export.export.weights.files import open_weights
+from moe_export.export.weights.layouts import note_on_stored, quantized_weights
 from moe_export.export.weights.recipe import Converted, Recipe
 
 SMALL = 64 * 2**10
@@ -82,11 +83,13 @@ class LazyWeights:
         files: What they are read from.
         items: By the parameter's first path.
         names: Every path, those of tied parameters too.
+        notes: What is to be said of how they are stored.
     """
 
     files: tuple[Path, ...]
     items: Mapping[str, LazyWeight]
     names: Mapping[str, LazyWeight]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -162,8 +165,8 @@ def attach_weights(module: nn.Module, path: Path, memory: int, source: Path) -> 
     Raises:
         UsageError: The file cannot be read; a weight is not in it, or has another shape there.
     """
-    stored = open_weights(path)
     wanted = [(name, *entry) for name, entry in _owners(module) if entry[2].is_meta]
+    stored, notes = _stored(path, {name: tensor for name, _, _, tensor in wanted})
     missing = [name for name, *_ in wanted if name not in stored]
     tied = {id(tensor): name for name, _, _, tensor in wanted if name in stored}
     lost = [name for name, _, _, tensor in wanted if name not in stored and id(tensor) not in tied]
@@ -194,11 +197,26 @@ def attach_weights(module: nn.Module, path: Path, memory: int, source: Path) -> 
     files = tuple(
         sorted({place.file for item in stored.values() if (place := item.byte_range()) is not None})
     )
-    found = LazyWeights(files or (path,), large, names)
+    found = LazyWeights(files or (path,), large, names, notes)
     if found.nbytes <= memory:
         for item in found.items.values():
             item.fill()
     return found
+
+
+def _stored(path: Path, wanted: Mapping[str, torch.Tensor]) -> tuple[dict[str, Recipe], tuple[str, ...]]:
+    """What files hold, with floats in place of what is stored quantized where the model has floats; notes on that.
+
+    A module that has the codes and scales as weights of its own is given them as they are.
+    """
+    stored = open_weights(path)
+    taken = {}
+    for name, weight in quantized_weights(stored, path if path.is_dir() else path.parent).items():
+        tensor = wanted.get(name)
+        apart = any(each != name and each in wanted for each in weight.tensors)
+        if tensor is not None and tensor.is_floating_point() and tensor.element_size() > 1 and not apart:
+            taken[name] = weight
+    return stored | {name: weight.recipe for name, weight in taken.items()}, note_on_stored(taken.values())
 
 
 def _owners(module: nn.Module) -> Iterator[tuple[str, tuple[nn.Module, str, torch.Tensor]]]:
@@ -221,12 +239,7 @@ def _made(
     recipe = recipe if recipe.dtype == dtype else Converted(recipe, dtype)
     item = None
     if recipe.nbytes <= SMALL:
-        raw = np.frombuffer(bytearray(np.ascontiguousarray(recipe.array()).tobytes()), np.uint8)
-        tensor = (
-            torch.from_numpy(raw).view(meta.dtype).reshape(meta.shape)
-            if raw.size
-            else torch.empty(meta.shape)
-        )
+        tensor = tensor_of(recipe)
     else:
         memory = mmap.mmap(-1, recipe.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
         tensor = torch.frombuffer(memory, dtype=meta.dtype).reshape(meta.shape)
@@ -235,3 +248,12 @@ def _made(
     if isinstance(meta, nn.Parameter):
         return nn.Parameter(tensor, requires_grad=False), item
     return tensor, item
+
+
+def tensor_of(recipe: Recipe) -> torch.Tensor:
+    """A weight in memory."""
+    dtype = tensor_adapters.to_torch_dtype(recipe.dtype)
+    raw = np.frombuffer(bytearray(np.ascontiguousarray(recipe.array()).tobytes()), np.uint8)
+    return (torch.from_numpy(raw).view(dtype) if raw.size else torch.empty(0, dtype=dtype)).reshape(
+        recipe.shape
+    )

@@ -6,8 +6,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from moe_export.cli import run
+from moe_export.errors import UsageError
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.pretrained import folder_of, tokenizer_files
 
@@ -69,6 +71,46 @@ def test_the_folder_as_a_model(folder):
     subject = load_subject(folder)
     assert (subject.source.stem, list(subject.inputs)) == ("model", ["input_ids"])
     assert [path.name for path in tokenizer_files(folder)] == ["tokenizer.json", "tokenizer_config.json"]
+
+
+@pytest.fixture
+def quantized(folder, tmp_path):
+    """The folder with FP8 weights in blocks of 8 x 8, like DeepSeek-V3's; and the weights that they stand for."""
+    state = load_file(folder / "model.safetensors")
+    weights = {}
+    for name in [name for name in state if ".mlp." in name]:
+        rows, columns = state[name].shape
+        blocks = state[name].view(rows // 8, 8, columns // 8, 8)
+        scales = blocks.abs().amax((1, 3)) / 448
+        spread = scales[:, None, :, None].expand(-1, 8, -1, 8).reshape(rows, columns)
+        state[name] = (state[name] / spread).to(torch.float8_e4m3fn)
+        state[f"{name}_scale_inv"] = scales
+        weights[name] = state[name].float() * spread
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": [8, 8]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(state, tmp_path / "model.safetensors", {"format": "pt"})
+    return tmp_path, weights
+
+
+def test_weights_that_are_stored_quantized_are_made_floats(quantized):
+    """transformers itself would want a package for that, or a GPU."""
+    place, weights = quantized
+    subject = load_subject(place)
+    own = subject.module.state_dict()
+    assert len(weights) == 3
+    for name, weight in weights.items():
+        assert (own[name] == weight).all()
+    assert "weights that are stored quantized" in subject.notes[-1]
+
+
+def test_a_weight_that_is_not_stored_is_not_made_up(quantized):
+    place, _ = quantized
+    state = load_file(place / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, place / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UsageError, match=r"has no model\.norm\.weight"):
+        load_subject(place)
 
 
 @pytest.mark.parametrize(

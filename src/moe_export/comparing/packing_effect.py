@@ -143,6 +143,9 @@ class Effect:
         yield f"packing moves outputs by (root mean square, {self.cases} cases): {moved}"
         worst = ", ".join(f"{one.name} {one.error:.2%}" for one in self.weights[:_WORST])
         yield f"weights that packing moves most, of {len(self.weights)}: {worst}"
+        kept = sum(one.error == 0 for one in self.weights)
+        if kept:
+            yield f"{kept} of {len(self.weights)} weights were on such a grid before, and are kept bit for bit"
         for router in self.routers:
             share = router.flipped / router.tokens if router.tokens else 0.0
             gap = f", the scores of whose experts were up to {router.gap:.3g} apart" if router.flipped else ""
