@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import onnx_ir as ir
@@ -241,7 +242,7 @@ def describe(model: ir.Model, facts: Mapping[str, str]) -> None:
     model.producer_version = facts["version"]
     model.metadata_props.clear()
     model.metadata_props.update({f"moe_export.{key}": value for key, value in facts.items()})
-    stem = facts["source"].rpartition(".")[0]
+    stem = Path(facts["source"]).stem  # a folder's model has no file of its own, and no suffix
     model.graph.name = stem if facts["kind"] == "model" else f"{stem}.{facts['kind']}"
     what = "the model" if facts["kind"] == "model" else f"{facts['kind']} of {facts['module']}"
     made = f"{facts['source']}: {what}, exported at opset {facts['opset']}, {facts['dtype']}"

@@ -49,6 +49,20 @@ def test_the_facts_in_a_graph(tools):
     ]
 
 
+def test_a_graph_has_a_name_where_its_model_has_no_file_of_its_own(tools):
+    graph = tools.graph(nn.ReLU(), torch.ones(2, 3))
+    facts = {
+        "version": "1.2",
+        "source": "model",
+        "opset": "17",
+        "kind": "model",
+        "module": "",
+        "dtype": "float32",
+    }
+    describe(graph.model, facts)
+    assert graph.model.graph.name == "model"
+
+
 def test_steps_are_announced_in_order(tools):
     from contextlib import nullcontext
 
