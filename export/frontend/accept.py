@@ -7,6 +7,7 @@ either brought to the plain module inside or refused with what to do, before the
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,29 @@ def plain_module(module: nn.Module, source: Path) -> nn.Module:
                 setattr(parent, name, _unwrapped(child))
     _refuse_kinds(module, source)
     return module
+
+
+def plain_weights(module: nn.Module) -> tuple[str, ...]:
+    """Make floats of weights that are quantized tensors, as torchao's are: of a class that has several inside.
+
+    Returns:
+        Notes on what was found. The module has the floats from now on.
+    """
+    made: dict[int, nn.Parameter] = {}
+    kinds: Counter[str] = Counter()
+    for owner in module.modules():
+        for key, weight in list(owner.named_parameters(recurse=False, remove_duplicate=False)):
+            kind: Any = type(weight)
+            if not hasattr(kind, "__tensor_flatten__") or kind.dequantize is torch.Tensor.dequantize:
+                continue
+            if id(weight) not in made:
+                kinds[kind.__name__] += 1
+                made[id(weight)] = nn.Parameter(weight.detach().dequantize(), requires_grad=False)
+            setattr(owner, key, made[id(weight)])
+    return tuple(
+        f"{count} weight{'s' * (count > 1)} of {name}, as floats: --weights-dtype finds the grid that they lie on"
+        for name, count in kinds.items()
+    )
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

@@ -19,6 +19,7 @@ from moe_export.export.frontend.accept import (
     check_inputs,
     check_outputs,
     plain_module,
+    plain_weights,
     register_dataclasses,
 )
 from moe_export.export.frontend.caches import close_caches, inside_caches, open_caches
@@ -206,6 +207,7 @@ def make_subject(
         NotExportableError: The model returns no tensor, or it or an argument is of a kind that ONNX lacks.
     """
     module = plain_module(module, source)
+    as_floats = plain_weights(module)
     awake = [part for part in module.modules() if part.training]
     module.eval()
     register_dataclasses((args, kwargs))
@@ -247,7 +249,7 @@ def make_subject(
             hint="return tensors, in tuples, lists, dicts or dataclasses, or in a class that is registered: "
             "torch.utils._pytree.register_pytree_node",
         )
-    notes = weights.notes if weights is not None else ()
+    notes = (*(weights.notes if weights is not None else ()), *as_floats)
     notes += tuple(
         f"{kind} {name} is complex, and has pairs of a real and an imaginary part along a last axis in the graph"
         for kind, names_of, values in (

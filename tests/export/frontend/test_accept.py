@@ -144,3 +144,42 @@ def test_a_registered_class_is_taken_apart(tools):
     assert list(graph.traced.inputs) == ["box.x", "box.y"]
     assert list(graph.traced.outputs) == ["x", "y.0"]
     tools.equal(graph, torch.randn(4, 3), torch.randn(4, 3))
+
+
+class Codes(torch.Tensor):
+    """Codes and a scale that act as the weight which they stand for, as quantized tensors of packages do."""
+
+    @staticmethod
+    def __new__(cls, codes, scale):
+        return torch.Tensor._make_wrapper_subclass(cls, codes.shape, dtype=scale.dtype)
+
+    def __init__(self, codes, scale):
+        self.codes, self.scale = codes, scale
+
+    def __tensor_flatten__(self):
+        return ["codes", "scale"], None
+
+    @classmethod
+    def __tensor_unflatten__(cls, inner, context, size, stride):
+        return cls(inner["codes"], inner["scale"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        plain = [each.dequantize() if isinstance(each, cls) else each for each in args]
+        return func(*plain, **(kwargs or {}))
+
+    def dequantize(self):
+        return self.codes.to(self.scale.dtype) * self.scale
+
+
+def test_quantized_tensors_are_weights_like_any_other(tools):
+    module = nn.Sequential(nn.Linear(8, 6, bias=False), nn.ReLU(), nn.Linear(6, 6))
+    codes = torch.arange(48).view(6, 8).to(torch.int8)
+    module[0].weight = nn.Parameter(Codes(codes, torch.tensor(0.25)), requires_grad=False)
+    wanted = module(torch.ones(3, 8)).detach()
+    subject = tools.subject(module, torch.randn(3, 8))
+    assert subject.notes[0].startswith("1 weight of Codes, as floats: --weights-dtype finds")
+    assert (subject.module[0].weight == codes / 4).all()
+    assert torch.equal(subject.module(torch.ones(3, 8)), wanted)
