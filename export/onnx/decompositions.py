@@ -244,12 +244,15 @@ def _without_underscores(node: fx.Node) -> None:
 
 
 def _difference(node: fx.Node) -> None:
-    """`x.diff()` → `x[1:] - x[:-1]`, for the same reason."""
-    given = [*node.args, *(1, -1)[len(node.args) - 1 :]]
-    if given[1] != 1 or len(given) > 3 or node.kwargs or node.meta["val"].dtype == torch.bool:
+    """`x.diff()` → `x[1:] - x[:-1]`, for the same reason; what is put in front or behind is joined to x first."""
+    given = [*node.args, *(1, -1, None, None)[len(node.args) - 1 :]]
+    value, times, axis, ends = given[0], given[1], given[2], given[3:]
+    if times != 1 or node.kwargs or node.meta["val"].dtype == torch.bool:
         return
-    after = _new(node, _aten.slice.Tensor, given[0], given[2], 1, sys.maxsize)
-    before = _new(node, _aten.slice.Tensor, given[0], given[2], 0, -1)
+    joined = [each for each in (ends[0], value, ends[1]) if each is not None]
+    whole = _new(node, _aten.cat.default, joined, axis) if len(joined) > 1 else value
+    after = _new(node, _aten.slice.Tensor, whole, axis, 1, sys.maxsize)
+    before = _new(node, _aten.slice.Tensor, whole, axis, 0, -1)
     node.target, node.args = _aten.sub.Tensor, (after, before)
 
 

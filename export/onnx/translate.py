@@ -33,6 +33,7 @@ from moe_export.export.onnx.untranslated import untranslated
 from moe_export.export.onnx.weight_names import name_derived, name_weights
 from moe_export.export.torch_compat.caches import cache_patches, decomposed_if_needed
 from moe_export.export.torch_compat.exact_rules import exact_constants
+from moe_export.export.torch_compat.rewrite_rules import rules_by_operator
 from moe_export.export.tracing.slices import TRANSLATIONS as SLICES
 from moe_export.export.tracing.trace import Traced, quiet
 from moe_export.export.tracing.traced_dims import ordered_sum, rename
@@ -70,7 +71,8 @@ def translate(traced: Traced, opset: int) -> ir.Model:
             if streamed:  # before anything computes with weights
                 place_recipes(result.model)
                 fold_steps(result.model.graph)
-            result.optimize()
+            with rules_by_operator():
+                result.optimize()
     except MoeExportError:
         raise
     except Exception as error:

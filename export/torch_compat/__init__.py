@@ -22,6 +22,7 @@ replaces. All of them stand here, so that a new PyTorch breaks this folder and n
 | `checkpoints` | where in a checkpoint each tensor stands |
 | `caches` | what is computed anew at every trace and translation, computed once |
 | `exact_rules` | the optimizer's constants, compared exactly |
+| `rewrite_rules` | at which nodes the rules of the optimizer are tried |
 
 Every file says why the public way is not enough, and which versions it was seen in. Each has a canary,
 `tests/export/torch_compat/test_<file>.py`, which fails with a sentence that says what to do when PyTorch is another.

@@ -59,7 +59,8 @@ class Untraced(nn.Module):
     def forward(self, x):
         low = x > 0.1
         steps = x.diff(), x.diff(dim=1), x[:, :1].diff(dim=1), low.diff(dim=0)
-        return low & (x < 0.9), low ^ (x[:1] > 0), low | True, *steps, x.diff(n=2, dim=-1)
+        joined = x.diff(dim=1, prepend=x[:, :1]), x.diff(dim=0, append=x[:2]), x.diff(prepend=x, append=x)
+        return low & (x < 0.9), low ^ (x[:1] > 0), low | True, *steps, *joined, x.diff(n=2, dim=-1)
 
 
 def test_what_has_another_name_or_two_slices_is_not_traced_again(tools, monkeypatch):
@@ -68,7 +69,15 @@ def test_what_has_another_name_or_two_slices_is_not_traced_again(tools, monkeypa
     tools.equal(tools.graph(Untraced(), x), torch.rand(2, 6, 7))
     tools.equal(tools.graph(Untraced(), x), torch.rand(1, 1, 3))
     monkeypatch.setattr(ExportedProgram, "run_decompositions", None)
-    only = Calls(lambda x: ((x > 0) & (x < 1), (x > 0) | (x < -1), x.diff(), x.diff(dim=0)))
+    only = Calls(
+        lambda x: (
+            (x > 0) & (x < 1),
+            (x > 0) | (x < -1),
+            x.diff(),
+            x.diff(dim=0),
+            x.diff(dim=1, prepend=x[:, :1]),
+        )
+    )
     tools.equal(tools.graph(only, x), torch.rand(2, 6, 7))
 
 
