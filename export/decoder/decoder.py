@@ -86,42 +86,45 @@ def decoder_of(subject: Subject) -> Decoder:
     """
     cached = find_cached_model(subject.module, attends=False)
     with quiet(), torch.no_grad(), traceable_experts():
-        stateful = _stateful(subject)
+        stateful = _stateful(subject, shown=cached is not None)
         if stateful is not None:
-            return _decoder(stateful)
+            return stateful
         if cached is None:
             return _found(subject)
         made = _made(subject, cached)
         try:
             prove_in_parts(made)
-        except NotExportableError as refusal:
-            continued = _continued(made)
-            if continued is None:
+        except NotExportableError:
+            folded = _proved_folded(made)
+            if folded is None:
                 raise
-            try:
-                prove_in_parts(continued[0])
-            except Exception:
-                raise refusal from None
-            return _decoder(*continued)
+            return folded
         if any(kept.grows is None for kept in cached.kept):
             made = _traceable(subject, cached, made)
     return _decoder(made)
 
 
-def _stateful(subject: Subject) -> Made | None:
+def _stateful(subject: Subject, *, shown: bool) -> Decoder | None:
     """The decoder of a model that takes and returns its states; None if it has none.
+
+    Args:
+        subject: The model.
+        shown: Whether its example must show them, as where there is a cache that is known.
 
     Raises:
         NotExportableError: It has, and computes something else in parts than at once.
     """
     refusal: NotExportableError | None = None
-    for made in stateful_decoders(subject):
+    for made in stateful_decoders(subject, shown=shown):
         try:
             prove_in_parts(made)
         except NotExportableError as error:
+            folded = _proved_folded(made)
+            if folded is not None:
+                return folded
             refusal = refusal or error
         else:
-            return made
+            return _decoder(made)
     if refusal is not None:
         raise refusal
     return None
@@ -204,18 +207,42 @@ def _made(subject: Subject, cached: CachedModel, new: int = _NEW) -> Made:
     return Made(made, free, firsts, tokens)
 
 
-def _continued(made: Made) -> tuple[Made, Recurrent] | None:
-    """The decoder with its loops folded, and started from the states that go in; None if there are no such loops."""
+def _proved_folded(made: Made) -> Decoder | None:
+    """The decoder with its loops folded, if that is right where the model's own code in parts is not; else None.
+
+    A library may start several tokens from zeros though it is given a state, or do something else for a single one.
+    """
+    for states_go_in in (False, True):
+        try:
+            folded = _folded(made, states_go_in)
+            if folded is not None:
+                prove_in_parts(folded[0])
+                return _decoder(*folded)
+        except Exception:  # whatever code that is wrong in parts runs into when it is looked at
+            continue
+    return None
+
+
+def _folded(made: Made, states_go_in: bool) -> tuple[Made, Recurrent] | None:
+    """The decoder with its loops folded; None if there are none.
+
+    Args:
+        made: The decoder.
+        states_go_in: Whether the loops start from the states; otherwise they start from zeros, and are made to.
+    """
     states = [name for name in made.firsts if not any(key == name and axis for key, axis in made.free)]
     if not states:
         return None
-    # Several tokens start from zeros and a single one from its state, so only after zeros both are one loop.
-    blank = {name: torch.zeros_like(made.subject.inputs[name]) for name in states}
-    subject = replace(made.subject, inputs={**made.subject.inputs, **blank, **_odd_mask(made)})
+    inputs, subject = list(made.subject.inputs), made.subject
+    if not states_go_in:
+        # Several tokens start from zeros and a single one from its state, so only after zeros both are one loop.
+        blank = {name: torch.zeros_like(made.subject.inputs[name]) for name in states}
+        subject = replace(subject, inputs={**subject.inputs, **blank, **_odd_mask(made)})
     recurrent = fold_recurrences(subject, _decoder(made).dims(DimRequest()))
-    folded = recurrent.subject.module
-    inputs, outputs = list(subject.inputs), subject.outputs
-    if not isinstance(folded, FoldedModule) or not continue_loops(folded, inputs, outputs, states):
+    folded, outputs = recurrent.subject.module, subject.outputs
+    if not isinstance(folded, FoldedModule):
+        return None
+    if not states_go_in and not continue_loops(folded, inputs, outputs, states):
         return None
     module = ContinuedDecoder(made.whole, made.given, outputs, made.results, folded)
     proved = replace(made.subject.of(module), inputs=made.subject.inputs)

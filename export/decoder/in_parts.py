@@ -108,14 +108,22 @@ def _prove(made: Made, near: float) -> None:
             mask[0, :_PADDED] = 0
         beside = {name: tensor for name, tensor in beside_of(mask, count).items() if name in made.given}
         wanted = dict(zip(whole.outputs, whole.run(tokens, beside), strict=True))
-        found = _joined(made, tokens, mask, parts)
+        how = "one by one" if len(parts) == count else f"in parts of {', '.join(map(str, parts))}"
+        try:
+            found = _joined(made, tokens, mask, parts)
+        except Exception as error:
+            raise refused(
+                whole.subject,
+                f"{count} tokens {how} cannot be run: {error}",
+                "a decoder takes any number of new tokens, a single one among them",
+            ) from error
         real = mask.bool()
         for name in (*made.results.each, *made.results.last):
             one, other = wanted[name], found[name]
-            if name in made.results.each:
+            same = one.shape == other.shape
+            if same and name in made.results.each:
                 one, other = one[real], other[real]
-            if not agree([one], [other], near):
-                how = "one by one" if len(parts) == count else f"in parts of {', '.join(map(str, parts))}"
+            if not same or not agree([one], [other], near):
                 raise refused(
                     whole.subject,
                     f"{name} of {count} tokens {how} is not what the model gives for all at once",

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from moe_export.export.decoder.doors import candidates
 from moe_export.export.decoder.in_parts import Made
 from moe_export.export.decoder.whole import (
     MASK,
@@ -47,6 +48,7 @@ class Door:
         tokens: Inputs of (batch, length, ...).
         given: The mask and the positions, where it takes them.
         states: Inputs that it keeps → the outputs that they become.
+        rows: States → the axis that has one entry a row of the batch, if they have one.
         grows: States → the axis along which they have one entry a token.
         firsts: What they are before the first token, for a batch of one.
     """
@@ -54,12 +56,16 @@ class Door:
     tokens: tuple[str, ...]
     given: tuple[str, ...]
     states: Mapping[str, str]
+    rows: Mapping[str, int]
     grows: Mapping[str, int]
     firsts: Mapping[str, Tensor]
 
     def first(self, batch: int) -> dict[str, Tensor]:
         """The states before the first token."""
-        return {name: first.expand(batch, *first.shape[1:]).clone() for name, first in self.firsts.items()}
+        return {
+            name: first.repeat_interleave(batch, self.rows[name]) if name in self.rows else first.clone()
+            for name, first in self.firsts.items()
+        }
 
 
 class StatefulCall(Whole):
@@ -112,12 +118,15 @@ class StatefulDecoder(DecoderModule):
 
     Args:
         call: The model.
+        whole: What its results are held against.
         names: What its states are called → what runtimes call them.
         results: Which of its outputs belong to which tokens.
     """
 
-    def __init__(self, call: StatefulCall, names: Mapping[str, str], results: TokenOutputs) -> None:
-        super().__init__(call, call.door.given, results)
+    def __init__(
+        self, call: StatefulCall, whole: Whole, names: Mapping[str, str], results: TokenOutputs
+    ) -> None:
+        super().__init__(whole, call.door.given, results)
         self._call, self._names = call, dict(names)
 
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
@@ -135,16 +144,30 @@ class StatefulDecoder(DecoderModule):
         }
 
 
-def stateful_decoders(subject: Subject) -> Iterator[Made]:
-    """Decoders that a model may be, the likeliest first; none of a model that takes nothing but tokens."""
+def stateful_decoders(subject: Subject, *, shown: bool = False) -> Iterator[Made]:
+    """Decoders that a model may be, the likeliest first; none of a model that keeps nothing at its door.
+
+    Args:
+        subject: The model.
+        shown: Whether its example must show what it takes and returns.
+
+    Raises:
+        NotExportableError: It keeps something that cannot go in and out of a graph.
+    """
     for states in _pairs(subject):
-        try:
-            door = _door(subject, states)
-            made = None if door is None else _made(StatefulCall(subject, door))
-        except Exception:  # it cannot be run like this, so these are not what it keeps
-            continue
-        if made is not None:
-            yield made
+        yield from _possible(subject, states, None)
+    for found in () if shown else candidates(subject):
+        yield from _possible(found.subject, found.states, found.whole)
+
+
+def _possible(subject: Subject, states: Mapping[str, str], whole: Whole | None) -> Iterator[Made]:
+    try:
+        door = _door(subject, states)
+        made = None if door is None else _made(StatefulCall(subject, door), whole)
+    except Exception:  # it cannot be run like this, so these are not what it keeps
+        return
+    if made is not None:
+        yield made
 
 
 def _pairs(subject: Subject) -> Iterator[dict[str, str]]:
@@ -178,7 +201,7 @@ def _door(subject: Subject, states: Mapping[str, str]) -> Door | None:
     example = subject.inputs
     if any(example[name].dim() < 2 for name in tokens):
         return None
-    door = Door(tokens, given, states, {}, {})
+    door = Door(tokens, given, states, {}, {}, {})
     length = Length(tuple((name, 1) for name in tokens))
     batch, past = len(example[tokens[0]]), 0
     if MASK in given:
@@ -188,26 +211,28 @@ def _door(subject: Subject, states: Mapping[str, str]) -> Door | None:
     for new in (_NEW, _NEW + 1):
         beside = beside_of(torch.ones(batch, max(past, 0) + new, dtype=torch.int64), new)
         seen.append(StatefulCall(subject, door).once({**length.resized(example, new), **beside, **kept}))
-    grows: dict[str, int] = {}
+    rows, grows = dict[str, int](), dict[str, int]()
     for name, output in states.items():
         before, after, longer = (list(one.shape) for one in (example[name], *(each[output] for each in seen)))
         axes = [axis for axis, size in enumerate(before) if (size, size) != (after[axis], longer[axis])]
         more = [(after[axis] - before[axis], longer[axis] - before[axis]) for axis in axes]
-        if not before or before[0] != batch or more not in ([], [(_NEW, _NEW + 1)]):
+        if more not in ([], [(_NEW, _NEW + 1)]):
             return None
         grows |= dict.fromkeys([name], axes[0]) if axes else {}
-    firsts = {name: _first(example[name], grows.get(name)) for name in states}
-    return replace(door, grows=grows, firsts=firsts)
+        if batch in before:  # otherwise it is one for all rows, as a count of tokens is
+            rows[name] = before.index(batch)
+    firsts = {name: _first(example[name], rows.get(name), grows.get(name)) for name in states}
+    return replace(door, rows=rows, grows=grows, firsts=firsts)
 
 
-def _first(state: Tensor, grows: int | None) -> Tensor:
+def _first(state: Tensor, row: int | None, grows: int | None) -> Tensor:
     """What a state is before the first token, for a batch of one."""
     return state.new_zeros(
-        [1, *(0 if axis == grows else size for axis, size in enumerate(state.shape) if axis)]
+        [1 if axis == row else 0 if axis == grows else size for axis, size in enumerate(state.shape)]
     )
 
 
-def _made(call: StatefulCall) -> Made:
+def _made(call: StatefulCall, whole: Whole | None) -> Made:
     """The decoder, without a look at what it computes."""
     subject, door = call.subject, call.door
     length = Length(tuple((name, 1) for name in door.tokens))
@@ -224,10 +249,12 @@ def _made(call: StatefulCall) -> Made:
         **{name: beside[name] for name in door.given},
         **{names[name]: before[output].clone() for name, output in door.states.items()},
     }
-    module = StatefulDecoder(call, names, results)
+    module = StatefulDecoder(call, whole or call, names, results)
     made = make_subject(module, tuple(inputs.values()), {}, source=subject.source, how=subject.how)
-    made = replace(made, inputs=dict(zip(inputs, made.inputs.values(), strict=True)), root="model")
-    free: dict[tuple[str, int], str | None] = {(name, 0): BATCH for name in inputs}
+    root = f"model.{subject.root}" if whole is None and subject.root else "model"
+    made = replace(made, inputs=dict(zip(inputs, made.inputs.values(), strict=True)), root=root)
+    free: dict[tuple[str, int], str | None] = {(name, 0): BATCH for name in (*tokens, *door.given)}
+    free |= {(names[name], axis): BATCH for name, axis in door.rows.items()}
     free |= dict.fromkeys(length.axes, SEQUENCE)
     free |= {(name, 1): SEQUENCE if name == POSITIONS else None for name in door.given}
     free |= {(names[name], axis): PAST for name, axis in door.grows.items()}

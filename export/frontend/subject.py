@@ -5,7 +5,7 @@ A `Subject` is what every way of loading a model ends in, and all that the later
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,6 +26,7 @@ from moe_export.export.frontend.caches import close_caches, inside_caches, open_
 from moe_export.export.frontend.export_calls import NOTHING, Asked
 from moe_export.export.frontend.first_calls import first_calls, is_tensor
 from moe_export.export.frontend.names import argument_names, output_names, renamed
+from moe_export.export.frontend.objects import close_objects, inside_objects, open_objects
 from moe_export.export.frontend.pytree import Inside, Leaf, leaves
 from moe_export.export.frontend.source import calls_user_code, forward_line, last_user_line
 from moe_export.export.frontend.state import State
@@ -124,12 +125,20 @@ class Subject:
 
     def call_leaves(self, tensors: Sequence[torch.Tensor]) -> list[Leaf]:
         """Run the model once; everything that it returns, `dropped` included. What it does to its state stays."""
+        args, kwargs = self.arguments(tensors)
+        return self.leaves_of(lambda: self.module(*args, **kwargs))
+
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the model's forward takes, made of flat tensors: by position, and by name."""
         queue = iter(tensors)
         filled = [item.filled(next(queue)) if isinstance(item, _Slot) else item for item in self._template]
-        args, kwargs = close_caches(pytree.tree_unflatten(filled, self._spec))
+        args, kwargs = _closed(pytree.tree_unflatten(filled, self._spec))
+        return tuple(args), dict(kwargs)
+
+    def leaves_of(self, call: Callable[[], Any]) -> list[Leaf]:
+        """All that a call of the model returns, which is made here."""
         with torch.compiler.set_stance("force_eager"):
-            found = leaves(self.module(*args, **kwargs), inside=self._inside)
-            return [_in_pairs(leaf) for leaf in found]
+            return [_in_pairs(leaf) for leaf in leaves(call(), inside=self._inside)]
 
     def call_named(self, tensors: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, ...]:
         """Run the model on tensors by input name, for its values.
@@ -211,8 +220,8 @@ def make_subject(
     awake = [part for part in module.modules() if part.training]
     module.eval()
     register_dataclasses((args, kwargs))
-    args, kwargs = open_caches((tuple(args), dict(kwargs)), source)
-    inside = inside_caches((args, kwargs))
+    args, kwargs = open_objects(open_caches((tuple(args), dict(kwargs)), source))
+    inside = _either(inside_caches((args, kwargs)), inside_objects((args, kwargs)))
     flat, spec = pytree.tree_flatten((args, kwargs))
     names = argument_names(module, args, kwargs, source, flat)
     names = renamed(names, asked.input_names, map(is_tensor, flat))
@@ -291,6 +300,18 @@ def make_subject(
     )
 
 
+def _closed(arguments: Any) -> Any:
+    """The arguments as the model takes them: caches and objects made of their tensors."""
+    return close_objects(close_caches(arguments))
+
+
+def _either(one: Inside | None, other: Inside | None) -> Inside | None:
+    """How to look into what either way looks into."""
+    if one is None or other is None:
+        return one or other
+    return lambda value: other(value) if (held := one(value)) is None else held
+
+
 def _free_dims(tensors: Mapping[str, torch.Tensor], asked: Asked) -> dict[tuple[str, int], str | None]:
     return {
         (name, axis % max(1, tensor.dim())): dim
@@ -306,7 +327,7 @@ def _kinds(values: Sequence[Any]) -> str:
 def _run(module: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], source: Path) -> Any:
     """One eager call on copies of the example inputs, so that an in-place model cannot change them."""
     args, kwargs = pytree.tree_map(lambda leaf: leaf.clone() if is_tensor(leaf) else leaf, (args, kwargs))
-    given, named = close_caches((args, kwargs))
+    given, named = _closed((args, kwargs))
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"):
             return module(*given, **named)

@@ -8,6 +8,7 @@ made of the trace later reads these shapes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -104,9 +105,10 @@ class _Pool:
         kept = [sizes for sizes in combinations if self._elements(sizes) <= MOST_ELEMENTS]
         if not kept:
             raise ValueError("no sizes to ask at")
-        kept.sort(key=self._elements)
+        costs = {id(sizes): self._cost(sizes, example) for sizes in kept}
+        kept.sort(key=lambda sizes: costs[id(sizes)])
         self._arrays = {name: np.array([sizes[name] for sizes in kept]) for name in self._names}
-        self._counts = np.array([self._elements(sizes) for sizes in kept])
+        self._costs = np.array([costs[id(sizes)] for sizes in kept])
         self._kept = kept
         self._known: dict[Condition, Any] = {}
 
@@ -116,8 +118,8 @@ class _Pool:
         if fails.any():
             besides = sum((~self._holds(other) for other in others), np.zeros(len(fails), dtype=int))
             there = np.flatnonzero(fails & (besides == besides[fails].min()))
-            enough = max(_FEW_ELEMENTS, 4 * self._counts[there[0]])
-            there = there[self._counts[there] <= enough]
+            enough = max(_FEW_ELEMENTS, 4 * self._costs[there[0]])
+            there = there[self._costs[there] <= enough]
             order = np.linspace(0, len(there) - 1, min(len(there), 3 * _WITNESSES)).astype(int)
             yield from dict.fromkeys(int(there[index]) for index in (order[0], order[-1], *order))
 
@@ -131,6 +133,14 @@ class _Pool:
     def sizes(self, place: int) -> Sizes:
         """The sizes of a place."""
         return self._kept[place]
+
+    def _cost(self, sizes: Sizes, example: Sizes) -> float:
+        """How much a run computes, in elements of all inputs.
+
+        A state may be much larger than the tokens beside it; what is computed of them grows with both all the same.
+        """
+        more = math.prod(max(1.0, sizes[name] / max(1, size)) for name, size in example.items())
+        return max(self._elements(sizes), more * self._elements(example))
 
     def _elements(self, sizes: Sizes) -> int:
         total = 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from torch import nn
@@ -127,10 +129,20 @@ class Boxes(nn.Module):
         return self.kind(box.x * 2, [box.x + box.y])
 
 
-def test_an_object_that_holds_tensors_is_refused(tools):
-    with pytest.raises(NotExportableError, match=r"box is a Box, whose tensor box\.y\.0 would be") as caught:
-        tools.subject(Boxes(Box), Box(3, [torch.ones(2)]))
-    assert "make Box a dataclass, register it" in caught.value.hint
+def test_an_object_is_taken_apart(tools):
+    graph = tools.graph(Boxes(Box), Box(torch.randn(2, 3), torch.randn(2, 3)))
+    assert list(graph.traced.inputs) == ["box.x", "box.y"]
+    assert list(graph.traced.outputs) == ["x", "y.0"]
+    tools.equal(graph, torch.randn(4, 3), torch.randn(4, 3))
+
+
+def test_tensors_behind_a_mapping_that_is_no_dict_are_refused(tools):
+    box = types.MappingProxyType({"x": torch.ones(2), "y": torch.ones(2)})
+    with pytest.raises(
+        NotExportableError, match=r"box is a mappingproxy, whose tensor box\.x would be"
+    ) as caught:
+        tools.subject(Boxes(Box), box)
+    assert "make mappingproxy a dataclass, register it" in caught.value.hint
 
 
 def test_an_object_alone_is_no_output(tools):
