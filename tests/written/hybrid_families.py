@@ -77,6 +77,10 @@ def by_chunks(name: str, chunk: int = 8) -> nn.Module:
             **heads, **mamba, "mamba_d_ssm": 32, "mamba_expand": 2, "head_dim": 8, "attention_in_multiplier": 1.0,
         },
         "Lfm2": {**heads, "layer_types": ["conv", "full_attention"]},
+        "Lfm2Moe": {
+            **heads, "layer_types": ["conv", "full_attention"], "moe_intermediate_size": 16, "num_experts": 4,
+            "num_experts_per_tok": 2, "num_dense_layers": 1,
+        },
         "Qwen3Next": {
             **heads, "head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 2,
             "linear_key_head_dim": 8, "linear_value_head_dim": 8, "layer_types": ["linear_attention"],
@@ -91,15 +95,27 @@ def by_chunks(name: str, chunk: int = 8) -> nn.Module:
     return model.eval()
 
 
-def delta_and_attention() -> nn.Module:
-    """Qwen3-Next with a layer of each kind: a gated delta rule, and attention."""
+def delta_and_attention(name: str = "Qwen3Next") -> nn.Module:
+    """A layer of each kind: a gated delta rule, and attention."""
     transformers: Any = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    config = transformers.Qwen3NextConfig(
-        **SIZES, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
+    kind = "TextConfig" if name == "Qwen3_5Moe" else "Config"
+    config = getattr(transformers, f"{name}{kind}")(
+        **SIZES, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
         linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8, linear_value_head_dim=8,
         layer_types=["linear_attention", "full_attention"], num_experts=2, num_experts_per_tok=1,
         moe_intermediate_size=8, shared_expert_intermediate_size=8,
     )  # fmt: skip
-    model: nn.Module = transformers.Qwen3NextForCausalLM(config)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
+def states_by_argument() -> nn.Module:
+    """RWKV, which takes a list of tensors as `state` and writes into it."""
+    transformers: Any = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.RwkvConfig(
+        **{**SIZES, "use_cache": True}, attention_hidden_size=16, intermediate_size=32
+    )
+    model: nn.Module = transformers.RwkvForCausalLM(config)
     return model.eval()

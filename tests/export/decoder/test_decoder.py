@@ -194,7 +194,7 @@ def test_families(name, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    ["Lfm2", "Bamba", "GraniteMoeHybrid", "NemotronH", "Zamba2", "FalconH1", "Mamba2"],
+    ["Lfm2", "Lfm2Moe", "Bamba", "GraniteMoeHybrid", "NemotronH", "Zamba2", "FalconH1", "Mamba2"],
 )
 def test_families_with_windows_and_states(name, tmp_path):
     graph = exported(hybrid_families.by_chunks(name))
@@ -216,7 +216,18 @@ def test_recurrences_that_the_library_starts_from_zeros(name, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_delta_rule_beside_attention(tmp_path):
-    graph = exported(hybrid_families.delta_and_attention())
+def test_a_state_that_goes_in_by_another_name(tmp_path):
+    graph = exported(hybrid_families.states_by_argument())
+    assert [value.name for value in graph.model.graph.inputs][1:] == [
+        f"past_key_values.{i}" for i in range(5)
+    ]
+    report = decoded(graph, tmp_path)
+    assert report.verdict == "equal", str(report)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["Qwen3Next", "Qwen3_5Moe"])
+def test_a_delta_rule_beside_attention(name, tmp_path):
+    graph = exported(hybrid_families.delta_and_attention(name))
     report = decoded(graph, tmp_path)
     assert report.verdict == "equal", str(report)

@@ -92,9 +92,7 @@ class Forgets(own_doors.Optional):
 
 
 def test_a_cache_that_does_not_become_the_next_is_refused():
-    with pytest.raises(
-        NotExportableError, match="is not what the model gives for all at once"
-    ):
+    with pytest.raises(NotExportableError, match="is not what the model gives for all at once"):
         decoder_of(subject_of(Forgets))
 
 
