@@ -33,6 +33,7 @@ class Options:
         quantize: Which weights are: `experts`, `linear`, `all`, or patterns of names.
         block_size: Weights that share a scale; None for what is usual (`quantize.scheme`).
         zero_points: Whether packed weights have zero points.
+        calibrate: Files of inputs that rounding goes by.
         target: The engine that the graph is for: a name of `experts.choose.TARGETS`.
     """
 
@@ -52,6 +53,7 @@ class Options:
     quantize: str = "experts"
     block_size: int | None = None
     zero_points: bool = False
+    calibrate: tuple[str, ...] = ()
 
     def at_opset(self) -> Options:
         """The same at an opset that packed weights can be in: the one that was asked for, if it is new enough."""

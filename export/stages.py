@@ -18,12 +18,14 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
 import torch
 
 from moe_export.einsum_rewrite import Site, rewrite_program
+from moe_export.errors import UsageError
 from moe_export.export.experts.expand import expand_experts
 from moe_export.export.experts.outline import DOMAIN as EXPERTS
 from moe_export.export.experts.outline import NUMBER, OPERATOR, Block, outline_experts
@@ -241,7 +243,14 @@ def _quantize(draft: Draft, options: Options) -> Draft:
     """The graph with packed weights; unchanged if none was asked for."""
     if options.scheme is None:
         return draft
-    found = quantize(draft.model, options.scheme, options.quantize)
+    weights = draft.program.model.subject.weights
+    if options.calibrate and weights is not None and weights.absent:
+        raise UsageError(
+            "--calibrate runs the float graph, and its weights are larger than --memory",
+            hint="a larger --memory, if there is as much; without --calibrate, weights are rounded to the nearest",
+        )
+    files = [Path(file) for file in options.calibrate]
+    found = quantize(draft.model, options.scheme, options.quantize, files=files)
     notes = (*draft.notes, *found.notes())
     if not found.weights:
         return replace(draft, notes=notes)

@@ -15,9 +15,12 @@ dequantised. Data flow in one direction, in this order of files:
 | file | what it knows |
 |---|---|
 | `scheme` | the codes that there are, and how many weights share a scale |
+| `earlier_grid` | arrays: the grid that weights lie on already, to the last bit |
 | `rounding` | arrays: from weights to codes and scales, and back |
+| `feedback` | arrays: the same by what they are multiplied with |
 | `packed` | the same for recipes, one expert at a time |
 | `find` | graphs: which weights are asked for, and whether products alone read them |
+| `calibrate` | what products are multiplied with, from running the float graph |
 | `write` | the operators that turn codes back into weights |
 | `quantize` | the stage: all of it, and the graph that is right by definition |
 

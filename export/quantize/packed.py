@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -22,7 +22,7 @@ import onnx_ir as ir
 
 from moe_export.export.quantize.rounding import Array, Fitted, Rounded, block_of, encoded, fitted
 from moe_export.export.quantize.scheme import Scheme
-from moe_export.export.weights.recipe import Part, Recipe, np_dtype
+from moe_export.export.weights.recipe import Part, Recipe, Transposed, np_dtype
 
 _BYTES = ir.DataType.UINT8
 _SAMPLE = 8
@@ -45,6 +45,7 @@ class Grid:
     axis: int
     scheme: Scheme
     _fitted: dict[int, Fitted] = field(default_factory=dict, repr=False)
+    _kept: list[Rounded] = field(default_factory=list, repr=False)
 
     @property
     def count(self) -> int:
@@ -89,6 +90,8 @@ class Grid:
 
     def rounded(self, index: int) -> Rounded:
         """One of the stacked weights on its grid."""
+        if self._kept:
+            return self._kept_here()
         weight, axis = self.weight(index), self.inner_axis
         found = self._fit(index, weight)
         codes = encoded(weight, axis, found.scales, found.zeros, self.scheme)
@@ -96,8 +99,36 @@ class Grid:
 
     def scales(self, index: int) -> tuple[Array, Array | None]:
         """Scales and zero points of one of the stacked weights."""
+        if self._kept:
+            return self._kept_here().scales, self._kept_here().zeros
         found = self._fitted.get(index) or self._fit(index, self.weight(index))
         return found.scales, found.zeros
+
+    @property
+    def summed(self) -> int:
+        """How many weights a product sums over."""
+        return self.source.shape[self.axis]
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether codes are kept that are not those which are nearest."""
+        return bool(self._kept)
+
+    def keep(self, found: Rounded) -> None:
+        """Take codes of this weight, which is no stack; they and their scales have the summed axis first."""
+        self._kept[:] = [replace(found, codes=found.codes.astype(np_dtype(self.scheme.stored)))]
+
+    def turned(self) -> Grid:
+        """The same of a weight (N, K) as (K, N), or the other way round."""
+        source = Transposed(self.source, (1, 0))
+        return Grid(source, 1 - self.axis, self.scheme, _kept=self._kept)
+
+    def _kept_here(self) -> Rounded:
+        (found,) = self._kept
+        codes = found.codes.astype(np.float32)
+        if self.axis == 0:
+            return replace(found, codes=codes)
+        return Rounded(codes.T, found.scales.T, None if found.zeros is None else found.zeros.T, found.block)
 
     def _fit(self, index: int, weight: Array) -> Fitted:
         if index not in self._fitted:

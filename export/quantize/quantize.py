@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
 from moe_export.export.onnx.recipes import has_recipes
+from moe_export.export.quantize.calibrate import Calibration, calibrate
 from moe_export.export.quantize.find import Candidate, Left, find_weights
 from moe_export.export.quantize.packed import Grid, values_of
 from moe_export.export.quantize.scheme import Scheme
@@ -52,6 +54,7 @@ class Quantized:
         weights: Those that are.
         left: Those that were asked for and are not.
         others: How many others could be, where none of those that were asked for was found.
+        calibration: What rounding knew of inputs; None if nothing.
     """
 
     model: ir.Model
@@ -61,6 +64,7 @@ class Quantized:
     weights: tuple[Packed, ...]
     left: tuple[Left, ...]
     others: int = 0
+    calibration: Calibration | None = None
 
     def notes(self) -> tuple[str, ...]:
         """Lines for the report."""
@@ -77,7 +81,8 @@ class Quantized:
         count = f"{len(self.weights)} weight{'s' * (len(self.weights) > 1)} of {kinds}"
         sizes = f"{before / 2**20:,.2f} → {after / 2**20:,.2f} MiB"
         opset = self.model.opset_imports[""]
-        return (f"{count} in {self.scheme}: {sizes} (opset {opset})", *self._left())
+        known = self.calibration.notes() if self.calibration is not None else ()
+        return (f"{count} in {self.scheme}: {sizes} (opset {opset})", *self._left(), *known)
 
     def _left(self) -> tuple[str, ...]:
         reasons: dict[str, list[str]] = defaultdict(list)
@@ -97,7 +102,9 @@ def _bytes(value: ir.Value) -> int:
     return value.const_value.nbytes if value.const_value is not None else 0
 
 
-def quantize(model: ir.Model, scheme: Scheme, asked: str, *, whole: bool = True) -> Quantized:
+def quantize(
+    model: ir.Model, scheme: Scheme, asked: str, *, whole: bool = True, files: Sequence[Path] = ()
+) -> Quantized:
     """Pack weights of a graph.
 
     Args:
@@ -105,9 +112,10 @@ def quantize(model: ir.Model, scheme: Scheme, asked: str, *, whole: bool = True)
         scheme: How.
         asked: Which, as for `find_weights`.
         whole: Whether the graph is that of the whole model, so that each pattern matches a weight of it.
+        files: Inputs that rounding goes by, for as many weights as they reach.
 
     Raises:
-        UsageError: The opset is too low, or a pattern matches no weight.
+        UsageError: The opset is too low, a pattern matches no weight, or a file is none of inputs.
         NotExportableError: A weight has no packed form where it stands.
     """
     if model.opset_imports[""] < scheme.opset:
@@ -117,12 +125,13 @@ def quantize(model: ir.Model, scheme: Scheme, asked: str, *, whole: bool = True)
     packed = model.clone()
     found, left = find_weights(packed, asked, whole=whole)
     grids = {weight.name: Grid(_source(weight), weight.axis, scheme) for weight in found}
+    calibration = calibrate(model, found, grids, files) if files and found else None
     writer = Writer(packed, streamed=has_recipes(model))
     weights = tuple(Packed(weight.name, weight.kind, grids[weight.name]) for weight in found)
     for weight in found:
         writer.put(weight, grids[weight.name])
     others = len(find_weights(packed, "all")[0]) if not found else 0
-    return Quantized(packed, model, _exact(model, weights), scheme, weights, tuple(left), others)
+    return Quantized(packed, model, _exact(model, weights), scheme, weights, tuple(left), others, calibration)
 
 
 def _source(weight: Candidate) -> Recipe:

@@ -25,7 +25,7 @@ from moe_export.export.onnx.bodies import with_inner
 from moe_export.export.quantize.find import Candidate
 from moe_export.export.quantize.packed import Grid, OnGrid, bytes_of, codes_of, scales_of, zeros_of
 from moe_export.export.quantize.scheme import BLOCKED
-from moe_export.export.weights.recipe import RecipeTensor, Transposed
+from moe_export.export.weights.recipe import RecipeTensor
 from moe_export.graph_builder import Array, Constants, GraphBuilder
 
 _HALF = 4
@@ -71,7 +71,7 @@ class Writer:
         """
         turned = all(_is_product_with(node, weight.value, turned=True) for node in nodes)
         if turned:
-            grid = Grid(Transposed(grid.source, (1, 0)), 1 - grid.axis, grid.scheme)
+            grid = grid.turned()
         first = min((self._outer[node] for node in nodes), key=self._places.__getitem__)
         w = GraphBuilder(self._constants, weight.name, first, before=first, typed=True)
         codes = self._constant(codes_of(grid), f"{weight.name}.{grid.scheme.packing}")

@@ -188,6 +188,7 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
     quantize: str = "experts",
     block_size: int | None = None,
     zero_points: bool = False,
+    calibrate: Sequence[str | Path] = (),
 ) -> ExportedModel:
     """Export a module, and the graphs of its routers.
 
@@ -211,6 +212,7 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
         quantize: Which weights: `experts`, `linear`, `all`, or patterns of names.
         block_size: Weights of an output that share a scale.
         zero_points: Whether these have zero points, too.
+        calibrate: Files of inputs that rounding goes by.
 
     Returns:
         The graph: `save`, `verify`, `router`.
@@ -251,6 +253,7 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
             quantize=quantize,
             block_size=block_size,
             zero_points=zero_points,
+            calibrate=tuple(map(str, calibrate)),
         ).at_opset()
         whole, *others = export_subject(subject, options)
     routers = {each.path: ExportedModel(each, subject, options) for each in others if each.kind == "gate"}

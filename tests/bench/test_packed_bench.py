@@ -105,21 +105,27 @@ def written(folder: Path) -> tuple[dict[str, Path], np.ndarray, np.ndarray]:
     for name, options in asked.items():
         files[name] = folder / f"{name.replace(', ', '_').replace(' ', '_')}.onnx"
         moe_export.export_model(block, example, input_names=["x"], **options).save(files[name])
-    plain = with_matmuls(files["float32"])
-    routers = [node.name for node in plain.graph.node if "router" in node.name]
-    assert routers
-    quantizer = MatMulNBitsQuantizer(
-        plain, bits=4, block_size=32, is_symmetric=True, nodes_to_exclude=routers
-    )
-    quantizer.process()
-    files["its quantizer"] = folder / "quantizer.onnx"
-    quantizer.model.save_model_to_file(str(files["its quantizer"]))
+    files["its quantizer"] = by_its_quantizer(files["float32"], folder)
     files["QMoE"] = folder / "qmoe.onnx"
     onnx.save(qmoe(), files["QMoE"])
     x = np.random.default_rng(1).standard_normal((max(COUNTS), H)).astype(np.float32)
     with torch.no_grad():
         exact = block.double()(torch.from_numpy(x).double()).numpy()
     return files, x, exact
+
+
+def by_its_quantizer(float32: Path, folder: Path) -> Path:
+    """The graph as ONNX Runtime's quantizer packs it: 4 bits, blocks of 32, without the router."""
+    plain = with_matmuls(float32)
+    routers = [node.name for node in plain.graph.node if "router" in node.name]
+    assert routers
+    quantizer = MatMulNBitsQuantizer(
+        plain, bits=4, block_size=32, is_symmetric=True, nodes_to_exclude=routers
+    )
+    quantizer.process()
+    path = folder / "quantizer.onnx"
+    quantizer.model.save_model_to_file(str(path))
+    return path
 
 
 def medians(sessions: dict[str, onnxruntime.InferenceSession], x: np.ndarray) -> dict[str, float]:
@@ -158,3 +164,39 @@ def test_packed_experts_are_small_and_fast_and_near(tmp_path):
     assert error["int4, exact"] <= error["its quantizer"]
     assert ratios[1] <= MARKS[1]
     assert ratios[128] <= MARKS[128]
+
+
+def test_calibrated_experts_are_nearer_on_inputs_that_were_not_seen(tmp_path):
+    """Inputs have few large directions, as a model's have: of independent numbers there is nothing to learn."""
+    block = Block(E, K)
+    draw = torch.Generator().manual_seed(2)
+    mixed = torch.randn(H, H, generator=draw) / (1 + torch.arange(H)[:, None]).sqrt()
+    mixed *= H**0.5 / mixed.norm()
+    seen, unseen = (torch.randn(count, H, generator=draw) @ mixed for count in (8192, 512))
+    np.savez(tmp_path / "seen.npz", x=seen.numpy())
+    calibrate = [tmp_path / "seen.npz"]
+    asked = {
+        "float32": {},
+        "int4": {"weights_dtype": "int4"},
+        "int4, calibrated": {"weights_dtype": "int4", "calibrate": calibrate},
+        "int8": {"weights_dtype": "int8"},
+        "int8, calibrated": {"weights_dtype": "int8", "calibrate": calibrate},
+    }
+    files = {name: tmp_path / f"{name.replace(', ', '_')}.onnx" for name in asked}
+    took = {}
+    for name, options in asked.items():
+        started = time.perf_counter()
+        moe_export.export_model(block, (torch.randn(32, H),), input_names=["x"], **options).save(files[name])
+        took[name] = time.perf_counter() - started
+    files["its quantizer"] = by_its_quantizer(files["float32"], tmp_path)
+    with torch.no_grad():
+        exact = block.double()(unseen.double()).numpy()
+    error = {}
+    for name, path in files.items():
+        got = session(path, exact=True).run(None, {"x": unseen.numpy()})[0]
+        error[name] = float(np.sqrt(np.square(got - exact).mean() / np.square(exact).mean()))
+    print(f"\n{'form':<18} {'error':>8} {'export':>8}")
+    for name, wrong in error.items():
+        print(f"{name:<18} {wrong:8.2%} {took.get(name, 0):6.1f} s")
+    assert error["int4, calibrated"] < 0.9 * error["int4"] < 0.9 * error["its quantizer"]
+    assert error["int8, calibrated"] < 0.9 * error["int8"]

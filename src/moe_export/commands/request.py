@@ -124,6 +124,11 @@ class ExportRequest:
                 "--step and --decoder contradict each other",
                 hint="a decoder takes one token, too: drop --step",
             )
+        if left.get("calibrate") and parallel is not None:
+            raise UsageError(
+                "--calibrate is about the whole graph, and those of ranks get other inputs",
+                hint="leave --calibrate or --expert-parallel away",
+            )
         if left.get("block_size") is not None:
             left["block_size"] = int(left["block_size"])
         storage = Storage(

@@ -59,6 +59,8 @@ def _replaced(weights: LazyWeights, quantized: Quantized) -> dict[LazyWeight, Re
     axes: dict[LazyWeight, set[int]] = defaultdict(set)
     parts: dict[LazyWeight, int] = defaultdict(int)
     for weight in quantized.weights:
+        if weight.grid.calibrated:
+            return None
         for recipe, axis, size in _stored(weight.grid.source, weight.grid.axis):
             item = next((item for item in weights.items.values() if item.recipe is recipe), None)
             if item is None or axis is None:
