@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from unittest import mock
 
 import pytest
 import torch
@@ -178,6 +179,71 @@ def test_the_operators_of_a_graph_are_the_same_either_way(example):
     theirs = operators(lambda program: program)
     assert sum(theirs.values()) > 20
     assert operators(decomposed_if_needed) == theirs
+
+
+class Mixed(torch.nn.Module):
+    """Numbers of other types than what they meet, an operator computed in a wider type, a size in a product."""
+
+    def forward(self, x, half, whole):
+        several = torch.stack([x, whole.float()]).unbind(0)
+        return (
+            x + whole,
+            half * 2.5 + whole,
+            whole.pow(2) / 3,
+            torch.where(whole > 1, whole, 0.5),
+            (whole > 0) + whole,
+            half.softmax(-1) + x,
+            whole * x.shape[0] + 0.5,
+            several[1] * whole,
+        )
+
+
+class Plain(torch.nn.Module):
+    def forward(self, x, half, whole):
+        return (x.exp() + x).sum(-1), half * half, whole[:1] + whole
+
+
+def written(model):
+    """The exporter's graph, and how many nodes ran while types were made equal."""
+    ran = []
+    original = torch.fx.Interpreter.run_node
+    given = X, X.half(), torch.arange(6).reshape(2, 3)
+    program = torch.export.export(
+        model, given, dynamic_shapes=[{0: torch.export.Dim("rows")}] * 3, strict=False
+    ).run_decompositions({})
+    with mock.patch.object(
+        torch.fx.Interpreter, "run_node", lambda self, node: ran.append(node.op) or original(self, node)
+    ):
+        made = torch.onnx.export(
+            decomposed_if_needed(program), dynamo=True, opset_version=18, verbose=False, optimize=False
+        )
+    return made.model_proto.SerializeToString(deterministic=True), ran.count("call_function")
+
+
+@pytest.mark.parametrize("model", [Mixed(), Plain()], ids=["mixed", "plain"])
+def test_types_are_made_equal_as_before_and_known_values_are_not_computed_again(model):
+    with quiet(), torch.no_grad():
+        wanted, all_run = written(model)
+        with cache_patches():
+            found, run = written(model)
+    assert found == wanted
+    assert run < all_run
+    assert (run == 0) == isinstance(model, Plain)
+
+
+def test_canary_types_are_made_equal_by_an_interpreter():
+    with slower(
+        "_TypePromotionInterpreter.run_node calls _maybe_promote_node where there is a rule, then runs the node"
+    ):
+        from torch.onnx._internal.fx.passes import type_promotion
+
+        theirs = type_promotion._TypePromotionInterpreter
+        assert {"run_node", "_maybe_promote_node"} <= vars(theirs).keys()
+        assert callable(type_promotion.get_type_promotion_rule)
+        before = theirs.run_node
+        with cache_patches():
+            assert theirs.run_node is not before
+        assert theirs.run_node is before
 
 
 def slower(relied_on):
