@@ -41,7 +41,7 @@ from moe_export.export.recurrence.transformers_cache import (
     takes,
 )
 from moe_export.export.tracing.constants import constants_of
-from moe_export.export.tracing.dims import BATCH, PAST, SEQUENCE, DimRequest
+from moe_export.export.tracing.dims import BATCH, PAST, SEQUENCE, TOTAL, DimRequest
 from moe_export.export.tracing.lengths import Length
 from moe_export.export.tracing.trace import quiet, trace
 from moe_export.export.tracing.transformers_experts import traceable_experts
@@ -58,13 +58,13 @@ class Decoder:
     Attributes:
         subject: Its inputs are the tokens, `attention_mask` and `position_ids` if the model takes them, and
             `past_key_values.*`; its outputs are the model's and `present.*`.
-        free: `(input, axis)` → the name of each dimension that may change; None for one that is a sum of others.
+        free: `(input, axis)` → the name of each dimension that may change, if it is no sum of others.
         tokens: The inputs that have the length.
         recurrent: The same with its loops folded, if that was needed to make it; what is exported then.
     """
 
     subject: Subject
-    free: Mapping[tuple[str, int], str | None]
+    free: Mapping[tuple[str, int], str]
     tokens: tuple[str, ...]
     recurrent: Recurrent | None = None
 
@@ -199,9 +199,9 @@ def _made(subject: Subject, cached: CachedModel, new: int = _NEW) -> Made:
     module = CachedDecoder(call, list(inputs), given, [*subject.outputs, *map(present_of, pasts)], results)
     made = make_subject(module, tuple(inputs.values()), {}, source=subject.source, how=subject.how)
     made = replace(made, inputs=dict(zip(inputs, made.inputs.values(), strict=True)), root="model")
-    free: dict[tuple[str, int], str | None] = {(name, 0): BATCH for name in inputs}
+    free: dict[tuple[str, int], str] = {(name, 0): BATCH for name in inputs}
     free |= dict.fromkeys(tokens.axes, SEQUENCE)
-    free |= {(name, 1): SEQUENCE if name == POSITIONS else None for name in given}
+    free |= {(name, 1): SEQUENCE if name == POSITIONS else TOTAL for name in given}
     free |= {(name, kept.grows): PAST for name, kept in zip(pasts, cached.kept, strict=True) if kept.grows}
     firsts = {name: empty(kept, past) for (name, past), kept in zip(pasts.items(), cached.kept, strict=True)}
     return Made(made, free, firsts, tokens)

@@ -110,7 +110,7 @@ def found_decoder(subject: Subject, folded: Subject, length: Length) -> Made:
     inputs = {**length.resized(tokens, new), **{name: before[present_of(name)].clone() for name in firsts}}
     made = make_subject(decoder, tuple(inputs.values()), {}, source=subject.source, how=subject.how)
     made = replace(made, inputs=dict(zip(inputs, made.inputs.values(), strict=True)), root="folded")
-    free: dict[tuple[str, int], str | None] = {(name, 0): BATCH for name in earlier}
+    free: dict[tuple[str, int], str] = {(name, 0): BATCH for name in earlier}
     free |= dict.fromkeys(length.axes, SEQUENCE)
     for (name, first), other in zip(firsts.items(), larger, strict=True):
         free |= {(name, axis): BATCH for axis in range(first.dim()) if first.shape[axis] != other.shape[axis]}

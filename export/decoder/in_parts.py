@@ -39,13 +39,13 @@ class Made:
     Attributes:
         subject: Its inputs are the tokens, the mask and the positions if the model takes them, and what it keeps; its
             outputs are the model's and `present.*`. Its module is a `DecoderModule`.
-        free: `(input, axis)` → the name of each dimension that may change; None for one that is a sum of others.
+        free: `(input, axis)` → the name of each dimension that may change, if it is no sum of others.
         firsts: What it keeps before the first token, by name.
         tokens: The inputs that have the length.
     """
 
     subject: Subject
-    free: Mapping[tuple[str, int], str | None]
+    free: Mapping[tuple[str, int], str]
     firsts: Mapping[str, Tensor]
     tokens: Length
 

@@ -32,7 +32,7 @@ from moe_export.export.decoder.whole import (
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.step_model import present_of
 from moe_export.export.recurrence.transformers_cache import CACHE
-from moe_export.export.tracing.dims import BATCH, PAST, SEQUENCE
+from moe_export.export.tracing.dims import BATCH, PAST, SEQUENCE, TOTAL
 from moe_export.export.tracing.lengths import Length
 from moe_export.float64 import doubled
 
@@ -253,10 +253,10 @@ def _made(call: StatefulCall, whole: Whole | None) -> Made:
     made = make_subject(module, tuple(inputs.values()), {}, source=subject.source, how=subject.how)
     root = f"model.{subject.root}" if whole is None and subject.root else "model"
     made = replace(made, inputs=dict(zip(inputs, made.inputs.values(), strict=True)), root=root)
-    free: dict[tuple[str, int], str | None] = {(name, 0): BATCH for name in (*tokens, *door.given)}
+    free: dict[tuple[str, int], str] = {(name, 0): BATCH for name in (*tokens, *door.given)}
     free |= {(names[name], axis): BATCH for name, axis in door.rows.items()}
     free |= dict.fromkeys(length.axes, SEQUENCE)
-    free |= {(name, 1): SEQUENCE if name == POSITIONS else None for name in door.given}
+    free |= {(name, 1): SEQUENCE if name == POSITIONS else TOTAL for name in door.given}
     free |= {(names[name], axis): PAST for name, axis in door.grows.items()}
     firsts = {names[name]: first for name, first in door.first(_BATCH).items()}
     return Made(made, free, firsts, length)

@@ -16,6 +16,8 @@ from moe_export.export.frontend.subject import Subject
 BATCH = "batch"
 SEQUENCE = "sequence"
 PAST = "past_sequence"
+TOTAL = "total_sequence"
+"""Earlier and new tokens, where a trace does not say that it is a sum: the mask of a decoder."""
 _CACHES = {"past", "cache", "caches", "kv"}
 _MASKS = {"mask", "bias"}
 _REQUEST = re.compile(r"(?P<input>[^:=]+(?::[^:=]+)*):(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?$", re.ASCII)

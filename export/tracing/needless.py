@@ -32,6 +32,7 @@ _WITNESSES = 3  # sizes at which a condition must prove needless
 _RUNS = 32  # of the model for all conditions together; what is not answered by then is kept
 MOST_ELEMENTS = 2**22  # of all inputs together, in a run that only asks a question
 _FEW_ELEMENTS = 2**14  # and in one that others could answer as well
+_DEARER = 16  # how much more than at the smallest sizes a question may cost
 _NEAR = 1e-6  # of the largest value, in float64: Python's numbers may be tensors of float32 in a trace
 _NEAR_FLOAT32 = 1e-4  # where the model does not run in float64
 
@@ -52,7 +53,7 @@ def needed(
         if place not in tried and len(tried) >= _RUNS:
             return None
         if place not in tried:
-            tried[place] = beside.same(pool.sizes(place))
+            tried[place] = beside.same(pool.sizes(place), dear=pool.dear(place))
         return tried[place]
 
     kept = list(found)
@@ -116,6 +117,8 @@ class _Pool:
         """Places at which a condition fails and as few others as can be: the smallest sizes, then some up to larger."""
         fails = ~self._holds(condition)
         if fails.any():
+            # An answer at a small size, where more than this condition fails, is worth more than none in an hour.
+            fails &= self._costs <= max(_FEW_ELEMENTS, _DEARER * self._costs[np.flatnonzero(fails)[0]])
             besides = sum((~self._holds(other) for other in others), np.zeros(len(fails), dtype=int))
             there = np.flatnonzero(fails & (besides == besides[fails].min()))
             enough = max(_FEW_ELEMENTS, 4 * self._costs[there[0]])
@@ -133,6 +136,10 @@ class _Pool:
     def sizes(self, place: int) -> Sizes:
         """The sizes of a place."""
         return self._kept[place]
+
+    def dear(self, place: int) -> bool:
+        """Whether the model is not to be run there for an answer that is no in any case."""
+        return bool(self._costs[place] > _FEW_ELEMENTS)
 
     def _cost(self, sizes: Sizes, example: Sizes) -> float:
         """How much a run computes, in elements of all inputs.
@@ -174,23 +181,28 @@ class _Beside:
         self._traced, self._subject = traced, subject
         self._wide: Subject | None = None
 
-    def same(self, sizes: Sizes, *, shapes: bool = True) -> bool | None:
-        """Whether both compute the same, in `shapes` that the trace recorded; None where the model refuses."""
+    def same(self, sizes: Sizes, *, shapes: bool = True, dear: bool = False) -> bool | None:
+        """Whether both compute the same, in `shapes` that the trace recorded; None where the model refuses.
+
+        Where a run is `dear`, a trace that fails is not the same, whether or not the model refuses.
+        """
         example = _at(self._traced, sizes)
         if example is None:
             return None
         given = list(example.values())
         with torch.no_grad():
-            try:
-                wanted = self._subject.call([tensor.clone() for tensor in given])
-            except Exception:
-                return None
+            found: list[torch.Tensor] | None = None
             try:
                 inputs = [tensor.clone() for tensor in given]
                 found = run_program(self._traced, inputs, sizes=sizes if shapes else None)
             except Exception:
-                return False
-            if not _alike(wanted, found):
+                if dear:
+                    return False
+            try:
+                wanted = self._subject.call([tensor.clone() for tensor in given])
+            except Exception:
+                return None
+            if found is None or not _alike(wanted, found):
                 return False
             if all(map(torch.equal, wanted, found)):
                 return True

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from moe_export.export.torch_compat.opaque import opaque_attributes, opaque_operator
+from moe_export.export.tracing.gathered_products import looked_up, only_multiplied, product
 
 DOMAIN = "moe_export.loop"
 STATE, ELEMENT, END = "State", "Element", "End"
@@ -28,7 +29,10 @@ class RunsLoops(fx.Interpreter):
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module, garbage_collect_values=False)  # an iteration reads what others have read
+        # An iteration reads what others have read; without loops, values of no further use are given back.
+        loops = any(opaque_operator(node) == (DOMAIN, END) for node in module.graph.nodes)
+        super().__init__(module, garbage_collect_values=not loops)
+        self._gathered = {node for node in module.graph.nodes if only_multiplied(node)}
 
     def run_node(self, n: fx.Node) -> Any:
         operator = opaque_operator(n)
@@ -38,6 +42,11 @@ class RunsLoops(fx.Interpreter):
             return self._element(n, 0)
         if operator == (DOMAIN, END):
             return self._all_iterations(n)
+        if n in self._gathered:
+            stack, (ids,) = self.fetch_args_kwargs_from_env(n)[0]
+            return looked_up(stack, ids)
+        if n.target is torch.ops.aten.bmm.default:
+            return product(*self.fetch_args_kwargs_from_env(n)[0])
         return super().run_node(n)
 
     def _element(self, marker: fx.Node, iteration: int) -> Tensor:
