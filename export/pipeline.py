@@ -103,6 +103,7 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     check_packing(options)
     asked = options
     begun, first = Model.of(subject, options.dims), "fold"
+    decoder: Decoder | None = None
     if options.decoder:
         with step("making a decoder of it"):
             decoder = decoder_of(subject)
@@ -121,6 +122,8 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     check_kept(whole.model, options.float32)
     outputs = tuple(pair for routing in routings for pair in routing_outputs(routing, traced))
     graphs = [dataclasses.replace(whole, routing=outputs)]
+    if decoder is not None:
+        graphs[0] = dataclasses.replace(graphs[0], traced=decoder.from_nothing(graphs[0].traced))
     for routing in chosen:
         try:
             graphs.append(_gate_graph(routing, subject, traced, asked, step))

@@ -43,7 +43,7 @@ from moe_export.export.recurrence.transformers_cache import (
 from moe_export.export.tracing.constants import constants_of
 from moe_export.export.tracing.dims import BATCH, PAST, SEQUENCE, TOTAL, DimRequest
 from moe_export.export.tracing.lengths import Length
-from moe_export.export.tracing.trace import quiet, trace
+from moe_export.export.tracing.trace import Traced, quiet, trace
 from moe_export.export.tracing.transformers_experts import traceable_experts
 from moe_export.export.tracing.widest import generic_sizes
 
@@ -73,6 +73,11 @@ class Decoder:
         batch = all(request.wants(name, 0) for name in self.tokens)
         free = {place: name for place, name in self.free.items() if name != BATCH or batch}
         return DimRequest(True, free)
+
+    def from_nothing(self, traced: Traced) -> Traced:
+        """A trace of it, right for no earlier tokens, too: so every text begins, and it was compared so."""
+        dims = (replace(dim, minimum=0) if dim.name == PAST else dim for dim in traced.dims)
+        return replace(traced, dims=tuple(dims))
 
 
 def decoder_of(subject: Subject) -> Decoder:

@@ -68,6 +68,14 @@ def test_names_and_sizes(mixtral):
     assert outputs["present.0.key"][2] == "past_sequence + sequence"
 
 
+def test_it_is_right_without_earlier_tokens(mixtral):
+    assert {dim.name: dim.minimum for dim in mixtral.traced.dims} == {
+        "batch": 1,
+        "sequence": 1,
+        "past_sequence": 0,
+    }
+
+
 def test_in_parts_as_at_once(mixtral, tmp_path):
     report = decoded(mixtral, tmp_path)
     assert report.verdict == "equal", str(report)
