@@ -27,7 +27,7 @@ from moe_export.export.engines.layers import compiled_layers, memory, network_la
 from moe_export.export.engines.module import CURRENT, RTX, Module, check_capabilities, errors_in, load_module
 from moe_export.export.engines.profiles import Range, Ranges, input_shapes, shapes_at
 from moe_export.export.engines.refusal import refused
-from moe_export.export.engines.rules import moe_layers
+from moe_export.export.engines.rules import moe_layers, packed_types
 from moe_export.export.engines.settings import Settings, check_settings, configure
 from moe_export.export.engines.shape_inputs import complete_profile, set_values, value_names
 from moe_export.export.engines.timing_cache import keep_timings
@@ -231,6 +231,8 @@ def _add_profiles(
 def _check_layers(graph: ir.Model, capability: str, module: Module) -> None:
     """Refuse what a builder is known to fail on after a long time."""
     found = () if capability == CURRENT else tuple(moe_layers(graph, capability))
+    if module.name == RTX:
+        found += tuple(packed_types(graph, capability))
     if found:
         raise refused(found, f"{module.name} {module.version} builds no {capability}")
 

@@ -19,6 +19,8 @@ from moe_export.export.engines.refusal import ALWAYS_FINE, Refusal, all_nodes, r
 MOST_K = 3840
 """The greatest K of a TopK."""
 MOST_AXES = 8
+_SINCE = {ir.DataType.INT4: 80, ir.DataType.FLOAT8E4M3FN: 89}
+"""The compute capability from which on TensorRT-RTX has weights of a type."""
 _MOE_MAJORS = {"10", "11"}
 
 # Operators of ONNX that the parser does not know.
@@ -273,6 +275,25 @@ def moe_layers(model: ir.Model, capability: str = "") -> Iterator[Refusal]:
                 "--target tensorrt writes experts that every GPU takes",
                 capability,
             )
+
+
+def packed_types(model: ir.Model, capability: str) -> Iterator[Refusal]:
+    """Packed weights of a type that TensorRT-RTX has no code for on an older GPU.
+
+    Args:
+        model: The graph.
+        capability: The one to build for. `portable` leaves it to the GPU that runs the engine.
+    """
+    number = capability.removeprefix("sm")
+    if not number.isdigit():
+        return
+    for node in all_nodes(model):
+        codes = node.inputs[0] if node.op_type == "DequantizeLinear" else None
+        least = _SINCE.get(codes.dtype) if codes is not None and codes.dtype is not None else None
+        if least is not None and int(number) < least:
+            assert codes is not None
+            rule = f"TensorRT-RTX takes weights in {_dtype(codes)} from sm{least} on"
+            yield refusal_at(node, rule, "--weights-dtype int8 is taken by every GPU", capability)
 
 
 _RULES: tuple[Rule, ...] = (_unknown, _scatter, _top_k, _integer_product, _bad_output)
