@@ -34,6 +34,8 @@ _EIGHTHS = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
 """What the extreme of a block of 8-bit floats may become. One of them is what it was, if it was such a float before."""
 _STRIP = 2**20
 """Weights that are searched at once: a few copies of them, 4 MiB each, stay in the processor's cache longer."""
+_ASKED = 16
+"""Outputs of a strip that are asked whether they were on a grid before: if none was, the others are not asked."""
 _REFITS = 2
 """Times that a scale is fitted to its codes; a third changes nothing that can be seen."""
 
@@ -159,14 +161,25 @@ def _best(
     """For each block and column the scale and zero point with the smallest sum of squares, and whether it gives back
     every bit; `kind` is the weights' type, `wide` that of the scales.
     """
-    scale, zero = _searched(blocks, scheme, kind)
-    codes = _codes(blocks, scale, zero, scheme) - zero[:, None]
-    scale, exact = exact_scales(blocks, codes, scale, kind, wide)
+    some = blocks[..., :: -(-blocks.shape[-1] // _ASKED)]
+    earlier = bool(_fit(some, scheme, kind, wide, earlier=True)[2].any())
+    return _fit(blocks, scheme, kind, wide, earlier=earlier)
+
+
+def _fit(
+    blocks: Array, scheme: Scheme, kind: np.dtype[Any], wide: np.dtype[Any], *, earlier: bool
+) -> tuple[Array, Array, Array]:
+    """The same, with or without grids that the weights may have been on before."""
+    scale, zero = _searched(blocks, scheme, kind if earlier else None)
+    exact = np.zeros(scale.shape, bool)
+    if earlier:
+        codes = _codes(blocks, scale, zero, scheme) - zero[:, None]
+        scale, exact = exact_scales(blocks, codes, scale, kind, wide)
     return _nonzero(scale.astype(wide).astype(np.float32)), zero, exact
 
 
-def _searched(blocks: Array, scheme: Scheme, kind: np.dtype[Any]) -> tuple[Array, Array]:
-    """The best of a few grids, its scale fitted to its codes by least squares."""
+def _searched(blocks: Array, scheme: Scheme, kind: np.dtype[Any] | None) -> tuple[Array, Array]:
+    """The best of a few grids, its scale fitted to its codes by least squares; `kind` as for `_grids`."""
     least: Array | None = None
     scale = zero = np.zeros(0, np.float32)
     for tried, at in _grids(blocks, scheme, kind):
@@ -191,8 +204,8 @@ def _searched(blocks: Array, scheme: Scheme, kind: np.dtype[Any]) -> tuple[Array
     return scale, zero
 
 
-def _grids(blocks: Array, scheme: Scheme, kind: np.dtype[Any]) -> Iterator[tuple[Array, Array]]:
-    """Scales and zero points (B, R) that are worth trying."""
+def _grids(blocks: Array, scheme: Scheme, kind: np.dtype[Any] | None) -> Iterator[tuple[Array, Array]]:
+    """Scales and zero points (B, R) that are worth trying; with the weights' type, those of earlier grids, too."""
     low, high = scheme.bounds
     least, most = np.minimum(blocks.min(1), 0), np.maximum(blocks.max(1), 0)
     if scheme.packing == "float8e4m3":
@@ -208,7 +221,7 @@ def _grids(blocks: Array, scheme: Scheme, kind: np.dtype[Any]) -> Iterator[tuple
             scale = _positive(np.maximum(most, -least) * (share / high))
             turned = scheme.signed & (most > -least)
             yield np.where(turned, -scale, scale), np.zeros_like(scale)
-    for step in _earlier_steps(blocks, least, scheme, kind):
+    for step in _earlier_steps(blocks, least, scheme, kind) if kind is not None else ():
         scale = _positive(step)
         if scheme.zero_points:
             yield scale, np.clip(np.rint(-least / scale), low, high).astype(np.float32)
