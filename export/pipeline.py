@@ -18,7 +18,15 @@ from moe_export.export.axes.choice import may_choose
 from moe_export.export.decoder.decoder import Decoder, decoder_of
 from moe_export.export.frontend.ended import no_exit
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.gates.gate import INDICES, SCORES, WEIGHTS, gate_subject, numbers_in, numbers_of
+from moe_export.export.gates.gate import (
+    INDICES,
+    SCORES,
+    WEIGHTS,
+    entering,
+    gate_subject,
+    numbers_in,
+    numbers_of,
+)
 from moe_export.export.gates.routing import Routing, find_routings, routing_outputs
 from moe_export.export.gates.single_entry_cut import after_single_entry_cut
 from moe_export.export.onnx.functions import described
@@ -124,9 +132,11 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     graphs = [dataclasses.replace(whole, routing=outputs)]
     if decoder is not None:
         graphs[0] = dataclasses.replace(graphs[0], traced=decoder.from_nothing(graphs[0].traced))
-    for routing in chosen:
+    held = [_where_it_holds(routing, traced) for routing in chosen]
+    examples = entering(traced, held)
+    for routing in held:
         try:
-            graphs.append(_gate_graph(routing, subject, traced, asked, step))
+            graphs.append(_gate_graph(routing, subject, traced, asked, step, examples))
         except MoeExportError as error:
             if isinstance(options.gates, str):
                 raise
@@ -181,16 +191,22 @@ def choose(routings: tuple[Routing, ...], gates: bool | str, *, folded: bool) ->
     return found
 
 
-def _gate_graph(routing: Routing, subject: Subject, traced: Traced, options: Options, step: Step) -> Graph:
+def _gate_graph(
+    routing: Routing,
+    subject: Subject,
+    traced: Traced,
+    options: Options,
+    step: Step,
+    examples: Mapping[torch.fx.Node, torch.Tensor],
+) -> Graph:
     """The graph of one gate. Its reference also returns the scores, by which ties are judged."""
     with step(f"cutting out the gate of {routing.path}"):
-        routing = _where_it_holds(routing, traced)
-        cut = gate_subject(traced, routing, subject)
+        cut = gate_subject(traced, routing, subject, examples=examples)
     dims = gate_dims(cut, options.dims, traced, routing.inputs)
     draft = run(without("fold", "outline", "quantize"), Model.of(cut, dims), options, step)
     return dataclasses.replace(
         Graph.of(draft, "gate", routing.path, options),
-        reference=gate_subject(traced, routing, subject, with_scores=True),
+        reference=gate_subject(traced, routing, subject, with_scores=True, examples=examples),
         routing=((INDICES, WEIGHTS if WEIGHTS in cut.outputs else None, SCORES),),
     )
 

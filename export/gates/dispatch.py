@@ -5,14 +5,17 @@ Letters: N tokens, k choices of a token, e experts.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import fx
 
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.gates.gate import values_of
 from moe_export.export.gates.routing import Routing, find_routings
-from moe_export.export.tracing.trace import Traced, trace
+from moe_export.export.tracing.trace import trace
 
 
 @dataclass(frozen=True)
@@ -66,12 +69,16 @@ def find_dispatches(subject: Subject) -> tuple[Dispatch, ...]:
     subject.require_weights()
     traced = trace(subject)
     routings = [routing for routing in find_routings(traced) if routing.choices[0].tokens is None]
-    return tuple(_dispatch(routing, traced) for routing in routings)
+    nodes = tuple(dict.fromkeys(node for routing in routings for node in routing.outputs))
+    values = (
+        dict(zip(nodes, values_of(traced, nodes), strict=True)) if nodes else {}
+    )  # one run for all of them
+    return tuple(_dispatch(routing, values) for routing in routings)
 
 
-def _dispatch(routing: Routing, traced: Traced) -> Dispatch:
+def _dispatch(routing: Routing, known: Mapping[fx.Node, torch.Tensor]) -> Dispatch:
     nodes = tuple(choice.indices for choice in routing.choices)
-    values = values_of(traced, (*nodes, *routing.weights))
+    values = [known[node] for node in (*nodes, *routing.weights)]
     slots = [choice.slots for choice in routing.choices]
     chosen = [value.numpy().reshape(-1, k) for value, k in zip(values, slots, strict=False)]
     indices = np.concatenate(chosen, axis=1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -45,7 +45,14 @@ class _Gate(nn.Module):
         return dict(zip(self._names, values, strict=True))
 
 
-def gate_subject(traced: Traced, routing: Routing, subject: Subject, *, with_scores: bool = False) -> Subject:
+def gate_subject(
+    traced: Traced,
+    routing: Routing,
+    subject: Subject,
+    *,
+    with_scores: bool = False,
+    examples: Mapping[fx.Node, torch.Tensor] | None = None,
+) -> Subject:
     """Cut one gate out.
 
     Args:
@@ -53,15 +60,21 @@ def gate_subject(traced: Traced, routing: Routing, subject: Subject, *, with_sco
         routing: The gate in it.
         subject: Where the model came from; gives the names of the gate's inputs and the source.
         with_scores: Also return the `scores` (tokens, e) that the choice was made by, for judging ties.
+        examples: What enters the gate on the example inputs (`entering`), where several are cut out of one model; by
+            default the model runs for this one.
 
     Returns:
         A subject with outputs `topk_idx` (..., k) and `topk_weight` (..., k), where there are weights.
     """
-    examples = values_of(traced, routing.inputs)
+    examples = entering(traced, (routing,)) if examples is None else examples
     graph_module, names = _cut(traced, routing, with_scores)
     gate = _Gate(graph_module, names)
     made = make_subject(
-        gate, examples, {}, source=subject.source, how=f"the gate of {routing.path}, cut out of the model"
+        gate,
+        [examples[node] for node in routing.inputs],
+        {},
+        source=subject.source,
+        how=f"the gate of {routing.path}, cut out of the model",
     )
     inputs = dict(zip(_input_names(routing, traced, subject), made.inputs.values(), strict=True))
     return dataclasses.replace(made, inputs=inputs, root=f"gate.{_WEIGHTS}")
@@ -98,6 +111,15 @@ def _taken_apart(node: fx.Node) -> set[int]:
         return {len(node.meta["val"])}
     size = value.shape[axis]
     return {size} if isinstance(size, int) and node.args[2] not in (0, -1) else set()
+
+
+def entering(traced: Traced, routings: Sequence[Routing]) -> dict[fx.Node, torch.Tensor]:
+    """What enters some gates on the example inputs.
+
+    The model runs once for all of them: a run a gate would take as many runs as there are layers.
+    """
+    nodes = tuple(dict.fromkeys(node for routing in routings for node in routing.inputs))
+    return dict(zip(nodes, values_of(traced, nodes), strict=True)) if nodes else {}
 
 
 def values_of(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.Tensor]:
@@ -193,11 +215,9 @@ def _constant(
 
 def _input_names(routing: Routing, traced: Traced, subject: Subject) -> list[str]:
     """Names that the user knows: those of the model's inputs, else the parameter of the gate module's `forward`."""
-    user_inputs = [
-        node
-        for node in traced.program.graph.nodes
-        if node.op == "placeholder" and node.name in traced.program.graph_signature.user_inputs
-    ]
+    given = set(traced.program.graph_signature.user_inputs)
+    placeholders = traced.program.graph.find_nodes(op="placeholder")
+    user_inputs = [node for node in placeholders if node.name in given]
     known = dict(zip(user_inputs, subject.inputs, strict=True))
     parameters = _forward_parameters(routing.path, subject)
     spare = iter(parameters if len(routing.inputs) == 1 else [])

@@ -16,10 +16,10 @@ import torch
 
 from moe_export.export import Options, export_subject, load_subject, trace
 from moe_export.export.frontend.subject import make_subject
-from moe_export.export.gates.gate import gate_subject
+from moe_export.export.gates.gate import entering, gate_subject
 from moe_export.export.gates.routing import find_routings
 from moe_export.export.onnx.simplify import as_numpy
-from moe_export.export.pipeline import _gate_graph
+from moe_export.export.pipeline import _gate_graph, _where_it_holds
 from moe_export.export.tracing.dims import DimRequest
 
 MODELS = Path(__file__).resolve().parents[2] / "models"
@@ -60,7 +60,9 @@ def gate_graphs(module, *args):
     subject = subject_of(module, *args)
     traced = trace(subject)
     options = Options(simplify=False)
-    return [_gate_graph(found, subject, traced, options, nullcontext) for found in find_routings(traced)]
+    held = [_where_it_holds(routing, traced) for routing in find_routings(traced)]
+    examples = entering(traced, held)
+    return [_gate_graph(routing, subject, traced, options, nullcontext, examples) for routing in held]
 
 
 def run(model, **inputs):

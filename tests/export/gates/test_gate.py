@@ -12,6 +12,7 @@ from torch import nn
 from moe_export.errors import UsageError
 from moe_export.export import Options, export_subject, load_subject
 from moe_export.export.frontend.subject import make_subject
+from moe_export.export.gates import gate
 from moe_export.export.gates.routing import find_routings
 from moe_export.export.pipeline import is_only_a_gate
 from moe_export.export.tracing.trace import trace
@@ -235,3 +236,45 @@ def test_widths_that_the_model_has_for_itself_are_no_dimensions_of_a_gate():
     model, gate = export_subject(subject, Options(simplify=False))
     assert model.traced.inputs == {"x": ("batch", "sequence", 8)}
     assert set(gate.traced.inputs.values()) == {("batch", 8)}
+
+
+class Router(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores = nn.Linear(8, 4, bias=False)
+
+    def forward(self, hidden):
+        return self.scores(hidden).softmax(-1).topk(2)
+
+
+class Layers(nn.Module):
+    """Three gates: one of the input, two of what is made of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.routers = nn.ModuleList(Router() for _ in range(3))
+        self.mixing = nn.Linear(8, 8)
+
+    def forward(self, x):
+        first = self.routers[0](x)
+        x = self.mixing(x).tanh()
+        return *first, *self.routers[1](x), *self.routers[2](x)
+
+
+def test_the_model_runs_once_for_all_gates_and_each_has_its_own_inputs(tools, monkeypatch):
+    model, x = Layers(), torch.randn(5, 8)
+    runs = []
+    original = gate.values_of
+    monkeypatch.setattr(
+        gate, "values_of", lambda traced, nodes: runs.append(nodes) or original(traced, nodes)
+    )
+    gates = tools.graphs(model, x, gates=True)[1:]
+    assert len(gates) == 3
+    assert len(runs) == 1
+    assert len(runs[0]) == 2  # the second and the third have one input
+    with torch.no_grad():
+        behind = model.mixing(x).tanh()
+    for each, wanted in zip(gates, (x, behind, behind), strict=True):
+        (own,) = each.reference.inputs.values()
+        torch.testing.assert_close(own, wanted)
+        tools.equal(each, torch.randn(3, 8))
