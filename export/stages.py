@@ -320,8 +320,16 @@ def _only_standard(draft: Draft, options: Options) -> None:
 
 
 def _valid(draft: Draft, options: Options) -> None:
-    """The checker takes the graph, and the graph has the opset that was asked for."""
+    """The checker takes the graph; it has the opset that was asked for, and its inputs have the sizes of the trace."""
     assert draft.model.opset_imports[""] == options.opset
+    traced = draft.program.traced
+    for value in draft.model.graph.inputs:
+        wanted = traced.inputs.get(str(value.name))
+        if wanted is not None and value.shape is not None:
+            found = tuple(size if isinstance(size, int) else size.value for size in value.shape)
+            assert found == tuple(wanted), (
+                f"{value.name} is {found} in the graph, {tuple(wanted)} in the trace"
+            )
     check(draft.model)
 
 

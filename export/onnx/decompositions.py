@@ -10,8 +10,12 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from moe_export.export.onnx.before import Before
 from moe_export.export.onnx.decompositions_logs import LOG_RULES
+from moe_export.export.onnx.decompositions_matrices import MATRIX_RULES
 from moe_export.export.onnx.decompositions_numbers import NUMBER_RULES
+from moe_export.export.onnx.decompositions_order import ORDER_RULES
+from moe_export.export.onnx.decompositions_windows import WINDOW_RULES
 from moe_export.export.sizes import same_shape
 from moe_export.export.tracing.programs import copied_module, name_outputs, with_module
 from moe_export.export.tracing.slices import carry_constants
@@ -107,7 +111,7 @@ def _wide_indices(node: fx.Node) -> None:
             torch.int16,
             torch.int32,
         )
-        return _new(node, _aten._to_copy.default, index, dtype=torch.int64) if narrow else index
+        return Before(node)(_aten._to_copy.default, index, dtype=torch.int64) if narrow else index
 
     value, indices, *rest = node.args
     node.args = (value, [widened(index) for index in indices], *rest)  # type: ignore[union-attr]
@@ -142,7 +146,7 @@ def _put(node: fx.Node) -> None:
         _wide_indices(node)
         return
     for _ in range(behind):
-        mask = _new(node, _aten.unsqueeze.default, mask, -1)
+        mask = Before(node)(_aten.unsqueeze.default, mask, -1)
     node.target, node.args = _aten.where.self, (mask, taken, value)
 
 
@@ -179,8 +183,8 @@ def _attention(node: fx.Node) -> None:
     looks = _made_of(mask, _aten.any.dim, mask, -1, True)
     query, key, value, *rest = node.args
     kwargs = {name: given for name, given in node.kwargs.items() if name != "attn_mask"}
-    attended = _new(
-        node, _aten.scaled_dot_product_attention.default, query, key, value, added, *rest[1:], **kwargs
+    attended = Before(node)(
+        _aten.scaled_dot_product_attention.default, query, key, value, added, *rest[1:], **kwargs
     )
     node.target, node.args, node.kwargs = _aten.where.self, (looks, attended, zero), {}
 
@@ -220,22 +224,14 @@ def _scattered_mean(node: fx.Node) -> None:
         return
     place = {"include_self": node.kwargs.get("include_self", True)}
     one = _like(node, value, 1.0)
-    total = _new(node, _aten.scatter_reduce.two, value, dim, index, rows, "sum", **place)
-    count = _new(node, _aten.scatter_reduce.two, one, dim, index, _like(node, rows, 1.0), "sum", **place)
+    total = Before(node)(_aten.scatter_reduce.two, value, dim, index, rows, "sum", **place)
+    count = Before(node)(_aten.scatter_reduce.two, one, dim, index, _like(node, rows, 1.0), "sum", **place)
     node.target, node.args, node.kwargs = _aten.div.Tensor, (total, count), {}
 
 
 def _like(node: fx.Node, value: fx.node.Argument, number: float) -> fx.Node:
     """A tensor of one number, of a value's shape, in front of a node."""
-    return _new(node, _aten.full_like.default, value, number)
-
-
-def _new(node: fx.Node, target: Callable[..., Any], *args: fx.node.Argument, **kwargs: Any) -> fx.Node:
-    """One more node in front of one, of the same line."""
-    with node.graph.inserting_before(node):
-        made = node.graph.call_function(target, args, kwargs)
-    made.meta.update({**node.meta, "val": target(*fx.map_arg(args, lambda each: each.meta["val"]), **kwargs)})
-    return made
+    return Before(node)(_aten.full_like.default, value, number)
 
 
 def _without_underscores(node: fx.Node) -> None:
@@ -249,10 +245,11 @@ def _difference(node: fx.Node) -> None:
     value, times, axis, ends = given[0], given[1], given[2], given[3:]
     if times != 1 or node.kwargs or node.meta["val"].dtype == torch.bool:
         return
+    write = Before(node)
     joined = [each for each in (ends[0], value, ends[1]) if each is not None]
-    whole = _new(node, _aten.cat.default, joined, axis) if len(joined) > 1 else value
-    after = _new(node, _aten.slice.Tensor, whole, axis, 1, sys.maxsize)
-    before = _new(node, _aten.slice.Tensor, whole, axis, 0, -1)
+    whole = write(_aten.cat.default, joined, axis) if len(joined) > 1 else value
+    after = write(_aten.slice.Tensor, whole, axis, 1, sys.maxsize)
+    before = write(_aten.slice.Tensor, whole, axis, 0, -1)
     node.target, node.args = _aten.sub.Tensor, (after, before)
 
 
@@ -309,6 +306,9 @@ _PLAIN_NAMES: dict[object, Any] = {
 _RULES: dict[object, Callable[[fx.Node], None]] = {
     **NUMBER_RULES,
     **LOG_RULES,
+    **MATRIX_RULES,
+    **ORDER_RULES,
+    **WINDOW_RULES,
     _aten.scaled_dot_product_attention.default: _attention,
     _aten.sigmoid.default: _exact_scores,
     _aten.amax.default: _all_axes,

@@ -10,12 +10,12 @@ A gate that is closed far enough (`exp(logsigmoid(x) / 16)`) would be shut for g
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
 
 from moe_export.export.axes.shapes import shape_of
+from moe_export.export.onnx.before import Before
 from moe_export.export.sizes import same_shape
 
 _aten = torch.ops.aten
@@ -25,14 +25,14 @@ _NEAR = 0.5
 
 def _log_sigmoid(node: fx.Node) -> None:
     value = node.args[0]
-    before = _Before(node)
+    before = Before(node)
     positive = before(_aten.softplus.default, before(_aten.neg.default, value))
     node.target, node.args, node.kwargs = _aten.neg.default, (positive,), {}
 
 
 def _log_add_exp(node: fx.Node) -> None:
     first, second = node.args
-    before = _Before(node)
+    before = Before(node)
     if not same_shape(
         shape_of(first), shape_of(second)
     ):  # a zero of the other's shape: infinities stay what they are
@@ -46,7 +46,7 @@ def _log_add_exp(node: fx.Node) -> None:
 
 def _exp_minus_one(node: fx.Node) -> None:
     value = node.args[0]
-    before = _Before(node)
+    before = Before(node)
     half = before(_aten.tanh.default, before(_aten.mul.Scalar, value, 0.5))
     near = before(
         _aten.div.Tensor,
@@ -56,22 +56,6 @@ def _exp_minus_one(node: fx.Node) -> None:
     far = before(_aten.sub.Scalar, before(_aten.exp.default, value), 1.0)
     is_near = before(_aten.lt.Scalar, before(_aten.abs.default, value), _NEAR)
     node.target, node.args, node.kwargs = _aten.where.self, (is_near, near, far), {}
-
-
-class _Before:
-    """Writes nodes in front of one, of the same line, with the value that each has in the trace."""
-
-    def __init__(self, node: fx.Node) -> None:
-        self._node = node
-
-    def __call__(self, target: Callable[..., Any], *args: Any) -> fx.Node:
-        node = self._node
-        with node.graph.inserting_before(node):
-            made = node.graph.call_function(target, args)
-        made.meta.update(node.meta)
-        values = fx.map_arg(args, lambda argument: argument.meta["val"])
-        made.meta["val"] = target(*values)
-        return made
 
 
 LOG_RULES: dict[object, Callable[[fx.Node], None]] = {

@@ -9,18 +9,19 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
+
+from moe_export.export.onnx.before import Before
 
 
 def _floor_division(node: fx.Node) -> None:
     """`a // b` → `(a - a % b) // b`, unless neither can be negative."""
     first, second = node.args
     if _is_integer(node) and not (_is_not_negative(first) and _is_not_negative(second)):
-        rest = _before(node, operator.mod, first, second)
-        node.args = (_before(node, operator.sub, first, rest), second)
+        rest = Before(node)(operator.mod, first, second)
+        node.args = (Before(node)(operator.sub, first, rest), second)
 
 
 def _rounding(node: fx.Node) -> None:
@@ -28,12 +29,12 @@ def _rounding(node: fx.Node) -> None:
     value = node.args[0]
     if not _is_integer(node) or any(each is not None for each in node.args[1:]):
         return
-    low = _before(node, math.ceil, _before(node, operator.sub, value, 0.5))
-    high = _before(node, math.floor, _before(node, operator.add, value, 0.5))
-    both = _before(node, operator.add, low, high)
-    odd = _before(node, operator.mod, both, 2)
-    half = _before(node, operator.floordiv, _before(node, operator.sub, both, odd), 2)
-    up = _before(node, operator.mul, odd, _before(node, operator.mod, half, 2))
+    low = Before(node)(math.ceil, Before(node)(operator.sub, value, 0.5))
+    high = Before(node)(math.floor, Before(node)(operator.add, value, 0.5))
+    both = Before(node)(operator.add, low, high)
+    odd = Before(node)(operator.mod, both, 2)
+    half = Before(node)(operator.floordiv, Before(node)(operator.sub, both, odd), 2)
+    up = Before(node)(operator.mul, odd, Before(node)(operator.mod, half, 2))
     node.target, node.args, node.kwargs = operator.add, (half, up), {}
 
 
@@ -45,7 +46,7 @@ def _bits(node: fx.Node) -> None:
     if not _is_integer(node) or not isinstance(second, int):
         return
     if second < 0 and _is_power(-second):
-        rest = _before(node, operator.mod, first, -second)
+        rest = Before(node)(operator.mod, first, -second)
         node.target, node.args = operator.sub, (first, rest)
     elif second >= 0 and _is_power(second + 1):
         node.target, node.args = operator.mod, (first, second + 1)
@@ -62,16 +63,6 @@ def _shift_up(node: fx.Node) -> None:
     """`a << 3` → `a * 8`."""
     if _is_integer(node) and isinstance(node.args[1], int):
         node.target, node.args = operator.mul, (node.args[0], 1 << node.args[1])
-
-
-def _before(node: fx.Node, target: Callable[..., Any], *args: fx.node.Argument) -> fx.Node:
-    """One more node in front of one, of the same line."""
-    assert node.graph is not None
-    with node.graph.inserting_before(node):
-        made = node.graph.call_function(target, args)
-    value = target(*fx.map_arg(args, lambda argument: argument.meta["val"]))
-    made.meta.update({**node.meta, "val": value})  # a program is refused that has a node without
-    return made
 
 
 def _is_integer(node: fx.Node) -> bool:

@@ -125,7 +125,7 @@ def test_newer_opsets(tools, opset, function):
             lambda x: x.argmax(-1) & 3,
             "operator BitwiseAnd works on the bits of integers, which came with opset 18",
         ),
-        (lambda x: F.pad(x, (1, 1), mode="circular"), "operator Pad wraps around, which opset 17 cannot"),
+        (lambda x: F.pad(x, (1, -1), mode="circular"), "operator Pad wraps around, which opset 17 cannot"),
         (lambda x: F.fold(x, (2, 6), (2, 2)), "operator Col2Im came after opset 17"),
     ],
     ids=["scatter max", "bits", "wrap", "fold"],

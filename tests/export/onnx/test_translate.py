@@ -229,7 +229,8 @@ def test_a_query_that_may_look_at_nothing_gets_zeros(tools, dtype):
     assert (ops.count("Softmax"), ops.count("ReduceMax"), ops.count("IsNaN")) == (2, 1, 0)
     assert ops.count("Where") == 3  # one for both masks, and one after each attention
     keep = torch.tensor([[False, False, True, True, False], [False] * 5, [True] * 5])
-    tools.equal(graph, torch.randn(3, 3, 5, 8).to(dtype), keep)
+    loose = 5e-3 if dtype is torch.float16 else 1e-5  # two attentions, each rounded to 11 bits
+    tools.equal(graph, torch.randn(3, 3, 5, 8).to(dtype), keep, rtol=loose, atol=loose)
 
 
 def test_a_chunk_along_a_dynamic_dimension(tools):
