@@ -21,6 +21,7 @@ dequantised. Data flow in one direction, in this order of files:
 | `packed` | the same for recipes, one expert at a time |
 | `find` | graphs: which weights are asked for, and whether products alone read them |
 | `calibrate` | what products are multiplied with, from running the float graph |
+| `qmoe` | ONNX Runtime's own operator for all experts of a block |
 | `write` | the operators that turn codes back into weights |
 | `quantize` | the stage: all of it, and the graph that is right by definition |
 

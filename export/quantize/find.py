@@ -3,6 +3,7 @@
 A weight is followed forward to the products that use it, through what only picks or turns it:
 
     W ─▶ [Gather, axis 0] ─▶ [Transpose] ─▶ MatMul or Gemm
+    W (E, N, K) ─▶ com.microsoft.MoE
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ Kind = Literal["experts", "linear", "router", "recurrence"]
 _WORDS = {"experts": ("experts",), "linear": ("linear",), "all": ("experts", "linear")}
 FLOATS = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 """Types of weights that can be packed; they are multiplied in the same type."""
+MOE_WEIGHTS = (2, 4)
+"""Where `com.microsoft.MoE` has its weights, each (E, N, K)."""
 _LEAST = 2
 """Axes of a weight; a vector is no matrix of a product."""
 
@@ -161,6 +164,8 @@ def _ways(value: ir.Value, axes: Sequence[int], picked: bool = False) -> Iterato
         elif node.op_type == "Gemm" and place < _LEAST:
             turned = bool(node.attributes.get_int("transA" if place == 0 else "transB", 0))
             yield _Way(node, axes[-1] if (place == 0) != turned else axes[-2])
+        elif is_moe(node) and place in MOE_WEIGHTS and value.is_initializer() and len(axes) > _LEAST:
+            yield _Way(node, axes[-1])
         elif node.op_type == "Transpose":
             order = _order(node, len(axes))
             yield from _ways(node.outputs[0], [axes[axis] for axis in order], picked)
@@ -173,6 +178,11 @@ def _ways(value: ir.Value, axes: Sequence[int], picked: bool = False) -> Iterato
                 yield from _ways(node.outputs[0], [-1] * rank + list(axes[1:]), picked=True)
         else:
             yield _Way(None, -1, f"read by {node.op_type}")
+
+
+def is_moe(node: ir.Node) -> bool:
+    """Whether a node is ONNX Runtime's own operator for all experts at once."""
+    return (node.op_type, node.domain) == ("MoE", "com.microsoft")
 
 
 def _picks(node: ir.Node, place: int) -> bool:

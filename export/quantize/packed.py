@@ -220,10 +220,13 @@ def codes_of(grid: Grid) -> OnGrid:
 
 
 def bytes_of(grid: Grid) -> OnGrid:
-    """Codes of 4 bits (E, K, N), two in a byte (E, K, N / 2), where the graph has to take them apart itself.
+    """Codes of 4 bits (E, K, N), two in a byte (E, K, N / 2), where no operator reads them as they are; of 8 bits, one.
 
-    They are not negative: signed ones have 8 added.
+    They are not negative: signed ones have 8 or 128 added.
     """
+    if grid.scheme.packing == "int8":
+        more = 0 if grid.scheme.zero_points else 2**7
+        return OnGrid(grid, lambda at, index: at.rounded(index).codes + more, _BYTES, grid.source.shape)
     shape = (*grid.source.shape[:-1], -(-grid.source.shape[-1] // 2))
     middle = 0 if grid.scheme.zero_points else _MIDDLE
     return OnGrid(grid, lambda at, index: halves(at.rounded(index).codes + middle), _BYTES, shape)

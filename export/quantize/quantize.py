@@ -14,6 +14,7 @@ from moe_export.export.onnx.recipes import has_recipes
 from moe_export.export.quantize.calibrate import Calibration, calibrate
 from moe_export.export.quantize.find import Candidate, Left, find_weights
 from moe_export.export.quantize.packed import Grid, values_of
+from moe_export.export.quantize.qmoe import split_moe
 from moe_export.export.quantize.scheme import Scheme
 from moe_export.export.quantize.write import Writer
 from moe_export.export.weights.recipe import Held, Recipe, RecipeTensor, recipe_of
@@ -124,13 +125,15 @@ def quantize(
         )
     packed = model.clone()
     found, left = find_weights(packed, asked, whole=whole)
+    found, more = split_moe(found, scheme)
+    left += more
     grids = {weight.name: Grid(_source(weight), weight.axis, scheme) for weight in found}
     calibration = calibrate(model, found, grids, files) if files and found else None
     writer = Writer(packed, streamed=has_recipes(model))
     weights = tuple(Packed(weight.name, weight.kind, grids[weight.name]) for weight in found)
     for weight in found:
         writer.put(weight, grids[weight.name])
-    others = len(find_weights(packed, "all")[0]) if not found else 0
+    others = len(split_moe(find_weights(packed, "all")[0], scheme)[0]) if not found else 0
     return Quantized(packed, model, _exact(model, weights), scheme, weights, tuple(left), others, calibration)
 
 

@@ -5,6 +5,7 @@
 | as they are stored, or a stack picked by `Gather` | `DequantizeLinear`, by the axis or in blocks |
 | 8 bits, several experts at once, below opset 21 | `Cast` and `Mul`: there, `DequantizeLinear` has one axis of scales |
 | a stack picked by `Gather`, for TensorRT | `DequantizeLinear` of the whole stack, before `Gather` |
+| a stack of `com.microsoft.MoE` | `com.microsoft.QMoE` |
 | 4 bits, picked by `Gather` | bytes are picked, which `Gather` takes, and taken apart by `BitShift` |
 
 8-bit floats of a model in half precision may have scales of float32 (`Grid.scale_dtype`); `Cast` follows then.
@@ -22,10 +23,11 @@ import onnx_ir as ir
 
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.onnx.bodies import with_inner
-from moe_export.export.quantize.find import Candidate
-from moe_export.export.quantize.packed import Grid, OnGrid, bytes_of, codes_of, scales_of, zeros_of
+from moe_export.export.quantize.find import Candidate, is_moe
+from moe_export.export.quantize.packed import Grid, bytes_of, codes_of, scales_of, zeros_of
+from moe_export.export.quantize.qmoe import as_qmoe, put_weight
 from moe_export.export.quantize.scheme import BLOCKED
-from moe_export.export.weights.recipe import RecipeTensor
+from moe_export.export.weights.recipe import Recipe, RecipeTensor
 from moe_export.graph_builder import Array, Constants, GraphBuilder
 
 _HALF = 4
@@ -48,6 +50,7 @@ class Writer:
         self._outer: Mapping[ir.Node, ir.Node] = {
             inner: node for node in model.graph for inner in with_inner(node)
         }
+        self._moe: dict[ir.Node, ir.Node] = {}
         self._places = {node: place for place, node in enumerate(model.graph)}
 
     def put(self, weight: Candidate, grid: Grid) -> None:
@@ -56,6 +59,9 @@ class Writer:
         Raises:
             NotExportableError: Its codes have no form here.
         """
+        if any(is_moe(node) for node in weight.readers):
+            self._in_moe(weight, grid)
+            return
         picks = "Gather" if not grid.scheme.tensorrt else None
         picking = [node for node in weight.readers if node.op_type == picks]
         others = [node for node in weight.readers if node not in picking]
@@ -63,6 +69,14 @@ class Writer:
             self._pick(node, weight, grid)
         if others:
             self._read_directly(others, weight, grid)
+        del self._graph.initializers[weight.name]
+
+    def _in_moe(self, weight: Candidate, grid: Grid) -> None:
+        """A weight of `com.microsoft.MoE`, which becomes a `QMoE` with the first of them."""
+        (node,) = weight.readers
+        if node not in self._moe:
+            self._moe[node] = as_qmoe(node)
+        put_weight(self._moe[node], weight.value, grid, self._constant)
         del self._graph.initializers[weight.name]
 
     def _read_directly(self, nodes: Sequence[ir.Node], weight: Candidate, grid: Grid) -> None:
@@ -123,7 +137,7 @@ class Writer:
         zeros = self._constant(zeros_of(grid, dtype), f"{name}.zero") if grid.scheme.zero_points else None
         return self._constant(scales_of(grid), f"{name}.scale"), zeros
 
-    def _constant(self, recipe: OnGrid, name: str) -> ir.Value:
+    def _constant(self, recipe: Recipe, name: str) -> ir.Value:
         known = self._graph.initializers.get(name)
         if known is not None:
             return known

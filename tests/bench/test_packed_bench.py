@@ -29,9 +29,9 @@ COUNTS = (1, 128)
 ROUNDS = 31
 PATIENCE = 4
 """A row that misses its mark is measured again, up to this many times in all; every row is printed."""
-MARKS = {1: 0.8, 128: 1.2}
-"""int4 / float32, by tokens. At one token 0.6 is wanted, and not reached: eight experts are 24 products of 20 us, and
-between them stand as many nodes as for float32. `QMoE` has one."""
+MARKS = {"int4": {1: 0.8, 128: 1.2}, "int4, contrib": {1: 0.6, 128: 1.5}}
+"""int4 / float32, by tokens. At one token 0.6 is wanted, and standard operators do not reach it: eight experts are 24
+products of 20 us, and between them stand as many nodes as for float32. `QMoE` has one; it is slower for many tokens."""
 EXACT = "session.qdq_matmulnbits_accuracy_level"
 
 
@@ -100,6 +100,7 @@ def written(folder: Path) -> tuple[dict[str, Path], np.ndarray, np.ndarray]:
         "int4": {"weights_dtype": "int4"},
         "int4, zero points": {"weights_dtype": "int4", "zero_points": True},
         "int8": {"weights_dtype": "int8"},
+        "int4, contrib": {"weights_dtype": "int4", "experts": "contrib"},
     }
     files = {}
     for name, options in asked.items():
@@ -148,22 +149,25 @@ def test_packed_experts_are_small_and_fast_and_near(tmp_path):
         for name, each in sessions.items()
         if name != "QMoE"
     }
-    for attempt in range(PATIENCE):
+    for _ in range(PATIENCE):
         rows = {count: medians(sessions, x[:count]) for count in COUNTS}
         print(f"\n{'form':<18} {'bytes':>6} {'ms at 1':>8} {'at 128':>8} {'error':>8}")
         for name in sessions:
             size_of = f"{share[name]:6.3f}" if name in share else " " * 6
             wrong = f"{error[name]:8.2%}" if name in error else ""
             print(f"{name:<18} {size_of} {rows[1][name]:8.2f} {rows[128][name]:8.2f} {wrong}")
-        ratios = {count: row["int4"] / row["float32"] for count, row in rows.items()}
-        print(f"int4 / float32: {ratios[1]:.2f} at 1 token, {ratios[128]:.2f} at 128")
-        if (ratios[1] <= MARKS[1] and ratios[128] <= MARKS[128]) or attempt == PATIENCE - 1:
+        ratios = {form: {count: row[form] / row["float32"] for count, row in rows.items()} for form in MARKS}
+        for form, found in ratios.items():
+            print(f"{form} / float32: {found[1]:.2f} at 1 token, {found[128]:.2f} at 128")
+        if all(ratios[form][count] <= mark for form in MARKS for count, mark in MARKS[form].items()):
             break
     assert share["int8"] <= 0.27
     assert share["int4"] <= 0.16
     assert error["int4, exact"] <= error["its quantizer"]
-    assert ratios[1] <= MARKS[1]
-    assert ratios[128] <= MARKS[128]
+    assert error["int4, contrib"] <= error["its quantizer"]
+    for form, marks in MARKS.items():
+        for count, mark in marks.items():
+            assert ratios[form][count] <= mark, (form, count)
 
 
 def test_calibrated_experts_are_nearer_on_inputs_that_were_not_seen(tmp_path):
