@@ -24,9 +24,7 @@ def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[s
     if not absent and _agrees_with_itself(subject, example):
         return
     name = type(subject.module).__name__
-    suspect = next(
-        (node for node in program.graph.nodes if may_be_random(node) and not _is_asleep(node)), None
-    )
+    suspect = next((node for node in program.graph.nodes if may_be_random(node)), None)
     if absent and suspect is None:
         return  # zeros in the place of weights would hide what is drawn, so the program is asked
     if suspect is None:
@@ -46,8 +44,8 @@ def refuse_random(program: ExportedProgram, subject: Subject, example: Mapping[s
 
 
 def may_be_random(node: fx.Node) -> bool:
-    """Whether an operator may draw random numbers, by its tag."""
-    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    """Whether an operator may draw random numbers, by its tag, and by what it is given."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_asleep(node)
 
 
 def _is_asleep(node: fx.Node) -> bool:

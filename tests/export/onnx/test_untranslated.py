@@ -36,6 +36,19 @@ class Longest(nn.Module):
         return torch.hypot(x, x)
 
 
+class Grouped(nn.Module):
+    def forward(self, q, k):
+        return nn.functional.scaled_dot_product_attention(q, k, k, enable_gqa=True)
+
+
+def test_attention_without_dropout_draws_nothing(tools):
+    """The exporter does not compare numbers of heads that may be any."""
+    with pytest.raises(
+        NotExportableError, match="attention could not be translated to ONNX: '>' not supported"
+    ):
+        tools.graph(Grouped(), torch.randn(2, 4, 5, 8), torch.randn(2, 2, 5, 8))
+
+
 @pytest.mark.parametrize(
     ("module", "operator", "offset", "text"),
     [
