@@ -21,8 +21,11 @@ from moe_export.export.frontend.pytree import Inside, path_word
 from moe_export.export.torch_compat.nesting import pytree
 
 _Put = Callable[[str, Any], Any]
-_NEVER = (nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType, torch.Generator)
-"""What is never looked into: weights of modules are constants wherever they stand."""
+_NEVER = (
+    nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType,
+    torch.Generator, torch.SymInt, torch.SymFloat, torch.SymBool,
+)  # fmt: skip
+"""What is never looked into: weights of modules are constants wherever they stand, and a tracer's sizes hold tensors."""
 
 
 def rebuilt(value: Any, put: _Put) -> Any:

@@ -64,6 +64,13 @@ def dense() -> Any:
     return transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
 
 
+def tokenizer() -> Any:
+    """One word for each id."""
+    tokenizers: Any = pytest.importorskip("tokenizers")
+    words = tokenizers.models.WordLevel({f"w{number}": number for number in range(WORDS)}, unk_token="w0")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words))
+
+
 MODELS: dict[str, Callable[[], Any]] = {"experts": experts, "hybrid": hybrid}
 
 
@@ -197,6 +204,7 @@ def test_against_the_runtimes_own_builder(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = dense().eval()
     model.save_pretrained(tmp_path / "source")
+    tokenizer().save_pretrained(tmp_path / "source")  # its builder copies one, and makes none
     (graph,) = exported(model, decoder=True)
     ours, theirs = tmp_path / "ours", tmp_path / "theirs"
     ours.mkdir()
