@@ -25,7 +25,7 @@ _NEVER = (
     nn.Module, type, types.ModuleType, types.FunctionType, types.MethodType,
     torch.Generator, torch.SymInt, torch.SymFloat, torch.SymBool,
 )  # fmt: skip
-"""What is never looked into: weights of modules are constants wherever they stand, and a tracer's sizes hold tensors."""
+"""Never looked into: weights of modules are constants wherever they stand, and sizes of a trace lead to tensors."""
 
 
 def rebuilt(value: Any, put: _Put) -> Any:

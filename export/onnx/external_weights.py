@@ -67,6 +67,8 @@ class Streamed:
         lines = []
         if self.referenced[0]:
             lines.append(f"weights: {_amount(self.referenced)} referenced where they are stored")
+        if mode == "reference" and not self.referenced[0] and not self.copied[0]:
+            lines.append("weights: none is referenced, because they came as tensors and not in files")
         if self.copied[0]:
             why = ", ".join(f"{count} {reason}" for reason, count in self.reasons.items())
             files = f"{len(self.files)} file{'s' * (len(self.files) > 1)}"

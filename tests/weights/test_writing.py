@@ -15,7 +15,7 @@ import pytest
 
 from moe_export.disk import PAGE
 from moe_export.errors import UsageError
-from moe_export.export.onnx.external_weights import Storage, data_facts, stream_weights
+from moe_export.export.onnx.external_weights import Storage, Streamed, data_facts, stream_weights
 from moe_export.export.onnx.serialize import rename_model, staging, write_model
 from moe_export.export.weights.recipe import RecipeTensor, Stored, Transposed
 from moe_export.external_data import check_external_data
@@ -296,3 +296,11 @@ def test_an_old_report_goes_before_new_graphs_come(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         move()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_came_as_tensors_are_not_referenced_and_it_is_said():
+    nothing = Streamed((0, 0), (0, 0))
+    assert nothing.notes("copy") == ()
+    assert nothing.notes("reference") == (
+        "weights: none is referenced, because they came as tensors and not in files",
+    )
