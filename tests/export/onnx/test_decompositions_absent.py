@@ -111,3 +111,38 @@ def test_a_delta_rule_of_keys_that_are_alike_keeps_its_digits(tools):
     alike = torch.randn(3, 64, 2)
     alike[:, 0, 0] = 1
     tools.equal(graph, alike)
+
+
+class Chunked(nn.Module):
+    """A delta rule over chunks of 8, whose triangular systems PyTorch solves: u and w of arXiv:2406.06484."""
+
+    def __init__(self):
+        super().__init__()
+        self.parts = nn.Linear(16, 3 * 4 + 1)
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        query, key, value, beta = self.parts(x).split([4, 4, 4, 1], -1)
+        key, beta, chunks = F.normalize(key, dim=-1), beta.sigmoid(), (length + 7) // 8
+        query, key, value, beta = (
+            F.pad(each, (0, 0, 0, chunks * 8 - length)).view(batch, chunks, 8, -1)
+            for each in (query, key, value, beta)
+        )
+        system = torch.tril((beta * key) @ key.transpose(-1, -2), -1) + torch.eye(8)
+        right = beta * torch.cat([value, key], -1)
+        both = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+        state, outputs = x.new_zeros(batch, 4, 4), []
+        for chunk in range(chunks):
+            change = both[:, chunk, :, :4] - both[:, chunk, :, 4:] @ state
+            seen = torch.tril(query[:, chunk] @ key[:, chunk].transpose(-1, -2))
+            outputs.append(query[:, chunk] @ state + seen @ change)
+            state = state + key[:, chunk].transpose(-1, -2) @ change
+        return torch.stack(outputs, 1).flatten(1, 2)[:, :length]
+
+
+@pytest.mark.slow
+def test_a_chunked_delta_rule_has_any_length(tools):
+    graph = tools.graph(Chunked(), torch.randn(2, 20, 16))
+    assert any("folded into one Scan" in note for note in graph.notes)
+    for length in (1, 7, 8, 9, 16, 65):
+        tools.equal(graph, torch.randn(3, length, 16))
