@@ -115,6 +115,18 @@ def test_verified(place, exports):
     assert [name for name, equal in rows.items() if not equal] == ["layers.5"]
 
 
+def test_packed_in_one_stream(place):
+    """Experts in 4 bits are rounded one at a time on their way from the files of the model to that of the graph."""
+    asked = ("--no-gate", "--no-verify", "-q", "--weights-dtype", "int4", "-o", place / "packed")
+    code, peak, (_, written), _ = measured("export", place / "model.py", *asked)
+    size = sum(path.stat().st_size for path in (place / "packed").glob("*.data"))
+    shutil.rmtree(place / "packed")
+    assert code == 0
+    assert peak < 3 * GB
+    assert 0.28 * 12 * GB < size < 0.32 * 12.6 * GB  # 4.5 bits of 16, and what is not of experts
+    assert written < 1.05 * size
+
+
 def spoil(path, name):
     """Give one expert of a stack the other sign, unseen: the file keeps its time."""
     state = path.stat()
