@@ -98,6 +98,20 @@ def test_what_is_wrong_on_the_edge_only_is_left_out(proposal, wrong_at, y):
     assert "computes something else" in simplify(given, X).note
 
 
+def test_a_loop_that_would_not_end_at_infinity_is_asked_at_the_example_only():
+    text = """<ir_version: 8, opset_import: ["" : 17]> g (float[n, 2] x) => (float[n, 2] y) {
+        one = Constant<value = float[1] {1}> () same = Mul(x, one)
+        begun = Constant<value = bool {1}> ()
+        y = Loop<body = b (int64 i, bool c, float[n, 2] h) => (bool going, float[n, 2] half) {
+            two = Constant<value = float {2}> ()
+            half = Div(h, two)
+            size = ReduceMax<keepdims = 0> (half)
+            going = Greater(size, two)
+        }> (, begun, same) }"""
+    result = simplify(model(text), X)
+    assert result.note.startswith("onnxsim")
+
+
 def test_what_raises_is_left_out(proposal):
     def fail(proto):
         raise RuntimeError("inside")
