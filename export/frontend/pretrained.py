@@ -118,10 +118,10 @@ def _loaded(folder: Path, transformers: Any) -> tuple[Any, tuple[str, ...]]:
     with torch.device("meta"):
         kind = type(kind.from_config(config))
     state = {name: tensor_of(recipe) for name, recipe in floats.items()}
-    model, told = kind.from_pretrained(
+    model, report = kind.from_pretrained(
         None, config=config, state_dict=state, output_loading_info=True, **given
     )
-    if missing := sorted(told["missing_keys"]):
+    if missing := sorted(report["missing_keys"]):
         raise UsageError(
             f"{folder} has no {missing[0]}" + (f" and {len(missing) - 1} more" if len(missing) > 1 else ""),
             hint="layouts of quantized weights that are read are on docs/quantize.md",

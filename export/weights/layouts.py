@@ -11,7 +11,7 @@ Letters: N outputs, K what a product sums over, E experts, g weights that share 
 | packed | W_packed (N, K / b), W_scale (N, K / g), W_shape, [W_zero_point, W_g_idx] | (code - zero) * scale |
 
 Scales of 8 bits may belong to blocks of any shape; `packed` is compressed-tensors' `pack-quantized`.
-A layout is told by these names, shapes and types; `quantization_config` says only which of GPTQ's formats it is. What
+A layout is recognised by names, shapes and types; `quantization_config` says only which of GPTQ's formats it is. What
 is read here are headers, and what says the order of groups.
 
 Sources: https://github.com/deepseek-ai/DeepSeek-V3 (inference/kernel.py), https://github.com/openai/gpt-oss
