@@ -195,7 +195,7 @@ def _expand(draft: Draft, options: Options) -> Draft:
     packed = options.scheme is not None
     experts = expand_experts(model, draft.program.blocks, options.experts, options.target, packed=packed)
     steps = OPENVINO_STEPS if options.target == "openvino" else 1
-    loops = expand_loops(model, Expansion(options.recurrence, options.unroll, steps))
+    loops = expand_loops(model, Expansion(options.recurrence, options.unroll, steps, options.decoder))
     expand_fourier(model)
     return replace(draft, model=model, notes=(*draft.notes, *experts, *loops))
 

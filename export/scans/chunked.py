@@ -5,7 +5,8 @@
                                           h' = d(T) h + (e * B)^T u             d(t) = a(1) … a(t), e(s) = D(T, s)
 
 Everything but the last line is computed for all chunks at once; a `Scan` over the chunks passes the states on. Any
-length is allowed: the last chunk is filled up with steps that keep the state.
+length is allowed: the last chunk is filled up with steps that keep the state. A delta rule stores what depends on its
+state; for it the `Scan` computes u, too (`chunked_delta`).
 
 The decays are kept as logarithms. D is the exponential of the sums of the segments s+1 … t, each summed by itself, as
 one product with a matrix of ones and zeros: all terms have one sign, so no digit is lost however strong the decay is,
@@ -26,8 +27,10 @@ import onnx_ir as ir
 
 from moe_export.errors import RefusedError
 from moe_export.export.scans.batched import BatchedValue
+from moe_export.export.scans.chunked_delta import Correction, correction
+from moe_export.export.scans.delta import read_delta
 from moe_export.export.scans.filling import Filling
-from moe_export.export.scans.linear import Linear, LinearState, read_linear
+from moe_export.export.scans.linear import Linear, LinearState
 from moe_export.export.scans.loop_region import LoopRegion
 from moe_export.export.scans.parallel_form import ParallelForm, Part
 from moe_export.export.scans.segments import STEPS, Segments
@@ -43,21 +46,24 @@ def pays(linear: Linear) -> bool:
     return all(state.size((*state.over, *state.only)) >= STEPS for state in linear.states)
 
 
-def expand_chunked(loop: LoopRegion, only_if_it_pays: bool = False) -> None:
+def expand_chunked(loop: LoopRegion, only_if_it_pays: bool = False, single_steps: bool = False) -> None:
     """Replace a loop region by products over chunks.
 
     Args:
         loop: The loop region.
         only_if_it_pays: Also refuse a loop for which `pays` is false.
+        single_steps: The graph runs single steps, too: also refuse a delta rule, whose chunk takes as long as 8 steps.
 
     Raises:
         RefusedError: It is not such a recurrence; the graph still computes what it did.
     """
-    linear = read_linear(loop)
+    linear = read_delta(loop)
     if any(state.decays_over for state in linear.states):
         raise RefusedError("its decay differs along the axes that are read over")
     if only_if_it_pays and not pays(linear):
         raise RefusedError(f"one decay serves fewer than {STEPS} entries of the state")
+    if single_steps and any(state.rate is not None for state in linear.states):
+        raise RefusedError("a single step of a delta rule takes less than a chunk")
     _Writer(loop, linear).write()
 
 
@@ -85,7 +91,12 @@ class _Writer:
             segments.within(reading.new)
         rows = self._chunks(self.steps.product(state.row), state, state.over)  # (c, g, s, n)
         column = self._chunks(self.steps.product(state.column), state, state.only)  # (c, g, s, p)
-        starts, last = self._pass_on(state, boundary, rows, column, segments)
+        wrong = None
+        if state.rate is not None:
+            rate = self._chunks(self.steps.product(state.rate), state, ())  # (c, g, s, 1)
+            wrong = correction(nodes, rows, rate, segments)
+            rows = nodes.op("Mul", rows, rate)
+        starts, column, last = self._pass_on(state, boundary, (rows, column), wrong, segments)
         for reading in readings:
             self._read(reading, state, (rows, column, starts), segments)
         return last
@@ -152,16 +163,25 @@ class _Writer:
     # States from chunk to chunk
 
     def _pass_on(
-        self, state: LinearState, boundary: ir.Node, rows: ir.Value, column: ir.Value, segments: Segments
-    ) -> tuple[ir.Value, ir.Value]:
-        """The state after the last chunk, and the states at the start of each chunk, (c, g, n, p)."""
+        self,
+        state: LinearState,
+        boundary: ir.Node,
+        added: tuple[ir.Value, ir.Value],
+        wrong: Correction | None,
+        segments: Segments,
+    ) -> tuple[ir.Value, ir.Value, ir.Value]:
+        """The states at the start of each chunk, (c, g, n, p); the columns; the state after the last chunk.
+
+        The steps add rows times columns. The columns of a delta rule are what is known of them before, corrected by
+        what is wrong with that.
+        """
         nodes, size = self.nodes, state.size
+        rows, column = added
         if segments.has_decay:
-            if size(state.over) <= size(state.only):
+            if size(state.over) <= size(state.only) or wrong is not None:
                 rows = nodes.op("Mul", rows, nodes.unsqueezed(segments.to_end(), [self._rank(state) - 1]))
             else:
                 column = nodes.op("Mul", column, nodes.unsqueezed(segments.to_end(), [self._rank(state) - 1]))
-        added = nodes.op("MatMul", self._steps_last(rows, state), column)
         order = [*state.batch, *state.over, *state.only]
         shape = [state.shape[axis] for axis in state.batch]
         first = nodes.transposed(boundary.inputs[0], order) if boundary.inputs[0] is not None else None
@@ -170,11 +190,17 @@ class _Writer:
         if inner != (1, 1):
             first = nodes.op("Reshape", first, nodes.ints(*_kept(shape), size(state.over), size(state.only)))
         decay = segments.whole() if segments.has_decay else None
-        last, starts = _scan(nodes, first, decay, added, [*shape, size(state.over), size(state.only)])
+        whole = [*shape, size(state.over), size(state.only)]
+        if wrong is None:
+            product = nodes.op("MatMul", self._steps_last(rows, state), column)
+            last, starts = _scan(nodes, first, decay, product, whole)
+            column = added[1]
+        else:
+            last, starts, column = wrong.scan(nodes, first, decay, (rows, column), whole)
         if inner != (1, 1):
             sizes = state.sizes((*state.over, *state.only))
             last = nodes.op("Reshape", last, nodes.ints(*_kept(shape), *sizes))
-        return starts, nodes.transposed(last, [order.index(axis) for axis in range(len(order))])
+        return starts, column, nodes.transposed(last, [order.index(axis) for axis in range(len(order))])
 
     # What is read
 

@@ -44,11 +44,13 @@ class Expansion:
             same, else as `auto`.
         unroll: Steps that an iteration of a `Scan` takes. More than one was not faster (docs/recurrence.md).
         if_possible: Steps that it takes where `unroll` is 1 and the loop can take several.
+        single_steps: The graph runs single steps, too: `auto` keeps a form in which one is quick.
     """
 
     form: str = "auto"
     unroll: int = 1
     if_possible: int = 1
+    single_steps: bool = False
 
 
 def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str]:
@@ -62,7 +64,7 @@ def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str
             take several steps per iteration.
     """
     lowering = lowering or Expansion()
-    forms = _FORMS.get(lowering.form, ())
+    forms = _forms(lowering)
     notes, refused, taken = [], [], 0
     for node in list(model.graph):
         if node.domain == DOMAIN and node.op_type == END:
@@ -104,14 +106,21 @@ class _Form:
 
 
 _CHUNKS = f"products over chunks of {STEPS} steps"
-_WHERE_IT_PAYS = _Form(
-    partial(expand_chunked, only_if_it_pays=True), f"a decay for many entries of the state; {_CHUNKS}"
-)
-_FORMS: dict[str, tuple[_Form, ...]] = {
-    "auto": (_WHERE_IT_PAYS,),
-    "chunked": (_Form(expand_chunked, _CHUNKS),),
-    "contrib": (_Form(expand_linear_attention, f"{CONTRIB}.LinearAttention"), _WHERE_IT_PAYS),
-}
+
+
+def _forms(lowering: Expansion) -> tuple[_Form, ...]:
+    """The forms to try before a `Scan`, in this order."""
+    where_it_pays = _Form(
+        partial(expand_chunked, only_if_it_pays=True, single_steps=lowering.single_steps),
+        f"a decay for many entries of the state; {_CHUNKS}",
+    )
+    contrib = _Form(expand_linear_attention, f"{CONTRIB}.LinearAttention")
+    forms: dict[str, tuple[_Form, ...]] = {
+        "auto": (where_it_pays,),
+        "chunked": (_Form(expand_chunked, _CHUNKS),),
+        "contrib": (contrib, where_it_pays),
+    }
+    return forms.get(lowering.form, ())
 
 
 def _at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> tuple[int | None, list[str]]:

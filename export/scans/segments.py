@@ -24,6 +24,9 @@ STEPS = 32
 class Segments:
     """The decays of a chunk, each written once, when it is first asked for.
 
+    Attributes:
+        rank: How many axes (c, g, t) has.
+
     Args:
         nodes: Where nodes are written.
         logarithms: The logarithm of each step's decay, (c, g, t); None for no decay.
@@ -34,7 +37,7 @@ class Segments:
     def __init__(
         self, nodes: GraphBuilder, logarithms: ir.Value | None, dtype: ir.DataType, rank: int
     ) -> None:
-        self._nodes, self._logs, self._dtype, self._rank = nodes, logarithms, dtype, rank
+        self._nodes, self._logs, self._dtype, self.rank = nodes, logarithms, dtype, rank
         self._made: dict[Any, ir.Value] = {}
 
     @property
@@ -73,7 +76,7 @@ class Segments:
         if ("within", True) in self._made:  # it is the last row of that
             if "to end" not in self._made:
                 row = self._nodes.scalar(STEPS - 1)
-                self._made["to end"] = self._nodes.op("Gather", self.within(True), row, axis=self._rank - 1)
+                self._made["to end"] = self._nodes.op("Gather", self.within(True), row, axis=self.rank - 1)
             return self._made["to end"]
         return self._exponential("to end", np.tril(np.ones((STEPS, STEPS)), -1))
 
@@ -81,9 +84,9 @@ class Segments:
         """The decay of a whole chunk; (c, g, 1, 1)."""
         if "whole" not in self._made:
             product = self._nodes.op(
-                "Gather", self.since(True), self._nodes.ints(STEPS - 1), axis=self._rank - 1
+                "Gather", self.since(True), self._nodes.ints(STEPS - 1), axis=self.rank - 1
             )
-            self._made["whole"] = self._nodes.unsqueezed(product, [self._rank])
+            self._made["whole"] = self._nodes.unsqueezed(product, [self.rank])
         return self._made["whole"]
 
     def _exponential(self, name: str, ones: np.ndarray[Any, Any]) -> ir.Value:
