@@ -47,7 +47,14 @@ def is_user_file(path: str) -> bool:
     """Whether a file is the user's: not the standard library, an installed package, or the tool itself."""
     if path.startswith(("<", "torch/")):
         return False
-    folders = (Path(path).resolve()).parents
+    # A folder is looked up once for all the files in it: a process has thousands.
+    return _is_user_folder(os.path.dirname(os.path.realpath(path) if os.path.islink(path) else path))
+
+
+@cache
+def _is_user_folder(path: str) -> bool:
+    folder = Path(path).resolve()
+    folders = (folder, *folder.parents)
     # An environment may see the packages of another one (`--system-site-packages`, PYTHONPATH).
     if any(folder.name in ("site-packages", "dist-packages") for folder in folders):
         return False
