@@ -121,10 +121,20 @@ def _index_select(x: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tenso
     return x[(slice(None),) * (dim % x.dim()) + (index,)]
 
 
+def _gather(x: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_grad: bool = False) -> torch.Tensor:
+    places = [
+        torch.arange(size, device=x.device).view([-1 if other == axis else 1 for other in range(x.dim())])
+        for axis, size in enumerate(index.shape)
+    ]
+    places[dim] = index
+    return x[tuple(places)]
+
+
 _SPELLED: dict[Any, Callable[..., Any]] = {
     _aten.linear.default: _linear,
     _aten.layer_norm.default: _layer_norm,
     _aten.index_select.default: _index_select,
+    _aten.gather.default: _gather,
     _aten.split.Tensor: _split,
     _aten.split_with_sizes.default: _split_sizes,
 }

@@ -15,9 +15,10 @@ import torch
 from torch import fx, nn
 
 from moe_export.errors import RefusedError
-from moe_export.export.axes.chosen import names_experts
+from moe_export.export.axes.chosen import name_once, names_experts
 from moe_export.export.axes.one_hot import one_hot_mask_of
-from moe_export.export.axes.operators import ZEROS
+from moe_export.export.axes.operators import CASTS, ZEROS
+from moe_export.export.axes.shapes import rank_of
 from moe_export.export.experts.canonical import Walk, value_numbering
 from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.experts.notes import named
@@ -222,6 +223,29 @@ class _Part:
             return node.args
         return tuple("expert" if arg == self._rows.one_hot.expert else arg for arg in node.args)
 
+    def _finds_slot(self, node: fx.Node) -> bool:
+        """Whether a node finds the slots of the rows: `(indices == e)[token].int().argmax(-1)`."""
+        if node.target is not _aten.argmax.default or len(node.args) < 2 or node.args[1] not in (-1, 1):
+            return False
+        marks = node.args[0]
+        while isinstance(marks, fx.Node) and marks.target in CASTS:
+            marks = marks.args[0]
+        if not isinstance(marks, fx.Node) or marks.args[0] not in self._fixing or rank_of(marks) != 2:
+            return False
+        if marks.target is _aten.index.Tensor:
+            places = list(marks.args[1])  # type: ignore[arg-type]
+        else:
+            places = (
+                [marks.args[2]] if marks.target is _aten.index_select.default and marks.args[1] == 0 else []
+            )
+        if (
+            len(places) != 1
+            or not isinstance(places[0], fx.Node)
+            or self._row_kind(places[0], marks) != "token"
+        ):
+            return False
+        return name_once(self._rows.one_hot.indices)
+
     def module(self, kinds: list[str]) -> fx.GraphModule:
         """The body; `kinds` says for each leaf whether it is "shared" or a "weight". Shared inputs come first."""
         graph = fx.Graph()
@@ -240,9 +264,14 @@ class _Part:
         for node in self.walk.nodes:
             if node in self._fixing:
                 copies[node] = _for_any_expert(graph, node, copied(node.args[0], node), rows["expert"])  # type: ignore[arg-type]
+            elif self._finds_slot(node):
+                kept = len(node.args) > 2 and node.args[2]
+                slot = rows["slot"]
+                copies[node] = graph.call_function(_aten.unsqueeze.default, (slot, 1)) if kept else slot
             else:
                 copies[node] = graph.node_copy(node, partial(copied, user=node))
         graph.output(copied(self._value, None))
+        graph.eliminate_dead_code()
         graph.lint()
         return fx.GraphModule(nn.Module(), graph)
 

@@ -5,8 +5,10 @@ on the data. Three questions are answered by what they ask about, never by where
 
 - `if mask.any():`, `if rows.numel() == 0: continue`, `if counts[e] > 0:` — the expert has tokens; a mask of rows that
   comes from no choice, `scores[:, e] > 0`, has some, too, if rows are then written by it (`rows_written`);
-- `for e in hit.nonzero():`, `.tolist()` of it — all experts are hit; `counts.tolist()` — each has some;
-- a number of rows that only the data knows — it is neither 0 nor 1.
+- `for e in hit.nonzero():`, `for e in chosen.unique():`, `.tolist()` of these — all experts are hit;
+  `counts.tolist()` — each has some;
+- a number of rows that only the data knows — it is neither 0 nor 1; where rows above a limit are cut off (`cut_off`),
+  they are, which changes nothing below it.
 
 What an answer was given for is listed, and the graph is compared with the model at sizes where experts go
 without tokens, so an answer that changes a result is found.
@@ -31,6 +33,7 @@ from moe_export.export.axes.support import support_of
 from moe_export.export.sizes import fixed
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import undecided
+from moe_export.export.tracing.cut_off import cuts_off
 from moe_export.export.tracing.expert_slices import Count, Counts, counts_of, joined, sliced, split, written
 from moe_export.export.tracing.not_hit import asking_frame, place_of, refuse_number, require_nothing
 from moe_export.export.tracing.row_masks import is_mask_of_rows, rows_written
@@ -38,6 +41,7 @@ from moe_export.export.tracing.row_masks import is_mask_of_rows, rows_written
 _aten = torch.ops.aten
 _LENGTH = 4093  # `len` of such rows must be a number: another prime, so that no shape is taken to fit it
 _MANY = 4099  # stands for a number of rows that only the data knows: a prime that no size of a model is
+_SIZES = (1009, 2003)  # stand for a model's free sizes beside such a number: a limit may be made of them
 
 _AS_ITS_SOURCE = {
     _aten._to_copy.default, _aten.to.dtype_layout, _aten.to.dtype, _aten.to.device, _aten.to.other,
@@ -51,6 +55,7 @@ _COUNTS = {
     _aten.sum.default, _aten.sum.dim_IntList, _aten.bincount.default, _aten.count_nonzero.default,
     _aten.count_nonzero.dim_IntList,
 }  # fmt: skip
+_DISTINCT = {_aten._unique2.default, _aten._unique.default}  # in ascending order, asked for or not
 _SOME = {_aten.any.default, _aten.any.dim, *_COUNTS}
 
 
@@ -296,10 +301,19 @@ def _is_listed(matrix: fx.Node) -> bool:
     return False
 
 
+def _distinct_experts(node: Any) -> int | None:
+    """E, if an operator sorts out which numbers of experts occur among those that were chosen."""
+    if not isinstance(node, fx.Node) or node.target not in _DISTINCT:
+        return None
+    return experts_of(node.args[0])  # type: ignore[arg-type]
+
+
 def _hit_experts(node: fx.Node | None) -> int | None:
-    """E, if a value lists the experts that were hit: `nonzero` of a count or a mask over experts."""
+    """E, if a value lists the experts that were hit: `nonzero` of a count or a mask over experts, `unique`."""
     while node is not None and node.target in _AS_ITS_SOURCE - {_aten.index.Tensor}:
         node = node.args[0] if isinstance(node.args[0], fx.Node) else None
+    if node is not None and node.target is operator.getitem and node.args[1] == 0:
+        return _distinct_experts(node.args[0])
     if node is None or node.target is not _aten.nonzero.default:
         return None
     counted = node.args[0]
@@ -339,13 +353,16 @@ def every_expert_hit(decided: Collection[str] = ()) -> Iterator[list[str]]:
     answered: list[str] = []
 
     def answer(env: Any, expression: Any) -> bool | None:
+        frame = asking_frame()
+        if frame is not None and _is_of_rows(env, expression):
+            cut = cuts_off(frame)
+            if cut is not None:
+                return cut
         value = _for_many_rows(env, expression)
         if value is None:
             return None
-        frame = asking_frame()
         if frame is not None:
-            few = _values(expression, (1, 2, 3, 5))
-            if few != {value}:
+            if _values(expression, (1, 2, 3, 5, *_SIZES)) != {value}:
                 refuse_number(frame)
             if _values(expression, (0,)) != {value}:
                 require_nothing(frame, value)
@@ -359,21 +376,33 @@ def every_expert_hit(decided: Collection[str] = ()) -> Iterator[list[str]]:
 
 def _for_many_rows(env: Any, expression: Any) -> bool | None:
     """What a condition on numbers of rows says where there are many; None if it is about something else."""
-    import sympy
+    values = _values(expression, (_MANY,)) if _is_of_rows(env, expression) else set()
+    return values.pop() if len(values) == 1 else None
 
-    symbols = [symbol for symbol in expression.free_symbols if symbolic_shapes.free_unbacked_symbols(symbol)]
-    ranges = [env.var_to_range[symbol] for symbol in symbols]
+
+def _is_of_rows(env: Any, expression: Any) -> bool:
+    """Whether a condition is one on numbers of rows that only the data knows."""
+    ranges = [env.var_to_range[symbol] for symbol in _row_numbers(expression)]
     # A number of rows is not negative, and not at most 1: that is the truth of a condition on the data.
-    if not ranges or any(found.lower < 0 or found.upper <= 1 for found in ranges):
-        return None
-    value = expression.xreplace(dict.fromkeys(symbols, sympy.Integer(_MANY)))
-    return bool(value) if value in (sympy.true, sympy.false) else None
+    return bool(ranges) and all(found.lower >= 0 and found.upper > 1 for found in ranges)
+
+
+def _row_numbers(expression: Any) -> list[Any]:
+    """What stands in a condition for numbers that only the data knows."""
+    return [symbol for symbol in expression.free_symbols if symbolic_shapes.free_unbacked_symbols(symbol)]
 
 
 def _values(expression: Any, numbers: Sequence[int]) -> set[Any]:
-    """What a condition on numbers of rows says for each of some numbers."""
+    """What a condition on numbers of rows says for each of some numbers, whatever the model's sizes are."""
     import sympy
 
-    symbols = [symbol for symbol in expression.free_symbols if symbolic_shapes.free_unbacked_symbols(symbol)]
-    found = (expression.xreplace(dict.fromkeys(symbols, sympy.Integer(number))) for number in numbers)
+    rows = _row_numbers(expression)
+    sizes = [symbol for symbol in expression.free_symbols if symbol not in rows]
+    found = (
+        expression.xreplace(
+            {**dict.fromkeys(sizes, sympy.Integer(size)), **dict.fromkeys(rows, sympy.Integer(number))}
+        )
+        for number in numbers
+        for size in _SIZES
+    )
     return {bool(value) if value in (sympy.true, sympy.false) else None for value in found}

@@ -89,6 +89,32 @@ class IfAny(Block):
         return out
 
 
+class OverDistinct(Block):
+    """Each number that was chosen, as a tensor; the slot is where the mask of a token has its first mark."""
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for element in torch.unique(indices.reshape(-1)):
+            number = int(element.item())
+            mask = indices == number
+            token = mask.any(dim=-1).nonzero(as_tuple=False).squeeze(-1)
+            if token.numel() == 0:
+                continue
+            slot = mask[token].int().argmax(dim=-1, keepdim=True)
+            scale = weights.index_select(0, token).gather(-1, slot).squeeze(-1)
+            out.index_add_(0, token, self.experts[number](x.index_select(0, token)) * scale.unsqueeze(-1))
+        return out
+
+
+class OverDistinctNumbers(Block):
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for number in indices.unique().tolist():
+            token, slot = torch.where(indices == number)
+            out[token] += self.experts[number](x[token]) * weights[token, slot, None]
+        return out
+
+
 class SkipEmpty(Block):
     def moe(self, x, weights, indices):
         out = torch.zeros_like(x)
@@ -201,6 +227,6 @@ class AddedToInput(Block):
 
 
 IDIOMS = [
-    OverHits, OverHitNumbers, IfAny, SkipEmpty, SkipByCount, SkipByCountList, OverMasks, TopOne, FusedWeights,
-    AddedToInput,
+    OverHits, OverHitNumbers, OverDistinct, OverDistinctNumbers, IfAny, SkipEmpty, SkipByCount, SkipByCountList,
+    OverMasks, TopOne, FusedWeights, AddedToInput,
 ]  # fmt: skip
