@@ -38,6 +38,7 @@ from moe_export.export.onnx.sides import sides_in_branches
 from moe_export.export.onnx.simplify import as_numpy, simplify
 from moe_export.export.onnx.translate import check, name_at_opset, translate
 from moe_export.export.onnx.transposed import mend_products, product_notes
+from moe_export.export.onnx.types_lacking import in_float32
 from moe_export.export.options import Options
 from moe_export.export.precision.mixed import lower_precision
 from moe_export.export.quantize.quantize import Quantized, quantize
@@ -203,6 +204,7 @@ def _expand(draft: Draft, options: Options) -> Draft:
 def _name(draft: Draft, options: Options) -> Draft:
     model = draft.model.clone()
     subject = draft.program.model.subject
+    in_float32(model, options.opset)
     name_at_opset(model, draft.program.traced, options.opset, subject.source.parent, subject.root)
     return replace(draft, model=model, notes=(*draft.notes, *product_notes(model)))
 
