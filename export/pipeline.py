@@ -34,6 +34,7 @@ from moe_export.export.onnx.opset import check_opset
 from moe_export.export.options import Options
 from moe_export.export.precision.mixed import check_kept
 from moe_export.export.quantize.quantize import Quantized
+from moe_export.export.recurrence.recurrences import Recurrent
 from moe_export.export.recurrence.step import step_of
 from moe_export.export.stages import PIPELINE, Draft, Model, Program, Step, between, run, without
 from moe_export.export.tracing.dims import DimRequest
@@ -116,7 +117,7 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
         with step("making a decoder of it"):
             decoder = decoder_of(subject)
         subject, options = decoder.subject, dataclasses.replace(options, dims=decoder.dims(options.dims))
-        begun, first = _begun(decoder, options.dims)
+        begun, first = _begun(decoder, options)
     program = run(between(first, "trace"), begun, options, step)
     traced = program.model.unrolled or program.traced  # gates are cut out of what has no marks of loops
     if program.model.unrolled is not None and may_choose(traced.program.graph):
@@ -166,11 +167,12 @@ def check_packing(options: Options) -> None:
         )
 
 
-def _begun(decoder: Decoder, dims: DimRequest) -> tuple[Model, str]:
+def _begun(decoder: Decoder, options: Options) -> tuple[Model, str]:
     """What is traced of a decoder, and the stage that it begins with: one that was folded to make it is not again."""
-    recurrent = decoder.recurrent
+    recurrent, dims = decoder.recurrent, options.dims
     if recurrent is None:
-        return Model.of(decoder.subject, dims), "fold"
+        apart = None if options.target.startswith("tensorrt") else decoder.apart
+        return Model(decoder.subject, Recurrent(apart or decoder.subject), dims), "fold"
     return Model(decoder.subject, recurrent, recurrent.dims(dims), recurrent.notes), "trace"
 
 

@@ -151,7 +151,7 @@ Stages = tuple[Stage, ...]
 
 
 def _fold(model: Model, options: Options) -> Model:
-    recurrent = fold_recurrences(model.subject, model.dims, options.recurrence)
+    recurrent = fold_recurrences(model.recurrent.subject, model.dims, options.recurrence)
     dims = recurrent.dims(model.dims)
     return replace(model, recurrent=recurrent, dims=dims, notes=(*model.notes, *recurrent.notes))
 

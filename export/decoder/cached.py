@@ -10,11 +10,13 @@ Letters: b batch, n new tokens, p earlier tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
+from moe_export.export.decoder.one_token import OneTokenCall, both_ways
 from moe_export.export.decoder.whole import MASK, DecoderModule, TokenOutputs, Whole, fitted
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.recurrence.transformers_cache import CACHE, CachedModel
@@ -67,6 +69,7 @@ class CachedDecoder(DecoderModule):
         given: The mask and the positions, where it takes them.
         outputs: Names of what it gives, in order.
         results: Which of these belong to which tokens.
+        apart: The parts that are called for one token apart.
     """
 
     def __init__(
@@ -76,9 +79,15 @@ class CachedDecoder(DecoderModule):
         given: Sequence[str],
         outputs: Sequence[str],
         results: TokenOutputs,
+        apart: Sequence[OneTokenCall] = (),
     ) -> None:
         super().__init__(call, given, results)
         self._call, self._inputs, self._outputs = call, tuple(inputs), tuple(outputs)
+        self._apart = tuple(apart)
+
+    def with_apart(self, apart: Sequence[OneTokenCall]) -> CachedDecoder:
+        """The same, with parts that are called for one token apart."""
+        return CachedDecoder(self._call, self._inputs, self.given, self._outputs, self.results, apart)
 
     def _past(self, pasts: Sequence[Tensor]) -> int | None:
         """How many earlier tokens there are; None of a model that only keeps windows and states, which do not tell."""
@@ -91,6 +100,15 @@ class CachedDecoder(DecoderModule):
 
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
         """One call."""
+        if not self._apart:
+            return self.seen(tensors, nullcontext)
+        count = tensors[0].shape[1]
+        return self.seen(tensors, lambda cache: both_ways(self._apart, self.model, cache, count))
+
+    def seen(
+        self, tensors: Sequence[Tensor], around: Callable[[Any], AbstractContextManager[None]]
+    ) -> dict[str, Tensor]:
+        """One call, inside a context that is made of the cache."""
         named = dict(zip(self._inputs, tensors, strict=True))
         pasts = [tensor for name, tensor in named.items() if name.startswith(f"{CACHE}.")]
         past = self._past(pasts)
@@ -98,6 +116,7 @@ class CachedDecoder(DecoderModule):
             named[MASK] = fitted(named[MASK], (past or 0) + tensors[0].shape[1])
         beside = {name: named[name] for name in self.given}
         cache = self._call.cached.cache_of(pasts)
-        found = self._call.run(named, beside, cache)
+        with around(cache):
+            found = self._call.run(named, beside, cache)
         found += [kept.of(cache) for kept in self._call.cached.kept]
         return dict(zip(self._outputs, found, strict=True))

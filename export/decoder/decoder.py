@@ -17,8 +17,10 @@ Letters: b batch, l length, n new tokens, p earlier tokens ("past").
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -27,9 +29,11 @@ from moe_export.export.decoder.cached import CachedCall, CachedDecoder
 from moe_export.export.decoder.continued import ContinuedDecoder, continue_loops
 from moe_export.export.decoder.found import found_decoder
 from moe_export.export.decoder.in_parts import Made, prove_in_parts, refused
+from moe_export.export.decoder.one_token import one_token_calls
 from moe_export.export.decoder.stateful import stateful_decoders
 from moe_export.export.decoder.whole import MASK, POSITIONS, beside_of
 from moe_export.export.frontend.subject import Subject, make_subject
+from moe_export.export.recurrence.delta_rule import delta_rules_step_by_step
 from moe_export.export.recurrence.fold import FoldedModule
 from moe_export.export.recurrence.recurrences import Recurrent, fold_recurrences
 from moe_export.export.recurrence.step_model import present_of
@@ -61,12 +65,14 @@ class Decoder:
         free: `(input, axis)` → the name of each dimension that may change, if it is no sum of others.
         tokens: The inputs that have the length.
         recurrent: The same with its loops folded, if that was needed to make it; what is exported then.
+        apart: The same with parts that are called for one token apart, where that costs less (`one_token`).
     """
 
     subject: Subject
     free: Mapping[tuple[str, int], str]
     tokens: tuple[str, ...]
     recurrent: Recurrent | None = None
+    apart: Subject | None = None
 
     def dims(self, request: DimRequest) -> DimRequest:
         """What is free in the graph: the new tokens and the earlier ones always, the batch if that was requested."""
@@ -106,6 +112,7 @@ def decoder_of(subject: Subject) -> Decoder:
             return folded
         if any(kept.grows is None for kept in cached.kept):
             made = _traceable(subject, cached, made)
+            return replace(_decoder(made), apart=_one_token_apart(made, cached))
     return _decoder(made)
 
 
@@ -174,6 +181,32 @@ def _traceable(subject: Subject, cached: CachedModel, made: Made) -> Made:
             continue
         return longer
     return made
+
+
+def _one_token_apart(made: Made, cached: CachedModel) -> Subject | None:
+    """The decoder with parts that are called for one token apart; None if that would cost no less, or is wrong."""
+    module = made.module
+    assert isinstance(module, CachedDecoder)
+
+    past = _SIZES[1]
+
+    def run(count: int, around: Callable[[Any], AbstractContextManager[None]]) -> None:
+        mask = torch.ones(_SIZES[0], past + count, dtype=torch.int64)
+        mask[0, : past + (count > 1)] = 0  # padding, but for a single token
+        beside = beside_of(mask, count)
+        example = made.tokens.resized(made.subject.inputs, count)
+        module.seen([beside.get(name, tensor) for name, tensor in example.items()], around)
+
+    with delta_rules_step_by_step():  # as they are folded
+        apart = one_token_calls(run, module.model, cached.kept)
+    if not apart:
+        return None
+    both = made.subject.of(module.with_apart(apart))
+    try:
+        prove_in_parts(replace(made, subject=both))
+    except NotExportableError:
+        return None
+    return both
 
 
 def _made(subject: Subject, cached: CachedModel, new: int = _NEW) -> Made:

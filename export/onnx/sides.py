@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from moe_export.export.onnx.bodies import bodies, reads, with_inner
-from moe_export.export.sizes import same_dim
+from moe_export.export.onnx.branch_ends import shared_ends
+from moe_export.export.onnx.single_size import alike_where_single, size_said_to_be_one, whole_where_single
 
 LEAST = 4096
 """Weights of the products on a side for which an `If` is written."""
@@ -91,9 +92,9 @@ def _joins(node: ir.Node) -> bool:
     condition, one, other = node.inputs
     if condition is None or one is None or other is None or one is other:
         return False
-    if condition.shape is None or len(condition.shape) > 0 or one.shape is None or other.shape is None:
+    if condition.shape is None or len(condition.shape) > 0:
         return False
-    return len(one.shape) == len(other.shape) and all(map(same_dim, one.shape, other.shape))
+    return alike_where_single(one, other, size_said_to_be_one(condition))
 
 
 def _needs(nodes: Sequence[ir.Node], node: ir.Node, others: Sequence[ir.Node]) -> bool:
@@ -162,9 +163,11 @@ def _write(graph: ir.Graph, decision: _Decision, number: int) -> None:
         _branch([join.inputs[place] for join in joins], side, f"{name}_{number}")
         for name, place, side in zip(("then", "else"), (1, 2), decision.sides, strict=True)
     ]
+    condition = joins[0].inputs[0]
+    assert condition is not None
     node = ir.node(
         "If",
-        [joins[0].inputs[0]],
+        [condition],
         attributes={"then_branch": branches[0], "else_branch": branches[1]},
         num_outputs=len(joins),
         name=joins[0].name,
@@ -177,6 +180,10 @@ def _write(graph: ir.Graph, decision: _Decision, number: int) -> None:
     for key, value in joins[0].metadata_props.items():
         node.metadata_props[key] = value
     graph.remove(joins, safe=True)
+    single = size_said_to_be_one(condition)
+    if single is not None:
+        whole_where_single(branches[0], single)
+        shared_ends(graph, node)
 
 
 def _gathered(graph: ir.Graph, joins: Sequence[ir.Node]) -> None:
