@@ -114,7 +114,7 @@ def _load(spec: str, init: Sequence[str], inputs: Sequence[str], memory: int, ma
     if path.is_dir() and is_pretrained(path):
         if init or inputs:
             raise UsageError("--init and --input go with a class, not with a folder", where=str(path))
-        return load_pretrained(path, make)
+        return load_pretrained(path, memory, make)
     source = _read(path)
     if name is not None and name.isdecimal():
         if init or inputs:

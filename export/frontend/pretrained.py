@@ -19,7 +19,7 @@ from moe_export.errors import UsageError
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.weights.files import open_weights
 from moe_export.export.weights.layouts import note_on_stored, quantized_weights
-from moe_export.export.weights.lazy import tensor_of
+from moe_export.export.weights.lazy import map_weights, tensor_of
 
 CONFIG = "config.json"
 _READ = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
@@ -64,11 +64,12 @@ def folder_of(name: str) -> Path:
         ) from error
 
 
-def load_pretrained(folder: Path, make: Callable[..., Subject]) -> Subject:
+def load_pretrained(folder: Path, memory: int, make: Callable[..., Subject]) -> Subject:
     """The language model of a folder, in float32, with a few token ids as its example.
 
     Args:
         folder: With `config.json` and weights.
+        memory: Of more bytes of weights, those that are stored as they are used are left in their files.
         make: Binds a module to its example.
 
     Raises:
@@ -93,7 +94,9 @@ def load_pretrained(folder: Path, make: Callable[..., Subject]) -> Subject:
     words = model.get_input_embeddings().weight.shape[0]
     ids = torch.randint(0, words, _EXAMPLE)
     source = folder / "model"  # it has no file of its own; graphs are called after this one
-    subject = make(model, (), {"input_ids": ids}, source=source, how="a folder of transformers")
+    large = sum(parameter.nbytes for parameter in model.parameters()) > memory
+    mapped = {"weights": map_weights(model, open_weights(folder))} if large and not notes else {}
+    subject = make(model, (), {"input_ids": ids}, source=source, how="a folder of transformers", **mapped)
     return replace(subject, notes=(*subject.notes, *notes))
 
 

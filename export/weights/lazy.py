@@ -204,6 +204,43 @@ def attach_weights(module: nn.Module, path: Path, memory: int, source: Path) -> 
     return found
 
 
+def map_weights(module: nn.Module, stored: Mapping[str, Recipe]) -> LazyWeights:
+    """Have a module that is in memory read its weights from files, where they stand there as they are.
+
+    Args:
+        module: Changed in place: such weights are pages of the files, which the system reads and drops as it likes.
+        stored: What files hold, by the parameters' paths.
+
+    Returns:
+        Those weights; all others stay in memory.
+    """
+    files: dict[Path, mmap.mmap] = {}
+    items: dict[str, LazyWeight] = {}
+    for name, parameter in module.named_parameters():
+        recipe = stored.get(name)
+        place = recipe.byte_range() if recipe is not None else None
+        if (
+            recipe is None
+            or place is None
+            or recipe.nbytes <= SMALL
+            or recipe.shape != tuple(parameter.shape)
+        ):
+            continue
+        if recipe.dtype != tensor_adapters.from_torch_dtype(parameter.dtype):
+            continue
+        if place.file not in files:
+            with place.file.open("rb") as file:
+                files[place.file] = mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE)
+        memory = files[place.file]
+        flat = torch.frombuffer(memory, dtype=parameter.dtype, count=parameter.numel(), offset=place.offset)
+        mapped = flat.reshape(parameter.shape)
+        if torch.equal(mapped, parameter):
+            parameter.data = mapped
+            items[name] = LazyWeight(name, recipe, mapped, memory, full=True)
+            _known[mapped.untyped_storage().data_ptr()] = items[name]
+    return LazyWeights(tuple(sorted(files)), items, items)
+
+
 def _stored(path: Path, wanted: Mapping[str, torch.Tensor]) -> tuple[dict[str, Recipe], tuple[str, ...]]:
     """What files hold, with floats in place of what is stored quantized where the model has floats; notes on that.
 

@@ -2,11 +2,16 @@
 
 In float32 a thousand steps add up a thousand roundings, and whether two orders of a sum agree depends on the machine.
 In float64 what differs is another formula.
+
+A copy of a large model in float64 would be twice as large as the model. So its weights are not copied: each is widened
+where an operator takes it, and only while it does.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +25,18 @@ _WIDE = {
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
 _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
+
+
+_COPIED = 2**28
+"""Bytes of weights up to which a model is copied to float64; a copy is faster to run, and runs code of any kind."""
+_SMALL = 2**16  # bytes of a weight that is copied anyway
+
+_shared: weakref.WeakValueDictionary[int, torch.Tensor] = weakref.WeakValueDictionary()
+"""Weights that are widened where they are taken, by their ids."""
+_UNREAD = {"size", "dim", "numel", "stride", "is_floating_point", "is_contiguous", "is_complex", "__len__"}
+"""Methods that ask nothing of a tensor's values."""
+_PROPERTIES = {"T", "mT", "H", "mH", "data", "real"}
+"""Properties that are tensors with its values."""
 
 
 def _grouped_mm(
@@ -47,11 +64,33 @@ class _Wide(TorchFunctionMode):
             getattr(func, "__name__", "").lstrip("_") == "grouped_mm"
         ):  # PyTorch's, and the one that this calls
             func = _grouped_mm
+        if any(map(_is_shared, args)):
+            name = getattr(func, "__name__", "")
+            if name == "__get__":  # of a property
+                name = getattr(getattr(func, "__self__", None), "__name__", "")
+                if name == "dtype":
+                    return torch.float64
+                if name not in _PROPERTIES:
+                    return func(*args)
+            if name in _UNREAD:
+                return func(*args, **(kwargs or {}))
+            if name == "__getitem__" and not _is_shared(args[1]):
+                return doubled(func(*args))
         return func(*map(_widened, args), **{name: _widened(value) for name, value in (kwargs or {}).items()})
 
 
 def _widened(value: Any) -> Any:
-    return _WIDE.get(value, value) if isinstance(value, torch.dtype) else value
+    if isinstance(value, torch.dtype):
+        return _WIDE.get(value, value)
+    if _is_shared(value):
+        return doubled(value)
+    if isinstance(value, (list, tuple)) and any(map(_is_shared, value)):
+        return type(value)(map(_widened, value))
+    return value
+
+
+def _is_shared(value: Any) -> bool:
+    return bool(_shared) and isinstance(value, torch.Tensor) and _shared.get(id(value)) is value
 
 
 @contextmanager
@@ -74,15 +113,26 @@ def doubled(value: torch.Tensor) -> torch.Tensor:
 
 
 def double_module(module: nn.Module) -> nn.Module:
-    """A copy of a module in float64.
+    """A copy of a module in float64, to be run inside `in_float64`: it shares the weights of a large one.
 
     `module.double()` leaves complex weights in complex64, and tensors that are neither weights nor buffers as they are:
     a matrix or a table in an attribute, or in a list or a dictionary there.
     """
-    wide = copy.deepcopy(module).double()
+    weights = [*module.parameters(), *module.buffers()]
+    large = {
+        id(weight): weight for weight in weights if weight.nbytes > _SMALL and weight.is_floating_point()
+    }
+    if sum(weight.nbytes for weight in weights) <= _COPIED:
+        large = {}
+    wide = copy.deepcopy(module, dict(large))
+    if large:
+        _shared.update(large)
+    else:
+        wide = wide.double()
     for part in wide.modules():
-        for weights in (part.named_parameters(recurse=False), part.named_buffers(recurse=False)):
-            for _, weight in weights:
+        own = itertools.chain(part.parameters(recurse=False), part.buffers(recurse=False))
+        for weight in own:
+            if id(weight) not in large:
                 weight.data = doubled(weight.data)
         for name, value in vars(part).items():
             if not name.startswith("_"):

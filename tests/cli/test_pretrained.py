@@ -12,6 +12,8 @@ from moe_export.cli import run
 from moe_export.errors import UsageError
 from moe_export.export.frontend.load import load_subject
 from moe_export.export.frontend.pretrained import folder_of, tokenizer_files
+from moe_export.export.weights import lazy
+from moe_export.export.weights.lazy import lazy_weight_of
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +73,20 @@ def test_the_folder_as_a_model(folder):
     subject = load_subject(folder)
     assert (subject.source.stem, list(subject.inputs)) == ("model", ["input_ids"])
     assert [path.name for path in tokenizer_files(folder)] == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_weights_of_a_large_model_stay_in_their_file(folder, monkeypatch):
+    monkeypatch.setattr(lazy, "SMALL", 100)
+    small, large = load_subject(folder), load_subject(folder, memory=1000)
+    assert small.weights is None
+    assert large.weights is not None
+    assert not large.weights.absent
+    assert large.weights.files == (folder / "model.safetensors",)
+    for name, weight in large.module.named_parameters():
+        assert torch.equal(weight, small.module.get_parameter(name))
+        item = lazy_weight_of(weight)
+        assert (item is not None) == (weight.nbytes > 100)
+        assert item is None or item.recipe.byte_range().file == folder / "model.safetensors"
 
 
 @pytest.fixture
