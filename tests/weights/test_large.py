@@ -8,10 +8,12 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import streamed_moe
+import torch
 
 SIZES = (64, 2048, 1920, 8, 32000)
 ROOM = 30 * 2**30
@@ -141,3 +143,35 @@ def spoil(path, name):
         file.seek(start)
         file.write((-part).tobytes())
     os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+
+
+def published(folder: Path, width: int) -> int:
+    """Write a model of two layers into a folder; the bytes of its weights."""
+    transformers: Any = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=1000, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=2,
+        num_attention_heads=8, num_key_value_heads=8,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def peak_of(folder: Path, width: int) -> tuple[int, int]:
+    """Bytes of the weights, and the most that the export had in memory."""
+    size = published(folder, width)
+    asked = ("--decoder", "--no-gate", "--weights", "reference", "--memory", "50MB", "-q", "-o", folder)
+    code, peak, *_ = measured("export", "--hf", folder, *asked)
+    assert code == 0
+    notes = " ".join(json.loads((folder / "model.report.json").read_text())["graphs"][0]["notes"])
+    assert ("referenced where they are stored" in notes) == (size > 50 * 10**6)
+    return size, peak
+
+
+def test_a_decoder_of_a_folder(tmp_path):
+    """PyTorch's pages of the file, and onnxruntime's copy; no copy in float64, and none of a graph on its way."""
+    _, least = peak_of(tmp_path / "small", 64)
+    size, peak = peak_of(tmp_path / "large", 1536)
+    assert size > 300 * 10**6
+    assert peak - least < 3 * size
