@@ -246,6 +246,18 @@ class _Part:
             return False
         return name_once(self._rows.one_hot.indices)
 
+    def _picks_pairs(self, node: fx.Node) -> bool:
+        """Whether a node picks, of a value (N, k, ...), the entries of the rows: `weights[indices == e]`.
+
+        They come in the order of the tokens. So do the rows where they are picked by a mask of tokens, and there are as
+        many, if no token names an expert twice.
+        """
+        if node.target is not _aten.index.Tensor or self._rows.one_hot.axes != ("token",):
+            return False
+        places = list(node.args[1])  # type: ignore[arg-type]
+        one = len(places) == 1 and places[0] in self._fixing and rank_of(places[0]) == 2
+        return one and name_once(self._rows.one_hot.indices)
+
     def module(self, kinds: list[str]) -> fx.GraphModule:
         """The body; `kinds` says for each leaf whether it is "shared" or a "weight". Shared inputs come first."""
         graph = fx.Graph()
@@ -268,6 +280,9 @@ class _Part:
                 kept = len(node.args) > 2 and node.args[2]
                 slot = rows["slot"]
                 copies[node] = graph.call_function(_aten.unsqueeze.default, (slot, 1)) if kept else slot
+            elif self._picks_pairs(node):
+                value = copied(node.args[0], node)  # type: ignore[arg-type]
+                copies[node] = graph.call_function(_aten.index.Tensor, (value, [rows["token"], rows["slot"]]))
             else:
                 copies[node] = graph.node_copy(node, partial(copied, user=node))
         graph.output(copied(self._value, None))

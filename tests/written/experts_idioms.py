@@ -115,6 +115,19 @@ class OverDistinctNumbers(Block):
         return out
 
 
+class WeightsByMask(Block):
+    """The weights of an expert's rows are picked by the mask over the slots, in the order of the tokens."""
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mask = indices == number
+            if mask.any():
+                token = mask.any(dim=-1).nonzero().flatten()
+                out.index_add_(0, token, expert(x[token]) * weights[mask].view(-1, 1))
+        return out
+
+
 class SkipEmpty(Block):
     def moe(self, x, weights, indices):
         out = torch.zeros_like(x)
@@ -228,5 +241,5 @@ class AddedToInput(Block):
 
 IDIOMS = [
     OverHits, OverHitNumbers, OverDistinct, OverDistinctNumbers, IfAny, SkipEmpty, SkipByCount, SkipByCountList,
-    OverMasks, TopOne, FusedWeights, AddedToInput,
+    OverMasks, WeightsByMask, TopOne, FusedWeights, AddedToInput,
 ]  # fmt: skip

@@ -280,6 +280,18 @@ class NullExperts(idioms.Block):
         return out
 
 
+class OtherOrder(idioms.Block):
+    """Rows in the order of the slots, weights in that of the tokens: not each row's own weight."""
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mask = indices == number
+            _, token = torch.where(mask.T)
+            out.index_add_(0, token, expert(x[token]) * weights[mask].view(-1, 1))
+        return out
+
+
 @pytest.mark.parametrize("block", [Passing, FromTheEnd, slow(Kept), slow(NullExperts)])
 def test_rare_routings_outside_the_experts_mean_what_they_mean_in_torch(block):
     torch.manual_seed(2)
@@ -292,6 +304,10 @@ def test_rare_routings_outside_the_experts_mean_what_they_mean_in_torch(block):
                 expected = module(x).numpy()
             (got,) = session.run(None, {"x": x.numpy()})
             np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5, err_msg=f"{name}: {notes}")
+
+
+def test_weights_in_another_order_than_the_rows_are_not_taken_for_theirs():
+    assert outline_experts(trace(subject_of(OtherOrder().eval()))).blocks == ()
 
 
 def test_a_loop_graph_does_not_grow_with_the_experts():
