@@ -10,6 +10,7 @@ Letters: N tokens, k slots, E experts, S pairs that are listed.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,7 @@ from moe_export.export.sizes import fixed, same_shape
 
 _aten = torch.ops.aten
 
+_COMPARED = {_aten.gt.Scalar, _aten.ne.Scalar}
 _COUNTS = {_aten.sum.dim_IntList, _aten.count_nonzero.dim_IntList, _aten.count_nonzero.default}
 
 
@@ -36,11 +38,13 @@ class Entries:
         matrix: (N, E).
         above: Whether they are above 0; otherwise they are not 0.
         turned: Whether the value at hand has its experts first, (E, N).
+        compared: Whether the value at hand is the mask, rather than the matrix.
     """
 
     matrix: fx.Node
     above: bool = False
     turned: bool = False
+    compared: bool = False
 
     @property
     def experts(self) -> int:
@@ -86,7 +90,7 @@ def entries_of(node: fx.Node) -> Entries | None:
         args = arguments(node)
         if node.target in TURNS and rank_of(node) == 2:
             turned = turned is not (order_of(node) == [1, 0])
-        elif not compared and node.target in (_aten.gt.Scalar, _aten.ne.Scalar) and args[1] == 0:
+        elif not compared and node.target in _COMPARED and args[1] == 0:
             above, compared = node.target is _aten.gt.Scalar, True
         elif node.target in CASTS and _keeps_zeros(node):
             source = args[0].meta["val"].dtype
@@ -97,7 +101,22 @@ def entries_of(node: fx.Node) -> Entries | None:
     value = node.meta.get("val")
     if not isinstance(value, torch.Tensor) or value.dim() != 2 or fixed(value.shape[1]) is None:
         return None
-    return Entries(node, above, turned)
+    return Entries(node, above, turned, compared)
+
+
+def column_of(node: fx.Node) -> tuple[Entries, int] | None:
+    """One expert's column of a mask over tokens and experts, or of the matrix, and the expert: `gates[:, e] > 0`."""
+    compared = node.target in _COMPARED and arguments(node)[1] == 0
+    source = arguments(node)[0] if compared else node
+    if not isinstance(source, fx.Node) or source.target is not _aten.select.int:
+        return None
+    matrix, axis, expert = arguments(source)
+    entries = entries_of(matrix)
+    if entries is None or rank_of(matrix) != 2 or axis % 2 == entries.turned:
+        return None
+    if compared and not entries.compared:
+        entries = dataclasses.replace(entries, above=node.target is _aten.gt.Scalar)
+    return entries, expert
 
 
 def _keeps_zeros(cast: fx.Node) -> bool:

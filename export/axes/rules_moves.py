@@ -11,17 +11,11 @@ from torch import fx
 
 from moe_export.export.axes.extents import Axis
 from moe_export.export.axes.meaning import Meaning, Meanings
-from moe_export.export.axes.shapes import arguments, order_of, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, order_of, rank_of, shape_of
 from moe_export.export.sizes import same_shape, same_size
 
 _aten = torch.ops.aten
 GETITEM = operator.getitem
-
-
-def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
-    """An argument, given by its place or by its name."""
-    found = arguments(node)
-    return found[place] if len(found) > place else node.kwargs.get(name, default)
 
 
 def same(known: Meanings, node: fx.Node) -> Meaning | None:

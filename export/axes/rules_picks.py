@@ -12,9 +12,8 @@ from torch import fx
 from moe_export.export.axes.extents import size_of
 from moe_export.export.axes.meaning import Meaning, Meanings
 from moe_export.export.axes.operators import FULL
-from moe_export.export.axes.rules_moves import argument
 from moe_export.export.axes.rules_sums import broadcast, lined_up, pointwise
-from moe_export.export.axes.shapes import arguments, is_numbering, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, is_numbering, rank_of, shape_of
 from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten

@@ -11,8 +11,7 @@ from torch import fx
 
 from moe_export.export.axes.extents import Axis
 from moe_export.export.axes.meaning import Meaning, Meanings
-from moe_export.export.axes.rules_moves import argument
-from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, rank_of, shape_of
 from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten

@@ -17,6 +17,12 @@ def arguments(node: fx.Node) -> tuple[Any, ...]:
     return node.args
 
 
+def argument(node: fx.Node, place: int, name: str, default: Any = None) -> Any:
+    """An argument, given by its place or by its name."""
+    found = arguments(node)
+    return found[place] if len(found) > place else node.kwargs.get(name, default)
+
+
 def shape_of(node: object) -> tuple[Size, ...]:
     """The shape of a node's value; empty if that is not a tensor."""
     value = node.meta.get("val") if isinstance(node, fx.Node) else None

@@ -259,15 +259,17 @@ class _Part:
         return one and name_once(self._rows.one_hot.indices)
 
     def module(self, kinds: list[str]) -> fx.GraphModule:
-        """The body; `kinds` says for each leaf whether it is "shared" or a "weight". Shared inputs come first."""
+        """The body; `kinds` says what each leaf is (see `_sort_leaves`). Shared inputs come first."""
         graph = fx.Graph()
         rows = {name: graph.placeholder(name) for name in ("token", "slot", "expert")}
         copies: dict[fx.Node, fx.Node] = {}
-        for wanted in ("shared", "weight"):
-            for leaf, kind in zip(self.walk.leaves, kinds, strict=True):
-                if kind == wanted:
-                    copies[leaf] = graph.placeholder(f"{wanted}_{len(copies)}")
-                    copies[leaf].meta = dict(leaf.meta)
+        leaves = dict(zip(self.walk.leaves, kinds, strict=True))
+        for leaf, kind in sorted(leaves.items(), key=lambda item: item[1] == "weight"):
+            copies[leaf] = graph.placeholder(f"{'weight' if kind == 'weight' else 'shared'}_{len(copies)}")
+            copies[leaf].meta = dict(leaf.args[0].meta if kind == "entry" else leaf.meta)  # type: ignore[union-attr]
+        for leaf, kind in leaves.items():
+            if kind == "entry":
+                copies[leaf] = _for_any_expert(graph, leaf, copies[leaf], rows["expert"])
 
         def copied(source: fx.Node, user: fx.Node | None) -> fx.Node:
             kind = self._row_kind(source, user)
@@ -306,7 +308,8 @@ def _sort_leaves(
     """Compare the iterations, and separate the values that all share from the weights that each has.
 
     Returns:
-        The shared nodes, the weights, and for each leaf "shared" or "weight".
+        The shared nodes, the weights, and for each leaf "shared", "weight", or "entry": each expert's part of a shared
+        value, `gates[:, e]`.
 
     Raises:
         RefusedError: The iterations differ in more than their weights.
@@ -328,25 +331,36 @@ def _sort_leaves(
         if all(leaf is column[0] for leaf in column):
             shared.append(column[0])
             kinds.append("shared")
+            continue
+        stack = _stack(column, value_numbers)
+        if stack is not None and stack[1] > 0:
+            shared.append(stack[0])
+            kinds.append("entry")
         else:
-            weights.append(_weight(column, value_numbers))
+            weights.append(_weight(column, stack[0] if stack is not None else None))
             kinds.append("weight")
     return tuple(shared), tuple(weights), kinds
 
 
-def _weight(column: tuple[fx.Node, ...], value_numbers: Mapping[fx.Node, fx.Node]) -> Weight:
+def _stack(column: Sequence[fx.Node], value_numbers: Mapping[fx.Node, fx.Node]) -> tuple[fx.Node, int] | None:
+    """What expert e's node is entry e of, and along which axis; None if they are no entries of one value."""
+    if any(leaf.target is not _aten.select.int for leaf in column):
+        return None
+    bases = {
+        (value_numbers[leaf.all_input_nodes[0]], leaf.args[1] % rank_of(leaf.args[0])) for leaf in column
+    }  # type: ignore[operator, arg-type]
+    return (
+        bases.pop()
+        if len(bases) == 1 and [leaf.args[2] for leaf in column] == list(range(len(column)))
+        else None
+    )
+
+
+def _weight(column: tuple[fx.Node, ...], stack: fx.Node | None) -> Weight:
     if all(leaf.op == "placeholder" for leaf in column):
         _require_same_shapes(column)
         return Weight(separate=column)
-    bases = {
-        value_numbers[leaf.all_input_nodes[0]]
-        for leaf in column
-        if leaf.target is _aten.select.int and leaf.args[1] == 0
-    }
-    numbers = [leaf.args[2] for leaf in column if leaf.target is _aten.select.int]
-    if len(bases) == 1 and numbers == list(range(len(column))):
-        (stack,) = bases
-        assert isinstance(stack, fx.Node)
+    if stack is not None:
         size = stack.meta["val"].shape[0]
         if not same_size(size, len(column)):
             raise RefusedError(

@@ -1,7 +1,8 @@
 """Parts of a graph in one form, whatever their nodes are called, so that two of them can be compared.
 
-`value_numbering` tells which nodes of a graph compute the same, `Walk` puts the nodes between a result and what it is
-computed from into an order and refers to each by its place, and `text_of` does so with a whole body.
+`pass_by_copies` makes nodes read what a copy was made from, `value_numbering` tells which nodes of a graph compute the
+same, `Walk` puts the nodes between a result and what it is computed from into an order and refers to each by its place,
+and `text_of` does so with a whole body.
 """
 
 from __future__ import annotations
@@ -11,6 +12,30 @@ from typing import Any
 
 import torch
 from torch import fx
+
+from moe_export.export.axes.operators import CASTS, VIEWS
+from moe_export.export.axes.shapes import arguments, shape_of
+from moe_export.export.sizes import same_shape
+
+_aten = torch.ops.aten
+_COPIES = {*CASTS, *VIEWS, _aten.slice.Tensor, _aten.expand.default, _aten.squeeze.dim}
+_LAY_OUT = {_aten.clone.default, _aten.contiguous.default}  # what follows may be a view that needs their strides
+
+
+def pass_by_copies(graph: fx.Graph) -> None:
+    """Let every node read what a copy was made from, in place: `x[:]`, a reshape to the same shape, a cast to its type.
+
+    The copies stay where they are outputs of the program; elsewhere they are dead code.
+    """
+    for node in graph.nodes:
+        source = arguments(node)[0] if node.target in _COPIES - _LAY_OUT and node.args else None
+        if isinstance(source, fx.Node) and _is_copy(node, source):
+            node.replace_all_uses_with(source, delete_user_cb=lambda user: user.op != "output")
+
+
+def _is_copy(node: fx.Node, source: fx.Node) -> bool:
+    same_type = node.meta["val"].dtype is source.meta["val"].dtype
+    return same_type and same_shape(shape_of(node), shape_of(source))
 
 
 def value_numbering(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

@@ -13,7 +13,7 @@ all tokens. Letters and labels: `capacity_views`.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.operators import BOTH, NONZERO
-from moe_export.export.axes.shapes import arguments, is_numbering, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, is_numbering, rank_of, shape_of
 from moe_export.export.axes.support import constant_of
 from moe_export.export.experts.capacity_views import (
     Labels,
@@ -29,7 +29,7 @@ from moe_export.export.experts.capacity_views import (
     product_of,
     summed_over,
 )
-from moe_export.export.sizes import fixed, same_size
+from moe_export.export.sizes import fixed, is_at_most, same_size
 
 _aten = torch.ops.aten
 _COMPARISONS = {
@@ -246,14 +246,40 @@ class Facts:
         rest = [each for each in known if each != Number(1)]
         return rest[0] if len(rest) == 1 else (Number(1) if not rest else None)
 
-    def _at_least(self, view: View, facts: frozenset[View]) -> Number | None:
-        """`clamp(min=0)` of a number that is not negative: the number itself."""
-        args, kwargs = arguments(view.node), view.node.kwargs
-        least = args[1] if len(args) > 1 else kwargs.get("min", 0)
-        if len(args) > 2 or kwargs.get("max") is not None or least not in (0, None):
+    def limits(
+        self, number: Number, compared: Iterable[View], facts: frozenset[View], before: fx.Node | None = None
+    ) -> Iterator[Any]:
+        """What a number is less than by some comparisons, where the facts hold; the same for all tokens.
+
+        Args:
+            number: The number.
+            compared: The comparisons.
+            facts: The facts.
+            before: Only comparisons of values that are computed before this node.
+        """
+        for view in compared:
+            args = arguments(view.node)
+            if view.node.target not in (_aten.lt.Scalar, _aten.le.Scalar) or not (
+                before is None or args[0] < before
+            ):
+                continue
+            limit: Any = args[1].meta.get("val") if isinstance(args[1], fx.Node) else args[1]
+            known = self.number(self.labels.aligned(args[0], view), facts)
+            if known is not None and (known.counts, known.totals) == (number.counts, number.totals):
+                yield limit + number.constant - known.constant + (view.node.target is _aten.le.Scalar)
+
+    def _clamped(self, view: View, facts: frozenset[View]) -> Number | None:
+        """`clamp` of a number that is not negative, and below its limit by one of the facts: the number itself."""
+        node = view.node
+        least, most = (argument(node, place, name) for place, name in ((1, "min"), (2, "max")))
+        known = self.number(View(arguments(node)[0], view.axes), facts)
+        if known is None or least not in (0, None) or not is_not_negative(known):
             return None
-        known = self.number(View(args[0], view.axes), facts)
-        return known if known is not None and is_not_negative(known) else None
+        if most is None:
+            return known
+        most = most.meta["val"] if isinstance(most, fx.Node) else most
+        within = any(is_at_most(limit, most + 1) for limit in self.limits(known, facts, facts, before=node))
+        return known if within else None
 
     def _gathered(self, view: View, facts: frozenset[View]) -> Number | None:
         """`gather(P, 1, idx)`: P at the chosen expert."""
@@ -324,7 +350,7 @@ _NUMBERS: dict[Any, Callable[[Facts, View, frozenset[View]], Number | None]] = {
     _aten.einsum.default: Facts._product,
     _aten.cumsum.default: Facts._running,
     **dict.fromkeys(_WHERE, Facts._where),
-    **dict.fromkeys((_aten.clamp.default, _aten.clamp_min.default, _aten.relu.default), Facts._at_least),
+    **dict.fromkeys((_aten.clamp.default, _aten.clamp_min.default, _aten.relu.default), Facts._clamped),
     _aten.gather.default: Facts._gathered,
     _aten.slice.Tensor: Facts._before,
 }

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -277,22 +277,8 @@ def _pairs_of(term: Term) -> frozenset[str]:
 def _bounded(number: Number, set_there: frozenset[View], facts: Facts) -> bool:
     """Whether one of the facts compares the slot with the number of slots."""
     return any(
-        same_size(limit, facts.labels.sizes["c"]) for limit in _limits(number, set_there, set_there, facts)
+        same_size(limit, facts.labels.sizes["c"]) for limit in facts.limits(number, set_there, set_there)
     )
-
-
-def _limits(
-    number: Number, compared: Iterable[View], set_there: frozenset[View], facts: Facts
-) -> Iterator[Any]:
-    """What a number is less than by some comparisons, where the facts hold; each limit is the same for all tokens."""
-    for view in compared:
-        args = arguments(view.node)
-        if view.node.target not in (_aten.lt.Scalar, _aten.le.Scalar):
-            continue
-        limit: Any = args[1].meta.get("val") if isinstance(args[1], fx.Node) else args[1]
-        known = facts.number(facts.labels.aligned(args[0], view), set_there)
-        if known is not None and (known.counts, known.totals) == (number.counts, number.totals):
-            yield limit + number.constant - known.constant + (view.node.target is _aten.le.Scalar)
 
 
 def _below(one: Proved, other: Proved, facts: Facts) -> bool:
@@ -330,4 +316,4 @@ def _counts_at_most(one: Proved, total: View, facts: Facts) -> bool:
 def _is_first(one: Proved, compared: View, facts: Facts) -> bool:
     """Whether a comparison holds exactly for the first marks of each expert: those whose slot is below a limit."""
     marks = one.number.counts[0][0]
-    return any(True for _ in _limits(one.number, [compared], frozenset({compared, marks}), facts))
+    return any(True for _ in facts.limits(one.number, [compared], frozenset({compared, marks})))

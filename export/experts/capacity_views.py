@@ -19,7 +19,7 @@ from torch import fx
 
 from moe_export.export.axes.operators import CASTS, TURNS, VIEWS
 from moe_export.export.axes.shapes import arguments, order_of, rank_of, shape_of
-from moe_export.export.sizes import same_shape, same_size
+from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten
 Axis = tuple[str, ...]
@@ -101,8 +101,7 @@ class Labels:
         if node.op != "call_function" or not isinstance(source, fx.Node):
             return None
         rule = _RULES.get(node.target)
-        whole = node.target is _aten.slice.Tensor and same_shape(shape_of(node), shape_of(source))
-        if node.target in CASTS or whole:
+        if node.target in CASTS:
             return View(source, view.axes)
         if node.target is operator.getitem and source.target is _aten.unbind.int:
             return _of_unbind(view, source)

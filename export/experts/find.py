@@ -13,8 +13,10 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.chosen import name_once
+from moe_export.export.axes.listing import column_of
 from moe_export.export.axes.one_hot import OneHotMask, one_hot_mask_of
-from moe_export.export.experts.masked_indices import masked_indices, masked_indices_among
+from moe_export.export.axes.support import support_of
+from moe_export.export.experts.masked_indices import indices_of_entries, masked_indices, masked_indices_among
 from moe_export.export.frontend.source import line_of
 
 _aten = torch.ops.aten
@@ -101,9 +103,9 @@ def find_chains(graph: fx.Graph) -> tuple[Chain, ...]:
 
 
 def _selections(graph: fx.Graph) -> Iterator[Selection]:
-    indices: dict[tuple[fx.Node, fx.Node], fx.Node] = {}
+    indices: dict[object, fx.Node] = {}
     for node in list(graph.nodes):
-        one_hot = one_hot_mask_of(node)
+        one_hot = one_hot_mask_of(node) or _column(node, indices)
         if one_hot is None or one_hot.expert is None or "expert" in one_hot.axes:
             continue
         token, slot = row_numbers(node, one_hot)
@@ -123,6 +125,18 @@ def _selections(graph: fx.Graph) -> Iterator[Selection]:
                 )
             one_hot = OneHotMask(indices[key], one_hot.axes, one_hot.expert)
         yield Selection(one_hot, token, slot, node if is_index else None)
+
+
+def _column(node: fx.Node, indices: dict[object, fx.Node]) -> OneHotMask | None:
+    """`gates[:, e] > 0`, as a mask of the choices outside of which the gates are 0; None if they are not seen to be."""
+    column = column_of(node)
+    if column is None or support_of(column[0].matrix) is None:
+        return None
+    entries, expert = column
+    key = (entries.matrix, entries.above)
+    if key not in indices:
+        indices[key], _ = indices_of_entries(entries)
+    return OneHotMask(indices[key], ("token",), expert)
 
 
 def row_numbers(mask: fx.Node, one_hot: OneHotMask) -> tuple[fx.Node | None, fx.Node | None]:

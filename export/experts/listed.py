@@ -18,12 +18,9 @@ import torch
 from torch import fx
 
 from moe_export.errors import RefusedError
-from moe_export.export.axes.chosen import name_once
 from moe_export.export.axes.listing import Listing, counted_entries, entries_of, listing_of
-from moe_export.export.axes.shapes import arguments, rank_of, shape_of
-from moe_export.export.axes.support import scattered_values, support_of
-from moe_export.export.experts.derived import derived
-from moe_export.export.experts.masked_indices import masked_indices_among
+from moe_export.export.axes.shapes import arguments, shape_of
+from moe_export.export.experts.masked_indices import indices_of_entries
 from moe_export.export.experts.notes import named
 from moe_export.export.experts.pairs import Found, Loop, block_in
 from moe_export.export.experts.row_columns import side_by_side
@@ -149,21 +146,10 @@ def _of_one_hot(node: fx.Node, listing: Listing) -> ListedRegion:
 def _of_entries(node: fx.Node, listing: Listing) -> ListedRegion:
     entries = listing.entries
     assert entries is not None
-    gates = entries.matrix
-    chosen = support_of(gates)
-    if chosen is not None and name_once(chosen):
-        if rank_of(chosen) == 1:
-            chosen = derived(chosen, _aten.unsqueeze.default, chosen, 1)
-        weights = scattered_values(gates)
-        if weights is None:
-            weights = derived(gates, _aten.gather.default, gates, 1, chosen)
-    else:
-        ones = derived(gates, _aten.ones_like.default, gates, dtype=torch.int64)
-        chosen = derived(gates, _aten.sub.Tensor, derived(gates, _aten.cumsum.default, ones, 1), 1)
-        weights = gates
-    compare = _aten.gt.Scalar if entries.above else _aten.ne.Scalar
-    indices = masked_indices_among(chosen, derived(weights, compare, weights, 0))
-    return ListedRegion(indices, entries.experts, {}, size=_size_of(node), gates=gates, weights=weights)
+    indices, weights = indices_of_entries(entries)
+    return ListedRegion(
+        indices, entries.experts, {}, size=_size_of(node), gates=entries.matrix, weights=weights
+    )
 
 
 def _read_by_mask(node: fx.Node, listing: Listing) -> fx.Node | None:

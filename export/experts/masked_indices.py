@@ -8,6 +8,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 
+from moe_export.export.axes.chosen import name_once
+from moe_export.export.axes.listing import Entries
+from moe_export.export.axes.shapes import rank_of
+from moe_export.export.axes.support import scattered_values, support_of
 from moe_export.export.experts.derived import derived
 
 _aten = torch.ops.aten
@@ -27,3 +31,24 @@ def masked_indices_among(indices: fx.Node, kept: fx.Node) -> fx.Node:
     """The indices of the pairs that are kept, (N, k) or (N,), and -1 for the others."""
     nobody = derived(indices, _aten.full_like.default, indices, -1)
     return derived(indices, _aten.where.self, kept, indices, nobody)
+
+
+def indices_of_entries(entries: Entries) -> tuple[fx.Node, fx.Node]:
+    """The pairs of some entries of gates (N, E), as indices: -1 for a pair whose entry is not one of them.
+
+    Returns:
+        The experts (N, k) that the gates were made from, if these are seen to be 0 elsewhere; all, (N, E), if not. And
+        the entry of each pair, of the same shape.
+    """
+    gates = entries.matrix
+    chosen = support_of(gates)
+    if chosen is not None and name_once(chosen):
+        if rank_of(chosen) == 1:
+            chosen = derived(chosen, _aten.unsqueeze.default, chosen, 1)
+        weights = scattered_values(gates) or derived(gates, _aten.gather.default, gates, 1, chosen)
+    else:
+        ones = derived(gates, _aten.ones_like.default, gates, dtype=torch.int64)
+        chosen = derived(gates, _aten.sub.Tensor, derived(gates, _aten.cumsum.default, ones, 1), 1)
+        weights = gates
+    compare = _aten.gt.Scalar if entries.above else _aten.ne.Scalar
+    return masked_indices_among(chosen, derived(weights, compare, weights, 0)), weights

@@ -9,6 +9,7 @@ from torch import fx
 from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import experts_of
 from moe_export.export.experts.body import Experts, GraphIndex
+from moe_export.export.experts.canonical import pass_by_copies
 from moe_export.export.experts.capacity import find_capacity
 from moe_export.export.experts.dense import find_dense
 from moe_export.export.experts.find import find_chains
@@ -26,6 +27,7 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
         The blocks that were understood, and a line on why any other code that looks like experts stays unchanged.
     """
     notes = Notes()
+    pass_by_copies(graph)
     loops = _loops(graph, notes)
     blocks, within = _pairs(graph, loops, notes)
     blocks += find_dense(graph)

@@ -17,7 +17,6 @@ from moe_export.export.experts.row_order import descends
 from moe_export.export.experts.rows import Number, PairBody, Region, Rows
 
 _aten = torch.ops.aten
-_ALL = 2**63 - 1
 
 
 def side_by_side(columns: tuple[Rows | None, ...], order: fx.Node | None, number: Number = "columns") -> Rows:
@@ -102,9 +101,9 @@ def _upright(rows: Rows) -> Rows:
 
 
 def _sliced(region: Region, rows: Rows, node: fx.Node) -> Rows | None:
-    axis, start, stop = (*arguments(node)[1:], *(0, 0, _ALL)[len(arguments(node)) - 1 :])[:3]
+    axis, start, stop = (*arguments(node)[1:], *(0, 0, None)[len(arguments(node)) - 1 :])[:3]
     if axis % 2 == 0:
-        return rows if start == 0 and stop == _ALL else None
+        return None
     columns = rows.columns[start:stop]
     if len(columns) != 1:
         return dataclasses.replace(rows, columns=columns)

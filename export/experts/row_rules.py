@@ -43,7 +43,6 @@ from moe_export.export.experts.row_shapes import (
     pointwise,
     reshaped,
     same,
-    sliced,
     split,
 )
 from moe_export.export.experts.rows import Region, Rows
@@ -94,7 +93,7 @@ _RULES: Mapping[Any, Rule] = {
     ),
     **dict.fromkeys((_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default), split),
     **dict.fromkeys((_aten.cat.default, _aten.concat.default, _aten.stack.default), over(1, default=0)),
-    _aten.slice.Tensor: sliced,
+    _aten.slice.Tensor: over(1, default=0),
     _aten.transpose.int: over(1, 2),
     _aten.glu.default: over(1, default=-1),
     _aten.permute.default: permute,

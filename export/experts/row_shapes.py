@@ -202,16 +202,3 @@ def norm(region: Region, node: fx.Node) -> Rows | None:
         return body.call(node.target, *args, **node.kwargs)
 
     return Rows(*rows.where, make, "", rows.constant, rows.weighs)
-
-
-def sliced(region: Region, node: fx.Node) -> Rows | None:
-    """A slice of a row; or `x[:]`, all rows."""
-    given = [*arguments(node)[1:], 0, 0, None, 1]
-    axis, start, stop, step = given[: len(arguments(node)) - 1] + given[2 * len(arguments(node)) - 2 :]
-    if axis == 0 and not start and (stop is None or stop == _ALL) and step == 1:
-        source = arguments(node)[0]
-        return dataclasses.replace(region.rows[source], make=lambda body: body.value(source))
-    return over(1, default=0)(region, node)
-
-
-_ALL = 2**63 - 1  # the end that torch writes for an open one

@@ -29,7 +29,6 @@ from moe_export.export.frontend.source import line_of
 from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten
-_ALL = 2**63 - 1
 _ROWS = 3  # of a body's arguments: token, slot, expert
 
 
@@ -129,7 +128,5 @@ def _taken_apart(column: Sequence[fx.Node], value_numbers: Mapping[fx.Node, fx.N
         source, axis = arguments(node)[:2]
         if axis % rank_of(source) != 1 or not same_size(shape_of(source)[1], len(column)):
             return None
-        while source.target is _aten.slice.Tensor and arguments(source)[1:] == (0, 0, _ALL):
-            source = arguments(source)[0]
         whole.add(value_numbers[source])
     return whole.pop() if len(whole) == 1 else None

@@ -278,6 +278,23 @@ class FixedCapacity(Masked):
         return torch.einsum("sec,ecm->sm", (dispatch != 0).to(x.dtype), made)
 
 
+class Clamped(Masked):
+    """Places are clamped to the last slot before `one_hot`, and the mask leaves out those that were."""
+
+    def moe(self, x):
+        weights, indices = self.router(x).softmax(1).topk(2)
+        slots, tokens = 6, x.shape[0]
+        chosen = F.one_hot(indices, self.num_experts)  # (s, k, e)
+        counts = chosen.permute(1, 0, 2).reshape(-1, self.num_experts).cumsum(0)
+        places = counts.view(2, tokens, self.num_experts).permute(1, 0, 2) - 1
+        kept = (places < slots) * chosen
+        place = F.one_hot((places * chosen).sum(-1).clamp(max=slots - 1), slots)
+        mask = (place[:, :, None, :] * kept[..., None]).float()
+        given = torch.einsum("sec,sm->ecm", mask.sum(1), x)
+        combine = (mask * weights[:, :, None, None]).sum(1)
+        return torch.einsum("sec,ecm->sm", combine, self.stacked(given))
+
+
 class SharedSlots(Masked):
     """Wrong on purpose: second choices are counted from 0 again, so two tokens may share a slot."""
 
@@ -332,5 +349,5 @@ class SoftMixture(Masked):
 
 SPARSE = [
     FirstChoice, TwoChoices, SeveralHot, OuterProducts, LoopOfChoices, Groups, FloatMasks, RoomyOneHot, ChoicesFirst,
-    PlacesOfEach, FixedCapacity,
+    PlacesOfEach, FixedCapacity, Clamped,
 ]  # fmt: skip

@@ -239,7 +239,51 @@ class AddedToInput(Block):
         return x + super().reference(x)
 
 
+class Gates(Block):
+    """Weights are a matrix of gates, 0 for the experts that a token did not choose."""
+
+    def gates(self, weights, indices):
+        return weights.new_zeros(*indices.shape[:-1], self.num_experts).scatter(-1, indices, weights)
+
+
+class OverGates(Gates):
+    """An expert takes the tokens whose gate is above 0."""
+
+    def moe(self, x, weights, indices):
+        gates, out = self.gates(weights, indices), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token = (gates[:, number] > 0).nonzero().view(-1)
+            out.index_add_(0, token, expert(x[token]) * gates[token, number].unsqueeze(-1))
+        return out
+
+
+class FlatMasks(Gates):
+    """Tokens keep their axes; flattened masks pick the rows, and the others say where they belong."""
+
+    def forward(self, x):
+        weights, indices = self.route(x)
+        rows, out = x.view(-1, x.shape[-1]), torch.zeros_like(x)
+        gates = self.gates(weights, indices).view(-1, self.num_experts)
+        for number, expert in enumerate(self.experts):
+            mask = (indices == number).any(-1)
+            flat = mask.view(-1)
+            if flat.any():
+                out[mask] += expert(rows[flat]) * gates[flat, number].unsqueeze(1)
+        return out
+
+
+class WholeSlices(Block):
+    """`mask[:, :, e]`, turned, with slices that take everything."""
+
+    def moe(self, x, weights, indices):
+        mask, out = F.one_hot(indices, self.num_experts), torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            slot, token = torch.where(mask[:, :, number].t() > 0)
+            out.index_add_(0, token, expert(x[token, :]) * weights[token, slot][:, None])
+        return out
+
+
 IDIOMS = [
     OverHits, OverHitNumbers, OverDistinct, OverDistinctNumbers, IfAny, SkipEmpty, SkipByCount, SkipByCountList,
-    OverMasks, WeightsByMask, TopOne, FusedWeights, AddedToInput,
+    OverMasks, WeightsByMask, TopOne, FusedWeights, AddedToInput, OverGates, FlatMasks, WholeSlices,
 ]  # fmt: skip
