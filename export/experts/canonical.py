@@ -19,7 +19,10 @@ from moe_export.export.sizes import same_shape
 
 _aten = torch.ops.aten
 _COPIES = {*CASTS, *VIEWS, _aten.slice.Tensor, _aten.expand.default, _aten.squeeze.dim}
-_LAY_OUT = {_aten.clone.default, _aten.contiguous.default}  # what follows may be a view that needs their strides
+_LAY_OUT = {
+    _aten.clone.default,
+    _aten.contiguous.default,
+}  # what follows may be a view that needs their strides
 
 
 def pass_by_copies(graph: fx.Graph) -> None:

@@ -10,21 +10,13 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.operators import CASTS, VIEWS
-from moe_export.export.axes.shapes import arguments, rank_of
+from moe_export.export.axes.shapes import argument, arguments, rank_of
 from moe_export.export.experts.flat_values import Flattening
 
 _aten = torch.ops.aten
 
 Rule = Callable[[Flattening, fx.Node], bool]
 """Writes what a node computes for flat tokens; False, with nothing written, if the rule does not apply."""
-
-
-def _like(flattening: Flattening, node: fx.Node) -> bool:
-    """Copies, casts, and other operators on one operand that keep the axes of tokens."""
-    source = arguments(node)[0]
-    if source not in flattening.flat:
-        return False
-    return flattening.known(node, node.target, flattening.flat[source], *arguments(node)[1:], **node.kwargs)
 
 
 def _pointwise(flattening: Flattening, node: fx.Node) -> bool:
@@ -42,45 +34,41 @@ def _pointwise(flattening: Flattening, node: fx.Node) -> bool:
     return flattening.known(node, node.target, *args, **kwargs)
 
 
-def _along(position: int, extra: int = 0) -> Rule:
-    """An operator along axes, given by the argument at `position`, none of which is one of the tokens.
-
-    `extra` axes are added by the operator and count among those that the argument refers to.
-    """
-
-    def rule(flattening: Flattening, node: fx.Node) -> bool:
-        source = arguments(node)[0]
-        if source not in flattening.flat or len(arguments(node)) <= position:
-            return False
-        given = arguments(node)[position]
-        axes = given if isinstance(given, (list, tuple)) else [given]
-        if not axes or not all(isinstance(axis, int) for axis in axes):
-            return False
-        own = [axis % (rank_of(source) + extra) for axis in axes]
-        if min(own) < flattening.axes:
-            return False
-        moved = [axis - flattening.axes + 1 for axis in own]
-        args = list(arguments(node))
-        args[0], args[position] = flattening.flat[source], moved if given is axes else moved[0]
-        kwargs = dict(node.kwargs)
-        if any(isinstance(arg, fx.Node) and rank_of(arg) for arg in args[1:]):
-            return False
-        return flattening.known(node, node.target, *args, **kwargs)
-
-    return rule
-
-
-def _gathered(flattening: Flattening, node: fx.Node) -> bool:
-    """`gather` and `scatter` along an axis after those of the tokens."""
-    operands: Any = (arguments(node)[0], *arguments(node)[2:])
-    axis = arguments(node)[1]
-    if not isinstance(axis, int) or axis % rank_of(node) < flattening.axes:
+def _row_wise(flattening: Flattening, node: fx.Node) -> bool:
+    """An operator that computes for each token by itself: axes and sizes are those behind the tokens."""
+    if not flattening.leads(node):
         return False
-    made = [flattening.rows(each, node) if isinstance(each, fx.Node) else each for each in operands]
-    if None in made:
-        return False
-    axis = axis % rank_of(node) - flattening.axes + 1
-    return flattening.known(node, node.target, made[0], axis, *made[1:], **node.kwargs)
+    lead, args = flattening.axes, list(arguments(node))
+    for place, spec in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        given = argument(node, place, spec.name, spec.default_value)
+        if isinstance(given, fx.Node) and rank_of(given):
+            shared = node.target in _PRODUCTS and rank_of(given) <= 2 and given not in flattening.flat
+            made = given if shared else flattening.rows(given, node)
+            if made is None or (node.target in _MATRICES and not shared and rank_of(given) != rank_of(node)):
+                return False
+        elif spec.name in ("dim", "dims", "dim0", "dim1") and given is not None:
+            made = _behind(given, lead, max(rank_of(arguments(node)[0]), rank_of(node)))
+            if made is None:
+                return False
+        elif spec.name == "size":
+            made = [-1, *given[lead:]]
+        else:
+            continue
+        if place < len(args):
+            args[place] = made
+        elif made != given:
+            return False  # by name, or by default
+    return flattening.known(node, node.target, *args, **node.kwargs)
+
+
+def _behind(axes: Any, lead: int, rank: int) -> Any:
+    """Axes of a value with `lead` axes of tokens, of the same value with one; None if they are axes of tokens."""
+    if isinstance(axes, int):
+        return axes % rank - lead + 1 if axes % rank >= lead else None
+    every = [axis % rank for axis in axes]
+    kept = every[:lead] == list(range(lead)) and len(every) == rank  # a permutation
+    moved = [_behind(axis, lead, rank) for axis in (every[lead:] if kept else every)]
+    return None if None in moved or not moved else [0] * kept + moved
 
 
 def _index(flattening: Flattening, node: fx.Node) -> bool:
@@ -162,53 +150,6 @@ def _own_size(flattening: Flattening, node: fx.Node) -> bool:
     return flattening.same(node, node.target, flattening.flat[source], axis - flattening.axes + 1)
 
 
-def _expand(flattening: Flattening, node: fx.Node) -> bool:
-    source = arguments(node)[0]
-    shape = arguments(node)[1]
-    if source not in flattening.flat or rank_of(source) != rank_of(node):
-        return False
-    flat = flattening.flat[source]
-    return flattening.known(node, node.target, flat, [-1, *shape[flattening.axes :]])
-
-
-def _permute(flattening: Flattening, node: fx.Node) -> bool:
-    source = arguments(node)[0]
-    order = [axis % rank_of(node) for axis in arguments(node)[1]]
-    lead = flattening.axes
-    if source not in flattening.flat or order[:lead] != list(range(lead)):
-        return False
-    moved = [0, *(axis - lead + 1 for axis in order[lead:])]
-    return flattening.known(node, node.target, flattening.flat[source], moved)
-
-
-def _transpose(flattening: Flattening, node: fx.Node) -> bool:
-    source = arguments(node)[0]
-    axes = [int(axis) % rank_of(node) for axis in arguments(node)[1:3]]
-    if source not in flattening.flat or min(axes) < flattening.axes:
-        return False
-    moved = [axis - flattening.axes + 1 for axis in axes]
-    return flattening.known(node, node.target, flattening.flat[source], *moved)
-
-
-def _linear(flattening: Flattening, node: fx.Node) -> bool:
-    return _like(flattening, node) if not set(node.all_input_nodes[1:]) & flattening.flat.keys() else False
-
-
-def _matmul(flattening: Flattening, node: fx.Node) -> bool:
-    """A product of operands that begin with the axes of tokens, or of one that is a single matrix for all tokens."""
-    if not flattening.leads(node):
-        return False
-    made = []
-    for source in arguments(node):
-        assert isinstance(source, fx.Node)
-        one = rank_of(source) <= 2 and source not in flattening.flat
-        rows = source if one else flattening.rows(source, node)
-        if rows is None or (not one and rank_of(source) != rank_of(node)):
-            return False
-        made.append(rows)
-    return flattening.known(node, node.target, *made)
-
-
 def _einsum(flattening: Flattening, node: fx.Node) -> bool:
     """An equation whose operands begin with the letters of the tokens, or have none of them."""
     equation, operands = str(arguments(node)[0]).replace(" ", ""), arguments(node)[1]
@@ -233,35 +174,26 @@ def _einsum(flattening: Flattening, node: fx.Node) -> bool:
     return flattening.known(node, node.target, equation, made)
 
 
+_MATRICES = {_aten.matmul.default, _aten.bmm.default}
+_PRODUCTS = {*_MATRICES, _aten.linear.default}
 _RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(
         (
             *(CASTS - {_aten.type_as.default}), _aten.dropout.default, _aten.zeros_like.default,
-            _aten.ones_like.default, _aten.one_hot.default,
+            _aten.ones_like.default, _aten.one_hot.default, _aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default,
+            _aten.amin.default, _aten.mean.dim, _aten.softmax.int, _aten._softmax.default, _aten.select.int,
+            _aten.slice.Tensor, _aten.squeeze.dim, _aten.argmax.default, _aten.cumsum.default,
+            _aten.unsqueeze.default, _aten.gather.default, _aten.scatter.value, _aten.scatter.src,
+            _aten.expand.default, _aten.permute.default, _aten.transpose.int, *_PRODUCTS,
         ),
-        _like,
-    ),
-    **dict.fromkeys(
-        (
-            _aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default, _aten.amin.default, _aten.mean.dim,
-            _aten.softmax.int, _aten._softmax.default, _aten.select.int, _aten.slice.Tensor, _aten.squeeze.dim,
-            _aten.argmax.default, _aten.cumsum.default,
-        ),
-        _along(1),
+        _row_wise,
     ),
     **dict.fromkeys(VIEWS - {_aten.flatten.using_ints}, _reshaped),
-    **dict.fromkeys((_aten.gather.default, _aten.scatter.value, _aten.scatter.src), _gathered),
     **dict.fromkeys((_aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar), _pointwise),
     **dict.fromkeys((_aten.where.default, _aten.nonzero_numpy.default), _where_set),
-    **dict.fromkeys((_aten.matmul.default, _aten.bmm.default), _matmul),
-    _aten.unsqueeze.default: _along(1, extra=1),
     _aten.index.Tensor: _index,
     _aten.index_put.default: _put,
     _aten.sym_size.int: _own_size,
-    _aten.expand.default: _expand,
-    _aten.permute.default: _permute,
-    _aten.transpose.int: _transpose,
-    _aten.linear.default: _linear,
     _aten.einsum.default: _einsum,
     operator.getitem: _part,
 }  # fmt: skip
