@@ -18,7 +18,7 @@ from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import name_once, names_experts
 from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.axes.operators import CASTS, ZEROS
-from moe_export.export.axes.shapes import rank_of
+from moe_export.export.axes.shapes import arguments, rank_of
 from moe_export.export.experts.canonical import Walk, value_numbering
 from moe_export.export.experts.find import Chain, Iteration
 from moe_export.export.experts.notes import named
@@ -346,14 +346,11 @@ def _stack(column: Sequence[fx.Node], value_numbers: Mapping[fx.Node, fx.Node]) 
     """What expert e's node is entry e of, and along which axis; None if they are no entries of one value."""
     if any(leaf.target is not _aten.select.int for leaf in column):
         return None
+    sources, axes, places = zip(*map(arguments, column), strict=True)
     bases = {
-        (value_numbers[leaf.all_input_nodes[0]], leaf.args[1] % rank_of(leaf.args[0])) for leaf in column
-    }  # type: ignore[operator, arg-type]
-    return (
-        bases.pop()
-        if len(bases) == 1 and [leaf.args[2] for leaf in column] == list(range(len(column)))
-        else None
-    )
+        (value_numbers[source], axis % rank_of(source)) for source, axis in zip(sources, axes, strict=True)
+    }
+    return bases.pop() if len(bases) == 1 and list(places) == list(range(len(column))) else None
 
 
 def _weight(column: tuple[fx.Node, ...], stack: fx.Node | None) -> Weight:

@@ -35,6 +35,7 @@ from moe_export.export.experts.capacity_facts import Facts
 from moe_export.export.experts.capacity_pairs import PairWriter
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Term, proved, terms_of
 from moe_export.export.experts.capacity_views import Axis, Labels, View
+from moe_export.export.experts.derived import masked_indices_among
 from moe_export.export.experts.notes import Notes, named
 from moe_export.export.frontend.source import line_of
 from moe_export.export.sizes import fixed, same_shape, same_size
@@ -194,16 +195,12 @@ def _understood(masks: _Masks) -> Experts:
     core = core_of(slots, masks.outputs, labels)
     check_core(core, slots, masks.outputs, labels)
     builder = PairWriter(end, labels)
-    widths = [int(builder.indices(pair).meta["val"].shape[-1]) for pair in pairs]
     weights = builder.flat([_spread(builder, pair) for pair in pairs])
     chosen = builder.flat([builder.indices(pair) for pair in pairs])
-    is_set = builder.call(_aten.ne.Scalar, weights, 0)
-    nobody = builder.call(_aten.full_like.default, chosen, -1)
-    indices = builder.call(_aten.where.self, is_set, chosen, nobody)
+    indices = masked_indices_among(chosen, builder.call(_aten.ne.Scalar, weights, 0))
     shared = [builder.tokens(tokens), weights]
     if given is not None:
         shared.append(builder.flat([_spread(builder, pair) for pair in given]))
-    assert sum(widths) == int(weights.meta["val"].shape[-1])
     return Experts(
         indices=indices,
         count=int(labels.sizes["e"]),

@@ -361,7 +361,7 @@ def _topk_axis(node: fx.Node) -> int | None:
     source = arguments(node)[0] if node.target is operator.getitem else None
     if source is None or source.target is not _aten.topk.default or arguments(node)[1] != 1:
         return None
-    return int((*arguments(source), -1)[2] if len(arguments(source)) > 2 else -1) % rank_of(node)
+    return int(argument(source, 2, "dim", -1)) % rank_of(node)
 
 
 def is_not_negative(number: Number) -> bool:

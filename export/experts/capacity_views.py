@@ -18,7 +18,7 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.operators import CASTS, TURNS, VIEWS
-from moe_export.export.axes.shapes import arguments, order_of, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, order_of, rank_of, shape_of
 from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten
@@ -245,7 +245,7 @@ def summed_over(view: View, label: str) -> Iterator[View]:
     dims = _dims(view.node)
     if len(dims) != 1 or len(args) < 2:
         return
-    keeps = (*args, False, False)[2] if len(args) > 2 else view.node.kwargs.get("keepdim", False)
+    keeps = argument(view.node, 2, "keepdim", False)
     axes = list(view.axes)
     axis = dims[0] % rank_of(args[0])
     if keeps:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, rank_of, shape_of
 from moe_export.export.experts.row_products import einsum_letters, write_einsum
 from moe_export.export.experts.rows import Make, PairBody, Region, Rows
 from moe_export.export.sizes import same_shape, same_size
@@ -49,7 +49,7 @@ def _is_grid(rows: Rows | None) -> bool:
 
 def _sum(region: Region, node: fx.Node) -> Combination | None:
     source, axes = arguments(node)[:2]
-    keeps = arguments(node)[2] if len(arguments(node)) > 2 else node.kwargs.get("keepdim", False)
+    keeps = argument(node, 2, "keepdim", False)
     if not isinstance(source, fx.Node) or not _is_grid(region.rows.get(source)) or keeps:
         return None
     if [int(axis) % rank_of(source) for axis in axes] != [1]:
@@ -109,13 +109,12 @@ def _scatter(region: Region, node: fx.Node) -> Combination | None:
     args = arguments(node)
     if node.target is _aten.index_put.default:
         start, index, source = args[0], args[1][0], args[2]
-        adds = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
+        adds = argument(node, 3, "accumulate", False)
         if not adds or len(args[1]) != 1:
             return None
     else:
         start, axis, index, source = args[:4]
-        reduce = args[4] if len(args) > 4 else "sum"
-        if axis != 0 or reduce != "sum" or node.kwargs:
+        if axis != 0 or argument(node, 4, "reduce", "sum") != "sum" or node.kwargs:
             return None
     tokens, rows = region.rows.get(index), region.rows.get(source)
     if tokens is None or rows is None or tokens.number != "token" or tokens.where != rows.where:

@@ -15,8 +15,9 @@ from torch import fx
 from moe_export.export.axes.chosen import name_once
 from moe_export.export.axes.listing import column_of
 from moe_export.export.axes.one_hot import OneHotMask, one_hot_mask_of
+from moe_export.export.axes.shapes import argument
 from moe_export.export.axes.support import support_of
-from moe_export.export.experts.masked_indices import indices_of_entries, masked_indices, masked_indices_among
+from moe_export.export.experts.derived import indices_of_entries, masked_indices, masked_indices_among
 from moe_export.export.frontend.source import line_of
 
 _aten = torch.ops.aten
@@ -246,8 +247,7 @@ def _as_iteration(node: fx.Node, rows: fx.Node, selection: Selection) -> Iterati
     before, value = args[0], args[2]
     assert isinstance(before, fx.Node)
     assert isinstance(value, fx.Node)
-    accumulate = args[3] if len(args) > 3 else node.kwargs.get("accumulate", False)
-    if accumulate:
+    if argument(node, 3, "accumulate", False):
         return Iteration(selection, value, before, node)
     added = _added(value, before, rows)
     if added is None:

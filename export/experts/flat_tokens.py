@@ -13,18 +13,26 @@ Letters: b, t axes of tokens, k slots, R rows that were picked.
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Mapping
+from typing import Any
+
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
 from moe_export.export.axes.choice import as_choice
 from moe_export.export.axes.one_hot import index_axes
-from moe_export.export.experts.flat_rules import rule_of
+from moe_export.export.axes.operators import CASTS, VIEWS
+from moe_export.export.axes.shapes import argument, arguments, rank_of
 from moe_export.export.experts.flat_values import Flattening
 from moe_export.export.tracing.programs import copied_module
 
 _aten = torch.ops.aten
 _SIDE_EFFECTS = {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default}
+
+Rule = Callable[[Flattening, fx.Node], bool]
+"""Writes what a node computes for flat tokens; False, with nothing written, if the rule does not apply."""
 
 
 def with_flat_tokens(program: ExportedProgram) -> fx.GraphModule | None:
@@ -57,8 +65,196 @@ def _flatten(graph: fx.Graph, indices: fx.Node) -> None:
         if node.target in _SIDE_EFFECTS:
             graph.erase_node(node)
             continue
-        rule = rule_of(node)
+        rule = _rule_of(node)
         if rule is not None and rule(flattening, node):
             flattening.done.add(node)
     for node, flat in flattening.flat.items():
         flattening.hand_back(node, flat)
+
+
+def _pointwise(flattening: Flattening, node: fx.Node) -> bool:
+    rank = rank_of(node)
+    sources = {
+        source: flattening.expanded(source, node, rank) for source in node.all_input_nodes if rank_of(source)
+    }
+    if not flattening.leads(node) or None in sources.values():
+        return False
+
+    def new(argument: fx.Node) -> Any:
+        return sources.get(argument, argument)
+
+    args, kwargs = fx.map_arg(arguments(node), new), fx.map_arg(node.kwargs, new)
+    return flattening.known(node, node.target, *args, **kwargs)
+
+
+def _row_wise(flattening: Flattening, node: fx.Node) -> bool:
+    """An operator that computes for each token by itself: axes and sizes are those behind the tokens."""
+    if not flattening.leads(node):
+        return False
+    lead, args = flattening.axes, list(arguments(node))
+    for place, spec in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
+        given = argument(node, place, spec.name, spec.default_value)
+        made: Any
+        if isinstance(given, fx.Node) and rank_of(given):
+            shared = node.target in _PRODUCTS and rank_of(given) <= 2 and given not in flattening.flat
+            made = given if shared else flattening.rows(given, node)
+            if made is None or (node.target in _MATRICES and not shared and rank_of(given) != rank_of(node)):
+                return False
+        elif spec.name in ("dim", "dims", "dim0", "dim1") and given is not None:
+            made = _behind(given, lead, max(rank_of(arguments(node)[0]), rank_of(node)))
+            if made is None:
+                return False
+        elif spec.name == "size":
+            made = [-1, *given[lead:]]
+        else:
+            continue
+        if place < len(args):
+            args[place] = made
+        elif made != given:
+            return False  # by name, or by default
+    return flattening.known(node, node.target, *args, **node.kwargs)
+
+
+def _behind(axes: Any, lead: int, rank: int) -> Any:
+    """Axes of a value with `lead` axes of tokens, of the same value with one; None if they are axes of tokens."""
+    if isinstance(axes, int):
+        return axes % rank - lead + 1 if axes % rank >= lead else None
+    every = [axis % rank for axis in axes]
+    kept = every[:lead] == list(range(lead)) and len(every) == rank  # a permutation
+    moved = [_behind(axis, lead, rank) for axis in (every[lead:] if kept else every)]
+    return None if None in moved or not moved else [0] * kept + moved
+
+
+def _index(flattening: Flattening, node: fx.Node) -> bool:
+    source = arguments(node)[0]
+    indices = arguments(node)[1]
+    picked = flattening.picks(indices)
+    if picked is not None:
+        rows = flattening.rows(source, node)
+        if rows is None or picked[1] > rank_of(source):
+            return False
+        return flattening.same(node, node.target, rows, picked[0])
+    chosen = indices[0]
+    if len(indices) != 1 or chosen not in flattening.flat or chosen.meta["val"].dtype is torch.bool:
+        return False
+    if source in flattening.flat:
+        return False
+    return flattening.known(node, node.target, source, [flattening.flat[chosen]])
+
+
+def _put(flattening: Flattening, node: fx.Node) -> bool:
+    source = arguments(node)[0]
+    indices = arguments(node)[1]
+    picked, rows = flattening.picks(indices), flattening.rows(source, node)
+    if picked is None or rows is None or arguments(node)[2] in flattening.flat:
+        return False
+    return flattening.known(node, node.target, rows, picked[0], *arguments(node)[2:])
+
+
+def _where_set(flattening: Flattening, node: fx.Node) -> bool:
+    """The indices of a mask's true entries: a list with one tensor an axis."""
+    source = arguments(node)[0]
+    if source not in flattening.flat:
+        return False
+    target: Any = node.target
+    with flattening.graph.inserting_before(node):
+        found = flattening.graph.call_function(target, (flattening.flat[source],))
+    found.meta = {**node.meta, "val": list(node.meta["val"][flattening.axes - 1 :])}
+    flattening.masks[node] = found
+    return True
+
+
+def _part(flattening: Flattening, node: fx.Node) -> bool:
+    source = arguments(node)[0]
+    found = flattening.masks.get(source)
+    if found is None:
+        return False
+    axis = arguments(node)[1]
+    if axis >= flattening.axes:
+        return flattening.same(node, operator.getitem, found, axis - flattening.axes + 1)
+    places = next((each for each in found.users if each.args == (found, 0)), None)
+    if places is None:
+        with flattening.graph.inserting_after(found):
+            places = flattening.graph.call_function(operator.getitem, (found, 0))
+        places.meta = dict(node.meta)
+    flattening.places[node] = (places, axis)
+    return True
+
+
+def _reshaped(flattening: Flattening, node: fx.Node) -> bool:
+    """A reshape: flattening keeps elements and order, so it may start from the flat value."""
+    source = arguments(node)[0]
+    shape = arguments(node)[1]
+    if source not in flattening.flat:
+        return False
+    rest = list(shape[flattening.axes :])
+    if not flattening.leads(node) or -1 in rest:
+        return flattening.same(node, _aten.reshape.default, flattening.flat[source], shape)
+    return flattening.known(node, _aten.reshape.default, flattening.flat[source], [-1, *rest])
+
+
+def _own_size(flattening: Flattening, node: fx.Node) -> bool:
+    """The number of rows that a mask picked, or the size of an axis after those of the tokens."""
+    source = arguments(node)[0]
+    axis = arguments(node)[1]
+    if source in flattening.places:
+        return flattening.same(node, node.target, flattening.places[source][0], 0)
+    if source not in flattening.flat or axis < flattening.axes:
+        return False
+    return flattening.same(node, node.target, flattening.flat[source], axis - flattening.axes + 1)
+
+
+def _einsum(flattening: Flattening, node: fx.Node) -> bool:
+    """An equation whose operands begin with the letters of the tokens, or have none of them."""
+    equation, operands = str(arguments(node)[0]).replace(" ", ""), arguments(node)[1]
+    assert isinstance(operands, (list, tuple))
+    terms, arrow, out = equation.partition("->")
+    parts = terms.split(",")
+    known = [part for part, each in zip(parts, operands, strict=True) if each in flattening.flat]
+    lead = known[0][: flattening.axes]
+    if not arrow or "." in equation or not out.startswith(lead) or len(set(lead)) < flattening.axes:
+        return False
+    made, short = [], []
+    for part, each in zip(parts, operands, strict=True):
+        assert isinstance(each, fx.Node)
+        rows = each if not set(part) & set(lead) else None
+        if part.startswith(lead) and not set(part[len(lead) :]) & set(lead):
+            rows, part = flattening.rows(each, node), lead[0] + part[len(lead) :]  # noqa: PLW2901
+        if rows is None:
+            return False
+        made.append(rows)
+        short.append(part)
+    equation = f"{','.join(short)}->{lead[0]}{out[len(lead) :]}"
+    return flattening.known(node, node.target, equation, made)
+
+
+_MATRICES = {_aten.matmul.default, _aten.bmm.default}
+_PRODUCTS = {*_MATRICES, _aten.linear.default}
+_RULES: Mapping[Any, Rule] = {
+    **dict.fromkeys(
+        (
+            *(CASTS - {_aten.type_as.default}), _aten.dropout.default, _aten.zeros_like.default,
+            _aten.ones_like.default, _aten.one_hot.default, _aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default,
+            _aten.amin.default, _aten.mean.dim, _aten.softmax.int, _aten._softmax.default, _aten.select.int,
+            _aten.slice.Tensor, _aten.squeeze.dim, _aten.argmax.default, _aten.cumsum.default,
+            _aten.unsqueeze.default, _aten.gather.default, _aten.scatter.value, _aten.scatter.src,
+            _aten.expand.default, _aten.permute.default, _aten.transpose.int, *_PRODUCTS,
+        ),
+        _row_wise,
+    ),
+    **dict.fromkeys(VIEWS - {_aten.flatten.using_ints}, _reshaped),
+    **dict.fromkeys((_aten.where.ScalarOther, _aten.where.ScalarSelf, _aten.where.Scalar), _pointwise),
+    **dict.fromkeys((_aten.where.default, _aten.nonzero_numpy.default), _where_set),
+    _aten.index.Tensor: _index,
+    _aten.index_put.default: _put,
+    _aten.sym_size.int: _own_size,
+    _aten.einsum.default: _einsum,
+    operator.getitem: _part,
+}  # fmt: skip
+
+
+def _rule_of(node: fx.Node) -> Rule | None:
+    """The rule for a node's operator; None if there is none."""
+    if node.target in _RULES:
+        return _RULES[node.target]
+    return _pointwise if torch.Tag.pointwise in getattr(node.target, "tags", ()) else None

@@ -8,7 +8,7 @@ the first value of which it is not known what its axes run over.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,15 +17,16 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_export.export.axes.analysis import meanings_of
-from moe_export.export.axes.choice import CARRIERS, is_part
+from moe_export.export.axes.choice import CARRIERS, Choice, as_choice, is_part
+from moe_export.export.axes.extents import Extent, leaves
+from moe_export.export.axes.meaning import Meanings
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts
-from moe_export.export.experts.experts_axis import not_covered, unrecognised
 from moe_export.export.experts.lost import Way
 from moe_export.export.experts.notes import named
 from moe_export.export.experts.pairs import Loop
 from moe_export.export.frontend.source import line_of
-from moe_export.export.gates.region import ancestors, is_size
+from moe_export.export.gates.region import ancestors, descendants, is_float, is_size
 from moe_export.export.tracing.weight_inputs import is_weight
 
 _aten = torch.ops.aten
@@ -46,6 +47,7 @@ _PRODUCTS = {
     _aten.convolution.default, _aten.conv2d.default, _aten.conv1d.default, _aten.einsum.default,
 }  # fmt: skip
 _ON_WEIGHTS = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten._to_copy.default}
+_JOINS = {_aten.cat.default, _aten.stack.default}
 _STACK_RANK = 3  # stacked matrices (E, a, b)
 
 
@@ -73,7 +75,7 @@ def reasons_left(
         loops: Loops over experts that were understood by themselves.
         noted: Lines of code of which it was said already why it is no block.
     """
-    left, choices = list(_left_writes(graph, blocks)), not_covered(graph, blocks)
+    left, choices = list(_left_writes(graph, blocks)), _not_covered(graph, blocks)
     if not left and not choices:
         return
     meanings, told = meanings_of(graph), set[fx.Node]()
@@ -82,7 +84,7 @@ def reasons_left(
         told |= way.choices
         if way.lines.isdisjoint(noted):
             yield line_of(chain[0].meta.get("stack_trace")), _reason(chain, way, loops)
-    for first, way in unrecognised(graph, choices, meanings):
+    for first, way in _unrecognised(graph, choices, meanings):
         if way.choices.isdisjoint(told) and way.lines.isdisjoint(noted):
             yield line_of(first.meta.get("stack_trace")), way.why(loops)
 
@@ -124,15 +126,10 @@ def _is_chosen(index: fx.Node | None) -> bool:
         if node.target in _CHOOSES or (isinstance(value, torch.Tensor) and value.dtype is torch.bool):
             return True
         for source in node.all_input_nodes:
-            if source not in seen and not is_size(source) and not _is_float(source):
+            if source not in seen and not is_size(source) and not is_float(source):
                 seen.add(source)
                 stack.append(source)
     return False
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point
 
 
 def _of_block(block: Experts) -> Iterator[fx.Node]:
@@ -239,3 +236,55 @@ def _reason(chain: Sequence[fx.Node], way: Way, loops: Mapping[fx.Node, Loop]) -
     if not way.known(loops) and mask is not None:
         return f"no choice among experts is seen that its rows come from, which {named(mask)} gives"
     return way.why(loops)
+
+
+def _not_covered(graph: fx.Graph, blocks: Sequence[Experts]) -> tuple[Choice, ...]:
+    """The choices that no block comes from."""
+    choices = [choice for choice in map(as_choice, graph.nodes) if choice is not None]
+    covered = ancestors(block.indices for block in blocks)
+    return tuple(choice for choice in choices if choice.operator not in covered)
+
+
+def _unrecognised(
+    graph: fx.Graph, choices: Sequence[Choice], known: Meanings
+) -> Iterator[tuple[fx.Node, Way]]:
+    """Each group of experts of some choices.
+
+    Yields:
+        The first value that their weights are used for, and the values from the choice to where the two meet.
+    """
+    groups: dict[frozenset[Extent], list[Choice]] = {}
+    for choice in choices:
+        groups.setdefault(frozenset(known.axes(choice.scores)[-1]), []).append(choice)
+    for experts, group in groups.items():
+        made = [node for node in graph.nodes if _is_of_all(node, known, experts)]
+        below = descendants(made)
+        own = descendants(choice.operator for choice in group) & _leading(graph, below) - {
+            graph.output_node()
+        }
+        if not own.isdisjoint(below):
+            users = [user for node in made for user in node.users]
+            yield min(users), Way(frozenset(own), known)
+
+
+def _is_of_all(node: fx.Node, known: Meanings, experts: Iterable[Extent]) -> bool:
+    """Whether a value is stacked weights of these experts, or what their modules computed, put together."""
+    axes = known.axes(node)
+    if is_weight(node):
+        return rank_of(node) >= _STACK_RANK and not set(leaves(axes)).isdisjoint(experts)
+    if node.target not in _JOINS or set(leaves(axes)).isdisjoint(experts):
+        return False
+    parts, axis = arguments(node)[0], (*arguments(node), 0)[1]
+    if len(parts) < 2 or set(axes[axis]).isdisjoint(experts):
+        return False
+    weights = [{each for each in ancestors([part]) if is_weight(each)} for part in parts[:2]]
+    return weights[0] != weights[1]
+
+
+def _leading(graph: fx.Graph, ends: set[fx.Node]) -> set[fx.Node]:
+    """These nodes and everything that they depend on."""
+    found = set(ends)
+    for node in reversed(graph.nodes):
+        if not found.isdisjoint(node.users):
+            found.add(node)
+    return found

@@ -20,7 +20,7 @@ from torch import fx
 from moe_export.errors import RefusedError
 from moe_export.export.axes.listing import Listing, counted_entries, entries_of, listing_of
 from moe_export.export.axes.shapes import arguments, shape_of
-from moe_export.export.experts.masked_indices import indices_of_entries
+from moe_export.export.experts.derived import indices_of_entries
 from moe_export.export.experts.notes import named
 from moe_export.export.experts.pairs import Found, Loop, block_in
 from moe_export.export.experts.row_columns import side_by_side

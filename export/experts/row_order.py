@@ -13,7 +13,7 @@ from torch import fx
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.one_hot import one_hot_mask_of
-from moe_export.export.axes.shapes import arguments, is_numbering, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, is_numbering, rank_of, shape_of
 from moe_export.export.experts.row_shapes import over, pointwise
 from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.sizes import same_shape, same_size
@@ -195,7 +195,7 @@ def put(region: Region, node: fx.Node) -> Rows | None:
     """Sorted rows put where their pairs belong, all of them: back in the order of the pairs."""
     if node.target is _aten.index_put.default:
         base, (index, *more), values = arguments(node)[0], arguments(node)[1], arguments(node)[2]
-        if more or (arguments(node)[3] if len(arguments(node)) > 3 else node.kwargs.get("accumulate", False)):
+        if more or argument(node, 3, "accumulate", False):
             return None
     else:
         base, axis, index, values = arguments(node)[:4]
@@ -257,7 +257,7 @@ def running(region: Region, node: fx.Node) -> Rows | None:
 
 def counted(region: Region, node: fx.Node) -> Rows | None:
     """The sum of the pairs' one-hot masks over all pairs, or of the tokens' over all tokens."""
-    source, axes = arguments(node)[0], arguments(node)[1] if len(arguments(node)) > 1 else []
+    source, axes = arguments(node)[0], argument(node, 1, "dim", [])
     rows = region.rows[source]
     over_all = {"one-hot": list(range(rows.lead)), "token one-hot": [0]}.get(rows.number)
     if over_all is None or sorted(axes) != over_all or rank_of(node) != 1:
@@ -294,7 +294,7 @@ def segment(region: Region, node: fx.Node) -> Rows | None:
 
     All orders by expert have the same experts in the same rows, so it belongs to the region's order, if there is one.
     """
-    source, axes = arguments(node)[0], arguments(node)[1] if len(arguments(node)) > 1 else []
+    source, axes = arguments(node)[0], argument(node, 1, "dim", [])
     if region.rows[source].number != "behind" or [axis % 2 for axis in axes] != [1]:
         return None
     orders = {rows.order for rows in region.rows.values() if rows.order is not None}

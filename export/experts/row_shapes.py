@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.axes.shapes import arguments, rank_of, rest_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, rank_of, rest_of, shape_of
 from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.sizes import same_shape, same_size
 
@@ -102,7 +102,7 @@ def split(region: Region, node: fx.Node) -> Rows | None:
     rows = over(2, default=0)(region, node)
     if rows is None:
         return None
-    axis = arguments(node)[2] if len(arguments(node)) > 2 else node.kwargs.get("dim", 0)
+    axis = argument(node, 2, "dim", 0)
     sizes = [int(part.shape[axis]) for part in node.meta["val"]]
 
     def make(body: PairBody) -> fx.Node:

@@ -28,7 +28,7 @@ from torch import fx, nn
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.operators import VIEWS
-from moe_export.export.axes.shapes import arguments, rank_of, rest_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, rank_of, rest_of, shape_of
 from moe_export.export.experts.body import Weight
 from moe_export.export.experts.notes import named
 from moe_export.export.sizes import Size, same_shape, same_size
@@ -362,11 +362,8 @@ class PairBody:
 
     def _repeats(self, node: fx.Node) -> bool:
         source, times = arguments(node)[:2]
-        assert isinstance(source, fx.Node)
-        axis = arguments(node)[2] if len(arguments(node)) > 2 else node.kwargs.get("dim")
-        if times != self.region.slots or axis != 0:
-            return False
-        return same_size(shape_of(source)[0], self.region.tokens)
+        by_slots = times == self.region.slots and argument(node, 2, "dim") == 0
+        return by_slots and same_size(shape_of(source)[0], self.region.tokens)
 
     def module(self, result: fx.Node) -> fx.GraphModule:
         """The finished body."""
