@@ -128,7 +128,7 @@ def understand(chain: Chain, graph_index: GraphIndex) -> Experts:
     parts = [
         _Part(iteration, fixing.get(number, set()), graph_index) for number, iteration in enumerate(ordered)
     ]
-    shared, weights, kinds = _sort_leaves([part.walk for part in parts], graph_index.value_numbers)
+    shared, weights, kinds = sort_leaves([part.walk for part in parts], graph_index.value_numbers)
     before = chain.iterations[0].before
     # Then `start` does not matter: every row is overwritten, or was never set.
     settled = overwrites and (names_experts(indices, len(ordered)) or before.target in _ANYTHING)
@@ -259,7 +259,7 @@ class _Part:
         return one and name_once(self._rows.one_hot.indices)
 
     def module(self, kinds: list[str]) -> fx.GraphModule:
-        """The body; `kinds` says what each leaf is (see `_sort_leaves`). Shared inputs come first."""
+        """The body; `kinds` says what each leaf is (see `sort_leaves`). Shared inputs come first."""
         graph = fx.Graph()
         rows = {name: graph.placeholder(name) for name in ("token", "slot", "expert")}
         copies: dict[fx.Node, fx.Node] = {}
@@ -302,7 +302,7 @@ def _for_any_expert(graph: fx.Graph, node: fx.Node, source: fx.Node, expert: fx.
     return graph.call_function(_aten.squeeze.dim, (one, axis))
 
 
-def _sort_leaves(
+def sort_leaves(
     walks: Sequence[Walk], value_numbers: Mapping[fx.Node, fx.Node]
 ) -> tuple[tuple[fx.Node, ...], tuple[Weight, ...], list[str]]:
     """Compare the iterations, and separate the values that all share from the weights that each has.

@@ -57,6 +57,11 @@ def masked_indices_among(indices: fx.Node, kept: fx.Node) -> fx.Node:
     return derived(indices, _aten.where.self, kept, indices, nobody)
 
 
+def entries_at(gates: fx.Node, chosen: fx.Node) -> fx.Node:
+    """The entries of gates (N, E) for chosen experts (N, k), of their shape."""
+    return scattered_values(gates) or derived(gates, _aten.gather.default, gates, 1, chosen)
+
+
 def indices_of_entries(entries: Entries) -> tuple[fx.Node, fx.Node]:
     """The pairs of some entries of gates (N, E), as indices: -1 for a pair whose entry is not one of them.
 
@@ -69,7 +74,7 @@ def indices_of_entries(entries: Entries) -> tuple[fx.Node, fx.Node]:
     if chosen is not None and name_once(chosen):
         if rank_of(chosen) == 1:
             chosen = derived(chosen, _aten.unsqueeze.default, chosen, 1)
-        weights = scattered_values(gates) or derived(gates, _aten.gather.default, gates, 1, chosen)
+        weights = entries_at(gates, chosen)
     else:
         ones = derived(gates, _aten.ones_like.default, gates, dtype=torch.int64)
         chosen = derived(gates, _aten.sub.Tensor, derived(gates, _aten.cumsum.default, ones, 1), 1)

@@ -30,7 +30,7 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
     pass_by_copies(graph)
     loops = _loops(graph, notes)
     blocks, within = _pairs(graph, loops, notes)
-    blocks += find_dense(graph)
+    blocks += find_dense(graph, blocks)
     blocks += find_capacity(graph, notes)
     for result, loop in loops.items():
         if result in within:

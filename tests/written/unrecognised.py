@@ -88,15 +88,15 @@ class AllAtAll(Block):
         return (rows * weights[..., None]).sum(1)
 
 
-class BiasAfter(Stacked):
+class NotZero(Stacked):
     """Every expert computes every token, and is not 0 where its weight is."""
 
     def moe(self, x, weights, indices):
         up, down = self.stacked()
         gates = torch.zeros(x.shape[0], self.num_experts).scatter(1, indices, weights)
         rows = torch.bmm(x.unsqueeze(0).expand(self.num_experts, -1, -1), up.transpose(1, 2))
-        rows = torch.bmm(F.gelu(rows), down.transpose(1, 2)) + 1
-        return torch.einsum("ne,end->nd", gates, rows)
+        rows = torch.bmm(F.gelu(rows), down.transpose(1, 2))
+        return torch.einsum("ne,end->nd", gates.exp(), rows)
 
 
 class IntoGrid(Stacked):

@@ -31,7 +31,7 @@ LOST = {
     models.ByOrder: ("stay products, as they were written: the slot that `remainder`", ".long() % 4"),
     models.Mixing: ("what pairs get depends on other pairs, after `flip`", "rows.flip(1)"),
     models.AllAtAll: ("of which tokens and experts the result of `gather`", "rows.gather(1"),
-    models.BiasAfter: ("of which tokens and experts the result of `einsum`", 'einsum("ne,end->nd"'),
+    models.NotZero: ("of which tokens and experts the result of `einsum`", 'einsum("ne,end->nd"'),
     models.IntoGrid: ("of which tokens and experts the result of `index_put`", "grid.index_put("),
     models.FirstRows: ("of which tokens and experts the result of `slice`", "[:, 0][:3]"),
 }
