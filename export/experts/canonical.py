@@ -7,6 +7,7 @@ and `text_of` does so with a whole body.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -37,8 +38,25 @@ def pass_by_copies(graph: fx.Graph) -> None:
 
 
 def _is_copy(node: fx.Node, source: fx.Node) -> bool:
+    if node.target is _aten.slice.Tensor and not _takes_all(node, source):
+        return False
     same_type = node.meta["val"].dtype is source.meta["val"].dtype
     return same_type and same_shape(shape_of(node), shape_of(source))
+
+
+def _takes_all(node: fx.Node, source: fx.Node) -> bool:
+    """Whether a slice ends where its source does, whatever the sizes are.
+
+    Sizes that a trace takes for equal need not be: it has no sizes of 0 and 1, so max(1, n) is n to it.
+    """
+    given = dict(zip(("axis", "start", "end", "step"), arguments(node)[1:], strict=False))
+    axis, start, end, step = given.get("axis", 0), given.get("start"), given.get("end"), given.get("step", 1)
+    size = shape_of(source)[axis]
+    if start not in (0, None) or step != 1:
+        return False
+    if isinstance(end, fx.Node):
+        return end.target is _aten.sym_size.int and end.args == (source, axis)
+    return end is None or end == sys.maxsize or (isinstance(size, int) and end >= size)
 
 
 def value_numbering(graph: fx.Graph) -> dict[fx.Node, fx.Node]:

@@ -28,9 +28,12 @@ def in_float32(model: ir.Model, opset: int) -> int:
     Returns:
         How many there were.
     """
-    found = 0
-    for node in list(model.graph.all_nodes()):
-        _settle_types(node, opset)
+    found, current = 0, model.opset_imports.get("", opset)
+    nodes = list(model.graph.all_nodes())
+    if not any(value.dtype in _NARROW for node in nodes for value in (*node.inputs, *node.outputs) if value):
+        return 0
+    for node in nodes:
+        _settle_types(node, current)
         kinds = _lacking(node, opset)
         if kinds:
             found += 1
@@ -61,7 +64,12 @@ def _widen(node: ir.Node, kinds: set[str], opset: int) -> None:
 
 
 def _settle_types(node: ir.Node, opset: int) -> None:
-    """Give outputs that have no type yet the one that the inputs have where ONNX says that both are the same."""
+    """Give outputs that have no type yet the one that the inputs have where ONNX says that both are the same.
+
+    Args:
+        node: As it was translated.
+        opset: The version that it was translated for: which input has which type differs between versions.
+    """
     if node.domain not in {"", "ai.onnx"} or not onnx.defs.has(node.op_type, opset, ""):
         return
     schema = onnx.defs.get_schema(node.op_type, opset, "")
@@ -91,7 +99,7 @@ def _lacking(node: ir.Node, opset: int) -> set[str]:
 def _formal(
     values: Sequence[ir.Value | None], formal: Sequence[onnx.defs.OpSchema.FormalParameter]
 ) -> list[tuple[ir.Value | None, str]]:
-    """Values with the type parameters that stand for them."""
-    return [
-        (value, formal[min(index, len(formal) - 1)].type_str) for index, value in enumerate(values) if formal
-    ]
+    """Values with the type parameters that stand for them; of the last one, if it is variadic, all that are left."""
+    if formal and formal[-1].option == onnx.defs.OpSchema.FormalParameterOption.Variadic:
+        formal = [*formal, *[formal[-1]] * (len(values) - len(formal))]
+    return [(value, each.type_str) for value, each in zip(values, formal, strict=False)]

@@ -13,4 +13,5 @@ def test_each_line_with_what_its_axes_mean(command, write, texts):
     document = json.loads(command("axes", model, "--json").out)
     assert {key for line in document["lines"] for key in line} == {"place", "text", "values", "lost"}
     assert all(line["place"].rpartition(":")[0].endswith("moe.py") for line in document["lines"])
-    assert document["experts"] == []
+    (experts,) = document["experts"]
+    assert experts.startswith(f"4 experts at {model}:")
