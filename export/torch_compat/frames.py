@@ -5,7 +5,7 @@ without one: `if mask.any():` is `Tensor.__bool__`, called by whoever asks. PyTo
 come from files of it that have nothing to do with handing a question on.
 
 Seen in torch 2.13.0 and 2.14.1: a question is handed on by `torch/__init__.py` (`SymBool`), `torch/fx/experimental/`
-and the functions called `__torch_function__` and `handle_torch_function`.
+and the functions called `__torch_function__`, `handle_torch_function` and `__contains__` (`e in indices`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _ASKING = (os.path.join(_TORCH, "__init__.py"), os.path.join(_TORCH, "fx", "experimental") + os.sep)
-_HANDING_ON = {"__torch_function__", "handle_torch_function"}
+_HANDING_ON = {"__torch_function__", "handle_torch_function", "__contains__"}
 
 
 def asking_frame(is_models: Callable[[str], bool]) -> FrameType | None:

@@ -3,8 +3,9 @@
 An expert without tokens adds nothing, so skipping it saves time and changes no result; but a trace cannot branch
 on the data. Three questions are answered by what they ask about, never by where they stand:
 
-- `if mask.any():`, `if rows.numel() == 0: continue`, `if counts[e] > 0:` — the expert has tokens; a mask of rows that
-  comes from no choice, `scores[:, e] > 0`, has some, too, if rows are then written by it (`rows_written`);
+- `if mask.any():`, `if e in indices:`, `if rows.numel() == 0: continue`, `if counts[e] > 0:` — the expert has tokens; a
+  mask of rows that comes from no choice, `scores[:, e] > 0`, has some, too, if rows are then written by it
+  (`rows_written`);
 - `for e in hit.nonzero():`, `for e in chosen.unique():`, `.tolist()` of these — all experts are hit;
   `counts.tolist()` — each has some;
 - a number of rows that only the data knows — it is neither 0 nor 1; where rows above a limit are cut off (`cut_off`),
@@ -56,6 +57,7 @@ _COUNTS = {
     _aten.count_nonzero.dim_IntList,
 }  # fmt: skip
 _DISTINCT = {_aten._unique2.default, _aten._unique.default}  # in ascending order, asked for or not
+_UNIQUE = {torch.unique, torch.Tensor.unique}
 _SOME = {_aten.any.default, _aten.any.dim, *_COUNTS}
 
 
@@ -94,6 +96,7 @@ class _AllHit(TorchFunctionMode):
         self.asked: list[tuple[fx.Node, str]] = []  # conditions on masks of rows, taken for true; their lines
         self._decided = decided
         self._segments: dict[fx.Node, Counts] = {}
+        self._counted: dict[fx.Node, tuple[torch.Tensor, int]] = {}  # counts beside `unique`: of what, E
         self._lists: dict[
             fx.Node, torch.Tensor
         ] = {}  # integers that were computed, to find them by their nodes
@@ -107,11 +110,23 @@ class _AllHit(TorchFunctionMode):
         if answer is not None:
             return answer
         result = func(*args, **kwargs)
+        if func in _UNIQUE and isinstance(result, tuple):
+            self._note_counts(args[0], result[-1], kwargs)
         if isinstance(result, torch.Tensor) and result.dim() == 1 and result.dtype is torch.int64:
             node = node_of(result)
             if node is not None:
                 self._lists[node] = result
         return result
+
+    def _note_counts(self, chosen: torch.Tensor, counts: torch.Tensor, asked: dict[str, Any]) -> None:
+        """How often each number occurs, beside `unique`: where every expert is hit, how many rows each has."""
+        node, count = node_of(counts), experts_of(node_of(chosen))
+        if asked.get("return_counts") and asked.get("dim") is None and node is not None and count is not None:
+            self._counted[node] = (chosen.reshape(-1), count)
+
+    def contains(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """`e in indices`."""
+        return self.truth(func, ((args[0] == args[1]).any(),), kwargs)
 
     def truth(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = node_of(args[0])
@@ -145,7 +160,7 @@ class _AllHit(TorchFunctionMode):
             found = [kind(expert) for expert in range(count)]
             return iter(found) if func is torch.Tensor.__iter__ else found
         counts = self._counts(node, args[0])
-        if counts is None or func in (torch.Tensor.unbind, torch.unbind):
+        if counts is None or (func in (torch.Tensor.unbind, torch.unbind) and node not in self._counted):
             return None
         return iter(counts) if func is torch.Tensor.__iter__ else counts
 
@@ -174,6 +189,10 @@ class _AllHit(TorchFunctionMode):
     def _counts(self, node: fx.Node | None, tensor: torch.Tensor | None) -> Counts | None:
         """The Python integers of a tensor (E,) of counts, or of its running sum."""
         if node in self._segments:
+            return self._segments[node]
+        if node is not None and node in self._counted:
+            chosen, experts = self._counted[node]
+            self._segments[node] = counts_of(torch.nn.functional.one_hot(chosen, experts).sum(0))
             return self._segments[node]
         if node is None or tensor is None or tensor.dim() != 1 or fixed(tensor.shape[0]) is None:
             return None
@@ -210,6 +229,7 @@ class _AllHit(TorchFunctionMode):
 _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__bool__: _AllHit.truth,
     torch.Tensor.__len__: _AllHit.length,
+    torch.Tensor.__contains__: _AllHit.contains,
     torch.bincount: _AllHit.bincount,
     torch.Tensor.bincount: _AllHit.bincount,
     torch.Tensor.__iter__: _AllHit.numbers,

@@ -43,12 +43,19 @@ def require_nothing(frame: FrameType, hit: bool) -> None:
         NotExportableError: It leaves the loop, or computes something.
     """
     for statement in _asking(frame):
-        turned = isinstance(statement.test, ast.UnaryOp) and isinstance(statement.test.op, ast.Not)
+        turned = _is_turned(statement.test)
         for each in statement.orelse if hit is not turned else statement.body:
             if isinstance(each, (ast.Break, ast.Return)):
                 _refuse(frame, "leaves the loop at an expert without tokens")
             if isinstance(each, (ast.Assign, ast.AugAssign)):
                 _refuse(frame, "computes something for an expert without tokens")
+
+
+def _is_turned(test: ast.expr) -> bool:
+    """Whether a condition is the contrary of what is asked: `not ...`, `e not in indices`."""
+    if isinstance(test, ast.Compare):
+        return isinstance(test.ops[0], ast.NotIn)
+    return isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)
 
 
 def writes_by_its_mask(frame: FrameType) -> bool:

@@ -128,6 +128,31 @@ class WeightsByMask(Block):
         return out
 
 
+class CountedDistinct(Block):
+    """Each number that was chosen, beside how often it was."""
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        numbers, counts = torch.unique(indices, return_counts=True)
+        for number, count in zip(numbers.tolist(), counts.tolist(), strict=True):
+            if count == 0:
+                continue
+            token, slot = torch.where(indices == number)
+            out[token] += self.experts[number](x[token]) * weights[token, slot, None]
+        return out
+
+
+class NotInIndices(Block):
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if number not in indices:
+                continue
+            token, slot = torch.where(indices == number)
+            out.index_add_(0, token, expert(x[token]) * weights[token, slot, None])
+        return out
+
+
 class SkipEmpty(Block):
     def moe(self, x, weights, indices):
         out = torch.zeros_like(x)
@@ -284,6 +309,7 @@ class WholeSlices(Block):
 
 
 IDIOMS = [
-    OverHits, OverHitNumbers, OverDistinct, OverDistinctNumbers, IfAny, SkipEmpty, SkipByCount, SkipByCountList,
+    OverHits, OverHitNumbers, OverDistinct, OverDistinctNumbers, CountedDistinct, NotInIndices, IfAny, SkipEmpty,
+    SkipByCount, SkipByCountList,
     OverMasks, WeightsByMask, TopOne, FusedWeights, AddedToInput, OverGates, FlatMasks, WholeSlices,
 ]  # fmt: skip

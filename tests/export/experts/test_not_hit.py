@@ -88,6 +88,29 @@ class Marked(Loop):
         return out
 
 
+class LeavesIfNotIn(Loop):
+    def forward(self, x):
+        _, indices = self.router(x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if number not in indices:
+                break
+            out += expert(x) * (indices == number).any(-1, keepdim=True)
+        return out
+
+
+class ElseNotIn(Loop):
+    def forward(self, x):
+        _, indices = self.router(x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            if number in indices:
+                out += expert(x) * (indices == number).any(-1, keepdim=True)
+            else:
+                out = out + 0.1
+        return out
+
+
 def traced(tmp_path, module):
     torch.manual_seed(0)
     return trace(make_subject(module, (torch.randn(6, 4),), {}, source=tmp_path / "model.py", how=""))
@@ -106,6 +129,8 @@ def test_code_that_does_nothing_is_traced(tmp_path, module):
         (Counts(), "asks how many tokens an expert has", "if token.numel() > 3:"),
         (TwoAtLeast(), "asks how many tokens an expert has", "if token.shape[0] >= 2:"),
         (Marked(), "leaves the loop at an expert without tokens", "if not mask.any():"),
+        (LeavesIfNotIn(), "leaves the loop at an expert without tokens", "if number not in indices:"),
+        (ElseNotIn(), "computes something for an expert without tokens", "if number in indices:"),
     ],
 )
 def test_what_does_something_is_refused_with_the_line(tmp_path, module, what, text):
