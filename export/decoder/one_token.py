@@ -237,7 +237,7 @@ def _seen(
 
 
 def _call(path: str, seen: Mapping[int, Sequence[_Seen]]) -> OneTokenCall | None:
-    """How a module is called for one token; None if that cannot be told from its calls."""
+    """How a module is called for one token; None if its calls do not show it."""
     if any(len(calls) != 1 for calls in seen.values()):
         return None
     one, two, three = (calls[0] for calls in seen.values())
@@ -254,7 +254,7 @@ def _call(path: str, seen: Mapping[int, Sequence[_Seen]]) -> OneTokenCall | None
 
 
 class _UnlikeError(Exception):
-    """What a module takes for one token cannot be told from what it takes for several."""
+    """What a module takes for one token does not follow from what it takes for several."""
 
 
 def _leaf(values: tuple[Any, Any, Any]) -> _Growing | _Instead | None:

@@ -37,17 +37,17 @@ def _heads(graph: ir.Graph, node: ir.Node, one: ir.Graph, other: ir.Graph) -> No
         # A node of the other branch can only move if what it reads is outside once its own sources have moved.
         known.setdefault(_key(each), each)
     for each in list(one):
-        twin = known.get(_key(each))
+        counterpart = known.get(_key(each))
         if (
-            twin is None
+            counterpart is None
             or not inside.isdisjoint(each.inputs)
-            or not kept.isdisjoint((*each.outputs, *twin.outputs))
+            or not kept.isdisjoint((*each.outputs, *counterpart.outputs))
         ):
             continue
-        other.remove(twin)
-        graph.insert_before(node, twin)
-        inside.difference_update(twin.outputs)
-        for value, same in zip(each.outputs, twin.outputs, strict=True):
+        other.remove(counterpart)
+        graph.insert_before(node, counterpart)
+        inside.difference_update(counterpart.outputs)
+        for value, same in zip(each.outputs, counterpart.outputs, strict=True):
             value.replace_all_uses_with(same)
         one.remove(each, safe=True)
         for later in other:  # their keys name what was moved, as those of this branch now do
@@ -56,10 +56,16 @@ def _heads(graph: ir.Graph, node: ir.Node, one: ir.Graph, other: ir.Graph) -> No
 
 def _tail(graph: ir.Graph, node: ir.Node, place: int, one: ir.Graph, other: ir.Graph) -> bool:
     """Move the last node of both branches behind the `If`; whether there was one that both share."""
-    last, twin = (branch.outputs[place].producer() for branch in (one, other))
-    if last is None or twin is None or last not in one or twin not in other or _alone(last) != _alone(twin):
+    last, counterpart = (branch.outputs[place].producer() for branch in (one, other))
+    if (
+        last is None
+        or counterpart is None
+        or last not in one
+        or counterpart not in other
+        or _alone(last) != _alone(counterpart)
+    ):
         return False
-    for branch, each in ((one, last), (other, twin)):
+    for branch, each in ((one, last), (other, counterpart)):
         if (
             len(each.outputs) != 1
             or each.outputs[0].uses()
@@ -68,11 +74,13 @@ def _tail(graph: ir.Graph, node: ir.Node, place: int, one: ir.Graph, other: ir.G
             return False
     made = [{value for each in branch for value in each.outputs} for branch in (one, other)]
     inner = [
-        at for at, pair in enumerate(zip(last.inputs, twin.inputs, strict=True)) if pair[0] is not pair[1]
+        at
+        for at, pair in enumerate(zip(last.inputs, counterpart.inputs, strict=True))
+        if pair[0] is not pair[1]
     ]
     if len(inner) != 1:
         return False
-    sources = last.inputs[inner[0]], twin.inputs[inner[0]]
+    sources = last.inputs[inner[0]], counterpart.inputs[inner[0]]
     if any(
         source not in inside or source in branch.outputs
         for source, inside, branch in zip(sources, made, (one, other), strict=True)
@@ -83,14 +91,14 @@ def _tail(graph: ir.Graph, node: ir.Node, place: int, one: ir.Graph, other: ir.G
     assert sources[0] is not None
     one.outputs[place], other.outputs[place] = sources[0], value
     one.remove(last)
-    other.remove(twin)
+    other.remove(counterpart)
     name, result.name = result.name, f"{value.name}.either"
-    twin.replace_input_with(inner[0], result)
-    moved = twin.outputs[0]
+    counterpart.replace_input_with(inner[0], result)
+    moved = counterpart.outputs[0]
     moved.shape, moved.type = result.shape, result.type
-    graph.insert_after(node, twin)
+    graph.insert_after(node, counterpart)
     result.replace_all_uses_with(moved, replace_graph_outputs=True)
-    twin.replace_input_with(inner[0], result)
+    counterpart.replace_input_with(inner[0], result)
     moved.name = name
     result.shape, result.type = value.shape, value.type
     return True

@@ -28,14 +28,18 @@ from torch.fx.experimental import symbolic_shapes
 from torch.overrides import TorchFunctionMode
 
 from moe_export.export.axes.chosen import experts_of
-from moe_export.export.axes.listing import counted_entries, listing_of
-from moe_export.export.axes.one_hot import one_hot_mask_of
-from moe_export.export.axes.support import support_of
 from moe_export.export.sizes import fixed
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import undecided
 from moe_export.export.tracing.cut_off import cuts_off
 from moe_export.export.tracing.expert_slices import Count, Counts, counts_of, joined, sliced, split, written
+from moe_export.export.tracing.hit_values import (
+    AS_ITS_SOURCE,
+    counts_pairs,
+    hit_experts,
+    is_count,
+    truth_of_hit,
+)
 from moe_export.export.tracing.not_hit import asking_frame, place_of, refuse_number, require_nothing
 from moe_export.export.tracing.row_masks import is_mask_of_rows, rows_written
 
@@ -43,23 +47,7 @@ _aten = torch.ops.aten
 _LENGTH = 4093  # `len` of such rows must be a number: another prime, so that no shape is taken to fit it
 _MANY = 4099  # stands for a number of rows that only the data knows: a prime that no size of a model is
 _SIZES = (1009, 2003)  # stand for a model's free sizes beside such a number: a limit may be made of them
-
-_AS_ITS_SOURCE = {
-    _aten._to_copy.default, _aten.to.dtype_layout, _aten.to.dtype, _aten.to.device, _aten.to.other,
-    _aten.clone.default, _aten.select.int, _aten.view.default, _aten.alias.default,
-    _aten.flatten.using_ints, _aten.reshape.default,
-    _aten.squeeze.default, _aten.squeeze.dim, _aten.detach.default, _aten.index.Tensor, _aten.lift_fresh_copy.default,
-    _aten.unbind.int, _aten.item.default, _aten.slice.Tensor, _aten.unsqueeze.default, _aten.permute.default,
-}  # fmt: skip
-_ABOVE = {_aten.gt.Scalar, _aten.ne.Scalar, _aten.greater.Scalar, _aten.not_equal.Scalar}
-_COUNTS = {
-    _aten.sum.default, _aten.sum.dim_IntList, _aten.bincount.default, _aten.count_nonzero.default,
-    _aten.count_nonzero.dim_IntList,
-}  # fmt: skip
-_DISTINCT = {_aten._unique2.default, _aten._unique.default}  # in ascending order, asked for or not
 _UNIQUE = {torch.unique, torch.Tensor.unique}
-_SOME = {_aten.any.default, _aten.any.dim, *_COUNTS}
-
 
 SOME = Count(None, 0, 1)  # how many rows an expert has, for code that asks whether it has any
 
@@ -130,13 +118,13 @@ class _AllHit(TorchFunctionMode):
 
     def truth(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         node = node_of(args[0])
-        answer = _truth(node)
+        answer = truth_of_hit(node)
         frame = asking_frame()
         if answer is not None and frame is not None:
             require_nothing(frame, answer)
         place = place_of(frame) if frame is not None else ""
         if answer is None and node is not None and place not in self._decided:
-            answer = _truth(node, is_mask_of_rows)
+            answer = truth_of_hit(node, is_mask_of_rows)
             if answer is not None:
                 self.asked.append((node, place))
         return answer
@@ -154,7 +142,7 @@ class _AllHit(TorchFunctionMode):
     def numbers(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Values as Python integers: the experts that were hit, or how many rows each has."""
         node = node_of(args[0])
-        count = _hit_experts(node)
+        count = hit_experts(node)
         if count is not None:
             kind = ExpertRow if args[0].dim() > 1 else ExpertNumber
             found = [kind(expert) for expert in range(count)]
@@ -167,10 +155,10 @@ class _AllHit(TorchFunctionMode):
     def number(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One element of the counts, or of where they end."""
         node = node_of(args[0])
-        if node is None or not _is_count(node, running=True):
+        if node is None or not is_count(node, running=True):
             return None
-        one = SOME if _is_count(node) else None
-        while node.target in _AS_ITS_SOURCE - {_aten.select.int, _aten.unbind.int}:
+        one = SOME if is_count(node) else None
+        while node.target in AS_ITS_SOURCE - {_aten.select.int, _aten.unbind.int}:
             node = node.args[0]  # type: ignore[assignment]
         place: Any = node.args[2] if node.target is _aten.select.int else node.args[1:]
         source = node.args[0]
@@ -197,12 +185,10 @@ class _AllHit(TorchFunctionMode):
         if node is None or tensor is None or tensor.dim() != 1 or fixed(tensor.shape[0]) is None:
             return None
         source, running = node, False
-        while source.target in _AS_ITS_SOURCE | {_aten.cumsum.default} and isinstance(
-            source.args[0], fx.Node
-        ):
+        while source.target in AS_ITS_SOURCE | {_aten.cumsum.default} and isinstance(source.args[0], fx.Node):
             running = running or source.target is _aten.cumsum.default
             source = source.args[0]
-        if not _counts_pairs(source):
+        if not counts_pairs(source):
             return None
         self._segments[node] = counts_of(tensor, running=running)
         return self._segments[node]
@@ -251,113 +237,6 @@ def _is_unknown(sizes: Any) -> bool:
     return any(
         symbolic_shapes.free_unbacked_symbols(size) for size in sizes if isinstance(size, torch.SymInt)
     )
-
-
-def _truth(node: fx.Node | None, is_one_hot: Callable[[fx.Node], bool] | None = None) -> bool | None:
-    """Whether a condition holds for an expert that has tokens; None if it is no question about that."""
-    if node is None:
-        return None
-    target, args = node.target, node.args
-    if target is _aten.logical_not.default or target is _aten.bitwise_not.default:
-        inner = _truth(args[0], is_one_hot)  # type: ignore[arg-type]
-        return None if inner is None else not inner
-    if target in _ABOVE and args[1] == 0:
-        return True if _is_amount(args[0], is_one_hot) else None
-    if target is _aten.ge.Scalar and args[1] == 1:
-        return True if _is_amount(args[0], is_one_hot) else None
-    if target is _aten.eq.Scalar and args[1] == 0:
-        return False if _is_amount(args[0], is_one_hot) else None
-    if _is_amount(node, is_one_hot):
-        return True
-    return _truth(args[0], is_one_hot) if target in _AS_ITS_SOURCE and isinstance(args[0], fx.Node) else None
-
-
-def _is_amount(node: Any, is_one_hot: Callable[[fx.Node], bool] | None = None) -> bool:
-    """Whether a value says how many, or whether any, pairs chose an expert."""
-    is_one_hot = is_one_hot or _is_one_hot
-    while isinstance(node, fx.Node):
-        if node.target in _SOME:
-            source = node.args[0]
-            return isinstance(source, fx.Node) and (is_one_hot(source) or _is_amount(source, is_one_hot))
-        if node.target not in _AS_ITS_SOURCE:
-            return False
-        node = node.args[0]
-    return False
-
-
-def _is_one_hot(node: fx.Node) -> bool:
-    return one_hot_mask_of(node) is not None
-
-
-def _is_count(node: fx.Node | None, *, running: bool = False) -> bool:
-    """Whether a value is the number of rows of one expert, an element of what counts them, or of its running sum."""
-    passed = _AS_ITS_SOURCE | {operator.getitem} | ({_aten.cumsum.default} if running else set())
-    while node is not None and node.target in passed:
-        node = node.args[0] if isinstance(node.args[0], fx.Node) else None
-    return node is not None and _counts_pairs(node)
-
-
-def _counts_pairs(node: fx.Node) -> bool:
-    """Whether a value says how many pairs each expert has: of a choice, or of a matrix whose pairs are listed."""
-    if node.target not in _COUNTS:
-        return False
-    entries = counted_entries(node)
-    if entries is None or _is_amount(node):
-        return _is_amount(node)
-    return support_of(entries.matrix) is not None or _is_listed(entries.matrix)
-
-
-def _is_listed(matrix: fx.Node) -> bool:
-    """Whether code lists which entries of a matrix are set: the matrix itself, transposed or compared."""
-    waiting, seen = [matrix], {matrix}
-    while waiting:
-        for user in waiting.pop().users:
-            found = listing_of(user)
-            if found is not None and found.entries is not None and found.entries.matrix is matrix:
-                return True
-            if user not in seen and len(user.all_input_nodes) == 1:
-                seen.add(user)
-                waiting.append(user)
-    return False
-
-
-def _distinct_experts(node: Any) -> int | None:
-    """E, if an operator sorts out which numbers of experts occur among those that were chosen."""
-    if not isinstance(node, fx.Node) or node.target not in _DISTINCT:
-        return None
-    return experts_of(node.args[0])  # type: ignore[arg-type]
-
-
-def _hit_experts(node: fx.Node | None) -> int | None:
-    """E, if a value lists the experts that were hit: `nonzero` of a count or a mask over experts, `unique`."""
-    while node is not None and node.target in _AS_ITS_SOURCE - {_aten.index.Tensor}:
-        node = node.args[0] if isinstance(node.args[0], fx.Node) else None
-    if node is not None and node.target is operator.getitem and node.args[1] == 0:
-        return _distinct_experts(node.args[0])
-    if node is None or node.target is not _aten.nonzero.default:
-        return None
-    counted = node.args[0]
-    assert isinstance(counted, fx.Node)
-    value = counted.meta.get("val")
-    source: Any = counted
-    while isinstance(source, fx.Node) and source.target in _ABOVE | {_aten.ge.Scalar}:
-        source = source.args[0]
-    if not _is_amount(source) or not isinstance(value, torch.Tensor) or value.dim() != 1:
-        return None
-    if fixed(value.shape[0]) is None:
-        return None
-    # A mask may have a class more than there are experts, which is never hit.
-    return min(int(value.shape[0]), experts_of(_indices_of(source)) or int(value.shape[0]))
-
-
-def _indices_of(node: fx.Node | None) -> fx.Node | None:
-    """The chosen experts that an amount was counted from."""
-    while node is not None:
-        one_hot = one_hot_mask_of(node)
-        if one_hot is not None:
-            return one_hot.indices
-        node = node.args[0] if node.args and isinstance(node.args[0], fx.Node) else None
-    return None
 
 
 @contextmanager
