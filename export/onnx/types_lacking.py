@@ -44,12 +44,12 @@ def in_float32(model: ir.Model, opset: int) -> int:
 def _widen(node: ir.Node, kinds: set[str], opset: int) -> None:
     schema = onnx.defs.get_schema(node.op_type, opset, "")
     write = GraphBuilder.in_front_of(node, str(node.name))
-    for index, (value, kind) in enumerate(_formal(node.inputs, schema.inputs)):
+    for index, (value, kind) in enumerate(with_kinds(node.inputs, schema.inputs)):
         if value is not None and kind in kinds and value.dtype in _NARROW:
             wide = write.op("Cast", value, to=ir.DataType.FLOAT)
             wide.type, wide.shape = ir.TensorType(ir.DataType.FLOAT), value.shape
             node.replace_input_with(index, wide)
-    for value, kind in _formal(node.outputs, schema.outputs):
+    for value, kind in with_kinds(node.outputs, schema.outputs):
         if value is None or kind not in kinds or value.dtype not in _NARROW:
             continue
         narrow = ir.node("Cast", [value], {"to": int(value.dtype)}, name=f"{node.name}_{value.name}_cast")
@@ -73,8 +73,8 @@ def _settle_types(node: ir.Node, opset: int) -> None:
     if node.domain not in {"", "ai.onnx"} or not onnx.defs.has(node.op_type, opset, ""):
         return
     schema = onnx.defs.get_schema(node.op_type, opset, "")
-    known = {kind: value.type for value, kind in _formal(node.inputs, schema.inputs) if value is not None}
-    for value, kind in _formal(node.outputs, schema.outputs):
+    known = {kind: value.type for value, kind in with_kinds(node.inputs, schema.inputs) if value is not None}
+    for value, kind in with_kinds(node.outputs, schema.outputs):
         if value is not None and value.type is None and node.op_type != "Cast":
             value.type = known.get(kind)
         elif value is not None and value.type is None:
@@ -87,7 +87,7 @@ def _lacking(node: ir.Node, opset: int) -> set[str]:
         return set()
     schema = onnx.defs.get_schema(node.op_type, opset, "")
     allowed = {rule.type_param_str: set(rule.allowed_type_strs) for rule in schema.type_constraints}
-    pairs = [*_formal(node.inputs, schema.inputs), *_formal(node.outputs, schema.outputs)]
+    pairs = [*with_kinds(node.inputs, schema.inputs), *with_kinds(node.outputs, schema.outputs)]
     return {
         kind
         for value, kind in pairs
@@ -96,7 +96,7 @@ def _lacking(node: ir.Node, opset: int) -> set[str]:
     }
 
 
-def _formal(
+def with_kinds(
     values: Sequence[ir.Value | None], formal: Sequence[onnx.defs.OpSchema.FormalParameter]
 ) -> list[tuple[ir.Value | None, str]]:
     """Values with the type parameters that stand for them; of the last one, if it is variadic, all that are left."""

@@ -26,6 +26,7 @@ from moe_export.errors import UsageError
 from moe_export.export.onnx.bodies import bodies
 from moe_export.export.onnx.counted_sizes import without_counted
 from moe_export.export.onnx.provenance import MODULE
+from moe_export.export.onnx.types_lacking import with_kinds
 from moe_export.export.precision.casts import write_casts
 
 DTYPES = {"float16": ir.DataType.FLOAT16, "bfloat16": ir.DataType.BFLOAT16}
@@ -181,20 +182,13 @@ def _allowed(node: ir.Node, dtype: ir.DataType, opset: int) -> bool:
     ):
         return False  # a sequence
     schema = onnx.defs.get_schema(node.op_type, opset, "")
-    pairs = [*_formal(node.inputs, schema.inputs), *_formal(node.outputs, schema.outputs)]
+    pairs = [*with_kinds(node.inputs, schema.inputs), *with_kinds(node.outputs, schema.outputs)]
     allowed = {rule.type_param_str: set(rule.allowed_type_strs) for rule in schema.type_constraints}
     return all(
         _NAMES[dtype] in allowed.get(kind, {kind})
         for value, kind in pairs
         if value is not None and _is_float(value)
     )
-
-
-def _formal(
-    values: Iterable[ir.Value | None], formal: Sequence[onnx.defs.OpSchema.FormalParameter]
-) -> Iterator[tuple[ir.Value | None, str]]:
-    for index, value in enumerate(values):
-        yield value, formal[min(index, len(formal) - 1)].type_str
 
 
 def _all_values(node: ir.Node) -> Iterator[ir.Value]:

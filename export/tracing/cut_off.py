@@ -135,9 +135,11 @@ def _cut(cut: Sequence[ast.AST], kept: Sequence[ast.AST], limit: str) -> list[st
 
 
 def _values(way: Sequence[ast.AST]) -> Iterator[tuple[str, ast.AST]]:
-    """What is assigned, and to which name; an expression's value has none."""
+    """What is assigned, and to which name; the values of a tuple have numbers, another expression's has no name."""
     for each in way:
-        if isinstance(each, ast.expr):
+        if isinstance(each, ast.Tuple):
+            yield from ((str(place), value) for place, value in enumerate(each.elts))
+        elif isinstance(each, ast.expr):
             yield "", each
         elif isinstance(each, ast.Assign) and len(each.targets) == 1:
             target, value = each.targets[0], each.value

@@ -74,6 +74,16 @@ class BothWays(Limited):
         return first, second
 
 
+class Both(Limited):
+    """A limit that may be negative: then the last rows go."""
+
+    def limit(self, tokens):
+        return tokens - 5
+
+    def cut(self, token, slot, limit):
+        return (token[:limit], slot[:limit]) if token.numel() > limit else (token, slot)
+
+
 class AtLeastOne(Limited):
     def limit(self, tokens):
         return tokens * 2 // 4
@@ -85,7 +95,7 @@ class AtLeastOne(Limited):
         return token, slot
 
 
-@pytest.mark.parametrize("module", [ByExpression, InPlace, BothWays, AtLeastOne])
+@pytest.mark.parametrize("module", [ByExpression, InPlace, BothWays, Both, AtLeastOne])
 def test_rows_are_cut_off_at_every_size(module):
     torch.manual_seed(0)
     model = module().eval()
@@ -112,6 +122,11 @@ class Another(Limited):
             slot = slot[: limit - 1]
             token = token[: limit - 1]
         return token, slot
+
+
+class OtherSlot(Limited):
+    def cut(self, token, slot, limit):
+        return (token[:limit], slot[:limit]) if token.numel() > limit else (token, 1 - slot)
 
 
 class FromTheEnd(Limited):
@@ -146,7 +161,7 @@ class Entries(Limited):
         return kept[:, 0], kept[:, 1]
 
 
-@pytest.mark.parametrize("module", [Another, FromTheEnd, AddsToo, OtherLength, Entries])
+@pytest.mark.parametrize("module", [Another, OtherSlot, FromTheEnd, AddsToo, OtherLength, Entries])
 def test_anything_else_that_asks_for_a_number_of_rows_is_refused(module):
     with pytest.raises(NotExportableError):
         trace(subject_of(module().eval()))
