@@ -36,6 +36,7 @@ from moe_export.export.precision.mixed import check_kept
 from moe_export.export.quantize.quantize import Quantized
 from moe_export.export.recurrence.recurrences import Recurrent
 from moe_export.export.recurrence.step import step_of
+from moe_export.export.sizes import fixed
 from moe_export.export.stages import PIPELINE, Draft, Model, Program, Step, between, run, without
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.trace import Traced, functional
@@ -215,13 +216,13 @@ def _gate_graph(
 
 def _where_it_holds(routing: Routing, traced: Traced) -> Routing:
     """The gate, begun behind what holds for a size only that the model's trace fixed, as a loop's steps."""
-    fixed = _of_the_trace(traced)
-    return after_single_entry_cut(routing, lambda node: not numbers_of(node) & fixed)
+    sizes = _of_the_trace(traced)
+    return after_single_entry_cut(routing, lambda node: not numbers_of(node) & sizes)
 
 
 def _of_the_trace(traced: Traced) -> set[int]:
     """The sizes that the trace fixed, and the model does not."""
-    return {fixed.size for fixed in traced.fixed if fixed.model_takes_others}
+    return {each.size for each in traced.fixed if each.model_takes_others}
 
 
 def gate_dims(
@@ -251,7 +252,7 @@ def gate_dims(
         (name, axis)
         for name, node in zip(cut.inputs, inputs, strict=False)
         for axis, size in enumerate(node.meta["val"].shape)
-        if isinstance(size, int) and size not in others
+        if fixed(size) is not None and fixed(size) not in others
     }
     asked = {key: name for key, name in dims.picked.items() if key[0] in cut.inputs and key not in held}
     return DimRequest(dims.static, asked, frozenset(held))

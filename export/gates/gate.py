@@ -22,6 +22,7 @@ from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.gates.region import is_size, needed, size_source
 from moe_export.export.gates.routing import Routing
 from moe_export.export.gates.values import values_of_shapes
+from moe_export.export.sizes import fixed
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.tracing.trace import Traced, quiet
 from moe_export.export.tracing.weight_inputs import attach, weights_by_input
@@ -107,10 +108,10 @@ def _taken_apart(node: fx.Node) -> set[int]:
     value = source.meta.get("val") if isinstance(source, fx.Node) else None
     if not isinstance(value, torch.Tensor) or not isinstance(axis, int):
         return set()
-    if node.target is torch.ops.aten.unbind.int:  # the trace may have fixed a size, and still write a symbol
+    if node.target is torch.ops.aten.unbind.int:
         return {len(node.meta["val"])}
-    size = value.shape[axis]
-    return {size} if isinstance(size, int) and node.args[2] not in (0, -1) else set()
+    size = fixed(value.shape[axis])  # a size that the trace fixed may still be written as a symbol
+    return {size} if size is not None and node.args[2] not in (0, -1) else set()
 
 
 def entering(traced: Traced, routings: Sequence[Routing]) -> dict[fx.Node, torch.Tensor]:
