@@ -7,6 +7,7 @@ memory can be mapped at. A file is called after its content: a graph never point
 recipe ─▶ pieces ─▶ model.onnx.<content>.0.data  at 4096 * n        copy
 recipe that is used as stored ─▶ (model.safetensors, offset, length)  reference
 ```
+What lies in a file the other way round is referenced, too, and turned by the graph (`shared_weights`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import onnx_ir as ir
 from moe_export.disk import PAGE
 from moe_export.errors import UsageError
 from moe_export.export.onnx.bodies import initializers
+from moe_export.export.onnx.shared_weights import keep_as_stored
 from moe_export.export.weights.data_file import DataFile
 from moe_export.export.weights.recipe import ByteRange, Held, Recipe, RecipeTensor, Stored, recipe_of
 from moe_export.external_data import FACT, fingerprint, remember
@@ -95,6 +97,8 @@ def stream_weights(model: ir.Model, path: Path, storage: Storage) -> Streamed:
         OSError: The disk refuses.
     """
     final = (storage.folder or path.parent).resolve()
+    if storage.mode == "reference":
+        keep_as_stored(model, lambda place: not _unreadable(place.file, final))
     copied: list[tuple[ir.Value, Recipe]] = []
     referenced, reasons = [0, 0], dict[str, int]()
     for value in initializers(model):

@@ -219,6 +219,10 @@ def map_weights(module: nn.Module, stored: Mapping[str, Recipe]) -> LazyWeights:
     for name, parameter in module.named_parameters():
         recipe = stored.get(name)
         place = recipe.byte_range() if recipe is not None else None
+        if parameter.nbytes <= SMALL:
+            parameter.data = (
+                parameter.data.clone()
+            )  # a view would keep the loader's mapping of the whole file
         if (
             recipe is None
             or place is None
@@ -236,6 +240,7 @@ def map_weights(module: nn.Module, stored: Mapping[str, Recipe]) -> LazyWeights:
         mapped = flat.reshape(parameter.shape)
         if torch.equal(mapped, parameter):
             parameter.data = mapped
+            memory.madvise(mmap.MADV_DONTNEED)  # pages that were read to compare
             items[name] = LazyWeight(name, recipe, mapped, memory, full=True)
             _known[mapped.untyped_storage().data_ptr()] = items[name]
     return LazyWeights(tuple(sorted(files)), items, items)

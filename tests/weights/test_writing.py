@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnxruntime
 import pytest
 
 from moe_export.disk import PAGE
@@ -92,6 +93,63 @@ def test_referenced_where_used_as_stored(weights):
     assert found.notes("reference")[1].endswith("(1 transposed)")
     assert all(np.array_equal(array, arrays[name]) for name, array in loaded(folder).items())
     assert places(folder)["c"] == {"location": "w.bin", "offset": "160000", "length": "80000"}
+
+
+def products(weights, readers):
+    """`readers`: for each node its operator, and its inputs: `x` (3, 200), or a weight of `weights`."""
+    recipes = {"w": Transposed(weights[1]["a"], (1, 0)), "v": Transposed(weights[1]["c"], (1, 0))}
+    inputs = {
+        name: ir.Value(name=name, shape=ir.Shape(recipe.shape), type=ir.TensorType(recipe.dtype))
+        for name, recipe in recipes.items()
+    }
+    for name, recipe in recipes.items():
+        inputs[name].const_value = RecipeTensor(recipe, name)
+    kind = ir.TensorType(ir.DataType.FLOAT)
+    inputs["x"] = ir.Value(name="x", shape=ir.Shape([3, 200]), type=kind)
+    nodes = [ir.node(operator, [inputs[name] for name in names]) for operator, *names in readers]
+    for number, node in enumerate(nodes):
+        node.outputs[0].name, node.outputs[0].type = f"y{number}", kind
+    used = {name for _, *names in readers for name in names}
+    held = [inputs[name] for name in ("w", "v") if name in used]
+    outputs = [node.outputs[0] for node in nodes]
+    graph = ir.Graph([inputs["x"]], outputs, nodes=nodes, initializers=held, opset_imports={"": 17}, name="g")
+    return ir.Model(graph, ir_version=8)
+
+
+READERS = {
+    "a product": ([("MatMul", "x", "w")], 1),
+    "Gemm": ([("Gemm", "x", "w")], 1),
+    "two products with one": ([("MatMul", "x", "w"), ("MatMul", "x", "w")], 1),
+    "two with two": ([("MatMul", "x", "w"), ("MatMul", "x", "v")], 2),
+    "its elements": ([("MatMul", "x", "w"), ("Identity", "w")], 0),
+    "from the left": ([("MatMul", "w", "x")], 0),
+    "one of two": ([("MatMul", "x", "w"), ("Identity", "v")], 1),
+}
+
+
+@pytest.mark.parametrize("case", READERS)
+def test_what_a_product_takes_turned_stays_in_its_file(weights, case):
+    """What is read in another way, too, is copied; either way the numbers are those of the weights."""
+    folder, _, arrays = weights
+    readers, referenced = READERS[case]
+    arrays = {"w": arrays["a"].T, "v": arrays["c"].T}
+    x = np.random.default_rng(0).standard_normal((3, 200), np.float32)
+    model = products(weights, readers)
+    if case == "from the left":
+        x = x[:, :100]
+        model.graph.inputs[0].shape = ir.Shape([100, 3])
+        x = np.ascontiguousarray(x.T)
+    with staging(folder) as temporary:
+        found = stream_weights(model, temporary / "m.onnx", Storage(mode="reference", folder=folder))
+        model.metadata_props.update({f"moe_export.{key}": text for key, text in data_facts(model).items()})
+        write_model(model, temporary / "m.onnx", Storage(folder=folder))
+    assert found.referenced == (referenced, 80000 * referenced)
+    session = onnxruntime.InferenceSession(str(folder / "m.onnx"), providers=["CPUExecutionProvider"])
+    known = {"x": x, **arrays}
+    for (operator, *names), result in zip(readers, session.run(None, {"x": x}), strict=True):
+        given = [known[name] for name in names]
+        expected = given[0] if operator == "Identity" else given[0].astype(float) @ given[1].astype(float)
+        np.testing.assert_allclose(result, expected, rtol=1e-4, atol=1e-1)
 
 
 def test_files_of_another_folder_are_copied_with_the_reason(weights, tmp_path):
