@@ -70,7 +70,7 @@ RULES: Mapping[Any, Rule] = {
          _aten.count_nonzero.default), sums.reduced_to_one),
     **dict.fromkeys((_aten.matmul.default, _aten.mm.default, _aten.bmm.default), sums.matmul),
     _aten.linear.default: sums.linear,
-    _aten.addmm.default: sums.addmm,
+    **dict.fromkeys((_aten.addmm.default, _aten.baddbmm.default), sums.addmm),
     _aten.einsum.default: sums.einsum,
     _aten.scaled_dot_product_attention.default: sums.attention,
     # in an order

@@ -147,21 +147,23 @@ def _plus(known: Meanings, node: fx.Node, axes: tuple[Axis, ...], bias: object) 
 
 
 def einsum(known: Meanings, node: fx.Node) -> Meaning | None:
-    """One axis a letter."""
+    """One axis a letter, and a digit for each axis that `...` stands for."""
     equation, operands = str(arguments(node)[0]).replace(" ", ""), arguments(node)[1]
     terms, arrow, out = equation.partition("->")
-    if not arrow or "." in equation:
+    given = [known.of(operand) for operand in operands]
+    found = [each.axes for each in given if each is not None]
+    if not arrow or len(found) < len(given):
         return None
+    named = [len(term.replace("...", "")) for term in terms.split(",")]
+    spread = [len(axes) - count for axes, count in zip(found, named, strict=True)]
+    digits = "0123456789"[: max(spread)]
     letters: dict[str, Axis] = {}
-    for term, operand in zip(terms.split(","), operands, strict=True):
-        found = known.of(operand)
-        if found is None:
-            return None
-        for letter, axis in zip(term, found.axes, strict=True):
+    for term, axes, count in zip(terms.split(","), found, spread, strict=True):
+        for letter, axis in zip(term.replace("...", digits[len(digits) - count :]), axes, strict=True):
             if letters.get(letter) and axis:
                 known.extents.match(letters[letter], axis, node)
             letters[letter] = letters.get(letter) or axis
-    return Meaning(tuple(letters[letter] for letter in out))
+    return Meaning(tuple(letters[letter] for letter in out.replace("...", digits)))
 
 
 def attention(known: Meanings, node: fx.Node) -> Meaning | None:

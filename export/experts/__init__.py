@@ -19,9 +19,10 @@ What axes mean, which indices are a choice, where gates are 0 and what a list li
 | `rows`, `row_rules` | what that follows: `Rows`, a `Region`, a `PairBody`; the table of operators |
 | `row_shapes`, `row_products`, `row_order`, `row_columns` | its rules: elementwise, products, orders, lists |
 | `listed` | lists of pairs, as `nonzero` gives them |
-| `dense`, `one_expert` | all experts for all tokens: one expert cut out along its axis |
+| `dense` | all experts for all tokens |
 | `capacity`, `capacity_views`, `capacity_terms`, `capacity_facts` | masks with a capacity: split, proved |
-| `capacity_pairs`, `capacity_experts`, `capacity_check` | their values for pairs; the experts between two masks |
+| `capacity_pairs` | their values for pairs |
+| `one_expert`, `trial` | of both: one expert cut out along the experts' axis; proved by running it |
 | `mixing` | rows that depend on other rows: refused |
 | `left_as_written`, `lost`, `notes` | what is no block, and why |
 

@@ -317,7 +317,8 @@ def sort_leaves(
     first = walks[0]
     for number, walk in enumerate(walks):
         if len(walk.steps) != len(first.steps) or len(walk.leaves) != len(first.leaves):
-            raise RefusedError(f"expert {number} computes something else than expert 0")
+            line = line_of(walk.nodes[-1].meta.get("stack_trace")) if walk.nodes else "the end"
+            raise RefusedError(f"expert {number} computes something else than expert 0, at {line}")
         for index, (mine, other) in enumerate(zip(walk.steps, first.steps, strict=True)):
             if mine != other:
                 line = line_of(walk.nodes[index].meta.get("stack_trace"))

@@ -23,20 +23,23 @@ from itertools import permutations
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import fx
 
 from moe_export.errors import RefusedError
-from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.axes.analysis import meanings_of
+from moe_export.export.axes.extents import Axis as MeantAxis
+from moe_export.export.axes.meaning import Meanings
+from moe_export.export.axes.shapes import argument, arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.canonical import value_numbering
-from moe_export.export.experts.capacity_check import check_core
-from moe_export.export.experts.capacity_experts import Core, core_of, write_core
 from moe_export.export.experts.capacity_facts import Facts
 from moe_export.export.experts.capacity_pairs import PairWriter
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Term, proved, terms_of
 from moe_export.export.experts.capacity_views import Axis, Labels, View
 from moe_export.export.experts.derived import masked_indices_among
 from moe_export.export.experts.notes import Notes, named
+from moe_export.export.experts.one_expert import OneExpert, Scope
+from moe_export.export.experts.trial import check
 from moe_export.export.frontend.source import line_of
 from moe_export.export.sizes import fixed, same_shape, same_size
 
@@ -91,15 +94,16 @@ def find_capacity(graph: fx.Graph, notes: Notes) -> Iterator[Experts]:
         notes: Gets a line for each block that stays as it was written.
     """
     value_numbers: Mapping[fx.Node, fx.Node] | None = None
+    known: Meanings | None = None
     for node in list(graph.nodes):
         for end in _contractions(node):
             if len(end.only(0)) != 1 or len(end.only(1)) != 1 or not 1 <= len(end.shared(kept=False)) <= 2:
                 continue
-            value_numbers = value_numbers or value_numbering(graph)
+            value_numbers, known = value_numbers or value_numbering(graph), known or meanings_of(graph)
             why: Exception | None = None
             for masks in _masks(end, value_numbers):
                 try:
-                    yield _understood(masks)
+                    yield _understood(masks, known)
                 except RefusedError as error:
                     why = why or error
                 else:
@@ -187,30 +191,55 @@ _MOVES = {
 }  # fmt: skip
 
 
-def _understood(masks: _Masks) -> Experts:
+def _understood(masks: _Masks, known: Meanings) -> Experts:
     labels, end = masks.labels, masks.end.node
     facts = Facts(labels)
     pairs = proved(masks.terms, facts)
     slots, tokens, given = _dispatch(masks, facts, pairs)
-    core = core_of(slots, masks.outputs, labels)
-    check_core(core, slots, masks.outputs, labels)
+    one = _one_expert(slots, masks, known)
+    check(one, {})
     builder = PairWriter(end, labels)
     weights = builder.flat([_spread(builder, pair) for pair in pairs])
     chosen = builder.flat([builder.indices(pair) for pair in pairs])
     indices = masked_indices_among(chosen, builder.call(_aten.ne.Scalar, weights, 0))
-    shared = [builder.tokens(tokens), weights]
-    if given is not None:
-        shared.append(builder.flat([_spread(builder, pair) for pair in given]))
+    taken = None if given is None else builder.flat([_spread(builder, pair) for pair in given])
+    rows = {slots.node: builder.tokens(tokens)}
     return Experts(
         indices=indices,
         count=int(labels.sizes["e"]),
-        body=_body(core, shared, labels),
-        shared=(*shared, *core.shared),
-        weights=tuple(core.weights.values()),
+        body=one.module(rows, (taken, weights)),
+        shared=tuple(rows.get(node, node) for node in (*one.outside, taken, weights) if node is not None),
+        weights=one.weights,
         start=None,
         result=_result(masks, tokens),
         line=line_of(end.meta.get("stack_trace")),
     )
+
+
+def _one_expert(slots: View, masks: _Masks, known: Meanings) -> OneExpert:
+    """What one expert computes from the rows in its slots."""
+    outputs, labels = masks.outputs, masks.labels
+    given, found = (_by_label(view, labels, known) for view in (slots, outputs))
+    for label in given.keys() & found.keys():
+        known.extents.match(given[label], found[label], outputs.node)
+    groups = sorted(label for label in given if label.startswith("g"))
+    rows = tuple(extent for label in (*groups, "c") for extent in known.extents.of(given[label]))
+    scope = Scope(
+        known, rows, known.extents.of(given["e"]), int(labels.sizes["e"]), labels.value_numbers, slots.node
+    )
+    joined = labels.peeled(outputs)
+    if joined.node.target in (_aten.cat.default, _aten.stack.default):
+        parts, axis = arguments(joined.node)[0], argument(joined.node, 1, "dim", 0)
+        if joined.axes[axis] == ("e",) and len(parts) == scope.count:
+            return OneExpert(parts, scope)
+    return OneExpert([outputs.node], scope)
+
+
+def _by_label(view: View, labels: Labels, known: Meanings) -> dict[str, MeantAxis]:
+    """What each label of a value runs over."""
+    flat = [label for axis in view.axes for label in axis]
+    sizes = [labels.sizes[label] for label in flat]
+    return dict(zip(flat, known.extents.reshaped(known.axes(view.node), sizes, view.node), strict=True))
 
 
 def _spread(builder: PairWriter, pair: Proved) -> fx.Node:
@@ -323,29 +352,6 @@ def _is_one(given: Sequence[Proved], pairs: Sequence[Proved], facts: Facts) -> b
         if not marks and not masks:
             return False
     return True
-
-
-def _body(core: Core, shared: Sequence[fx.Node], labels: Labels) -> fx.GraphModule:
-    """`(token, slot, expert, tokens, weights, [given], *shared, *weights) → (R, H)`."""
-    graph = fx.Graph()
-    token, slot, _ = (graph.placeholder(name) for name in ("token", "slot", "expert"))
-    inputs = [graph.placeholder(f"shared_{place}") for place in range(len(shared))]
-    known = {node: graph.placeholder(f"common_{place}") for place, node in enumerate(core.shared)}
-    known |= {node: graph.placeholder(f"weight_{place}") for place, node in enumerate(core.weights)}
-    for made, node in zip((*inputs, *known.values()), (*shared, *known), strict=True):
-        made.meta = dict(node.meta)
-
-    def column(values: fx.Node) -> fx.Node:
-        picked = graph.call_function(_aten.index.Tensor, (values, [token, slot]))
-        return graph.call_function(_aten.unsqueeze.default, (picked, 1))
-
-    rows = graph.call_function(_aten.index.Tensor, (inputs[0], [token]))
-    if len(inputs) > 2:
-        rows = graph.call_function(_aten.mul.Tensor, (rows, column(inputs[2])))
-    found = write_core(graph, core, rows, known, labels)
-    graph.output(graph.call_function(_aten.mul.Tensor, (found, column(inputs[1]))))
-    graph.lint()
-    return fx.GraphModule(nn.Module(), graph)
 
 
 def _result(masks: _Masks, tokens: View) -> fx.Node:

@@ -7,7 +7,7 @@ chosen ones:
 
     out[n] = sum over e of body(n, e) = sum over the slots s of body(n, idx[n, s])
 
-if the body is 0 where its gate is. That is checked on random numbers (`experts/one_expert`): an expert with a bias
+if the body is 0 where its gate is. That is checked on random numbers (`experts/trial`): an expert with a bias
 after its weighted input is not 0 there, and stays as it was written.
 
 Letters: N tokens, k slots, E experts.
@@ -15,7 +15,7 @@ Letters: N tokens, k slots, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -33,6 +33,7 @@ from moe_export.export.experts.body import Experts
 from moe_export.export.experts.canonical import value_numbering
 from moe_export.export.experts.derived import entries_at
 from moe_export.export.experts.one_expert import OneExpert, Scope
+from moe_export.export.experts.trial import check
 from moe_export.export.frontend.source import line_of
 
 _aten = torch.ops.aten
@@ -41,12 +42,13 @@ _ADDS_UP = {
 }  # fmt: skip
 
 
-def find_dense(graph: fx.Graph, taken: Sequence[Experts]) -> Iterator[Experts]:
+def find_dense(graph: fx.Graph, taken: Sequence[Experts], noted: Collection[str | None]) -> Iterator[Experts]:
     """Every block in which all experts compute all tokens.
 
     Args:
         graph: The traced program.
         taken: Blocks that were found by other means.
+        noted: Lines of masks with a capacity of which it was said why they are no block.
     """
     choices = [
         choice for choice in map(as_choice, graph.nodes) if choice is not None and rank_of(choice.scores) == 2
@@ -58,7 +60,7 @@ def find_dense(graph: fx.Graph, taken: Sequence[Experts]) -> Iterator[Experts]:
         return
     known, value_numbers = meanings_of(graph), value_numbering(graph)
     scopes = {
-        choice: Scope(known, frozenset(tokens), frozenset(experts), choice.experts, value_numbers)
+        choice: Scope(known, tokens, experts, choice.experts, value_numbers)
         for choice in choices
         for tokens, experts in [known.axes(choice.scores)]
         if tokens and experts
@@ -72,10 +74,11 @@ def find_dense(graph: fx.Graph, taken: Sequence[Experts]) -> Iterator[Experts]:
     for node, (parts, start) in chains:
         before = [choice for choice in scopes if choice.experts == len(parts) and choice.operator < node]
         found += [(node, scopes[choice], parts, start) for choice in before[-1:]]
-    ends = {block.result for block in taken}
+    ends = {end for block in taken for end in (block.result, *block.result.all_input_nodes)}
     for result, scope, results, start in found:
         with suppress(RefusedError):  # it is no sum of what the chosen experts give
-            block = _block(result, results, start, scope) if result not in ends else None
+            known_already = result in ends or line_of(result.meta.get("stack_trace")) in noted
+            block = None if known_already else _block(result, results, start, scope)
             if block is not None:
                 ends.add(result)
                 yield block
@@ -112,12 +115,11 @@ def _block(
         return None
     slots = rank_of(chosen) == 2
     gates = {node: entries_at(node, chosen) for node in tables if slots and support_of(node) is chosen}
-    module = one.module(gates)
-    one.check(module, gates, decides)
+    check(one, gates, decides)
     return Experts(
         indices=chosen,
         count=scope.count,
-        body=module,
+        body=one.module(gates),
         shared=tuple(gates.get(node, node) for node in one.outside),
         weights=one.weights,
         start=None if start is not None and start.target in ZEROS else start,

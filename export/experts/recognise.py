@@ -30,8 +30,9 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
     pass_by_copies(graph)
     loops = _loops(graph, notes)
     blocks, within = _pairs(graph, loops, notes)
-    blocks += find_dense(graph, blocks)
+    before = set(notes.lines)
     blocks += find_capacity(graph, notes)
+    blocks += find_dense(graph, blocks, notes.lines - before)
     for result, loop in loops.items():
         if result in within:
             continue

@@ -333,6 +333,48 @@ class OddExpert(FirstChoice):
         return torch.cat([*parts[:3], parts[3].tanh()])
 
 
+class Reversed(FirstChoice):
+    """The last expert's results stand where the first one's rows came from."""
+
+    def each(self, slots):
+        parts = slots.chunk(4)
+        return torch.cat([expert(parts[3 - number]) for number, expert in enumerate(self.experts)])
+
+
+class Flipped(FirstChoice):
+    """Results stand in the slots of other rows."""
+
+    def each(self, slots):
+        return self.stacked(slots).flip(1)
+
+
+class NextExpert(FirstChoice):
+    """Stacked weights, and results that stand at the next expert."""
+
+    def each(self, slots):
+        return self.stacked(slots).roll(1, 0)
+
+
+class OfSlots(nn.Linear):
+    """A bias for each of four slots, which all experts have alike."""
+
+    def __init__(self, shared):
+        super().__init__(16, 16)
+        self.of_slots = shared
+
+    def forward(self, slots):
+        return super().forward(slots) + self.of_slots
+
+
+class BiasOfSlots(FixedCapacity):
+    """What an expert adds depends on the slot."""
+
+    def __init__(self):
+        super().__init__()
+        shared = nn.Parameter(torch.randn(4, 16))
+        self.experts = nn.ModuleList(OfSlots(shared) for _ in range(4))
+
+
 class SoftMixture(Masked):
     """Soft MoE (arXiv:2308.00951): every slot is a mean of all tokens. No mask is sparse."""
 

@@ -113,6 +113,10 @@ REASONS = {
     models.MixedSlots: "the expert mixes rows",
     models.MixedExperts: "the experts mix their rows, or differ in more than their weights",
     models.OddExpert: "expert 3 computes something else than expert 0, at ",
+    models.Reversed: "expert 1 computes something else than expert 0, at ",
+    models.Flipped: "the expert mixes rows",
+    models.BiasOfSlots: "the experts read `p_model_experts_3_of_slots`, which differs from slot to slot",
+    models.NextExpert: "the experts mix their rows, or differ in more than their weights",
 }
 
 
