@@ -18,6 +18,7 @@ from torch import fx
 from moe_export.export.recurrence.loop import Loop, Made
 from moe_export.export.recurrence.match_iterations import Refusal, match_iterations
 from moe_export.export.recurrence.period import LEAST_ITERATIONS, Run, runs, sequence, signature, tokens
+from moe_export.export.recurrence.reads import Reads
 
 
 @dataclass
@@ -38,6 +39,7 @@ class Repeats:
     def __post_init__(self) -> None:
         self.nodes = sequence(self.graph)
         self.tokens = tokens(self.nodes)
+        self.reads = Reads(self.nodes)
         self._made: dict[fx.Node, Made] = {}
 
     def locate(self, node: fx.Node) -> Made | None:
@@ -72,7 +74,13 @@ def _find_more(traces: Sequence[Repeats]) -> bool:
     # Short periods first: a whole loop over layers has a longer period than the loop inside a layer.
     any_found = False
     for period in range(1, len(traces[0].nodes) // LEAST_ITERATIONS + 1):
-        found = [_candidates(trace, period) for trace in traces]
+        places = [(trace, list(runs(trace.tokens, period))) for trace in traces]
+        for trace, repeated in places:
+            for run in repeated:
+                _note_refusal(trace, run)
+        if not all(any(trace.reads.starts(run) for run in repeated) for trace, repeated in places):
+            continue  # of several traces, each has to have the loop
+        found = [_candidates(trace, repeated) for trace, repeated in places]
         chosen: list[tuple[Loop, ...]] = []
         for key, first in found[0].items():
             rows = [candidates.get(key, []) for candidates in found]
@@ -92,12 +100,19 @@ def _grows(iterations: Sequence[int]) -> bool:
     return all(fewer < more for fewer, more in itertools.pairwise(iterations))
 
 
-def _candidates(trace: Repeats, period: int) -> dict[Any, list[Loop]]:
-    """Loops of this period by the operators of their body, in trace order."""
+def _note_refusal(trace: Repeats, run: Run) -> None:
+    """Note why no loop begins where a run does, if none does."""
+    matched = match_iterations(trace.nodes, run.start, run.period, run.stop, trace.locate)
+    if isinstance(matched, Refusal):
+        trace.refusals.append(replace(matched, nodes=run.stop - run.start))
+
+
+def _candidates(trace: Repeats, places: Sequence[Run]) -> dict[Any, list[Loop]]:
+    """The loops in some runs by the operators of their body, in trace order."""
     found: dict[Any, list[Loop]] = defaultdict(list)
-    for run in runs(trace.tokens, period):
+    for run in places:
         start = run.start
-        while (loop := _best(trace, Run(start, run.stop, period))) is not None:
+        while (loop := _best(trace, replace(run, start=start))) is not None:
             found[signature([node for node in loop.nodes[0] if node is not None])].append(loop)
             last = next(node for row in reversed(loop.nodes) for node in reversed(row) if node is not None)
             start = trace.nodes.index(last, start) + 1
@@ -110,7 +125,7 @@ def _best(trace: Repeats, run: Run) -> Loop | None:
     The best has the most iterations, then the fewest carried values, then the fewest values that are used outside.
     """
     best: Loop | None = None
-    for start in range(run.start, min(run.start + 2 * run.period, run.stop - 3 * run.period + 1)):
+    for start in trace.reads.starts(run):
         matched = match_iterations(trace.nodes, start, run.period, run.stop, trace.locate)
         if isinstance(matched, Refusal):
             trace.refusals.append(replace(matched, nodes=run.stop - start))
