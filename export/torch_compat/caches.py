@@ -9,6 +9,8 @@ Of a small graph this was more than half of the time:
   what it was asked for, `collections.abc` does not;
 - what is known of each node's value, where types of numbers are made equal before translating: nearly all of them come
   out as the program already says, so only nodes that are new or changed there are run;
+- the layout of each value, which is noted beside what is known of it anyway: to find it, three conditions are decided
+  for each shape, and nobody reads it;
 - the program itself: an exporter has it decomposed, which traces all of it once more, whether or not there is an
   operator in it to decompose.
 
@@ -21,10 +23,12 @@ Seen in torch 2.13.0 and 2.14.1 with onnxscript 0.7.2.
 from __future__ import annotations
 
 import collections.abc
+import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -41,7 +45,7 @@ _KEY = "CompositeImplicitAutograd"
 def cache_patches() -> Iterator[None]:
     """Inside, `torch.export` and `torch.onnx.export` compute what they compute, faster."""
     with ExitStack() as stack:
-        for instead in (_registry, _registrations, _types, _known_values):
+        for instead in (_registry, _registrations, _types, _known_values, _layouts):
             stack.enter_context(instead())
         yield
 
@@ -153,6 +157,20 @@ def _known_values() -> Iterator[None]:
         return node.meta["val"]
 
     with mock.patch.object(interpreter, "run_node", run_node):
+        yield
+
+
+@contextmanager
+def _layouts() -> Iterator[None]:
+    """A trace notes shape, strides and dtype of a value (`tensor_meta`), not by which words its layout is called."""
+    from torch.fx.experimental import proxy_tensor
+
+    theirs: Callable[..., Any] | None = vars(proxy_tensor).get("_extract_tensor_metadata")
+    if theirs is None or "include_contiguity" not in inspect.getfullargspec(theirs).args:
+        yield
+        return
+    without = partial(theirs, include_contiguity=False)
+    with mock.patch.object(proxy_tensor, "_extract_tensor_metadata", without):
         yield
 
 

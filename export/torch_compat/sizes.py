@@ -3,6 +3,7 @@
 - `require` notes a condition that the code itself does not ask for. Why: `torch._check` is what PyTorch's own pages on
   torch.export name for it, underscore and all.
 - `undecided` answers a condition on numbers that only the data knows. Why: the tracer stops there and asks nobody.
+  `answers_given` tells whether one was asked for meanwhile.
 - `has_remainder` tells "can be divided by" from other conditions. Why: the classes of its symbolic expressions are
   private; by their names they would be told, too, but not whether one is inside another.
 - `fake_results_cached`. Why: the setting is documented as an environment variable only, which is read at import.
@@ -22,6 +23,8 @@ import torch
 import torch._dynamo.config as dynamo_config
 from torch.fx.experimental import symbolic_shapes
 from torch.utils._sympy.functions import Mod, PythonMod
+
+_ANSWERED = [0]  # how many
 
 
 def require(condition: bool | torch.SymBool) -> None:
@@ -52,6 +55,7 @@ def undecided(answer: Callable[[Any, Any], bool | None]) -> Iterator[None]:
         try:
             return original(self, expression, *args, **kwargs)
         except symbolic_shapes.GuardOnDataDependentSymNode:
+            _ANSWERED[0] += 1
             value = answer(self, expression)
             if value is None:
                 raise
@@ -59,6 +63,11 @@ def undecided(answer: Callable[[Any, Any], bool | None]) -> Iterator[None]:
 
     with mock.patch.object(symbolic_shapes.ShapeEnv, "evaluate_expr", evaluate):
         yield
+
+
+def answers_given() -> int:
+    """How often a condition has been put to somebody so far, since the process began."""
+    return _ANSWERED[0]
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from moe_export.export.frontend.source import last_model_line
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.torch_compat.caches import cache_patches
 from moe_export.export.torch_compat.failures import depends_on_values
+from moe_export.export.torch_compat.fake_results import fake_results_remembered
 from moe_export.export.torch_compat.higher_order import closures_lifted
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import fake_results_cached, sizes_fixed
@@ -206,15 +207,17 @@ def functional(traced: Traced) -> Traced:
 def _decomposing(*, free: bool) -> Iterator[None]:
     """What holds while operators are traced.
 
-    The cache of fake results is slower than none where sizes are symbols: twice, with loops over experts. Where all
-    are numbers it saves a third. With opt_einsum, torch.einsum compares sizes to choose a path, which would fix them;
-    the path is chosen later, by the einsum rewriting.
+    PyTorch's cache of fake results is slower than none where sizes are symbols: twice, with loops over experts. Where
+    all are numbers it saves a third. Ours knows what it has seen under other names of sizes. With opt_einsum,
+    torch.einsum compares sizes to choose a path, which would fix them; the path is chosen later, by the einsum
+    rewriting.
     """
     with (
         torch.no_grad(),
         cache_patches(),
         torch.backends.opt_einsum.flags(enabled=False),
         fake_results_cached(not free),
+        fake_results_remembered(),
     ):
         yield
 

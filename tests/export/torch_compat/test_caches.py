@@ -12,6 +12,7 @@ import torch._ops
 from canaries import canary
 from slow_cases import slow
 from torch._export import utils
+from torch.fx.experimental import proxy_tensor
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from moe_export.export.torch_compat.caches import cache_patches, decomposed_if_needed
@@ -279,6 +280,17 @@ def test_canary_types_of_kernels_are_written_with_collections_abc():
         theirs = torch._ops.Callable
         with cache_patches():
             assert torch._ops.Callable is not theirs
+
+
+def test_canary_a_trace_notes_the_layout_of_each_value():
+    with slower(
+        "torch.fx.experimental.proxy_tensor._extract_tensor_metadata(include_contiguity) finds the layout"
+    ):
+        theirs = proxy_tensor._extract_tensor_metadata
+        assert theirs(X).memory_format is torch.contiguous_format
+        with cache_patches():
+            ours = proxy_tensor._extract_tensor_metadata(X)
+        assert ours == theirs(X)._replace(memory_format=None)
 
 
 def test_canary_an_exporter_asks_the_program_to_decompose_itself(monkeypatch):
