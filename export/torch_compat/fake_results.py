@@ -158,7 +158,7 @@ class _Call:
     """A call that is looked up.
 
     Attributes:
-        sizes: The symbolic sizes that it was given, in order.
+        sizes: The sizes that it was given and that are no numbers, in order.
         tensors: Its tensors, in order.
     """
 
@@ -211,9 +211,9 @@ class _Call:
     def _size(self, size: torch.SymInt) -> Any:
         """A size up to the names of symbols that only data knows."""
         expression = size.node.expr
-        self.sizes.append(size)
-        if expression.is_number:
+        if expression.is_number:  # a size that the trace has fixed meanwhile: as good as a number
             return int(expression)
+        self.sizes.append(size)
         formula, symbols = self._formula(expression)
         numbers = (self._unknown.setdefault(symbol, len(self._unknown)) for symbol in symbols)
         return (formula, *numbers)

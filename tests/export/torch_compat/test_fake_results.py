@@ -49,6 +49,18 @@ class Mixture(nn.Module):
         return out
 
 
+class Weighted(Mixture):
+    """The same with a weight for each row, whose width the trace finds out to be fixed as it goes."""
+
+    def forward(self, x):
+        weights, chosen = self.router(x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(chosen == number)
+            out[token] += weights[token, slot, None] * expert(x[token])
+        return out
+
+
 class Called(nn.Module):
     """A function as a module: (n, 4) → anything."""
 
@@ -104,6 +116,7 @@ def sizes(x):
 tied = Expert()
 MODELS = {
     "alike": lambda: Mixture(*(Expert() for _ in range(5))),
+    "weighted": lambda: Weighted(*(Expert() for _ in range(3))),
     "another hidden size": lambda: Mixture(Expert(), Expert(), Expert(hidden=8), Expert()),
     "another activation": lambda: Mixture(Expert(), Expert(activation=torch.sigmoid), Expert()),
     "another scale": lambda: Mixture(Expert(), Expert(scale=2.0), Expert(scale=2), Expert()),
@@ -132,7 +145,7 @@ def told(program):
 
 def exported(module):
     with torch.no_grad():
-        args, free = (torch.randn(5, 4),), ({0: Dim.DYNAMIC},)
+        args, free = (torch.randn(5, 4),), ({0: Dim.AUTO, 1: Dim.AUTO},)  # the second is fixed by the first layer
         return told(torch.export.export(module.eval(), args, dynamic_shapes=free, strict=False))
 
 
