@@ -145,7 +145,8 @@ def told(program):
 
 def exported(module):
     with torch.no_grad():
-        args, free = (torch.randn(5, 4),), ({0: Dim.AUTO, 1: Dim.AUTO},)  # the second is fixed by the first layer
+        args = (torch.randn(5, 4),)
+        free = ({0: Dim.AUTO, 1: Dim.AUTO},)  # the second is fixed by the first layer
         return told(torch.export.export(module.eval(), args, dynamic_shapes=free, strict=False))
 
 
