@@ -8,7 +8,7 @@ the first value of which it is not known what its axes run over.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from moe_export.export.experts.notes import named
 from moe_export.export.experts.pairs import Loop
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import ancestors, descendants, is_float, is_size
+from moe_export.export.gates.tokens import as_token_choice
 from moe_export.export.tracing.weight_inputs import is_weight
 
 _aten = torch.ops.aten
@@ -48,6 +49,7 @@ _PRODUCTS = {
 }  # fmt: skip
 _ON_WEIGHTS = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten._to_copy.default}
 _JOINS = {_aten.cat.default, _aten.stack.default}
+_OF_STACKS = {_aten.bmm.default, _aten.baddbmm.default, _aten.matmul.default, _aten.einsum.default}
 _STACK_RANK = 3  # stacked matrices (E, a, b)
 
 
@@ -81,11 +83,13 @@ def reasons_left(
     meanings, told = meanings_of(graph), set[fx.Node]()
     for chain in left:
         way = Way.back_from(chain, meanings)
-        told |= way.choices
+        told |= way.nodes
         if way.lines.isdisjoint(noted):
             yield line_of(chain[0].meta.get("stack_trace")), _reason(chain, way, loops)
-    for first, way in _unrecognised(graph, choices, meanings):
-        if way.choices.isdisjoint(told) and way.lines.isdisjoint(noted):
+    for first, way, choice in _unrecognised(graph, choices, meanings, _weights(blocks)):
+        if choice.tokens is not None and choice.operator not in told:
+            yield line_of(first.meta.get("stack_trace")), _chosen_by_experts(choice)
+        elif choice.tokens is None and way.choices.isdisjoint(told) and way.lines.isdisjoint(noted):
             yield line_of(first.meta.get("stack_trace")), way.why(loops)
 
 
@@ -95,9 +99,7 @@ def _left_writes(graph: fx.Graph, blocks: Sequence[Experts]) -> Iterator[list[fx
     if not writes:
         return
     taken = {node for block in blocks for node in _of_block(block)}
-    weights = {
-        each for block in blocks for weight in block.weights for each in (*weight.separate, weight.stack)
-    }
+    weights = _weights(blocks)
     seen = set[fx.Node]()
     for node in sorted(writes, reverse=True):
         if node in seen:
@@ -108,6 +110,10 @@ def _left_writes(graph: fx.Graph, blocks: Sequence[Experts]) -> Iterator[list[fx
         understood = all(weights & {product.weight, *product.weight.all_input_nodes} for product in products)
         if taken.isdisjoint(chain) and not understood and _are_several(products):
             yield chain
+
+
+def _weights(blocks: Sequence[Experts]) -> set[fx.Node | None]:
+    return {each for block in blocks for weight in block.weights for each in (*weight.separate, weight.stack)}
 
 
 def _where_to(write: fx.Node) -> fx.Node | None:
@@ -232,53 +238,92 @@ def _are_several(products: Sequence[_Product]) -> bool:
 
 
 def _reason(chain: Sequence[fx.Node], way: Way, loops: Mapping[fx.Node, Loop]) -> str:
+    by_experts = next((found for node in sorted(way.nodes) if (found := as_token_choice(node))), None)
+    if by_experts is not None:
+        return _chosen_by_experts(by_experts)
     mask = _where_to(chain[-1])
     if not way.known(loops) and mask is not None:
         return f"no choice among experts is seen that its rows come from, which {named(mask)} gives"
     return way.why(loops)
 
 
+def _chosen_by_experts(choice: Choice) -> str:
+    return f"its experts choose their tokens, by {named(choice.operator)}, and no token chooses its experts"
+
+
 def _not_covered(graph: fx.Graph, blocks: Sequence[Experts]) -> tuple[Choice, ...]:
-    """The choices that no block comes from."""
-    choices = [choice for choice in map(as_choice, graph.nodes) if choice is not None]
+    """The choices that no block comes from, of experts among tokens, too."""
+    choices = [
+        choice for node in graph.nodes if (choice := as_choice(node) or as_token_choice(node)) is not None
+    ]
     covered = ancestors(block.indices for block in blocks)
     return tuple(choice for choice in choices if choice.operator not in covered)
 
 
 def _unrecognised(
-    graph: fx.Graph, choices: Sequence[Choice], known: Meanings
-) -> Iterator[tuple[fx.Node, Way]]:
+    graph: fx.Graph, choices: Sequence[Choice], known: Meanings, taken: Collection[fx.Node | None]
+) -> Iterator[tuple[fx.Node, Way, Choice]]:
     """Each group of experts of some choices.
 
+    Args:
+        graph: The traced program.
+        choices: The choices that no block comes from.
+        known: What axes mean.
+        taken: Weights of blocks.
+
     Yields:
-        The first value that their weights are used for, and the values from the choice to where the two meet.
+        The first value that their weights are used for, the values from the choice to where the two meet, a choice.
     """
     groups: dict[frozenset[Extent], list[Choice]] = {}
     for choice in choices:
-        groups.setdefault(frozenset(known.axes(choice.scores)[-1]), []).append(choice)
-    for experts, group in groups.items():
-        made = [node for node in graph.nodes if _is_of_all(node, known, experts)]
+        axes = known.axes(choice.scores)
+        experts = (
+            axes[-1] if choice.tokens is None else leaves(axes[: choice.tokens] + axes[choice.tokens + 1 :])
+        )
+        groups.setdefault(frozenset(experts), []).append(choice)
+    for extents, group in groups.items():
+        after = descendants(choice.operator for choice in group)
+        made = [
+            node
+            for node in graph.nodes
+            if node not in taken
+            and (_is_of_all(node, known, extents) or _are_as_many(node, after, group[0].experts))
+        ]
         below = descendants(made)
-        own = descendants(choice.operator for choice in group) & _leading(graph, below) - {
-            graph.output_node()
-        }
+        own = after & _leading(graph, below) - {graph.output_node()}
         if not own.isdisjoint(below):
             users = [user for node in made for user in node.users]
-            yield min(users), Way(frozenset(own), known)
+            yield min(users), Way(frozenset(own), known), group[0]
 
 
-def _is_of_all(node: fx.Node, known: Meanings, experts: Iterable[Extent]) -> bool:
+def _is_of_all(node: fx.Node, known: Meanings, experts: Collection[Extent]) -> bool:
     """Whether a value is stacked weights of these experts, or what their modules computed, put together."""
     axes = known.axes(node)
     if is_weight(node):
         return rank_of(node) >= _STACK_RANK and not set(leaves(axes)).isdisjoint(experts)
-    if node.target not in _JOINS or set(leaves(axes)).isdisjoint(experts):
+    if node.target not in _JOINS or not axes:
         return False
-    parts, axis = arguments(node)[0], (*arguments(node), 0)[1]
-    if len(parts) < 2 or set(axes[axis]).isdisjoint(experts):
+    return not set(axes[(*arguments(node), 0)[1]]).isdisjoint(experts) and _differ_in_weights(
+        arguments(node)[0]
+    )
+
+
+def _are_as_many(node: fx.Node, after: Collection[fx.Node], count: int) -> bool:
+    """The same by their number, for what a choice led to: rows may stand in a buffer whose axes say nothing."""
+    parts = arguments(node)[0] if node.target in _JOINS else ()
+    if node in after:
+        return len(parts) == count and _differ_in_weights(parts)
+    if not (is_weight(node) or (parts and all(map(is_weight, parts)))):
         return False
+    users = set(node.users)
+    users |= {each for user in users if user.target in _ON_WEIGHTS for each in user.users}
+    is_used = any(user in after and user.target in _OF_STACKS for user in users)
+    return is_used and rank_of(node) >= _STACK_RANK and shape_of(node)[0] == count
+
+
+def _differ_in_weights(parts: Sequence[fx.Node]) -> bool:
     weights = [{each for each in ancestors([part]) if is_weight(each)} for part in parts[:2]]
-    return weights[0] != weights[1]
+    return len(parts) > 1 and weights[0] != weights[1]
 
 
 def _leading(graph: fx.Graph, ends: set[fx.Node]) -> set[fx.Node]:

@@ -114,6 +114,72 @@ class IntoGrid(Stacked):
         return rows.view(-1, self.k, x.shape[1]).sum(1)
 
 
+class IntoBuffer(Stacked):
+    """Rows are added into a buffer of so many places an expert, and one for those that found none."""
+
+    def moe(self, x, weights, indices):
+        up, down = self.stacked()
+        marks = F.one_hot(indices.flatten(), self.num_experts)
+        place = (marks.cumsum(0) * marks).sum(-1) - 1
+        to = torch.where(place < 8, indices.flatten() * 8 + place, self.num_experts * 8)
+        buffer, width = x.new_zeros(self.num_experts * 8 + 1, x.shape[1]), x.shape[1]
+        buffer.index_add_(0, to, x.repeat_interleave(self.k, 0))
+        slots = buffer[:-1].view(self.num_experts, 8, width)
+        slots = torch.bmm(F.gelu(torch.bmm(slots, up.transpose(1, 2))), down.transpose(1, 2))
+        rows = torch.cat([slots.view(-1, width), x.new_zeros(1, width)])[to]
+        return (rows.view(-1, self.k, width) * weights[..., None]).sum(1)
+
+
+class ModulesOnBuffer(Block):
+    """The same for one expert a token, with experts that are modules."""
+
+    def moe(self, x, weights, indices):
+        chosen, width = indices[:, 0], x.shape[1]
+        marks = F.one_hot(chosen, self.num_experts)
+        place = ((marks.cumsum(0) * marks).sum(-1) - 1).clamp(max=19)
+        to = chosen * 20 + place
+        buffer = x.new_zeros(self.num_experts * 20, width).index_add(0, to, x)
+        slots = buffer.view(self.num_experts, 20, width).unbind(0)
+        rows = torch.stack([expert(mine) for expert, mine in zip(self.experts, slots, strict=True)])
+        return rows.view(-1, width)[to] * weights[:, :1]
+
+
+class ExpertsChoose(Stacked):
+    """Each expert chooses two tokens (arXiv:2202.09368)."""
+
+    def forward(self, x):
+        tokens, (up, down) = x.reshape(-1, x.shape[-1]), self.stacked()
+        weights, chosen = self.gate(tokens).softmax(-1).topk(2, 0)
+        rows = torch.bmm(F.gelu(torch.bmm(tokens[chosen.t()], up.transpose(1, 2))), down.transpose(1, 2))
+        rows = (rows * weights.t()[..., None]).reshape(-1, x.shape[-1])
+        return torch.zeros_like(tokens).index_add(0, chosen.t().reshape(-1), rows).view(x.shape)
+
+
+class ModulesChoose(Block):
+    """The same in a loop over modules."""
+
+    def forward(self, x):
+        tokens = x.reshape(-1, x.shape[-1])
+        weights, chosen = self.gate(tokens).softmax(-1).topk(2, 0)
+        out = torch.zeros_like(tokens)
+        for number, expert in enumerate(self.experts):
+            token = chosen[:, number]
+            out.index_add_(0, token, expert(tokens[token]) * weights[:, number, None])
+        return out.view(x.shape)
+
+
+class MasksOfChoosers(Stacked):
+    """The same with the tokens that each expert chose as one-hot masks in einsums."""
+
+    def forward(self, x):
+        tokens, (up, down) = x.reshape(-1, x.shape[-1]), self.stacked()
+        weights, chosen = self.gate(tokens).softmax(-1).t().topk(2, -1)
+        marks = F.one_hot(chosen, tokens.shape[0]).to(x.dtype)
+        rows = torch.einsum("ecn,nd->ecd", marks, tokens)
+        rows = torch.bmm(F.gelu(torch.bmm(rows, up.transpose(1, 2))), down.transpose(1, 2))
+        return torch.einsum("ecn,ec,ecd->nd", marks, weights, rows).view(x.shape)
+
+
 class FirstRows(Block):
     """Each expert takes its first three tokens, and puts its rows in their place."""
 

@@ -33,6 +33,11 @@ LOST = {
     models.AllAtAll: ("of which tokens and experts the result of `gather`", "rows.gather(1"),
     models.NotZero: ("of which tokens and experts the result of `einsum`", 'einsum("ne,end->nd"'),
     models.IntoGrid: ("of which tokens and experts the result of `index_put`", "grid.index_put("),
+    models.IntoBuffer: ("of which tokens and experts the result of `index_add`", "buffer.index_add_("),
+    models.ModulesOnBuffer: ("of which tokens and experts the result of `index_add`", ".index_add(0, to, x)"),
+    models.ExpertsChoose: ("its experts choose their tokens, by `topk`", ".topk(2, 0)"),
+    models.ModulesChoose: ("its experts choose their tokens, by `topk`", ".topk(2, 0)"),
+    models.MasksOfChoosers: ("its experts choose their tokens, by `topk`", ".topk(2, -1)"),
     models.FirstRows: ("of which tokens and experts the result of `slice`", "[:, 0][:3]"),
 }
 """Each way to dispatch: what the note says, and what stands on the line that it names."""
