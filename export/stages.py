@@ -252,7 +252,16 @@ def _quantize(draft: Draft, options: Options) -> Draft:
             hint="a larger --memory, if there is as much; without --calibrate, weights are rounded to the nearest",
         )
     files = [Path(file) for file in options.calibrate]
-    found = quantize(draft.model, options.scheme, options.quantize, files=files)
+    apart = replace(options, experts="slices", target="onnxruntime-cpu", simplify=False)
+    found = quantize(
+        draft.model,
+        options.scheme,
+        options.quantize,
+        files=files,
+        apart=(lambda: run(between("translate", "precision"), draft.program, apart).model)
+        if draft.program.blocks
+        else None,
+    )
     notes = (*draft.notes, *found.notes())
     if not found.weights:
         return replace(draft, notes=notes)

@@ -11,14 +11,18 @@ Moments of many experts are large (K = 4096: 128 MiB). So products are taken in 
 each with a graph of its own that ends there; what two products share, as an expert's gate and up, is taken once. Codes
 are kept, moments are not.
 
-Only products in the main graph with a weight of their own can be watched: experts as slices, and linear layers. Those
-of experts that are picked out of a stack (`loop`, `gather`, `blocks`), or that get all tokens (`dense`), are rounded to
-the nearest, and a note says so.
+Only products in the main graph with a weight of their own can be watched: experts as slices, and linear layers. Where
+experts are picked out of a stack (`loop`, `gather`, `blocks`, `contrib`), or get all tokens (`dense`), the model is
+written as slices once more, and what is watched there belongs to the expert of the stack that has the same elements:
+
+    W (E, K, N) ─ expert e ─▶ elements ═ W_e (K, N) of the graph with slices ─▶ its inputs ─▶ codes of expert e
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -31,7 +35,7 @@ from moe_export.errors import UsageError
 from moe_export.export.onnx.serialize import write_model
 from moe_export.export.precision.rounding import with_float32_kernels
 from moe_export.export.quantize.feedback import Moments, rounded_with_feedback
-from moe_export.export.quantize.find import Candidate
+from moe_export.export.quantize.find import Candidate, find_weights
 from moe_export.export.quantize.packed import Grid
 from moe_export.export.quantize.rounding import Array
 from moe_export.export.weights.files import open_weights
@@ -54,11 +58,20 @@ class _Watched:
 
 
 @dataclass(frozen=True)
+class _Place:
+    """One weight, an expert of a stack or all of what is none, and what it is multiplied with."""
+
+    grid: Grid
+    index: int
+    inputs: tuple[_Watched, ...]
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What became of a calibration.
 
     Attributes:
-        tokens: How many each weight got.
+        tokens: How many each weight got; those of a stack are called `W[expert]`.
         blind: Weights whose products cannot be watched.
     """
 
@@ -74,10 +87,7 @@ class Calibration:
         if unreached:
             yield f"no token of --calibrate reached, and rounded to the nearest: {_named(unreached)}"
         if self.blind:
-            yield (
-                "not calibrated, because their products are not in the graph one by one (--experts slices):"
-                f" {_named(self.blind)}"
-            )
+            yield (f"not calibrated, because no graph has their products one by one: {_named(self.blind)}")
 
 
 def _named(names: Sequence[str]) -> str:
@@ -86,7 +96,11 @@ def _named(names: Sequence[str]) -> str:
 
 
 def calibrate(
-    model: ir.Model, weights: Sequence[Candidate], grids: Mapping[str, Grid], files: Sequence[Path]
+    model: ir.Model,
+    weights: Sequence[Candidate],
+    grids: Mapping[str, Grid],
+    files: Sequence[Path],
+    apart: Callable[[], ir.Model] | None = None,
 ) -> Calibration:
     """Put weights on their grids by what they are multiplied with.
 
@@ -95,22 +109,67 @@ def calibrate(
         weights: Those that are to be packed, in it or a copy of it.
         grids: By the weights' names; they are given codes.
         files: The inputs, each a file of arrays by the graph's names.
+        apart: Makes the float graph of the same model in which each expert has products of its own.
 
     Raises:
         UsageError: A file cannot be read, or does not fit the graph.
     """
     watched = {weight.name: _inputs_of(weight) for weight in weights}
-    seen = {name: inputs for name, inputs in watched.items() if inputs}
+    seen = {name: _Place(grids[name], 0, inputs) for name, inputs in watched.items() if inputs}
+    tokens = _put_all(model, seen, files)
+    blind = [name for name, inputs in watched.items() if not inputs]
+    if blind and apart is not None:
+        other = apart()
+        stacked = _seen_apart(other, {name: grids[name] for name in blind})
+        for places in stacked.values():
+            tokens |= _put_all(other, places, files)
+        blind = [name for name in blind if name not in stacked]
+    return Calibration(tokens, tuple(blind))
+
+
+def _put_all(model: ir.Model, places: Mapping[str, _Place], files: Sequence[Path]) -> dict[str, int]:
+    """Round weights by what a graph multiplies them with; how many tokens each got."""
     tokens: dict[str, int] = {}
     with TemporaryDirectory(prefix="moe-export-") as folder:
-        for group in _groups(seen, grids):
-            moments = _moments(model, group, grids, files, Path(folder, "watched.onnx"))
-            for name in group:
+        for group in _groups(places):
+            moments = _moments(model, group, files, Path(folder, "watched.onnx"))
+            for name, place in group.items():
                 own = moments[name]
                 tokens[name] = own.tokens
                 if own.tokens:
-                    _put(grids[name], own)
-    return Calibration(tokens, tuple(name for name, inputs in watched.items() if not inputs))
+                    _put(place, own)
+    return tokens
+
+
+def _seen_apart(model: ir.Model, grids: Mapping[str, Grid]) -> dict[str, dict[str, _Place]]:
+    """Of stacks those whose experts all have products of their own in a graph, told by their elements."""
+    known: dict[bytes, list[tuple[_Watched, ...]]] = defaultdict(list)
+    for weight in find_weights(model, "*", whole=False)[0]:
+        inputs = _inputs_of(weight)
+        if inputs:
+            array = weight.source.array()
+            known[_elements(array if weight.axis == 0 else array.T)].append(inputs)
+    found: dict[str, dict[str, _Place]] = {}
+    for name, grid in grids.items():
+        left = {key: list(inputs) for key, inputs in known.items()}
+        places: dict[str, _Place] = {}
+        for index in range(grid.count):
+            same = left.get(_elements(grid.columns(index)))
+            if not same:
+                break
+            # Of experts that are alike, each is another one, in the order that they stand in.
+            inputs = same.pop(0) if len(same) > 1 else same[0]
+            places[f"{name}[{index}]" if grid.count > 1 else name] = _Place(grid, index, inputs)
+        if len(places) == grid.count:
+            found[name] = places
+    return found
+
+
+def _elements(columns: Array) -> bytes:
+    """What tells a weight (K, N) from others."""
+    told = hashlib.sha256(f"{columns.shape} {columns.dtype}".encode())
+    told.update(np.ascontiguousarray(columns).view(np.uint8).data)
+    return told.digest()
 
 
 def _inputs_of(weight: Candidate) -> tuple[_Watched, ...]:
@@ -128,35 +187,29 @@ def _inputs_of(weight: Candidate) -> tuple[_Watched, ...]:
     return tuple(found)
 
 
-def _groups(
-    seen: Mapping[str, tuple[_Watched, ...]], grids: Mapping[str, Grid]
-) -> Iterator[dict[str, tuple[_Watched, ...]]]:
+def _groups(places: Mapping[str, _Place]) -> Iterator[dict[str, _Place]]:
     """Weights whose moments fit in the room, those with the same inputs in one group."""
-    by_inputs: dict[tuple[_Watched, ...], list[str]] = {}
-    for name, inputs in seen.items():
-        by_inputs.setdefault(inputs, []).append(name)
-    group: dict[str, tuple[_Watched, ...]] = {}
+    by_inputs: dict[tuple[_Watched, ...], dict[str, _Place]] = {}
+    for name, place in places.items():
+        by_inputs.setdefault(place.inputs, {})[name] = place
+    group: dict[str, _Place] = {}
     taken = 0
-    for inputs, names in by_inputs.items():
-        size = 8 * grids[names[0]].summed ** 2
+    for own in by_inputs.values():
+        size = 8 * next(iter(own.values())).grid.summed ** 2
         if group and taken + size > _ROOM:
             yield group
             group, taken = {}, 0
-        group |= dict.fromkeys(names, inputs)
+        group |= own
         taken += size
     if group:
         yield group
 
 
 def _moments(
-    model: ir.Model,
-    group: Mapping[str, tuple[_Watched, ...]],
-    grids: Mapping[str, Grid],
-    files: Sequence[Path],
-    path: Path,
+    model: ir.Model, group: Mapping[str, _Place], files: Sequence[Path], path: Path
 ) -> dict[str, Moments]:
     """The moments of each weight of a group; weights with the same inputs share them."""
-    made = {inputs: Moments.none(grids[name].summed) for name, inputs in group.items()}
+    made = {place.inputs: Moments.none(place.grid.summed) for place in group.values()}
     names = {each.name for inputs in made for each in inputs}
     session = _ending_at(model, names, path)
     taken = [value.name for value in session.get_inputs()]
@@ -172,7 +225,7 @@ def _moments(
         for inputs, moments in made.items():
             for each in inputs:
                 moments.add(_rows(found[each.name], turned=each.turned))
-    return {name: made[inputs] for name, inputs in group.items()}
+    return {name: made[place.inputs] for name, place in group.items()}
 
 
 def _read(file: Path, names: Sequence[str]) -> dict[str, Array]:
@@ -221,8 +274,9 @@ def _ending_at(model: ir.Model, names: set[str], path: Path) -> Any:
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _put(grid: Grid, moments: Moments) -> None:
+def _put(place: _Place, moments: Moments) -> None:
     """Round a weight, and keep its codes."""
-    weight = grid.weight(0)
-    columns = weight if grid.axis == 0 else weight.T
-    grid.keep(rounded_with_feedback(columns, grid.scheme, moments, np_dtype(grid.scale_dtype)))
+    grid = place.grid
+    columns = grid.columns(place.index)
+    found = rounded_with_feedback(columns, grid.scheme, moments, np_dtype(grid.scale_dtype))
+    grid.keep(place.index, found)

@@ -21,6 +21,7 @@ from moe_export.export.onnx.bodies import bodies
 from moe_export.export.onnx.counted_sizes import without_counted
 from moe_export.export.onnx.provenance import BLOCK
 from moe_export.export.precision.mixed import behind_choices
+from moe_export.export.weights.recipe import Held, Recipe, recipe_of
 
 Kind = Literal["experts", "linear", "router", "recurrence"]
 _WORDS = {"experts": ("experts",), "linear": ("linear",), "all": ("experts", "linear")}
@@ -54,6 +55,15 @@ class Candidate:
     def name(self) -> str:
         """Of the weight."""
         return str(self.value.name)
+
+    @property
+    def source(self) -> Recipe:
+        """Its elements."""
+        recipe, tensor = recipe_of(self.value), self.value.const_value
+        if recipe is not None:
+            return recipe
+        assert tensor is not None
+        return Held(tensor.numpy, tensor.dtype, tuple(tensor.shape.numpy()))
 
 
 @dataclass(frozen=True)

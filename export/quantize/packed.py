@@ -45,7 +45,7 @@ class Grid:
     axis: int
     scheme: Scheme
     _fitted: dict[int, Fitted] = field(default_factory=dict, repr=False)
-    _kept: list[Rounded] = field(default_factory=list, repr=False)
+    _kept: dict[int, Rounded] = field(default_factory=dict, repr=False)
 
     @property
     def count(self) -> int:
@@ -90,8 +90,8 @@ class Grid:
 
     def rounded(self, index: int) -> Rounded:
         """One of the stacked weights on its grid."""
-        if self._kept:
-            return self._kept_here()
+        if index in self._kept:
+            return self._kept_here(index)
         weight, axis = self.weight(index), self.inner_axis
         found = self._fit(index, weight)
         codes = encoded(weight, axis, found.scales, found.zeros, self.scheme)
@@ -99,8 +99,8 @@ class Grid:
 
     def scales(self, index: int) -> tuple[Array, Array | None]:
         """Scales and zero points of one of the stacked weights."""
-        if self._kept:
-            return self._kept_here().scales, self._kept_here().zeros
+        if index in self._kept:
+            return self._kept_here(index).scales, self._kept_here(index).zeros
         found = self._fitted.get(index) or self._fit(index, self.weight(index))
         return found.scales, found.zeros
 
@@ -114,19 +114,24 @@ class Grid:
         """Whether codes are kept that are not those which are nearest."""
         return bool(self._kept)
 
-    def keep(self, found: Rounded) -> None:
-        """Take codes of this weight, which is no stack; they and their scales have the summed axis first."""
-        self._kept[:] = [replace(found, codes=found.codes.astype(np_dtype(self.scheme.stored)))]
+    def columns(self, index: int) -> Array:
+        """One of the stacked weights in float with the summed axis first, (K, N)."""
+        weight = self.weight(index)
+        return weight if self.inner_axis == 0 else weight.T
+
+    def keep(self, index: int, found: Rounded) -> None:
+        """Take codes of one of the stacked weights; they and their scales have the summed axis first."""
+        self._kept[index] = replace(found, codes=found.codes.astype(np_dtype(self.scheme.stored)))
 
     def turned(self) -> Grid:
         """The same of a weight (N, K) as (K, N), or the other way round."""
         source = Transposed(self.source, (1, 0))
         return Grid(source, 1 - self.axis, self.scheme, _kept=self._kept)
 
-    def _kept_here(self) -> Rounded:
-        (found,) = self._kept
+    def _kept_here(self, index: int) -> Rounded:
+        found = self._kept[index]
         codes = found.codes.astype(np.float32)
-        if self.axis == 0:
+        if self.inner_axis == 0:
             return replace(found, codes=codes)
         return Rounded(codes.T, found.scales.T, None if found.zeros is None else found.zeros.T, found.block)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +12,12 @@ import onnx_ir as ir
 from moe_export.errors import UsageError
 from moe_export.export.onnx.recipes import has_recipes
 from moe_export.export.quantize.calibrate import Calibration, calibrate
-from moe_export.export.quantize.find import Candidate, Left, find_weights
+from moe_export.export.quantize.find import Left, find_weights
 from moe_export.export.quantize.packed import Grid, values_of
 from moe_export.export.quantize.qmoe import split_moe
 from moe_export.export.quantize.scheme import Scheme
 from moe_export.export.quantize.write import Writer
-from moe_export.export.weights.recipe import Held, Recipe, RecipeTensor, recipe_of
+from moe_export.export.weights.recipe import RecipeTensor, recipe_of
 
 _FEW = 3
 """Weights that are named of those that are left in float; the others are counted."""
@@ -104,7 +104,13 @@ def _bytes(value: ir.Value) -> int:
 
 
 def quantize(
-    model: ir.Model, scheme: Scheme, asked: str, *, whole: bool = True, files: Sequence[Path] = ()
+    model: ir.Model,
+    scheme: Scheme,
+    asked: str,
+    *,
+    whole: bool = True,
+    files: Sequence[Path] = (),
+    apart: Callable[[], ir.Model] | None = None,
 ) -> Quantized:
     """Pack weights of a graph.
 
@@ -114,6 +120,7 @@ def quantize(
         asked: Which, as for `find_weights`.
         whole: Whether the graph is that of the whole model, so that each pattern matches a weight of it.
         files: Inputs that rounding goes by, for as many weights as they reach.
+        apart: Makes the float graph with a product for each expert, where stacked ones are seen one by one.
 
     Raises:
         UsageError: The opset is too low, a pattern matches no weight, or a file is none of inputs.
@@ -127,23 +134,14 @@ def quantize(
     found, left = find_weights(packed, asked, whole=whole)
     found, more = split_moe(found, scheme)
     left += more
-    grids = {weight.name: Grid(_source(weight), weight.axis, scheme) for weight in found}
-    calibration = calibrate(model, found, grids, files) if files and found else None
+    grids = {weight.name: Grid(weight.source, weight.axis, scheme) for weight in found}
+    calibration = calibrate(model, found, grids, files, apart) if files and found else None
     writer = Writer(packed, streamed=has_recipes(model))
     weights = tuple(Packed(weight.name, weight.kind, grids[weight.name]) for weight in found)
     for weight in found:
         writer.put(weight, grids[weight.name])
     others = len(split_moe(find_weights(packed, "all")[0], scheme)[0]) if not found else 0
     return Quantized(packed, model, _exact(model, weights), scheme, weights, tuple(left), others, calibration)
-
-
-def _source(weight: Candidate) -> Recipe:
-    recipe = recipe_of(weight.value)
-    if recipe is not None:
-        return recipe
-    tensor = weight.value.const_value
-    assert tensor is not None
-    return Held(tensor.numpy, tensor.dtype, tuple(tensor.shape.numpy()))
 
 
 def _exact(model: ir.Model, weights: Sequence[Packed]) -> ir.Model:

@@ -9,14 +9,17 @@ Letters: N outputs, K what a product sums over, E experts, g weights that share 
 | GPTQ | qweight (K / b, N), qzeros (K / g, N / b), scales (K / g, N), g_idx (K) | (code - zero - 1) * scale, turned |
 | AWQ | qweight (K, N / b), the others alike; words in another order | (code - zero) * scale, turned |
 | packed | W_packed (N, K / b), W_scale (N, K / g), W_shape, [W_zero_point, W_g_idx] | (code - zero) * scale |
+| bitsandbytes | W (N K / 2, 1), W.absmax (N K / g), W.quant_map (16), W.quant_state.* | quant_map[code] * absmax |
 
-Scales of 8 bits may belong to blocks of any shape; `packed` is compressed-tensors' `pack-quantized`.
+Scales of 8 bits may belong to blocks of any shape; `packed` is compressed-tensors' `pack-quantized`. NF4 and FP4 of
+bitsandbytes have blocks of the flat weight, whose scales may be stored in 8 bits in the same way (W.nested_*).
 A layout is recognised by names, shapes and types; `quantization_config` says only which of GPTQ's formats it is. What
 is read here are headers, and what says the order of groups.
 
 Sources: https://github.com/deepseek-ai/DeepSeek-V3 (inference/kernel.py), https://github.com/openai/gpt-oss
 (weights.py), https://github.com/AutoGPTQ/AutoGPTQ (qlinear_torch), https://github.com/casper-hansen/AutoAWQ
-(packing_utils), https://github.com/vllm-project/compressed-tensors (pack_quantized)
+(packing_utils), https://github.com/vllm-project/compressed-tensors (pack_quantized),
+https://github.com/bitsandbytes-foundation/bitsandbytes (functional.py: QuantState, dequantize_4bit)
 """
 
 from __future__ import annotations
@@ -47,8 +50,17 @@ _BIAS = 127
 _AWQ = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where in AWQ's words a code stands."""
 _CONFIGS = ("config.json", "quantize_config.json")
+_STATE = ".quant_state.bitsandbytes__"
+"""What stands in a name before the kind of bitsandbytes' codes of 4 bits."""
+_HIGH_FIRST = (1, 0)
+"""Where in bitsandbytes' bytes a code of 4 bits stands: the first in the upper half."""
 _BLOCKS = (16, 32, 64, 128, 256)
 """Sizes of blocks that a graph can have."""
+_OTHER = "no grid of a graph has so many bits, or blocks of their size"
+_UNEVEN = "steps between codes of a table are uneven, and DequantizeLinear has even ones"
+_ORDERED = (
+    "blocks of a graph are weights behind one another, and these groups are in the order of activations"
+)
 
 
 @dataclass(frozen=True)
@@ -59,17 +71,19 @@ class QuantizedWeight:
         recipe: Makes floats of them.
         tensors: Their names.
         options: The options that keep it as it is stored; empty if none do.
+        lost: Why none do.
     """
 
     recipe: Recipe
     tensors: tuple[str, ...]
     options: str
+    lost: str = _OTHER
 
 
 def note_on_stored(weights: Collection[QuantizedWeight]) -> tuple[str, ...]:
     """For the report: how weights are stored, and what keeps them so."""
-    counts = Counter(weight.options for weight in weights)
-    kept = (f"{count}: {options or 'no options keep them'}" for options, count in counts.most_common())
+    counts = Counter(weight.options or f"no options keep them ({weight.lost})" for weight in weights)
+    kept = (f"{count}: {options}" for options, count in counts.most_common())
     return (
         (f"weights that are stored quantized, and what keeps them as they are: {'; '.join(kept)}",)
         if weights
@@ -95,6 +109,8 @@ def quantized_weights(stored: Mapping[str, Recipe], folder: Path) -> dict[str, Q
             made = _of_gptq(stored, name.removesuffix("qweight"), settings)
         elif name.endswith("_packed"):
             made = _of_packed(stored, name.removesuffix("_packed"))
+        elif _STATE in name:
+            made = _of_bitsandbytes(stored, name)
         elif name.endswith("_blocks"):
             made = _of_mxfp4(stored, name.removesuffix("_blocks"))
         else:
@@ -161,6 +177,49 @@ def _power(exponents: Array) -> Array:
     return np.ldexp(np.float32(1), exponents.astype(np.int32) - _BIAS)
 
 
+def _of_bitsandbytes(stored: Mapping[str, Recipe], state: str) -> _Made:
+    """Codes of 4 bits of a table, in blocks of the flat weight.
+
+    Raises:
+        UsageError: Sizes do not fit together, or what is said of them cannot be read.
+    """
+    name = state.partition(_STATE)[0]
+    names = [name, f"{name}.absmax", f"{name}.quant_map"]
+    if any(each not in stored for each in names):
+        return None
+    try:
+        told = json.loads(stored[state].array().tobytes())
+        shape, block = tuple(int(size) for size in told["shape"]), int(told["blocksize"])
+        nested = (
+            (int(told["nested_blocksize"]), float(told["nested_offset"])) if "nested_offset" in told else None
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{state} does not say what {name} is: {error!r}") from None
+    words, scales, table = (stored[each] for each in names)
+    size = math.prod(shape)
+    if math.prod(words.shape) != -(-size // 2) or block < 1 or scales.shape != (-(-size // block),):
+        raise UsageError(
+            f"{name} is {list(words.shape)} with an absmax of {list(scales.shape)}, which is no weight of "
+            f"{list(shape)} in 4 bits and blocks of {block}"
+        )
+    if nested is not None:
+        more = [f"{name}.nested_absmax", f"{name}.nested_quant_map"]
+        if any(each not in stored for each in more):
+            raise UsageError(f"{name}.absmax is in 8 bits, and {' and '.join(more)} are not all there")
+        names += more
+        scales = _looked_up(scales, stored[more[1]], stored[more[0]], nested[0])
+        scales = Mapped(scales, lambda found: found + np.float32(nested[1]))
+    codes = Unpacked(Reshaped(words, (math.prod(words.shape),)), 0, 4, size, _HIGH_FIRST)
+    whole = _looked_up(codes, table, scales, block)
+    return name, QuantizedWeight(Reshaped(whole, shape), (*names, state), "", _UNEVEN)
+
+
+def _looked_up(codes: Recipe, table: Recipe, scales: Recipe, block: int) -> Recipe:
+    """`table[code] * scale` of flat codes."""
+    floats = table.array().astype(np.float32)
+    return Dequantized(Mapped(codes, lambda found: floats[found]), scales, None, (block,))
+
+
 def _of_gptq(stored: Mapping[str, Recipe], prefix: str, settings: Mapping[str, Any]) -> _Made:
     """GPTQ or AWQ: words along the summed axis, or along the outputs."""
     names = [f"{prefix}{each}" for each in ("qweight", "qzeros", "scales")]
@@ -188,7 +247,7 @@ def _of_gptq(stored: Mapping[str, Recipe], prefix: str, settings: Mapping[str, A
         scales, zeros, blocks = Picked(scales, 0, in_order), Picked(zeros, 0, in_order), (1, 1)
     whole = Transposed(Dequantized(codes, scales, zeros, blocks), (1, 0))
     tensors = (*names, *([index] if index in stored else []))
-    return f"{prefix}weight", QuantizedWeight(whole, tensors, options)
+    return f"{prefix}weight", QuantizedWeight(whole, tensors, options, _lost(in_order))
 
 
 def _one_more(zeros: Array) -> Array:
@@ -226,7 +285,8 @@ def _of_packed(stored: Mapping[str, Recipe], name: str) -> _Made:
         zeros = Picked(zeros, last, in_order) if zeros is not None else None
         scales, blocks, options = Picked(scales, last, in_order), (*blocks[:-1], 1), ""
     codes = Mapped(Unpacked(words, len(sizes) - 1, bits, sizes[-1]), lambda codes: _less(codes, middle))
-    return name, QuantizedWeight(Dequantized(codes, scales, zeros, blocks), tuple(names), options)
+    whole = Dequantized(codes, scales, zeros, blocks)
+    return name, QuantizedWeight(whole, tuple(names), options, _lost(in_order))
 
 
 def _less(codes: Array, middle: int) -> Array:
@@ -241,6 +301,10 @@ def _in_order(index: Recipe | None, group: int) -> Array | None:
     if (groups < 0).any() or (groups == np.arange(len(groups)) // group).all():
         return None
     return groups
+
+
+def _lost(in_order: Array | None) -> str:
+    return _OTHER if in_order is None else _ORDERED
 
 
 def _lined_up(scales: Recipe, shape: tuple[int, ...]) -> Recipe:

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from quantized_layouts import LAYOUTS, K, N, deepseek_v3, gptq, pack_quantized
+from quantized_layouts import LAYOUTS, K, N, deepseek_v3, gptq, nf4, nf4_with_nested_scales, pack_quantized
 from safetensors.torch import save_file
 from torch import nn
 
@@ -77,6 +77,9 @@ def test_a_module_of_codes_gets_codes(tmp_path):
         (deepseek_v3, "up.weight_scale_inv", (7, 3), r"scales of \[7, 3\] fit no weight of \[192, 320\]"),
         (gptq, "up.qzeros", (10, 23), r"up.qzeros is \[10, 23\], which fits no scales"),
         (pack_quantized, "up.weight_packed", (N, 7), "is no weight of"),
+        (nf4, "up.weight", (N * K // 2 - 1, 1), "which is no weight of"),
+        (nf4, "up.weight.absmax", (N * K // 64 + 1,), r"with an absmax of \[961\], which is no weight"),
+        (nf4, "up.weight.quant_state.bitsandbytes__nf4", (9,), "does not say what up.weight is"),
     ],
 )
 def test_shapes_that_do_not_fit_together(tmp_path, layout, name, shape, says):
@@ -84,4 +87,12 @@ def test_shapes_that_do_not_fit_together(tmp_path, layout, name, shape, says):
     tensors[name] = torch.zeros(shape, dtype=tensors[name].dtype)
     save_file(tensors, tmp_path / "model.safetensors")
     with pytest.raises(UsageError, match=says):
+        quantized_weights(open_weights(tmp_path), tmp_path)
+
+
+def test_scales_in_8_bits_without_their_own(tmp_path):
+    tensors, _, _ = nf4_with_nested_scales()
+    del tensors["up.weight.nested_absmax"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(UsageError, match=r"absmax is in 8 bits, and up\.weight\.nested_absmax"):
         quantized_weights(open_weights(tmp_path), tmp_path)

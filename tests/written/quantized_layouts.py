@@ -6,6 +6,8 @@ them (in the order of operations and the types that it has there), and the optio
 
 from __future__ import annotations
 
+import json
+
 import torch
 
 N, K = 192, 320
@@ -144,7 +146,55 @@ def mxfp4():
     return tensors, w, "--weights-dtype int8 --block-size 32"
 
 
+NF4 = torch.tensor([
+    -1.0, -0.6961928, -0.52507305, -0.3949175, -0.28444138, -0.18477343, -0.09105004, 0.0, 0.0795803, 0.1609302,
+    0.2461123, 0.33791524, 0.44070983, 0.562617, 0.72295684, 1.0,
+])  # fmt: skip
+
+
+def said(kind, **more):
+    text = json.dumps({"quant_type": kind, "blocksize": 64, "dtype": "float16", "shape": [N, K], **more})
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+
+def nf4(kind="nf4", table=NF4):
+    """Two codes in a byte, the first in the upper half; blocks of 64 of the flat weight."""
+    codes, scales = numbers(0, 16, N * K), torch.rand(N * K // 64, generator=draw())
+    tensors = {
+        "up.weight": (codes[::2] << 4 | codes[1::2]).to(torch.uint8)[:, None],
+        "up.weight.absmax": scales,
+        "up.weight.quant_map": table,
+        f"up.weight.quant_state.bitsandbytes__{kind}": said(kind),
+    }
+    return tensors, (table[codes] * scales.repeat_interleave(64)).view(N, K), ""
+
+
+def fp4():
+    return nf4("fp4", FLOAT4 / 6)
+
+
+def nf4_with_nested_scales():
+    """Blocks of 256 scales in 8 bits, around their mean."""
+    tensors, _, _ = nf4()
+    map8, scales8 = torch.linspace(-1, 1, 256), torch.rand(-(-N * K // 64 // 256), generator=draw())
+    codes8 = numbers(0, 256, N * K // 64).to(torch.uint8)
+    scales = map8[codes8.long()] * scales8.repeat_interleave(256)[: len(codes8)] + torch.tensor(0.7)
+    told = said("nf4", nested_blocksize=256, nested_offset=0.7, nested_dtype="float32")
+    tensors |= {
+        "up.weight.absmax": codes8,
+        "up.weight.nested_absmax": scales8,
+        "up.weight.nested_quant_map": map8,
+        "up.weight.quant_state.bitsandbytes__nf4": told,
+    }
+    words = tensors["up.weight"][:, 0].long()
+    codes = torch.stack([words >> 4, words & 15], 1).flatten()
+    return tensors, (NF4[codes] * scales.repeat_interleave(64)).view(N, K), ""
+
+
 LAYOUTS = [
+    nf4,
+    fp4,
+    nf4_with_nested_scales,
     deepseek_v3,
     fp8_of_each_output,
     fp8_of_the_whole,

@@ -101,11 +101,83 @@ def test_experts_that_no_token_reached_are_named_and_rounded_to_the_nearest(floa
             assert (weight.grid.rounded(0).codes == nearest[weight.name].rounded(0).codes).all()
 
 
-def test_experts_that_are_picked_out_of_a_stack_are_not_watched(float_graph, rows):
-    found = quantize(float_graph("loop"), INT4, "all", files=rows[0])
-    assert len(found.calibration.blind) == 3
-    assert len(found.calibration.tokens) == 3  # the shared expert's
-    assert any("not calibrated" in note and "--experts slices" in note for note in found.notes())
+def experts_of(found):
+    """Codes (E, K, N) by the experts' weights, whether they are stacked or not; the summed axis first."""
+    rows = {}
+    for weight in found.weights:
+        grid = weight.grid
+        for index in range(grid.count):
+            codes = grid.rounded(index).codes
+            rows[grid.columns(index).tobytes()] = codes if grid.inner_axis == 0 else codes.T
+    return rows
+
+
+@pytest.mark.parametrize("lowering", ["loop", "gather", "blocks", "dense"])
+@pytest.mark.parametrize("scheme", [INT4, Scheme.of("int8", None)], ids=["int4", "int8"])
+def test_experts_of_a_stack_get_the_tokens_of_each(float_graph, results, rows, lowering, scheme):
+    """As if they were apart: the same codes, to the last one."""
+    apart = quantize(float_graph("slices"), scheme, "experts", files=rows[0])
+    found = quantize(
+        float_graph(lowering), scheme, "experts", files=rows[0], apart=lambda: float_graph("slices")
+    )
+    assert len(found.weights) == 3
+    assert not found.calibration.blind
+    assert sorted(found.calibration.tokens.values()) == sorted(apart.calibration.tokens.values())
+    assert all(name.endswith("]") for name in found.calibration.tokens)
+    wanted, codes = experts_of(apart), experts_of(found)
+    assert wanted.keys() == codes.keys()
+    assert all((wanted[key] == codes[key]).all() for key in wanted)
+    np.testing.assert_allclose(
+        results(found.model)["output"], results(found.exact)["output"], rtol=1e-5, atol=1e-5
+    )
+
+
+def test_an_expert_of_a_stack_that_no_token_reached_is_named(float_graph, tmp_path):
+    files = [saved(tmp_path, np.ones((1, 1, 24)))]
+    found = quantize(float_graph("loop"), INT4, "experts", files=files, apart=lambda: float_graph("slices"))
+    note = next(note for note in found.notes() if "no token" in note)
+    unreached = [name for name, count in found.calibration.tokens.items() if not count]
+    assert len(unreached) == 6
+    assert unreached[0] in note
+    nearest = quantize(float_graph("loop"), INT4, "experts")
+    for weight, other in zip(found.weights, nearest.weights, strict=True):
+        for index in range(4):
+            same = (weight.grid.rounded(index).codes == other.grid.rounded(index).codes).all()
+            assert same or f"{weight.name}[{index}]" not in unreached
+
+
+def test_experts_that_are_alike_are_told_apart_by_their_order(float_graph, rows):
+    """Two experts of the same weights get different tokens, so they are rounded differently."""
+
+    def alike(model):
+        model = model.clone()
+        for name, value in model.graph.initializers.items():
+            if name.startswith("experts.3.") or (value.const_value.shape.rank() == 3 and "experts" in name):
+                twin = name.replace("experts.3.", "experts.1.")
+                array = value.const_value.numpy().copy()
+                if twin != name:
+                    array = model.graph.initializers[twin].const_value.numpy()
+                else:
+                    array[3] = array[1]
+                value.const_value = ir.tensor(array)
+        return model
+
+    apart = quantize(alike(float_graph("slices")), INT4, "experts", files=rows[0])
+    found = quantize(
+        alike(float_graph("loop")), INT4, "experts", files=rows[0],
+        apart=lambda: alike(float_graph("slices")),
+    )  # fmt: skip
+    counts = list(found.calibration.tokens.values())
+    assert sorted(counts) == sorted(apart.calibration.tokens.values())
+    assert len(set(counts[:4])) == 4
+
+
+def test_a_stack_whose_experts_stand_nowhere_apart_is_not_watched(float_graph, rows):
+    for apart in (None, lambda: float_graph("loop")):
+        found = quantize(float_graph("loop"), INT4, "all", files=rows[0], apart=apart)
+        assert len(found.calibration.blind) == 3
+        assert len(found.calibration.tokens) == 3  # the shared expert's
+        assert any("not calibrated, because no graph has their products" in note for note in found.notes())
 
 
 def test_few_moments_at_a_time_are_as_good(float_graph, rows, monkeypatch):

@@ -8,7 +8,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx_ir import tensor_adapters
-from quantized_layouts import LAYOUTS, gptq_in_the_order_of_activations, mxfp4
+from quantized_layouts import LAYOUTS, mxfp4
 from safetensors.torch import save_file
 
 from moe_export.export.quantize.earlier_grid import exact_scales, steps
@@ -19,7 +19,7 @@ from moe_export.export.weights.files import open_weights
 from moe_export.export.weights.layouts import quantized_weights
 from moe_export.verify import OnnxRuntimeRunner
 
-OWN = [layout for layout in LAYOUTS if layout is not gptq_in_the_order_of_activations]
+OWN = [layout for layout in LAYOUTS if layout()[2]]
 NARROW = [(layout, torch.float16) for layout in OWN if layout()[1].dtype is torch.float16]
 NARROW += [(layout, torch.bfloat16) for layout in OWN if "float8" in layout()[2]]  # as such models are used
 NARROW += [(mxfp4, torch.bfloat16)]
