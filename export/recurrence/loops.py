@@ -18,7 +18,6 @@ from torch import fx
 from moe_export.export.recurrence.loop import Loop, Made
 from moe_export.export.recurrence.match_iterations import Refusal, match_iterations
 from moe_export.export.recurrence.period import LEAST_ITERATIONS, Run, runs, sequence, signature, tokens
-from moe_export.export.recurrence.reads import Reads
 
 
 @dataclass
@@ -39,7 +38,6 @@ class Repeats:
     def __post_init__(self) -> None:
         self.nodes = sequence(self.graph)
         self.tokens = tokens(self.nodes)
-        self.reads = Reads(self.nodes)
         self._made: dict[fx.Node, Made] = {}
 
     def locate(self, node: fx.Node) -> Made | None:
@@ -75,11 +73,12 @@ def _find_more(traces: Sequence[Repeats]) -> bool:
     any_found = False
     for period in range(1, len(traces[0].nodes) // LEAST_ITERATIONS + 1):
         places = [(trace, list(runs(trace.tokens, period))) for trace in traces]
-        for trace, repeated in places:
-            for run in repeated:
-                _note_refusal(trace, run)
-        if not all(any(trace.reads.starts(run) for run in repeated) for trace, repeated in places):
-            continue  # of several traces, each has to have the loop
+        if not all(repeated for _, repeated in places):
+            # A loop is in each trace, but where one is inside of another, nearly every period is in one of them.
+            for trace, repeated in places:
+                for run in repeated:
+                    _note_refusal(trace, run)
+            continue
         found = [_candidates(trace, repeated) for trace, repeated in places]
         chosen: list[tuple[Loop, ...]] = []
         for key, first in found[0].items():
@@ -125,7 +124,7 @@ def _best(trace: Repeats, run: Run) -> Loop | None:
     The best has the most iterations, then the fewest carried values, then the fewest values that are used outside.
     """
     best: Loop | None = None
-    for start in trace.reads.starts(run):
+    for start in range(run.start, min(run.start + 2 * run.period, run.stop - 3 * run.period + 1)):
         matched = match_iterations(trace.nodes, start, run.period, run.stop, trace.locate)
         if isinstance(matched, Refusal):
             trace.refusals.append(replace(matched, nodes=run.stop - start))

@@ -39,12 +39,13 @@ from moe_export.export.recurrence.loop import (
     Written,
     split_part,
 )
-from moe_export.export.recurrence.operand import PART, SLICE, Read, View, atoms, filled, leaves_of
+from moe_export.export.recurrence.operand import PART, SLICE, Read, View, atoms, filled
 from moe_export.export.recurrence.period import LEAST_ITERATIONS
 from moe_export.export.sizes import fixed
 
 aten = torch.ops.aten
 
+_LEAVES = "leaves"
 _WRITING = (aten.select_scatter.default, aten.slice_scatter.default, aten.cat.default)
 Locate = Callable[[fx.Node], Made | None]
 
@@ -104,7 +105,7 @@ class _Matching:
         parts: list[list[Any]] = []
         starts: dict[Carried, tuple[Outside, ...]] = {}
         for position in range(self._period):
-            rows = [leaves_of(row[position]) for row in self._rows]
+            rows = [_leaves(row[position]) for row in self._rows]
             found = []
             for column in zip(*rows, strict=True):
                 part, iterations_here, reason = self._part(list(column), starts)
@@ -261,7 +262,7 @@ class _Matching:
         """Whether a node is this step of the iteration after the last full one."""
         if node.target is not step.target:
             return False
-        leaves, parts = leaves_of(node), atoms_of(step)
+        leaves, parts = _leaves(node), atoms_of(step)
         return len(leaves) == len(parts) and all(
             self._continued(leaf, part, row, iteration) for leaf, part in zip(leaves, parts, strict=True)
         )
@@ -283,6 +284,14 @@ class _Matching:
         if isinstance(part, Outside):
             return at_iteration(part, iteration) == Outside(self._base(leaf.base), leaf.path)
         return False
+
+
+def _leaves(node: fx.Node) -> list[Any]:
+    """What a node reads; cached in the node, as every place in a run is tried as the start of a loop."""
+    if _LEAVES not in node.meta:
+        node.meta[_LEAVES] = atoms((node.args, node.kwargs))
+    leaves: list[Any] = node.meta[_LEAVES]
+    return leaves
 
 
 def atoms_of(step: Step) -> list[Any]:

@@ -20,7 +20,6 @@ from moe_export.export.sizes import expression_of, fixed
 aten = torch.ops.aten
 
 SELECT, SLICE, PART = "select", "slice", "part"
-_LEAVES = "leaves"
 SIZE = "size of inputs"  # in the metadata of a node that is a sum or product of sizes of inputs
 
 
@@ -117,14 +116,6 @@ def atoms(argument: Any) -> list[Any]:
     if isinstance(argument, (tuple, list)):
         return [atom for value in argument for atom in atoms(value)]
     return [argument]
-
-
-def leaves_of(node: fx.Node) -> list[Any]:
-    """What a node reads; cached in the node, as every place in a run is tried as the start of a loop."""
-    if _LEAVES not in node.meta:
-        node.meta[_LEAVES] = atoms((node.args, node.kwargs))
-    leaves: list[Any] = node.meta[_LEAVES]
-    return leaves
 
 
 def layout(argument: Any) -> Any:

@@ -314,6 +314,19 @@ class Heads(nn.Module):
         return torch.stack(ys, dim=1)
 
 
+class ByChannel(nn.Module):
+    """A loop over time inside of one over channels; each writes one number a step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros_like(x)
+        for c in range(x.shape[2]):
+            h = torch.zeros_like(x[:, 0, 0])
+            for t in range(x.shape[1]):
+                h = torch.tanh(h + x[:, t, c])
+                y[:, t, c] = h * x[:, t].sum(-1)
+        return y
+
+
 class Sequential(nn.Module):
     """All states first, then one product with C, as mambapy has it."""
 
@@ -402,6 +415,7 @@ LOOPS: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "growing_cat": (GrowingCat(), (x,)),
     "time_first": (TimeFirst(), (randn(L, B, D),)),
     "heads": (Heads(), (x,)),
+    "by_channel": (ByChannel(), (x,)),
     "sequential": (Sequential(), (x, randn(B, L, D), randn(B, L, N), randn(B, L, N))),
     "time_last": (TimeLast(), (randn(B, D, N, L), randn(B, D, N, L), randn(B, L, N))),
     "reversed": (Reversed(), (x,)),
