@@ -21,6 +21,7 @@ replaces. All of them stand here, so that a new PyTorch breaks this folder and n
 | `transformers` | which of its own forms of a computation a model of transformers takes |
 | `checkpoints` | where in a checkpoint each tensor stands |
 | `caches` | what is computed anew at every trace and translation, computed once |
+| `fake_results` | what an operator gives for tensors of a shape, worked out once in a trace |
 | `exact_rules` | the optimizer's constants, compared exactly |
 | `rewrite_rules` | at which nodes the rules of the optimizer are tried |
 
