@@ -197,27 +197,6 @@ _RULES: dict[Any, Any] = {
 }
 
 
-def pushed(view: View, user: fx.Node, labels: Labels) -> View | None:
-    """A value after one more operator that only rearranges or casts it; None for any other operator."""
-    args, axes = arguments(user), list(view.axes)
-    if not args or args[0] is not view.node:
-        return None
-    if user.target in CASTS:
-        return View(user, view.axes)
-    if user.target in VIEWS:
-        found = labels.reshaped(view.axes, shape_of(user))
-        return None if found is None else View(user, found)
-    if user.target in TURNS:
-        return View(user, tuple(axes[axis] for axis in order_of(user)))
-    if user.target is _aten.unsqueeze.default:
-        place = int(args[1]) % (len(axes) + 1)
-        return View(user, (*axes[:place], (), *axes[place:]))
-    if user.target is _aten.squeeze.dim:
-        place = int(args[1]) % len(axes)
-        return View(user, view.axes if axes[place] else tuple(axes[:place] + axes[place + 1 :]))
-    return None
-
-
 def product_of(view: View, over: str = "") -> list[View] | None:
     """The factors of an einsum that only multiplies, or that also sums over one letter if `over` is its label.
 

@@ -15,7 +15,7 @@ from torch import fx, nn
 from moe_export.errors import RefusedError
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.notes import named
-from moe_export.float64 import agree, doubled, in_float64
+from moe_export.float64 import agree, doubled, wide_if_possible
 
 _PAIRS = 5
 _EXACT = 1e-9  # of the largest value: float64 rounds at 1e-16, and mixed rows differ by far more
@@ -41,18 +41,16 @@ def check_rows(experts: Experts, values: Mapping[fx.Node, torch.Tensor]) -> None
         for weight in experts.weights
     ]
     rest = [torch.zeros(1, dtype=torch.int64), *(values[node] for node in experts.shared), *first]
-    wide = list(map(doubled, rest))
+
+    def agrees_in(wide: bool) -> bool:
+        body = copy.deepcopy(experts.body).double() if wide else experts.body
+        given = list(map(doubled, rest)) if wide else rest
+        return _agrees(body, token, slot, given, _EXACT if wide else _ROUNDED)
+
     try:
-        with torch.no_grad(), in_float64():
-            agrees = _agrees(copy.deepcopy(experts.body).double(), token, slot, wide, _EXACT)
-    except Exception:  # an operator does not support float64
-        agrees = None
-    if agrees is None:
-        try:
-            with torch.no_grad():
-                agrees = _agrees(experts.body, token, slot, rest, _ROUNDED)
-        except Exception as error:
-            raise RefusedError(f"the expert cannot be run on other rows: {error}") from error
+        agrees, _ = wide_if_possible(agrees_in)
+    except Exception as error:
+        raise RefusedError(f"the expert cannot be run on other rows: {error}") from error
     if not agrees:
         known: nn.Module = experts.body
         node = _first_mixing(known, token, slot, rest) if isinstance(known, fx.GraphModule) else None

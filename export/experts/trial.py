@@ -25,7 +25,7 @@ from moe_export.export.experts.notes import named
 from moe_export.export.experts.one_expert import OneExpert
 from moe_export.export.gates.region import is_size
 from moe_export.export.sizes import expression_of, fixed
-from moe_export.float64 import agree, doubled, in_float64
+from moe_export.float64 import agree, doubled, wide_if_possible
 
 _ROWS = 3
 """Tokens, or slots, if their number is free; each further free axis gets one more, so that they differ."""
@@ -56,18 +56,12 @@ def check(one: OneExpert, instead: Mapping[fx.Node, fx.Node], chosen: fx.Node | 
         rows = [module(*trial.inputs(number, given, instead)).flatten(1) for number in range(count)]
         return (list(whole), rows) if len(whole) == count and chosen is None else ([whole.sum(0)], rows)
 
-    with torch.no_grad():
-        try:
-            with in_float64():
-                wanted, rows = found(True)
-            near = _EXACT
-        except Exception:  # an operator does not support float64
-            try:
-                wanted, rows = found(False)
-            except Exception as error:
-                why = str(error).strip().split("\n", 1)[0]
-                raise RefusedError(f"the experts cannot be run on other rows: {why}") from error
-            near = _ROUNDED.get(rows[0].dtype, _HALF)
+    try:
+        (wanted, rows), is_wide = wide_if_possible(found)
+    except Exception as error:
+        why = str(error).strip().split("\n", 1)[0]
+        raise RefusedError(f"the experts cannot be run on other rows: {why}") from error
+    near = _EXACT if is_wide else _ROUNDED.get(rows[0].dtype, _HALF)
     if chosen is None and not agree(wanted, rows, near):
         raise RefusedError("the experts mix their rows, or differ in more than their weights")
     if chosen is None:

@@ -12,9 +12,9 @@ from __future__ import annotations
 import copy
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -24,6 +24,7 @@ _WIDE = {
     **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
     **dict.fromkeys((torch.complex64, torch.complex32), torch.complex128),
 }
+_Found = TypeVar("_Found")
 _CASTS = {torch.Tensor.float, torch.Tensor.half, torch.Tensor.bfloat16}
 
 
@@ -110,6 +111,26 @@ def doubled(value: torch.Tensor) -> torch.Tensor:
     if value.is_complex():
         return value.to(torch.complex128)
     return value.double() if value.is_floating_point() else value
+
+
+def wide_if_possible(run: Callable[[bool], _Found]) -> tuple[_Found, bool]:
+    """What a computation gives in float64; in the types that it has where an operator does not support float64.
+
+    Args:
+        run: The computation. It is told whether its values are to be `doubled`.
+
+    Returns:
+        What it gives, and whether that is in float64.
+
+    Raises:
+        Exception: What the computation raises in the types that it has.
+    """
+    with torch.no_grad():
+        try:
+            with in_float64():
+                return run(True), True
+        except Exception:
+            return run(False), False
 
 
 def double_module(module: nn.Module) -> nn.Module:
