@@ -29,6 +29,7 @@ from moe_export.errors import RefusedError
 from moe_export.export.axes.analysis import meanings_of
 from moe_export.export.axes.extents import Axis as MeantAxis
 from moe_export.export.axes.meaning import Meanings
+from moe_export.export.axes.operators import CASTS, TURNS, VIEWS
 from moe_export.export.axes.shapes import argument, arguments, rank_of, shape_of
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.canonical import value_numbering
@@ -182,13 +183,7 @@ def _readings(end: _Contraction, mask: fx.Node) -> Iterator[tuple[dict[str, Axis
                 yield {letters[0]: ("e", "c")}, {"e": sizes[axis], "c": sizes[axis + 1]}
                 yield {letters[0]: ("c", "e")}, {"c": sizes[axis], "e": sizes[axis + 1]}
                 return
-        source = arguments(source)[0] if source.args and source.target in _MOVES else None
-
-
-_MOVES = {
-    _aten.view.default, _aten.reshape.default, _aten._to_copy.default, _aten.type_as.default,
-    _aten.permute.default, _aten.transpose.int, _aten.t.default, _aten.clone.default,
-}  # fmt: skip
+        source = arguments(source)[0] if source.args and source.target in CASTS | TURNS | VIEWS else None
 
 
 def _understood(masks: _Masks, known: Meanings) -> Experts:

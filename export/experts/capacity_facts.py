@@ -32,11 +32,6 @@ from moe_export.export.experts.capacity_views import (
 from moe_export.export.sizes import fixed, is_at_most, same_size
 
 _aten = torch.ops.aten
-_COMPARISONS = {
-    _aten.lt.Scalar, _aten.le.Scalar, _aten.gt.Scalar, _aten.ge.Scalar, _aten.eq.Scalar, _aten.ne.Scalar,
-    _aten.lt.Tensor, _aten.le.Tensor, _aten.gt.Tensor, _aten.ge.Tensor, _aten.eq.Tensor, _aten.ne.Tensor,
-    _aten.logical_not.default, _aten.bitwise_not.default,
-}  # fmt: skip
 _SCATTERS = {_aten.scatter.value, _aten.scatter_.value}
 _WHERE = {_aten.where.self, _aten.where.ScalarOther}
 _SUMS = {_aten.sum.dim_IntList, _aten.amax.default, _aten.any.dim}
@@ -138,7 +133,7 @@ class Facts:
             return True
         if node.op != "call_function":
             return False
-        if node.target is _aten.one_hot.default or node.target in _COMPARISONS or self.choice(view):
+        if node.target is _aten.one_hot.default or self.choice(view):
             return True
         if node.target in BOTH:
             return all(self.is_mask(each) for each in self.labels.operands(view) or [View(node, ())])
