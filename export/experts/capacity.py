@@ -100,9 +100,10 @@ def find_capacity(graph: fx.Graph, notes: Notes) -> Iterator[Experts]:
         for end in _contractions(node):
             if len(end.only(0)) != 1 or len(end.only(1)) != 1 or not 1 <= len(end.shared(kept=False)) <= 2:
                 continue
-            value_numbers, known = value_numbers or value_numbering(graph), known or meanings_of(graph)
+            value_numbers = value_numbers or value_numbering(graph)
             why: Exception | None = None
             for masks in _masks(end, value_numbers):
+                known = known or meanings_of(graph)
                 try:
                     yield _understood(masks, known)
                 except RefusedError as error:
