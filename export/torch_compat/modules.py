@@ -1,8 +1,10 @@
-"""What `nn.Module` keeps under private names, and calls of modules that are seen or answered.
+"""What `nn.Module` keeps under private names, and calls and lookups of modules that are seen or answered.
 
 - `calls_of_modules`, `conversions`: a patch of `nn.Module.__call__` and of `nn.Module.to`. Why: PyTorch's public hook
   for all modules (`register_module_forward_pre_hook`) is not given the keyword arguments of a call, and none is called
   for `to`.
+- `lookups`: a patch of `nn.ModuleList.__getitem__`. Why: a list of modules makes a Python integer of what it is looked
+  up by, and has no hook.
 - `compiled_inside`: what `torch.compile` was given, and `module.compile()` taken back. Why: neither can be asked.
 - `tables_of`: the dicts of parameters, buffers and submodules themselves. Why: `named_parameters` and its like give
   what is in them, and a dict can only be put back as it was by who holds it.
@@ -43,6 +45,19 @@ def conversions(to: Callable[..., nn.Module]) -> Iterator[None]:
         return to(original, module, *args, **kwargs)
 
     with mock.patch.object(nn.Module, "to", convert):
+        yield
+
+
+@contextmanager
+def lookups(instead: Callable[[nn.ModuleList, Any], Any]) -> Iterator[None]:
+    """While it runs, `modules[index]` is `instead(modules, index)`, and as ever where that is None."""
+    original = nn.ModuleList.__getitem__
+
+    def item(modules: nn.ModuleList, index: Any) -> Any:
+        found = None if isinstance(index, (int, slice)) else instead(modules, index)
+        return original(modules, index) if found is None else found
+
+    with mock.patch.object(nn.ModuleList, "__getitem__", item):
         yield
 
 

@@ -118,11 +118,11 @@ def without_numbers(arguments: Any) -> Any:
 def call_with(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> Any:
     """Call a function of PyTorch, some of whose arguments may be such numbers."""
     if function is torch.Tensor.__getitem__:
-        return _element(args[0], args[1] if isinstance(args[1], tuple) else (args[1],))
+        return element(args[0], args[1] if isinstance(args[1], tuple) else (args[1],))
     return function(*without_numbers(args), **without_numbers(kwargs or {}))
 
 
-def _element(tensor: torch.Tensor, index: tuple[Any, ...]) -> torch.Tensor:
+def element(tensor: torch.Tensor, index: tuple[Any, ...]) -> torch.Tensor:
     """`tensor[index]`; where a number stands, the axis is looked up in and goes."""
     places = [place for place, each in enumerate(index) if isinstance(each, AskedNumber)]
     if not places:

@@ -80,6 +80,7 @@ class Decisions:
         apart: Lines of questions about masks of rows that are no questions about experts.
         places: `file:line` of each decision that was followed.
         loops: `file:line` of each loop whose number of steps only the graph knows.
+        lookups: `file:line` where one of some modules is looked up by a number that only the graph knows.
         ended: `file:line` of each decision one way of which ends the model, and which answer leads there.
         open: `file:line` of each question that a trace could not answer.
         ways: Branches whose sides cannot be merged where they stand, each a way of its own.
@@ -93,6 +94,7 @@ class Decisions:
     apart: set[str] = field(default_factory=set)
     places: list[str] = field(default_factory=list)
     loops: list[str] = field(default_factory=list)
+    lookups: list[str] = field(default_factory=list)
     ended: dict[str, bool] = field(default_factory=dict)
     open: set[str] = field(default_factory=set)
     ways: set[str] = field(default_factory=set)
@@ -152,7 +154,7 @@ class Decisions:
     def answered(self) -> Iterator[None]:
         """While it runs, what a model asks its tensors is noted, or followed."""
         self.met = False
-        self.places, self.ended, self.loops = [], {}, []
+        self.places, self.ended, self.loops, self.lookups = [], {}, [], []
         self._asking = _Asking(self)
         self._both = BothSides(self.module, self._asking.is_open, self.note, self.note_loop)
         try:
@@ -202,6 +204,11 @@ class Decisions:
         """Note that the graph has a loop."""
         if place not in self.loops:
             self.loops.append(place)
+
+    def note_lookup(self, place: str) -> None:
+        """Note that one of some modules is looked up."""
+        if place not in self.lookups:
+            self.lookups.append(place)
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,10 @@ def notes_on(
             f"the number of steps of the loop at {os.path.basename(place)} depends on values: it is a Loop in the graph"
             for place in asked.open_loops
         ),
+        *(
+            f"all modules that are looked up at {os.path.basename(place)} are computed, and one result is taken"
+            for place in asked.lookups
+        ),
         *_on_decisions(asked.decisions, seen or {}),
         *(f"input {name} has no influence on the outputs" for name in _unused(traced)),
     ]

@@ -45,6 +45,7 @@ from moe_export.export.tracing.functionalize import functionalized
 from moe_export.export.tracing.idioms import traceable_idioms, user_lines
 from moe_export.export.tracing.idioms_numbers import symbolic_numbers
 from moe_export.export.tracing.keyed_by_sizes import keyed_by_sizes
+from moe_export.export.tracing.looked_up import looked_up
 from moe_export.export.tracing.memos import without_memos
 from moe_export.export.tracing.open_loops import LoopRefusedError
 from moe_export.export.tracing.programs import without_unread_constants
@@ -71,6 +72,7 @@ class Traced:
         checks: Where the model checks values and does no more than end; the program goes on there.
         decisions: Where the model decides on values, and the program does so, too.
         open_loops: Where a loop of the model takes a number of steps that depends on values.
+        lookups: Where one of some modules is looked up by a number of the data: all of them are computed.
     """
 
     program: ExportedProgram
@@ -85,6 +87,7 @@ class Traced:
     checks: tuple[str, ...] = ()
     decisions: tuple[str, ...] = ()
     open_loops: tuple[str, ...] = ()
+    lookups: tuple[str, ...] = ()
 
     @property
     def domain(self) -> Domain:
@@ -193,7 +196,11 @@ def trace(subject: Subject, request: DimRequest | None = None, *, as_called: boo
     traced = Traced(program, inputs, example, subject.outputs, dims, fixed, exported.computed)
     require_picked(inputs, request, exported.fixing, exported.reason)
     return replace(
-        traced, checks=exported.checks, decisions=exported.decisions, open_loops=exported.open_loops
+        traced,
+        checks=exported.checks,
+        decisions=exported.decisions,
+        open_loops=exported.open_loops,
+        lookups=exported.lookups,
     )
 
 
@@ -232,6 +239,7 @@ class _Exported:
         checks: As in `Traced`.
         decisions: As in `Traced`.
         open_loops: As in `Traced`.
+        lookups: As in `Traced`.
         fixing: The lines that fixed sizes, by the number of the input and the axis.
         reason: Why fewer dimensions are free than were asked for.
     """
@@ -241,6 +249,7 @@ class _Exported:
     checks: tuple[str, ...]
     decisions: tuple[str, ...]
     open_loops: tuple[str, ...]
+    lookups: tuple[str, ...]
     fixing: Mapping[tuple[int, int], str]
     reason: str | None
 
@@ -309,6 +318,7 @@ def _export(
             (*checks, *decisions.checks()),
             tuple(decisions.places),
             tuple(decisions.loops),
+            tuple(decisions.lookups),
             fixing,
             _first_line(first) if first else None,
         )
@@ -338,6 +348,7 @@ def _tracing(subject: Subject, decisions: Decisions, *, free: bool) -> Iterator[
         traceable_idioms(),
         sizes_for_compilers(),
         symbolic_numbers(subject.module),
+        looked_up(decisions.note_lookup),
         decisions.answered(),  # what neither checks nor experts answer
         checks_passed() as checks,
         every_expert_hit(decisions.apart),
