@@ -30,6 +30,10 @@ from moe_export.export.sizes import expression_of, fixed
 aten = torch.ops.aten
 
 _ASSERTIONS = ("_assert_tensor_metadata", "_assert_scalar", "_assert_async", "sym_constrain_range")
+_NUMBERS_OF_DATA = {aten.item.default, aten._local_scalar_dense.default}
+_ARITHMETIC: dict[Any, Any] = {
+    operator.add: aten.add.Tensor, operator.sub: aten.sub.Tensor, operator.mul: aten.mul.Tensor
+}  # fmt: skip
 _MOST_ENTRIES = 1024  # of a constant that is checked for holding a single number
 _SAME = {aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default, aten.contiguous.default}
 # A folded loop's results are laid out in memory differently from a buffer that the model fills step by step.
@@ -144,10 +148,20 @@ class _Canonicalized:
             source, axis = (*args[0].args, 0)[:2]
             return self._read(node, (source, axis, args[1])) or self._select(node, source, axis, args[1])
         if node.target is aten.select.int:
-            return self._read(node, args)
+            return self._looked_up(node, args) or self._read(node, args)
         if node.target is aten.select_scatter.default:
             return self._written_again(node, args)
         return self._filled(node, args[0]) if node.target is aten.clone.default else None
+
+    def _looked_up(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:
+        """An entry at a number of the data, by the tensor that holds it: no step has a symbol for an operand."""
+        at = self._held(node, node.args[2])
+        if at is None:
+            return None
+        source, axis = args[0], args[1] % args[0].meta["val"].dim()
+        value = node.meta["val"].unsqueeze(axis)
+        row = self._called(node, aten.index.Tensor, (source, [None] * axis + [at]), value)
+        return self._called(node, aten.select.int, (row, axis, 0), node.meta["val"])
 
     def _filled(self, node: fx.Node, source: fx.Node) -> fx.Node | None:
         """A constant whose entries are all one number, as the `torch.full` that makes it; None for others."""
@@ -159,6 +173,25 @@ class _Canonicalized:
             aten.full.default, (list(value.shape), number), {"dtype": value.dtype, "device": value.device}
         )
         call.meta = copy.copy(node.meta)
+        return call
+
+    def _held(self, node: fx.Node, number: Any) -> fx.Node | None:
+        """The tensor (1,) that holds a number of the data, or a sum or product of one and integers."""
+        if not isinstance(number, fx.Node):
+            return None
+        if number.target in _NUMBERS_OF_DATA:
+            one = self._values[number.args[0]]  # type: ignore[index]
+            return self._called(node, aten.reshape.default, (one, [1]), one.meta["val"].reshape(1))
+        operator_of_tensors = _ARITHMETIC.get(number.target)
+        if operator_of_tensors is None or not isinstance(number.args[1], int):
+            return None
+        one = self._held(node, number.args[0])
+        return one and self._called(node, operator_of_tensors, (one, number.args[1]), one.meta["val"])
+
+    def _called(self, node: fx.Node, target: Any, args: tuple[Any, ...], value: Any) -> fx.Node:
+        """A new node with the metadata of one that it replaces."""
+        call = self.graph.call_function(target, args)
+        call.meta = {**node.meta, "val": value}
         return call
 
     def _written_again(self, node: fx.Node, args: tuple[Any, ...]) -> fx.Node | None:

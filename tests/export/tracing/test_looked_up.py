@@ -101,6 +101,37 @@ def test_it_is_right_for_any_number_of_rows(name: str) -> None:
         np.testing.assert_allclose(found, module(x).detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
+class Stacked(nn.Module):
+    """Matrices and results of a stack, by a number or by a tensor ()."""
+
+    def __init__(self, by_item: bool) -> None:
+        super().__init__()
+        self.router, self.by_item = nn.Linear(D, E), by_item
+        self.weights = nn.Parameter(torch.randn(D, E, D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        chosen = self.router(x).argmax(-1)
+        rows = []
+        for i in range(x.size(0)):
+            e = chosen[i].item() if self.by_item else chosen[i]
+            both = torch.stack([x[i], -x[i], x[i] * 2])
+            rows.append(both[e - 1] @ self.weights[:, e])
+        return torch.stack(rows)
+
+
+@pytest.mark.parametrize("by_item", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_entries_of_a_stack_are_looked_up_for_any_number_of_rows(by_item: bool) -> None:
+    torch.manual_seed(0)
+    module = Stacked(by_item)
+    graph = export_subject(subject_of(module, torch.randn(6, D)), Options(gates=False, simplify=False))[0]
+    assert graph.traced.inputs["x"] == ("batch", D)
+    session = onnxruntime.InferenceSession(ir.to_proto(graph.model).SerializeToString())
+    for rows in (1, 2, 5, 17):
+        x = torch.randn(rows, D)
+        (found,) = session.run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(found, module(x).detach().numpy(), rtol=1e-5, atol=1e-6)
+
+
 def sums(self: Experts, x: Tensor, weights: Tensor, indices: Tensor) -> Tensor:
     """For experts that give one tensor or several, of any shape and type."""
     rows = []
