@@ -3,8 +3,8 @@
 - `calls_of_modules`, `conversions`: a patch of `nn.Module.__call__` and of `nn.Module.to`. Why: PyTorch's public hook
   for all modules (`register_module_forward_pre_hook`) is not given the keyword arguments of a call, and none is called
   for `to`.
-- `lookups`: a patch of `nn.ModuleList.__getitem__`. Why: a list of modules makes a Python integer of what it is looked
-  up by, and has no hook.
+- `lookups`: a patch of `__getitem__` of `nn.ModuleList` and `nn.Sequential`. Why: they make a Python integer of what
+  they are looked up by, and have no hook.
 - `compiled_inside`: what `torch.compile` was given, and `module.compile()` taken back. Why: neither can be asked.
 - `tables_of`: the dicts of parameters, buffers and submodules themselves. Why: `named_parameters` and its like give
   what is in them, and a dict can only be put back as it was by who holds it.
@@ -15,7 +15,7 @@ Seen in torch 2.13.0 and 2.14.1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -49,15 +49,19 @@ def conversions(to: Callable[..., nn.Module]) -> Iterator[None]:
 
 
 @contextmanager
-def lookups(instead: Callable[[nn.ModuleList, Any], Any]) -> Iterator[None]:
+def lookups(instead: Callable[[nn.ModuleList | nn.Sequential, Any], Any]) -> Iterator[None]:
     """While it runs, `modules[index]` is `instead(modules, index)`, and as ever where that is None."""
-    original = nn.ModuleList.__getitem__
 
-    def item(modules: nn.ModuleList, index: Any) -> Any:
-        found = None if isinstance(index, (int, slice)) else instead(modules, index)
-        return original(modules, index) if found is None else found
+    def answered(original: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+        def item(modules: Any, index: Any) -> Any:
+            found = None if isinstance(index, (int, slice)) else instead(modules, index)
+            return original(modules, index) if found is None else found
 
-    with mock.patch.object(nn.ModuleList, "__getitem__", item):
+        return item
+
+    with ExitStack() as stack:
+        for owner in (nn.ModuleList, nn.Sequential):
+            stack.enter_context(mock.patch.object(owner, "__getitem__", answered(owner.__getitem__)))
         yield
 
 

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 from moe_export.errors import Code, NotExportableError
+from moe_export.export.sizes import fixed
 from moe_export.export.torch_compat.modules import lookups
 from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.torch_compat.proxies import is_traced
@@ -65,8 +66,8 @@ class OneOf:
             if any(value is not first and value != first for value in values):
                 self._refuse(f"{first!r} and others")
             return first
-        if any(value.dtype != first.dtype or value.dim() != first.dim() for value in values):
-            self._refuse("tensors of different types or numbers of axes")
+        if len({(value.dtype, tuple(map(fixed, value.shape))) for value in values}) > 1:
+            self._refuse("tensors of different types or shapes")
         return element(torch.stack(list(values)), (self._number,))
 
     def _refuse(self, what: str) -> None:
@@ -85,7 +86,7 @@ def looked_up(note: Callable[[str], None]) -> AbstractContextManager[None]:
         note: Is given the line, `file:line`.
     """
 
-    def one_of(modules: nn.ModuleList, index: Any) -> OneOf | None:
+    def one_of(modules: nn.ModuleList | nn.Sequential, index: Any) -> OneOf | None:
         number = AskedNumber(index) if _is_number(index) else index
         if not isinstance(number, AskedNumber) or not len(modules):
             return None

@@ -73,6 +73,15 @@ def subject_of(module: nn.Module, x: Tensor) -> Subject:
     return make_subject(module, (x,), {}, source=Path(__file__), how="a test")
 
 
+def test_a_sequence_of_modules_is_looked_up_in_too() -> None:
+    torch.manual_seed(0)
+    module = Experts(tensors)
+    module.experts = nn.Sequential(*module.experts)
+    traced = trace(subject_of(module, torch.randn(3, D)), DimRequest(True, {}), as_called=True)
+    x = torch.randn(3, D) * 3
+    torch.testing.assert_close(traced.program.module()(x)[0], module(x))
+
+
 @pytest.mark.parametrize("name", WAYS)
 def test_the_trace_takes_the_one_that_the_data_names(name: str) -> None:
     torch.manual_seed(0)
@@ -156,10 +165,11 @@ class Wide(nn.Module):
     ("last", "reason"),
     [
         (Pair(), "results of different kinds"),
-        (nn.Unflatten(0, (2, 2)), "tensors of different types or numbers of axes"),
-        (Wide(), "tensors of different types or numbers of axes"),
+        (nn.Unflatten(0, (2, 2)), "tensors of different types or shapes"),
+        (nn.Linear(D, D - 1), "tensors of different types or shapes"),
+        (Wide(), "tensors of different types or shapes"),
     ],
-    ids=["pair", "axes", "type"],
+    ids=["pair", "axes", "size", "type"],
 )
 def test_modules_that_give_different_things_are_refused(last: nn.Module, reason: str) -> None:
     module = Experts(sums)
