@@ -300,7 +300,10 @@ def _running(p: Program) -> None:
 def _product(p: Program) -> None:
     left, right = p.floats(), p.floats()
     target = {2: _aten.mm.default, 3: _aten.bmm.default}.get(p.values[left].dim(), _aten.matmul.default)
-    if p.choose.random() < 0.2:
+    if p.choose.random() < 0.2 and p.values[left].dim() == 3:
+        right = p.call(_aten.transpose.int, left, 1, 2)
+        p.call(_aten.baddbmm.default, p.call(_aten.bmm.default, left, right), left, right)
+    elif p.choose.random() < 0.2:
         p.call(_aten.addmm.default, p.floats(), left, right)
     else:
         p.call(p.choose.choice([target, _aten.matmul.default]), left, right)
@@ -318,6 +321,9 @@ def _einsum(p: Program) -> None:
     two = "".join(p.choose.choice(letters) for _ in p.values[right].shape)
     both = sorted({*one, *two})
     out = "".join(p.choose.sample(both, p.choose.randrange(len(both) + 1)))
+    if one and p.choose.random() < 0.2:  # its first axes unnamed
+        one, out = "..." + one[p.choose.randrange(1, len(one) + 1) :], "..." + out
+        out = "".join(letter for letter in out if letter in {".", *one, *two})
     p.call(_aten.einsum.default, f"{one},{two}->{out}", [left, right])
 
 
