@@ -112,6 +112,15 @@ def _number(value: Any) -> int | None:
     return value if type(value) is int else None
 
 
+def integers_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those that may be ids."""
+    return {
+        name: tensor
+        for name, tensor in tensors.items()
+        if not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
+    }
+
+
 def watch_indices(
     call: Callable[[dict[str, torch.Tensor]], Any], tensors: dict[str, torch.Tensor]
 ) -> tuple[dict[str, tuple[int, int]], frozenset[str]]:
@@ -120,11 +129,7 @@ def watch_indices(
     Of a model that cannot be watched (`torch.while_loop` refuses to be), single integers count as read: one may be the
     number of iterations, and a large one would never end.
     """
-    integers = {
-        name: tensor
-        for name, tensor in tensors.items()
-        if not (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype is torch.bool)
-    }
+    integers = integers_of(tensors)
     if not integers:
         return {}, frozenset()
     watcher = IndexWatcher(integers)

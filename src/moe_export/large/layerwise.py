@@ -13,7 +13,7 @@ at the cut, replaying PyTorch's choices of experts. So a fault shows up in its o
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +47,8 @@ from moe_export.verify import (
     cases,
     judge,
 )
+from moe_export.verify.inputs.known import NOTHING, Known
+from moe_export.verify.inputs.meaning import Meaning
 from moe_export.verify.judging.replay import judge_choices
 from moe_export.verify.reports.findings import Outcome
 from moe_export.verify.runner import one_line
@@ -55,7 +57,7 @@ from moe_export.verify.specs import is_float
 MOST = 2**34
 """The most bytes of weights that one block may have, and the model outside its blocks."""
 HEAD = "after the blocks"
-_MANY = 16
+_MANY = 64
 """The second case has this many times the example's length, so that most experts get tokens."""
 
 
@@ -157,10 +159,8 @@ def verify_blocks(
         if any(_list_of(block) not in with_nodes for block in blocks):
             blocks = [block for block in blocks if _list_of(block) in with_nodes]
             graph = CutGraph(path, blocks, folder)
-        first, others = _two_cases(graph, example, dims, seed)
-        states = [
-            _State(case, ran, dict(case.inputs)) for case, ran in _runs(reference, first, others, blocks)
-        ]
+        plan = _plan(graph, example, dims, seed)
+        states = [_State(case, ran, dict(case.inputs)) for case, ran in _runs(reference, plan, blocks)]
         walk = _Walk(graph, tolerance, states)
         results = [result for part in graph.parts() for result in walk.run(part)]
         results += walk.finish()
@@ -175,31 +175,42 @@ def verify_blocks(
     )
 
 
-def _two_cases(
+def _plan(
     graph: CutGraph, example: Mapping[str, torch.Tensor], dims: Sequence[Dim], seed: int
-) -> tuple[Case, list[Case]]:
-    """The example, and up to three cases of other sizes to choose a second from, one with many tokens first."""
+) -> Callable[[Known], list[Case]]:
+    """The example and up to three cases of other sizes, one with many tokens first, by what is known of ids."""
     specs = graph.specs()
     arrays = {spec.name: as_numpy(example[spec.name]) for spec in specs}
     ranges = [DimRange(dim.name, dim.traced, dim.minimum, dim.maximum) for dim in dims]
     at = [{dim.name: min(_MANY * dim.traced, dim.maximum or _MANY * dim.traced)} for dim in dims[-1:]]
-    first, *others = cases(specs, ranges, arrays, seed, at=at)
-    wide = {**first.sizes, **(at[0] if at else {})}
-    other = [case for case in others if case.sizes != first.sizes]
-    return first, sorted(other, key=lambda case: dict(case.sizes) != wide)[:3]
+
+    def plan(known: Known) -> list[Case]:
+        first, *others = cases(specs, ranges, arrays, seed, at=at, known=known)
+        wide = {**first.sizes, **(at[0] if at else {})}
+        other = [case for case in others if case.sizes != first.sizes]
+        return [first, *sorted(other, key=lambda case: dict(case.sizes) != wide)[:3]]
+
+    return plan
 
 
 def _runs(
-    reference: Subject, first: Case, others: Sequence[Case], blocks: list[str]
+    reference: Subject, plan: Callable[[Known], list[Case]], blocks: list[str]
 ) -> Iterator[tuple[Case, Ran]]:
-    """PyTorch's runs of the example, and of the first other case that the model accepts."""
-    yield first, run_blocks(reference, first.inputs, blocks, MOST)
-    for case in others:
+    """PyTorch's runs of the example, and of the first other case that the model accepts.
+
+    Ids are drawn from the whole table, as those of the example choose few experts; from the example's where the model
+    takes no others.
+    """
+    first, *narrow = plan(NOTHING)
+    ran = run_blocks(reference, first.inputs, blocks, MOST)
+    yield first, ran
+    ids = {name: Meaning(within) for name, within in ran.tables.items() if within[0] <= within[1]}
+    for case in (*(plan(Known(meanings=ids))[1:] if ids else ()), *narrow):
         try:
             ran = run_blocks(reference, case.inputs, blocks, MOST)
         except MoeExportError:
             raise
-        except Exception:  # the model may raise anything at sizes that it does not accept
+        except Exception:  # the model may raise anything at sizes, and for ids, that it does not accept
             continue
         yield case, ran
         return

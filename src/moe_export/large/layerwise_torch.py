@@ -18,6 +18,7 @@ from moe_export.export.torch_compat.nesting import pytree
 from moe_export.export.weights.lazy import LazyWeights, filled
 from moe_export.large.layerwise_products import WideProducts
 from moe_export.verify import Array, Choice
+from moe_export.verify.inputs.torch_tables import IndexWatcher, integers_of
 from moe_export.verify.runners.torch_modes import ChoiceWatcher
 from moe_export.verify.runners.torch_runner import to_numpy, to_torch
 
@@ -41,10 +42,12 @@ class Ran:
     Attributes:
         blocks: The blocks by path, in the order in which they were called.
         outputs: The model's outputs by name.
+        tables: Of inputs that are ids: the least and the greatest that every table has a row for.
     """
 
     blocks: dict[str, Seen]
     outputs: dict[str, Array]
+    tables: dict[str, tuple[int, int]]
 
 
 def find_blocks(module: nn.Module) -> list[str]:
@@ -120,15 +123,18 @@ def _run(
     subject: Subject, inputs: Mapping[str, torch.Tensor], blocks: list[str], weights: LazyWeights | None
 ) -> Ran:
     seen: dict[str, Seen] = {}
+    given = {name: inputs[name].clone() for name in subject.inputs}
     with ExitStack() as stack:
         watcher = stack.enter_context(ChoiceWatcher())
+        indices = stack.enter_context(IndexWatcher(integers_of(given)))
         for path in blocks:
             for handle in _hooks(subject.module.get_submodule(path), path, seen, watcher, weights):
                 stack.callback(handle.remove)
         stack.enter_context(WideProducts())
         with torch.no_grad():
-            found = subject.call([inputs[name].clone() for name in subject.inputs])
-    return Ran(seen, {name: to_numpy(out) for name, out in zip(subject.outputs, found, strict=True)})
+            found = subject.call(list(given.values()))
+    outputs = {name: to_numpy(out) for name, out in zip(subject.outputs, found, strict=True)}
+    return Ran(seen, outputs, indices.tables)
 
 
 def _hooks(
