@@ -30,13 +30,14 @@ from moe_export.export.axes.analysis import meanings_of
 from moe_export.export.axes.extents import Axis as MeantAxis
 from moe_export.export.axes.meaning import Meanings
 from moe_export.export.axes.operators import CASTS, TURNS, VIEWS
-from moe_export.export.axes.shapes import argument, arguments, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, shape_of
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.canonical import value_numbering
 from moe_export.export.experts.capacity_facts import Facts
 from moe_export.export.experts.capacity_pairs import PairWriter
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Term, proved, terms_of
 from moe_export.export.experts.capacity_views import Axis, Labels, View
+from moe_export.export.experts.contraction import Contraction, contractions
 from moe_export.export.experts.derived import masked_indices_among
 from moe_export.export.experts.notes import Notes, named
 from moe_export.export.experts.one_expert import OneExpert, Scope
@@ -45,29 +46,6 @@ from moe_export.export.frontend.source import line_of
 from moe_export.export.sizes import fixed, same_shape, same_size
 
 _aten = torch.ops.aten
-_PRODUCTS = {_aten.matmul.default, _aten.bmm.default, _aten.mm.default}
-
-
-@dataclass(frozen=True)
-class _Contraction:
-    """A product of two operands, summed over letters, as an einsum writes it."""
-
-    node: fx.Node
-    operands: tuple[fx.Node, fx.Node]
-    letters: tuple[str, str]
-    out: str
-
-    @property
-    def turned(self) -> _Contraction:
-        return _Contraction(self.node, self.operands[::-1], self.letters[::-1], self.out)
-
-    def shared(self, *, kept: bool) -> list[str]:
-        """Letters of both operands that the result has, or has not."""
-        return [a for a in self.letters[0] if a in self.letters[1] and (a in self.out) is kept]
-
-    def only(self, place: int) -> list[str]:
-        """Letters of one operand that the result has and the other operand has not."""
-        return [a for a in self.letters[place] if a not in self.letters[1 - place] and a in self.out]
 
 
 @dataclass(frozen=True)
@@ -81,7 +59,7 @@ class _Masks:
         labels: Of the block.
     """
 
-    end: _Contraction
+    end: Contraction
     terms: list[Term]
     outputs: View
     labels: Labels
@@ -97,7 +75,7 @@ def find_capacity(graph: fx.Graph, notes: Notes) -> Iterator[Experts]:
     value_numbers: Mapping[fx.Node, fx.Node] | None = None
     known: Meanings | None = None
     for node in list(graph.nodes):
-        for end in _contractions(node):
+        for end in contractions(node):
             if len(end.only(0)) != 1 or len(end.only(1)) != 1 or not 1 <= len(end.shared(kept=False)) <= 2:
                 continue
             value_numbers = value_numbers or value_numbering(graph)
@@ -115,30 +93,7 @@ def find_capacity(graph: fx.Graph, notes: Notes) -> Iterator[Experts]:
                     notes.stay_products(line_of(node.meta.get("stack_trace")), str(why))
 
 
-def _contractions(node: fx.Node) -> Iterator[_Contraction]:
-    """A product, either operand first."""
-    args = arguments(node)
-    if node.target is _aten.einsum.default:
-        equation, operands = str(args[0]).replace(" ", ""), args[1]
-        terms, arrow, out = equation.partition("->")
-        letters = terms.split(",")
-        plain = all(len(set(term)) == len(term) for term in (*letters, out)) and "." not in equation
-        if not arrow or len(operands) != 2 or not plain:
-            return
-        found = _Contraction(node, tuple(operands), (letters[0], letters[1]), out)
-    elif (
-        node.target in _PRODUCTS and rank_of(args[1]) in (2, rank_of(args[0])) and rank_of(args[0]) in (2, 3)
-    ):
-        batch = "b" * (rank_of(args[0]) - 2)
-        other = batch if rank_of(args[1]) == rank_of(args[0]) else ""
-        found = _Contraction(node, (args[0], args[1]), (f"{batch}ij", f"{other}jk"), f"{batch}ik")
-    else:
-        return
-    yield found
-    yield found.turned
-
-
-def _masks(end: _Contraction, value_numbers: Mapping[fx.Node, fx.Node]) -> Iterator[_Masks]:
+def _masks(end: Contraction, value_numbers: Mapping[fx.Node, fx.Node]) -> Iterator[_Masks]:
     """The mask of a combination, in each way to read its axes; none if the first operand is none."""
     groups = {letter: f"g{place}" for place, letter in enumerate(end.shared(kept=True))}
     for names, merged in _readings(end, end.operands[0]):
@@ -166,7 +121,7 @@ def _masks(end: _Contraction, value_numbers: Mapping[fx.Node, fx.Node]) -> Itera
         yield _Masks(end, terms, views[1], labels)
 
 
-def _readings(end: _Contraction, mask: fx.Node) -> Iterator[tuple[dict[str, Axis], dict[str, Any]]]:
+def _readings(end: Contraction, mask: fx.Node) -> Iterator[tuple[dict[str, Axis], dict[str, Any]]]:
     """Which of the summed letters may be experts and slots; or both, where a reshape merged them."""
     letters = end.shared(kept=False)
     if len(letters) == 2:
@@ -260,7 +215,7 @@ def _dispatch(
     stack, seen = [masks.outputs.node], {masks.outputs.node}
     while stack:
         node = stack.pop(0)
-        for given in _contractions(node):
+        for given in contractions(node):
             if len(given.shared(kept=False)) == 1 and len(given.only(1)) == 1:
                 for slots, tokens, mask in _dispatched(masks, given):
                     try:
@@ -281,7 +236,7 @@ def _dispatch(
     raise NotSparseError(why)
 
 
-def _dispatched(masks: _Masks, given: _Contraction) -> Iterator[tuple[View, View, View]]:
+def _dispatched(masks: _Masks, given: Contraction) -> Iterator[tuple[View, View, View]]:
     """A product read as a dispatch: its result, the tokens, and the mask."""
     sizes = masks.labels.sizes
     letters = given.only(0)

@@ -26,6 +26,8 @@ from moe_export.errors import RefusedError
 from moe_export.export.axes.analysis import meanings_of
 from moe_export.export.axes.choice import as_choice
 from moe_export.export.axes.chosen import name_once
+from moe_export.export.axes.extents import leaves
+from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.axes.operators import ZEROS
 from moe_export.export.axes.shapes import arguments, rank_of
 from moe_export.export.axes.support import support_of, supports_in
@@ -42,18 +44,20 @@ _ADDS_UP = {
 }  # fmt: skip
 
 
-def find_dense(graph: fx.Graph, taken: Sequence[Experts], noted: Collection[str | None]) -> Iterator[Experts]:
+def find_dense(
+    graph: fx.Graph, taken: Sequence[Experts], within: Collection[fx.Node], noted: Collection[str | None]
+) -> Iterator[Experts]:
     """Every block in which all experts compute all tokens.
 
     Args:
         graph: The traced program.
         taken: Blocks that were found by other means.
+        within: Values of these blocks.
         noted: Lines of masks with a capacity of which it was said why they are no block.
     """
-    choices = [
-        choice for choice in map(as_choice, graph.nodes) if choice is not None and rank_of(choice.scores) == 2
-    ]
-    sums = [node for node in graph.nodes if node.target in _ADDS_UP] if choices and supports_in(graph) else []
+    choices = [choice for choice in map(as_choice, graph.nodes) if choice is not None]
+    says_which = choices and (supports_in(graph) or any(map(one_hot_mask_of, graph.nodes)))
+    sums = [node for node in graph.nodes if node.target in _ADDS_UP] if says_which else []
     counts = {choice.experts for choice in choices}
     chains = [(node, chain) for node in graph.nodes for count in counts if (chain := _chain(node, count))]
     if not sums and not chains:
@@ -62,7 +66,8 @@ def find_dense(graph: fx.Graph, taken: Sequence[Experts], noted: Collection[str 
     scopes = {
         choice: Scope(known, tokens, experts, choice.experts, value_numbers)
         for choice in choices
-        for tokens, experts in [known.axes(choice.scores)]
+        for *lead, experts in [known.axes(choice.scores)]
+        for tokens in [tuple(leaves(lead))]
         if tokens and experts
     }
     found: list[tuple[fx.Node, Scope, Sequence[fx.Node], Any]] = [
@@ -74,7 +79,7 @@ def find_dense(graph: fx.Graph, taken: Sequence[Experts], noted: Collection[str 
     for node, (parts, start) in chains:
         before = [choice for choice in scopes if choice.experts == len(parts) and choice.operator < node]
         found += [(node, scopes[choice], parts, start) for choice in before[-1:]]
-    ends = {end for block in taken for end in (block.result, *block.result.all_input_nodes)}
+    ends = {end for block in taken for end in (block.result, *block.result.all_input_nodes)} | {*within}
     for result, scope, results, start in found:
         with suppress(RefusedError):  # it is no sum of what the chosen experts give
             known_already = result in ends or line_of(result.meta.get("stack_trace")) in noted

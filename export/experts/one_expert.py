@@ -46,6 +46,7 @@ _JOINS = {_aten.cat.default, _aten.stack.default}
 _SPLITS = {
     _aten.unbind.int: 1, _aten.chunk.default: 2, _aten.split.Tensor: 2, _aten.split_with_sizes.default: 2,
 }  # fmt: skip
+_MARK_ALL = {_aten.one_hot.default, _aten.eq.Tensor}
 _SIZES = ("size", "shape")  # what schemas call the sizes of a result
 
 
@@ -69,17 +70,30 @@ class Scope:
     value_numbers: Mapping[fx.Node, fx.Node]
     seed: fx.Node | None = None
 
-    def axis_of(self, node: fx.Node, of: Axis) -> int | None:
-        """The axis of a value that runs over the rows, or over the experts; None if it has none.
+    def experts_axis(self, node: fx.Node) -> int | None:
+        """The axis of a value that runs over the experts; None if it has none.
 
         Raises:
             RefusedError: It has several, or its axis runs over more.
         """
         axes = self.known.axes(node)
-        found = [place for place, axis in enumerate(axes) if not set(of).isdisjoint(axis)]
-        if len(found) > 1 or any(set(axes[place]) != set(of) for place in found):
-            raise RefusedError(f"{named(node)} has no axis of tokens or experts alone")
+        found = [place for place, axis in enumerate(axes) if not set(self.experts).isdisjoint(axis)]
+        if len(found) > 1 or any(set(axes[place]) != set(self.experts) for place in found):
+            raise RefusedError(f"{named(node)} has no axis of experts alone")
         return found[0] if found else None
+
+    def rows_axes(self, node: fx.Node) -> range:
+        """The axes of a value that run over the rows: (batch, time) are two, side by side.
+
+        Raises:
+            RefusedError: They run over more, or over some of the rows only.
+        """
+        axes = self.known.axes(node)
+        found = [place for place, axis in enumerate(axes) if not set(self.rows).isdisjoint(axis)]
+        own = range(found[0], found[-1] + 1) if found else range(0)
+        if found and tuple(extent for place in own for extent in axes[place]) != self.rows:
+            raise RefusedError(f"{named(node)} has no axis of tokens alone")
+        return own
 
     def of_experts(self, node: fx.Node) -> bool:
         """Whether an axis of a value, or of a part of it, runs over the experts."""
@@ -128,7 +142,8 @@ class OneExpert:
             if kind == "weight" or leaf in stacks
         }
         self.weights = tuple(self.inputs.values())
-        masks = [one_hot_mask_of(node) for node in self.walks[0].nodes if self._is_mark(node, 0)]
+        marks = (node for node in self.walks[0].nodes if self._is_mark(node, 0) or self._marks_all(node))
+        masks = map(one_hot_mask_of, marks)
         self.marks = {mask.indices for mask in masks if mask is not None}
 
     def _walk(self, number: int) -> Walk:
@@ -163,7 +178,7 @@ class OneExpert:
         if node.op != "call_function" or self.scope.is_table(node) or of_slots:
             return "leaf"
         inside = node in self._own or node in self.results or self.scope.of_experts(node)
-        lines_up = node.target is _aten.unsqueeze.default and self.scope.axis_of(node, self.scope.rows)
+        lines_up = node.target is _aten.unsqueeze.default and any(self.scope.rows_axes(node)[:1])
         return None if inside or lines_up else "leaf"
 
     def _along_experts(self, node: fx.Node, axis: int) -> bool:
@@ -193,6 +208,11 @@ class OneExpert:
         """Whether a node is `indices == e` for this expert's number."""
         mask = one_hot_mask_of(node) if node.target is _aten.eq.Scalar else None
         return mask is not None and mask.expert == number
+
+    def _marks_all(self, node: fx.Node) -> bool:
+        """Whether a node is the one-hot mask of chosen experts, with an axis of all of them."""
+        mask = one_hot_mask_of(node) if node.target in _MARK_ALL else None
+        return mask is not None and mask.axes[-1] == "expert" and self.scope.of_experts(node)
 
     def module(
         self,
@@ -227,7 +247,7 @@ class OneExpert:
             else:
                 made[node] = self._read(call, node, made[node], node in instead, (token, slot, expert))
         for node, weight in self.inputs.items():
-            axis = self.scope.axis_of(node, self.scope.experts)
+            axis = self.scope.experts_axis(node)
             if weight.stack is not None:
                 made[node] = call(_aten.unsqueeze.default, (made[node], axis))
         for node in self.walks[0].nodes:
@@ -236,6 +256,8 @@ class OneExpert:
         if self.scope.seed is not None:
             *lead, width = shape_of(self.results[0])
             found = found if len(lead) == 1 else call(_aten.reshape.default, (found, [-1, fixed(width)]))
+        else:
+            found = self._rows_first(call, found)
         graph.output(times(found, factors[1]))
         graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
         return fx.GraphModule(nn.Module(), graph)
@@ -250,19 +272,38 @@ class OneExpert:
     ) -> fx.Node:
         """What rows read of a value outside: by token, and by expert."""
         token, slot, expert = pairs
-        by_token, by_expert = (self.scope.axis_of(node, of) for of in (self.scope.rows, self.scope.experts))
+        by_token, by_expert = self.scope.rows_axes(node), self.scope.experts_axis(node)
         if is_table:
             entry = call(_aten.index.Tensor, (value, [token, slot]))
             return call(_aten.unsqueeze.default, (entry, by_expert))  # type: ignore[no-any-return]
-        if by_token is not None and self.scope.seed is not None:
+        if by_token and self.scope.seed is not None:
             raise RefusedError(f"the experts read {named(node)}, which differs from slot to slot")
-        if by_token == 0:
+        if len(by_token) > 1:
+            value = call(_aten.flatten.using_ints, (value, by_token[0], by_token[-1]))
+        if by_token and by_token[0] == 0:
             value = call(_aten.index.Tensor, (value, [token]))
-        elif by_token is not None:
-            value = call(_aten.index_select.default, (value, by_token, token))
+        elif by_token:
+            value = call(_aten.index_select.default, (value, by_token[0], token))
+        for place in by_token[:-1]:
+            value = call(_aten.unsqueeze.default, (value, place))
         if by_expert is not None:
             value = call(_aten.index_select.default, (value, by_expert, expert))
         return value
+
+    def _rows_first(self, call: Any, value: fx.Node) -> fx.Node:
+        """What one expert gives for R rows: (R, 1, ...) of a result of all experts, as it is of a sum over them."""
+        rows, experts = self.scope.rows_axes(self.results[0]), self.scope.experts_axis(self.results[0])
+        if len(rows) > 1:
+            raise RefusedError(f"the rows of {named(self.results[0])} have several axes")
+        if experts is None or (*rows, experts) == (0, 1):
+            return value
+        is_alone = value.target is _aten.unsqueeze.default and arguments(value)[1] == experts
+        bare = arguments(value)[0] if is_alone else call(_aten.squeeze.dim, (value, experts))
+        place = rows[0] - (experts < rows[0])
+        if place:
+            order = [place, *(other for other in range(rank_of(self.results[0]) - 1) if other != place)]
+            bare = call(_aten.permute.default, (bare, order))
+        return call(_aten.unsqueeze.default, (bare, 1))  # type: ignore[no-any-return]
 
     def _copied(
         self, graph: fx.Graph, node: fx.Node, made: Mapping[fx.Node, Any], expert: fx.Node, token: fx.Node
@@ -284,6 +325,14 @@ class OneExpert:
             return made[args[0]]  # type: ignore[no-any-return]
         if self._is_mark(node, 0):
             return call(_aten.eq.Tensor, (made[args[0]], expert))
+        if self._marks_all(node):
+            chosen = next(
+                made[each] for each in args if isinstance(each, fx.Node) and self.scope.rows_axes(each)
+            )
+            if node.target is _aten.eq.Tensor:
+                return call(_aten.eq.Tensor, (chosen, expert))
+            is_own = call(_aten.eq.Tensor, (call(_aten.unsqueeze.default, (chosen, -1)), expert))
+            return call(_aten._to_copy.default, (is_own,), {"dtype": torch.int64})
         names = [each.name for each in getattr(getattr(node.target, "_schema", None), "arguments", ())]
         new = [
             list(self._sizes(graph, node, token, {node.target})) if name in _SIZES else given
@@ -346,7 +395,7 @@ def _is_of_weights(node: fx.Node) -> bool:
 
 def _experts_first(leaf: fx.Node, scope: Scope) -> fx.Node:
     """A stack of weights with the axis of the experts in front."""
-    axis = scope.axis_of(leaf, scope.experts)
+    axis = scope.experts_axis(leaf)
     if not axis:
         return leaf
     order = [axis, *(place for place in range(rank_of(leaf)) if place != axis)]

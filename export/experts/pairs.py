@@ -20,6 +20,7 @@ from moe_export.export.experts.body import Experts
 from moe_export.export.experts.combine import Combination, combination
 from moe_export.export.experts.inline import inlined
 from moe_export.export.experts.notes import named
+from moe_export.export.experts.picked import Picked
 from moe_export.export.experts.row_rules import rows_after
 from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.frontend.source import line_of
@@ -72,16 +73,20 @@ class Found:
     values: frozenset[fx.Node]
 
 
-def find_roots(graph: fx.Graph, loops: Mapping[fx.Node, Loop]) -> tuple[Root, ...]:
-    """Every lookup of weights by computed integers, in graph order.
+def find_roots(
+    graph: fx.Graph, loops: Mapping[fx.Node, Loop], picked: Mapping[fx.Node, Picked]
+) -> tuple[Root, ...]:
+    """Every lookup of weights, or of the experts' results, by computed integers, in graph order.
 
     Args:
         graph: The traced program.
         loops: Loops over experts that were understood, by the node that each ends in.
+        picked: The operators that pick results.
     """
     found: dict[fx.Node, Root] = {}
     for node in graph.nodes:
-        for index, count in _lookups(node, loops):
+        own = picked.get(node)
+        for index, count in [(own.numbers, own.count)] if own else _lookups(node, loops):
             if index not in found:
                 choices = _choices(index)
                 if node in loops:  # as a loop by itself, it is understood already
@@ -141,8 +146,10 @@ def _is_integers(node: fx.Node) -> bool:
     )
 
 
-def understand_pairs(root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
-    """The block in which weights are looked up; None if there is none.
+def understand_pairs(
+    root: Root, loops: Mapping[fx.Node, Loop], picked: Mapping[fx.Node, Picked]
+) -> Found | None:
+    """The block in which weights, or results, are looked up; None if there is none.
 
     Raises:
         RefusedError: No candidate for the choice leads to a body; the reason for the first one.
@@ -152,7 +159,8 @@ def understand_pairs(root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
         if rank_of(indices) == 2 and fixed(shape_of(indices)[1]) is None:
             continue
         try:
-            found = _understand(indices, root, loops)
+            region = region_from(indices, root.count, picked)
+            found = block_in(region, loops, line=root.line, wraps=root.wraps)
         except RefusedError as error:  # perhaps a token's number, from which its expert's is computed
             why = why or error
             continue
@@ -163,13 +171,9 @@ def understand_pairs(root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
     return None
 
 
-def _understand(indices: fx.Node, root: Root, loops: Mapping[fx.Node, Loop]) -> Found | None:
-    return block_in(region_from(indices, root.count), loops, line=root.line, wraps=root.wraps)
-
-
-def region_from(indices: fx.Node, count: int) -> Region:
+def region_from(indices: fx.Node, count: int, picked: Mapping[fx.Node, Picked] | None = None) -> Region:
     """What is known where chosen experts, (N, k) or (N,), are all that is known; `count` is E."""
-    region = Region(indices, count, {})
+    region = Region(indices, count, {}, {node: each.rows for node, each in (picked or {}).items()})
     region.rows[indices] = Rows(
         rank_of(indices), None, lambda body: _number(body, rank_of(indices)), "expert", constant=True
     )

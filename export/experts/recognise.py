@@ -17,6 +17,7 @@ from moe_export.export.experts.left_as_written import reasons_left
 from moe_export.export.experts.listed import find_listed
 from moe_export.export.experts.notes import Notes, named
 from moe_export.export.experts.pairs import Loop, find_roots, understand_pairs
+from moe_export.export.experts.picked import find_picked
 from moe_export.export.experts.slot_loops import understand_loops
 
 
@@ -32,7 +33,7 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
     blocks, within = _pairs(graph, loops, notes)
     before = set(notes.lines)
     blocks += find_capacity(graph, notes)
-    blocks += find_dense(graph, blocks, notes.lines - before)
+    blocks += find_dense(graph, blocks, within, notes.lines - before)
     for result, loop in loops.items():
         if result in within:
             continue
@@ -80,11 +81,12 @@ def _pairs(
     for where, why in unlisted:
         notes.stays("code of the", where, why)
     understood = {loop.experts.indices for loop in loops.values() if loop.through is None}
-    for root in find_roots(graph, loops):
+    picked = find_picked(graph)
+    for root in find_roots(graph, loops, picked):
         if root.index in within or root.choices[0] in failed:
             continue
         try:
-            found = understand_pairs(root, loops)
+            found = understand_pairs(root, loops, picked)
         except RefusedError as error:
             if root.index not in understood:  # as a loop by itself
                 notes.stays("code of the", root.line, str(error))

@@ -67,7 +67,7 @@ def _looked_up(region: Region, source: fx.Node, indices: list[Any]) -> Rows | No
         )
 
     numbers = [region.rows[each].number if each in region.rows else "" for each in indices]
-    if numbers == ["pair"] and _is_token_of_each_pair(source, region.slots):
+    if numbers == ["pair"] and is_token_of_each_pair(source, region.slots):
         return Rows(*rows.where, lambda body: body.token, "token")
 
     def make(body: PairBody) -> fx.Node:
@@ -81,7 +81,7 @@ def _looked_up(region: Region, source: fx.Node, indices: list[Any]) -> Rows | No
     return Rows(*rows.where, make, "", weighs=rows.weighs)
 
 
-def _is_token_of_each_pair(node: fx.Node, slots: int) -> bool:
+def is_token_of_each_pair(node: fx.Node, slots: int) -> bool:
     """Whether a value (S,) is 0, ..., 0, 1, ..., 1, ...: each number of a token as often as it has slots."""
     if node.target is not _aten.repeat_interleave.self_int:
         return False

@@ -41,9 +41,11 @@ from moe_export.export.experts.row_shapes import (
     part,
     permute,
     pointwise,
+    repeat,
     reshaped,
     same,
     split,
+    without_slots,
 )
 from moe_export.export.experts.rows import Region, Rows
 
@@ -55,6 +57,9 @@ def rows_after(region: Region, node: fx.Node) -> Rows | None:
     first = node.args[0] if node.args else None
     if isinstance(first, fx.Node) and first in region.rows and region.rows[first].columns:
         return columns_after(region, node)
+    own = region.rules.get(node)
+    if own is not None and (found := own(region)) is not None:
+        return found
     rule = _RULES.get(node.target)
     if rule is not None:
         return rule(region, node)
@@ -85,12 +90,13 @@ _RULES: Mapping[Any, Rule] = {
     **dict.fromkeys((_aten.histc.default, _aten.bincount.default), counts),
     **dict.fromkeys(
         (
-            _aten.softmax.int, _aten._softmax.default, _aten.log_softmax.int, _aten.select.int, _aten.mean.dim,
-            _aten.amax.default, _aten.amin.default, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.any.dim,
-            _aten.linalg_vector_norm.default, _aten.var.correction,
+            _aten.softmax.int, _aten._softmax.default, _aten.log_softmax.int, _aten.mean.dim, _aten.amax.default,
+            _aten.amin.default, _aten.unsqueeze.default, _aten.any.dim, _aten.linalg_vector_norm.default,
+            _aten.var.correction,
         ),
         over(1),
     ),
+    **dict.fromkeys((_aten.squeeze.dim, _aten.select.int), without_slots),
     **dict.fromkeys((_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default), split),
     **dict.fromkeys((_aten.cat.default, _aten.concat.default, _aten.stack.default), over(1, default=0)),
     _aten.slice.Tensor: over(1, default=0),
@@ -98,6 +104,7 @@ _RULES: Mapping[Any, Rule] = {
     _aten.glu.default: over(1, default=-1),
     _aten.permute.default: permute,
     _aten.expand.default: expand,
+    _aten.repeat.default: repeat,
     _aten.sum.dim_IntList: _summed,
     _aten.cumsum.default: running,
     _aten.one_hot.default: one_hot,

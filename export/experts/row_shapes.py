@@ -81,6 +81,20 @@ def over(*positions: int, default: Any = None) -> Rule:
 _AXES_OF_ONE = {_aten.unsqueeze.default, _aten.squeeze.dim}
 
 
+def without_slots(region: Region, node: fx.Node) -> Rows | None:
+    """`squeeze(1)` and `[:, 0]` where a token has one slot, (N, 1, ...): by token alone."""
+    source, axis, *place = arguments(node)
+    rows = region.rows[source]
+    is_first = node.target is _aten.squeeze.dim or place == [0]
+    if rows.where != (2, None) or region.slots > 1 or axis % rank_of(source) != 1 or not is_first:
+        return over(1)(region, node)
+
+    def make(body: PairBody) -> fx.Node:
+        return body.call(node.target, body.value(source), *arguments(node)[1:])
+
+    return dataclasses.replace(rows, lead=1, make=make)
+
+
 def _expanded(
     body: PairBody, region: Region, node: fx.Node, rows: Rows, rank: int, *, alone: bool
 ) -> fx.Node:
@@ -177,6 +191,15 @@ def expand(region: Region, node: fx.Node) -> Rows | None:
         return body.call(_aten.expand.default, body.value(source), [*([-1] * rows.lead), *rest])
 
     return Rows(*rows.where, make, rows.number, rows.constant, rows.weighs)
+
+
+def repeat(region: Region, node: fx.Node) -> Rows | None:
+    source, times = arguments(node)
+    assert isinstance(source, fx.Node)
+    rows = region.rows[source]
+    if rows.lead == 0 or len(times) != rank_of(source) or any(each != 1 for each in times[: rows.lead]):
+        return None
+    return same(region, node)
 
 
 def permute(region: Region, node: fx.Node) -> Rows | None:

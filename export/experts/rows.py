@@ -19,8 +19,8 @@ over experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -115,11 +115,13 @@ class Region:
         indices: (N, k) or (N,), the chosen experts.
         count: E.
         rows: Node → what its axes run over; grows while the choice is followed.
+        rules: Nodes of which more is known than of others with their operator, and their rules.
     """
 
     indices: fx.Node
     count: int
     rows: dict[fx.Node, Rows]
+    rules: Mapping[fx.Node, Callable[[Region], Rows | None]] = field(default_factory=dict)
 
     @property
     def slots(self) -> int:

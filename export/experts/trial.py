@@ -156,11 +156,11 @@ class _Trial:
             )
 
     def _entry(self, node: fx.Node, values: Mapping[fx.Node, torch.Tensor], number: int) -> torch.Tensor:
-        return values[node].select(self._scope.axis_of(node, self._scope.experts) or 0, number)
+        return values[node].select(self._scope.experts_axis(node) or 0, number)
 
     def is_chosen(self, value: torch.Tensor, gates: fx.Node, number: int) -> torch.Tensor:
         """(N,): whether an expert is chosen."""
-        axis = self._scope.axis_of(gates, self._scope.experts)
+        axis = self._scope.experts_axis(gates)
         if axis is None:
             return (value.reshape(len(value), -1) == number).any(1)
         return value.select(axis, number) != 0

@@ -107,6 +107,19 @@ def _embedding_bag(
     return rows.sum(1) if mode == "sum" else rows.mean(1) if mode == "mean" else rows.amax(1)
 
 
+def _taken_along(tensor: torch.Tensor, indices: torch.Tensor, dim: int | None = None) -> torch.Tensor:
+    """`take_along_dim` → `gather`, with axes of size 1 spread before it: by itself it fixes all other sizes."""
+    if dim is None or tensor.dim() != indices.dim():
+        return torch.take_along_dim(tensor, indices, dim)
+    axis = dim % tensor.dim()
+
+    def spread(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        is_one = [isinstance(size, int) and size == 1 for size in value.shape]
+        return value.expand([other.shape[n] if is_one[n] and n != axis else -1 for n in range(tensor.dim())])
+
+    return spread(tensor, indices).gather(axis, spread(indices, tensor))
+
+
 def _rolled(tensor: torch.Tensor, shifts: Any, dims: Any = None) -> torch.Tensor:
     """`roll` by a symbolic number of places → two slices; the exporter takes numbers only."""
     given = (shifts,) if isinstance(shifts, (int, torch.SymInt)) else shifts
@@ -175,6 +188,7 @@ _IDIOMS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(GROUPED_MM, _grouped_mm),
     torch.nn.functional.embedding_bag: _embedding_bag,
     **dict.fromkeys((torch.roll, torch.Tensor.roll), _rolled),
+    **dict.fromkeys((torch.take_along_dim, torch.Tensor.take_along_dim), _taken_along),
     torch.fft.fftshift: _shifted,
     torch.fft.ifftshift: partial(_shifted, back=True),
     torch.chunk: _chunk,

@@ -154,3 +154,19 @@ def test_how_many_chunks_there_are_is_a_number_and_no_size(tools):
     shapes = [node.meta["val"].shape for node in traced.program.graph.nodes if node.name.startswith("linear")]
     assert len({str(shape) for shape in shapes}) == 1
     assert [dim.name for dim in traced.dims] == ["batch"]
+
+
+class TakenAlong(nn.Module):
+    """The largest two of each row, the same of each plane, and the numbers of all entries in one order."""
+
+    def forward(self, x):
+        rows = x.take_along_dim(x.topk(2, -1).indices, -1)
+        planes = torch.take_along_dim(x, x.mean(-1, keepdim=True).topk(2, 1).indices, dim=1)
+        return rows, planes, torch.take_along_dim(x, x.argmax())
+
+
+def test_entries_are_taken_along_an_axis_at_any_sizes(tools):
+    graph = tools.graph(TakenAlong(), torch.randn(2, 5, 3))
+    assert all(isinstance(size, str) for size in graph.traced.inputs["x"])
+    for sizes in ((1, 2, 3), (4, 9, 6)):
+        tools.equal(graph, torch.randn(*sizes))

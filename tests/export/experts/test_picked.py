@@ -1,0 +1,58 @@
+"""All experts compute all tokens, and the results of the chosen ones are picked: the chosen pairs are enough."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import picked as models
+import pytest
+import torch
+from opened import session_of, subject_of
+from slow_cases import only
+
+from moe_export.export.experts.flat_tokens import with_flat_tokens
+from moe_export.export.experts.recognise import find_experts
+from moe_export.export.pipeline import Options, export_subject
+from moe_export.export.sizes import same_size
+from moe_export.export.tracing.trace import trace
+
+EXPORTED = [models.Gathered, models.ExpertsInFront, models.KeepsAxes]
+TRACED = [idiom for idiom in models.PICKED if idiom not in EXPORTED]
+
+
+@pytest.mark.parametrize("idiom", only(EXPORTED, models.PICKED), ids=lambda idiom: idiom.__name__)
+def test_the_chosen_pairs_are_computed_and_nothing_else(idiom):
+    module = idiom().eval()
+    graph = export_subject(subject_of(module), Options(gates=False, simplify=False))[0]
+    (note,) = [note for note in graph.notes if "experts at" in note]
+    assert note.startswith(f"6 experts at {models.__file__}:")
+    assert "lowered as" in note
+    session = session_of(graph.model)
+    none = [(1, 0)] if "moe" in vars(idiom) else []  # of one axis of tokens
+    for batch, tokens in (*none, (1, 1), (2, 5), (3, 7), (1, 64)):
+        x = torch.randn(batch, tokens, 16, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            exact = module.reference(x).numpy()
+        (got,) = session.run(None, {"x": x.numpy()})
+        np.testing.assert_allclose(got, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("idiom", only(TRACED, models.PICKED), ids=lambda idiom: idiom.__name__)
+def test_the_block_is_that_of_the_choice(idiom):
+    """Of k experts a token, whose body reads N rows and the weights as they are stored."""
+    program = trace(subject_of(idiom().eval())).program
+    module = with_flat_tokens(program)
+    (block,), notes = find_experts((module or program).graph)
+    assert notes == ()
+    assert (block.count, block.slots) == (6, idiom().k)
+    tokens = block.indices.meta["val"].shape[0]
+    assert same_size(tokens, math.prod(program.graph.find_nodes(op="placeholder")[-1].meta["val"].shape[:2]))
+    weights = [node for weight in block.weights for node in weight.separate or (weight.stack,)]
+    assert all(node.op == "placeholder" for node in weights)
+
+
+@pytest.mark.parametrize("idiom", models.NOT_PICKED, ids=lambda idiom: idiom.__name__)
+def test_what_picks_anything_else_stays(idiom):
+    blocks, _ = find_experts(trace(subject_of(idiom().eval())).program.graph)
+    assert blocks == ()
