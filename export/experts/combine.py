@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 
+from moe_export.export.axes.operators import ZEROS
 from moe_export.export.axes.shapes import argument, arguments, rank_of, shape_of
+from moe_export.export.experts.canonical import text_of
 from moe_export.export.experts.row_products import einsum_letters, write_einsum
 from moe_export.export.experts.rows import Make, PairBody, Region, Rows
 from moe_export.export.sizes import same_shape, same_size
@@ -40,6 +43,8 @@ def combination(region: Region, node: fx.Node) -> Combination | None:
         return _product(region, node)
     if node.target in _SCATTERS:
         return _scatter(region, node)
+    if node.target is _aten.add.Tensor:
+        return _slot_by_slot(region, node)
     return None
 
 
@@ -125,3 +130,48 @@ def _scatter(region: Region, node: fx.Node) -> Combination | None:
         return None
     assert isinstance(source, fx.Node)
     return Combination(node, start, lambda body: body.value(source))
+
+
+def _slot_by_slot(region: Region, node: fx.Node) -> Combination | None:
+    """The rows of each slot, added one after the other: every slot has to compute the same."""
+    found = added_up(node, region.slots)
+    if found is None:
+        return None
+    parts, start = found
+    rows = [region.rows.get(part) for part in parts]
+    if {each.order for each in rows if each is not None and each.weighs} != set(range(region.slots)):
+        return None
+    if start in region.rows and region.rows[start].weighs:
+        return None
+    written = [_written(region, part) for part in parts]
+    if any(other != written[0] for other in written[1:]):
+        return None
+    start = None if start is not None and start.target in ZEROS else start
+    return Combination(node, start, lambda body: body.value(parts[0]))
+
+
+def _written(region: Region, value: fx.Node) -> tuple[object, ...]:
+    """The body of a value, and what it reads."""
+    body = PairBody(region)
+    module = body.module(body.value(value))
+    return text_of(module), list(body.shared), list(body.weights)
+
+
+def added_up(node: fx.Node, count: int) -> tuple[list[fx.Node], fx.Node | None] | None:
+    """So many parts that are added one after the other, the last in this node, and what they are added to."""
+    parts: list[fx.Node] = []
+    rest: Any = node
+    for _ in range(count):
+        if not isinstance(rest, fx.Node) or rest.target is not _aten.add.Tensor or rest.kwargs:
+            break
+        rest, part = arguments(rest)
+        if not isinstance(part, fx.Node):  # 0 + ..., with which `sum` begins
+            rest, part = part, rest
+        if not isinstance(part, fx.Node) or (parts and part.target is not parts[0].target):
+            return None
+        parts.insert(0, part)
+    if len(parts) == count - 1 and isinstance(rest, fx.Node) and parts and rest.target is parts[0].target:
+        return [rest, *parts], None
+    start = rest if isinstance(rest, fx.Node) else None
+    fits = start is None or same_shape(shape_of(start), shape_of(node))
+    return (parts, start) if len(parts) == count > 1 and fits else None

@@ -29,10 +29,11 @@ from moe_export.export.axes.chosen import name_once
 from moe_export.export.axes.extents import leaves
 from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.axes.operators import ZEROS
-from moe_export.export.axes.shapes import arguments, rank_of
+from moe_export.export.axes.shapes import rank_of
 from moe_export.export.axes.support import support_of, supports_in
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.canonical import value_numbering
+from moe_export.export.experts.combine import added_up
 from moe_export.export.experts.derived import entries_at
 from moe_export.export.experts.one_expert import OneExpert, Scope
 from moe_export.export.experts.trial import check
@@ -59,7 +60,7 @@ def find_dense(
     says_which = choices and (supports_in(graph) or any(map(one_hot_mask_of, graph.nodes)))
     sums = [node for node in graph.nodes if node.target in _ADDS_UP] if says_which else []
     counts = {choice.experts for choice in choices}
-    chains = [(node, chain) for node in graph.nodes for count in counts if (chain := _chain(node, count))]
+    chains = [(node, chain) for node in graph.nodes for count in counts if (chain := added_up(node, count))]
     if not sums and not chains:
         return
     known, value_numbers = meanings_of(graph), value_numbering(graph)
@@ -87,24 +88,6 @@ def find_dense(
             if block is not None:
                 ends.add(result)
                 yield block
-
-
-def _chain(node: fx.Node, count: int) -> tuple[list[fx.Node], fx.Node | None] | None:
-    """So many parts that are added one after the other, the last in this node, and what they are added to."""
-    parts: list[fx.Node] = []
-    rest: Any = node
-    for _ in range(count):
-        if not isinstance(rest, fx.Node) or rest.target is not _aten.add.Tensor or rest.kwargs:
-            break
-        rest, part = arguments(rest)
-        if not isinstance(part, fx.Node):  # 0 + ..., with which `sum` begins
-            rest, part = part, rest
-        if not isinstance(part, fx.Node) or (parts and part.target is not parts[0].target):
-            return None
-        parts.insert(0, part)
-    if len(parts) == count - 1 and isinstance(rest, fx.Node) and parts and rest.target is parts[0].target:
-        return [rest, *parts], None
-    return (parts, rest if isinstance(rest, fx.Node) else None) if len(parts) == count > 1 else None
 
 
 def _block(

@@ -28,6 +28,8 @@ def inlined(region: Region, loop: Experts, *, adds: bool) -> Rows | None:
     rows = region.rows.get(loop.indices)
     if rows is None or rows.number != "expert" or rows.lead != 1 or loop.indices is region.indices:
         return None
+    if isinstance(rows.order, int):  # `slot_loops` has put those of all slots together, if they are alike
+        return None
     if not adds and loop.start is not None and loop.start.target not in ZEROS:
         return None
 

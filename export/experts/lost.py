@@ -20,7 +20,7 @@ from moe_export.export.axes.support import support_of, supports_in
 from moe_export.export.experts.find import row_numbers
 from moe_export.export.experts.listed import region_of
 from moe_export.export.experts.notes import named
-from moe_export.export.experts.pairs import Loop, follow, region_from
+from moe_export.export.experts.pairs import Loop, follow, has_slots, region_from
 from moe_export.export.experts.rows import Region
 from moe_export.export.frontend.source import line_of
 from moe_export.export.gates.region import is_size
@@ -96,7 +96,7 @@ class Way:
             if one_hot is not None and one_hot.expert is not None:
                 numbers = [each for each in row_numbers(node, one_hot) if each is not None]
                 known |= {*numbers, *(each.all_input_nodes[0] for each in numbers)}
-            if choice is not None and choice.indices in self.nodes:
+            if choice is not None and choice.indices in self.nodes and has_slots(choice.indices):
                 known |= _followed(region_from(choice.indices, choice.experts), loops)
             elif listing is not None and _is_of_choice(listing):
                 known |= _followed(region_of(node, listing), loops)

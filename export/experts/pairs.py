@@ -156,7 +156,7 @@ def understand_pairs(
     """
     why: RefusedError | None = None
     for indices in root.choices:
-        if rank_of(indices) == 2 and fixed(shape_of(indices)[1]) is None:
+        if not has_slots(indices):
             continue
         try:
             region = region_from(indices, root.count, picked)
@@ -169,6 +169,11 @@ def understand_pairs(
     if why is not None:
         raise why
     return None
+
+
+def has_slots(indices: fx.Node) -> bool:
+    """Whether the second axis of chosen experts, if there is one, may be that of slots: how many there are is fixed."""
+    return rank_of(indices) < 2 or fixed(shape_of(indices)[1]) is not None
 
 
 def region_from(indices: fx.Node, count: int, picked: Mapping[fx.Node, Picked] | None = None) -> Region:

@@ -158,9 +158,10 @@ def _along(node: fx.Node, results: fx.Node, axis: int, numbers: fx.Node) -> Iter
 
 def _are_own_tokens(region: Region, pick: _Pick, chosen: Rows) -> bool:
     """Whether each pair's expert is picked for the pair's own token."""
-    tokens = pick.tokens
+    tokens, by_slot = pick.tokens, chosen.lead == 2 or region.slots == 1 or isinstance(chosen.order, int)
+    in_order = chosen.order is None or isinstance(chosen.order, int)
     if tokens is None:  # the results, and what picks of them, are lined up
-        return chosen.order is None and (chosen.lead == 2 or region.slots == 1)
+        return in_order and by_slot
     if rank_of(pick.numbers) != chosen.lead:
         return False
     known = region.rows.get(tokens)
@@ -169,9 +170,9 @@ def _are_own_tokens(region: Region, pick: _Pick, chosen: Rows) -> bool:
     ones = [1] * (chosen.lead - 1)
     while tokens.target is _aten.expand.default:
         tokens = arguments(tokens)[0]
-    if chosen.order is not None:
+    if not in_order:
         return False
-    if chosen.lead == 1 and region.slots > 1:
+    if not by_slot:
         return is_token_of_each_pair(tokens, region.slots)
     if not same_shape(shape_of(tokens), [region.tokens, *ones]):
         return False

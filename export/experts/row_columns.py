@@ -19,7 +19,9 @@ from moe_export.export.experts.rows import Number, PairBody, Region, Rows
 _aten = torch.ops.aten
 
 
-def side_by_side(columns: tuple[Rows | None, ...], order: fx.Node | None, number: Number = "columns") -> Rows:
+def side_by_side(
+    columns: tuple[Rows | None, ...], order: fx.Node | int | None, number: Number = "columns"
+) -> Rows:
     """Several numbers of each pair as one value."""
     return Rows(1, order, _whole, number, columns=columns)
 

@@ -156,7 +156,7 @@ def sort(region: Region, node: fx.Node) -> Rows | None:
         if whole:
             return Rows(1, node, lambda body: body.token, "sort")
         return Rows(1, node, lambda body: body.pair(), "pair")
-    if rows.number == "pair" and rows.order is not None and not whole:
+    if rows.number == "pair" and isinstance(rows.order, fx.Node) and not whole:
         return Rows(1, None, lambda body: body.token, "place", unsorts=rows.order)
     return None
 
@@ -205,7 +205,7 @@ def put(region: Region, node: fx.Node) -> Rows | None:
     if (
         order is None
         or order.number != "pair"
-        or order.order is None
+        or not isinstance(order.order, fx.Node)
         or not same_shape(shape_of(base)[:1], shape_of(index)[:1])
     ):
         return None
@@ -225,7 +225,8 @@ def counts(region: Region, node: fx.Node) -> Rows | None:
     source = arguments(node)[0]
     assert isinstance(source, fx.Node)
     rows = region.rows[source]
-    if rows.number != "expert" or not same_shape(shape_of(node), [region.count]):
+    of_all = not isinstance(rows.order, int)
+    if rows.number != "expert" or not of_all or not same_shape(shape_of(node), [region.count]):
         return None
     if node.target is _aten.histc.default and list(arguments(node)[2:4]) != [0, region.count - 1]:
         return None
@@ -260,7 +261,7 @@ def counted(region: Region, node: fx.Node) -> Rows | None:
     source, axes = arguments(node)[0], argument(node, 1, "dim", [])
     rows = region.rows[source]
     over_all = {"one-hot": list(range(rows.lead)), "token one-hot": [0]}.get(rows.number)
-    if over_all is None or sorted(axes) != over_all or rank_of(node) != 1:
+    if over_all is None or isinstance(rows.order, int) or sorted(axes) != over_all or rank_of(node) != 1:
         return None
     return Rows(0, None, lambda body: body.expert, "counts")
 
@@ -297,7 +298,7 @@ def segment(region: Region, node: fx.Node) -> Rows | None:
     source, axes = arguments(node)[0], argument(node, 1, "dim", [])
     if region.rows[source].number != "behind" or [axis % 2 for axis in axes] != [1]:
         return None
-    orders = {rows.order for rows in region.rows.values() if rows.order is not None}
+    orders = {rows.order for rows in region.rows.values() if isinstance(rows.order, fx.Node)}
     if len(orders) != 1:
         return None
     return Rows(1, orders.pop(), lambda body: body.expert, "expert", constant=True)

@@ -37,6 +37,7 @@ from moe_export.export.experts.row_shapes import (
     Rule,
     expand,
     norm,
+    of_slot,
     over,
     part,
     permute,
@@ -45,7 +46,6 @@ from moe_export.export.experts.row_shapes import (
     reshaped,
     same,
     split,
-    without_slots,
 )
 from moe_export.export.experts.rows import Region, Rows
 
@@ -96,7 +96,7 @@ _RULES: Mapping[Any, Rule] = {
         ),
         over(1),
     ),
-    **dict.fromkeys((_aten.squeeze.dim, _aten.select.int), without_slots),
+    **dict.fromkeys((_aten.squeeze.dim, _aten.select.int), of_slot),
     **dict.fromkeys((_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default), split),
     **dict.fromkeys((_aten.cat.default, _aten.concat.default, _aten.stack.default), over(1, default=0)),
     _aten.slice.Tensor: over(1, default=0),

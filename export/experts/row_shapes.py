@@ -81,18 +81,18 @@ def over(*positions: int, default: Any = None) -> Rule:
 _AXES_OF_ONE = {_aten.unsqueeze.default, _aten.squeeze.dim}
 
 
-def without_slots(region: Region, node: fx.Node) -> Rows | None:
-    """`squeeze(1)` and `[:, 0]` where a token has one slot, (N, 1, ...): by token alone."""
+def of_slot(region: Region, node: fx.Node) -> Rows | None:
+    """`grid[:, j]`, the pairs of one slot; of a grid of one slot, by `squeeze(1)` too, all of them."""
     source, axis, *place = arguments(node)
     rows = region.rows[source]
-    is_first = node.target is _aten.squeeze.dim or place == [0]
-    if rows.where != (2, None) or region.slots > 1 or axis % rank_of(source) != 1 or not is_first:
+    if rows.where != (2, None) or axis % rank_of(source) != 1 or not (place or region.slots == 1):
         return over(1)(region, node)
 
     def make(body: PairBody) -> fx.Node:
-        return body.call(node.target, body.value(source), *arguments(node)[1:])
+        return body.call(_aten.squeeze.dim, body.value(source), 1)
 
-    return dataclasses.replace(rows, lead=1, make=make)
+    slot = place[0] % region.slots if region.slots > 1 else None
+    return dataclasses.replace(rows, lead=1, order=slot, make=make)
 
 
 def _expanded(
@@ -157,7 +157,7 @@ def reshaped(region: Region, node: fx.Node) -> Rows | None:
     )
     if rows.order is None and grids and not (region.slots == 1 and stays):
         lead = 2
-    elif rank_of(node) > 0 and region.leads(shape_of(node), 1):
+    elif rank_of(node) > 0 and region.leads(shape_of(node), 1, rows.order):
         lead = 1
     else:
         return None

@@ -5,6 +5,7 @@ expert in a stack. Every value that depends on the chosen indices is followed th
 
     grid    (N, k, ...)   a token, a slot
     flat    (S, ...)      pair p is token p // k, slot p % k
+    a slot  (N, ...)      the pairs of one slot, token by token
     sorted  (S, ...)      row r is pair order[r]; `order` sorts the pairs by expert
 
 A rule for an operator says what its result's axes run over, and how the same is computed for any R pairs: flat and
@@ -27,41 +28,24 @@ import torch
 from torch import fx, nn
 
 from moe_export.errors import RefusedError
-from moe_export.export.axes.operators import VIEWS
-from moe_export.export.axes.shapes import argument, arguments, rank_of, rest_of, shape_of
+from moe_export.export.axes.operators import CASTS, TURNS, VIEWS
+from moe_export.export.axes.shapes import argument, arguments, order_of, rank_of, rest_of, shape_of
 from moe_export.export.experts.body import Weight
 from moe_export.export.experts.notes import named
 from moe_export.export.sizes import Size, same_shape, same_size
 
 _aten = torch.ops.aten
 
-# Operators that leave the first axis of a stack of weights where it is.
-_ON_STACKS = {
-    _aten.transpose.int, _aten.permute.default, _aten._to_copy.default, _aten.clone.default, _aten.alias.default,
-    _aten.mT.default, _aten.detach.default, _aten.contiguous.default, _aten.unsqueeze.default, _aten.slice.Tensor,
-}  # fmt: skip
+_ON_STACKS = {*TURNS, *CASTS, _aten.unsqueeze.default, _aten.slice.Tensor} - {_aten.type_as.default}
+"""Operators that may leave the first axis of a stack of weights where it is."""
 
 Make = Callable[["PairBody"], fx.Node]
 
 
 Number = Literal[
-    "expert",
-    "token",
-    "slot",
-    "pair",
-    "place",
-    "sort",
-    "one-hot",
-    "token one-hot",
-    "counts",
-    "ends",
-    "behind",
-    "columns",
-    "turned columns",
-    "parts",
-    "sorts",
-    "",
-]
+    "expert", "token", "slot", "pair", "place", "sort", "one-hot", "token one-hot", "counts", "ends", "behind",
+    "columns", "turned columns", "parts", "sorts", "",
+]  # fmt: skip
 """What an integer or a bool means.
 
 expert, token, slot, pair: the expert, token, slot or flat number of a pair
@@ -83,7 +67,7 @@ class Rows:
 
     Attributes:
         lead: How many leading axes run over pairs: 1, or 2 for a grid. 0 for a value (E,) about all experts.
-        order: The node that sorts the pairs; None for pairs in their own order.
+        order: The node that sorts the pairs; None for pairs in their own order; a number for those of one slot.
         make: Writes the value for the R pairs of a body.
         number: What an integer means (see `Number`).
         constant: Whether the value is the same for all rows of one expert.
@@ -93,7 +77,7 @@ class Rows:
     """
 
     lead: int
-    order: fx.Node | None
+    order: fx.Node | int | None
     make: Make
     number: Number = ""
     constant: bool = False
@@ -102,7 +86,7 @@ class Rows:
     columns: tuple[Rows | None, ...] = ()
 
     @property
-    def where(self) -> tuple[int, fx.Node | None]:
+    def where(self) -> tuple[int, fx.Node | int | None]:
         """What the leading axes run over: `lead` and `order`."""
         return self.lead, self.order
 
@@ -140,9 +124,13 @@ class Region:
         count: Size = self.indices.meta["val"].numel()
         return count
 
-    def leads(self, shape: Sequence[object], lead: int) -> bool:
-        """Whether a shape begins like those of values with this many leading axes over pairs: (S,) or (N, k)."""
-        begin = [self.pairs] if lead == 1 else [self.tokens, self.slots]
+    def leads(self, shape: Sequence[object], lead: int, order: fx.Node | int | None = None) -> bool:
+        """Whether a shape begins like those of values with this many leading axes over pairs: (S,) or (N, k).
+
+        Those of one slot, whose number is the order, begin with (N,).
+        """
+        all_pairs = [self.tokens] if isinstance(order, int) else [self.pairs]
+        begin = all_pairs if lead == 1 else [self.tokens, self.slots]
         return same_shape(shape[:lead], begin)
 
     def common(self, nodes: Sequence[fx.Node], rank: int | None = None) -> Rows | None:
@@ -194,7 +182,7 @@ class PairBody:
         self.shared: dict[fx.Node, fx.Node] = {}
         self.weights: dict[Weight, fx.Node] = {}
         self._made: dict[fx.Node, fx.Node] = {}
-        self._leaves: dict[tuple[fx.Node, tuple[int, fx.Node | None], int], fx.Node] = {}
+        self._leaves: dict[tuple[fx.Node, tuple[int, fx.Node | int | None], int], fx.Node] = {}
         self._bare: dict[fx.Node, fx.Node] = {}
         self._pair: fx.Node | None = None
 
@@ -305,6 +293,8 @@ class PairBody:
     def _lined_up(self, node: fx.Node, rows: Rows, rank: int) -> fx.Node:
         if not runs_over_pairs(node, rows, rank):
             return self.share(node)
+        if isinstance(rows.order, int):
+            return self._of_slot(node, rows.order)
         if rows.order is not None:
             raise RefusedError(f"{named(node)} is not sorted by expert as the other values are")
         if rows.lead == 1:
@@ -320,7 +310,9 @@ class PairBody:
         if isinstance(source, fx.Node):
             if node.target is _aten.unsqueeze.default and arguments(node)[1] not in (0, -1 - rank_of(source)):
                 return self.call(node.target, self.flat(source), arguments(node)[1])
-            if node.target is _aten.repeat_interleave.self_int and self._repeats(node):
+            repeats = node.target is _aten.repeat_interleave.self_int and argument(node, 2, "dim") == 0
+            by_slots = repeats and argument(node, 1, "repeats") == self.region.slots
+            if by_slots and same_size(shape_of(source)[0], self.region.tokens):
                 return self.call(_aten.index.Tensor, self.share(source), [self.token])
             shaped = node.target in VIEWS and rest_of(node, 1) is not None
             if shaped and self.region.leads(shape_of(source), 2):
@@ -330,6 +322,19 @@ class PairBody:
         if self.region.slots == 1:
             return self.call(_aten.index.Tensor, self.share(node), [self.token])
         return self.call(_aten.index.Tensor, self.share(node), [self.pair()])
+
+    def _of_slot(self, node: fx.Node, slot: int) -> fx.Node:
+        """The R rows of an outside value (N, ...), which is that of each pair's own slot if it is `whole[:, slot]`."""
+        source, *places = arguments(node) or (None,)
+        if node.target is _aten.unsqueeze.default and places[0] % rank_of(node):
+            return self.call(node.target, self._of_slot(source, slot), *places)
+        own: Mapping[Any, list[int]] = {_aten.select.int: [1, slot], _aten.slice.Tensor: [1, slot, slot + 1]}
+        if places == own.get(node.target) and same_shape(
+            shape_of(source)[:2], [self.region.tokens, self.region.slots]
+        ):
+            found = self.call(_aten.index.Tensor, self.share(source), [self.token, self.slot])
+            return self.call(_aten.unsqueeze.default, found, 1) if rank_of(node) == rank_of(source) else found
+        return self._by_token(node)
 
     def grid(self, node: fx.Node) -> fx.Node:
         """The R rows, (R, 1, ...), of an outside value (N or 1, k or 1, ...)."""
@@ -362,11 +367,6 @@ class PairBody:
     def _by_token(self, node: fx.Node) -> fx.Node:
         return self.call(_aten.index.Tensor, self.share(node), [self.token])
 
-    def _repeats(self, node: fx.Node) -> bool:
-        source, times = arguments(node)[:2]
-        by_slots = times == self.region.slots and argument(node, 2, "dim") == 0
-        return by_slots and same_size(shape_of(source)[0], self.region.tokens)
-
     def module(self, result: fx.Node) -> fx.GraphModule:
         """The finished body."""
         self.graph.output(result)
@@ -377,23 +377,13 @@ class PairBody:
 
 def _keeps_experts(node: fx.Node) -> bool:
     """Whether an operator on a stack leaves the axis over experts where it is."""
-    source = arguments(node)[0]
+    source, *given = arguments(node)
     if not isinstance(source, fx.Node) or rank_of(source) < 2:
         return False
-    if node.target is _aten.transpose.int:
-        return all(int(axis) % rank_of(source) > 0 for axis in arguments(node)[1:3])
+    if node.target in TURNS:
+        return order_of(node)[0] == 0
     if node.target is _aten.unsqueeze.default:
-        return int(arguments(node)[1]) % (rank_of(source) + 1) > 0
+        return bool(given[0] % rank_of(node) > 0)
     if node.target is _aten.slice.Tensor:
-        return (
-            len(arguments(node)) < 2
-            or arguments(node)[1] > 0
-            or same_shape(shape_of(node)[:1], shape_of(source)[:1])
-        )
-    if node.target is _aten.permute.default:
-        return int(_first(arguments(node)[1])) % rank_of(source) == 0
-    return bool(node.target is not _aten.mT.default or rank_of(source) > 2)
-
-
-def _first(values: Any) -> Any:
-    return values[0] if isinstance(values, Sequence) else values
+        return any(given[:1]) or same_shape(shape_of(node)[:1], shape_of(source)[:1])
+    return True

@@ -185,6 +185,20 @@ class AllExpertsWeightedOut(FusedWeights):
         return out.view(x.shape).float()
 
 
+class SlotBySlot(AllExpertsWeightedOut):
+    """Weights are looked up for the pairs of one slot after the other, and their rows are added up."""
+
+    def moe(self, x, weights, indices):
+        out = None
+        for slot in range(self.k):
+            expert = indices[:, slot]
+            hidden = F.silu(torch.einsum("nd,ndf->nf", x, self.up[expert]))
+            rows = torch.bmm(hidden.unsqueeze(1), self.down[expert]).squeeze(1) + self.bias[expert]
+            rows = rows * weights[:, slot].unsqueeze(-1)
+            out = rows if out is None else out + rows
+        return out
+
+
 class NotDropped(FusedWeights):
     """The input is weighted and a bias follows: an expert that was not chosen still adds its bias."""
 
@@ -217,5 +231,5 @@ class Capacity(Block):
 
 LINED_UP = [
     MoeInfer, RunningBounds, WrittenInPlace, SplitByCounts, FlatLoop, GroupedMatmul, UnsortedBack, GatheredWeights,
-    Einsums, AllExperts, AllExpertsWeightedOut,
+    Einsums, AllExperts, AllExpertsWeightedOut, SlotBySlot,
 ]  # fmt: skip

@@ -81,6 +81,17 @@ class FirstChoice(Block):
         return outs[torch.arange(x.shape[0]), indices.squeeze(-1)] * weights
 
 
+class SlotBySlot(Block):
+    """The pairs of one slot after the other, added to the input."""
+
+    def moe(self, x, weights, indices):
+        outs = torch.stack([expert(x) for expert in self.experts], 1)
+        out = torch.zeros_like(x)
+        for slot in range(self.k):
+            out += weights[:, slot : slot + 1] * outs[torch.arange(x.shape[0]), indices[:, slot]]
+        return out
+
+
 class OfStackedWeights(AllExpertsWeightedOut):
     """Einsums of all experts' stacked weights."""
 
@@ -112,7 +123,7 @@ class GatesOfAxes(Block):
 
 
 PICKED = [
-    Gathered, GatheredFromBehind, TakenAlong, Indexed, ExpertsInFront, ByOneHot, InOneEinsum, FirstChoice,
+    Gathered, GatheredFromBehind, TakenAlong, Indexed, ExpertsInFront, ByOneHot, InOneEinsum, FirstChoice, SlotBySlot,
     OfStackedWeights, KeepsAxes, GatesOfAxes,
 ]  # fmt: skip
 
@@ -171,4 +182,27 @@ class ByFeature(Block):
         return (outs.gather(1, numbers) * weights[..., None]).sum(1)
 
 
+class SlotsUnlike(Block):
+    """Each slot has the weight of the other."""
+
+    def moe(self, x, weights, indices):
+        outs = torch.stack([expert(x) for expert in self.experts], 1)
+        out = torch.zeros_like(x)
+        for slot in range(self.k):
+            out += weights[:, 1 - slot, None] * outs[torch.arange(x.shape[0]), indices[:, slot]]
+        return out
+
+
+class OneSlotTwice(Block):
+    """The first slot counts twice."""
+
+    def moe(self, x, weights, indices):
+        outs = torch.stack([expert(x) for expert in self.experts], 1)
+        out = x
+        for slot in range(self.k):
+            out = out + weights[:, slot, None] * outs[torch.arange(x.shape[0]), indices[:, 0]]
+        return out
+
+
 NOT_PICKED = [Unlike, Mixed, OfTokens, OfOthers, Shared, ByFeature]
+SLOTS_APART = [SlotsUnlike, OneSlotTwice]

@@ -56,3 +56,9 @@ def test_the_block_is_that_of_the_choice(idiom):
 def test_what_picks_anything_else_stays(idiom):
     blocks, _ = find_experts(trace(subject_of(idiom().eval())).program.graph)
     assert blocks == ()
+
+
+@pytest.mark.parametrize("idiom", models.SLOTS_APART, ids=lambda idiom: idiom.__name__)
+def test_slots_that_differ_in_more_than_their_expert_are_blocks_of_their_own(idiom):
+    blocks, _ = find_experts(trace(subject_of(idiom().eval())).program.graph)
+    assert [block.slots for block in blocks] == [1, 1]
