@@ -27,6 +27,7 @@ class Options:
         unroll: Steps that an iteration of a `Scan` takes.
         decode: Whether to write the graph of one step, too, its states as inputs and outputs.
         decoder: Whether the graph is that of new tokens after earlier ones, in place of the model's own.
+        attention: How a decoder's attention is written: `standard`, or `contrib` for ONNX Runtime's own operator.
         dtype: `float32`, or what the parts of the graph that can bear it compute in: `float16` or `bfloat16`.
         float32: Paths of modules that stay float32 then.
         weights_dtype: What weights are packed as; `float32` for not at all.
@@ -46,6 +47,7 @@ class Options:
     unroll: int = 1
     decode: bool = False
     decoder: bool = False
+    attention: Literal["standard", "contrib"] = "standard"
     target: Target = "onnxruntime-cpu"
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     float32: tuple[str, ...] = ()

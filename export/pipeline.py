@@ -111,6 +111,7 @@ def export_subject(subject: Subject, options: Options, step: Step = nullcontext)
     """
     check_opset(options.opset)
     check_packing(options)
+    check_attention(options)
     asked = options
     begun, first = Model.of(subject, options.dims), "fold"
     decoder: Decoder | None = None
@@ -165,6 +166,23 @@ def check_packing(options: Options) -> None:
     if options.opset < scheme.opset:
         raise UsageError(
             f"opset {options.opset} has no operator for {scheme}", hint=f"opset={scheme.opset} or newer"
+        )
+
+
+def check_attention(options: Options) -> None:
+    """Refuse ONNX Runtime's operator of attention where it is not run.
+
+    Raises:
+        UsageError: The graph is no decoder, or for another engine.
+    """
+    if options.attention == "standard":
+        return
+    if not options.decoder:
+        raise UsageError("--attention contrib is about a decoder's keys and values", hint="add --decoder")
+    if options.target != "onnxruntime-cpu":
+        raise UsageError(
+            f"--attention contrib is for onnxruntime-cpu, not for {options.target}",
+            hint="leave --attention away: standard operators run everywhere",
         )
 
 

@@ -2,7 +2,7 @@
 
     Model ─ fold ─▶ Model ─ trace ─▶ Program ─ outline ─▶ Program ─ einsums ─▶ Program ─ translate ─▶ Draft
       Draft ─ expand ─▶ Draft ─ name ─▶ Draft ─ simplify ─▶ Draft ─ share ─▶ Draft ─ order ─▶ Draft ─ precision ─▶ Draft
-      Draft ─ quantize ─▶ Draft ─ sides ─▶ Draft
+      Draft ─ quantize ─▶ Draft ─ sides ─▶ Draft ─ attention ─▶ Draft
 
 Three types of data, one for each language that the model is written in on its way: a module (`Model`), an FX graph
 (`Program`), an ONNX graph (`Draft`). All are frozen; a stage makes a new one and leaves what it was given as it was. A
@@ -26,6 +26,7 @@ import torch
 
 from moe_export.einsum_rewrite import Site, rewrite_program
 from moe_export.errors import UsageError
+from moe_export.export.decoder.shared_buffers import share_buffers
 from moe_export.export.experts.expand import expand_experts
 from moe_export.export.experts.outline import DOMAIN as EXPERTS
 from moe_export.export.experts.outline import NUMBER, OPERATOR, Block, outline_experts
@@ -280,6 +281,15 @@ def _sides(draft: Draft, options: Options) -> Draft:
     return replace(draft, model=model, notes=(*draft.notes, note))
 
 
+def _attention(draft: Draft, options: Options) -> Draft:
+    """The decoder with keys and values in buffers that may stay where they are; unchanged if not asked for."""
+    if options.attention == "standard":
+        return draft
+    model = draft.model.clone()
+    note = share_buffers(model)
+    return replace(draft, model=model, notes=(*draft.notes, note))
+
+
 def _openvino(draft: Draft, options: Options) -> Draft:
     """The graph without what OpenVINO refuses or computes wrongly (docs/openvino.md)."""
     if options.target != "openvino":
@@ -368,6 +378,7 @@ PIPELINE: Stages = (
     Stage("precision", Draft, Draft, _precision, _valid_if_narrow),
     Stage("quantize", Draft, Draft, _quantize, _valid_if_packed, "quantizing weights"),
     Stage("sides", Draft, Draft, _sides, _valid),
+    Stage("attention", Draft, Draft, _attention, _valid),
     Stage("openvino", Draft, Draft, _openvino, _valid),
 )
 """All stages, in their order."""

@@ -22,6 +22,8 @@ from moe_export.verify.specs import Array, RoutingPair, TensorSpec, numpy_dtype
 
 MASK, POSITIONS = "attention_mask", "position_ids"
 PAST, PRESENT = "past_key_values.", "present."
+BUFFER = "buffer"
+"""The axis of `present.*` in a graph that keeps keys and values in buffers: as long as the one that goes in."""
 PARTS = "parts"
 """The array of how many tokens each run takes: int64 (runs,)."""
 NEXT = "next_token"
@@ -77,6 +79,8 @@ class InParts:
         tokens: The inputs that have one entry a token.
         results: The outputs that are compared.
         name: What reports call it.
+        buffered: Whether keys and values are kept in buffers that are longer than they will be; what is behind them
+            is NaN, for whatever reads it.
     """
 
     decoder: Runner
@@ -84,13 +88,15 @@ class InParts:
     tokens: Sequence[str]
     results: Results
     name: str = field(default="")
+    buffered: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "name", self.name or self.decoder.name)
 
     def run(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """Run part after part; the outputs that have one entry a token, joined, and the likeliest tokens."""
-        mask, kept, rows, at = inputs[MASK], self.nothing(len(inputs[MASK])), [], 0
+        mask, rows, at = inputs[MASK], [], 0
+        kept = self.nothing(*mask.shape)
         for count in inputs[PARTS].tolist():
             now = {name: inputs[name][:, at : at + count] for name in self.tokens}
             found = self.step(now, mask[:, : at + count], kept)
@@ -107,13 +113,17 @@ class InParts:
         given = {**tokens, MASK: mask, POSITIONS: places, **kept}
         return self.decoder.run({spec.name: given[spec.name] for spec in self.inputs})
 
-    def nothing(self, batch: int) -> dict[str, Array]:
-        """What is kept before the first token."""
-        return nothing_kept(self.inputs, self.tokens[0], batch)
+    def nothing(self, batch: int, length: int) -> dict[str, Array]:
+        """What is kept before the first of so many tokens."""
+        kept = nothing_kept(self.inputs, self.tokens[0], batch)
+        if not self.buffered:
+            return kept
+        longer = nothing_kept(self.inputs, self.tokens[0], batch, length + 1)
+        return {name: x if kept[name].size else np.full_like(x, np.nan) for name, x in longer.items()}
 
     def continued(self, tokens: Array, count: int) -> Array:
         """Tokens (batch, l), and after them the likeliest ones: (batch, l + count)."""
-        kept, now, text = self.nothing(len(tokens)), tokens, tokens
+        kept, now, text = self.nothing(len(tokens), tokens.shape[1] + count), tokens, tokens
         for _ in range(count):
             found = self.step({self.tokens[0]: now}, np.ones(text.shape, np.int64), kept)
             kept = {name: found[name.replace(PAST, PRESENT)] for name in kept}
@@ -122,18 +132,19 @@ class InParts:
         return text
 
 
-def nothing_kept(inputs: Sequence[TensorSpec], tokens: str, batch: int) -> dict[str, Array]:
+def nothing_kept(inputs: Sequence[TensorSpec], tokens: str, batch: int, buffer: int = 0) -> dict[str, Array]:
     """What a decoder keeps before the first token: zeros, or no entries where that grows.
 
     Args:
         inputs: What it takes.
         tokens: The input of tokens, whose first axis is the batch.
         batch: How many rows there are.
+        buffer: Entries along what grows: those of a buffer, none of which counts yet.
     """
     (rows,) = (spec.shape[0] for spec in inputs if spec.name == tokens)
     return {
         spec.name: np.zeros(
-            [size if isinstance(size, int) else batch if size == rows else 0 for size in spec.shape],
+            [size if isinstance(size, int) else batch if size == rows else buffer for size in spec.shape],
             numpy_dtype(spec.dtype),
         )
         for spec in inputs

@@ -14,6 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from moe_export.export.decoder.shared_buffers import in_buffers
 from moe_export.export.decoder.whole import MASK, POSITIONS, DecoderModule
 from moe_export.export.recurrence.transformers_cache import CACHE
 
@@ -22,8 +23,6 @@ LOG = "moe-export"
 """What its session is called in logs, and what tells the file from those of others."""
 _LONGEST = 2048  # positions where the config names none: the runtime wants a number
 _GREEDY = {"do_sample": False, "num_beams": 1, "top_k": 1, "top_p": 1.0, "temperature": 1.0, "min_length": 0}
-# A buffer of the greatest length, which the runtime would hand in as past and as present, is not what the graph grows.
-_OWN_BUFFERS = {"past_present_share_buffer": False}
 
 
 def genai_config(decoder: DecoderModule, graph: ir.Graph, filename: str) -> str | None:
@@ -82,7 +81,7 @@ def genai_config(decoder: DecoderModule, graph: ir.Graph, filename: str) -> str 
                 },
             },
         },
-        "search": {**_GREEDY, "max_length": longest, **_OWN_BUFFERS},
+        "search": {**_GREEDY, "max_length": longest, "past_present_share_buffer": in_buffers(graph)},
     }
     return json.dumps(document, indent=2) + "\n"
 

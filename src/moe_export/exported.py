@@ -183,6 +183,7 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
     experts: Choice = "auto",
     recurrence: Mode = "auto",
     decoder: bool = False,
+    attention: Literal["standard", "contrib"] = "standard",
     simplify: bool = True,
     weights_dtype: Literal["float32", "int8", "int4", "float8e4m3"] = "float32",
     quantize: str = "experts",
@@ -207,6 +208,7 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
         experts: How experts are written.
         recurrence: How loops over a length are written.
         decoder: Whether the graph is that of new tokens after earlier ones, of a language model that keeps a cache.
+        attention: How a decoder's attention is written.
         simplify: Whether to try onnxsim.
         weights_dtype: What weights are stored as; the opset follows.
         quantize: Which weights: `experts`, `linear`, `all`, or patterns of names.
@@ -247,6 +249,7 @@ def export_model(  # noqa: PLR0913  the arguments of torch.onnx.export, and the 
             experts=experts,
             recurrence=recurrence,
             decoder=decoder,
+            attention=attention,
             target=target,
             dtype=dtype,
             weights_dtype=weights_dtype,

@@ -104,8 +104,16 @@ class OnnxRuntimeRunner:
 
         return ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(array), device)
 
-    def run_bound(self, inputs: Mapping[str, Array], kept: Mapping[str, Any], device: str) -> dict[str, Any]:
+    def run_bound(
+        self, inputs: Mapping[str, Array], kept: Mapping[str, Any], device: str, into: Mapping[str, Any] = {}
+    ) -> dict[str, Any]:
         """Run once on arrays and on values of an earlier run; the results stay where onnxruntime has them.
+
+        Args:
+            inputs: Arrays, by the inputs' names.
+            kept: Values, by the inputs' names.
+            device: Where results are made: `cpu` or `cuda`.
+            into: Values that results are written into, by the outputs' names; they may be some of `kept`.
 
         Source: https://onnxruntime.ai/docs/api/python/api_summary.html (IOBinding)
 
@@ -118,12 +126,17 @@ class OnnxRuntimeRunner:
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for spec in self.outputs:
-            binding.bind_output(spec.name, device)
+            if spec.name in into:
+                binding.bind_ortvalue_output(spec.name, into[spec.name])
+            else:
+                binding.bind_output(spec.name, device)
         try:
             self._session.run_with_iobinding(binding, _quiet_run())
         except Exception as error:
             raise RunFailedError(f"{self.name} failed: {reason_of(error)}", where=self._where) from error
-        return {spec.name: value for spec, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+        # An output names the memory of a value that it was written into, and does not keep it alive: the value does.
+        made = {spec.name: value for spec, value in zip(self.outputs, binding.get_outputs(), strict=True)}
+        return {**made, **into}
 
     def _run_values(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
         values = {spec.name: _to_value(inputs[spec.name], spec.dtype) for spec in self.inputs}

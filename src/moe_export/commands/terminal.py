@@ -134,5 +134,6 @@ def check_together(options: Sequence[Option], given: Mapping[str, Any]) -> None:
     for option in options:
         needed = by_name[option.goes_with] if option.goes_with else option
         if given.get(option.name, option.unset) != option.unset and given[needed.name] == needed.unset:
-            value = needed.metavar or next(each for each in needed.type.choices if each != needed.default)
-            raise UsageError(f"{option.word} goes with {needed.word}", hint=f"{needed.word} {value}")
+            choices = () if needed.is_flag or needed.metavar else needed.type.choices
+            value = needed.metavar or next((each for each in choices if each != needed.default), "")
+            raise UsageError(f"{option.word} goes with {needed.word}", hint=f"{needed.word} {value}".strip())

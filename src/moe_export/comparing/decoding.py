@@ -13,7 +13,7 @@ from moe_export.export.decoder.whole import DecoderModule, Whole
 from moe_export.export.frontend.subject import Subject
 from moe_export.export.onnx.simplify import as_numpy
 from moe_export.verify import Report, Tolerance, compare
-from moe_export.verify.decoding import AtOnce, InParts, Results, decoding_cases
+from moe_export.verify.decoding import BUFFER, AtOnce, InParts, Results, decoding_cases
 from moe_export.verify.runners.torch_runner import TorchRunner
 from moe_export.verify.specs import Array
 
@@ -24,7 +24,7 @@ def with_decoding(
     """The report with more cases: a prompt at once and in parts, padded rows, a text token by token.
 
     Args:
-        report: Of the graph, call by call.
+        report: Of the graph, call by call. Where the graph keeps keys and values in buffers, all is run in these, too.
         candidate: The graph.
         reference: Its decoder in PyTorch, whose model is asked without a cache.
         tolerance: For floats.
@@ -36,7 +36,6 @@ def with_decoding(
     tokens = call.tokens
     of_tokens = decoder.results
     results = Results(of_tokens.each, of_tokens.last, _logits(candidate, of_tokens.each, call.words))
-    in_parts = InParts(candidate, candidate.inputs, tokens, results)
     draw = np.random.default_rng(seed)
 
     def make(name: str, count: int) -> Array:
@@ -48,16 +47,22 @@ def with_decoding(
         )
 
     model = AtOnce(_run(call, decoder, None), results, "torch")
-    found = compare(
-        model,
-        in_parts,
-        decoding_cases(in_parts, model, make, seed, padded="attention_mask" in decoder.given),
-        tolerance=tolerance,
-        routing=results.pairs,
-        truth=AtOnce(_run(call.wide(), decoder, "float64"), results, "torch in float64"),
-        other_sizes=0,
-    )
-    return replace(report, cases=(*report.cases, *found.cases))
+    truth = AtOnce(_run(call.wide(), decoder, "float64"), results, "torch in float64")
+    buffers = any(BUFFER in spec.shape for spec in candidate.outputs)
+    for buffered in (False, True) if buffers else (False,):
+        in_parts = InParts(candidate, candidate.inputs, tokens, results, buffered=buffered)
+        cases = decoding_cases(in_parts, model, make, seed, padded="attention_mask" in decoder.given)
+        found = compare(
+            model,
+            in_parts,
+            (replace(case, label=f"{case.label}, in buffers") for case in cases) if buffered else cases,
+            tolerance=tolerance,
+            routing=results.pairs,
+            truth=truth,
+            other_sizes=0,
+        )
+        report = replace(report, cases=(*report.cases, *found.cases))
+    return report
 
 
 def _logits(candidate: GraphRunner, outputs: Sequence[str], words: int) -> str | None:

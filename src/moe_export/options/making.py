@@ -60,6 +60,10 @@ GRAPH = (
     Option("decoder", "--decoder", "Graph",
            "A language model for new tokens after earlier ones, whose keys and values are past_key_values.* and"
            " present.* (docs/decoder.md).", EXPORTING, type=bool, first=True),
+    Option("attention", "--attention", "Graph",
+           "How attention of a decoder is written: contrib lets keys and values stay in one buffer, by ONNX Runtime's"
+           " own operator on a CPU (docs/decoder.md).", EXPORTING, ("attention",), default="standard",
+           type=click.Choice(["standard", "contrib"]), goes_with="decoder"),
     Option("functions", "--functions", "Graph",
            "Write each module, and each block of experts, as an ONNX function that Netron opens as a graph of its own.",
            EXPORTING, type=bool),

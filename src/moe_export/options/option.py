@@ -65,6 +65,7 @@ STAGES = (
     "precision",
     "quantize",
     "sides",
+    "attention",
     "openvino",
 )
 """The names of `export.stages.PIPELINE`, which takes seconds to import."""

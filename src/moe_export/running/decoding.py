@@ -4,7 +4,8 @@
     decoder.generate([[5, 17, 33]], max_new_tokens=64)
 
 What the model keeps of earlier tokens stays where onnxruntime has it: it is handed from run to run, and never copied to
-Python. This is the reference of how such a graph is run, not a server: one batch, rows of one length, no beams.
+Python. A graph that keeps keys and values in buffers gets one for the whole text, and writes into it. This is the
+reference of how such a graph is run, not a server: one batch, rows of one length, no beams.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from moe_export.errors import UsageError
-from moe_export.verify.decoding import MASK, PAST, POSITIONS, PRESENT, nothing_kept
+from moe_export.verify.decoding import BUFFER, MASK, PAST, POSITIONS, PRESENT, nothing_kept
 from moe_export.verify.runners.onnxruntime_runner import OnnxRuntimeRunner
 from moe_export.verify.specs import Array
 
@@ -67,6 +68,7 @@ class Decoder:
         self._inputs = inputs
         (logits,) = (spec for spec in self._runner.outputs if spec.name == "logits")
         self._words = logits.shape[-1]
+        self._in_place = {spec.name for spec in self._runner.outputs if BUFFER in spec.shape}
         self.speed: Speed | None = None
 
     def generate(
@@ -115,7 +117,7 @@ class Decoder:
             )
         draw, ended = np.random.default_rng(seed), np.zeros(len(now), bool)
         last, made, times = now[:, -1], 0, [time.perf_counter()]
-        kept, length, first = self._nothing(len(now)), 0, now.size
+        kept, length, first = self._nothing(len(now), now.shape[1] + max_new_tokens), 0, now.size
         while made < max_new_tokens and not ended.all():
             length += now.shape[1]
             logits, kept = self._run(now, length, kept)
@@ -138,13 +140,15 @@ class Decoder:
         places = np.broadcast_to(np.arange(length - count, length), (batch, count))
         given = {"input_ids": now, MASK: np.ones((batch, length), np.int64), POSITIONS: places}
         fed = {name: array for name, array in given.items() if name in self._inputs}
-        found = self._runner.run_bound(fed, kept, self._device)
-        after = {name: found[name.replace(PAST, PRESENT, 1)] for name in kept}
+        made = {name: name.replace(PAST, PRESENT, 1) for name in kept}
+        into = {made[name]: value for name, value in kept.items() if made[name] in self._in_place}
+        found = self._runner.run_bound(fed, kept, self._device, into)
+        after = {name: found[made[name]] for name in kept}
         logits: Array = found["logits"].numpy()
         return (logits[:, -1] if logits.ndim > 2 else logits), after
 
-    def _nothing(self, batch: int) -> dict[str, Any]:
-        kept = nothing_kept(self._runner.inputs, "input_ids", batch)
+    def _nothing(self, batch: int, longest: int) -> dict[str, Any]:
+        kept = nothing_kept(self._runner.inputs, "input_ids", batch, longest if self._in_place else 0)
         return {name: self._runner.value_of(array, self._device) for name, array in kept.items()}
 
 
