@@ -48,7 +48,7 @@ from moe_export.export.scans.captures import captures_as_states
 from moe_export.export.scans.expand import Expansion, expand_loops
 from moe_export.export.scans.order import loops_first
 from moe_export.export.tracing.dims import DimRequest
-from moe_export.export.tracing.notes import notes_on
+from moe_export.export.tracing.notes import lookup_note, notes_on
 from moe_export.export.tracing.trace import Traced, quiet
 from moe_export.export.tracing.traced_loops import DOMAIN as LOOPS
 from moe_export.export.tracing.ways_seen import ways_seen
@@ -176,7 +176,8 @@ def _outline(program: Program, options: Options) -> Program:
     if options.experts == "keep":
         return program
     outlined = outline_experts(program.traced)
-    notes = (*program.notes, *outlined.refused)
+    chosen_only = {lookup_note(block.experts.line) for block in outlined.blocks if block.experts.line}
+    notes = (*(note for note in program.notes if note not in chosen_only), *outlined.refused)
     return replace(
         program, traced=outlined.traced, blocks=outlined.blocks, refused=outlined.refused, notes=notes
     )

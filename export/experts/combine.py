@@ -162,6 +162,8 @@ def added_up(node: fx.Node, count: int) -> tuple[list[fx.Node], fx.Node | None] 
     parts: list[fx.Node] = []
     rest: Any = node
     for _ in range(count):
+        while parts and isinstance(rest, fx.Node) and rest.target is _aten.clone.default:
+            rest = arguments(rest)[0]  # what `out[n] += ...` writes back
         if not isinstance(rest, fx.Node) or rest.target is not _aten.add.Tensor or rest.kwargs:
             break
         rest, part = arguments(rest)

@@ -6,12 +6,14 @@ and running counts say where each expert's rows are.
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
 from torch import fx
 
 from moe_export.errors import RefusedError
+from moe_export.export.axes.chosen import names_experts
 from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.axes.shapes import argument, arguments, is_numbering, rank_of, shape_of
 from moe_export.export.experts.row_shapes import over, pointwise
@@ -168,6 +170,18 @@ def descends(node: fx.Node) -> bool:
     return bool(node.kwargs.get("descending", False)) or (
         any(flags[1:]) if stable and len(flags) > 1 else any(flags)
     )
+
+
+def counted_from_behind(region: Region, node: fx.Node) -> Rows | None:
+    """`where(e < 0, e + E, e)` of experts that a gate chose: none of them is below 0."""
+    is_below, _, chosen = arguments(node)
+    rows = region.rows.get(chosen)
+    compares = isinstance(is_below, fx.Node) and is_below.target is _aten.lt.Scalar
+    if rows is None or rows.number != "expert" or not compares or arguments(is_below) != (chosen, 0):
+        return pointwise(region, node)
+    if not names_experts(region.indices, region.count):
+        return pointwise(region, node)
+    return dataclasses.replace(rows, make=lambda body: body.value(chosen))
 
 
 def divided(region: Region, node: fx.Node) -> Rows | None:

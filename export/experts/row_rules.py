@@ -18,6 +18,7 @@ from moe_export.export.experts.row_columns import columns_after
 from moe_export.export.experts.row_order import (
     behind,
     counted,
+    counted_from_behind,
     counts,
     divided,
     embedding,
@@ -116,5 +117,6 @@ _RULES: Mapping[Any, Rule] = {
     _aten.einsum.default: einsum,
     _aten.ge.Tensor: behind,
     _aten.scatter.value: token_one_hot,
+    _aten.where.self: counted_from_behind,
     operator.getitem: part,
 }  # fmt: skip

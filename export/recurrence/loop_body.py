@@ -8,6 +8,7 @@ A trace of it holds the body once, between opaque boundary nodes that carry the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torch.onnx.ops
 from torch import Tensor, fx
 
+from moe_export.export.recurrence.all_at_once import AllAtOnce, NotAlikeError, Rows, goes_at_once
 from moe_export.export.tracing.traced_loops import DOMAIN, ELEMENT, END, STATE
 
 
@@ -56,12 +58,16 @@ class LoopBody:
         self.collected = tuple(collected)
         self.least = least
         self._module = fx.GraphModule(torch.nn.Module(), graph)
+        self.at_once = not states and goes_at_once(graph, len(elements))
 
     def __call__(
         self, states: Sequence[Tensor], sequences: Sequence[Tensor], captured: Sequence[Any], iterations: Any
     ) -> list[Tensor]:
         run = self._one_by_one
         if torch.compiler.is_exporting():
+            if self.at_once:
+                with suppress(NotAlikeError):
+                    return self._all_at_once(list(sequences), list(captured))
             run = self._as_region if self.least > 0 else self._as_region_with_an_iteration
         return run(list(states), list(sequences), list(captured), iterations)
 
@@ -89,6 +95,20 @@ class LoopBody:
                 torch.stack(column[::-1] if along.backwards else column, dim=along.axis)
                 for column, along in zip(zip(*rows, strict=True), self.collected, strict=True)
             ),
+        ]
+
+    def _all_at_once(self, sequences: list[Tensor], captured: list[Any]) -> list[Tensor]:
+        """The collected values, computed for all iterations together."""
+        rows = [
+            Rows((sequence.flip(along.axis) if along.backwards else sequence).movedim(along.axis, 0))
+            for sequence, along in zip(sequences, self.elements, strict=True)
+        ]
+        found = AllAtOnce(self._module).run(*rows, *captured)
+        if not all(isinstance(each, Rows) for each in found):
+            raise NotAlikeError("a result is the same for all iterations")
+        return [
+            (value.value.flip(0) if along.backwards else value.value).movedim(0, along.axis)
+            for value, along in zip(found, self.collected, strict=True)
         ]
 
     def _empty(self, states: list[Tensor], sequences: list[Tensor], captured: list[Any]) -> list[Tensor]:

@@ -20,9 +20,10 @@ from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.cumulative import cumulative_step_by_step
 from moe_export.export.recurrence.delta_rule import delta_rules_step_by_step
-from moe_export.export.recurrence.fold import folded_module
+from moe_export.export.recurrence.fold import FoldedModule, folded_module
 from moe_export.export.recurrence.generalised import UnlikeError
 from moe_export.export.recurrence.in_common import NoLoopError, in_common, repeats_of
+from moe_export.export.recurrence.loop_body import LoopBody
 from moe_export.export.recurrence.prove import prove, wrong_at_one
 from moe_export.export.recurrence.reach import Reach
 from moe_export.export.recurrence.recurrent_layers import recurrent_layers_step_by_step
@@ -307,7 +308,7 @@ def _folded_at(
         dropped=subject.dropped,
     )
     reached = prove(subject, folded, lengths, tuple(examples), whole, rounded=again)
-    notes = (*_notes(whole, lengths, subject), *_limits(lengths, reached))
+    notes = (*_notes(whole, module, lengths, subject), *_limits(lengths, reached))
     single = wrong_at_one(subject, folded, lengths, max(examples), traced.inputs)
     return Recurrent(folded, traced, notes, tuple(lengths), reached, single)
 
@@ -335,10 +336,14 @@ def _placeholders(traced: Traced) -> list[str]:
     ]
 
 
-def _notes(whole: RolledGraph, lengths: Sequence[Length], subject: Subject) -> list[str]:
+def _notes(
+    whole: RolledGraph, module: FoldedModule, lengths: Sequence[Length], subject: Subject
+) -> list[str]:
+    bodies = [node.target for node in module.graph.nodes if isinstance(node.target, LoopBody)]
+    become = {body.number: "computed for all steps together" for body in bodies if body.at_once}
     return [
         f"loop at {_near(item.loop.line, subject)}: {_steps(item.loop.iterations, lengths)}, "
-        f"{len(item.loop.body)} ops per step, folded into one Scan"
+        f"{len(item.loop.body)} ops per step, {become.get(item.number, 'folded into one Scan')}"
         for item in whole.items
         if isinstance(item, Folded)
     ]

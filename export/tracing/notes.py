@@ -42,13 +42,17 @@ def notes_on(
             f"the number of steps of the loop at {os.path.basename(place)} depends on values: it is a Loop in the graph"
             for place in asked.open_loops
         ),
-        *(
-            f"all modules that are looked up at {os.path.basename(place)} are computed, and one result is taken"
-            for place in asked.lookups
-        ),
+        *map(lookup_note, asked.lookups),
         *_on_decisions(asked.decisions, seen or {}),
         *(f"input {name} has no influence on the outputs" for name in _unused(traced)),
     ]
+
+
+def lookup_note(place: str) -> str:
+    """What is said of a line, `file:line`, that looks up a module; not where the line is known as experts."""
+    return (
+        f"all modules that are looked up at {os.path.basename(place)} are computed, and one result is taken"
+    )
 
 
 def _on_decisions(places: Sequence[str], seen: Mapping[str, Set[bool]]) -> list[str]:
