@@ -142,7 +142,7 @@ def _put_all(model: ir.Model, places: Mapping[str, _Place], files: Sequence[Path
 
 
 def _seen_apart(model: ir.Model, grids: Mapping[str, Grid]) -> dict[str, dict[str, _Place]]:
-    """Of stacks those whose experts all have products of their own in a graph, told by their elements."""
+    """Of stacks, those whose experts all have products of their own in a graph: by their elements."""
     known: dict[bytes, list[tuple[_Watched, ...]]] = defaultdict(list)
     for weight in find_weights(model, "*", whole=False)[0]:
         inputs = _inputs_of(weight)
@@ -167,9 +167,9 @@ def _seen_apart(model: ir.Model, grids: Mapping[str, Grid]) -> dict[str, dict[st
 
 def _elements(columns: Array) -> bytes:
     """What tells a weight (K, N) from others."""
-    told = hashlib.sha256(f"{columns.shape} {columns.dtype}".encode())
-    told.update(np.ascontiguousarray(columns).view(np.uint8).data)
-    return told.digest()
+    digest = hashlib.sha256(f"{columns.shape} {columns.dtype}".encode())
+    digest.update(np.ascontiguousarray(columns).view(np.uint8).data)
+    return digest.digest()
 
 
 def _inputs_of(weight: Candidate) -> tuple[_Watched, ...]:

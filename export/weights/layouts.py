@@ -188,10 +188,12 @@ def _of_bitsandbytes(stored: Mapping[str, Recipe], state: str) -> _Made:
     if any(each not in stored for each in names):
         return None
     try:
-        told = json.loads(stored[state].array().tobytes())
-        shape, block = tuple(int(size) for size in told["shape"]), int(told["blocksize"])
+        fields = json.loads(stored[state].array().tobytes())
+        shape, block = tuple(int(size) for size in fields["shape"]), int(fields["blocksize"])
         nested = (
-            (int(told["nested_blocksize"]), float(told["nested_offset"])) if "nested_offset" in told else None
+            (int(fields["nested_blocksize"]), float(fields["nested_offset"]))
+            if "nested_offset" in fields
+            else None
         )
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{state} does not say what {name} is: {error!r}") from None

@@ -117,7 +117,7 @@ def wide_if_possible(run: Callable[[bool], _Found]) -> tuple[_Found, bool]:
     """What a computation gives in float64; in the types that it has where an operator does not support float64.
 
     Args:
-        run: The computation. It is told whether its values are to be `doubled`.
+        run: The computation. Its argument says whether values are to be `doubled`.
 
     Returns:
         What it gives, and whether that is in float64.

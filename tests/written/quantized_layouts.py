@@ -179,12 +179,12 @@ def nf4_with_nested_scales():
     map8, scales8 = torch.linspace(-1, 1, 256), torch.rand(-(-N * K // 64 // 256), generator=draw())
     codes8 = numbers(0, 256, N * K // 64).to(torch.uint8)
     scales = map8[codes8.long()] * scales8.repeat_interleave(256)[: len(codes8)] + torch.tensor(0.7)
-    told = said("nf4", nested_blocksize=256, nested_offset=0.7, nested_dtype="float32")
+    state = said("nf4", nested_blocksize=256, nested_offset=0.7, nested_dtype="float32")
     tensors |= {
         "up.weight.absmax": codes8,
         "up.weight.nested_absmax": scales8,
         "up.weight.nested_quant_map": map8,
-        "up.weight.quant_state.bitsandbytes__nf4": told,
+        "up.weight.quant_state.bitsandbytes__nf4": state,
     }
     words = tensors["up.weight"][:, 0].long()
     codes = torch.stack([words >> 4, words & 15], 1).flatten()

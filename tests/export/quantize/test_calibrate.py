@@ -153,10 +153,10 @@ def test_experts_that_are_alike_are_told_apart_by_their_order(float_graph, rows)
         model = model.clone()
         for name, value in model.graph.initializers.items():
             if name.startswith("experts.3.") or (value.const_value.shape.rank() == 3 and "experts" in name):
-                twin = name.replace("experts.3.", "experts.1.")
+                other = name.replace("experts.3.", "experts.1.")
                 array = value.const_value.numpy().copy()
-                if twin != name:
-                    array = model.graph.initializers[twin].const_value.numpy()
+                if other != name:
+                    array = model.graph.initializers[other].const_value.numpy()
                 else:
                     array[3] = array[1]
                 value.const_value = ir.tensor(array)

@@ -130,7 +130,7 @@ MODELS = {
 }
 
 
-def told(program):
+def described(program):
     """What a program says: its nodes, what is known of each, and the conditions on its sizes."""
     lines = [str(program.graph), str(program.range_constraints)]
     for node in program.graph.nodes:
@@ -147,7 +147,7 @@ def exported(module):
     with torch.no_grad():
         args = (torch.randn(5, 4),)
         free = ({0: Dim.AUTO, 1: Dim.AUTO},)  # the second is fixed by the first layer
-        return told(torch.export.export(module.eval(), args, dynamic_shapes=free, strict=False))
+        return described(torch.export.export(module.eval(), args, dynamic_shapes=free, strict=False))
 
 
 @pytest.mark.parametrize("name", MODELS)
