@@ -10,7 +10,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from moe_export.export.onnx.before import Before
+from moe_export.export.onnx.before import Before, arguments
 from moe_export.export.onnx.decompositions_logs import LOG_RULES
 from moe_export.export.onnx.decompositions_matrices import MATRIX_RULES
 from moe_export.export.onnx.decompositions_numbers import NUMBER_RULES
@@ -239,6 +239,26 @@ def _without_underscores(node: fx.Node) -> None:
     node.target = _PLAIN_NAMES[node.target]
 
 
+def _repeated_by_size(node: fx.Node) -> None:
+    """`x.repeat_interleave(n, dim)` of a size n → `x.unsqueeze(dim + 1).expand(.., n, ..).flatten(dim, dim + 1)`.
+
+    The exporter takes n for a number that it knows. It knows those that are written in the model.
+    """
+    value, count, axis, *_ = arguments(node, None, None, None)
+    axis = node.kwargs.get("dim", axis)
+    if not isinstance(count, fx.Node) or not isinstance(value, fx.Node):
+        return
+    write = Before(node)
+    if axis is None:
+        value, axis = write(_aten.reshape.default, value, [-1]), 0
+    rank = value.meta["val"].dim()
+    axis %= rank
+    apart = write(_aten.unsqueeze.default, value, axis + 1)
+    sizes = [-1] * (axis + 1) + [count] + [-1] * (rank - axis - 1)
+    each = write(_aten.expand.default, apart, sizes)
+    node.target, node.args, node.kwargs = _aten.flatten.using_ints, (each, axis, axis + 1), {}
+
+
 def _difference(node: fx.Node) -> None:
     """`x.diff()` → `x[1:] - x[:-1]`, for the same reason; what is put in front or behind is joined to x first."""
     given = [*node.args, *(1, -1, None, None)[len(node.args) - 1 :]]
@@ -318,6 +338,7 @@ _RULES: dict[object, Callable[[fx.Node], None]] = {
     **dict.fromkeys(_REDUCTIONS, _kept_narrow),
     **dict.fromkeys(_PLAIN_NAMES, _without_underscores),
     _aten.diff.default: _difference,
+    _aten.repeat_interleave.self_int: _repeated_by_size,
     _aten.squeeze.dim: _squeeze,
     _aten.squeeze.dims: _squeeze,
     _aten.masked_select.default: _masked_select,

@@ -53,6 +53,28 @@ def test_decomposed_operators(tools, function):
     tools.equal(tools.graph(Calls(function), torch.randn(2, 3, 4)), torch.randn(4, 6, 5))
 
 
+class Repeats(nn.Module):
+    """Rows that are repeated as often as another input's sizes say, as heads of keys are for those of queries."""
+
+    def forward(self, x, y):
+        each = y.shape[1] // x.shape[1]
+        return (
+            x.repeat_interleave(each, dim=-2) * 2,
+            x.repeat_interleave(y.shape[0]),
+            y.repeat_interleave(2, 2),
+        )
+
+
+@pytest.mark.parametrize(("heads", "queries"), [(2, 6), (3, 3), (4, 2), (1, 5)])
+def test_rows_are_repeated_by_a_size(tools, repeats, heads, queries):
+    tools.equal(repeats, torch.randn(3, heads, 5), torch.randn(4, queries, 3))
+
+
+@pytest.fixture(scope="module")
+def repeats(tools):
+    return tools.graph(Repeats(), torch.randn(3, 2, 4), torch.randn(2, 4, 3))
+
+
 class Untraced(nn.Module):
     """Operators for each of which the exporter would trace the whole program once more."""
 
