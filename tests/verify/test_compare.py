@@ -20,6 +20,7 @@ from moe_export.verify import (
 )
 from moe_export.verify.inputs.cases import MadeOnce
 from moe_export.verify.reports.report import worst_code
+from moe_export.verify.reports.table import plain as as_text
 
 LINEAR = "g (float[batch,sequence,4] x) => (float[batch,sequence,3] y) { h = MatMul(x, w) y = Tanh(h) }"
 SPECS = [TensorSpec("x", "float32", ("batch", "sequence", 4))]
@@ -120,6 +121,18 @@ def test_sizes_that_the_reference_refuses_are_recorded_and_not_failed(graph):
     assert {dict(case.sizes)["sequence"] for case in refused} == {1}
     assert {case.reason for case in refused} == {"ValueError: too short"}
     assert "refused by torch, batch=1 sequence=1; batch=2 sequence=1: ValueError: too short" in str(report)
+
+
+def test_of_many_sizes_that_are_refused_alike_a_few_are_named(graph):
+    report = compare(needs(lambda n: n == 5, "five only"), graph(LINEAR, w=W), inputs())
+    refused = [case.label for case in report.cases if case.outcome == "refused"]
+    assert len(refused) > 6
+    (line,) = [
+        part for part in as_text(report).replace("\n  ", " ").splitlines() if part.startswith("refused")
+    ]
+    assert line.endswith(f"; and {len(refused) - 5} more: ValueError: five only")
+    assert line.count(";") == 5
+    assert all(label in as_text(report, verbose=True).replace("\n  ", " ") for label in refused)
 
 
 def test_a_model_of_whole_chunks_falls_back_on_the_reserve(graph):

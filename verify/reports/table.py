@@ -23,6 +23,7 @@ _RIGHT = (2, 3)  # columns of figures
 _LIMITS = (28, 14, 9, 9, 24, 9)  # with a gap of 1 between them, exactly within WIDTH
 _STANDING_LIMITS = (28, 21, 9, 9, 6, 22)
 _REPRODUCE = "reproduce: "
+_MOST_LABELS = 5  # of sizes at which the same went wrong
 _COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow", "unfinished": "yellow"}
 
 
@@ -31,7 +32,7 @@ def plain(report: Findings, *, verbose: bool = False) -> str:
 
     Args:
         report: What was found.
-        verbose: List every size that was compared, by the label that `--case` takes.
+        verbose: List every size that was compared, refused or failed, by the label that `--case` takes.
     """
     cells = [_HEADER, *(_cells(row) for row in shown(report))]
     widths = [max(len(line[column]) for line in cells) for column in range(len(_HEADER))]
@@ -140,9 +141,9 @@ def _paragraphs(report: Findings, *, verbose: bool) -> Iterator[str]:
     if report.left_out:
         yield f"NOT COMPARED, the time limit was reached: {'; '.join(report.left_out)}"
     for reason, labels in _reasons(report, "refused").items():
-        yield f"refused by {report.reference}, {'; '.join(labels)}: {reason}"
+        yield f"refused by {report.reference}, {_first(labels, verbose)}: {reason}"
     for reason, labels in _reasons(report, "failed").items():
-        yield f"FAILED in {report.candidate} only, {'; '.join(labels)}: {reason}"
+        yield f"FAILED in {report.candidate} only, {_first(labels, verbose)}: {reason}"
     for row in report.rows:
         if not row.equal:
             yield f"{row.output} DIFFERS, {row.at}: {row.reason}{_worst(row, report)}"
@@ -185,6 +186,13 @@ def _reasons(report: Findings, outcome: Outcome) -> dict[str, list[str]]:
         if case.outcome == outcome:
             found.setdefault(case.reason or "", []).append(case.label)
     return found
+
+
+def _first(labels: list[str], verbose: bool) -> str:
+    """The first labels, as what is wrong everywhere is so at a hundred sizes; the JSON has all."""
+    shown = labels if verbose or len(labels) <= _MOST_LABELS + 1 else labels[:_MOST_LABELS]
+    more = len(labels) - len(shown)
+    return "; ".join(shown) + (f"; and {more} more" if more else "")
 
 
 def _worst(row: Row, report: Findings) -> str:
