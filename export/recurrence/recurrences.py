@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 import torch
 
-from moe_export.domain import Condition
+from moe_export.domain import Condition, Domain
 from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.cumulative import cumulative_step_by_step
@@ -31,6 +31,7 @@ from moe_export.export.recurrence.rolled import Folded, LengthError, RolledGraph
 from moe_export.export.recurrence.sizes import rows
 from moe_export.export.recurrence.user_scans import scans_step_by_step
 from moe_export.export.tracing.dims import DimRequest
+from moe_export.export.tracing.guards import conditions_of
 from moe_export.export.tracing.lengths import (
     Length,
     looped_apart,
@@ -280,15 +281,22 @@ def _folded_at(
         static = replace(unpicked, static=True, picked={})
         repeats_of([trace(other, static, as_called=True) for other in others[:2]])
     traced = trace(first, unpicked, as_called=True)
-    fixed = [
-        [(name, axis) for name, axis in length.axes if isinstance(traced.inputs[name][axis], int)]
-        for length in lengths
-    ]
+    tied = replace(unpicked, fixed=unpicked.fixed | axes)
+    if not _holds_at(traced, lengths, examples):
+        unpicked, traced = tied, trace(first, tied, as_called=True)
+    fixed = _fixed(traced, lengths)
     if not all(fixed):
         if len(lengths) > 1:
             raise LengthError("one of two lengths is not looped over", None)
         return Recurrent(subject)  # the tracer keeps this length free: no loop over it is unrolled
-    whole = in_common(traced, others, tuple(examples), unpicked, chunk)
+    try:
+        whole = in_common(traced, others, tuple(examples), unpicked, chunk)
+    except LengthError:
+        if set().union(*fixed) == axes:
+            raise
+        # The trace has a length of its own for inputs whose length is not what the model loops over.
+        traced = trace(first, tied, as_called=True)
+        whole, fixed = in_common(traced, others, tuple(examples), tied, chunk), _fixed(traced, lengths)
     placeholders = dict(zip(traced.inputs, _placeholders(traced), strict=True))
     places = [[(placeholders[name], axis) for name, axis in group] for group in fixed]
     with quiet():
@@ -311,6 +319,34 @@ def _folded_at(
     notes = (*_notes(whole, module, lengths, subject), *_limits(lengths, reached))
     single = wrong_at_one(subject, folded, lengths, max(examples), traced.inputs)
     return Recurrent(folded, traced, notes, tuple(lengths), reached, single)
+
+
+def _fixed(traced: Traced, lengths: Sequence[Length]) -> list[list[tuple[str, int]]]:
+    """Of each length the axes whose size is a number in the trace."""
+    return [
+        [(name, axis) for name, axis in length.axes if isinstance(traced.inputs[name][axis], int)]
+        for length in lengths
+    ]
+
+
+def _holds_at(
+    traced: Traced, lengths: Sequence[Length], examples: Mapping[tuple[int, ...], Mapping[str, torch.Tensor]]
+) -> bool:
+    """Whether lengths that are free in a trace are so at all sizes: of a loop over chunks, it may keep their number."""
+    sizes = {dim.name: dim.traced for dim in traced.dims}
+    free = {
+        str(traced.inputs[name][axis]): (name, axis)
+        for length in lengths
+        for name, axis in length.axes
+        if traced.inputs[name][axis] in sizes
+    }
+    domain = (
+        replace(traced, conditions=conditions_of(traced.program, traced.dims)).domain if free else Domain(())
+    )
+    return all(
+        domain.holds(sizes | {dim: example[name].shape[axis] for dim, (name, axis) in free.items()})
+        for example in examples.values()
+    )
 
 
 def _limits(lengths: Sequence[Length], reached: Sequence[Reach]) -> list[str]:

@@ -126,9 +126,12 @@ def chunk_of(subject: Subject, length: Length) -> int | None:
         before = before if count is None else count
         if all(added) and len(added) >= _ITERATIONS_OF_ONE:
             return None
-        for chunk in range(2, (len(added) + 1) // 2):
-            if added[chunk:] == added[:-chunk] and not all(added):
-                return chunk
+        # What is added first may be no iteration: a single place needs no copy, so that two run more than one.
+        later = added.index(True, 1) if True in added[1:] else 0
+        for one in (added, added[later:]):
+            for chunk in range(2, (len(one) + 1) // 2):
+                if one[chunk:] == one[:-chunk] and not all(one):
+                    return chunk
     return None
 
 

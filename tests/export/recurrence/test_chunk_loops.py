@@ -50,6 +50,32 @@ class Filled(nn.Module):
         return torch.cat(found, 1)[:, :length]
 
 
+class Copied(Filled):
+    """One that copies what is not contiguous, as one place is: it runs fewer operators at length 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.mT.contiguous().mT)
+
+
+class Together(nn.Module):
+    """Over chunks so long that the first traces have one: the tracer leaves both lengths free up to its end."""
+
+    CHUNK = 8
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        b, length, d = x.shape
+        missing = -y.shape[1] % self.CHUNK
+        if missing:
+            x, y = (functional.pad(each, (0, 0, 0, missing)) for each in (x, y))
+        count = x.shape[1] // self.CHUNK
+        first, second = (each.view(b, count, self.CHUNK, -1) for each in (x, y))
+        state, out = x.new_zeros(b, d), torch.zeros_like(second)
+        for t in range(count):
+            state = state * 0.5 + first[:, t].sum(1)
+            out[:, t] = second[:, t] * state[:, None]
+        return out.reshape(b, -1, d)[:, :length]
+
+
 class Ragged(nn.Module):
     """The last chunk may be shorter: it is an iteration of its own behind the loop."""
 
@@ -87,6 +113,23 @@ def test_chunks_hold_for_any_length(module: nn.Module, iterations: str) -> None:
     graph = exported(subject)
     assert iterations in graph.notes[0]
     assert_right_at_any_length(subject, graph)
+
+
+@pytest.mark.slow
+def test_inputs_that_have_one_length_are_cut_into_chunks_together() -> None:
+    args = (torch.randn(2, 13, 2), torch.randn(2, 13, 2))
+    subject = make_subject(Together().eval(), args, {}, source=Path(__file__), how="a test")
+    graph = exported(subject)
+    assert "(L + 7) // 8 steps for L = x.shape[1] and y.shape[1]" in graph.notes[0]
+    assert len(set(graph.traced.inputs.values())) == 1
+    session = onnxruntime.InferenceSession(
+        ir.to_proto(graph.model).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    for length in (1, 2, 7, 8, 9, 16, 17, 40):
+        given = {name: torch.randn(3, length, 2) for name in ("x", "y")}
+        (wanted,) = subject.call_named(given)
+        (found,) = session.run(None, {name: value.numpy() for name, value in given.items()})
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
 
 def assert_right_at_any_length(subject: Subject, graph: Graph) -> None:
@@ -127,6 +170,7 @@ def test_the_places_of_an_iteration_are_seen_in_the_operators() -> None:
     length = Length((("x", 1),))
     assert chunk_of(subject_of(Filled(True)), length) == CHUNK
     assert chunk_of(subject_of(Filled(False)), length) == CHUNK
+    assert chunk_of(subject_of(Copied(False)), length) == CHUNK
     assert chunk_of(subject_of(Ragged()), length) == CHUNK
     assert chunk_of(subject_of(nn.Tanh()), Length((("input", 1),))) is None
 
