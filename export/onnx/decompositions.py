@@ -170,6 +170,7 @@ def _attention(node: fx.Node) -> None:
 
     A query that may look at nothing, as a padded token, gets zeros from PyTorch. The exporter adds the least finite
     number to what is masked, so that such a query gets the mean of all values. What is made of a mask is made once.
+    The zeros of the result are another constant than those of the mask: OpenVINO 2026.4 refuses one that both share.
     """
     mask = node.args[3] if len(node.args) > 3 else node.kwargs.get("attn_mask")
     result = node.meta.get("val")
@@ -186,7 +187,8 @@ def _attention(node: fx.Node) -> None:
     attended = Before(node)(
         _aten.scaled_dot_product_attention.default, query, key, value, added, *rest[1:], **kwargs
     )
-    node.target, node.args, node.kwargs = _aten.where.self, (looks, attended, zero), {}
+    nothing = _made_of(mask, _aten.full.default, [1], 0.0, dtype=result.dtype)
+    node.target, node.args, node.kwargs = _aten.where.self, (looks, attended, nothing), {}
 
 
 def _made_of(source: fx.Node, target: Callable[..., Any], *args: fx.node.Argument, **kwargs: Any) -> fx.Node:
