@@ -19,14 +19,11 @@ def values_of_shapes(traced: Traced, nodes: tuple[fx.Node, ...]) -> list[torch.T
     A weight is random in its last axes and the same along its first, so that a stack of experts takes no more memory
     than one of them.
     """
-    inputs = [
-        node
-        for node in traced.program.graph.nodes
-        if node.op == "placeholder" and node.name in traced.program.graph_signature.user_inputs
-    ]
-    given = dict(zip(inputs, traced.example.values(), strict=True))
+    given = set(traced.program.graph_signature.user_inputs)
+    inputs = [node for node in traced.program.graph.nodes if node.op == "placeholder" and node.name in given]
+    examples = dict(zip(inputs, traced.example.values(), strict=True))
     generator = torch.Generator().manual_seed(0)
-    return [given[node] if node in given else _value(node, generator) for node in nodes]
+    return [examples[node] if node in examples else _value(node, generator) for node in nodes]
 
 
 def _value(node: fx.Node, generator: torch.Generator) -> torch.Tensor:

@@ -3,19 +3,19 @@
 - `kept_frames`. Why: the tracer keeps the frames of functions called `forward`, so a function that a `forward` calls
   has no line. The method says that it "can be overridden to customize" this; but `torch.export` makes its tracer
   itself, and takes no other.
-- `frames_read_once`. Why: each node has a hundred frames, the same for nearly all of them, and the line of each frame
-  was looked up anew for each node: a tenth of the time of a trace.
+- `frames_read_once`. Why: each node has a hundred frames, the same for nearly all of them. PyTorch writes the stack
+  down outside Python, looks up the line of each frame, and makes an object of each, anew for each node.
 
-Seen in torch 2.13.0 and 2.14.1 (`torch.fx.proxy.TracerBase._filter_traceback_frames`, `torch.utils._traceback`).
+Seen in torch 2.13.0 and 2.14.1 (`TracerBase._filter_traceback_frames` and `CapturedTraceback` of `torch.fx.proxy`).
 """
 
 from __future__ import annotations
 
+import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
+from types import CodeType, FrameType
 from unittest import mock
 
 from torch import fx
@@ -41,24 +41,45 @@ def kept_frames(keep: Callable[[Frames, traceback.StackSummary], Frames]) -> Ite
 
 @contextmanager
 def frames_read_once() -> Iterator[None]:
-    """While it runs, the frame of a line is made once, with the source of the line in it.
+    """While it runs, tracers read the stack of a node themselves, and make the frame of a place in the code once.
 
     Where PyTorch reads frames elsewhere, its own way is taken: that is slower, and as right.
     """
-    from torch.utils import _traceback
-
-    @cache
-    def frame(filename: str, line: int, name: str) -> traceback.FrameSummary:
-        return traceback.FrameSummary(filename, line, name)
-
-    def extracted(frames: Sequence[Mapping[str, Any]], skip: int) -> traceback.StackSummary:
-        """Outermost first."""
-        stack = traceback.StackSummary()
-        stack.extend(frame(each["filename"], each["line"], each["name"]) for each in reversed(frames[skip:]))
-        return stack
-
-    if not hasattr(_traceback, "_extract_symbolized_tb"):
+    if not hasattr(fx.proxy, "CapturedTraceback"):
         yield
         return
-    with mock.patch.object(_traceback, "_extract_symbolized_tb", extracted):
+    with mock.patch.object(fx.proxy, "CapturedTraceback", _Stacks()):
         yield
+
+
+class _Stacks:
+    """What a tracer uses of `CapturedTraceback`: `CapturedTraceback.extract().summary()`."""
+
+    def __init__(self) -> None:
+        # By code and place in it. Code is told apart by its identity, so it must not go: two files may hold equal ones.
+        self._known: dict[tuple[int, int], tuple[CodeType, traceback.FrameSummary]] = {}
+        self._frames: list[traceback.FrameSummary] = []
+
+    def extract(self) -> _Stacks:
+        """Read the stack of the caller."""
+        self._frames = []
+        frame = sys._getframe().f_back
+        while frame is not None:
+            key = (id(frame.f_code), frame.f_lasti)
+            known = self._known.get(key)
+            if known is None:
+                known = self._known[key] = (frame.f_code, _summary(frame))
+            self._frames.append(known[1])
+            frame = frame.f_back
+        return self
+
+    def summary(self) -> traceback.StackSummary:
+        """Outermost first."""
+        stack = traceback.StackSummary()
+        stack.extend(reversed(self._frames))
+        return stack
+
+
+def _summary(frame: FrameType) -> traceback.FrameSummary:
+    code, line = frame.f_code, frame.f_lineno
+    return traceback.FrameSummary(code.co_filename, -1 if line is None else line, code.co_name)

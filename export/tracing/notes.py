@@ -109,9 +109,6 @@ def _short(value: Any) -> str:
 
 def _unused(traced: Traced) -> list[str]:
     """Inputs that nothing in the trace reads, not even their sizes."""
-    inputs = [
-        node
-        for node in traced.program.graph.nodes
-        if node.op == "placeholder" and node.name in traced.program.graph_signature.user_inputs
-    ]
+    given = set(traced.program.graph_signature.user_inputs)
+    inputs = [node for node in traced.program.graph.nodes if node.op == "placeholder" and node.name in given]
     return [name for name, node in zip(traced.inputs, inputs, strict=True) if not node.users]

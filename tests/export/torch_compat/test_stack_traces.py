@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import traceback
 from collections import Counter
+from contextlib import nullcontext
+from unittest import mock
 
+import pytest
 import torch
 from canaries import canary
 from torch import fx, nn
 from torch.utils._traceback import CapturedTraceback
 
-from moe_export.export.torch_compat.stack_traces import frames_read_once
+from moe_export.export.torch_compat.stack_traces import frames_read_once, kept_frames
 
 
 def gate(x):
@@ -28,8 +31,6 @@ def test_canary_other_frames_are_kept():
         "TracerBase._filter_traceback_frames is asked which frames go into node.meta['stack_trace']",
         todo="see create_node in torch/fx/proxy.py for what it asks now",
     ):
-        from moe_export.export.torch_compat.stack_traces import kept_frames
-
         before = fx.proxy.TracerBase._filter_traceback_frames
 
         def keep(kept, frames):
@@ -48,19 +49,26 @@ def lines(program):
     return [node.meta.get("stack_trace") for node in program.graph.nodes]
 
 
+def all_frames():
+    """Let the tracer keep every frame."""
+    return mock.patch.object(fx.proxy.TracerBase, "_filter_traceback_frames", lambda self, frames: frames)
+
+
+def exported_lines(model):
+    return lines(torch.export.export(model, (torch.ones(2),), strict=False))
+
+
+class Deep(nn.Module):
+    """Calls itself, with comprehensions and lambdas on one line, and a line that is run by several functions."""
+
+    def forward(self, x, depth=0):
+        parts = [gate(x) for _ in range(2)]
+        halved = {"half": lambda y: gate(y) / 2}["half"](x)
+        return halved + sum(parts) + (self.forward(x * 2, depth + 1) if depth < 3 else x)
+
+
 def test_frames_that_are_read_once_are_the_same_frames(monkeypatch):
-    """Of a deep call, with comprehensions and lambdas on one line, and a line that is run by several functions."""
-
-    class Deep(nn.Module):
-        def forward(self, x, depth=0):
-            parts = [gate(x) for _ in range(2)]
-            halved = {"half": lambda y: gate(y) / 2}["half"](x)
-            return halved + sum(parts) + (self.forward(x * 2, depth + 1) if depth < 3 else x)
-
-    def exported():
-        return lines(torch.export.export(Deep(), (torch.ones(2),), strict=False))
-
-    wanted = exported()
+    wanted = exported_lines(Deep())
     read = Counter()
     original = traceback.FrameSummary.__init__
 
@@ -70,21 +78,59 @@ def test_frames_that_are_read_once_are_the_same_frames(monkeypatch):
 
     with frames_read_once():
         monkeypatch.setattr(traceback.FrameSummary, "__init__", counted)
-        assert exported() == wanted
+        assert exported_lines(Deep()) == wanted
     assert sum(read.values()) > 20
     assert read[gate.__code__.co_filename, gate.__code__.co_firstlineno + 1, "gate"] == 1
 
 
-def test_canary_frames_are_made_by_one_function():
+def test_the_text_of_a_stack_is_pytorchs_own():
+    """Calls, comprehensions, a call over several lines, a line that goes on, code without a file, equal code twice."""
+
+    class Written(nn.Module):
+        def forward(self, x):
+            y = sum(
+                gate(part)
+                for part in (x, x * 2)
+            ) \
+                + torch.relu(x)  # fmt: skip
+            for function in functions:
+                y = function(y)
+            return torch.cat([each.exp() for each in (y, y)])
+
+    source = "def double(x):\n    return x + x\n"
+    functions = []
+    for name in ("<made>", "one.py", "other.py"):
+        namespace = {}
+        exec(compile(source, name, "exec"), namespace)
+        functions.append(namespace["double"])
+
+    found = []
+    for how in (frames_read_once, nullcontext):
+        with all_frames(), how():
+            found.append([text or "" for text in exported_lines(Written())])
+    texts, wanted = found
+    assert texts == wanted
+    assert sum(text.count("in forward") for text in texts) > 6
+    for name in ("<made>", "one.py", "other.py"):
+        assert any(f'File "{name}", line 2, in double' in text for text in texts)
+    assert any("    gate(part)" in text and "in <genexpr>" in text for text in texts)
+
+
+def test_canary_a_tracer_reads_the_stack_of_a_node():
     with canary(
         "export/torch_compat/stack_traces.py",
-        "CapturedTraceback.summary has _extract_symbolized_tb make the frames of dicts, innermost first",
-        todo="traces are slower and as right: see where torch/utils/_traceback.py makes them now",
+        "TracerBase.create_node calls CapturedTraceback.extract().summary(), of torch.fx.proxy",
+        todo="traces are slower and as right: see where torch/fx/proxy.py reads the stack now",
     ):
+        assert fx.proxy.CapturedTraceback is CapturedTraceback
         wanted = CapturedTraceback.extract().summary()
         with frames_read_once():
-            found = CapturedTraceback.extract().summary()
-            assert found[-2] is CapturedTraceback.extract().summary()[-2]
+            assert fx.proxy.CapturedTraceback is not CapturedTraceback
+            found = fx.proxy.CapturedTraceback.extract().summary()
+            asked = mock.patch.object(fx.proxy.CapturedTraceback, "extract", side_effect=ValueError("asked"))
+            with asked, pytest.raises(ValueError, match="asked"):
+                exported_lines(Gated())
+        assert fx.proxy.CapturedTraceback is CapturedTraceback
         assert [(each.filename, each.name) for each in found] == [
             (each.filename, each.name) for each in wanted
         ]
