@@ -20,7 +20,7 @@ from torch import fx
 
 from moe_export.export.axes.one_hot import OneHotMask, one_hot_mask_of
 from moe_export.export.axes.operators import CASTS, TURNS
-from moe_export.export.axes.shapes import arguments, is_numbering, order_of, rank_of, shape_of
+from moe_export.export.axes.shapes import arguments, is_numbering, named_axes, order_of, rank_of, shape_of
 from moe_export.export.axes.support import is_never_negative
 from moe_export.export.sizes import fixed, same_shape
 
@@ -110,9 +110,9 @@ def column_of(node: fx.Node) -> tuple[Entries, int] | None:
     source = arguments(node)[0] if compared else node
     if not isinstance(source, fx.Node) or source.target is not _aten.select.int:
         return None
-    matrix, axis, expert = arguments(source)
+    matrix, _, expert = arguments(source)
     entries = entries_of(matrix)
-    if entries is None or rank_of(matrix) != 2 or axis % 2 == entries.turned:
+    if entries is None or rank_of(matrix) != 2 or named_axes(source) == (int(entries.turned),):
         return None
     if compared and not entries.compared:
         entries = dataclasses.replace(entries, above=node.target is _aten.gt.Scalar)
@@ -163,7 +163,7 @@ def _numbered_axis(node: fx.Node) -> int | None:
         return None
     if node.target is _aten.expand.default:
         return 1
-    return int(arguments(node)[1]) % 2 ^ 1 if node.target is _aten.unsqueeze.default else None
+    return 1 - named_axes(node)[0] if node.target is _aten.unsqueeze.default else None
 
 
 LISTS: dict[Any, Callable[[fx.Node], Listing | None]] = {
@@ -180,12 +180,10 @@ def counted_entries(node: fx.Node) -> Entries | None:
     """The entries that a node counts for each expert, (E,); None if it counts something else."""
     if node.target not in _COUNTS or len(node.args) != 2:
         return None
-    source, axes = arguments(node)
+    source = arguments(node)[0]
     entries = entries_of(source)
     if entries is None or rank_of(node) != 1:
         return None
     boolean = node.target is not _aten.sum.dim_IntList or source.meta["val"].dtype is torch.bool
     cast = source.target in CASTS and arguments(source)[0].meta["val"].dtype is torch.bool
-    axis = 1 if entries.turned else 0
-    wanted = [each % 2 for each in (axes if isinstance(axes, (list, tuple)) else [axes])]
-    return entries if (boolean or cast) and wanted == [axis] else None
+    return entries if (boolean or cast) and named_axes(node) == (int(entries.turned),) else None

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.operators import BOTH, CASTS, NONZERO, TURNS, ZEROS
-from moe_export.export.axes.shapes import arguments, is_numbering, order_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, is_numbering, named_axes, order_of, shape_of
 from moe_export.export.sizes import fixed, same_shape, same_size
 
 _aten = torch.ops.aten
@@ -107,9 +107,8 @@ def _unbound(node: fx.Node) -> OneHotMask | None:
     unbind, place = arguments(node)
     if unbind.target is not _aten.unbind.int:
         return None
-    source, axis = (*arguments(unbind), 0)[:2]
-    inner = one_hot_mask_of(source)
-    return _without(inner, axis, place) if inner is not None else None
+    inner = one_hot_mask_of(arguments(unbind)[0])
+    return _without(inner, named_axes(unbind)[0], place) if inner is not None else None
 
 
 def _masked(node: fx.Node) -> OneHotMask | None:
@@ -150,7 +149,7 @@ def _merged(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
 
 def _moved(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
     """The mask after one more operator."""
-    target, args, rank = node.target, node.args, len(inner.axes)
+    target, args = node.target, node.args
     if (
         target in CASTS
         or (target in NONZERO and args[1] == 0)
@@ -162,13 +161,13 @@ def _moved(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
     if target in TURNS:
         return dataclasses.replace(inner, axes=tuple(inner.axes[axis] for axis in order_of(node)))
     if target is _aten.select.int:
-        return _without(inner, int(args[1]), int(args[2]))  # type: ignore[arg-type]
+        return _without(inner, named_axes(node)[0], int(args[2]))  # type: ignore[arg-type]
     if target in (_aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default):
         return _reduced(node, inner)
-    if target is _aten.unsqueeze.default and args[1] == 0:
+    if target is _aten.unsqueeze.default and named_axes(node) == (0,):
         return dataclasses.replace(inner, axes=("one", *inner.axes))
     if target is _aten.squeeze.dim:
-        return _squeezed(node, inner, int(args[1]) % rank)  # type: ignore[arg-type]
+        return _squeezed(node, inner, *named_axes(node))
     return None
 
 
@@ -181,7 +180,6 @@ def _squeezed(node: fx.Node, inner: OneHotMask, axis: int) -> OneHotMask | None:
 
 
 def _without(inner: OneHotMask, axis: int, index: int) -> OneHotMask | None:
-    axis %= len(inner.axes)
     if inner.axes[axis] != "expert":
         return None
     return dataclasses.replace(inner, axes=inner.axes[:axis] + inner.axes[axis + 1 :], expert=index)
@@ -189,9 +187,7 @@ def _without(inner: OneHotMask, axis: int, index: int) -> OneHotMask | None:
 
 def _reduced(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
     """Reduced over the slots: whether the token chose the expert at all (a token chooses it once at most)."""
-    axes = node.args[1]
-    kept = node.args[2] if len(node.args) > 2 else node.kwargs.get("keepdim", False)
-    wanted = [int(axis) % len(inner.axes) for axis in (axes if isinstance(axes, (list, tuple)) else [axes])]  # type: ignore[arg-type]
+    kept, wanted = argument(node, 2, "keepdim", False), named_axes(node)
     if kept or [inner.axes[axis] for axis in wanted] != ["slot"]:
         return None
     left = tuple(name for axis, name in enumerate(inner.axes) if axis not in wanted)

@@ -33,5 +33,26 @@ EITHER = {_aten.add.Tensor, _aten.bitwise_or.Tensor, _aten.logical_or.default, _
 """Sums, of masks too: 0 where both are."""
 NONZERO = {_aten.ne.Scalar, _aten.gt.Scalar, _aten.greater.Scalar}
 """Comparisons that say of a mask, with 0, where it is set."""
+SOFTMAXES = {
+    _aten.softmax.int, _aten._softmax.default, _aten.log_softmax.int, _aten._log_softmax.default,
+}
+NORMS = {_aten.layer_norm.default, _aten.native_layer_norm.default, _aten.rms_norm.default}
+REDUCES = {
+    _aten.sum.dim_IntList, _aten.mean.dim, _aten.amax.default, _aten.amin.default, _aten.any.dim, _aten.any.dims,
+    _aten.all.dim, _aten.prod.dim_int, _aten.logsumexp.default, _aten.var.correction,
+    _aten.linalg_vector_norm.default, _aten.count_nonzero.dim_IntList,
+}
+"""Sums and the like along some axes, which go, or keep the size 1."""
+RUNS = {_aten.cumsum.default, _aten.cumprod.default, _aten.logcumsumexp.default}
+SORTS = {_aten.sort.default, _aten.sort.stable, _aten.argsort.default, _aten.argsort.stable}
+PARTS = {_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default}
+JOINS = {_aten.cat.default, _aten.concat.default, _aten.stack.default}
+ADDS_AN_AXIS = {_aten.unsqueeze.default, _aten.stack.default}
+ALONG = {
+    *SOFTMAXES, *REDUCES, *RUNS, *PARTS, *JOINS, _aten.unbind.int, _aten.topk.default, _aten.glu.default,
+    _aten.select.int, _aten.slice.Tensor, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.transpose.int,
+    _aten.permute.default,
+}
+"""Operators along the axes that they name (`axes.shapes.named_axes`): to the entries of the others they do the same."""
 SCATTERS = {_aten.scatter.src, _aten.scatter.value, _aten.scatter_.src, _aten.scatter_.value}
 # fmt: on

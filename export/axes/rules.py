@@ -17,7 +17,19 @@ from moe_export.export.axes import rules_moves as moves
 from moe_export.export.axes import rules_picks as picks
 from moe_export.export.axes import rules_sums as sums
 from moe_export.export.axes.meaning import Meaning, Meanings
-from moe_export.export.axes.operators import CASTS, SCATTERS, TURNS, VIEWS
+from moe_export.export.axes.operators import (
+    CASTS,
+    JOINS,
+    NORMS,
+    PARTS,
+    REDUCES,
+    RUNS,
+    SCATTERS,
+    SOFTMAXES,
+    SORTS,
+    TURNS,
+    VIEWS,
+)
 from moe_export.export.axes.rules_loops import loop_part
 
 _aten = torch.ops.aten
@@ -40,10 +52,8 @@ _NUMBERINGS = (_aten.arange.default, _aten.arange.start, _aten.arange.start_step
 RULES: Mapping[Any, Rule] = {
     # keep
     **dict.fromkeys((*CASTS, _aten.dropout.default), moves.same),
-    **dict.fromkeys(
-        (_aten.softmax.int, _aten._softmax.default, _aten.log_softmax.int, _aten._log_softmax.default),
-        sums.kept),
-    **dict.fromkeys((_aten.layer_norm.default, _aten.rms_norm.default), sums.norm),
+    **dict.fromkeys(SOFTMAXES, sums.kept),
+    **dict.fromkeys(NORMS - {_aten.native_layer_norm.default}, sums.norm),
     # split, merge, move, broadcast
     **dict.fromkeys((*VIEWS, _aten.unflatten.int), moves.reshaped),
     **dict.fromkeys(TURNS, moves.permuted),
@@ -61,10 +71,7 @@ RULES: Mapping[Any, Rule] = {
          _aten.new_zeros.default, _aten.new_ones.default, _aten.new_full.default), moves.made),
     **dict.fromkeys(_NUMBERINGS, picks.numbering),
     # add up
-    **dict.fromkeys(
-        (_aten.sum.dim_IntList, _aten.mean.dim, _aten.amax.default, _aten.amin.default, _aten.any.dim,
-         _aten.any.dims, _aten.all.dim, _aten.prod.dim_int, _aten.logsumexp.default, _aten.var.correction,
-         _aten.linalg_vector_norm.default, _aten.count_nonzero.dim_IntList), sums.reduced),
+    **dict.fromkeys(REDUCES, sums.reduced),
     **dict.fromkeys(
         (_aten.sum.default, _aten.mean.default, _aten.max.default, _aten.min.default, _aten.any.default,
          _aten.count_nonzero.default), sums.reduced_to_one),
@@ -76,21 +83,19 @@ RULES: Mapping[Any, Rule] = {
     # in an order
     **dict.fromkeys(
         (torch.ops.onnx_symbolic._symbolic.default, torch.ops.onnx_symbolic._symbolic_multi_out.default), loop_part),
-    **dict.fromkeys((_aten.cumsum.default, _aten.cumprod.default, _aten.logcumsumexp.default), sums.running),
+    **dict.fromkeys(RUNS, sums.running),
     **dict.fromkeys((_aten.flip.default, _aten.roll.default), sums.kept_in_order),
     **dict.fromkeys((_aten.tril.default, _aten.triu.default), sums.kept_in_order),
-    **dict.fromkeys(
-        (_aten.sort.default, _aten.sort.stable, _aten.argsort.default, _aten.argsort.stable), picks.sorted_along),
+    **dict.fromkeys(SORTS, picks.sorted_along),
     **dict.fromkeys(_CHOOSES, picks.chosen),
     **dict.fromkeys((_aten.conv1d.default, _aten.conv2d.default, _aten.convolution.default), sums.convolved),
     **dict.fromkeys((_aten.constant_pad_nd.default, _aten.pad.default), moves.padded),
     # pick
     _aten.select.int: moves.selected,
     _aten.slice.Tensor: moves.sliced,
-    **dict.fromkeys(
-        (_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default), moves.parts),
+    **dict.fromkeys(PARTS, moves.parts),
     _aten.unbind.int: moves.unbound,
-    **dict.fromkeys((_aten.cat.default, _aten.stack.default), moves.joined),
+    **dict.fromkeys(JOINS, moves.joined),
     moves.GETITEM: moves.part,
     _aten.index.Tensor: picks.index,
     _aten.index_select.default: picks.index_select,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import fx
 
 from moe_export.export.axes.extents import Axis
 from moe_export.export.axes.meaning import Meaning, Meanings
-from moe_export.export.axes.shapes import argument, arguments, order_of, rank_of, shape_of
+from moe_export.export.axes.shapes import arguments, named_axes, order_of, rank_of, shape_of
 from moe_export.export.sizes import same_shape, same_size
 
 _aten = torch.ops.aten
@@ -58,10 +59,9 @@ def squeezed(known: Meanings, node: fx.Node) -> Meaning | None:
     found = known.of(arguments(node)[0])
     if found is None:
         return None
-    rank, kept = len(found.axes), list(range(len(found.axes)))
-    if rank != rank_of(node):
-        given = argument(node, 1, "dim", kept)
-        wanted = {axis % rank for axis in (given if isinstance(given, (list, tuple)) else [given])}
+    kept = list(range(len(found.axes)))
+    if len(kept) != rank_of(node):
+        wanted = named_axes(node) or kept
         kept = [axis for axis in kept if axis not in wanted or found.axes[axis]]
     if len(kept) != rank_of(node):
         return None
@@ -72,7 +72,7 @@ def unsqueezed(known: Meanings, node: fx.Node) -> Meaning | None:
     found = known.of(arguments(node)[0])
     if found is None:
         return None
-    axis = int(arguments(node)[1]) % rank_of(node)
+    (axis,) = named_axes(node)
     return dataclasses.replace(known.whole(found, node), axes=(*found.axes[:axis], (), *found.axes[axis:]))
 
 
@@ -104,12 +104,11 @@ def repeated(known: Meanings, node: fx.Node) -> Meaning | None:
 
 def interleaved(known: Meanings, node: fx.Node) -> Meaning | None:
     """`repeat_interleave` by one number: what is repeated is the slower part of the axis."""
-    found, times, axis = known.of(arguments(node)[0]), arguments(node)[1], argument(node, 2, "dim")
+    found, times, along = known.of(arguments(node)[0]), arguments(node)[1], named_axes(node)
     times = times.meta["val"] if isinstance(times, fx.Node) else times
-    if found is None or (axis is None and len(found.axes) != 1):
+    if found is None or len(along) != 1:
         return None
-    axes = list(found.axes)
-    place = (axis or 0) % len(axes)
+    axes, (place,) = list(found.axes), along
     axes[place] = (*axes[place], *known.extents.new(times))
     return dataclasses.replace(known.whole(found, node), axes=tuple(axes))
 
@@ -131,14 +130,14 @@ def padded(known: Meanings, node: fx.Node) -> Meaning | None:
 
 
 def selected(known: Meanings, node: fx.Node) -> Meaning | None:
-    source, axis, place = arguments(node)[:3]
+    source, _, place = arguments(node)[:3]
     found = known.of(source)
-    return _without(known, node, found, axis, place) if found is not None else None
+    return _without(known, node, found, place) if found is not None else None
 
 
-def _without(known: Meanings, node: fx.Node, found: Meaning, axis: int, place: object) -> Meaning:
+def _without(known: Meanings, node: fx.Node, found: Meaning, place: object) -> Meaning:
     """One entry along an axis; of columns, the numbers that it has."""
-    axis %= len(found.axes)
+    (axis,) = named_axes(node)
     left = dataclasses.replace(found, axes=found.axes[:axis] + found.axes[axis + 1 :])
     if found.columns and axis == len(found.axes) - 1 and isinstance(place, int):
         return dataclasses.replace(left, columns=(), numbers=found.columns[place])
@@ -147,44 +146,42 @@ def _without(known: Meanings, node: fx.Node, found: Meaning, axis: int, place: o
 
 
 def sliced(known: Meanings, node: fx.Node) -> Meaning | None:
-    source, axis = arguments(node)[0], argument(node, 1, "dim", 0)
+    source = arguments(node)[0]
     found = known.of(source)
     if found is None or same_shape(shape_of(node), shape_of(source)):
         return found
-    return _shortened(known, node, found, axis, shape_of(node)[axis])
+    return _shortened(known, node, found, shape_of(node))
 
 
-def _shortened(known: Meanings, node: fx.Node, found: Meaning, axis: int, size: Any) -> Meaning:
+def _shortened(known: Meanings, node: fx.Node, found: Meaning, sizes: Sequence[Any]) -> Meaning:
     """Some entries along an axis, picked by where they stand."""
-    axis %= len(found.axes)
-    columns = found.columns
+    (axis,), columns = named_axes(node), found.columns
     if columns and axis == len(found.axes) - 1:
         known.extents.mark(columns, node)
         columns = ()
     known.extents.mark([found.axes[axis]], node)
     axes: list[Axis] = list(found.axes)
-    axes[axis] = known.extents.new(size, order=node)
+    axes[axis] = known.extents.new(sizes[axis], order=node)
     return dataclasses.replace(found, axes=tuple(axes), columns=columns)
 
 
 def parts(known: Meanings, node: fx.Node) -> tuple[Meaning, ...] | None:
     """`split` and `chunk`: pieces along an axis; of columns one by one, the numbers that each has."""
-    found, axis = known.of(arguments(node)[0]), argument(node, 2, "dim", 0)
+    found, each_part = known.of(arguments(node)[0]), node.meta["val"]
     if found is None:
         return None
-    sizes = [part.shape[axis] for part in node.meta["val"]]
-    last = axis % len(found.axes) == len(found.axes) - 1
-    if found.columns and last and len(sizes) == len(found.columns):
+    last = named_axes(node) == (len(found.axes) - 1,)
+    if found.columns and last and len(each_part) == len(found.columns):
         alone = (*found.axes[:-1], ())
         return tuple(Meaning(alone, numbers=column) for column in found.columns)
-    return tuple(_shortened(known, node, found, axis, size) for size in sizes)
+    return tuple(_shortened(known, node, found, each.shape) for each in each_part)
 
 
 def unbound(known: Meanings, node: fx.Node) -> tuple[Meaning, ...] | None:
-    found, axis = known.of(arguments(node)[0]), argument(node, 1, "dim", 0)
+    found = known.of(arguments(node)[0])
     if found is None:
         return None
-    return tuple(_without(known, node, found, axis, place) for place in range(len(node.meta["val"])))
+    return tuple(_without(known, node, found, place) for place in range(len(node.meta["val"])))
 
 
 def part(known: Meanings, node: fx.Node) -> Meaning | None:
@@ -196,7 +193,7 @@ def part(known: Meanings, node: fx.Node) -> Meaning | None:
 def joined(known: Meanings, node: fx.Node) -> Meaning | None:
     """`cat` and `stack`: all other axes are lined up."""
     given = [each for each in arguments(node)[0] if not _is_empty(each)]
-    found, axis = [known.of(each) for each in given], argument(node, 1, "dim", 0) % rank_of(node)
+    found, (axis,) = [known.of(each) for each in given], named_axes(node)
     if not found or any(each is None for each in found):
         return None
     first, *others = [each for each in found if each is not None]

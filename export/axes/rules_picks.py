@@ -13,7 +13,7 @@ from moe_export.export.axes.extents import size_of
 from moe_export.export.axes.meaning import Meaning, Meanings
 from moe_export.export.axes.operators import FULL
 from moe_export.export.axes.rules_sums import broadcast, lined_up, pointwise
-from moe_export.export.axes.shapes import argument, arguments, is_numbering, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, is_numbering, named_axes, rank_of, shape_of
 from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten
@@ -50,8 +50,8 @@ def index(known: Meanings, node: fx.Node) -> Meaning | None:
 
 
 def index_select(known: Meanings, node: fx.Node) -> Meaning | None:
-    source, axis, chosen = arguments(node)
-    return _picked(known, node, source, [*[None] * (axis % max(1, rank_of(source))), chosen])
+    source, _, chosen = arguments(node)
+    return _picked(known, node, source, [*[None] * named_axes(node)[0], chosen])
 
 
 def embedding(known: Meanings, node: fx.Node) -> Meaning | None:
@@ -104,11 +104,11 @@ def masked(known: Meanings, node: fx.Node) -> Meaning | None:
 
 def gathered(known: Meanings, node: fx.Node) -> Meaning | None:
     """`gather`: an entry along one axis for each index."""
-    source, axis, chosen = arguments(node)[:3]
+    source, _, chosen = arguments(node)[:3]
     table, picks = known.of(source), known.of(chosen)
     if table is None or picks is None or not table.axes:
         return None
-    axis %= len(table.axes)
+    (axis,) = named_axes(node)
     _lines_up(known, node, source, chosen, axis)
     known.match_numbers(None if picks.partly else picks.numbers, table.axes[axis], node)
     return dataclasses.replace(known.whole(table, node), axes=picks.axes)
@@ -116,11 +116,11 @@ def gathered(known: Meanings, node: fx.Node) -> Meaning | None:
 
 def scattered(known: Meanings, node: fx.Node) -> Meaning | None:
     """`scatter`, `scatter_add`: entries put, or added, where each index says along one axis."""
-    base, axis, chosen, values = arguments(node)[:4]
+    base, _, chosen, values = arguments(node)[:4]
     found, picks = known.of(base), known.of(chosen)
     if found is None or picks is None or not found.axes:
         return None
-    axis %= len(found.axes)
+    (axis,) = named_axes(node)
     _lines_up(known, node, base, chosen, axis)
     known.match_numbers(picks.numbers, found.axes[axis], node)
     known.computed_with(base, node)
@@ -140,11 +140,11 @@ ADDS = {_aten.scatter_add.default, _aten.scatter_add_.default, _aten.scatter_red
 
 def index_added(known: Meanings, node: fx.Node) -> Meaning | None:
     """Rows added to the rows of their numbers."""
-    base, axis, chosen, values = arguments(node)[:4]
+    base, _, chosen, values = arguments(node)[:4]
     found, picks, given = (known.of(each) for each in (base, chosen, values))
     if found is None or picks is None or given is None or len(picks.axes) != 1:
         return None
-    axis %= len(found.axes)
+    (axis,) = named_axes(node)
     _lines_up(known, node, base, values, axis)
     known.extents.match(picks.axes[0], given.axes[axis], node)
     known.match_numbers(picks.numbers, found.axes[axis], node)
@@ -207,8 +207,7 @@ def sorted_along(known: Meanings, node: fx.Node) -> Meaning | tuple[Meaning, ...
     found = known.of(source)
     if found is None or not found.axes:
         return None
-    given = [each for each in arguments(node)[1:] if isinstance(each, int) and not isinstance(each, bool)]
-    axis = (given[0] if given else argument(node, 9, "dim", -1)) % len(found.axes)
+    (axis,) = named_axes(node)
     along, axes = found.axes[axis], list(found.axes)
     if not source.meta["val"].dtype.is_floating_point:  # of equal ones the first comes first
         known.extents.mark([along], node)
@@ -224,10 +223,10 @@ def chosen(known: Meanings, node: fx.Node) -> Meaning | tuple[Meaning, ...] | No
     """`topk`, `max`, `argmax` along an axis: the largest entries, and their numbers."""
     source = arguments(node)[0]
     found, is_topk = known.of(source), node.target is _aten.topk.default
-    axis = argument(node, 2 if is_topk else 1, "dim", -1 if is_topk else None)
-    if found is None or not found.axes or axis is None:
+    axes_along = named_axes(node)
+    if found is None or len(axes_along) != 1:
         return None
-    axis %= len(found.axes)
+    (axis,) = axes_along
     along, axes = found.axes[axis], list(found.axes)
     if not source.meta["val"].dtype.is_floating_point:
         known.extents.mark([along], node)

@@ -11,7 +11,7 @@ from torch import fx
 
 from moe_export.export.axes.extents import Axis
 from moe_export.export.axes.meaning import Meaning, Meanings
-from moe_export.export.axes.shapes import argument, arguments, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, named_axes, rank_of, shape_of
 from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten
@@ -64,19 +64,12 @@ def norm(known: Meanings, node: fx.Node) -> Meaning | None:
     return Meaning(found.axes)
 
 
-def _dims(node: fx.Node, rank: int) -> list[int]:
-    given = argument(node, 2 if node.target is _aten.linalg_vector_norm.default else 1, "dim")
-    if given is None or given == []:
-        return list(range(rank))
-    return [axis % rank for axis in (given if isinstance(given, (list, tuple)) else [given])] if rank else []
-
-
 def reduced(known: Meanings, node: fx.Node) -> Meaning | None:
     """Added up along some axes, or the largest, or whether there is any."""
     found = known.of(arguments(node)[0])
     if found is None:
         return None
-    dims = _dims(node, len(found.axes))
+    dims = named_axes(node)
     keeps = rank_of(node) == len(found.axes) and bool(dims)
     axes = [() if place in dims else axis for place, axis in enumerate(found.axes)]
     if not keeps:
@@ -90,11 +83,11 @@ def reduced_to_one(known: Meanings, node: fx.Node) -> Meaning | None:
 
 def running(known: Meanings, node: fx.Node) -> Meaning | None:
     """A running sum or product: the order matters. One of whole numbers is a count."""
-    source, axis = arguments(node)[0], argument(node, 1, "dim", 0)
+    source = arguments(node)[0]
     found = known.of(source)
     if found is None or not found.axes:
         return found
-    along = found.axes[axis]
+    along = found.axes[named_axes(node)[0]]
     known.extents.mark([along], node)
     counts = not source.meta["val"].dtype.is_floating_point
     if not counts:

@@ -1,15 +1,19 @@
-"""A traced node's arguments, the shape of its value, and whether that is 0, 1, 2, ..., for code that follows axes."""
+"""A traced node's arguments, the axes that it names, and the shape of its value, for code that follows axes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
+from moe_export.export.axes.operators import ADDS_AN_AXIS
 from moe_export.export.sizes import Size, fixed
+from moe_export.export.torch_compat.operators import arguments_of
 
 _aten = torch.ops.aten
+_AXES = ("dim", "dims", "dim0", "dim1")
 
 
 def arguments(node: fx.Node) -> tuple[Any, ...]:
@@ -37,6 +41,60 @@ def rest_of(node: fx.Node, lead: int) -> list[int] | None:
     """The sizes after the `lead` leading axes; None if one of them is not fixed."""
     numbers = [fixed(size) for size in shape_of(node)[lead:]]
     return [number for number in numbers if number is not None] if None not in numbers else None
+
+
+def named_axes(node: fx.Node) -> tuple[int, ...]:
+    """The axes that an operator names, counted from the front; all axes where it leaves them open, as `x.sum()` does.
+
+    They are axes of its source; of its result where it adds one (`unsqueeze`, `stack`), or joins (`cat`).
+    """
+    first = arguments(node)[0]
+    rank = (
+        rank_of(node) if isinstance(first, (list, tuple)) or node.target in ADDS_AN_AXIS else rank_of(first)
+    )
+    found: list[int] = []
+    for place, spec in enumerate(arguments_of(node.target)):
+        if spec.name in _AXES:
+            given = argument(node, place, spec.name, spec.default_value)
+            if given is None or given == []:
+                return tuple(range(rank))
+            found += given if isinstance(given, (list, tuple)) else [given]
+    return tuple(axis % max(1, rank) for axis in found)
+
+
+def with_one_lead(
+    target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], rank: int, lead: int
+) -> tuple[list[Any], dict[str, Any]] | None:
+    """The arguments of an operator for values that have one axis in the place of their first `lead` axes, or of none.
+
+    Args:
+        target: The operator.
+        args: Its arguments.
+        kwargs: The same, by name.
+        rank: The rank of the value whose axes it names.
+        lead: How many axes that one stands for.
+
+    Returns:
+        None if it works along one of these, or along all axes.
+    """
+    args, kwargs, permutes = list(args), dict(kwargs), target is _aten.permute.default
+    for place, spec in enumerate(arguments_of(target)):
+        if spec.name not in _AXES:
+            continue
+        given = args[place] if place < len(args) else kwargs.get(spec.name, spec.default_value)
+        axes = given if isinstance(given, (list, tuple)) else [given] if given is not None else []
+        axes = [axis % rank - lead + 1 for axis in axes]
+        if permutes and axes[:lead] == list(range(1 - lead, 1)):
+            axes = axes[lead:]
+        if min(axes, default=0) < 1:
+            return None
+        axes = [0, *axes] if permutes else axes
+        made = axes if isinstance(given, (list, tuple)) else axes[0]
+        if place < len(args):
+            args[place] = made
+        else:
+            kwargs[spec.name] = made
+    return args, kwargs
 
 
 def order_of(node: fx.Node) -> list[int]:

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.one_hot import one_hot_mask_of
-from moe_export.export.axes.operators import BOTH, CASTS, FULL, SCATTERS, ZEROS
-from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.axes.operators import BOTH, CASTS, FULL, SCATTERS, SOFTMAXES, ZEROS
+from moe_export.export.axes.shapes import arguments, named_axes, rank_of, shape_of
 from moe_export.export.sizes import same_shape
 
 _aten = torch.ops.aten
@@ -76,9 +76,9 @@ def _outside(node: object, look: Look | None = None) -> Outside | None:
 
 def _scattered(node: fx.Node, look: Look) -> Outside | None:
     """`zeros.scatter(1, idx, weights)`."""
-    base, axis, index = arguments(node)[:3]
+    base, _, index = arguments(node)[:3]
     start = constant_of(base)
-    return (index, start) if start is not None and axis in (1, -1) and rank_of(index) == 2 else None
+    return (index, start) if start is not None and named_axes(node) == (1,) and rank_of(index) == 2 else None
 
 
 def _unchanged(node: fx.Node, look: Look) -> Outside | None:
@@ -87,9 +87,8 @@ def _unchanged(node: fx.Node, look: Look) -> Outside | None:
 
 def _from_below(node: fx.Node, look: Look) -> Outside | None:
     """The softmax along the experts, the sigmoid or the exponential of -inf is 0."""
-    args = arguments(node)
-    found = look(args[0])
-    along_experts = len(args) < 2 or args[1] in (1, -1)
+    found = look(arguments(node)[0])
+    along_experts = node.target not in SOFTMAXES or named_axes(node) == (1,)
     return (found[0], 0.0) if found is not None and found[1] == -math.inf and along_experts else None
 
 
@@ -144,8 +143,8 @@ def constant_of(value: object) -> float | None:
 
 def _over_slots(node: fx.Node, look: Look) -> Outside | None:
     """`(one_hot(idx) * weights[..., None]).sum(1)`."""
-    source, axes = arguments(node)[:2]
-    if rank_of(source) != 3 or [axis % 3 for axis in axes or []] != [1]:
+    source = arguments(node)[0]
+    if rank_of(source) != 3 or named_axes(node) != (1,):
         return None
     factors = source.all_input_nodes if source.target is _aten.mul.Tensor else [source]
     for factor in factors:

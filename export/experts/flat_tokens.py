@@ -23,9 +23,10 @@ from torch.export import ExportedProgram
 
 from moe_export.export.axes.choice import as_choice
 from moe_export.export.axes.one_hot import index_axes
-from moe_export.export.axes.operators import CASTS, VIEWS
-from moe_export.export.axes.shapes import argument, arguments, rank_of
+from moe_export.export.axes.operators import CASTS, REDUCES, RUNS, SOFTMAXES, VIEWS
+from moe_export.export.axes.shapes import arguments, rank_of, with_one_lead
 from moe_export.export.experts.flat_values import Flattening
+from moe_export.export.torch_compat.operators import arguments_of
 from moe_export.export.tracing.programs import copied_module
 
 _aten = torch.ops.aten
@@ -91,38 +92,21 @@ def _row_wise(flattening: Flattening, node: fx.Node) -> bool:
     """An operator that computes for each token by itself: axes and sizes are those behind the tokens."""
     if not flattening.leads(node):
         return False
-    lead, args = flattening.axes, list(arguments(node))
-    for place, spec in enumerate(node.target._schema.arguments):  # type: ignore[union-attr]
-        given = argument(node, place, spec.name, spec.default_value)
-        made: Any
+    lead, rank = flattening.axes, max(rank_of(arguments(node)[0]), rank_of(node))
+    behind = with_one_lead(node.target, arguments(node), node.kwargs, rank, lead)
+    if behind is None:
+        return False
+    args, kwargs = behind
+    for place, (spec, given) in enumerate(zip(arguments_of(node.target), args, strict=False)):
         if isinstance(given, fx.Node) and rank_of(given):
             shared = node.target in _PRODUCTS and rank_of(given) <= 2 and given not in flattening.flat
             made = given if shared else flattening.rows(given, node)
             if made is None or (node.target in _MATRICES and not shared and rank_of(given) != rank_of(node)):
                 return False
-        elif spec.name in ("dim", "dims", "dim0", "dim1") and given is not None:
-            made = _behind(given, lead, max(rank_of(arguments(node)[0]), rank_of(node)))
-            if made is None:
-                return False
-        elif spec.name == "size":
-            made = [-1, *given[lead:]]
-        else:
-            continue
-        if place < len(args):
             args[place] = made
-        elif made != given:
-            return False  # by name, or by default
-    return flattening.known(node, node.target, *args, **node.kwargs)
-
-
-def _behind(axes: Any, lead: int, rank: int) -> Any:
-    """Axes of a value with `lead` axes of tokens, of the same value with one; None if they are axes of tokens."""
-    if isinstance(axes, int):
-        return axes % rank - lead + 1 if axes % rank >= lead else None
-    every = [axis % rank for axis in axes]
-    kept = every[:lead] == list(range(lead)) and len(every) == rank  # a permutation
-    moved = [_behind(axis, lead, rank) for axis in (every[lead:] if kept else every)]
-    return None if None in moved or not moved else [0] * kept + moved
+        elif spec.name == "size":
+            args[place] = [-1, *given[lead:]]
+    return flattening.known(node, node.target, *args, **kwargs)
 
 
 def _index(flattening: Flattening, node: fx.Node) -> bool:
@@ -233,12 +217,11 @@ _PRODUCTS = {*_MATRICES, _aten.linear.default}
 _RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(
         (
-            *(CASTS - {_aten.type_as.default}), _aten.dropout.default, _aten.zeros_like.default,
-            _aten.ones_like.default, _aten.one_hot.default, _aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default,
-            _aten.amin.default, _aten.mean.dim, _aten.softmax.int, _aten._softmax.default, _aten.select.int,
-            _aten.slice.Tensor, _aten.squeeze.dim, _aten.argmax.default, _aten.cumsum.default,
-            _aten.unsqueeze.default, _aten.gather.default, _aten.scatter.value, _aten.scatter.src,
-            _aten.expand.default, _aten.permute.default, _aten.transpose.int, *_PRODUCTS,
+            *(CASTS - {_aten.type_as.default}), *SOFTMAXES, *REDUCES, *RUNS, _aten.permute.default,
+            _aten.transpose.int, _aten.dropout.default,
+            _aten.zeros_like.default, _aten.ones_like.default, _aten.one_hot.default, _aten.select.int,
+            _aten.slice.Tensor, _aten.squeeze.dim, _aten.unsqueeze.default, _aten.argmax.default,
+            _aten.gather.default, _aten.scatter.value, _aten.scatter.src, _aten.expand.default, *_PRODUCTS,
         ),
         _row_wise,
     ),

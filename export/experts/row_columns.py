@@ -12,7 +12,7 @@ from torch import fx
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.operators import CASTS, TURNS
-from moe_export.export.axes.shapes import arguments, rank_of
+from moe_export.export.axes.shapes import argument, arguments, named_axes, rank_of
 from moe_export.export.experts.row_order import descends
 from moe_export.export.experts.rows import Number, PairBody, Region, Rows
 
@@ -47,29 +47,23 @@ def columns_after(region: Region, node: fx.Node) -> Rows | None:
 
 def _taken(rows: Rows, node: fx.Node) -> Rows | None:
     """One column, or all as a tuple."""
-    _, axis, *place = (*arguments(node), 0)[:3]
-    if axis % 2 != {"columns": 1, "turned columns": 0}.get(rows.number):
+    if named_axes(node) != ({"columns": 1, "turned columns": 0}.get(rows.number),):
         return None
-    return (
-        rows.columns[place[0]]
-        if node.target is _aten.select.int
-        else dataclasses.replace(rows, number="columns")
-    )
+    if node.target is _aten.select.int:
+        column: Rows | None = rows.columns[arguments(node)[2]]
+        return column
+    return dataclasses.replace(rows, number="columns")
 
 
 def _sorted(region: Region, rows: Rows, node: fx.Node) -> Rows | None:
-    return dataclasses.replace(rows, number="sorts") if _first_axis(node) and not descends(node) else None
+    return (
+        dataclasses.replace(rows, number="sorts") if named_axes(node) == (0,) and not descends(node) else None
+    )
 
 
 def _split(region: Region, rows: Rows, node: fx.Node) -> Rows | None:
-    _, size, axis = (*arguments(node), 0)[:3]
-    return dataclasses.replace(rows, number="parts") if size == 1 and axis % 2 == 1 else None
-
-
-def _first_axis(node: fx.Node) -> bool:
-    numbers = [arg for arg in arguments(node)[1:] if isinstance(arg, int) and not isinstance(arg, bool)]
-    axis = numbers[0] if numbers else node.kwargs.get("dim", -1)
-    return axis in (0, -2)
+    alone = arguments(node)[1] == 1 and named_axes(node) == (1,)
+    return dataclasses.replace(rows, number="parts") if alone else None
 
 
 def _part(rows: Rows, source: fx.Node, place: int) -> Rows | None:
@@ -103,10 +97,9 @@ def _upright(rows: Rows) -> Rows:
 
 
 def _sliced(region: Region, rows: Rows, node: fx.Node) -> Rows | None:
-    axis, start, stop = (*arguments(node)[1:], *(0, 0, None)[len(arguments(node)) - 1 :])[:3]
-    if axis % 2 == 0:
+    if named_axes(node) != (1,):
         return None
-    columns = rows.columns[start:stop]
+    columns = rows.columns[argument(node, 2, "start") : argument(node, 3, "end")]
     if len(columns) != 1:
         return dataclasses.replace(rows, columns=columns)
     return _upright(columns[0]) if columns[0] is not None else None

@@ -15,8 +15,8 @@ from torch import fx
 from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import names_experts
 from moe_export.export.axes.one_hot import one_hot_mask_of
-from moe_export.export.axes.shapes import argument, arguments, is_numbering, rank_of, shape_of
-from moe_export.export.experts.row_shapes import over, pointwise
+from moe_export.export.axes.shapes import argument, arguments, is_numbering, named_axes, rank_of, shape_of
+from moe_export.export.experts.row_shapes import along, pointwise
 from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.sizes import same_shape, same_size
 
@@ -102,7 +102,7 @@ def gather(region: Region, node: fx.Node) -> Rows | None:
     rows = region.common([source, index], rank_of(source))
     if rows is None or source not in region.rows or index not in region.rows:
         return None
-    if rank_of(source) != rank_of(index) or axis % rank_of(source) < rows.lead:
+    if rank_of(source) != rank_of(index) or min(named_axes(node)) < rows.lead:
         return None
     table = _table_of(region, source)
     if table is not None and region.rows[index].number == "expert" and rank_of(index) == 2:
@@ -267,15 +267,14 @@ def running(region: Region, node: fx.Node) -> Rows | None:
     assert isinstance(source, fx.Node)
     if region.rows[source].number == "counts":
         return Rows(0, None, lambda body: body.expert, "ends")
-    return over(1)(region, node)
+    return along(region, node)
 
 
 def counted(region: Region, node: fx.Node) -> Rows | None:
     """The sum of the pairs' one-hot masks over all pairs, or of the tokens' over all tokens."""
-    source, axes = arguments(node)[0], argument(node, 1, "dim", [])
-    rows = region.rows[source]
-    over_all = {"one-hot": list(range(rows.lead)), "token one-hot": [0]}.get(rows.number)
-    if over_all is None or isinstance(rows.order, int) or sorted(axes) != over_all or rank_of(node) != 1:
+    rows = region.rows[arguments(node)[0]]
+    over_all = {"one-hot": [*range(rows.lead)], "token one-hot": [0]}.get(rows.number)
+    if sorted(named_axes(node)) != over_all or isinstance(rows.order, int) or rank_of(node) != 1:
         return None
     return Rows(0, None, lambda body: body.expert, "counts")
 
@@ -309,8 +308,7 @@ def segment(region: Region, node: fx.Node) -> Rows | None:
 
     All orders by expert have the same experts in the same rows, so it belongs to the region's order, if there is one.
     """
-    source, axes = arguments(node)[0], argument(node, 1, "dim", [])
-    if region.rows[source].number != "behind" or [axis % 2 for axis in axes] != [1]:
+    if region.rows[arguments(node)[0]].number != "behind" or named_axes(node) != (1,):
         return None
     orders = {rows.order for rows in region.rows.values() if isinstance(rows.order, fx.Node)}
     if len(orders) != 1:

@@ -12,36 +12,11 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.experts.row_shapes import beside_shared
 from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten
-
-
-def linear(region: Region, node: fx.Node) -> Rows | None:
-    """Rows times a matrix that all experts share."""
-    source, *others = arguments(node)
-    if node.target is _aten.addmm.default:
-        source, others = arguments(node)[1], [arguments(node)[0], arguments(node)[2]]
-    rows = region.rows.get(source)
-    shared = [other for other in others if isinstance(other, fx.Node)]
-    if rows is None or rows.lead == 0 or rank_of(source) <= rows.lead:
-        return None
-    if any(other in region.rows or rank_of(other) > 2 or _has_pairs(region, other) for other in shared):
-        return None
-
-    def make(body: PairBody) -> fx.Node:
-        def copied(arg: fx.Node) -> fx.Node:
-            return body.value(arg) if arg is source else body.share(arg)
-
-        return body.call(node.target, *fx.map_arg(arguments(node), copied), **node.kwargs)
-
-    return Rows(*rows.where, make, "", rows.constant, rows.weighs)
-
-
-def _has_pairs(region: Region, node: fx.Node) -> bool:
-    """Whether a bias has a row for each pair."""
-    return any(same_size(size, region.pairs) for size in shape_of(node)[:-1])
 
 
 def matmul(region: Region, node: fx.Node) -> Rows | None:
@@ -51,7 +26,7 @@ def matmul(region: Region, node: fx.Node) -> Rows | None:
     assert isinstance(second, fx.Node)
     rows = region.common([first, second], rank_of(first))
     if rows is None or rank_of(first) != rank_of(second) or rank_of(first) != rows.lead + 2:
-        return linear(region, node) if second not in region.rows and first in region.rows else None
+        return beside_shared(region, node) if second not in region.rows and first in region.rows else None
 
     def make(body: PairBody) -> fx.Node:
         left, right = (body.operand(each, rows, rows.lead + 2) for each in (first, second))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from moe_export.export.axes.operators import CASTS, VIEWS
+from moe_export.export.axes.operators import ALONG, CASTS, NORMS, PARTS, SORTS, TURNS, VIEWS
 from moe_export.export.experts.row_columns import columns_after
 from moe_export.export.experts.row_order import (
     behind,
@@ -33,20 +33,20 @@ from moe_export.export.experts.row_order import (
     sort,
     token_one_hot,
 )  # fmt: skip
-from moe_export.export.experts.row_products import einsum, linear, matmul
+from moe_export.export.experts.row_products import einsum, matmul
 from moe_export.export.experts.row_shapes import (
     Rule,
+    along,
+    beside_shared,
     expand,
-    norm,
     of_slot,
-    over,
     part,
-    permute,
     pointwise,
     repeat,
     reshaped,
     same,
     split,
+    turned,
 )
 from moe_export.export.experts.rows import Region, Rows
 
@@ -73,37 +73,22 @@ def _summed(region: Region, node: fx.Node) -> Rows | None:
     """A sum of one-hot masks counts pairs; the number of experts whose rows end before a row is the row's expert."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
-    return segment(region, node) or counted(region, node) or over(1)(region, node)
+    return segment(region, node) or counted(region, node) or along(region, node)
 
 
 _RULES: Mapping[Any, Rule] = {
-    **dict.fromkeys(
-        (*CASTS - {_aten.type_as.default}, _aten.dropout.default),
-        same,
-    ),
+    **dict.fromkeys(ALONG, along),
+    **dict.fromkeys((*CASTS - {_aten.type_as.default}, _aten.dropout.default), same),
     **dict.fromkeys(VIEWS, reshaped),
-    **dict.fromkeys((_aten.linear.default, _aten.mm.default, _aten.addmm.default), linear),
+    **dict.fromkeys(TURNS, turned),
+    **dict.fromkeys((*NORMS, _aten.linear.default, _aten.mm.default, _aten.addmm.default), beside_shared),
     **dict.fromkeys((_aten.bmm.default, _aten.matmul.default), matmul),
-    **dict.fromkeys((_aten.layer_norm.default, _aten.native_layer_norm.default, _aten.rms_norm.default), norm),
-    **dict.fromkeys((_aten.sort.default, _aten.sort.stable, _aten.argsort.default, _aten.argsort.stable), sort),
+    **dict.fromkeys(SORTS, sort),
     **dict.fromkeys((_aten.floor_divide.default, _aten.div.Tensor_mode), divided),
     **dict.fromkeys((_aten.index_put.default, _aten.scatter.src), put),
     **dict.fromkeys((_aten.histc.default, _aten.bincount.default), counts),
-    **dict.fromkeys(
-        (
-            _aten.softmax.int, _aten._softmax.default, _aten.log_softmax.int, _aten.mean.dim, _aten.amax.default,
-            _aten.amin.default, _aten.unsqueeze.default, _aten.any.dim, _aten.linalg_vector_norm.default,
-            _aten.var.correction,
-        ),
-        over(1),
-    ),
     **dict.fromkeys((_aten.squeeze.dim, _aten.select.int), of_slot),
-    **dict.fromkeys((_aten.split.Tensor, _aten.split_with_sizes.default, _aten.chunk.default), split),
-    **dict.fromkeys((_aten.cat.default, _aten.concat.default, _aten.stack.default), over(1, default=0)),
-    _aten.slice.Tensor: over(1, default=0),
-    _aten.transpose.int: over(1, 2),
-    _aten.glu.default: over(1, default=-1),
-    _aten.permute.default: permute,
+    **dict.fromkeys(PARTS, split),
     _aten.expand.default: expand,
     _aten.repeat.default: repeat,
     _aten.sum.dim_IntList: _summed,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import fx
 
-from moe_export.export.axes.shapes import argument, arguments, rank_of, rest_of, shape_of
+from moe_export.export.axes.operators import NORMS
+from moe_export.export.axes.shapes import arguments, named_axes, order_of, rank_of, rest_of, shape_of
 from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.sizes import same_shape, same_size
 
@@ -20,7 +20,7 @@ Rule = Callable[[Region, fx.Node], "Rows | None"]
 
 
 def same(region: Region, node: fx.Node) -> Rows | None:
-    """Copies and casts: the same value, in which integers keep their meaning."""
+    """Copies, casts and the like: the same operator on the rows, whose integers keep their meaning."""
     source = arguments(node)[0]
     assert isinstance(source, fx.Node)
     rows = region.rows[source]
@@ -47,35 +47,24 @@ def pointwise(region: Region, node: fx.Node) -> Rows | None:
     return Rows(*rows.where, make, "", rows.constant, rows.weighs)
 
 
-def over(*positions: int, default: Any = None) -> Rule:
-    """An operator along the axes that the arguments at `positions`, or `dim`, give; none of them runs over pairs."""
+def along(region: Region, node: fx.Node) -> Rows | None:
+    """An operator along the axes that it names; none of them runs over pairs."""
+    source = arguments(node)[0]
+    sources = list(source) if isinstance(source, (list, tuple)) else [source]
+    rank = rank_of(sources[0])
+    rows, axes = region.common(sources, rank), named_axes(node)
+    if rows is None or not axes or min(axes) < rows.lead:
+        return None
+    if any(rank_of(each) != rank for each in sources) or _sizes_outside(node):
+        return None
 
-    def rule(region: Region, node: fx.Node) -> Rows | None:
-        source = arguments(node)[0]
-        sources = list(source) if isinstance(source, (list, tuple)) else [source]
-        rank = rank_of(sources[0])
-        rows = region.common(sources, rank)
-        found = [arguments(node)[at] for at in positions if at < len(arguments(node))] or [
-            node.kwargs.get("dim", default)
-        ]
-        axes = [axis for value in found for axis in (value if isinstance(value, (list, tuple)) else [value])]
-        if rows is None or not axes or any(not isinstance(axis, int) for axis in axes):
-            return None
-        extra = 1 if node.target in (_aten.unsqueeze.default, _aten.stack.default) else 0
-        if any(axis % (rank + extra) < rows.lead for axis in axes):
-            return None
-        if any(rank_of(each) != rank for each in sources) or _sizes_outside(node):
-            return None
+    def make(body: PairBody) -> fx.Node:
+        mine = [_expanded(body, region, each, rows, rank, alone=len(sources) == 1) for each in sources]
+        first = mine if isinstance(source, (list, tuple)) else mine[0]
+        return body.call(node.target, first, *arguments(node)[1:], **node.kwargs)
 
-        def make(body: PairBody) -> fx.Node:
-            mine = [_expanded(body, region, each, rows, rank, alone=len(sources) == 1) for each in sources]
-            first = mine if isinstance(source, (list, tuple)) else mine[0]
-            return body.call(node.target, first, *arguments(node)[1:], **node.kwargs)
-
-        number = region.rows[source].number if node.target in _AXES_OF_ONE else ""
-        return Rows(*rows.where, make, number, rows.constant, rows.weighs)
-
-    return rule
+    number = region.rows[source].number if node.target in _AXES_OF_ONE else ""
+    return Rows(*rows.where, make, number, rows.constant, rows.weighs)
 
 
 _AXES_OF_ONE = {_aten.unsqueeze.default, _aten.squeeze.dim}
@@ -83,10 +72,10 @@ _AXES_OF_ONE = {_aten.unsqueeze.default, _aten.squeeze.dim}
 
 def of_slot(region: Region, node: fx.Node) -> Rows | None:
     """`grid[:, j]`, the pairs of one slot; of a grid of one slot, by `squeeze(1)` too, all of them."""
-    source, axis, *place = arguments(node)
+    source, _, *place = arguments(node)
     rows = region.rows[source]
-    if rows.where != (2, None) or axis % rank_of(source) != 1 or not (place or region.slots == 1):
-        return over(1)(region, node)
+    if rows.where != (2, None) or named_axes(node) != (1,) or not (place or region.slots == 1):
+        return along(region, node)
 
     def make(body: PairBody) -> fx.Node:
         return body.call(_aten.squeeze.dim, body.value(source), 1)
@@ -113,10 +102,10 @@ def _sizes_outside(node: fx.Node) -> bool:
 
 def split(region: Region, node: fx.Node) -> Rows | None:
     """`split` into equal parts, written with the sizes of the parts."""
-    rows = over(2, default=0)(region, node)
+    rows = along(region, node)
     if rows is None:
         return None
-    axis = argument(node, 2, "dim", 0)
+    (axis,) = named_axes(node)
     sizes = [int(part.shape[axis]) for part in node.meta["val"]]
 
     def make(body: PairBody) -> fx.Node:
@@ -202,22 +191,24 @@ def repeat(region: Region, node: fx.Node) -> Rows | None:
     return same(region, node)
 
 
-def permute(region: Region, node: fx.Node) -> Rows | None:
-    source, axes = arguments(node)[:2]
-    assert isinstance(source, fx.Node)
-    rows = region.rows[source]
-    begin = [int(axis) % rank_of(source) for axis in axes][: rows.lead]
-    return same(region, node) if begin == list(range(rows.lead)) else None
+def turned(region: Region, node: fx.Node) -> Rows | None:
+    """Axes in another order, those of the pairs first, as they were."""
+    lead = region.rows[arguments(node)[0]].lead
+    return same(region, node) if order_of(node)[:lead] == list(range(lead)) else None
 
 
-def norm(region: Region, node: fx.Node) -> Rows | None:
-    """Layer and RMS norms over axes after those of the pairs."""
-    source, shape = arguments(node)[:2]
-    rows = region.rows.get(source)
-    shared = [each for each in node.all_input_nodes if each is not source]
-    if rows is None or not rows.lead or any(each in region.rows for each in shared):
+def beside_shared(region: Region, node: fx.Node) -> Rows | None:
+    """An operator on the last axes of rows, with weights that all experts share: a linear map, a norm."""
+    source, *others = arguments(node)
+    if node.target is _aten.addmm.default:
+        source, others = others[0], [source, *others[1:]]
+    rows, width = region.rows.get(source), len(others[0]) if node.target in NORMS else 1
+    if rows is None or rows.lead == 0 or rank_of(source) - width < rows.lead:
         return None
-    if not isinstance(shape, (list, tuple)) or len(shape) > rank_of(source) - rows.lead:
+    shared = [each for each in others if isinstance(each, fx.Node)]
+    if any(
+        each in region.rows or rank_of(each) > max(2, width) or _has_pairs(region, each) for each in shared
+    ):
         return None
 
     def make(body: PairBody) -> fx.Node:
@@ -225,3 +216,8 @@ def norm(region: Region, node: fx.Node) -> Rows | None:
         return body.call(node.target, *args, **node.kwargs)
 
     return Rows(*rows.where, make, "", rows.constant, rows.weighs)
+
+
+def _has_pairs(region: Region, node: fx.Node) -> bool:
+    """Whether a bias has a row for each pair."""
+    return any(same_size(size, region.pairs) for size in shape_of(node)[:-1])

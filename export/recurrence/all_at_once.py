@@ -18,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from moe_export.export.axes.operators import CASTS, VIEWS
+from moe_export.export.axes.operators import ADDS_AN_AXIS, ALONG, CASTS, NORMS, VIEWS
+from moe_export.export.axes.shapes import with_one_lead
 from moe_export.export.gates.region import descendants
 from moe_export.export.torch_compat.nesting import pytree
+from moe_export.export.torch_compat.operators import Effect, effect_of
 
 _aten = torch.ops.aten
 
@@ -100,13 +102,9 @@ def _rule_of(target: Any) -> Rule | None:
     if target in _RULES:
         return _RULES[target]
     tags = getattr(target, "tags", ())
-    if (
-        torch.Tag.pointwise not in tags
-        or torch.Tag.nondeterministic_seeded in tags
-        or target._schema.is_mutable
-    ):
+    if torch.Tag.pointwise not in tags or torch.Tag.nondeterministic_seeded in tags:
         return None
-    return _pointwise
+    return _pointwise if effect_of(target) not in (Effect.WRITES, Effect.UNKNOWN) else None
 
 
 def _rows(value: Any) -> Rows:
@@ -141,27 +139,14 @@ def _same(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
 def _along(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     """An operator along the axes that it names: they are one further."""
     parts = list(args[0]) if isinstance(args[0], (list, tuple)) else [args[0]]
-    if not all(isinstance(each, Rows) for each in parts) or kwargs.get("dim", 0) is None:
+    if not all(isinstance(each, Rows) for each in parts):
         raise NotAlikeError(f"{target} of values that are the same for all iterations")
-    rank = parts[0].rank + (target in _ADD_AN_AXIS)
-    given = dict(zip((each.name for each in target._schema.arguments), args, strict=False)) | dict(kwargs)
-    named = [each for each in target._schema.arguments if each.name in _AXES]
-    for argument in named:
-        axes = given.get(argument.name, argument.default_value)
-        if axes is None or axes == []:
-            raise NotAlikeError(f"{target} along all axes")
-        many = [axis % rank + 1 for axis in (axes if isinstance(axes, (list, tuple)) else [axes])]
-        given[argument.name] = many if isinstance(axes, (list, tuple)) else many[0]
+    moved = with_one_lead(target, args, kwargs, parts[0].rank + (target in ADDS_AN_AXIS), 0)
+    if moved is None:
+        raise NotAlikeError(f"{target} along all axes")
+    (source, *others), named = moved
     values = [each.value for each in parts]
-    first, *_ = target._schema.arguments
-    given[first.name] = values if isinstance(args[0], (list, tuple)) else values[0]
-    if target is _aten.permute.default:
-        given["dims"] = [0, *given["dims"]]
-    ordered = [each.name for each in target._schema.arguments if not each.kwarg_only]
-    last = max(place for place, name in enumerate(ordered) if name in given)
-    defaults = {each.name: each.default_value for each in target._schema.arguments}
-    positional = [given.pop(name, defaults[name]) for name in ordered[: last + 1]]
-    return target(*positional, **given)
+    return target(values if isinstance(source, (list, tuple)) else values[0], *others, **named)
 
 
 def _viewed(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -191,8 +176,6 @@ def _looked_up(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> A
     return value.gather(axis, place.expand(sizes))
 
 
-_AXES = ("dim", "dims", "dim0", "dim1")
-_ADD_AN_AXIS = {_aten.unsqueeze.default, _aten.stack.default}
 _MOVES = {
     *CASTS, *VIEWS, _aten.select.int, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.slice.Tensor,
     _aten.transpose.int, _aten.permute.default,
@@ -203,21 +186,12 @@ _RULES: Mapping[Any, Rule] = {
     **dict.fromkeys(
         (
             *(CASTS - {_aten.type_as.default}), _aten.zeros_like.default, _aten.ones_like.default,
-            _aten.dropout.default, _aten.layer_norm.default, _aten.rms_norm.default,
+            _aten.dropout.default, _aten.linear.default, *NORMS,
         ),
         _same,
     ),
-    **dict.fromkeys(
-        (
-            _aten.select.int, _aten.unsqueeze.default, _aten.squeeze.dim, _aten.slice.Tensor, _aten.sum.dim_IntList,
-            _aten.mean.dim, _aten.amax.default, _aten.amin.default, _aten.softmax.int, _aten.log_softmax.int,
-            _aten.stack.default, _aten.cat.default, _aten.split.Tensor, _aten.chunk.default, _aten.unbind.int,
-            _aten.transpose.int, _aten.permute.default, _aten.topk.default, _aten.glu.default,
-        ),
-        _along,
-    ),
+    **dict.fromkeys(ALONG, _along),
     **dict.fromkeys(VIEWS - {_aten.flatten.using_ints}, _viewed),
-    _aten.linear.default: _same,
     _aten.expand.default: _expanded,
     _aten.index_select.default: _looked_up,
     operator.getitem: lambda _, args, __: args[0][args[1]].value,
