@@ -48,7 +48,7 @@ from moe_export.export.tracing.constants import constants_of
 from moe_export.export.tracing.dims import BATCH, PAST, SEQUENCE, TOTAL, DimRequest
 from moe_export.export.tracing.lengths import Length
 from moe_export.export.tracing.trace import Traced, quiet, trace
-from moe_export.export.tracing.transformers_experts import traceable_experts
+from moe_export.export.tracing.transformers_experts import experts_as_written
 from moe_export.export.tracing.widest import generic_sizes
 
 _SIZES, _NEW = (2, 7), 5  # batch and earlier tokens of the example, new tokens: no two sums of them are alike
@@ -96,7 +96,7 @@ def decoder_of(subject: Subject) -> Decoder:
         NotExportableError: The model keeps no cache, or computes something else with its cache than without.
     """
     cached = find_cached_model(subject.module, attends=False)
-    with quiet(), torch.no_grad(), traceable_experts():
+    with quiet(), torch.no_grad(), experts_as_written():
         stateful = _stateful(subject, shown=cached is not None)
         if stateful is not None:
             return stateful

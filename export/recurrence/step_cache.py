@@ -23,7 +23,7 @@ from moe_export.export.recurrence.step_model import PROVED, StepModel, present_o
 from moe_export.export.recurrence.transformers_cache import CACHE, CachedModel, empty, find_cached_model
 from moe_export.export.tracing.lengths import Length
 from moe_export.export.tracing.trace import quiet
-from moe_export.export.tracing.transformers_experts import traceable_experts
+from moe_export.export.tracing.transformers_experts import experts_as_written
 from moe_export.float64 import double_module, in_float64
 
 _ROOM = 2**31  # bytes of weights that may be copied to float64
@@ -81,7 +81,7 @@ def _prove(subject: Subject, length: Length, count: int) -> None:
         for name, tensor in subject.inputs.items()
     }
     wide = replace(subject.of(double_module(subject.module)), inputs=inputs)
-    with in_float64(), traceable_experts():
+    with in_float64(), experts_as_written():
         _prove_as_it_is(wide, length, count)
 
 

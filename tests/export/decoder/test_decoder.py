@@ -144,6 +144,22 @@ def test_a_batch_that_is_fixed(mixtral):
     assert dims.picked["past_key_values.0.key", 2] == "past_sequence"
 
 
+def test_proving_it_copies_no_weights_of_experts(monkeypatch):
+    """The way that is traced looks them up for each pair of a token and an expert; the model's own loop does not."""
+    from transformers.integrations import moe
+
+    subject = subject_of(BY_NAME["mixtral"].build_lm())
+    layers = list(subject.module.model.layers)
+    assert all(hasattr(layer.mlp.experts, "gate_up_proj") for layer in layers)
+
+    def copied(*_):
+        raise AssertionError("weights were copied for each pair")
+
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS, "batched_mm", copied)
+    monkeypatch.setitem(moe.ALL_EXPERTS_FUNCTIONS, "grouped_mm", copied)
+    assert "past_key_values.0.key" in decoder_of(subject).subject.inputs
+
+
 def test_what_has_no_decoder_is_refused():
     made = nn.Sequential(nn.Embedding(32, 4))
     subject = make_subject(made, (torch.randint(3, 32, (2, 7)),), {}, source=Path(__file__), how="a test")

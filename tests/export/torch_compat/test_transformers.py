@@ -23,6 +23,8 @@ def test_canary_the_registry_of_experts_is_asked():
         with experts_taken("batched_mm"):
             found = moe.ALL_EXPERTS_FUNCTIONS.get_interface("eager", None)
         assert found is moe.batched_mm_experts_forward
+        with experts_taken("eager"):  # what stands in a model's file is in no registry
+            assert moe.ALL_EXPERTS_FUNCTIONS.get_interface("grouped_mm", "the file's") == "the file's"
         assert moe.ExpertsInterface.get_interface is before
 
 
