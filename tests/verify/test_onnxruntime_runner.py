@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import onnxruntime
@@ -192,6 +194,18 @@ def test_asked_for_tensorrt_it_runs_there_or_says_quietly_that_it_cannot(graph_b
     assert outcome in (4, (X + X).tolist())
     captured = capfd.readouterr()
     assert (captured.out, captured.err) == ("", "")
+
+
+TASKS = Path("/proc/self/task")
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="the system does not list the threads of a process")
+@pytest.mark.parametrize("threads", [1, 2, 4])
+def test_it_computes_with_as_many_threads_as_were_asked_for(graph_bytes, threads):
+    before = set(TASKS.iterdir())
+    runner = OnnxRuntimeRunner(graph_bytes(ADD), threads=threads)
+    assert len(set(TASKS.iterdir()) - before) == threads - 1  # the caller's is one of them
+    np.testing.assert_array_equal(runner.run({"x": X, "i": IDS})["y"], X + X)
 
 
 def test_what_the_cpu_was_left_with_is_counted(graph_bytes):

@@ -54,6 +54,7 @@ class OnnxRuntimeRunner:
         arena: Whether memory on the CPU is kept between operators; without, a run takes longer and less of it.
         exact: Whether products with packed weights are computed in float32; without, as ONNX Runtime does by default,
             which on a CPU is faster and rounds activations to 8 bits.
+        threads: How many compute an operator on the CPU; None for as many as it chooses, a core each.
 
     Attributes:
         name: "onnxruntime-cpu", "onnxruntime-cuda" or "onnxruntime-tensorrt".
@@ -67,7 +68,13 @@ class OnnxRuntimeRunner:
     """
 
     def __init__(
-        self, model: str | Path | bytes, provider: str = "cpu", *, arena: bool = True, exact: bool = True
+        self,
+        model: str | Path | bytes,
+        provider: str = "cpu",
+        *,
+        arena: bool = True,
+        exact: bool = True,
+        threads: int | None = None,
     ) -> None:
         if provider not in _PROVIDERS:
             raise UsageError(
@@ -75,7 +82,7 @@ class OnnxRuntimeRunner:
             )
         self.name = f"onnxruntime-{provider}"
         self._where = "<bytes>" if isinstance(model, bytes) else str(model)
-        self._session = _open(model, self._where, provider, arena, exact)
+        self._session = _open(model, self._where, provider, arena, exact, threads)
         self.inputs = tuple(self._spec(node, "input") for node in self._session.get_inputs())
         self.outputs = tuple(self._spec(node, "output") for node in self._session.get_outputs())
         self.elsewhere = "" if provider == "cpu" else left_to_the_cpu(self._session)
@@ -219,7 +226,9 @@ def _fits(array: Array, spec: TensorSpec) -> bool:
     return len(spec.shape) == array.ndim and all(isinstance(w, str) or w == got for w, got in sizes)
 
 
-def _open(model: str | Path | bytes, where: str, provider: str, arena: bool, exact: bool) -> Any:
+def _open(
+    model: str | Path | bytes, where: str, provider: str, arena: bool, exact: bool, threads: int | None
+) -> Any:
     import onnxruntime as ort
 
     if not isinstance(model, bytes) and not Path(model).is_file():
@@ -231,6 +240,8 @@ def _open(model: str | Path | bytes, where: str, provider: str, arena: bool, exa
     options = ort.SessionOptions()
     options.log_severity_level = _FATAL
     options.enable_cpu_mem_arena = arena
+    if threads is not None:
+        options.intra_op_num_threads = threads
     if exact:
         options.add_session_config_entry(*_EXACT_PRODUCTS)
     if provider != "cpu":

@@ -43,6 +43,7 @@ class Decoder:
     Args:
         path: The graph.
         provider: Where onnxruntime runs it: `cpu` or `cuda`.
+        threads: How many compute an operator on the CPU; None for a core each.
 
     Attributes:
         speed: Of the last call of `generate`; None before.
@@ -52,8 +53,8 @@ class Decoder:
         MissingBackendError: onnxruntime has no such provider here.
     """
 
-    def __init__(self, path: str | Path, provider: str = "cpu") -> None:
-        self._runner = OnnxRuntimeRunner(path, provider, exact=False)
+    def __init__(self, path: str | Path, provider: str = "cpu", *, threads: int | None = None) -> None:
+        self._runner = OnnxRuntimeRunner(path, provider, exact=False, threads=threads)
         self._device = provider
         self._kept = tuple(spec for spec in self._runner.inputs if spec.name.startswith(PAST))
         inputs, outputs = (
