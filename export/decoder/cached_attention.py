@@ -58,6 +58,13 @@ class CachedAttention:
         assert isinstance(sizes[1], int)
         return sizes[0], sizes[1]
 
+    @property
+    def width(self) -> int:
+        """Of a head: w."""
+        width = _sizes(self.key.inputs[0])[3]
+        assert isinstance(width, int)
+        return width
+
 
 class NoAttentionError(Exception):
     """What reads a past is no such attention; says what it is instead."""

@@ -10,9 +10,9 @@ p is what the mask's length leaves of n, because a buffer's size does not say it
 The mask that the model makes is added to scores as it is, so padding and windows are what they were. Beside it the
 operator is causal, which a decoder is: what it gives in parts is what it gives at once.
 
-It computes one new token. Several are computed by the nodes that were found, from the entries of the buffer that count:
-for a prompt these are faster, and the kernel refuses several tokens of several rows that have a past, and no tokens at
-all. So there is an `If` on the number of tokens in each layer.
+The kernel refuses several tokens of several rows that have a past, and no tokens at all. These are computed by the
+nodes that were found, from the entries of the buffer that count. So each layer has an `If`, with nothing but the kernel
+on one side: what leads to it and away from it is outside, where onnxruntime joins it with what is around.
 
 Source: https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md (com.microsoft.GroupQueryAttention);
 what the kernel of the CPU refuses was seen in onnxruntime 1.31.
@@ -22,6 +22,7 @@ Letters as in `cached_attention`.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,7 +53,7 @@ class _Sizes:
         past, new, total: p, n and t, each (1,) of int64.
         last: t - 1 for each row: int32 (b,).
         count: t: int32 ().
-        alone: Whether there is one new token: bool (1,).
+        taken: Whether the kernel takes them: bool (1,).
     """
 
     past: ir.Value
@@ -60,7 +61,7 @@ class _Sizes:
     total: ir.Value
     last: ir.Value
     count: ir.Value
-    alone: ir.Value
+    taken: ir.Value
 
 
 def share_buffers(model: ir.Model) -> str:
@@ -107,15 +108,18 @@ def _names(value: ir.Value) -> list[str | None]:
 
 def _sizes(w: GraphBuilder, mask: ir.Value, tokens: ir.Value) -> _Sizes:
     total, new = w.op("Shape", mask, start=1, end=2), w.op("Shape", tokens, start=1, end=2)
-    batch, one = w.op("Shape", tokens, start=0, end=1), w.ints(1)
+    batch, one, none = w.op("Shape", tokens, start=0, end=1), w.ints(1), w.ints(0)
+    past = w.op("Sub", total, new)
+    plain = w.op("Or", w.op("Equal", past, none), w.op("Equal", batch, one))
+    several = w.op("And", w.op("Greater", new, none), plain)
     last = w.op("Cast", w.op("Sub", total, one), to=ir.DataType.INT32.value)
     return _Sizes(
-        past=w.op("Sub", total, new),
+        past=past,
         new=new,
         total=total,
         last=w.op("Expand", last, batch),
-        count=w.op("Squeeze", w.op("Cast", total, to=ir.DataType.INT32.value), w.ints(0)),
-        alone=w.op("Equal", new, one, name="alone"),
+        count=w.op("Squeeze", w.op("Cast", total, to=ir.DataType.INT32.value), none),
+        taken=w.op("Or", w.op("Equal", new, one), several, name="taken"),
     )
 
 
@@ -143,13 +147,18 @@ def _write(
         masks[attention.mask] = w.op(
             "Expand", attention.mask, w.op("Concat", ones, sizes.new, sizes.total, axis=0), name="mask"
         )
+    heads, key_heads = attention.heads
+    joins = [attention.key, attention.value]
+    given = [_rows(w, attention.query, heads * attention.width)]
+    given += [_rows(w, join.inputs[1], key_heads * attention.width) for join in joins]
     branches: dict[str, Any] = {
-        "then_branch": _in_buffers(w.inner("kernel"), attention, sizes, masks[attention.mask], number),
+        "then_branch": _in_buffers(w.inner("kernel"), attention, given, sizes, masks[attention.mask], number),
         "else_branch": _as_found(w.inner("nodes"), attention, sizes, number),
     }
-    joins = [attention.key, attention.value]
     results = [attention.result, *(join.outputs[0] for join in joins)]
-    new = w.many("If", sizes.alone, outputs=len(results), name="if", **branches)
+    rows, *presents = w.many("If", sizes.taken, outputs=len(results), name="if", **branches)
+    split = w.op("Reshape", rows, w.ints(0, 0, heads, attention.width))
+    new = [w.transposed(split, (0, 2, 1, 3)), *presents]
     for old, made in zip(results, new, strict=True):
         made.type, made.shape = old.type, old.shape
         made.name, old.name = old.name, f"{old.name}.found"
@@ -162,29 +171,32 @@ def _write(
 
 
 def _in_buffers(
-    w: GraphBuilder, attention: CachedAttention, sizes: _Sizes, mask: ir.Value, number: int
+    w: GraphBuilder,
+    attention: CachedAttention,
+    given: Sequence[ir.Value],
+    sizes: _Sizes,
+    mask: ir.Value,
+    number: int,
 ) -> ir.Graph:
-    """The branch of the kernel: y, and the buffers of keys and values."""
+    """The branch of the kernel: rows of y, and the buffers of keys and values, from rows of q, k and v."""
     heads, key_heads = attention.heads
     options: dict[str, Any] = {"softcap": attention.softcap} if attention.softcap else {}
-    key, value = (_rows(w, join.inputs[1]) for join in (attention.key, attention.value))
     sinks = None if attention.sinks is None else w.constant(attention.sinks)
     rows, *presents = w.many(
-        "GroupQueryAttention", _rows(w, attention.query), key, value, attention.key.inputs[0],
-        attention.value.inputs[0], sizes.last, sizes.count, None, None, None, mask, sinks, outputs=3,
-        name="attention", domain=DOMAIN, num_heads=heads, kv_num_heads=key_heads, scale=attention.scale, **options,
+        "GroupQueryAttention", *given, attention.key.inputs[0], attention.value.inputs[0], sizes.last, sizes.count,
+        None, None, None, mask, sinks, outputs=3, name="attention", domain=DOMAIN,
+        num_heads=heads, kv_num_heads=key_heads, scale=attention.scale, **options,
     )  # fmt: skip
     kind = attention.result.type
     for each in (rows, *presents):
         each.type = kind
-    result = w.transposed(w.op("Reshape", rows, w.ints(0, 0, heads, -1)), (0, 2, 1, 3))
-    return ir.Graph([], [result, *presents], nodes=w.nodes, name=f"kernel_{number}")
+    return ir.Graph([], [rows, *presents], nodes=w.nodes, name=f"kernel_{number}")
 
 
-def _rows(w: GraphBuilder, value: ir.Value | None) -> ir.Value:
+def _rows(w: GraphBuilder, value: ir.Value | None, width: int) -> ir.Value:
     """(b, h, n, w) → (b, n, h w)."""
     assert value is not None
-    return w.op("Reshape", w.transposed(value, (0, 2, 1, 3)), w.ints(0, 0, -1))
+    return w.op("Reshape", w.transposed(value, (0, 2, 1, 3)), w.ints(0, 0, width))
 
 
 def _as_found(w: GraphBuilder, attention: CachedAttention, sizes: _Sizes, number: int) -> ir.Graph:
@@ -200,4 +212,5 @@ def _as_found(w: GraphBuilder, attention: CachedAttention, sizes: _Sizes, number
     for node in attention.inner:
         copies = w.copy(node, [made.get(value, value) for value in node.inputs])
         made.update(zip(node.outputs, copies, strict=True))
-    return ir.Graph([], [made[attention.result], *presents], nodes=w.nodes, name=f"nodes_{number}")
+    result = _rows(w, made[attention.result], attention.heads[0] * attention.width)
+    return ir.Graph([], [result, *presents], nodes=w.nodes, name=f"nodes_{number}")

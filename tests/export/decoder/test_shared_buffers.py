@@ -97,7 +97,21 @@ def both() -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession]:
 @pytest.mark.parametrize("longer", [0, 3])
 @pytest.mark.parametrize(
     ("batch", "new", "past"),
-    [(2, 5, 0), (2, 1, 5), (2, 3, 5), (1, 3, 5), (2, 0, 5), (2, 1, 0), (1, 1, 9)],
+    [
+        (2, 5, 0),
+        (2, 1, 5),
+        (2, 3, 5),
+        (1, 3, 5),
+        (2, 0, 5),
+        (1, 0, 5),
+        (2, 1, 0),
+        (1, 1, 0),
+        (1, 1, 9),
+        (2, 2, 1),
+        (3, 40, 0),
+        (3, 17, 30),
+        (1, 40, 30),
+    ],
 )
 def test_any_part_is_what_it_was(both, batch, new, past, longer):
     """With a buffer that is longer, too, whatever is behind what counts."""
