@@ -1,8 +1,8 @@
 """Values that a block takes and that the model never computes: the choices of all slots side by side, what a mask holds
 for a pair, and masked indices: the expert of each pair that a capacity or a gate of 0 left, -1 for the others.
 
-They are all that finding blocks writes, into the stage's own copy of the program. Nothing there uses them until a block
-is outlined, so where a block is refused they go as dead code. What is found reads them like any other value.
+They are all that finding blocks writes, into its own copy of the program. Nothing there uses them until a block is
+outlined, so where a block is refused they go as dead code. What is found reads them like any other value.
 
 Letters: N tokens, k slots, E experts.
 """

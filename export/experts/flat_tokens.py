@@ -27,7 +27,7 @@ from moe_export.export.axes.operators import CASTS, REDUCES, RUNS, SOFTMAXES, VI
 from moe_export.export.axes.shapes import arguments, rank_of, with_one_lead
 from moe_export.export.experts.flat_values import Flattening
 from moe_export.export.torch_compat.operators import arguments_of
-from moe_export.export.tracing.programs import copied_module
+from moe_export.export.tracing.programs import copied_module, with_module
 
 _aten = torch.ops.aten
 _SIDE_EFFECTS = {_aten._assert_tensor_metadata.default, _aten._assert_scalar.default}
@@ -36,8 +36,8 @@ Rule = Callable[[Flattening, fx.Node], bool]
 """Writes what a node computes for flat tokens; False, with nothing written, if the rule does not apply."""
 
 
-def with_flat_tokens(program: ExportedProgram) -> fx.GraphModule | None:
-    """A copy of the program's module in which what follows from each choice of experts has one axis of tokens.
+def with_flat_tokens(program: ExportedProgram) -> ExportedProgram | None:
+    """The program with one axis of tokens in what follows from each choice of experts.
 
     Returns:
         None if no choice has more than one.
@@ -47,7 +47,7 @@ def with_flat_tokens(program: ExportedProgram) -> fx.GraphModule | None:
     module = copied_module(program)
     for indices in _choices(module.graph):
         _flatten(module.graph, indices)
-    return module
+    return with_module(program, module)
 
 
 def _choices(graph: fx.Graph) -> list[fx.Node]:

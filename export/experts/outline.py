@@ -22,7 +22,7 @@ from moe_export.export.experts.body import Experts
 from moe_export.export.experts.canonical import text_of
 from moe_export.export.experts.flat_tokens import with_flat_tokens
 from moe_export.export.experts.mixing import check_rows
-from moe_export.export.experts.recognise import find_experts
+from moe_export.export.experts.recognise import Recognised, find_experts
 from moe_export.export.gates.gate import values_of
 from moe_export.export.torch_compat.opaque import opaque_node
 from moe_export.export.tracing.programs import copied_module, with_module
@@ -66,36 +66,33 @@ class Outlined:
 def outline_experts(traced: Traced) -> Outlined:
     """Find the MoE blocks of a model and replace each by one opaque node; refuse with a reason what is not one."""
     blocks: list[Block] = []
-    traced, found, reasons = _found(traced)
-    refused = list(reasons)
+    found = _found(traced.program)
+    refused = list(found.refused)
     # The model runs once for all blocks: a run a block would take as many runs as there are layers.
-    nodes = tuple(dict.fromkeys(node for experts in found for node in _examples(experts)))
-    values = dict(zip(nodes, values_of(traced, nodes), strict=True)) if nodes else {}
+    nodes = tuple(dict.fromkeys(node for experts in found.blocks for node in _examples(experts)))
+    whole = dataclasses.replace(traced, program=found.program)
+    values = dict(zip(nodes, values_of(whole, nodes), strict=True)) if nodes else {}
     programs: dict[str, ExportedProgram] = {}
-    for experts in found:
+    for experts in found.blocks:
         try:
             blocks.append(_block(experts, values, programs))
         except RefusedError as error:
             why = f"the loop over experts at {experts.line} stays as it was written: {error}"
             refused.append(Code.EXPERTS.mark(why))
-    if not blocks:
-        return Outlined(traced, (), tuple(refused))
-    program = _with_nodes(traced.program, [block.experts for block in blocks])
+    program = _with_nodes(found.program, [block.experts for block in blocks])
     return Outlined(dataclasses.replace(traced, program=program), tuple(blocks), tuple(refused))
 
 
-def _found(traced: Traced) -> tuple[Traced, tuple[Experts, ...], tuple[str, ...]]:
-    """The blocks of a model, and why others are none; the model has flat tokens where that shows more of them."""
-    found, refused = find_experts(traced.program.graph)
-    module = with_flat_tokens(traced.program)
-    if module is not None:
-        program = with_module(traced.program, module)
-        more, others = find_experts(program.graph)
-        if len(more) > len(found):
-            return dataclasses.replace(traced, program=program), more, others
-        if not found and not refused:
-            return traced, (), others
-    return traced, found, refused
+def _found(program: ExportedProgram) -> Recognised:
+    """The blocks of a model, which has flat tokens where that shows more of them, and why others are none."""
+    found = find_experts(program)
+    flattened = with_flat_tokens(found.program)
+    if flattened is None:
+        return found
+    flat = find_experts(flattened)
+    if len(flat.blocks) > len(found.blocks):
+        return flat
+    return found if found.blocks or found.refused else found._replace(refused=flat.refused)
 
 
 def _examples(experts: Experts) -> tuple[fx.Node, ...]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 from torch import fx
+from torch.export import ExportedProgram
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import experts_of
@@ -19,15 +21,28 @@ from moe_export.export.experts.notes import Notes, named
 from moe_export.export.experts.pairs import Loop, find_roots, understand_pairs
 from moe_export.export.experts.picked import find_picked
 from moe_export.export.experts.slot_loops import understand_loops
+from moe_export.export.tracing.programs import copied_module, with_module
 
 
-def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]:
-    """Find the MoE blocks of a traced program.
+class Recognised(NamedTuple):
+    """The MoE blocks of a traced program.
 
-    Returns:
-        The blocks that were understood, and a line on why any other code that looks like experts stays unchanged.
+    Attributes:
+        program: A copy of the program, whose nodes the blocks name. Besides the program's own it has values that only
+            blocks take (`experts/derived`), and nothing reads what a copy was made from through the copy.
+        blocks: The blocks that were understood.
+        refused: A line on why any other code that looks like experts stays unchanged.
     """
-    notes = Notes()
+
+    program: ExportedProgram
+    blocks: tuple[Experts, ...]
+    refused: tuple[str, ...]
+
+
+def find_experts(program: ExportedProgram) -> Recognised:
+    """Find the MoE blocks of a traced program, which stays as it is."""
+    program, notes = with_module(program, copied_module(program)), Notes()
+    graph = program.graph
     pass_by_copies(graph)
     loops = _loops(graph, notes)
     blocks, within = _pairs(graph, loops, notes)
@@ -50,7 +65,7 @@ def find_experts(graph: fx.Graph) -> tuple[tuple[Experts, ...], tuple[str, ...]]
     for block in unknown:
         why = f"the gate chooses from {_chosen_from(block)} experts, and {block.count} have weights"
         notes.stays("code of the", block.line, why)
-    return tuple(block for block in blocks if block not in unknown), tuple(notes.texts)
+    return Recognised(program, tuple(block for block in blocks if block not in unknown), tuple(notes.texts))
 
 
 def _loops(graph: fx.Graph, notes: Notes) -> dict[fx.Node, Loop]:

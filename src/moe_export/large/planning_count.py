@@ -108,8 +108,8 @@ def count(program: ExportedProgram, scheme: Scheme | None = None) -> Counted:
         program: The program.
         scheme: How the experts' weights will be packed; None for as they are.
     """
+    program, found, refused = find_experts(program)
     graph = program.graph
-    found, refused = find_experts(graph)
     places = {node: place for place, node in enumerate(graph.nodes)}
     found = tuple(sorted(found, key=lambda experts: places[experts.result]))
     states = {**program.graph_signature.inputs_to_parameters, **program.graph_signature.inputs_to_buffers}

@@ -46,7 +46,7 @@ LOST = {
 @pytest.mark.parametrize("idiom", LOST, ids=lambda idiom: idiom.__name__)
 def test_a_dispatch_that_is_no_block_says_where_its_meaning_was_lost(idiom):
     says, source = LOST[idiom]
-    blocks, (note,) = find_experts(trace(subject_of(idiom(experts=3).eval())).program.graph)
+    _, blocks, (note,) = find_experts(trace(subject_of(idiom(experts=3).eval())).program)
     assert blocks == ()
     assert f" experts at {models.__file__}:" in note
     assert " as it was written: " in note or " as they were written: " in note
@@ -55,7 +55,7 @@ def test_a_dispatch_that_is_no_block_says_where_its_meaning_was_lost(idiom):
 
 
 def test_each_of_two_blocks_has_a_note():
-    blocks, notes = find_experts(trace(subject_of(models.TwoBlocks(experts=3).eval())).program.graph)
+    _, blocks, notes = find_experts(trace(subject_of(models.TwoBlocks(experts=3).eval())).program)
     assert blocks == ()
     assert sorted(re.findall(r"the result of `(\w+)`", " ".join(notes))) == ["gather", "slice"]
 
@@ -64,5 +64,5 @@ def test_each_of_two_blocks_has_a_note():
     ("model", "count"), [(models.NoExperts, 0), (models.Classifier, 0), (models.Understood, 1)]
 )
 def test_nothing_is_said_of_what_is_understood_or_no_dispatch(model, count):
-    blocks, notes = find_experts(trace(subject_of(model().eval())).program.graph)
+    _, blocks, notes = find_experts(trace(subject_of(model().eval())).program)
     assert (len(blocks), notes) == (count, ())

@@ -106,7 +106,7 @@ def test_a_body_is_one_experts_work_on_rows_of_the_input(idiom):
     """Nothing of S rows is left outside: what the body reads has N rows, and weights are stored once."""
     module = idiom().eval()
     program = trace(subject_of(module)).program
-    blocks, refused = find_experts(program.graph)
+    _, blocks, refused = find_experts(program)
     assert refused == ()
     (block,) = blocks
     assert block.count == 6
@@ -155,7 +155,7 @@ def test_sorted_rows_that_are_no_pairs_are_tokens():
 
 def test_what_depends_on_other_pairs_is_no_body():
     program = trace(subject_of(MixesPairs().eval())).program
-    blocks, (found,) = find_experts(program.graph)
+    _, blocks, (found,) = find_experts(program)
     assert blocks == ()
     assert found.startswith(f"the code of the experts at {__file__}:")
     assert (
@@ -176,7 +176,7 @@ class TooFewExperts(models.FusedWeights):
 
 def test_stacks_of_other_sizes_are_refused_with_the_line():
     program = trace(subject_of(TooFewExperts().eval())).program
-    blocks, refused = find_experts(program.graph)
+    _, blocks, refused = find_experts(program)
     assert blocks == ()
     (reason,) = refused
     assert reason.startswith(f"the code of the experts at {__file__}:")
@@ -209,7 +209,7 @@ class FewerThanChosen(models.Block):
 def test_choices_without_an_expert_add_nothing_in_a_loop():
     """A loop takes no notice of experts that it does not run over, so their tokens' pairs name no expert."""
     program = trace(subject_of(FewerThanChosen().eval())).program
-    (block,), reasons = find_experts(program.graph)
+    _, (block,), reasons = find_experts(program)
     assert (block.count, block.wraps, reasons) == (4, False, ())
 
 
@@ -231,7 +231,7 @@ def test_pairs_that_a_capacity_leaves_out_add_nothing():
 
 
 def test_experts_that_are_not_dropped_all_stay():
-    blocks, _ = find_experts(trace(subject_of(models.NotDropped().eval())).program.graph)
+    _, blocks, _ = find_experts(trace(subject_of(models.NotDropped().eval())).program)
     assert blocks == ()
 
 

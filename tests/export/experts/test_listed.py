@@ -55,7 +55,7 @@ TRACED = [each for each in models.DISPATCHED if each is not models.SortedColumns
 def test_the_pairs_are_those_of_the_choice(idiom):
     """As many pairs a token as it has choices, each read by token and slot; without a choice, as many as experts."""
     program = trace(subject_of(idiom().eval())).program
-    (block,), refused = find_experts(program.graph)
+    _, (block,), refused = find_experts(program)
     assert refused == ()
     assert block.count == 6
     chosen = idiom not in (models.NoChoice, models.TwoChoices)

@@ -42,8 +42,7 @@ def test_the_chosen_pairs_are_computed_and_nothing_else(idiom):
 def test_the_block_is_that_of_the_choice(idiom):
     """Of k experts a token, whose body reads N rows and the weights as they are stored."""
     program = trace(subject_of(idiom().eval())).program
-    module = with_flat_tokens(program)
-    (block,), notes = find_experts((module or program).graph)
+    _, (block,), notes = find_experts(with_flat_tokens(program) or program)
     assert notes == ()
     assert (block.count, block.slots) == (6, idiom().k)
     tokens = block.indices.meta["val"].shape[0]
@@ -54,11 +53,11 @@ def test_the_block_is_that_of_the_choice(idiom):
 
 @pytest.mark.parametrize("idiom", models.NOT_PICKED, ids=lambda idiom: idiom.__name__)
 def test_what_picks_anything_else_stays(idiom):
-    blocks, _ = find_experts(trace(subject_of(idiom().eval())).program.graph)
+    _, blocks, _ = find_experts(trace(subject_of(idiom().eval())).program)
     assert blocks == ()
 
 
 @pytest.mark.parametrize("idiom", models.SLOTS_APART, ids=lambda idiom: idiom.__name__)
 def test_slots_that_differ_in_more_than_their_expert_are_blocks_of_their_own(idiom):
-    blocks, _ = find_experts(trace(subject_of(idiom().eval())).program.graph)
+    _, blocks, _ = find_experts(trace(subject_of(idiom().eval())).program)
     assert [block.slots for block in blocks] == [1, 1]
