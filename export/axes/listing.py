@@ -20,7 +20,15 @@ from torch import fx
 
 from moe_export.export.axes.one_hot import OneHotMask, one_hot_mask_of
 from moe_export.export.axes.operators import CASTS, TURNS
-from moe_export.export.axes.shapes import arguments, is_numbering, named_axes, order_of, rank_of, shape_of
+from moe_export.export.axes.shapes import (
+    arguments,
+    is_numbering,
+    named_axes,
+    named_axis,
+    order_of,
+    rank_of,
+    shape_of,
+)
 from moe_export.export.axes.support import is_never_negative
 from moe_export.export.sizes import fixed, same_shape
 
@@ -163,7 +171,7 @@ def _numbered_axis(node: fx.Node) -> int | None:
         return None
     if node.target is _aten.expand.default:
         return 1
-    return 1 - named_axes(node)[0] if node.target is _aten.unsqueeze.default else None
+    return 1 - named_axis(node) if node.target is _aten.unsqueeze.default else None
 
 
 LISTS: dict[Any, Callable[[fx.Node], Listing | None]] = {

@@ -15,7 +15,15 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.operators import BOTH, CASTS, NONZERO, TURNS, ZEROS
-from moe_export.export.axes.shapes import argument, arguments, is_numbering, named_axes, order_of, shape_of
+from moe_export.export.axes.shapes import (
+    argument,
+    arguments,
+    is_numbering,
+    named_axes,
+    named_axis,
+    order_of,
+    shape_of,
+)
 from moe_export.export.sizes import fixed, same_shape, same_size
 
 _aten = torch.ops.aten
@@ -108,7 +116,7 @@ def _unbound(node: fx.Node) -> OneHotMask | None:
     if unbind.target is not _aten.unbind.int:
         return None
     inner = one_hot_mask_of(arguments(unbind)[0])
-    return _without(inner, named_axes(unbind)[0], place) if inner is not None else None
+    return _without(inner, named_axis(unbind), place) if inner is not None else None
 
 
 def _masked(node: fx.Node) -> OneHotMask | None:
@@ -161,13 +169,13 @@ def _moved(node: fx.Node, inner: OneHotMask) -> OneHotMask | None:
     if target in TURNS:
         return dataclasses.replace(inner, axes=tuple(inner.axes[axis] for axis in order_of(node)))
     if target is _aten.select.int:
-        return _without(inner, named_axes(node)[0], int(args[2]))  # type: ignore[arg-type]
+        return _without(inner, named_axis(node), int(args[2]))  # type: ignore[arg-type]
     if target in (_aten.any.dim, _aten.sum.dim_IntList, _aten.amax.default):
         return _reduced(node, inner)
     if target is _aten.unsqueeze.default and named_axes(node) == (0,):
         return dataclasses.replace(inner, axes=("one", *inner.axes))
     if target is _aten.squeeze.dim:
-        return _squeezed(node, inner, *named_axes(node))
+        return _squeezed(node, inner, named_axis(node))
     return None
 
 

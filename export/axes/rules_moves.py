@@ -12,7 +12,7 @@ from torch import fx
 
 from moe_export.export.axes.extents import Axis
 from moe_export.export.axes.meaning import Meaning, Meanings
-from moe_export.export.axes.shapes import arguments, named_axes, order_of, rank_of, shape_of
+from moe_export.export.axes.shapes import arguments, named_axes, named_axis, order_of, rank_of, shape_of
 from moe_export.export.sizes import same_shape, same_size
 
 _aten = torch.ops.aten
@@ -72,7 +72,7 @@ def unsqueezed(known: Meanings, node: fx.Node) -> Meaning | None:
     found = known.of(arguments(node)[0])
     if found is None:
         return None
-    (axis,) = named_axes(node)
+    axis = named_axis(node)
     return dataclasses.replace(known.whole(found, node), axes=(*found.axes[:axis], (), *found.axes[axis:]))
 
 
@@ -137,7 +137,7 @@ def selected(known: Meanings, node: fx.Node) -> Meaning | None:
 
 def _without(known: Meanings, node: fx.Node, found: Meaning, place: object) -> Meaning:
     """One entry along an axis; of columns, the numbers that it has."""
-    (axis,) = named_axes(node)
+    axis = named_axis(node)
     left = dataclasses.replace(found, axes=found.axes[:axis] + found.axes[axis + 1 :])
     if found.columns and axis == len(found.axes) - 1 and isinstance(place, int):
         return dataclasses.replace(left, columns=(), numbers=found.columns[place])

@@ -13,7 +13,15 @@ from moe_export.export.axes.extents import size_of
 from moe_export.export.axes.meaning import Meaning, Meanings
 from moe_export.export.axes.operators import FULL
 from moe_export.export.axes.rules_sums import broadcast, lined_up, pointwise
-from moe_export.export.axes.shapes import argument, arguments, is_numbering, named_axes, rank_of, shape_of
+from moe_export.export.axes.shapes import (
+    argument,
+    arguments,
+    is_numbering,
+    named_axes,
+    named_axis,
+    rank_of,
+    shape_of,
+)
 from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten
@@ -51,7 +59,7 @@ def index(known: Meanings, node: fx.Node) -> Meaning | None:
 
 def index_select(known: Meanings, node: fx.Node) -> Meaning | None:
     source, _, chosen = arguments(node)
-    return _picked(known, node, source, [*[None] * named_axes(node)[0], chosen])
+    return _picked(known, node, source, [*[None] * named_axis(node), chosen])
 
 
 def embedding(known: Meanings, node: fx.Node) -> Meaning | None:
@@ -108,7 +116,7 @@ def gathered(known: Meanings, node: fx.Node) -> Meaning | None:
     table, picks = known.of(source), known.of(chosen)
     if table is None or picks is None or not table.axes:
         return None
-    (axis,) = named_axes(node)
+    axis = named_axis(node)
     _lines_up(known, node, source, chosen, axis)
     known.match_numbers(None if picks.partly else picks.numbers, table.axes[axis], node)
     return dataclasses.replace(known.whole(table, node), axes=picks.axes)
@@ -120,7 +128,7 @@ def scattered(known: Meanings, node: fx.Node) -> Meaning | None:
     found, picks = known.of(base), known.of(chosen)
     if found is None or picks is None or not found.axes:
         return None
-    (axis,) = named_axes(node)
+    axis = named_axis(node)
     _lines_up(known, node, base, chosen, axis)
     known.match_numbers(picks.numbers, found.axes[axis], node)
     known.computed_with(base, node)
@@ -144,7 +152,7 @@ def index_added(known: Meanings, node: fx.Node) -> Meaning | None:
     found, picks, given = (known.of(each) for each in (base, chosen, values))
     if found is None or picks is None or given is None or len(picks.axes) != 1:
         return None
-    (axis,) = named_axes(node)
+    axis = named_axis(node)
     _lines_up(known, node, base, values, axis)
     known.extents.match(picks.axes[0], given.axes[axis], node)
     known.match_numbers(picks.numbers, found.axes[axis], node)
@@ -207,7 +215,7 @@ def sorted_along(known: Meanings, node: fx.Node) -> Meaning | tuple[Meaning, ...
     found = known.of(source)
     if found is None or not found.axes:
         return None
-    (axis,) = named_axes(node)
+    axis = named_axis(node)
     along, axes = found.axes[axis], list(found.axes)
     if not source.meta["val"].dtype.is_floating_point:  # of equal ones the first comes first
         known.extents.mark([along], node)

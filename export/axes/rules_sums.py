@@ -10,8 +10,9 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.extents import Axis
+from moe_export.export.axes.letters import letters_of
 from moe_export.export.axes.meaning import Meaning, Meanings
-from moe_export.export.axes.shapes import argument, arguments, named_axes, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, named_axes, named_axis, rank_of, shape_of
 from moe_export.export.sizes import same_size
 
 _aten = torch.ops.aten
@@ -87,7 +88,7 @@ def running(known: Meanings, node: fx.Node) -> Meaning | None:
     found = known.of(source)
     if found is None or not found.axes:
         return found
-    along = found.axes[named_axes(node)[0]]
+    along = found.axes[named_axis(node)]
     known.extents.mark([along], node)
     counts = not source.meta["val"].dtype.is_floating_point
     if not counts:
@@ -140,23 +141,18 @@ def _plus(known: Meanings, node: fx.Node, axes: tuple[Axis, ...], bias: object) 
 
 
 def einsum(known: Meanings, node: fx.Node) -> Meaning | None:
-    """One axis a letter, and a digit for each axis that `...` stands for."""
-    equation, operands = str(arguments(node)[0]).replace(" ", ""), arguments(node)[1]
-    terms, arrow, out = equation.partition("->")
-    given = [known.of(operand) for operand in operands]
-    found = [each.axes for each in given if each is not None]
-    if not arrow or len(found) < len(given):
-        return None
-    named = [len(term.replace("...", "")) for term in terms.split(",")]
-    spread = [len(axes) - count for axes, count in zip(found, named, strict=True)]
-    digits = "0123456789"[: max(spread)]
-    letters: dict[str, Axis] = {}
-    for term, axes, count in zip(terms.split(","), found, spread, strict=True):
-        for letter, axis in zip(term.replace("...", digits[len(digits) - count :]), axes, strict=True):
-            if letters.get(letter) and axis:
-                known.extents.match(letters[letter], axis, node)
-            letters[letter] = letters.get(letter) or axis
-    return Meaning(tuple(letters[letter] for letter in out.replace("...", digits)))
+    """One axis a letter."""
+    read = letters_of(node)
+    found: dict[str, Axis] = {}
+    for operand, term in zip(read.operands, read.terms, strict=True):
+        given = known.of(operand)
+        if given is None:
+            return None
+        for letter, axis in zip(term, given.axes, strict=True):
+            if found.get(letter) and axis:
+                known.extents.match(found[letter], axis, node)
+            found[letter] = found.get(letter) or axis
+    return Meaning(tuple(found[letter] for letter in read.out))
 
 
 def attention(known: Meanings, node: fx.Node) -> Meaning | None:

@@ -62,6 +62,12 @@ def named_axes(node: fx.Node) -> tuple[int, ...]:
     return tuple(axis % max(1, rank) for axis in found)
 
 
+def named_axis(node: fx.Node) -> int:
+    """The axis of an operator that names one."""
+    (axis,) = named_axes(node)
+    return axis
+
+
 def with_one_lead(
     target: Any, args: Sequence[Any], kwargs: Mapping[str, Any], rank: int, lead: int
 ) -> tuple[list[Any], dict[str, Any]] | None:

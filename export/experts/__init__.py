@@ -17,13 +17,12 @@ What axes mean, which indices are a choice, where gates are 0 and what a list li
 | `find`, `body`, `slot_loops` | loops: `Selection`s, `Iteration`s, a `Chain`; the parts of all experts compared |
 | `pairs`, `combine`, `inline` | all pairs at once: followed from the choice to where slots are added up |
 | `rows`, `row_rules` | what that follows: `Rows`, a `Region`, a `PairBody`; the table of operators |
-| `row_shapes`, `row_products`, `row_order`, `row_columns` | its rules: elementwise, products, orders, lists |
+| `row_wise`, `row_order`, `row_columns` | its rules: row by row, orders, lists |
 | `picked` | the chosen ones of all experts' results, as rows of those |
 | `listed` | lists of pairs, as `nonzero` gives them |
 | `dense` | all experts for all tokens |
 | `capacity`, `capacity_views`, `capacity_terms`, `capacity_facts` | masks with a capacity: split, proved |
 | `capacity_pairs` | their values for pairs |
-| `contraction` | products as einsums of two operands |
 | `one_expert`, `trial` | of all three: one expert cut out along the experts' axis; proved by running it |
 | `mixing` | rows that depend on other rows: refused |
 | `left_as_written`, `lost`, `notes` | what is no block, and why |

@@ -28,16 +28,16 @@ from torch import fx
 from moe_export.errors import RefusedError
 from moe_export.export.axes.analysis import meanings_of
 from moe_export.export.axes.extents import Axis as MeantAxis
+from moe_export.export.axes.letters import Letters, products
 from moe_export.export.axes.meaning import Meanings
-from moe_export.export.axes.operators import CASTS, TURNS, VIEWS
-from moe_export.export.axes.shapes import argument, arguments, shape_of
+from moe_export.export.axes.operators import CASTS, JOINS, TURNS, VIEWS
+from moe_export.export.axes.shapes import arguments, named_axis, shape_of
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.canonical import value_numbering
 from moe_export.export.experts.capacity_facts import Facts
 from moe_export.export.experts.capacity_pairs import PairWriter
 from moe_export.export.experts.capacity_terms import NotSparseError, Proved, Term, proved, terms_of
 from moe_export.export.experts.capacity_views import Axis, Labels, View
-from moe_export.export.experts.contraction import Contraction, contractions
 from moe_export.export.experts.derived import masked_indices_among
 from moe_export.export.experts.notes import Notes, named
 from moe_export.export.experts.one_expert import OneExpert, Scope
@@ -53,13 +53,13 @@ class _Masks:
     """A combination whose mask was taken apart.
 
     Attributes:
-        end: The contraction; its first operand is the mask.
+        end: The product; its first operand is the mask.
         terms: Of the mask.
         outputs: What the experts give, (e, g, c, h) in any order.
         labels: Of the block.
     """
 
-    end: Contraction
+    end: Letters
     terms: list[Term]
     outputs: View
     labels: Labels
@@ -75,7 +75,7 @@ def find_capacity(graph: fx.Graph, notes: Notes) -> Iterator[Experts]:
     value_numbers: Mapping[fx.Node, fx.Node] | None = None
     known: Meanings | None = None
     for node in list(graph.nodes):
-        for end in contractions(node):
+        for end in products(node):
             if len(end.only(0)) != 1 or len(end.only(1)) != 1 or not 1 <= len(end.shared(kept=False)) <= 2:
                 continue
             value_numbers = value_numbers or value_numbering(graph)
@@ -93,7 +93,7 @@ def find_capacity(graph: fx.Graph, notes: Notes) -> Iterator[Experts]:
                     notes.stay_products(line_of(node.meta.get("stack_trace")), str(why))
 
 
-def _masks(end: Contraction, value_numbers: Mapping[fx.Node, fx.Node]) -> Iterator[_Masks]:
+def _masks(end: Letters, value_numbers: Mapping[fx.Node, fx.Node]) -> Iterator[_Masks]:
     """The mask of a combination, in each way to read its axes; none if the first operand is none."""
     groups = {letter: f"g{place}" for place, letter in enumerate(end.shared(kept=True))}
     for names, merged in _readings(end, end.operands[0]):
@@ -103,7 +103,7 @@ def _masks(end: Contraction, value_numbers: Mapping[fx.Node, fx.Node]) -> Iterat
         named |= {end.only(0)[0]: ("s",), end.only(1)[0]: ("h",)}
         views = [
             View(node, tuple(named[letter] for letter in letters))
-            for node, letters in zip(end.operands, end.letters, strict=True)
+            for node, letters in zip(end.operands, end.terms, strict=True)
         ]
         for view in views:
             sizes |= {
@@ -121,14 +121,14 @@ def _masks(end: Contraction, value_numbers: Mapping[fx.Node, fx.Node]) -> Iterat
         yield _Masks(end, terms, views[1], labels)
 
 
-def _readings(end: Contraction, mask: fx.Node) -> Iterator[tuple[dict[str, Axis], dict[str, Any]]]:
+def _readings(end: Letters, mask: fx.Node) -> Iterator[tuple[dict[str, Axis], dict[str, Any]]]:
     """Which of the summed letters may be experts and slots; or both, where a reshape merged them."""
     letters = end.shared(kept=False)
     if len(letters) == 2:
         for one, other in permutations(letters):
             yield {one: ("e",), other: ("c",)}, {}
         return
-    place = end.letters[0].index(letters[0])
+    place = end.terms[0].index(letters[0])
     merged = shape_of(mask)[place]
     source = arguments(mask)[0] if mask.args else None
     while isinstance(source, fx.Node):
@@ -179,9 +179,9 @@ def _one_expert(slots: View, masks: _Masks, known: Meanings) -> OneExpert:
         known, rows, known.extents.of(given["e"]), int(labels.sizes["e"]), labels.value_numbers, slots.node
     )
     joined = labels.peeled(outputs)
-    if joined.node.target in (_aten.cat.default, _aten.stack.default):
-        parts, axis = arguments(joined.node)[0], argument(joined.node, 1, "dim", 0)
-        if joined.axes[axis] == ("e",) and len(parts) == scope.count:
+    if joined.node.target in JOINS:
+        parts = arguments(joined.node)[0]
+        if joined.axes[named_axis(joined.node)] == ("e",) and len(parts) == scope.count:
             return OneExpert(parts, scope)
     return OneExpert([outputs.node], scope)
 
@@ -215,7 +215,7 @@ def _dispatch(
     stack, seen = [masks.outputs.node], {masks.outputs.node}
     while stack:
         node = stack.pop(0)
-        for given in contractions(node):
+        for given in products(node):
             if len(given.shared(kept=False)) == 1 and len(given.only(1)) == 1:
                 for slots, tokens, mask in _dispatched(masks, given):
                     try:
@@ -236,7 +236,7 @@ def _dispatch(
     raise NotSparseError(why)
 
 
-def _dispatched(masks: _Masks, given: Contraction) -> Iterator[tuple[View, View, View]]:
+def _dispatched(masks: _Masks, given: Letters) -> Iterator[tuple[View, View, View]]:
     """A product read as a dispatch: its result, the tokens, and the mask."""
     sizes = masks.labels.sizes
     letters = given.only(0)
@@ -257,7 +257,7 @@ def _dispatched(masks: _Masks, given: Contraction) -> Iterator[tuple[View, View,
                 View(node, tuple(named[letter] for letter in text))
                 for node, text in zip(
                     (given.node, given.operands[1], given.operands[0]),
-                    (given.out, given.letters[1], given.letters[0]),
+                    (given.out, given.terms[1], given.terms[0]),
                     strict=True,
                 )
             ]

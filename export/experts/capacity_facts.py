@@ -21,18 +21,19 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.operators import BOTH, NONZERO
-from moe_export.export.axes.shapes import argument, arguments, is_numbering, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, named_axes, named_axis, shape_of
 from moe_export.export.axes.support import constant_of
 from moe_export.export.experts.capacity_views import (
     Labels,
     View,
+    marked,
     product_of,
     summed_over,
+    with_axis,
 )
-from moe_export.export.sizes import fixed, is_at_most, same_size
+from moe_export.export.sizes import is_at_most, same_size
 
 _aten = torch.ops.aten
-_SCATTERS = {_aten.scatter.value, _aten.scatter_.value}
 _WHERE = {_aten.where.self, _aten.where.ScalarOther}
 _SUMS = {_aten.sum.dim_IntList, _aten.amax.default, _aten.any.dim}
 
@@ -145,38 +146,16 @@ class Facts:
     def choice(self, view: View) -> Choice | None:
         """What a value marks, if it is a one-hot mask of experts, or such masks added up over choices; else None."""
         view = self.labels.peeled(view)
-        node, args = view.node, arguments(view.node)
+        node = view.node
         if node.op != "call_function":
             return None
-        if node.target is _aten.one_hot.default and view.axes[-1] == ("e",):
-            return Choice(self.labels.peeled(View(args[0], view.axes[:-1])), False)
-        if node.target is _aten.eq.Tensor:
-            return self._compared(view)
-        if node.target in _SCATTERS and args[3] == 1 and constant_of(args[0]) == 0:
-            return self._scattered(view)
         if node.target in _SUMS:
             return self._several(view)
-        return None
-
-    def _compared(self, view: View) -> Choice | None:
-        """`idx[..., None] == arange(E)`."""
-        for one, other in _both_ways(self.labels.operands(view)):
-            numbers = self.labels.peeled(other)
-            if is_numbering(numbers.node) and numbers.labels == {"e"} and "e" not in one.labels:
-                return Choice(self.labels.peeled(one), False)
-        return None
-
-    def _scattered(self, view: View) -> Choice | None:
-        """`zeros(N, E).scatter(1, idx, 1)`."""
-        axis, index = arguments(view.node)[1:3]
-        axis %= len(view.axes)
-        if view.axes[axis] != ("e",) or fixed(shape_of(index)[axis]) is None:
+        found = marked(view, "e", self.labels, several="k")
+        if found is None:
             return None
-        if same_size(shape_of(index)[axis], 1):
-            single = View(index, (*view.axes[:axis], (), *view.axes[axis + 1 :]))
-            return Choice(self.labels.peeled(single), False)
-        chosen = View(index, (*view.axes[:axis], ("k",), *view.axes[axis + 1 :]))
-        return self._distinct(chosen)
+        chosen, _ = found
+        return self._distinct(chosen) if "k" in chosen.labels - view.labels else Choice(chosen, False)
 
     def _several(self, view: View) -> Choice | None:
         """One-hot masks (N, k, E) added up over the choices."""
@@ -206,9 +185,8 @@ class Facts:
 
     def _running(self, view: View, facts: frozenset[View]) -> Number | None:
         """`cumsum` of marks."""
-        source, axis = arguments(view.node)[:2]
-        over = view.axes[int(axis) % len(view.axes)]
-        marks = self.labels.peeled(View(source, view.axes))
+        over = view.axes[named_axis(view.node)]
+        marks = self.labels.peeled(View(arguments(view.node)[0], view.axes))
         return Number(counts=((marks, frozenset(over)),)) if over else None
 
     def _where(self, view: View, facts: frozenset[View]) -> Number | None:
@@ -278,26 +256,26 @@ class Facts:
 
     def _gathered(self, view: View, facts: frozenset[View]) -> Number | None:
         """`gather(P, 1, idx)`: P at the chosen expert."""
-        source, axis, index = arguments(view.node)[:3]
-        axis %= len(view.axes)
+        source, _, index = arguments(view.node)[:3]
         chosen = self.labels.peeled(View(index, view.axes))
         if not any(
             known is not None and known.indices == chosen and not known.several
             for known in map(self.choice, facts)
         ):
             return None
-        return self.number(View(source, (*view.axes[:axis], ("e",), *view.axes[axis + 1 :])), facts)
+        at_all = with_axis(view.axes, named_axis(view.node), ("e",), instead=True)
+        return self.number(View(source, at_all), facts)
 
     def _before(self, view: View, facts: frozenset[View]) -> Number | None:
         """`pad(M, (1, 0)).cumsum()[:-1]`: the marks before a token, one less than up to it if it is marked itself."""
-        running, axis = arguments(view.node)[0], int((*arguments(view.node), 0)[1]) % len(view.axes)
+        running, (axis,) = arguments(view.node)[0], named_axes(view.node)
         padded = arguments(running)[0] if running.target is _aten.cumsum.default else None
         if padded is None or padded.target not in (_aten.constant_pad_nd.default, _aten.pad.default):
             return None
         marks, pads, *value = [each for each in arguments(padded) if each != "constant"]
         wanted = [0, 0] * (len(view.axes) - axis - 1) + [1, 0]
         begins = (*arguments(view.node), 0, 0)[2] in (0, None) and len(arguments(view.node)) < 5
-        along = int(arguments(running)[1]) % len(view.axes) == axis
+        along = named_axes(running) == (axis,)
         same = same_size(shape_of(view.node)[axis], shape_of(marks)[axis])
         if list(pads) != wanted or (value and value[0]) or not (begins and along and same):
             return None
@@ -356,15 +334,9 @@ def _topk_axis(node: fx.Node) -> int | None:
     source = arguments(node)[0] if node.target is operator.getitem else None
     if source is None or source.target is not _aten.topk.default or arguments(node)[1] != 1:
         return None
-    return int(argument(source, 2, "dim", -1)) % rank_of(node)
+    return named_axis(source)
 
 
 def is_not_negative(number: Number) -> bool:
     """Whether a number is 0 or more at a marked token, whose own mark makes each running count at least 1."""
     return number.constant + len(number.counts) >= 0
-
-
-def _both_ways(operands: list[View] | None) -> list[tuple[View, View]]:
-    if operands is None or len(operands) != 2:
-        return []
-    return [(operands[0], operands[1]), (operands[1], operands[0])]

@@ -20,12 +20,13 @@ from torch import fx
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.operators import BOTH, CASTS, EITHER, NONZERO
-from moe_export.export.axes.shapes import arguments, is_numbering, shape_of
+from moe_export.export.axes.shapes import argument, arguments, named_axis, shape_of
 from moe_export.export.axes.support import constant_of
 from moe_export.export.experts.capacity_facts import Choice, Facts, Number
 from moe_export.export.experts.capacity_views import (
     Labels,
     View,
+    marked,
     product_of,
     summed_over,
 )
@@ -123,10 +124,16 @@ def terms_of(view: View, labels: Labels) -> list[Term]:
 
 def _first_slots(view: View, labels: Labels) -> list[Term]:
     """The terms of `mask[..., :C]`: those of the mask, of which a place from C on has no slot."""
-    given = arguments(view.node)
-    defaults: tuple[Any, ...] = (None, 0, None, None, 1)
-    source, axis, start, end, step = (*given, *defaults[len(given) :])
-    if view.axes[axis] != ("c",) or start not in (None, 0) or step != 1 or end is None:
+    node, source = view.node, arguments(view.node)[0]
+    start, end, step = (
+        argument(node, place, name) for place, name in ((2, "start"), (3, "end"), (4, "step"))
+    )
+    if (
+        view.axes[named_axis(node)] != ("c",)
+        or start not in (None, 0)
+        or step not in (None, 1)
+        or end is None
+    ):
         raise NotSparseError(f"{named(view.node)} takes other slots than the first")
     return [dataclasses.replace(term, slots=end) for term in terms_of(View(source, view.axes), labels)]
 
@@ -198,31 +205,8 @@ def _times(steps: list[Step], labels: Labels) -> list[Term]:
 
 def _place(view: View, labels: Labels) -> tuple[View, Any] | None:
     """The place and C of `place[..., None] == arange(C)` or `one_hot(place, C)`; None for anything else."""
-    node, args = view.node, arguments(view.node)
-    if node.target is _aten.one_hot.default and view.axes[-1:] == (("c",),):
-        return labels.peeled(View(args[0], view.axes[:-1])), args[1]
-    if node.target in (_aten.scatter.value, _aten.scatter_.value) and args[3] == 1:
-        return _scattered(view, labels)
-    if node.target is not _aten.eq.Tensor:
-        return None
-    operands = labels.operands(view) or []
-    for one, other in (operands, operands[::-1]) if len(operands) == 2 else ():
-        numbers, place = labels.peeled(other), labels.peeled(one)
-        if is_numbering(numbers.node) and numbers.labels == {"c"} and "c" not in place.labels:
-            ends = arguments(numbers.node)
-            return place, ends[0] if numbers.node.target is _aten.arange.default else ends[1]
-    return None
-
-
-def _scattered(view: View, labels: Labels) -> tuple[View, Any] | None:
-    """The place and C of `zeros(..., C).scatter(-1, place[..., None], 1)`; None for anything else."""
-    zeros, axis, index, _ = arguments(view.node)
-    axis %= len(view.axes)
-    sizes = {_aten.zeros.default: 0, _aten.new_zeros.default: 1}.get(zeros.target)
-    if sizes is None or view.axes[axis] != ("c",) or not same_size(shape_of(index)[axis], 1):
-        return None
-    place = View(index, (*view.axes[:axis], (), *view.axes[axis + 1 :]))
-    return labels.peeled(place), arguments(zeros)[sizes][axis]
+    found = marked(view, "c", labels)
+    return found if found is not None and found[1] is not None else None
 
 
 def proved(terms: Sequence[Term], facts: Facts) -> tuple[Proved, ...]:

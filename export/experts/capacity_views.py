@@ -17,11 +17,22 @@ from typing import Any
 import torch
 from torch import fx
 
+from moe_export.export.axes.letters import letters_of
 from moe_export.export.axes.operators import CASTS, TURNS, VIEWS
-from moe_export.export.axes.shapes import argument, arguments, order_of, rank_of, shape_of
-from moe_export.export.sizes import same_size
+from moe_export.export.axes.shapes import (
+    arguments,
+    is_numbering,
+    named_axes,
+    named_axis,
+    order_of,
+    rank_of,
+    shape_of,
+)
+from moe_export.export.axes.support import constant_of
+from moe_export.export.sizes import fixed, same_size
 
 _aten = torch.ops.aten
+_SCATTERS = {_aten.scatter.value, _aten.scatter_.value}
 Axis = tuple[str, ...]
 
 FIXED = "#"
@@ -104,7 +115,7 @@ class Labels:
         if node.target in CASTS:
             return View(source, view.axes)
         if node.target is operator.getitem and source.target is _aten.unbind.int:
-            return _of_unbind(view, source)
+            return _at(view, arguments(source)[0], source, arguments(node)[1])
         if node.target in VIEWS:
             axes = self.reshaped(view.axes, shape_of(source))
             return None if axes is None else View(source, axes)
@@ -142,20 +153,15 @@ def _rounds(node: fx.Node) -> bool:
 
 
 def _unsqueezed(view: View, source: fx.Node) -> View:
-    axis = int(arguments(view.node)[1]) % len(view.axes)
+    axis = named_axis(view.node)
     return View(source, view.axes[:axis] + view.axes[axis + 1 :])
 
 
 def _squeezed(view: View, source: fx.Node) -> View | None:
     if rank_of(source) == len(view.axes):
         return View(source, view.axes)
-    axis: Any = arguments(view.node)[1]
-    if isinstance(axis, (list, tuple)):
-        if len(axis) != 1:
-            return None
-        axis = axis[0]
-    axis %= rank_of(source)
-    return View(source, (*view.axes[:axis], (), *view.axes[axis:]))
+    along = named_axes(view.node)
+    return View(source, with_axis(view.axes, along[0], ())) if len(along) == 1 else None
 
 
 def _turned(view: View, source: fx.Node) -> View:
@@ -173,18 +179,13 @@ def _expanded(view: View, source: fx.Node) -> View:
 
 
 def _selected(view: View, source: fx.Node) -> View | None:
-    axis, index = arguments(view.node)[1:3]
-    if not isinstance(index, int):
-        return None
-    axis %= rank_of(source)
-    return View(source, (*view.axes[:axis], (f"{FIXED}{index}",), *view.axes[axis:]))
+    return _at(view, source, view.node, arguments(view.node)[2])
 
 
-def _of_unbind(view: View, unbind: fx.Node) -> View:
-    source, *rest = arguments(unbind)
-    axis = int(rest[0] if rest else 0) % rank_of(source)
-    label = f"{FIXED}{arguments(view.node)[1]}"
-    return View(source, (*view.axes[:axis], (label,), *view.axes[axis:]))
+def _at(view: View, source: fx.Node, by: fx.Node, index: object) -> View | None:
+    """One entry along the axis that an operator names."""
+    is_known = isinstance(index, int)
+    return View(source, with_axis(view.axes, named_axis(by), (f"{FIXED}{index}",))) if is_known else None
 
 
 _RULES: dict[Any, Any] = {
@@ -197,41 +198,67 @@ _RULES: dict[Any, Any] = {
 }
 
 
+def marked(view: View, label: str, labels: Labels, several: str = "") -> tuple[View, Any] | None:
+    """The integers of a mask that is 1 where they are the place along the axis with this label, and how many there are.
+
+        one_hot(x, E)        x[..., None] == arange(E)        zeros(N, E).scatter(1, x, 1)
+
+    Args:
+        view: Any value.
+        label: The label of one of its axes.
+        labels: Of the block.
+        several: The label of an axis of several integers, each of which sets its place; empty to take none of these.
+
+    Returns:
+        The number, or the node that computes it, is None where it is not seen. None for any other value.
+    """
+    node, args = view.node, arguments(view.node)
+    if node.target is _aten.one_hot.default and view.axes[-1:] == ((label,),):
+        return labels.peeled(View(args[0], view.axes[:-1])), args[1]
+    if node.target in _SCATTERS and args[3] == 1 and constant_of(args[0]) == 0:
+        zeros, (axis,), index = args[0], named_axes(node), args[2]
+        is_one = same_size(shape_of(index)[axis], 1)
+        if view.axes[axis] != (label,) or not (
+            is_one or (several and fixed(shape_of(index)[axis]) is not None)
+        ):
+            return None
+        chosen = View(index, with_axis(view.axes, axis, () if is_one else (several,), instead=True))
+        sizes = {_aten.zeros.default: 0, _aten.new_zeros.default: 1}.get(zeros.target)
+        return labels.peeled(chosen), None if sizes is None else arguments(zeros)[sizes][axis]
+    operands = (labels.operands(view) or []) if node.target is _aten.eq.Tensor else []
+    for one, other in (operands, operands[::-1]) if len(operands) == 2 else ():
+        numbers, integers = labels.peeled(other), labels.peeled(one)
+        if is_numbering(numbers.node) and numbers.labels == {label} and label not in integers.labels:
+            ends = arguments(numbers.node)
+            return integers, ends[0] if numbers.node.target is _aten.arange.default else ends[1]
+    return None
+
+
 def product_of(view: View, over: str = "") -> list[View] | None:
     """The factors of an einsum that only multiplies, or that also sums over one letter if `over` is its label.
 
     None for any other einsum.
     """
-    equation, operands = str(arguments(view.node)[0]).replace(" ", ""), list(arguments(view.node)[1])
-    terms, arrow, out = equation.partition("->")
-    if not arrow or "." in equation or len(set(out)) < len(out) or len(out) != len(view.axes):
+    read = letters_of(view.node)
+    axes: dict[str, Axis] = dict(zip(read.out, view.axes, strict=True))
+    summed = {letter for term in read.terms for letter in term} - set(read.out)
+    if len(summed) != bool(over) or not read.is_plain:
         return None
-    axes: dict[str, Axis] = dict(zip(out, view.axes, strict=True))
-    letters = terms.split(",")
-    summed = sorted({letter for term in letters for letter in term} - set(out))
-    if len(summed) != bool(over) or any(len(set(term)) < len(term) for term in letters):
-        return None
-    axes.update((letter, (over,)) for letter in summed)
+    axes |= dict.fromkeys(summed, (over,))
     return [
         View(node, tuple(axes[letter] for letter in term))
-        for node, term in zip(operands, letters, strict=True)
+        for node, term in zip(read.operands, read.terms, strict=True)
     ]
 
 
 def summed_over(view: View, label: str) -> Iterator[View]:
     """What a reduction over exactly one axis reduces, with `label` for that axis; nothing for any other."""
-    args = arguments(view.node)
-    dims = _dims(view.node)
-    if len(dims) != 1 or len(args) < 2:
-        return
-    keeps = argument(view.node, 2, "keepdim", False)
-    axes = list(view.axes)
-    axis = dims[0] % rank_of(args[0])
-    if keeps:
-        axes.pop(axis)
-    yield View(args[0], (*axes[:axis], (label,), *axes[axis:]))
+    source, along = arguments(view.node)[0], named_axes(view.node)
+    if len(along) == 1:
+        kept = rank_of(source) == len(view.axes)
+        yield View(source, with_axis(view.axes, along[0], (label,), instead=kept))
 
 
-def _dims(node: fx.Node) -> list[int]:
-    dims = (*arguments(node), None, None)[1]
-    return [int(dim) for dim in (dims if isinstance(dims, (list, tuple)) else [dims]) if dim is not None]
+def with_axis(axes: Sequence[Axis], place: int, axis: Axis, *, instead: bool = False) -> tuple[Axis, ...]:
+    """Axes with one more at a place, or another one there."""
+    return (*axes[:place], axis, *axes[place + instead :])

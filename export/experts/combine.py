@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from moe_export.export.axes.operators import ZEROS
-from moe_export.export.axes.shapes import argument, arguments, rank_of, shape_of
+from moe_export.export.axes.shapes import argument, arguments, named_axes, rank_of, shape_of
 from moe_export.export.experts.canonical import text_of
-from moe_export.export.experts.row_products import einsum_letters, write_einsum
+from moe_export.export.experts.row_wise import einsum_over_pairs
 from moe_export.export.experts.rows import Make, PairBody, Region, Rows
 from moe_export.export.sizes import same_shape, same_size
 
@@ -53,11 +53,9 @@ def _is_grid(rows: Rows | None) -> bool:
 
 
 def _sum(region: Region, node: fx.Node) -> Combination | None:
-    source, axes = arguments(node)[:2]
+    source = arguments(node)[0]
     keeps = argument(node, 2, "keepdim", False)
-    if not isinstance(source, fx.Node) or not _is_grid(region.rows.get(source)) or keeps:
-        return None
-    if [int(axis) % rank_of(source) for axis in axes] != [1]:
+    if not _is_grid(region.rows.get(source)) or keeps or named_axes(node) != (1,):
         return None
 
     def make(body: PairBody) -> fx.Node:
@@ -70,19 +68,14 @@ def _sum(region: Region, node: fx.Node) -> Combination | None:
 
 def _einsum(region: Region, node: fx.Node) -> Combination | None:
     """`nk,nkh->nh`: the letter of the slots is summed away."""
-    equation, operands = str(arguments(node)[0]), list(arguments(node)[1])
-    split = einsum_letters(region, equation, operands)
-    if split is None:
+    found = einsum_over_pairs(region, node)
+    if found is None or not _is_grid(found.rows):
         return None
-    rows, begin, terms, out = split
-    if not _is_grid(rows) or begin[1] in out or not out.startswith(begin[0]):
+    begin, out = found.begin, found.read.out
+    if begin[1] in out or not out.startswith(begin[0]):
         return None
-
-    def make(body: PairBody) -> fx.Node:
-        found = write_einsum(body, rows, begin, terms, begin + out[1:], operands)
-        return body.call(_aten.squeeze.dim, found, 1)
-
-    return Combination(node, None, make)
+    make = found.make(begin + out[1:])
+    return Combination(node, None, lambda body: body.call(_aten.squeeze.dim, make(body), 1))
 
 
 def _product(region: Region, node: fx.Node) -> Combination | None:

@@ -22,6 +22,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from moe_export.export.axes.choice import as_choice
+from moe_export.export.axes.letters import letters_of
 from moe_export.export.axes.one_hot import index_axes
 from moe_export.export.axes.operators import CASTS, REDUCES, RUNS, SOFTMAXES, VIEWS
 from moe_export.export.axes.shapes import arguments, rank_of, with_one_lead
@@ -190,17 +191,13 @@ def _own_size(flattening: Flattening, node: fx.Node) -> bool:
 
 def _einsum(flattening: Flattening, node: fx.Node) -> bool:
     """An equation whose operands begin with the letters of the tokens, or have none of them."""
-    equation, operands = str(arguments(node)[0]).replace(" ", ""), arguments(node)[1]
-    assert isinstance(operands, (list, tuple))
-    terms, arrow, out = equation.partition("->")
-    parts = terms.split(",")
-    known = [part for part, each in zip(parts, operands, strict=True) if each in flattening.flat]
+    read = letters_of(node)
+    known = [part for part, each in zip(read.terms, read.operands, strict=True) if each in flattening.flat]
     lead = known[0][: flattening.axes]
-    if not arrow or "." in equation or not out.startswith(lead) or len(set(lead)) < flattening.axes:
+    if not read.out.startswith(lead) or len(set(lead)) < flattening.axes:
         return False
     made, short = [], []
-    for part, each in zip(parts, operands, strict=True):
-        assert isinstance(each, fx.Node)
+    for part, each in zip(read.terms, read.operands, strict=True):
         rows = each if not set(part) & set(lead) else None
         if part.startswith(lead) and not set(part[len(lead) :]) & set(lead):
             rows, part = flattening.rows(each, node), lead[0] + part[len(lead) :]  # noqa: PLW2901
@@ -208,7 +205,7 @@ def _einsum(flattening: Flattening, node: fx.Node) -> bool:
             return False
         made.append(rows)
         short.append(part)
-    equation = f"{','.join(short)}->{lead[0]}{out[len(lead) :]}"
+    equation = f"{','.join(short)}->{lead[0]}{read.out[len(lead) :]}"
     return flattening.known(node, node.target, equation, made)
 
 

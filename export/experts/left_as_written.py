@@ -20,7 +20,8 @@ from moe_export.export.axes.analysis import meanings_of
 from moe_export.export.axes.choice import CARRIERS, Choice, as_choice, is_part
 from moe_export.export.axes.extents import Extent, leaves
 from moe_export.export.axes.meaning import Meanings
-from moe_export.export.axes.shapes import arguments, rank_of, shape_of
+from moe_export.export.axes.operators import JOINS, SORTS
+from moe_export.export.axes.shapes import arguments, named_axis, rank_of, shape_of
 from moe_export.export.experts.body import Experts
 from moe_export.export.experts.lost import Way
 from moe_export.export.experts.notes import named
@@ -39,8 +40,7 @@ _WRITES: Mapping[Any, int] = {
 """Operators that write rows; which argument says where."""
 _CHOOSES = {
     _aten.nonzero.default, _aten.nonzero_numpy.default, _aten.where.default, _aten.argwhere.default,
-    _aten.topk.default, _aten.argmax.default, _aten.max.dim, _aten.sort.default, _aten.sort.stable,
-    _aten.argsort.default, _aten.argsort.stable, _aten.bucketize.Tensor,
+    _aten.topk.default, _aten.argmax.default, _aten.max.dim, *SORTS, _aten.bucketize.Tensor,
 }  # fmt: skip
 _PICKS = {_aten.index.Tensor, _aten.index_select.default, _aten.masked_select.default, _aten.gather.default}
 _PRODUCTS = {
@@ -48,7 +48,6 @@ _PRODUCTS = {
     _aten.convolution.default, _aten.conv2d.default, _aten.conv1d.default, _aten.einsum.default,
 }  # fmt: skip
 _ON_WEIGHTS = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten._to_copy.default}
-_JOINS = {_aten.cat.default, _aten.stack.default}
 _OF_STACKS = {_aten.bmm.default, _aten.baddbmm.default, _aten.matmul.default, _aten.einsum.default}
 _STACK_RANK = 3  # stacked matrices (E, a, b)
 
@@ -301,16 +300,15 @@ def _is_of_all(node: fx.Node, known: Meanings, experts: Collection[Extent]) -> b
     axes = known.axes(node)
     if is_weight(node):
         return rank_of(node) >= _STACK_RANK and not set(leaves(axes)).isdisjoint(experts)
-    if node.target not in _JOINS or not axes:
+    if node.target not in JOINS or not axes:
         return False
-    return not set(axes[(*arguments(node), 0)[1]]).isdisjoint(experts) and _differ_in_weights(
-        arguments(node)[0]
-    )
+    along = axes[named_axis(node)]
+    return not set(along).isdisjoint(experts) and _differ_in_weights(arguments(node)[0])
 
 
 def _are_as_many(node: fx.Node, after: Collection[fx.Node], count: int) -> bool:
     """The same by their number, for what a choice led to: rows may stand in a buffer whose axes say nothing."""
-    parts = arguments(node)[0] if node.target in _JOINS else ()
+    parts = arguments(node)[0] if node.target in JOINS else ()
     if node in after:
         return len(parts) == count and _differ_in_weights(parts)
     if not (is_weight(node) or (parts and all(map(is_weight, parts)))):

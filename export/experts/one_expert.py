@@ -31,21 +31,19 @@ from moe_export.errors import RefusedError
 from moe_export.export.axes.extents import Axis, leaves, size_of
 from moe_export.export.axes.meaning import Meanings
 from moe_export.export.axes.one_hot import one_hot_mask_of
-from moe_export.export.axes.operators import CASTS, TURNS, VIEWS
-from moe_export.export.axes.shapes import argument, arguments, rank_of, shape_of
+from moe_export.export.axes.operators import ADDS_AN_AXIS, CASTS, JOINS, PARTS, TURNS, VIEWS
+from moe_export.export.axes.shapes import arguments, named_axis, rank_of, shape_of
 from moe_export.export.experts.body import Weight, sort_leaves
 from moe_export.export.experts.canonical import Walk
 from moe_export.export.experts.derived import derived
 from moe_export.export.experts.notes import named
 from moe_export.export.gates.region import ancestors, descendants, is_size
 from moe_export.export.sizes import expression_of, fixed, same_size
+from moe_export.export.torch_compat.operators import arguments_of
 from moe_export.export.tracing.weight_inputs import is_weight
 
 _aten = torch.ops.aten
-_JOINS = {_aten.cat.default, _aten.stack.default}
-_SPLITS = {
-    _aten.unbind.int: 1, _aten.chunk.default: 2, _aten.split.Tensor: 2, _aten.split_with_sizes.default: 2,
-}  # fmt: skip
+_SPLITS = {*PARTS, _aten.unbind.int}
 _MARK_ALL = {_aten.one_hot.default, _aten.eq.Tensor}
 _SIZES = ("size", "shape")  # what schemas call the sizes of a result
 
@@ -186,9 +184,9 @@ class OneExpert:
 
     def _is_join(self, node: fx.Node) -> bool:
         """Whether a node puts the parts of all experts together."""
-        if node.target not in _JOINS or len(arguments(node)[0]) != self.scope.count:
+        if node.target not in JOINS or len(arguments(node)[0]) != self.scope.count:
             return False
-        return bool(self.scope.known.axes(node)) and self._along_experts(node, argument(node, 1, "dim", 0))
+        return bool(self.scope.known.axes(node)) and self._along_experts(node, named_axis(node))
 
     def _picks(self, node: fx.Node) -> int | None:
         """The axis of the experts along which a node takes one of them; None for any other node."""
@@ -196,13 +194,11 @@ class OneExpert:
         if not isinstance(source, fx.Node):
             return None
         if node.target is operator.getitem and source.target in _SPLITS:
-            source, axis = arguments(source)[0], argument(source, _SPLITS[source.target], "dim", 0)
-        elif node.target in (_aten.select.int, _aten.slice.Tensor):
-            axis = argument(node, 1, "dim", 0)
-        else:
+            node, source = source, arguments(source)[0]
+        elif node.target not in (_aten.select.int, _aten.slice.Tensor):
             return None
-        found = self.scope.known.axes(source)
-        return axis % len(found) if found and self._along_experts(source, axis) else None
+        axis = named_axis(node)
+        return axis if self.scope.known.axes(source) and self._along_experts(source, axis) else None
 
     def _is_mark(self, node: fx.Node, number: int) -> bool:
         """Whether a node is `indices == e` for this expert's number."""
@@ -312,16 +308,14 @@ class OneExpert:
         call, axis, args = graph.call_function, self._picks(node), arguments(node)
         if self._is_join(node):
             own: fx.Node = made[args[0][0]]
-            at = argument(node, 1, "dim", 0)
-            return own if node.target is _aten.cat.default else call(_aten.unsqueeze.default, (own, at))
+            adds = node.target in ADDS_AN_AXIS
+            return call(_aten.unsqueeze.default, (own, named_axis(node))) if adds else own
         if axis is not None:
             drops = rank_of(node) < rank_of(
                 args[0] if node.target is not operator.getitem else arguments(args[0])[0]
             )
             return _squeezed(call, made[args[0]], axis) if drops else made[args[0]]
-        if node.target in _SPLITS and self._along_experts(
-            args[0], argument(node, _SPLITS[node.target], "dim", 0)
-        ):
+        if node.target in _SPLITS and self._along_experts(args[0], named_axis(node)):
             return made[args[0]]  # type: ignore[no-any-return]
         if self._is_mark(node, 0):
             return call(_aten.eq.Tensor, (made[args[0]], expert))
@@ -333,7 +327,7 @@ class OneExpert:
                 return call(_aten.eq.Tensor, (chosen, expert))
             is_own = call(_aten.eq.Tensor, (call(_aten.unsqueeze.default, (chosen, -1)), expert))
             return call(_aten._to_copy.default, (is_own,), {"dtype": torch.int64})
-        names = [each.name for each in getattr(getattr(node.target, "_schema", None), "arguments", ())]
+        names = [each.name for each in arguments_of(node.target)]
         new = [
             list(self._sizes(graph, node, token, {node.target})) if name in _SIZES else given
             for name, given in zip(names, args, strict=False)

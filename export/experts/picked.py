@@ -21,11 +21,11 @@ from torch import fx
 
 from moe_export.errors import RefusedError
 from moe_export.export.axes.analysis import meanings_of
+from moe_export.export.axes.letters import products
 from moe_export.export.axes.operators import CASTS, VIEWS
 from moe_export.export.axes.shapes import arguments, is_numbering, rank_of, shape_of
 from moe_export.export.experts.body import Weight
 from moe_export.export.experts.canonical import value_numbering
-from moe_export.export.experts.contraction import contractions
 from moe_export.export.experts.one_expert import OneExpert, Scope
 from moe_export.export.experts.row_order import is_token_of_each_pair
 from moe_export.export.experts.rows import PairBody, Region, Rows
@@ -137,9 +137,9 @@ def _picks(node: fx.Node) -> Iterator[_Pick]:
         yield _Pick(node, results, (0, 1), other, one)
         yield _Pick(node, results, (1, 0), one, other)
     else:
-        for product in contractions(node):
+        for product in products(node):
             summed, tokens = product.shared(kept=False), product.shared(kept=True)
-            mask, own = product.letters
+            mask, own = product.terms
             slots = product.only(0)
             if len(summed) == len(tokens) == 1 and [*mask] == [*tokens, *slots, *summed]:
                 rest = [letter for letter in own if letter not in (*tokens, *summed)]

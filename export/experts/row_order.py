@@ -16,7 +16,7 @@ from moe_export.errors import RefusedError
 from moe_export.export.axes.chosen import names_experts
 from moe_export.export.axes.one_hot import one_hot_mask_of
 from moe_export.export.axes.shapes import argument, arguments, is_numbering, named_axes, rank_of, shape_of
-from moe_export.export.experts.row_shapes import along, pointwise
+from moe_export.export.experts.row_wise import along, pointwise
 from moe_export.export.experts.rows import PairBody, Region, Rows
 from moe_export.export.sizes import same_shape, same_size
 

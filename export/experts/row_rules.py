@@ -33,12 +33,13 @@ from moe_export.export.experts.row_order import (
     sort,
     token_one_hot,
 )  # fmt: skip
-from moe_export.export.experts.row_products import einsum, matmul
-from moe_export.export.experts.row_shapes import (
+from moe_export.export.experts.row_wise import (
     Rule,
     along,
     beside_shared,
+    einsum,
     expand,
+    matmul,
     of_slot,
     part,
     pointwise,

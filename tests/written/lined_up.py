@@ -145,6 +145,14 @@ class Einsums(FusedWeights):
         return (torch.einsum("nkf,nkfh->nkh", hidden, self.down[indices]) + self.bias[indices]).sum(1)
 
 
+class EinsumsOfLastAxes(FusedWeights):
+    """The same products, that name the last axes only."""
+
+    def moe(self, x, weights, indices):
+        hidden = F.silu(torch.einsum("...h,...hf->...f", x[:, None] * weights[..., None], self.up[indices]))
+        return (torch.einsum("...f,...fh->...h", hidden, self.down[indices]) + self.bias[indices]).sum(1)
+
+
 class AllExperts(FusedWeights):
     """Llama 4: every expert computes every token; what was not chosen is multiplied by sigmoid(-inf)."""
 
@@ -231,5 +239,5 @@ class Capacity(Block):
 
 LINED_UP = [
     MoeInfer, RunningBounds, WrittenInPlace, SplitByCounts, FlatLoop, GroupedMatmul, UnsortedBack, GatheredWeights,
-    Einsums, AllExperts, AllExpertsWeightedOut, SlotBySlot,
+    Einsums, EinsumsOfLastAxes, AllExperts, AllExpertsWeightedOut, SlotBySlot,
 ]  # fmt: skip
