@@ -7,11 +7,9 @@ subject ─▶ lengths ─▶ trace at three lengths ─▶ canonicalize ─▶ 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -20,14 +18,14 @@ from moe_export.errors import Code, NotExportableError, UsageError
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.recurrence.cumulative import cumulative_step_by_step
 from moe_export.export.recurrence.delta_rule import delta_rules_step_by_step
-from moe_export.export.recurrence.fold import FoldedModule, folded_module
+from moe_export.export.recurrence.fold import folded_module
 from moe_export.export.recurrence.generalised import UnlikeError
 from moe_export.export.recurrence.in_common import NoLoopError, in_common, repeats_of
-from moe_export.export.recurrence.loop_body import LoopBody
+from moe_export.export.recurrence.notes import at, folded_loops, left_fixed, limits, named
 from moe_export.export.recurrence.prove import prove, wrong_at_one
 from moe_export.export.recurrence.reach import Reach
 from moe_export.export.recurrence.recurrent_layers import recurrent_layers_step_by_step
-from moe_export.export.recurrence.rolled import Folded, LengthError, RolledGraph
+from moe_export.export.recurrence.rolled import LengthError
 from moe_export.export.recurrence.sizes import rows
 from moe_export.export.recurrence.user_scans import scans_step_by_step
 from moe_export.export.tracing.dims import DimRequest
@@ -137,7 +135,7 @@ def left_if_fixed(recurrent: Recurrent, folded: Traced, subject: Subject, mode: 
     if not fixed:
         return recurrent
     message = (
-        f"the loop over {_named(fixed[0])} cannot be folded: "
+        f"the loop over {named(fixed[0])} cannot be folded: "
         "the tracer fixes the length of the folded model, too"
     )
     if mode in _INSISTING:
@@ -158,9 +156,9 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
                 "a fold is proved by running the model, and its weights are not in memory", None
             )
         done, staying = _over_most(subject, request, lengths)
-        return replace(done, notes=(*done.notes, *_staying(done, lengths, staying)))
+        return replace(done, notes=(*done.notes, *_left_fixed(done, lengths, staying)))
     except LengthError as error:
-        message = f"the loop over {_named(lengths[0])} cannot be folded: {error.reason}"
+        message = f"the loop over {named(lengths[0])} cannot be folded: {error.reason}"
         if mode in _INSISTING or any(place in request.picked for place in lengths[0].axes):
             raise NotExportableError(
                 message,
@@ -168,7 +166,7 @@ def _folded_if_it_can(subject: Subject, request: DimRequest, mode: Mode) -> Recu
                 where=error.where or str(subject.source),
                 hint="rewrite the loop so that each step does the same, or fix the length: --recurrence unrolled",
             ) from error
-        return Recurrent(subject, notes=(Code.LOOP.mark(f"{message}{_at(error)}"),))
+        return Recurrent(subject, notes=(Code.LOOP.mark(f"{message}{at(error)}"),))
 
 
 def _over_most(
@@ -191,32 +189,8 @@ def _over_most(
     return _folded(subject, request, (apart,)), staying
 
 
-def _at(error: LengthError) -> str:
-    return f" ({error.where})" if error.where else ""
-
-
-def _staying(done: Recurrent, lengths: Sequence[Length], staying: LengthError | None) -> list[str]:
-    """Notes on sizes that stay fixed: other lengths that are looped over (an image's width), and the tracer's."""
-    if done.unrolled is None:
-        return []
-    looped = {place for length in lengths for place in length.axes} - done.axes()
-    shapes = done.unrolled.inputs
-    why = "the loop runs over it, too, and is folded over one length"
-    if staying is not None:
-        why = f"a loop over it cannot be folded: {staying.reason}{_at(staying)}"
-    return [
-        Code.LOOP.mark(f"{name}: length {shapes[name][axis]} is fixed (dimension {axis}): {why}")
-        for name, axis in sorted(looped)
-        if isinstance(shapes[name][axis], int)
-    ] + [
-        str(fixed)
-        for fixed in done.unrolled.fixed
-        if fixed.model_takes_others and (fixed.input, fixed.axis) not in looped | done.axes()
-    ]
-
-
-def _named(length: Length) -> str:
-    return " and ".join(f"{name}:{axis}" for name, axis in length.axes)
+def _left_fixed(done: Recurrent, lengths: Sequence[Length], staying: LengthError | None) -> list[str]:
+    return [] if done.unrolled is None else left_fixed(done.unrolled, lengths, done.axes(), staying)
 
 
 def _folded(subject: Subject, request: DimRequest, lengths: Sequence[Length]) -> Recurrent:
@@ -316,7 +290,7 @@ def _folded_at(
         dropped=subject.dropped,
     )
     reached = prove(subject, folded, lengths, tuple(examples), whole, rounded=again)
-    notes = (*_notes(whole, module, lengths, subject), *_limits(lengths, reached))
+    notes = (*folded_loops(whole, module, lengths, subject), *limits(lengths, reached))
     single = wrong_at_one(subject, folded, lengths, max(examples), traced.inputs)
     return Recurrent(folded, traced, notes, tuple(lengths), reached, single)
 
@@ -349,14 +323,6 @@ def _holds_at(
     )
 
 
-def _limits(lengths: Sequence[Length], reached: Sequence[Reach]) -> list[str]:
-    return [
-        f"{_named(length)}: the model does something else after length {each.limit}, and the graph ends there"
-        for length, each in zip(lengths, reached, strict=True)
-        if each.limit is not None
-    ]
-
-
 def _same_elsewhere(
     subject: Subject, examples: Mapping[tuple[int, ...], Mapping[str, torch.Tensor]], request: DimRequest
 ) -> list[Mapping[str, torch.Tensor]]:
@@ -370,35 +336,3 @@ def _placeholders(traced: Traced) -> list[str]:
     return [
         node.name for node in traced.program.graph.nodes if node.op == "placeholder" and node.name in inputs
     ]
-
-
-def _notes(
-    whole: RolledGraph, module: FoldedModule, lengths: Sequence[Length], subject: Subject
-) -> list[str]:
-    bodies = [node.target for node in module.graph.nodes if isinstance(node.target, LoopBody)]
-    become = {body.number: "computed for all steps together" for body in bodies if body.at_once}
-    return [
-        f"loop at {_near(item.loop.line, subject)}: {_steps(item.loop.iterations, lengths)}, "
-        f"{len(item.loop.body)} ops per step, {become.get(item.number, 'folded into one Scan')}"
-        for item in whole.items
-        if isinstance(item, Folded)
-    ]
-
-
-def _steps(iterations: Any, lengths: Sequence[Length]) -> str:
-    """What a loop runs over: a length, the product of all, or a formula of one of them."""
-    of = getattr(iterations, "of", 0)
-    of_them = lengths[of : of + 1] or lengths
-    shape = " * ".join(
-        " and ".join(f"{name}.shape[{axis}]" for name, axis in length.axes) for length in of_them
-    )
-    return f"over {shape}" if str(iterations) == "L" else f"{iterations} steps for L = {shape}"
-
-
-def _near(line: str | None, subject: Subject) -> str:
-    """A `file:line` relative to the model's folder; a library's from its package on."""
-    parts = Path(line or "?").parts
-    installed = [place for place, part in enumerate(parts) if part in ("site-packages", "dist-packages")]
-    if line is None or installed:
-        return str(Path(*parts[installed[-1] + 1 :])) if installed else "?"
-    return os.path.relpath(line, subject.source.parent)
