@@ -67,7 +67,9 @@ class _Canonicalized:
         self._read_sizes(program, nodes)
         for node in nodes:
             if node not in self._values and not _is_assertion(node):
-                self._values[node] = self._size(node) or self._simplified(node) or self._once(node)
+                self._values[node] = (
+                    self._size(node) or self._of_sizes(node) or self._simplified(node) or self._once(node)
+                )
         kinds = [spec.kind for spec in program.graph_signature.output_specs]
         output = self._values[nodes[-1]]
         output.args = (
@@ -116,6 +118,14 @@ class _Canonicalized:
             return None
         found = self._expressed(value.node.expr)
         return _as_region(found, value) if isinstance(found, fx.Node) else None
+
+    def _of_sizes(self, node: fx.Node) -> fx.Node | None:
+        """A float that nothing but sizes of the inputs decides, `width ** -0.5`: a number, as they are."""
+        if node.op != "call_function" or not isinstance(node.meta.get("val"), torch.SymFloat):
+            return None
+        if not all(SIZE in self._values[source].meta for source in node.all_input_nodes):
+            return None
+        return _as_region(self._copied(node), node.meta["val"])
 
     def _expressed(self, expression: Any) -> Any:
         """A number, or the node of a sum or product of input sizes; None for any other expression."""

@@ -143,7 +143,7 @@ def _with_sizes(
 
 def _scaled(lengths: TracedLengths, values: Sequence[int], first: Size) -> Scaled | None:
     sizes = tuple(size_of(node) for node in _parts(first.node, operator.mul))
-    rest = math.prod(size.size for size in sizes)
+    rest = math.prod(int(size.size) for size in sizes)
     if not rest or any(value % rest for value in values):
         return None
     form = form_of_one(lengths, [value // rest for value in values])
@@ -158,7 +158,7 @@ def _summed(lengths: TracedLengths, values: Sequence[int], first: Size) -> Summe
     sizes = tuple(map(size_of, terms))
     if not all(size.size for size in sizes):
         return None
-    form = form_of_one(lengths, [value - sum(size.size for size in sizes) for value in values])
+    form = form_of_one(lengths, [value - sum(int(size.size) for size in sizes) for value in values])
     return None if form is None else Summed(sizes, form)
 
 

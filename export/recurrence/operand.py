@@ -20,7 +20,7 @@ from moe_export.export.sizes import expression_of, fixed
 aten = torch.ops.aten
 
 SELECT, SLICE, PART = "select", "slice", "part"
-SIZE = "size of inputs"  # in the metadata of a node that is a sum or product of sizes of inputs
+SIZE = "size of inputs"  # in the metadata of a node that is a sum or product of sizes of inputs, or a float of such
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def is_view(node: fx.Node) -> bool:
 
 
 def is_size(node: fx.Node) -> bool:
-    """Whether a node is an integer of the shape arithmetic."""
+    """Whether a node is a number of the shape arithmetic."""
     return SIZE in node.meta or isinstance(node.meta.get("val"), (int, torch.SymInt))
 
 
@@ -121,10 +121,13 @@ def atoms(argument: Any) -> list[Any]:
 def layout(argument: Any) -> Any:
     """The nesting of arguments, with the kind of each leaf: all nodes are equal, all integers are, all floats are.
 
-    A size of the inputs counts as an integer: in a trace where it is not free, an integer is in its place.
+    A size of the inputs counts as an integer, and what is computed of sizes as a float: in a trace where they are not
+    free, a number is in its place.
     """
     if isinstance(argument, fx.Node):
-        return "int" if SIZE in argument.meta else "node"
+        if SIZE not in argument.meta:
+            return "node"
+        return "float" if isinstance(argument.meta.get("val"), torch.SymFloat) else "int"
     if isinstance(argument, Mapping):
         return tuple((key, layout(value)) for key, value in argument.items())
     if isinstance(argument, (tuple, list)):

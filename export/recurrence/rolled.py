@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from moe_export.errors import RefusedError
@@ -33,10 +34,10 @@ class Value:
 
 @dataclass(frozen=True)
 class Size:
-    """A size of the inputs, or a sum or product of such; `node` computes it, and it is `size` in the trace."""
+    """A size of the inputs, or a number computed of such; `node` computes it, and it is `size` in the trace."""
 
     node: fx.Node
-    size: int
+    size: int | float
 
 
 @dataclass(frozen=True)
@@ -252,7 +253,9 @@ class _Folding:
 def size_of(node: fx.Node) -> Size:
     """A node of the shape arithmetic as a `Size`; 0 in the trace if that is unknown."""
     hint = node.meta["val"].node.hint if "val" in node.meta else None
-    return Size(node, int(hint) if hint is not None else 0)
+    if hint is None:
+        return Size(node, 0)
+    return Size(node, float(hint) if isinstance(node.meta["val"], torch.SymFloat) else int(hint))
 
 
 def _follows(first: Any, before: Any, this: Any, distance: int) -> bool:
