@@ -22,6 +22,7 @@ replaces. All of them stand here, so that a new PyTorch breaks this folder and n
 | `checkpoints` | where in a checkpoint each tensor stands |
 | `caches` | what is computed anew at every trace and translation, computed once |
 | `fake_results` | what an operator gives for tensors of a shape, worked out once in a trace |
+| `graph_code` | the Python code of a graph, written when it is called |
 | `exact_rules` | the optimizer's constants, compared exactly |
 | `rewrite_rules` | at which nodes the rules of the optimizer are tried |
 

@@ -11,6 +11,9 @@ Of a small graph this was more than half of the time:
   out as the program already says, so only nodes that are new or changed there are run;
 - the layout of each value, which is noted beside what is known of it anyway: to find it, three conditions are decided
   for each shape, and nobody reads it;
+- the Python code of a graph (`graph_code`);
+- a fake tensor of each weight: PyTorch asks each weight a hundred things, and while a model is traced, all of them went
+  through what listens to the model's code;
 - the program itself: an exporter has it decomposed, which traces all of it once more, whether or not there is an
   operator in it to decompose.
 
@@ -27,14 +30,17 @@ import inspect
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import fx
+from torch._subclasses import fake_tensor
 from torch.export import ExportedProgram
+
+from moe_export.export.torch_compat.graph_code import code_when_called
 
 _REGISTRIES: dict[tuple[int, bool], Any] = {}
 _MATERIALIZED: list[list[str]] = []
@@ -45,7 +51,15 @@ _KEY = "CompositeImplicitAutograd"
 def cache_patches() -> Iterator[None]:
     """Inside, `torch.export` and `torch.onnx.export` compute what they compute, faster."""
     with ExitStack() as stack:
-        for instead in (_registry, _registrations, _types, _known_values, _layouts):
+        for instead in (
+            _registry,
+            _registrations,
+            _types,
+            _known_values,
+            _layouts,
+            _fake_weights,
+            code_when_called,
+        ):
             stack.enter_context(instead())
         yield
 
@@ -171,6 +185,20 @@ def _layouts() -> Iterator[None]:
         return
     without = partial(theirs, include_contiguity=False)
     with mock.patch.object(proxy_tensor, "_extract_tensor_metadata", without):
+        yield
+
+
+@contextmanager
+def _fake_weights() -> Iterator[None]:
+    """`FakeTensorMode.from_tensor` looks at a plain tensor unheard by function modes."""
+    original: Callable[..., Any] = fake_tensor.FakeTensorMode.from_tensor
+
+    def from_tensor(mode: Any, tensor: torch.Tensor, **how: Any) -> Any:
+        plain = type(tensor) in (torch.Tensor, torch.nn.Parameter)
+        with torch._C.DisableTorchFunction() if plain else nullcontext():
+            return original(mode, tensor, **how)
+
+    with mock.patch.object(fake_tensor.FakeTensorMode, "from_tensor", from_tensor):
         yield
 
 

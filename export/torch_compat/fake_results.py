@@ -34,6 +34,8 @@ from moe_export.export.torch_compat.sizes import answers_given
 _PLAIN: tuple[type, ...] = (
     int, float, bool, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format,
 )  # fmt: skip
+_NUMBERS = (int, float, bool)
+_COMPARISONS = tuple(getattr(torch.ops.aten, name).Scalar for name in ("eq", "ne", "lt", "le", "gt", "ge"))
 _FRESH = (
     torch.Tag.data_dependent_output,
     torch.Tag.dynamic_output_shape,
@@ -176,8 +178,12 @@ class _Call:
             _OtherwiseError: An argument may say more than its shape does.
         """
         given: list[Any] = [func, torch.get_default_dtype(), torch.is_grad_enabled()]
+        by_type = func in _COMPARISONS  # `chosen == 3` has the shape and dtype of `chosen == 4`
         for each in args:
-            self._add(given, each)
+            if by_type and type(each) in _NUMBERS:
+                given.append(type(each))
+            else:
+                self._add(given, each)
         for name, each in kwargs.items():
             given.append(name)
             self._add(given, each)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -12,8 +13,11 @@ import torch._ops
 from canaries import canary
 from slow_cases import slow
 from torch._export import utils
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+from torch.overrides import TorchFunctionMode
 
 from moe_export.export.torch_compat.caches import cache_patches, decomposed_if_needed
 from moe_export.export.tracing.trace import quiet
@@ -306,3 +310,67 @@ def test_canary_an_exporter_asks_the_program_to_decompose_itself(monkeypatch):
         with quiet():
             torch.onnx.export(program, dynamo=True, opset_version=18, verbose=False)
         assert not traces
+
+
+class Heard(TorchFunctionMode):
+    """Counts what is asked of tensors, with a tensor of a class of the user's own among them."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+class Own(torch.Tensor):
+    """A class of tensors of the user's own."""
+
+
+def weights_of_all_kinds():
+    model = torch.nn.Linear(3, 4)
+    model.register_buffer("turned", torch.ones(4, 3).t())
+    model.register_buffer("part", torch.ones(2, 3)[:, 1:])
+    model.tied = model.weight
+    return [
+        *model.parameters(),
+        *model.buffers(),
+        torch.ones(0),
+        torch.tensor(2),
+        torch.ones(2).as_subclass(Own),
+    ]
+
+
+def test_fake_weights_are_made_unheard_and_are_the_same():
+    found = []
+    for how in (nullcontext, cache_patches):
+        with how(), Heard() as heard:
+            mode = FakeTensorMode(shape_env=ShapeEnv())
+            fakes = [mode.from_tensor(weight, static_shapes=True) for weight in weights_of_all_kinds()]
+            asked = heard.count
+        kept = [(type(each), each.shape, each.stride(), each.storage_offset(), each.dtype) for each in fakes]
+        grads = [(each.requires_grad, each.is_leaf, each._is_view()) for each in fakes]
+        found.append((kept, grads, asked))
+    (theirs, their_grads, asked), (ours, our_grads, heard) = found
+    assert ours == theirs
+    assert our_grads == their_grads
+    assert heard < asked / 2
+
+
+def test_canary_a_trace_makes_fake_weights_by_from_tensor():
+    with canary(
+        "export/torch_compat/caches.py",
+        "torch.export makes a fake tensor of each weight by FakeTensorMode.from_tensor, its tensor the first argument",
+        todo="traces are slower and as right: see _fakify_params_buffers in torch/_export/utils.py",
+    ):
+        made = []
+        original = FakeTensorMode.from_tensor
+
+        def noted(mode, tensor, **how):
+            made.append(tuple(tensor.shape))
+            return original(mode, tensor, **how)
+
+        with mock.patch.object(FakeTensorMode, "from_tensor", noted):
+            torch.export.export(torch.nn.Linear(3, 4), (torch.ones(2, 3),), strict=False)
+        assert {(4, 3), (4,)} <= set(made)

@@ -113,6 +113,14 @@ def sizes(x):
     return *both, torch.full((rows.shape[0] * 2,), 1.5) + 1, torch.full((other.shape[0] * 2,), 1.5) + 1
 
 
+def compared(x):
+    """Numbers of several types, that are one less, equal and one more, with results of all shapes."""
+    whole = (x * 2).long()
+    found = [whole == number for number in (0, 1, 2)] + [whole[0] >= number for number in (0, 1)]
+    found += [x > number for number in (0.5, 1, True)] + [(x > 0) != number for number in (True, False)]
+    return *found, *(torch.where(found[number])[0] for number in range(3))
+
+
 tied = Expert()
 MODELS = {
     "alike": lambda: Mixture(*(Expert() for _ in range(5))),
@@ -127,6 +135,7 @@ MODELS = {
     "masks": lambda: Called(masks),
     "layouts": lambda: Called(layouts),
     "sizes": lambda: Called(sizes),
+    "compared": lambda: Called(compared),
 }
 
 
@@ -171,6 +180,7 @@ def test_alike_experts_are_worked_out_once():
         two = worked_out[torch.ops.aten.addmm.default]
         exported(Mixture(*(Expert() for _ in range(LIMIT + 5))))
     assert worked_out[torch.ops.aten.addmm.default] == 2 * two
+    assert worked_out[torch.ops.aten.eq.Scalar] == 2  # once a trace, whatever the number
 
 
 def test_a_tensor_that_is_written_to_is_known_to_have_changed():
