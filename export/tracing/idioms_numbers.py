@@ -1,9 +1,13 @@
-"""`int(...)` and `float(...)` of a size, `max(...)` and `min(...)` of traced integers, traced as functions of these.
+"""`int(...)`, `float(...)` and `math.sqrt(...)` of a size, `max(...)` and `min(...)` of traced integers, traced as
+functions of these.
 
 A capacity is often `int(tokens / experts * factor)`. Python makes a plain number of it, and the tracer does not say
 that the graph is then right at the traced size alone. `max(idx.max() + 1, n)` compares a number that a trace does not
 know, which ends the trace. While a model is traced, these names stand for what leaves such a number a symbol; for
 everything else they are Python's. They do so in the user's own files and in those that the model's classes stand in.
+
+`math.sqrt(x.shape[-1])` makes a plain number in the same way. A file's `math`, or its `sqrt`, stands for one that takes
+a root as `size ** 0.5` does, which is Python's number for every size up to 2**53.
 
 A file that uses `int` or `float` for more than calls, annotations and `isinstance` (`dtype=int`) is left as it is.
 """
@@ -11,10 +15,12 @@ A file that uses `int` or `float` for more than calls, annotations and `isinstan
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, reduce
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -85,20 +91,45 @@ _NAMES: dict[str, Callable[..., Any]] = {
 }
 
 
+def _root(number: Any) -> Any:
+    """`math.sqrt`."""
+    of_size: Callable[[Any], Any] = torch.sym_float
+    return of_size(number) ** 0.5 if isinstance(number, _SYMBOLS) else math.sqrt(number)
+
+
+class _Math(ModuleType):
+    """`math` with the root of a size."""
+
+    sqrt = staticmethod(_root)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(math, name)
+
+
+_STANDS_FOR: dict[int, Any] = {id(math): _Math("math"), id(math.sqrt): _root}
+
+
 @contextmanager
 def symbolic_numbers(model: nn.Module) -> Iterator[None]:
-    """While it runs, `int` and `float` keep sizes symbolic in the user's files that a model's code stands in."""
-    changed: list[tuple[dict[str, Any], str]] = []
+    """While it runs, these names keep sizes symbolic in the user's files that a model's code stands in."""
+    added: list[tuple[dict[str, Any], str]] = []
+    replaced: list[tuple[dict[str, Any], str, Any]] = []
     try:
         for names in global_names(model):
+            for name, value in list(names.items()):
+                if id(value) in _STANDS_FOR:
+                    replaced.append((names, name, value))
+                    names[name] = _STANDS_FOR[id(value)]
             for name in _called_in(names["__file__"]):
                 if name not in names:
                     names[name] = _NAMES[name]
-                    changed.append((names, name))
+                    added.append((names, name))
         yield
     finally:
-        for names, name in changed:
+        for names, name in added:
             del names[name]
+        for names, name, value in replaced:
+            names[name] = value
 
 
 @cache

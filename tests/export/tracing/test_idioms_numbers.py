@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,36 @@ def test_a_number_follows_the_size(tmp_path, body):
         x = torch.rand(rows, 3)
         expected = eval(body.removeprefix("return "), namespace | {"x": x})
         torch.testing.assert_close(program(x)[0], expected)
+
+
+@pytest.mark.parametrize(
+    ("root", "imports"),
+    [
+        ("math.sqrt(x.shape[1])", "import math"),
+        ("m.sqrt(x.shape[1] * 2 + 1) * m.pi", "import math as m"),
+        ("sqrt(float(x.shape[1]))", "from math import sqrt"),
+        ("math.sqrt(2.0) * math.floor(2.5)", "import math"),
+    ],
+)
+def test_a_root_of_a_size_follows_it(tmp_path, root, imports):
+    found = traced(tmp_path, f"return x / ({root})", imports)
+    assert not any(isinstance(size, int) for size in found.inputs["x"])
+    program, namespace = found.program.module(), {"m": math, "math": math, "sqrt": math.sqrt}
+    for rows, width in ((2, 1), (6, 3), (5, 64), (3, 1000)):
+        x = torch.rand(rows, width)
+        torch.testing.assert_close(program(x)[0], x / eval(root, namespace | {"x": x}), rtol=0, atol=0)
+
+
+def test_a_size_that_a_root_decides_is_fixed_and_names_are_put_back(tmp_path):
+    path = tmp_path / "counted.py"
+    body = "n = int(math.sqrt(x.shape[0]))\n        return x.reshape(n, n, 3).flip(0)"
+    path.write_text(HEADER.format(body=body, imports="import math").replace("6, 3", "16, 3"))
+    subject = load_subject(str(path))
+    found = trace(subject, DimRequest())
+    assert found.inputs["x"][0] == 16
+    x = torch.rand(16, 3)
+    assert torch.equal(found.program.module()(x)[0], x.reshape(4, 4, 3).flip(0))
+    assert sys.modules[type(subject.module).__module__].math is math
 
 
 SAFE_ONE_HOT = """
