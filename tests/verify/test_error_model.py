@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from moe_export.verify.judging.error_model import ANOTHER_WAY, TIMES, may_stand,
 from moe_export.verify.judging.replay import Choice, Replay
 from moe_export.verify.reports.page import page
 from moe_export.verify.reports.reading import judge_again, read_report
+from moe_export.verify.reports.table import errors
 
 MARGIN = Margin(1e-5, 1e-5)
 GENERATOR = np.random.default_rng(0)
@@ -86,6 +88,22 @@ def test_a_float64_run_that_took_another_way_excuses_nothing():
     assert not stood(TRUE + NOISE, candidate, true).ok
 
 
+@pytest.mark.parametrize(("factor", "says"), [(0.99, False), (1.01, True)])
+def test_where_the_reference_is_too_far_off_its_error_is_told_and_is_no_zero(factor, says):
+    off = factor * ANOTHER_WAY * float(np.abs(TRUE).max())
+    reference, candidate = TRUE.copy(), TRUE.copy()
+    reference[4, 0] += off
+    candidate[4, 0] -= 9 * off
+    found = stood(reference, candidate)
+    assert not found.ok
+    if says:
+        assert found.standing.another_way == pytest.approx(off, rel=1e-3)
+        assert errors(found.standing)[1:] == (f"{off:.2e}!", "-")
+    else:
+        assert found.standing.another_way is None
+        assert found.standing.theirs == pytest.approx(off, rel=1e-3)
+
+
 def test_nan_is_no_rounding():
     candidate = TRUE + OTHER
     candidate[0, 0] = np.nan
@@ -124,6 +142,19 @@ def test_the_table_says_tolerance_errors_and_ratio():
     assert "equal where an error is at most 8 times that of torch in the same row" in str(report)
     assert "By float64" in page([report])
     assert max(len(line) for line in str(report).splitlines()) <= 100
+
+
+def test_what_cancels_entirely_is_told_as_such_in_the_table_and_on_the_page():
+    report = at_some_sizes(lambda tensors: BACKWARDS(tensors) * (1 + 1e-3))
+    assert "!: torch itself" not in str(report) + page([report])
+    (label, judgement), *_ = report.by_float64
+    far = replace(judgement, standing=replace(judgement.standing, theirs=0.0, another_way=0.5))
+    case = next(case for case in report.cases if judgement in case.judgements)
+    changed = replace(report, cases=[replace(case, judgements=[far])])
+    assert list(changed.by_float64) == [(label, far)]
+    for text in (str(changed), page([changed])):
+        assert "5.00e-01!" in text
+        assert "!: torch itself is more than 1% of the largest value off" in text
 
 
 def test_a_tolerance_that_was_chosen_is_strict():

@@ -79,7 +79,7 @@ def stand(
         return found
     ref, ours, truth = (_rows(array) for array in (reference, candidate, true))
     others = [_rows(outputs[found.output]) for outputs in nearby if found.output in outputs]
-    room = _room(truth, [ref, *(other for other in others if other.shape == truth.shape)])
+    room, too_far = _room(truth, [ref, *(other for other in others if other.shape == truth.shape)])
     beyond, off = _beyond(found.margin, ref, ours, truth)
     with np.errstate(invalid="ignore", over="ignore"):
         allowed = np.maximum(_within(found.margin, truth), TIMES * room)
@@ -87,22 +87,33 @@ def stand(
     with np.errstate(over="ignore"):  # a reference without any error
         ratios = off / np.maximum(room, np.finfo(np.float64).tiny)
     worst = np.unravel_index(int(np.argmax(ratios)), ratios.shape)
-    standing = Standing(float(off[worst]), float(room[worst]), float(ratios[worst]), int(beyond.sum()))
+    standing = Standing(
+        float(off[worst]),
+        float(room[worst]),
+        float(ratios[worst]),
+        int(beyond.sum()),
+        too_far.get(int(worst[0])),
+    )
     if lost.any() or (off > allowed).any():
         return replace(found, standing=standing)
     return replace(found, reason=None, bad=0, standing=standing)
 
 
-def _room(truth: Array, runs: Sequence[Array]) -> Array:
-    """The error of PyTorch's own arithmetic in each row, (rows, 1) broadcast to (rows, elements)."""
+def _room(truth: Array, runs: Sequence[Array]) -> tuple[Array, dict[int, float]]:
+    """The error of PyTorch's own arithmetic in each row, (rows, 1) broadcast to (rows, elements).
+
+    Also the rows where that excuses nothing, as it is too large for a rounding, with the error.
+    """
     with np.errstate(invalid="ignore"):
         errors = np.max([np.nan_to_num(np.abs(run - truth), nan=np.inf).max(-1) for run in runs], axis=0)
         sizes = np.nan_to_num(np.abs(truth)).max(-1)
     seen = sizes > 0
     typical = float(np.median(errors[seen] / sizes[seen])) if seen.any() else 0.0
     room = np.maximum(errors, typical * sizes if np.isfinite(typical) else 0.0)
-    room = np.where(room > ANOTHER_WAY * sizes.max(), 0.0, room)
-    return np.array(np.broadcast_to(room[:, None], truth.shape))
+    far = room > ANOTHER_WAY * sizes.max()
+    too_far = {int(row): float(room[row]) for row in np.flatnonzero(far)}
+    room = np.where(far, 0.0, room)
+    return np.array(np.broadcast_to(room[:, None], truth.shape)), too_far
 
 
 def _beyond(margin: Margin, ref: Array, ours: Array, truth: Array) -> tuple[Array, Array]:

@@ -33,15 +33,17 @@ class Standing:
 
     Args:
         own: The candidate's error, at the element where it is worst relative to the reference's.
-        theirs: The reference's error in that row.
+        theirs: The reference's error in that row, as far as it excuses one.
         ratio: `own / theirs`.
         beyond: How many elements are beyond the tolerance.
+        another_way: How far the reference is off in that row, where it is so far that this excuses nothing; else None.
     """
 
     own: float
     theirs: float
     ratio: float
     beyond: int
+    another_way: float | None = None
 
 
 Kind = Literal["float", "exact", "routing", "presence"]

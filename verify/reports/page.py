@@ -9,7 +9,7 @@ from moe_export.own_files import MARK
 from moe_export.verify.judging.error_model import TIMES
 from moe_export.verify.reports.findings import CaseResult, Row
 from moe_export.verify.reports.report import Report, worst_code
-from moe_export.verify.reports.table import figure
+from moe_export.verify.reports.table import errors, figure, too_far
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --paper: #fff; --faint: #667; --line: #d5d9e0; --bar: #3b6ea5;
@@ -110,15 +110,15 @@ def _standings(report: Report) -> Iterator[str]:
         + "<th>at</th></tr>"
     )
     for label, judgement in report.by_float64:
-        standing = judgement.standing
-        assert standing is not None
-        numbers = (figure(standing.own), figure(standing.theirs), f"{standing.ratio:.1f}")
+        assert judgement.standing is not None
+        numbers = errors(judgement.standing)
         yield (
             f"<tr><td><code>{escape(judgement.output)}</code></td><td>{escape(str(judgement.margin))}</td>"
             + "".join(f'<td class="number">{number}</td>' for number in numbers)
             + f"<td>{escape(label)}</td></tr>"
         )
     yield "</table>"
+    yield from (f"<p>{escape(line)}</p>" for line in too_far(report))
 
 
 def _case(case: CaseResult) -> str:

@@ -80,8 +80,9 @@ def _judgement(found: Mapping[str, Any]) -> Judgement:
     if known["standing"] is not None:
         standing = known["standing"]
         known["standing"] = Standing(
-            float(standing["own"]), float(standing["theirs"]), float(standing["ratio"]), standing["beyond"]
-        )
+            float(standing["own"]), float(standing["theirs"]), float(standing["ratio"]), standing["beyond"],
+            None if standing.get("another_way") is None else float(standing["another_way"]),
+        )  # fmt: skip
     if known["margin"] is not None:
         known["margin"] = Margin(**known["margin"])
     known["front"] = tuple((float(size), float(difference)) for size, difference in known["front"])

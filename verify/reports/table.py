@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, TextIO
 
 from moe_export.verify.inputs.regimes import NORMAL
-from moe_export.verify.judging.error_model import TIMES
+from moe_export.verify.judging.error_model import ANOTHER_WAY, TIMES
+from moe_export.verify.judging.judge import Standing
 from moe_export.verify.judging.replay import is_choice
 from moe_export.verify.reports.findings import PART, CaseResult, Findings, Outcome, Row
 from moe_export.verify.runner import shorten
@@ -115,18 +116,29 @@ def _standings(report: Findings) -> list[str]:
     for label, judgement in report.by_float64:
         standing = judgement.standing
         assert standing is not None
-        figures = (figure(standing.own), figure(standing.theirs), _times(standing.ratio))
-        lines.append((judgement.output, str(judgement.margin), *figures, label))
+        lines.append((judgement.output, str(judgement.margin), *errors(standing), label))
     lines = [tuple(map(shorten, line, _STANDING_LIMITS)) for line in lines]  # type: ignore[misc]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
     return [
         *(_aligned(line, widths) for line in lines),
         f"equal where an error is at most {TIMES:g} times that of {report.reference} in the same row",
+        *too_far(report),
     ]
 
 
-def _times(ratio: float) -> str:
-    return f"{ratio:.1f}" if ratio < 1000 else "> 1000"
+def errors(standing: Standing) -> tuple[str, str, str]:
+    """The candidate's error, the reference's and their ratio; no ratio where the reference's excuses nothing."""
+    if standing.another_way is not None:
+        return figure(standing.own), f"{standing.another_way:.2e}!", "-"
+    ratio = f"{standing.ratio:.1f}" if standing.ratio < 1000 else "> 1000"
+    return figure(standing.own), figure(standing.theirs), ratio
+
+
+def too_far(report: Findings) -> Iterator[str]:
+    """What an exclamation mark beside the reference's error means, where there is one."""
+    if any(judgement.standing and judgement.standing.another_way for _, judgement in report.by_float64):
+        yield f"!: {report.reference} itself is more than {ANOTHER_WAY:.0%} of the largest value off, which excuses"
+        yield "nothing: the result of the model depends on the order of its sums, or on a branch"
 
 
 def _aligned(cells: tuple[str, ...], widths: list[int]) -> str:
