@@ -7,6 +7,7 @@ that the closed forms give there must be among those that it computes with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -69,7 +70,9 @@ def prove(
     agreement = Agreement(subject, folded, lengths)
     longest = max(traced)
     further = [tuple(size + more for size in longest) for more in (range(9, 17) if rounded else (9,))]
-    for sizes in (*_proved(len(lengths)), *traced, *further):
+    # A model may take whole chunks only, and refuse all of the others.
+    whole_chunks = [sizes for sizes in _in_steps(traced) if sizes not in traced]
+    for sizes in (*_proved(len(lengths)), *traced, *further, *whole_chunks):
         if sizes != (1,):
             _same(agreement, sizes)
     least = _least(agreement, lengths, subject)
@@ -86,6 +89,12 @@ def _proved(count: int) -> list[tuple[int, ...]]:
     if count == 1:
         return [(size,) for size in _PROVED]
     return [(1, 1), *zip(_PROVED, reversed(_PROVED), strict=True)]
+
+
+def _in_steps(traced: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Multiples of what all traced sizes of a length are multiples of, if that is not 1."""
+    steps = [math.gcd(*column) for column in zip(*traced, strict=True)]
+    return [tuple(step * count for step in steps) for count in _PROVED] if max(steps) > 1 else []
 
 
 def _same(agreement: Agreement, sizes: tuple[int, ...]) -> None:

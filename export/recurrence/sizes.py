@@ -36,5 +36,7 @@ def rows(
             for less in (0, 1):
                 sizes = (3 * chunk + 1, 4 * chunk + chunk // 2, 6 * chunk - less, 8 * chunk - 1)
                 yield tuple((size,) for size in sizes), chunk
+            # A model may take whole chunks only; a trace keeps of the last one what is used.
+            yield tuple((chunk * count,) for count in (4, 5, 7, 8)), chunk
     for row in further:
         yield row, None

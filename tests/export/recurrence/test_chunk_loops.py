@@ -15,6 +15,7 @@ from torch.nn import functional
 from moe_export.domain import Domain
 from moe_export.export.frontend.subject import Subject, make_subject
 from moe_export.export.pipeline import Graph, Options, export_subject
+from moe_export.export.recurrence.agreement import Agreement
 from moe_export.export.recurrence.form import (
     Form,
     FormError,
@@ -24,6 +25,8 @@ from moe_export.export.recurrence.form import (
     moved,
     scaled,
 )
+from moe_export.export.recurrence.recurrences import fold_recurrences
+from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.lengths import Length, chunk_of
 
 CHUNK = 3
@@ -74,6 +77,26 @@ class Together(nn.Module):
             state = state * 0.5 + first[:, t].sum(1)
             out[:, t] = second[:, t] * state[:, None]
         return out.reshape(b, -1, d)[:, :length]
+
+
+class Whole(nn.Module):
+    """Takes whole chunks only, and nothing reads the state after the last of them."""
+
+    def __init__(self, chunk: int) -> None:
+        super().__init__()
+        self.chunk = chunk
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, length, d = x.shape
+        assert length % self.chunk == 0
+        chunks = x.view(b, -1, self.chunk, d)
+        mask, state, found = torch.ones(self.chunk, self.chunk).tril(), x.new_zeros(b, d, d), []
+        found = torch.zeros_like(chunks)
+        for t in range(length // self.chunk):
+            now = chunks[:, t]
+            found[:, t] = (now @ now.mT * mask) @ now + now @ state
+            state = state * 0.5 + now.mT @ now
+        return found.reshape(b, length, d)
 
 
 class Ragged(nn.Module):
@@ -246,3 +269,38 @@ def test_a_number_of_one_of_two_lengths() -> None:
     assert form_of_one(sizes, [5, 7, 8]) == Form(1, -2, of=1)
     assert form_of_one(sizes, [12, 14, 18]) == Form(2, 0)
     assert form_of_one(sizes, [100, 7, 52]) is None
+
+
+@pytest.mark.parametrize(
+    ("chunk", "shown"),
+    [(8, 3), pytest.param(8, 2, marks=pytest.mark.slow), pytest.param(16, 3, marks=pytest.mark.slow)],
+)
+def test_a_model_that_takes_whole_chunks_only_has_any_number_of_them(chunk: int, shown: int) -> None:
+    """At three chunks, two whole iterations are in a trace, which is no loop; and its number is no (L - 4) // 7."""
+    model = Whole(chunk)
+    example = torch.randn(2, shown * chunk, 4, generator=torch.Generator().manual_seed(0))
+    subject = make_subject(model, (example,), {}, source=Path(__file__), how="a test")
+    recurrent = fold_recurrences(subject, DimRequest())
+    assert recurrent.lengths, recurrent.notes
+    assert f"// {chunk} steps" in recurrent.notes[0]
+    for count in (1, 2, 3, 4, 7, 15, 40):
+        x = torch.randn(2, count * chunk, 4, generator=torch.Generator().manual_seed(count))
+        torch.testing.assert_close(recurrent.subject.call([x])[0], model(x), rtol=1e-4, atol=1e-4)
+
+
+def test_where_a_model_takes_multiples_only_these_are_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4, 5 and 7 chunks of 8, (L - 4) // 7 is as many as L // 8; a model refuses most lengths that tell."""
+    compared: list[tuple[int, ...]] = []
+    at = Agreement.at
+
+    def watched(agreement: Agreement, sizes: tuple[int, ...]) -> bool | None:
+        same = at(agreement, sizes)
+        if same is not None:
+            compared.append(sizes)
+        return same
+
+    monkeypatch.setattr(Agreement, "at", watched)
+    example = torch.randn(2, 24, 4, generator=torch.Generator().manual_seed(0))
+    subject = make_subject(Whole(8), (example,), {}, source=Path(__file__), how="a test")
+    assert fold_recurrences(subject, DimRequest()).lengths
+    assert {(8,), (16,), (24,), (40,), (104,)} <= set(compared)
