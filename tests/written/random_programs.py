@@ -508,7 +508,8 @@ def _unbind(p: Program) -> None:
 def _join(p: Program) -> None:
     one = p.any(lambda value: value.dim() > 0)
     other = p.any(lambda value: value.dim() == p.values[one].dim() and value.dtype == p.values[one].dtype)
-    p.call(p.choose.choice([_aten.cat.default, _aten.stack.default]), [one, other], p.axis(one))
+    joined = p.choose.choice([_aten.cat.default, _aten.concat.default, _aten.stack.default])
+    p.call(joined, [one, other], p.axis(one))
 
 
 def _divide(p: Program) -> None:
