@@ -49,7 +49,7 @@ def pointwise(region: Region, node: fx.Node) -> Rows | None:
     rank = rank_of(node)
     rows = region.common(node.all_input_nodes, rank)
     own = [source for source in node.all_input_nodes if source in region.rows]
-    if rows is None or any(rank_of(source) != rank for source in own):
+    if rows is None or any(rank_of(source) != rank for source in own) or _sizes_outside(node):
         return None
 
     def make(body: PairBody) -> fx.Node:
@@ -109,8 +109,11 @@ def _expanded(
 
 
 def _sizes_outside(node: fx.Node) -> bool:
-    """Whether an operator takes a computed size."""
-    return any(isinstance(source.meta.get("val"), (int, torch.SymInt)) for source in node.all_input_nodes)
+    """Whether an operator takes a computed size, or a float of sizes: a block takes tensors."""
+    return any(
+        isinstance(source.meta.get("val"), (int, float, torch.SymInt, torch.SymFloat))
+        for source in node.all_input_nodes
+    )
 
 
 def split(region: Region, node: fx.Node) -> Rows | None:

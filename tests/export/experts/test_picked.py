@@ -51,6 +51,27 @@ def test_the_block_is_that_of_the_choice(idiom):
     assert all(node.op == "placeholder" for node in weights)
 
 
+class Scaled(models.Gathered):
+    """The result times a number that two free sizes decide: no tensor, which a block could take."""
+
+    def forward(self, x):
+        return super().forward(x) * math.sqrt(x.shape[1]) / (x.shape[0] * x.shape[1]) ** 0.25
+
+
+def test_a_number_that_sizes_decide_stays_outside_of_a_block():
+    module = Scaled().eval()
+    graph = export_subject(subject_of(module), Options(gates=False, simplify=False))[0]
+    assert [note.split(":")[0] for note in graph.notes if "experts at" in note] == [
+        f"6 experts at {models.__file__}"
+    ]
+    session = session_of(graph.model)
+    for batch, tokens in ((1, 1), (2, 5), (3, 64)):
+        x = torch.randn(batch, tokens, 16, generator=torch.Generator().manual_seed(tokens))
+        with torch.no_grad():
+            exact = module(x).numpy()
+        np.testing.assert_allclose(session.run(None, {"x": x.numpy()})[0], exact, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("idiom", models.NOT_PICKED, ids=lambda idiom: idiom.__name__)
 def test_what_picks_anything_else_stays(idiom):
     _, blocks, _ = find_experts(trace(subject_of(idiom().eval())).program)
