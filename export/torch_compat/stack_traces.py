@@ -56,7 +56,7 @@ class _Stacks:
     """What a tracer uses of `CapturedTraceback`: `CapturedTraceback.extract().summary()`."""
 
     def __init__(self) -> None:
-        # By code and place in it. Code is told apart by its identity, so it must not go: two files may hold equal ones.
+        # By code and place in it. Code is known by its identity, so it must not go: two files may hold equal ones.
         self._known: dict[tuple[int, int], tuple[CodeType, traceback.FrameSummary]] = {}
         self._frames: list[traceback.FrameSummary] = []
 
