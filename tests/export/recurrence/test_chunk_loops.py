@@ -90,11 +90,10 @@ class Whole(nn.Module):
         b, length, d = x.shape
         assert length % self.chunk == 0
         chunks = x.view(b, -1, self.chunk, d)
-        mask, state, found = torch.ones(self.chunk, self.chunk).tril(), x.new_zeros(b, d, d), []
-        found = torch.zeros_like(chunks)
+        state, found = x.new_zeros(b, d, d), torch.zeros_like(chunks)
         for t in range(length // self.chunk):
             now = chunks[:, t]
-            found[:, t] = (now @ now.mT * mask) @ now + now @ state
+            found[:, t] = (now @ now.mT).tril() @ now + now @ state
             state = state * 0.5 + now.mT @ now
         return found.reshape(b, length, d)
 
