@@ -11,6 +11,9 @@ on the data. Three questions are answered by what they ask about, never by where
 - a number of rows that only the data knows — it is neither 0 nor 1; where rows above a limit are cut off (`cut_off`),
   they are, which changes nothing below it.
 
+Rows whose number only the data knows may be listed in Python to index with them, `x[rows.tolist()]`: the list stays
+a tensor (`RowNumbers`).
+
 What an answer was given for is listed, and the graph is compared with the model at sizes where experts go
 without tokens, so an answer that changes a result is found.
 """
@@ -29,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_export.export.axes.chosen import experts_of
 from moe_export.export.sizes import fixed
+from moe_export.export.torch_compat.lists import lists_answered
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import undecided
 from moe_export.export.tracing.cut_off import cuts_off
@@ -74,6 +78,32 @@ class ExpertRow(ExpertNumber):
     """The number of an expert as a row (1,): what is looked up by it keeps an axis."""
 
     is_row = True
+
+
+class RowNumbers:
+    """A tensor (R,) of integers, R known by the data only, for code that takes it for a list to index with."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return _LENGTH
+
+    def __bool__(self) -> bool:
+        return bool(self.rows.shape[0] != 0)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter([int(row) for row in self.rows.unbind()])  # refused: there is no number of steps
+
+    def tolist(self) -> RowNumbers:
+        return self
+
+
+def _indexed(index: Any) -> Any:
+    """An index, or the parts of one, with lists of rows as the tensors that they are."""
+    if isinstance(index, tuple) and any(isinstance(part, RowNumbers) for part in index):
+        return tuple(_indexed(part) for part in index)
+    return index.rows if isinstance(index, RowNumbers) else index
 
 
 class _AllHit(TorchFunctionMode):
@@ -147,6 +177,8 @@ class _AllHit(TorchFunctionMode):
             kind = ExpertRow if args[0].dim() > 1 else ExpertNumber
             found = [kind(expert) for expert in range(count)]
             return iter(found) if func is torch.Tensor.__iter__ else found
+        if func is torch.Tensor.numpy and (listed := _listed(args[0])) is not None:
+            return listed
         counts = self._counts(node, args[0])
         if counts is None or (func in (torch.Tensor.unbind, torch.unbind) and node not in self._counted):
             return None
@@ -196,10 +228,22 @@ class _AllHit(TorchFunctionMode):
     def item(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(args[1], ExpertRow):
             return args[0][int(args[1])].unsqueeze(0)
-        return sliced(*args)
+        index = _indexed(args[1])
+        return sliced(*args) if index is args[1] else args[0][index]
 
     def write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return written(*args)
+        tensor, index, value = args
+        parts = _indexed(index)
+        if parts is index:
+            return written(tensor, index, value)
+        tensor[parts] = value
+        return tensor
+
+    def tensor(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A tensor of a list of rows."""
+        if not args or not isinstance(args[0], RowNumbers):
+            return None
+        return args[0].rows.to(**{name: kwargs[name] for name in ("dtype", "device") if name in kwargs})
 
     def split(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
@@ -228,9 +272,18 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
     torch.Tensor.__setitem__: _AllHit.write,
     torch.Tensor.split: _AllHit.split,
     torch.split: _AllHit.split,
+    torch.tensor: _AllHit.tensor,
+    torch.as_tensor: _AllHit.tensor,
     torch.cat: _AllHit.cat,
     torch.concat: _AllHit.cat,
 }
+
+
+def _listed(tensor: torch.Tensor) -> RowNumbers | None:
+    """A list of integers, if only the data knows how many there are, and they are no hit experts."""
+    if tensor.dim() != 1 or tensor.dtype is not torch.int64 or not _is_unknown(tensor.shape):
+        return None
+    return None if hit_experts(node_of(tensor)) is not None else RowNumbers(tensor)
 
 
 def _is_unknown(sizes: Any) -> bool:
@@ -268,7 +321,7 @@ def every_expert_hit(decided: Collection[str] = ()) -> Iterator[list[str]]:
         answered.append(str(expression))
         return value
 
-    with _AllHit(decided) as questions, undecided(answer):
+    with _AllHit(decided) as questions, undecided(answer), lists_answered(_listed):
         yield answered
     rows_written(questions.asked)
 

@@ -308,7 +308,40 @@ class WholeSlices(Block):
         return out
 
 
+class ListedRows(Block):
+    """Rows as Python lists, as transformers' first loop over experts took them."""
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        mask = F.one_hot(indices, num_classes=self.num_experts).permute(2, 1, 0)
+        for expert in range(self.num_experts):
+            slot, token = torch.where(mask[expert])
+            if token.shape[0] == 0:
+                continue
+            token_list, slot_list = token.tolist(), slot.tolist()
+            rows = self.experts[expert](x[None, token_list].reshape(-1, x.shape[-1]))
+            out.index_add_(0, token, rows * weights[token_list, slot_list, None])
+        return out
+
+
+class ArraysOfRows(Block):
+    """Rows as NumPy's arrays and lists, read, written, and made a tensor again."""
+
+    def moe(self, x, weights, indices):
+        out = torch.zeros_like(x)
+        for expert in range(self.num_experts):
+            token, slot = (indices == expert).nonzero(as_tuple=True)
+            tokens, slots = token.cpu().numpy(), slot.tolist()
+            if not slots:
+                continue
+            rows = self.experts[expert](x[torch.as_tensor(tokens)])
+            out[tokens] += rows * weights[tokens, slots].unsqueeze(-1)
+        return out
+
+
 IDIOMS = [
+    ListedRows,
+    ArraysOfRows,
     OverHits, OverHitNumbers, OverDistinct, OverDistinctNumbers, CountedDistinct, NotInIndices, IfAny, SkipEmpty,
     SkipByCount, SkipByCountList,
     OverMasks, WeightsByMask, TopOne, FusedWeights, AddedToInput, OverGates, FlatMasks, WholeSlices,
