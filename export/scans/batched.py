@@ -24,7 +24,9 @@ POINTWISE = {
     "Mul", "Neg", "Not", "Or", "Pow", "Reciprocal", "Relu", "Round", "Sigmoid", "Sign", "Sin", "Softplus", "Softsign",
     "Sqrt", "Sub", "Tanh", "Where",
 }  # fmt: skip
-REDUCTIONS = {"ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare"}
+REDUCTIONS = {
+    "ReduceL1", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd", "ReduceSum", "ReduceSumSquare",
+}  # fmt: skip
 
 
 _SYMBOLIC = 64  # stands for an unknown size where amounts are compared
@@ -97,7 +99,7 @@ class BatchedOverTime:
         """
         operands = [self.of(value) for value in node.inputs if value is not None]
         rule = _RULES.get(node.op_type) if node.domain in ("", "ai.onnx") else None
-        if rule is None or len(operands) != len(node.inputs):
+        if rule is None or (len(operands) != len(node.inputs) and node.op_type != "Clip"):
             raise RefusedError(f"{node.op_type} cannot be batched over time here")
         return rule(self._nodes, node, operands)
 
@@ -177,6 +179,15 @@ def _pointwise(
     behind = _behind(operands)
     (result,) = nodes.copy(node, [_aligned(nodes, one, behind) for one in operands])
     return [BatchedValue(result, rank - behind, rank)]
+
+
+def _clip(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
+    """Between numbers, one of which may be left out."""
+    one, *limits = operands
+    if one.axis is None or any(limit.axis is not None for limit in limits):
+        raise RefusedError("a Clip to numbers that change from step to step")
+    (result,) = nodes.copy(node, [one.value, *node.inputs[1:]])
+    return [BatchedValue(result, one.axis, one.rank)]
 
 
 def _matmul(nodes: GraphBuilder, node: ir.Node, operands: Sequence[BatchedValue]) -> Sequence[BatchedValue]:
@@ -344,6 +355,7 @@ _RULES: dict[str, Rule] = {
     **dict.fromkeys(POINTWISE, _pointwise),
     **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(("Softmax", "LogSoftmax", "Split", "Gather"), _along),
+    "Clip": _clip,
     "MatMul": _matmul,
     "Gemm": _gemm,
     "Unsqueeze": _unsqueeze,

@@ -8,6 +8,10 @@ Such a step is linear in the state, but its state is computed from what was read
 writes it: with the difference (`h + k * rate * (v - r)`, `h - rate * k * (r - v)`), or multiplied out
 (`h - rate k r + rate k v`).
 
+What is no delta rule may still be fed with what it reads, under any keys (`Fed`; RWKV-7, arXiv:2503.14456):
+
+    h' = a h + b (sum over n of c h) + k v
+
 Source of the rule: arXiv:2406.06484 (delta), arXiv:2412.06464 (gated).
 """
 
@@ -20,7 +24,7 @@ from dataclasses import replace
 import onnx_ir as ir
 
 from moe_export.errors import RefusedError
-from moe_export.export.scans.linear import Linear, LinearState, Reader
+from moe_export.export.scans.linear import Fed, Linear, LinearState, Reader
 from moe_export.export.scans.loop_region import LoopRegion
 from moe_export.export.scans.terms import Factor, Reading, Seen, axes_of, broadcast
 
@@ -28,17 +32,25 @@ _Product = tuple[Factor, ...]
 _MINUS = Factor(ir.Value(name="minus"), ())
 
 
-def read_delta(loop: LoopRegion) -> Linear:
+def read_delta(loop: LoopRegion, fed: bool = False) -> Linear:
     """Read a loop whose states are linear recurrences or delta rules.
+
+    Args:
+        loop: The loop.
+        fed: Whether states may also be fed with what is read from them in any other way (`Fed`).
 
     Raises:
         RefusedError: One is neither; says why.
     """
-    return _DeltaReader(loop).read()
+    return _DeltaReader(loop, fed).read()
 
 
 class _DeltaReader(Reader):
     """A `Reader` that also takes states that are computed from what was read from them."""
+
+    def __init__(self, loop: LoopRegion, fed: bool) -> None:
+        super().__init__(loop)
+        self._fed_too = fed
 
     def read(self) -> Linear:
         linear = super().read()
@@ -62,6 +74,23 @@ class _DeltaReader(Reader):
         computed = [term for term in terms if self._computed(term)]
         if found is None or not computed:
             return super().state(number, shape)
+        readings = list(self.readings)
+        try:
+            return self._delta(number, shape, found)
+        except RefusedError:
+            if not self._fed_too:
+                raise
+            self.readings = readings
+            return self._fed(number, shape, found)
+
+    def _delta(self, number: int, shape: tuple[int | ir.SymbolicDim, ...], found: Seen) -> LinearState:
+        """The recurrence of a delta rule.
+
+        Raises:
+            RefusedError: It is none.
+        """
+        terms = found.terms
+        computed = [term for term in terms if self._computed(term)]
         if len(computed) > 1 or len(terms) > 2:
             raise RefusedError("a step adds several products to its state")
         corrected, reading, held, stored = self._parts(
@@ -86,6 +115,52 @@ class _DeltaReader(Reader):
         if axes_of(rate) & set(made.only) or axes_of(value) & over:
             raise RefusedError("the rate of a delta rule differs along the state that it corrects")
         return made
+
+    def _fed(self, number: int, shape: tuple[int | ir.SymbolicDim, ...], found: Seen) -> LinearState:
+        """`h' = a h + row (read h) + k v`, whatever is read and stored under.
+
+        Raises:
+            RefusedError: It is none.
+        """
+        terms = [part for term in found.terms for part in self._multiplied_out(term)]
+        computed = [term for term in terms if self._computed(term)]
+        stored = [term for term in terms if not self._computed(term)]
+        if len(computed) != 1 or len(stored) != 1:
+            raise RefusedError("a step adds several products to its state")
+        products = self._computed(computed[0])
+        if len(products) > 1:
+            raise RefusedError("a step multiplies what it reads by what it reads")
+        reading, held = self._reading(products[0])
+        self.readings.remove(reading)
+        if reading.new or reading.terms or reading.state != number:
+            raise RefusedError("what a step stores again is not read from the state before it")
+        over = self.over(number)
+        if reading.over != over:
+            raise RefusedError("a state is read over different axes")
+        if stored[0].count(_MINUS) % 2:
+            raise RefusedError("a step subtracts from its state what it does not read")
+        again = tuple(one for one in computed[0] if one is not products[0] and one != _MINUS)
+        fed = Fed((*reading.factors, *held), again, computed[0].count(_MINUS) % 2 == 1)
+        row = tuple(factor for factor in stored[0] if factor.axes & over)
+        column = tuple(one for one in stored[0] if not one.axes & over and one != _MINUS)
+        made = self.made(number, shape, found.scale, row, column, None, fed)
+        if axes_of(held) & (over | set(made.only)):
+            raise RefusedError("what is read differs along the state that it is stored in")
+        return made
+
+    def _multiplied_out(self, term: _Product) -> list[_Product]:
+        """A product as a sum of products: `k (v - r)` is `k v - k r`."""
+        for factor in self._computed(term):
+            node = factor.value.producer()
+            if node is not None and node.op_type in ("Add", "Sub") and not self.whole(factor.value):
+                rest = tuple(one for one in term if one is not factor)
+                first, second = (self.split(broadcast(operand, factor.labels)) for operand in node.inputs)
+                if node.op_type == "Sub":
+                    second = (*second, _MINUS)
+                return [
+                    product for part in (first, second) for product in self._multiplied_out((*rest, *part))
+                ]
+        return [term]
 
     def _computed(self, product: Iterable[Factor]) -> list[Factor]:
         """The factors that were computed from what was read."""
@@ -136,7 +211,9 @@ class _DeltaReader(Reader):
             raise RefusedError("a state is computed from what was read from one")
         part, reading = found[0]
         others = tuple(other for other in parts if other is not part)
-        if part.labels != tuple(axis[0] if len(axis) == 1 else None for axis in reading.axes):
+        shape = self.loop.states[reading.state].outputs[0].shape or ()
+        axes = (axis[0] if len(axis) == 1 and shape[axis[0]] != 1 else None for axis in reading.axes)
+        if part.labels != tuple(axes):
             raise RefusedError("what is read is stored along other axes")
         if self._computed(others):
             raise RefusedError("a step multiplies what it reads by what it reads")

@@ -29,7 +29,6 @@ from moe_export.export.scans.linear_attention import expand_linear_attention
 from moe_export.export.scans.loop_region import LoopRegion, integer, read_region
 from moe_export.export.scans.products import small_products_first
 from moe_export.export.scans.results import results_inwards
-from moe_export.export.scans.segments import STEPS
 from moe_export.export.scans.unrolled import several_steps
 from moe_export.export.tracing.traced_loops import DOMAIN, END, STATE
 
@@ -72,11 +71,11 @@ def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str
             results_inwards(model.graph, node)
             move_inwards(model.graph, node)
             small_products_first(read_region(model.graph, node))
-            place, reasons = _at_once(model.graph, node, forms)
+            place, note, reasons = _at_once(model.graph, node, forms)
             refused += [(source_location(node), reason) for reason in reasons[:1]]
             taken += place == 0
             if place is not None:
-                notes.append(f"loop {integer(node, 'loop')}: {forms[place].note}{_why(reasons)}")
+                notes.append(f"loop {integer(node, 'loop')}: {note}{_why(reasons)}")
                 continue
             if lowering.form == "contrib":
                 notes.append(f"loop {integer(node, 'loop')}: a Scan{_why(reasons[:1])}")
@@ -101,11 +100,11 @@ def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str
 class _Form:
     """A form that computes all steps at once: how it is written, and what the report calls it."""
 
-    write: Callable[[LoopRegion], None]
+    write: Callable[[LoopRegion], str | None]
     note: str
 
 
-_CHUNKS = f"products over chunks of {STEPS} steps"
+_CHUNKS = "products over chunks of {} steps"
 
 
 def _forms(lowering: Expansion) -> tuple[_Form, ...]:
@@ -123,17 +122,21 @@ def _forms(lowering: Expansion) -> tuple[_Form, ...]:
     return forms.get(lowering.form, ())
 
 
-def _at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> tuple[int | None, list[str]]:
-    """Write a loop in the first of these forms that does not refuse it; which one, and the reasons of those before."""
+def _at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> tuple[int | None, str, list[str]]:
+    """Write a loop in the first of these forms that does not refuse it.
+
+    Returns:
+        Which one, what the report calls it, and the reasons of those before.
+    """
     reasons: list[str] = []
     for place, form in enumerate(forms):
         try:
-            form.write(read_region(graph, end))
+            steps = form.write(read_region(graph, end))
         except RefusedError as reason:
             reasons.append(str(reason))
         else:
-            return place, reasons
-    return None, reasons
+            return place, form.note.format(steps), reasons
+    return None, "", reasons
 
 
 def _why(reasons: Sequence[str]) -> str:

@@ -24,11 +24,11 @@ class Filling:
         self._lacking = nodes.op("Mod", nodes.op("Neg", length), nodes.ints(steps))
         self._pads: dict[tuple[int, int], ir.Value] = {}
 
-    def behind(self, value: ir.Value, axis: int, rank: int) -> ir.Value:
-        """A value of this rank with the missing steps appended as zeros along an axis."""
+    def behind(self, value: ir.Value, axis: int, rank: int, by: ir.Value | None = None) -> ir.Value:
+        """A value of this rank with the missing steps appended along an axis, as zeros or as this number."""
         nodes, key = self._nodes, (axis, rank)
         if key not in self._pads:
             ahead, behind = [0] * (rank + axis), [0] * (rank - 1 - axis)
             parts = [nodes.ints(*ahead), self._lacking, *([nodes.ints(*behind)] if behind else [])]
             self._pads[key] = nodes.op("Concat", *parts, axis=0)
-        return nodes.op("Pad", value, self._pads[key])
+        return nodes.op("Pad", value, self._pads[key], *([by] if by is not None else []))

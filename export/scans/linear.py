@@ -35,6 +35,19 @@ from moe_export.export.scans.terms import (
 
 
 @dataclass(frozen=True)
+class Fed:
+    """`h' = … + row * (sum over n of read * h)`: what a step reads of the state before it, stored under other rows.
+
+    Attributes:
+        minus: Whether it is subtracted.
+    """
+
+    read: tuple[Factor, ...]
+    row: tuple[Factor, ...]
+    minus: bool
+
+
+@dataclass(frozen=True)
 class LinearState:
     """`h' = decay * h + row * column`.
 
@@ -45,6 +58,7 @@ class LinearState:
         column: u: the other factors.
         batch, over, only: The axes g, n and p.
         rate: For a delta rule (`delta`), `h' = decay * h + rate * row * (column - row decay h)`; else None.
+        fed: For a decay that is a diagonal plus a product, what the product adds; else None.
     """
 
     shape: tuple[int | ir.SymbolicDim, ...]
@@ -55,6 +69,7 @@ class LinearState:
     over: tuple[int, ...]
     only: tuple[int, ...]
     rate: tuple[Factor, ...] | None = None
+    fed: Fed | None = None
 
     def size(self, axes: Sequence[int]) -> int:
         """The product of the sizes of axes; unknown ones count as 1."""
@@ -187,11 +202,14 @@ class Reader:
         row: tuple[Factor, ...],
         column: tuple[Factor, ...],
         rate: tuple[Factor, ...] | None = None,
+        fed: Fed | None = None,
     ) -> LinearState:
         """A state of these factors, its axes sorted into batch, read over and only in the column."""
         over = self.over(number)
         reads = [factor for reading in self.readings if reading.state == number for factor in reading.factors]
-        batch = axes_of((*decay, *reads, *row, *(rate or ()))) - over
+        within = (*(rate or ()), *((*fed.read, *fed.row) if fed is not None else ()))
+        batch = axes_of((*decay, *reads, *row, *within)) - over
+        batch |= {axis for axis in set(range(len(shape))) - over if shape[axis] == 1}  # in no factor's labels
         only = set(range(len(shape))) - batch - over
         if not only <= axes_of(column):
             batch |= only  # no factor has some of these axes: what is added is broadcast along them
@@ -200,7 +218,7 @@ class Reader:
             if not isinstance(shape[axis], int):
                 raise RefusedError("a size of the state is unknown")
         g, n, p = (tuple(sorted(some)) for some in (batch, over, only))
-        return LinearState(shape, decay, row, column, g, n, p, rate)
+        return LinearState(shape, decay, row, column, g, n, p, rate, fed)
 
     # Steps on a state
 

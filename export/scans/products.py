@@ -3,7 +3,10 @@
     before   (delta[d, 1] * B[1, n]) * u[d, 1]     2 d n products a step
     after    (delta[d, 1] * u[d, 1]) * B[1, n]     d n + d
 
-Only products inside the step that do not depend on a state.
+    before   S[p, n] @ (a[n, 1] @ b[1, m])         p n m multiplications
+    after    (S[p, n] @ a[n, 1]) @ b[1, m]         p n + p m
+
+The first inside the step and without a state; the second with one.
 """
 
 from __future__ import annotations
@@ -23,6 +26,9 @@ _Shape = tuple[int | ir.SymbolicDim, ...]
 def small_products_first(loop: LoopRegion) -> None:
     """Rewrite each product of three or more factors where another order computes less, in place."""
     dependent = loop.dependent()
+    for node in loop.body:
+        if node.op_type == "MatMul" and node.domain in ("", "ai.onnx"):
+            _outer_product_last(loop, node, dependent)
     inside = {node for node in loop.body if _is_product(node) and node.outputs[0] not in dependent}
     for node in loop.body:
         if node not in inside or any(user in inside for user, _ in node.outputs[0].uses()):
@@ -35,6 +41,35 @@ def small_products_first(loop: LoopRegion) -> None:
                 factors,
                 inside,
             )
+
+
+def _outer_product_last(loop: LoopRegion, node: ir.Node, dependent: set[ir.Value]) -> None:
+    """Multiply a state by one side of an outer product first, and the result by the other."""
+    for place, value in enumerate(node.inputs):
+        other, pair = node.inputs[1 - place], value.producer() if value is not None else None
+        if other not in dependent or value in dependent or pair is None or pair.op_type != "MatMul":
+            continue
+        sides, output = list(pair.inputs), node.outputs[0]
+        shapes = [one.shape for one in (*sides, other) if one is not None and one.shape is not None]
+        if (
+            len(shapes) < 3
+            or any(len(shape) < 2 for shape in shapes)
+            or shapes[0][-1] != 1
+            or output.shape is None
+        ):
+            continue
+        nodes = GraphBuilder.in_front_of(node, f"product_{loop.number}_{output.name}")
+        first = (
+            [other, sides[0]] if place else [sides[1], other]
+        )  # S @ (a b) is (S a) b, (a b) @ S is a (b S)
+        thin = nodes.op("MatMul", *first)
+        batch = _broadcast(tuple(shapes[1 - place])[:-2], tuple(shapes[2])[:-2])
+        inner = (shapes[2][-2], 1) if place else (1, shapes[2][-1])
+        thin.shape, thin.type = ir.Shape([*batch, *inner]), output.type
+        new = nodes.op("MatMul", thin, sides[1]) if place else nodes.op("MatMul", sides[0], thin)
+        new.shape, new.type = output.shape, output.type
+        output.replace_all_uses_with(new)
+        return
 
 
 def _is_product(node: ir.Node) -> bool:

@@ -25,6 +25,7 @@ class Segments:
     """The decays of a chunk, each written once, when it is first asked for.
 
     Attributes:
+        steps: How many steps a chunk has.
         rank: How many axes (c, g, t) has.
 
     Args:
@@ -33,6 +34,8 @@ class Segments:
         dtype: The type that is computed in.
         rank: How many axes `logarithms` has.
     """
+
+    steps = STEPS
 
     def __init__(
         self, nodes: GraphBuilder, logarithms: ir.Value | None, dtype: ir.DataType, rank: int
@@ -43,6 +46,25 @@ class Segments:
     @property
     def has_decay(self) -> bool:
         return self._logs is not None
+
+    def pairs(self, read: ir.Value, rows: ir.Value, new: bool, earlier: bool = False) -> ir.Value:
+        """What step t reads of what step s stored, decayed, (c, g, t, s); 0 for steps that it does not see.
+
+        Args:
+            read: (c, g, t, n).
+            rows: (c, g, s, n).
+            new: Whether a step reads the state behind it, rather than the one before it.
+            earlier: Whether only pairs with s < t are looked at: others may be anything.
+        """
+        nodes, rank = self._nodes, self.rank
+        products = nodes.op("MatMul", read, nodes.transposed(rows, [*range(rank - 1), rank, rank - 1]))
+        return products if earlier and not self.has_decay else nodes.op("Mul", self.within(new), products)
+
+    def from_start(self, read: ir.Value, new: bool) -> ir.Value:
+        """Read, (c, g, t, n), times the decay from the start of the chunk."""
+        if not self.has_decay:
+            return read
+        return self._nodes.op("Mul", read, self._nodes.unsqueezed(self.since(new), [self.rank]))
 
     def within(self, new: bool) -> ir.Value:
         """D: the decay from step s to step t, or to the one before t if not `new`; (c, g, t, s), 0 for later s."""
@@ -71,7 +93,13 @@ class Segments:
         """The decay from the start of the chunk to step t, or to the one before if not `new`; (c, g, t)."""
         return self._exponential("since", np.triu(np.ones((STEPS, STEPS)), 0 if new else 1))
 
-    def to_end(self) -> ir.Value:
+    def to_end(self, rows: ir.Value) -> ir.Value:
+        """Rows or columns, (c, g, s, …), times the decay from step s to the end of the chunk."""
+        if not self.has_decay:
+            return rows
+        return self._nodes.op("Mul", rows, self._nodes.unsqueezed(self._since_step(), [self.rank]))
+
+    def _since_step(self) -> ir.Value:
         """The decay from step s to the end of the chunk; (c, g, s)."""
         if ("within", True) in self._made:  # it is the last row of that
             if "to end" not in self._made:

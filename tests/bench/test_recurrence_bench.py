@@ -88,12 +88,65 @@ class GatedDelta(nn.Module):
         return torch.stack(ys, 1)
 
 
-MODULES: dict[str, type[nn.Module]] = {"mamba": Mamba, "mamba2": Mamba2, "delta": GatedDelta}
+class GatedLinear(nn.Module):
+    """Gated linear attention of 4 heads, keys and values of 64, a decay for each key (arXiv:2312.06635)."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        s = q.new_zeros(q.shape[0], hand.H, hand.P, hand.P)
+        ys = []
+        for t in range(q.shape[1]):
+            s = torch.exp(-g[:, t]).unsqueeze(-1) * s + k[:, t].unsqueeze(-1) * v[:, t].unsqueeze(-2)
+            ys.append((q[:, t].unsqueeze(-2) @ s).squeeze(-2))
+        return torch.stack(ys, 1)
+
+
+class KeyDelta(nn.Module):
+    """A delta rule with a decay for each key."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor) -> Tensor:
+        k = torch.nn.functional.normalize(k, dim=-1)
+        s = q.new_zeros(q.shape[0], hand.H, hand.P, hand.P)
+        ys = []
+        for t in range(q.shape[1]):
+            s = torch.exp(-g[:, t]).unsqueeze(-1) * s
+            held = (s * k[:, t].unsqueeze(-1)).sum(-2)
+            s = s + k[:, t].unsqueeze(-1) * (v[:, t] - held).unsqueeze(-2)
+            ys.append((q[:, t].unsqueeze(-2) @ s).squeeze(-2))
+        return torch.stack(ys, 1)
+
+
+class Rwkv7(nn.Module):
+    """RWKV-7 (arXiv:2503.14456): reads by one key, stores under another, a decay for each."""
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, g: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        a = torch.nn.functional.normalize(a, dim=-1)
+        b = a * torch.sigmoid(b)
+        s = q.new_zeros(q.shape[0], hand.H, hand.P, hand.P)
+        ys = []
+        for t in range(q.shape[1]):
+            read = s @ -a[:, t].unsqueeze(-1)
+            kept = s * torch.exp(-g[:, t]).unsqueeze(-2)
+            s = kept + read * b[:, t].unsqueeze(-2) + v[:, t].unsqueeze(-1) * k[:, t].unsqueeze(-2)
+            ys.append((s @ q[:, t].unsqueeze(-1)).squeeze(-1))
+        return torch.stack(ys, 1)
+
+
+MODULES: dict[str, type[nn.Module]] = {
+    "mamba": Mamba,
+    "mamba2": Mamba2,
+    "delta": GatedDelta,
+    "gated linear": GatedLinear,
+    "key delta": KeyDelta,
+    "rwkv7": Rwkv7,
+}
 SHAPES = {
     "mamba": hand.INPUTS1,
     "mamba2": hand.INPUTS2,
     "delta": {name: ["b", "l", hand.H, hand.P] for name in "qkv"}
     | {name: ["b", "l", hand.H] for name in ("g", "beta")},
+    "gated linear": {name: ["b", "l", hand.H, hand.P] for name in "qkvg"},
+    "key delta": {name: ["b", "l", hand.H, hand.P] for name in "qkvg"},
+    "rwkv7": {name: ["b", "l", hand.H, hand.P] for name in "qkvgab"},
 }
 
 
@@ -245,6 +298,18 @@ def test_onnxruntimes_own_operator(name: str) -> None:
     if rows[512]["contrib"] > rows[512]["auto"]:
         slower = rows[512]["contrib"] / rows[512]["auto"]
         pytest.xfail(f"onnxruntime's operator takes {slower:.1f} times as long as chunks on this processor")
+
+
+@pytest.mark.parametrize("name", ["gated linear", "key delta", "rwkv7"])
+def test_a_decay_for_each_key(name: str) -> None:
+    """Chunks against single steps, and against onnxruntime's operator, which does not compute RWKV-7."""
+    forms = ("auto", "scan") if name == "rwkv7" else ("auto", "scan", "contrib")
+    models = {key: exported(name, key) for key in forms}
+    rows = {length: measured(name, models, length) for length in (64, 512, 2048)}
+    assert rows[64]["auto"] < 0.7 * NOISE * rows[64]["scan"]
+    assert rows[512]["auto"] < 0.5 * NOISE * rows[512]["scan"]
+    if "contrib" in forms:
+        assert rows[512]["auto"] < 3 * NOISE * rows[512]["contrib"]
 
 
 def test_strong_decay_is_where_the_forms_differ() -> None:

@@ -96,7 +96,7 @@ def test_the_inverse_of_a_triangle() -> None:
     value = ir.Value(name="minus", type=ir.TensorType(ir.DataType.DOUBLE), shape=ir.Shape(matrix.shape))
     graph = ir.Graph([value], [], nodes=[], opset_imports={"": 17})
     builder = GraphBuilder(graph, "triangle", typed=True)
-    graph.outputs.append(inverse_of_unit(builder, value))
+    graph.outputs.append(inverse_of_unit(builder, value, STEPS))
     graph.extend(builder.nodes)
     (found,) = session(ir.Model(graph, ir_version=10)).run(None, {"minus": matrix})
     wanted = np.linalg.inv(np.eye(STEPS) - np.tril(matrix, -1))
@@ -117,7 +117,7 @@ def test_a_scan_passes_the_states_of_chunks_on() -> None:
 
 @pytest.mark.parametrize(
     ("name", "reason"),
-    [("delta_decay_a_key", "decay differs along the axes"), ("other_key", "stores under another key")],
+    [("held_is_handed_out", "returned, too"), ("many_small_heads", "decay differs along the axes")],
 )
 @pytest.mark.slow_but_one
 def test_what_has_no_chunked_form_says_why(name: str, reason: str) -> None:
