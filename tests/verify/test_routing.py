@@ -95,10 +95,22 @@ def test_without_scores_no_difference_is_excused():
     assert ids.reason == "1 of 2 tokens go to another expert: token 0 to 3, not 1"
 
 
-def test_nan_scores_tie_with_nothing():
+@pytest.mark.parametrize("unknown", [[1], [3], [1, 3], [1, 2, 3]])
+def test_a_nan_score_among_numbers_ties_with_nothing(unknown):
+    reference, candidate = tied(0)
+    reference["scores"][0, unknown] = np.nan
+    assert not judged(reference, candidate)[0].ok
+
+
+def test_where_all_scores_are_nan_any_experts_are_as_good_for_that_token_alone():
     reference, candidate = tied(0)
     reference["scores"][0] = np.nan
+    ids, _ = judged(reference, candidate)
+    assert (ids.ok, ids.flips) == (True, 1)
+    candidate["idx"][1, 1] = 2  # the second token has scores
     assert not judged(reference, candidate)[0].ok
+    candidate["idx"][1, 1], candidate["idx"][0] = 0, [3, 3]
+    assert "named twice" in judged(reference, candidate)[0].reason
 
 
 def test_several_ties_in_one_token_are_held_each_against_its_nearest():

@@ -170,10 +170,15 @@ def _gaps(match: _Match) -> tuple[Array, Array]:
 
 
 def _tied(match: _Match, margin: Margin) -> Array:
-    """Where the new expert scores as the displaced one does, (T, k); a NaN score ties with nothing."""
+    """Where the new expert scores as the displaced one does, (T, k).
+
+    A NaN among numbers ties with nothing: PyTorch takes it for the greatest. Where there are no numbers, all tie.
+    """
     size, gap = _gaps(match)
     with np.errstate(invalid="ignore"):
-        return np.asarray((gap == 0) | (gap <= margin.atol + margin.rtol * size) & np.isfinite(size))
+        near = (gap == 0) | (gap <= margin.atol + margin.rtol * size) & np.isfinite(size)
+    unscored = np.False_ if match.scores is None else np.isnan(match.scores).all(-1, keepdims=True)
+    return np.asarray(near | unscored)
 
 
 def _judge_weights(
