@@ -51,6 +51,7 @@ _aten = torch.ops.aten
 _LENGTH = 4093  # `len` of such rows must be a number: another prime, so that no shape is taken to fit it
 _MANY = 4099  # stands for a number of rows that only the data knows: a prime that no size of a model is
 _SIZES = (1009, 2003)  # stand for a model's free sizes beside such a number: a limit may be made of them
+_MORE = 10**18 + 9  # more rows than any product of a few such sizes: tokens of a batch, times choices
 _UNIQUE = {torch.unique, torch.Tensor.unique}
 
 SOME = Count(None, 0, 1)  # how many rows an expert has, for code that asks whether it has any
@@ -314,7 +315,7 @@ def every_expert_hit(decided: Collection[str] = ()) -> Iterator[list[str]]:
         if value is None:
             return None
         if frame is not None:
-            if _values(expression, (1, 2, 3, 5, *_SIZES)) != {value}:
+            if _values(expression, (1, 2, 3, 5, *_SIZES, _MORE)) != {value}:
                 refuse_number(frame)
             if _values(expression, (0,)) != {value}:
                 require_nothing(frame, value)

@@ -76,6 +76,18 @@ class TwoAtLeast(Loop):
         return out
 
 
+class FewOfAll(Loop):
+    def forward(self, x):
+        x = x.flatten(0, 1)
+        scores, indices = self.router(x).softmax(-1).topk(2)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            token, slot = torch.where(indices == number)
+            if token.shape[0] <= x.shape[0] // 2:
+                out.index_add_(0, token, expert(x[token]) * scores[token, slot, None])
+        return out
+
+
 class Marked(Loop):
     def forward(self, x):
         _, indices = self.router(x).softmax(-1).topk(2)
@@ -139,3 +151,10 @@ def test_what_does_something_is_refused_with_the_line(tmp_path, module, what, te
     assert what in caught.value.what
     file, _, line = caught.value.where.rpartition(":")
     assert linecache.getline(file, int(line)).strip() == text
+
+
+def test_a_limit_that_is_a_product_of_free_sizes_is_one(tmp_path):
+    torch.manual_seed(0)
+    subject = make_subject(FewOfAll(), (torch.randn(3, 2, 4),), {}, source=tmp_path / "model.py", how="")
+    with pytest.raises(NotExportableError, match="asks how many tokens an expert has"):
+        trace(subject)
