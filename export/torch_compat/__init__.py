@@ -16,6 +16,7 @@ replaces. All of them stand here, so that a new PyTorch breaks this folder and n
 | `after_export`, `devices` | what a script does with files that were not written, and on a GPU that is not there |
 | `length` | `len` of a tensor as a size |
 | `lists` | `tolist` of a traced tensor |
+| `weight_attributes` | what code hung on weights, for a trace |
 | `stack_traces`, `frames` | the user's own lines in stack traces; the line that asks for the truth of a value |
 | `higher_order` | what functions given to `while_loop` and its like close over |
 | `functions` | what autograd functions of users compute, in another form |

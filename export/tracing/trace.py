@@ -32,6 +32,7 @@ from moe_export.export.torch_compat.fake_results import fake_results_remembered
 from moe_export.export.torch_compat.higher_order import closures_lifted
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import fake_results_cached, sizes_fixed
+from moe_export.export.torch_compat.weight_attributes import weight_attributes_kept
 from moe_export.export.tracing.asked_numbers import AskedNumber
 from moe_export.export.tracing.checks import checks_passed
 from moe_export.export.tracing.compiled_sizes import sizes_for_compilers
@@ -349,6 +350,7 @@ def _tracing(subject: Subject, decisions: Decisions, *, free: bool) -> Iterator[
         sizes_for_compilers(),
         symbolic_numbers(subject.module),
         looked_up(decisions.note_lookup),
+        weight_attributes_kept(),
         decisions.answered(),  # what neither checks nor experts answer
         checks_passed() as checks,
         every_expert_hit(decisions.apart),

@@ -158,7 +158,27 @@ def double_module(module: nn.Module) -> nn.Module:
         for name, value in vars(part).items():
             if not name.startswith("_"):
                 part.__dict__[name] = _doubled_within(value)
+    ours = zip(_weights_of(module), _weights_of(wide), strict=True)
+    carry_attributes([(old, new) for old, new in ours if old is not new])
     return wide
+
+
+def carry_attributes(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Set on new tensors what Python code set on old ones: copies of weights have none of it.
+
+    Args:
+        pairs: Old and new; an attribute that is an old one of another pair becomes the new one.
+    """
+    instead = {id(old): new for old, new in pairs}
+    for old, new in pairs:
+        for name, value in vars(old).items():
+            if name not in vars(new):
+                setattr(new, name, instead.get(id(value), value))
+
+
+def _weights_of(module: nn.Module) -> list[torch.Tensor]:
+    """Every weight and buffer, once for each place where it stands."""
+    return [*module.parameters(), *module.buffers()]
 
 
 def _doubled_within(value: Any) -> Any:
