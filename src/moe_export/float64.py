@@ -177,8 +177,9 @@ def carry_attributes(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None
 
 
 def _weights_of(module: nn.Module) -> list[torch.Tensor]:
-    """Every weight and buffer, once for each place where it stands."""
-    return [*module.parameters(), *module.buffers()]
+    """Every weight and buffer, once for each place where it stands: a copy may hold two of what was shared."""
+    named = (module.named_parameters, module.named_buffers)
+    return [weight for each in named for _, weight in each(remove_duplicate=False)]
 
 
 def _doubled_within(value: Any) -> Any:

@@ -77,3 +77,11 @@ def test_a_copy_in_float64_has_them_and_its_own_weights():
     with in_float64(), torch.no_grad():
         found = wide(x.double())
     torch.testing.assert_close(found.float(), model(x))
+
+
+def test_a_buffer_that_modules_share_is_doubled_wherever_it_stands():
+    model = nn.Sequential(Packed(), Packed())
+    model[1].steps = model[0].steps
+    wide = double_module(model)
+    assert [part.steps.dtype for part in wide] == [torch.float64] * 2
+    assert [part.steps.start for part in wide] == [1.5] * 2
