@@ -23,21 +23,24 @@ _COPIES = {*CASTS, *VIEWS, _aten.slice.Tensor, _aten.expand.default, _aten.squee
 _LAY_OUT = {
     _aten.clone.default,
     _aten.contiguous.default,
-}  # what follows may be a view that needs their strides
+}  # what follows may be a view that needs their strides, but for a vector, of which every view can be taken
 
 
 def pass_by_copies(graph: fx.Graph) -> None:
-    """Let every node read what a copy was made from, in place: `x[:]`, a reshape to the same shape, a cast to its type.
+    """Let every node read what a copy was made from, in place: `x[:]`, a reshape to the same shape, a cast to its type,
+    a clone of a vector.
 
     The copies stay where they are outputs of the program; elsewhere they are dead code.
     """
     for node in graph.nodes:
-        source = arguments(node)[0] if node.target in _COPIES - _LAY_OUT and node.args else None
+        source = arguments(node)[0] if node.target in _COPIES and node.args else None
         if isinstance(source, fx.Node) and _is_copy(node, source):
             node.replace_all_uses_with(source, delete_user_cb=lambda user: user.op != "output")
 
 
 def _is_copy(node: fx.Node, source: fx.Node) -> bool:
+    if node.target in _LAY_OUT and len(shape_of(node)) > 1:
+        return False
     if node.target is _aten.slice.Tensor and not _takes_all(node, source):
         return False
     same_type = node.meta["val"].dtype is source.meta["val"].dtype

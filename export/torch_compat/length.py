@@ -20,12 +20,24 @@ import torch
 _len = len
 
 
+class TracedList:
+    """What code takes for a list while it is traced.
+
+    Attributes:
+        shape: How many elements it has, which may be a symbol.
+    """
+
+    shape: tuple[Any, ...]
+
+
 def _length(value: Any) -> Any:
-    return value.shape[0] if isinstance(value, torch.Tensor) and value.dim() else _len(value)
+    if isinstance(value, (torch.Tensor, TracedList)) and value.shape:
+        return value.shape[0]
+    return _len(value)
 
 
 @contextmanager
 def symbolic_length() -> Iterator[None]:
-    """While it runs, `len` of a tensor is `shape[0]`."""
+    """While it runs, `len` of a tensor, or of a `TracedList`, is `shape[0]`."""
     with mock.patch.object(builtins, "len", _length):
         yield

@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_export.export.axes.chosen import experts_of
 from moe_export.export.sizes import fixed
+from moe_export.export.torch_compat.length import TracedList
 from moe_export.export.torch_compat.lists import lists_answered
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import undecided
@@ -81,17 +82,14 @@ class ExpertRow(ExpertNumber):
     is_row = True
 
 
-class RowNumbers:
+class RowNumbers(TracedList):
     """A tensor (R,) of integers, R known by the data only, for code that takes it for a list to index with."""
 
     def __init__(self, rows: torch.Tensor) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return _LENGTH
+        self.rows, self.shape = rows, tuple(rows.shape)
 
     def __bool__(self) -> bool:
-        return bool(self.rows.shape[0] != 0)
+        return bool(self.shape[0] != 0)
 
     def __iter__(self) -> Iterator[int]:
         return iter([int(row) for row in self.rows.unbind()])  # refused: there is no number of steps
@@ -244,7 +242,9 @@ class _AllHit(TorchFunctionMode):
         """A tensor of a list of rows."""
         if not args or not isinstance(args[0], RowNumbers):
             return None
-        return args[0].rows.to(**{name: kwargs[name] for name in ("dtype", "device") if name in kwargs})
+        return (
+            args[0].rows.clone().to(**{name: kwargs[name] for name in ("dtype", "device") if name in kwargs})
+        )
 
     def split(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
@@ -281,10 +281,10 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
 
 
 def _listed(tensor: torch.Tensor) -> RowNumbers | None:
-    """A list of integers, if only the data knows how many there are, and they are no hit experts."""
+    """Integers as Python has them, if only the data knows how many there are, and they are no hit experts."""
     if tensor.dim() != 1 or tensor.dtype is not torch.int64 or not _is_unknown(tensor.shape):
         return None
-    return None if hit_experts(node_of(tensor)) is not None else RowNumbers(tensor)
+    return None if hit_experts(node_of(tensor)) is not None else RowNumbers(tensor.clone())
 
 
 def _is_unknown(sizes: Any) -> bool:

@@ -76,6 +76,14 @@ class TwoAtLeast(Loop):
         return out
 
 
+class ListedTokens(Loop):
+    def step(self, out, x, token, rows):
+        numbers = token.tolist()
+        if len(numbers) > 3:
+            return out
+        return out.index_add(0, token, rows(token))
+
+
 class FewOfAll(Loop):
     def forward(self, x):
         x = x.flatten(0, 1)
@@ -140,6 +148,7 @@ def test_code_that_does_nothing_is_traced(tmp_path, module):
         (Leaves(), "leaves the loop at an expert without tokens", "if token.numel() == 0:"),
         (Counts(), "asks how many tokens an expert has", "if token.numel() > 3:"),
         (TwoAtLeast(), "asks how many tokens an expert has", "if token.shape[0] >= 2:"),
+        (ListedTokens(), "asks how many tokens an expert has", "if len(numbers) > 3:"),
         (Marked(), "leaves the loop at an expert without tokens", "if not mask.any():"),
         (LeavesIfNotIn(), "leaves the loop at an expert without tokens", "if number not in indices:"),
         (ElseNotIn(), "computes something for an expert without tokens", "if number in indices:"),

@@ -31,6 +31,16 @@ def test_canary_len_is_a_symbol_in_a_trace():
         assert program.module()(torch.ones(6, 2)).tolist() == [1, 1]
 
 
+def test_a_list_of_a_trace_is_as_long_as_its_shape_says():
+    from moe_export.export.torch_compat.length import TracedList, symbolic_length
+
+    class Rows(TracedList):
+        shape = ("rows",)
+
+    with symbolic_length():
+        assert len(Rows()) == "rows"
+
+
 def test_canary_it_is_still_needed():
     with canary(
         "export/torch_compat/length.py",
