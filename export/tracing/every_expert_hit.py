@@ -176,12 +176,24 @@ class _AllHit(TorchFunctionMode):
             kind = ExpertRow if args[0].dim() > 1 else ExpertNumber
             found = [kind(expert) for expert in range(count)]
             return iter(found) if func is torch.Tensor.__iter__ else found
-        if func is torch.Tensor.numpy and (listed := _listed(args[0])) is not None:
+        if func is torch.Tensor.numpy and (listed := self.listed(args[0])) is not None:
             return listed
         counts = self._counts(node, args[0])
         if counts is None or (func in (torch.Tensor.unbind, torch.unbind) and node not in self._counted):
             return None
         return iter(counts) if func is torch.Tensor.__iter__ else counts
+
+    def listed(self, tensor: torch.Tensor) -> RowNumbers | None:
+        """Rows as Python has them: integers of which only the data knows how many there are.
+
+        Neither hit experts nor how many rows each has, of which there are as many as experts.
+        """
+        if tensor.dim() != 1 or tensor.dtype is not torch.int64 or not _is_unknown(tensor.shape):
+            return None
+        node = node_of(tensor)
+        if hit_experts(node) is not None or self._counts(node, tensor) is not None:
+            return None
+        return RowNumbers(tensor.clone())
 
     def number(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One element of the counts, or of where they end."""
@@ -280,13 +292,6 @@ _ANSWERS: dict[Any, Callable[..., Any]] = {
 }
 
 
-def _listed(tensor: torch.Tensor) -> RowNumbers | None:
-    """Integers as Python has them, if only the data knows how many there are, and they are no hit experts."""
-    if tensor.dim() != 1 or tensor.dtype is not torch.int64 or not _is_unknown(tensor.shape):
-        return None
-    return None if hit_experts(node_of(tensor)) is not None else RowNumbers(tensor.clone())
-
-
 def _is_unknown(sizes: Any) -> bool:
     return any(
         symbolic_shapes.free_unbacked_symbols(size) for size in sizes if isinstance(size, torch.SymInt)
@@ -322,7 +327,7 @@ def every_expert_hit(decided: Collection[str] = ()) -> Iterator[list[str]]:
         answered.append(str(expression))
         return value
 
-    with _AllHit(decided) as questions, undecided(answer), lists_answered(_listed):
+    with _AllHit(decided) as questions, undecided(answer), lists_answered(questions.listed):
         yield answered
     rows_written(questions.asked)
 
