@@ -23,6 +23,7 @@ from moe_export.einsum_rewrite.equation import Equation
 from moe_export.einsum_rewrite.onnx_constants import FIRST_FREE_INITIALIZERS, MovedConstants
 from moe_export.einsum_rewrite.onnx_known import Known, bodies
 from moe_export.einsum_rewrite.onnx_ops import OLDEST
+from moe_export.einsum_rewrite.onnx_permutes import permutes_apart
 from moe_export.einsum_rewrite.onnx_types import computing_type
 from moe_export.einsum_rewrite.onnx_writer import GraphEngine, write
 from moe_export.einsum_rewrite.plan import Plan
@@ -148,6 +149,7 @@ class _Pass:
         self._found: dict[ir.Node, tuple[Site, Proof | None]] = {}
         self._order = [node for _, node in bodies(model) if _is_einsum(node)]
         self._refused: dict[ir.Node, Refused] = {}
+        self._written: set[ir.Node] = set()
 
     def round(self) -> bool:
         """Rewrite what can be rewritten; whether another round may bring more."""
@@ -169,6 +171,7 @@ class _Pass:
         """Clear up, and tell what happened."""
         for constants in self._constants.values():
             constants.drop_replaced()
+        permutes_apart(self._model, read_target(self._options.target), self._written, self._names)
         found = [self._found[node] for node in self._order if node in self._found]
         refused = [self._refused[node] for node in self._order if node in self._refused]
         return Rewriting([site for site, _ in found], [proof for _, proof in found], refused)
@@ -203,6 +206,7 @@ class _Pass:
         engine = GraphEngine(node, opset, constants)
         result = write(plan, operands, engine, None if via is None or dtype is None else (via, dtype))
         _replace(node, engine.nodes, result, self._places)
+        self._written.update(engine.nodes)
         return site, proof
 
     def _limit(self, dtype: ir.DataType | None) -> int | None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from moe_export.einsum_rewrite.binding import Size
 from moe_export.einsum_rewrite.layout import UNIT, Layout, Move, Permute, Reshape, arrange, flat
+from moe_export.einsum_rewrite.permutes import in_two, permute_price, price_of_two
 from moe_export.einsum_rewrite.reshaping import lookups
 from moe_export.einsum_rewrite.steps import Diagonal, MatMul, Multiply, Sum
 from moe_export.einsum_rewrite.targets import Target
@@ -136,31 +137,7 @@ class Prices:
         return self.target.node * (1 + (lookups(start, layout, self._sizes) if looked_up else 0))
 
     def _permute(self, start: Layout, move: Permute) -> float:
-        count, engine = self.elements(flat(start)), self.target
-        if move.order[:-2] == tuple(range(len(move.order) - 2)):
-            return engine.swap * count  # engines fuse a swap of the last two axes into a neighbouring matmul
-        order = _blocks([i for i in move.order if self.elements(start[i]) > 1])
-        if order[-1:] == [len(order) - 1]:
-            return engine.rows * count
-        return (engine.move if _moves_one_axis(order) else engine.scatter) * count
-
-
-def _blocks(order: Sequence[int]) -> list[int]:
-    """A permutation of axes, with those that stay neighbours taken as one.
-
-    >>> _blocks([2, 3, 0, 1])
-    [1, 0]
-    """
-    firsts = [
-        axis for place, axis in enumerate(order) if not place or not _follows(order[place - 1], axis, order)
-    ]
-    return [sorted(firsts).index(axis) for axis in firsts]
-
-
-def _follows(before: int, axis: int, order: Sequence[int]) -> bool:
-    return axis > before and not any(before < other < axis for other in order)
-
-
-def _moves_one_axis(order: Sequence[int]) -> bool:
-    """Whether taking one axis out leaves the others in their order."""
-    return any(rest == sorted(rest) for rest in ([*order[:k], *order[k + 1 :]] for k in range(len(order))))
+        """The price of a permute, or of the two that are written in its place."""
+        engine, sizes = self.target, tuple(map(self.elements, start))
+        two = in_two(engine, move.order, sizes)
+        return permute_price(engine, move.order, sizes) if two is None else price_of_two(engine, *two, sizes)

@@ -33,6 +33,7 @@ class Target:
         batch: Starting one small matrix product among many.
         read: Reading an element of an operand of one of them.
         flop: A multiply-add inside a matrix product, far cheaper than a pass over memory.
+        splits: Whether a scatter is written as two permutes that are cheaper (`permutes`).
         vectors: Whether a matrix product may take a vector. ONNX Runtime 1.31 fuses a Transpose (the user's, for
             example) into a MatMul and then forgets it if the right operand is a vector: silently wrong.
     """
@@ -52,6 +53,7 @@ class Target:
     batch: float = 64.0
     read: float = 0.25
     flop: float = 0.05
+    splits: bool = False
     vectors: bool = False
 
 
@@ -75,6 +77,7 @@ TARGETS = {
             batch=400.0,
             read=0.17,
             flop=0.07,
+            splits=True,
         ),
         # A kernel launch costs some thousand elements of traffic, a batched product one launch in all.
         Target("onnxruntime-cuda", node=4000.0, transpose=8000.0, batch=2.0, flop=0.01),

@@ -25,6 +25,8 @@ import onnx_ir as ir
 import torch
 
 from moe_export.einsum_rewrite import Site, rewrite_program
+from moe_export.einsum_rewrite.onnx_permutes import permutes_apart
+from moe_export.einsum_rewrite.targets import read_target
 from moe_export.errors import UsageError
 from moe_export.export.decoder.shared_buffers import share_buffers
 from moe_export.export.experts.expand import expand_experts
@@ -291,13 +293,16 @@ def _attention(draft: Draft, options: Options) -> Draft:
     return replace(draft, model=model, notes=(*draft.notes, note))
 
 
-def _openvino(draft: Draft, options: Options) -> Draft:
-    """The graph without what OpenVINO refuses or computes wrongly (docs/openvino.md)."""
-    if options.target != "openvino":
-        return draft
+def _engine(draft: Draft, options: Options) -> Draft:
+    """The graph without what its engine refuses, computes wrongly (docs/openvino.md), or is slow at."""
     model = draft.model.clone()
-    captures_as_states(model)
-    reductions_by_sum(model)
+    if options.target == "openvino":
+        captures_as_states(model)
+        reductions_by_sum(model)
+    elif options.target == "onnxruntime-cpu":
+        permutes_apart(model, read_target(options.target))
+    else:
+        return draft
     return replace(draft, model=model)
 
 
@@ -380,7 +385,7 @@ PIPELINE: Stages = (
     Stage("quantize", Draft, Draft, _quantize, _valid_if_packed, "quantizing weights"),
     Stage("sides", Draft, Draft, _sides, _valid),
     Stage("attention", Draft, Draft, _attention, _valid),
-    Stage("openvino", Draft, Draft, _openvino, _valid),
+    Stage("engine", Draft, Draft, _engine, _valid),
 )
 """All stages, in their order."""
 

@@ -102,7 +102,8 @@ def test_few_nodes_and_few_transposes(dynamic: bool) -> None:
     assert len(rows) == 342
     assert len(nodes) == 342
     assert len(transposes) / len(rows) <= 1.0  # the mark is 1.23
-    assert sum(nodes.values()) / len(rows) <= (4.4 if dynamic else 2.7)  # the mark is 6
+    # The mark is 6. Two equations have 3 nodes more than they need, for speed: permutes that are kept apart.
+    assert sum(nodes.values()) / len(rows) <= (4.4 if dynamic else 2.72)
     assert "Constant" not in {node.op_type for node in model.graph.node}
 
 
