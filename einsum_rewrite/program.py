@@ -36,11 +36,12 @@ KEPT_META = ("nn_module_stack", "stack_trace", "from_node", "custom")
 """What a new node inherits from the einsum that it stands for."""
 
 
-def rewrite_program(program: ExportedProgram) -> tuple[ExportedProgram, list[Site]]:
+def rewrite_program(program: ExportedProgram, target: str = "onnx") -> tuple[ExportedProgram, list[Site]]:
     """Replace every einsum of a program.
 
     Args:
         program: Stays as it is.
+        target: The engine that its graph is for (see `targets`).
 
     Returns:
         A program without `aten.einsum`, and one `Site` for each einsum, in the order of the graph.
@@ -61,7 +62,7 @@ def rewrite_program(program: ExportedProgram) -> tuple[ExportedProgram, list[Sit
             continue
         for node in body.graph.find_nodes(op="call_function", target=aten.einsum.default):
             before = node.meta["val"]
-            site, result = _replace(body.graph, node, fixed if path == "" else frozenset())
+            site, result = _replace(body.graph, node, fixed if path == "" else frozenset(), target)
             sites.append(site)
             if not _same_layout(before, result.meta["val"]):
                 _settle_views(result)
@@ -117,7 +118,7 @@ def _constants(program: ExportedProgram) -> frozenset[str]:
     )
 
 
-def _replace(graph: Graph, node: Node, fixed: frozenset[str]) -> tuple[Site, Node]:
+def _replace(graph: Graph, node: Node, fixed: frozenset[str], target: str) -> tuple[Site, Node]:
     equation = Equation.parse(str(node.args[0]), "torch")
     operands: list[Node] = list(cast("Sequence[Node]", node.args[1]))
     tensors = [operand.meta["val"] for operand in operands]
@@ -126,6 +127,7 @@ def _replace(graph: Graph, node: Node, fixed: frozenset[str]) -> tuple[Site, Nod
         [known_shape(tensor) for tensor in tensors],
         guesses=guesses(tensors),
         constants=[k for k, operand in enumerate(operands) if operand.name in fixed],
+        target=target,
     )
     site = site_of(node.meta, equation, plan)
     prove_torch(plan, site.where)

@@ -97,3 +97,13 @@ def read_target(name: str) -> Target:
     if name not in TARGETS:
         raise EquationError(f"there is no target {name!r}", hint=f"the targets are: {', '.join(TARGETS)}")
     return TARGETS[name]
+
+
+def target_for(engine: str) -> str:
+    """The target to plan for, of the name of an engine that may be a kind of one, as `tensorrt-sm100` is.
+
+    >>> target_for("tensorrt-sm100"), target_for("openvino")
+    ('tensorrt', 'onnx')
+    """
+    name = engine.partition("-sm")[0]
+    return name if name in TARGETS else "onnx"

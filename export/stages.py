@@ -26,7 +26,7 @@ import torch
 
 from moe_export.einsum_rewrite import Site, rewrite_program
 from moe_export.einsum_rewrite.onnx_permutes import permutes_apart
-from moe_export.einsum_rewrite.targets import read_target
+from moe_export.einsum_rewrite.targets import read_target, target_for
 from moe_export.errors import UsageError
 from moe_export.export.decoder.shared_buffers import share_buffers
 from moe_export.export.experts.expand import expand_experts
@@ -187,7 +187,7 @@ def _outline(program: Program, options: Options) -> Program:
 
 def _einsums(program: Program, options: Options) -> Program:
     with quiet():
-        rewritten, sites = rewrite_program(program.traced.program)
+        rewritten, sites = rewrite_program(program.traced.program, target_for(options.target))
     return replace(program, traced=replace(program.traced, program=rewritten), sites=tuple(sites))
 
 

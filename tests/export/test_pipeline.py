@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,6 +12,7 @@ import torch
 from slow_cases import slow
 from torch import nn
 
+from moe_export.export import Options, export_subject
 from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.pipeline import Graph, choose, describe, gate_dims, is_only_a_gate
 from moe_export.export.stages import PIPELINE
@@ -64,10 +66,6 @@ def test_a_graph_has_a_name_where_its_model_has_no_file_of_its_own(tools):
 
 
 def test_steps_are_announced_in_order(tools):
-    from contextlib import nullcontext
-
-    from moe_export.export import Options, export_subject
-
     seen = []
     export_subject(
         tools.subject(nn.ReLU(), torch.ones(2, 3)), Options(), lambda name: seen.append(name) or nullcontext()
@@ -89,6 +87,24 @@ def test_no_einsum_is_left_and_each_is_reported(tools):
         ("bii->b", first + 1),
     ]
     tools.equal(graph, torch.randn(5, 3, 6), torch.randn(5, 6, 3))
+
+
+@pytest.mark.parametrize("target", ["onnxruntime-cpu", "onnxruntime-cuda", "openvino", "tensorrt"])
+def test_permutes_are_kept_apart_for_the_engine_that_is_faster_then(tools, target):
+    class Chunks(nn.Module):
+        """States of chunks, as Mamba-2 permutes them before and behind a concatenation."""
+
+        def forward(self, x):
+            states = x.permute(0, 1, 3, 4, 2)
+            return torch.cat([torch.zeros_like(states[:, :1]), states], 1).permute(0, 2, 1, 3, 4)
+
+    subject = tools.subject(Chunks(), torch.randn(2, 9, 16, 4, 16))
+    (graph,) = export_subject(subject, Options(gates=False, target=target))
+    kinds = [node.op_type for node in graph.model.graph.all_nodes()]
+    assert kinds.count("Flatten") == (target == "onnxruntime-cpu")
+    assert kinds.count("Transpose") == 2
+    for sizes in ((2, 9, 16, 4, 16), (1, 1, 16, 4, 16), (3, 64, 16, 4, 16)):
+        tools.equal(graph, torch.randn(sizes))
 
 
 def test_static_is_static(tools):

@@ -47,7 +47,7 @@ GRAPH = (
            type=click.Choice(
                ["auto", "dense", "slices", "blocks", "gather", "loop", "contrib", "trt_moe", "keep"])),
     Option("target", "--target", "Graph", "The engine that the graph is written for; decides what auto stands for.",
-           EXPORTING, ("outline", "expand", "openvino"), default="onnxruntime-cpu", first=True,
+           EXPORTING, ("outline", "einsums", "expand", "engine"), default="onnxruntime-cpu", first=True,
            type=click.Choice(["onnxruntime-cpu", "onnxruntime-cuda", "openvino", "tensorrt", "tensorrt-sm100"])),
     Option("recurrence", "--recurrence", "Graph",
            "Loops over a length: for any length where that can be; always (or an error) as a Scan, as products over"

@@ -66,7 +66,7 @@ STAGES = (
     "quantize",
     "sides",
     "attention",
-    "openvino",
+    "engine",
 )
 """The names of `export.stages.PIPELINE`, which takes seconds to import."""
 READERS = (*STAGES, "load", "gates", "weights", "comparison", "engines", "ranks", "command")
