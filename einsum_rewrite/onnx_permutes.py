@@ -44,7 +44,7 @@ _THROUGH = frozenset(
 )  # fmt: skip
 """What a Transpose is drawn through, of those that leave the axes where they are."""
 _DEPTH = 8  # operators that are looked through
-_NEAR = 1.1  # how much dearer two permutes may be that are there already than the best two
+_NEAR = 1.5  # how much dearer two permutes may be that are there already than the best two
 
 
 def permutes_apart(
