@@ -123,6 +123,22 @@ def test_sizes_that_the_reference_refuses_are_recorded_and_not_failed(graph):
     assert "refused by torch, batch=1 sequence=1; batch=2 sequence=1: ValueError: too short" in str(report)
 
 
+def test_messages_that_differ_in_numbers_are_one_line(graph):
+    def call(tensors):
+        length = tensors["x"].shape[1]
+        if length > 2:
+            raise ValueError(f"{length} steps are more than 2" if length % 2 else f"odd: {length}")
+        return linear(tensors)
+
+    report = compare(torch_runner(call), graph(LINEAR, w=W), inputs())
+    refused = {dict(case.sizes)["sequence"] for case in report.cases if case.outcome == "refused"}
+    assert len(refused) > 4
+    lines = " ".join(str(report).split()).split("refused by torch, ")[1:]
+    assert len(lines) == 2
+    assert sum(" steps are more than 2 (likewise with other numbers)" in line for line in lines) == 1
+    assert sum("odd: " in line and "(likewise with other numbers)" in line for line in lines) == 1
+
+
 def test_of_many_sizes_that_are_refused_alike_a_few_are_named(graph):
     report = compare(needs(lambda n: n == 5, "five only"), graph(LINEAR, w=W), inputs())
     refused = [case.label for case in report.cases if case.outcome == "refused"]
@@ -186,7 +202,9 @@ def test_a_size_that_only_the_candidate_refuses_is_a_failure(graph):
     failed = [case for case in report.cases if case.outcome == "failed"]
     assert {dict(case.sizes)["sequence"] for case in failed} == {1, 5, 9, 15, 20, 30}
     assert failed[0].reason.startswith("UsageError: input 'x' is float32[1, 1, 4]; the graph takes")
-    assert "FAILED in onnxruntime-cpu only, batch=1 sequence=1: UsageError" in str(report)
+    (line,) = " ".join(str(report).split()).split("FAILED in onnxruntime-cpu only, ")[1:]
+    assert "batch=1 sequence=1" in line
+    assert ": UsageError: input 'x' is float32[1, 1, 4]; the graph takes x: float32[batch, 10, 4]" in line
 
 
 def test_models_with_different_inputs_are_wrong_use(graph):

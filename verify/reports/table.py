@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shlex
 import textwrap
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ _RIGHT = (2, 3)  # columns of figures
 _LIMITS = (28, 14, 9, 9, 24, 9)  # with a gap of 1 between them, exactly within WIDTH
 _STANDING_LIMITS = (28, 21, 9, 9, 6, 22)
 _REPRODUCE = "reproduce: "
+_NUMBER = re.compile(r"\d+")
 _MOST_LABELS = 5  # of sizes at which the same went wrong
 _COLOURS = {"equal": "green", "not equal": "red", "not proven": "yellow", "unfinished": "yellow"}
 
@@ -192,12 +194,22 @@ def _reproduce(report: Findings) -> Iterator[str]:
 
 
 def _reasons(report: Findings, outcome: Outcome) -> dict[str, list[str]]:
-    """The cases with this outcome by error message: one mistake often shows at many sizes."""
-    found: dict[str, list[str]] = {}
+    """The cases with this outcome by error message: one mistake often shows at many sizes.
+
+    Messages that differ in numbers alone tell of one mistake; the first of them stands for all.
+    """
+    found: dict[str, dict[str, list[str]]] = {}
     for case in report.cases:
         if case.outcome == outcome:
-            found.setdefault(case.reason or "", []).append(case.label)
-    return found
+            reason = case.reason or ""
+            alike = found.setdefault(_NUMBER.sub("#", reason), {})
+            alike.setdefault(reason, []).append(case.label)
+    return {
+        next(iter(alike)) + (" (likewise with other numbers)" if len(alike) > 1 else ""): [
+            label for labels in alike.values() for label in labels
+        ]
+        for alike in found.values()
+    }
 
 
 def _first(labels: list[str], verbose: bool) -> str:
