@@ -3,7 +3,7 @@
 Why: tensors of a trace have a `tolist` of their own, written in Python, which reads one element after another. A
 function mode sees the reading, but not what it is for, and cannot read a number of elements that only the data knows.
 
-Seen in torch 2.13.0 (`FakeTensor.tolist`, `FunctionalTensor.tolist`).
+Seen in torch 2.13.0 and 2.14.1 (`FakeTensor.tolist`, `FunctionalTensor.tolist`).
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ An attribute that is a weight of the model itself is the trace's tensor for that
 Why: `torch.export` swaps tensors of its own for weights and buffers, and takes nothing along that Python code set on
 them; there is no hook for that. A patch of `NamedMemberAccessor.swap_tensors_dict`, by which it swaps.
 
-Seen in torch 2.13.0 (`torch.nn.utils.stateless._reparametrize_module`).
+Seen in torch 2.13.0 and 2.14.1 (`torch.nn.utils.stateless._reparametrize_module`).
 """
 
 from __future__ import annotations
