@@ -103,3 +103,18 @@ def bodies(model: ir.Model) -> Iterator[tuple[ir.Graph | ir.Function, ir.Node]]:
     for root in roots:
         for node in ir.traversal.RecursiveGraphIterator(root):
             yield root, node
+
+
+def taken_names(model: ir.Model) -> set[str]:
+    """Every name of a node or a value of the model."""
+    taken: set[str] = set()
+    graphs: dict[ir.Graph | ir.Function, None] = dict.fromkeys((model.graph, *model.functions.values()))
+    for _, node in bodies(model):
+        taken |= {node.name or "", *(value.name or "" for value in node.outputs)}
+        if node.graph is not None:
+            graphs[node.graph] = None
+    for graph in graphs:
+        taken.update(value.name or "" for value in graph.inputs)
+        if isinstance(graph, ir.Graph):
+            taken.update(graph.initializers)
+    return taken

@@ -21,7 +21,7 @@ import onnx_ir as ir
 
 from moe_export.einsum_rewrite.equation import Equation
 from moe_export.einsum_rewrite.onnx_constants import FIRST_FREE_INITIALIZERS, MovedConstants
-from moe_export.einsum_rewrite.onnx_known import Known, bodies
+from moe_export.einsum_rewrite.onnx_known import Known, bodies, taken_names
 from moe_export.einsum_rewrite.onnx_ops import OLDEST
 from moe_export.einsum_rewrite.onnx_permutes import permutes_apart
 from moe_export.einsum_rewrite.onnx_types import computing_type
@@ -143,7 +143,7 @@ def rewrite_in_place(model: ir.Model, options: Options) -> Rewriting:
 class _Pass:
     def __init__(self, model: ir.Model, options: Options) -> None:
         self._model, self._options = model, options
-        self._names = Names(_taken(model))
+        self._names = Names(taken_names(model))
         self._places = OutputPlaces()
         self._constants: dict[ir.Graph | ir.Function, MovedConstants] = {}
         self._found: dict[ir.Node, tuple[Site, Proof | None]] = {}
@@ -238,21 +238,6 @@ def _is_einsum(node: ir.Node) -> bool:
 def _text(node: ir.Node) -> str:
     attribute = node.attributes.get("equation")
     return "" if attribute is None or attribute.is_ref() else attribute.as_string()
-
-
-def _taken(model: ir.Model) -> set[str]:
-    """Every name of a node or a value of the model."""
-    taken: set[str] = set()
-    graphs: dict[ir.Graph | ir.Function, None] = dict.fromkeys((model.graph, *model.functions.values()))
-    for _, node in bodies(model):
-        taken |= {node.name or "", *(value.name or "" for value in node.outputs)}
-        if node.graph is not None:
-            graphs[node.graph] = None
-    for graph in graphs:
-        taken.update(value.name or "" for value in graph.inputs)
-        if isinstance(graph, ir.Graph):
-            taken.update(graph.initializers)
-    return taken
 
 
 def _replace(node: ir.Node, new: Sequence[ir.Node], result: ir.Value, places: OutputPlaces) -> None:

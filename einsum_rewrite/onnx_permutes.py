@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 import onnx_ir as ir
 
 from moe_export.einsum_rewrite.binding import Size
-from moe_export.einsum_rewrite.onnx_known import Known, bodies
+from moe_export.einsum_rewrite.onnx_known import Known, bodies, taken_names
 from moe_export.einsum_rewrite.permutes import (
     Order,
     composed,
@@ -56,7 +56,7 @@ def permutes_apart(
         model: The graph, with bodies and functions.
         target: Whose prices decide; nothing is done for one that splits none.
         among: The nodes that may be changed; all if None.
-        names: Those that are free; None for names that no initializer has.
+        names: Those that are free; None for names that nothing in the model has.
 
     Returns:
         How many barriers there are now.
@@ -73,7 +73,7 @@ def permutes_apart(
     ]
     if not found:
         return 0
-    pass_ = _Pass(Known(model), target, names)
+    pass_ = _Pass(Known(model), target, names or Names(taken_names(model)))
     return sum(pass_.visit(node) for node in found)
 
 
@@ -86,7 +86,7 @@ def _is_slow(node: ir.Node) -> bool:
 
 
 class _Pass:
-    def __init__(self, known: Known, target: Target, names: Names | None) -> None:
+    def __init__(self, known: Known, target: Target, names: Names) -> None:
         self._known, self._target, self._names = known, target, names
         self._constants: dict[ir.Graph | ir.Function, Constants] = {}
         self._joined: dict[ir.Node, Order] = {}  # what a permute and those that are drawn into it do together

@@ -141,6 +141,19 @@ def test_what_a_barrier_is_for_stands_in_it_and_nothing_is_split_twice(
     assert permutes_apart(model, CPU) == 0
 
 
+def test_names_that_are_there_stay_what_they_are(tmp_path: Path) -> None:
+    nodes = [
+        oh.make_node("Relu", ["x"], ["to_y.transpose"], "to_y.flatten"),
+        oh.make_node("Abs", ["to_y.transpose"], ["to_y.apart"]),
+        permute("to_y.apart", "y", (2, 1, 0)),
+    ]
+    model = model_of(nodes, (32, 33, 34), 3)
+    assert permutes_apart(model, CPU) == 1
+    x = np.random.default_rng(0).standard_normal((32, 33, 34), dtype=np.float32)
+    found, _ = run(model, x, tmp_path)
+    np.testing.assert_array_equal(found, np.maximum(x, 0).transpose(2, 1, 0))
+
+
 def test_a_constant_is_permuted_once_anyway() -> None:
     model = model_of([permute("w", "a", (2, 1, 0)), oh.make_node("Add", ["x", "a"], ["y"])], (32, 33, 34), 3)
     weight = ir.Value(name="w", const_value=ir.tensor(np.ones((34, 33, 32), np.float32), name="w"))
