@@ -12,7 +12,7 @@ from moe_export.export.stages import between, run
 
 def test_each_rank_has_its_experts_packed(program):
     options = Options(opset=21, weights_dtype="int4", simplify=False, gates=False)
-    whole = Graph.of(run(between("einsums", "openvino"), program, options), "model", "model", options)
+    whole = Graph.of(run(between("einsums", "engine"), program, options), "model", "model", options)
     ranks = rank_graphs(whole, options, Parallel(2))
     packed = {
         name: tensor.const_value.tobytes()
