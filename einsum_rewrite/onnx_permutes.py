@@ -80,9 +80,7 @@ def permutes_apart(
 def _is_slow(node: ir.Node) -> bool:
     """Whether a permute may be slow, alone or with one that is drawn into it; those of constants are not run."""
     order, source = _permute(node)
-    if source.const_value is not None:
-        return False
-    return not is_fast(order) or any(True for _ in _drawn(source))
+    return source.const_value is None and (not is_fast(order) or any(True for _ in _drawn(node)))
 
 
 class _Pass:
@@ -98,7 +96,7 @@ class _Pass:
         if known is None or len(known) != len(order):
             return False
         sizes = tuple(float(size if isinstance(size, int) else GUESS) for size in known)
-        first = self._drawn_into(source, order, sizes)
+        first = self._drawn_into(node, order, sizes)
         start = _sizes_before(first, sizes)
         together = composed(first, order)
         two = in_two(self._target, together, start)
@@ -116,9 +114,9 @@ class _Pass:
         node.attributes["perm"] = ir.AttrInt64s("perm", list(two[1]))
         return True
 
-    def _drawn_into(self, source: ir.Value, order: Order, sizes: tuple[float, ...]) -> Order:
+    def _drawn_into(self, permute: ir.Node, order: Order, sizes: tuple[float, ...]) -> Order:
         """What is drawn into a permute with this order; of several, that with which it becomes slowest."""
-        firsts = [self._joined.get(node) or _order(node) for node in _drawn(source)]
+        firsts = [self._joined.get(node) or _order(node) for node in _drawn(permute)]
         fitting = [first for first in firsts if first is not None and len(first) == len(order)]
         return max(
             fitting,
@@ -169,13 +167,14 @@ def _permute(node: ir.Node) -> tuple[Order, ir.Value]:
     return order, source
 
 
-def _drawn(value: ir.Value) -> Iterator[ir.Node]:
-    """The permutes that would be drawn through what computes a value."""
-    waiting, seen = [(value, 0)], {value}
+def _drawn(permute: ir.Node) -> Iterator[ir.Node]:
+    """The permutes that would be drawn into one; none from around a body."""
+    _, source = _permute(permute)
+    waiting, seen = [(source, 0)], {source}
     while waiting:
         value, depth = waiting.pop()
         node = value.producer()
-        if node is None or depth > _DEPTH:
+        if node is None or node.graph is not permute.graph or depth > _DEPTH:
             continue
         if _order(node) is not None:
             yield node

@@ -162,15 +162,26 @@ def test_a_constant_is_permuted_once_anyway() -> None:
     assert permutes_apart(ir.from_proto(proto), CPU) == 0
 
 
-def test_bodies_too(tmp_path: Path) -> None:
-    body = oh.make_graph([permute("x", "inner", (2, 1, 0))], "then",
-                         [], [oh.make_tensor_value_info("inner", TensorProto.FLOAT, [None] * 3)])  # fmt: skip
-    nodes = [
+def branches(source: str, order: Sequence[int]) -> list[onnx.NodeProto]:
+    """An If both of whose branches permute a value from around it."""
+    inner = oh.make_tensor_value_info("inner", TensorProto.FLOAT, [None] * len(order))
+    body = oh.make_graph([permute(source, "inner", order)], "branch", [], [inner])
+    return [
         oh.make_node("ReduceSum", ["x"], ["sum"], keepdims=0),
         oh.make_node("Cast", ["sum"], ["which"], to=TensorProto.BOOL),
         oh.make_node("If", ["which"], ["y"], then_branch=body, else_branch=body),
     ]
-    model = model_of(nodes, (16, 17, 18), 3)
+
+
+def test_nothing_is_drawn_into_a_body() -> None:
+    """Across its border, the two would be one slow permute; they stay two, and need no barrier."""
+    inside = model_of([permute("x", "a", (0, 2, 1)), *branches("a", (1, 2, 0))], (32, 33, 34), 3)
+    beside = model_of([permute("x", "a", (0, 2, 1)), permute("a", "y", (1, 2, 0))], (32, 33, 34), 3)
+    assert (permutes_apart(inside, CPU), permutes_apart(beside, CPU)) == (0, 1)
+
+
+def test_bodies_too(tmp_path: Path) -> None:
+    model = model_of(branches("x", (2, 1, 0)), (16, 17, 18), 3)
     assert permutes_apart(model, CPU) == 2
     x = np.random.default_rng(0).standard_normal((16, 17, 18), dtype=np.float32)
     found, _ = run(model, x, tmp_path)
