@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
@@ -36,12 +36,16 @@ KEPT_META = ("nn_module_stack", "stack_trace", "from_node", "custom")
 """What a new node inherits from the einsum that it stands for."""
 
 
-def rewrite_program(program: ExportedProgram, target: str = "onnx") -> tuple[ExportedProgram, list[Site]]:
+def rewrite_program(
+    program: ExportedProgram, target: str = "onnx", laid_out_later: Collection[str] = ()
+) -> tuple[ExportedProgram, list[Site]]:
     """Replace every einsum of a program.
 
     Args:
         program: Stays as it is.
         target: The engine that its graph is for (see `targets`).
+        laid_out_later: Names of nodes whose axes get their order from what reads them. Einsums among these are planned
+            for "onnx", by fewest nodes: a permute that is fast here might be in the way there.
 
     Returns:
         A program without `aten.einsum`, and one `Site` for each einsum, in the order of the graph.
@@ -62,7 +66,8 @@ def rewrite_program(program: ExportedProgram, target: str = "onnx") -> tuple[Exp
             continue
         for node in body.graph.find_nodes(op="call_function", target=aten.einsum.default):
             before = node.meta["val"]
-            site, result = _replace(body.graph, node, fixed if path == "" else frozenset(), target)
+            chosen = "onnx" if node.name in laid_out_later else target
+            site, result = _replace(body.graph, node, fixed if path == "" else frozenset(), chosen)
             sites.append(site)
             if not _same_layout(before, result.meta["val"]):
                 _settle_views(result)

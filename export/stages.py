@@ -53,6 +53,7 @@ from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.notes import lookup_note, notes_on
 from moe_export.export.tracing.trace import Traced, quiet
 from moe_export.export.tracing.traced_loops import DOMAIN as LOOPS
+from moe_export.export.tracing.traced_loops import of_loops
 from moe_export.export.tracing.ways_seen import ways_seen
 from moe_export.export.tracing.widest import widest_trace, within
 
@@ -187,7 +188,8 @@ def _outline(program: Program, options: Options) -> Program:
 
 def _einsums(program: Program, options: Options) -> Program:
     with quiet():
-        rewritten, sites = rewrite_program(program.traced.program, target_for(options.target))
+        traced = program.traced.program
+        rewritten, sites = rewrite_program(traced, target_for(options.target), of_loops(traced.graph))
     return replace(program, traced=replace(program.traced, program=rewritten), sites=tuple(sites))
 
 

@@ -22,6 +22,17 @@ DOMAIN = "moe_export.loop"
 STATE, ELEMENT, END = "State", "Element", "End"
 
 
+def of_loops(graph: fx.Graph) -> frozenset[str]:
+    """The names of the nodes in loops, and of those that loops read: loops decide on the order of their axes."""
+    waiting = [node for node in graph.nodes if (opaque_operator(node) or ("", ""))[0] == DOMAIN]
+    found = set(waiting)
+    while waiting:
+        before = [node for node in waiting.pop().all_input_nodes if node not in found]
+        found.update(before)
+        waiting += before
+    return frozenset(node.name for node in found)
+
+
 class RunsLoops(fx.Interpreter):
     """Runs a traced program, its loops iteration by iteration.
 

@@ -161,6 +161,10 @@ def test_the_engine_decides_on_the_plan() -> None:
     for target, plan in plans.items():
         assert plan.steps == plan_einsum("abc,bcd->cda", (128, 128, 32), (128, 32, 32), target=target).steps
     assert plans["onnx"].steps != plans["onnxruntime-cpu"].steps
+    (name,) = [node.name for node in program.graph.nodes if node.target is EINSUM]
+    for names, expected in (({name}, "onnx"), ({"another"}, "onnxruntime-cpu")):
+        (site,) = rewrite_program(program, "onnxruntime-cpu", names)[1]
+        assert site.plan.steps == plans[expected].steps
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from moe_export.export.torch_compat.opaque import opaque_operator
 from moe_export.export.tracing.dims import DimRequest
 from moe_export.export.tracing.needless import run_program
 from moe_export.export.tracing.trace import trace
-from moe_export.export.tracing.traced_loops import DOMAIN, END
+from moe_export.export.tracing.traced_loops import DOMAIN, END, of_loops
 
 
 def forwards(self, x):
@@ -89,3 +89,23 @@ def test_a_program_with_loops_computes_what_the_model_does(loop):
         assert len(found) == len(wanted)
         for ours, theirs in zip(found, wanted, strict=True):
             torch.testing.assert_close(ours, theirs)
+
+
+def around(self, x):
+    """An einsum that a loop reads, one in it, and one behind it."""
+    drive = torch.einsum("btc,cd->btd", x, self.linear.weight)
+    state, collected = x.new_zeros(x.shape[0], 4), []
+    for step in range(x.shape[1]):
+        state = torch.einsum("bc,dc->bd", state, self.linear.weight).tanh() + drive[:, step]
+        collected.append(state)
+    return (torch.einsum("btd,btd->bt", torch.stack(collected, 1), x),)
+
+
+@torch.no_grad()
+def test_of_loops_is_what_they_compute_and_read_and_nothing_behind_them():
+    subject = make_subject(Looped(around).eval(), (torch.randn(2, 7, 4),), {}, source=Path(__file__), how="")
+    graph = trace(fold_recurrences(subject, DimRequest()).subject).program.graph
+    found = of_loops(graph)
+    einsums = {str(node.args[0]): node.name in found for node in graph.nodes if "einsum" in str(node.target)}
+    assert einsums == {"btc,cd->btd": True, "bc,dc->bd": True, "btd,btd->bt": False}
+    assert of_loops(trace(subject).program.graph) == frozenset()
