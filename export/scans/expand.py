@@ -22,6 +22,7 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 from moe_export.errors import Code, NotExportableError, RefusedError
 from moe_export.export.onnx.provenance import mark_block, source_location
 from moe_export.export.scans.chunked import expand_chunked
+from moe_export.export.scans.in_two import first_and_second, in_two
 from moe_export.export.scans.inputs import move_inwards
 from moe_export.export.scans.layout import widest_last
 from moe_export.export.scans.linear_attention import DOMAIN as CONTRIB
@@ -71,16 +72,12 @@ def expand_loops(model: ir.Model, lowering: Expansion | None = None) -> list[str
             results_inwards(model.graph, node)
             move_inwards(model.graph, node)
             small_products_first(read_region(model.graph, node))
-            place, note, reasons = _at_once(model.graph, node, forms)
-            refused += [(source_location(node), reason) for reason in reasons[:1]]
-            taken += place == 0
-            if place is not None:
-                notes.append(f"loop {integer(node, 'loop')}: {note}{_why(reasons)}")
-                continue
-            if lowering.form == "contrib":
-                notes.append(f"loop {integer(node, 'loop')}: a Scan{_why(reasons[:1])}")
-            loop = _laid_out(model.graph, read_region(model.graph, node))
-            _write(model.graph, _with_iterations(model.graph, loop, lowering))
+            for form, note, reasons in _expand(model.graph, node, forms, lowering):
+                refused += [(source_location(node), reason) for reason in reasons[:1]]
+                taken += form == 0
+                if form is not None or lowering.form == "contrib":
+                    why = _why(reasons[:1] if lowering.form == "contrib" else ())
+                    notes.append(f"loop {integer(node, 'loop')}: {note}{why}")
     if lowering.form in ("chunked", "contrib") and refused and not taken:
         where, why = refused[0]
         raise NotExportableError(
@@ -122,12 +119,50 @@ def _forms(lowering: Expansion) -> tuple[_Form, ...]:
     return forms.get(lowering.form, ())
 
 
-def _at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> tuple[int | None, str, list[str]]:
-    """Write a loop in the first of these forms that does not refuse it.
+_Written = tuple[int | None, str, list[str]]
+"""Which form a loop was written in, None for a `Scan`; what the report calls it; why the forms before refuse it."""
+
+
+def _expand(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form], lowering: Expansion) -> list[_Written]:
+    """Write a loop in the first of these forms that does not refuse it, or its last states in one, or as a `Scan`."""
+    form, note, reasons = _at_once(graph, end, forms)
+    ahead: list[_Written] = []
+    if form is None and forms and (parts := _second_at_once(graph, end, forms)) is not None:
+        first, (form, note, more) = parts
+        if form is not None:
+            note, ahead = f"{note}, with what its first states give", _expand(graph, first, forms, lowering)
+        else:
+            reasons = [f"{why}; its other states: {late}" for why, late in zip(reasons, more, strict=True)]
+    if form is None:
+        loop = _laid_out(graph, read_region(graph, end))
+        _write(graph, _with_iterations(graph, loop, lowering))
+    return [(form, note, reasons), *(one for one in ahead if one[0] is not None)]
+
+
+def _second_at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> tuple[ir.Node, _Written] | None:
+    """Write a loop as two, the second one in the first of these forms that does not refuse it.
 
     Returns:
-        Which one, what the report calls it, and the reasons of those before.
+        The end of the first one, and how the second one is written; the loop stays as it is where no form takes that.
+        None if it cannot be two.
     """
+    loop, before = read_region(graph, end), set(graph)
+    if (parts := in_two(graph, loop)) is None:
+        return None
+    first, second = parts
+    outputs = first_and_second(loop, first, second)
+    for old, new in zip(end.outputs, outputs, strict=True):
+        old.replace_all_uses_with(new, replace_graph_outputs=True)
+    written = _at_once(graph, second, forms)
+    if written[0] is None:
+        for old, new in zip(end.outputs, outputs, strict=True):
+            new.replace_all_uses_with(old, replace_graph_outputs=True)
+        graph.remove([node for node in graph if node not in before], safe=True)
+    return first, written
+
+
+def _at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> _Written:
+    """Write a loop in the first of these forms that does not refuse it."""
     reasons: list[str] = []
     for place, form in enumerate(forms):
         try:
@@ -136,7 +171,7 @@ def _at_once(graph: ir.Graph, end: ir.Node, forms: Sequence[_Form]) -> tuple[int
             reasons.append(str(reason))
         else:
             return place, form.note.format(steps), reasons
-    return None, "", reasons
+    return None, "a Scan", reasons
 
 
 def _why(reasons: Sequence[str]) -> str:

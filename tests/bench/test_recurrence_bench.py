@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import hand_recurrences as hand
+import maximum_loops as loops
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -138,6 +139,7 @@ MODULES: dict[str, type[nn.Module]] = {
     "gated linear": GatedLinear,
     "key delta": KeyDelta,
     "rwkv7": Rwkv7,
+    "mlstm": loops.FromNothing,
 }
 SHAPES = {
     "mamba": hand.INPUTS1,
@@ -147,6 +149,7 @@ SHAPES = {
     "gated linear": {name: ["b", "l", hand.H, hand.P] for name in "qkvg"},
     "key delta": {name: ["b", "l", hand.H, hand.P] for name in "qkvg"},
     "rwkv7": {name: ["b", "l", hand.H, hand.P] for name in "qkvgab"},
+    "mlstm": {n: ["b", "l", hand.H, hand.P] for n in "qkv"} | {n: ["b", "l", hand.H] for n in "if"},
 }
 
 
@@ -310,6 +313,12 @@ def test_a_decay_for_each_key(name: str) -> None:
     assert rows[512]["auto"] < 0.5 * NOISE * rows[512]["scan"]
     if "contrib" in forms:
         assert rows[512]["auto"] < 3 * NOISE * rows[512]["contrib"]
+
+
+def test_a_running_maximum_is_a_loop_of_its_own() -> None:
+    models = {key: exported("mlstm", key) for key in ("auto", "scan")}
+    rows = {length: measured("mlstm", models, length) for length in (64, 512, 2048)}
+    assert rows[512]["auto"] < 0.5 * NOISE * rows[512]["scan"]
 
 
 def test_strong_decay_is_where_the_forms_differ() -> None:
