@@ -152,7 +152,7 @@ def _sizes_before(order: Order, sizes: tuple[float, ...]) -> tuple[float, ...]:
 
 
 def _order(node: ir.Node) -> Order | None:
-    """What a permute does; None for other nodes, and where it cannot be told."""
+    """What a permute does; None for other nodes, and where its order is a function's attribute or left out."""
     if node.op_type != "Transpose" or node.domain or "perm" not in node.attributes:
         return None
     attribute = node.attributes["perm"]

@@ -9,6 +9,9 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -184,6 +187,15 @@ def exported(
     free |= {(key, time): "sequence" for key, tensor in subject.inputs.items() if tensor.shape[time] == L}
     dims = DimRequest(static=True, picked=free)
     return subject, export_subject(subject, Options(dims=dims, gates=False, simplify=False, **options))[0]
+
+
+def run(graph: Graph, inputs: dict[str, Tensor]) -> list[np.ndarray]:
+    """What a graph gives for those of the inputs that it takes, on one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(ir.to_proto(graph.model).SerializeToString(), options)
+    taken = {value.name for value in session.get_inputs()}
+    return session.run(None, {key: value.numpy() for key, value in inputs.items() if key in taken})
 
 
 def example(subject: Subject, length: int, batch: int, time: int = 1) -> dict[str, Tensor]:

@@ -8,10 +8,9 @@ import random
 import fed_loops as ways
 import linear_loops
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
+from linear_loops import run
 from slow_cases import only
 from torch import Tensor
 
@@ -32,14 +31,6 @@ MAIN = ["gla", "rwkv7"]
 def exported(name: str, recurrence: str = "chunked", *sizes: int) -> tuple[Subject, Graph]:
     step = ways.LOOPS[name] if name in ways.LOOPS else ways.REFUSED[name][0]
     return linear_loops.exported(ways.FromState(step), ways.inputs(name, *sizes), recurrence=recurrence)
-
-
-def run(graph: Graph, inputs: dict[str, Tensor]) -> list[np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(ir.to_proto(graph.model).SerializeToString(), options)
-    taken = {value.name for value in session.get_inputs()}
-    return session.run(None, {key: value.numpy() for key, value in inputs.items() if key in taken})
 
 
 def error(subject: Subject, graph: Graph, inputs: dict[str, Tensor]) -> float:

@@ -9,10 +9,9 @@ from collections.abc import Sequence
 import linear_loops
 import maximum_loops as ways
 import numpy as np
-import onnx_ir as ir
-import onnxruntime
 import pytest
 import torch
+from linear_loops import run
 from slow_cases import only
 from torch import Tensor
 
@@ -44,14 +43,6 @@ def example(length: int, batch: int, strongest: float, *sizes: int) -> dict[str,
         found |= {key: torch.zeros_like(found[key]) for key in "cn"}
         found["m"] = torch.full_like(found["m"], -torch.inf)
     return found
-
-
-def run(graph: Graph, inputs: dict[str, Tensor]) -> list[np.ndarray]:
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = 1, 3
-    session = onnxruntime.InferenceSession(ir.to_proto(graph.model).SerializeToString(), options)
-    taken = {value.name for value in session.get_inputs()}
-    return session.run(None, {key: value.numpy() for key, value in inputs.items() if key in taken})
 
 
 def errors(subject: Subject, graph: Graph, inputs: dict[str, Tensor]) -> list[float]:
