@@ -253,7 +253,8 @@ class _Rewriting:
             whole = put_back(partial(self._call, node), source, value, *seen.view.args[1:])
             if not _alike(whole, source):
                 raise _UnknownError
-            self.through[value] = _Seen(seen.view, whole)
+            if whole is not value:  # else the view is all of its source, and both are one value from here on
+                self.through[value] = _Seen(seen.view, whole)
             written, value = source, whole
 
     def _call(self, like: fx.Node, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:

@@ -77,6 +77,18 @@ def twice_through_one_view(x):
     return out, first
 
 
+def parts_of_all(x):
+    """`out[:]` is an alias, and there is nothing of size 1 to squeeze: each of these views is all of its source."""
+    out = x * 1
+    whole = out[:]
+    whole.mul_(2)
+    part = whole[:, 1:]
+    part.add_(1)
+    whole.squeeze(2).mul_(3)
+    whole[:, 0].sub_(1)
+    return out, whole, part
+
+
 def views_from_before(x):
     out = x.clone()
     before, part = out[:, 0], out.split(2, -1)[1]
@@ -104,7 +116,7 @@ def dropped_in_training(x):
 
 
 FUNCTIONS = [
-    rows, parts_of_parts, through_a_reshape, twice_through_one_view, views_from_before, scattered,
+    rows, parts_of_parts, through_a_reshape, twice_through_one_view, parts_of_all, views_from_before, scattered,
     others_made_of_others, dropped_in_training,
 ]  # fmt: skip
 
@@ -196,14 +208,16 @@ VIEWS = [
     lambda x, n: x.flatten(),
     lambda x, n: x.permute(*range(1, x.dim()), 0),
     lambda x, n: x.reshape(-1, x.shape[-1]),
+    lambda x, n: x[:],
+    lambda x, n: x.squeeze(n % x.dim()),
 ]
 WRITES = [
     lambda x, y, n: x.add_(1),
-    lambda x, y, n: x.mul_(n),
+    lambda x, y, n: x.mul_(n % 5),
     lambda x, y, n: x.copy_(y.sum() * torch.ones_like(x)),
     lambda x, y, n: x.masked_fill_(x > 1, 0.5),
     lambda x, y, n: x.__setitem__(0, y.sum()),
-    lambda x, y, n: x.__setitem__((..., slice(0, 1)), float(n)),
+    lambda x, y, n: x.__setitem__((..., slice(0, 1)), float(n % 5)),
 ]
 
 
@@ -211,7 +225,7 @@ def random_program(seed: int):
     """Values, views of them, and writes to both, in any order; all of them are returned."""
     choose = random.Random(seed)
     steps = [
-        (choose.random(), choose.randrange(99), choose.randrange(99), choose.randrange(5)) for _ in range(9)
+        (choose.random(), choose.randrange(99), choose.randrange(99), choose.randrange(99)) for _ in range(9)
     ]
 
     def run(x):
