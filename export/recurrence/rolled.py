@@ -169,14 +169,16 @@ class _Folding:
             base: Any = leaf.base
             if isinstance(base, fx.Node) and SIZE in base.meta:
                 return size_of(base)
-            if isinstance(base, Made):
-                base = dataclasses.replace(base, loop=self._loop(base.loop, node))
-            elif base in self._places:
-                base = self._places[base]
-            else:
+            path = tuple(self._view(view) for view in leaf.path)
+            # Loops found together know nothing of each other: one may start from what another ends with.
+            made = base if isinstance(base, Made) else self._trace.locate(base)
+            if made is not None:
+                return Outside(*self._made(made, path, node))
+            if base not in self._places:
                 reader = line_of(node.meta.get("stack_trace"))
                 raise LengthError("a loop reads what is computed after it begins", reader)
-            return Outside(base, tuple(self._view(view) for view in leaf.path))
+            base = self._places[base]
+            return Outside(base, path)
 
         return filled(argument, iter([moved(leaf) for leaf in atoms(argument)]))
 
@@ -211,18 +213,21 @@ class _Folding:
         path = tuple(self._view(view) for view in read.path)
         if made is None:
             return Value(self._places[read.base], path)
+        return Value(*self._made(made, path, node))
+
+    def _made(self, made: Made, path: tuple[View, ...], node: fx.Node) -> tuple[Any, tuple[View, ...]]:
+        """What a loop made, as `node` reads it, and the path that is left to be applied to it."""
         loop = self._trace.loops[made.loop]
         number = self._loop(made.loop, node)
         if made.position not in loop.written:
-            return Value(*split_part(Made(number, made.position, made.iteration), path))
+            return split_part(dataclasses.replace(made, loop=number), path)
         if made.iteration != loop.iterations - 1:
             kind = "written into" if loop.written[made.position].kind == WRITE else "appended to"
             raise LengthError(
                 f"a buffer that the loop has {kind} is read after it as it was after step {made.iteration}",
                 line_of(node.meta.get("stack_trace")),
             )
-        whole: Any = Whole(number, made.position)
-        return Value(whole, path)
+        return Whole(number, made.position), path
 
     def _rows(self, leaves: list[Any], node: fx.Node) -> Iterator[Any]:
         """Fold the values of one step in three or more consecutive iterations into a `Row`."""
