@@ -25,6 +25,7 @@ from moe_export.commands.request import ExportRequest
 from moe_export.commands.stopped import show_stage
 from moe_export.comparing.apart import fork_model
 from moe_export.comparing.checking import verify_graph
+from moe_export.comparing.layerwise_exports import Parts, Verified, effect_by_runs
 from moe_export.comparing.packing_effect import Effect, Limits, effect_of
 from moe_export.comparing.verifying_models import line_of
 from moe_export.comparison_settings import check_names as check_outputs
@@ -50,7 +51,7 @@ from moe_export.export.pipeline import Graph, describe, export_subject, is_only_
 from moe_export.export.tracing.trace import SCOPE
 from moe_export.exported import facts_of, summary
 from moe_export.external_data import ReadAhead
-from moe_export.large.layerwise import Parts, filled_weights
+from moe_export.large.layerwise import filled_weights
 from moe_export.own_files import require_free
 from moe_export.running.choices import runner_of
 from moe_export.supervisor import exporting
@@ -128,17 +129,17 @@ def _checked(
     written = replace(graph, notes=(*graph.notes, *_write(graph, path, facts, request.functions, storage)))
     _check_file(path)
     with console.step(f"verifying {path.name}" if request.verify else f"loading {path.name}"):
-        found, report = _verified(written, path, request)
+        checked = _verified(written, path, request)
+    found, report = checked.graph, checked.report
     learned = _learned(graph, found)
     if learned:
         _write(found, path, facts | learned, request.functions, storage)
-    whole = report is not None and "blocks" not in report.about
-    effect = _effect(found, request) if report is not None and whole and not report.exit_code else None
+    effect = _effect(checked, request)
     if effect is not None:
         found = replace(found, notes=(*found.notes, *effect.lines()))
-    elif graph.quantized is not None and request.limits != Limits() and not whole:
+    elif graph.quantized is not None and request.limits != Limits() and report is None:
         raise UsageError(
-            "--max-error and --max-flips are about what the whole graph gives, and it was not run",
+            "--max-error and --max-flips are about what the graph gives, and it was not run",
             hint="--compare whole, if there is memory for the weights in float; without --no-verify",
         )
     return found, report, effect
@@ -220,8 +221,8 @@ def _build(
     return built
 
 
-def _verified(graph: Graph, path: Path, request: ExportRequest) -> tuple[Graph, Report | None]:
-    """The graph with what verification learned of its dimensions, and the report; None if it is not verified."""
+def _verified(graph: Graph, path: Path, request: ExportRequest) -> Verified:
+    """The graph with what verification learned of its dimensions; without a report if it is not verified."""
     parts = Parts(request.compare, request.storage)
     if parts.wanted(graph, path):
         if not request.verify:
@@ -231,12 +232,12 @@ def _verified(graph: Graph, path: Path, request: ExportRequest) -> tuple[Graph, 
         return _verified_whole(graph, path, request)
 
 
-def _verified_whole(graph: Graph, path: Path, request: ExportRequest) -> tuple[Graph, Report | None]:
+def _verified_whole(graph: Graph, path: Path, request: ExportRequest) -> Verified:
     provider = request.provider
     try:
         if not request.verify:
             runner_of(path, provider, graph.dtype)  # it must load, whatever it computes
-            return graph, None
+            return Verified(graph, None)
         comparison = request.comparison
         if graph.kind != "model":
             comparison = replace(comparison, files=(), at=())  # those are the model's
@@ -248,7 +249,7 @@ def _verified_whole(graph: Graph, path: Path, request: ExportRequest) -> tuple[G
             provider=provider,
             settings=comparison,
         )
-        return replace(graph, traced=replace(graph.traced, dims=dims)), report
+        return Verified(replace(graph, traced=replace(graph.traced, dims=dims)), report)
     except UsageError as error:
         kernel = _NO_KERNEL.search(error.what)
         if kernel is None:
@@ -259,19 +260,23 @@ def _verified_whole(graph: Graph, path: Path, request: ExportRequest) -> tuple[G
             ) from error
         if not request.verify:
             note = f"onnxruntime on {provider} cannot run it: it has no {kernel['op']} for this dtype"
-            return replace(graph, notes=(*graph.notes, note)), None
+            return Verified(replace(graph, notes=(*graph.notes, note)), None)
         raise MissingBackendError(
             f"{path.name} cannot be verified: onnxruntime on {provider} has no {kernel['op']} for this dtype",
             hint="--no-verify writes it unverified; --backend onnxruntime-cuda may have it, and float32 has",
         ) from error
 
 
-def _effect(graph: Graph, request: ExportRequest) -> Effect | None:
-    """What packing weights did, where any are packed."""
-    if graph.quantized is None:
+def _effect(checked: Verified, request: ExportRequest) -> Effect | None:
+    """What packing weights did, where any are packed and the graph computes what they say."""
+    graph, report = checked.graph, checked.report
+    if graph.quantized is None or report is None or report.exit_code:
         return None
-    with request.console.step("measuring what packing weights does"), filled_weights(graph):
-        return effect_of(graph, request.provider, request.seed, request.comparison)
+    with request.console.step("measuring what packing weights does"):
+        if checked.runs:
+            return effect_by_runs(graph, checked.runs)
+        with filled_weights(graph):
+            return effect_of(graph, request.provider, request.seed, request.comparison)
 
 
 def file_names(stem: str, graphs: tuple[Graph, ...]) -> list[str]:

@@ -55,7 +55,7 @@ def compare_blocks(subject: Subject, candidate: Artifact, request: Request, call
     # both read only the names and shapes that `Declared` has
     counterpart = reference_of(subject, declared, facts, request.gate)  # type: ignore[arg-type]
     matched = match_graph(declared, counterpart.subject, counterpart.routing)  # type: ignore[arg-type]
-    return verify_blocks(
+    report, _ = verify_blocks(
         candidate.path,
         matched.subject,
         matched.example,
@@ -64,6 +64,7 @@ def compare_blocks(subject: Subject, candidate: Artifact, request: Request, call
         request.seed,
         about={"candidate": candidate.text, "reference": called},
     )
+    return report
 
 
 def _declared(path: Path) -> Declared:

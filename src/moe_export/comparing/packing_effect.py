@@ -21,6 +21,7 @@ from itertools import islice
 from typing import TypedDict
 
 import numpy as np
+import onnx_ir as ir
 
 from moe_export.comparison_settings import ComparisonSettings, comparison_cases
 from moe_export.errors import UsageError
@@ -129,6 +130,7 @@ class Effect:
         outputs: The error of each float output.
         routers: One a choice of experts.
         weights: From the worst on.
+        counted: Whether `routers` are all there are. They are not where the graph makes other choices than the model.
     """
 
     scheme: str
@@ -136,6 +138,7 @@ class Effect:
     outputs: Mapping[str, float]
     routers: tuple[RouterEffect, ...]
     weights: tuple[WeightError, ...]
+    counted: bool = True
 
     def lines(self) -> Iterator[str]:
         """For the report."""
@@ -153,6 +156,8 @@ class Effect:
             if router.unused:
                 named = ", ".join(map(str, router.unused[:8])) + (", ..." if len(router.unused) > 8 else "")
                 yield f"{router.module}: no token came to {len(router.unused)} experts: {named}"
+        if not self.counted:
+            yield "tokens that go to other experts were not counted: the graph makes other choices than the model"
 
     def beyond(self, limits: Limits) -> tuple[str, ...]:
         """What is more than it may be, in words."""
@@ -166,6 +171,8 @@ class Effect:
                     f"{router.flipped} of {router.tokens} tokens of {router.module} go to other experts, more than"
                     f" --max-flips {limits.flips}"
                 )
+        if limits.flips is not None and not self.counted:
+            found.append(f"--max-flips {limits.flips} could not be checked: tokens' experts were not counted")
         return tuple(found)
 
     def to_dict(self) -> EffectEntry:
@@ -198,14 +205,13 @@ def effect_of(graph: Graph, provider: str, seed: int, settings: ComparisonSettin
     """
     quantized = graph.quantized
     assert quantized is not None
-    nodes = find_choices(quantized.floats)
-    choices = Choices(len(nodes))
+    flips = flips_of(quantized.floats)
+    choices = Choices(len(flips))
     floats, packed = (
         runner_of_model(with_choices_out(model, scores=True), provider)
         for model in (quantized.floats, graph.model)
     )
-    sums: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
-    flips = [_Flips(node.metadata_props.get(MODULE, "") or "the router") for node in nodes]
+    outputs = Moves()
     count = 0
     for case in _cases(graph, floats.inputs, seed, settings):
         expected, got = floats.run(case.inputs), packed.run(case.inputs)
@@ -213,16 +219,9 @@ def effect_of(graph: Graph, provider: str, seed: int, settings: ComparisonSettin
         for router, made, scores in zip(flips, choices.made, choices.scores, strict=True):
             router.add(expected.pop(made), got.pop(made), expected.pop(scores))
             got.pop(scores)
-        for name, array in expected.items():
-            if is_float(array.dtype) and array.shape == got[name].shape:
-                moved, own = sums[name]
-                sums[name] = (moved + _squares(got[name].astype(np.float64) - array), own + _squares(array))
-    outputs = {
-        name: math.sqrt(moved / own) if own else math.sqrt(moved) for name, (moved, own) in sums.items()
-    }
-    used = [bool(node.outputs[1].uses()) for node in nodes]  # else it is the best scores of each group
-    routers = tuple(router.effect() for router, counts in zip(flips, used, strict=True) if counts)
-    return Effect(str(quantized.scheme), count, outputs, routers, weight_errors(quantized))
+        outputs.add(expected, got)
+    routers = tuple(router.effect() for router in flips if router.counts)
+    return Effect(str(quantized.scheme), count, outputs.errors(), routers, weight_errors(quantized))
 
 
 def _cases(
@@ -241,11 +240,49 @@ def _squares(array: Array) -> float:
     return float(np.square(known[np.isfinite(known)]).sum())
 
 
-class _Flips:
-    """Counts the flips of one router."""
+class Moves:
+    """How far packing moves each output."""
 
-    def __init__(self, module: str) -> None:
-        self._module = module
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
+
+    def add(self, floats: Mapping[str, Array], packed: Mapping[str, Array]) -> None:
+        """Add the outputs of a case."""
+        for name, array in floats.items():
+            if is_float(array.dtype) and array.shape == packed[name].shape:
+                moved, own = self._sums[name]
+                difference = packed[name].astype(np.float64) - array
+                self._sums[name] = (moved + _squares(difference), own + _squares(array))
+
+    def errors(self) -> dict[str, float]:
+        """The error of each float output, over all cases."""
+        return {
+            name: math.sqrt(moved / own) if own else math.sqrt(moved)
+            for name, (moved, own) in self._sums.items()
+        }
+
+
+def flips_of(floats: ir.Model) -> list[Flips]:
+    """A count for each choice that a graph makes, in the graph's order.
+
+    A choice whose positions nothing reads is the best scores of each group of experts, and no router (`counts`).
+    """
+    return [
+        Flips(node.metadata_props.get(MODULE, "") or "the router", counts=bool(node.outputs[1].uses()))
+        for node in find_choices(floats)
+    ]
+
+
+class Flips:
+    """Counts the flips of one router.
+
+    Args:
+        module: Where its choice is made.
+        counts: Whether its choice is one of experts.
+    """
+
+    def __init__(self, module: str, *, counts: bool = True) -> None:
+        self._module, self.counts = module, counts
         self._tokens = self._flipped = 0
         self._gap = 0.0
         self._used: set[int] = set()

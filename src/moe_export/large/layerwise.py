@@ -20,11 +20,8 @@ from pathlib import Path
 
 import torch
 
-from moe_export.comparison_settings import tolerance_of
 from moe_export.errors import MoeExportError
 from moe_export.export.frontend.subject import Subject
-from moe_export.export.onnx.external_weights import Storage
-from moe_export.export.onnx.serialize import link_weights
 from moe_export.export.onnx.simplify import as_numpy
 from moe_export.export.pipeline import Graph
 from moe_export.export.tracing.dims import Dim
@@ -33,7 +30,6 @@ from moe_export.export.weights.lazy import in_memory
 from moe_export.large.layerwise_graph import CutGraph, Part, nearest
 from moe_export.large.layerwise_part import PartRunner
 from moe_export.large.layerwise_torch import Ran, Seen, called_once, find_blocks, run_blocks
-from moe_export.large.packed_weights import STANDS_FOR, packed_values
 from moe_export.verify import (
     Array,
     Case,
@@ -66,60 +62,6 @@ def filled_weights(graph: Graph) -> AbstractContextManager[None]:
     return in_memory(graph.reference.module)
 
 
-@dataclass(frozen=True)
-class Parts:
-    """Which graphs are verified block by block, and how.
-
-    Attributes:
-        asked: `whole` or `layers`, if the user chose; else None.
-        storage: Where the graphs' weights are.
-    """
-
-    asked: str | None
-    storage: Storage
-
-    def wanted(self, graph: Graph, path: Path) -> bool:
-        """Whether a graph, temporarily at `path`, cannot or should not be run as a whole."""
-        folder = self.storage.folder or path.parent
-        if graph.kind == "gate":
-            return not link_weights(graph.model, path, folder)
-        weights = graph.reference.weights
-        absent = weights is not None and weights.absent
-        if self.asked == "layers" or (absent and self.asked is None):
-            return True
-        return not link_weights(graph.model, path, folder)
-
-    def verified(
-        self, graph: Graph, path: Path, tolerance: Tolerance, seed: int
-    ) -> tuple[Graph, Report | None]:
-        """Verify a graph block by block; return it with a note on what was compared, and the report.
-
-        Packed weights are held against a model that has what they stand for; where that cannot be, nothing is compared.
-        """
-        with packed_values(graph.reference.weights, graph.quantized) as replaced:
-            if not replaced:
-                return self.unverified(graph)
-            report = verify_blocks(
-                path,
-                graph.reference,
-                graph.traced.example,
-                graph.traced.dims,
-                tolerance_of(graph.dtype, tolerance),
-                seed,
-                self.storage.folder,
-            )
-        if graph.quantized is not None:
-            report = replace(report, reference=STANDS_FOR)
-        return replace(graph, notes=(*graph.notes, report.about["blocks"])), report
-
-    def unverified(self, graph: Graph) -> tuple[Graph, None]:
-        """The graph, with a note that it was never loaded."""
-        note = "the graph was checked but not loaded: its weights are larger than --memory"
-        if graph.quantized is not None:
-            note += "; packed ones are compared as a whole only (--compare whole)"
-        return replace(graph, notes=(*graph.notes, note)), None
-
-
 def verify_blocks(
     path: Path,
     reference: Subject,
@@ -129,7 +71,7 @@ def verify_blocks(
     seed: int = 0,
     folder: Path | None = None,
     about: Mapping[str, str] | None = None,
-) -> Report:
+) -> tuple[Report, list[tuple[Case, Ran]]]:
     """Compare a graph with a model block by block.
 
     Args:
@@ -143,8 +85,8 @@ def verify_blocks(
         about: Facts for the report.
 
     Returns:
-        A report with one result per part and case. Its verdict is "equal" only if every block, and the parts before and
-        after them, could be compared; `about["blocks"]` says which were.
+        A report with one result per part and case, and PyTorch's run of each case. The verdict is "equal" only if every
+        block, and the parts before and after them, could be compared; `about["blocks"]` says which were.
 
     Raises:
         UsageError: A block is larger than memory; the graph's data files are not those that it was written with.
@@ -160,12 +102,13 @@ def verify_blocks(
             blocks = [block for block in blocks if _list_of(block) in with_nodes]
             graph = CutGraph(path, blocks, folder)
         plan = _plan(graph, example, dims, seed)
-        states = [_State(case, ran, dict(case.inputs)) for case, ran in _runs(reference, plan, blocks)]
+        runs = list(_runs(reference, plan, blocks))
+        states = [_State(case, ran, dict(case.inputs)) for case, ran in runs]
         walk = _Walk(graph, tolerance, states)
         results = [result for part in graph.parts() for result in walk.run(part)]
         results += walk.finish()
-    described = _described(blocks, results, graph) + _unchosen(blocks, [state.ran for state in states])
-    return Report(
+    described = _described(blocks, results, graph) + _unchosen(blocks, [ran for _, ran in runs])
+    report = Report(
         "torch",
         "onnxruntime-cpu, block by block",
         tuple(results),
@@ -173,6 +116,7 @@ def verify_blocks(
         None,
         {**(about or {}), "blocks": described},
     )
+    return report, runs
 
 
 def _plan(

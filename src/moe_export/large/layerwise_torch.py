@@ -42,11 +42,13 @@ class Ran:
     Attributes:
         blocks: The blocks by path, in the order in which they were called.
         outputs: The model's outputs by name.
+        chose: All choices of experts, in or out of blocks, in the order of the run.
         tables: Of inputs that are ids: the least and the greatest that every table has a row for.
     """
 
     blocks: dict[str, Seen]
     outputs: dict[str, Array]
+    chose: tuple[Choice, ...]
     tables: dict[str, tuple[int, int]]
 
 
@@ -134,7 +136,12 @@ def _run(
         with torch.no_grad():
             found = subject.call(list(given.values()))
     outputs = {name: to_numpy(out) for name, out in zip(subject.outputs, found, strict=True)}
-    return Ran(seen, outputs, indices.tables)
+    return Ran(seen, outputs, _choices(watcher, 0), indices.tables)
+
+
+def _choices(watcher: ChoiceWatcher, first: int) -> tuple[Choice, ...]:
+    """What was chosen, from the choice with this number on."""
+    return tuple(Choice(to_numpy(ids), to_numpy(scores)) for ids, scores in watcher.found[first:])
 
 
 def _hooks(
@@ -155,7 +162,7 @@ def _hooks(
         note = seen[path]
         note.calls += 1
         note.gave = [to_numpy(leaf.value) for leaf in leaves(output) if _is_dense(leaf.value)]
-        note.chose = tuple(Choice(to_numpy(ids), to_numpy(scores)) for ids, scores in watcher.found[before:])
+        note.chose = _choices(watcher, before)
         for item in items:
             item.free()
 

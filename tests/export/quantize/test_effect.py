@@ -7,10 +7,10 @@ import pytest
 
 from moe_export.comparing.packing_effect import (
     Effect,
+    Flips,
     Limits,
     RouterEffect,
     WeightError,
-    _Flips,
     weight_errors,
 )
 from moe_export.errors import UsageError
@@ -29,7 +29,7 @@ EFFECT = Effect(
 
 
 def test_a_token_whose_experts_are_others_is_a_flip_however_they_are_ordered():
-    router = _Flips("layers.0")
+    router = Flips("layers.0")
     router.add(np.array([[0, 1], [0, 1], [0, 1]]), np.array([[1, 0], [2, 0], [1, 3]]), SCORES)
     found = router.effect()
     assert (found.tokens, found.flipped, found.unused) == (3, 2, ())
@@ -37,7 +37,7 @@ def test_a_token_whose_experts_are_others_is_a_flip_however_they_are_ordered():
 
 
 def test_experts_that_no_token_came_to_are_named():
-    router = _Flips("layers.0")
+    router = Flips("layers.0")
     router.add(np.array([[0, 1]]), np.array([[0, 1]]), SCORES[:1])
     assert router.effect().unused == (2, 3)
 
