@@ -64,18 +64,17 @@ def prove(
         For each length, how far the fold is right.
 
     Raises:
-        LengthError: The folded model fails, or gives other values, at a length that is no greater than the example's
-            or the traces', and not only at 1.
+        LengthError: The folded model fails, or gives other values, at a length of the example or the traces, or at
+            one between them and the greatest one compared.
     """
     agreement = Agreement(subject, folded, lengths)
     longest = max(traced)
     further = [tuple(size + more for size in longest) for more in (range(9, 17) if rounded else (9,))]
     # A model may take whole chunks only, and refuse all of the others.
     whole_chunks = [sizes for sizes in _in_steps(traced) if sizes not in traced]
-    for sizes in (*_proved(len(lengths)), *traced, *further, *whole_chunks):
-        if sizes != (1,):
-            _same(agreement, sizes)
-    least = _least(agreement, lengths, subject)
+    compared = (*_proved(len(lengths)), *traced, *further, *whole_chunks)
+    needed = min(lengths[0].of(subject.inputs), *(sizes[0] for sizes in traced)) if len(lengths) == 1 else 0
+    least = _least(agreement, compared, needed)
     if not agreement.same_types(longest):
         raise LengthError("folded, it gives results of other types", None)
     numbers = list(dict.fromkeys(_counted(whole)))
@@ -107,21 +106,36 @@ def _same(agreement: Agreement, sizes: tuple[int, ...]) -> None:
         raise LengthError(f"folded, it gives other values at length {shown}", None)
 
 
-def _least(agreement: Agreement, lengths: Sequence[Length], subject: Subject) -> int:
-    """The least length at which a fold over one length is right: 1, or 2 if it is wrong at 1 and the example is longer.
+def _least(agreement: Agreement, compared: Sequence[tuple[int, ...]], needed: int) -> int:
+    """The length from which on a fold is right.
+
+    A model may treat few steps differently: `if x.shape[1] == 1`, or a window, `x[:, -3:]`, that is not full yet.
+
+    Args:
+        agreement: Compares at sizes.
+        compared: The sizes to compare at.
+        needed: The length at which the fold has to be right, with all that are greater.
 
     Raises:
-        LengthError: The fold is wrong at 1, and the example is a single step.
+        LengthError: It is wrong at one of these.
     """
-    if len(lengths) > 1:
-        return 1
-    try:
-        _same(agreement, (1,))
-    except LengthError:
-        if lengths[0].of(subject.inputs) == 1:
-            raise
-        return 2
-    return 1
+    wrong = 0
+    for sizes in compared:
+        try:
+            _same(agreement, sizes)
+        except LengthError:
+            if sizes[0] >= needed:
+                raise
+            wrong = max(wrong, sizes[0])
+    while wrong:
+        try:
+            _same(agreement, (wrong + 1,))
+            break
+        except LengthError:
+            wrong += 1
+            if wrong >= needed:
+                raise
+    return wrong + 1
 
 
 def wrong_at_one(

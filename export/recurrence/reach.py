@@ -31,7 +31,7 @@ class Reach:
     Attributes:
         compared: The greatest length at which it was compared and right.
         limit: The greatest length at which it is right; None if it was right wherever it was compared.
-        least: The least: 2 if the model treats a single step differently, `if x.shape[1] == 1`.
+        least: The least: above 1 if the model treats few steps differently, `if x.shape[1] == 1` or `x[:, -3:]`.
     """
 
     compared: int

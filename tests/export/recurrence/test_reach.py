@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import onnx_ir as ir
+import onnxruntime
 import pytest
 import torch
 from slow_cases import slow
@@ -107,6 +110,44 @@ def test_an_example_of_one_step_with_a_way_of_its_own_is_not_folded(tmp_path):
     graph = export_subject(subject, Options(opset=17))[0]
     assert graph.traced.inputs["x"][1] == 1
     assert [(each.axis, each.size) for each in graph.traced.fixed if each.model_takes_others] == [(1, 1)]
+
+
+class LooksBack(nn.Module):
+    """A sum over each step and up to `most` before it, of which there are fewer at first; then a recurrence."""
+
+    def __init__(self, most):
+        super().__init__()
+        self.most = most
+
+    def forward(self, x):
+        length, seen = x.shape[1], x
+        for back in range(1, min(self.most + 1, length)):
+            seen = seen + nn.functional.pad(x[:, : length - back], (0, 0, back, 0)) / back
+        h, out = torch.zeros(x.shape[0], 3), []
+        for t in range(length):
+            h = torch.tanh(0.9 * h + seen[:, t])
+            out.append(h)
+        return torch.stack(out, 1)
+
+
+# The example has 7 steps, the shortest trace 6; what is compared first is right from 2, 3, 5 or 13 on.
+@pytest.mark.parametrize("most", [slow(2), 4, slow(5), slow(6), 7])
+def test_a_window_that_is_not_full_yet_is_a_bound_beside_a_folded_loop(tmp_path, most):
+    module = LooksBack(most)
+    graph = export_subject(subject_of(tmp_path, module), Options(opset=17, recurrence="scan"))[0]
+    assert [str(each) for each in graph.traced.domain.conditions] == [f"sequence >= {most}"]
+    proto = ir.to_proto(graph.model).SerializeToString()
+    session = onnxruntime.InferenceSession(proto, providers=["CPUExecutionProvider"])
+    for length in (most, most + 1, 7, 64):
+        for batch in (1, 3):
+            x = torch.randn(batch, length, 3)
+            found = session.run(None, {"x": x.numpy()})[0]
+            np.testing.assert_allclose(found, module(x).numpy(), rtol=1e-4, atol=1e-5)
+
+
+def test_a_window_wider_than_the_example_leaves_the_loop_as_it_is(tmp_path):
+    graph = export_subject(subject_of(tmp_path, LooksBack(8)), Options(opset=17))[0]
+    assert graph.traced.inputs["x"][1] == 7
 
 
 class OneRow(nn.Module):
