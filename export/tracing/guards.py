@@ -33,6 +33,7 @@ Sizes = dict[str, NDArray[Any]]
 _DENSE = 2048  # every size up to here is looked at: more than most chunks, windows and tables of positions
 _SPARSE = 2**16
 _DRAWN = 4096  # combinations of sizes, for conditions on several dimensions
+_FEW, _FEW_DRAWN = 8, 64  # with fewer sizes, or combinations, nothing is said to follow from what holds there
 _FUNCTIONS = {
     "FloorDiv": "{} // {}",
     "CleanDiv": "{} // {}",
@@ -275,9 +276,32 @@ def simplified(
 
 
 def _independent(conditions: Sequence[Condition], dims: Sequence[Dim]) -> tuple[Condition, ...]:
-    """The conditions less those that follow from the bounds of dimensions."""
+    """The conditions less those that follow from the bounds of dimensions, or from simpler ones.
+
+    Windows of an image, `x.view(b, h // 8, 8, w // 8, 8)`, need `h % 8 == 0` and `w % 8 == 0`; of each reshape that
+    follows, the tracer notes that it fits, which it does there.
+    """
     probes = Probes(dims, conditions)
-    return tuple(condition for condition in conditions if not probes.always(condition))
+    kept = [condition for condition in conditions if not probes.always(condition)]
+    several = [condition for condition in kept if len(condition.names) > 1]
+    if not several:
+        return tuple(kept)
+    drawn = np.random.default_rng(0)
+    sizes = {}
+    for name in sorted({name for condition in several for name in condition.names}):
+        own = [condition for condition in kept if condition.names == {name}]
+        telling = {name: probes.telling(name)}
+        right = np.logical_and.reduce([probes.holding(each, telling) for each in own] or [telling[name] > 0])
+        if np.count_nonzero(right) < _FEW:
+            return tuple(kept)
+        sizes[name] = drawn.choice(telling[name][right], _DRAWN)
+    there = np.ones(_DRAWN, dtype=bool)
+    for condition in sorted(several, key=lambda each: (len(each.names), len(each.text))):
+        holds = probes.holding(condition, sizes)
+        if np.count_nonzero(there) >= _FEW_DRAWN and np.all(holds[there]):
+            kept.remove(condition)
+        there &= holds
+    return tuple(kept)
 
 
 def _in_words(dim: Dim, own: Sequence[Condition], probes: Probes) -> tuple[Dim, list[Condition]]:

@@ -96,3 +96,33 @@ def test_what_follows_from_the_bounds_of_the_others_is_not_said():
     dims, kept = simplified(conditions, [SEQ, BATCH])
     assert [dim.maximum for dim in dims] == [64, None]
     assert [str(each) for each in kept] == ["batch*sequence <= 99"]
+
+
+@pytest.mark.parametrize(
+    ("several", "left"),
+    [
+        (["sequence*batch == 16*(sequence // 4)*(batch // 4)"], []),
+        (["sequence*batch % 16 == 0", "sequence*batch % 32 == 0"], ["sequence*batch % 32 == 0"]),
+        (["sequence // 4 * (batch // (batch // 4)) == sequence"], []),
+        (["sequence*batch <= 4096"], ["sequence*batch <= 4096"]),
+        (["sequence*batch > 16"], ["sequence*batch > 16"]),
+        (["batch // 4 == sequence // 4", "batch == sequence"], ["batch == sequence"]),
+        (["batch // 4 == sequence // 4"], ["batch // 4 == sequence // 4"]),
+        (
+            ["sequence + batch == 8", "sequence*batch == 16"],
+            ["sequence + batch == 8", "sequence*batch == 16"],
+        ),
+    ],
+)
+def test_what_follows_from_simpler_conditions_is_not_said(several, left):
+    alone = ["sequence % 4 == 0", "batch % 4 == 0"]
+    conditions = [Condition(text) for text in (*several, *alone)]
+    dims, kept = simplified(conditions, [SEQ, BATCH])
+    assert {str(each) for each in kept} == {*alone, *left}
+    for sequence in range(2, 70):
+        for batch in range(2, 70):
+            sizes = {"sequence": sequence, "batch": batch}
+            inside = all(dim.minimum <= sizes[dim.name] for dim in dims)
+            assert all(each.holds(sizes) for each in conditions) == (
+                inside and all(each.holds(sizes) for each in kept)
+            )

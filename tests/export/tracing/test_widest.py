@@ -81,6 +81,27 @@ def test_whole_chunks(tmp_path):
     assert not traced.domain.holds({"batch": 2, "sequence": 9})
 
 
+class Windows(nn.Module):
+    """Sums within windows of an image (b, h, w, 4) that has whole ones only."""
+
+    def forward(self, x):
+        b, h, w, c = x.shape
+        windows = x.view(b, h // 3, 3, w // 3, 3, c).transpose(2, 3).contiguous().view(-1, 9, c).cumsum(1)
+        return windows.view(b, h // 3, w // 3, 3, 3, c).transpose(2, 3).contiguous().view(b, h, w, c)
+
+
+def test_whole_windows_of_an_image_are_two_conditions(tmp_path):
+    subject, traced = widest(tmp_path, Windows(), 2, 6, 12)
+    sizes = dict(zip(("b", "h", "w"), traced.inputs["x"], strict=False))
+    named = {str(each) for each in traced.domain.conditions if "%" in str(each)}
+    assert named == {f"{sizes['h']} % 3 == 0", f"{sizes['w']} % 3 == 0"}
+    assert len(limits_of(traced.dims, traced.conditions)) <= 5
+    for shape in ((3, 6, 9), (1, 3, 12), (2, 30, 6), (5, 9, 9)):
+        assert right(subject, traced, *shape)
+        assert traced.domain.holds(dict(zip(sizes.values(), shape, strict=True)))
+    assert not traced.domain.holds(dict(zip(sizes.values(), (2, 7, 9), strict=True)))
+
+
 @pytest.mark.parametrize("limit", [slow(30), 48])
 def test_where_the_model_does_something_else_the_graph_ends(tmp_path, limit):
     subject, traced = widest(tmp_path, Until(limit), 2, 10)
