@@ -139,7 +139,10 @@ class _Judges:
         replay = self._replay(case)
         choices = () if replay is None else replay.choices
         if replay is not None and replay.got is not None:
-            moved = judge_choices(replay, self.tolerance, stress=case.regime in STRESS)
+            stress = case.regime in STRESS
+            moved = judge_choices(replay, self.tolerance, stress=stress)
+            if not stress and not all(row.ok for row in moved):
+                moved = judge_choices(replay, self.tolerance, truth=self._true_scores(case, choices))
             if moved:
                 expected, got = replay.expected, replay.got
                 judged = (*_judge_all(expected, got, self.tolerance, self.routing), *moved)
@@ -165,6 +168,19 @@ class _Judges:
             else row
             for row in judged
         )
+
+    def _true_scores(self, case: Case, choices: Sequence[Choice]) -> Sequence[Array] | None:
+        """The scores of these choices in float64; None if nothing can tell."""
+        scores_under = getattr(self.truth, "scores_under", None)
+        if scores_under is None:
+            return None
+        try:
+            found: Sequence[Array] | None = scores_under(case.inputs, choices)
+        except (DiedError, MissingBackendError):
+            raise
+        except Exception:  # whatever a model raises
+            return None
+        return found
 
     def _replay(self, case: Case) -> Replay | None:
         return None if self.replayer is None else self.replayer.replay(case.inputs)

@@ -17,7 +17,7 @@ from moe_export.verify import (
     cases,
     compare,
 )
-from moe_export.verify.judging.replay import NO_REPLAY
+from moe_export.verify.judging.replay import NO_REPLAY, judge_choices
 
 SPECS = [TensorSpec("x", "float32", ("batch", 4))]
 DIMS = [DimRange("batch", 6)]
@@ -210,3 +210,67 @@ def test_zero_tokens_are_compared_and_prove_nothing():
         same, same, cases([TensorSpec("x", "float32", (0, 4))], [], {"x": np.zeros((0, 4), np.float32)})
     )
     assert (empty.verdict, empty.shortfall) == ("not proven", "y: empty or undecided in every case")
+
+
+GRAIN = 1e-3
+"""What scores are off by where they come from float16 values."""
+
+
+def rounded_choice(times=1.0, *, best=True, tokens=4000):
+    """Scores that both engines have with errors of one size, the candidate's so many `times` as large; and the truth."""
+    draw = np.random.default_rng(3)
+    true = draw.uniform(0.1, 0.9, (tokens, 4))
+    signs = draw.choice([-1.0, 1.0], (2, tokens, 4))
+    scores, ours = ((true + GRAIN * size * sign) for size, sign in zip((1.0, times), signs, strict=True))
+    ids, own = (array.argmax(-1)[:, None] for array in (scores, ours))
+    if not best:
+        own[7] = ours[7].argmin()
+    choice = Choice(ids, scores.astype(np.float32))
+    replay = Replay({}, {}, (choice,), (own,), (ours.astype(np.float32),))
+    return replay, (true,)
+
+
+def test_a_choice_by_scores_that_are_as_near_to_float64_is_a_flip():
+    replay, true = rounded_choice()
+    (alone,) = judge_choices(replay, Tolerance())
+    assert not alone.ok
+    (judged,) = judge_choices(replay, Tolerance(), truth=true)
+    assert judged.ok
+    moved = int((replay.own[0] != replay.choices[0].ids).sum())
+    assert judged.flips == moved > 5
+
+
+@pytest.mark.parametrize(("times", "ok"), [(0.0, True), (7.9, True), (8.1, False), (30.0, False)])
+def test_scores_may_be_off_as_far_as_outputs_may(times, ok):
+    replay, true = rounded_choice(times)
+    (judged,) = judge_choices(replay, Tolerance(), truth=true)
+    assert judged.ok == ok
+
+
+def test_one_token_that_takes_less_than_the_best_of_its_own_scores_is_wrong():
+    replay, true = rounded_choice(best=False)
+    (judged,) = judge_choices(replay, Tolerance(), truth=true)
+    assert not judged.ok
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "truths"),
+    [(Tolerance(rtol=1e-5, atol=1e-6), 1), (Tolerance(), 0), (Tolerance(), 2)],
+    ids=["a tolerance by hand", "no scores in float64", "scores of other choices"],
+)
+def test_what_excuses_no_choice(tolerance, truths):
+    replay, true = rounded_choice()
+    (judged,) = judge_choices(replay, tolerance, truth=true * truths)
+    assert not judged.ok
+
+
+def test_scores_of_one_token_do_not_excuse_another():
+    """A token whose scores are off by much, in both engines alike, gives others no room."""
+    replay, (true,) = rounded_choice(0.0)
+    scores, own = replay.choices[0].scores.copy(), replay.own[0].copy()
+    scores[0] = true[0] + [0.3, -0.3, 0.3, -0.3]
+    far = int(np.argmax(np.sort(true[1:], -1)[:, -1] - np.sort(true[1:], -1)[:, -2])) + 1
+    own[far] = true[far].argsort()[-2]  # its second best, by far
+    changed = Replay({}, {}, (Choice(replay.choices[0].ids, scores),), (own,), replay.scores)
+    (judged,) = judge_choices(changed, Tolerance(), truth=(true,))
+    assert not judged.ok

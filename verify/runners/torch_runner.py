@@ -95,6 +95,17 @@ class TorchRunner:
             outputs = self.run(inputs)
         return outputs if forcer.fits or not choices else None
 
+    def scores_under(
+        self, inputs: Mapping[str, Array], choices: Sequence[Choice]
+    ) -> tuple[Array, ...] | None:
+        """The scores (..., E) of each choice, all earlier ones made as given; None if they do not fit the model's."""
+        from moe_export.verify.runners.torch_modes import ChoiceForcer, ChoiceWatcher
+
+        forcer = ChoiceForcer([to_torch(choice.ids, self._device) for choice in choices])
+        with ChoiceWatcher() as watcher, forcer:
+            self.run(inputs)
+        return tuple(to_numpy(scores) for _, scores in watcher.found) if forcer.fits else None
+
     def _mode(self) -> AbstractContextManager[None]:
         if self._dtype != "float64":
             return nullcontext()

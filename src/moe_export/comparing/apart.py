@@ -69,7 +69,7 @@ class Apart:
 
         Args:
             kind: Which runner to use (see `reference`).
-            method: The runner's method: `run`, `run_watched` or `run_under`.
+            method: The runner's method: `run`, `run_watched`, `run_under` or `scores_under`.
             arrays: The model's inputs, in order.
             more: Further arguments of the method.
 
@@ -223,6 +223,15 @@ class ApartRunner:
         """Run once as another program might (see `TorchRunner`); None if the model chooses something else."""
         found = self._apart.ask(self._kind, "run_under", self._ordered(inputs), tuple(choices), rounded)
         return None if found is None else self._named(found)
+
+    def scores_under(
+        self, inputs: Mapping[str, Array], choices: Sequence[Choice]
+    ) -> tuple[Array, ...] | None:
+        """The scores of each choice, the earlier ones made as given (see `TorchRunner`)."""
+        found: tuple[Array, ...] | None = self._apart.ask(
+            self._kind, "scores_under", self._ordered(inputs), tuple(choices)
+        )
+        return found
 
     def _ordered(self, inputs: Mapping[str, Array]) -> list[Array]:
         return [inputs[name] for name in self._inputs]

@@ -44,6 +44,12 @@ class Float64Runner:
         found = self._wide().run_under(inputs, choices, rounded)
         return None if found is None else self._narrowed(inputs, found)
 
+    def scores_under(
+        self, inputs: Mapping[str, Array], choices: Sequence[Choice]
+    ) -> tuple[Array, ...] | None:
+        """The scores of each choice, float64 (see `TorchRunner`)."""
+        return self._wide().scores_under(inputs, choices)
+
     def _wide(self) -> TorchRunner:
         if self._runner is None:
             wide = self._subject.of(double_module(self._subject.module))

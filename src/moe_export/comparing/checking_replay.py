@@ -97,13 +97,16 @@ class GraphReplayer:
         except MoeExportError:
             return Replay(expected, None, choices)
         own = tuple(got.pop(name) for name in self._choices.made)
-        for name in self._choices.scores:
-            got.pop(name)
+        scores = tuple(got.pop(name) for name in self._choices.scores)
         # as many choices, but not the same ones: another k, or other tokens
         if any(mine.size != choice.ids.size for mine, choice in zip(own, choices, strict=True)):
             return Replay(expected, None, choices)
         return Replay(
-            expected, {self._renamed.get(name, name): array for name, array in got.items()}, choices, own
+            expected,
+            {self._renamed.get(name, name): array for name, array in got.items()},
+            choices,
+            own,
+            scores,
         )
 
     def _replaying_graph(self) -> OnnxRuntimeRunner | OpenVinoRunner | None:
@@ -130,7 +133,7 @@ class MirroredReplayer:
         replay = self._replayer.replay(inputs)
         if replay is None or replay.got is None:
             return replay
-        return Replay(replay.got, replay.expected, replay.choices, replay.own)
+        return Replay(replay.got, replay.expected, replay.choices, replay.own)  # scores are of the reference
 
 
 def _shaped(forced: Mapping[str, Array], graph: OnnxRuntimeRunner | OpenVinoRunner) -> dict[str, Array]:

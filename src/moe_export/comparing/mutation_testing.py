@@ -202,6 +202,10 @@ class Remembered:
             return self._runner.run_under(inputs, choices, rounded)
         return self._once("run_under", inputs, choices)
 
+    def scores_under(self, inputs: Mapping[str, Array], choices: Sequence[Choice]) -> Any:
+        """The scores of each choice, the earlier ones made as given."""
+        return self._runner.scores_under(inputs, choices)
+
     def _once(self, method: str, inputs: Mapping[str, Array], *rest: Any) -> Any:
         # inputs derived from a case are not kept alive, so their id may be reused
         if all(case.inputs is not inputs for case in self._cases):

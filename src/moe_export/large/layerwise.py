@@ -37,7 +37,6 @@ from moe_export.verify import (
     Choice,
     DimRange,
     Judgement,
-    Replay,
     Report,
     Tolerance,
     cases,
@@ -45,7 +44,7 @@ from moe_export.verify import (
 )
 from moe_export.verify.inputs.known import NOTHING, Known
 from moe_export.verify.inputs.meaning import Meaning
-from moe_export.verify.judging.replay import judge_choices
+from moe_export.verify.judging.replay import judge_within
 from moe_export.verify.reports.findings import Outcome
 from moe_export.verify.runner import one_line
 from moe_export.verify.specs import is_float
@@ -269,9 +268,7 @@ class _Walk:
     ) -> Iterator[Judgement]:
         """Judgements of scores that differ and of choices that differ.
 
-        Float32 scores may come from float16 values, so they are judged by the narrowest type that the block returns. A
-        choice may differ between experts whose scores are closer than twice the largest difference between the graph's
-        and PyTorch's scores: each of the two may be off by that much.
+        Float32 scores may come from float16 values, so they are judged by the narrowest type that the block returns.
         """
         types = [leaf.dtype for leaf in gave if is_float(leaf.dtype)]
         for index, (choice, mine) in enumerate(zip(seen.chose, own, strict=True)):
@@ -280,12 +277,10 @@ class _Walk:
             scores = judge(label, choice.scores, mine.scores, self._tolerance.of(label, narrow))
             if not scores.ok:
                 yield scores
-            off = 2 * scores.max_abs if scores.ok and not math.isnan(scores.max_abs) else 0.0
-            usual = self._tolerance.of("", choice.scores.dtype.name)
-            margin = replace(usual, atol=max(usual.atol, off))
-            tolerance = replace(self._tolerance, outputs={"choice 0 scores": margin})
-            for row in judge_choices(Replay({}, {}, (choice,), (mine.ids,)), tolerance):
-                yield replace(row, output=f"choice {index} of {part.name}")
+            off = scores.max_abs if scores.ok and not math.isnan(scores.max_abs) else 0.0
+            row = judge_within(f"choice {index} of {part.name}", choice, mine.ids, self._tolerance, off)
+            if row.flips or not row.ok or row.undecided:
+                yield row
 
     def finish(self) -> list[CaseResult]:
         """Compare the graph's outputs, from its own parts, with the model's."""
