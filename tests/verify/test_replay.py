@@ -217,7 +217,7 @@ GRAIN = 1e-3
 
 
 def rounded_choice(times=1.0, *, best=True, tokens=4000):
-    """Scores that both engines have with errors of one size, the candidate's so many `times` as large; and the truth."""
+    """Scores that both engines have with errors of one size, the candidate's `times` as large; and the truth."""
     draw = np.random.default_rng(3)
     true = draw.uniform(0.1, 0.9, (tokens, 4))
     signs = draw.choice([-1.0, 1.0], (2, tokens, 4))
