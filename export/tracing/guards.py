@@ -32,6 +32,7 @@ Sizes = dict[str, NDArray[Any]]
 
 _DENSE = 2048  # every size up to here is looked at: more than most chunks, windows and tables of positions
 _SPARSE = 2**16
+_TOP = 512  # every size so far beyond, too: what takes whole chunks only may take none of the sparse ones
 _DRAWN = 4096  # combinations of sizes, for conditions on several dimensions
 _FEW, _FEW_DRAWN = 8, 64  # with fewer sizes, or combinations, nothing is said to follow from what holds there
 _FUNCTIONS = {
@@ -235,7 +236,8 @@ class Probes:
     def alone(self, name: str) -> NDArray[Any]:
         """All small sizes of a dimension, and the telling ones."""
         if name not in self._of:
-            self._of[name] = self._within(name, np.union1d(np.arange(2, _DENSE), self._sparse(name)))
+            dense = np.concatenate([np.arange(2, _DENSE), np.arange(_SPARSE, _SPARSE + _TOP + 1)])
+            self._of[name] = self._within(name, np.union1d(dense, self._sparse(name)))
         return self._of[name]
 
     def telling(self, name: str) -> NDArray[Any]:
@@ -251,7 +253,7 @@ class Probes:
     def _within(self, name: str, sizes: NDArray[Any]) -> NDArray[Any]:
         # 1 and 0 are what tracers take for special, and say in every trace; what is wrong at 1 is found by running it.
         dim = self._dims[name]
-        lowest, highest = max(2, dim.minimum), dim.maximum or _SPARSE
+        lowest, highest = max(2, dim.minimum), dim.maximum or _SPARSE + _TOP
         kept = sizes[(sizes >= lowest) & (sizes <= highest)]
         return kept if len(kept) else np.array([dim.traced], dtype=np.int64)
 
@@ -316,7 +318,7 @@ def _in_words(dim: Dim, own: Sequence[Condition], probes: Probes) -> tuple[Dim, 
         dim = replace(dim, minimum=int(right[0]))
     elif any(probes.always(each) and not each.holds({dim.name: 1}) for each in own):
         dim = replace(dim, minimum=max(2, dim.minimum))
-    if right[-1] < sizes[-1]:
+    if right[-1] < min(sizes[-1], _SPARSE):
         dim = replace(dim, maximum=int(right[-1]))
     inside = sizes[(sizes >= right[0]) & (sizes <= right[-1])]
     if len(inside) == len(right):
