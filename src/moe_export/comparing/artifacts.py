@@ -139,11 +139,12 @@ def graph_runner(artifact: Artifact, dtype: str = "float32") -> GraphRunner:
 
 
 def running_type(path: Path, asked: str) -> str:
-    """The narrowest type that a graph is run in: the one that the user named, else the one in its metadata.
+    """The narrowest type that a graph is run in: the one that the user named, else the one that it computes in.
 
     It decides how half precision is run where an engine has no kernels for it, never how the outputs are judged.
     """
-    return asked if asked != "float32" else metadata(path).get("moe_export.dtype", "float32")
+    named = asked if asked != "float32" else metadata(path).get("moe_export.dtype", "float32")
+    return named if named != "float32" else narrowest(path)
 
 
 def narrowest(path: Path) -> str:

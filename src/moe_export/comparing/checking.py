@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 import torch
 
 from moe_export.comparing import apart
-from moe_export.comparing.artifacts import GraphRunner
+from moe_export.comparing.artifacts import GraphRunner, running_type
 from moe_export.comparing.checking_packed import StandIn, written
 from moe_export.comparing.checking_replay import GraphReplayer
 from moe_export.comparing.decoding import with_decoding
@@ -71,7 +71,7 @@ def verify_graph(
     """
     if graph.quantized is not None:
         return _verify_packed(graph, path, tolerance, seed, provider, settings)
-    candidate = runner_of(path, provider, graph.dtype)
+    candidate = runner_of(path, provider, running_type(path, graph.dtype))
     tolerance = tolerance_of(graph.dtype, tolerance)
 
     example, sizes = _as_given(graph)
@@ -135,7 +135,7 @@ def _verify_packed(
             ), dims
         example, sizes = _as_given(graph)
         packed = verify_file(
-            runner_of(path, provider, graph.dtype),
+            runner_of(path, provider, running_type(path, graph.dtype)),
             graph.reference,
             example=example,
             dims=[replace(dim, traced=sizes[dim.name]) for dim in dims],
