@@ -32,8 +32,8 @@ import numpy as np
 import onnx_ir as ir
 
 from moe_export.errors import UsageError
+from moe_export.export.onnx.float32_kernels import with_float32_kernels
 from moe_export.export.onnx.serialize import write_model
-from moe_export.export.precision.rounding import with_float32_kernels
 from moe_export.export.quantize.feedback import Moments, rounded_with_feedback
 from moe_export.export.quantize.find import Candidate, find_weights
 from moe_export.export.quantize.packed import Grid

@@ -25,6 +25,7 @@ from torch.export.graph_signature import InputKind
 
 from moe_export.export.frontend.source import line_of
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.onnx.float32_kernels import with_float32_kernels
 from moe_export.export.onnx.functions import without_functions
 from moe_export.export.onnx.provenance import (
     FX,
@@ -38,7 +39,6 @@ from moe_export.export.onnx.provenance import (
 )
 from moe_export.export.options import Options
 from moe_export.export.pipeline import Graph, export_subject
-from moe_export.export.precision.rounding import with_float32_kernels
 from moe_export.export.torch_compat.metadata import stack_trace_of
 from moe_export.export.tracing.trace import SCOPE, Traced, quiet, trace
 from moe_export.options.table import options_of

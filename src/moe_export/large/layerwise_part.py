@@ -8,8 +8,8 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 
+from moe_export.export.onnx.float32_kernels import with_float32_kernels
 from moe_export.export.precision.choices import Choices, find_choices, with_forced_choices
-from moe_export.export.precision.rounding import with_float32_kernels
 from moe_export.export.weights.recipe import Recipe
 from moe_export.large.layerwise_graph import CutGraph, Part
 from moe_export.verify import Array, Choice, OnnxRuntimeRunner

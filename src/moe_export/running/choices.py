@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import onnx_ir as ir
 
 from moe_export.backends import OPENVINO
+from moe_export.export.onnx.float32_kernels import with_float32_kernels
 from moe_export.export.onnx.serialize import write_model
 from moe_export.export.precision.choices import (
     Choices,
@@ -17,7 +18,6 @@ from moe_export.export.precision.choices import (
     with_choices_out,
     with_forced_choices,
 )
-from moe_export.export.precision.rounding import with_float32_kernels
 from moe_export.verify import Array, OnnxRuntimeRunner
 from moe_export.verify.runners.openvino_runner import OpenVinoRunner
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import types
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -58,6 +59,40 @@ def test_what_computes_something_else_is_left_out(proposal):
     assert (
         simplify(model(FOLDS), X).note == "onnxsim left out: its graph computes something else (3 → 1 nodes)"
     )
+
+
+NARROW = [("float16", np.float16), ("bfloat16", ml_dtypes.bfloat16)]
+
+
+def narrow(text, name):
+    """A graph in half precision; its constant is cast from float32."""
+    return text.replace("float[n, 2]", f"{name}[n, 2]").replace(
+        "two = Add(one, one)", f"sum = Add(one, one)\n  two = Cast<to = {CODES[name]}>(sum)"
+    )
+
+
+CODES = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}
+
+
+@pytest.mark.parametrize(("name", "kind"), NARROW)
+def test_half_precision_is_judged_with_kernels_of_float32(proposal, name, kind):
+    """onnxruntime's CPU may have no kernels for it, and NumPy no arrays."""
+    given, x = model(narrow(FOLDS, name)), {"x": X["x"].astype(kind)}
+    assert simplify(given, x).note.startswith("onnxsim: 4 → ")
+    wrong = onnx.parser.parse_model(narrow(NOTHING, name))
+    proposal(lambda proto: (wrong, True))
+    assert simplify(given, x).note == "onnxsim left out: its graph computes something else (4 → 1 nodes)"
+
+
+@pytest.mark.parametrize(("name", "kind"), NARROW)
+def test_narrow_inputs_alone_are_half_precision(proposal, name, kind):
+    text = f"""<ir_version: 8, opset_import: ["" : 17]>
+    g ({name}[n, 2] x) => (float[n, 2] y) {{ z = Cast<to = 1>(x)
+      y = Neg(z) }}"""
+    right = onnx.parser.parse_model(text)
+    proposal(lambda proto: (right, True))
+    more = text.replace("y = Neg(z)", "v = Neg(z)\n u = Neg(v)\n y = Neg(u)")
+    assert simplify(model(more), {"x": X["x"].astype(kind)}).note == "onnxsim: 4 → 2 nodes"
 
 
 def test_what_does_not_check_is_left_out(proposal):

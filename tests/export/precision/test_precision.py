@@ -8,9 +8,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from moe_export.export.onnx.float32_kernels import with_float32_kernels
 from moe_export.export.precision.choices import find_choices, with_choices_out, with_forced_choices
 from moe_export.export.precision.mixed import lower_precision
-from moe_export.export.precision.rounding import with_float32_kernels
 
 HEAD = '<ir_version: 8, opset_import: ["": 17]>\n'
 WEIGHT = "<float[4, 4] w = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}>"

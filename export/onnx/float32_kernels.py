@@ -24,6 +24,23 @@ def with_float32_kernels(model: ir.Model) -> ir.Model:
     return copy
 
 
+def wide_outside(model: ir.Model) -> ir.Model:
+    """The graph itself, with inputs and outputs of float32 in place of narrow ones, which NumPy may not have."""
+    for index, value in enumerate(model.graph.inputs):
+        if value.dtype in NARROW:
+            given = ir.Value(name=value.name, shape=value.shape, type=ir.TensorType(WIDE))
+            cast = _cast(given, value.dtype, f"{value.name}.narrow")
+            value.replace_all_uses_with(cast.outputs[0], replace_graph_outputs=True)
+            model.graph.inputs[index] = given
+            model.graph.insert_before(model.graph[0], cast)
+    for index, value in enumerate(model.graph.outputs):
+        if value.dtype in NARROW:
+            cast = _cast(value, WIDE, f"{value.name}.wide")
+            model.graph.append(cast)
+            model.graph.outputs[index] = cast.outputs[0]
+    return model
+
+
 def _only_hands_on(node: ir.Node) -> bool:
     """Whether it computes nothing itself: it runs bodies, or puts tensors into sequences and takes them out."""
     values = [*node.inputs, *node.outputs]
