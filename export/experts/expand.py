@@ -145,7 +145,7 @@ def _body(program: ExportedProgram, block: Block, opset: int) -> BodyParts:
             hint=str(error).split("\n", 1)[0],
         ) from error
     assert exported is not None
-    settle_reshapes(exported.model.graph)
+    settle_reshapes(exported.model.graph, may_be_zero=lambda size: not isinstance(size, int))
     settle_axes(exported.model.graph)
     return split_body(exported.model.graph, len(block.experts.shared))
 

@@ -10,17 +10,16 @@ mask that selects nothing. Of all other products, and of two plain matrices, not
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 import onnx_ir as ir
 
 from moe_export.domain import evaluate
 from moe_export.errors import UsageError
+from moe_export.export.onnx.reshapes import Size, is_of_data
 from moe_export.export.tracing.trace import Traced
 from moe_export.graph_builder import GraphBuilder
 
-_DATA_SIZE = re.compile(r"\bu\d+\b")
 _SPELLED = (("Max(", "max("), ("Min(", "min("), ("ceiling(", "ceil("))
 _FEW = 17  # sizes of each dimension at which an expression is looked at
 
@@ -47,9 +46,6 @@ def settle_empty_products(model: ir.Model, traced: Traced) -> None:
             node.replace_input_with(place, nodes.op("Pad", value, nodes.ints(*pads)))
 
 
-Size = int | ir.SymbolicDim
-
-
 def _may_be_zero(size: Size, traced: Traced) -> bool:
     """Whether a size can be 0: a number, or an expression that is 0 within the domain, or one that values decide."""
     if isinstance(size, int):
@@ -59,7 +55,7 @@ def _may_be_zero(size: Size, traced: Traced) -> bool:
         text = text.replace(before, after)
     if text in symbols or not text:
         return False
-    if _DATA_SIZE.search(text):
+    if is_of_data(size):
         return True
     try:
         return any(

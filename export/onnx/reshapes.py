@@ -2,7 +2,7 @@
 
 torch's exporter writes `Reshape(x, [0, groups, -1])`: copy the first size, work out the last. For an expert without
 tokens the first size is 0, nothing can be worked out from an empty tensor, and ONNX Runtime fails. Where the other
-sizes are known, so is the -1.
+sizes are known, so is the -1; where they are free, as the height and width of an image, the graph works it out.
 
 Of an empty tensor, ONNX Runtime 1.31 takes no notice of a negative axis: the sum of (0, 2) over the axis -1 is (0, 2).
 Counted from the front, it is (0, 1).
@@ -11,32 +11,73 @@ Counted from the front, it is (0, 1).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from moe_export.export.torch_compat.metadata import is_translation_of, traced_as
-from moe_export.graph_builder import Constants
+from moe_export.graph_builder import Constants, GraphBuilder
+
+Size = int | ir.SymbolicDim
+_DATA_SIZE = re.compile(r"\bu\d+\b")
 
 
-def settle_reshapes(graph: ir.Graph) -> None:
-    """Put numbers for each -1 that stands beside a copied size, where they are known; in place."""
-    for node in graph.all_nodes():
+def is_of_data(size: Size) -> bool:
+    """Whether only values decide a size: how many rows a mask picks. It can be 0."""
+    return not isinstance(size, int) and _DATA_SIZE.search(size.value or "") is not None
+
+
+def settle_reshapes(graph: ir.Graph, may_be_zero: Callable[[Size], bool] = is_of_data) -> None:
+    """Put a size for each -1 that stands beside a copied size; in place.
+
+    Args:
+        graph: As the exporter translated it.
+        may_be_zero: Whether a copied size can be 0. If none of them can, a -1 that no number is known for stays.
+    """
+    for node in [*graph.all_nodes()]:
         if node.op_type != "Reshape" or node.domain or node.attributes.get_int("allowzero", False):
             continue
-        sizes = _settled(node)
+        wanted = _wanted(node)
+        if 0 not in wanted or wanted.count(-1) != 1:
+            continue
+        sizes = _settled(node, wanted)
         if sizes is not None:
             _give(graph, node, sizes, "shape")
+        else:
+            _work_out(node, wanted, may_be_zero)
 
 
-def _settled(node: ir.Node) -> list[int] | None:
+def _wanted(node: ir.Node) -> list[int]:
+    """The sizes that a reshape asks for, if they are constant and the rank of what it takes is known."""
     data, shape = node.inputs[0], node.inputs[1]
     if data is None or data.shape is None or shape is None or shape.const_value is None:
-        return None
-    wanted = [int(size) for size in shape.const_value.numpy().reshape(-1)]
-    if 0 not in wanted or wanted.count(-1) != 1:
-        return None
+        return []
+    return [int(size) for size in shape.const_value.numpy().reshape(-1)]
+
+
+def _work_out(node: ir.Node, wanted: Sequence[int], may_be_zero: Callable[[Size], bool]) -> None:
+    """`Reshape(x, [0, 4, -1])` of x (n, c, h, w) → `Reshape(x, [0, 4, c * h * w / 4])`, of sizes that the graph has."""
+    data = node.inputs[0]
+    assert data is not None
+    assert data.shape is not None
+    copied = wanted.count(0)
+    if any(wanted[:copied]) or not any(map(may_be_zero, data.shape[:copied])):
+        return
+    nodes = GraphBuilder.in_front_of(node, node.name or "reshape")
+    rest = nodes.op("ReduceProd", nodes.op("Shape", data, start=copied), keepdims=1)
+    given = math.prod(size for size in wanted if size > 0)
+    left = nodes.op("Div", rest, nodes.ints(given)) if given > 1 else rest
+    # Of a `Concat`, onnxsim would make -1 again.
+    is_open = nodes.constant(np.array([size == -1 for size in wanted]))
+    node.replace_input_with(1, nodes.op("Where", is_open, left, nodes.ints(*wanted)))
+
+
+def _settled(node: ir.Node, wanted: Sequence[int]) -> list[int] | None:
+    data = node.inputs[0]
+    assert data is not None
+    assert data.shape is not None
     left = [size for axis, size in enumerate(data.shape) if axis >= len(wanted) or wanted[axis] != 0]
     given = math.prod(size for size in wanted if size > 0)
     known = [size for size in left if isinstance(size, int)]

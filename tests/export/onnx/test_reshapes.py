@@ -39,6 +39,54 @@ def test_no_rows(operator, shape):
         assert y.shape == (rows, *shape[1:])
 
 
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_groups_of_no_images(tools, groups):
+    """Of images whose height and width are free, the size of a group is worked out of these, if there may be none."""
+
+    class Picked(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.GroupNorm(groups, 16)
+
+        def forward(self, x, keep):
+            return self.norm(x[keep])
+
+    images, all_of_them = torch.randn(3, 16, 4, 5), torch.ones(3, dtype=torch.bool)
+    graph = tools.graph(Picked(), images, all_of_them, simplify=True)
+    for keep in ([False, False, False], [True, False, True], [False, True, False]):
+        tools.equal(graph, images, torch.tensor(keep))
+    tools.equal(graph, torch.randn(1, 16, 1, 3), torch.tensor([False]))
+    kept = tools.graph(Picked().norm, images)  # without values that pick, there are always some
+    assert "ReduceProd" not in [node.op_type for node in kept.model.graph]
+
+
+class Images(torch.nn.Module):
+    """Experts over images, of which every image has one."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = torch.nn.Linear(8, 3)
+        self.experts = torch.nn.ModuleList(
+            torch.nn.Sequential(torch.nn.Conv2d(8, 8, 1), torch.nn.GroupNorm(4, 8), torch.nn.SiLU())
+            for _ in range(3)
+        )
+
+    def forward(self, x):
+        weights, indices = self.gate(x.mean((2, 3))).softmax(-1).max(-1)
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            images = torch.where(indices == number)[0]
+            out.index_add_(0, images, expert(x[images]) * weights[images, None, None, None])
+        return out
+
+
+def test_experts_without_images_that_norm_groups(tools):
+    graph = tools.graph(Images(), torch.randn(4, 8, 6, 5))
+    assert any(note.startswith("3 experts at") for note in graph.notes)
+    for shape in [(1, 8, 6, 5), (2, 8, 1, 1), (4, 8, 6, 5), (5, 8, 3, 9)]:
+        tools.equal(graph, torch.randn(shape))
+
+
 def test_attention_to_no_keys(tools):
     class Attends(torch.nn.Module):
         def forward(self, x):
