@@ -9,6 +9,7 @@
   without the write. Why: `OpOverload._schema` and the table of kernels say so, both private.
 - `writes_to`: whether a large tensor was written to, without comparing its values. Why: it is what autograd counts by,
   under a private name.
+- `owner_of`: what a tensor is a view of. Why: autograd keeps it under a private name.
 - `GROUPED_MM`: the public function, and the private one that it calls, which is what libraries call, too.
 
 Seen in torch 2.13.0 and 2.14.1.
@@ -35,6 +36,11 @@ def arguments_of(target: Any) -> list[Any]:
 def writes_to(tensor: torch.Tensor) -> int:
     """PyTorch's count of writes to a tensor; 0 of one for inference, whose writes are not counted."""
     return 0 if tensor.is_inference() else tensor._version
+
+
+def owner_of(tensor: torch.Tensor) -> torch.Tensor:
+    """What a tensor is a view of, whose writes are counted together with its own; itself if it is none."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def is_functional(graph: fx.Graph) -> bool:
@@ -65,6 +71,8 @@ class Effect(Enum):
     NONE = auto()
     WRITES = auto()
     """It writes into its first argument."""
+    FILLS = auto()
+    """It writes its result into its argument `out`."""
     VIEWS = auto()
     """It may return a view of an argument."""
     COMPOSITE = auto()
@@ -84,8 +92,11 @@ def effect_of(target: Any) -> Effect:
     if torch.Tag.inplace_view in target.tags:
         return Effect.UNKNOWN
     if written:
-        in_front = written == target._schema.arguments[:1] and len(aliases) == 1
-        return Effect.WRITES if in_front else Effect.UNKNOWN
+        if len(aliases) != 1:
+            return Effect.UNKNOWN
+        if written == target._schema.arguments[:1]:
+            return Effect.WRITES
+        return Effect.FILLS if written[0].name == "out" else Effect.UNKNOWN
     name = f"{target._schema.name}.{target._schema.overload_name}".rstrip(".")
     composite = torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
     # `dropout` returns its input where it drops nothing, and its schema does not say so.
@@ -95,9 +106,19 @@ def effect_of(target: Any) -> Effect:
 
 
 def without_writing(target: Any) -> Any:
-    """`aten.add.Tensor` for `aten.add_.Tensor`; None where PyTorch has no such operator."""
+    """`aten.add.Tensor` for `aten.add_.Tensor` and for `aten.add.out`; None where PyTorch has no such operator."""
     name, overload = target._schema.name.partition("::")[2], target._overloadname
-    if not name.endswith("_"):
-        return None
-    found = getattr(getattr(getattr(torch.ops, target.namespace), name[:-1], None), overload, None)
+    if effect_of(target) is Effect.FILLS:
+        takes = [(each.name, str(each.type)) for each in target._schema.arguments if each.name != "out"]
+        others = [getattr(target._overloadpacket, other) for other in target._overloadpacket.overloads()]
+        alike = [
+            other
+            for other in others
+            if [(each.name, str(each.type)) for each in arguments_of(other)] == takes
+        ]
+        found = alike[0] if len(alike) == 1 else None
+    elif name.endswith("_"):
+        found = getattr(getattr(getattr(torch.ops, target.namespace), name[:-1], None), overload, None)
+    else:
+        found = None
     return found if effect_of(found) is Effect.NONE else None

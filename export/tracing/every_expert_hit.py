@@ -37,7 +37,7 @@ from moe_export.export.torch_compat.lists import lists_answered
 from moe_export.export.torch_compat.proxies import node_of
 from moe_export.export.torch_compat.sizes import undecided
 from moe_export.export.tracing.cut_off import cuts_off
-from moe_export.export.tracing.expert_slices import Count, Counts, counts_of, joined, sliced, split, written
+from moe_export.export.tracing.expert_slices import Count, Counts, Slices, counts_of, joined
 from moe_export.export.tracing.hit_values import (
     AS_ITS_SOURCE,
     counts_pairs,
@@ -113,6 +113,7 @@ class _AllHit(TorchFunctionMode):
         self.asked: list[tuple[fx.Node, str]] = []  # conditions on masks of rows, taken for true; their lines
         self._decided = decided
         self._segments: dict[fx.Node, Counts] = {}
+        self._slices = Slices()
         self._counted: dict[fx.Node, tuple[torch.Tensor, int]] = {}  # counts beside `unique`: of what, E
         self._lists: dict[
             fx.Node, torch.Tensor
@@ -122,6 +123,7 @@ class _AllHit(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        self._slices.before_a_call([*args, *kwargs.values()])
         rule = _ANSWERS.get(func)
         answer = rule(self, func, args, kwargs) if rule is not None else None
         if answer is not None:
@@ -240,13 +242,13 @@ class _AllHit(TorchFunctionMode):
         if isinstance(args[1], ExpertRow):
             return args[0][int(args[1])].unsqueeze(0)
         index = _indexed(args[1])
-        return sliced(*args) if index is args[1] else args[0][index]
+        return self._slices.sliced(*args) if index is args[1] else args[0][index]
 
     def write(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensor, index, value = args
         parts = _indexed(index)
         if parts is index:
-            return written(tensor, index, value)
+            return self._slices.written(tensor, index, value)
         tensor[parts] = value
         return tensor
 
@@ -260,7 +262,7 @@ class _AllHit(TorchFunctionMode):
 
     def split(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sizes = args[1] if len(args) > 1 else kwargs.get("split_size_or_sections", kwargs.get("split_size"))
-        return split(args[0], sizes, kwargs.get("dim", args[2] if len(args) > 2 else 0))
+        return self._slices.split(args[0], sizes, kwargs.get("dim", args[2] if len(args) > 2 else 0))
 
     def cat(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         parts = args[0] if args else kwargs["tensors"]

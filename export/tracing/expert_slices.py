@@ -11,6 +11,9 @@ experts whose rows they count. Row r belongs to the expert whose span holds r:
 which is what a slice means whatever the order of the rows. That the rows are sorted by expert, and the loop is an MoE
 block, is found out later (`experts/pairs`).
 
+A slice is a view, and `rows[where(…)]` is a copy. So what was written into a slice, `torch.mm(x, w, out=parts[e])`, is
+written into what it is a slice of before that is read, and the other way round (`Slices`).
+
 Letters: S pairs, E experts.
 """
 
@@ -24,6 +27,7 @@ import torch
 from torch import fx
 
 from moe_export.export.sizes import expression_of, same_shape
+from moe_export.export.torch_compat.operators import owner_of, writes_to
 from moe_export.export.torch_compat.proxies import node_of
 
 _aten = torch.ops.aten
@@ -156,33 +160,141 @@ def counts_of(counts: torch.Tensor, *, running: bool = False) -> Counts:
     return each.cumsum() if running else each
 
 
-def sliced(tensor: torch.Tensor, index: Any) -> torch.Tensor | None:
-    """`tensor[start:end]` with counts for bounds; None if it is another index."""
-    between = _rows_between(tensor, index)
-    if between is None:
-        return None
-    found = tensor[between[0]]
-    return found if not isinstance(index, tuple) else found[(slice(None), *index[1:])]
+@dataclass
+class _Slice:
+    """The rows of one expert, copied.
+
+    Attributes:
+        rows: (R, ...), the copy.
+        source: (S, ...), what they are a slice of.
+        numbers: (R,), which rows of it they are.
+        expert: Whose rows they are.
+        segments: The rows of all experts.
+        agreed: The counts of writes to the copy and to the source up to which both hold the same.
+    """
+
+    rows: torch.Tensor
+    source: torch.Tensor
+    numbers: torch.Tensor
+    expert: int
+    segments: Segments
+    agreed: tuple[int, int] = (0, 0)
+
+    def writes(self) -> tuple[int, int]:
+        return writes_to(self.rows), writes_to(self.source)
+
+    def is_apart_from(self, other: _Slice) -> bool:
+        """Whether no row is in both."""
+        return self.segments is other.segments and self.expert != other.expert
 
 
-def written(tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor | None:
-    """`tensor[start:end] = value` with counts for bounds; None if it is another index."""
-    between = _rows_between(tensor, index)
-    if between is None:
-        return None
-    rows, expert, segments = between
-    before = _written_so_far(tensor, segments)
-    whole = not isinstance(index, tuple) and isinstance(value, torch.Tensor) and value.dim() == tensor.dim()
-    if not whole or before is None or expert in before:
-        tensor[rows if not isinstance(index, tuple) else (rows, *index[1:])] = value
+class Slices:
+    """The slices that a trace has taken; whenever one is read, or its source is, it holds what a view would."""
+
+    def __init__(self) -> None:
+        self._by_rows: dict[int, _Slice] = {}
+        self._by_source: dict[int, list[_Slice]] = {}
+
+    def take(self, source: torch.Tensor, count: Count, expert: int) -> torch.Tensor:
+        """(R, ...): the rows of one expert."""
+        numbers = count.rows(expert, source.shape[0])
+        assert count.segments is not None
+        taken = _Slice(source[numbers], source, numbers, expert, count.segments)
+        taken.agreed = taken.writes()
+        self._by_rows[id(taken.rows)] = taken
+        self._by_source.setdefault(id(owner_of(source)), []).append(taken)
+        return taken.rows
+
+    def before_a_call(self, given: Iterable[Any]) -> None:
+        """Let what a call is given hold what was written into slices of it, or into what it is a slice of."""
+        leaves = (leaf for each in given for leaf in (each if isinstance(each, (list, tuple)) else [each]))
+        for owner in [owner_of(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)]:
+            taken = self._by_rows.get(id(owner))
+            if taken is not None:
+                self._write_back(taken.source, taken)
+                if taken.writes()[1] != taken.agreed[1]:
+                    taken.rows.copy_(taken.source[taken.numbers])
+                    taken.agreed = taken.writes()
+            self._write_back(owner)
+
+    def _write_back(self, source: torch.Tensor, reader: _Slice | None = None) -> None:
+        """Write what was written into slices; for a slice that is read, only into rows that are its own, too."""
+        for each in self._by_source.get(id(owner_of(source)), ()):
+            apart = reader is not None and (each is reader or each.is_apart_from(reader))
+            if not apart and each.writes()[0] != each.agreed[0]:
+                self._write(each.source, each.numbers, each.expert, each.segments, each.rows)
+
+    def sliced(self, tensor: torch.Tensor, index: Any) -> torch.Tensor | None:
+        """`tensor[start:end]` with counts for bounds; None if it is another index."""
+        bounds = _bounds(index)
+        if bounds is None:
+            return None
+        found = self.take(tensor, *bounds)
+        return found if not isinstance(index, tuple) else found[(slice(None), *index[1:])]
+
+    def split(self, tensor: torch.Tensor, sizes: Any, axis: int) -> tuple[torch.Tensor, ...] | None:
+        """`tensor.split(counts)`; None if it is split by other sizes."""
+        if (
+            not isinstance(sizes, (list, tuple))
+            or not sizes
+            or not all(isinstance(each, Count) for each in sizes)
+        ):
+            return None
+        if axis != 0:
+            raise TypeError("numbers of rows that depend on the data split another axis than the first")
+        return tuple(self.take(tensor, each, each.first) for each in sizes)
+
+    def written(self, tensor: torch.Tensor, index: Any, value: Any) -> torch.Tensor | None:
+        """`tensor[start:end] = value` with counts for bounds; None if it is another index."""
+        bounds = _bounds(index)
+        if bounds is None:
+            return None
+        count, expert = bounds
+        numbers = count.rows(expert, tensor.shape[0])
+        assert count.segments is not None
+        if isinstance(index, tuple) or not isinstance(value, torch.Tensor) or value.dim() != tensor.dim():
+            tensor[numbers if not isinstance(index, tuple) else (numbers, *index[1:])] = value
+        elif not self._holds(tensor, numbers, value):  # of `tensor[start:end] += …`, which wrote it already
+            self._write(tensor, numbers, expert, count.segments, value)
         return tensor
-    if not before:
-        tensor.copy_(value.new_zeros(tensor.shape))
-    tensor.index_add_(0, rows, value.to(tensor.dtype))  # to zeros, as `joined` puts the results together
-    node = node_of(tensor)
-    if node is not None:
-        segments.written[node] = before | {expert}
-    return tensor
+
+    def _holds(self, tensor: torch.Tensor, numbers: torch.Tensor, value: torch.Tensor) -> bool:
+        """Whether a value is the slice of these rows."""
+        taken = self._by_rows.get(id(value))
+        return taken is not None and taken.source is tensor and taken.numbers is numbers
+
+    def _write(
+        self,
+        tensor: torch.Tensor,
+        numbers: torch.Tensor,
+        expert: int,
+        segments: Segments,
+        value: torch.Tensor,
+    ) -> None:
+        """Write the rows of one expert; slices of others' rows, and the one that is written, agree as before."""
+        agreeing = [
+            each
+            for each in self._by_source.get(id(owner_of(tensor)), ())
+            if each.source is tensor
+            and each.segments is segments
+            and (each.expert != expert or each.rows is value)
+            and each.writes()[1] == each.agreed[1]
+        ]
+        before = _written_so_far(tensor, segments)
+        if before is None or expert in before:
+            tensor[numbers] = value
+        else:
+            if not before:
+                tensor.copy_(value.new_zeros(tensor.shape))
+            tensor.index_add_(
+                0, numbers, value.to(tensor.dtype)
+            )  # to zeros, as `joined` puts the results together
+            node = node_of(tensor)
+            if node is not None:
+                segments.written[node] = before | {expert}
+        for each in agreeing:
+            own = each.writes()[0] if each.rows is value else each.agreed[0]
+            each.agreed = (own, each.writes()[1])
 
 
 def _written_so_far(tensor: torch.Tensor, segments: Segments) -> frozenset[int] | None:
@@ -193,8 +305,8 @@ def _written_so_far(tensor: torch.Tensor, segments: Segments) -> frozenset[int] 
     return frozenset() if node.target in _NOTHING else segments.written.get(node)
 
 
-def _rows_between(tensor: torch.Tensor, index: Any) -> tuple[torch.Tensor, int, Segments] | None:
-    """(R,), the numbers of the rows of one expert, and which, if counts are the bounds of a slice."""
+def _bounds(index: Any) -> tuple[Count, int] | None:
+    """The counts that bound a slice, and the one expert whose rows are between them."""
     first = index[0] if isinstance(index, tuple) and index else index
     if not isinstance(first, slice) or not isinstance(first.stop, Count) or first.step not in (None, 1):
         return None
@@ -202,22 +314,7 @@ def _rows_between(tensor: torch.Tensor, index: Any) -> tuple[torch.Tensor, int, 
     begin = start.last if isinstance(start, Count) else stop.first
     if stop.last != begin + 1:
         raise TypeError("rows of several experts at once are sliced by numbers that depend on the data")
-    rows = stop.rows(begin, tensor.shape[0])
-    assert stop.segments is not None
-    return rows, begin, stop.segments
-
-
-def split(tensor: torch.Tensor, sizes: Any, axis: int) -> tuple[torch.Tensor, ...] | None:
-    """`tensor.split(counts)`; None if it is split by other sizes."""
-    if (
-        not isinstance(sizes, (list, tuple))
-        or not sizes
-        or not all(isinstance(each, Count) for each in sizes)
-    ):
-        return None
-    if axis != 0:
-        raise TypeError("numbers of rows that depend on the data split another axis than the first")
-    return tuple(tensor[each.rows(each.first, tensor.shape[0])] for each in sizes)
+    return stop, begin
 
 
 def joined(parts: Sequence[Any], known: Iterable[Segments]) -> torch.Tensor | None:

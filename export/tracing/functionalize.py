@@ -6,6 +6,7 @@ looked at:
 
     index_put_(y, [rows], v)      →  y1 = index_put(y, [rows], v); what comes later reads y1
     copy_(select(y, 1, t), v)     →  y1 = select_scatter(y, v, 1, t), for each view that the tensor was seen through
+    mm(a, b, out=y)               →  y1 = mm(a, b)
     reshape, to, contiguous, …    →  the operators that they are made of, for the shapes and types at hand
 
 The last are run once on what the trace knows of their arguments; every other node stays as it is, with what is known
@@ -196,8 +197,8 @@ class _Rewriting:
             self.now[node] = arguments(node)[0]  # without gradients it does nothing
         elif effect is Effect.UNKNOWN:
             raise _UnknownError
-        elif effect is Effect.WRITES:
-            self._write(node)
+        elif effect in (Effect.WRITES, Effect.FILLS):
+            self._write(node, node.args[0] if effect is Effect.WRITES else node.kwargs["out"])
         elif effect is Effect.COMPOSITE and not self.as_called:
             self._decompose(node, called)
         elif effect is Effect.COMPOSITE and called is not None:
@@ -216,9 +217,9 @@ class _Rewriting:
         self.storage[view] = self.storage.get(source, source)
         self.upto[view] = self.upto.get(source, 0)
 
-    def _write(self, node: fx.Node) -> None:
+    def _write(self, node: fx.Node, written: Any) -> None:
         """Put the operator that returns a new value in the place of one that writes, and hand the value on."""
-        target, written = without_writing(node.target), node.args[0]
+        target = without_writing(node.target)
         if target is None or not isinstance(written, fx.Node):
             raise _UnknownError
         with self.graph.inserting_before(node):
@@ -228,7 +229,8 @@ class _Rewriting:
                 alone = len(source.users) == 1 and source not in self.storage and source.op == "call_function"
                 value = source if alone else self._call(node, _aten.clone.default, source)
             else:
-                value = self._call(node, target, *node.args, **node.kwargs)
+                kwargs = {name: value for name, value in node.kwargs.items() if name != "out"}
+                value = self._call(node, target, *node.args, **kwargs)
             if not _alike(value, written):
                 raise _UnknownError
             self._hand_on(node, written, value)

@@ -124,7 +124,10 @@ class _Flat(nn.Module):
                 if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool, AskedNumber))
             )
         )
-        return tuple(leaf.value for leaf in found if leaf.is_tensor)
+        values = tuple(leaf.value for leaf in found if leaf.is_tensor)
+        for value in values:
+            value.dim()  # what was written into slices of it is there once it is asked anything (`expert_slices`)
+        return values
 
     def _known_weights(self) -> dict[fx.Node, torch.Tensor]:
         """The values of weights and buffers by their nodes in the trace under way."""

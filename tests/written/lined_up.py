@@ -89,6 +89,25 @@ class SplitByCounts(Block):
         return torch.zeros((x.shape[0], x.shape[1]), dtype=rows.dtype).index_add(0, tokens, rows)
 
 
+class WrittenByParts(Block):
+    """A buffer is split as the sorted rows are, and products write into its parts; biases are added afterwards."""
+
+    def moe(self, x, weights, indices):
+        flat = indices.flatten()
+        order, counts = flat.argsort(), torch.bincount(flat, minlength=self.num_experts).tolist()
+        rows = x[order // self.k]
+        hidden, found = torch.empty(rows.shape[0], 24), torch.empty_like(rows)
+        between, after = hidden.split(counts), found.split(counts)
+        for part, expert, into in zip(rows.split(counts), self.experts, between, strict=True):
+            torch.mm(part, expert.up.weight.t(), out=into)
+            into.add_(expert.up.bias)
+        for part, expert, into in zip(between, self.experts, after, strict=True):
+            torch.mm(F.gelu(expert.norm(part)).clamp_(-3, 3), expert.down.weight.t(), out=into)
+        for number, expert in enumerate(self.experts):
+            after[number].add_(expert.down.bias)
+        return torch.zeros_like(x).index_add(0, order // self.k, found * weights.flatten()[order, None])
+
+
 class FlatLoop(Block):
     """Every token repeated k times; a loop over the experts writes the rows of a flat mask."""
 
@@ -238,6 +257,6 @@ class Capacity(Block):
 
 
 LINED_UP = [
-    MoeInfer, RunningBounds, WrittenInPlace, SplitByCounts, FlatLoop, GroupedMatmul, UnsortedBack, GatheredWeights,
-    Einsums, EinsumsOfLastAxes, AllExperts, AllExpertsWeightedOut, SlotBySlot,
+    MoeInfer, RunningBounds, WrittenInPlace, SplitByCounts, WrittenByParts, FlatLoop, GroupedMatmul, UnsortedBack,
+    GatheredWeights, Einsums, EinsumsOfLastAxes, AllExperts, AllExpertsWeightedOut, SlotBySlot,
 ]  # fmt: skip

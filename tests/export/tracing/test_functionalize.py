@@ -69,6 +69,14 @@ def through_a_reshape(x):
     return out
 
 
+def by_out(x):
+    out, other = torch.empty_like(x), torch.zeros(x.shape[0], x.shape[1])
+    torch.add(x, 1, out=out)
+    torch.mul(out[:, 0], 2, out=out[:, 1])
+    torch.sum(out, dim=2, out=other)
+    return torch.sin(out, out=out), other
+
+
 def twice_through_one_view(x):
     out = x * 1
     first = out[:, 0]
@@ -116,8 +124,8 @@ def dropped_in_training(x):
 
 
 FUNCTIONS = [
-    rows, parts_of_parts, through_a_reshape, twice_through_one_view, parts_of_all, views_from_before, scattered,
-    others_made_of_others, dropped_in_training,
+    rows, parts_of_parts, through_a_reshape, by_out, twice_through_one_view, parts_of_all, views_from_before,
+    scattered, others_made_of_others, dropped_in_training,
 ]  # fmt: skip
 
 
