@@ -141,13 +141,39 @@ def _put(node: fx.Node) -> None:
     assert isinstance(written, fx.Node)
     behind = value.meta["val"].dim() - places[0] - mask.meta["val"].dim()
     taken = _written_by_mask(written, value, indices, behind)
-    chosen = value.meta["val"].dtype in _CHOSEN
+    chosen = value.meta["val"].dtype in (*_CHOSEN, torch.bool)
     if mask.meta["val"].dtype is not torch.bool or taken is None or not chosen:
         _wide_indices(node)
         return
     for _ in range(behind):
         mask = Before(node)(_aten.unsqueeze.default, mask, -1)
     node.target, node.args = _aten.where.self, (mask, taken, value)
+    _choose_booleans(node)
+
+
+def _choose_booleans(node: fx.Node) -> None:
+    """`where(mask, a, b)` of booleans → `mask & a | ~mask & b`: ONNX Runtime's CPU has no `Where` for them (1.31)."""
+    mask, taken, left = node.args
+    if node.target in (_aten.masked_fill.Scalar, _aten.masked_fill.Tensor):
+        left, mask, taken = node.args
+    result = node.meta.get("val")
+    known = isinstance(mask, fx.Node) and isinstance(result, torch.Tensor) and result.dtype is torch.bool
+    if not known or mask.meta["val"].dtype is not torch.bool:  # type: ignore[union-attr]
+        return
+    write = Before(node)
+    if not isinstance(taken, fx.Node) and not isinstance(left, fx.Node):
+        left = write(_aten.full.default, [], bool(left), dtype=torch.bool)
+    if not isinstance(taken, fx.Node):
+        joined = (mask, left) if taken else (write(_aten.logical_not.default, mask), left)
+        node.target = _aten.logical_or.default if taken else _aten.logical_and.default
+    elif not isinstance(left, fx.Node):
+        joined = (write(_aten.logical_not.default, mask), taken) if left else (mask, taken)
+        node.target = _aten.logical_or.default if left else _aten.logical_and.default
+    else:
+        unmasked = write(_aten.logical_and.default, write(_aten.logical_not.default, mask), left)
+        joined = (write(_aten.logical_and.default, mask, taken), unmasked)
+        node.target = _aten.logical_or.default
+    node.args, node.kwargs = joined, {}
 
 
 def _written_by_mask(
@@ -326,6 +352,17 @@ _PLAIN_NAMES: dict[object, Any] = {
 }
 
 _RULES: dict[object, Callable[[fx.Node], None]] = {
+    **dict.fromkeys(
+        (
+            _aten.where.self,
+            _aten.where.ScalarOther,
+            _aten.where.ScalarSelf,
+            _aten.where.Scalar,
+            _aten.masked_fill.Scalar,
+            _aten.masked_fill.Tensor,
+        ),
+        _choose_booleans,
+    ),
     **NUMBER_RULES,
     **LOG_RULES,
     **MATRIX_RULES,

@@ -53,6 +53,43 @@ def test_decomposed_operators(tools, function):
     tools.equal(tools.graph(Calls(function), torch.randn(2, 3, 4)), torch.randn(4, 6, 5))
 
 
+class Masks(nn.Module):
+    """Booleans chosen by a mask: numbers, tensors and rows of either, written in every way."""
+
+    def forward(self, x, y):
+        mask, other = x > 0, y > 0.5
+        put, picked = mask.clone(), mask.clone()
+        put[other] = False
+        picked[other] = (x < 0.1)[other]
+        return (
+            mask.masked_fill(other, False),
+            mask.masked_fill(other, True),
+            mask.masked_fill(other[:1], torch.tensor(True)),
+            torch.where(mask, other, ~other & mask),
+            torch.where(mask[:, :1], True, other),
+            torch.where(mask[:, :1], False, other),
+            torch.where(mask, other, False),
+            torch.where(mask, other[:1], True),
+            torch.where(mask, True, False),
+            torch.where(mask, False, True),
+            put,
+            picked,
+        )
+
+
+@pytest.fixture(scope="module")
+def masks(tools):
+    graph = tools.graph(Masks(), torch.randn(4, 5), torch.randn(4, 5))
+    assert not [node for node in graph.model.graph if node.op_type == "Where"]  # a CPU has none for booleans
+    return graph
+
+
+@pytest.mark.parametrize("sizes", [(4, 5), (1, 1), (1, 64), (33, 2), (7, 7)])
+def test_booleans_are_chosen_without_where(tools, masks, sizes):
+    for factor in (1.0, 0.0, -1.0):
+        tools.equal(masks, factor * torch.randn(*sizes), torch.randn(*sizes))
+
+
 class Repeats(nn.Module):
     """Rows that are repeated as often as another input's sizes say, as heads of keys are for those of queries."""
 
