@@ -166,9 +166,10 @@ def test_a_random_model(refused, write):
     assert lines[1] == f"  where: {path}:8"
 
 
-def test_a_kernel_that_onnxruntime_lacks(refused, command, write, texts, tmp_path):
-    text = texts["model"].replace("Block()", "Block().bfloat16()").replace("3, 4)", "3, 4).bfloat16()")
-    path = write(text, "net.py")
+def test_a_kernel_that_onnxruntime_lacks(refused, command, write, tmp_path):
+    text = "class Net(nn.Module):\n    def forward(self, x):\n        return torch.where(x > 1, x, -x)\n"
+    example = "example_inputs = (torch.ones(4, 3, dtype=torch.int16),)\n"
+    path = write(f"{text}model = Net()\n{example}", "net.py")
     lines = refused(4, path)
     assert lines[0].startswith("net.onnx cannot be verified: onnxruntime on cpu has no ")
     assert "--no-verify writes it unverified" in lines[1]
@@ -176,6 +177,16 @@ def test_a_kernel_that_onnxruntime_lacks(refused, command, write, texts, tmp_pat
     assert done.code == 0
     assert "note: onnxruntime on cpu cannot run it: it has no " in done.out
     assert (tmp_path / "net.onnx").is_file()
+
+
+def test_a_model_in_bfloat16_is_verified_although_onnxruntime_cannot_run_it(command, write, texts):
+    text = texts["model"].replace("Block()", "Block().bfloat16()").replace("3, 4)", "3, 4).bfloat16()")
+    path = write(text, "net.py")
+    done = command(path)
+    assert done.code == 0, done.err
+    assert "onnxruntime-cpu, rounding to bfloat16 matches torch" in done.out
+    done = command(path, "--no-verify", "--force")
+    assert "note: onnxruntime on cpu cannot run it: it has no " in done.out
 
 
 @pytest.mark.parametrize(
