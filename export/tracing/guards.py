@@ -216,8 +216,25 @@ class Probes:
         self._of: dict[str, NDArray[Any]] = {}
 
     def always(self, condition: Condition) -> bool:
-        """Whether a condition holds at all of them."""
-        return bool(np.all(self.holding(condition, self.sizes(condition))))
+        """Whether a condition holds at all of them, and between them."""
+        return self.follows(condition, self.sizes(condition))
+
+    def follows(self, condition: Condition, sizes: Sizes) -> bool:
+        """Whether sizes say that a condition holds: it does at each of them, and between them, too."""
+        return bool(np.all(self.holding(condition, sizes))) and not self.may_fail_between(condition, sizes)
+
+    def may_fail_between(self, condition: Condition, sizes: Sizes) -> bool:
+        """Whether two things that must not be equal may be so between some sizes, by which is the greater one.
+
+        `height*width != 360000` holds at nearly all sizes that are looked at, and not at 600 x 600.
+        """
+        looked_at = next(iter(sizes.values()))
+        with np.errstate(all="ignore"):
+            signs = [np.broadcast_to(np.sign(gap), looked_at.shape) for gap in condition.gaps(sizes)]
+        if len(condition.names) > 1:
+            return any(len(np.unique(sign)) > 1 for sign in signs)
+        apart = np.diff(looked_at) > 1  # no size is between neighbours
+        return any(np.any(apart & (sign[1:] != sign[:-1])) for sign in signs)
 
     def holding(self, condition: Condition, sizes: Sizes) -> NDArray[Any]:
         """Where it holds."""
@@ -299,10 +316,10 @@ def _independent(conditions: Sequence[Condition], dims: Sequence[Dim]) -> tuple[
         sizes[name] = drawn.choice(telling[name][right], _DRAWN)
     there = np.ones(_DRAWN, dtype=bool)
     for condition in sorted(several, key=lambda each: (len(each.names), len(each.text))):
-        holds = probes.holding(condition, sizes)
-        if np.count_nonzero(there) >= _FEW_DRAWN and np.all(holds[there]):
+        inside = {name: array[there] for name, array in sizes.items()}
+        if np.count_nonzero(there) >= _FEW_DRAWN and probes.follows(condition, inside):
             kept.remove(condition)
-        there &= holds
+        there &= probes.holding(condition, sizes)
     return tuple(kept)
 
 
@@ -321,9 +338,10 @@ def _in_words(dim: Dim, own: Sequence[Condition], probes: Probes) -> tuple[Dim, 
     if right[-1] < min(sizes[-1], _SPARSE):
         dim = replace(dim, maximum=int(right[-1]))
     inside = sizes[(sizes >= right[0]) & (sizes <= right[-1])]
+    rare = [each for each in own if probes.may_fail_between(each, {dim.name: inside})]
     if len(inside) == len(right):
-        return dim, []
+        return dim, rare
     step = int(np.gcd.reduce(np.diff(right))) if len(right) > 1 else 0
     if step > 1 and np.array_equal(inside[inside % step == right[0] % step], right):
-        return dim, [Condition(f"{dim.name} % {step} == {int(right[0]) % step}")]
-    return dim, [each for each in own if not np.all(probes.holding(each, {dim.name: inside}))]
+        return dim, [Condition(f"{dim.name} % {step} == {int(right[0]) % step}"), *rare]
+    return dim, [each for each in own if not probes.follows(each, {dim.name: inside})]

@@ -71,6 +71,19 @@ class Condition:
         except ZeroDivisionError:
             return False
 
+    def gaps(self, sizes: Sizes) -> list[Any]:
+        """How far apart things are that must not be equal, `height*width - 576` of `height*width != 576`.
+
+        Few sizes make such a condition fail. Where a gap changes its sign between some sizes, others may close it.
+        """
+        try:
+            return [
+                _value(left, self.text, sizes) - _value(right, self.text, sizes)
+                for left, right in _unequal(self._tree)
+            ]
+        except ZeroDivisionError:
+            return []
+
     def __str__(self) -> str:
         return self.text
 
@@ -219,6 +232,20 @@ def _check(tree: ast.AST, text: str) -> None:
         )
     for child in _parts(tree):
         _check(child, text)
+
+
+def _unequal(tree: ast.expr, *, negated: bool = False) -> Iterator[tuple[ast.expr, ast.expr]]:
+    """The sides of each comparison by which a condition fails if they are equal."""
+    match tree:
+        case ast.Compare(left=left, ops=ops, comparators=rights):
+            for op, (here, there) in zip(ops, pairwise([left, *rights]), strict=True):
+                if isinstance(op, ast.Eq if negated else ast.NotEq):
+                    yield here, there
+        case ast.UnaryOp(op=ast.Not(), operand=operand):
+            yield from _unequal(operand, negated=not negated)
+        case ast.BoolOp(values=values):
+            for value in values:
+                yield from _unequal(value, negated=negated)
 
 
 def _parts(tree: ast.AST) -> Iterator[ast.AST]:

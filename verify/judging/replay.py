@@ -43,7 +43,7 @@ class Choice:
         """Whether no score that was left out is larger than one that was taken."""
         rows = self.scores.reshape(-1, self.scores.shape[-1]).astype(np.float64)
         taken = np.zeros(rows.shape, bool)
-        np.put_along_axis(taken, self.ids.reshape(len(rows), -1), values=True, axis=-1)
+        np.put_along_axis(taken, self.ids.reshape(-1, self.ids.shape[-1]), values=True, axis=-1)
         least, left_out = np.where(taken, rows, np.inf).min(-1), np.where(taken, -np.inf, rows).max(-1)
         return bool((least >= left_out).all())
 
