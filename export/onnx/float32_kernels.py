@@ -56,10 +56,7 @@ def _widen(node: ir.Node) -> None:
             cast = _cast(value, WIDE, f"{node.name}.{index}.wide")
             node.prepend(cast)
             node.replace_input_with(index, cast.outputs[0])
-    attribute = node.attributes.get("value")
-    if node.op_type == "ConstantOfShape" and attribute is not None and attribute.as_tensor().dtype in NARROW:
-        tensor = ir.tensor(attribute.as_tensor().numpy().astype("float32"))
-        node.attributes["value"] = ir.AttrTensor("value", tensor)
+    widen_filling(node)
     for value in node.outputs:
         if value.dtype in NARROW:
             narrow, value.type = value.dtype, ir.TensorType(WIDE)
@@ -70,6 +67,14 @@ def _widen(node: ir.Node) -> None:
                 value.name, cast.outputs[0].name = f"{name}.exact", name
             cast.replace_input_with(0, value)
             node.append(cast)
+
+
+def widen_filling(node: ir.Node) -> None:
+    """Let a `ConstantOfShape` fill with float32 in place of a narrow type; nothing is done to any other node."""
+    attribute = node.attributes.get("value")
+    if node.op_type == "ConstantOfShape" and attribute is not None and attribute.as_tensor().dtype in NARROW:
+        tensor = ir.tensor(attribute.as_tensor().numpy().astype("float32"))
+        node.attributes["value"] = ir.AttrTensor("value", tensor)
 
 
 def _cast(value: ir.Value, dtype: ir.DataType, name: str) -> ir.Node:

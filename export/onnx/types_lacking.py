@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import onnx
 import onnx_ir as ir
 
+from moe_export.export.onnx.float32_kernels import widen_filling
 from moe_export.graph_builder import GraphBuilder
 
 _NARROW = {ir.DataType.BFLOAT16: "tensor(bfloat16)", ir.DataType.FLOAT16: "tensor(float16)"}
@@ -44,6 +45,7 @@ def in_float32(model: ir.Model, opset: int) -> int:
 def _widen(node: ir.Node, kinds: set[str], opset: int) -> None:
     schema = onnx.defs.get_schema(node.op_type, opset, "")
     write = GraphBuilder.in_front_of(node, str(node.name))
+    widen_filling(node)
     for index, (value, kind) in enumerate(with_kinds(node.inputs, schema.inputs)):
         if value is not None and kind in kinds and value.dtype in _NARROW:
             wide = write.op("Cast", value, to=ir.DataType.FLOAT)

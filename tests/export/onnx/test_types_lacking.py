@@ -57,6 +57,22 @@ def test_the_body_of_a_loop_is_widened_too():
     onnx.checker.check_model(ir.to_proto(model), full_check=True)
 
 
+class Filled(nn.Module):
+    """A buffer of its own, as rows of experts are written into."""
+
+    def forward(self, x):
+        return torch.cat([x.new_zeros(x.shape[0], 2), x.new_full((x.shape[0], 1), 0.2), x], 1)
+
+
+@pytest.mark.parametrize(("opset", "expected"), [(17, ir.DataType.FLOAT), (24, ir.DataType.BFLOAT16)])
+def test_what_is_filled_is_of_a_type_that_the_opset_has(opset, expected):
+    model, _ = graph_of(Filled(), opset)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    made = [node for node in model.graph.all_nodes() if node.op_type == "ConstantOfShape"]
+    assert {node.attributes["value"].as_tensor().dtype for node in made} <= {expected}
+    assert {value.dtype for value in model.graph.outputs} == {ir.DataType.BFLOAT16}
+
+
 def test_what_is_chosen_is_what_pytorch_chooses():
     model, example = graph_of(Chosen(), 17)
     proto = ir.to_proto(model)
