@@ -58,11 +58,10 @@ def test_the_rule_is_what_tensorrt_says(monkeypatch, packing, capability):
         assert build_engines(model, [capability])[0].size > 1000
 
 
-def hybrid():
-    return load_subject(str(MODELS / "hybrid.py"))
-
-
-def family(name):
+def subject_of(name):
+    """A model of this repository, or a tiny language model of transformers."""
+    if name not in FAMILIES:
+        return load_subject(str(MODELS / f"{name}.py"))
     model = FAMILIES[name].build_lm()
     model.config.use_cache = False
     return make_subject(
@@ -74,9 +73,9 @@ def family(name):
 @pytest.mark.parametrize(
     ("packing", "capability"), [("int4", "sm80"), ("float8e4m3", "sm89"), ("int8", "sm75")]
 )
-@pytest.mark.parametrize("model", ["hybrid", "mixtral"])
-def test_models_with_packed_weights_are_built(model, packing, capability):
-    subject = hybrid() if model == "hybrid" else family(model)
+@pytest.mark.parametrize("name", ["sparse_moe", "hybrid", "mixtral", "deepseek_v3", "gpt_oss", "jamba"])
+def test_models_with_packed_weights_are_built(name, packing, capability):
+    subject = subject_of(name)
     options = Options(gates=False, target="tensorrt", weights_dtype=packing, quantize="all", simplify=False)
     (graph,) = export_subject(subject, options.at_opset())
     assert {weight.kind for weight in graph.quantized.weights} == {"experts", "linear"}
