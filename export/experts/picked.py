@@ -143,7 +143,7 @@ def _picks(node: fx.Node) -> Iterator[_Pick]:
             slots = product.only(0)
             if len(summed) == len(tokens) == 1 and [*mask] == [*tokens, *slots, *summed]:
                 rest = [letter for letter in own if letter not in (*tokens, *summed)]
-                if [*product.out] == [*tokens, *slots, *rest]:
+                if [*product.out] == [*tokens, *slots, *rest] and _is_whole(product.operands[0]):
                     axes = (own.index(tokens[0]), own.index(summed[0]))
                     yield _Pick(node, product.operands[1], axes, product.operands[0])
 
@@ -176,6 +176,18 @@ def _are_own_tokens(region: Region, pick: _Pick, chosen: Rows) -> bool:
         return is_token_of_each_pair(tokens, region.slots)
     if not same_shape(shape_of(tokens), [region.tokens, *ones]):
         return False
-    while tokens.target in _KEEP_NUMBERS:
-        tokens = arguments(tokens)[0]
+    tokens = _before_casts(tokens)
     return is_numbering(tokens) and same_size(shape_of(tokens)[0], region.tokens)
+
+
+def _is_whole(mask: fx.Node) -> bool:
+    """Whether a factor of a product holds whole numbers, as a mask does: any product of rows looks like a pick."""
+    value = _before_casts(mask).meta.get("val")
+    return isinstance(value, torch.Tensor) and not value.dtype.is_floating_point
+
+
+def _before_casts(node: fx.Node) -> fx.Node:
+    """A value whose entries are the same numbers, in another type or shape."""
+    while node.target in _KEEP_NUMBERS:
+        node = arguments(node)[0]
+    return node

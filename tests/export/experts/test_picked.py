@@ -11,6 +11,7 @@ import torch
 from opened import session_of, subject_of
 from slow_cases import only
 
+from moe_export.export.experts import picked
 from moe_export.export.experts.flat_tokens import with_flat_tokens
 from moe_export.export.experts.recognise import find_experts
 from moe_export.export.pipeline import Options, export_subject
@@ -82,3 +83,29 @@ def test_what_picks_anything_else_stays(idiom):
 def test_slots_that_differ_in_more_than_their_expert_are_blocks_of_their_own(idiom):
     _, blocks, _ = find_experts(trace(subject_of(idiom().eval())).program)
     assert [block.slots for block in blocks] == [1, 1]
+
+
+class RowsTimesWeights(torch.nn.Module):
+    """Each row times the weights of its expert: no pick of some of all results, though the sum is over an axis, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.router = torch.nn.Linear(16, 6)
+        self.weights = torch.nn.Parameter(torch.randn(6, 16, 16) / 4)
+
+    def forward(self, x):
+        rows = x.reshape(-1, 16)
+        expert = self.router(rows).argmax(-1)
+        return torch.bmm(rows.unsqueeze(1), self.weights[expert]).view(x.shape)
+
+
+def test_a_product_of_rows_is_no_pick_and_costs_no_trial(monkeypatch):
+    """A trial makes random values of a stack's size, which may be gigabytes."""
+    tried = []
+    monkeypatch.setattr(picked, "check", lambda one, instead: tried.append(one))
+    program = trace(subject_of(RowsTimesWeights().eval())).program
+    assert [block.count for block in find_experts(program)[1]] == [6]
+    assert not tried
+    program = trace(subject_of(models.Gathered().eval())).program
+    find_experts(with_flat_tokens(program) or program)
+    assert tried
