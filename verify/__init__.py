@@ -66,7 +66,7 @@ from moe_export.verify.judging.tolerance import DEFAULTS, FlipBudget, Margin, To
 from moe_export.verify.reports.findings import CaseResult, Row
 from moe_export.verify.reports.report import SCHEMA, Report
 from moe_export.verify.reports.table import show
-from moe_export.verify.runner import RunFailedError, Runner
+from moe_export.verify.runner import NoMemoryError, RunFailedError, Runner
 from moe_export.verify.runners.onnxruntime_runner import OnnxRuntimeRunner
 from moe_export.verify.runners.tensorrt_runner import TensorRtRunner
 from moe_export.verify.runners.torch_runner import TorchRunner
@@ -83,6 +83,7 @@ __all__ = [
     "FlipBudget",
     "Judgement",
     "Margin",
+    "NoMemoryError",
     "OnnxRuntimeRunner",
     "Replay",
     "Replayer",

@@ -21,7 +21,7 @@ from moe_export.verify.judging.tolerance import FlipBudget, Tolerance
 from moe_export.verify.judging.truth import judge_rounded, last_digits, look_ups, weigh
 from moe_export.verify.reports.findings import LEFT_TO_CPU, CaseResult
 from moe_export.verify.reports.report import Report
-from moe_export.verify.runner import Runner, one_line
+from moe_export.verify.runner import NoMemoryError, Runner, one_line
 from moe_export.verify.specs import Array, RoutingPair, is_float
 
 Outputs = Mapping[str, Array]
@@ -83,7 +83,8 @@ def compare(  # noqa: PLR0913  each has a name and a default
     for case in cases:
         if (
             case.reserve
-            and len({result.sizes for result in results if result.outcome != "refused"}) >= wanted
+            and len({result.sizes for result in results if result.outcome in ("compared", "failed")})
+            >= wanted
         ):
             break
         if results and time_limit is not None and time.monotonic() - start >= time_limit:
@@ -160,7 +161,7 @@ class _Judges:
         if self.rounded is None or not wrong:
             return judged
         moved = _run(self.rounded, case, first=False)
-        if isinstance(moved, str):
+        if isinstance(moved, _Missing):
             return judged
         return tuple(
             judge_rounded(row, expected[row.output], got[row.output], moved.get(row.output), self.narrow)
@@ -262,24 +263,32 @@ def _under(
         if found is not None:
             return found
     plain = _run(runner, case, first=False)
-    return None if isinstance(plain, str) else plain
+    return None if isinstance(plain, _Missing) else plain
 
 
 def _run_case(
     reference: Runner, candidate: Runner, case: Case, judges: _Judges, *, first: bool
 ) -> CaseResult:
     expected = _run(reference, case, first)
-    if isinstance(expected, str):
-        return CaseResult.of(case, "refused", expected)
+    if isinstance(expected, _Missing):
+        return CaseResult.of(case, "refused", expected.reason)
     _check_routing(judges.routing, expected)
     got = _run(candidate, case, first)
-    if isinstance(got, str):
-        return CaseResult.of(case, "failed", got)
+    if isinstance(got, _Missing):
+        return CaseResult.of(case, "no memory" if got.for_memory else "failed", got.reason)
     return CaseResult.of(case, "compared", None, judges.judge(case, expected, got))
 
 
-def _run(runner: Runner, case: Case, first: bool) -> Outputs | str:
-    """The outputs, or one line saying why there are none."""
+@dataclass(frozen=True)
+class _Missing:
+    """Why there are no outputs, in one line, and whether the engine ran out of memory."""
+
+    reason: str
+    for_memory: bool = False
+
+
+def _run(runner: Runner, case: Case, first: bool) -> Outputs | _Missing:
+    """The outputs, or why there are none."""
     try:
         return runner.run(case.inputs)
     except (DiedError, MissingBackendError):
@@ -289,9 +298,9 @@ def _run(runner: Runner, case: Case, first: bool) -> Outputs | str:
         # inputs, and nothing can be said about them.
         if first:
             raise
-        return one_line(error)
+        return _Missing(one_line(error))
     except Exception as error:  # whatever a model raises
-        return one_line(error)
+        return _Missing(one_line(error), isinstance(error, NoMemoryError))
 
 
 def _judge_all(

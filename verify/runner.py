@@ -32,6 +32,10 @@ class RunFailedError(MoeExportError):
     exit_code = 1
 
 
+class NoMemoryError(RunFailedError):
+    """The engine ran out of memory, which says nothing about what it computes."""
+
+
 def one_line(error: BaseException, limit: int = 160) -> str:
     """`ValueError: what it says`, the first line only, at most `limit` characters."""
     text = str(error).strip()

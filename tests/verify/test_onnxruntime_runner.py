@@ -122,7 +122,7 @@ def test_a_graph_that_fails_on_the_way_says_why_and_prints_nothing(graph, capfd)
     runner = graph("g (float[a] x, float[b] z) => (float[c] y) { y = Add(x, z) }")
     with pytest.raises(RunFailedError) as caught:
         runner.run({"x": np.ones(2, np.float32), "z": np.ones(3, np.float32)})
-    assert caught.value.what.startswith("onnxruntime-cpu failed: Non-zero status code")
+    assert caught.value.what.startswith("onnxruntime-cpu failed: ")
     assert caught.value.exit_code == 1
     assert capfd.readouterr().err == ""
 

@@ -35,9 +35,18 @@ class WorkCounter(OperatorMode):
         self.elements += made
         self.largest = max(self.largest, made)
         name = func.__name__.partition(".")[0]
+        if "scaled_dot_product" in name:
+            self._add_scores(*args[:3])
         if name in _PRODUCTS:
             self.products += made * _contracted(name, args)
         return result
+
+    def _add_scores(self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Queries times keys, which a kernel of PyTorch keeps to itself, and another engine may have as a tensor."""
+        scores = queries.numel() // queries.shape[-1] * keys.shape[-2] if queries.numel() else 0
+        self.elements += scores
+        self.largest = max(self.largest, scores)
+        self.products += scores * (keys.shape[-1] + values.shape[-1])
 
     @property
     def work(self) -> Work:

@@ -20,7 +20,7 @@ PART = "compared with"
 PRECISION = "precision"
 """The fact of a graph that computes in half precision, and is not judged by what that loses."""
 
-Outcome = Literal["compared", "refused", "failed"]
+Outcome = Literal["compared", "refused", "no memory", "failed"]
 Verdict = Literal["equal", "not equal", "not proven", "unfinished"]
 UNFINISHED = 5
 """The exit code of a comparison that a time limit cut off."""
@@ -34,7 +34,8 @@ class CaseResult:
         label: The case's label; with `seed` it reproduces the inputs.
         seed: The seed given to `cases`.
         sizes: Its dynamic sizes, as (name, size) pairs.
-        outcome: "compared" (both ran), "refused" (the reference raised) or "failed" (only the candidate did).
+        outcome: "compared" (both ran), "refused" (the reference raised), "no memory" (the candidate ran out of it,
+            which says nothing about what it computes) or "failed" (only the candidate did).
         reason: What was raised, in one line.
         judgements: One an output, if both ran.
         regime: The kind of values (see `regimes`).

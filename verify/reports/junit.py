@@ -53,6 +53,9 @@ def _add_case(suite: ElementTree.Element, case: CaseResult, report: Report) -> N
         ElementTree.SubElement(
             test, "skipped", message=_clean(f"refused by {report.reference}: {case.reason}")
         )
+    elif case.outcome == "no memory":
+        test = _test(suite, case.label, report.candidate)
+        ElementTree.SubElement(test, "skipped", message=_clean(case.reason or ""))
     elif case.outcome == "failed":
         test = _test(suite, case.label, report.candidate)
         ElementTree.SubElement(

@@ -131,6 +131,8 @@ def _case(case: CaseResult) -> str:
         outcome = f'<span class="bad">{escape("; ".join(reasons))}</span>'
     elif case.outcome == "refused":
         outcome = f'<span class="faint">refused by the reference: {escape(case.reason or "")}</span>'
+    elif case.outcome == "no memory":
+        outcome = f'<span class="doubt">not compared: {escape(case.reason or "")}</span>'
     elif undecided:
         outcome = f'<span class="doubt">undecided: {escape(undecided[0].undecided or "")}</span>'
     else:

@@ -156,6 +156,8 @@ def _paragraphs(report: Findings, *, verbose: bool) -> Iterator[str]:
         yield f"NOT COMPARED, the time limit was reached: {'; '.join(report.left_out)}"
     for reason, labels in _reasons(report, "refused").items():
         yield f"refused by {report.reference}, {_first(labels, verbose)}: {reason}"
+    for reason, labels in _reasons(report, "no memory").items():
+        yield f"not compared, {_first(labels, verbose)}: {reason}"
     for reason, labels in _reasons(report, "failed").items():
         yield f"FAILED in {report.candidate} only, {_first(labels, verbose)}: {reason}"
     for row in report.rows:

@@ -10,11 +10,26 @@ import re
 
 from moe_export.verify.runner import shorten
 
+_FROM_SOURCES = re.compile(r"/\S*/onnxruntime/\S+:\d+ (?:[^()]*\([^()]*\) (?:const )?)?")
+"""The line of a source, and the function that stands there: `/…/bfc_arena.cc:360 void* BFCArena::Allocate(size_t) `."""
+_OF_A_NODE = re.compile(
+    r"Non-zero status code returned while running (\S+) node\. Name:'(.*?)' Status Message: (.*)"
+)
+
 
 def reason_of(error: Exception) -> str:
-    """The message without its preamble, `[ONNXRuntimeError] : 1 : FAIL : `, and without paths of its sources."""
+    """The message without its preamble, `[ONNXRuntimeError] : 1 : FAIL : `, and without places in its sources; of
+    a node that failed first why, then its name, which may be long.
+    """
     text = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", " ".join(str(error).split()))
-    return shorten(re.sub(r"/\S*/onnxruntime/\S+:\d+ ", "", text), 400)
+    text = _FROM_SOURCES.sub("", text)
+    failed = _OF_A_NODE.match(text)
+    return shorten("{2}, in {0} '{1}'".format(*failed.groups()) if failed else text, 400)
+
+
+def has_no_memory(error: Exception) -> bool:
+    """Whether an operator's result did not fit in memory."""
+    return any(words in str(error) for words in ("Failed to allocate memory", "std::bad_alloc"))
 
 
 def is_no_model(error: Exception) -> bool:

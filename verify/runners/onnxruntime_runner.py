@@ -16,8 +16,8 @@ import numpy as np
 
 from moe_export.errors import MissingBackendError, UsageError
 from moe_export.external_data import check_external_data
-from moe_export.verify.runner import RunFailedError
-from moe_export.verify.runners.onnxruntime_errors import is_no_model, reason_of
+from moe_export.verify.runner import NoMemoryError, RunFailedError
+from moe_export.verify.runners.onnxruntime_errors import has_no_memory, is_no_model, reason_of
 from moe_export.verify.specs import Array, TensorSpec, describe, numpy_dtype
 
 _PROVIDERS = {
@@ -92,7 +92,7 @@ class OnnxRuntimeRunner:
 
         Raises:
             UsageError: A name, dtype or size that the graph does not take; it says what the graph takes.
-            RunFailedError: ONNX Runtime failed on the way, with its reason.
+            RunFailedError: ONNX Runtime failed on the way, with its reason; a `NoMemoryError` for want of memory.
         """
         inputs = {name: np.asarray(array) for name, array in inputs.items()}  # a scalar may come as a number
         self._check(inputs)
@@ -103,7 +103,12 @@ class OnnxRuntimeRunner:
             arrays = self._session.run(names, inputs, _quiet_run())
             return {name: np.asarray(array) for name, array in zip(names, arrays, strict=True)}
         except Exception as error:  # ONNX Runtime raises a class of its own a status code
-            raise RunFailedError(f"{self.name} failed: {reason_of(error)}", where=self._where) from error
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> RunFailedError:
+        if has_no_memory(error):
+            return NoMemoryError(f"{self.name} ran out of memory: {reason_of(error)}", where=self._where)
+        return RunFailedError(f"{self.name} failed: {reason_of(error)}", where=self._where)
 
     def value_of(self, array: Array, device: str) -> Any:
         """An array as onnxruntime's own value, on `cpu` or `cuda`."""
@@ -125,7 +130,7 @@ class OnnxRuntimeRunner:
         Source: https://onnxruntime.ai/docs/api/python/api_summary.html (IOBinding)
 
         Raises:
-            RunFailedError: ONNX Runtime failed on the way, with its reason.
+            RunFailedError: ONNX Runtime failed on the way, with its reason; a `NoMemoryError` for want of memory.
         """
         binding = self._session.io_binding()
         # A value on the CPU is the memory of its array, which only the value keeps alive: they are held until the end.
@@ -140,7 +145,7 @@ class OnnxRuntimeRunner:
         try:
             self._session.run_with_iobinding(binding, _quiet_run())
         except Exception as error:
-            raise RunFailedError(f"{self.name} failed: {reason_of(error)}", where=self._where) from error
+            raise self._failed(error) from error
         # An output names the memory of a value that it was written into, and does not keep it alive: the value does.
         made = {spec.name: value for spec, value in zip(self.outputs, binding.get_outputs(), strict=True)}
         return {**made, **into}
