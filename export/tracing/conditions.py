@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import islice
 from typing import Any
 
 import sympy
@@ -23,6 +24,8 @@ from moe_export.export.tracing.dims import Dim
 
 AxisRef = tuple[int, int]  # which input, and an axis of it
 Shape = tuple[int | str, ...]
+_NEAREST = 512  # squares of numbers up to 256 are that close together, and most windows are smaller
+_FEW = 8  # each is a run of the model
 _LARGEST = 16  # a range is looked past at sizes up to so many times the example's
 
 
@@ -40,18 +43,24 @@ def only_there(
         shapes: Of its inputs: sizes, names of dimensions, or expressions of them.
         takes: Whether the model runs with other sizes at these places.
     """
-    broken = _at_a_number(program, dims)
+    places = {
+        dim.name: [
+            (place, axis)
+            for place, shape in enumerate(shapes)
+            for axis, size in enumerate(shape)
+            if size == dim.name
+        ]
+        for dim in dims
+    }
+
+    def takes_size(dim: Dim, size: int) -> bool:
+        return bool(places[dim.name]) and takes(dict.fromkeys(places[dim.name], size))
+
+    broken = _at_a_number(program, dims, takes_size)
     for dim in dims:
         if dim.name not in broken and _is_within(dim):
             assert dim.maximum is not None
-            places = [
-                (place, axis)
-                for place, shape in enumerate(shapes)
-                for axis, size in enumerate(shape)
-                if size == dim.name
-            ]
-            others = (dim.maximum + 1, dim.minimum - 1)
-            if places and any(takes(dict.fromkeys(places, other)) for other in others):
+            if any(takes_size(dim, other) for other in (dim.maximum + 1, dim.minimum - 1)):
                 broken.add(dim.name)
     return {
         (place, axis)
@@ -66,24 +75,55 @@ def _is_within(dim: Dim) -> bool:
     return dim.minimum > 1 and dim.maximum is not None and dim.maximum < _LARGEST * dim.traced
 
 
-def _at_a_number(program: ExportedProgram, dims: Sequence[Dim]) -> set[str]:
+def _at_a_number(
+    program: ExportedProgram, dims: Sequence[Dim], takes: Callable[[Dim, int], bool]
+) -> set[str]:
     """Dimensions that break a condition at other sizes: one batch of two inputs does not, in `8 * batch // batch == 8`.
 
-    Of one dimension, other sizes are its multiples: that it can be divided is no number.
+    Of one dimension, other sizes are its multiples: that it can be divided is no number. What fails only where the
+    model fails, too, is no number either, if both take another size: windows of 4 x 4, a root that has to be whole.
     """
     of_symbol = {symbol: dim for dim in dims for symbol in (dim.symbol, *dim.also)}
-    broken = set[str]()
+    sizes_at: dict[str, list[tuple[sympy.Basic, dict[sympy.Basic, int], list[sympy.Basic]]]] = {}
+    failing: dict[str, set[int]] = {}
     for condition in _numbers(program):
         within = [symbol for symbol in condition.free_symbols if str(symbol) in of_symbol]
         sizes = {symbol: of_symbol[str(symbol)].traced for symbol in within}
         for dim in {of_symbol[str(symbol)] for symbol in within}:
             own = [symbol for symbol in within if of_symbol[str(symbol)] is dim]
+            sizes_at.setdefault(dim.name, []).append((condition, sizes, own))
             others = (dim.traced + 1, 2 * dim.traced + 3)
             if len(condition.free_symbols) == 1:
                 others = (2 * dim.traced, 3 * dim.traced)
-            if any(condition.subs(sizes | dict.fromkeys(own, other)) != sympy.true for other in others):
-                broken.add(dim.name)
-    return broken
+            failing.setdefault(dim.name, set()).update(
+                other for other in others if not _holds(condition, sizes, own, other)
+            )
+    return {
+        dim.name
+        for dim in dims
+        if failing.get(dim.name)
+        and (
+            any(takes(dim, other) for other in sorted(failing[dim.name]))
+            or not _holds_elsewhere(dim, sizes_at[dim.name], takes)
+        )
+    }
+
+
+def _holds(
+    condition: sympy.Basic, sizes: Mapping[sympy.Basic, int], own: Sequence[sympy.Basic], other: int
+) -> bool:
+    return bool(condition.subs({**sizes, **dict.fromkeys(own, other)}) == sympy.true)
+
+
+def _holds_elsewhere(
+    dim: Dim,
+    conditions: Sequence[tuple[sympy.Basic, Mapping[sympy.Basic, int], Sequence[sympy.Basic]]],
+    takes: Callable[[Dim, int], bool],
+) -> bool:
+    """Whether the model takes another size at which all conditions hold: one of the next few."""
+    others = range(dim.traced + 1, dim.traced + _NEAREST)
+    holding = (each for each in others if all(_holds(*condition, each) for condition in conditions))
+    return any(takes(dim, each) for each in islice(holding, _FEW))
 
 
 def _numbers(program: ExportedProgram) -> Iterator[sympy.Basic]:

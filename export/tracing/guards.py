@@ -130,6 +130,7 @@ def _divided(guard: sympy.Basic) -> sympy.Basic:
     """A relation without what both sides are multiplied by: sizes are never negative, and 0 is tried apart.
 
     batch*sequence == 8*batch*(sequence//8)   →   sequence == 8*(sequence//8)
+    8*sequence == 8*int(sequence**0.5)**2     →   sequence == int(sequence**0.5)**2
     """
     if not isinstance(guard, sympy.core.relational.Relational):
         return guard
@@ -140,9 +141,9 @@ def _divided(guard: sympy.Basic) -> sympy.Basic:
     number, remainder = (difference / sympy.Mul(*sizes)).as_coeff_Mul()
     if is_remainder(remainder) and number > 0:
         return guard.func(remainder, 0)
-    if not sizes:
+    if not sizes and number <= 1:
         return guard
-    rest = sympy.expand_mul(difference / sympy.Mul(*sizes))
+    rest = sympy.expand_mul(difference / sympy.Mul(*sizes, max(number, 1)))
     terms = sympy.Add.make_args(rest)
     left = [term for term in terms if not term.could_extract_minus_sign()]
     right = [-term for term in terms if term.could_extract_minus_sign()]
@@ -344,4 +345,22 @@ def _in_words(dim: Dim, own: Sequence[Condition], probes: Probes) -> tuple[Dim, 
     step = int(np.gcd.reduce(np.diff(right))) if len(right) > 1 else 0
     if step > 1 and np.array_equal(inside[inside % step == right[0] % step], right):
         return dim, [Condition(f"{dim.name} % {step} == {int(right[0]) % step}"), *rare]
-    return dim, [each for each in own if not probes.follows(each, {dim.name: inside})]
+    return dim, _without_implied(dim, own, inside, probes)
+
+
+def _without_implied(
+    dim: Dim, own: Sequence[Condition], inside: NDArray[Any], probes: Probes
+) -> list[Condition]:
+    """Conditions on one dimension less those that follow from the others, the longest first.
+
+    Of `int(n ** 0.5) ** 2 == n` the tracer notes each reshape that follows from it, too.
+    """
+    kept = list(own)
+    for condition in sorted(own, key=lambda each: (len(each.text), each.text), reverse=True):
+        there = inside
+        for other in kept:
+            if other is not condition:
+                there = there[probes.holding(other, {dim.name: there})]
+        if len(there) >= _FEW and probes.follows(condition, {dim.name: there}):
+            kept.remove(condition)
+    return kept
