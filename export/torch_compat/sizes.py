@@ -6,6 +6,7 @@
   `answers_given` tells whether one was asked for meanwhile.
 - `has_remainder` tells "can be divided by" from other conditions. Why: the classes of its symbolic expressions are
   private; by their names they would be told, too, but not whether one is inside another.
+- `conditions_noted` tells a condition as soon as it is noted. Why: what a trace keeps with it names no line of a model.
 - `fake_results_cached`. Why: the setting is documented as an environment variable only, which is read at import.
 
 Seen in torch 2.13.0 and 2.14.1.
@@ -91,6 +92,19 @@ def sizes_fixed(note: Callable[[int, int], None]) -> Iterator[None]:
                     note(number, axis)
 
     with mock.patch.object(symbolic_shapes.ShapeEnv, "_set_replacement", replace):
+        yield
+
+
+@contextmanager
+def conditions_noted(note: Callable[[sympy.Basic], None]) -> Iterator[None]:
+    """While it runs, say which conditions a trace notes, within the operator or the line that is the reason."""
+    original = symbolic_shapes.ShapeEnv._log_guard
+
+    def log(self: Any, prefix: str, guard: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, prefix, guard, *args, **kwargs)
+        note(guard)
+
+    with mock.patch.object(symbolic_shapes.ShapeEnv, "_log_guard", log):
         yield
 
 

@@ -34,7 +34,7 @@ def only_there(
     dims: Sequence[Dim],
     shapes: Sequence[Shape],
     takes: Callable[[Mapping[AxisRef, int]], bool],
-) -> set[AxisRef]:
+) -> dict[AxisRef, sympy.Basic]:
     """Places whose sizes are not free: the model takes others, and the trace does not hold for them.
 
     Args:
@@ -42,6 +42,9 @@ def only_there(
         dims: What is free in it.
         shapes: Of its inputs: sizes, names of dimensions, or expressions of them.
         takes: Whether the model runs with other sizes at these places.
+
+    Returns:
+        By place, the tracer's condition that fails at other sizes.
     """
     places = {
         dim.name: [
@@ -60,13 +63,16 @@ def only_there(
     for dim in dims:
         if dim.name not in broken and _is_within(dim):
             assert dim.maximum is not None
-            if any(takes_size(dim, other) for other in (dim.maximum + 1, dim.minimum - 1)):
-                broken.add(dim.name)
+            for other in (dim.maximum + 1, dim.minimum - 1):
+                if takes_size(dim, other):
+                    broken.setdefault(dim.name, _bound(program, dim, other))
     return {
-        (place, axis)
+        (place, axis): broken[name]
         for place, shape in enumerate(shapes)
         for axis, size in enumerate(shape)
-        if isinstance(size, str) and broken & set(re.findall(r"[A-Za-z_]\w*", size))
+        if isinstance(size, str)
+        for name in re.findall(r"[A-Za-z_]\w*", size)
+        if name in broken
     }
 
 
@@ -77,16 +83,18 @@ def _is_within(dim: Dim) -> bool:
 
 def _at_a_number(
     program: ExportedProgram, dims: Sequence[Dim], takes: Callable[[Dim, int], bool]
-) -> set[str]:
-    """Dimensions that break a condition at other sizes: one batch of two inputs does not, in `8 * batch // batch == 8`.
+) -> dict[str, sympy.Basic]:
+    """Dimensions that break a condition at other sizes, and which condition.
+
+    One batch of two inputs does not, in `8 * batch // batch == 8`.
 
     Of one dimension, other sizes are its multiples: that it can be divided is no number. What fails only where the
     model fails, too, is no number either, if both take another size: windows of 4 x 4, a root that has to be whole.
     """
     of_symbol = {symbol: dim for dim in dims for symbol in (dim.symbol, *dim.also)}
     sizes_at: dict[str, list[tuple[sympy.Basic, dict[sympy.Basic, int], list[sympy.Basic]]]] = {}
-    failing: dict[str, set[int]] = {}
-    for condition in _numbers(program):
+    failing: dict[str, dict[int, sympy.Basic]] = {}
+    for noted, condition in _numbers(program):
         within = [symbol for symbol in condition.free_symbols if str(symbol) in of_symbol]
         sizes = {symbol: of_symbol[str(symbol)].traced for symbol in within}
         for dim in {of_symbol[str(symbol)] for symbol in within}:
@@ -95,11 +103,11 @@ def _at_a_number(
             others = (dim.traced + 1, 2 * dim.traced + 3)
             if len(condition.free_symbols) == 1:
                 others = (2 * dim.traced, 3 * dim.traced)
-            failing.setdefault(dim.name, set()).update(
-                other for other in others if not _holds(condition, sizes, own, other)
-            )
+            for other in others:
+                if not _holds(condition, sizes, own, other):
+                    failing.setdefault(dim.name, {}).setdefault(other, noted)
     return {
-        dim.name
+        dim.name: next(iter(failing[dim.name].values()))
         for dim in dims
         if failing.get(dim.name)
         and (
@@ -126,17 +134,32 @@ def _holds_elsewhere(
     return any(takes(dim, each) for each in islice(holding, _FEW))
 
 
-def _numbers(program: ExportedProgram) -> Iterator[sympy.Basic]:
-    """The conditions that something computed from sizes is a number; that several can be divided is none."""
-    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
-    sizes: list[Any] = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
-    free = [size for size in sizes if isinstance(size, torch.SymInt)]
-    if not free:
-        return
-    known = free[0].node.shape_env
-    for guard in known.guards:
-        condition = known.replace(guard.expr)
+def _numbers(program: ExportedProgram) -> Iterator[tuple[sympy.Basic, sympy.Basic]]:
+    """The conditions that something computed from sizes is a number, as noted and as they are now.
+
+    That several sizes can be divided is none.
+    """
+    for noted, condition in _noted(program):
         if not isinstance(condition, sympy.Eq) or not condition.rhs.is_Integer:
             continue
         if len(condition.free_symbols) == 1 or (condition.free_symbols and not has_remainder(condition.lhs)):
-            yield condition
+            yield noted, condition
+
+
+def _bound(program: ExportedProgram, dim: Dim, other: int) -> sympy.Basic:
+    """The condition on one dimension alone that fails at another size."""
+    for noted, condition in _noted(program):
+        own = [symbol for symbol in condition.free_symbols if str(symbol) in (dim.symbol, *dim.also)]
+        if own and len(own) == len(condition.free_symbols) and not _holds(condition, {}, own, other):
+            return noted
+    return sympy.true
+
+
+def _noted(program: ExportedProgram) -> Iterator[tuple[sympy.Basic, sympy.Basic]]:
+    """Each condition of a trace, and the same with sizes that came out equal under one symbol."""
+    values = [node.meta.get("val") for node in program.graph.nodes if node.op == "placeholder"]
+    sizes: list[Any] = [size for value in values if isinstance(value, torch.Tensor) for size in value.shape]
+    free = [size for size in sizes if isinstance(size, torch.SymInt)]
+    if free:
+        known = free[0].node.shape_env
+        yield from ((guard.expr, known.replace(guard.expr)) for guard in known.guards)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
+import sympy
 import torch
 
 from moe_export.errors import Code, NotExportableError
 from moe_export.export.frontend.source import running_line
 from moe_export.export.frontend.subject import Subject
+from moe_export.export.torch_compat.sizes import conditions_noted, sizes_fixed
 from moe_export.export.tracing.dims import DimRequest, default_name
 from moe_export.export.tracing.traced_dims import Shape
 from moe_export.export.tracing.widen import accepts
@@ -45,11 +48,26 @@ class Fixed:
         return Code.FIXED_SIZE.mark(said) if self.model_takes_others else said
 
 
-def note_line(fixing: dict[tuple[int, int], str], place: int, axis: int) -> None:
-    """Note the line of the model that runs as what fixed a size; the first one that did is the reason."""
-    line = running_line()
-    if line is not None:
-        fixing.setdefault((place, axis), line)
+@contextmanager
+def lines_noted(fixing: dict[tuple[int, int], str], reasons: dict[sympy.Basic, str]) -> Iterator[None]:
+    """While a trace runs, note the line of the model that is running; the first one that did it is the reason.
+
+    Args:
+        fixing: Is given what fixed a size, by the number of the input and the axis.
+        reasons: Is given what a condition on sizes comes from, by condition.
+    """
+
+    def note_fixed(place: int, axis: int) -> None:
+        line = running_line()
+        if line is not None:
+            fixing.setdefault((place, axis), line)
+
+    def note_condition(condition: sympy.Basic) -> None:
+        if condition not in reasons:
+            reasons[condition] = running_line() or ""
+
+    with sizes_fixed(note_fixed), conditions_noted(note_condition):
+        yield
 
 
 def fixed_sizes(

@@ -141,9 +141,10 @@ def _divided(guard: sympy.Basic) -> sympy.Basic:
     number, remainder = (difference / sympy.Mul(*sizes)).as_coeff_Mul()
     if is_remainder(remainder) and number > 0:
         return guard.func(remainder, 0)
-    if not sizes and number <= 1:
+    factor = number if isinstance(guard, sympy.Eq) and number > 0 else 1
+    if not sizes and factor == 1:
         return guard
-    rest = sympy.expand_mul(difference / sympy.Mul(*sizes, max(number, 1)))
+    rest = sympy.expand_mul(difference / sympy.Mul(*sizes, factor))
     terms = sympy.Add.make_args(rest)
     left = [term for term in terms if not term.could_extract_minus_sign()]
     right = [-term for term in terms if term.could_extract_minus_sign()]

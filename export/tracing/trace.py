@@ -15,8 +15,8 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
-from functools import partial
 
+import sympy
 import torch
 from torch import fx, nn
 from torch.export import Dim as TorchDim
@@ -31,7 +31,7 @@ from moe_export.export.torch_compat.failures import depends_on_values
 from moe_export.export.torch_compat.fake_results import fake_results_remembered
 from moe_export.export.torch_compat.higher_order import closures_lifted
 from moe_export.export.torch_compat.proxies import node_of
-from moe_export.export.torch_compat.sizes import fake_results_cached, sizes_fixed
+from moe_export.export.torch_compat.sizes import fake_results_cached
 from moe_export.export.torch_compat.weight_attributes import weight_attributes_kept
 from moe_export.export.tracing.asked_numbers import AskedNumber
 from moe_export.export.tracing.checks import checks_passed
@@ -41,7 +41,7 @@ from moe_export.export.tracing.conditions import only_there
 from moe_export.export.tracing.decisions import Decisions, TooManyWaysError
 from moe_export.export.tracing.dims import Dim, DimRequest
 from moe_export.export.tracing.every_expert_hit import every_expert_hit
-from moe_export.export.tracing.fixed_sizes import Fixed, fixed_sizes, note_line, require_picked, resized
+from moe_export.export.tracing.fixed_sizes import Fixed, fixed_sizes, lines_noted, require_picked, resized
 from moe_export.export.tracing.functionalize import functionalized
 from moe_export.export.tracing.idioms import traceable_idioms, user_lines
 from moe_export.export.tracing.idioms_numbers import symbolic_numbers
@@ -263,7 +263,7 @@ def _export(
 ) -> _Exported:
     """Export with as many free dimensions as the tracer takes."""
     first: Exception | None = None
-    stuck = set[tuple[int, int]]()
+    stuck: dict[tuple[int, int], str] = {}  # with the line that is the reason
     decisions = Decisions(subject.module)
     limits: list[int | None] = [0, 1, 2, None]
     while limits:
@@ -280,13 +280,14 @@ def _export(
             for place, (name, tensor) in enumerate(example.items())
         )
         numbers: list[frozenset[int]] = []
-        fixing: dict[tuple[int, int], str] = {}
+        fixing = {place: line for place, line in stuck.items() if line}
+        reasons: dict[sympy.Basic, str] = {}
         free = any(dimension is not None for axes in spec for dimension in axes)
         flat = _Flat(subject, numbers, decisions).eval()
         try:
             with (
                 _tracing(subject, decisions, free=free) as checks,
-                sizes_fixed(partial(note_line, fixing)),
+                lines_noted(fixing, reasons),
             ):
                 with subject.state.kept():
                     if free:
@@ -299,9 +300,9 @@ def _export(
                     )
                 decisions.require_followed()
                 exported = without_unread_constants(exported)
-                found = _only_there(exported, subject, example, request) - stuck
-                if found:  # it is right at these sizes alone, and only looks free
-                    stuck |= found
+                found = _only_there(exported, subject, example, request)
+                if found.keys() - stuck.keys():  # it is right at these sizes alone, and only looks free
+                    stuck = {place: reasons.get(reason, "") for place, reason in found.items()} | stuck
                     limits.append(limit)
                     continue
                 program = with_weights_marked(without_complex(functionalized(exported, as_called=as_called)))
@@ -364,8 +365,8 @@ def _tracing(subject: Subject, decisions: Decisions, *, free: bool) -> Iterator[
 
 def _only_there(
     program: ExportedProgram, subject: Subject, example: Mapping[str, torch.Tensor], request: DimRequest
-) -> set[tuple[int, int]]:
-    """Inputs and axes that only look free, with the model at hand to be asked for other sizes."""
+) -> dict[tuple[int, int], sympy.Basic]:
+    """Inputs and axes that only look free, and the conditions that say so; the model is asked for other sizes."""
     dims, inputs = read_dims(program, example, request)
 
     def takes(sizes: Mapping[tuple[int, int], int]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -97,7 +98,26 @@ def test_a_length_that_has_a_root_stays_free(tmp_path, before, root):
     assert len(traced.domain.conditions) <= 3
 
 
-def test_a_number_of_windows_that_is_a_loop_is_fixed(tmp_path):
-    _, traced = traced_at(tmp_path, Counted(), 2, 8, 12)
-    assert traced.inputs["x"][1:] == (8, 12)
-    assert {each.axis for each in traced.fixed if each.model_takes_others} == {1, 2}
+class Doubled(nn.Module):
+    """A scan in passes, each twice as far: as many as in the example."""
+
+    def forward(self, x):
+        span = 1
+        while span < x.shape[1]:
+            x = x + x.roll(span, 1)
+            span *= 2
+        return x
+
+
+@pytest.mark.parametrize(
+    ("module", "axes", "text"),
+    [(Counted(), {1, 2}, "for number in range(x.shape[1]"), (Doubled(), {1}, "while span < x.shape[1]")],
+)
+def test_a_number_of_steps_fixes_sizes_and_the_line_is_named(tmp_path, module, axes, text):
+    _, traced = traced_at(tmp_path, module, 2, 8, 12)
+    fixed = {each.axis: each for each in traced.fixed if each.model_takes_others}
+    assert fixed.keys() == axes
+    lines = Path(__file__).read_text().splitlines()
+    line = next(number for number, line in enumerate(lines, 1) if line.strip().startswith(text))
+    for each in fixed.values():
+        assert each.line == f"{__file__}:{line}"
