@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from moe_export.export.frontend.source import inside_call, is_user_file
 from moe_export.export.torch_compat.length import symbolic_length
@@ -107,6 +108,19 @@ def _embedding_bag(
     return rows.sum(1) if mode == "sum" else rows.mean(1) if mode == "mean" else rows.amax(1)
 
 
+def _squeezed(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """`rows.squeeze()` where only the data knows how many rows there are → the axes that are 1 in the trace.
+
+    A trace takes their number for another than 1. ONNX's `Squeeze` would look in each run, and find one row to be none.
+    """
+    if args or kwargs or not any(map(free_unbacked_symbols, tensor.shape)):
+        return tensor.squeeze(*args, **kwargs)
+    for axis in reversed(range(tensor.dim())):
+        if isinstance(tensor.shape[axis], int) and tensor.shape[axis] == 1:
+            tensor = tensor.squeeze(axis)
+    return tensor
+
+
 def _taken_along(tensor: torch.Tensor, indices: torch.Tensor, dim: int | None = None) -> torch.Tensor:
     """`take_along_dim` → `gather`, with axes of size 1 spread before it: by itself it fixes all other sizes."""
     if dim is None or tensor.dim() != indices.dim():
@@ -188,6 +202,7 @@ _IDIOMS: dict[Any, Callable[..., Any]] = {
     **dict.fromkeys(GROUPED_MM, _grouped_mm),
     torch.nn.functional.embedding_bag: _embedding_bag,
     **dict.fromkeys((torch.roll, torch.Tensor.roll), _rolled),
+    **dict.fromkeys((torch.squeeze, torch.Tensor.squeeze), _squeezed),
     **dict.fromkeys((torch.take_along_dim, torch.Tensor.take_along_dim), _taken_along),
     torch.fft.fftshift: _shifted,
     torch.fft.ifftshift: partial(_shifted, back=True),

@@ -170,3 +170,25 @@ def test_entries_are_taken_along_an_axis_at_any_sizes(tools):
     assert all(isinstance(size, str) for size in graph.traced.inputs["x"])
     for sizes in ((1, 2, 3), (4, 9, 6)):
         tools.equal(graph, torch.randn(*sizes))
+
+
+class SqueezedRows(nn.Module):
+    """Rows that only the data counts: `squeeze` without an axis leaves theirs, even if there is one."""
+
+    def __init__(self):
+        super().__init__()
+        self.expert = nn.Linear(3, 3)
+
+    def forward(self, x):
+        rows = (x.sum(-1) > 0).nonzero().squeeze()
+        out = torch.zeros_like(x)
+        out[rows] = self.expert(x[rows])
+        return out
+
+
+def test_one_row_of_those_that_the_data_picks_is_still_a_row(tools):
+    graph = tools.graph(SqueezedRows(), torch.tensor([[1.0, 2, 3], [-1, -2, -3], [4, 5, 6], [7, 8, 9]]))
+    for picked in ([], [0], [2], [1, 3], [0, 1, 2, 3]):
+        x = -torch.ones(4, 3)
+        x[picked] = torch.tensor([1.0, 2.0, 3.0])
+        tools.equal(graph, x)
