@@ -29,14 +29,15 @@ def identity(tensors):
     return tensors["x"] + 0
 
 
-def test_a_run_that_did_not_fit_in_memory_is_no_difference(graph):
+def test_a_run_that_did_not_fit_in_memory_proves_nothing(graph):
     runner = graph(GREEDY)
     with pytest.raises(NoMemoryError, match=r"onnxruntime-cpu ran out of memory: .*, in Expand"):
         runner.run({"x": np.zeros((33, 4), np.float32)})
     sizes = [{"sequence": size} for size in (32, 33, 34)]
     report = compare(TorchRunner(identity, ["y"]), runner, cases(SPECS, DIMS, EXAMPLE, at=sizes))
     without = [dict(case.sizes)["sequence"] for case in report.cases if case.outcome == "no memory"]
-    assert report.verdict == "equal"
+    assert report.verdict == "not proven"  # a graph that asks for 16 TiB is no good one either
+    assert "ran out of memory where torch did not: sequence=33; sequence=34" in report.shortfall
     assert without == [33, 34]
     assert 32 in {dict(case.sizes)["sequence"] for case in report.compared}
     assert "not compared, sequence=33; sequence=34: NoMemoryError: onnxruntime-cpu ran out" in str(report)

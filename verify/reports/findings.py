@@ -122,6 +122,9 @@ class Findings:
             planned = len(self.cases) + len(self.left_out)
             cut = "; ".join(self.left_out)
             return f"{len(self.cases)} of {planned} cases compared, not compared: {cut}"
+        greedy = [case.label for case in self.cases if case.outcome == "no memory"]
+        if greedy:
+            return f"{self.candidate} ran out of memory where {self.reference} did not: {'; '.join(greedy)}"
         offered, compared = ({c.sizes for c in cases} for cases in (self.cases, self.compared))
         needed = max(1, min(self.wanted, len(offered)))
         if len(compared) < needed:

@@ -131,23 +131,23 @@ def test_canary_where_a_size_is_fixed():
         assert set(found) == {(1, 1)}
 
 
-def test_canary_a_condition_is_told_where_it_is_noted():
+def test_canary_a_condition_is_seen_where_it_is_noted():
     from moe_export.export.torch_compat.sizes import conditions_noted
 
     class Asks(nn.Module):
         def forward(self, x):
-            asked.append(len(told))
+            asked.append(len(seen))
             y = x + 1 if x.shape[0] // 2 == 3 else x
-            asked.append(len(told))
+            asked.append(len(seen))
             return y
 
-    asked, told = [], []
+    asked, seen = [], []
     with canary(
         FILE,
         "ShapeEnv._log_guard is called for each condition that goes into ShapeEnv.guards, while the line runs",
         todo="find what appends to ShapeEnv.guards in torch/fx/experimental/symbolic_shapes.py",
     ):
-        with conditions_noted(told.append):
+        with conditions_noted(seen.append):
             program = torch.export.export(
                 Asks(), (torch.ones(6),), dynamic_shapes=({0: Dim.AUTO},), strict=False
             )
@@ -155,7 +155,7 @@ def test_canary_a_condition_is_told_where_it_is_noted():
         noted = [guard.expr for guard in size.node.shape_env.guards]
         there = [each for each in noted if isinstance(each, sympy.Eq) and each.rhs == 3]
         assert there
-        assert told.index(there[0]) in range(*asked[:2])
+        assert seen.index(there[0]) in range(*asked[:2])
 
 
 class Wrapped(nn.Module):
